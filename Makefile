@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # look at the runs on http://127.0.0.1:5000"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo seed=0,1 # the same with a second seed; what is done is kept"
+	@echo "  $(BIN)/python -m sddlskd.train --help                                # what one can choose"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv demo build *.egg-info
