@@ -1,0 +1,89 @@
+"""Distillation losses: pure, unreduced functions of (student, teacher, target).
+
+Shapes: N samples (or regions of samples), K classes. Every loss takes `student_NK` and `teacher_NK` (logits) and
+`target_N` (int64 class ids) and gives `loss_N`; whoever calls it weighs and reduces. They are computed in float32
+(float64 stays float64) outside autocast, from log-probabilities throughout, so that no probability is ever
+logarithmed after it has underflowed. A loss of one's own is any callable of that form.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["dkd", "kd", "nkd"]
+
+
+def _log_probabilities(logits_NK: Tensor, temperature: float) -> Tensor:
+    """log softmax(z / T) in at least float32, whatever autocast says."""
+    with torch.autocast(logits_NK.device.type, enabled=False):
+        wide = torch.promote_types(logits_NK.dtype, torch.float32)
+        return F.log_softmax(logits_NK.to(wide) / temperature, dim=-1)
+
+
+def _kl_divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
+    """KL(p || q) per row, from log-probabilities."""
+    return F.kl_div(log_q_NK, log_p_NK, reduction="none", log_target=True).sum(-1)
+
+
+def _split_off_target(logits_NK: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_target (N), log(1 - p_target) (N) and the log-distribution over the K-1 other classes (N, K-1)."""
+    log_p_NK = _log_probabilities(logits_NK, temperature)
+    N, K = log_p_NK.shape
+    others_NK1 = torch.arange(K - 1, device=target_N.device).expand(N, K - 1)
+    others_NK1 = others_NK1 + (others_NK1 >= target_N[:, None])  # class ids without the target
+    log_others_NK1 = log_p_NK.gather(1, others_NK1)
+    log_rest_N = log_others_NK1.logsumexp(1)  # exact where 1 - p would cancel
+    return log_p_NK.gather(1, target_N[:, None])[:, 0], log_rest_N, log_others_NK1 - log_rest_N[:, None]
+
+
+def kd(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
+    """Knowledge distillation: T^2 * KL(teacher || student) at temperature T. Returns (N,).
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". `target_N` is not used; it is taken so
+    that every loss has one form.
+    """
+    log_teacher_NK = _log_probabilities(teacher_NK, temperature)
+    log_student_NK = _log_probabilities(student_NK, temperature)
+    return temperature**2 * _kl_divergence(log_teacher_NK, log_student_NK)
+
+
+def dkd(
+    student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """Decoupled knowledge distillation: T^2 * (alpha * TCKD + beta * NCKD). Returns (N,).
+
+    TCKD is the KL divergence of the binary (target, rest) distributions, NCKD that of the distributions over the other
+    classes. Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", Eq. 7. The released code takes the target out
+    of NCKD by subtracting 1000 from its logit; here it is left out exactly.
+    """
+    s_target_N, s_rest_N, s_others_NK1 = _split_off_target(student_NK, target_N, temperature)
+    t_target_N, t_rest_N, t_others_NK1 = _split_off_target(teacher_NK, target_N, temperature)
+    tckd_N = _kl_divergence(torch.stack((t_target_N, t_rest_N), 1), torch.stack((s_target_N, s_rest_N), 1))
+    nckd_N = _kl_divergence(t_others_NK1, s_others_NK1)
+    return temperature**2 * (alpha * tckd_N + beta * nckd_N)
+
+
+def nkd(
+    student_NK: Tensor,
+    teacher_NK: Tensor,
+    target_N: Tensor,
+    *,
+    gamma: float,
+    temperature: float,
+    exclude_target: bool = True,
+) -> Tensor:
+    """Normalised knowledge distillation. Returns (N,).
+
+    -p_t log p_s of the target at T = 1, plus gamma * T^2 * cross-entropy of the distributions over the other classes.
+    Source: Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation", Eq. 8.
+    `exclude_target=False` reproduces the released SDD and NKD code, whose mask masks nothing: there the second term is
+    the cross-entropy over all K classes.
+    """
+    log_s_NK, log_t_NK = _log_probabilities(student_NK, 1.0), _log_probabilities(teacher_NK, 1.0)
+    index_N1 = target_N[:, None]
+    target_term_N = -(log_t_NK.gather(1, index_N1).exp() * log_s_NK.gather(1, index_N1))[:, 0]
+    if exclude_target:
+        s_NK, t_NK = (_split_off_target(z, target_N, temperature)[2] for z in (student_NK, teacher_NK))
+    else:
+        s_NK, t_NK = (_log_probabilities(z, temperature) for z in (student_NK, teacher_NK))
+    return target_term_N - gamma * temperature**2 * (t_NK.exp() * s_NK).sum(1)
