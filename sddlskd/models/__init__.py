@@ -1,0 +1,64 @@
+"""The networks, one file per family; each gives the logit map, `model(x_BCHW).mean((2, 3))` are its logits.
+
+Parameter names are those of the published CIFAR checkpoints (RepDistiller, mdistiller), which load with strict=True.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+from sddlskd.models.base import LogitMapModel
+from sddlskd.models.mobilenetv2 import MobileNetV2
+from sddlskd.models.resnet import ResNet
+from sddlskd.models.resnet4stage import BasicBlock, Bottleneck, ResNet4Stage
+from sddlskd.models.shufflenetv1 import ShuffleNetV1
+from sddlskd.models.shufflenetv2 import ShuffleNetV2
+from sddlskd.models.vgg import VGG
+from sddlskd.models.wrn import WideResNet
+
+__all__ = ["LogitMapModel", "create", "names"]
+
+_NETWORKS: dict[str, Callable[..., LogitMapModel]] = {
+    "resnet8": partial(ResNet, blocks=1),
+    "resnet14": partial(ResNet, blocks=2),
+    "resnet20": partial(ResNet, blocks=3),
+    "resnet32": partial(ResNet, blocks=5),
+    "resnet44": partial(ResNet, blocks=7),
+    "resnet56": partial(ResNet, blocks=9),
+    "resnet110": partial(ResNet, blocks=18),
+    "resnet8x4": partial(ResNet, blocks=1, stem=32, channels=(64, 128, 256)),
+    "resnet32x4": partial(ResNet, blocks=5, stem=32, channels=(64, 128, 256)),
+    "resnet18": partial(ResNet4Stage, BasicBlock, (2, 2, 2, 2)),
+    "resnet50": partial(ResNet4Stage, Bottleneck, (3, 4, 6, 3)),
+    "wrn_16_1": partial(WideResNet, units=2, width=1),
+    "wrn_16_2": partial(WideResNet, units=2, width=2),
+    "wrn_40_1": partial(WideResNet, units=6, width=1),
+    "wrn_40_2": partial(WideResNet, units=6, width=2),
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "mobilev2": MobileNetV2,
+    "shufflev1": ShuffleNetV1,
+    "shufflev2": ShuffleNetV2,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The name of every network, family by family and small to large."""
+    return tuple(_NETWORKS)
+
+
+def create(name: str, num_classes: int) -> LogitMapModel:
+    """The network `name`, freshly initialised from torch's global generator: images B 3 H W -> logit map B K H W.
+
+    K is `num_classes`. Raises ValueError for a name that is not in `names()` and for fewer than 2 classes.
+    """
+    if name not in _NETWORKS:
+        close = get_close_matches(name, _NETWORKS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown network {name!r}; {hint}choose one of: {', '.join(_NETWORKS)}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
+    return _NETWORKS[name](num_classes=num_classes)

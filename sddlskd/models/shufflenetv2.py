@@ -1,0 +1,96 @@
+"""ShuffleNet V2 of size 1; the map is 4x4 for 32x32 images.
+
+Source: Ma et al. 2018 (arXiv:1807.11164), table 5, 1x. Deviation, that of the published checkpoints: the stem is
+conv1x1 with stride 1 and no max-pool. Initialised by torch's defaults, as in RepDistiller.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd.models.base import LogitMapModel, conv
+
+
+class BasicUnit(nn.Module):
+    """Half of the channels pass; the others go through 1x1-BN-ReLU, depthwise 3x3-BN, 1x1-BN-ReLU: B C H W -> same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv1 = conv(half, half, 1)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = conv(half, half, 3, groups=half)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = conv(half, half, 1)
+        self.bn3 = nn.BatchNorm2d(half)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        left, right = x_BCHW.chunk(2, dim=1)
+        right = F.relu(self.bn1(self.conv1(right)), inplace=True)
+        right = self.bn2(self.conv2(right))
+        right = F.relu(self.bn3(self.conv3(right)), inplace=True)
+        return interleave(left, right)
+
+
+class DownUnit(nn.Module):
+    """Two strided branches of the whole input, each making half of the channels: B in H W -> B out H/2 W/2."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv1 = conv(in_channels, in_channels, 3, stride=2, groups=in_channels)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv2 = conv(in_channels, half, 1)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = conv(in_channels, half, 1)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.conv4 = conv(half, half, 3, stride=2, groups=half)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = conv(half, half, 1)
+        self.bn5 = nn.BatchNorm2d(half)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        left = self.bn1(self.conv1(x_BCHW))
+        left = F.relu(self.bn2(self.conv2(left)), inplace=True)
+        right = F.relu(self.bn3(self.conv3(x_BCHW)), inplace=True)
+        right = self.bn4(self.conv4(right))
+        right = F.relu(self.bn5(self.conv5(right)), inplace=True)
+        return interleave(left, right)
+
+
+class ShuffleNetV2(LogitMapModel):
+    """Stages of 116, 232 and 464 channels with 4, 8 and 4 units, then 1024: B 3 H W -> logit map B K H/8 W/8."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 24, 1)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.layer1 = _stage(24, 116, units=4)
+        self.layer2 = _stage(116, 232, units=8)
+        self.layer3 = _stage(232, 464, units=4)
+        self.conv2 = conv(464, 1024, 1)
+        self.bn2 = nn.BatchNorm2d(1024)
+        self.linear = nn.Linear(1024, num_classes)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.linear
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        for stage in (self.layer1, self.layer2, self.layer3):
+            out = stage(out)
+        return F.relu(self.bn2(self.conv2(out)), inplace=True)
+
+
+def interleave(left_BCHW: Tensor, right_BCHW: Tensor) -> Tensor:
+    """Concatenate, then shuffle in 2 groups: twice B C H W -> B 2C H W, left and right channels in turn.
+
+    One copy, made as B H W C so that channels_last maps stay channels_last.
+    """
+    pair_BHWC2 = torch.stack((left_BCHW.permute(0, 2, 3, 1), right_BCHW.permute(0, 2, 3, 1)), dim=4)
+    return pair_BHWC2.flatten(3).permute(0, 3, 1, 2)
+
+
+def _stage(in_channels: int, channels: int, units: int) -> nn.Sequential:
+    return nn.Sequential(DownUnit(in_channels, channels), *(BasicUnit(channels) for _ in range(units - 1)))

@@ -1,0 +1,65 @@
+"""Wide ResNet, depth 6n+4 and width k: three blocks of n pre-activation units; the map is 8x8 for 32x32 images.
+
+Source: Zagoruyko and Komodakis 2016 (arXiv:1605.07146). No deviation: dropout is 0, as in the published checkpoints.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd.models.base import LogitMapModel, conv, init_convs
+
+
+class Unit(nn.Module):
+    """BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, add the shortcut: B in H W -> B out H/stride W/stride."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels, 3)
+        self.convShortcut = conv(in_channels, channels, 1, stride) if in_channels != channels else None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x_BCHW), inplace=True)
+        out: Tensor = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        out = self.conv2(out)
+        # The shortcut is of the activated input where channels change, else the raw input itself.
+        out += x_BCHW if self.convShortcut is None else self.convShortcut(active)
+        return out
+
+
+class Block(nn.Module):
+    """`units` units, the first one with the stride: B in H W -> B out H/stride W/stride."""
+
+    def __init__(self, units: int, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        first = Unit(in_channels, channels, stride)
+        self.layer = nn.Sequential(first, *(Unit(channels, channels, 1) for _ in range(units - 1)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.layer(x_BCHW)
+        return out
+
+
+class WideResNet(LogitMapModel):
+    """Wide ResNet of depth 6 * units + 4, `width` times the channels 16, 32, 64: B 3 H W -> logit map B K H/4 W/4."""
+
+    def __init__(self, units: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 16, 3)
+        self.block1 = Block(units, 16, 16 * width, stride=1)
+        self.block2 = Block(units, 16 * width, 32 * width, stride=2)
+        self.block3 = Block(units, 32 * width, 64 * width, stride=2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
+        init_convs(self)
+        nn.init.zeros_(self.fc.bias)  # as in RepDistiller
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.fc
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        out = self.block3(self.block2(self.block1(self.conv1(x_BCHW))))
+        return F.relu(self.bn1(out), inplace=True)
