@@ -1,0 +1,220 @@
+"""A data set held on the device as uint8, its batches made there by tensor functions.
+
+Shapes: N images of the data set, B of a batch, H W C pixel rows, columns and channels, X = W * C the numbers of a row,
+P positions of a crop. Order, crops and flips of an epoch follow from (seed, epoch) alone, so every run with that seed
+sees the same batches and nothing is saved to resume.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sddlskd.datasets import DownloadError, Images, Splits, cifar100, digits, fake, fashion_mnist
+
+__all__ = ["DeviceData", "DownloadError", "Draws", "Images", "Splits", "draw_epoch"]
+__all__ += ["cifar100", "digits", "fake", "fashion_mnist"]  # the loaders, for `_target_: sddlskd.data.<name>`
+
+CHUNK = 256  # images augmented together; measured: 128 to 512 are alike, more falls out of the cache
+Batch = tuple[Tensor, Tensor]  # x_BCHW float32 normalised, y_B int64
+
+
+class Draws(NamedTuple):
+    """What chance decides in one epoch. Crops and flips belong to the image, not to its place in the order."""
+
+    order_N: Tensor  # int64, image ids in the order they are shown
+    top_N: Tensor  # int64, first row of image n's crop of the padded image, 0..2*padding
+    left_N: Tensor  # int64, its first column
+    flip_N: Tensor  # bool, mirrored left to right, after the crop
+
+
+def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
+    """The draws of an epoch over `size` images, the same in every process and for every device and batch size."""
+    digest = hashlib.sha256(f"seed {seed} epoch {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    order_N = torch.randperm(size, generator=generator)
+    flip_N = torch.randint(2, (size,), generator=generator) == 1
+    top_N, left_N = torch.randint(2 * padding + 1, (2, size), generator=generator)
+    return Draws(order_N, top_N, left_N, flip_N)
+
+
+class DeviceData:
+    """Training, validation and test batches from `splits`, all pixels resident on `device`.
+
+    A training image is padded by `padding` black pixels on each side (before normalising, as torchvision's RandomCrop
+    does on a PIL image, so the border becomes -mean/std), cropped to its size at random, and mirrored with probability
+    1/2 if `flip`. `mean` and `std` are per channel, for pixels scaled to 0..1. With `val_fraction` > 0 that part of
+    each class of the training split is held out as validation, the same images for every seed; otherwise validation
+    is the test split.
+
+    Raises ValueError for images that are not uint8 NHWC of one size, labels that are not int64 in 0..num_classes-1, an
+    empty split, and settings out of range.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        num_classes: int,
+        batch_size: int,  # images
+        seed: int,
+        device: torch.device | str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: int = 4,  # pixels on each side
+        flip: bool = True,
+        val_fraction: float = 0.0,
+        eval_batch_size: int = 500,  # images
+    ) -> None:
+        for name, split in zip(("train", "test"), splits, strict=True):
+            _check_split(name, split, num_classes, splits.train.images_NHWC.shape[1:])
+        height, width, channels = splits.train.images_NHWC.shape[1:]
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: give one of each per channel"
+            )
+        if not all(value > 0 and math.isfinite(value) for value in std):
+            raise ValueError(f"std is {list(std)}; entries must be above 0: give the deviation of pixels in 0..1")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction is {val_fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth")
+        if padding < 0 or eval_batch_size < 1:
+            raise ValueError(
+                f"padding is {padding}, at least 0; eval_batch_size is {eval_batch_size}, at least 1: raise it"
+            )
+
+        train, held_out = _hold_out(splits.train, val_fraction, num_classes) if val_fraction else splits
+        self.train_size, self.val_size = len(train.labels_N), len(held_out.labels_N)
+        if not 1 <= batch_size <= self.train_size:
+            raise ValueError(f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images")
+        self.image_shape = (channels, height, width)
+        self.steps_per_epoch = math.ceil(self.train_size / batch_size)
+        self._seed, self._device, self._padding, self._flip = seed, torch.device(device), padding, flip
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+
+        self._train_labels_N = train.labels_N.to(self._device)
+        padded_NHWC = F.pad(train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)).contiguous()
+        self._windows_PHX, self._padded_width = _windows(padded_NHWC, height, width), width + 2 * padding
+        self._padded_pixels = (height + 2 * padding) * self._padded_width
+        self._test = Images(*(tensor.contiguous().to(self._device) for tensor in splits.test))
+        self._val = Images(*(tensor.to(self._device) for tensor in held_out)) if val_fraction else self._test
+
+        # (pixel / 255 - mean) / std as pixel * scale - offset, repeated along a row: three at a time is far slower.
+        mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._scale_X = (1 / (255 * std_C)).float().repeat(width).to(self._device)
+        self._offset_X = (mean_C / std_C).float().repeat(width).to(self._device)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Augmented batches of one epoch, every training image once, without the first `start` batches (to resume).
+
+        x_BCHW float32 channels_last, y_B int64; the last batch is the rest. ValueError for a start past the epoch.
+        """
+        if not 0 <= start <= self.steps_per_epoch:
+            raise ValueError(f"start is {start}; give 0..{self.steps_per_epoch}, the batches of an epoch already done")
+        order_N, top_N, left_N, flip_N = draw_epoch(self._seed, epoch, self.train_size, self._padding)
+        corner_N = torch.arange(self.train_size) * self._padded_pixels + top_N * self._padded_width + left_N
+        # All of the epoch's indices go over at once, so that no batch waits for the host.
+        order_N = order_N.to(self._device)
+        corner_N = corner_N.to(self._device)[order_N]
+        flip_N = flip_N.to(self._device)[order_N]
+        return self._chunks(corner_N, flip_N, self._train_labels_N[order_N], start * self._batch_size)
+
+    @property
+    def views(self) -> int:
+        """How many views of an image there are: crops times flips."""
+        return (2 * self._padding + 1) ** 2 * (2 if self._flip else 1)
+
+    def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """For each batch of `batches`: which view of which image each is, image * views + view, int64 on the CPU."""
+        order_N, top_N, left_N, flip_N = draw_epoch(self._seed, epoch, self.train_size, self._padding)
+        view_N = top_N * (2 * self._padding + 1) + left_N
+        if self._flip:
+            view_N = 2 * view_N + flip_N
+        rows_N = (torch.arange(self.train_size) * self.views + view_N)[order_N]
+        yield from torch.split(rows_N, self._batch_size)[start:]
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Plain batches of the validation images, in their order: the test split unless val_fraction holds some out."""
+        return self._plain(self._val)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Plain batches of the official test split, in its order."""
+        return self._plain(self._test)
+
+    def _chunks(self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, first: int) -> Iterator[Batch]:
+        # Small batches are made several at a time: fewer, larger operations, all elementwise, so the bits are the same.
+        step = max(1, CHUNK // self._batch_size) * self._batch_size
+        for begin in range(first, self.train_size, step):
+            chunk = slice(begin, begin + step)
+            x_BCHW = self._augment(corner_N[chunk], flip_N[chunk])
+            yield from zip(
+                torch.split(x_BCHW, self._batch_size), torch.split(labels_N[chunk], self._batch_size), strict=True
+            )
+
+    def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
+        channels, height, width = self.image_shape
+        x_BHWC = self._windows_PHX.index_select(0, corner_B).view(-1, height, width, channels)
+        if self._flip:
+            # Chosen by bytes (a ^ ((a ^ b) & mask) is b under the mask): on the CPU twice as fast as torch.where.
+            mask_B111 = flip_B.to(torch.uint8).mul_(255)[:, None, None, None]
+            x_BHWC = x_BHWC.flip(2).bitwise_xor_(x_BHWC).bitwise_and_(mask_B111).bitwise_xor_(x_BHWC)
+        return self._normalise(x_BHWC)
+
+    def _normalise(self, x_BHWC: Tensor) -> Tensor:
+        """float32 x_BCHW; the permuted layout is channels_last as it stands."""
+        x_BHX = x_BHWC.flatten(2).float().mul_(self._scale_X).sub_(self._offset_X)
+        return x_BHX.view(x_BHWC.shape).permute(0, 3, 1, 2)
+
+    def _plain(self, images: Images) -> Iterator[Batch]:
+        firsts = range(0, len(images.labels_N), self._eval_batch_size)
+        parts = (slice(first, first + self._eval_batch_size) for first in firsts)
+        return ((self._normalise(images.images_NHWC[part]), images.labels_N[part]) for part in parts)
+
+
+def _windows(images_NHWC: Tensor, height: int, width: int) -> Tensor:
+    """A view, no copy: window p is the crop, height x (width * channels), whose corner is pixel p of all images."""
+    count, padded_height, padded_width, channels = images_NHWC.shape
+    corners = count * padded_height * padded_width - (height - 1) * padded_width - width + 1
+    strides = (channels, padded_width * channels, 1)
+    return images_NHWC.as_strided((corners, height, width * channels), strides)
+
+
+def _hold_out(train: Images, fraction: float, num_classes: int) -> tuple[Images, Images]:
+    """(rest, held out): `fraction` of each class, rounded, chosen once and for all; both in the order of `train`."""
+    generator = torch.Generator().manual_seed(0)
+    held_N = torch.zeros(len(train.labels_N), dtype=torch.bool)
+    labels_N = train.labels_N.cpu()
+    for label in range(num_classes):
+        ids = (labels_N == label).nonzero()[:, 0]
+        held_N[ids[torch.randperm(len(ids), generator=generator)[: round(fraction * len(ids))]]] = True
+    if held_N.all() or not held_N.any():
+        held = int(held_N.sum())
+        message = f"val_fraction is {fraction}, which holds out {held} of {len(held_N)} training images"
+        raise ValueError(f"{message}: give one that leaves images of a class on both sides")
+    rest, held_out = (Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N))
+    return rest, held_out
+
+
+def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.Size) -> None:
+    """ValueError unless the split has labelled uint8 images of that H, W, C."""
+    images, labels = split
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != image_shape or 0 in image_shape:
+        found = f"{name} images are {images.dtype} {tuple(images.shape)}"
+        raise ValueError(
+            f"{found}; they must be torch.uint8 (N, H, W, C), one size in both splits: convert them in the loader"
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(
+            f"{found}; they must be torch.int64 ({len(images)},), one per image: convert them in the loader"
+        )
+    if len(labels) == 0:
+        raise ValueError(f"{name} holds 0 images; it must hold at least 1: check the loader's files and sizes")
+    bad = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(bad):
+        index = int(bad[0])
+        found = f"{name} label {int(labels[index])} at index {index} is outside 0..{num_classes - 1}"
+        raise ValueError(f"{found}: set num_classes to the data's classes, or number them from 0 in the loader")
