@@ -1,0 +1,56 @@
+"""What the tests share: composing a job as the command line does, and a teacher that is there already."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+
+CONF = Path(__file__).parents[1] / "conf"
+Compose = Callable[..., Config]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def compose_in(home: Path, *overrides: str) -> Config:
+    """The job that `python -m sddlskd.train home=HOME OVERRIDES` runs."""
+    cfg.frame()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return cfg.resolve(hydra.compose("config", overrides=[f"home={home}", *overrides]))
+
+
+@pytest.fixture
+def compose(tmp_path: Path) -> Iterator[Compose]:
+    """compose(*overrides) -> Config, with tmp_path as its home."""
+    yield lambda *overrides: compose_in(tmp_path, *overrides)
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def _trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home where a resnet8 has seen the digits once and can teach; its top-1 is measured."""
+    from sddlskd.trainer import fit
+
+    home = tmp_path_factory.mktemp("trained")
+    overrides = ("dataset=digits", "student=resnet8", "tracking=none", "trainer=cpu", "trainer.progress=off")
+    fit([compose_in(home, *overrides, "distiller=vanilla", "trainer.epochs=1")])
+    fit([compose_in(home, *overrides, "teacher=resnet8", "trainer=debug", "trainer.device=cpu")])
+    return home
+
+
+@pytest.fixture
+def teacher_home(_trained_home: Path, tmp_path: Path) -> Path:
+    """A home of this test's own that holds teachers/digits/resnet8.pt and nothing else."""
+    home = tmp_path / "home"
+    shutil.copytree(_trained_home / "teachers", home / "teachers", ignore=shutil.ignore_patterns("*.lock"))
+    return home

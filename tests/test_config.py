@@ -1,0 +1,591 @@
+"""The configuration: every choice composes and builds, says what its source says, and names its job."""
+
+import ast
+import csv
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import sddlskd
+from sddlskd import config as cfg
+from sddlskd import datasets
+from sddlskd.config import Config
+from sddlskd.distill import ScaleDecoupled
+from sddlskd.models import names
+from tests.conftest import CONF, Compose, compose_in
+
+REFERENCE = Path(__file__).parent / "reference"
+GROUPS = ("teacher", "student", "distiller", "scales", "dataset", "optimizer", "trainer", "pair", "recipe", "tracking")
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def reference(name: str) -> list[dict[str, str]]:
+    with open(REFERENCE / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@cache
+def job_of(*overrides: str) -> Config:
+    """A composed job that no test changes: composing costs a quarter second."""
+    return compose_in(Path("/home/of/tests"), *overrides)
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested dicts or dataclasses, with their values."""
+    items = node.items() if isinstance(node, dict) else ((f.name, getattr(node, f.name, None)) for f in fields(node))
+    for key, value in items:
+        if is_dataclass(value) or (isinstance(value, dict) and value and "_target_" not in value):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# Every choice composes, resolves and builds.
+
+
+PLAIN = (
+    "distiller",
+    "scales",
+    "dataset",
+    "optimizer",
+    "trainer",
+    "tracking",
+)  # the other groups have tests of their own
+
+
+@pytest.mark.parametrize(("group", "choice"), [(group, choice) for group in PLAIN for choice in choices(group)])
+def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
+    job = job_of(f"{group}={choice}")
+    assert cfg.run_name(job) in job.run_dir
+    assert not [key for key, value in leaves(job) if value == "???"]
+    if group in ("dataset", "optimizer", "distiller"):
+        assert getattr(job, group).name == choice
+
+
+def test_the_choices_are_those_that_the_project_promises() -> None:
+    assert set(choices("distiller")) == {"vanilla", "kd", "dkd", "nkd"}
+    assert set(choices("scales")) == {"global", "two", "three", "skip"}
+    assert set(choices("dataset")) == {"cifar100", "digits", "fake", "fashion_mnist"}
+    assert set(choices("trainer")) == {"default", "debug", "cpu"}
+    assert set(choices("recipe")) == set(RECIPES)
+    wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}  # LSKD Table 5's teachers, built by class
+    assert set(choices("student")) == set(choices("teacher")) == set(names()) | wide
+    assert len(choices("student")) == 26
+
+
+@pytest.mark.parametrize("name", choices("student"))
+def test_every_network_is_built_as_student_and_as_teacher(name: str) -> None:
+    job = job_of(f"student={name}", f"teacher={name}")
+    assert (job.student.name, job.teacher.name) == (name, name)
+    assert job.teacher.model == job.student.model
+    # architectures.md: 0.05; 0.01 for mobilev2, shufflev1, shufflev2 (SDD, LSKD, CRD, DKD)
+    assert job.optimizer.lr == (0.01 if name in ("mobilev2", "shufflev1", "shufflev2") else 0.05)
+    assert job.teacher.lr == job.student.lr
+    with torch.device("meta"), torch.no_grad():
+        logit_map = instantiate(job.student.model, num_classes=7).eval()(torch.empty(2, 3, 32, 32))
+    assert logit_map.shape[:2] == (2, 7)
+
+
+def test_the_learning_rate_follows_the_student_not_the_teacher() -> None:
+    assert job_of("student=mobilev2", "teacher=vgg13").optimizer.lr == 0.01
+    assert job_of("student=vgg8", "teacher=mobilev2").optimizer.lr == 0.05
+    assert job_of("student=mobilev2", "optimizer=sgd_cosine").optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize("name", [name for name in choices("distiller") if name != "vanilla"])
+@pytest.mark.parametrize("scales", choices("scales"))
+def test_every_distiller_builds_with_every_scales(name: str, scales: str) -> None:
+    job = job_of("recipe=none", f"distiller={name}", "distiller.temperature=3")
+    M = job_of(f"scales={scales}").M
+    assert {"global": [1], "two": [1, 2], "three": [1, 2, 4], "skip": [1, 4]}[scales] == M
+    distill = ScaleDecoupled(instantiate(job.distiller.loss, _partial_=True), M)
+    student, teacher = torch.randn(2, 5, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
+    loss = distill(student, teacher, torch.tensor([0, 4]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.isfinite()
+    assert student.grad is not None
+    assert job.distiller.loss["temperature"] == 3.0
+
+
+@pytest.mark.parametrize("name", choices("optimizer"))
+def test_every_optimizer_builds(compose: Compose, name: str) -> None:
+    job = compose(f"optimizer={name}")
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = instantiate(job.optimizer.algorithm, _partial_=True)([parameter], lr=job.optimizer.lr)
+    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize("name", choices("dataset"))
+def test_every_data_set_names_a_loader_that_takes_its_arguments(name: str) -> None:
+    job = job_of(f"dataset={name}")
+    arguments = {key: value for key, value in job.dataset.load.items() if key != "_target_"}
+    inspect.signature(getattr(datasets, name)).bind(**arguments)
+    assert job.dataset.load["_target_"] == f"sddlskd.datasets.{name}"
+    assert len(job.dataset.mean) == len(job.dataset.std) == 3
+
+
+@pytest.mark.parametrize("name", ["digits", "fake"])
+def test_the_data_sets_that_need_no_file_load(compose: Compose, name: str) -> None:
+    job = compose(f"dataset={name}", *(["+dataset.load.train=20", "+dataset.load.test=10"] if name == "fake" else []))
+    splits = instantiate(job.dataset.load)
+    assert splits.train.images_NHWC.shape[1:] == (32, 32, 3)
+    assert int(splits.train.labels_N.max()) < job.dataset.num_classes
+
+
+# Precedence: recipe < pair < tuned < scales < the command line.
+
+
+def test_precedence() -> None:
+    main = job_of()
+    assert (main.M, main.standardize, main.distiller.kd_weight) == ([1, 2, 4], True, 9.0)  # the default recipe
+    recipe = job_of("recipe=sd_kd")
+    assert (recipe.teacher.name, recipe.student.name) == ("resnet32x4", "resnet8x4")
+    pair = job_of("recipe=sd_kd", "pair=resnet32x4_shufflev1")
+    assert (pair.student.name, pair.optimizer.lr, pair.M) == ("shufflev1", 0.01, [1, 2, 4])
+    tuned = job_of("recipe=sd_kd", "pair=vgg13_vgg8")
+    assert tuned.M == [1, 2]  # the tuned file over the recipe's [1,2,4]
+    assert job_of("recipe=sd_kd", "teacher=vgg13", "student=vgg8").M == [1, 2]  # a pair by its two names
+    assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "scales=skip").M == [1, 4]
+    assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "scales=skip", "M=[3]").M == [3]
+    assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "student=resnet8").student.name == "resnet8"
+    assert job_of("recipe=kd", "scales=two").M == [1, 2]
+    assert job_of("recipe=kd_ls", "M=[1,2]").M == [1, 2]
+    assert job_of("recipe=kd", "distiller=dkd").distiller.name == "dkd"
+    weights = job_of("recipe=kd_ls", "pair=resnet50_mobilev2", "distiller.kd_weight=5").distiller
+    assert (weights.temperature, weights.kd_weight) == (3.0, 5.0)  # T from tuned/, the weight from the command line
+    assert job_of("recipe=kd_ls", "pair=vgg13_vgg8", "dataset=digits").distiller.temperature == 2.0  # tuned elsewhere
+
+
+# What the papers say. Sources: shared/reference, cited by file; the rows that are needed are copied to tests/reference.
+
+# recipe: distiller, M, standardize, T, ce_weight, kd_weight, warm-up epochs, arguments of the loss
+RECIPES: dict[str, tuple[str, list[int], bool, float, float, float, int, dict[str, Any]]] = {
+    # experiments_seed.csv, SDD's SDD_KD rows (T 4, 0.1, 0.9, no warm-up); checks.md A9: M={1,2,4} for unlike pairs
+    "kd": ("kd", [1], False, 4.0, 0.1, 0.9, 1, {}),
+    "sd_kd": ("kd", [1, 2, 4], False, 4.0, 0.1, 0.9, 1, {}),
+    # experiments_seed.csv, SDD_DKD rows: T 4, 1.0, alpha 1, beta 8 unless the pair says less, warm-up 20
+    "dkd": ("dkd", [1], False, 4.0, 1.0, 1.0, 20, {"alpha": 1.0, "beta": 8.0}),
+    "sd_dkd": ("dkd", [1, 2, 4], False, 4.0, 1.0, 1.0, 20, {"alpha": 1.0, "beta": 8.0}),
+    # checks.md A10: nkd.py has T 1 and gamma 1.5; SDD_nkd.py takes T 4 and gamma 8 (or less) from DKD's block
+    "nkd": ("nkd", [1], False, 1.0, 1.0, 1.0, 1, {"gamma": 1.5, "exclude_target": False}),
+    "sd_nkd": ("nkd", [1, 2, 4], False, 4.0, 1.0, 1.0, 20, {"gamma": 8.0, "exclude_target": False}),
+    # checks.md A6, D6: LSKD's README command is T 2, weight 9, with ce 0.1 for KD
+    "kd_ls": ("kd", [1], True, 2.0, 0.1, 9.0, 1, {}),
+    "dkd_ls": ("dkd", [1], True, 2.0, 1.0, 9.0, 20, {"alpha": 1.0, "beta": 8.0}),
+    # experiments_seed.csv, the seed's rows: T 2, ce 1.0, kd 9; alpha 9, beta 72. DESIGN.md, the main method
+    "sd_kd_ls": ("kd", [1, 2, 4], True, 2.0, 1.0, 9.0, 1, {}),
+    "sd_dkd_ls": ("dkd", [1, 2, 4], True, 2.0, 1.0, 9.0, 20, {"alpha": 1.0, "beta": 8.0}),
+    "vanilla": ("vanilla", [1], False, 4.0, 1.0, 0.0, 1, {}),
+    "none": ("kd", [1], False, 4.0, 0.1, 0.9, 1, {}),  # no paper's: what the distiller's file says
+}
+UNTUNED = ("teacher=resnet32x4", "student=vgg8")  # a pair that no tuned file is about
+
+
+def effective(recipe: str, pair: str) -> Config:
+    """What recipe and pair come to: the recipe's job with the tuned file of the two, if there is one."""
+    job, path = job_of(f"recipe={recipe}", *UNTUNED), CONF / "tuned" / f"cifar100-{recipe}-{pair}.yaml"
+    if not path.exists():
+        return job
+    merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job), OmegaConf.load(path)))
+    assert isinstance(merged, Config)
+    merged.distiller.loss["temperature"] = merged.distiller.temperature
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pair"),
+    [("kd_ls", "resnet110_resnet20"), ("dkd_ls", "resnet56_resnet20"), ("sd_kd", "vgg13_vgg8"),
+     ("sd_dkd", "resnet110_resnet32"),
+     ("sd_nkd", "vgg13_shufflev1"), ("dkd", "vgg13_mobilev2"), ("sd_kd_ls", "vgg13_vgg8"), ("kd", "vgg13_vgg8")],
+)  # fmt: skip
+def test_hydra_composes_recipe_pair_and_tuned_file_to_that(recipe: str, pair: str) -> None:
+    job, expected = job_of(f"recipe={recipe}", f"pair={pair}"), effective(recipe, pair)
+    assert (job.M, job.standardize, job.distiller) == (expected.M, expected.standardize, expected.distiller)
+    assert f"{job.teacher.name}_{job.student.name}" == pair
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_its_sources_values(name: str) -> None:
+    distiller, M, standardize, temperature, ce_weight, kd_weight, warmup, arguments = RECIPES[name]
+    job = job_of(f"recipe={name}", *UNTUNED)
+    d = job.distiller
+    assert (d.name, job.M, job.standardize) == (distiller, M, standardize)
+    assert (d.temperature, d.ce_weight, d.kd_weight, d.warmup_epochs) == (temperature, ce_weight, kd_weight, warmup)
+    loss = {} if name == "vanilla" else {"_target_": f"sddlskd.losses.{distiller}", "temperature": temperature}
+    assert d.loss == loss | arguments
+    assert (job.complementary_weight, d.knowledge, d.reduction) == (2.0, "fusion", "mean")  # SDD Sec. 3.2, its code
+
+
+def test_the_default_is_the_main_method() -> None:
+    assert cfg.config_hash(job_of()) == cfg.config_hash(job_of("recipe=sd_kd_ls"))
+
+
+@pytest.mark.parametrize("row", reference("lskd_logs"), ids=lambda row: row["file"].split("/")[-1])
+def test_lskd_pairs_have_the_values_of_the_authors_logs(row: dict[str, str]) -> None:
+    job = effective(row["method"], f"{row['teacher']}_{row['student']}")
+    assert job.distiller.temperature == float(row["temperature"])
+    assert job.distiller.kd_weight == float(row["kd_weight"])
+    assert job.distiller.loss.get("beta") == (float(row["beta"] or 8.0) if row["method"] == "dkd_ls" else None)
+    assert job_of(f"student={row['student']}", f"teacher={row['student']}").optimizer.lr == float(row["lr_first_epoch"])
+    assert (job.M, job.standardize) == ([1], True)
+
+
+SUITES = {
+    "SDD_KD": "sd_kd",
+    "SDD_DKD": "sd_dkd",
+    "SDD_NKD": "sd_nkd",
+    "SDD_KD_LSKD": "sd_kd_ls",
+    "SDD_DKD_LSKD": "sd_dkd_ls",
+}
+# SDD.md Sec. 4.1: {1,2} where teacher and student are of one architecture, {1,2,4} elsewhere
+ALIKE = {
+    "resnet110_resnet20", "resnet110_resnet32", "resnet56_resnet20", "resnet32x4_resnet8x4", "vgg13_vgg8",
+    "wrn_40_2_wrn_16_2", "wrn_40_2_wrn_40_1", "wrn_16_4_wrn_16_2", "wrn_28_2_wrn_16_2", "wrn_28_4_wrn_16_2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", reference("experiments_seed"), ids=lambda row: row["config"].removeprefix("configs/"))
+def test_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
+    recipe, pair = SUITES[row["distiller"]], f"{row['teacher']}_{row['student']}"
+    job = effective(recipe, pair)
+    d, loss = job.distiller, job.distiller.loss
+    assert (d.temperature, d.ce_weight) == (float(row["temperature"]), float(row["ce_weight"]))
+    if row["kd_weight"]:
+        assert d.kd_weight == float(row["kd_weight"])
+    if row["dkd_alpha"]:
+        assert d.kd_weight * loss["alpha"] == float(row["dkd_alpha"])
+    if row["dkd_beta"]:
+        assert d.kd_weight * loss["gamma" if recipe == "sd_nkd" else "beta"] == float(row["dkd_beta"])
+    assert d.warmup_epochs == int((re.match(r"\d+", row["warmup_effective"]) or ["1"])[0])
+    expected_M = [1, 2] if pair in ALIKE and row["repo"] == "sdd" else [1, 2, 4]
+    assert expected_M == job.M
+    if row["repo"] == "sdd":  # the seed trained every student at 0.05, against both papers (checks.md D6)
+        assert job_of(f"student={row['student']}", f"teacher={row['student']}").optimizer.lr == float(row["lr"])
+    steps = [part * job.trainer.epochs for part in job.optimizer.milestones]
+    assert (job.trainer.epochs, job.trainer.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
+    assert (steps, job.optimizer.decay) == (yaml.safe_load(row["lr_decay_stages"]), float(row["lr_decay_rate"]))
+    momentum, weight_decay = float(row["momentum"]), float(row["weight_decay"])
+    sgd = {"_target_": "torch.optim.SGD", "momentum": momentum, "weight_decay": weight_decay}
+    assert job.optimizer.algorithm == sgd
+
+
+@pytest.mark.parametrize("row", [row for row in reference("experiments_seed") if row["distiller"] == "SDD_DKD"],
+                         ids=lambda row: f"{row['teacher']}_{row['student']}")  # fmt: skip
+def test_plain_dkd_takes_the_pairs_beta_too(row: dict[str, str]) -> None:
+    job = effective("dkd", f"{row['teacher']}_{row['student']}")
+    assert (job.distiller.loss["beta"], job.M) == (float(row["dkd_beta"]), [1])
+
+
+@pytest.mark.parametrize("pair", sorted(ALIKE))
+def test_pairs_of_one_architecture_take_two_scales(pair: str) -> None:
+    assert [effective(recipe, pair).M for recipe in ("sd_kd", "sd_dkd", "sd_nkd")] == [[1, 2]] * 3
+
+
+def test_every_published_pair_is_a_choice_and_sets_its_two_networks() -> None:
+    rows = reference("pairs") + [row for row in reference("experiments_seed") if row["repo"] == "sdd"]
+    assert set(choices("pair")) == {f"{row['teacher']}_{row['student']}" for row in rows}
+    for row in reference("pairs"):
+        with open(CONF / "pair" / f"{row['teacher']}_{row['student']}.yaml") as file:
+            defaults = yaml.safe_load(file)["defaults"]
+        assert defaults == [{"override /teacher": row["teacher"]}, {"override /student": row["student"]}]
+
+
+def test_every_tuned_file_is_for_choices_that_exist_and_changes_something() -> None:
+    pattern = re.compile(rf"({'|'.join(choices('dataset'))})-({'|'.join(choices('recipe'))})-(.+)")
+    for name in choices("tuned"):
+        match = pattern.fullmatch(name)
+        assert match, name
+        dataset, recipe, pair = match.groups()
+        assert pair in choices("pair"), name
+        tuned = OmegaConf.load(CONF / "tuned" / f"{name}.yaml")
+        plain = {"M": RECIPES[recipe][1], "distiller": {"temperature": RECIPES[recipe][3]}}
+        plain["distiller"] |= {"kd_weight": RECIPES[recipe][5], "loss": RECIPES[recipe][7]}
+        assert OmegaConf.merge(plain, tuned) != OmegaConf.create(plain), name
+        assert dataset == "cifar100"
+
+
+# The job's identity.
+
+
+SMALL = ("dataset=fashion_mnist", "teacher=resnet8", "student=resnet8")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "home=/elsewhere", "run_dir=/elsewhere/run", "trainer.device=cuda:1", "tracking=none",
+        "tracking.uri=sqlite:////a/b", "tracking.experiment=other", "trainer.log_every=7",
+        "trainer.progress=off", "checkpoint.every_minutes=3",
+        "dataset.root=/other/data", "dataset.root=data", "teacher.train_if_missing=true",
+        "sweep.name=mine", "trainer=cpu",
+    ],
+)  # fmt: skip
+def test_the_hash_does_not_depend_on_where_and_how(same: str) -> None:
+    assert cfg.config_hash(job_of(*SMALL, same)) == cfg.config_hash(job_of(*SMALL))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "M=[1]", "M=[1,4,2]", "seed=1", "optimizer.lr=0.02", "trainer.epochs=7", "standardize=false",
+        "student=resnet14", "teacher=resnet14", "complementary_weight=1", "distiller.temperature=3",
+        "trainer.batch_size=32",
+        "distiller.loss.temperature=3", "trainer.precision=bf16", "trainer.data_seed=5", "dataset=digits",
+        "dataset.val_fraction=0.1", "recipe=dkd",
+        "optimizer=sgd_cosine", "distiller.knowledge=consistent", "trainer.max_steps=3", "teacher.checkpoint=a.pt",
+    ],
+)  # fmt: skip
+def test_the_hash_depends_on_what_is_computed(other: str) -> None:
+    assert cfg.config_hash(job_of(*SMALL, other)) != cfg.config_hash(job_of(*SMALL))
+
+
+def test_the_hash_is_the_same_in_another_process_and_year() -> None:
+    assert cfg.config_hash(Config()) == cfg.config_hash(Config())
+    assert re.fullmatch(r"[0-9a-f]{12}", cfg.config_hash(job_of()))
+
+
+def test_scales_as_a_list_and_as_text_are_one_job(compose: Compose) -> None:
+    spellings = ("M=[1,2]", "M=[1, 2]", "M='[1,2]'", 'M="[1,2]"')
+    jobs = [compose(*SMALL, spelling) for spelling in spellings[:2]]
+    assert {cfg.config_hash(job) for job in jobs} == {cfg.config_hash(jobs[0])}
+    assert all(job.M == [1, 2] for job in jobs)
+    for quoted in spellings[2:]:  # the grammar makes a string of it, and the type refuses that: never a silent other M
+        with pytest.raises(hydra.errors.ConfigCompositionException, match="Error merging override M="):
+            compose(*SMALL, quoted)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_run_names_are_readable_and_safe_in_a_shell(compose: Compose, recipe: str) -> None:
+    job = compose(f"recipe={recipe}", "M=[1,2,4]", "seed=3")
+    name = cfg.run_name(job)
+    assert re.fullmatch(r"[A-Za-z0-9._/-]+", name)
+    assert name.startswith("cifar100/")
+    assert name.endswith(f"-s3-{cfg.config_hash(job)}")
+    if recipe != "vanilla":
+        assert "resnet32x4-resnet8x4" in name
+        assert "-M-1-2-4-" in name
+        assert ("-ls-" in name) == job.standardize
+    assert job.run_dir == f"{job.home}/runs/{name}"
+
+
+def test_hostile_names_are_made_safe(compose: Compose) -> None:
+    job = compose("student.name='a b;rm -rf ~'", "dataset.name='$(x)/../y'")
+    assert re.fullmatch(r"[A-Za-z0-9._/-]+", cfg.run_name(job))
+    assert len(Path(cfg.run_name(job)).parts) == 2
+    assert ".." not in Path(cfg.run_name(job)).parts
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("recipe=sd_nkd", "optimizer=adamw"),
+        ("distiller=vanilla",),
+        ("tracking=none", "optimizer.clip_norm=3", "trainer.precision=fp16"),
+    ],
+)
+def test_a_frozen_job_reads_back_as_it_was(compose: Compose, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    job = compose(*SMALL, *overrides)
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.to_yaml(job))
+    assert cfg.load(path) == job
+    assert cfg.config_hash(cfg.load(path)) == cfg.config_hash(job)
+    assert cfg.to_yaml(cfg.load(path)) == path.read_text()
+    assert "${" not in path.read_text()
+
+
+def test_a_relative_folder_is_frozen_as_an_absolute_one(
+    compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = compose("dataset=fashion_mnist", "home=here", "dataset.root=pictures", "teacher.checkpoint=t.pt")
+    assert (job.home, job.dataset.root) == (f"{tmp_path}/here", f"{tmp_path}/pictures")
+    assert job.dataset.load["root"] == f"{tmp_path}/pictures"
+    assert job.teacher.checkpoint == f"{tmp_path}/t.pt"
+    assert job.run_dir.startswith(f"{tmp_path}/here/runs/")
+
+
+def test_vanilla_is_one_job_whatever_stands_beside_it(compose: Compose) -> None:
+    jobs = [compose("distiller=vanilla", *beside) for beside in (
+        (), ("teacher=vgg13",), ("M=[1,4]",), ("standardize=true",), ("complementary_weight=7",), ("scales=two",),
+        ("distiller.temperature=9",), ("teacher.checkpoint=x.pt",))]  # fmt: skip
+    jobs.append(compose("recipe=vanilla"))
+    assert len({cfg.config_hash(job) for job in jobs}) == 1
+    assert len({job.run_dir for job in jobs}) == 1
+    assert jobs[1].teacher.name == cfg.NO_TEACHER
+
+
+def test_the_teachers_own_job_does_not_depend_on_the_student(compose: Compose) -> None:
+    jobs = [cfg.teacher_job(compose("dataset=digits", "teacher=resnet14", *student)) for student in (
+        ("student=resnet8",), ("student=shufflev1", "M=[1]", "seed=4"), ("recipe=dkd", "optimizer.lr=1"))]  # fmt: skip
+    assert len({job.run_dir for job in jobs}) == 1
+    assert (jobs[0].student.name, jobs[0].distiller.name, jobs[0].trainer.epochs) == ("resnet14", "vanilla", 20)
+
+
+def test_jobs_share_a_teacher_where_they_see_the_same_batches() -> None:
+    base = job_of(*SMALL)
+    for same in ("student=vgg8", "M=[1]", "recipe=dkd", "optimizer.lr=1"):
+        assert cfg.sharing_key(job_of(*SMALL, same)) == cfg.sharing_key(base), same
+    for other in ("seed=1", "teacher=vgg8", "trainer.batch_size=32", "dataset=digits", "trainer.device=cpu"):
+        assert cfg.sharing_key(job_of(*SMALL, other)) != cfg.sharing_key(base), other
+    seeds = [cfg.sharing_key(job_of(*SMALL, "trainer.data_seed=0", f"seed={seed}")) for seed in (1, 2)]
+    assert seeds[0] == seeds[1]
+
+
+def sweep_name(*overrides: str, name: str = "config") -> Any:
+    cfg.frame()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose(name, overrides=["hydra.mode=MULTIRUN", *overrides], return_hydra_config=True)
+    return composed.sweep.name
+
+
+def test_sweep_names_are_deterministic_and_safe() -> None:
+    name = sweep_name("student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1")
+    assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
+    assert "M-1-2-4" in name
+    assert name == sweep_name("optimizer.lr=0.1", "student=resnet8", "M=[1,2,4]")  # in whatever order
+    assert name == sweep_name("student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1", "tracking=none", "home=/elsewhere")
+    assert name != sweep_name("student=resnet8", "M=[1,2]", "optimizer.lr=0.1")
+    long = [f"+optimizer.algorithm.key_{i}={i}" for i in range(50)]
+    assert len(sweep_name(*long)) < 80
+    assert sweep_name(*long) != sweep_name(*long[:-1])
+    assert sweep_name("sweep.name=mine") == "mine"
+
+
+def test_a_single_job_belongs_to_no_sweep() -> None:
+    assert job_of().sweep.name is None
+
+
+# What is refused when the configuration is composed, beyond what types refuse.
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("M=[]", r"M=\[\]"), ("M=[0]", r"M=\[0\]"), ("M=[1,1]", r"M=\[1, 1\]"), ("M=[-1,2]", r"M=\[-1, 2\]"),
+        ("trainer.epochs=0", r"trainer.epochs=0 must be greater"), ("optimizer.lr=-1", "optimizer.lr=-1"),
+        ("optimizer.milestones=[150]", "parts of trainer.epochs"), ("dataset.val_fraction=1", "dataset.val_fraction=1"),
+        ("seed=-1", "seed=-1"), ("complementary_weight=-1", "complementary_weight=-1"),
+        ("optimizer.lr=nan", "optimizer.lr=nan"),
+        ("distiller.temperature=0", "temperature=0"), ("optimizer.clip_norm=0", "clip_norm=0"),
+        ("home=''", "home is empty"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(tmp_path: Path, override: str, says: str) -> None:
+    cfg.frame()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", overrides=[f"home={tmp_path}", override])
+        composed.run_dir = str(tmp_path / "run")
+        with pytest.raises(ValueError, match=says):
+            cfg.resolve(composed)
+
+
+def test_a_distiller_without_a_teacher_is_refused(compose: Compose) -> None:
+    job = compose()
+    job.teacher.model = {}
+    with pytest.raises(ValueError, match=r"distiller=kd needs a teacher; choose one with teacher=.*distiller=vanilla"):
+        cfg.settle(job)
+
+
+@pytest.mark.parametrize("override", ["+foo=1", "+trainer.foo=1", "+student.foo=1"])
+def test_a_key_that_nothing_reads_is_refused_even_when_it_is_added(tmp_path: Path, override: str) -> None:
+    cfg.frame()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", overrides=[f"home={tmp_path}", "run_dir=x", override])
+        with pytest.raises(Exception, match="Key 'foo' not in"):
+            cfg.resolve(composed)
+
+
+# How the configuration is written (STYLE.md).
+
+
+def test_every_key_is_read_somewhere() -> None:
+    package = Path(sddlskd.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py")]
+    read = {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # dataset.epochs is read by conf/ alone: trainer.epochs and teacher.train_epochs are set from it
+    by_conf = {f.name for f in fields(cfg.DatasetConfig)} & {"train_teachers", "epochs"}
+    keys = {key.rpartition(".")[2] for key, _ in leaves(Config())}
+    assert not keys - read - by_conf
+    yamls = "".join(path.read_text() for path in CONF.rglob("*.yaml"))
+    assert all(f"${{dataset.{key}}}" in yamls for key in by_conf)
+
+
+def test_no_default_is_stated_twice() -> None:
+    frame = dict(leaves(Config()))
+    twice = []
+    for path in [CONF / "config.yaml", *(p for group in GROUPS for p in (CONF / group).glob("*.yaml"))]:
+        text = path.read_text()
+        group = "" if path.name == "config.yaml" else f"{path.parent.name}."
+        if text.startswith("# @package _global_"):  # recipes, scales and pairs say in full what they choose
+            continue
+        content = {k: v for k, v in yaml.safe_load(text).items() if k not in ("defaults", "hydra")}
+        twice += [
+            f"{path.parent.name}/{path.name}: {key}={value}"
+            for key, value in leaves(content)
+            if group + key in frame and frame[group + key] == value
+        ]
+    assert not twice
+
+
+def test_every_field_has_a_comment() -> None:
+    source = Path(cfg.__file__).read_text().splitlines()
+    classes = [node for node in ast.parse("\n".join(source)).body if isinstance(node, ast.ClassDef)]
+    without = [
+        f"{c.name}.{statement.target.id}"
+        for c in classes
+        for statement in c.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        and c.name != "Config" and statement.target.id != "name"
+        and not any("#" in line for line in source[statement.lineno - 1 : statement.end_lineno])
+    ]  # fmt: skip
+    assert not without
+
+
+def test_flatten_has_the_contracts_names() -> None:
+    flat = cfg.flatten(job_of("M=[1,2]"))
+    contract = ("teacher.name", "student.name", "distiller.name", "standardize", "complementary_weight", "dataset.name")
+    assert all(name in flat for name in (*contract, "seed"))
+    assert flat["M"] == "[1,2]"
+    assert cfg.identity_keys() < set(flat)
+
+
+def test_a_composed_config_is_typed() -> None:
+    job = job_of()
+    assert not [key for key, value in leaves(job) if isinstance(value, DictConfig)]
+    assert isinstance(job.trainer.precision, cfg.Precision)
+
+
+def test_a_teacher_is_trained_the_same_whatever_its_student(compose):
+    plain = cfg.teacher_job(compose("dataset=digits", "teacher=resnet8"))
+    assert plain.optimizer.algorithm == compose().optimizer.algorithm  # conf/optimizer/sgd.yaml
+    for other in ("optimizer=adamw", "optimizer.algorithm.weight_decay=0.1", "trainer.batch_size=32", "seed=3"):
+        assert cfg.config_hash(cfg.teacher_job(compose("dataset=digits", "teacher=resnet8", other))) == cfg.config_hash(
+            plain
+        )
+
+
+def test_6_and_6_0_are_one_job(compose):
+    hashes = {cfg.config_hash(compose("recipe=dkd", f"distiller.loss.beta={beta}")) for beta in ("6", "6.0")}
+    assert len(hashes) == 1
