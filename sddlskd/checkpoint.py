@@ -1,0 +1,182 @@
+"""Files that survive: atomic writes, checkpoints with a spare, others' weights read without running their code."""
+
+import functools
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "UnreadableFile",
+    "load_weights",
+    "read",
+    "read_latest",
+    "read_weights",
+    "write",
+    "write_atomically",
+    "write_latest",
+]
+
+log = logging.getLogger(__name__)
+
+LATEST, SPARE = "last.ckpt", "last.previous.ckpt"
+
+
+class UnreadableFile(ValueError):
+    """A checkpoint that is truncated, no checkpoint, or would run code."""
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that becomes `path` as a whole or not at all (temporary file, fsync, rename).
+
+    Raises OSError naming `path`, its old content untouched, where the disk is full or not writable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = (
+            f"cannot save {path}: {error.strerror or error}; free some space or choose another folder with home=..."
+        )
+        raise OSError(error.errno, reason) from error
+    finally:
+        with suppress(FileNotFoundError, OSError):
+            temporary.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the rename itself durable
+    finally:
+        os.close(folder)
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Save tensors and plain values, atomically."""
+    buffer = BytesIO()  # so that a full disk is met by one plain write, not inside the zip writer
+    torch.save(dict(state), buffer)
+    with write_atomically(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read(path: Path) -> Any:
+    """What `write` saved, on the CPU; no code of the file is run.
+
+    Tensors, containers, plain values and numpy scalars (which RepDistiller and mdistiller save beside the weights) are
+    read. Raises UnreadableFile naming the file, what is wrong and the cure; FileNotFoundError where there is none.
+    """
+    with open(path, "rb") as file:
+        try:
+            if zipfile.is_zipfile(file):  # its checksums, which torch.load does not look at
+                with zipfile.ZipFile(file) as archive:
+                    if broken := archive.testzip():
+                        raise ValueError(f"checksum of {broken} differs")
+            file.seek(0)
+            with torch.serialization.safe_globals(_numpy_scalars()):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise anything at all
+            raise UnreadableFile(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    refused = None
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL ([\w.]+)|import of ([\w.]+)|(?:class|type) ([\w.]+\.[\w.]+)", str(error))
+    if refused:
+        name = next(group for group in refused.groups() if group)
+        return (
+            f"{path} is refused: it would run {name} while being read. Nothing was run. "
+            "Save its state_dict alone (torch.save({'model': model.state_dict()}, file)) and use that file"
+        )
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    size = path.stat().st_size
+    return f"{path} is truncated, damaged or not a checkpoint ({size} bytes: {first_line:.120}); get it again"
+
+
+@functools.cache
+def _numpy_scalars() -> list[Any]:
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1 and 2
+    return [np.dtype, *dtypes, *((scalar, name) for name in names)]
+
+
+def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
+    """Save the newest checkpoint of a run; the one before it stays as a spare."""
+    path = folder / LATEST
+    buffer = folder / f"{LATEST}.new"
+    write(buffer, state)
+    if path.exists():
+        os.replace(path, folder / SPARE)
+    os.replace(buffer, path)
+
+
+def read_latest(folder: Path) -> Any | None:
+    """The newest readable checkpoint of a run, or None where there is none yet; a damaged one is named in the log.
+
+    Raises UnreadableFile where checkpoints exist and none can be read.
+    """
+    errors = []
+    for path in (folder / f"{LATEST}.new", folder / LATEST, folder / SPARE):
+        if path.exists():
+            try:
+                state = read(path)
+            except UnreadableFile as error:
+                errors.append(error)
+                log.warning("%s; falling back to the checkpoint before it", error)
+                continue
+            if errors:
+                log.warning("continuing from %s", path)
+            return state
+    if errors:
+        raise UnreadableFile(f"{errors[0]}, or delete {folder} to start this run anew")
+    return None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of ours, of RepDistiller or mdistiller ({"model": ...}), or a bare state dict.
+
+    Raises UnreadableFile as `read`, or where there is no state dict in it.
+    """
+    content = read(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UnreadableFile(f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict")
+    return {name.removeprefix("module."): value for name, value in content.items()}  # DataParallel's prefix
+
+
+def load_weights(model: nn.Module, path: Path, network: str) -> None:
+    """Load a file of weights into `model`, strictly.
+
+    Raises ValueError naming the first keys that differ, for the weights of another network or class count.
+    """
+    weights, own = read_weights(path), model.state_dict()
+    differing = [f"{k} is missing" for k in own if k not in weights]
+    differing += [f"{k} is not in {network}" for k in weights if k not in own]
+    differing += [
+        f"{k} is {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if differing:
+        shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
+        raise ValueError(
+            f"{path} does not hold weights of {network}: {shown}. Give the file of that network and data set"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,39 @@
+"""Devices and number formats: what `trainer.device` and `trainer.precision` mean."""
+
+import torch
+
+__all__ = ["autocast", "pick_device"]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context for the networks' forward pass; losses leave it and are computed in float32."""
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:<n> or mps as a device that is here. Raises ValueError naming the value and the cure."""
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    valid = "auto, cpu, cuda, cuda:<number> or mps"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"trainer.device={name} is unknown; valid are {valid}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(
+                f"trainer.device={name} needs CUDA, and none is available here; use trainer.device=cpu or auto"
+            )
+        if (device.index or 0) >= count:
+            raise ValueError(f"trainer.device={name} is not here; this machine has cuda:0 to cuda:{count - 1}")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("trainer.device=mps is not available here; use trainer.device=cpu or auto")
+    elif device.type != "cpu":
+        raise ValueError(f"trainer.device={name} is unknown; valid are {valid}")
+    return device

@@ -1,0 +1,212 @@
+"""The run directory: a run's frozen configuration, its metrics and its result. It is the record; MLflow mirrors it."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sddlskd import config as cfg
+from sddlskd.checkpoint import write_atomically
+from sddlskd.config import Config
+
+__all__ = ["FAILED", "FINISHED", "KILLED", "RUNNING", "InUse", "Record", "read_result"]
+
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or leave it as it was."""
+    with write_atomically(path) as file:
+        file.write(text.encode())
+
+
+class InUse(ValueError):
+    """Another process has the run directory open."""
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of result.json; {} where the run has not started."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def queue_again(folder: Path) -> None:
+    """Let a failed run count as interrupted: its old outcome must not be taken for that of the run to come."""
+    result = read_result(folder)
+    if result.get("status") == FAILED:
+        result |= {"status": KILLED, "reason": f"queued again after: {result['reason']}"}
+        write_text(folder / "result.json", json.dumps(result, indent=1))
+
+
+def freeze(config: Config) -> Path:
+    """Write the resolved configuration and the code's state into the run directory; the job reads them from there.
+
+    A directory that holds this job already takes over where and how it runs this time (tracking, device, folders), and
+    keeps the state of the code that began it. Raises ValueError where it holds another job.
+    """
+    folder = Path(config.run_dir)
+    if holds(config):
+        if (folder / "config.yaml").read_text() != cfg.to_yaml(config) and abandoned(folder):
+            write_text(folder / "config.yaml", cfg.to_yaml(config))
+        return folder
+    code = code_state()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "code.json", json.dumps({k: v for k, v in code.items() if k != "diff"}, indent=1))
+    if code["diff"]:
+        write_text(folder / "code.diff", code["diff"])
+    write_text(folder / "config.yaml", cfg.to_yaml(config))  # last: its presence says that the record is whole
+    return folder
+
+
+def holds(config: Config) -> bool:
+    """Whether the job's run directory was frozen for it already; ValueError where it holds another job."""
+    path = Path(config.run_dir, "config.yaml")
+    if not path.exists():
+        return False
+    earlier = cfg.load(path)
+    if cfg.config_hash(earlier) != cfg.config_hash(config):
+        old, new = cfg.flatten(earlier), cfg.flatten(config)
+        differing = [f"{k}={old[k]} there, {new[k]} here" for k in new if k in cfg.identity_keys() and old[k] != new[k]]
+        raise ValueError(
+            f"run_dir={path.parent} holds another job ({'; '.join(differing[:3])}); choose another run_dir"
+        )
+    return True
+
+
+@cache
+def code_state() -> dict[str, str]:
+    """Version, git revision and uncommitted changes of this package's checkout ("" where it is not in one)."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except FileNotFoundError:
+            return ""
+        return done.stdout if done.returncode == 0 else ""
+
+    if not git("ls-files", "--", __file__):  # installed into a venv inside some other project's checkout
+        return {"version": version("sddlskd"), "git_sha": "", "diff": ""}
+    return {"version": version("sddlskd"), "git_sha": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")}
+
+
+class Record:
+    """One run's directory, opened for writing by one process alone.
+
+    Raises ValueError naming the process that has it open.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.folder = freeze(config)
+        self.config_hash = cfg.config_hash(config)
+        self._lock = FileLock(self.folder / ".lock")
+        holder = self.folder / ".holder"
+        try:
+            self._lock.acquire(timeout=2)  # seconds: `tracking.sync` takes it for a moment, to see whether a run lives
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise InUse(f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir") from None
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        holds(config)  # again, now that nobody else can freeze another job here
+        for left_over in self.folder.glob(".*.ckpt*.tmp"):  # of a process that was killed inside a write
+            left_over.unlink()
+        self._log_file = logging.FileHandler(self.folder / "train.log")
+        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.log = logging.getLogger(f"sddlskd.run.{str(self.folder).replace('.', '_')}")
+        self.log.setLevel(logging.INFO)
+        self.log.addHandler(self._log_file)
+        self._mend_torn_line()
+
+    def close(self) -> None:
+        self.log.removeHandler(self._log_file)
+        self._log_file.close()
+        self._lock.release()
+
+    def _mend_torn_line(self) -> None:
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:  # the machine went down inside a write
+                with write_atomically(path) as file:
+                    file.write(whole)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of every finished epoch."""
+        return read_rows(self.folder)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch's metrics, once: an epoch that is there already (a resumed run repeats it) is left alone."""
+        rows = self.rows()
+        if rows and rows[-1]["epoch"] >= row["epoch"]:
+            return
+        with open(self.folder / "metrics.jsonl", "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def note_run_id(self) -> None:
+        """Add to result.json the id of the run's mirror in MLflow, which may have come after the outcome."""
+        content, run_id = read_result(self.folder), read_mirror(self.folder).get("run_id")
+        if content and content["run_id"] != run_id:
+            write_text(self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1))
+
+    def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
+        """Write result.json."""
+        content = {
+            "run_id": read_mirror(self.folder).get("run_id"),
+            "status": status,
+            "reason": reason,
+            "config_hash": self.config_hash,
+            **values,
+            "time": time.time(),
+        }
+        write_text(self.folder / "result.json", json.dumps(content, indent=1))
+        return content
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether no process has this run open."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Every whole line of metrics.jsonl."""
+    try:
+        content = (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def read_mirror(folder: Path) -> dict[str, Any]:
+    """What is known of the run's mirror in MLflow: {key, run_id, rows, status}."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "mlflow.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write mlflow.json."""
+    write_text(folder / "mlflow.json", json.dumps(content))

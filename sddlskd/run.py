@@ -1,0 +1,201 @@
+"""One student in training: its step, its state, its record.
+
+Shapes: B batch, C channels, H W sides, K classes.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd import checkpoint
+from sddlskd.distill import ScaleDecoupled
+from sddlskd.precision import autocast
+from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Record
+
+__all__ = ["NonFiniteLoss", "Run"]
+
+
+CURE = "lower optimizer.lr or set optimizer.clip_norm"
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a run became infinite or not a number."""
+
+
+class Run:
+    """All state of one student.
+
+    model: the student; distill: the composed distillation loss, None for a student alone; learning_rate: epochs of
+    progress -> lr; seed: of random layers such as dropout, which draw from (seed, epoch, step) alone;
+    steps: batches of an epoch. The position is (epoch, step): epoch from 1, step = batches of it already done.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        label: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        distill: ScaleDecoupled | None,
+        ce_weight: float,
+        kd_weight: float,
+        warmup_epochs: int,
+        learning_rate: Callable[[float], float],
+        clip_norm: float | None,
+        device: torch.device,
+        precision: str,
+        compile: bool,
+        seed: int,
+        steps: int,
+    ) -> None:
+        self.record, self.label, self.model, self.optimizer = record, label, model, optimizer
+        self.distill, self.ce_weight, self.kd_weight, self.warmup_epochs = distill, ce_weight, kd_weight, warmup_epochs
+        self.learning_rate, self.clip_norm, self.precision, self.seed, self.steps = (
+            learning_rate,
+            clip_norm,
+            precision,
+            seed,
+            steps,
+        )
+        self.device = device
+        self.forward = torch.compile(model) if compile else model
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.epoch, self.step, self.seen = 1, 0, 0
+        self.sums = torch.zeros(4, device=device)  # over the images of this epoch: loss, ce, kd, right
+        self.bad = torch.full((2,), -1.0, device=device)  # step and value of the first non-finite loss
+        self.best_top1, self.best_epoch, self.last_top1, self.seconds = -1.0, 0, -1.0, 0.0
+        self.spent = 0.0  # seconds on this epoch by processes before this one
+        self.info: dict[str, Any] = {}  # about the teacher, for result.json
+        self.crowded = False  # whether other runs train beside it
+        self.state, self.reason = RUNNING, ""
+        self.loss, self.val_top1 = float("nan"), float("nan")
+        self._resume()
+
+    def train_step(self, images_BCHW: Tensor, target_B: Tensor, teacher_map_BKHW: Tensor | None) -> None:
+        """One step of training on one batch. No value is read back to the host: `look` does that, now and then."""
+        torch.manual_seed(hash((self.seed, self.epoch, self.step)) % 2**63)  # dropout: the same alone, grouped, resumed
+        progress = self.epoch - 1 + self.step / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress)
+
+        with autocast(self.device, self.precision):
+            student_map_BKHW = self.forward(images_BCHW)
+        logits_BK = student_map_BKHW.float().mean((2, 3))
+        loss_ce = F.cross_entropy(logits_BK, target_B)
+        loss, loss_kd = self.ce_weight * loss_ce, torch.zeros_like(loss_ce)
+        if self.distill is not None and teacher_map_BKHW is not None:
+            loss_kd = self.distill(student_map_BKHW, teacher_map_BKHW, target_B)
+            loss = loss + self.kd_weight * min(self.epoch / self.warmup_epochs, 1.0) * loss_kd
+
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        with torch.no_grad():
+            B = len(target_B)
+            right = (logits_BK.argmax(1) == target_B).sum()
+            self.sums += torch.stack((loss * B, loss_ce * B, loss_kd * B, right.to(loss.dtype)))
+            first_bad = ~torch.isfinite(loss) & (self.bad[0] < 0)
+            self.bad = torch.where(first_bad, torch.stack((loss.new_full((), self.step + 1.0), loss)), self.bad)
+        self.step, self.seen = self.step + 1, self.seen + B
+
+    def look(self) -> None:
+        """Read the loss (this waits for the device). Raises NonFiniteLoss with the step and the value."""
+        bad_step, value = self.bad.tolist()
+        if bad_step >= 0:
+            raise NonFiniteLoss(f"loss became {value} at epoch {self.epoch}, step {int(bad_step)}; {CURE}")
+        self.loss = (self.sums[0] / max(self.seen, 1)).item()
+
+    def end_epoch(self, val: dict[str, float], seconds: float) -> None:
+        """Close an epoch: its row of metrics, the best weights, the checkpoint, and only then the record.
+
+        seconds: since this process took the epoch up. Raises NonFiniteLoss for weights that were broken by its end.
+        """
+        if not math.isfinite(val["loss"]):
+            raise NonFiniteLoss(f"val/loss became {val['loss']} at epoch {self.epoch}, step {self.step}; {CURE}")
+        seconds, self.spent = self.spent + seconds, 0.0
+        loss, loss_ce, loss_kd, right = (self.sums / self.seen).tolist()
+        self.seconds += seconds
+        self.loss, self.val_top1, self.last_top1 = loss, val["top1"], val["top1"]
+        row = {
+            "epoch": self.epoch,
+            "time": time.time(),
+            "train/loss": loss,
+            "train/loss_ce": loss_ce,
+            "train/loss_kd": loss_kd,
+            "train/top1": 100 * right,
+            **{f"val/{name}": value for name, value in val.items()},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "time/epoch_s": seconds,
+            "time/images_per_s": self.seen / seconds,
+        }
+        if val["top1"] > self.best_top1:
+            self.best_top1, self.best_epoch = val["top1"], self.epoch
+            best = {"model": self.model.state_dict(), "epoch": self.epoch, "top1": self.best_top1}
+            checkpoint.write(self.record.folder / "best.ckpt", best)
+        self.epoch, self.step, self.seen = self.epoch + 1, 0, 0
+        self.sums.zero_()
+        self.save(row)
+        self.record.append(row)
+
+    def save(self, row: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
+        """Checkpoint everything that continuing needs. `row`: the metrics of the epoch that just ended, so that a
+        process that dies before they are in the record leaves them here. `seconds`: on an epoch that has not ended."""
+        state = {
+            "position": [self.epoch, self.step, self.seen],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sums": self.sums,
+            "scores": [self.best_top1, self.best_epoch, self.last_top1],
+            "seconds": [self.seconds, self.spent + seconds],
+            "row": row,
+        }
+        checkpoint.write_latest(self.record.folder, state)
+
+    def _resume(self) -> None:
+        state = checkpoint.read_latest(self.record.folder)
+        if state is None:
+            return
+        self.epoch, self.step, self.seen = state["position"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sums.copy_(state["sums"])
+        self.best_top1, self.best_epoch, self.last_top1 = state["scores"]
+        self.seconds, self.spent = state["seconds"]
+        self.val_top1 = self.last_top1
+        if state["row"] is not None:
+            self.record.append(state["row"])
+        self.record.log.info("continuing at epoch %d, step %d", self.epoch, self.step)
+
+    def report(self, status: str, reason: str = "") -> dict[str, Any]:
+        """Write result.json: RUNNING at the start, FINISHED, FAILED or KILLED at the end."""
+        self.state, self.reason = status, reason
+        log = self.record.log.error if status == FAILED else self.record.log.info
+        log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
+        return self.record.result(
+            status,
+            reason,
+            best_top1=self.best_top1 if self.best_epoch else None,
+            best_epoch=self.best_epoch or None,
+            last_top1=self.last_top1 if self.best_epoch else None,
+            epochs=self.epoch - 1,
+            seconds=round(self.seconds, 3),
+            **self.info,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Neither failed nor done."""
+        return self.state not in (FINISHED, FAILED, KILLED)

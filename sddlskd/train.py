@@ -1,0 +1,89 @@
+"""`python -m sddlskd.train`: compose, check, fit.
+
+Everything heavy is imported when a job runs, so that --help, --cfg and planning stay fast.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sddlskd import config as cfg
+from sddlskd.console import explain, log_to_terminal, outcomes
+
+__all__ = ["main"]
+
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # what a user can mend
+cfg.frame()
+
+
+class _Refused(SystemExit):
+    """Carries an error of a job past Hydra, which adds lines of its own to an Exception."""
+
+
+@hydra.main(version_base="1.3", config_path=str(files("sddlskd.conf")), config_name="config")
+def _job(composed: DictConfig) -> dict[str, Any]:
+    folder = Path(HydraConfig.get().runtime.output_dir)  # Hydra has made it
+    if HydraConfig.get().mode is RunMode.RUN:
+        composed.run_dir = str(folder)  # hydra.run.dir=... says where, too
+    try:
+        job = cfg.resolve(composed)
+        if job.sweep.plan:
+            raise ValueError(
+                "sweep.plan=true is about a sweep; put -m before the overrides: -m sweep.plan=true seed=0,1"
+            )
+        from sddlskd.trainer import fit
+
+        (result,) = fit([job])
+    except ERRORS as error:
+        raise _Refused from error
+    finally:
+        _remove_empty(folder, Path(composed.home).absolute())
+    outcomes([job], [result])
+    return result
+
+
+def _remove_empty(folder: Path, home: Path) -> None:
+    """Take away what Hydra made for a job that was refused: the run directory, and the folders down from home to it."""
+    with suppress(OSError):  # not empty: there is a record
+        folder.rmdir()
+        for parent in folder.parents:
+            if home in parent.parents:
+                parent.rmdir()
+
+
+def main() -> None:
+    """The console entry: errors that a user can mend take one line and exit code 1."""
+    log_to_terminal()
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and one place words the errors
+    failed: BaseException | None = None
+    try:
+        _job()
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command continues where it stopped\n")
+        sys.exit(130)
+    except _Refused as refused:
+        failed = refused.__cause__
+    except ERRORS as error:
+        failed = error
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = "1" if traceback_wanted else "0"
+    if failed is not None:
+        if traceback_wanted:
+            raise failed
+        sys.stderr.write(f"error: {explain(failed)}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""One worker process of a sweep: fits one group of frozen jobs on one device. Also the way to run a frozen job again.
+
+python -m sddlskd.worker RUN_DIR [RUN_DIR ...]
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sddlskd import config as cfg
+from sddlskd.console import explain, log_to_terminal
+from sddlskd.record import InUse
+
+__all__ = ["BUSY", "TOO_LARGE", "main"]
+
+TOO_LARGE, BUSY = 75, 76  # exit codes: the group does not fit into the device's memory; another process has a job open
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with(parent: int) -> None:
+    """Stop (with checkpoints saved) when the launching process dies, so that no orphan holds a run directory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(143)
+
+
+def main() -> None:
+    """Fit the jobs in the given run directories, from where they are."""
+    parser = argparse.ArgumentParser(prog="python -m sddlskd.worker", description=main.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--device", help="instead of the jobs' trainer.device")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--progress", help="instead of the jobs' trainer.progress")
+    parser.add_argument("--parent", type=int, help="stop when this process is gone")
+    chosen = parser.parse_args()
+    if chosen.parent:
+        _end_with(chosen.parent)
+    log_to_terminal()
+    cfg.frame()
+    jobs = []
+    for folder in chosen.folders:
+        job = replace(cfg.load(folder / "config.yaml"), run_dir=str(folder.absolute()))
+        device, progress = chosen.device or job.trainer.device, cfg.Progress(chosen.progress or job.trainer.progress)
+        jobs.append(replace(job, trainer=replace(job.trainer, device=device, progress=progress)))
+
+    import torch
+
+    from sddlskd.trainer import fit
+
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    try:
+        results = fit(jobs)
+    except torch.OutOfMemoryError as error:
+        logging.getLogger("sddlskd").warning("%d jobs do not fit side by side: %s", len(jobs), explain(error))
+        sys.exit(TOO_LARGE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except InUse as error:
+        logging.getLogger("sddlskd").warning("%s", explain(error))
+        sys.exit(BUSY)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {explain(error)}\n")
+        sys.exit(1)
+    sys.exit(130 if any(result["status"] == "KILLED" for result in results) else 0)
+
+
+if __name__ == "__main__":
+    main()
