@@ -1,0 +1,7 @@
+"""`make bench`: every benchmark in turn. They print ratios and judge nothing."""
+
+from tests.benchmarks import bench_data, bench_step, bench_sweep
+
+if __name__ == "__main__":
+    for benchmark in (bench_data, bench_step, bench_sweep):
+        benchmark.main()

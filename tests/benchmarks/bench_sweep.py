@@ -1,0 +1,134 @@
+"""What sharing the teacher saves: resnet32x4 teaching shufflev1 and mobilev2 at M=[1] and M=[1,2,4], batch 64.
+
+    python -m tests.benchmarks.bench_sweep
+
+Ratios of steps run in turn in one process, two CPU threads; and the cost of planning a thousand jobs.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+
+from sddlskd import config as cfg
+from sddlskd.build import build_network, build_run
+from sddlskd.config import Config
+from sddlskd.record import Record
+from sddlskd.run import Run
+from sddlskd.teacher import Teacher
+from sddlskd.teacher_cache import TeacherCache
+from tests.benchmarks.bench_step import in_turn, ratio
+
+BATCH_SIZE = 64
+STUDENTS = [("shufflev1", "[1]"), ("shufflev1", "[1,2,4]"), ("mobilev2", "[1]"), ("mobilev2", "[1,2,4]")]
+
+
+def job_of(home: Path, student: str, M: str, seed: int) -> Config:
+    """One job of the sweep."""
+    overrides = ["dataset=fake", "tracking=none", f"home={home}", "trainer=cpu", f"student={student}", f"M={M}"]
+    return cfg.resolve(compose("config", [*overrides, f"seed={seed}", "trainer.data_seed=0"]))
+
+
+def sharing() -> None:
+    """Print what a group costs beside its parts, and beside its jobs one after another."""
+    torch.set_num_threads(2)
+    cfg.frame()
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder, initialize_config_module("sddlskd.conf", version_base="1.3"):
+        jobs = [job_of(Path(folder), student, M, seed) for seed in range(4) for student, M in STUDENTS]
+        runs: list[Run] = []
+        for job in jobs:
+            network = build_network(job.student.model, 100, job.seed, device)
+            runs.append(build_run(job, network, Record(job), device, steps=782))
+        network = build_network(jobs[0].teacher.model, 100, 0, device)
+        teacher = Teacher(network, None, name="resnet32x4", device=device, precision="fp32", compile=False)
+        images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)
+        target = torch.randint(100, (BATCH_SIZE,))
+
+        def grouped(count: int) -> None:
+            teacher_map = teacher(images)
+            for run in runs[:count]:
+                run.train_step(images, target, teacher_map)
+
+        def one_after_another(count: int) -> None:
+            for run in runs[:count]:
+                run.train_step(images, target, teacher(images))
+
+        def parts(count: int) -> None:
+            teacher(images)
+            for run in runs[:count]:
+                run.model.zero_grad(set_to_none=True)
+                F.cross_entropy(run.model(images).mean((2, 3)), target).backward()
+
+        grouped_s, parts_s = in_turn(lambda: grouped(4), lambda: parts(4), repeats=5)
+        print(f"4 jobs grouped / (one teacher forward + four students alone): {ratio(grouped_s, parts_s)}")
+        views = torch.arange(BATCH_SIZE) * 162
+        cache = TeacherCache(teacher, Path(folder, "maps"), rows=BATCH_SIZE * 162, map_KHW=(100, 8, 8), dtype="float16")
+        cache(images, views)
+
+        def cached() -> None:
+            teacher_map = cache(images, views)
+            for run in runs[:4]:
+                run.train_step(images, target, teacher_map)
+
+        grouped_s, cached_s = in_turn(lambda: grouped(4), cached, repeats=5)
+        print(f"4 jobs grouped / the same with a filled teacher cache: {ratio(grouped_s, cached_s)}")
+        for count in (1, 2, 4, 8, 16):
+            apart, together = in_turn(lambda n=count: one_after_another(n), lambda n=count: grouped(n), repeats=3)  # type: ignore[misc]
+            print(f"{count:>2} jobs one after another / grouped: {ratio(apart, together)}")
+
+
+PLANNING = """
+import json, sys, time, resource
+from importlib.resources import files
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from sddlskd import config as cfg
+from sddlskd.grid import compose_grid
+from sddlskd.precheck import problems
+from sddlskd.sweeps import groups_of, state_of
+from pathlib import Path
+started = time.perf_counter()
+cfg.frame()
+loader = ConfigLoaderImpl(create_config_search_path(str(files("sddlskd.conf"))))
+sweep = loader.load_configuration("config", ["dataset=fake"], RunMode.MULTIRUN)
+students = ("shufflev1", "mobilev2")
+grid = [["dataset=fake", f"home={sys.argv[1]}", f"student={s}", f"M={M}", f"seed={n}"]
+        for s in students for M in ("[1]", "[1,2,4]") for n in range(250)]
+jobs = compose_grid(loader, sweep, grid)
+hashes = {cfg.config_hash(job) for job in jobs}
+states = {state_of(Path(job.run_dir)) for job in jobs}
+assert len(hashes) == 1000 and not problems(jobs)
+groups = groups_of(jobs)
+status = Path("/proc/self/status").read_text()
+peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+print(json.dumps([time.perf_counter() - started, int(peak) / 1024, len(groups)]))
+"""
+
+
+def planning() -> None:
+    """Print what planning a thousand jobs costs."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", PLANNING, folder], capture_output=True, text=True, check=True)
+        whole = time.perf_counter() - started
+    seconds, peak, groups = json.loads(done.stdout)
+    print(f"1,000 jobs composed, checked, hashed and grouped ({groups} groups): {seconds:.1f} s, {peak:.0f} MiB; "
+          f"{whole:.1f} s with the imports")  # fmt: skip
+
+
+def main() -> None:
+    """Print everything."""
+    sharing()
+    planning()
+
+
+if __name__ == "__main__":
+    main()

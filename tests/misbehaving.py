@@ -1,0 +1,59 @@
+"""Networks that fail in the ways that networks and machines fail, for the tests of sweeps."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(nn.Module):
+    """A small sound network: images B 3 32 32 -> logit map B K 8 8."""
+
+    instances = 0
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        Tiny.instances += 1
+        body = [nn.Conv2d(3, width, 3, stride=4, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        self.body = nn.Sequential(*body, nn.Conv2d(width, num_classes, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logit_map: Tensor = self.body(images)
+        if self.training and images.device.type != "meta":
+            self.misbehave()
+        return logit_map
+
+    def misbehave(self) -> None:
+        """What this network does wrong in training."""
+
+
+class Raises(Tiny):
+    """Raises at its first training step."""
+
+    def misbehave(self) -> None:
+        raise RuntimeError("this network does not like its images")
+
+
+class Kills(Tiny):
+    """Kills its process, `times` times in all, counted in a folder."""
+
+    def __init__(self, num_classes: int, folder: str, times: int, after: int = 0) -> None:
+        super().__init__(num_classes)
+        self.folder, self.times, self.after, self.steps = Path(folder), times, after, 0
+
+    def misbehave(self) -> None:
+        self.steps += 1
+        done = len(list(self.folder.glob("killed-*")))
+        if done < self.times and self.steps > self.after:
+            (self.folder / f"killed-{done}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Large(Tiny):
+    """Does not fit beside more than one other network."""
+
+    def misbehave(self) -> None:
+        if Tiny.instances > 3:  # a teacher and two students
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -1,0 +1,155 @@
+"""The arrows of DESIGN.md and the bans of STYLE.md, read from the source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sddlskd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
+
+# From the bottom up: a module imports only from layers below its own (or beside it in its own package).
+LAYERS = (
+    {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
+    {"data", "evaluation", "console", "record", "teacher"},
+    {"run", "progress", "tracking", "grid", "teacher_cache"},
+    {"build"},
+    {"precheck"},
+    {"trainer"},
+    {"worker"},
+    {"sweeps"},
+    {"train", "hydra_plugins"},
+)
+SEE_A_CONFIG = {
+    "build", "console", "grid", "precheck", "record", "sweeps", "tracking", "train", "trainer", "worker",
+}  # fmt: skip
+ALONE = {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"}
+
+
+def module_of(path: Path) -> str:
+    """The module or package directly inside sddlskd that a file belongs to."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
+    """The dotted names that are imported; `from sddlskd import config` counts as sddlskd.config."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def own(path: Path) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    return {name.split(".")[1] for name in imports(ast.walk(tree(path))) if name.startswith("sddlskd.")}
+
+
+def outside(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(ast.walk(tree(path)))} - {"sddlskd"}
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set().union(*LAYERS) == {module_of(path) for path in FILES} - {"__init__"}
+    assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    module = module_of(path)
+    if module == "__init__":
+        assert not own(path)
+        return
+    height = next(i for i, layer in enumerate(LAYERS) if module in layer)
+    below = set().union(*LAYERS[:height])
+    assert own(path) <= below | ({"models"} if module == "models" else set())
+
+
+@pytest.mark.parametrize("module", sorted(ALONE))
+def test_config_losses_models_and_data_know_nothing_above(module: str) -> None:
+    files = [path for path in FILES if module_of(path) == module]
+    assert files
+    for path in files:
+        assert own(path) <= ({"models"} if module == "models" else set())
+
+
+def test_who_sees_a_config() -> None:
+    seeing = {module_of(path) for path in FILES if "config" in own(path)}
+    assert seeing <= SEE_A_CONFIG
+    for path in FILES:
+        if module_of(path) not in SEE_A_CONFIG | {"config", "hydra_plugins"}:
+            named = {node.arg for node in ast.walk(tree(path)) if isinstance(node, ast.arg)}
+            assert not named & {"cfg", "config"}, path
+            assert "omegaconf" not in outside(path), path
+
+
+def test_who_uses_what() -> None:
+    using = {
+        library: {module_of(path) for path in FILES if library in outside(path)} for library in ("mlflow", "hydra")
+    }
+    assert using["mlflow"] == {"tracking"}
+    assert using["hydra"] <= {"build", "config", "console", "grid", "precheck", "train", "hydra_plugins"}
+    torchless = {module_of(path) for path in FILES if "torch" not in outside(path)}
+    assert {"config", "console", "grid", "train", "tracking", "record", "hydra_plugins"} <= torchless
+
+
+@pytest.mark.parametrize("path", [LAUNCHER, PACKAGE / "train.py", PACKAGE / "config.py", PACKAGE / "console.py"],
+                         ids=lambda path: path.stem)  # fmt: skip
+def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
+    at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}
+    assert not at_module_level & {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn"}
+    ours = {name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")}
+    assert ours <= {"config", "console"}
+
+
+def test_the_launcher_stands_in_hydras_namespace() -> None:
+    assert not (PACKAGE / "hydra_plugins" / "__init__.py").exists()
+    assert [path.name for path in LAUNCHER.parent.glob("*.py")] == ["shared_teacher.py"]
+
+
+def test_analysis_and_the_package_do_not_know_each_other() -> None:
+    assert all("analysis" not in outside(path) for path in FILES)
+    assert all("sddlskd" not in {name.split(".")[0] for name in imports(ast.walk(tree(path)))}
+               for path in (ROOT / "analysis").rglob("*.py"))  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_style_turns_away(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except at {where}"
+        if isinstance(node, ast.Attribute):
+            assert not (node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"), where
+        if isinstance(node, ast.Call):
+            called = node.func
+            assert not (isinstance(called, ast.Name) and called.id == "print"), f"print at {where}"
+            assert not (isinstance(called, ast.Attribute) and called.attr == "cuda"), f".cuda() at {where}"
+            assert not (isinstance(called, ast.Attribute) and called.attr == "nan_to_num"), f"NaN hidden at {where}"
+            if isinstance(called, ast.Name) and called.id == "getattr" and isinstance(node.args[0], ast.Name):
+                assert not (len(node.args) == 3 and node.args[0].id in ("cfg", "config", "job")), where
+    assert path.stem not in ("utils", "common", "helpers", "misc")
+
+
+def test_the_training_loop_fits_two_screens() -> None:
+    (loop,) = [node for node in tree(PACKAGE / "trainer.py").body
+               if isinstance(node, ast.FunctionDef) and node.name == "train"]  # fmt: skip
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno + 1 <= 80
+
+
+def test_no_value_is_read_back_in_a_training_step() -> None:
+    (run,) = [node for node in tree(PACKAGE / "run.py").body if isinstance(node, ast.ClassDef) and node.name == "Run"]
+    (step,) = [node for node in run.body if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    called = {node.func.attr for node in ast.walk(step) if isinstance(node, ast.Call)
+              and isinstance(node.func, ast.Attribute)}  # fmt: skip
+    assert called.isdisjoint({"item", "tolist", "cpu", "numpy", "synchronize"})

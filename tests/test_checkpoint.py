@@ -1,0 +1,349 @@
+"""Files that survive a full disk, a cut and a stranger."""
+
+import argparse
+import errno
+import logging
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import warnings
+from collections import OrderedDict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sddlskd.checkpoint import (
+    UnreadableFile,
+    load_weights,
+    read,
+    read_latest,
+    read_weights,
+    write,
+    write_atomically,
+    write_latest,
+)
+from sddlskd.models import create
+from sddlskd.trainer import fit
+from tests.tiny import final, one_thread, processes, rows, same, tiny  # noqa: F401
+
+STATE = {"model": {"w": torch.arange(2000.0), "b": torch.tensor([1, 2])}, "epoch": 3, "row": {"top1": 0.5, "name": "é"}}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Atomic writes
+
+
+def test_write_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "x.ckpt"
+    write(path, STATE)
+    assert same(read(path), STATE)
+    assert files(path.parent) == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
+def test_full_disk_leaves_the_old_file_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    path = tmp_path / "x.ckpt"
+    write(path, STATE)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if stage != "write":
+        monkeypatch.setattr(os, stage, full)
+
+    def half_written() -> None:
+        with write_atomically(path) as file:
+            file.write(b"half of ")
+            full()
+
+    with pytest.raises(OSError, match=f"cannot save {path}: No space left on device; free some space") as caught:
+        half_written() if stage == "write" else write(path, {"epoch": 4})
+    assert caught.value.errno == errno.ENOSPC
+    assert files(tmp_path) == ["x.ckpt"]
+    assert same(read(path), STATE)
+
+
+def test_interrupt_inside_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    write(path, STATE)
+
+    def interrupted() -> None:
+        with write_atomically(path) as file:
+            file.write(b"half of ")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert files(tmp_path) == ["x.ckpt"]
+    assert same(read(path), STATE)
+
+
+def write_over_the_limit(folder: Path, queue: Any) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        write_latest(folder, {"w": torch.zeros(100_000)})
+    except OSError as error:
+        queue.put(str(error))
+
+
+def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
+    """A real failing write in the middle of the file, as on a full disk or past a quota."""
+    write_latest(tmp_path, STATE)
+    queue = processes.SimpleQueue()
+    process = processes.Process(target=write_over_the_limit, args=(tmp_path, queue))
+    process.start()
+    assert re.search(r"cannot save .*last\.ckpt.*: File too large; free some space", queue.get())
+    process.join()
+    assert files(tmp_path) == ["last.ckpt"]
+    assert same(read_latest(tmp_path), STATE)
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write(tmp_path / "file" / "x.ckpt", STATE)
+
+
+# The newest checkpoint and its spare
+
+
+def test_spare_is_the_checkpoint_before(tmp_path: Path) -> None:
+    assert read_latest(tmp_path) is None
+    for epoch in (1, 2, 3):
+        write_latest(tmp_path, {"epoch": epoch})
+    assert files(tmp_path) == ["last.ckpt", "last.previous.ckpt"]
+    assert read_latest(tmp_path) == {"epoch": 3}
+    assert read(tmp_path / "last.previous.ckpt") == {"epoch": 2}
+
+
+@pytest.mark.parametrize("replaced", [0, 1])
+def test_dead_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int) -> None:
+    for epoch in (1, 2):
+        write_latest(tmp_path, {"epoch": epoch})
+    real, left = os.replace, [None] * (1 + replaced)  # the first is the write's own
+
+    def dying(*paths: Any) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write_latest(tmp_path, {"epoch": 3})
+    monkeypatch.undo()
+    assert read_latest(tmp_path) == {"epoch": 3}
+    write_latest(tmp_path, {"epoch": 4})
+    assert read_latest(tmp_path) == {"epoch": 4}
+    assert files(tmp_path) == ["last.ckpt", "last.previous.ckpt"]
+
+
+def test_truncated_checkpoint_falls_back_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, cut = tiny(tmp_path / "whole"), tiny(tmp_path / "cut")
+    fit([whole])
+    fit([cut])
+    latest = Path(cut.run_dir, "last.ckpt")
+    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    Path(cut.run_dir, "result.json").unlink()  # as if the machine had gone down
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        fit([cut])
+    assert f"{latest} is truncated, damaged or not a checkpoint" in caplog.text
+    assert f"continuing from {latest.with_name('last.previous.ckpt')}" in caplog.text
+    assert same(final(cut), final(whole))
+    assert rows(cut) == rows(whole)
+    for path in Path(cut.run_dir).glob("last*.ckpt"):
+        path.write_bytes(b"nothing")
+    Path(cut.run_dir, "result.json").unlink()
+    with pytest.raises(
+        UnreadableFile, match=rf"last.ckpt is truncated.*or delete {cut.run_dir} to start this run anew"
+    ):
+        fit([cut])
+
+
+# Files of others
+
+
+def saved(content: Any, *, legacy: bool = False, rename: tuple[bytes, bytes] | None = None) -> bytes:
+    """A file of torch.save; `rename` gives the module of NumPy's scalars the name that another NumPy gives it."""
+
+    def renamed(content: bytes) -> bytes:
+        return content.replace(*rename) if rename else content
+
+    buffer = BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
+    if not rename:
+        return buffer.getvalue()
+    if legacy:
+        return renamed(buffer.getvalue())  # protocol 2 names globals in lines of text, without lengths
+    reader = torch._C.PyTorchFileReader(BytesIO(buffer.getvalue()))
+    out = BytesIO()
+    writer = torch._C.PyTorchFileWriter(out)
+    for name in reader.get_all_records():
+        if name not in ("version", "byteorder", ".data/serialization_id", ".format_version", ".storage_alignment"):
+            record = renamed(reader.get_record(name))
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    return out.getvalue()
+
+
+NUMPY_NAMES = (b"numpy.core.multiarray\n", b"numpy._core.multiarray\n")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", NUMPY_NAMES)
+def test_repdistillers_layout(tmp_path: Path, legacy: bool, name: bytes) -> None:
+    path, model = tmp_path / "ckpt_epoch_240.pth", create("resnet8", num_classes=100)
+    here = next(n for n in NUMPY_NAMES if n.startswith(np.float64(0).__reduce__()[0].__module__.encode()))
+    content = {
+        "epoch": 240,
+        "model": model.state_dict(),
+        "best_acc": np.float64(73.5),
+        "accuracy": np.float32(73.25),
+        "best": np.int64(7),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+    }
+    data = saved(content, legacy=legacy, rename=(here, name))
+    assert data.count(name) == 1
+    path.write_bytes(data)
+    loaded = read(path)
+    assert (loaded["best_acc"], loaded["accuracy"], loaded["best"]) == (73.5, 73.25, 7)
+    other = create("resnet8", num_classes=100)
+    load_weights(other, path, "resnet8")
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {"state_dict": w, "epoch": 1}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_layouts_of_weights(tmp_path: Path, legacy: bool, wrap: Any, prefix: str) -> None:
+    weights = OrderedDict((prefix + name, value) for name, value in nn.Conv2d(3, 4, 1).state_dict().items())
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(wrap(weights), legacy=legacy))
+    got = read_weights(path)
+    assert list(got) == ["weight", "bias"]
+    assert torch.equal(got["bias"], weights[prefix + "bias"])
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 1}, [1, 2], 3, {"model": {"w": 1}}])
+def test_file_without_weights(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(content))
+    with pytest.raises(UnreadableFile, match=f"{path} holds no state dict; expected"):
+        read_weights(path)
+
+
+class Malicious:
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+@pytest.mark.parametrize("name", ["system", "exec", "getattr"])
+def test_file_that_runs_code_is_refused_unrun(tmp_path: Path, form: str, name: str) -> None:
+    path, proof = tmp_path / "evil.pth", tmp_path / "proof"
+    attack = {
+        "system": Malicious(os.system, f"touch {proof}"),
+        "exec": Malicious(exec, f"open({str(proof)!r}, 'w').close()"),
+        "getattr": Malicious(getattr, Path(proof), "touch"),
+    }[name]
+    content = {"model": {"w": torch.zeros(3)}, "x": attack}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps({"x": attack}, protocol=2))
+    else:
+        path.write_bytes(saved(content, legacy=form == "legacy"))
+    with pytest.raises(UnreadableFile) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    if form != "bare pickle":
+        assert re.search(rf"is refused: it would run (\w+\.)?{name} while", str(caught.value))
+        assert "Nothing was run. Save its state_dict alone" in str(caught.value)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_object_beside_the_weights_is_named_with_a_cure(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "opt": argparse.Namespace(lr=1)}, legacy=legacy))
+    with pytest.raises(UnreadableFile, match=r"refused: it would run argparse.Namespace .*Save its state_dict alone"):
+        read(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"x\.pth"):
+        read(tmp_path / "x.pth")
+
+
+# Damage
+
+
+def outcome(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            return read(path)
+        except UnreadableFile as error:
+            said = str(error)
+    assert str(path) in said
+    assert "\n" not in said
+    return None
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_truncated_anywhere(tmp_path: Path, legacy: bool) -> None:
+    path, data = tmp_path / "x.ckpt", saved(STATE, legacy=legacy)
+    draw = random.Random(0)
+    for length in [0, 1, 2, 10, len(data) - 1, *(draw.randrange(len(data)) for _ in range(40))]:
+        path.write_bytes(data[:length])
+        assert outcome(path) is None
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_flipped_bits(tmp_path: Path, legacy: bool) -> None:
+    path, data = tmp_path / "x.ckpt", saved(STATE, legacy=legacy)
+    draw, noticed = random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(draw.choice((1, 1, 20))):
+            damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        got = outcome(path)
+        noticed += got is None
+        # The old format has no checksum: numbers may come out wrong there, but nothing else may happen.
+        assert got is None or legacy or same(got, STATE)
+    assert noticed > 20
+
+
+# The wrong weights
+
+
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    write(path, {"model": create("resnet14", num_classes=10).state_dict()})
+    with pytest.raises(ValueError, match=r"does not hold weights of wrn_16_1: .* is missing; .*; and \d+ more\. Give"):
+        load_weights(create("wrn_16_1", num_classes=10), path, "wrn_16_1")
+
+
+def test_weights_of_another_class_count(tmp_path: Path) -> None:
+    path, model = tmp_path / "x.pt", create("resnet8", num_classes=100)
+    write(path, {"model": create("resnet8", num_classes=10).state_dict()})
+    before: dict[str, Tensor] = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"fc.weight is \(10, 64\) instead of \(100, 64\); fc.bias is \(10,\)"):
+        load_weights(model, path, "resnet8")
+    assert same(dict(model.state_dict()), before)

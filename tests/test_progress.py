@@ -1,0 +1,122 @@
+"""What a person sees."""
+
+import io
+import logging
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+from rich.logging import RichHandler
+
+from sddlskd import progress
+from sddlskd.progress import View
+
+
+@dataclass
+class Seen:
+    label: str = "resnet8-kd-M-1-2"
+    epoch: int = 1
+    step: int = 0
+    loss: float = float("nan")
+    val_top1: float = float("nan")
+    state: str = "RUNNING"
+
+    @property
+    def alive(self) -> bool:
+        return self.state == "RUNNING"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the view sees, to be set."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def view(*runs: Seen, mode: str = "plain") -> View:
+    return View(runs, mode=mode, epochs=4, steps=10, batch=64)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05"), (1e6, "277:46:40")]
+)
+def test_duration(seconds: float, shown: str) -> None:
+    assert progress.duration(seconds) == shown
+
+
+def test_time_left(clock: list[float]) -> None:
+    run = Seen()
+    seen = view(run)
+    assert seen._left() == "?"
+    run.step, clock[0] = 5, 110.0  # 5 of 40 steps in 10 s
+    assert seen._left() == "1:10"
+    assert seen._rate() * seen.batch == 32.0
+
+
+def test_time_left_after_a_resume_counts_this_process_alone(clock: list[float]) -> None:
+    run = Seen(epoch=3)
+    seen = view(run)
+    run.epoch, clock[0] = 4, 120.0
+    assert seen._left() == "0:20"
+
+
+def test_run_that_failed_does_not_slow_the_others(clock: list[float]) -> None:
+    failed, run = Seen(), Seen()
+    seen = view(failed, run)
+    failed.state, run.epoch, clock[0] = "FAILED", 3, 120.0
+    assert seen._left() == "0:20"
+    run.state = "FAILED"
+    assert seen._left() == "0:00"
+
+
+def test_plain_lines(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    run = Seen()
+    with caplog.at_level(logging.INFO, logger="sddlskd"), view(run) as seen:
+        seen.look()
+        run.epoch, run.loss, run.val_top1, clock[0] = 2, 1.23456, 67.891, 105.0
+        seen.epoch(run)
+    assert [r.getMessage() for r in caplog.records] == [
+        "resnet8-kd-M-1-2  epoch 1/4  loss 1.2346  top-1 67.89  128 images/s  0:15 left"
+    ]
+
+
+def test_off_says_nothing(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    run = Seen()
+    with caplog.at_level(logging.INFO), view(run, mode="off") as seen:
+        seen.look()
+        seen.epoch(run)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+def test_live_table(clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    runs = [Seen(), Seen(label="wrn_16_1-vanilla", state="FAILED")]
+    with caplog.at_level(logging.INFO), view(*runs, mode="auto") as seen:
+        runs[0].epoch, runs[0].loss, clock[0] = 2, 1.5, 105.0
+        seen.epoch(runs[0])
+        runs[0].step = 3
+        seen.look()
+    shown = out.getvalue()
+    for part in ("resnet8-kd-M-1-2", "2/4", "3/10", "1.5000", "images/s", "wrn_16_1-vanilla", "FAILED", "nan"):
+        assert part in shown
+    assert not caplog.records  # the table says it
+
+
+def test_log_and_table_share_a_console() -> None:
+    """Two consoles on one terminal write into each other's lines."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    handler, package = RichHandler(console=console), logging.getLogger("sddlskd")
+    package.addHandler(handler)
+    try:
+        assert view(Seen(), mode="auto").console is console
+    finally:
+        package.removeHandler(handler)
+
+
+def test_not_a_terminal_gets_plain_lines() -> None:
+    assert view(Seen(), mode="auto").live is None
+    assert view(Seen(), mode="auto").plain

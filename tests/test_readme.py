@@ -1,0 +1,104 @@
+"""What the README says is so: links, commands, and the examples of one's own loss, network and data set."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+
+from sddlskd import checkpoint, record
+from sddlskd import config as cfg
+from sddlskd.grid import compose_grid
+from sddlskd.models import create, names
+
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text()
+FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, block in FENCE.findall(README)
+    if language == "sh"
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def example(name: str) -> dict[str, str]:
+    """{language: text} of the three blocks of an example."""
+    return dict(FENCE.findall(README.split(f"<!-- example: {name} -->")[1])[:3])
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        if not link.startswith(("http://", "https://", "#")):
+            assert (REPO / link).exists(), link
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    targets = set(re.findall(r"`?make (\w+)", README))
+    assert {"demo", "test"} <= targets
+    for target in targets - {"are"}:
+        assert f"\n{target}:" in makefile, target
+
+
+def test_it_counts_the_networks_right() -> None:
+    choices = len(list((REPO / "conf/student").glob("*.yaml")))
+    assert f"any of {choices} networks" in README
+    assert set(names()) <= {path.stem for path in (REPO / "conf/student").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "sddlskd.train" in c and "--config-dir" not in c])
+def test_every_command_composes(command: str) -> None:
+    cfg.frame()
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "sddlskd.train"]
+    options = dict(pairwise(words))
+    search = create_config_search_path(str(files("sddlskd.conf")))
+    if "-cd" in options:
+        search.prepend("command-line", f"file://{REPO / options['-cd']}")
+    loader = ConfigLoaderImpl(search)
+    sweep = loader.load_configuration(options.get("-cn", "config"), [], RunMode.MULTIRUN)
+    sweep.sweep.name = "readme"
+    params = sweep.hydra.sweeper.params or {}
+    overrides = [f"{key}={value}" for key, value in params.items()] + [word for word in words if "=" in word]
+    (grid,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    jobs = compose_grid(loader, sweep, grid)
+    assert jobs
+    assert (len(jobs) > 1) == ("-m" in words[3:])
+
+
+@pytest.mark.parametrize("name", ["loss", "network", "dataset"])
+def test_examples_run(name: str, tmp_path: Path) -> None:
+    blocks = example(name)
+    assert set(blocks) == {"python", "yaml", "sh"}
+    for language in ("python", "yaml"):
+        text = blocks[language]
+        assert len(text.splitlines()) < 20
+        path = tmp_path / text.splitlines()[0].removeprefix("# ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    torch.manual_seed(0)
+    checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    words = shlex.split(blocks["sh"])
+    quick = ["trainer=debug", "tracking=none"]
+    environment = os.environ | {"SDDLSKD_HOME": str(tmp_path)}
+    command = [sys.executable, *words[1:], *quick]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [record.read_result(path.parent) for path in (tmp_path / "runs").glob("*/resnet8-*/result.json")]
+    jobs = {"loss": 2, "network": 1, "dataset": 1}[name]
+    assert [result["status"] for result in results if result.get("teacher_sha256")] == ["FINISHED"] * jobs

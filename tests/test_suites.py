@@ -1,0 +1,102 @@
+"""Every file of sweeps/: the jobs that it composes, their number and their content."""
+
+import csv
+import re
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.grid import compose_grid
+from sddlskd.sweeps import groups_of
+
+REPO = Path(__file__).parent.parent
+SUITES = sorted(path.stem for path in (REPO / "sweeps").glob("*.yaml"))
+
+
+@cache
+def jobs_of(suite: str) -> list[Config]:
+    """The jobs that `python -m sddlskd.train -m -cd sweeps -cn SUITE` runs."""
+    cfg.frame()
+    search = create_config_search_path(str(files("sddlskd.conf")))
+    search.prepend("command-line", f"file://{REPO / 'sweeps'}")
+    loader = ConfigLoaderImpl(search)
+    sweep = loader.load_configuration(suite, [], RunMode.MULTIRUN)
+    params = sweep.hydra.sweeper.params or {}
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    (grid,) = BasicSweeper.split_arguments(overrides, None)
+    lines = [line.split() for line in sweep.sweep.jobs] or [[]]
+    return compose_grid(loader, sweep, [[*one, *line] for one in grid for line in lines])
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_header_says_what_the_suite_is(suite: str) -> None:
+    header = (REPO / "sweeps" / f"{suite}.yaml").read_text().split("defaults:")[0]
+    jobs = jobs_of(suite)
+    assert re.search(rf"# Command: +python -m sddlskd.train (-m )?-cd sweeps -cn {suite}\b", header)
+    assert int(re.search(r"# Jobs: +(\d+)", header)[1]) == len({job.run_dir for job in jobs}) == len(jobs)
+    assert "# Cost:" in header
+    passes = re.search(r"goes through the data (\d+) times an epoch instead of (\d+)", header)
+    if passes:
+        assert [int(number) for number in passes.groups()] == [len(groups_of(jobs)), len(jobs)]
+
+
+def short(job: Config) -> tuple[str, str, str]:
+    return job.teacher.name, job.student.name, str(job.M).replace(" ", "")
+
+
+def test_the_seed_suite_is_the_seeds() -> None:
+    with open(REPO / "tests/reference/seed_suite.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    for part in ("1", "2", "3"):
+        expected = [(r["teacher"], r["student"], r["M"]) for r in rows if r["part"] == part]
+        assert sorted(map(short, jobs_of(f"seed_part{part}"))) == sorted(expected)
+    assert sorted(map(short, jobs_of("seed"))) == sorted((r["teacher"], r["student"], r["M"]) for r in rows)
+    for job, row in (
+        (job, row)
+        for job in jobs_of("seed")
+        for row in rows
+        if short(job) == (row["teacher"], row["student"], row["M"])
+    ):
+        d, o, t = job.distiller, job.optimizer, job.trainer
+        assert (d.name, d.temperature, d.ce_weight, d.kd_weight) == (
+            "kd",
+            float(row["temperature"]),
+            float(row["ce_weight"]),
+            float(row["kd_weight"]),
+        )
+        assert job.standardize
+        assert d.loss["temperature"] == 2.0
+        assert (t.epochs, t.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
+        assert [part * t.epochs for part in o.milestones] == [150, 180, 210]
+        assert o.lr == (
+            0.01 if job.student.name in ("mobilev2", "shufflev1") else float(row["lr"])
+        )  # the papers' rates
+
+
+def test_the_papers_tables() -> None:
+    table6 = jobs_of("sdd_table6")
+    assert {job.distiller.knowledge.value for job in table6} == {"fusion", "consistent", "complementary"}
+    assert {tuple(job.M) for job in table6 if job.student.name == "shufflev1"} == {(1, 2, 4)}
+    assert {tuple(job.M) for job in table6 if job.student.name == "resnet8x4"} == {(1, 2)}
+    assert {tuple(job.M) for job in jobs_of("sdd_table7")} == {(1,), (1, 2), (1, 4), (1, 2, 4)}
+    assert not any(job.standardize for job in jobs_of("sdd_table7"))
+    assert [job.complementary_weight for job in jobs_of("sdd_table8")] == [1, 2, 4, 6, 8]
+    for suite in ("lskd_identical", "lskd_distinct"):
+        jobs = jobs_of(suite)
+        assert len({short(job)[:2] for job in jobs}) == 7
+        assert sum(job.standardize for job in jobs) == len(jobs) // 2
+        assert all(job.M == [1] for job in jobs)
+    fusion = jobs_of("fusion")
+    assert {job.seed for job in fusion} == set(range(5))
+    assert len({short(job)[:2] for job in fusion}) == 20
+    assert all((job.distiller.ce_weight, job.distiller.kd_weight, job.M) == (1.0, 9.0, [1, 2, 4]) for job in fusion)

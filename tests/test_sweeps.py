@@ -1,0 +1,415 @@
+"""Sweeps: grouped, failures kept local, workers that die, what is done kept."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sddlskd import checkpoint, record, tracking
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.grid import InvalidJobs, compose_grid
+from sddlskd.models import create
+from sddlskd.sweeps import Pool, Task, _command, cause_of, groups_of, main, run_sweep, state_of
+from sddlskd.trainer import fit
+
+REPO = Path(__file__).parent.parent
+COMMON = ["dataset=digits", "teacher=resnet8", "trainer=debug", "trainer.max_steps=3", "tracking=none"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a teacher, and `tests` importable in the workers."""
+    torch.manual_seed(0)
+    checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    monkeypatch.chdir(REPO)
+    return tmp_path
+
+
+def grid_of(home: Path, common: list[str], grid: list[list[str]]) -> tuple[ConfigLoaderImpl, DictConfig, list[Config]]:
+    cfg.frame()
+    loader = ConfigLoaderImpl(create_config_search_path(str(files("sddlskd.conf"))))
+    sweep = loader.load_configuration("config", [*common, f"home={home}", "sweep.name=test"], RunMode.MULTIRUN)
+    overrides = [[*common, f"home={home}", *one] for one in grid]
+    return loader, sweep, compose_grid(loader, sweep, overrides)
+
+
+def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config]:
+    return grid_of(home, [*COMMON, *common], [one.split() for one in grid])[2]
+
+
+def network(kind: str, **arguments: Any) -> str:
+    choice = f"student.name={kind.lower()} student.model._target_=tests.misbehaving.{kind} ~student.model.name"
+    return choice + "".join(f" +student.model.{key}={value}" for key, value in arguments.items())
+
+
+def sweep(jobs: list[Config], **options: Any) -> tuple[list[dict[str, Any]], int]:
+    """Results and exit code."""
+    try:
+        run_sweep(jobs, "test", **options)
+        code = 0
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    return [record.read_result(Path(job.run_dir)) for job in jobs], code
+
+
+def statuses(results: list[dict[str, Any]]) -> list[str]:
+    return [result.get("status", "NEW") for result in results]
+
+
+def test_the_grid_is_what_hydra_composes(tmp_path: Path) -> None:
+    choices = {
+        "student": ["shufflev1", "mobilev2", "resnet8x4"],
+        "M": ["[1]", "[1,2,4]"],
+        "seed": ["0", "3"],
+        "recipe": ["kd_ls", "sd_dkd", "vanilla"],
+        "pair": ["vgg13_mobilev2", "resnet32x4_resnet8x4"],
+        "scales": ["two", "skip"],
+        "student.lr": ["0.2"],
+        "optimizer.lr": ["0.3", "1e-3", "${student.lr}"],
+        "distiller.temperature": ["3", "4.5"],
+        "distiller.knowledge": ["consistent"],
+        "trainer.epochs": ["3"],
+        "dataset.epochs": ["9"],
+        "trainer.precision": ["bf16"],
+        "dataset.name": ["renamed"],
+        "+distiller.loss.extra": ["1"],
+        "optimizer.milestones": ["[0.5]"],
+        "trainer.data_seed": ["4", "null", "${seed}"],
+        "optimizer.algorithm": ["{weight_decay:0.001}", "{momentum:0.5}"],
+        "teacher.cache": ["maps"],
+    }
+    draw = random.Random(0)
+    grid = [[f"{k}={draw.choice(choices[k])}" for k in draw.sample(list(choices), 6)] for _ in range(40)]
+    loader, sweep_config, jobs = grid_of(tmp_path, [], grid)
+    for overrides, job in zip(grid, jobs, strict=True):
+        composed = loader.load_sweep_config(sweep_config, [f"home={tmp_path}", *overrides])
+        composed.sweep.name = "test"
+        assert job == cfg.resolve(composed), overrides
+
+
+def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
+    with pytest.raises(InvalidJobs) as caught:
+        jobs_of(home, "M=[0]", "M=[1]", "M=[1,1]", "seed=x")
+    assert "3 jobs" in str(caught.value)
+    assert all(part in str(caught.value) for part in ("M=[0]", "M=[1, 1]", "seed"))
+    jobs = jobs_of(
+        home, "M=[1]", "M=[32]", "trainer.batch_size=5000", "teacher=resnet14 teacher.train_if_missing=false"
+    )
+    with pytest.raises(InvalidJobs) as caught:
+        run_sweep(jobs, "test")
+    assert [name for name, _ in caught.value.reasons] == [cfg.run_name(job) for job in jobs[1:]]
+    assert not (home / "runs" / "digits").exists()
+
+
+def test_groups_share_teacher_and_batches() -> None:
+    def labels(*grid: str, size: int | None = None) -> list[int]:
+        jobs = grid_of(Path("/nowhere"), COMMON, [one.split() for one in grid])[2]
+        return [len(group) for group in groups_of(jobs, size)]
+
+    assert labels("student=resnet8", "student=wrn_16_1 M=[1]", "optimizer.lr=0.1", "recipe=kd") == [4]
+    assert labels("seed=0", "seed=1") == [1, 1]
+    assert labels("seed=0 trainer.data_seed=0", "seed=1 trainer.data_seed=0") == [2]
+    assert labels("trainer.epochs=2", "trainer.epochs=3", "trainer.batch_size=32", "trainer.precision=bf16") == [1] * 4
+    assert labels("teacher=resnet14", "teacher=resnet8", "dataset.flip=true", "recipe=vanilla") == [1] * 4
+    assert labels("seed=0", "seed=0") == [1]
+    assert labels("M=[1]", "M=[2]", "M=[4]", "M=[1,4]", "M=[1,2]", size=2) == [2, 2, 1]
+
+
+def test_failures_stay_local_and_a_sweep_continues(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(home, "student=resnet8", network("Raises"), "student=resnet8 optimizer.lr=1e30", network("Tiny"))
+    results, code = sweep(jobs)
+    assert statuses(results) == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
+    assert code == 1
+    assert "does not like its images" in results[1]["reason"]
+    assert "NonFiniteLoss" in results[2]["reason"]
+    assert "step" in results[2]["reason"]
+    assert "does not like its images" in Path(jobs[1].run_dir, "train.log").read_text()
+    told = capsys.readouterr()
+    assert "1 failed: RuntimeError" in told.out
+    assert "non-finite loss at epoch 1" in told.out
+    assert f"python -m sddlskd.worker {jobs[1].run_dir}" in told.out
+
+    finished = [Path(jobs[i].run_dir, "result.json").read_text() for i in (0, 3)]
+    more = [*jobs, *jobs_of(home, "student=resnet8 M=[1]")]
+    results, code = sweep(more)
+    assert statuses(results) == ["FINISHED", "FAILED", "FAILED", "FINISHED", "FINISHED"]
+    assert [Path(jobs[i].run_dir, "result.json").read_text() for i in (0, 3)] == finished
+    assert results[1]["time"] < time.time()
+
+    capsys.readouterr()
+    main(["status", "test", "--home", str(home)])
+    told = capsys.readouterr()
+    assert "5 jobs: 3 finished, 2 failed" in told.out
+    assert "to finish it: cd" in told.out
+
+
+def test_rerun_none_leaves_failures_and_all_starts_anew(home: Path) -> None:
+    jobs = jobs_of(home, network("Tiny"), network("Raises"))
+    first, _ = sweep(jobs)
+    none = jobs_of(home, network("Tiny"), network("Raises"), common=("sweep.rerun=none",))
+    kept, code = sweep(none)
+    assert kept == first
+    assert code == 1
+    again = jobs_of(home, network("Tiny"), network("Raises"), common=("sweep.rerun=all",))
+    results, _ = sweep(again)
+    assert statuses(results) == ["FINISHED", "FAILED"]
+    assert results[0]["time"] > first[0]["time"]
+    assert len(list(Path(jobs[0].run_dir).parent.glob("*.before-*"))) == 2
+
+
+def test_a_plan_starts_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(home, "M=[1]", "M=[2]", "seed=1", common=("sweep.plan=true",))
+    _, code = sweep(jobs)
+    told = capsys.readouterr().out
+    assert code == 0
+    assert "cannot run" not in told
+    assert sweep(jobs_of(home, "M=[64]", "M=[64] seed=1", common=("sweep.plan=true",)))[1] == 1
+    assert capsys.readouterr().out.count("cannot run") == 1
+    assert "3 jobs (3 new), 3 to do in 2 groups" in told
+    assert "2 times an epoch instead of 3" in told
+    assert not (home / "runs").exists()
+
+
+def test_a_killed_worker_goes_on_from_its_checkpoints(home: Path) -> None:
+    (home / "kills").mkdir()
+    killer = network("Kills", folder=home / "kills", times=1, after=4)
+    jobs = jobs_of(home, "student=resnet8", killer, common=("trainer.epochs=2",))
+    results, code = sweep(jobs)
+    assert statuses(results) == ["FINISHED", "FINISHED"]
+    assert code == 0
+    assert len(list((home / "kills").iterdir())) == 1
+    common = ("trainer.epochs=2", f"teacher.checkpoint={home}/teachers/digits/resnet8.pt")
+    alone = jobs_of(home / "alone", "student=resnet8", common=common)
+    fit(alone)
+    grouped, single = (checkpoint.read(Path(job.run_dir, "last.ckpt"))["model"] for job in (jobs[0], alone[0]))
+    assert all(torch.equal(grouped[key], single[key]) for key in single)
+
+
+def test_the_job_that_kills_workers_is_found(home: Path) -> None:
+    (home / "kills").mkdir()
+    jobs = jobs_of(home, network("Tiny"), network("Kills", folder=home / "kills", times=9), "student=resnet8")
+    results, code = sweep(jobs, devices=["cpu", "cpu"])
+    assert statuses(results) == ["FINISHED", "FAILED", "FINISHED"]
+    assert code == 1
+    assert "SIGKILL" in results[1]["reason"]
+    assert len(list((home / "kills").iterdir())) == 3  # the group twice, the job alone once
+
+
+def test_a_group_that_is_too_large_is_halved(home: Path) -> None:
+    jobs = jobs_of(home, *(f"{network('Large')} M=[{m}]" for m in (1, 2, 4, 8)))
+    results, code = sweep(jobs)
+    assert statuses(results) == ["FINISHED"] * 4
+    assert code == 0
+
+
+def test_fail_fast_stops_the_sweep(home: Path) -> None:
+    jobs = jobs_of(home, network("Raises"), "seed=1", "seed=2")
+    results, code = sweep(jobs, fail_fast=True)
+    assert statuses(results) == ["FAILED", "NEW", "NEW"]
+    assert code == 1
+
+
+def start(home: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sddlskd.train", "-m", *COMMON, f"home={home}", "sweep.name=test", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+LONG = [
+    *network("Tiny").split(),
+    "M=[1],[2]",
+    "trainer.epochs=6",
+    "trainer.max_steps=12",
+    "checkpoint.every_minutes=0.001",
+]
+
+
+def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) -> None:
+    process = start(home, *LONG)
+    wait_for(lambda: any((home / "runs" / "digits").glob("*/last.ckpt")))
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    folders = [path.parent for path in (home / "runs" / "digits").glob("*/config.yaml")]
+    assert {state_of(folder) for folder in folders} == {"interrupted"}
+    assert {record.read_result(folder)["status"] for folder in folders} == {"KILLED"}
+    assert "to go on: python -m sddlskd.train -m" in told
+    process = start(home, *LONG)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert {state_of(folder) for folder in folders} == {"finished"}
+    for folder in folders:
+        assert [row["epoch"] for row in record.read_rows(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
+    """Weights equal, every epoch once in the record, every job and epoch once in MLflow."""
+    draw = random.Random(1)
+    undisturbed = home / "undisturbed"
+    checkpoint.write(undisturbed / "teachers/digits/resnet8.pt", checkpoint.read(home / "teachers/digits/resnet8.pt"))
+    fixed = [text for text in LONG if not text.startswith("M=")]
+    fit(grid_of(undisturbed, [*COMMON, *fixed], [["M=[1]"], ["M=[2]"]])[2])
+    for kill in ("sweep", "worker"):
+        process = start(home, *LONG, "tracking=mlflow")
+        wait_for(saves_again(home, process))
+        time.sleep(draw.uniform(0.0, 1.0))
+        victims = [process.pid] if kill == "sweep" else workers_of(process.pid)
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        process.communicate(timeout=180)
+    process = start(home, *LONG, "tracking=mlflow")
+    told, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    manifest = json.loads((home / "runs/sweeps/test/sweep.json").read_text())
+    assert len(manifest["jobs"]) == 2
+    for path in manifest["jobs"]:
+        twin = undisturbed / "runs" / "digits" / Path(path).name
+        ours, theirs = (checkpoint.read(folder / "last.ckpt")["model"] for folder in (Path(path), twin))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert [row["epoch"] for row in record.read_rows(Path(path))] == [1, 2, 3, 4, 5, 6]
+    in_mlflow = mlflow_jobs(home)
+    assert sorted(run.data.tags["run_dir"] for run in in_mlflow) == sorted(manifest["jobs"])
+    for run in in_mlflow:
+        assert run.info.status == "FINISHED"
+        steps = [point.step for point in client_of(home).get_metric_history(run.info.run_id, "val/top1")]
+        assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+
+
+def saves_again(home: Path, process: subprocess.Popen[str]) -> Callable[[], bool]:
+    """Whether a checkpoint was written since now, or none will be."""
+    before = checkpoints(home)
+    return lambda: process.poll() is not None or bool(checkpoints(home) - before)
+
+
+def checkpoints(home: Path) -> set[tuple[str, int]]:
+    """Every job's last checkpoint, with its time."""
+    found = set()
+    for path in (home / "runs" / "digits").glob("*/last.ckpt"):
+        with suppress(FileNotFoundError):
+            found.add((str(path), path.stat().st_mtime_ns))
+    return found
+
+
+def client_of(home: Path) -> Any:
+    return tracking._client(f"sqlite:///{home}/mlflow.db")
+
+
+def mlflow_jobs(home: Path) -> list[Any]:
+    client = client_of(home)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run for run in client.search_runs(experiments) if run.data.tags.get("kind") == "job"]
+
+
+def workers_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_causes() -> None:
+    assert cause_of("OutOfMemoryError: CUDA out of memory. Tried") == "out of memory"
+    assert cause_of("NonFiniteLoss: loss became nan at epoch 17, step 4; lower") == "non-finite loss at epoch 17"
+    assert cause_of("its worker died twice (SIGKILL); out of memory?") == "killed"
+    assert cause_of("FileNotFoundError: teacher=x is missing") == "FileNotFoundError"
+
+
+def test_a_sweep_without_its_tracking_server_leaves_no_trace(home: Path) -> None:
+    jobs = jobs_of(home, "tracking=mlflow tracking.uri=http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match=r"tracking\.uri=http"):
+        run_sweep(jobs, "test")
+    assert not (home / "runs").exists()
+
+
+def test_a_refused_sweep_leaves_no_trace(home: Path) -> None:
+    process = start(home, "M=[1],[99]")
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "M=[99] is too fine" in told.splitlines()[-1]
+    assert not (home / "runs").exists()
+
+
+def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
+    jobs = jobs_of(home, "M=[1]", "M=[2]", common=(f"run_dir={home}/same",))
+    with pytest.raises(ValueError, match="one run_dir"):
+        run_sweep(jobs, "test")
+
+
+def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
+    jobs = jobs_of(home, network("Tiny"), network("Tiny") + " M=[2]")
+    elsewhere = record.Record(jobs[0])
+    (Path(jobs[0].run_dir) / "result.json").write_text(json.dumps({"status": "RUNNING", "reason": "", "seconds": 0.0}))
+    try:
+        results, code = sweep(jobs)
+    finally:
+        elsewhere.close()
+    assert statuses(results) == ["RUNNING", "FINISHED"]
+    assert code == 1
+
+
+def test_a_failed_job_is_judged_by_its_new_run(home: Path) -> None:
+    jobs = jobs_of(home, network("Tiny"))
+    record.freeze(jobs[0])
+    record.write_text(Path(jobs[0].run_dir, "result.json"), json.dumps({"status": "FAILED", "reason": "the old one"}))
+    results, code = sweep(jobs, fail_fast=True)
+    assert statuses(results) == ["FINISHED"]
+    assert code == 0
+
+
+def test_a_new_launch_takes_its_own_plumbing(home: Path) -> None:
+    (job,) = jobs_of(home, "tracking=mlflow tracking.uri=http://127.0.0.1:1")
+    record.freeze(job)
+    results, code = sweep(jobs_of(home, "tracking=none"))
+    assert statuses(results) == ["FINISHED"]
+    assert code == 0
+
+
+def test_the_command_to_go_on_does_not_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "M=[1],[2]", "sweep.rerun=all"])
+    assert _command("/h") == "python -m sddlskd.train -m 'M=[1],[2]' home=/h"
+
+
+def test_a_teacher_file_that_was_replaced_is_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    jobs = jobs_of(home, network("Tiny"))
+    sweep(jobs)
+    torch.manual_seed(1)
+    checkpoint.write(home / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    monitored = logging.getLogger("sddlskd")
+    monitored.propagate = True
+    sweep(jobs)
+    assert "1 finished jobs learnt from another teacher file" in caplog.text
+
+
+def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:
+    pool = Pool("auto", fail_fast=False)
+    jobs = [Config(), Config()]
+    jobs[1].trainer.device = "cuda:1"
+    pool.queue.extend(Task([job]) for job in jobs)
+    assert pool._next("cpu").jobs == [jobs[0]]
+    assert pool._next("cpu") is None
+    assert pool._next("cuda:1").jobs == [jobs[1]]
+    assert Pool("cuda:1", fail_fast=False).devices == ["cuda:1"]
+    listed = Pool(["cpu"], fail_fast=False)
+    listed.queue.extend(Task([job]) for job in jobs)
+    assert [listed._next("cpu").jobs for _ in jobs] == [[jobs[0]], [jobs[1]]]

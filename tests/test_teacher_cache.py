@@ -1,0 +1,121 @@
+"""The teacher's maps on disk: asked once, the same numbers, several processes, a disk that is too small."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sddlskd import checkpoint, record
+from sddlskd.data import DeviceData, fake
+from sddlskd.models import create
+from sddlskd.teacher import Teacher
+from sddlskd.teacher_cache import TeacherCache, cache_path
+from sddlskd.trainer import fit
+from tests.conftest import Compose
+
+CPU = torch.device("cpu")
+
+
+class Counting(Teacher):
+    """A teacher that counts how often it is asked."""
+
+    asked = 0
+
+    def __call__(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Tensor:
+        type(self).asked += 1
+        return super().__call__(images_BCHW)
+
+
+@pytest.fixture
+def teacher() -> Counting:
+    torch.manual_seed(0)
+    Counting.asked = 0
+    return Counting(create("resnet8", 10), None, name="resnet8", device=CPU, precision="fp32", compile=False)
+
+
+@pytest.fixture
+def data() -> DeviceData:
+    splits = fake(num_classes=10, train=40, test=10)
+    stats = ([0.5] * 3, [0.25] * 3)
+    return DeviceData(splits, num_classes=10, batch_size=16, seed=0, device=CPU, mean=stats[0], std=stats[1], padding=1)
+
+
+def open_cache(teacher: Teacher, folder: Path, data: DeviceData, dtype: str) -> TeacherCache:
+    path = cache_path(folder, "abc", {"dtype": dtype})
+    return TeacherCache(teacher, path, rows=40 * data.views, map_KHW=(10, 8, 8), dtype=dtype)
+
+
+def test_views_name_what_is_seen(data: DeviceData) -> None:
+    """The same view of the same image is the same picture, and another view is another."""
+    assert data.views == 18
+    seen: dict[int, Tensor] = {}
+    for epoch in range(1, 12):
+        for (images, _), views in zip(data.batches(epoch), data.view_batches(epoch), strict=True):
+            for image, view in zip(images, views.tolist(), strict=True):
+                assert torch.equal(seen.setdefault(view, image), image)
+    assert len({image.numpy().tobytes() for image in seen.values()}) == len(seen)
+    assert 40 * 18 > len(seen) > 200
+    tail = list(data.view_batches(1, start=1))
+    assert all(map(torch.equal, tail, list(data.view_batches(1))[1:]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_second_pass_never_asks(teacher: Counting, data: DeviceData, tmp_path: Path, dtype: str) -> None:
+    cache = open_cache(teacher, tmp_path, data, dtype)
+    first = [cache(images, views) for (images, _), views in zip(data.batches(1), data.view_batches(1), strict=True)]
+    asked = teacher.asked
+    again = open_cache(teacher, tmp_path, data, dtype)
+    for (images, _), views, before in zip(data.batches(1), data.view_batches(1), first, strict=True):
+        stored, plain = again(images, views), Teacher.__call__(teacher, images)
+        assert torch.equal(stored, before)
+        if dtype == "float32":
+            assert torch.equal(stored, plain)
+        else:
+            rounding = ((stored - plain).abs() / plain.abs().clamp_min(2**-14)).max().item()  # normal numbers of fp16
+            assert 0 < rounding <= 2**-11
+    assert teacher.asked == asked == 3
+
+
+def test_two_caches_fill_one_file(teacher: Counting, data: DeviceData, tmp_path: Path) -> None:
+    one, other = (open_cache(teacher, tmp_path, data, "float32") for _ in range(2))
+    for epoch, cache in ((1, one), (2, other), (3, one)):
+        for (images, _), views in zip(data.batches(epoch), data.view_batches(epoch), strict=True):
+            cache(images, views)
+    asked = teacher.asked
+    for epoch, cache in ((1, other), (2, one), (3, other)):
+        for (images, _), views in zip(data.batches(epoch), data.view_batches(epoch), strict=True):
+            assert torch.equal(cache(images, views), Teacher.__call__(teacher, images))
+    assert teacher.asked == asked
+
+
+def test_a_disk_that_is_too_small(
+    teacher: Counting, data: DeviceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(ValueError, match=r"needs 0\.0 GB when full \(720 views of 2560 bytes\).*are free.*cache_dtype"):
+        open_cache(teacher, tmp_path, data, "float32")
+    assert not list(tmp_path.glob("*.maps"))
+
+
+def test_training_with_a_cache(compose: Compose, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    common = ["dataset=digits", "teacher=resnet8", "student=resnet8", "trainer=debug", "trainer.max_steps=4"]
+    common += ["tracking=none", "trainer.progress=off"]
+    kept = f"teacher.cache={tmp_path}/maps"
+
+    def weights(*overrides: str) -> tuple[str, dict[str, Tensor]]:
+        job = compose(*common, *overrides)
+        (result,) = fit([job])
+        return result["config_hash"], checkpoint.read(Path(job.run_dir, "last.ckpt"))["model"]
+
+    plain_hash, plain = weights()
+    exact_hash, exact = weights(kept, "teacher.cache_dtype=float32", f"run_dir={tmp_path}/exact")
+    rounded_hash, _ = weights(kept, f"run_dir={tmp_path}/rounded")
+    assert exact_hash == plain_hash != rounded_hash
+    assert all(torch.equal(exact[key], plain[key]) for key in plain)
+    assert len(list((tmp_path / "maps").glob("*.maps"))) == 2
+    assert record.read_result(tmp_path / "rounded")["status"] == "FINISHED"

@@ -1,0 +1,494 @@
+"""MLflow as a mirror of the record: whole, once, and never in the way."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sddlskd import config as cfg
+from sddlskd import record, tracking
+from sddlskd.config import Config
+from sddlskd.record import FAILED, FINISHED, RUNNING, Record
+from sddlskd.run import Run
+from sddlskd.tracking import CUT, Mirror, register, sync
+from sddlskd.trainer import fit
+from tests.tiny import net, one_thread, processes, tiny  # noqa: F401
+
+METRICS = {
+    *("train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "val/top1", "val/top5", "val/loss", "lr"),
+    *("time/epoch_s", "time/images_per_s"),
+}
+FINAL = {"best/top1", "last/top1", "teacher/top1"}
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow's, made once since that takes seconds."""
+    home = tmp_path_factory.mktemp("database")
+    register([tiny(home, "tracking=mlflow", "tracking.experiment=other", teacher=False)])
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def tracked(home: Path, *overrides: str, **options: Any) -> Config:
+    return tiny(home, "tracking=mlflow", *overrides, **options)
+
+
+def client_of(job: Config) -> Any:
+    return tracking._client(str(job.tracking.uri))
+
+
+def runs_of(job: Config, kind: str = "job") -> list[Any]:
+    client = client_of(job)
+    experiment = client.get_experiment_by_name(job.tracking.experiment)
+    runs: list[Any] = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
+    return runs
+
+
+def points(job: Config, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """{metric: [(step, value), ...]}, every point that MLflow holds."""
+    client = client_of(job)
+    keys = client.get_run(run_id).data.metrics
+    return {key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)] for key in keys}
+
+
+def write_record(job: Config, epochs: int = 3, status: str = FINISHED, reason: str = "") -> Path:
+    """A run directory as a training leaves it."""
+    opened = Record(job)
+    for epoch in range(1, epochs + 1):
+        opened.append({"epoch": epoch, "time": 1000.0 + epoch, "val/top1": 10.0 * epoch, "train/loss": 1 / epoch})
+    opened.result(status, reason, best_top1=10.0 * epochs, last_top1=10.0 * epochs, epochs=epochs, seconds=1.0)
+    opened.close()
+    return opened.folder
+
+
+# The contract
+
+
+def test_contract(home: Path) -> None:
+    job = tracked(home, "M=[1,2]", "sweep.name=table-1", "student=wrn_16_1")
+    (result,) = fit([job])
+    (run,) = runs_of(job)
+    assert run.info.run_id == result["run_id"]
+    assert json.loads(Path(job.run_dir, "result.json").read_text())["run_id"] == result["run_id"]
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == Path(job.run_dir).name
+    params = run.data.params
+    expected = {
+        "teacher.name": "resnet8",
+        "student.name": "wrn_16_1",
+        "distiller.name": "kd",
+        "M": "[1,2]",
+        "standardize": "True",
+        "complementary_weight": "2.0",
+        "dataset.name": "fake",
+        "seed": "0",
+    }
+    assert expected.items() <= params.items()
+    assert params.keys() == cfg.flatten(job).keys()
+    tags = run.data.tags
+    assert tags["config_hash"] == cfg.config_hash(job)
+    assert tags["git_sha"] == record.code_state()["git_sha"]
+    assert tags["sweep"] == "table-1"
+    assert tags["status_reason"] == ""
+    assert tags["teacher_sha256"] == result["teacher_sha256"]
+    history = points(job, run.info.run_id)
+    assert history.keys() == METRICS | FINAL
+    rows = record.read_rows(Path(job.run_dir))
+    for key in METRICS:
+        assert history[key] == [(row["epoch"], row[key]) for row in rows]
+    assert history["best/top1"] == [(2, result["best_top1"])]
+    assert history["last/top1"] == [(2, result["last_top1"])]
+    assert history["teacher/top1"] == [(2, result["teacher_top1"])]
+    artifacts = {file.path for file in client_of(job).list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "result.json"} <= artifacts
+
+
+def test_sync_is_idempotent(home: Path) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    folder = write_record(job)
+    counts = []
+    for _ in range(3):
+        sync(folder)
+        (run,) = runs_of(job)
+        counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
+    (folder / "mlflow.json").write_text(json.dumps({"key": run.data.tags["record"]}))  # forgotten what was delivered
+    sync(folder)
+    (run,) = runs_of(job)
+    counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
+    assert counts == [{"val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1}] * 4
+
+
+def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tracked(home)
+    original = Run.train_step
+
+    def stopping(self: Run, *arguments: Any) -> None:
+        original(self, *arguments)
+        if (self.epoch, self.step) == (2, 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", stopping)
+        fit([job])
+    (run,) = runs_of(job)
+    assert (run.info.status, run.data.tags["status_reason"]) == ("KILLED", "stopped by SIGTERM")
+    assert [step for step, _ in points(job, run.info.run_id)["val/top1"]] == [1]
+    fit([job])
+    (again,) = runs_of(job)
+    assert again.info.run_id == run.info.run_id
+    assert (again.info.status, again.data.tags["status_reason"]) == ("FINISHED", "")
+    assert [step for step, _ in points(job, run.info.run_id)["val/top1"]] == [1, 2]
+    assert again.data.metrics["last/top1"] == record.read_result(Path(job.run_dir))["last_top1"]
+
+
+def test_failed_run(home: Path) -> None:
+    job = tracked(home, "optimizer.lr=1e30")
+    fit([job])
+    (run,) = runs_of(job)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["status_reason"].startswith("NonFiniteLoss: loss became nan at epoch 1, step 2")
+    assert "best/top1" not in run.data.metrics
+
+
+def test_job_that_cannot_start_is_failed_in_mlflow_too(home: Path) -> None:
+    (job,) = register([tracked(home, "teacher=resnet14", "teacher.train_if_missing=false")], sweep="table-1")
+    record.freeze(job)
+    with pytest.raises(FileNotFoundError):
+        fit([job])
+    (run,) = runs_of(job)
+    assert run.info.status == "FAILED"
+    assert "teacher=resnet14 for fake is missing" in run.data.tags["status_reason"]
+
+
+def test_process_that_died_is_killed_and_one_not_started_is_left_out(home: Path) -> None:
+    died, queued = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)])
+    folder = write_record(died, epochs=1, status=RUNNING)
+    record.freeze(queued)
+    sync(Path(queued.run_dir))
+    sync(folder)
+    (run,) = runs_of(died)
+    assert run.data.params["seed"] == "0"
+    assert (run.info.status, run.data.tags["status_reason"]) == ("KILLED", "the process ended without a word")
+    opened = Record(died)  # taken up again
+    opened.result(RUNNING, best_top1=10.0, last_top1=10.0, epochs=1, seconds=1.0)
+    sync(folder)
+    assert runs_of(died)[0].info.status == "RUNNING"
+    opened.close()
+
+
+def test_long_values_are_cut_with_a_mark(home: Path) -> None:
+    job = tracked(home, teacher=False)
+    job.student.model = {"_target_": "x", "long": "y" * 9000}
+    (job,) = register([job])
+    folder = write_record(job, status=FAILED, reason="why " * 5000)
+    sync(folder)
+    (run,) = runs_of(job)
+    value, reason = run.data.params["student.model"], run.data.tags["status_reason"]
+    assert len(value) == 6000
+    assert value.endswith(CUT)
+    assert value.startswith('{"_target_":"x","long":"yyy')
+    assert len(reason) == 8000
+    assert reason.endswith(CUT)
+
+
+def test_more_rows_and_parameters_than_a_batch_takes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "METRICS_A_BATCH", 7)
+    monkeypatch.setattr(tracking, "PARAMS_A_BATCH", 9)
+    (job,) = register([tracked(home, teacher=False)])
+    sync(write_record(job, epochs=30))
+    (run,) = runs_of(job)
+    assert [step for step, _ in points(job, run.info.run_id)["val/top1"]] == list(range(1, 31))
+    assert run.data.params.keys() == cfg.flatten(job).keys()
+
+
+# Sweeps
+
+
+def test_parent_and_children(home: Path) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1")
+    for job in jobs:
+        sync(write_record(job))
+    (parent,) = runs_of(jobs[0], kind="sweep")
+    children = runs_of(jobs[0])
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.data.tags["sweep"] for run in [parent, *children]} == {"table-1"}
+    assert parent.info.status == "RUNNING"
+    tracking.finish_sweep(jobs[0], "FINISHED")
+    again = register([tracked(home, "seed=2", teacher=False)], sweep="table-1")
+    assert again[0].tracking.parent_run_id == parent.info.run_id  # the sweep goes on in the run it had
+    (parent,) = runs_of(jobs[0], kind="sweep")
+    assert parent.info.status == "RUNNING"
+
+
+def test_deleted_experiment_is_named(home: Path) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    client_of(job).delete_experiment(job.tracking.experiment_id)
+    with pytest.raises(ValueError, match=r"tracking.experiment=sddlskd was deleted in MLflow; restore it"):
+        register([tracked(home, teacher=False)])
+
+
+def test_database_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database" * 100)
+    with pytest.raises(ConnectionError, match=r"tracking.uri=sqlite:.*mlflow.db does not take runs .*tracking=none"):
+        register([tracked(tmp_path, teacher=False)])
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "http://127.0.0.1:nonsense", "nonsense", "sqlite:////", "null"])
+def test_address_that_does_not_work_is_named(tmp_path: Path, uri: str) -> None:
+    job = tracked(tmp_path / "home", f"tracking.uri={uri}", teacher=False)
+    shown = "None" if uri == "null" else uri
+    with pytest.raises((ConnectionError, ValueError), match=f"tracking.uri={shown}"):
+        tracking.check_reachable([job])
+    assert not (tmp_path / "home").exists()
+
+
+def test_run_without_tracking_is_delivered_later(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tiny(home, teacher=False)
+    write_record(job)
+    tracking.main(["sync", str(home / "runs")])
+    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    job = tracked(home, teacher=False)
+    (run,) = runs_of(job)
+    assert len(points(job, run.info.run_id)["val/top1"]) == 3
+    with pytest.raises(SystemExit, match="no run directory in"):
+        tracking.main(["sync", str(home / "nowhere")])
+
+
+# Accidents
+
+
+@pytest.mark.parametrize("moment", ["create_run", "log_batch", "set_terminated", "log_artifact"])
+def test_dead_in_the_middle_leaves_no_twin(home: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The process dies right after MLflow took something, before that is noted."""
+    from mlflow.tracking import MlflowClient
+
+    (job,) = register([tracked(home, teacher=False)])
+    folder, original = write_record(job), getattr(MlflowClient, moment)
+
+    def dying(*arguments: Any, **named: Any) -> None:
+        original(*arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, moment, dying)
+        with pytest.raises(KeyboardInterrupt):
+            sync(folder)
+    sync(folder)
+    (run,) = runs_of(job)
+    assert run.info.status == "FINISHED"
+    assert {key: len(found) for key, found in points(job, run.info.run_id).items()} == {
+        "val/top1": 3,
+        "train/loss": 3,
+        "best/top1": 1,
+        "last/top1": 1,
+    }
+
+
+def failing(times: int, calls: list[Path]) -> Callable[[Path], None]:
+    def sync(folder: Path) -> None:
+        calls.append(folder)
+        if len(calls) <= times:
+            raise ConnectionError("gone\nfor lunch")
+
+    return sync
+
+
+def test_mirror_tries_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[Path] = []
+    monkeypatch.setattr(tracking, "sync", failing(2, calls))
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        mirror = Mirror()
+        mirror.update(Path("a"))
+        mirror.close()
+    assert calls == [Path("a")] * 3
+    assert [r.getMessage() for r in caplog.records] == [
+        "MLflow does not take metrics (ConnectionError: gone); training goes on",
+        "MLflow is back; what it missed is being delivered",
+    ]
+
+
+def test_mirror_gives_up_at_the_end_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "sync", failing(1000, []))
+    mirror = Mirror()
+    mirror.update(Path("a"))
+    mirror.update(Path("b"))
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        started = time.monotonic()
+        mirror.close(retry=0.5)
+    assert time.monotonic() - started < 10
+    assert caplog.records[-1].getMessage().endswith("python -m sddlskd.tracking sync a b")
+
+
+def test_mirror_that_hangs_does_not_hold_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "sync", lambda folder: time.sleep(3))
+    mirror = Mirror()
+    mirror.update(Path("a"))
+    time.sleep(0.2)
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        mirror.close(timeout=0.2)
+    assert time.monotonic() - started < 2
+    assert caplog.records[-1].getMessage().endswith("python -m sddlskd.tracking sync a")
+    mirror._thread.join()
+
+
+def deliver(job: Config) -> None:
+    cfg.frame()
+    mirror = Mirror()
+    opened = Record(job)
+    for epoch in range(1, 16):
+        opened.append({"epoch": epoch, "time": 1000.0 + epoch, "val/top1": float(epoch)})
+        opened.result(RUNNING, best_top1=None, last_top1=None, epochs=epoch, seconds=1.0)
+        mirror.update(opened.folder)
+        time.sleep(0.02)
+    opened.result(FINISHED, best_top1=15.0, last_top1=15.0, epochs=15, seconds=1.0)
+    mirror.update(opened.folder)
+    mirror.close()
+    opened.close()
+
+
+def test_eight_processes_lose_nothing(home: Path) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in range(8)], sweep="eight")
+    started = [processes.Process(target=deliver, args=(job,)) for job in jobs]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * 8
+    runs = runs_of(jobs[0])
+    assert sorted(run.data.params["seed"] for run in runs) == list("01234567")
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert points(jobs[0], run.info.run_id)["val/top1"] == [(epoch, float(epoch)) for epoch in range(1, 16)]
+
+
+def launch(job: Config, queue: Any) -> None:
+    cfg.frame()
+    (registered,) = register([job])
+    queue.put(registered.tracking.experiment_id)
+
+
+def test_two_launches_on_an_empty_home(tmp_path: Path) -> None:
+    queue = processes.SimpleQueue()
+    started = [processes.Process(target=launch, args=(tracked(tmp_path, teacher=False), queue)) for _ in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+    assert len({queue.get(), queue.get()}) == 1
+
+
+# A server
+
+
+class Server:
+    """`mlflow server` on loopback, to be killed and started again on the same port and database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its worker: the session that was started above
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(home: Path) -> Iterator[Server]:
+    started = Server(home)
+    started.start()
+    yield started
+    started.kill()
+
+
+def test_server_that_dies_and_comes_back(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(Mirror.close, "__defaults__", (20.0, 0.5))
+    original = Run.end_epoch
+
+    def ending(self: Run, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.epoch == 3:
+            mirrored = self.record.folder / "mlflow.json"
+            deadline = time.monotonic() + 60
+            while not (mirrored.exists() and json.loads(mirrored.read_text()).get("rows")):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            server.kill()
+
+    monkeypatch.setattr(Run, "end_epoch", ending)
+    job = tiny(tmp_path / "work", "tracking=mlflow", f"tracking.uri={server.uri}", "trainer.epochs=6")
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        (result,) = fit([job])
+    assert result["status"] == "FINISHED"
+    assert len(record.read_rows(Path(job.run_dir))) == 6
+    assert f"when it is back: python -m sddlskd.tracking sync {job.run_dir}" in caplog.text
+    server.start()
+    tracking.main(["sync", job.run_dir])
+    (run,) = runs_of(job)
+    assert (run.info.status, run.info.run_id) == ("FINISHED", result["run_id"])
+    history = points(job, run.info.run_id)
+    assert history.keys() == METRICS | FINAL
+    steps = Counter(len(found) for key, found in history.items() if key in METRICS)
+    assert steps == {6: len(METRICS)}
+    assert {file.path for file in client_of(job).list_artifacts(run.info.run_id)} >= {"config.yaml", "result.json"}
+    sync(Path(job.run_dir))
+    assert points(job, run.info.run_id) == history
+
+
+def test_tracking_of_a_students_group_that_fails_in_part(home: Path) -> None:
+    jobs = [tracked(home), tracked(home, model=net(raises="training"))]
+    fit(jobs)
+    assert sorted(run.info.status for run in runs_of(jobs[0])) == ["FAILED", "FINISHED"]
+    assert {run.data.params["student.model"] for run in runs_of(jobs[0])} == {
+        json.dumps(job.student.model, separators=(",", ":")) for job in jobs
+    }

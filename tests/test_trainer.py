@@ -1,0 +1,459 @@
+"""The training loop: what must come out the same, whatever happens on the way."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sddlskd import checkpoint, trainer
+from sddlskd import config as cfg
+from sddlskd.build import build_data, build_network
+from sddlskd.config import Config
+from sddlskd.evaluation import evaluate
+from sddlskd.run import Run
+from sddlskd.teacher import Teacher, path_of
+from sddlskd.trainer import fit
+from tests.tiny import BASE, STEPS, child, final, leave_teacher, net, one_thread, rows, same, same_outcome, tiny  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+GROUP = (
+    ("student=resnet8", "M=[1]"),
+    ("student=wrn_16_1", "M=[1,2,4]", "optimizer.clip_norm=1.0"),
+    ("student=resnet14", "recipe=sd_dkd", "M=[2]"),
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A job that ran to its end in one go."""
+    job = tiny(tmp_path_factory.mktemp("undisturbed"))
+    fit([job])
+    return job
+
+
+def after(
+    monkeypatch: pytest.MonkeyPatch, method: str, condition: Callable[[Run], bool], act: Callable[[], Any]
+) -> None:
+    """Call `act` once, after the first call of this method of Run at which `condition` holds."""
+    original, left = getattr(Run, method), [act]
+
+    def wrapped(self: Run, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        if left and condition(self):
+            left.pop()()
+
+    monkeypatch.setattr(Run, method, wrapped)
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, method: str, condition: Callable[[Run], bool]) -> None:
+    after(monkeypatch, method, condition, lambda: signal.raise_signal(signal.SIGTERM))
+
+
+def result_of(job: Config) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(job.run_dir, "result.json").read_text())
+    return content
+
+
+def saved_at(job: Config) -> int:
+    """When the last checkpoint was written, in ns; 0 where there is none, for a moment or yet."""
+    try:
+        return Path(job.run_dir, "last.ckpt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+# Grouped = alone
+
+
+def test_grouped_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, x, views=None: (calls.append(len(x)), original(self, x))[1])
+    together = [tiny(tmp_path / "together", *overrides) for overrides in GROUP]
+    assert [r["status"] for r in fit(together)] == ["FINISHED"] * 3
+    assert calls.count(64) == 2 * STEPS + 1  # once a batch, not once a student; and once over the 64 test images
+    for overrides, grouped in zip(GROUP, together, strict=True):
+        alone = tiny(tmp_path / "alone", *overrides)
+        fit([alone])
+        assert same_outcome(alone, grouped)
+        assert len(rows(alone)) == 2
+
+
+def test_students_of_a_group_differ(tmp_path: Path) -> None:
+    jobs = [tiny(tmp_path, "trainer.data_seed=7", f"seed={seed}") for seed in (0, 1)]
+    networks = [build_network(job.student.model, 10, job.seed, CPU) for job in jobs]
+    assert not same(networks[0].state_dict(), networks[1].state_dict())
+    batches = [next(build_data(job, CPU).batches(1)) for job in jobs]
+    assert same(*batches)
+    assert [r["status"] for r in fit(jobs)] == ["FINISHED"] * 2
+    with pytest.raises(ValueError, match="cannot share batches"):
+        fit([tiny(tmp_path, f"seed={seed}") for seed in (0, 1)])
+
+
+@pytest.mark.parametrize("raises", ["training", "evaluation"])
+def test_student_that_raises_leaves_alone(tmp_path: Path, undisturbed: Config, raises: str) -> None:
+    bad, good = tiny(tmp_path, model=net(raises=raises)), tiny(tmp_path)
+    results = fit([bad, good])
+    assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
+    assert results[0]["reason"] == f"RuntimeError: no good at {raises}"
+    assert same_outcome(good, undisturbed)
+
+
+def test_student_that_diverges(tmp_path: Path, undisturbed: Config) -> None:
+    bad, good = tiny(tmp_path, "optimizer.lr=1e30"), tiny(tmp_path)
+    results = fit([bad, good])
+    assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
+    assert "loss became nan at epoch 1, step 2; lower optimizer.lr" in results[0]["reason"]
+    assert same_outcome(good, undisturbed)
+    assert not Path(bad.run_dir, "best.ckpt").exists()
+
+
+def test_weights_broken_by_the_last_step_are_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny(tmp_path, "distiller=vanilla", "student=resnet14")
+
+    def spoil(run: Run, *_: Any) -> None:
+        with torch.no_grad():
+            next(run.model.parameters()).fill_(float("nan"))
+
+    original = Run.train_step
+    monkeypatch.setattr(Run, "train_step", lambda run, *a: (original(run, *a), run.step == STEPS and spoil(run))[0])
+    (result,) = fit([job])
+    assert result["status"] == "FAILED"
+    assert "val/loss became nan at epoch 1, step 3" in result["reason"]
+    assert not path_of(job.home, "fake", "resnet14").exists()
+
+
+def test_stop_after_a_failure_keeps_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that fails one student and stops the others: the failed one is not saved as if it were well."""
+    bad, good = tiny(tmp_path, "optimizer.lr=1e30", "trainer.log_every=2"), tiny(tmp_path, "trainer.log_every=2")
+    stop(monkeypatch, "train_step", lambda run: run.step == 2)
+    results = fit([bad, good])
+    assert [r["status"] for r in results] == ["FAILED", "KILLED"]
+    assert not Path(bad.run_dir, "last.ckpt").exists()
+    assert Path(good.run_dir, "last.ckpt").exists()
+
+
+# Resumed = uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("method", "epoch", "step"), [("end_epoch", 2, 0), ("train_step", 1, 1), ("train_step", 2, 2), ("train_step", 2, 3)]
+)
+def test_resumed_is_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Config, method: str, epoch: int, step: int
+) -> None:
+    job = tiny(tmp_path)
+    stop(monkeypatch, method, lambda run: (run.epoch, run.step) == (epoch, step))
+    (killed,) = fit([job])
+    assert (killed["status"], killed["reason"]) == ("KILLED", "stopped by SIGTERM")
+    assert final(job)["position"][:2] == [epoch, step]
+    (result,) = fit([job])
+    assert result["status"] == "FINISHED"
+    assert same_outcome(job, undisturbed)
+    assert [row["epoch"] for row in rows(job)] == [1, 2]
+    assert result["best_top1"] == result_of(undisturbed)["best_top1"]
+
+
+def test_seconds_of_an_epoch_span_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny(tmp_path, "trainer.epochs=1")
+    after(monkeypatch, "train_step", lambda run: run.step == 1, lambda: time.sleep(2.0))
+    stop(monkeypatch, "train_step", lambda run: run.step == 1)
+    fit([job])
+    monkeypatch.undo()
+    (result,) = fit([job])
+    row = json.loads(Path(job.run_dir, "metrics.jsonl").read_text())
+    assert row["time/epoch_s"] >= 2.0
+    assert row["time/images_per_s"] <= 192 / 2.0
+    assert result["seconds"] >= 2.0
+
+
+def test_group_of_interrupted_and_new_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Config
+) -> None:
+    jobs = [tiny(tmp_path), tiny(tmp_path, "student=wrn_16_1")]
+    stop(monkeypatch, "train_step", lambda run: (run.epoch, run.step) == (2, 2))
+    fit(jobs[:1])
+    assert [r["status"] for r in fit(jobs)] == ["FINISHED"] * 2
+    alone = tiny(tmp_path / "alone", "student=wrn_16_1")
+    fit([alone])
+    assert same_outcome(jobs[0], undisturbed)
+    assert same_outcome(jobs[1], alone)
+
+
+def test_dropout_is_the_same_alone_grouped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, grouped, resumed = (tiny(tmp_path / place, model=net(dropout=0.5)) for place in ("a", "b", "c"))
+    fit([alone])
+    fit([tiny(tmp_path / "b", "student=wrn_16_1"), grouped])
+    stop(monkeypatch, "train_step", lambda run: (run.epoch, run.step) == (1, 2))
+    fit([resumed])
+    fit([resumed])
+    assert same_outcome(alone, grouped)
+    assert same_outcome(alone, resumed)
+    without = tiny(tmp_path / "d", model=net(dropout=0.0))
+    fit([without])
+    assert rows(without) != rows(alone)
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Moments are drawn in checkpoints seen, not in seconds: a fast machine would be done, a slow one not begun."""
+    overrides = ("trainer.epochs=24", "checkpoint.every_minutes=0.0001")
+    undisturbed, job = tiny(tmp_path / "undisturbed", *overrides), tiny(tmp_path / "killed", *overrides)
+    process = child(undisturbed)
+    process.join()
+    draw, inside = random.Random(0), 0
+    for _ in range(4):
+        process = child(job)
+        last, left = saved_at(job), draw.randint(1, 6)
+        while process.is_alive() and left:
+            now = saved_at(job)
+            left -= now not in (0, last)
+            last = now or last
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        inside += process.exitcode == -signal.SIGKILL and result_of(job)["status"] == "RUNNING"
+    assert inside >= 2
+    process = child(job)
+    process.join()
+    assert process.exitcode == 0
+    assert result_of(job)["status"] == "FINISHED"
+    assert same_outcome(job, undisturbed)
+    assert [row["epoch"] for row in rows(job)] == list(range(1, 25))
+    assert not list(Path(job.run_dir).glob("*.tmp")) + list(Path(job.run_dir).glob(".*.ckpt*.tmp"))
+
+
+def test_metrics_that_did_not_reach_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Config
+) -> None:
+    """Dead between the checkpoint and metrics.jsonl: the row comes from the checkpoint."""
+    job = tiny(tmp_path)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sddlskd.record.Record.append", die)
+        fit([job])
+    assert not Path(job.run_dir, "metrics.jsonl").exists()
+    fit([job])
+    assert same_outcome(job, undisturbed)
+
+
+def test_finished_job_is_not_run_again(tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p: p.stat().st_mtime_ns for p in Path(undisturbed.run_dir).iterdir()}
+    (result,) = fit([undisturbed])
+    assert result["status"] == "FINISHED"
+    assert {p: p.stat().st_mtime_ns for p in Path(undisturbed.run_dir).iterdir()} == before
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+    leave_teacher(tmp_path)
+    folder = tmp_path / "run"
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "sddlskd.train", *BASE, "trainer.epochs=40", f"hydra.run.dir={folder}"]
+        environment = os.environ | {"SDDLSKD_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    process = start()
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command continues" in output
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGINT")
+    position = torch.load(folder / "last.ckpt", weights_only=True)["position"]
+    assert position[0] <= 40
+    process = start()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert json.loads((folder / "result.json").read_text())["status"] == "FINISHED"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 41))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["M=[1,32]"], r"M=\[1, 32\] asks for 32x32 regions.*the largest scale here is 8"),
+        (["trainer.batch_size=193"], "batch_size is 193; give 1..192"),
+        (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
+        (["teacher=resnet14", "teacher.train_if_missing=false"], "teacher=resnet14 for fake is missing"),
+        (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9 does not answer"),
+        (["tracking=mlflow", "tracking.uri=nonsense"], "tracking.uri=nonsense is not valid"),
+    ],
+)
+def test_refused_early_leaves_nothing_behind(tmp_path: Path, overrides: list[str], message: str) -> None:
+    job = tiny(tmp_path, *overrides)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=message):
+        fit([job])
+    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "top1.json" not in p.name] == []
+
+
+def test_scales_are_checked_before_a_teacher_is_trained(tmp_path: Path) -> None:
+    job = tiny(tmp_path, "M=[32]", "teacher.train_if_missing=true", teacher=False)
+    with pytest.raises(ValueError, match="asks for 32x32"):
+        fit([job])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_job_in_the_run_dir_is_refused_although_finished(undisturbed: Config) -> None:
+    other = tiny(Path(undisturbed.home), "optimizer.lr=0.01")
+    other.run_dir = undisturbed.run_dir
+    with pytest.raises(ValueError, match=r"holds another job \(optimizer.lr=0.05 there, 0.01 here\)"):
+        fit([other])
+
+
+def test_another_teacher_in_the_middle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny(tmp_path)
+    stop(monkeypatch, "train_step", lambda run: run.step == 1)
+    fit([job])
+    path = path_of(job.home, "fake", "resnet8")
+    weights = checkpoint.read_weights(path)
+    weights["fc.bias"] += 1
+    checkpoint.write(path, {"model": weights})
+    with pytest.raises(ValueError, match="begun with another teacher file"):
+        fit([job])
+
+
+def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Path) -> None:
+    job = tiny(tmp_path, "teacher=resnet14", "teacher.train_if_missing=false")
+    trainer.record.freeze(job)
+    with pytest.raises(FileNotFoundError):
+        fit([job])
+    assert result_of(job)["status"] == "FAILED"
+    assert "teacher=resnet14" in result_of(job)["reason"]
+
+
+# The parts of a step
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses every operation that would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        # lift_fresh: a tensor made from Python numbers is copied to the device, and the copy waits.
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique"}, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["M=[1,2,4]"], ["distiller=vanilla", "student=wrn_16_1"], ["optimizer.clip_norm=0.5"], ["recipe=sd_dkd"]],
+)
+def test_step_reads_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
+    original, steps = Run.train_step, []
+
+    def watched(self: Run, *arguments: Any) -> None:
+        with NoSync():
+            original(self, *arguments)
+        steps.append(self.step)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+            self.look()
+
+    monkeypatch.setattr(Run, "train_step", watched)
+    assert fit([tiny(tmp_path, *overrides)])[0]["status"] == "FINISHED"
+    assert len(steps) == 2 * STEPS
+
+
+def test_bf16_on_the_cpu(tmp_path: Path, undisturbed: Config) -> None:
+    job = tiny(tmp_path, "trainer.precision=bf16")
+    assert fit([job])[0]["status"] == "FINISHED"
+    ours, theirs = rows(job)[0]["train/loss"], rows(undisturbed)[0]["train/loss"]
+    assert ours != theirs
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert {value.dtype for value in final(job)["model"].values()} == {torch.float32, torch.int64}
+
+
+def test_fp16_with_its_loss_scale_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, resumed = (tiny(tmp_path / place, "trainer.precision=fp16") for place in ("whole", "resumed"))
+    fit([whole])
+    stop(monkeypatch, "train_step", lambda run: (run.epoch, run.step) == (1, 2))
+    fit([resumed])
+    assert final(resumed)["scaler"]["scale"] < 65536  # the first steps overflow, as they should
+    fit([resumed])
+    assert same_outcome(whole, resumed)
+
+
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Config) -> None:
+    compiled = []
+    real = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), real(model))[1])
+    job = tiny(tmp_path, "trainer.compile=true")
+    assert fit([job])[0]["status"] == "FINISHED"
+    assert len(compiled) == 2  # teacher and student
+    assert rows(job)[-1]["train/loss"] == pytest.approx(rows(undisturbed)[-1]["train/loss"], rel=1e-3)
+    assert final(job)["model"].keys() == final(undisturbed)["model"].keys()
+
+
+def test_best_checkpoint_is_of_the_best_epoch_on_the_held_out_images(tmp_path: Path) -> None:
+    job = tiny(tmp_path, "dataset.val_fraction=0.25", "trainer.epochs=4", "optimizer.lr=0.02")
+    (result,) = fit([job])
+    data = build_data(job, CPU)
+    assert (data.train_size, data.val_size) == (142, 50)
+    best = checkpoint.read(Path(job.run_dir, "best.ckpt"))
+    scores = [row["val/top1"] for row in rows(job)]
+    assert best["top1"] == max(scores) == result["best_top1"]
+    assert best["epoch"] == 1 + scores.index(max(scores)) == result["best_epoch"]
+    network = build_network(job.student.model, 10, 0, CPU)
+    network.load_state_dict(best["model"])
+    assert evaluate(network.eval(), data.val_batches())["top1"] == best["top1"]
+    network.load_state_dict(final(job)["model"])
+    assert evaluate(network.eval(), data.val_batches()) == {
+        name: rows(job)[-1][f"val/{name}"] for name in ("top1", "top5", "loss")
+    }
+
+
+def test_train_metrics_are_means_over_the_images(tmp_path: Path) -> None:
+    """192 images in batches of 80, 80 and 32: the small batch weighs less."""
+    job = tiny(tmp_path, "trainer.batch_size=80", "trainer.epochs=1", "distiller=vanilla", "student=wrn_16_1")
+    seen: list[tuple[int, float]] = []
+    original = Run.train_step
+
+    def watched(self: Run, images: torch.Tensor, target: torch.Tensor, teacher_map: Any) -> None:
+        before = self.sums[0].item()
+        original(self, images, target, teacher_map)
+        seen.append((len(target), (self.sums[0].item() - before) / len(target)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "train_step", watched)
+        fit([job])
+    assert [count for count, _ in seen] == [80, 80, 32]
+    assert rows(job)[0]["train/loss"] == pytest.approx(sum(n * loss for n, loss in seen) / 192, rel=1e-5)
+    assert rows(job)[0]["train/loss"] == pytest.approx(rows(job)[0]["train/loss_ce"])
+
+
+def test_teacher_is_trained_once_by_two_processes(tmp_path: Path) -> None:
+    overrides = ("teacher.train_if_missing=true", "teacher.train_epochs=1")
+    jobs = [tiny(tmp_path, *overrides, f"student={s}", teacher=False) for s in ("wrn_16_1", "resnet14")]
+    started = [child(job) for job in jobs]
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+    assert [result_of(job)["status"] for job in jobs] == ["FINISHED"] * 2
+    assert len({result_of(job)["teacher_sha256"] for job in jobs}) == 1
+    teacher = cfg.teacher_job(jobs[0])
+    assert Path(teacher.run_dir, "train.log").read_text().count("running") == 1
+    assert [row["epoch"] for row in rows(teacher)] == [1]

@@ -1,0 +1,133 @@
+"""Jobs so small that a whole training takes a second, and networks that misbehave on purpose."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.models import create
+from sddlskd.teacher import path_of, publish
+
+CONF = Path(__file__).parents[1] / "conf"
+STEPS = 3  # batches of an epoch
+BASE = (
+    "dataset=fake",
+    "dataset.num_classes=10",
+    "+dataset.load.train=192",
+    "+dataset.load.test=64",
+    "+dataset.load.size=16",
+    "teacher=resnet8",
+    "student=resnet8",
+    "tracking=none",
+    "trainer=cpu",
+    "trainer.epochs=2",
+    "trainer.progress=off",
+)
+TIMES = ("time", "time/epoch_s", "time/images_per_s")
+
+# Children fork from a process that has imported torch and computed nothing: they start in no time.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["sddlskd.trainer", "mlflow.store.tracking.sqlalchemy_store"])
+
+
+def tiny(home: Path, *overrides: str, model: dict[str, Any] | None = None, teacher: bool = True) -> Config:
+    """A job of 2 epochs of 3 batches on random images. model: the student's, in place of a network of ours."""
+    cfg.frame()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        job = cfg.resolve(hydra.compose("config", overrides=[*BASE, f"home={home}", *overrides]))
+    if model:
+        job.student.model = model
+        job.run_dir = str(Path(job.home, "runs", cfg.run_name(job)))
+    if teacher:
+        leave_teacher(home)
+    return job
+
+
+def leave_teacher(home: Path) -> Path:
+    """A teacher where jobs of that home find it: fresh weights, the same every time."""
+    path = path_of(str(home), "fake", "resnet8")
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            publish(path, create("resnet8", num_classes=10).state_dict(), network="resnet8", dataset="fake", top1=10.0)
+    return path
+
+
+def fit_in_child(jobs: Sequence[Config]) -> None:
+    """What a child process runs."""
+    cfg.frame()
+    torch.set_num_threads(1)
+    from sddlskd.trainer import fit
+
+    fit(jobs)
+
+
+def child(*jobs: Config) -> Any:
+    """A process that fits these jobs, started."""
+    process = processes.Process(target=fit_in_child, args=(jobs,))
+    process.start()
+    return process
+
+
+def rows(job: Config) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock decides."""
+    lines = Path(job.run_dir, "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def final(job: Config) -> dict[str, Any]:
+    """Everything of the last checkpoint but its times."""
+    state = torch.load(Path(job.run_dir, "last.ckpt"), weights_only=True)
+    return {key: value for key, value in state.items() if key not in ("row", "seconds")}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def same_outcome(a: Config, b: Config) -> bool:
+    return same(final(a), final(b)) and rows(a) == rows(b)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the modules that import it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # so little work is done sooner by one than by two that wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+class Net(nn.Module):
+    """A user's network: a convolution, dropout, a head; it may raise in one of its two modes."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.0, raises: str = "") -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, 4), nn.Conv2d(8, num_classes, 1)
+        self.dropout, self.raises = nn.Dropout(dropout), raises
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if len(images_BCHW) > 1 and self.raises == ("training" if self.training else "evaluation"):
+            raise RuntimeError(f"no good at {self.raises}")
+        map_BKHW: Tensor = self.head(self.dropout(self.body(images_BCHW).relu()))
+        return map_BKHW
+
+
+def net(**options: Any) -> dict[str, Any]:
+    """The configuration of a `Net`."""
+    return {"_target_": "tests.tiny.Net", **options}
