@@ -171,6 +171,7 @@ class TrackingConfig:
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path
     experiment: str = _plumbing("sddlskd")  # MLflow experiment
+    predictions: bool = _plumbing(False)  # keep logits, regions and features on the test split, for figures
     experiment_id: str | None = _plumbing(None)  # set by the launching process
     parent_run_id: str | None = _plumbing(None)  # set by the launching process: the sweep's run
 

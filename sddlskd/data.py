@@ -144,6 +144,10 @@ class DeviceData:
         """Plain batches of the official test split, in its order."""
         return self._plain(self._test)
 
+    def test_images(self, indices: Sequence[int]) -> Tensor:
+        """The raw pixels of test images, uint8 N H W C on the CPU."""
+        return self._test.images_NHWC[list(indices)].cpu()
+
     def _chunks(self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, first: int) -> Iterator[Batch]:
         # Small batches are made several at a time: fewer, larger operations, all elementwise, so the bits are the same.
         step = max(1, CHUNK // self._batch_size) * self._batch_size

@@ -1,42 +1,50 @@
-"""What can be known to be wrong with a job before it starts: no weights are made and nothing is written."""
+"""What can be known to be wrong with a job before it starts: no weights are made and nothing is written.
 
+A sweep runs it in a process of its own, so that the one that waits for hours holds neither torch nor images.
+"""
+
+import json
+import pickle
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from sddlskd.build import check_teacher
+from sddlskd import record
+from sddlskd.build import check_teacher, teacher_changed
 from sddlskd.config import Config, canonical
 from sddlskd.console import explain
 from sddlskd.precision import pick_device
 
-__all__ = ["problems"]
+__all__ = ["look", "main", "problems"]
 
 
 def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
     """The jobs that cannot run, each with the reason in one line."""
 
     @cache
-    def loaded(load: str) -> Tensor | Exception:
+    def shape(load: str) -> tuple[int, ...] | Exception:
         try:
             images: Tensor = instantiate(by_key[load].dataset.load).train.images_NHWC
         except Exception as error:  # kept, so that what cannot be fetched is asked for once
             return error
-        return images
+        return tuple(images.shape)
 
     @cache
     def data(load: str, batch_size: int) -> tuple[int, ...]:
-        job, images = by_key[load], loaded(load)
-        if isinstance(images, Exception):
-            raise images
-        if batch_size > len(images):
+        job, found = by_key[load], shape(load)
+        if isinstance(found, Exception):
+            raise found
+        N, H, W, C = found
+        if batch_size > N:
             raise ValueError(
-                f"trainer.batch_size={batch_size} is larger than the {len(images)} images of dataset={job.dataset.name}"
+                f"trainer.batch_size={batch_size} is larger than the {N} images of dataset={job.dataset.name}"
             )
-        _, H, W, C = images.shape
         return C, H, W
 
     @cache
@@ -65,3 +73,26 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         except Exception as error:  # a network or a data set may raise anything
             found.append((job, explain(error)))
     return found
+
+
+def look(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
+    """problems: of the jobs to run, each as (place, reason); changed: the places of finished jobs that learnt from
+    another teacher file than is there now; devices: of this machine."""
+    place = {id(job): i for i, job in enumerate(todo)}
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "problems": [(place[id(job)], reason) for job, reason in problems(todo)],
+        "changed": [i for i, job in enumerate(finished) if teacher_changed(job, record.read_result(Path(job.run_dir)))],
+        "devices": cuda or ["cpu"],
+    }
+
+
+def main() -> None:
+    """From (jobs to run, finished jobs), pickled on stdin, to what `look` finds, as JSON on stdout."""
+    todo, finished = pickle.load(sys.stdin.buffer)
+    answers, sys.stdout = sys.stdout, sys.stderr  # a user's network or data set may print
+    answers.write(json.dumps(look(todo, finished)))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["autocast", "pick_device"]
+__all__ = ["autocast", "describe", "pick_device"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -11,6 +11,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context for the networks' forward pass; losses leave it and are computed in float32."""
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: its name, or how many CPU threads are used."""
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import socket
 import subprocess
 import time
@@ -101,6 +102,12 @@ def code_state() -> dict[str, str]:
     if not git("ls-files", "--", __file__):  # installed into a venv inside some other project's checkout
         return {"version": version("sddlskd"), "git_sha": "", "diff": ""}
     return {"version": version("sddlskd"), "git_sha": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")}
+
+
+def versions() -> str:
+    """What a run's numbers may depend on, in a line."""
+    names = ", ".join(f"{name} {version(name)}" for name in ("sddlskd", "torch"))
+    return f"{names}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
 class Record:

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -81,16 +82,22 @@ def run_sweep(
         | ({"failed"} if rerun is Rerun.none else set())
     )
     todo = [job for job in unique if states[job.run_dir] not in skipped]
-    invalid = _invalid(todo)
-    if invalid and not unique[0].sweep.plan:
-        raise InvalidJobs(invalid)
-    _name_changed_teachers([job for job in unique if states[job.run_dir] == "finished"])
+    seen = _look_ahead(todo, [job for job in unique if states[job.run_dir] == "finished"])
+    if seen.invalid and not unique[0].sweep.plan:
+        raise InvalidJobs(seen.invalid)
+    if seen.changed:
+        log.warning(
+            "%d finished jobs learnt from another teacher file than is there now (%s ...); "
+            "sweep.rerun=all runs them again",
+            len(seen.changed),
+            ", ".join(map(cfg.run_name, seen.changed[:3])),
+        )
     groups = groups_of(todo, max_group_size)
     plan = _plan(name, unique, states, groups)
     if unique[0].sweep.plan:
-        for line in [*plan, *(f"cannot run: {line}" for line in reasons_together(invalid))]:
+        for line in [*plan, *(f"cannot run: {line}" for line in reasons_together(seen.invalid))]:
             write_line(line)
-        sys.exit(1 if invalid else 0)
+        sys.exit(1 if seen.invalid else 0)
     log.info("%s", "; ".join(plan))
     if todo:
         from sddlskd import tracking
@@ -101,10 +108,12 @@ def run_sweep(
         if rerun is Rerun.all:
             for job in todo:
                 _set_aside(Path(job.run_dir))
-        for job in tracking.register(todo, sweep=name):
+        registered = tracking.register(todo, sweep=name)
+        for job in registered:
             record.freeze(job)
             record.queue_again(Path(job.run_dir))
-        stopped = Pool(devices, fail_fast=fail_fast).run(groups)
+        tracking.log_plan(registered[0], _write_plan(folder, name, unique))
+        stopped = Pool(devices, fail_fast=fail_fast).run(groups, seen.devices)
         failed = any(state_of(Path(job.run_dir)) != "finished" for job in unique)
         tracking.finish_sweep(
             tracking.register(todo[:1], sweep=name)[0], KILLED if stopped else FAILED if failed else FINISHED
@@ -123,27 +132,32 @@ def _result(job: Config) -> dict[str, Any]:
     return record.read_result(Path(job.run_dir)) or nothing
 
 
-def _invalid(jobs: Sequence[Config]) -> list[tuple[str, str]]:
-    if not jobs:
-        return []
-    from sddlskd.precheck import problems
+@dataclass
+class Seen:
+    """What is known before anything starts."""
 
-    return [(cfg.run_name(job), reason) for job, reason in problems(jobs)]
+    invalid: list[tuple[str, str]]  # jobs that cannot run, each with the reason
+    changed: list[Config]  # finished jobs whose teacher file was replaced since
+    devices: list[str]  # of this machine
 
 
-def _name_changed_teachers(jobs: Sequence[Config]) -> None:
-    if any(job.distiller.loss for job in jobs):
-        from sddlskd.build import teacher_changed
+def _look_ahead(todo: Sequence[Config], finished: Sequence[Config]) -> Seen:
+    if not todo and not any(job.distiller.loss for job in finished):
+        return Seen([], [], [])
+    answer = _ask_precheck(list(todo), list(finished))
+    return Seen(
+        [(cfg.run_name(todo[at]), reason) for at, reason in answer["problems"]],
+        [finished[at] for at in answer["changed"]],
+        answer["devices"],
+    )
 
-        other = [job for job in jobs if teacher_changed(job, record.read_result(Path(job.run_dir)))]
-        if other:
-            names = ", ".join(cfg.run_name(job) for job in other[:3])
-            log.warning(
-                "%d finished jobs learnt from another teacher file than is there now (%s ...); "
-                "sweep.rerun=all runs them again",
-                len(other),
-                names,
-            )
+
+def _ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
+    """Asked in a process of its own: this one stays small while it waits for the workers."""
+    command = [sys.executable, "-m", "sddlskd.precheck"]
+    done = subprocess.run(command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def _set_aside(folder: Path) -> None:
@@ -203,6 +217,32 @@ def _write_manifest(name: str, jobs: Sequence[Config]) -> Path:
     return folder
 
 
+def _write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
+    """Every job that the sweep means to run, in MLflow's words: what all have in common once, then what differs."""
+    path = folder / "plan.json"
+    params = {job.run_dir: {key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs}
+    hashes = {job.run_dir: cfg.config_hash(job) for job in jobs}
+    if path.exists():  # of an earlier start, with other jobs
+        earlier = json.loads(path.read_text())
+        for job in earlier["jobs"]:
+            params.setdefault(job["run_dir"], earlier["common"] | job["params"])
+            hashes.setdefault(job["run_dir"], job["config_hash"])
+    first = next(iter(params.values()))
+    common = {key: value for key, value in first.items() if all(own.get(key) == value for own in params.values())}
+    listed = [
+        {
+            "config_hash": hashes[run_dir],
+            "run_dir": run_dir,
+            "command": f"python -m sddlskd.worker {shlex.quote(run_dir)}",
+            "params": {key: value for key, value in own.items() if key not in common},
+        }
+        for run_dir, own in params.items()
+    ]
+    content = {"name": name, "command": _command(jobs[0].home), "common": common, "jobs": listed}
+    record.write_text(path, json.dumps(content, indent=1))
+    return path
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """{name, command, folder, time, jobs}."""
     content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
@@ -239,12 +279,12 @@ class Pool:
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
         self.asked_to_stop = 0
 
-    def run(self, groups: Sequence[Sequence[Config]]) -> bool:
-        """Run every group; True where a person stopped it."""
+    def run(self, groups: Sequence[Sequence[Config]], visible: Sequence[str]) -> bool:
+        """Run every group; True where a person stopped it. visible: the devices of this machine."""
         self.queue.extend(Task(list(group)) for group in groups)
         if self.auto:
             asked = {task.jobs[0].trainer.device for task in self.queue}
-            self.devices = sorted(asked - {"auto"} | set(_all_devices() if "auto" in asked else []))
+            self.devices = sorted(asked - {"auto"} | set(visible if "auto" in asked else []))
         on_cpu = self.devices.count("cpu")
         self.threads = max(len(os.sched_getaffinity(0)) // on_cpu, 1) if on_cpu > 1 else None
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -333,12 +373,6 @@ class Pool:
             if self.asked_to_stop == 1
             else "stopped",
         )
-
-
-def _all_devices() -> list[str]:
-    import torch
-
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
 
 
 def _mark_failed(job: Config, reason: str) -> None:

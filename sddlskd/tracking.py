@@ -29,13 +29,14 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
 
-__all__ = ["Mirror", "check_reachable", "finish_sweep", "register", "supersede", "sync"]
+__all__ = ["Mirror", "check_reachable", "finish_sweep", "log_plan", "register", "supersede", "sync"]
 
 log = logging.getLogger(__name__)
 
 PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = 6000, 250, 8000, 100, 1000  # MLflow's limits: characters, entries
 CUT = " ... (cut)"
 CURE = "start it, name another with tracking.uri=..., or use tracking=none"
+SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
 OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 
 
@@ -133,6 +134,15 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
         parent_id = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
     client.update_run(parent_id, "RUNNING")
     return parent_id
+
+
+def log_plan(config: Config, path: Path) -> None:
+    """Put the sweep's plan beside its run, so that what never started can be told from what was never meant to."""
+    if config.tracking.enabled and config.tracking.parent_run_id:
+        try:
+            _client(str(config.tracking.uri)).log_artifact(config.tracking.parent_run_id, str(path))
+        except Exception as error:  # a server may take numbers and no files
+            log.warning("MLflow at %s did not take the sweep's plan: %s", config.tracking.uri, _first_line(error))
 
 
 def finish_sweep(config: Config, status: str) -> None:
@@ -239,13 +249,18 @@ def _send_outcome(client: Any, run_id: str, folder: Path, status: str, result: d
         client.update_run(run_id, status)
         return
     client.set_tag(run_id, "status_reason", _cut(result.get("reason", ""), TAG))
-    if result.get("teacher_sha256"):
-        client.set_tag(run_id, "teacher_sha256", result["teacher_sha256"])
-    summary = {"best/top1": "best_top1", "last/top1": "last_top1", "teacher/top1": "teacher_top1"}
-    row = {key: result[name] for key, name in summary.items() if result.get(name) is not None}
+    for tag in ("teacher_sha256", "environment", "group_size"):
+        if result.get(tag):
+            client.set_tag(run_id, tag, _cut(result[tag], TAG))
+    row = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
     _send_rows(client, run_id, [{**row, "epoch": result.get("epochs", 0), "time": result.get("time", time.time())}])
     client.set_terminated(run_id, status)
-    for name in ("config.yaml", "code.diff", "result.json"):  # last: a server may take numbers and no files
+    for name in (
+        "config.yaml",
+        "code.diff",
+        "result.json",
+        "predictions.npz",
+    ):  # last: a server may take numbers and no files
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
 

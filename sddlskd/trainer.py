@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
+from sddlskd import checkpoint, predictions, record, tracking
 from sddlskd import config as cfg
-from sddlskd import record, tracking
 from sddlskd.build import (
     build_data,
     build_network,
@@ -30,7 +31,7 @@ from sddlskd.build import (
 from sddlskd.config import Config
 from sddlskd.data import DeviceData
 from sddlskd.evaluation import evaluate
-from sddlskd.precision import pick_device
+from sddlskd.precision import describe, pick_device
 from sddlskd.progress import View
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Record
 from sddlskd.run import NonFiniteLoss, Run
@@ -259,7 +260,8 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
                 mirror.update(run.record.folder)
 
         for run in runs:
-            run.info, run.crowded = facts, len(runs) > 1
+            run.info = {**facts, "group_size": len(runs), "environment": f"{record.versions()}, {describe(device)}"}
+            run.crowded = len(runs) > 1
             run.report(RUNNING)
             changed(run)
         view = View(
@@ -300,7 +302,21 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
                     if run.epoch <= first.trainer.epochs:
                         run.report(KILLED, f"stopped by {stop.signal.name}" if stop.signal else "stopped")
                     else:
-                        leave_as_teacher(job, run)  # before it counts as finished and is not run again
-                        run.report(FINISHED)
+                        _finish(job, run, teacher_network, data)
                     changed(run)
     return {job.run_dir: record.read_result(Path(job.run_dir)) for job in jobs}
+
+
+def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: DeviceData) -> None:
+    """What a trained student leaves, before it counts as finished and is not run again."""
+    leave_as_teacher(job, run)
+    if job.tracking.predictions:
+        arrays = predictions.collect(run.model, teacher_network, data.test_batches(), job.M)
+        if "sample" in arrays:
+            arrays["images"] = data.test_images(arrays["sample"].tolist()).numpy()
+        predictions.write(run.record.folder / "predictions.npz", arrays)
+    if job.dataset.val_fraction:  # the honest number: on the test split, at the epoch that the held-out images chose
+        run.model.load_state_dict(checkpoint.read(run.record.folder / "best.ckpt")["model"])
+        run.model.eval()
+        run.info["test_top1"] = evaluate(run.forward, data.test_batches(), run.precision)["top1"]
+    run.report(FINISHED)

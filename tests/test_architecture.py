@@ -15,7 +15,7 @@ LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
 LAYERS = (
     {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
     {"data", "evaluation", "console", "record", "teacher"},
-    {"run", "progress", "tracking", "grid", "teacher_cache"},
+    {"run", "progress", "tracking", "grid", "teacher_cache", "predictions"},
     {"build"},
     {"precheck"},
     {"trainer"},

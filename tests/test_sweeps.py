@@ -21,7 +21,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sddlskd import checkpoint, record, tracking
+from sddlskd import checkpoint, precheck, record, tracking
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.grid import InvalidJobs, compose_grid
@@ -39,6 +39,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
     monkeypatch.chdir(REPO)
+    # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
+    monkeypatch.setattr("sddlskd.sweeps._ask_precheck", precheck.look)
     return tmp_path
 
 
