@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes, checkpoints with a spare, others' weights read without running their code."""
+"""Files that survive: checkpoints with a spare, others' weights read without running their code."""
 
 import functools
 import logging
@@ -6,15 +6,16 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from sddlskd.files import write_atomically
 
 __all__ = [
     "UnreadableFile",
@@ -23,7 +24,6 @@ __all__ = [
     "read_latest",
     "read_weights",
     "write",
-    "write_atomically",
     "write_latest",
 ]
 
@@ -34,35 +34,6 @@ LATEST, SPARE = "last.ckpt", "last.previous.ckpt"
 
 class UnreadableFile(ValueError):
     """A checkpoint that is truncated, no checkpoint, or would run code."""
-
-
-@contextmanager
-def write_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that becomes `path` as a whole or not at all (temporary file, fsync, rename).
-
-    Raises OSError naming `path`, its old content untouched, where the disk is full or not writable.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = (
-            f"cannot save {path}: {error.strerror or error}; free some space or choose another folder with home=..."
-        )
-        raise OSError(error.errno, reason) from error
-    finally:
-        with suppress(FileNotFoundError, OSError):
-            temporary.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself durable
-    finally:
-        os.close(folder)
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sddlskd.checkpoint import write_atomically
 from sddlskd.distill import region_logits
+from sddlskd.files import write_atomically
 
 __all__ = ["EXAMPLES", "FEATURES", "collect", "write"]
 

@@ -16,8 +16,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
-from sddlskd.checkpoint import write_atomically
 from sddlskd.config import Config
+from sddlskd.files import write_atomically
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "RUNNING", "InUse", "Record", "read_result"]
 

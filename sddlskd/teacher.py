@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from sddlskd.checkpoint import load_weights, write, write_atomically
+from sddlskd.checkpoint import load_weights, write
+from sddlskd.files import write_atomically
 from sddlskd.precision import autocast
 
 __all__ = ["Teacher", "file_hash", "measured_top1", "missing", "path_of", "publish"]

@@ -1,6 +1,8 @@
 """The arrows of DESIGN.md and the bans of STYLE.md, read from the source."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
 
 # From the bottom up: a module imports only from layers below its own (or beside it in its own package).
 LAYERS = (
+    {"files"},
     {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
     {"data", "evaluation", "console", "record", "teacher"},
     {"run", "progress", "tracking", "grid", "teacher_cache", "predictions"},
@@ -26,7 +29,7 @@ LAYERS = (
 SEE_A_CONFIG = {
     "build", "console", "grid", "precheck", "record", "sweeps", "tracking", "train", "trainer", "worker",
 }  # fmt: skip
-ALONE = {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"}
+ALONE = {"files", "config", "losses", "models", "datasets", "distill", "schedule", "precision"}
 
 
 def module_of(path: Path) -> str:
@@ -109,6 +112,11 @@ def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
     assert not at_module_level & {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn"}
     ours = {name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")}
     assert ours <= {"config", "console"}
+
+
+def test_the_process_that_waits_for_a_sweep_holds_no_torch() -> None:
+    code = "import sys, sddlskd.grid, sddlskd.sweeps, sddlskd.tracking; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_launcher_stands_in_hydras_namespace() -> None:

@@ -27,9 +27,9 @@ from sddlskd.checkpoint import (
     read_latest,
     read_weights,
     write,
-    write_atomically,
     write_latest,
 )
+from sddlskd.files import write_atomically
 from sddlskd.models import create
 from sddlskd.trainer import fit
 from tests.tiny import final, one_thread, processes, rows, same, tiny  # noqa: F401

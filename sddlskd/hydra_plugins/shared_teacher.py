@@ -1,5 +1,7 @@
 """A sweep on this machine: jobs that see the same batches and ask the same teacher are trained side by side.
 
+A launcher that takes the whole grid, and Hydra's own sweeper without composing a large grid twice, which takes minutes.
+
 Hydra imports every launcher at start, so nothing heavy is imported here.
 """
 
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -27,6 +30,25 @@ class SharedTeacherConfig:
 
 
 ConfigStore.instance().store("shared_teacher", SharedTeacherConfig, group="hydra/launcher", provider="sddlskd")
+
+
+@dataclass
+class GridConfig:
+    _target_: str = "hydra_plugins.shared_teacher.GridSweeper"
+    max_batch_size: int | None = None  # jobs handed over at once; null: all, so that they can be grouped
+    params: dict[str, str] = field(default_factory=dict)  # what is swept, as on the command line
+
+
+ConfigStore.instance().store("grid", GridConfig, group="hydra/sweeper", provider="sddlskd")
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's sweeper. It composes every job once to check it, a quarter second each; our launcher does so itself."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Called by Hydra."""
+        if not isinstance(self.launcher, SharedTeacherLauncher):
+            super().validate_batch_is_legal(batch)
 
 
 @dataclass

@@ -5,11 +5,13 @@
 Ratios of steps run in turn in one process, two CPU threads; and the cost of planning a thousand jobs.
 """
 
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from hydra import compose, initialize_config_module
 from sddlskd import config as cfg
 from sddlskd.build import build_network, build_run
 from sddlskd.config import Config
-from sddlskd.record import Record
+from sddlskd.record import Record, freeze, write_text
 from sddlskd.run import Run
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache
@@ -92,8 +94,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from sddlskd import config as cfg
 from sddlskd.grid import compose_grid
-from sddlskd.precheck import problems
-from sddlskd.sweeps import groups_of, state_of
+from sddlskd.sweeps import _look_ahead, groups_of, state_of
 from pathlib import Path
 started = time.perf_counter()
 cfg.frame()
@@ -105,11 +106,13 @@ grid = [["dataset=fake", f"home={sys.argv[1]}", f"student={s}", f"M={M}", f"seed
 jobs = compose_grid(loader, sweep, grid)
 hashes = {cfg.config_hash(job) for job in jobs}
 states = {state_of(Path(job.run_dir)) for job in jobs}
-assert len(hashes) == 1000 and not problems(jobs)
 groups = groups_of(jobs)
-status = Path("/proc/self/status").read_text()
-peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-print(json.dumps([time.perf_counter() - started, int(peak) / 1024, len(groups)]))
+own = time.perf_counter() - started
+assert len(hashes) == 1000 and not _look_ahead(jobs, []).invalid
+status = Path("/proc/self/status").read_text()  # ru_maxrss of oneself holds what the parent had, too
+peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+child_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(json.dumps([own, time.perf_counter() - started, peak, child_peak, len(groups)]))
 """
 
 
@@ -119,15 +122,43 @@ def planning() -> None:
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", PLANNING, folder], capture_output=True, text=True, check=True)
         whole = time.perf_counter() - started
-    seconds, peak, groups = json.loads(done.stdout)
-    print(f"1,000 jobs composed, checked, hashed and grouped ({groups} groups): {seconds:.1f} s, {peak:.0f} MiB; "
-          f"{whole:.1f} s with the imports")  # fmt: skip
+    own, checked, peak, child_peak, groups = json.loads(done.stdout)
+    print(
+        f"1,000 jobs composed, hashed and grouped ({groups} groups): {own:.1f} s; checked too: {checked:.1f} s; "
+        f"with the imports: {whole:.1f} s; peak of the launching process {peak:.0f} MiB, of the checking one, which "
+        f"ends before the first job starts, {child_peak:.0f} MiB"
+    )
+
+
+RESTARTED = ("dataset=fake", "student=shufflev1,mobilev2", "M=[1],[1,2,4]", "seed=range(0,250)", "tracking=none")
+
+
+def restart() -> None:
+    """Print how long a sweep of a thousand finished jobs takes to find that nothing is to do."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sddlskd.train", "-m", *RESTARTED, f"home={folder}"]
+        with initialize_config_module("sddlskd.conf", version_base="1.3"):
+            for student in ("shufflev1", "mobilev2"):
+                overrides = ["dataset=fake", "tracking=none", f"home={folder}", f"student={student}"]
+                job = cfg.resolve(compose("config", overrides))
+                for M, seed in itertools.product(([1], [1, 2, 4]), range(250)):
+                    one = cfg.settle(replace(job, M=M, seed=seed))
+                    one.run_dir = str(Path(folder, "runs", cfg.run_name(one)))
+                    freeze(one)
+                    done = {"status": "FINISHED", "reason": "", "best_top1": 1.0, "last_top1": 1.0, "epochs": 240}
+                    write_text(Path(one.run_dir, "result.json"), json.dumps({**done, "run_id": None, "seconds": 1.0}))
+        started = time.perf_counter()
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - started
+    assert "1000 jobs (1000 finished), 0 to do" in told.stderr + told.stdout
+    print(f"a finished sweep of 1,000 jobs started again finds nothing to do in {seconds:.1f} s")
 
 
 def main() -> None:
     """Print everything."""
     sharing()
     planning()
+    restart()
 
 
 if __name__ == "__main__":
