@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "resolve",
     "run_name",
+    "settings_hash",
     "settle",
     "sharing_key",
     "teacher_job",
@@ -376,6 +377,11 @@ def identity_keys() -> set[str]:
 def config_hash(config: Config) -> str:
     """Twelve hex digits that name what the job computes: equal for jobs that differ in paths, device or tracking."""
     return _digest(dict(_identity(config)))
+
+
+def settings_hash(config: Config) -> str:
+    """`config_hash` with the seed left out: equal for the repetitions that a mean is taken over."""
+    return config_hash(replace(config, seed=0))
 
 
 def canonical(value: Any) -> str:

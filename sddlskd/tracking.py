@@ -213,6 +213,7 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
             "record": key,
             "kind": "job",
             "config_hash": cfg.config_hash(config),
+            "settings_hash": cfg.settings_hash(config),
             "git_sha": code["git_sha"],
             "sweep": config.sweep.name or "",
             "run_dir": str(folder),

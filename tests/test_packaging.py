@@ -64,7 +64,11 @@ def test_the_wheel_holds_what_a_job_needs_and_no_more(wheel: Path) -> None:
     assert "hydra_plugins/__init__.py" not in names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops <= {"sddlskd", "hydra_plugins", "analysis"}
-    assert not [name for name in names if "test" in name.lower() or name.endswith(".csv")]
+    assert {f"analysis/{p.name}" for p in (ROOT / "analysis").iterdir() if p.is_file()} <= names
+    assert {name for name in names if name.endswith(".csv")} == {
+        f"analysis/reference/{p.name}" for p in (ROOT / "analysis" / "reference").glob("*.csv")
+    }
+    assert not [name for name in names if "test" in name.lower()]
 
 
 def test_the_wheel_says_how_to_call_it(wheel: Path) -> None:

@@ -1,0 +1,162 @@
+"""`python -m analysis NAME`: tables, figures and the report of a sweep. What is heavy is imported when it is needed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from analysis.runs import Runs
+
+__all__ = ["main"]
+
+FORMATS = ("md", "tex", "html", "csv")
+SHOWN = 20  # runs listed one by one
+USAGE = """
+  %(prog)s                        what sweeps and experiments there are
+  %(prog)s NAME [options]         every table and figure whose runs exist, and report.html
+  %(prog)s import-logs PATH ...   others' text logs and CSV files as runs"""
+METRIC = """best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy at the epoch
+that a held-out split chose (dataset.val_fraction>0). Default: best"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["import-logs"]:
+            _import_logs(given[1:])
+        else:
+            _analyse(given)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _analyse(given: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m analysis", USAGE, "The papers' tables, figures and a report, from MLflow."
+    )
+    parser.add_argument("name", nargs="?", help="a sweep, or an MLflow experiment")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to. Default: results")
+    _add_store(parser)
+    parser.add_argument("--metric", choices=("best", "last", "val"), default="best", help=METRIC)
+    parser.add_argument("--mixed-epochs", action="store_true", help="take runs of different lengths together")
+    parser.add_argument("--format", default=",".join(FORMATS), help="of the tables. Default: %(default)s")
+    chosen = parser.parse_args(given)
+    formats = chosen.format.split(",")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}")
+    uri = _uri(chosen)
+    if chosen.name is None:
+        _list(uri)
+        return
+    from analysis.runs import load
+
+    _say(f"reading {chosen.name} from {uri}")
+    runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
+    _say(f"{len(runs.frame)} runs: {_by_status(runs)}")
+    _write(runs, chosen.out, chosen.metric, formats)
+    _say_what_is_missing(runs)
+
+
+def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None:
+    from analysis import figures, render, report, tables
+
+    as_text = {"md": render.markdown, "tex": render.latex, "html": render.html, "csv": render.csv}
+    (out / "tables").mkdir(parents=True, exist_ok=True)
+    built = tables.build(runs.frame, metric=metric, sweep=runs.name)
+    for table in built:
+        for suffix in formats:
+            (out / "tables" / f"{table.name}.{suffix}").write_text(as_text[suffix](table))
+        _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
+    if not built:
+        _say("no table: there are no runs for one")
+    drawn = figures.build(runs, out / "figures", metric=metric)
+    for figure in drawn:
+        _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
+    report.write(out / "report.html", runs, built, drawn, metric=metric)
+    _say(f"wrote {out / 'report.html'}: {len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs")
+
+
+def _say_what_is_missing(runs: "Runs") -> None:
+    """What is not finished, with the commands that finish it."""
+    frame = runs.frame
+    open_runs = frame[~frame["superseded"] & (frame["status"] != "FINISHED")]
+    if open_runs.empty:
+        return
+    _say(f"{len(open_runs)} of {(~frame['superseded']).sum()} runs are not finished:")
+    for run in open_runs.head(SHOWN).itertuples():
+        _say(f"  {run.status.lower()}: {run.name}{f' ({run.reason})' if run.reason else ''}")
+        if run.command and run.status != "RUNNING":
+            _say(f"    {run.command}")
+    if len(open_runs) > SHOWN:
+        _say(f"  and {len(open_runs) - SHOWN} more; report.html has them all")
+    if runs.command:
+        _say(f"all of them: {runs.command}")
+
+
+def _by_status(runs: "Runs") -> str:
+    standing = runs.frame[~runs.frame["superseded"]]
+    counts = [f"{count} {status.lower()}" for status, count in standing["status"].value_counts().items()]
+    superseded = len(runs.frame) - len(standing)
+    return ", ".join([*counts, *([f"{superseded} superseded"] if superseded else [])])
+
+
+def _list(uri: str) -> None:
+    from analysis.runs import MAKE_RUNS, listing
+
+    found = listing(uri)
+    _say(found.rename(columns=str.lower).to_string(index=False))
+    if found["runs"].sum():
+        _say("python -m analysis NAME writes the tables, figures and report of one of them")
+    else:
+        _say(f"there are no runs at {uri}; {MAKE_RUNS}")
+
+
+def _import_logs(given: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m analysis import-logs", description="Bring others' results in as runs, marked source=imported."
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them")
+    _add_store(parser)
+    parser.add_argument("--experiment", default="imported", help="of MLflow. Default: imported")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="PARAM=VALUE",
+        help="what the logs do not say, as teacher.name=resnet32x4",
+    )
+    chosen = parser.parse_args(given)
+    if wrong := [text for text in chosen.set if "=" not in text]:
+        raise ValueError(f"--set {wrong[0]} is not valid; give PARAM=VALUE, as teacher.name=resnet32x4")
+    from analysis.import_logs import import_logs
+
+    uri = _uri(chosen)
+    given_params = dict(text.split("=", 1) for text in chosen.set)
+    run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)
+    _say(f"{len(run_ids)} runs in experiment {chosen.experiment} at {uri}")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    store = parser.add_mutually_exclusive_group()
+    store.add_argument("--uri", help="MLflow server or sqlite:////absolute/path/mlflow.db")
+    store.add_argument("--home", type=Path, help="folder of mlflow.db. Default: SDDLSKD_HOME, or this one")
+
+
+def _uri(chosen: argparse.Namespace) -> str:
+    home = chosen.home or os.environ.get("SDDLSKD_HOME", ".")
+    return chosen.uri or f"sqlite:///{os.path.abspath(home)}/mlflow.db"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The papers' numbers: what each table prints for a pair and a method, with its source and its flag.
+
+A number belongs to one table of one paper. Papers print different values for the same baseline (KD on
+wrn_40_2 -> mobilev2 is 68.87 in SDD and 68.36 in LSKD), so nothing here looks a cell up across tables.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+__all__ = ["FLAGS", "PrintedGain", "Published", "gains", "numbers", "of_table"]
+
+REFERENCE = Path(__file__).parent / "reference"
+FLAGS = {
+    "disputed": "two sources of the same authors print different numbers",
+    "suspect": "very likely a slip in print, the value is kept as printed",
+    "other_teacher": "the source trains with another, stronger teacher",
+}
+"""What a flag in published.csv means."""
+STUDENTS = {
+    "mobilenetv1": "mobilev1",
+    "mobilenetv2": "mobilev2",
+    "shufflenetv1": "shufflev1",
+    "shufflenetv2": "shufflev2",
+}
+"""gains.csv spells these students as the papers do."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number as one table prints it."""
+
+    table: str  # "SDD Table 1"
+    dataset: str
+    pair: str  # teacher_student
+    teacher: str
+    student: str
+    method: str  # as the frame's `method`; also teacher, and methods that are not ours
+    M: str  # "" where the table does not say
+    beta: str  # the weight of complementary regions, "" where the table does not say
+    variant: str  # of knowledge, in SDD Table 6
+    metric: str  # top1, top5 or ms_per_batch
+    value: float
+    source: str  # line of the paper's text, and what is known against the number
+    flag: str  # "" or one of FLAGS
+
+
+@dataclass(frozen=True)
+class PrintedGain:
+    """A gain as the paper prints it, and the difference of the two numbers that it stands for."""
+
+    printed: float
+    difference: float
+    agrees: bool
+    source: str
+
+
+def _rows(name: str) -> Iterator[dict[str, str]]:
+    with open(REFERENCE / name, newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
+
+
+@cache
+def numbers() -> tuple[Published, ...]:
+    """Every row of published.csv, in its order."""
+    return tuple(
+        Published(
+            table=row["table"],
+            dataset=row["dataset"],
+            pair=f"{row['teacher']}_{row['student']}",
+            teacher=row["teacher"],
+            student=row["student"],
+            method=row["method"],
+            M=row["M"],
+            beta=row["beta"],
+            variant=row["variant"],
+            metric=row["metric"],
+            value=float(row["value"]),
+            source=row["source_note"],
+            flag=row["flag"],
+        )
+        for row in _rows("published.csv")
+    )
+
+
+def of_table(table: str, metric: str = "top1") -> list[Published]:
+    """The numbers of one table in the order of print. Raises ValueError for a table that there is not."""
+    if table not in (tables := dict.fromkeys(number.table for number in numbers())):
+        raise ValueError(f"no table {table!r} in published.csv; there are {', '.join(tables)}")
+    return [number for number in numbers() if number.table == table and number.metric == metric]
+
+
+@cache
+def gains() -> dict[tuple[str, str, str], PrintedGain]:
+    """Top-1 gains by (table, pair, method), where the papers print them."""
+    return {
+        (row["table"], f"{row['teacher']}_{STUDENTS.get(row['student'], row['student'])}", row["method"]): PrintedGain(
+            float(row["printed_gain"]), float(row["computed_gain"]), row["ok"] == "yes", row["where"]
+        )
+        for row in _rows("gains.csv")
+        if row["metric"] == "top1"
+    }

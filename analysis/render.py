@@ -1,0 +1,291 @@
+"""One table object as Markdown, LaTeX, HTML or CSV.
+
+Markdown and LaTeX give a row of the table several lines: ours, published, gain, published gain, verdict. HTML stacks
+them in the cell, so that rows can be sorted. CSV has one line a cell, with raw numbers.
+"""
+
+import csv as csv_module
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from analysis.tables import Cell, Table
+
+__all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
+
+EMPTY = "–"
+MISSING = "What is missing or failed runs with:"
+COLUMNS_A_FLOAT = 4  # of LaTeX
+LINES_A_FLOAT = 45
+KINDS = {
+    "published": "published",
+    "gain": "gain",
+    "interval": "95 %",
+    "p": "Holm p",
+    "published-gain": "published gain",
+}
+CSV_COLUMNS = (
+    *("table", "row", "column", "quantity", "mean", "std", "n", "planned", "seeds", "troubles", "rank"),
+    *("published", "published_in", "flag", "published_gain", "gain_over", "gain", "gain_n", "ci_low", "ci_high"),
+    *("p", "p_holm", "verdict", "footnotes"),
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one line of a cell says, before markup."""
+
+    kind: str  # ours, published, gain, interval, p, published-gain or verdict
+    text: str
+    rank: str = ""
+    marks: tuple[int, ...] = ()  # numbers of footnotes
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    head: bool  # opens a row
+    texts: tuple[Text | None, ...]  # one a column
+
+
+def _ours(cell: Cell, table: Table) -> str:
+    number = "" if cell.mean is None else f"{cell.mean:.{table.decimals}f}"
+    spread = "" if cell.std is None else f" ± {cell.std:.{table.decimals}f}"
+    if cell.n == cell.planned and not cell.troubles:
+        return f"{number}{spread} ({cell.n})"
+    counts = ", ".join([f"{cell.n}/{cell.planned} {table.counted}", *cell.troubles])
+    return f"{number}{spread} ({counts})" if number else counts
+
+
+def _texts(cell: Cell, table: Table) -> Iterator[Text]:
+    def text(kind: str, body: str, rank: str = "") -> Text:
+        return Text(kind, body, rank, tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ())))
+
+    if cell.planned:
+        yield text("ours", _ours(cell, table), cell.rank)
+    if cell.published:
+        yield text("published", f"{cell.published.value:.{table.decimals}f}")
+    if cell.gain:
+        pairs, p = cell.gain.paired, cell.gain.p_holm
+        yield text("gain", f"{pairs.mean:+.2f} ({pairs.n})")
+        if pairs.low is not None and pairs.high is not None and p is not None:
+            yield text("interval", f"[{pairs.low:+.2f}, {pairs.high:+.2f}]")
+            yield text("p", f"{p:.3f}" if p >= 0.001 else "<0.001")
+        else:
+            yield text("interval", f"{'single seed' if pairs.n == 1 else 'equal differences'}: no interval")
+    if cell.published_gain:
+        yield text("published-gain", f"{cell.published_gain.difference:+.2f}")
+    if cell.verdict:
+        yield text("verdict", cell.verdict)
+
+
+def _over(table: Table, row: str, columns: Sequence[str]) -> str:
+    """What the row's gains are over."""
+    return " or ".join(dict.fromkeys(gain.over for column in columns if (gain := table.cells[row, column].gain)))
+
+
+def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
+    """A row's lines, without those that no column fills; where nothing of ours is, the published line has its name."""
+    for row in table.rows:
+        texts = [{text.kind: text for text in _texts(table.cells[row, column], table)} for column in columns]
+        ours = any("ours" in text for text in texts)
+        labels = {
+            "ours": row,
+            "published": "published" if ours else f"{row} (published)",
+            "gain": f"gain over {_over(table, row, columns)}",
+            "interval": "95 % interval",
+            "p": "p (Holm)",
+            "published-gain": "published gain",
+            "verdict": "verdict",
+        }
+        for kind, label in labels.items():
+            if any(kind in text for text in texts):
+                head = kind == "ours" or (kind == "published" and not ours)
+                yield Line(label, head, tuple(text.get(kind) for text in texts))
+
+
+def markdown(table: Table) -> str:
+    """GitHub's Markdown: a heading, the table, footnotes, notes and commands."""
+
+    def shown(text: Text | None) -> str:
+        if text is None:
+            return EMPTY
+        body = _markdown(text.text)
+        body = {"best": f"**{body}**", "second": f"<u>{body}</u>"}.get(text.rank, body)
+        return body + "".join(f"<sup>{mark}</sup>" for mark in text.marks)
+
+    out = [f"### {_markdown(table.title)}", ""]
+    out.append(f"| {' | '.join(['', *map(_markdown, table.columns)])} |")
+    out.append(f"|:--|{'--:|' * len(table.columns)}")
+    for line in _lines(table, table.columns):
+        label = _markdown(line.label) if line.head else f"&nbsp;&nbsp;{_markdown(line.label)}"
+        out.append(f"| {' | '.join([label, *map(shown, line.texts)])} |")
+    out += [""] + [f"<sup>{i}</sup> {_markdown(text)}  " for text, i in table.footnotes.items()]
+    out += [""] + [f"{_markdown(note)}  " for note in table.notes]
+    if table.commands:
+        out += ["", MISSING, "", "```", *table.commands, "```"]
+    return "\n".join(out) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # after a line's \\ a bare one opens an option
+    "]": "{]}",
+    '"': "''",
+    "*": r"{*}",
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "–": "--",
+}
+
+
+def _latex(text: str) -> str:
+    """Letters that pdflatex does not know without further packages become a question mark."""
+    return "".join(LATEX.get(letter, letter if ord(letter) < 0x180 else "?") for letter in text)
+
+
+def latex(table: Table) -> str:
+    """Floats with the rules of booktabs (plain lines without that package), with the notes as text after them.
+
+    Tables that are too wide or too long for a page go on in the next float.
+    """
+
+    def shown(text: Text | None) -> str:
+        if text is None:
+            return _latex(EMPTY)
+        body = _latex(text.text)
+        body = {"best": rf"\textbf{{{body}}}", "second": rf"\underline{{{body}}}"}.get(text.rank, body)
+        return body + (f"$^{{{','.join(map(str, text.marks))}}}$" if text.marks else "")
+
+    out = [r"\providecommand{\toprule}{\hline}\providecommand{\midrule}{\hline}\providecommand{\bottomrule}{\hline}"]
+    caption = rf"\caption{{{_latex(table.title)}}}\label{{tab:{table.name}}}"
+    for start in range(0, len(table.columns), COLUMNS_A_FLOAT):
+        columns = table.columns[start : start + COLUMNS_A_FLOAT]
+        for lines in _pages(_lines(table, columns)):
+            out += [r"\begin{table*}", r"\centering\scriptsize\setlength{\tabcolsep}{3pt}", caption]
+            out += [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
+            out += [" & ".join(["", *map(_latex, columns)]) + r" \\", r"\midrule"]
+            for line in lines:
+                label = _latex(line.label) if line.head else rf"\quad {_latex(line.label)}"
+                out.append(" & ".join([label, *map(shown, line.texts)]) + r" \\")
+            out += [r"\bottomrule", r"\end{tabular}", r"\end{table*}"]
+            caption = rf"\caption{{{_latex(table.title)} (continued)}}"
+    out += [r"{\scriptsize\raggedright"]
+    out += [rf"$^{{{i}}}$ {_latex(text)}\par" for text, i in table.footnotes.items()]
+    out += [rf"{_latex(note)}\par" for note in table.notes]
+    if table.commands:
+        out += [rf"{MISSING}\par", *(rf"\texttt{{{_latex(command)}}}\par" for command in table.commands)]
+    return "\n".join([*out, "}"]) + "\n"
+
+
+def _pages(lines: Iterable[Line]) -> list[list[Line]]:
+    """The lines in parts that fit a page; a row's lines stay together."""
+    pages: list[list[Line]] = []
+    for line in lines:
+        if not pages or (line.head and len(pages[-1]) > LINES_A_FLOAT):
+            pages.append([])
+        pages[-1].append(line)
+    return pages
+
+
+def html(table: Table) -> str:
+    """A fragment: the table, its footnotes, notes and commands. `data-sort` holds the number to sort a cell by."""
+
+    def shown(text: Text) -> str:
+        body = escape(text.text)
+        body = {"best": f"<strong>{body}</strong>", "second": f"<u>{body}</u>"}.get(text.rank, body)
+        marks = "".join(f'<sup><a href="#{table.name}-{mark}">{mark}</a></sup>' for mark in text.marks)
+        name = f"<small>{KINDS[text.kind]} </small>" if text.kind in KINDS else ""
+        rank = f" {text.rank}" if text.rank else ""
+        return f'<div class="{text.kind}{rank}">{name}{body}{marks}</div>'
+
+    def cell(row: str, column: str) -> str:
+        found = table.cells[row, column]
+        number = found.mean if found.mean is not None else found.published.value if found.published else ""
+        return f'<td data-sort="{number}">{"".join(map(shown, _texts(found, table))) or EMPTY}</td>'
+
+    out = [
+        f'<table class="results" id="{escape(table.name)}">',
+        f"<caption>{escape(table.title)}</caption>",
+        "<thead><tr>",
+    ]
+    out += [
+        "<th></th>",
+        *(f'<th scope="col">{escape(column)}</th>' for column in table.columns),
+        "</tr></thead>",
+        "<tbody>",
+    ]
+    for i, row in enumerate(table.rows):
+        over = _over(table, row, table.columns)
+        under = f"<div><small>gain over {escape(over)}</small></div>" if over else ""
+        out.append(f'<tr><th scope="row" data-sort="{i}">{escape(row)}{under}</th>')
+        out += [*(cell(row, column) for column in table.columns), "</tr>"]
+    out += ["</tbody>", "</table>"]
+    if table.footnotes:
+        notes = (f'<li id="{table.name}-{i}">{escape(text)}</li>' for text, i in table.footnotes.items())
+        out += ['<ol class="footnotes">', *notes, "</ol>"]
+    out += [f'<p class="note">{escape(note)}</p>' for note in table.notes]
+    if table.commands:
+        commands = escape("\n".join(table.commands))
+        out.append(f'<details class="missing"><summary>{MISSING}</summary><pre>{commands}</pre></details>')
+    return "\n".join(out) + "\n"
+
+
+def csv(table: Table) -> str:
+    """One line a cell: `CSV_COLUMNS`, numbers unrounded, empty where there is none."""
+    file = io.StringIO()
+    writer = csv_module.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for (row, column), cell in table.cells.items():
+        gain = cell.gain
+        writer.writerow(
+            {
+                "table": table.name,
+                "row": row,
+                "column": column,
+                "quantity": table.quantity,
+                "mean": cell.mean,
+                "std": cell.std,
+                "n": cell.n,
+                "planned": cell.planned,
+                "seeds": " ".join(map(str, cell.seeds)),
+                "troubles": "; ".join(cell.troubles),
+                "rank": cell.rank,
+                "published": cell.published and cell.published.value,
+                "published_in": cell.published and cell.published.table,
+                "flag": cell.published and cell.published.flag,
+                "published_gain": cell.published_gain and cell.published_gain.difference,
+                "gain_over": gain and gain.over,
+                "gain": gain and gain.paired.mean,
+                "gain_n": gain and gain.paired.n,
+                "ci_low": gain and gain.paired.low,
+                "ci_high": gain and gain.paired.high,
+                "p": gain and gain.paired.p,
+                "p_holm": gain and gain.p_holm,
+                "verdict": cell.verdict,
+                "footnotes": "; ".join(text for texts in cell.footnotes.values() for text in texts),
+            }
+        )
+    return file.getvalue()
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "tex": latex, "html": html, "csv": csv}
+"""By file name's ending."""

@@ -1,0 +1,193 @@
+"""The command line, on stores of synthetic runs."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis import __main__ as command_line
+from analysis import figures, render, tables
+from analysis.__main__ import main
+from analysis.runs import load
+from tests.analysis.store import make_store
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"sweep": "study", "M": M, "seed": seed, "best": 70.0 + gain + seed / 10, "last": 69.0 + gain, "epoch_s": 10.0,
+     "history": {"val/top1": [50.0 + gain, 69.0 + gain]}, "student": student}
+    for student in ("shufflev1", "mobilev2")
+    for M, gain in (("[1]", 0.0), ("[1,2]", 1.0), ("[1,2,4]", 2.0))
+    for seed in range(3)
+]  # fmt: skip
+OPEN = [
+    {"sweep": "study", "M": "[1,4]", "seed": 0, "status": "FAILED", "reason": "loss is nan", "name": "diverged"},
+    {"sweep": "study", "M": "[1,4]", "seed": 1, "status": "MISSING", "run_dir": "/runs/not-run"},
+    {"sweep": "study", "M": "[1,4]", "seed": 2, "status": "RUNNING", "name": "at-it"},
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with one sweep: 18 finished runs and three that are not."""
+    folder = tmp_path_factory.mktemp("home")
+    make_store(folder / "mlflow.db", [*ROWS, *OPEN], command="python -m sddlskd.train -m -cn study")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What `python -m analysis study` writes, and what it says."""
+    out = tmp_path_factory.mktemp("out") / "results"
+    command = [sys.executable, "-m", "analysis", "study", "--home", str(home), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return out, done.stdout
+
+
+def uri_of(home: Path) -> str:
+    return f"sqlite:///{home}/mlflow.db"
+
+
+def test_every_table_in_every_format(home: Path, written: tuple[Path, str]) -> None:
+    out, said = written
+    built = tables.build(load("study", uri_of(home)).frame, metric="best", sweep="study")
+    assert built
+    for table in built:
+        for suffix, text in (
+            ("md", render.markdown(table)),
+            ("tex", render.latex(table)),
+            ("html", render.html(table)),
+            ("csv", render.csv(table)),
+        ):
+            assert (out / "tables" / f"{table.name}.{suffix}").read_text() == text
+        assert f"wrote {out}/tables/{table.name}.{{md,tex,html,csv}}: {table.title}" in said
+    assert len(list((out / "tables").iterdir())) == 4 * len(built)
+
+
+def test_figures_and_report(written: tuple[Path, str]) -> None:
+    out, said = written
+    drawn = {path.stem for path in (out / "figures").iterdir()}
+    assert drawn
+    for name in drawn:
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (out / "figures" / f"{name}.svg").read_text()
+        assert f"wrote {out}/figures/{name}.{{png,svg}}: " in said
+    report = (out / "report.html").read_text()
+    assert "study" in report
+    assert f"wrote {out}/report.html: " in said
+
+
+def test_says_what_is_missing_and_what_fills_it(written: tuple[Path, str]) -> None:
+    _, said = written
+    assert "21 runs: 18 finished, 1 failed, 1 running, 1 missing" in said
+    after = said[said.index("3 of 21 runs are not finished:") :].splitlines()
+    command = "    python -m sddlskd.train student=shufflev1 M=[1,4] seed="
+    assert after[1:] == [
+        "  failed: diverged (loss is nan)",
+        f"{command}0",
+        "  running: at-it",
+        "  missing: not-run",
+        f"{command}1",
+        "all of them: python -m sddlskd.train -m -cn study",
+    ]
+
+
+def test_long_lists_of_open_runs_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"sweep": "study", "status": "FAILED", "seed": seed, "name": f"run{seed}"} for seed in range(25)]
+    make_store(tmp_path / "mlflow.db", rows, plans=False)
+    command_line._say_what_is_missing(load("study", uri_of(tmp_path)))
+    said = capsys.readouterr().out
+    assert said.count("  failed: run") == 20
+    assert said.endswith("  and 5 more; report.html has them all\n")
+
+
+def test_metric_and_format(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "build", lambda *_, **__: [])  # drawn above already
+    chosen = ["study", "--home", str(home), "--out", str(tmp_path), "--metric", "last", "--format", "csv,md"]
+    assert main(chosen) == 0
+    built = tables.build(load("study", uri_of(home)).frame, metric="last", sweep="study")
+    assert {path.suffix for path in (tmp_path / "tables").iterdir()} == {".csv", ".md"}
+    for table in built:
+        assert (tmp_path / "tables" / f"{table.name}.csv").read_text() == render.csv(table)
+    assert built != tables.build(load("study", uri_of(home)).frame, metric="best", sweep="study")
+
+
+def test_mixed_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "build", lambda *_, **__: [])
+    rows = [{"sweep": "study", "seed": 0, "epochs": epochs, "best": 70.0} for epochs in (30, 240)]
+    make_store(tmp_path / "mlflow.db", rows)
+    chosen = ["study", "--home", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(chosen) == 1
+    assert "1 of 30 epochs, 1 of 240 epochs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*chosen, "--mixed-epochs"]) == 0
+
+
+def test_without_a_name_lists_what_there_is(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDDLSKD_HOME", str(home))
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^ *kind +name +runs +finished +running +failed +killed +missing$", said, re.MULTILINE)
+    assert re.search(r"^ *sweep +study +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
+    assert re.search(r"^ *experiment +sddlskd +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (["stuby"], "no sweep or experiment stuby at "),
+        (["study", "--format", "pdf"], "--format pdf is not valid; choose from md,tex,html,csv"),
+        (["study", "--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["import-logs", "/no/such/file"], "/no/such/file"),
+        (["import-logs", "x", "--set", "seed"], "--set seed is not valid; give PARAM=VALUE"),
+    ],
+)
+def test_errors_say_it_without_a_traceback(
+    home: Path, capsys: pytest.CaptureFixture[str], chosen: list[str], said: str
+) -> None:
+    assert main([*chosen, "--home", str(home)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_no_database_is_an_error_and_none_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--home", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: there is no database {tmp_path}/mlflow.db; ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "theirs.csv"
+    with log.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["teacher", "student", "seed", "best", "last"], ["resnet32x4", "shufflev1", 3, 74.5, 74.0]]
+        )
+    given = ["--set", "dataset.name=cifar100", "distiller.name=kd", "M=[1,2]", "standardize=True", "trainer.epochs=240"]
+    assert main(["import-logs", str(log), "--home", str(tmp_path), "--experiment", "theirs", *given]) == 0
+    assert f"1 runs in experiment theirs at {uri_of(tmp_path)}" in capsys.readouterr().out
+    row = load("theirs", uri_of(tmp_path)).frame.iloc[0]
+    expected = {"source": "imported", "pair": "resnet32x4_shufflev1", "method": "sd_kd_ls", "seed": 3, "epochs": 240}
+    assert row[[*expected, "best", "last", "dataset"]].to_dict() == {
+        **expected, "best": 74.5, "last": 74.0, "dataset": "cifar100"
+    }  # fmt: skip
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    heavy = {"mlflow", "pandas", "numpy", "matplotlib", "sklearn", "scipy"}
+    code = (
+        f"import sys, analysis.__main__ as a\ntry: a.main(['--help'])\nfinally: assert not {heavy} & set(sys.modules)"
+    )
+    started = os.times().children_user  # the processor's seconds: those of a clock are of a busy machine too
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert os.times().children_user - started < 1
+    words = " ".join(done.stdout.split())
+    assert "best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy" in words
+    assert "import-logs" in words

@@ -1,0 +1,335 @@
+"""The four formats, parsed back and compared with numbers computed here."""
+
+import csv
+import io
+import math
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis import render, tables
+from analysis.schema import frame_of
+from analysis.tables import Table
+from tests.analysis.synthetic import run, runs
+
+PAIRS = {
+    "wrn_40_2 → shufflev1": ("wrn_40_2", "shufflev1"),
+    "resnet50 → vgg8": ("resnet50", "vgg8"),
+    "vgg13 → mobilev2": ("vgg13", "mobilev2"),
+}
+OURS = {  # row, column: by seed
+    ("KD", "wrn_40_2 → shufflev1"): [74.81, 74.9, 75.02],
+    ("SD-KD", "wrn_40_2 → shufflev1"): [76.5, 76.61, 76.95],
+    ("KD", "resnet50 → vgg8"): [73.8],
+    ("SD-KD", "resnet50 → vgg8"): [75.0],
+    ("KD", "vgg13 → mobilev2"): [67.1, 67.9],
+}
+PUBLISHED = {  # SDD Table 2
+    ("KD", "wrn_40_2 → shufflev1"): 74.83,
+    ("SD-KD", "wrn_40_2 → shufflev1"): 76.65,
+    ("KD", "resnet50 → vgg8"): 73.81,
+    ("SD-KD", "resnet50 → vgg8"): 74.89,
+    ("KD", "vgg13 → mobilev2"): 67.37,
+    ("SKD", "vgg13 → mobilev2"): 68.79,
+}
+NASTY = r"a_b & <c> 100% #1 $x^2~ {y} \z | *d* [e] `f` \"g\""
+
+
+def rows_of_runs() -> list[dict[str, Any]]:
+    rows = []
+    for (method, column), values in OURS.items():
+        rows += runs(*PAIRS[column], values, M="[1]" if method == "KD" else "[1,2,4]")
+    rows.append(run("vgg13", "mobilev2", 2, None, status="FAILED", command="python -m sddlskd.train 'a_b=<&%>'"))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    return next(t for t in tables.build(frame_of(rows_of_runs())) if t.name == "sdd_table_2")
+
+
+def expected_lines(row: str, column: str) -> dict[str, str]:
+    """What a cell says, kind by kind, from the numbers above."""
+    values, published = np.array(OURS[row, column]), PUBLISHED[row, column]
+    std = values.std(ddof=1) if len(values) > 1 else math.nan
+    spread = f" ± {std:.2f}" if len(values) > 1 else ""
+    count = "2/3 seeds, 1 failed" if column == "vgg13 → mobilev2" else str(len(values))
+    lines = {"ours": f"{values.mean():.2f}{spread} ({count})", "published": f"{published:.2f}"}
+    if row == "SD-KD":
+        base = np.array(OURS["KD", column])
+        difference = values - base
+        lines["gain"] = f"{difference.mean():+.2f} ({len(values)})"
+        lines["published gain"] = f"{published - PUBLISHED['KD', column]:+.2f}"
+        if len(values) == 3:
+            error = difference.std(ddof=1) / math.sqrt(3)
+            t = difference.mean() / error
+            lines["interval"] = (
+                f"[{difference.mean() - 4.30265 * error:+.2f}, {difference.mean() + 4.30265 * error:+.2f}]"
+            )
+            lines["p"] = f"{1 - t / math.sqrt(t**2 + 2):.3f}"
+        else:
+            lines["interval"] = "single seed: no interval"
+    half = (
+        {1: math.inf, 2: 12.7062, 3: 4.30265}[len(values)]
+        * (std if len(values) > 1 else 1)
+        * math.sqrt(1 + 1 / len(values))
+    )
+    inside = abs(values.mean() - published) <= half
+    lines["verdict"] = (
+        "undecided" if half > 1 else "within" if inside else "above" if values.mean() > published else "below"
+    )
+    return lines
+
+
+def stacked(lines: list[list[str]], header: list[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Lines of Markdown or LaTeX, label first, as kind by kind of each cell; an indented label is the row's above."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    row = ""
+    for label, *texts in lines:
+        if label.startswith(">"):
+            kind = label[1:]
+        elif label.endswith(" (published)"):
+            row, kind = label.removesuffix(" (published)"), "published"
+        else:
+            row, kind = label, "ours"
+        kind = {"95 % interval": "interval", "p (Holm)": "p"}.get(
+            kind, "gain" if kind.startswith("gain over") else kind
+        )
+        for column, text in zip(header, texts, strict=True):
+            if text not in ("–", "--"):
+                found.setdefault((row, column), {})[kind] = text
+    return found
+
+
+def parse_markdown(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    def plain(field: str) -> str:
+        field = re.sub(r"<sup>\d+</sup>", "", field.strip()).replace("&nbsp;&nbsp;", ">")
+        field = re.sub(r"^<u>(.*)</u>$", r"\1", re.sub(r"^\*\*(.*)\*\*$", r"\1", field))
+        return re.sub(r"\\(.)", r"\1", unescape(field))
+
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    return stacked([[*map(plain, line)] for line in lines[2:]], [plain(field) for field in lines[0][1:]])
+
+
+def parse_latex(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    def plain(field: str) -> str:
+        field = re.sub(r"\$\^\{[\d,]+\}\$", "", field.strip()).replace("\\quad ", ">")
+        field = re.sub(r"^\\(?:textbf|underline)\{(.*)\}$", r"\1", field)
+        for escaped, character in (("$\\pm$", "±"), ("$\\to$", "→"), ("{[}", "["), ("{]}", "]")):
+            field = field.replace(escaped, character)
+        return re.sub(r"\\([_%&#$])", r"\1", field)
+
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for block in re.findall(r"\\begin\{tabular\}.*?\\toprule\n(.*?)\\bottomrule", text, flags=re.DOTALL):
+        header, body = block.split("\\midrule\n")
+        split = [
+            [plain(field) for field in re.split(r"(?<!\\)&", line.removesuffix("\\\\"))] for line in body.splitlines()
+        ]
+        found |= stacked(split, [plain(field) for field in header.strip().removesuffix("\\\\").split("&")[1:]])
+    return found
+
+
+class Parser(HTMLParser):
+    """Cells of the one table, by kind; and every tag with its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: list[str] = []
+        self.cells: dict[tuple[str, str], dict[str, str]] = {}
+        self.sort: dict[tuple[str, str], str] = {}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.row = self.kind = ""
+        self.place = -1
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        self.open.append(tag)
+        if tag == "th":
+            self.row, self.place = "", -1
+        if tag == "td":
+            self.place += 1
+            self.sort[self.row, self.columns[self.place]] = attributes["data-sort"] or ""
+        if tag == "div":
+            self.kind = (attributes.get("class") or "").split(" ")[0]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "th" and "thead" in self.open and self.row:
+            self.columns.append(self.row)
+
+    def handle_data(self, data: str) -> None:
+        if "th" in self.open and "div" not in self.open:
+            self.row += data
+        if "td" in self.open and "small" not in self.open and "sup" not in self.open and "div" in self.open:
+            kinds = self.cells.setdefault((self.row, self.columns[self.place]), {})
+            kind = self.kind.replace("-", " ")
+            kinds[kind] = kinds.get(kind, "") + data
+
+
+def parse_html(text: str) -> Parser:
+    parser = Parser()
+    parser.feed(text)
+    assert parser.open == []
+    return parser
+
+
+def test_every_cell_in_markdown_latex_and_html(table: Table) -> None:
+    parsed = {
+        "markdown": parse_markdown(render.markdown(table)),
+        "latex": parse_latex(render.latex(table)),
+        "html": parse_html(render.html(table)).cells,
+    }
+    for name, cells in parsed.items():
+        for row, column in OURS:
+            assert cells[row, column] == expected_lines(row, column), (name, row, column)
+        assert cells["CRD", "vgg13 → mobilev2"]["published"] == "69.11"
+        assert "ours" not in cells["CRD", "vgg13 → mobilev2"]
+        assert {key: value["published"] for key, value in cells.items()} == {
+            key: f"{cell.published.value:.2f}" for key, cell in table.cells.items() if cell.published
+        }
+
+
+def test_every_cell_in_csv(table: Table) -> None:
+    lines = list(csv.DictReader(io.StringIO(render.csv(table))))
+    assert list(lines[0]) == list(render.CSV_COLUMNS)
+    assert len(lines) == len(table.rows) * len(table.columns)
+    by_cell = {(line["row"], line["column"]): line for line in lines}
+    for (row, column), values in OURS.items():
+        line = by_cell[row, column]
+        assert float(line["mean"]) == pytest.approx(np.mean(values))
+        assert line["std"] == "" if len(values) == 1 else float(line["std"]) == pytest.approx(np.std(values, ddof=1))
+        assert (int(line["n"]), line["seeds"]) == (len(values), " ".join(map(str, range(len(values)))))
+        assert float(line["published"]) == PUBLISHED[row, column]
+        assert line["verdict"] == expected_lines(row, column)["verdict"]
+        if row == "SD-KD":
+            difference = np.subtract(values, OURS["KD", column])
+            assert float(line["gain"]) == pytest.approx(difference.mean())
+            assert line["gain_over"] == "KD"
+            if len(values) == 1:
+                assert line["ci_low"] == line["ci_high"] == line["p"] == line["p_holm"] == ""
+            else:
+                half = 4.30265 * difference.std(ddof=1) / math.sqrt(3)
+                assert float(line["ci_low"]) == pytest.approx(difference.mean() - half, abs=1e-4)
+                assert float(line["ci_high"]) == pytest.approx(difference.mean() + half, abs=1e-4)
+                assert line["p"] == line["p_holm"]
+    assert by_cell["KD", "vgg13 → mobilev2"]["troubles"] == "1 failed"
+    assert by_cell["CRD", "vgg13 → mobilev2"]["flag"] == "suspect"
+
+
+def test_best_is_bold_and_second_underlined(table: Table) -> None:
+    best, second = "76.69 ± 0.23 (3)", "74.91 ± 0.11 (3)"
+    assert f"**{best}**" in render.markdown(table)
+    assert f"<u>{second}</u>" in render.markdown(table)
+    assert r"\textbf{76.69 $\pm$ 0.23 (3)}" in render.latex(table)
+    assert r"\underline{74.91 $\pm$ 0.11 (3)}" in render.latex(table)
+    assert f'<div class="ours best"><strong>{best}</strong></div>' in render.html(table)
+    assert f'<div class="ours second"><u>{second}</u></div>' in render.html(table)
+
+
+def test_html_sorts_by_our_mean_else_by_the_published_number_and_loads_nothing(table: Table) -> None:
+    text = render.html(table)
+    parsed = parse_html(text)
+    assert float(parsed.sort["KD", "wrn_40_2 → shufflev1"]) == pytest.approx(np.mean([74.81, 74.9, 75.02]))
+    assert float(parsed.sort["CRD", "wrn_40_2 → shufflev1"]) == 76.05
+    ids = {attributes["id"] for _, attributes in parsed.tags if attributes.get("id")}
+    for tag, attributes in parsed.tags:
+        assert tag not in ("script", "link", "img", "iframe", "style")
+        assert "src" not in attributes
+        if (link := attributes.get("href")) is not None:
+            assert link[0] == "#"
+            assert link[1:] in ids
+
+
+def test_notes_footnotes_and_commands_are_under_the_table(table: Table) -> None:
+    command = "python -m sddlskd.train 'a_b=<&%>'"
+    assert table.commands == (command,)
+    markdown, html = render.markdown(table), unescape(render.html(table))
+    assert f"```\n{command}\n```" in markdown
+    assert command in html
+    assert r"\texttt{python -m sddlskd.train 'a\_b=\textless{}\&\%\textgreater{}'}" in render.latex(table)
+    for note in (*table.notes, *table.footnotes):
+        assert note in html
+        assert note in re.sub(r"\\(.)", r"\1", unescape(markdown))
+    assert len(table.footnotes) == markdown.count("\n<sup>")
+
+
+def nasty_table() -> Table:
+    rows = [run("resnet32x4", "resnet8x4", 0, 73.0, images_per_s=6400.0, group_size=1, environment=NASTY)]
+    rows.append(run("resnet32x4", "resnet8x4", 1, 73.0, images_per_s=6400.0, group_size=1, environment="β_1"))
+    return next(t for t in tables.build(frame_of(rows)) if t.name == "time_cifar100")
+
+
+def test_whatever_a_name_holds_comes_back() -> None:
+    table = nasty_table()
+    label = f"KD, environment={NASTY}"
+    assert label in table.rows
+    key = label, "resnet32x4 → resnet8x4"
+    assert parse_markdown(render.markdown(table))[key]["ours"] == "10.0 (1)"
+    assert parse_html(render.html(table)).cells[key]["ours"] == "10.0 (1)"
+    lines = csv.DictReader(io.StringIO(render.csv(table)))
+    assert label in {line["row"] for line in lines}
+
+
+def all_tables() -> list[Table]:
+    """One of every form."""
+    rows = rows_of_runs()
+    for pair in (("resnet32x4", "shufflev1"), ("resnet32x4", "resnet8x4")):
+        for M in ("[1]", "[1,2]", "[1,2,4]"):
+            rows += runs(*pair, [75.0, 75.5, 76.1], M=M, images_per_s=5000.0, group_size=1, teacher_top1=79.42)
+            rows += runs(*pair, [76.0, 76.5, 76.6], M=M, standardize=True, ce_weight=1.0)
+        rows += runs(*pair, [75.0, 75.1], M="[1,2,4]", knowledge="consistent")
+        rows += runs(*pair, [75.0, 75.1], M="[1,2,4]", complementary_weight=4.0)
+    rows += runs("resnet110", "resnet20", [71.0, 71.1], source="imported", standardize=True)
+    rows += runs("resnet14", "resnet8", [71.0, 71.1], dataset="fashion_mnist")
+    built = tables.build(frame_of(rows))
+    assert {table.name.split("_")[0] for table in built} == {
+        "sdd", "knowledge", "scales", "weights", "time", "seed", "lskd", "overview"
+    }  # fmt: skip
+    return [*built, nasty_table()]
+
+
+def test_all_formats_of_all_tables_say_the_same() -> None:
+    for table in all_tables():
+        markdown, latex = parse_markdown(render.markdown(table)), parse_latex(render.latex(table))
+        html = parse_html(render.html(table))
+        assert set(html.sort) == set(table.cells)
+        assert markdown == html.cells
+        if not any(NASTY in row for row in table.rows):  # the LaTeX parser here knows no more than names need
+            assert latex == markdown
+
+
+def compile_latex(folder: Path, body: str) -> None:
+    if not shutil.which("pdflatex"):
+        if os.environ.get("CI"):
+            pytest.fail("pdflatex is not installed: apt-get install texlive-latex-base")
+        pytest.skip("pdflatex is not installed: apt-get install texlive-latex-base")
+    (folder / "all.tex").write_text(body, encoding="utf-8")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=folder,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-3000:]
+    assert (folder / "all.pdf").stat().st_size > 10_000
+
+
+# booktabs is in Debian's texlive-latex-recommended; the tables are to compile with texlive-latex-base alone.
+PREAMBLES = {"plain": "", "booktabs where it is": r"\IfFileExists{booktabs.sty}{\usepackage{booktabs}}{}"}
+
+
+@pytest.mark.parametrize("preamble", PREAMBLES.values(), ids=PREAMBLES)
+def test_latex_compiles(preamble: str, tmp_path: Path) -> None:
+    body = "\\clearpage\n".join(map(render.latex, all_tables()))
+    compile_latex(tmp_path, f"\\documentclass{{article}}\n{preamble}\n\\begin{{document}}\n{body}\\end{{document}}\n")

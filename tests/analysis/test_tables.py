@@ -1,0 +1,599 @@
+"""Tables from runs with known numbers, against numbers computed here another way."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis import tables
+from analysis.schema import frame_of
+from analysis.tables import Cell, Table
+from tests.analysis.synthetic import run, runs
+
+PUBLISHED = pd.read_csv(
+    Path(tables.__file__).parent / "reference" / "published.csv", dtype={"value": float}, keep_default_na=False
+)
+SHUFFLE, SMALL = ("resnet32x4", "shufflev1"), ("resnet32x4", "resnet8x4")
+COLUMN, SMALL_COLUMN = "resnet32x4 → shufflev1", "resnet32x4 → resnet8x4"
+KD, SD_KD = [74.0, 74.2, 74.3], [76.0, 76.5, 75.9]
+
+
+def build(rows: list[dict[str, Any]], **options: Any) -> dict[str, Table]:
+    built = tables.build(frame_of(rows), **options)
+    assert len({table.name for table in built}) == len(built)
+    return {table.name: table for table in built}
+
+
+def sd_kd(**columns: Any) -> dict[str, Any]:
+    return {"M": "[1,2,4]", **columns}
+
+
+def only(rows: list[dict[str, Any]], table: str, row: str, column: str = COLUMN, **options: Any) -> Cell:
+    return build(rows, **options)[table].cells[row, column]
+
+
+# ---- numbers
+
+
+def test_a_cell_is_the_mean_and_sample_deviation_over_seeds() -> None:
+    cell = only(runs(*SHUFFLE, KD), "sdd_table_2", "KD")
+    assert cell.mean == pytest.approx(np.mean(KD))
+    assert cell.std == pytest.approx(np.std(KD, ddof=1))
+    assert (cell.n, cell.seeds, cell.planned, cell.troubles) == (3, [0, 1, 2], 3, ())
+
+
+def test_one_seed_has_no_deviation() -> None:
+    cell = only(runs(*SHUFFLE, [74.0]), "sdd_table_2", "KD")
+    assert (cell.mean, cell.std, cell.n) == (74.0, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("table", "pairs"),
+    [
+        ("SDD Table 1", {"resnet32x4 → mobilev2", "wrn_40_2 → vgg8", "wrn_40_2 → mobilev2", "resnet50 → shufflev1"}),
+        ("SDD Table 2", None),
+        ("SDD Table 5", None),
+        ("SDD Table 3", {"resnet34 → resnet18"}),
+        ("SDD Table 4", {"resnet50 → mobilev1"}),
+        ("LSKD Table 1", None),
+        ("LSKD Table 2", None),
+        ("LSKD Table 3", {"resnet34 → resnet18", "resnet50 → mobilev1"}),
+        ("LSKD Table 5", None),
+    ],
+)
+def test_published_numbers_are_those_of_the_file(table: str, pairs: set[str] | None) -> None:
+    rows = PUBLISHED[(PUBLISHED.table == table) & (PUBLISHED.metric == "top1")]
+    first = rows[rows.method == "kd"].iloc[0]
+    built = build(runs(first.teacher, first.student, [70.0], dataset=first.dataset))[table.lower().replace(" ", "_")]
+    shown = [cell.published.value for cell in built.cells.values() if cell.published]
+    assert sorted(shown) == sorted(rows.value)
+    if pairs is not None:
+        assert set(built.columns) == pairs
+    for row in rows.itertuples():
+        matching = [
+            cell
+            for (_, column), cell in built.cells.items()
+            if column == f"{row.teacher} → {row.student}" and cell.published and cell.published.method == row.method
+        ]
+        assert [cell.published.value for cell in matching if cell.published] == [row.value]
+
+
+def test_each_paper_keeps_its_own_baseline() -> None:
+    built = build(runs("wrn_40_2", "mobilev2", [69.0]))
+    for table, value in (("sdd_table_1", 68.87), ("lskd_table_1", 68.36)):
+        published = built[table].cells["KD", "wrn_40_2 → mobilev2"].published
+        assert published is not None
+        assert published.value == value
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("best", 74.0), ("last", 73.75), ("val", 73.5)])
+def test_the_metric_says_which_number(metric: str, expected: float) -> None:
+    rows = runs(*SHUFFLE, [74.0], val_fraction=0.1, test=73.5)
+    assert only(rows, "sdd_table_2", "KD", metric=metric).mean == expected
+
+
+def test_an_unknown_metric_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="no metric 'top1'; choose one of best, last, val"):
+        tables.build(frame_of([]), metric="top1")
+
+
+def test_no_runs_no_tables() -> None:
+    assert build([]) == {}
+
+
+def test_runs_without_held_out_images_have_no_val_number() -> None:
+    cell = only(runs(*SHUFFLE, KD), "sdd_table_2", "KD", metric="val")
+    assert (cell.mean, cell.troubles) == (None, ("3 without held-out images",))
+
+
+def test_numbers_on_held_out_images_are_marked_and_not_compared() -> None:
+    cell = only(runs(*SHUFFLE, KD, val_fraction=0.1), "sdd_table_2", "KD")
+    assert "not on the test set" in cell.footnotes["ours"][0]
+    assert cell.verdict == "not comparable"
+
+
+# ---- which runs make a cell
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("epochs", 10),
+        ("batch_size", 128),
+        ("lr", 0.2),
+        ("temperature", 3.0),
+        ("ce_weight", 0.7),
+        ("kd_weight", 2.0),
+        ("val_fraction", 0.1),
+    ],
+)
+def test_runs_of_other_settings_are_rows_of_their_own(setting: str, value: float) -> None:
+    other = runs(*SHUFFLE, [60.0, 60.1, 60.2], **{setting: value})
+    table = build(runs(*SHUFFLE, KD) + other)["sdd_table_2"]
+    split = {row: table.cells[row, COLUMN].mean for row in table.rows if row.startswith("KD, ")}
+    assert sorted(filter(None, split.values())) == pytest.approx([60.1, np.mean(KD)])
+    assert all(f"{setting}=" in row for row in split)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("knowledge", "consistent"), ("complementary_weight", 4.0), ("M", "[1,2]")]
+)
+def test_other_variants_of_the_method_are_not_the_papers_cell(setting: str, value: Any) -> None:
+    rows = runs(*SHUFFLE, SD_KD, **sd_kd()) + runs(*SHUFFLE, [60.0], **sd_kd(**{setting: value}))
+    assert only(rows, "sdd_table_2", "SD-KD").mean == pytest.approx(np.mean(SD_KD))
+
+
+def test_similar_architectures_take_the_papers_two_scales() -> None:
+    pair = {"dataset": "imagenet", "epochs": 100}
+    rows = runs("resnet34", "resnet18", [71.4], M="[1,2]", **pair) + runs(
+        "resnet34", "resnet18", [60.0], **sd_kd(**pair)
+    )
+    assert only(rows, "sdd_table_3", "SD-KD", "resnet34 → resnet18").mean == 71.4
+    rows = [r for M in ("[1]", "[1,2]") for r in runs(*SMALL, KD, **sd_kd(M=M, knowledge="fusion"))]
+    rows += [r for M in ("[1,2]", "[1,2,4]") for r in runs(*SMALL, KD, **sd_kd(M=M, knowledge="consistent"))]
+    table = build(rows)["knowledge_cifar100_kd"]
+    assert table.cells["consistent", SMALL_COLUMN].verdict != "not comparable"
+
+
+def test_values_tuned_per_pair_leave_a_row_whole_and_are_named() -> None:
+    rows = runs(*SHUFFLE, KD, temperature=3.0) + runs("resnet32x4", "shufflev2", KD)
+    table = build(rows)["sdd_table_2"]
+    assert "KD" in table.rows
+    assert any("differ between pairs: temperature" in note for note in table.notes)
+
+
+def test_settings_that_no_column_shows_are_not_averaged() -> None:
+    rows = [run(*SHUFFLE, seed, 70.0 + seed, settings_hash=f"beta{seed}") for seed in (6, 8)]
+    table = build(rows)["sdd_table_2"]
+    cells = {row: table.cells[row, COLUMN] for row in table.rows if "beta" in row}
+    assert {row: cell.mean for row, cell in cells.items()} == {
+        "KD, settings_hash=beta6": 76.0,
+        "KD, settings_hash=beta8": 78.0,
+    }
+
+
+def test_a_run_with_cut_epochs_is_not_held_against_the_paper_nor_a_baseline() -> None:
+    rows = [*runs(*SHUFFLE, KD, max_steps=200), *runs(*SHUFFLE, KD, **sd_kd())]
+    table = build(rows)["sdd_table_2"]
+    assert table.cells["KD", COLUMN].verdict == "not comparable"
+    assert table.cells["SD-KD", COLUMN].gain is None
+
+
+def test_a_run_that_two_sweeps_share_counts_once() -> None:
+    row = run(*SHUFFLE, 0, 74.0)
+    again = {**row, "run_id": "again", "sweep": "other", "best": 74.1, "started": pd.Timestamp("2026-01-02", tz="UTC")}
+    cell = only([{**row, "started": pd.Timestamp("2026-01-01", tz="UTC")}, again], "sdd_table_2", "KD")
+    assert (cell.n, cell.planned, cell.mean) == (1, 1, 74.1)
+
+
+def test_one_seed_in_two_configurations_is_marked_and_left_out() -> None:
+    rows = [*runs(*SHUFFLE, KD), run(*SHUFFLE, 1, 60.0, config_hash="beta6")]
+    cell = only(rows, "sdd_table_2", "KD")
+    assert cell.values == {0: 74.0, 2: 74.3}
+    assert cell.troubles == ("1 in several configurations",)
+    assert "seed 1" in cell.footnotes["ours"][0]
+    assert "beta6" in cell.footnotes["ours"][0]
+
+
+def test_runs_that_differ_in_what_the_loss_does_not_read_are_one_run() -> None:
+    rows = [r for weight in (1.0, 2.0, 4.0) for r in runs(*SHUFFLE, KD, complementary_weight=weight)]
+    cell = only(rows, "sdd_table_2", "KD")
+    assert (cell.values, cell.troubles) == (dict(enumerate(KD)), ())
+
+
+def test_superseded_runs_are_never_used() -> None:
+    assert build(runs(*SHUFFLE, KD, superseded=True)) == {}
+    assert only(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [1.0], superseded=True), "sdd_table_2", "KD").n == 3
+
+
+def test_imported_runs_stand_in_the_same_table_in_rows_of_their_own() -> None:
+    table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [75.0], source="imported"))["sdd_table_2"]
+    assert table.cells["KD", COLUMN].n == 3
+    assert table.cells["KD, imported", COLUMN].mean == 75.0
+    assert table.cells["KD", COLUMN].rank == table.cells["KD, imported", COLUMN].rank == ""  # not compared
+
+
+def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
+    rows = [run(*SHUFFLE, None, value, source="imported", config_hash=f"log{value}", **columns)
+            for value, columns in ((74.0, {}), (74.4, {}), (76.0, sd_kd()))]  # fmt: skip
+    table = build(rows)["sdd_table_2"]
+    assert table.cells["KD, imported", COLUMN].mean == pytest.approx(74.2)
+    assert table.cells["KD, imported", COLUMN].seeds == []
+    cell = table.cells["SD-KD, imported", COLUMN]
+    assert cell.gain is None
+    assert "no seed in common" in cell.footnotes["ours"][0]
+
+
+def test_failed_stopped_missing_and_running_runs_are_counted_with_their_commands() -> None:
+    rows = [
+        run(*SHUFFLE, 0, 74.0),
+        run(*SHUFFLE, 1, None, status="FAILED"),
+        run(*SHUFFLE, 2, None, status="KILLED"),
+        run(*SHUFFLE, 3, None, status="MISSING", run_id=""),
+        run(*SHUFFLE, 4, None, status="RUNNING"),
+        run(*SHUFFLE, 5, math.nan),
+    ]
+    table = build(rows)["sdd_table_2"]
+    cell = table.cells["KD", COLUMN]
+    assert (cell.n, cell.planned, cell.mean) == (1, 6, 74.0)
+    assert set(cell.troubles) == {"1 failed", "1 killed", "1 missing", "1 running", "1 without a number (NaN)"}
+    assert table.commands == tuple(
+        f"python -m sddlskd.train teacher=resnet32x4 student=shufflev1 seed={i}" for i in (1, 2, 3)
+    )
+
+
+def test_a_table_of_missing_runs_alone_is_there() -> None:
+    table = build(runs(*SHUFFLE, [None, None], status="MISSING"))["sdd_table_2"]
+    assert table.cells["KD", COLUMN].troubles == ("2 missing",)
+    assert len(table.commands) == 2
+
+
+def test_a_failed_run_that_was_run_again_is_said_and_needs_no_command() -> None:
+    row = run(*SHUFFLE, 0, 74.0)
+    table = build([row, {**row, "run_id": "first", "status": "FAILED", "best": None}])["sdd_table_2"]
+    assert table.cells["KD", COLUMN].troubles == ()
+    assert table.commands == ()
+    assert any(note.startswith("1 failed or stopped run") for note in table.notes)
+
+
+# ---- comparisons
+
+
+def test_gains_are_paired_by_seed_and_corrected_by_holm() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    rows += runs("resnet32x4", "shufflev2", [74.0, 74.5, 75.0]) + runs(
+        "resnet32x4", "shufflev2", [76.0, 76.1, 77.0], **sd_kd()
+    )
+    table = build(rows)["sdd_table_2"]
+    gains = {}
+    for column, ours, base in (
+        (COLUMN, SD_KD, KD),
+        ("resnet32x4 → shufflev2", [76.0, 76.1, 77.0], [74.0, 74.5, 75.0]),
+    ):
+        gain = table.cells["SD-KD", column].gain
+        differences = np.subtract(ours, base)
+        half = 4.3027 * differences.std(ddof=1) / math.sqrt(3)
+        t = differences.mean() / (differences.std(ddof=1) / math.sqrt(3))
+        assert gain is not None
+        assert gain.over == "KD"
+        assert gain.paired.mean == pytest.approx(differences.mean())
+        assert (gain.paired.low, gain.paired.high) == pytest.approx(
+            (differences.mean() - half, differences.mean() + half), abs=1e-4
+        )
+        gains[1 - t / math.sqrt(t**2 + 2)] = gain.p_holm
+    small, large = sorted(gains)
+    assert gains[small] == pytest.approx(2 * small)
+    assert gains[large] == pytest.approx(max(large, 2 * small))
+    assert table.cells["KD", COLUMN].gain is None
+
+
+def test_a_single_seed_has_a_difference_and_no_interval() -> None:
+    gain = only([run(*SHUFFLE, 0, 74.0), run(*SHUFFLE, 0, 76.0, **sd_kd())], "sdd_table_2", "SD-KD").gain
+    assert gain is not None
+    assert (gain.paired.mean, gain.paired.n, gain.paired.low, gain.p_holm) == (2.0, 1, None, None)
+
+
+def test_seeds_of_one_side_alone_are_left_out_and_said() -> None:
+    cell = only(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD[:2], **sd_kd()), "sdd_table_2", "SD-KD")
+    assert cell.gain is not None
+    assert cell.gain.paired.mean == pytest.approx(((76.0 - 74.0) + (76.5 - 74.2)) / 2)
+    assert cell.footnotes["gain"] == ("seeds that only one of the two rows has are left out: 1",)
+
+
+def test_no_gain_over_a_baseline_of_another_budget() -> None:
+    cell = only(runs(*SHUFFLE, KD, epochs=10) + runs(*SHUFFLE, SD_KD, **sd_kd()), "sdd_table_2", "SD-KD")
+    assert cell.gain is None
+    assert "no gain over KD" in cell.footnotes["ours"][0]
+
+
+def test_a_baseline_at_several_temperatures_is_the_one_at_this_temperature() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, [70.0, 70.1, 70.5], temperature=2.0) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    gain = only(rows, "sdd_table_2", "SD-KD").gain
+    assert gain is not None
+    assert (gain.over, gain.paired.mean) == ("KD, temperature=4", pytest.approx(np.mean(np.subtract(SD_KD, KD))))
+
+
+def test_lskd_gains_are_over_the_method_without_standardisation() -> None:
+    rows = runs(*SMALL, [73.0, 73.5]) + runs(*SMALL, [76.5, 76.6], standardize=True)
+    cell = only(rows, "lskd_table_2", "KD+LS", SMALL_COLUMN)
+    assert cell.gain is not None
+    assert (cell.gain.over, cell.gain.paired.mean) == ("KD", pytest.approx(3.3))
+    assert cell.published_gain is not None
+    assert cell.published_gain.difference == 3.29
+
+
+def test_a_printed_gain_that_is_not_the_difference_is_recomputed_and_said() -> None:
+    cell = only(runs("resnet32x4", "shufflev2", [76.0], **sd_kd()), "sdd_table_2", "SD-KD", "resnet32x4 → shufflev2")
+    assert cell.published_gain is not None
+    assert cell.published_gain.difference == 2.22
+    assert "+2.32" in cell.footnotes["published"][0]
+
+
+def test_flagged_numbers_have_a_footnote_that_says_what_the_flag_means() -> None:
+    table = build(runs(*SMALL, [73.0]) + runs(*SMALL, [76.0], M="[1,2]"))["scales_cifar100_kd"]
+    (footnote,) = table.cells["M = [1,2]", SMALL_COLUMN].footnotes["published"]
+    assert "two sources of the same authors" in footnote
+    assert "75.63" in footnote
+    flagged = PUBLISHED[(PUBLISHED.table == "SDD Table 2") & (PUBLISHED.flag != "")]
+    cells = build(runs(*SHUFFLE, [74.0]))["sdd_table_2"].cells.values()
+    assert sum("suspect" in "".join(cell.footnotes["published"]) for cell in cells) == len(flagged)
+
+
+def test_best_and_second_are_marked_with_ties_as_shown() -> None:
+    rows = runs(*SHUFFLE, [74.001]) + runs(*SHUFFLE, [76.001], **sd_kd())
+    rows += runs(*SHUFFLE, [75.999], distiller="dkd") + runs(*SHUFFLE, [70.0], distiller="nkd")
+    table = build(rows)["sdd_table_2"]
+    ranks = {row: table.cells[row, COLUMN].rank for row in ("KD", "DKD", "NKD", "SD-KD")}
+    assert ranks == {"KD": "second", "DKD": "best", "NKD": "", "SD-KD": "best"}
+
+
+def test_runs_of_other_budgets_are_not_ranked_together() -> None:
+    rows = (
+        runs(*SHUFFLE, [74.0]) + runs(*SHUFFLE, [76.0], **sd_kd()) + runs(*SHUFFLE, [90.0], distiller="dkd", epochs=480)
+    )
+    table = build(rows)["sdd_table_2"]
+    assert [table.cells[row, COLUMN].rank for row in ("KD", "SD-KD", "DKD")] == ["second", "best", ""]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([74.0, 74.1, 74.2], "within"),  # published 74.07
+        ([75.0, 75.1, 75.2], "above"),
+        ([73.0, 73.1, 73.2], "below"),
+        ([74.0], "undecided"),
+        ([73.0, 74.0, 75.0], "undecided"),
+    ],
+)
+def test_verdicts_on_published_numbers(values: list[float], expected: str) -> None:
+    assert only(runs(*SHUFFLE, values), "sdd_table_2", "KD").verdict == expected
+
+
+@pytest.mark.parametrize("settings_", [{"epochs": 2}, {"lr": 0.05}, {"batch_size": 128}])
+def test_runs_of_another_protocol_have_no_verdict(settings_: dict[str, Any]) -> None:
+    cell = only(runs(*SHUFFLE, KD, **settings_), "sdd_table_2", "KD")
+    assert cell.verdict == "not comparable"
+    assert next(iter(settings_)) in cell.footnotes["verdict"][0]
+
+
+@pytest.mark.parametrize(("epochs", "comparable"), [(480, True), (240, False)])
+def test_mlkd_trains_480_epochs(epochs: int, comparable: bool) -> None:
+    rows = runs(*SMALL, [77.0, 77.1, 77.2], method="mlkd", distiller="mlkd", source="imported", epochs=epochs)
+    verdict = only(rows, "lskd_table_2", "MLKD, imported", SMALL_COLUMN).verdict
+    assert (verdict != "not comparable") == comparable
+
+
+@pytest.mark.parametrize("metric", ["last", "val"])
+def test_only_the_best_epoch_is_compared_with_the_papers(metric: str) -> None:
+    table = build(runs(*SHUFFLE, KD, test=74.0, val_fraction=0.1 if metric == "val" else 0.0), metric=metric)[
+        "sdd_table_2"
+    ]
+    assert table.cells["KD", COLUMN].verdict == "not comparable"
+    assert any("0.3 points above the last" in note for note in table.notes)
+
+
+def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
+    table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd()), sweep="pilot")["sdd_table_2"]
+    notes = " ".join(table.notes)
+    for text in ("Runs of pilot", "best epoch", "0.3 points", "sqrt(1 + 1/n)", "paired t test", "Holm", "SDD Table 2"):
+        assert text in notes
+
+
+# ---- the tables
+
+
+def test_scales() -> None:
+    rows = [r for M, top1 in (("[1]", 74.0), ("[1,2]", 75.0), ("[1,4]", 75.5), ("[1,2,4]", 76.0))
+            for pair in (SHUFFLE, SMALL) for r in runs(*pair, [top1, top1 + 0.2], M=M)]  # fmt: skip
+    table = build(rows)["scales_cifar100_kd"]
+    assert table.rows == ("M = [1]", "M = [1,2]", "M = [1,4]", "M = [1,2,4]")
+    for row in PUBLISHED[PUBLISHED.table == "SDD Table 7"].itertuples():
+        cell = table.cells[f"M = {row.M}", f"{row.teacher} → {row.student}"]
+        assert cell.published is not None
+        assert cell.published.value == row.value
+    assert table.cells["M = [1,4]", COLUMN].mean == pytest.approx(75.6)
+    assert table.cells["M = [1,4]", COLUMN].rank == "second"
+
+
+def test_scales_are_shown_only_where_nothing_else_differs() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd(kd_weight=5.0))
+    assert "scales_cifar100_kd" not in build(rows)
+
+
+def test_scales_take_the_papers_weight_where_several_were_run() -> None:
+    rows = (
+        runs(*SHUFFLE, KD)
+        + runs(*SHUFFLE, SD_KD, **sd_kd())
+        + runs(*SHUFFLE, [70.0], **sd_kd(complementary_weight=8.0))
+    )
+    assert only(rows, "scales_cifar100_kd", "M = [1,2,4]").mean == pytest.approx(np.mean(SD_KD))
+
+
+def test_knowledge() -> None:
+    rows = runs(*SHUFFLE, KD)
+    for i, knowledge in enumerate(("consistent", "complementary", "fusion")):
+        rows += runs(*SHUFFLE, [75.0 + i, 75.1 + i, 75.3 + i], **sd_kd(knowledge=knowledge))
+    table = build(rows)["knowledge_cifar100_kd"]
+    assert table.rows == ("none (KD)", "consistent", "complementary", "fusion")
+    for row in PUBLISHED[PUBLISHED.table == "SDD Table 6"].itertuples():
+        label = "none (KD)" if row.variant == "none" else row.variant
+        cell = table.cells[label, f"{row.teacher} → {row.student}"]
+        assert cell.published is not None
+        assert cell.published.value == row.value
+    gain = table.cells["fusion", COLUMN].gain
+    assert gain is not None
+    assert gain.paired.mean == pytest.approx(77.1333 - np.mean(KD), abs=1e-3)
+
+
+def test_weights() -> None:
+    rows = [r for w in (1.0, 2.0, 8.0) for r in runs(*SHUFFLE, [75.0 + w, 75.3 + w], **sd_kd(complementary_weight=w))]
+    table = build(rows)["weights_cifar100_kd"]
+    for row in PUBLISHED[PUBLISHED.table == "SDD Table 8"].itertuples():
+        cell = table.cells[f"weight {row.beta}", COLUMN]
+        assert cell.published is not None
+        assert cell.published.value == row.value
+    assert table.cells["weight 8", COLUMN].mean == pytest.approx(83.15)
+    gain = table.cells["weight 8", COLUMN].gain
+    assert gain is not None
+    assert (gain.over, gain.paired.mean) == ("weight 1", pytest.approx(7))
+
+
+def test_time_is_of_runs_alone_on_the_machine_and_machines_are_not_mixed() -> None:
+    rows = [
+        run(*SMALL, 0, 73.0, images_per_s=6400.0, group_size=1, environment="H200"),
+        run(*SMALL, 1, 73.0, images_per_s=5120.0, group_size=1, environment="H200"),
+        run(*SMALL, 2, 73.0, images_per_s=640.0, group_size=4, environment="H200"),
+        run(*SMALL, 3, 73.0, images_per_s=64.0, group_size=1, environment="2 CPUs"),
+    ]
+    table = build(rows)["time_cifar100"]
+    cell = table.cells["KD, environment=H200", SMALL_COLUMN]
+    assert cell.mean == pytest.approx((1000 * 64 / 6400 + 1000 * 64 / 5120) / 2)
+    assert (cell.n, cell.troubles, cell.verdict) == (2, ("1 trained side by side",), "not comparable")
+    assert table.cells["KD, environment=2 CPUs", SMALL_COLUMN].mean == pytest.approx(1000)
+    printed = {c.published.method: c.published.value for c in table.cells.values() if c.published}
+    expected = PUBLISHED[PUBLISHED.table == "SDD Table 9"]
+    assert printed == dict(zip(expected.method, expected.value, strict=True))
+
+
+def test_the_fastest_is_best() -> None:
+    rows = [run(*SMALL, 0, 73.0, images_per_s=6400.0, group_size=1)]
+    rows += [run(*SMALL, 0, 76.0, images_per_s=3200.0, group_size=1, M="[1,2]")]
+    table = build(rows)["time_cifar100"]
+    assert [table.cells[row, SMALL_COLUMN].rank for row in ("KD", "SD-KD")] == ["best", "second"]
+
+
+def test_the_seed_suite_has_six_pairs_and_the_parts_numbers_in_rows_of_their_own() -> None:
+    rows = [r for M in ("[1]", "[1,2]", "[1,2,4]")
+            for r in runs(*SMALL, [76.0, 76.4], M=M, standardize=True, ce_weight=1.0)]  # fmt: skip
+    built = build(rows)
+    table = built["seed_suite"]
+    assert "scales_cifar100_kd_ls" not in built
+    assert len(table.columns) == 6
+    assert table.cells["M = [1,2]", SMALL_COLUMN].mean == pytest.approx(76.2)
+    assert table.cells["M = [1,2]", SMALL_COLUMN].published is None
+    parts = {
+        (method, column): cell.published.value
+        for method in ("KD+LS", "SD-KD")
+        for column in table.columns
+        if (cell := table.cells[f"{method}, of the papers", column]).published
+    }
+    assert parts["KD+LS", SMALL_COLUMN] == 76.62
+    assert parts["SD-KD", SMALL_COLUMN] == 76.63
+    assert len(parts) == 2 + 6
+
+
+def test_the_seed_suites_global_runs_are_not_lskds() -> None:
+    assert "lskd_table_2" not in build(runs(*SMALL, [76.0], standardize=True, ce_weight=1.0))
+
+
+def test_teachers_and_students_alone_stand_beside() -> None:
+    rows = runs(*SHUFFLE, KD, teacher_top1=79.42) + runs("none", "shufflev1", [70.0, 71.0], distiller="vanilla")
+    table = build(rows)["sdd_table_2"]
+    assert (table.cells["teacher", COLUMN].mean, table.cells["teacher", COLUMN].n) == (79.42, 1)
+    assert table.cells["teacher", COLUMN].rank == table.cells["teacher", COLUMN].verdict == ""
+    for column in (COLUMN, "wrn_40_2 → shufflev1"):
+        assert table.cells["student alone", column].mean == 70.5
+
+
+def test_students_alone_make_no_paper_table() -> None:
+    table = build(runs("none", "shufflev1", [70.0], distiller="vanilla"))["overview_cifar100"]
+    assert table.cells["student alone", "shufflev1 alone"].mean == 70.0
+
+
+def test_any_data_set_gets_an_overview() -> None:
+    rows = runs("resnet14", "resnet8", KD, dataset="fashion_mnist") + runs(
+        "none", "resnet8", [70.0], dataset="fashion_mnist", distiller="vanilla"
+    )
+    rows += runs("resnet14", "resnet8", SD_KD, dataset="fashion_mnist", standardize=True, **sd_kd())
+    table = build(rows)["overview_fashion_mnist"]
+    column = "resnet14 → resnet8"
+    assert table.rows == ("student alone", "KD", "SD-KD+LS [1,2,4]")
+    assert [table.cells[row, column].mean for row in table.rows] == pytest.approx([70.0, np.mean(KD), np.mean(SD_KD)])
+
+
+def test_runs_that_fit_no_table_are_in_the_overview_and_others_are_not() -> None:
+    built = build(runs(*SHUFFLE, KD) + runs("vgg13", "shufflev1", KD))
+    assert built["overview_cifar100"].columns == ("vgg13 → shufflev1",)
+    assert "overview_cifar100" not in build(runs(*SHUFFLE, KD))
+
+
+def test_every_run_stands_in_some_table() -> None:
+    rows = runs(*SHUFFLE, KD) + runs("vgg13", "wrn_16_2", [70.0], knowledge="consistent", **sd_kd(M="[2]"))
+    rows += runs("a", "b", [None], dataset="cub200", status="FAILED") + runs("none", "c", [1.0], distiller="vanilla")
+    built = build(rows).values()
+    assert sum(cell.planned for table in built for cell in table.cells.values()) >= len(rows)
+
+
+# ---- properties
+
+some_runs = st.lists(
+    st.builds(
+        lambda student, M, standardize, seed, top1, epochs, status: run(
+            "resnet32x4", student, seed, None if status != "FINISHED" else top1, M=M, standardize=standardize,
+            epochs=epochs, status=status, config_hash=f"{student}{M}{standardize}{seed}{epochs}",
+        ),
+        st.sampled_from(["shufflev1", "resnet8x4"]),
+        st.sampled_from(["[1]", "[1,2]", "[1,2,4]"]),
+        st.booleans(),
+        st.integers(0, 2),
+        st.integers(7000, 7900).map(lambda hundredths: hundredths / 100),
+        st.sampled_from([240, 10]),
+        st.sampled_from(["FINISHED", "FINISHED", "FAILED", "MISSING"]),
+    ),
+    max_size=14,
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(some_runs, st.randoms(use_true_random=False))
+def test_the_order_of_the_runs_changes_nothing(rows: list[dict[str, Any]], random: Any) -> None:
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    assert tables.build(frame_of(rows)) == tables.build(frame_of(shuffled))
+
+
+@settings(max_examples=25, deadline=None)
+@given(some_runs)
+def test_best_is_best_and_counts_add_up(rows: list[dict[str, Any]]) -> None:
+    for table in tables.build(frame_of(rows)):
+        for cell in table.cells.values():
+            assert cell.n <= cell.planned
+            assert cell.n == cell.planned or cell.troubles
+            assert (cell.mean is None) == (cell.n == 0)
+        for column in table.columns:
+            for epochs in (240, 10):
+                ranked = [
+                    c for row in table.rows if (c := table.cells[row, column]).n and c.settings.get("epochs") == epochs
+                ]
+                means = [round(c.mean, 2) for c in ranked if c.mean is not None]
+                for cell, mean in zip(ranked, means, strict=True):
+                    assert (cell.rank == "best") == (mean == max(means) and len(means) > 1)
+    built = {table.name: table for table in tables.build(frame_of(rows))}
+    if "seed_suite" in built:
+        finished = {row["config_hash"] for row in rows if row["status"] == "FINISHED" and row["standardize"]}
+        assert sum(cell.n for cell in built["seed_suite"].cells.values()) <= len(finished)
