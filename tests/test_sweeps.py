@@ -292,7 +292,10 @@ def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
         ours, theirs = (checkpoint.read(folder / "last.ckpt")["model"] for folder in (Path(path), twin))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert [row["epoch"] for row in record.read_rows(Path(path))] == [1, 2, 3, 4, 5, 6]
+    plan = json.loads((home / "runs/sweeps/test/plan.json").read_text())
+    assert [job["run_dir"] for job in plan["jobs"]] == manifest["jobs"]
     in_mlflow = mlflow_jobs(home)
+    assert {run.data.tags["config_hash"] for run in in_mlflow} == {job["config_hash"] for job in plan["jobs"]}
     assert sorted(run.data.tags["run_dir"] for run in in_mlflow) == sorted(manifest["jobs"])
     for run in in_mlflow:
         assert run.info.status == "FINISHED"
@@ -304,6 +307,25 @@ def saves_again(home: Path, process: subprocess.Popen[str]) -> Callable[[], bool
     """Whether a checkpoint was written since now, or none will be."""
     before = checkpoints(home)
     return lambda: process.poll() is not None or bool(checkpoints(home) - before)
+
+
+def test_the_plan_names_every_job_of_every_start(home: Path) -> None:
+    first = jobs_of(home, network("Tiny"), network("Tiny") + " seed=1")
+    sweep(first)
+    second = jobs_of(home, network("Tiny") + " M=[2]", network("Tiny"), common=("tracking=mlflow",))
+    sweep(second)
+    plan = json.loads((home / "runs/sweeps/test/plan.json").read_text())
+    jobs = {job.run_dir: job for job in [*first, *second]}
+    assert len(plan["jobs"]) == len(jobs) == 3
+    for planned in plan["jobs"]:
+        job = jobs[planned["run_dir"]]
+        assert planned["config_hash"] == cfg.config_hash(job)
+        assert planned["command"] == f"python -m sddlskd.worker {job.run_dir}"
+        params = {**plan["common"], **planned["params"]}
+        for key in ("student.name", "M", "seed", "trainer.epochs"):
+            assert params[key] == str(cfg.flatten(job)[key])
+    (parent,) = client_of(home).search_runs(["1"], "tags.kind = 'sweep'")
+    assert [file.path for file in client_of(home).list_artifacts(parent.info.run_id)] == ["plan.json"]
 
 
 def checkpoints(home: Path) -> set[tuple[str, int]]:

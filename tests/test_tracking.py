@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -110,6 +111,10 @@ def test_contract(home: Path) -> None:
     assert tags["sweep"] == "table-1"
     assert tags["status_reason"] == ""
     assert tags["teacher_sha256"] == result["teacher_sha256"]
+    assert tags["settings_hash"] == cfg.settings_hash(tracked(home, "M=[1,2]", "student=wrn_16_1", "seed=7"))
+    assert tags["settings_hash"] != cfg.settings_hash(tracked(home, "M=[1,4]", "student=wrn_16_1"))
+    assert tags["group_size"] == "1"
+    assert re.match(r"sddlskd [\d.]+, torch \S+, Python [\d.]+, \w+ \w+, cpu, 1 threads$", tags["environment"])
     history = points(job, run.info.run_id)
     assert history.keys() == METRICS | FINAL
     rows = record.read_rows(Path(job.run_dir))
@@ -120,6 +125,14 @@ def test_contract(home: Path) -> None:
     assert history["teacher/top1"] == [(2, result["teacher_top1"])]
     artifacts = {file.path for file in client_of(job).list_artifacts(run.info.run_id)}
     assert {"config.yaml", "result.json"} <= artifacts
+
+
+def test_held_out_images_and_predictions_reach_mlflow(home: Path) -> None:
+    job = tracked(home, "dataset.val_fraction=0.25", "tracking.predictions=true", "trainer.epochs=1")
+    (result,) = fit([job])
+    (run,) = runs_of(job)
+    assert run.data.metrics["test/top1"] == result["test_top1"]
+    assert "predictions.npz" in {file.path for file in client_of(job).list_artifacts(run.info.run_id)}
 
 
 def test_sync_is_idempotent(home: Path) -> None:

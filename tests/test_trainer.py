@@ -420,6 +420,7 @@ def test_best_checkpoint_is_of_the_best_epoch_on_the_held_out_images(tmp_path: P
     network = build_network(job.student.model, 10, 0, CPU)
     network.load_state_dict(best["model"])
     assert evaluate(network.eval(), data.val_batches())["top1"] == best["top1"]
+    assert evaluate(network.eval(), data.test_batches())["top1"] == result["test_top1"]
     network.load_state_dict(final(job)["model"])
     assert evaluate(network.eval(), data.val_batches()) == {
         name: rows(job)[-1][f"val/{name}"] for name in ("top1", "top5", "loss")
