@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.runs import _reading
+from analysis.runs import reading
 from analysis.schema import COLUMNS, METRICS, PARAMS, canonical_M
 
 __all__ = ["FORMATS", "import_logs"]
@@ -123,7 +123,7 @@ def import_logs(
     run_ids: list[str] = []
     if (first := next(found, None)) is not None:  # no database is made where there is nothing to put into it
         _make_database(uri)
-        with _reading(uri) as client:
+        with reading(uri) as client:
             experiment_id = _experiment(client, uri, experiment)
             for run in itertools.chain([first], found):
                 if there := _there(client, experiment_id, run.record):

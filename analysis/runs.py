@@ -31,7 +31,7 @@ import pandas as pd
 
 from analysis.schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, frame_of
 
-__all__ = ["MAKE_RUNS", "Runs", "listing", "load"]
+__all__ = ["MAKE_RUNS", "Runs", "listing", "load", "reading"]
 
 PAGE = 1000  # runs a request; MLflow's limit is 50,000
 RUNS_A_REQUEST = 100  # of a request for histories
@@ -40,7 +40,7 @@ REQUESTS_AT_ONCE = 8  # to a server
 LOCKED_S = 10.0  # seconds to wait for whoever writes to the database
 ANSWER_S = 5.0  # seconds in which a server has to answer
 NAMES_SHOWN = 10
-PLANNED = ("config_hash", "run_dir", "overrides", "params")  # what a plan says of a job
+PLANNED = ("config_hash", "settings_hash", "run_dir", "command")  # what a plan says of a job, beside its params
 MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev2 M="[1],[1,2,4]"'
 CONTRACT = ("dataset", "teacher", "student", "distiller")
 """Columns that say which cell of a table a run belongs to: runs that all lack one of them are not the trainer's."""
@@ -63,7 +63,7 @@ class Runs:
         run_ids: all of the frame's where none are given.
         """
         ids = [run_id for run_id in (self.frame["run_id"] if run_ids is None else run_ids) if run_id]
-        with _reading(self.uri) as client:
+        with reading(self.uri) as client:
             points = [point for metric in metrics for point in _points(client, self.uri, ids, metric)]
         types = {"run_id": "str", "metric": "str", "epoch": "int64", "time": "int64", "value": "float64"}
         frame = pd.DataFrame(points, columns=list(types)).astype(types)
@@ -73,7 +73,7 @@ class Runs:
 
     def predictions(self, run_id: str) -> dict[str, np.ndarray] | None:
         """What the run predicted on the test split (artifact predictions.npz); None where it was not kept."""
-        with _reading(self.uri) as client, _artifact(client, run_id, "predictions.npz") as path:
+        with reading(self.uri) as client, _artifact(client, run_id, "predictions.npz") as path:
             if path is None:
                 return None
             try:
@@ -88,7 +88,7 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
 
     mixed_epochs: take runs of one data set and different lengths together.
     """
-    with _reading(uri) as client:
+    with reading(uri) as client:
         experiments = _experiments(client)
         if name is None:
             plans, rows = _select(client, experiments, experiments)
@@ -113,7 +113,7 @@ def listing(uri: str) -> pd.DataFrame:
 
     A superseded run counts in none of them.
     """
-    with _reading(uri) as client:
+    with reading(uri) as client:
         scans = {name: _scan(client, {name: key}) for name, key in _experiments(client).items()}
     sweeps: dict[str, set[str]] = {}  # that planned a job, by config_hash
     for plan in (plan for plans, _ in scans.values() for plan in plans):
@@ -139,7 +139,7 @@ def listing(uri: str) -> pd.DataFrame:
 
 
 @contextmanager
-def _reading(uri: str) -> Iterator[Any]:
+def reading(uri: str) -> Iterator[Any]:
     """An MlflowClient; whatever MLflow and the database or network under it raise is one line of ValueError."""
     _check(uri)
     # A server that vanishes must not hold the reader for the client's default of four minutes a call.
@@ -309,7 +309,7 @@ def _select(
     rows |= _missing(plans, _hashes(rows.values()))
     for row in rows.values():
         if row["config_hash"] in planned:
-            row["command"] = f"python -m sddlskd.train {planned[row['config_hash']]['overrides']}"
+            row["command"] = planned[row["config_hash"]]["command"]
     return plans, list(rows.values())
 
 
@@ -348,7 +348,10 @@ def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
             return {"name": sweep, "command": "", "jobs": []}
         try:
             plan = json.loads(path.read_text())
-            jobs = [{key: job[key] for key in PLANNED} for job in plan["jobs"]]
+            common = plan["common"]  # what all jobs share stands there once
+            jobs = [
+                {**{key: job[key] for key in PLANNED}, "params": {**common, **job["params"]}} for job in plan["jobs"]
+            ]
             return {"name": sweep, "command": plan["command"], "jobs": jobs}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
@@ -389,6 +392,7 @@ def _missing_row(sweep: str, job: Mapping[str, Any]) -> dict[str, Any]:
         "reason": "; ".join(complaints),
         "sweep": sweep,
         "config_hash": job["config_hash"],
+        "settings_hash": job["settings_hash"],
         "run_dir": job["run_dir"],
         "name": Path(job["run_dir"]).name,
         "superseded": False,

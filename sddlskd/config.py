@@ -70,7 +70,7 @@ class Reduction(StrEnum):
 
 
 class CacheDtype(StrEnum):
-    float16 = "float16"  # half the disk; rounds maps by at most 2^-11 of their value
+    float16 = "float16"  # half the disk; rounds values by at most 2^-11 of their size, or by 3e-8
     float32 = "float32"  # the same numbers as without a cache
 
 

@@ -221,17 +221,18 @@ def _write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
     """Every job that the sweep means to run, in MLflow's words: what all have in common once, then what differs."""
     path = folder / "plan.json"
     params = {job.run_dir: {key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs}
-    hashes = {job.run_dir: cfg.config_hash(job) for job in jobs}
+    hashes = {job.run_dir: (cfg.config_hash(job), cfg.settings_hash(job)) for job in jobs}
     if path.exists():  # of an earlier start, with other jobs
         earlier = json.loads(path.read_text())
         for job in earlier["jobs"]:
             params.setdefault(job["run_dir"], earlier["common"] | job["params"])
-            hashes.setdefault(job["run_dir"], job["config_hash"])
+            hashes.setdefault(job["run_dir"], (job["config_hash"], job["settings_hash"]))
     first = next(iter(params.values()))
     common = {key: value for key, value in first.items() if all(own.get(key) == value for own in params.values())}
     listed = [
         {
-            "config_hash": hashes[run_dir],
+            "config_hash": hashes[run_dir][0],
+            "settings_hash": hashes[run_dir][1],
             "run_dir": run_dir,
             "command": f"python -m sddlskd.worker {shlex.quote(run_dir)}",
             "params": {key: value for key, value in own.items() if key not in common},

@@ -40,8 +40,8 @@ class TeacherCache:
 
     rows: images x views; map_KHW: shape of a logit map; dtype: float16 or float32. Calling it with images_BCHW and
     views_B (their rows, on the CPU) gives the logit map B K H W in float32. What it gives is always what the file
-    holds, so that numbers do not depend on whether a view was new. float16 keeps 11 bits, a relative rounding of at
-    most 2^-11; float32 changes nothing.
+    holds, so that numbers do not depend on whether a view was new. float16 keeps 11 bits: it rounds by at most
+    2^-11 of a value's size (below 6e-5, where it has fewer bits, by at most 2^-25); float32 changes nothing.
 
     Raises ValueError, before writing, where the disk cannot hold the full file.
     """

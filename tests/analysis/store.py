@@ -101,16 +101,31 @@ def make_store(
         if "predictions" in row:
             folder.mkdir(parents=True)
             np.savez_compressed(folder / "predictions.npz", **row["predictions"])
-        if "jobs" in row and plans:
+        if "planned" in row and plans:
             folder.mkdir(parents=True)
-            plan = {"name": row["sweep"], "command": command, "jobs": row["jobs"]}
+            plan = {"name": row["sweep"], "command": command, **row["planned"]}
             (folder / "plan.json").write_text(json.dumps(plan))
     return [row["run_id"] for row in whole]
 
 
-def overrides(row: Row) -> str:
-    """What the plan of these stores says of a job."""
-    return f"student={row['student']} M={row['M']} seed={row['seed']}"
+def command_of(row: Row) -> str:
+    """What the plan of these stores says to run a job with."""
+    return f"python -m sddlskd.worker /runs/{row['student']}-{row['M']}-{row['seed']}"
+
+
+def _plan_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """The parameters that all have in common once, then of each what differs."""
+    params = [_params(row) for row in rows]
+    common = dict(set.intersection(*(set(one.items()) for one in params)))
+    jobs = [
+        {
+            **{name: row[name] for name in ("config_hash", "settings_hash", "run_dir")},
+            "command": command_of(row),
+            "params": {key: value for key, value in own.items() if key not in common},
+        }
+        for row, own in zip(rows, params, strict=True)
+    ]
+    return {"common": common, "jobs": jobs}
 
 
 def _whole(number: int, row: Row) -> dict[str, Any]:
@@ -118,6 +133,7 @@ def _whole(number: int, row: Row) -> dict[str, Any]:
         "run_id": "" if row.get("status") == "MISSING" else uuid.uuid4().hex,
         "name": f"run-{number}",
         "config_hash": f"{number:012x}",
+        "settings_hash": "",
         "run_dir": f"/runs/run-{number}",
         "started": STARTED_MS + 1000 * number,
         "sweep": "",
@@ -137,15 +153,7 @@ def _parents(rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             **{"run_id": uuid.uuid4().hex, "name": sweep, "sweep": sweep, "status": "FINISHED", "absent": ()},
             **{"experiment": jobs[0]["experiment"], "started": STARTED_MS - 1000, "tags": {"kind": "sweep"}},
-            "jobs": [
-                {
-                    "config_hash": job["config_hash"],
-                    "run_dir": job["run_dir"],
-                    "overrides": overrides(job),
-                    "params": _params(job),
-                }
-                for job in jobs
-            ],
+            "planned": _plan_of(jobs),
         }
         for sweep, jobs in planned.items()
     ]

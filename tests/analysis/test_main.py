@@ -85,7 +85,7 @@ def test_says_what_is_missing_and_what_fills_it(written: tuple[Path, str]) -> No
     _, said = written
     assert "21 runs: 18 finished, 1 failed, 1 running, 1 missing" in said
     after = said[said.index("3 of 21 runs are not finished:") :].splitlines()
-    command = "    python -m sddlskd.train student=shufflev1 M=[1,4] seed="
+    command = "    python -m sddlskd.worker /runs/shufflev1-[1,4]-"
     assert after[1:] == [
         "  failed: diverged (loss is nan)",
         f"{command}0",

@@ -55,12 +55,12 @@ def test_every_column_of_a_run_is_as_logged(path: Path) -> None:
         **{"complementary_weight": 1.5, "knowledge": "complementary", "temperature": 2.0, "ce_weight": 0.5},
         **{"kd_weight": 9.0, "lr": 0.01, "batch_size": 32, "epochs": 30, "epochs_done": 29, "seed": 7},
         **{"val_fraction": 0.1, "best": 70.5, "last": 70.25, "test": 69.0, "teacher_top1": 75.0, "epoch_s": 12.5},
-        **{"images_per_s": 4000.0, "max_steps": 100},
+        **{"images_per_s": 4000.0, "max_steps": 100, "settings_hash": "5e77"},
     }
     (run_id,) = make_store(path, [{**row, "started": 1_700_000_000_123}])
     frame = load("s", uri_of(path)).frame
     derived = {"M": "[1,2,4]", "pair": "vgg13_vgg8", "method": "sd_dkd_ls", "run_id": run_id, "source": "sddlskd"}
-    command = {"command": "python -m sddlskd.train student=vgg8 M=[1, 2,4] seed=7"}
+    command = {"command": "python -m sddlskd.worker /runs/vgg8-[1, 2,4]-7"}
     started = {"started": pd.Timestamp("2023-11-14 22:13:20.123", tz="UTC"), "reason": "", "superseded": False}
     assert frame.iloc[0].to_dict() == row | derived | command | started
     assert list(frame.columns) == list(COLUMNS)
@@ -86,7 +86,7 @@ def test_no_run_is_dropped(path: Path) -> None:
     assert frame.loc[2, "epochs_done"] is pd.NA
     missing = frame.loc[4]
     assert (missing["run_id"], missing["sweep"], missing["student"]) == ("", "s", "shufflev1")
-    assert missing["command"] == "python -m sddlskd.train student=shufflev1 M=[1] seed=4"
+    assert missing["command"] == "python -m sddlskd.worker /runs/shufflev1-[1]-4"
     assert (missing["epochs"], missing["method"], missing["run_dir"]) == (240, "kd", "/runs/run-4")
     assert missing["best"] is pd.NA
     assert len(load(None, uri_of(path)).frame) == len(rows)
