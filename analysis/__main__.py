@@ -16,7 +16,7 @@ FORMATS = ("md", "tex", "html", "csv")
 SHOWN = 20  # runs listed one by one
 USAGE = """
   %(prog)s                        what sweeps and experiments there are
-  %(prog)s NAME [options]         every table and figure whose runs exist, and report.html
+  %(prog)s NAME [options]         every table and figure whose runs exist, runs.csv and report.html
   %(prog)s import-logs PATH ...   others' text logs and CSV files as runs"""
 METRIC = """best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy at the epoch
 that a held-out split chose (dataset.val_fraction>0). Default: best"""
@@ -68,7 +68,7 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
 
     as_text = {"md": render.markdown, "tex": render.latex, "html": render.html, "csv": render.csv}
     (out / "tables").mkdir(parents=True, exist_ok=True)
-    built = tables.build(runs.frame, metric=metric, sweep=runs.name)
+    built = tables.build(runs.frame, metric=metric, sweep=runs.name, command=runs.command)
     for table in built:
         for suffix in formats:
             (out / "tables" / f"{table.name}.{suffix}").write_text(as_text[suffix](table))
@@ -78,6 +78,8 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
     drawn = figures.build(runs, out / "figures", metric=metric)
     for figure in drawn:
         _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
+    runs.frame.to_csv(out / "runs.csv", index=False)
+    _say(f"wrote {out / 'runs.csv'}: a row a run")
     report.write(out / "report.html", runs, built, drawn, metric=metric)
     _say(f"wrote {out / 'report.html'}: {len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs")
 

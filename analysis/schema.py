@@ -5,11 +5,12 @@ metrics, `TAGS` tags of a run.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-__all__ = ["COLUMNS", "METRICS", "PARAMS", "STATUSES", "TAGS", "canonical_M", "frame_of", "method_of"]
+__all__ = ["COLUMNS", "METRICS", "PARAMS", "STATUSES", "TAGS", "canonical_M", "frame_of", "method_of", "read_frame"]
 
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
 """MISSING: planned by the sweep, and no run of it is in MLflow."""
@@ -129,3 +130,17 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         filled["method"] = filled["method"] or method_of(filled["distiller"], filled["M"], filled["standardize"])
         whole.append(filled)
     return pd.DataFrame(whole, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """The frame in a runs.csv; it may lack columns."""
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    return frame_of({name: _value(COLUMNS[name], text) for name, text in row.items()} for row in cells)
+
+
+def _value(kind: str, text: str) -> Any:
+    if kind == "str":
+        return text
+    if kind == "bool":
+        return text == "True"
+    return (float(text) if kind == "Float64" else int(text) if kind == "Int64" else text) if text else None

@@ -58,6 +58,7 @@ PAPERS_TABLES = {  # table: what it compares, and whether its gains are over the
     "LSKD Table 3": ("ImageNet", True),
     "LSKD Table 5": ("teachers of one student, CIFAR-100", True),
 }
+FEW = 3  # commands that are listed one by one
 NAMES = {
     "teacher": "teacher",
     "vanilla": "student alone",
@@ -68,6 +69,7 @@ NAMES = {
     "simkd": "SimKD",
     "cat_kd": "CAT-KD",
 }
+ALONE = dict.fromkeys(("kd", "dkd", "nkd"), "vanilla")  # what a plain method is compared with
 METRICS = {  # column of the frame, and what it is
     "best": ("best", "top-1 (%), best epoch"),
     "last": ("last", "top-1 (%), last epoch"),
@@ -174,8 +176,11 @@ class Declaration:
     same: tuple[str, ...] = ("source", "lr", *BUDGET)  # what a cell and its baseline must share
 
 
-def build(frame: pd.DataFrame, *, metric: str = "best", sweep: str = "") -> list[Table]:
-    """Every table that has a run in the frame, in the papers' order; `sweep` is named in the notes."""
+def build(frame: pd.DataFrame, *, metric: str = "best", sweep: str = "", command: str = "") -> list[Table]:
+    """Every table that has a run in the frame, in the papers' order.
+
+    sweep is named in the notes; command, which runs all of it, stands for a long list of commands.
+    """
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; choose one of {', '.join(METRICS)}")
     runs, quantity = _runs(frame), _accuracy(metric)
@@ -191,7 +196,7 @@ def build(frame: pd.DataFrame, *, metric: str = "best", sweep: str = "") -> list
     ]
     placed = {run["key"] for table in declared if table.quantity is quantity for run in table.runs}
     declared += _overviews(runs, quantity, placed)
-    return [_fill(declaration, sweep) for declaration in declared if declaration.runs]
+    return [_fill(declaration, sweep, command) for declaration in declared if declaration.runs]
 
 
 def _runs(frame: pd.DataFrame) -> list[Run]:
@@ -393,10 +398,11 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
             name=f"overview_{dataset}",
             title=f"Methods and scales on {dataset}",
             quantity=quantity,
-            runs=[run for run in here if run["pair"] in shown],
-            row=lambda run: f"{run['method']} {run['M']}".removesuffix(" [1]"),
+            runs=[*_teachers(r for r in here if r["pair"] in shown), *(run for run in here if run["pair"] in shown)],
+            row=lambda run: f"{run['method']} {run['M'] or '[1]'}".removesuffix(" [1]"),
             label=lambda row: " ".join([_method_label(row.split()[0]), *row.split()[1:]]),
-            baseline=lambda row: _one_scale(row.split()[0]) or _plain(row),
+            order=("teacher",),
+            baseline=lambda row: _one_scale(row.split()[0]) or _plain(row) or ALONE.get(row),
         )
 
 
@@ -534,7 +540,7 @@ class _Row:
     cells: Mapping[str, list[Run]]  # by pair
 
 
-def _fill(declaration: Declaration, sweep: str) -> Table:
+def _fill(declaration: Declaration, sweep: str, command: str) -> Table:
     numbers = {(declaration.published_row(number), number.pair): number for number in declaration.published}
     pairs = [pair for _, pair in numbers] + sorted({run["pair"] for run in declaration.runs})
     columns = {pair: pair for pair in pairs}
@@ -562,7 +568,7 @@ def _fill(declaration: Declaration, sweep: str) -> Table:
         columns=tuple(columns.values()),
         cells=cells,
         notes=tuple(_notes(declaration, cells, sweep)),
-        commands=_commands(declaration.runs),
+        commands=_commands(declaration.runs, command),
     )
 
 
@@ -735,13 +741,14 @@ def _footnote(cell: Cell, kind: str, text: str) -> Cell:
     return replace(cell, footnotes={**cell.footnotes, kind: (*cell.footnotes.get(kind, ()), text)})
 
 
-def _commands(runs: Iterable[Run]) -> tuple[str, ...]:
-    """That run what is planned, failed or was stopped."""
+def _commands(runs: Iterable[Run], whole: str) -> tuple[str, ...]:
+    """That run what is planned, failed or was stopped: each job's, or of many the one of the `whole` sweep."""
     by_key = defaultdict(list)
     for run in runs:
         by_key[run["key"]].append(run)
     last = [_outcome(attempts) for attempts in by_key.values()]
-    return tuple(sorted({run["command"] for run in last if run["status"] in ("FAILED", "KILLED", "MISSING")} - {""}))
+    single = sorted({run["command"] for run in last if run["status"] in ("FAILED", "KILLED", "MISSING")} - {""})
+    return (whole,) if whole and len(single) > FEW else tuple(single)
 
 
 def _notes(declaration: Declaration, cells: Mapping[tuple[str, str], Cell], sweep: str) -> Iterator[str]:

@@ -246,7 +246,8 @@ def _send_rows(client: Any, run_id: str, rows: Iterable[dict[str, Any]]) -> None
 
 
 def _send_outcome(client: Any, run_id: str, folder: Path, status: str, result: dict[str, Any]) -> None:
-    if status not in OUTCOMES:  # resumed
+    if status not in OUTCOMES:  # resumed: what stopped it is over
+        client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)
         return
     client.set_tag(run_id, "status_reason", _cut(result.get("reason", ""), TAG))

@@ -173,6 +173,17 @@ def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) 
     assert again.data.metrics["last/top1"] == record.read_result(Path(job.run_dir))["last_top1"]
 
 
+def test_a_resumed_run_has_no_reason_left(home: Path) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    opened = Record(job)
+    for status, reason in ((RUNNING, ""), (record.KILLED, "stopped by SIGINT"), (RUNNING, "")):
+        opened.result(status, reason, epochs=0)
+        sync(opened.folder)
+    opened.close()
+    (run,) = runs_of(job)
+    assert (run.info.status, run.data.tags["status_reason"]) == ("RUNNING", "")
+
+
 def test_failed_run(home: Path) -> None:
     job = tracked(home, "optimizer.lr=1e30")
     fit([job])

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from analysis import __main__ as command_line
 from analysis import figures, render, tables
 from analysis.__main__ import main
 from analysis.runs import load
+from analysis.schema import read_frame
 from tests.analysis.store import make_store
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,11 @@ def test_every_table_in_every_format(home: Path, written: tuple[Path, str]) -> N
             assert (out / "tables" / f"{table.name}.{suffix}").read_text() == text
         assert f"wrote {out}/tables/{table.name}.{{md,tex,html,csv}}: {table.title}" in said
     assert len(list((out / "tables").iterdir())) == 4 * len(built)
+
+
+def test_the_frame_is_kept_and_read_back(home: Path, written: tuple[Path, str]) -> None:
+    out, _ = written
+    pd.testing.assert_frame_equal(read_frame(out / "runs.csv"), load("study", uri_of(home)).frame)
 
 
 def test_figures_and_report(written: tuple[Path, str]) -> None:
