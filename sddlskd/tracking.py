@@ -180,7 +180,7 @@ def sync(folder: Path) -> None:
         if status == record.RUNNING and abandoned:
             status, result["reason"] = record.KILLED, "the process ended without a word"
         config = cfg.load(folder / "config.yaml")
-        if not config.tracking.enabled and config.tracking.experiment_id is None:
+        if config.tracking.experiment_id is None:  # launched without tracking
             config = register([replace(config, tracking=replace(config.tracking, enabled=True))])[0]
         client = _client(str(config.tracking.uri))
         state = record.read_mirror(folder)
