@@ -180,17 +180,17 @@ def _plan(name: str, jobs: Sequence[Config], states: dict[str, str], groups: Seq
         lines.append(f"the teacher goes through the data {len(taught)} times an epoch instead of {alone}")
     known = [_seconds(job) for group in groups for job in group]
     if todo and all(s is not None for s in known):
-        lines.append(f"at most {duration(sum(s for s in known if s is not None))} on one device, from runs like these")
+        lines.append(f"about {duration(sum(s for s in known if s is not None))} on one device, from runs like these")
     elif todo:
         lines.append("no runs like these are here yet, so the time is not known")
     return lines
 
 
 def _seconds(job: Config) -> float | None:
-    """What the job took or would take alone: from finished runs of its pair and data set."""
+    """What the job adds to a sweep: from runs of its pair and data set, which shared their time with their group."""
     label = f"{job.teacher.name}-{job.student.name}-*" if job.distiller.loss else f"{job.student.name}-*"
     done = [record.read_result(path.parent) for path in Path(job.run_dir).parent.glob(f"{label}/result.json")]
-    rates = [result["seconds"] / result["epochs"] for result in done if result.get("epochs")]
+    rates = [r["seconds"] / r["epochs"] / r.get("group_size", 1) for r in done if r.get("epochs")]
     return mean(rates) * job.trainer.epochs if rates else None
 
 
@@ -438,7 +438,11 @@ def status(folder: Path) -> None:
         f"sweep {manifest['name']}: {len(folders)} jobs: " + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
     )
     rows = {path: record.read_rows(path) for path in folders if states[path] != "new"}
-    paces = [row["time/epoch_s"] for some in rows.values() for row in some[-3:]]
+    paces = [
+        row["time/epoch_s"] / record.read_result(path).get("group_size", 1)
+        for path, some in rows.items()
+        for row in some[-3:]
+    ]
     left = 0.0
     for path in folders:
         some, result = rows.get(path, []), record.read_result(path)
@@ -451,7 +455,7 @@ def status(folder: Path) -> None:
         shown = "" if top1 is None else f"  top-1 {top1:.2f}"
         write_line(f"  {states[path]:<12} {len(some)}/{epochs} epochs{shown}  {path.name}{reason}")
     if set(counts) - {"finished"}:
-        write_line(f"time left: at most {duration(left)} one after another" if paces else "time left: not known yet")
+        write_line(f"time left: about {duration(left)} on one device" if paces else "time left: not known yet")
         write_line(f"to finish it: cd {shlex.quote(manifest['folder'])} && {manifest['command']}")
 
 

@@ -4,6 +4,7 @@ Everything heavy is imported when a job runs, so that --help, --cfg and planning
 """
 
 import os
+import re
 import sys
 from contextlib import suppress
 from importlib.resources import files
@@ -61,9 +62,20 @@ def _remove_empty(folder: Path, home: Path) -> None:
                 parent.rmdir()
 
 
+def _mend_arguments() -> None:
+    """Take -m wherever it stands, and refuse numbers where a choice is asked for: argparse and Hydra fail on both."""
+    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
+    for word in sys.argv[1:]:
+        if match := re.fullmatch(r"scales=\[?([\d, ]+)\]?", word):
+            sys.stderr.write(f"error: {word} is no choice; give M=[{match[1]}], or scales=global|two|three|skip\n")
+            sys.exit(1)
+
+
 def main() -> None:
     """The console entry: errors that a user can mend take one line and exit code 1."""
     log_to_terminal()
+    _mend_arguments()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and one place words the errors
     failed: BaseException | None = None

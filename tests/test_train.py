@@ -120,6 +120,8 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["M=3"], ["M=3", "distinct positive integers"]),
         (["M=[1.5]"], [r"M=\[1\.5\]", "distinct positive integers"]),
         (["M=[1"], [r"M=\[1 ", r"key=value"]),
+        (["scales=[1,2]"], [r"scales=\[1,2\]", r"M=\[1,2\]", r"scales=global\|two"]),
+        (["scales=4"], ["scales=4", r"M=\[4\]"]),
         (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "teacher=resnet8"]),
         (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4", "student=mobilev2"]),
         (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8", "valid are .*shufflev1.*wrn_40_2"]),
@@ -164,6 +166,12 @@ def test_bad_input_takes_one_line(
     refused: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: list[str]
 ) -> None:
     refused(*overrides).refusal(*says)
+
+
+def test_the_flag_for_a_sweep_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "seed=0,1", "-m", "M=[1]"])
+    train._mend_arguments()
+    assert sys.argv == ["train", "-m", "seed=0,1", "M=[1]"]
 
 
 def test_cuda_without_cuda(refused: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
