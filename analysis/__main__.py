@@ -71,7 +71,7 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
     built = tables.build(runs.frame, metric=metric, sweep=runs.name, command=runs.command)
     for table in built:
         for suffix in formats:
-            (out / "tables" / f"{table.name}.{suffix}").write_text(as_text[suffix](table))
+            (out / "tables" / f"{table.name}.{suffix}").write_text(as_text[suffix](table), encoding="utf-8")
         _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
     if not built:
         _say("no table: there are no runs for one")

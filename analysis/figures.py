@@ -60,6 +60,7 @@ EXTRAS = {
         "batch_size": "batch",
         "epochs": "epochs",
         "max_steps": "steps",
+        "precision": "",
         "val_fraction": "held out",
         "source": "",
     },
@@ -208,15 +209,15 @@ def _standing(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
     `ground`, what a run and its baseline have in common.
     """
     value = frame[METRICS[metric][0]].astype("Float64").fillna(np.nan).astype(float)
-    known = (frame["student"] != "") & (frame["distiller"] != "")
+    known = (frame["student"] != "") & (frame["method"] != "")
     finished = ~frame["superseded"] & (frame["status"] == "FINISHED")
     keep = finished & value.notna() & known
     lost = frame.loc[~frame["superseded"] & ~finished, "status"].str.lower().value_counts().to_dict()
-    lost |= {"superseded": int(frame["superseded"].sum()), f"without {metric} accuracy": int((finished & ~keep).sum())}
-    counted = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
-    left_out = f" Runs left out: {counted}." if counted else ""
+    lost |= {"superseded": int(frame["superseded"].sum())}
+    lost |= {f"without {metric} accuracy": int((finished & known & ~keep).sum())}
+    lost |= {"without student or method": int((finished & ~known).sum())}
     if not keep.any():
-        return frame[keep], left_out
+        return frame[keep], _left_out(lost)
     shown = frame[keep].assign(value=value[keep])
     alone = shown["distiller"] == "vanilla"
     shown["M"] = shown["M"].mask(alone, "[1]")
@@ -230,22 +231,35 @@ def _standing(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
     shown["rank"] = list(
         zip(~alone, shown["distiller"], shown["standardize"], shown["M"].map(_size), shown["setting"], strict=True)
     )
-    return shown.sort_values(["dataset", "pair"], kind="stable"), left_out
+    # A seed counts once: what differs in nothing that the loss reads is one run, and of one run again the last stands.
+    seeds = shown.sort_values("started", kind="stable", na_position="first").dropna(subset="seed")
+    again = seeds.index[seeds.duplicated(["panel", "setting", "seed"], keep="last")]
+    lost |= {"of a seed that is there already": len(again)}
+    return shown.drop(again).sort_values(["dataset", "pair"], kind="stable"), _left_out(lost)
+
+
+def _left_out(lost: Mapping[str, int]) -> str:
+    counted = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
+    return f" Runs left out: {counted}." if counted else ""
 
 
 def _extras(frame: pd.DataFrame) -> pd.Series:
-    """What tells runs of one panel, method and M apart, beyond the seed: ", T=2"."""
-    text = pd.Series("", index=frame.index)
+    """What tells runs of one panel, method and M apart, beyond the seed: ", T=2"; and whose they are: ", imported"."""
+    text, inert = pd.Series("", index=frame.index), pd.Series("", index=frame.index)
     for column, sign in EXTRAS.items():
         alone, whole = frame["distiller"] == "vanilla", frame["M"] == "[1]"
         unused = (alone & (column in UNREAD_ALONE)) | (whole & (column == "complementary_weight"))
         values = frame[column].astype("object").where(frame[column].notna() & ~unused, "?")
         differs = values.groupby([frame[key] for key in ("panel", "method", "M")]).transform("nunique") > 1
+        differs |= (column == "source") & (values != "sddlskd")
         shown = values.map(
             lambda value, sign=sign: f", {sign}={value:g}" if sign and value != "?" else f", {sign}{value}"
         )
         text += shown.where(differs, "")
-    return text
+        inert += frame[column].astype("object").where(unused, "").map(lambda value: f"{value},")
+    settings = frame["settings_hash"].mask(frame["settings_hash"] == "")
+    unseen = settings.groupby([frame["panel"], frame["method"], frame["M"], text, inert]).transform("nunique") > 1
+    return text + (", settings_hash=" + settings).where(unseen, "").fillna("")
 
 
 def _method(name: str) -> str:
@@ -293,9 +307,11 @@ def _listed(what: str, names: Sequence[str]) -> str:
     return f" {what}: {'; '.join(names[:NAMED])}{more}.".replace("\n", ", ") if names else ""
 
 
-def _capital(metric: str) -> str:
+def _capital(metric: str, frame: pd.DataFrame) -> str:
     label = METRICS[metric][1]
-    return label[0].upper() + label[1:]
+    held_out = metric != "val" and (frame["val_fraction"] > 0).fillna(False).any()
+    where = " (of the held-out training images, not of the test set, where some are held out)" if held_out else ""
+    return label[0].upper() + label[1:] + where
 
 
 def _seeds(counts: Iterable[int]) -> str:
@@ -393,11 +409,11 @@ def _accuracy_by_scales(frame: pd.DataFrame, metric: str) -> Made:
     _legend(drawing, lines)
     mixed = [
         name
-        for name in ("temperature", "ce_weight", "kd_weight", "lr")
+        for name in ("temperature", "ce_weight", "kd_weight", "lr", *BUDGET)
         if (shown.groupby(["panel", "line"])[name].nunique(dropna=False) > 1).any()
     ]
     caption = (
-        f"{_capital(metric)}, against the scales M. Marks: mean over seeds; bars: 95 % interval of the mean "
+        f"{_capital(metric, shown)}, against the scales M. Marks: mean over seeds; bars: 95 % interval of the mean "
         f"(Student's t), none for a single seed; small dots: seeds; {_seeds(counts)}."
         f"{' Along a line, these differ as well: ' + ', '.join(mixed) + '.' if mixed else ''}{rest}"
     )
@@ -454,7 +470,7 @@ def _gain_by_pair(frame: pd.DataFrame, metric: str) -> Made:
     for axis in drawing.axes:
         axis.axvline(0, color="black", linewidth=0.8)
     caption = (
-        f"{_capital(metric)}: gain, paired by seed. Marks: mean; bars: 95 % interval of the mean difference "
+        f"{_capital(metric, frame)}: gain, paired by seed. Marks: mean; bars: 95 % interval of the mean difference "
         f"(Student's t), none for a single seed, not corrected for their number; {_seeds(table['n'])}. Plain: the same "
         "distiller with M={1} and no standardisation; a baseline that ran in several settings is taken at its best. "
         "Shaded and marked ≠: heterogeneous pairs (teacher and student of different families)."
@@ -504,7 +520,7 @@ def _cost(frame: pd.DataFrame, metric: str) -> Made:
         else ""
     )
     caption = (
-        f"{_capital(metric)}, against training time (of the last epoch). Marks: mean over seeds of both; bars: "
+        f"{_capital(metric, shown)}, against training time (of the last epoch). Marks: mean over seeds of both; bars: "
         f"95 % interval of the mean accuracy (Student's t), none for a single seed; {_seeds(counts)}.{together}"
         f"{f' The times are of {places} environments and do not compare across them.' if places > 1 else ''}{rest}"
     )

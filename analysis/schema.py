@@ -47,6 +47,9 @@ COLUMNS = {
     "batch_size": "Int64",
     "epochs": "Int64",  # configured
     "max_steps": "Int64",  # batches of an epoch; missing: all
+    "precision": "str",  # of the networks' forward pass: fp32, bf16, fp16
+    "compile": "bool",  # networks compiled by torch
+    "teacher_cache": "str",  # folder that the teacher's maps were kept in; "": none
     "epochs_done": "Int64",
     "seed": "Int64",
     "val_fraction": "Float64",  # of the training images held out; 0: val is the test split
@@ -75,6 +78,9 @@ PARAMS = {
     "batch_size": "trainer.batch_size",
     "epochs": "trainer.epochs",
     "max_steps": "trainer.max_steps",
+    "precision": "trainer.precision",
+    "compile": "trainer.compile",
+    "teacher_cache": "teacher.cache",
     "seed": "seed",
     "val_fraction": "dataset.val_fraction",
 }

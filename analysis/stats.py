@@ -68,11 +68,13 @@ def prediction_half_width(values: Sequence[float]) -> float | None:
 
 
 def verdict(values: Sequence[float], published: float) -> str:
-    """Where our runs lie from a published number: within, above, below, or undecided (one run, or too wide)."""
+    """Where our runs lie from a published number: within, above, below, or undecided (one run, no spread, too wide)."""
     half = prediction_half_width(values)
     if half is None or half > WIDEST:
         return "undecided"
     gap = statistics.fmean(values) - published
     if abs(gap) <= half + 1e-9:
         return "within"
+    if math.isclose(half, 0, abs_tol=1e-9):  # as in `paired`: equal accuracies do not say that there is no spread
+        return "undecided"
     return "above" if gap > 0 else "below"

@@ -5,7 +5,9 @@ builder fills the cells. Columns are pairs of teacher and student. A cell averag
 runs of one cell differ in a setting, the row is split, and its label says by what.
 """
 
+import hashlib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,7 @@ __all__ = ["METRICS", "Cell", "Gain", "Table", "build"]
 Run = dict[str, Any]  # a row of the frame; what is missing is None
 
 RECIPE = ("distiller", "M", "standardize", "knowledge", "complementary_weight", "temperature", "ce_weight", "kd_weight")
-BUDGET = ("batch_size", "epochs", "max_steps", "val_fraction")
+BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction")
 SETTINGS = (*RECIPE, "lr", *BUDGET)
 """What makes two runs different things, seed aside: never averaged."""
 PLAIN_SAME = ("source", "pair", "distiller", "standardize", "temperature", "ce_weight", "kd_weight", "lr", *BUDGET)
@@ -33,6 +35,7 @@ PAPERS_WEIGHT = 2.0  # of complementary regions, SDD section 4.1
 SIMILAR = {"resnet32x4_resnet8x4", "resnet34_resnet18", "vgg13_vgg8"}
 """Pairs of the SDD paper with similar architectures: M={1,2}; the others: M={1,2,4} (section 4.1)."""
 LSKD_CE_WEIGHT = 0.1  # of KD+LS on CIFAR-100, in the authors' logs; the seed suite takes 1.0
+PAPERS_KD = {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}  # of plain KD on CIFAR-100, in both papers' code
 PAPERS_BUDGET = {
     "cifar100": {"epochs": 240, "batch_size": 64},
     "cub200": {"epochs": 240, "batch_size": 64},
@@ -61,6 +64,7 @@ PAPERS_TABLES = {  # table: what it compares, and whether its gains are over the
 FEW = 3  # commands that are listed one by one
 NAMES = {
     "teacher": "teacher",
+    "unknown": "method not known",
     "vanilla": "student alone",
     "fitnet": "FitNet",
     "semckd": "SemCKD",
@@ -82,8 +86,8 @@ PAPERS_METRIC = (
 VERDICTS = (
     "Verdict on a published number, from our n seeds with sample standard deviation s: within where |ours - published| "
     "<= t(n-1) * s * sqrt(1 + 1/n), half the 95 % t prediction interval for one more run; else above or below; "
-    f"undecided where n < 2 or that half-width is above {stats.WIDEST:.1f} point. By chance "
-    "alone one cell in twenty lies outside."
+    f"undecided where n < 2, where all runs are equal and off it, or where that half-width is above {stats.WIDEST:.1f} "
+    "point. By chance alone one cell in twenty lies outside."
 )
 
 
@@ -227,7 +231,7 @@ def _accuracy(metric: str) -> Quantity:
 
     def read(run: Run) -> float | str:
         if run["method"] == "teacher":
-            return float(run["teacher_top1"])
+            return "several teachers" if run["teacher_top1"] is None else float(run["teacher_top1"])
         if metric == "val" and not run["val_fraction"]:
             return "without held-out images"
         value = run[column]
@@ -248,14 +252,15 @@ def _time() -> Quantity:
             return "without a time"
         return 1000 * run["batch_size"] / speed if run["group_size"] == 1 else "trained side by side"
 
+    machine = ("batch_size", "precision", "compile", "teacher_cache", "environment")
     return Quantity(
         label="training time (ms a batch)",
         read=read,
         note="1000 * batch size / images per second of the last epoch. Runs trained side by side share their time and "
-        "are left out; machines are not mixed: each environment is a row of its own.",
+        "are left out; machines are not mixed: each environment, precision and teacher cache is a row of its own.",
         decimals=1,
-        settings=("M", "batch_size", "environment"),
-        comparable=("source", "batch_size", "environment"),
+        settings=("M", *machine),
+        comparable=("source", *machine),
         lower_is_better=True,
         counted="runs",
         refusal="other hardware",
@@ -344,14 +349,16 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
 
 
 def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
+    """Of data sets where some run has a time of its own."""
     quantity = _time()
-    for dataset in sorted({run["dataset"] for run in runs if run["images_per_s"] is not None}):
+    runs = [run for run in runs if run["status"] == "FINISHED"]
+    for dataset in sorted({run["dataset"] for run in runs if isinstance(quantity.read(run), float)}):
         yield Declaration(
             name=f"time_{dataset}",
             title=f"Training time (form of SDD Table 9) on {dataset}",
             quantity=quantity,
             runs=[run for run in runs if run["dataset"] == dataset],
-            row=lambda run: str(run["method"]),
+            row=lambda run: str(run["method"] or "unknown"),
             label=_method_label,
             published=published.of_table("SDD Table 9", "ms_per_batch") if dataset == "cifar100" else (),
         )
@@ -359,7 +366,7 @@ def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
 
 def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
     """The main method over scales; nobody published it, so the parts' numbers are rows of their own."""
-    family = [run for run in runs if (run["dataset"], run["distiller"], run["standardize"]) == ("cifar100", "kd", True)]
+    family = [run for run in runs if run["dataset"] == "cifar100" and run["method"] in ("kd_ls", "sd_kd_ls")]
     parts = [
         number
         for table, method in (
@@ -399,7 +406,7 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
             title=f"Methods and scales on {dataset}",
             quantity=quantity,
             runs=[*_teachers(r for r in here if r["pair"] in shown), *(run for run in here if run["pair"] in shown)],
-            row=lambda run: f"{run['method']} {run['M'] or '[1]'}".removesuffix(" [1]"),
+            row=lambda run: f"{run['method'] or 'unknown'} {run['M'] or '[1]'}".removesuffix(" [1]"),
             label=lambda row: " ".join([_method_label(row.split()[0]), *row.split()[1:]]),
             order=("teacher",),
             baseline=lambda row: _one_scale(row.split()[0]) or _plain(row) or ALONE.get(row),
@@ -412,10 +419,10 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
 def _by_family(
     declare: Callable[[Sequence[Run], Quantity, str, str], Declaration], runs: Sequence[Run], quantity: Quantity
 ) -> Iterator[Declaration]:
-    """One table for each data set and loss, with and without standardisation."""
+    """One table for each data set and loss, with and without standardisation; of which runs is not known, in none."""
     families = defaultdict(list)
     for run in runs:
-        if run["distiller"] != "vanilla":
+        if run["method"] not in ("", "vanilla"):
             families[run["dataset"], method_of(run["distiller"], "[1]", run["standardize"])].append(run)
     for (dataset, family), members in sorted(families.items()):
         yield declare(members, quantity, dataset, family)
@@ -467,12 +474,15 @@ def _beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 def _teachers(runs: Iterable[Run]) -> list[Run]:
     """A row for every teacher that the runs had: its accuracy on the test set."""
     none: Run = dict.fromkeys((*SETTINGS, "seed"))
-    rows = {}
+    tops: dict[str, dict[float, Run]] = defaultdict(dict)
     for run in runs:
         if run["teacher_top1"] is not None and not run["val_fraction"]:
-            key = f"teacher {run['pair']} {run['teacher_top1']}"
-            rows[key] = run | none | {"method": "teacher", "status": "FINISHED", "key": key}
-    return list(rows.values())
+            tops[run["pair"]][run["teacher_top1"]] = run
+    return [
+        run | none | {"method": "teacher", "status": "FINISHED", "key": f"teacher {pair}", "teacher_top1": top1}
+        for pair, by_top1 in tops.items()
+        for top1, run in [(None if len(by_top1) > 1 else next(iter(by_top1)), next(iter(by_top1.values())))]
+    ]
 
 
 def _other_method(run: Run, number: Published) -> list[str]:
@@ -496,6 +506,8 @@ def _other_budget(run: Run, number: Published) -> list[str]:
     expected: dict[str, Any] = {"val_fraction": 0.0, "max_steps": "all", **PAPERS_BUDGET[number.dataset]}
     if "mlkd" in number.method:
         expected["epochs"] = 480
+    if (number.dataset, number.method) == ("cifar100", "kd"):
+        expected |= PAPERS_KD
     if number.dataset == "cifar100":
         expected["lr"] = 0.01 if number.student in LIGHT else 0.05
     return [f"{name}={_text(run[name])}" for name, value in expected.items() if run[name] not in (None, value)]
@@ -559,7 +571,7 @@ def _fill(declaration: Declaration, sweep: str, command: str) -> Table:
     _rank(cells, [row.label for row in rows if row.row != "teacher"], columns.values(), declaration.quantity)
     _compare(cells, rows, columns.values(), declaration)
     return Table(
-        name=declaration.name,
+        name=_file_name(declaration.name),
         title=declaration.title,
         quantity=declaration.quantity.label,
         counted=declaration.quantity.counted,
@@ -570,6 +582,12 @@ def _fill(declaration: Declaration, sweep: str, command: str) -> Table:
         notes=tuple(_notes(declaration, cells, sweep)),
         commands=_commands(declaration.runs, command),
     )
+
+
+def _file_name(text: str) -> str:
+    """A data set or a loss may have any name; a table's is part of paths and HTML. Digits tell changed names apart."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:100]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _pair_label(teacher: str, student: str) -> str:

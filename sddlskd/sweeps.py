@@ -24,6 +24,8 @@ from statistics import mean
 from types import FrameType
 from typing import Any
 
+from filelock import FileLock
+
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config, Rerun
@@ -36,6 +38,7 @@ __all__ = ["groups_of", "run_sweep", "state_of"]
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # in the sweep's folder: two launches may add jobs to its lists at once
 STATES = ("finished", "running", "interrupted", "failed", "new")
 
 
@@ -114,10 +117,9 @@ def run_sweep(
             record.queue_again(Path(job.run_dir))
         tracking.log_plan(registered[0], _write_plan(folder, name, unique))
         stopped = Pool(devices, fail_fast=fail_fast).run(groups, seen.devices)
-        failed = any(state_of(Path(job.run_dir)) != "finished" for job in unique)
-        tracking.finish_sweep(
-            tracking.register(todo[:1], sweep=name)[0], KILLED if stopped else FAILED if failed else FINISHED
-        )
+        tracking.finish_sweep(registered[0], KILLED if stopped else _outcome(unique))
+    elif not _planned(folder) >= {job.run_dir for job in unique}:
+        _register_what_others_ran(folder, name, unique)
     results = [_result(job) for job in unique]
     digest(unique, results)
     if any(result["status"] != FINISHED for result in results):
@@ -125,6 +127,24 @@ def run_sweep(
     outcomes(unique, results)
     by_folder = {job.run_dir: result for job, result in zip(unique, results, strict=True)}
     return [by_folder[job.run_dir] for job in jobs]
+
+
+def _outcome(jobs: Iterable[Config]) -> str:
+    return FINISHED if all(state_of(Path(job.run_dir)) == "finished" for job in jobs) else FAILED
+
+
+def _register_what_others_ran(folder: Path, name: str, jobs: Sequence[Config]) -> None:
+    """Let MLflow know a sweep of which every job was run by another; nothing is lost where it is away."""
+    from sddlskd import tracking
+
+    try:
+        tracking.check_reachable(jobs)
+        first = tracking.register(jobs[:1], sweep=name)[0]
+    except ConnectionError as error:
+        log.warning("MLflow does not know of sweep %s: %s", name, error)
+        return
+    tracking.log_plan(first, _write_plan(folder, name, jobs))
+    tracking.finish_sweep(first, _outcome(jobs))
 
 
 def _result(job: Config) -> dict[str, Any]:
@@ -155,7 +175,10 @@ def _look_ahead(todo: Sequence[Config], finished: Sequence[Config]) -> Seen:
 def _ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
     """Asked in a process of its own: this one stays small while it waits for the workers."""
     command = [sys.executable, "-m", "sddlskd.precheck"]
-    done = subprocess.run(command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        why = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+        raise ChildProcessError(f"the check of the jobs died ({why}), so none was started; what it said stands above")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
@@ -204,22 +227,28 @@ def _command(home: str) -> str:
 def _write_manifest(name: str, jobs: Sequence[Config]) -> Path:
     """Add these jobs to the sweep's list."""
     folder = Path(jobs[0].home, "runs", "sweeps", name)
-    known = read_manifest(folder)["jobs"] if (folder / "sweep.json").exists() else []
-    listed = list(dict.fromkeys([*known, *(job.run_dir for job in jobs)]))
-    content = {
-        "name": name,
-        "command": _command(jobs[0].home),
-        "folder": os.getcwd(),
-        "time": time.time(),
-        "jobs": listed,
-    }
-    record.write_text(folder / "sweep.json", json.dumps(content, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        known = read_manifest(folder)["jobs"] if (folder / "sweep.json").exists() else []
+        listed = list(dict.fromkeys([*known, *(job.run_dir for job in jobs)]))
+        content = {
+            "name": name,
+            "command": _command(jobs[0].home),
+            "folder": os.getcwd(),
+            "time": time.time(),
+            "jobs": listed,
+        }
+        record.write_text(folder / "sweep.json", json.dumps(content, indent=1))
     return folder
 
 
 def _write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
     """Every job that the sweep means to run, in MLflow's words: what all have in common once, then what differs."""
-    path = folder / "plan.json"
+    with FileLock(folder / LOCK):
+        return _add_to_plan(folder / "plan.json", name, jobs)
+
+
+def _add_to_plan(path: Path, name: str, jobs: Sequence[Config]) -> Path:
     params = {job.run_dir: {key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs}
     hashes = {job.run_dir: (cfg.config_hash(job), cfg.settings_hash(job)) for job in jobs}
     if path.exists():  # of an earlier start, with other jobs
@@ -242,6 +271,12 @@ def _write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
     content = {"name": name, "command": _command(jobs[0].home), "common": common, "jobs": listed}
     record.write_text(path, json.dumps(content, indent=1))
     return path
+
+
+def _planned(folder: Path) -> set[str]:
+    """The run directories of the jobs in the plan."""
+    path = folder / "plan.json"
+    return {job["run_dir"] for job in json.loads(path.read_text())["jobs"]} if path.exists() else set()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

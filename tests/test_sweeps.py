@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -26,7 +27,20 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.grid import InvalidJobs, compose_grid
 from sddlskd.models import create
-from sddlskd.sweeps import Pool, Task, _command, cause_of, groups_of, main, run_sweep, state_of
+from sddlskd.sweeps import (
+    Pool,
+    Task,
+    _ask_precheck,
+    _command,
+    _write_manifest,
+    _write_plan,
+    cause_of,
+    groups_of,
+    main,
+    read_manifest,
+    run_sweep,
+    state_of,
+)
 from sddlskd.trainer import fit
 
 REPO = Path(__file__).parent.parent
@@ -326,6 +340,61 @@ def test_the_plan_names_every_job_of_every_start(home: Path) -> None:
             assert params[key] == str(cfg.flatten(job)[key])
     (parent,) = client_of(home).search_runs(["1"], "tags.kind = 'sweep'")
     assert [file.path for file in client_of(home).list_artifacts(parent.info.run_id)] == ["plan.json"]
+
+
+def add_jobs(home: Path, seeds: range) -> None:
+    for seed in seeds:
+        job = Config(home=str(home), seed=seed, run_dir=str(home / f"runs/{seed}"))
+        _write_plan(_write_manifest("test", [job]), "test", [job])
+
+
+def test_two_launches_of_one_sweep_lose_no_job(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    launches = [context.Process(target=add_jobs, args=(tmp_path, range(at, at + 20))) for at in (0, 20)]
+    for launch in launches:
+        launch.start()
+    for launch in launches:
+        launch.join()
+    folder = tmp_path / "runs/sweeps/test"
+    assert len(read_manifest(folder)["jobs"]) == 40
+    assert len(json.loads((folder / "plan.json").read_text())["jobs"]) == 40
+
+
+def test_a_check_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, why in (("kill -9 $$", "SIGKILL"), ("exit 3", "exit code 3")):
+        fake = tmp_path / "python"
+        fake.write_text(f"#!/bin/sh\ncat > /dev/null\n{program}\n")
+        fake.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(fake))
+        with pytest.raises(OSError, match=f"check of the jobs died \\({why}\\), so none was started"):
+            _ask_precheck([], [])
+
+
+def test_mlflow_knows_a_sweep_whose_jobs_another_ran(home: Path) -> None:
+    jobs = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
+    sweep(jobs)
+    run_sweep(jobs, "other")
+    parents = client_of(home).search_runs(["1"], "tags.kind = 'sweep' and tags.sweep = 'other'")
+    assert [parent.info.status for parent in parents] == ["FINISHED"]
+    assert [file.path for file in client_of(home).list_artifacts(parents[0].info.run_id)] == ["plan.json"]
+    assert len(mlflow_jobs(home)) == 1
+
+
+def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*arguments: Any) -> None:
+        raise ConnectionError("the server is away")
+
+    def run(self: Pool, *arguments: Any) -> bool:
+        monkeypatch.setattr(tracking, "_check_uri", away)
+        monkeypatch.setattr(tracking, "_client", away)
+        return True
+
+    monkeypatch.setattr(Pool, "run", run)
+    sweep(jobs_of(home, network("Tiny"), common=("tracking=mlflow",)))
+    assert "to go on: " in capsys.readouterr().out
+    assert "did not take the sweep's outcome: the server is away" in caplog.text
 
 
 def checkpoints(home: Path) -> set[tuple[str, int]]:

@@ -175,6 +175,38 @@ def test_what_has_no_effect_splits_no_setting() -> None:
     assert sorted(set(found)) == ["KD", "SD-KD {1,2}, β=1", "SD-KD {1,2}, β=2", "student alone"]
 
 
+def test_a_seed_counts_once() -> None:
+    rows = [row(seed, complementary_weight=weight, best=70.0 + seed) for seed in (0, 1) for weight in (1.0, 2.0)]
+    rows += [row(0, "sd_kd", best=60.0), row(0, "sd_kd", best=72.0, started=pd.Timestamp("2026-03-02", tz="UTC"))]
+    frame, left_out = figures._standing(Standin(rows).frame, "best")
+    assert frame.groupby("setting")["value"].apply(sorted).to_dict() == {"KD": [70.0, 71.0], "SD-KD {1,2}": [72.0]}
+    assert left_out == " Runs left out: 3 of a seed that is there already."
+
+
+def test_settings_that_no_column_shows_are_not_averaged() -> None:
+    rows = [row(seed, settings_hash=key, best=70.0) for seed in (0, 1) for key in ("aaa", "bbb")]
+    rows += [row(0, "sd_kd", settings_hash="ccc", best=72.0)]
+    found = figures._standing(Standin(rows).frame, "best")[0]["setting"].value_counts().to_dict()
+    assert found == {"KD, settings_hash=aaa": 2, "KD, settings_hash=bbb": 2, "SD-KD {1,2}": 1}
+
+
+def test_imported_runs_are_named_and_stand_on_lines_of_their_own() -> None:
+    rows = [row(0, "kd_ls", best=70.0, source="imported"), row(0, "sd_kd_ls", best=72.0)]
+    frame, _ = figures._standing(Standin(rows).frame, "best")
+    assert dict(zip(frame["setting"], frame["line"], strict=True)) == {
+        "KD+LS, imported": "KD+LS, imported",
+        "SD-KD+LS {1,2,4}": "KD+LS",
+    }
+
+
+def test_captions_say_where_accuracy_is_of_held_out_images(tmp_path: Path) -> None:
+    for val_fraction, said in ((0.1, True), (0.0, False)):
+        made = figures.build(Standin(grid(PAIRS[:1], val_fraction=val_fraction)), tmp_path)
+        captions = [figure.caption for figure in made if figure.name in ("accuracy_by_scales", "gain_by_pair", "cost")]
+        assert captions
+        assert {"of the held-out training images" in caption for caption in captions} == {said}
+
+
 def test_interval_is_students() -> None:
     mean, half = figures.interval([1.0, 2.0, 3.0])
     assert mean == 2.0

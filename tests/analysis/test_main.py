@@ -165,6 +165,16 @@ def test_errors_say_it_without_a_traceback(
     assert "Traceback" not in error
 
 
+def test_runs_without_the_params_of_a_method_are_marked(tmp_path: Path) -> None:
+    lacking = [
+        {"sweep": "study", "best": 60.0, "seed": 5 + i, "absent": absent}
+        for i, absent in enumerate((("distiller",), ("standardize",), ("M", "distiller", "teacher", "dataset", "seed")))
+    ]
+    make_store(tmp_path / "mlflow.db", [*ROWS, *lacking])
+    assert main(["study", "--home", str(tmp_path), "--out", str(tmp_path / "out"), "--format", "md"]) == 0
+    assert "method not known" in (tmp_path / "out/tables/overview_cifar100.md").read_text()
+
+
 def test_no_database_is_an_error_and_none_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--home", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: there is no database {tmp_path}/mlflow.db; ")

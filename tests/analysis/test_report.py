@@ -111,7 +111,7 @@ def test_the_summary_counts_and_explains(page: Page) -> None:
     ):
         assert f" {count} {status} " in text
     assert "Metric: top-1 (%), best epoch." in text
-    assert "In these runs it lies 0.30 points above the last on average (n = 12 runs)." in text
+    assert "In our runs it lies 0.30 points above the last on average (n = 12 runs)." in text
     assert "http://host:5000" in text
     assert "secret" not in text
 

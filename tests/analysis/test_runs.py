@@ -56,6 +56,7 @@ def test_every_column_of_a_run_is_as_logged(path: Path) -> None:
         **{"kd_weight": 9.0, "lr": 0.01, "batch_size": 32, "epochs": 30, "epochs_done": 29, "seed": 7},
         **{"val_fraction": 0.1, "best": 70.5, "last": 70.25, "test": 69.0, "teacher_top1": 75.0, "epoch_s": 12.5},
         **{"images_per_s": 4000.0, "max_steps": 100, "settings_hash": "5e77"},
+        **{"precision": "bf16", "compile": True, "teacher_cache": "/cache"},
     }
     (run_id,) = make_store(path, [{**row, "started": 1_700_000_000_123}])
     frame = load("s", uri_of(path)).frame

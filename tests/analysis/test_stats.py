@@ -94,4 +94,4 @@ def test_one_run_or_a_wide_interval_decides_nothing() -> None:
 
 def test_equal_runs_are_within_their_own_number_alone() -> None:
     assert stats.verdict([75.0, 75.0], 75.0) == "within"
-    assert stats.verdict([75.0, 75.0], 75.01) == "below"
+    assert stats.verdict([75.0, 75.0], 75.01) == "undecided"

@@ -1,6 +1,7 @@
 """Tables from runs with known numbers, against numbers computed here another way."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def test_a_cell_is_the_mean_and_sample_deviation_over_seeds() -> None:
 def test_one_seed_has_no_deviation() -> None:
     cell = only(runs(*SHUFFLE, [74.0]), "sdd_table_2", "KD")
     assert (cell.mean, cell.std, cell.n) == (74.0, None, 1)
+
+
+def test_a_run_of_an_unknown_method_is_averaged_with_no_other_and_marked() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    lacking = run(*SHUFFLE, 9, 60.0) | {"config_hash": "lacking"}
+    frame = frame_of([*rows, lacking])
+    frame.loc[frame["config_hash"] == "lacking", "method"] = ""  # as where MLflow has no param standardize
+    built = {table.name: table for table in tables.build(frame)}
+    assert built["scales_cifar100_kd"].cells["M = [1]", COLUMN].seeds == [0, 1, 2]
+    assert built["overview_cifar100"].cells["method not known", COLUMN].mean == 60.0
+
+
+def test_any_name_of_a_data_set_makes_a_name_of_a_file() -> None:
+    names = ["a/b", "a b", "../../x", 'x"><img src=q>', "d" * 300]
+    built = build([each for name in names for each in runs("a", "b", [1.0, 2.0], dataset=name)])
+    assert len(built) == len(names)
+    assert all(re.fullmatch(r"overview_[A-Za-z0-9_.-]{1,100}", name) for name in built)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +200,20 @@ def test_a_run_with_cut_epochs_is_not_held_against_the_paper_nor_a_baseline() ->
     table = build(rows)["sdd_table_2"]
     assert table.cells["KD", COLUMN].verdict == "not comparable"
     assert table.cells["SD-KD", COLUMN].gain is None
+
+
+def test_kd_at_other_weights_is_not_held_against_the_papers_kd() -> None:
+    assert only(runs(*SHUFFLE, KD), "sdd_table_2", "KD").verdict == "within"
+    cell = only(runs(*SHUFFLE, KD, temperature=2.0, ce_weight=1.0, kd_weight=9.0), "sdd_table_2", "KD")
+    assert cell.verdict == "not comparable"
+    assert any("temperature=2" in text for text in cell.footnotes["verdict"])
+
+
+def test_teachers_of_several_accuracies_are_not_averaged() -> None:
+    rows = [run(*SHUFFLE, seed, 74.0, teacher_top1=top1) for seed, top1 in enumerate((79.42, 79.42, 60.0))]
+    cell = only(rows, "sdd_table_2", "teacher")
+    assert (cell.mean, cell.troubles) == (None, ("1 several teachers",))
+    assert only(rows[:2], "sdd_table_2", "teacher").mean == 79.42
 
 
 def test_a_run_that_two_sweeps_share_counts_once() -> None:
@@ -478,6 +510,25 @@ def test_time_is_of_runs_alone_on_the_machine_and_machines_are_not_mixed() -> No
     printed = {c.published.method: c.published.value for c in table.cells.values() if c.published}
     expected = PUBLISHED[PUBLISHED.table == "SDD Table 9"]
     assert printed == dict(zip(expected.method, expected.value, strict=True))
+
+
+def test_time_is_of_one_precision_and_of_teachers_that_run() -> None:
+    options: list[dict[str, Any]] = [
+        *({"precision": "bf16"}, {"precision": "fp32"}, {"precision": "fp32", "compile": True}),
+        {"precision": "fp32", "teacher_cache": "/cache"},
+    ]
+    rows = [
+        run(*SMALL, seed, 73.0, images_per_s=1000.0 * (1 + i), group_size=1, environment="H200", **option)
+        for i, option in enumerate(options)
+        for seed in (0, 1)
+    ]
+    cells = build(rows)["time_cifar100"].cells.values()
+    assert sorted((cell.mean, cell.n) for cell in cells if cell.n) == [(16, 2), (64 / 3, 2), (32, 2), (64, 2)]
+
+
+def test_no_gain_over_a_baseline_of_another_precision() -> None:
+    rows = runs(*SHUFFLE, KD, precision="fp32") + runs(*SHUFFLE, SD_KD, **sd_kd(precision="bf16"))
+    assert only(rows, "sdd_table_2", "SD-KD").gain is None
 
 
 def test_the_fastest_is_best() -> None:
