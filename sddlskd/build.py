@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from sddlskd import config as cfg
+from sddlskd import pins
 from sddlskd import teacher as teachers
 from sddlskd.config import Config
 from sddlskd.data import DeviceData
@@ -59,8 +60,10 @@ def teacher_path(job: Config) -> Path:
 
 
 def check_teacher(job: Config) -> None:
-    """FileNotFoundError unless the teacher's file is there, or will be trained."""
+    """FileNotFoundError unless the teacher's file is there, or will be trained; ValueError if it is not as pinned."""
     path = teacher_path(job)
+    if job.distiller.loss and path.exists() and not job.teacher.checkpoint:
+        pins.check(job.home, pins.key_of(job.dataset.name, job.teacher.name), teachers.file_hash(path))
     if job.distiller.loss and not path.exists() and (job.teacher.checkpoint or not job.teacher.train_if_missing):
         raise teachers.missing(path, job.teacher.name, job.dataset.name)
 
@@ -76,8 +79,8 @@ def build_teacher(
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
     """The teacher and what is known of it; `train` makes it first where its file is missing and the job says so."""
     path = teacher_path(job)
+    check_teacher(job)
     if not path.exists():
-        check_teacher(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # the first job trains it, the others wait
             if not path.exists():

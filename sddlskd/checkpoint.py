@@ -1,5 +1,6 @@
 """Files that survive: checkpoints with a spare, others' weights read without running their code."""
 
+import argparse
 import functools
 import logging
 import os
@@ -22,6 +23,7 @@ __all__ = [
     "load_weights",
     "read",
     "read_latest",
+    "read_safetensors",
     "read_weights",
     "write",
     "write_latest",
@@ -47,8 +49,9 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
 def read(path: Path) -> Any:
     """What `write` saved, on the CPU; no code of the file is run.
 
-    Tensors, containers, plain values and numpy scalars (which RepDistiller and mdistiller save beside the weights) are
-    read. Raises UnreadableFile naming the file, what is wrong and the cure; FileNotFoundError where there is none.
+    Tensors, containers, plain values, and the numpy scalars and argparse.Namespace (only filled with attributes) that
+    RepDistiller and mdistiller save beside the weights are read. Raises UnreadableFile naming the file, what is wrong
+    and the cure; FileNotFoundError where there is none.
     """
     with open(path, "rb") as file:
         try:
@@ -57,7 +60,7 @@ def read(path: Path) -> Any:
                     if broken := archive.testzip():
                         raise ValueError(f"checksum of {broken} differs")
             file.seek(0)
-            with torch.serialization.safe_globals(_numpy_scalars()):
+            with torch.serialization.safe_globals([*_numpy_scalars(), argparse.Namespace]):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything at all
             raise UnreadableFile(_why_unreadable(path, error)) from error
@@ -121,15 +124,38 @@ def read_latest(folder: Path) -> Any | None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file of ours, of RepDistiller or mdistiller ({"model": ...}), or a bare state dict.
 
-    Raises UnreadableFile as `read`, or where there is no state dict in it.
+    Also of a .safetensors file. Raises UnreadableFile as `read`, or where there is no state dict in it.
     """
-    content = read(path)
+    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not content or not all(_is_weight(*item) for item in content.items()):
         raise UnreadableFile(f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict")
     return {name.removeprefix("module."): value for name, value in content.items()}  # DataParallel's prefix
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, on the CPU, and what its header says. Raises UnreadableFile."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs safetensors: pip install 'sddlskd[export]'") from error
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UnreadableFile(
+            f"{path} is truncated, damaged or no safetensors file ({path.stat().st_size} bytes: {error}); get it again"
+        ) from error
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and dense and not value.is_quantized
 
 
 def load_weights(model: nn.Module, path: Path, network: str) -> None:
@@ -137,13 +163,21 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
 
     Raises ValueError naming the first keys that differ, for the weights of another network or class count.
     """
-    weights, own = read_weights(path), model.state_dict()
+    own = model.state_dict()
+    # Files from before PyTorch 0.4.1 lack BatchNorm's count of batches, which nothing here reads.
+    counts = {k: value for k, value in own.items() if k.endswith(".num_batches_tracked")}
+    weights = counts | read_weights(path)
     differing = [f"{k} is missing" for k in own if k not in weights]
-    differing += [f"{k} is not in {network}" for k in weights if k not in own]
+    differing += [f"{_printable(k)} is not in {network}" for k in weights if k not in own]
     differing += [
         f"{k} is {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
         for k in own
         if k in weights and weights[k].shape != own[k].shape
+    ]
+    differing += [
+        f"{k} is {weights[k].dtype} instead of {own[k].dtype}"
+        for k in own
+        if k in weights and weights[k].is_floating_point() != own[k].is_floating_point()
     ]
     if differing:
         shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
@@ -151,3 +185,8 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             f"{path} does not hold weights of {network}: {shown}. Give the file of that network and data set"
         )
     model.load_state_dict(weights)
+
+
+def _printable(name: str) -> str:
+    """A name of a stranger, short and without what a terminal would obey."""
+    return name[:80].encode("unicode_escape").decode()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sddlskd.datasets import DownloadError, Images, Splits, cifar100, digits, fake, fashion_mnist
+from sddlskd.datasets import Images, Splits, cifar100, digits, fake, fashion_mnist
+from sddlskd.download import DownloadError
 
 __all__ = ["DeviceData", "DownloadError", "Draws", "Images", "Splits", "draw_epoch"]
 __all__ += ["cifar100", "digits", "fake", "fashion_mnist"]  # the loaders, for `_target_: sddlskd.data.<name>`
@@ -88,6 +89,7 @@ class DeviceData:
 
         train, held_out = _hold_out(splits.train, val_fraction, num_classes) if val_fraction else splits
         self.train_size, self.val_size = len(train.labels_N), len(held_out.labels_N)
+        self.test_size = len(splits.test.labels_N)
         if not 1 <= batch_size <= self.train_size:
             raise ValueError(f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images")
         self.image_shape = (channels, height, width)

@@ -9,22 +9,20 @@ import hashlib
 import io
 import logging
 import math
-import os
 import pickle
 import tarfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
+
+from sddlskd import download
+from sddlskd.download import DownloadError
 
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
@@ -36,13 +34,10 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+LARGEST = 1 << 30  # bytes of a download; CIFAR-100 has 169 MB
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 
 _log = logging.getLogger(__name__)
-
-
-class DownloadError(RuntimeError):
-    """A data set is neither in its folder nor to be had from its URL; the message says what to put where."""
 
 
 class Images(NamedTuple):
@@ -120,31 +115,10 @@ def fake(num_classes: int = 100, size: int = 32, train: int = 50_000, test: int 
 def _fetch(url: str, md5: str, folder: Path) -> Path:
     """The file of `url` in `folder`, fetched if it is not there: once, whole and with this md5, or DownloadError."""
     name = url.rsplit("/", 1)[-1]
-    path = folder / name
-    if path.is_file():
-        return path
-    partial = folder / f"{name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{name}.lock"):  # jobs that start together fetch it once
-            if path.is_file():
-                return path
-            _log.info("fetching %s into %s", url, folder)
-            digest = hashlib.md5(usedforsecurity=False)
-            with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
-                while chunk := response.read(1 << 20):
-                    digest.update(chunk)
-                    file.write(chunk)
-            if digest.hexdigest() != md5:
-                partial.unlink()
-                raise OSError(f"what came has md5 {digest.hexdigest()}")
-            os.replace(partial, path)  # nobody ever sees part of a file under its name
-    except (OSError, HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the open answer as well
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DownloadError(f"cannot fetch {url} ({reason}): put {name}, md5 {md5}, into {folder}") from error
-    return path
+        return download.fetch(url, folder / name, limit=LARGEST, md5=md5)
+    except DownloadError as error:
+        raise DownloadError(f"{error}: put {name}, md5 {md5}, into {folder}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

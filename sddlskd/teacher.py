@@ -27,11 +27,12 @@ def path_of(home: str, dataset: str, network: str) -> Path:
 
 
 def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
-    """The error for a teacher that is not there, with the two ways to get one."""
+    """The error for a teacher that is not there, with the ways to get one."""
     return FileNotFoundError(
         f"teacher={network} for {dataset} is missing: no file {path}. Train it with `python -m sddlskd.train "
-        f"distiller=vanilla student={network} dataset={dataset}` (or teacher.train_if_missing=true), or name a file "
-        "of ours, RepDistiller's or mdistiller's with teacher.checkpoint=FILE"
+        f"distiller=vanilla student={network} dataset={dataset}` (or teacher.train_if_missing=true), fetch it where "
+        "it is published (`python -m sddlskd.teachers list`), or name a file of ours, RepDistiller's "
+        "or mdistiller's with teacher.checkpoint=FILE"
     )
 
 

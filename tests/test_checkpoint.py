@@ -11,6 +11,7 @@ import resource
 import signal
 import warnings
 from collections import OrderedDict
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,10 @@ def test_layouts_of_weights(tmp_path: Path, legacy: bool, wrap: Any, prefix: str
     assert torch.equal(got["bias"], weights[prefix + "bias"])
 
 
-@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 1}, [1, 2], 3, {"model": {"w": 1}}])
+STRANGE = ({1: torch.ones(1)}, {"w": torch.ones(1, device="meta")})
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 1}, [1, 2], 3, {"model": {"w": 1}}, *STRANGE])
 def test_file_without_weights(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(saved(content))
@@ -280,9 +284,21 @@ def test_file_that_runs_code_is_refused_unrun(tmp_path: Path, form: str, name: s
 @pytest.mark.parametrize("legacy", [False, True])
 def test_object_beside_the_weights_is_named_with_a_cure(tmp_path: Path, legacy: bool) -> None:
     path = tmp_path / "x.pth"
-    path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "opt": argparse.Namespace(lr=1)}, legacy=legacy))
-    with pytest.raises(UnreadableFile, match=r"refused: it would run argparse.Namespace .*Save its state_dict alone"):
+    path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "x": Fraction(1, 2)}, legacy=legacy))
+    with pytest.raises(UnreadableFile, match=r"refused: it would run fractions.Fraction .*Save its state_dict alone"):
         read(path)
+    options = argparse.Namespace(lr=1, milestones=[150, 180])  # RepDistiller's <network>_last.pth has them
+    path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "opt": options}, legacy=legacy))
+    assert read(path)["opt"] == options
+
+
+def test_namespace_with_more_than_attributes_is_refused(tmp_path: Path) -> None:
+    path, proof = tmp_path / "x.pth", tmp_path / "proof"
+    options = argparse.Namespace(x=Malicious(os.system, f"touch {proof}"))
+    path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "opt": options}))
+    with pytest.raises(UnreadableFile, match="is refused: it would run"):
+        read(path)
+    assert not proof.exists()
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -347,3 +363,22 @@ def test_weights_of_another_class_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fc.weight is \(10, 64\) instead of \(100, 64\); fc.bias is \(10,\)"):
         load_weights(model, path, "resnet8")
     assert same(dict(model.state_dict()), before)
+
+
+def test_weights_of_another_kind(tmp_path: Path) -> None:
+    path, model = tmp_path / "x.pt", create("resnet8", num_classes=10)
+    weights = model.state_dict()
+    write(path, {"model": weights | {"fc.bias": weights["fc.bias"].to(torch.complex64)}})
+    with pytest.raises(ValueError, match=r"fc.bias is torch.complex64 instead of torch.float32"):
+        load_weights(model, path, "resnet8")
+    write(path, {"model": weights | {"\x1b[2J" + "x" * 500: torch.ones(1)}})
+    with pytest.raises(ValueError, match=r": \\x1b\[2Jx{76} is not in resnet8\. Give"):
+        load_weights(model, path, "resnet8")
+
+
+def test_weights_from_before_batches_were_counted(tmp_path: Path) -> None:
+    path, model = tmp_path / "x.pt", create("resnet8", num_classes=10)
+    write(path, {"model": {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}})
+    other = create("resnet8", num_classes=10)
+    load_weights(other, path, "resnet8")
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
