@@ -1,6 +1,6 @@
 """How good a network is on labelled images.
 
-Shapes: B batch, C channels, K classes, H W sides.
+Shapes: B batch, N images, C channels, K classes, H W sides.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sddlskd.precision import autocast
 
-__all__ = ["evaluate"]
+__all__ = ["answers", "calibration_error", "evaluate", "scores"]
 
 
 @torch.inference_mode()
@@ -23,10 +23,47 @@ def evaluate(
     for images_BCHW, target_B in batches:
         with autocast(images_BCHW.device, precision):
             map_BKHW = model(images_BCHW)
-        logits_BK = map_BKHW.float().mean((2, 3))
-        ranked_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices == target_B[:, None]
-        loss = F.cross_entropy(logits_BK, target_B, reduction="sum")
-        parts.append(torch.stack((ranked_B5[:, 0].sum(), ranked_B5.sum(), loss)))  # no wait here
+        parts.append(_sums(map_BKHW.float().mean((2, 3)), target_B))  # no wait here
         count += len(target_B)
     first, five, loss_sum = torch.stack(parts).double().sum(0).tolist()
     return {"top1": 100 * first / count, "top5": 100 * five / count, "loss": loss_sum / count}
+
+
+def _sums(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """How many have the target first and among the first five, and the sum of their cross-entropies."""
+    ranked_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices == target_B[:, None]
+    loss = F.cross_entropy(logits_BK, target_B, reduction="sum")
+    return torch.stack((ranked_B5[:, 0].sum(), ranked_B5.sum(), loss))
+
+
+@torch.inference_mode()
+def answers(
+    model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """logits_NK (float32) of a model: images_BCHW -> logit map B K H W, and target_N, on the CPU."""
+    logits, targets = [], []
+    for images_BCHW, target_B in batches:
+        with autocast(images_BCHW.device, precision):
+            map_BKHW = model(images_BCHW)
+        logits.append(map_BKHW.float().mean((2, 3)).cpu())
+        targets.append(target_B.cpu())
+    return torch.cat(logits), torch.cat(targets)
+
+
+def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
+    """top1 (%), top5 (%), loss (mean cross-entropy) and ece (%, `calibration_error`)."""
+    first, five, loss_sum = (_sums(logits_NK, target_N).double() / len(target_N)).tolist()
+    return {"top1": 100 * first, "top5": 100 * five, "loss": loss_sum, "ece": calibration_error(logits_NK, target_N)}
+
+
+def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> float:
+    """Expected calibration error in %: |accuracy - confidence| of each bin, weighed by its images.
+
+    Confidence is the largest softmax probability; bin m of `bins` holds those in ((m - 1) / bins, m / bins].
+    Source: Guo et al. 2017 (arXiv:1706.04599), section 2, ECE.
+    """
+    confidence_N, class_N = logits_NK.double().softmax(1).max(1)
+    bin_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
+    gap_N = (class_N == target_N).double() - confidence_N
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_N, gap_N)
+    return 100 * (gaps.abs().sum() / len(target_N)).item()

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from http.client import HTTPException
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,17 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
 
-__all__ = ["Mirror", "check_reachable", "finish_sweep", "log_plan", "register", "supersede", "sync"]
+__all__ = [
+    "Mirror",
+    "check_reachable",
+    "finish_sweep",
+    "log_model",
+    "log_plan",
+    "register",
+    "save_model",
+    "supersede",
+    "sync",
+]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +48,7 @@ PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = 6000, 250, 8000, 100, 1000  #
 CUT = " ... (cut)"
 CURE = "start it, name another with tracking.uri=..., or use tracking=none"
 SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
+SUPERSEDED = ".superseded"  # a file that marks a record as set aside
 OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 
 
@@ -151,12 +163,13 @@ def finish_sweep(config: Config, status: str) -> None:
         try:
             _client(str(config.tracking.uri)).set_terminated(config.tracking.parent_run_id, status)
         except Exception as error:
-            log.warning("MLflow at %s did not take the sweep's outcome: %s", config.tracking.uri, error)
+            log.warning("MLflow at %s did not take the sweep's outcome: %s", config.tracking.uri, _first_line(error))
 
 
 def supersede(folder: Path) -> None:
     """Tag the run of a record that is set aside, so that it does not stand beside the one that replaces it."""
     state, config = record.read_mirror(folder), cfg.load(folder / "config.yaml")
+    (folder / SUPERSEDED).touch()  # what MLflow does not hear now, `sync` tells it
     if "run_id" in state:
         try:
             _client(str(state.get("uri", config.tracking.uri))).set_tag(state["run_id"], "superseded", "true")
@@ -188,6 +201,8 @@ def sync(folder: Path) -> None:
             state = {}  # another MLflow than before: it gets the whole run
         if "run_id" not in state:
             state = _create_run(client, folder, config, state)
+        if (folder / SUPERSEDED).exists():
+            client.set_tag(state["run_id"], "superseded", "true")
         rows = record.read_rows(folder)
         if len(rows) > state["rows"]:
             _send_rows(client, state["run_id"], rows[state["rows"] :])
@@ -265,6 +280,41 @@ def _send_outcome(client: Any, run_id: str, folder: Path, status: str, result: d
     ):  # last: a server may take numbers and no files
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
+
+
+def save_model(onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_classes: int) -> None:
+    """Write an ONNX model (images in 0..1 -> logits) as an MLflow model with its signature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own type hints, while it is imported
+        import mlflow.onnx
+        import numpy as np
+        import onnx
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        number = np.dtype("float32")
+        images, logits = TensorSpec(number, (-1, *image_CHW), "images"), TensorSpec(number, (-1, num_classes), "logits")
+        mlflow.onnx.save_model(
+            onnx.load(str(onnx_file)),
+            str(folder),
+            signature=ModelSignature(Schema([images]), Schema([logits])),
+            pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
+            onnx_execution_providers=["CPUExecutionProvider"],
+            save_as_external_data=False,
+        )
+
+
+def log_model(folder: Path, model: Path) -> str | None:
+    """Give MLflow the model of a run; its address there, or None where MLflow lacks the run or does not take it."""
+    state = record.read_mirror(folder)
+    if "run_id" not in state:
+        return None
+    try:
+        _client(str(state["uri"])).log_artifacts(state["run_id"], str(model), model.name)
+    except Exception as error:  # a server may be away, or take numbers and no files
+        log.warning("MLflow at %s did not take the model: %s", state["uri"], _first_line(error))
+        return None
+    return f"runs:/{state['run_id']}/{model.name}"
 
 
 class Mirror:

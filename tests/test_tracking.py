@@ -219,6 +219,17 @@ def test_process_that_died_is_killed_and_one_not_started_is_left_out(home: Path)
     opened.close()
 
 
+def test_a_record_that_was_set_aside_before_it_was_delivered_is_superseded(home: Path) -> None:
+    (job,) = register([tracked(home)])
+    folder = write_record(job, epochs=1)
+    tracking.supersede(folder)  # MLflow has not heard of it
+    folder = folder.rename(folder.with_name(f"{folder.name}.before"))
+    sync(write_record(job, epochs=2))
+    sync(folder)
+    found = {run.data.metrics["best/top1"]: run.data.tags.get("superseded") for run in runs_of(job)}
+    assert found == {10.0: "true", 20.0: None}
+
+
 def test_long_values_are_cut_with_a_mark(home: Path) -> None:
     job = tracked(home, teacher=False)
     job.student.model = {"_target_": "x", "long": "y" * 9000}

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from functools import partial
 
 from sddlskd.models.base import LogitMapModel
+from sddlskd.models.foreign import from_network
+from sddlskd.models.libraries import from_timm, from_torchvision
 from sddlskd.models.mobilenetv2 import MobileNetV2
 from sddlskd.models.resnet import ResNet
 from sddlskd.models.resnet4stage import BasicBlock, Bottleneck, ResNet4Stage
@@ -16,7 +18,7 @@ from sddlskd.models.shufflenetv2 import ShuffleNetV2
 from sddlskd.models.vgg import VGG
 from sddlskd.models.wrn import WideResNet
 
-__all__ = ["LogitMapModel", "create", "names"]
+__all__ = ["LogitMapModel", "create", "from_network", "from_timm", "from_torchvision", "names"]
 
 _NETWORKS: dict[str, Callable[..., LogitMapModel]] = {
     "resnet8": partial(ResNet, blocks=1),

@@ -1,0 +1,182 @@
+"""`python -m sddlskd.evaluate RUN_DIR | FILE [key=value ...]`: how good a trained network is on a test split.
+
+RUN_DIR: the best epoch of a run, on its own data set unless dataset=... says another. FILE: what sddlskd.export wrote
+(.safetensors), or weights of ours, RepDistiller's or mdistiller's together with student=NAME dataset=NAME. An
+exported network and that of a run keep the mean and std that they were trained with. teacher=NAME (of a run: its own)
+is asked for the agreement.
+
+Answers with top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%, 15 bins, Guo et al. 2017),
+the part of the images where student and teacher predict the same class (%), and the images a second of the network.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from sddlskd import config as cfg
+from sddlskd.build import build_data, build_network, check_maps, check_teacher, teacher_path
+from sddlskd.checkpoint import load_weights
+from sddlskd.config import Config
+from sddlskd.console import explain, log_to_terminal, write_line
+from sddlskd.data import DeviceData
+from sddlskd.evaluation import answers, scores
+from sddlskd.export import described, load_run, without_weights
+from sddlskd.meter import meter
+from sddlskd.precision import autocast, describe, pick_device
+from sddlskd.teacher import Teacher, missing
+
+__all__ = ["main", "measure", "throughput"]
+
+TIMED_S = 1.0  # seconds that the network is timed for, after as many batches as it takes to warm up
+WARM_UP = 2  # batches
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)  # what a user can mend
+WHOLE = ("dataset", "teacher", "trainer")  # groups that a choice on the command line replaces
+
+
+def measure(job: Config, weights: Path) -> dict[str, Any]:
+    """What the module's docstring lists, of the job's student with these weights."""
+    job, device = replace(job, M=[1]), pick_device(job.trainer.device)  # whatever the size of the maps
+    network = build_network(without_weights(job.student.model), job.dataset.num_classes, job.seed, device)
+    load_weights(network, weights, job.student.name)
+    teacher = _teacher(job, device)
+    data = build_data(job, device)
+    check_maps(job, network, teacher.network if teacher else None, data, device)
+    network.eval()
+    logits_NK, target_N = answers(
+        network, _shown(data, f"{job.student.name} on {job.dataset.name}"), job.trainer.precision
+    )
+    found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
+    if teacher:
+        told_NK, _ = answers(teacher, _shown(data, f"teacher {teacher.name}"), job.trainer.precision)
+        found["teacher_top1"] = scores(told_NK, target_N)["top1"]
+        found["agreement"] = 100 * (logits_NK.argmax(1) == told_NK.argmax(1)).double().mean().item()
+    images_BCHW = next(data.test_batches())[0]
+    found["images_per_s"] = throughput(network, images_BCHW, job.trainer.precision)
+    return {**found, "batch": len(images_BCHW), "environment": describe(device)}
+
+
+def _teacher(job: Config, device: torch.device) -> Teacher | None:
+    if not job.distiller.loss:
+        return None
+    check_teacher(job)
+    path = teacher_path(job)
+    if not path.exists():
+        raise missing(path, job.teacher.name, job.dataset.name)
+    network = build_network(without_weights(job.teacher.model), job.dataset.num_classes, 0, device)
+    return Teacher(network, path, name=job.teacher.name, device=device, precision=job.trainer.precision, compile=False)
+
+
+def _shown(data: DeviceData, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    done = 0
+    with meter(what, data.test_size, "images") as show:
+        for images_BCHW, target_B in data.test_batches():
+            yield images_BCHW, target_B
+            show(done := done + len(target_B))
+
+
+@torch.inference_mode()
+def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precision: str) -> float:
+    """Images a second of the forward pass on a batch that lies on the device already."""
+    wait: Callable[[], Any] = torch.cuda.synchronize if images_BCHW.is_cuda else lambda: None
+    batches, started = -WARM_UP, 0.0
+    while True:
+        if batches == 0:
+            wait()
+            started = time.monotonic()
+        with autocast(images_BCHW.device, precision):
+            network(images_BCHW)
+        batches += 1
+        if batches > 0:
+            wait()
+            if (seconds := time.monotonic() - started) >= TIMED_S:
+                return batches * len(images_BCHW) / seconds
+
+
+def _composed(overrides: Sequence[str]) -> Config:
+    with hydra.initialize_config_module("sddlskd.conf", version_base="1.3"):
+        return cfg.resolve(hydra.compose("config", overrides=["tracking=none", *overrides]))
+
+
+def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The job whose student is evaluated, and the file of its weights."""
+    given = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    if source.is_dir():
+        return _overridden(load_run(source), overrides), source / "best.ckpt"
+    if not source.is_file():
+        raise ValueError(f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/")
+    facts = described(source)
+    if facts is None:
+        absent = [key for key in ("student", "dataset") if key not in given]
+        if absent:
+            raise ValueError(f"{source} does not say what it is; add {' '.join(f'{key}=NAME' for key in absent)}")
+        job = _composed(overrides)
+    else:
+        job = _composed([*([] if "dataset" in given else [f"dataset={facts['dataset']}"]), *overrides])
+        job.student = replace(job.student, name=facts["network"], model=facts["model"])
+        for key in ("mean", "std"):
+            if f"dataset.{key}" not in given:
+                setattr(job.dataset, key, facts[key])
+    if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
+        job.distiller.loss = {}  # nobody to agree with
+    return job, source
+
+
+def _overridden(job: Config, overrides: Sequence[str]) -> Config:
+    """A run's frozen configuration with other data, teacher, device or the like."""
+    words = [word.lstrip("+") for word in overrides]
+    chosen = [word.partition("=")[0] for word in words]
+    plain = OmegaConf.structured(job)
+    if chosen:
+        composed = _composed(overrides)
+        for group in WHOLE:
+            if group in chosen:
+                mean, std = job.dataset.mean, job.dataset.std
+                plain[group] = OmegaConf.structured(getattr(composed, group))
+                if group == "dataset":
+                    plain.dataset.mean, plain.dataset.std = mean, std
+        if "teacher" in chosen:
+            plain.distiller.loss = plain.distiller.loss or {"_target_": "sddlskd.losses.kd"}
+        plain = OmegaConf.merge(
+            plain, OmegaConf.from_dotlist([w for w, key in zip(words, chosen, strict=True) if key not in WHOLE])
+        )
+    return cfg.resolve(plain)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sddlskd.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="RUN_DIR | FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+    chosen = parser.parse_intermixed_args(arguments)
+    cfg.frame()
+    log_to_terminal()
+    try:
+        found = measure(*_job(chosen.source, chosen.overrides))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ERRORS as error:
+        sys.stderr.write(f"error: {explain(error)}\n")
+        sys.exit(1)
+    if chosen.json:
+        write_line(json.dumps(found))
+        return
+    for name, value in found.items():
+        write_line(f"{name:>14}  {value:.4g}" if isinstance(value, float) else f"{name:>14}  {value}")
+
+
+if __name__ == "__main__":
+    main()

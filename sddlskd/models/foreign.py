@@ -1,0 +1,385 @@
+"""Any network with a feature map and a linear head, as a logit-map model, without touching its code.
+
+The network runs once on random images while every call is written down; from its logits back, the head, then whatever
+led to the head's input, has to be a global average of a map (or of patch tokens). What else stands there is refused by
+name, since then the mean of the logit map would not be the network's logits.
+
+Shapes: B batch, C channels, H W sides (of the image or of a map, in cells), N tokens, K classes.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import isqrt
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from sddlskd.models.base import LogitMapModel
+
+__all__ = ["ForeignNetwork", "from_network"]
+
+SIDES = (64, 224, 32, 96, 128, 256, 288, 299, 320, 384, 448, 512)  # pixels; tried until the network takes one
+TOLERANCE = 1e-4  # of the logits' size, or of 1 where they are smaller
+CURES = "Build the network without it, or write it as a module that gives the logit map (B, K, H, W) itself"
+CLASS_TOKEN = "an average of the patch tokens is needed (timm: global_pool=avg fc_norm=false)"
+
+
+class _Step(NamedTuple):
+    """A call of a function, inside module `owner`."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    owner: str
+
+    @property
+    def name(self) -> str:
+        return (resolve_name(self.function) or repr(self.function)).removesuffix(".__get__").rpartition(".")[2]
+
+    @property
+    def sources(self) -> list[Tensor]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    def __str__(self) -> str:
+        return f"{self.name} in {f'`{self.owner}`' if self.owner else 'the forward of the network itself'}"
+
+
+class _Trace(TorchFunctionMode):
+    """Writes down which function made which tensor, and what each module took and gave last."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in network.named_modules()}
+        self.inside: list[str] = []
+        self.made: dict[int, _Step] = {}  # by id of the tensor
+        self.kept: list[Tensor] = []  # so that no id is given twice
+        self.touched: dict[int, list[_Step]] = {}  # what changed a tensor in place, and dropout, which in eval mode
+        self.took: dict[str, Tensor] = {}  #         gives what it takes
+        self.gave: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        step = _Step(func, tuple(args), dict(kwargs or {}), self.inside[-1] if self.inside else "")
+        versions = [source._version for source in step.sources]
+        result = func(*args, **step.kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        for source, version in zip(step.sources, versions, strict=True):
+            if result is source:
+                if step.name == "dropout" or result._version != version:
+                    self.touched.setdefault(id(result), []).append(step)
+                return result
+        self.kept.append(result)
+        self.made[id(result)] = step
+        return result
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.inside.append(self.names[module])
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            self.took[self.names[module]] = args[0]
+
+    def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        self.inside.pop()
+        if isinstance(result, Tensor):
+            self.gave[self.names[module]] = result
+
+
+class _Tap(NamedTuple):
+    """Where the map is taken, and what makes it the one that the head's input is the mean of."""
+
+    module: str  # name of a module
+    output: bool  # what it gives; else what it takes
+    steps: tuple[_Step, ...]  # functions of one tensor, applied one after the other
+    layout: str  # of the result: BCHW, BHWC, BNC or BCN
+    dropout: float  # probability, between pooling and head
+
+
+LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BNC": (1,), "BCN": (2,)}  # the dimensions that are averaged
+
+
+class ForeignNetwork(LogitMapModel):
+    """A network as it came, whose map is tapped while it runs; made by `from_network`.
+
+    Its state dict is that of the network, key by key, so published files load and what is saved loads elsewhere.
+    """
+
+    def __init__(self, network: nn.Module, head: str, tap: _Tap) -> None:
+        super().__init__()
+        self.network, self._head, self._tap = network, head, tap
+        self._taken: Tensor | None = None
+        tapped = network.get_submodule(tap.module)
+        if tap.output:
+            tapped.register_forward_hook(self._take_output)
+        else:
+            tapped.register_forward_pre_hook(self._take_input)
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
+
+    @property
+    def head(self) -> nn.Linear:
+        linear = self.network.get_submodule(self._head)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def _take_output(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._taken = result
+
+    def _take_input(self, module: nn.Module, args: Any) -> None:
+        self._taken = args[0]
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """The last feature map, B C H W; tokens lie row by row in a grid as wide and high as the image is.
+
+        Dropout between pooling and head leaves out the same channels in every cell, as it does after pooling.
+        """
+        self.network(x_BCHW)
+        taken, self._taken = self._taken, None
+        if taken is None:
+            raise RuntimeError(f"{self._tap.module} did not run: the network takes another way than when it was built")
+        for step in self._tap.steps:
+            taken = _again(step, taken)
+        map_BCHW = _as_map(taken, self._tap.layout, x_BCHW.shape)
+        return F.dropout2d(map_BCHW, self._tap.dropout, self.training) if self._tap.dropout else map_BCHW
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    inner = f"{prefix}network."
+    for key in [key for key in state if key.startswith(inner)]:
+        state[prefix + key.removeprefix(inner)] = state.pop(key)
+
+
+def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}network.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def _again(step: _Step, value: Tensor) -> Tensor:
+    """Call a step's function on another tensor than the one that it was written down with."""
+    args = [value if isinstance(a, Tensor) else a for a in step.args]
+    result: Tensor = step.function(*args, **{k: value if isinstance(a, Tensor) else a for k, a in step.kwargs.items()})
+    return result
+
+
+def _as_map(value: Tensor, layout: str, image_BCHW: torch.Size) -> Tensor:
+    if layout == "BCHW":
+        return value
+    if layout == "BHWC":
+        return value.permute(0, 3, 1, 2)
+    tokens_BCN = value.transpose(1, 2) if layout == "BNC" else value
+    rows, columns = _grid(tokens_BCN.shape[2], image_BCHW)
+    return tokens_BCN.reshape(*tokens_BCN.shape[:2], rows, columns)
+
+
+def _grid(tokens: int, image_BCHW: torch.Size) -> tuple[int, int]:
+    """Rows and columns of square patches."""
+    height, width = image_BCHW[-2:]
+    rows = isqrt(tokens * height // width)
+    if not rows or rows * (tokens // rows) != tokens or rows * width != tokens // rows * height:
+        raise ValueError(
+            f"{tokens} tokens are no grid of square patches of an image {height}x{width}; prefix tokens that are "
+            "averaged with the patches make no map. Build the network so that patch tokens alone are averaged"
+        )
+    return rows, tokens // rows
+
+
+def from_network(network: nn.Module, image_BCHW: Tensor | None = None) -> ForeignNetwork:
+    """The logit-map model of a network (timm's, torchvision's, one's own): images -> logit map B K H W.
+
+    The network has to take a batch of images, average a feature map or patch tokens globally, and end in one nn.Linear;
+    dropout in between is kept. It is used, not copied: its parameters are those of the model. image_BCHW: images as it
+    takes them, one or more; without it random RGB images are tried, of 64 pixels, then of the usual sizes. On the
+    meta device shapes alone are looked at.
+
+    Raises ValueError, naming what stands in between, unless the mean of the map is the network's own logits to 1e-4 (of
+    their size).
+    """
+    training = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        return _tapped(network, image_BCHW)
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+@torch.no_grad()
+def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
+    what, like = type(network).__name__, next(network.parameters(), None)
+    if like is None:
+        raise ValueError(f"{what} has no parameters, so no linear head. {CURES}")
+    not_taken, refusals = [], []
+    for side in SIDES if image_BCHW is None else (0,):
+        images_BCHW = _noise(like, side) if image_BCHW is None else image_BCHW.to(like.device)
+        trace = _Trace(network)
+        try:
+            with _listening(network, trace), trace:
+                logits = network(images_BCHW)
+        except Exception as error:  # a network may raise anything for a size that it does not take
+            not_taken.append(f"{tuple(images_BCHW.shape)}: {' '.join(str(error).split())[:200]}")
+            continue
+        try:
+            head = _head_of(network, trace, logits, what)
+            tap = _tap_of(trace, trace.took[head], images_BCHW, what, head)
+        except _OneCell as error:  # nothing to average: a larger image may tell
+            refusals.append(error)
+            if len(refusals) == 2:
+                break
+            continue
+        model = ForeignNetwork(network, head, tap).eval()
+        _check(model, images_BCHW, what)
+        return model
+    if refusals:
+        raise ValueError(str(refusals[-1]))
+    raise ValueError(
+        f"{what} takes none of the images tried ({not_taken[0]}); give some with from_network(network, image_BCHW)"
+    )
+
+
+class _OneCell(ValueError):
+    """A refusal that a map of a single cell may be the reason of."""
+
+
+def _noise(like: Tensor, side: int) -> Tensor:
+    with torch.device("cpu"):
+        noise_BCHW = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return noise_BCHW.to(like.device, like.dtype)
+
+
+@contextmanager
+def _listening(network: nn.Module, trace: _Trace) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in network.modules():
+            stack.callback(module.register_forward_pre_hook(trace.enter).remove)
+            stack.callback(module.register_forward_hook(trace.leave).remove)
+        yield
+
+
+def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
+    """The name of the linear layer that gives the logits."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{what} gives {type(logits).__name__}, not logits; wrap it so that it gives (B, K)")
+    if logits.ndim == 4:
+        raise ValueError(f"{what} gives {tuple(logits.shape)}, a logit map already: use it as it is")
+    if logits.ndim != 2:
+        raise ValueError(f"{what} gives {tuple(logits.shape)}; logits are (B, K). {CURES}")
+    value = logits
+    while True:
+        for name in [name for name, result in trace.gave.items() if result is value and name in trace.took]:
+            module = network.get_submodule(name)
+            if isinstance(module, nn.Linear) and _equal(F.linear(trace.took[name], module.weight, module.bias), value):
+                return name  # also a subclass with a forward of its own, as timm has one
+        changed = trace.touched.get(id(value))
+        step = changed[-1] if changed else trace.made.get(id(value))
+        before = _same_values(step, value) if step else None
+        if before is None:
+            two = (
+                "; it averages two heads, one of them of a distillation token" if hasattr(network, "head_dist") else ""
+            )
+            raise ValueError(
+                f"{what}: its logits come from no nn.Linear, but from {step or 'what was not seen'}{two}. {CURES}"
+            )
+        value = before
+
+
+def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head: str) -> _Tap:
+    """From the head's input back to the map that it is the mean of, and on to a module that takes or gives it."""
+    value, dropout, one_cell = pooled, 0.0, False
+    while True:
+        changed = [step for step in trace.touched.get(id(value), ()) if step.name != "dropout"]
+        for step in trace.touched.get(id(value), ()):
+            if step.name == "dropout":
+                p = _probability(step)
+                dropout += p - dropout * p
+        made = changed[-1] if changed else trace.made.get(id(value))
+        sources = [] if changed or made is None else made.sources
+        found = [(source, layout) for source in sources if (layout := _layout(source, value))]
+        if found:
+            (source, layout) = found[0]
+            break
+        before = None if changed or made is None else _same_values(made, value)
+        if before is None:
+            kind = _OneCell if one_cell else ValueError
+            raise kind(f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. {CURES}")
+        value, one_cell = before, one_cell or before.ndim > 2
+    if layout in ("BNC", "BCN"):
+        _grid(source.shape[LAYOUTS[layout][0]], images_BCHW.shape)
+    module, output, steps = _place(trace, source, images_BCHW, what)
+    return _Tap(module, output, steps, layout, dropout)
+
+
+def _why(step: _Step | None, value: Tensor, sources: list[Tensor]) -> str:
+    if step is None:
+        return "nothing that was seen being computed"
+    if any(s.ndim == 3 and s.shape[1] > 1 and _equal(s[:, 0], value) for s in sources):
+        return f"the choice of the class token ({step}); {CLASS_TOKEN}"
+    return f"{step}, which is neither a global average nor a change of shape"
+
+
+def _place(trace: _Trace, value: Tensor, images_BCHW: Tensor, what: str) -> tuple[str, bool, tuple[_Step, ...]]:
+    """The outermost module that gives or takes the value, or what it is computed from by functions of one tensor."""
+    steps: list[_Step] = []
+    while True:
+        places = [(name, True) for name, gave in trace.gave.items() if gave is value and name]
+        places += [(name, False) for name, took in trace.took.items() if took is value and name]
+        if places:
+            module, output = min(places, key=lambda place: (not place[1], place[0].count(".")))
+            return module, output, tuple(reversed(steps))
+        step = trace.made.get(id(value))
+        if step is None or value is images_BCHW or len(step.sources) != 1 or id(value) in trace.touched:
+            raise ValueError(
+                f"{what}: its map comes out of no module, but of {step}; put that into a module of its own"
+            )
+        steps.append(_emptied(step))
+        value = step.sources[0]
+
+
+def _emptied(step: _Step) -> _Step:
+    """The step without the tensor that it took, which would be kept in memory."""
+    hole = torch.empty(0)
+    args = tuple(hole if isinstance(a, Tensor) else a for a in step.args)
+    return step._replace(args=args, kwargs={k: hole if isinstance(a, Tensor) else a for k, a in step.kwargs.items()})
+
+
+def _same_values(step: _Step, value: Tensor) -> Tensor | None:
+    """The one tensor that the step took, if it did no more than shape it anew (as dropout does in eval mode)."""
+    sources = step.sources
+    if len(sources) != 1 or sources[0].numel() != value.numel() or len(sources[0]) != len(value):
+        return None
+    return sources[0] if _equal(sources[0].flatten(1), value.flatten(1)) else None
+
+
+def _layout(source: Tensor, pooled: Tensor) -> str | None:
+    """How the source lies if the other is its global average, with or without sides of 1."""
+    for layout, dims in LAYOUTS.items():
+        if source.ndim == len(layout) and source.numel() != pooled.numel() and len(source) == len(pooled):
+            mean = source.mean(dims) if source.is_floating_point() else source
+            if mean.numel() == pooled.numel() and _equal(mean, pooled.flatten(1)):
+                return layout
+    return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.is_meta or torch.allclose(a.float(), b.float(), TOLERANCE, TOLERANCE))
+
+
+def _probability(step: _Step) -> float:
+    """The p of a call of F.dropout."""
+    return float(inspect.signature(F.dropout).bind(*step.args, **step.kwargs).arguments.get("p", 0.5))
+
+
+def _check(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:
+    """ValueError unless the mean of the map is the logits, for another number of images too."""
+    more_BCHW = torch.cat((images_BCHW, images_BCHW.flip(-1)))[: len(images_BCHW) + 1]
+    logits_BK, map_BKHW = model.network(more_BCHW), model(more_BCHW)
+    if map_BKHW.is_meta:
+        return
+    error = (map_BKHW.float().mean((2, 3)) - logits_BK.float()).abs().max().item()
+    size = max(1.0, logits_BK.abs().max().item())
+    if not error <= TOLERANCE * size:
+        raise ValueError(
+            f"{what}: the mean of its logit map differs from its logits by {error:.2g}, more than {TOLERANCE:g} of "
+            f"{size:.2g}. {CURES}"
+        )

@@ -1,0 +1,140 @@
+"""The command that judges a network, and the calibration error against a slow second writing."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sddlskd import evaluate, export
+from sddlskd.build import build_data
+from sddlskd.config import Config
+from sddlskd.evaluation import answers, calibration_error, scores
+from sddlskd.evaluation import evaluate as stream
+from sddlskd.models import create
+from sddlskd.teacher import path_of
+from sddlskd.trainer import fit
+from tests.tiny import one_thread, tiny  # noqa: F401
+
+ASKED = ("dataset=fake", "dataset.num_classes=10", "+dataset.load.train=192", "+dataset.load.test=64",
+         "+dataset.load.size=16", "trainer.device=cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    job = tiny(tmp_path_factory.mktemp("home"), "trainer.epochs=1")
+    fit([job])
+    return job
+
+
+def judged(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    evaluate.main(["--json", *map(str, words)])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def without_clock(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key not in ("images_per_s", "batch")}
+
+
+def slow_ece(logits_NK: Tensor, target_N: Tensor, bins: int) -> float:
+    """Guo et al. 2017, section 2, image by image in plain Python."""
+    members: dict[int, list[tuple[float, bool]]] = {}
+    for logits, target in zip(logits_NK.tolist(), target_N.tolist(), strict=True):
+        largest = max(logits)
+        confidence = 1 / sum(math.exp(z - largest) for z in logits)
+        m = next(m for m in range(1, bins + 1) if confidence <= m / bins or m == bins)
+        members.setdefault(m, []).append((confidence, logits.index(largest) == target))
+    return 100 * sum(
+        abs(sum(right for _, right in inside) / len(inside) - sum(c for c, _ in inside) / len(inside)) * len(inside)
+        for inside in members.values()
+    ) / len(target_N)  # fmt: skip
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_calibration_error_is_guos(bins: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_NK, target_N = scale * torch.randn(400, 7, generator=generator), torch.arange(400) % 7
+    assert calibration_error(logits_NK, target_N, bins) == pytest.approx(slow_ece(logits_NK, target_N, bins), abs=1e-9)
+
+
+def test_calibration_error_at_its_ends() -> None:
+    sure_NK, target_N = 1000 * torch.eye(4), torch.arange(4)
+    assert calibration_error(sure_NK, target_N) == 0
+    assert calibration_error(sure_NK, target_N.flip(0)) == 100
+    assert calibration_error(torch.zeros(8, 4), torch.arange(8) % 4) == pytest.approx(0, abs=1e-12)
+
+
+def test_scores_of_all_answers_are_those_of_batches(trained: Config) -> None:
+    model, data = create("resnet8", 10).eval(), build_data(trained, torch.device("cpu"))
+    whole, streamed = scores(*answers(model, data.test_batches())), stream(model, data.test_batches())
+    assert {key: whole[key] for key in streamed} == pytest.approx(streamed)
+
+
+def test_a_run_is_judged_with_its_teacher_and_its_best_epoch(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = judged(capsys, trained.run_dir)
+    result = json.loads(Path(trained.run_dir, "result.json").read_text())
+    assert found["top1"] == pytest.approx(result["best_top1"])
+    assert found["teacher_top1"] == pytest.approx(result["teacher_top1"])
+    assert found["images"] == 64
+    assert found["images_per_s"] > 0
+    student, teacher = create("resnet8", 10).eval(), create("resnet8", 10).eval()
+    student.load_state_dict(torch.load(Path(trained.run_dir, "best.ckpt"), weights_only=True)["model"])
+    teacher.load_state_dict(torch.load(path_of(trained.home, "fake", "resnet8"), weights_only=True)["model"])
+    data = build_data(trained, torch.device("cpu"))
+    s_NK, target_N = answers(student, data.test_batches())
+    t_NK, _ = answers(teacher, data.test_batches())
+    assert found["agreement"] == pytest.approx(100 * (s_NK.argmax(1) == t_NK.argmax(1)).double().mean().item())
+    assert found["ece"] == pytest.approx(slow_ece(s_NK, target_N, 15), abs=1e-3)
+
+
+def test_a_teacher_agrees_with_itself(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    path = path_of(trained.home, "fake", "resnet8")
+    found = judged(capsys, path, "student=resnet8", "teacher=resnet8", f"home={trained.home}", *ASKED)
+    assert found["agreement"] == 100
+    assert found["teacher_top1"] == found["top1"]
+
+
+def test_an_exported_file_gives_what_its_run_gives(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = judged(capsys, trained.run_dir)
+    export.main([trained.run_dir])
+    path = capsys.readouterr().out.strip()
+    with_teacher = judged(capsys, path, "teacher=resnet8", f"home={trained.home}", *ASKED)
+    assert without_clock(with_teacher) == pytest.approx(without_clock(expected))
+    alone = judged(capsys, path, *ASKED)
+    assert "agreement" not in alone
+    assert alone["ece"] == pytest.approx(expected["ece"])
+
+
+def test_a_run_on_other_data_keeps_its_normalisation(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    more = [word.replace("load.test=64", "load.test=32") for word in ASKED]
+    assert judged(capsys, trained.run_dir, *more)["images"] == 32
+    job, _ = evaluate._job(Path(trained.run_dir), ["dataset=fashion_mnist", "dataset.root=/x"])
+    assert (job.dataset.name, job.dataset.mean, job.dataset.root) == ("fashion_mnist", trained.dataset.mean, "/x")
+    assert job.dataset.load["root"] == "/x"
+    assert job.student == trained.student
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["nowhere"], "nowhere is neither a run directory nor a file"),
+        (["{folder}/best.ckpt"], "does not say what it is; add student=NAME dataset=NAME"),
+        (["{folder}/best.ckpt", "student=resnet14", *ASKED], "does not hold weights of resnet14"),
+        (["{folder}", "trainer.device=tpu"], "trainer.device=tpu is unknown"),
+        (["{folder}", "teacher=vgg8"], "teacher=vgg8 for fake is missing"),
+        (["{folder}", "datset=fake"], "datset is unknown"),
+    ],
+)
+def test_errors_take_one_line(trained: Config, words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main([word.format(folder=trained.run_dir) for word in words])
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: ")
+    assert why in err[-1]

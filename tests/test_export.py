@@ -1,0 +1,155 @@
+"""What leaves a run: the same numbers as in it, in other people's formats."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+
+from sddlskd import checkpoint, export
+from sddlskd.config import Config
+from sddlskd.models import create, from_network, names
+from sddlskd.trainer import fit
+from tests.test_foreign import Late
+from tests.tiny import one_thread, same, tiny  # noqa: F401
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run that is in MLflow too."""
+    home = tmp_path_factory.mktemp("home")
+    job = tiny(home, "tracking=mlflow", f"tracking.uri=sqlite:///{home}/mlflow.db", "trainer.epochs=1")
+    fit([job])
+    return job
+
+
+def images(count: int = 5, side: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+def best(job: Config) -> Any:
+    model = create("resnet8", 10)
+    model.load_state_dict(checkpoint.read(Path(job.run_dir, "best.ckpt"))["model"])
+    return model.eval()
+
+
+def expected_of(job: Config) -> torch.Tensor:
+    mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in (job.dataset.mean, job.dataset.std))
+    with torch.no_grad():
+        return best(job)((images() - mean) / std).mean((2, 3))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What the command says on stdout; it must succeed."""
+    export.main([str(word) for word in words])
+    return capsys.readouterr().out.strip()
+
+
+def test_safetensors_is_the_plain_state_dict(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(answer(capsys, trained.run_dir))
+    assert path == Path(trained.run_dir, "best.safetensors")
+    state = safetensors.torch.load_file(path)
+    assert same(state, dict(best(trained).state_dict()))
+    facts = export.described(path)
+    assert facts is not None
+    assert (facts["network"], facts["dataset"], facts["num_classes"]) == ("resnet8", "fake", 10)
+    twin = create("resnet8", 10)
+    checkpoint.load_weights(twin, path, "resnet8")
+    assert same(dict(twin.state_dict()), state)
+
+
+@pytest.mark.parametrize("name", names())
+def test_safetensors_round_trip_of_every_network(tmp_path: Path, name: str) -> None:
+    network, twin = create(name, 10).to(memory_format=torch.channels_last), create(name, 10)  # type: ignore[call-overload]
+    export.to_safetensors(network, tmp_path / "x.safetensors", {})
+    checkpoint.load_weights(twin, tmp_path / "x.safetensors", name)
+    assert same(dict(twin.state_dict()), dict(network.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["wrn_16_1", "vgg8", "foreign"])
+def test_onnx_gives_torchs_logits(tmp_path: Path, name: str) -> None:
+    network = (from_network(Late(torch.nn.Dropout(0.5))) if name == "foreign" else create(name, 10)).eval()
+    classifier = export.Classifier(network, MEAN, STD)
+    export.to_onnx(classifier, tmp_path / "x.onnx", (3, 32, 32), {"a": "b"})
+    onnx.checker.check_model(str(tmp_path / "x.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        x = images(count, 32)
+        (got,) = session.run(None, {"images": x.numpy()})
+        normalised = (x - torch.tensor(MEAN).reshape(3, 1, 1)) / torch.tensor(STD).reshape(3, 1, 1)
+        with torch.no_grad():
+            expected = network(normalised).mean((2, 3)).numpy()
+        assert np.abs(got - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())
+    assert session.get_modelmeta().custom_metadata_map == {"a": "b"}
+
+
+def test_a_model_for_mlflow_has_a_signature_and_stands_beside_its_run(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = answer(capsys, trained.run_dir, "--to", "mlflow")
+    folder, _, uri = said.partition(", in MLflow as ")
+    assert uri.startswith("runs:/")
+    mlflow.set_tracking_uri(trained.tracking.uri)
+    for place in (folder, uri):
+        model = mlflow.pyfunc.load_model(place)
+        inputs, outputs = model.metadata.signature.inputs.inputs, model.metadata.signature.outputs.inputs
+        assert [(x.name, x.shape) for x in (*inputs, *outputs)] == [("images", (-1, 3, 16, 16)), ("logits", (-1, 10))]
+        got = model.predict({"images": images().numpy()})["logits"]
+        assert np.abs(got - expected_of(trained).numpy()).max() < 1e-4
+    assert answer(capsys, trained.run_dir, "--to", "mlflow") == said  # again, in place of the first
+
+
+def test_onnx_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"differ from torch's by .* nothing is written"):
+        export.to_onnx(export.Classifier(create("resnet8", 10), MEAN, STD), tmp_path / "x.onnx", (3, 16, 16), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_take_one_line(tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = tiny(tmp_path)
+    Path(begun.run_dir).mkdir(parents=True)
+    Path(begun.run_dir, "config.yaml").write_text(Path(trained.run_dir, "config.yaml").read_text())
+    for folder, why in ((tmp_path, "is no run directory"), (begun.run_dir, r"has no best.ckpt (not started)")):
+        with pytest.raises(SystemExit, match="1"):
+            export.main([str(folder)])
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("error: ")
+        assert why in err
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ({"model": {"_target_": "os.system", "command": "true"}}, "names 'os.system', which is no network of sddlskd"),
+        (
+            {"model": {"_target_": "sddlskd.models.create", "name": {"_target_": "os.getcwd"}}},
+            "is no network of sddlskd",
+        ),
+    ],
+)
+def test_a_file_that_describes_itself_badly_is_refused(tmp_path: Path, facts: Any, why: str) -> None:
+    whole = {"network": "x", "dataset": "fake", "num_classes": 10, "mean": MEAN, "std": STD}
+    text = facts if isinstance(facts, str) else json.dumps({**whole, **facts})
+    safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {"sddlskd": text})
+    with pytest.raises(ValueError, match=why):
+        export.described(tmp_path / "x.safetensors")
+
+
+def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
+    for content in (b"", b"no safetensors at all", b"\xff" * 64):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(checkpoint.UnreadableFile, match=r"damaged or no safetensors file \(\d+ bytes"):
+            checkpoint.read_weights(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        checkpoint.read_weights(tmp_path / "y.safetensors")
