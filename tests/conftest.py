@@ -1,5 +1,7 @@
 """What the tests share: composing a job as the command line does, and a teacher that is there already."""
 
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,19 @@ Compose = Callable[..., Config]
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A command called in this process sets the log up, and MLflow keeps an address in the environment: the next test
+    must see neither."""
+    package, address = logging.getLogger("sddlskd"), os.environ.get("MLFLOW_TRACKING_URI")
+    handlers, level, propagate = package.handlers[:], package.level, package.propagate
+    yield
+    package.handlers[:], package.level, package.propagate = handlers, level, propagate
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if address is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = address
 
 
 def compose_in(home: Path, *overrides: str) -> Config:
