@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-services lint bench clean
 
 setup: .venv/installed
 
@@ -24,6 +24,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Real SLURM, PostgreSQL and their like, on loopback; what cannot be installed here is skipped with the reason.
+test-services: setup
+	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
+	$(BIN)/python -m pytest -m services
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from torch import Tensor
 from sddlskd.datasets import Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.download import DownloadError
 
-__all__ = ["DeviceData", "DownloadError", "Draws", "Images", "Splits", "draw_epoch"]
+__all__ = ["DeviceData", "DownloadError", "Draws", "Images", "Splits", "draw_epoch", "share_of"]
 __all__ += ["cifar100", "digits", "fake", "fashion_mnist"]  # the loaders, for `_target_: sddlskd.data.<name>`
 
 CHUNK = 256  # images augmented together; measured: 128 to 512 are alike, more falls out of the cache
@@ -41,6 +41,16 @@ def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
     flip_N = torch.randint(2, (size,), generator=generator) == 1
     top_N, left_N = torch.randint(2 * padding + 1, (2, size), generator=generator)
     return Draws(order_N, top_N, left_N, flip_N)
+
+
+def share_of(count: int, rank: int, ranks: int) -> slice:
+    """The part of a batch of `count` images that a rank trains on: in order, sizes differing by at most one.
+
+    A batch with fewer than two images a rank cannot be shared (BatchNorm needs two): every rank then takes all of it.
+    """
+    if count < 2 * ranks:
+        return slice(0, count)
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 class DeviceData:

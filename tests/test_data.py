@@ -21,7 +21,18 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from sddlskd import datasets
-from sddlskd.data import DeviceData, DownloadError, Images, Splits, cifar100, digits, draw_epoch, fake, fashion_mnist
+from sddlskd.data import (
+    DeviceData,
+    DownloadError,
+    Images,
+    Splits,
+    cifar100,
+    digits,
+    draw_epoch,
+    fake,
+    fashion_mnist,
+    share_of,
+)
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CLOSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
@@ -583,3 +594,15 @@ def test_debians_fashion_mnist(tmp_path: Path) -> None:
     assert [torch.bincount(part.labels_N).tolist() for part in splits] == [[6000] * 10, [1000] * 10]
     assert splits.train.images_NHWC.shape == (60_000, 32, 32, 3)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_a_batch_in_order_or_take_all_of_it(ranks: int) -> None:
+    for count in range(1, 70):
+        shares = [list(range(count))[share_of(count, rank, ranks)] for rank in range(ranks)]
+        if count < 2 * ranks:
+            assert shares == [list(range(count))] * ranks
+        else:
+            assert [image for share in shares for image in share] == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            assert min(map(len, shares)) >= 2
