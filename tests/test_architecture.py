@@ -19,7 +19,7 @@ LAYERS = (
     {"archive", "decoding", "download", "pins"},
     {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
     {"data", "evaluation", "console", "record", "teacher"},
-    {"run", "progress", "tracking", "grid", "teacher_cache", "predictions"},
+    {"run", "progress", "streaming", "tracking", "grid", "teacher_cache", "predictions"},
     {"build"},
     {"precheck"},
     {"trainer"},
