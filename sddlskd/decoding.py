@@ -2,9 +2,10 @@
 
 Shapes: N files, B images decoded together, H W C pixel rows, columns and channels.
 
-Pillow decodes (JPEG at 1/2, 1/4 or 1/8 of its size where that is enough), torch resizes: a crop of 370x275 to 224x224
-takes it a third of Pillow's time, and differs from Pillow by one level at most. A worker is a fork of torch's
-DataLoader: it holds no data set, is told what to decode, and gives back pixels in shared memory.
+Pillow decodes and torch resizes: a crop of 370x275 to 224x224 takes it a third of Pillow's time, and differs from
+Pillow by one level at most. Where a random crop of a JPEG has twice the pixels it needs even at 1/2, 1/4 or 1/8 of
+the image's size, that is what is decoded. A worker is a fork by torch's DataLoader: it holds no data set, is told
+what to decode, and gives back pixels in shared memory.
 """
 
 import ctypes
@@ -35,7 +36,6 @@ CHUNK = 16  # images a worker is asked for at once
 RATIO = (3 / 4, 4 / 3)  # width by height of a random crop
 PIXEL_LIMIT = 100_000_000  # pixels of an image
 MOST_WORKERS = 16  # unless more are asked for
-PATIENCE_S = 600.0  # seconds without any image before that is an error
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 NAMED = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 KINDS = {"1": "black and white", "L": "grey", "LA": "alpha", "RGBA": "alpha", "P": "palette", "PA": "palette"}
@@ -109,11 +109,12 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
     if job.draw is not None:
         left, top, width, height = random_crop(random.Random(job.draw), image.width, image.height, view.area)
         full = image.width
-        shrink = max(1, min(width, height) // view.size)
+        shrink = max(1, min(width, height) // (2 * view.size))  # twice as many pixels as needed, for a fair resize
         image.draft(None, (image.width // shrink, image.height // shrink))  # JPEG alone, to 1/2, 1/4 or 1/8
-        s = image.width / full
-        box = (round(left * s), round(top * s), round((left + width) * s), round((top + height) * s))
-        return _resized(_rgb(image.crop(box)), view.size, view.size), odd
+        if (scale := round(full / image.width)) > 1:  # Pillow's resize takes a box between pixels, torch's does not
+            box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+            return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box)), odd
+        return _resized(_rgb(image.crop((left, top, left + width, top + height))), view.size, view.size), odd
     short = round(view.size / view.centre)
     width, height = _with_shorter_side(short, image.width, image.height)
     whole_HWC = _resized(_rgb(image), width, height)
@@ -234,7 +235,7 @@ def decoded(
     """The chunks, decoded by so many worker processes (0: by this one) and in their order.
 
     `chunks` is read in this process, `ahead` chunks a worker in advance. pin: into page-locked memory. Raises
-    RuntimeError where a worker dies or where nothing comes for PATIENCE_S. The workers end with the iterator.
+    ChildProcessError where a worker dies. The workers end with the iterator.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
@@ -246,11 +247,25 @@ def decoded(
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=pin,
-            timeout=PATIENCE_S if workers else 0,
             worker_init_fn=_Start(os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
-        return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in every thread a worker has: see _Start
+        try:
+            stream = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # torch would raise from its handler for SIGCHLD, in the middle of whatever the trainer does when a worker dies; it
+    # looks for dead workers by itself, every five seconds that it waits for one.
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield from stream
+    except (RuntimeError, OSError, EOFError) as error:  # torch's ways to say so
+        raise ChildProcessError(
+            f"a process that decodes images is lost ({error}); if memory ran out, lower dataset.workers={workers}"
+        ) from error
 
 
 def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None = None) -> Tensor:
@@ -282,7 +297,8 @@ def _as_it_is(chunk: Any) -> Any:
 class _Start:
     """How a worker begins: it ends with its parent or at its word, and leaves everybody else's signals to the parent.
 
-    A terminal and SLURM signal all processes of a job, and the parent goes on reading until it has saved.
+    A terminal and SLURM signal all processes of a job, and the parent goes on reading until it has saved. Who sent a
+    signal only `sigwaitinfo` tells; elsewhere than on Linux anybody's SIGTERM ends a worker.
     """
 
     def __init__(self, parent: int) -> None:
@@ -293,10 +309,9 @@ class _Start:
             signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=self._heed_parent, daemon=True).start()
         else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if os.getppid() != self.parent:
             os._exit(1)
 

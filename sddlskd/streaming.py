@@ -248,13 +248,8 @@ class StreamedData:
                 sent, ids = plan.sent.popleft()
                 if sent == place:
                     return place, ids, chunk
-        except BaseException as error:
-            self.close()
-            if isinstance(error, RuntimeError):  # torch's word for a worker that is gone or silent
-                raise ChildProcessError(
-                    f"a decoding process is lost ({error}); if memory ran out, lower dataset.workers={self._workers}; "
-                    "the same command continues"
-                ) from error
+        except BaseException:
+            self.close()  # what is under way is not known any more
             raise
 
     def _mended(self, place: Place, ids: list[int], chunk: Chunk) -> tuple[Tensor, list[int]]:

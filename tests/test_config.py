@@ -82,7 +82,7 @@ def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
 def test_the_choices_are_those_that_the_project_promises() -> None:
     assert set(choices("distiller")) == {"vanilla", "kd", "dkd", "nkd"}
     assert set(choices("scales")) == {"global", "two", "three", "skip"}
-    assert set(choices("dataset")) == {"cifar100", "digits", "fake", "fashion_mnist"}
+    assert set(choices("dataset")) == {"cifar100", "digits", "fake", "fashion_mnist", "image_folder"}
     assert set(choices("trainer")) == {"default", "debug", "cpu"}
     assert set(choices("recipe")) == set(RECIPES)
     wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}  # LSKD Table 5's teachers, built by class
