@@ -3,9 +3,9 @@
 Shapes: N files, B images decoded together, H W C pixel rows, columns and channels.
 
 Pillow decodes and torch resizes: a crop of 370x275 to 224x224 takes it a third of Pillow's time, and differs from
-Pillow by one level at most. Where a random crop of a JPEG has twice the pixels it needs even at 1/2, 1/4 or 1/8 of
-the image's size, that is what is decoded. A worker is a fork by torch's DataLoader: it holds no data set, is told
-what to decode, and gives back pixels in shared memory.
+Pillow by one level of 255, rarely two. Where a random crop of a JPEG has twice the pixels it needs even at 1/2, 1/4 or
+1/8 of the image's size, that is what is decoded. A worker is a fork by torch's DataLoader: it holds no data set, is
+told what to decode, and gives back pixels in shared memory.
 """
 
 import ctypes

@@ -222,7 +222,7 @@ class StreamedData:
         self._count()
         if not shown:
             raise ValueError(
-                f"none of the {len(self._splits[split].paths)} {split} images can be read: look at the log"
+                f"none of the {len(self._splits[split].paths)} {split} images can be used: look at the log"
             )
 
     def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -287,9 +287,8 @@ class StreamedData:
         """Take note of a fault: whether the image is left out. ValueError where that is not allowed."""
         key, policy = ("bad_images", self._bad) if bad else ("irregular_images", self._irregular)
         if policy == "fail":
-            cure = (
-                "mend or remove it, or set dataset.bad_images=skip" if bad else f"convert it, or set dataset.{key}=skip"
-            )
+            cure = "mend or remove it" if bad else "convert it, or set dataset.irregular_images=convert"
+            cure += f", or set dataset.{key}=skip"
             raise ValueError(f"{path}: {why}; {cure}")
         seen = self._faults.setdefault("unreadable" if bad else why, set())
         if path not in seen:

@@ -56,7 +56,7 @@ def as_tensor(path: str) -> torch.Tensor:
 
 def test_a_random_crop_is_torchvisions(jpegs: list[str]) -> None:
     """The same crop of the whole image, resized by torchvision's v2 on uint8 tensors: bit for bit where nothing was
-    decoded at a smaller scale, and by one level at most from its result on PIL images."""
+    decoded at a smaller scale, and by one level, rarely two, from its result on PIL images."""
     for job in jobs(jpegs):
         image = Image.open(job.path)
         assert job.draw
@@ -65,7 +65,9 @@ def test_a_random_crop_is_torchvisions(jpegs: list[str]) -> None:
         theirs_CHW = resized_crop(as_tensor(job.path), top, left, height, width, [SIZE, SIZE], antialias=True)
         assert torch.equal(ours_HWC, theirs_CHW.permute(1, 2, 0))
         pil = np.array(resized_crop(image, top, left, height, width, [SIZE, SIZE]), dtype=int)
-        assert abs(pil - ours_HWC.numpy()).max() <= 1
+        apart = abs(pil - ours_HWC.numpy())
+        assert apart.max() <= 2
+        assert apart.mean() < 0.1
         assert odd == []
 
 
@@ -76,7 +78,9 @@ def test_the_centre_crop_is_torchvisions(jpegs: list[str], centre: float) -> Non
         ours_HWC, _ = decode(Job(path, None), View(SIZE, centre=centre))
         assert torch.equal(ours_HWC, transform(as_tensor(path)).permute(1, 2, 0))
         pil = np.array(transform(Image.open(path)), dtype=int)
-        assert abs(pil - ours_HWC.numpy()).max() <= 1
+        apart = abs(pil - ours_HWC.numpy())
+        assert apart.max() <= 2
+        assert apart.mean() < 0.1
 
 
 def test_large_jpegs_are_decoded_at_a_smaller_scale_and_look_the_same(tmp_path: Path) -> None:
