@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sddlskd.datasets import Images, Splits, cifar100, digits, fake, fashion_mnist
+from sddlskd.datasets import Files, Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.download import DownloadError
 
-__all__ = ["DeviceData", "DownloadError", "Draws", "Images", "Splits", "draw_epoch", "share_of"]
+__all__ = ["DeviceData", "DownloadError", "Draws", "Files", "Images", "Splits", "draw_epoch", "share_of"]
 __all__ += ["cifar100", "digits", "fake", "fashion_mnist"]  # the loaders, for `_target_: sddlskd.data.<name>`
 
 CHUNK = 256  # images augmented together; measured: 128 to 512 are alike, more falls out of the cache
@@ -81,9 +81,12 @@ class DeviceData:
         val_fraction: float = 0.0,
         eval_batch_size: int = 500,  # images
     ) -> None:
-        for name, split in zip(("train", "test"), splits, strict=True):
-            _check_split(name, split, num_classes, splits.train.images_NHWC.shape[1:])
-        height, width, channels = splits.train.images_NHWC.shape[1:]
+        train, test = splits
+        if isinstance(train, Files) or isinstance(test, Files):
+            raise ValueError("the splits are files; give them to sddlskd.streaming.StreamedData, or load their pixels")
+        _check_split("train", train, num_classes, train.images_NHWC.shape[1:])
+        _check_split("test", test, num_classes, train.images_NHWC.shape[1:])
+        height, width, channels = train.images_NHWC.shape[1:]
         if len(mean) != channels or len(std) != channels:
             raise ValueError(
                 f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: give one of each per channel"
@@ -97,9 +100,9 @@ class DeviceData:
                 f"padding is {padding}, at least 0; eval_batch_size is {eval_batch_size}, at least 1: raise it"
             )
 
-        train, held_out = _hold_out(splits.train, val_fraction, num_classes) if val_fraction else splits
+        train, held_out = _hold_out(train, val_fraction, num_classes) if val_fraction else (train, test)
         self.train_size, self.val_size = len(train.labels_N), len(held_out.labels_N)
-        self.test_size = len(splits.test.labels_N)
+        self.test_size = len(test.labels_N)
         if not 1 <= batch_size <= self.train_size:
             raise ValueError(f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images")
         self.image_shape = (channels, height, width)
@@ -111,7 +114,7 @@ class DeviceData:
         padded_NHWC = F.pad(train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)).contiguous()
         self._windows_PHX, self._padded_width = _windows(padded_NHWC, height, width), width + 2 * padding
         self._padded_pixels = (height + 2 * padding) * self._padded_width
-        self._test = Images(*(tensor.contiguous().to(self._device) for tensor in splits.test))
+        self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
         self._val = Images(*(tensor.to(self._device) for tensor in held_out)) if val_fraction else self._test
 
         # (pixel / 255 - mean) / std as pixel * scale - offset, repeated along a row: three at a time is far slower.

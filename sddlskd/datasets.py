@@ -1,4 +1,5 @@
-"""The data sets: each loader gives `Splits`, uint8 images in host memory; `sddlskd.data.DeviceData` goes on from there.
+"""The data sets: each loader gives `Splits`, as uint8 images in host memory (`Images`, which `sddlskd.data.DeviceData`
+takes on) or as names of image files (`Files`, which `sddlskd.streaming.StreamedData` reads batch by batch).
 
 Shapes: N images, H W C pixel rows, columns and channels. A new data set is a function that returns `Splits`, picked in
 its conf/dataset/<name>.yaml by `_target_`. The md5 vouches for what was fetched; a file put in place by hand is taken
@@ -9,10 +10,11 @@ import hashlib
 import io
 import logging
 import math
+import os
 import pickle
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 LARGEST = 1 << 30  # bytes of a download; CIFAR-100 has 169 MB
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 
@@ -47,11 +50,18 @@ class Images(NamedTuple):
     labels_N: Tensor  # int64
 
 
-class Splits(NamedTuple):
-    """The official training and test split of a data set."""
+class Files(NamedTuple):
+    """One split that stays on the disk: image files and classes counted from 0. Nothing of a file is read here."""
 
-    train: Images
-    test: Images
+    paths: Sequence[str]  # absolute
+    labels_N: Tensor  # int64
+
+
+class Splits(NamedTuple):
+    """The official training and test split of a data set, both of one kind."""
+
+    train: Images | Files
+    test: Images | Files
 
 
 def cifar100(root: str) -> Splits:
@@ -110,6 +120,52 @@ def fake(num_classes: int = 100, size: int = 32, train: int = 50_000, test: int 
         return Images(images_NHWC, torch.arange(count) % num_classes)
 
     return Splits(split(train), split(test))
+
+
+def image_folder(root: str, test: str | None = None) -> Splits:
+    """Any folder of class folders: `root`/train/<class>/* and `root`/val/<class>/* (or test/, or the folder named by
+    `test`), classes numbered by their sorted names.
+
+    Every name in a class folder that ends as an image does is taken, whatever it turns out to be when it is read.
+    Raises ValueError, in one line, for a folder that is missing or empty and for classes that the splits do not share.
+    """
+    top = Path(root).expanduser().absolute()
+    held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
+    if len(held_out) > 1:
+        raise ValueError(f"{top} has both val and test; say which one to test on: +dataset.load.test=val")
+    train_classes, train = _class_folders(top / "train")
+    test_classes, tested = _class_folders(top / (held_out or ["val"])[0])
+    if differing := sorted(set(train_classes) ^ set(test_classes)):
+        shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise ValueError(f"{top}: {len(differing)} classes are in one split only ({shown}); both need the same folders")
+    return Splits(train, tested)
+
+
+def _class_folders(folder: Path) -> tuple[list[str], Files]:
+    """The sorted classes of a folder of class folders, and their image files in the order of (class, name)."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; it should hold a folder of images for each class")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} holds no folders; it should hold a folder of images for each class")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = image_files(folder / name)
+        paths += files
+        labels += [label] * len(files)
+    return classes, Files(paths, torch.tensor(labels))
+
+
+def image_files(folder: Path) -> list[str]:
+    """The paths of what is called an image in a folder, sorted; ValueError where there is none."""
+    found = sorted(
+        entry.path
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")  # ._x.jpg: what macOS leaves
+    )
+    if not found:
+        raise ValueError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); remove the folder, or fill it")
+    return found
 
 
 def _fetch(url: str, md5: str, folder: Path) -> Path:
