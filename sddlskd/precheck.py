@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from sddlskd import record
@@ -20,6 +19,7 @@ from sddlskd.build import check_teacher, teacher_changed
 from sddlskd.config import Config, canonical
 from sddlskd.console import explain
 from sddlskd.precision import pick_device
+from sddlskd.targets import instantiate
 
 __all__ = ["look", "main", "problems"]
 
