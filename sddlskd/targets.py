@@ -1,8 +1,8 @@
 """Which code a configuration may name by `_target_`, and the one place that calls it.
 
-A configuration is data: it comes from files, sweeps and other people's run directories. Its targets are of this package,
-torch, torchvision or timm, and of these only what makes networks, losses, optimizers and data sets. A dotted path leads
-through attributes (`sddlskd.files.os.remove`), so what counts is the object that is found.
+A configuration is data: it comes from files, sweeps and other people's run directories. Its targets are of this
+package, torch, torchvision or timm, and of these only what makes networks, losses, optimizers and data sets. A dotted
+path leads through attributes (`sddlskd.files.os.remove`), so what counts is the object that is found.
 """
 
 import inspect
@@ -16,7 +16,12 @@ __all__ = ["check_names", "instantiate"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
 NETWORKS = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")  # where subclasses of nn.Module may come from
-FUNCTIONS = ("sddlskd.datasets", "sddlskd.losses", "sddlskd.models")  # modules whose public functions may be named
+FUNCTIONS = (
+    "sddlskd.datasets",
+    "sddlskd.folders",
+    "sddlskd.losses",
+    "sddlskd.models",
+)  # modules whose public functions may be named
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:

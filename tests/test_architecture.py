@@ -85,7 +85,9 @@ def test_config_losses_models_and_data_know_nothing_above(module: str) -> None:
     files = [path for path in FILES if module_of(path) == module]
     assert files
     for path in files:
-        assert own(path) <= {"models": {"models"}, "datasets": {"archive", "download"}, "config": {"targets"}}.get(module, set())
+        assert own(path) <= {"models": {"models"}, "datasets": {"archive", "download"}, "config": {"targets"}}.get(
+            module, set()
+        )
 
 
 def test_who_sees_a_config() -> None:
