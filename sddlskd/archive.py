@@ -70,7 +70,8 @@ def unpack(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        entries_of = _zip_entries if zipfile.is_zipfile(archive) else _tar_entries
+        with open(archive, "rb") as file:  # by its beginning: a tar may end in a zip, as files of weights are
+            entries_of = _zip_entries if file.read(2) == b"PK" else _tar_entries
         with closing(entries_of(archive)) as entries, meter(archive.name, None, "members") as show:
             for number, entry in enumerate(entries, 1):
                 show(number)
@@ -134,10 +135,7 @@ def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
             path, kind = _safe(member.orig_filename), stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise UnsafeArchive(f"{_shown(member.filename)} is a link, a device or another special file")
-            if member.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):  # others take memory as they like
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take any memory
                 raise UnsafeArchive(f"{_shown(member.filename)} is compressed by method {member.compress_type}")
             yield _Entry(path, member.is_dir(), member.file_size, partial(file.open, member))
 

@@ -15,13 +15,8 @@ from hydra.utils import instantiate as hydra_instantiate
 __all__ = ["check_names", "instantiate"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
-NETWORKS = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")  # where subclasses of nn.Module may come from
-FUNCTIONS = (
-    "sddlskd.datasets",
-    "sddlskd.folders",
-    "sddlskd.losses",
-    "sddlskd.models",
-)  # modules whose public functions may be named
+NETWORKS = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")  # where a subclass of nn.Module may be from
+FUNCTIONS = ("sddlskd.datasets.", "sddlskd.folders.", "sddlskd.losses.", "sddlskd.models.")  # ... and public functions
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
@@ -73,12 +68,11 @@ def _check_kind(target: str) -> None:
         found = get_object(target)
     except Exception as error:  # importing a module on the way may raise anything
         raise ValueError(f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}") from error
-    origin = str(inspect.getattr_static(found, "__module__", ""))
+    origin = f"{found.__module__}." if isinstance(found, type) or inspect.isfunction(found) else ""
     if isinstance(found, type):
-        allowed = issubclass(found, nn.Module) and f"{origin}.".startswith(NETWORKS)
+        allowed = issubclass(found, nn.Module) and origin.startswith(NETWORKS)
         allowed |= issubclass(found, optim.Optimizer) and origin.startswith("torch.optim.")
     else:
-        allowed = inspect.isfunction(found) and any(f"{origin}.".startswith(f"{module}.") for module in FUNCTIONS)
-        allowed &= not str(inspect.getattr_static(found, "__name__", "_")).startswith("_")
+        allowed = origin.startswith(FUNCTIONS)
     if not allowed:
         raise ValueError(f"_target_={target} is not what a configuration may call; {cure}")
