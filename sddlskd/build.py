@@ -13,37 +13,61 @@ from sddlskd import config as cfg
 from sddlskd import pins
 from sddlskd import teacher as teachers
 from sddlskd.config import Config
-from sddlskd.data import DeviceData
+from sddlskd.data import DeviceData, Files, Splits
+from sddlskd.decoding import View
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.evaluation import evaluate
 from sddlskd.record import Record
 from sddlskd.run import Run
 from sddlskd.schedule import learning_rate
+from sddlskd.streaming import Data, StreamedData
 from sddlskd.targets import instantiate
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache, cache_path
 
-__all__ = ["build_data", "build_network", "build_run", "build_teacher", "check_maps", "leave_as_teacher"]
-__all__ += ["check_teacher", "teacher_changed", "teacher_path"]
+__all__ = ["build_data", "build_network", "build_run", "build_teacher", "check_maps", "leave_as_teacher", "shape_of"]
+__all__ += ["check_cache", "check_teacher", "teacher_changed", "teacher_path"]
 
 log = logging.getLogger(__name__)
 
 
-def build_data(job: Config, device: torch.device) -> DeviceData:
-    """The data set on the device."""
-    return DeviceData(
-        instantiate(job.dataset.load),
-        num_classes=job.dataset.num_classes,
+def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Data:
+    """The data set: its pixels on the device, or its files read as batches are asked for."""
+    d, splits = job.dataset, instantiate(job.dataset.load)
+    common: dict[str, Any] = dict(
+        num_classes=d.num_classes,
         batch_size=job.trainer.batch_size,
         eval_batch_size=job.trainer.eval_batch_size,
         seed=cfg.data_seed(job),
         device=device,
-        mean=job.dataset.mean,
-        std=job.dataset.std,
-        padding=job.dataset.padding,
-        flip=job.dataset.flip,
-        val_fraction=job.dataset.val_fraction,
+        mean=d.mean,
+        std=d.std,
+        flip=d.flip,
+        val_fraction=d.val_fraction,
     )
+    if isinstance(splits.train, Files):
+        check_cache(job)
+        low, high = d.crop_area
+        view = View(d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright)
+        choices: dict[str, Any] = {"workers": d.workers, "bad": d.bad_images, "irregular": d.irregular_images}
+        return StreamedData(splits, view=view, **choices, **common, rank=rank, ranks=ranks)
+    return DeviceData(splits, padding=d.padding, **common)
+
+
+def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
+    """(N, H, W, C) of the training images as the networks see them."""
+    if isinstance(splits.train, Files):
+        return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
+    return tuple(splits.train.images_NHWC.shape)
+
+
+def check_cache(job: Config) -> None:
+    """ValueError for a cache of the teacher's maps of views that never come again."""
+    if job.teacher.cache:
+        raise ValueError(
+            f"teacher.cache={job.teacher.cache} cannot hold the crops of dataset={job.dataset.name}, no two of which "
+            "are alike; set teacher.cache=null"
+        )
 
 
 def build_network(model: dict[str, Any], num_classes: int, seed: int, device: torch.device) -> nn.Module:
@@ -75,7 +99,7 @@ def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
 
 
 def build_teacher(
-    job: Config, network: nn.Module, data: DeviceData, device: torch.device, train: Callable[[Config], None]
+    job: Config, network: nn.Module, data: Data, device: torch.device, train: Callable[[Config], None]
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
     """The teacher and what is known of it; `train` makes it first where its file is missing and the job says so."""
     path = teacher_path(job)
@@ -107,7 +131,9 @@ def build_teacher(
             "teacher %s performs at chance: top-1 %.2f on %s (%s)", job.teacher.name, top1, job.dataset.name, path
         )
     sha256 = teachers.file_hash(path)
-    remembering = _remembering(job, teacher, data, device, sha256) if job.teacher.cache else teacher
+    remembering: Teacher | TeacherCache = teacher
+    if job.teacher.cache and isinstance(data, DeviceData):  # of no other data, see check_cache
+        remembering = _remembering(job, teacher, data, device, sha256)
     return remembering, {"teacher_top1": top1, "teacher_sha256": sha256}
 
 
@@ -123,9 +149,7 @@ def _remembering(job: Config, teacher: Teacher, data: DeviceData, device: torch.
 
 
 @torch.inference_mode()
-def check_maps(
-    job: Config, student: nn.Module, teacher: nn.Module | None, data: DeviceData, device: torch.device
-) -> None:
+def check_maps(job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device) -> None:
     """ValueError unless both networks give logit maps of the right classes that the scales fit on."""
     image = torch.zeros(1, *data.image_shape, device=device)
     maps = {f"student={job.student.name}": student.eval()(image)}

@@ -46,6 +46,12 @@ def _plumbing(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
+def _later(default: Any) -> Any:
+    """A key that jobs did not always have: it counts in the identity only where it is not its default, so that
+    jobs from before keep their names."""
+    return field(default=default, metadata={"later": True})
+
+
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -72,6 +78,17 @@ class Reduction(StrEnum):
 class CacheDtype(StrEnum):
     float16 = "float16"  # half the disk; rounds values by at most 2^-11 of their size, or by 3e-8
     float32 = "float32"  # the same numbers as without a cache
+
+
+class BadImages(StrEnum):
+    fail = "fail"  # stop, naming the file
+    skip = "skip"  # in training the next image stands in for it, in evaluation it is left out
+
+
+class IrregularImages(StrEnum):
+    convert = "convert"  # to RGB, as stored, like torchvision's ImageFolder
+    skip = "skip"
+    fail = "fail"
 
 
 class Rerun(StrEnum):
@@ -129,6 +146,17 @@ class DatasetConfig:
     padding: int = 4  # pixels of zero padding before the random crop; 0: no crop
     flip: bool = True  # mirror half of the images
     val_fraction: float = 0.0  # part of train held out as val; 0: val is the test split, as in the papers
+    # From here on to pixel_limit: of data sets of image files (sddlskd/streaming.py) alone.
+    size: int = _later(224)  # pixels of the side of what the networks see
+    crop_area: list[float] = field(  # least and largest part of an image that a random crop takes
+        default_factory=lambda: [0.08, 1.0], metadata={"later": True}
+    )
+    centre: float = _later(0.875)  # side of the square that is tested on, as part of the shorter side; 1: all of it
+    upright: bool = _later(False)  # turn images as their EXIF orientation says; false: as they are stored
+    bad_images: BadImages = _later(BadImages.fail)  # files that cannot be read  # noqa: RUF009 (all it gives are fields)
+    irregular_images: IrregularImages = _later(IrregularImages.convert)  # not upright RGB as stored  # noqa: RUF009
+    pixel_limit: int = _later(100_000_000)  # pixels above which an image counts as bad, by its header
+    workers: int | None = _plumbing(None)  # processes that decode images; 0: none beside the trainer; null: a core each
     epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
     batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
     lr: float | None = _plumbing(None)  # peak learning rate of every network's training; null: that of the network
@@ -302,6 +330,9 @@ def _check(config: Config) -> None:
             f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or distiller=vanilla"
         )
     positive = {
+        "dataset.size": config.dataset.size,
+        "dataset.centre": config.dataset.centre,
+        "dataset.pixel_limit": config.dataset.pixel_limit,
         "trainer.epochs": config.trainer.epochs,
         "trainer.batch_size": config.trainer.batch_size,
         "trainer.eval_batch_size": config.trainer.eval_batch_size,
@@ -320,6 +351,7 @@ def _check(config: Config) -> None:
         "complementary_weight": config.complementary_weight,
         "optimizer.warmup_epochs": config.optimizer.warmup_epochs,
         "dataset.padding": config.dataset.padding,
+        "dataset.workers": config.dataset.workers or 0,
         "seed": config.seed,
         "trainer.data_seed": config.trainer.data_seed or 0,
     }
@@ -333,6 +365,13 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"optimizer.milestones={config.optimizer.milestones} are parts of trainer.epochs, between 0 and 1: "
             "epoch 150 of 240 is 0.625"
+        )
+    if not config.dataset.centre <= 1:
+        raise ValueError(f"dataset.centre={config.dataset.centre} is a part of an image's side, at most 1")
+    area = config.dataset.crop_area
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise ValueError(
+            f"dataset.crop_area={area} are two parts of an image, from 0 to 1: [0.08,1] are the usual ones"
         )
     if not 0 <= config.dataset.val_fraction < 1:
         raise ValueError(f"dataset.val_fraction={config.dataset.val_fraction} must be at least 0 and less than 1")
@@ -372,6 +411,8 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
     for f in fields(node):
         if f.metadata.get("identity", True):
             value = getattr(node, f.name)
+            if f.metadata.get("later") and value == getattr(type(node)(), f.name):
+                continue
             if place := f.metadata.get("place"):
                 value = {k: v for k, v in value.items() if v != getattr(node, place)}
             if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):

@@ -17,7 +17,8 @@ from torch import Tensor
 from sddlskd.datasets import Files, Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.download import DownloadError
 
-__all__ = ["DeviceData", "DownloadError", "Draws", "Files", "Images", "Splits", "draw_epoch", "share_of"]
+__all__ = ["DeviceData", "DownloadError", "Draws", "Files", "Images", "Normalise", "Splits"]
+__all__ += ["check_labels", "draw_epoch", "held_out", "mirrored", "share_of"]
 __all__ += ["cifar100", "digits", "fake", "fashion_mnist"]  # the loaders, for `_target_: sddlskd.data.<name>`
 
 CHUNK = 256  # images augmented together; measured: 128 to 512 are alike, more falls out of the cache
@@ -87,14 +88,8 @@ class DeviceData:
         _check_split("train", train, num_classes, train.images_NHWC.shape[1:])
         _check_split("test", test, num_classes, train.images_NHWC.shape[1:])
         height, width, channels = train.images_NHWC.shape[1:]
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(
-                f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: give one of each per channel"
-            )
-        if not all(value > 0 and math.isfinite(value) for value in std):
-            raise ValueError(f"std is {list(std)}; entries must be above 0: give the deviation of pixels in 0..1")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction is {val_fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth")
+        self._device = torch.device(device)
+        self._normalise = Normalise(mean, std, channels, width, self._device)
         if padding < 0 or eval_batch_size < 1:
             raise ValueError(
                 f"padding is {padding}, at least 0; eval_batch_size is {eval_batch_size}, at least 1: raise it"
@@ -107,7 +102,7 @@ class DeviceData:
             raise ValueError(f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images")
         self.image_shape = (channels, height, width)
         self.steps_per_epoch = math.ceil(self.train_size / batch_size)
-        self._seed, self._device, self._padding, self._flip = seed, torch.device(device), padding, flip
+        self._seed, self._padding, self._flip = seed, padding, flip
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
 
         self._train_labels_N = train.labels_N.to(self._device)
@@ -116,11 +111,6 @@ class DeviceData:
         self._padded_pixels = (height + 2 * padding) * self._padded_width
         self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
         self._val = Images(*(tensor.to(self._device) for tensor in held_out)) if val_fraction else self._test
-
-        # (pixel / 255 - mean) / std as pixel * scale - offset, repeated along a row: three at a time is far slower.
-        mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self._scale_X = (1 / (255 * std_C)).float().repeat(width).to(self._device)
-        self._offset_X = (mean_C / std_C).float().repeat(width).to(self._device)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Augmented batches of one epoch, every training image once, without the first `start` batches (to resume).
@@ -176,16 +166,7 @@ class DeviceData:
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         channels, height, width = self.image_shape
         x_BHWC = self._windows_PHX.index_select(0, corner_B).view(-1, height, width, channels)
-        if self._flip:
-            # Chosen by bytes (a ^ ((a ^ b) & mask) is b under the mask): on the CPU twice as fast as torch.where.
-            mask_B111 = flip_B.to(torch.uint8).mul_(255)[:, None, None, None]
-            x_BHWC = x_BHWC.flip(2).bitwise_xor_(x_BHWC).bitwise_and_(mask_B111).bitwise_xor_(x_BHWC)
-        return self._normalise(x_BHWC)
-
-    def _normalise(self, x_BHWC: Tensor) -> Tensor:
-        """float32 x_BCHW; the permuted layout is channels_last as it stands."""
-        x_BHX = x_BHWC.flatten(2).float().mul_(self._scale_X).sub_(self._offset_X)
-        return x_BHX.view(x_BHWC.shape).permute(0, 3, 1, 2)
+        return self._normalise(mirrored(x_BHWC, flip_B) if self._flip else x_BHWC)
 
     def _plain(self, images: Images) -> Iterator[Batch]:
         firsts = range(0, len(images.labels_N), self._eval_batch_size)
@@ -201,11 +182,54 @@ def _windows(images_NHWC: Tensor, height: int, width: int) -> Tensor:
     return images_NHWC.as_strided((corners, height, width * channels), strides)
 
 
+def mirrored(x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
+    """The images, those that flip_B says left to right."""
+    # Chosen by bytes (a ^ ((a ^ b) & mask) is b under the mask): on the CPU twice as fast as torch.where.
+    mask_B111 = flip_B.to(torch.uint8).mul_(255)[:, None, None, None]
+    return x_BHWC.flip(2).bitwise_xor_(x_BHWC).bitwise_and_(mask_B111).bitwise_xor_(x_BHWC)
+
+
+class Normalise:
+    """uint8 x_BHWC to float32 x_BCHW: (pixel / 255 - mean) / std; the permuted layout is channels_last as it stands.
+
+    Raises ValueError unless there is one mean and one std, above 0, for each channel.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], channels: int, width: int, device: torch.device
+    ) -> None:
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: give one of each per channel"
+            )
+        if not all(value > 0 and math.isfinite(value) for value in std):
+            raise ValueError(f"std is {list(std)}; entries must be above 0: give the deviation of pixels in 0..1")
+        # pixel * scale - offset, repeated along a row: three at a time is far slower.
+        mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._scale_X = (1 / (255 * std_C)).float().repeat(width).to(device)
+        self._offset_X = (mean_C / std_C).float().repeat(width).to(device)
+
+    def __call__(self, x_BHWC: Tensor) -> Tensor:
+        x_BHX = x_BHWC.flatten(2).float().mul_(self._scale_X).sub_(self._offset_X)
+        return x_BHX.view(x_BHWC.shape).permute(0, 3, 1, 2)
+
+
 def _hold_out(train: Images, fraction: float, num_classes: int) -> tuple[Images, Images]:
-    """(rest, held out): `fraction` of each class, rounded, chosen once and for all; both in the order of `train`."""
+    """(rest, held out), both in the order of `train`."""
+    held_N = held_out(train.labels_N.cpu(), fraction, num_classes)
+    rest, val = (Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N))
+    return rest, val
+
+
+def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
+    """bool: the images that are validation, `fraction` of each class, rounded, chosen once and for all.
+
+    Raises ValueError for a fraction outside [0, 1), and where that leaves nothing on one of the sides.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"val_fraction is {fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth")
     generator = torch.Generator().manual_seed(0)
-    held_N = torch.zeros(len(train.labels_N), dtype=torch.bool)
-    labels_N = train.labels_N.cpu()
+    held_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label in range(num_classes):
         ids = (labels_N == label).nonzero()[:, 0]
         held_N[ids[torch.randperm(len(ids), generator=generator)[: round(fraction * len(ids))]]] = True
@@ -213,8 +237,7 @@ def _hold_out(train: Images, fraction: float, num_classes: int) -> tuple[Images,
         held = int(held_N.sum())
         message = f"val_fraction is {fraction}, which holds out {held} of {len(held_N)} training images"
         raise ValueError(f"{message}: give one that leaves images of a class on both sides")
-    rest, held_out = (Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N))
-    return rest, held_out
+    return held_N
 
 
 def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.Size) -> None:
@@ -225,11 +248,14 @@ def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.
         raise ValueError(
             f"{found}; they must be torch.uint8 (N, H, W, C), one size in both splits: convert them in the loader"
         )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    check_labels(name, labels, len(images), num_classes)
+
+
+def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
+    """ValueError unless the split has images, and each an int64 class in 0..num_classes-1."""
+    if labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"
-        raise ValueError(
-            f"{found}; they must be torch.int64 ({len(images)},), one per image: convert them in the loader"
-        )
+        raise ValueError(f"{found}; they must be torch.int64 ({count},), one per image: convert them in the loader")
     if len(labels) == 0:
         raise ValueError(f"{name} holds 0 images; it must hold at least 1: check the loader's files and sizes")
     bad = ((labels < 0) | (labels >= num_classes)).nonzero()

@@ -30,11 +30,11 @@ from sddlskd.build import build_data, build_network, check_maps, check_teacher, 
 from sddlskd.checkpoint import load_weights
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
-from sddlskd.data import DeviceData
 from sddlskd.evaluation import answers, scores
 from sddlskd.export import described, load_run, without_weights
 from sddlskd.meter import meter
 from sddlskd.precision import autocast, describe, pick_device
+from sddlskd.streaming import Data
 from sddlskd.teacher import Teacher, missing
 
 __all__ = ["main", "measure", "throughput"]
@@ -78,7 +78,7 @@ def _teacher(job: Config, device: torch.device) -> Teacher | None:
     return Teacher(network, path, name=job.teacher.name, device=device, precision=job.trainer.precision, compile=False)
 
 
-def _shown(data: DeviceData, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _shown(data: Data, what: str) -> Iterator[tuple[Tensor, Tensor]]:
     done = 0
     with meter(what, data.test_size, "images") as show:
         for images_BCHW, target_B in data.test_batches():

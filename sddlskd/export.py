@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd import record, tracking
-from sddlskd.build import build_network
+from sddlskd.build import build_network, shape_of
 from sddlskd.checkpoint import load_weights, read_safetensors
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
@@ -168,7 +168,7 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
 
 
 def _image_shape(job: Config) -> tuple[int, ...]:
-    height, width, channels = instantiate(job.dataset.load).train.images_NHWC.shape[1:]
+    _, height, width, channels = shape_of(job, instantiate(job.dataset.load))
     return channels, height, width
 
 

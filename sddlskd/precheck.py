@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sddlskd import record
-from sddlskd.build import check_teacher, teacher_changed
+from sddlskd.build import check_cache, check_teacher, shape_of, teacher_changed
 from sddlskd.config import Config, canonical
 from sddlskd.console import explain
+from sddlskd.data import Files, Splits
 from sddlskd.precision import pick_device
 from sddlskd.targets import instantiate
 
@@ -30,10 +31,12 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
     @cache
     def shape(load: str) -> tuple[int, ...] | Exception:
         try:
-            images: Tensor = instantiate(by_key[load].dataset.load).train.images_NHWC
+            splits: Splits = instantiate(by_key[load].dataset.load)
         except Exception as error:  # kept, so that what cannot be fetched is asked for once
             return error
-        return tuple(images.shape)
+        if isinstance(splits.train, Files):
+            of_files.add(load)
+        return shape_of(by_key[load], splits)
 
     @cache
     def data(load: str, batch_size: int) -> tuple[int, ...]:
@@ -55,9 +58,11 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         return int(min(logit_map.shape[2:]))
 
     by_key: dict[str, Any] = {}
+    of_files: set[str] = set()  # the keys of data sets that stay on the disk
     found = []
     for job in jobs:
-        keys = [canonical(x) for x in (job.dataset.load, job.student.model, job.teacher.model)]
+        seen = [job.dataset.load, job.dataset.size]
+        keys = [canonical(x) for x in (seen, job.student.model, job.teacher.model)]
         by_key.update(zip(keys, (job, job.student.model, job.teacher.model), strict=True))
         try:
             pick_device(job.trainer.device)
@@ -65,6 +70,8 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
                 check_teacher(job)
             image = data(keys[0], job.trainer.batch_size)
             check_teacher(job)
+            if keys[0] in of_files:
+                check_cache(job)
             sides = [side(keys[1], job.dataset.num_classes, image)]
             if job.distiller.loss:
                 sides.append(side(keys[2], job.dataset.num_classes, image))

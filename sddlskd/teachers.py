@@ -37,11 +37,11 @@ from sddlskd.build import build_data, build_network, teacher_path
 from sddlskd.checkpoint import load_weights, read_weights, write
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
-from sddlskd.data import DeviceData
 from sddlskd.download import DownloadError
 from sddlskd.evaluation import evaluate
 from sddlskd.meter import meter
 from sddlskd.precision import pick_device
+from sddlskd.streaming import Data
 from sddlskd.teacher import Teacher, file_hash, missing, path_of
 
 __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
@@ -209,7 +209,7 @@ def _key(job: Config) -> str:
     return pins.key_of(job.dataset.name, job.teacher.name)
 
 
-def verify(job: Config, test_split: Callable[[], DeviceData]) -> str:
+def verify(job: Config, test_split: Callable[[], Data]) -> str:
     """The top-1 of the job's teacher beside what is published; ValueError where they differ by more than TOLERANCE."""
     path, name = teacher_path(job), job.teacher.name
     if not path.exists():
@@ -277,7 +277,7 @@ def _job(name: str, overrides: Sequence[str]) -> Config:
         return cfg.resolve(hydra.compose("config", overrides=["tracking=none", f"teacher={name}", *overrides]))
 
 
-def _data(job: Config) -> DeviceData:
+def _data(job: Config) -> Data:
     return build_data(job, pick_device(job.trainer.device))
 
 

@@ -29,12 +29,12 @@ from sddlskd.build import (
     teacher_changed,
 )
 from sddlskd.config import Config
-from sddlskd.data import DeviceData
 from sddlskd.evaluation import evaluate
 from sddlskd.precision import describe, pick_device
 from sddlskd.progress import View
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Record
 from sddlskd.run import NonFiniteLoss, Run
+from sddlskd.streaming import Data
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache
 
@@ -74,7 +74,7 @@ class Stop:
 
 def train(
     runs: Sequence[Run],
-    data: DeviceData,
+    data: Data,
     teacher: Teacher | TeacherCache | None,
     *,
     epochs: int,
@@ -307,7 +307,7 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
     return {job.run_dir: record.read_result(Path(job.run_dir)) for job in jobs}
 
 
-def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: DeviceData) -> None:
+def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data) -> None:
     """What a trained student leaves, before it counts as finished and is not run again."""
     leave_as_teacher(job, run)
     if job.tracking.predictions:

@@ -16,10 +16,10 @@ LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
 # From the bottom up: a module imports only from layers below its own (or beside it in its own package).
 LAYERS = (
     {"files", "meter"},
-    {"archive", "download", "pins", "targets"},
+    {"archive", "decoding", "download", "pins", "targets"},
     {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
     {"data", "folders", "evaluation", "console", "record", "teacher"},
-    {"run", "progress", "tracking", "grid", "teacher_cache", "predictions"},
+    {"run", "progress", "streaming", "tracking", "grid", "teacher_cache", "predictions"},
     {"build"},
     {"precheck"},
     {"trainer"},
@@ -32,7 +32,7 @@ SEE_A_CONFIG = {
     "build", "console", "evaluate", "export", "grid", "precheck", "record", "sweeps", "teachers", "tracking", "train",
     "trainer", "worker",
 }  # fmt: skip
-BENEATH = {"models": {"models"}, "datasets": {"archive", "download"}, "config": {"targets"}}
+BENEATH = {"models": {"models"}, "datasets": {"archive", "decoding", "download"}, "config": {"targets"}}
 ALONE = {"files", "config", "losses", "models", "datasets", "distill", "schedule", "precision"}
 
 
