@@ -91,9 +91,9 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
     name = job.teacher.name
     dataset = job.dataset.name
     if name not in PUBLISHED.get(dataset, ()):
-        valid = "; ".join(f"for {known}: {', '.join(of_it)}" for known, of_it in PUBLISHED.items())
+        valid = "; ".join(f"valid for {known} are {', '.join(of_it)}" for known, of_it in PUBLISHED.items())
         raise ValueError(
-            f"no {name} for {dataset} is published; valid are, {valid}. "
+            f"no {name} for {dataset} is published; {valid}. "
             f"Train it with `python -m sddlskd.train distiller=vanilla student={name} dataset={dataset}`"
         )
     target = path_of(job.home, dataset, name)
