@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sddlskd import download
 from sddlskd.archive import DAMAGE, Member, unpack_folder
-from sddlskd.download import DownloadError
+from sddlskd.download import fetch_into
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -51,7 +50,7 @@ STL10_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 STL10_MD5 = "91f7769df0f17e558f3565bffb0c7dfb"
 STL10_FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-LARGEST = 1 << 30  # bytes of a download; CIFAR-100 has 169 MB
+LARGEST = 1 << 30  # bytes of an archive, and of what is unpacked; CIFAR-100 has 169 MB
 LARGEST_MEMBER = 1 << 28  # bytes of a file that is read into memory; Fashion-MNIST's largest has 47 MB, CIFAR-100's 155
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 
@@ -109,7 +108,7 @@ def stl10(root: str) -> Splits:
     """
     folder = Path(root).expanduser() / "stl10_binary"
     if not all((folder / name).is_file() for name in STL10_FILES):
-        archive = fetched(STL10_URL, STL10_MD5, folder.parent, 3 << 30)
+        archive = fetch_into(STL10_URL, STL10_MD5, folder.parent, limit=3 << 30)
         unpack_folder(archive, folder, limit=LARGEST, wanted=lambda path: path.name in STL10_FILES)
     return Splits(*(_stl10_split(folder / f"{name}_X.bin", folder / f"{name}_y.bin") for name in ("train", "test")))
 
@@ -147,7 +146,10 @@ def fashion_mnist(root: str) -> Splits:
     top = Path(root).expanduser()
     places = [top / "FashionMNIST" / "raw", top, Path(DEBIAN_FASHION_MNIST)]
     folder = next((place for place in places if any(_held(place, name) for name in FASHION_MNIST_MD5)), places[0])
-    files = [_held(folder, n) or fetched(FASHION_MNIST_URL + n, md5, folder) for n, md5 in FASHION_MNIST_MD5.items()]
+    files = [
+        _held(folder, n) or fetch_into(FASHION_MNIST_URL + n, md5, folder, limit=LARGEST)
+        for n, md5 in FASHION_MNIST_MD5.items()
+    ]
     return Splits(_grey_split(*files[:2]), _grey_split(*files[2:]))
 
 
@@ -226,15 +228,6 @@ def image_files(folder: Path) -> list[str]:
     return found
 
 
-def fetched(url: str, md5: str, folder: Path, limit: int = LARGEST) -> Path:
-    """The file of `url` in `folder`, fetched if it is not there: once, whole and with this md5, or DownloadError."""
-    name = url.rsplit("/", 1)[-1]
-    try:
-        return download.fetch(url, folder / name, limit=limit, md5=md5)
-    except DownloadError as error:
-        raise DownloadError(f"{error}: put {name}, md5 {md5}, into {folder}") from error
-
-
 def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
     return np.empty(0, np.uint8)
 
@@ -266,7 +259,7 @@ def _cifar(folder: Path, url: str, md5: str, members: Mapping[str, str], what: s
     if all((folder / name).is_file() for name in members):
         contents = {str(folder / name): _read_limited(folder / name) for name in members}
     else:
-        archive = fetched(url, md5, folder.parent)
+        archive = fetch_into(url, md5, folder.parent, limit=LARGEST)
         inside = _tar_members(archive, [f"{folder.name}/{name}" for name in members], url)
         contents = {f"{archive}:{name}": content for name, content in inside.items()}
     splits = []

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from sddlskd.archive import unpack_folder
-from sddlskd.datasets import Files, Splits, fetched, image_files, image_folder
+from sddlskd.datasets import Files, Splits, image_files, image_folder
+from sddlskd.download import fetch_into
 
 __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 
@@ -35,7 +36,7 @@ def cub200(root: str) -> Splits:
     """
     folder = Path(root).expanduser().absolute() / "CUB_200_2011"
     if not folder.is_dir():
-        archive = fetched(CUB200_URL, CUB200_MD5, folder.parent, LARGEST_ARCHIVE)
+        archive = fetch_into(CUB200_URL, CUB200_MD5, folder.parent, limit=LARGEST_ARCHIVE)
         unpack_folder(
             archive, folder, limit=LARGEST_UNPACKED,
             wanted=lambda p: p.parts[1:2] == ("images",) or (len(p.parts) == 2 and p.name in CUB200_TEXTS),
@@ -105,7 +106,7 @@ def tiny_imagenet(root: str) -> Splits:
     """
     folder = Path(root).expanduser().absolute() / "tiny-imagenet-200"
     if not folder.is_dir():
-        archive = fetched(TINY_IMAGENET_URL, TINY_IMAGENET_MD5, folder.parent, LARGEST_ARCHIVE)
+        archive = fetch_into(TINY_IMAGENET_URL, TINY_IMAGENET_MD5, folder.parent, limit=LARGEST_ARCHIVE)
         unpack_folder(archive, folder, limit=LARGEST_UNPACKED, count=200_000, wanted=lambda p: "test" not in p.parts)
     wnids = folder / "wnids.txt"
     classes: dict[str, int] = {}

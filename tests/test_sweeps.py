@@ -78,7 +78,8 @@ def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config
 
 
 def network(kind: str, **arguments: Any) -> str:
-    choice = f"student.name={kind.lower()} student.model._target_=tests.misbehaving.{kind} ~student.model.name ~student.model.stem"
+    choice = f"student.name={kind.lower()} student.model._target_=tests.misbehaving.{kind}"
+    choice += " ~student.model.name ~student.model.stem"
     return choice + "".join(f" +student.model.{key}={value}" for key, value in arguments.items())
 
 
