@@ -82,7 +82,7 @@ def imagenet(root: str, num_classes: int = 1000) -> Splits:
     for a folder that is missing or laid out in another way, and for other classes than `num_classes`.
     """
     top = Path(root).expanduser().absolute()
-    if (top / "val").is_dir() and not any(entry.is_dir() for entry in os.scandir(top / "val")):
+    if (top / "val").is_dir() and not any(path.is_dir() for path in (top / "val").iterdir()):
         raise ValueError(
             f"{top / 'val'} holds no folders: move its images into a folder for each synset, as train/ has them "
             "(the devkit's ILSVRC2012_validation_ground_truth.txt says which)"

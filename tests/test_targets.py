@@ -132,8 +132,8 @@ def test_a_foreign_target_that_was_allowed_is_called_and_stays_allowed_in_the_fr
         cfg.load(tmp_path / "config.yaml")
 
 
-WORDS = ["torch", "sddlskd", "nn", "os", "system", "hub", "load", "models", "create", "_C", "__dict__", "datasets", "optim",
-         "SGD", "functional", "timm", "", " ", "é"]  # fmt: skip
+WORDS = ["torch", "sddlskd", "nn", "os", "system", "hub", "load", "models", "create", "_C", "__dict__", "datasets",
+         "optim", "SGD", "functional", "timm", "", " ", "é"]  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
