@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -21,8 +22,8 @@ from sddlskd.meter import meter
 __all__ = ["DAMAGE", "Member", "UnsafeArchive", "unpack", "unpack_folder"]
 
 LONGEST_NAME = 1 << 16  # bytes of a header that holds a name; tarfile reads these into memory whatever they claim
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, LZMAError, zlib.error, EOFError, OSError, ValueError, OverflowError,
-          RuntimeError)  # fmt: skip
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, struct.error, LZMAError, zlib.error, EOFError, OSError, ValueError,
+          OverflowError, LookupError, RuntimeError)  # fmt: skip
 OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 
 
@@ -137,13 +138,13 @@ def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
                 raise UnsafeArchive(f"{_shown(member.filename)} is a link, a device or another special file")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take any memory
                 raise UnsafeArchive(f"{_shown(member.filename)} is compressed by method {member.compress_type}")
-            yield _Entry(path, member.is_dir(), member.file_size, partial(file.open, member))
+            yield _Entry(path, member.filename.endswith("/"), member.file_size, partial(file.open, member))
 
 
 def _safe(name: str) -> PurePosixPath:
     """The path of a member. Raises UnsafeArchive where it leads out of the folder."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UnsafeArchive(f"{_shown(name)} leads out of the folder")
     return path
 

@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ CUB_CLASSES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "200.Common
 WNIDS = ("n02124075", "n01443537", "n04067472")  # not sorted, as in wnids.txt
 
 
+@cache
 def jpeg(shade: int, size: tuple[int, int] = (40, 30)) -> bytes:
     """A photograph's bytes: a colour with a gradient, as large as said (width, height)."""
     width, height = size

@@ -61,7 +61,7 @@ def test_cub200_out_of_its_archive_given_or_fetched(tmp_path: Path, web: Site, m
     layouts.packed(folder, archive)
     assert sum(len(split.paths) for split in cub200(str(tmp_path))) == len(expected)
     assert not (folder / "parts").exists()  # nothing that is not read
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011", archive.name, "CUB_200_2011.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011", "CUB_200_2011.lock", archive.name]
     published(web, monkeypatch, folders, "CUB200", archive)
     there = tmp_path / "elsewhere"
     assert cub200(str(there)).train.labels_N.tolist() == cub200(str(tmp_path)).train.labels_N.tolist()
