@@ -1,23 +1,29 @@
-"""Tar archives of strangers, unpacked so that nothing can be written outside a folder."""
+"""Tar and zip archives of strangers, unpacked so that nothing can be written outside a folder."""
 
 import errno
 import os
 import shutil
+import stat
+import struct
 import tarfile
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
+from functools import partial
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import IO, Any, NamedTuple, Self
+
+from filelock import FileLock
 
 from sddlskd.meter import meter
 
-__all__ = ["UnsafeArchive", "unpack"]
+__all__ = ["DAMAGE", "Member", "UnsafeArchive", "unpack", "unpack_folder"]
 
 LONGEST_NAME = 1 << 16  # bytes of a header that holds a name; tarfile reads these into memory whatever they claim
-
-
-DAMAGE = (tarfile.TarError, LZMAError, zlib.error, EOFError, OSError, ValueError, OverflowError, RecursionError)
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, struct.error, LZMAError, zlib.error, EOFError, OSError, ValueError,
+          OverflowError, LookupError, RuntimeError)  # fmt: skip
 OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 
 
@@ -25,7 +31,9 @@ class UnsafeArchive(ValueError):
     """An archive that is damaged, too large, or would write where it must not; nothing of it was kept."""
 
 
-class _Member(tarfile.TarInfo):
+class Member(tarfile.TarInfo):
+    """A member of a tar whose name is of a decent length, whatever its header claims."""
+
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         member = super().frombuf(buf, encoding, errors)
@@ -36,6 +44,13 @@ class _Member(tarfile.TarInfo):
         return member
 
 
+class _Entry(NamedTuple):
+    path: PurePosixPath
+    is_dir: bool
+    size: int  # bytes
+    open: Callable[[], IO[bytes]]
+
+
 def unpack(
     archive: Path,
     folder: Path,
@@ -44,7 +59,7 @@ def unpack(
     count: int = 100_000,
     wanted: Callable[[PurePosixPath], bool] = lambda path: True,
 ) -> None:
-    """The wanted files of a tar (plain, gz, bz2 or xz) in a new `folder`: all of them, or no folder.
+    """The wanted files of a tar (plain, gz, bz2 or xz) or zip in a new `folder`: all of them, or no folder.
 
     limit: bytes of all wanted files; count: members of the archive. Raises UnsafeArchive where a member is absolute,
     has .. in its path, is a link, a device or there twice, and where the archive is damaged or too large;
@@ -56,18 +71,19 @@ def unpack(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with tarfile.open(archive, "r:*", tarinfo=_Member) as tar, meter(archive.name, None, "members") as show:
-            for number, member in enumerate(tar, 1):
+        with open(archive, "rb") as file:  # by its beginning: a tar may end in a zip, as files of weights are
+            entries_of = _zip_entries if file.read(2) == b"PK" else _tar_entries
+        with closing(entries_of(archive)) as entries, meter(archive.name, None, "members") as show:
+            for number, entry in enumerate(entries, 1):
                 show(number)
                 if number > count:
                     raise UnsafeArchive(f"it has more than {count} members")
-                path = _safe(member)
-                if member.isdir() or not wanted(path):
+                if entry.is_dir or not wanted(entry.path):
                     continue
-                limit -= member.size
+                limit -= entry.size
                 if limit < 0:
-                    raise UnsafeArchive(f"{path} and what comes before it are larger than agreed")
-                _write(tar, member, temporary / path)
+                    raise UnsafeArchive(f"{entry.path} and what comes before it are larger than agreed")
+                _write(entry, temporary / entry.path)
         os.replace(temporary, folder)
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno in OF_THIS_DISK:
@@ -78,24 +94,68 @@ def unpack(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _safe(member: tarfile.TarInfo) -> PurePosixPath:
-    """The path of a file or folder of the archive. Raises UnsafeArchive for anything else."""
-    path = PurePosixPath(member.name)
-    shown = ascii(member.name[:100])
-    if member.size < 0:  # an extended header may say so
-        raise UnsafeArchive(f"{shown} has {member.size} bytes")
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
-        raise UnsafeArchive(f"{shown} leads out of the folder")
-    if not member.isdir() and (member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()):
-        raise UnsafeArchive(f"{shown} is a link, a device or another special file")
+def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) -> None:
+    """The folder of that name inside an archive, as `folder`: all of it or nothing, by one process while others wait.
+
+    Options as of `unpack`, and raises as it does; UnsafeArchive too where no such folder is inside.
+    """
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if folder.exists():
+            return
+        scratch = folder.with_name(f".{folder.name}.unpacked")
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        unpack(archive, scratch, limit=limit, **options)
+        try:
+            if not (scratch / folder.name).is_dir():
+                raise UnsafeArchive(f"{archive} holds no folder {folder.name}. Get it again from where it is published")
+            os.replace(scratch / folder.name, folder)
+        finally:
+            shutil.rmtree(scratch)
+
+
+def _tar_entries(archive: Path) -> Generator[_Entry, None, None]:
+    with tarfile.open(archive, "r:*", tarinfo=Member) as tar:
+        for member in tar:
+            path = _safe(member.name)
+            if member.size < 0:  # an extended header may say so
+                raise UnsafeArchive(f"{_shown(member.name)} has {member.size} bytes")
+            if not member.isdir() and (member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()):
+                raise UnsafeArchive(f"{_shown(member.name)} is a link, a device or another special file")
+            yield _Entry(path, member.isdir(), member.size, partial(_opened, tar, member))
+
+
+def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    source = tar.extractfile(member)
+    assert source is not None, "a regular file"
+    return source
+
+
+def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            path, kind = _safe(member.orig_filename), stat.S_IFMT(member.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise UnsafeArchive(f"{_shown(member.filename)} is a link, a device or another special file")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take any memory
+                raise UnsafeArchive(f"{_shown(member.filename)} is compressed by method {member.compress_type}")
+            yield _Entry(path, member.filename.endswith("/"), member.file_size, partial(file.open, member))
+
+
+def _safe(name: str) -> PurePosixPath:
+    """The path of a member. Raises UnsafeArchive where it leads out of the folder."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UnsafeArchive(f"{_shown(name)} leads out of the folder")
     return path
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    source = tar.extractfile(member)
-    assert source is not None, "a regular file"
+def _shown(name: str) -> str:
+    return ascii(name[:100])
+
+
+def _write(entry: _Entry, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with source, open(path, "xb") as target:  # x: a file that is there twice is refused
+    with entry.open() as source, open(path, "xb") as target:  # x: a file that is there twice is refused
         shutil.copyfileobj(source, target, 1 << 20)
-    if path.stat().st_size != member.size:
-        raise UnsafeArchive(f"{member.name[:100]!a} is cut off")
+    if path.stat().st_size != entry.size:
+        raise UnsafeArchive(f"{_shown(str(entry.path))} is cut off")

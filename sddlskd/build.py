@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from hydra.utils import instantiate
 from torch import nn
 
 from sddlskd import config as cfg
@@ -22,6 +21,7 @@ from sddlskd.record import Record
 from sddlskd.run import Run
 from sddlskd.schedule import learning_rate
 from sddlskd.streaming import Data, StreamedData
+from sddlskd.targets import instantiate
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache, cache_path
 

@@ -18,6 +18,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from sddlskd.targets import check_names
+
 __all__ = [
     "Config",
     "canonical",
@@ -36,8 +38,6 @@ __all__ = [
 ]
 
 NO_TEACHER = "none"
-TEACHERS_OPTIMIZER = {"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": 5e-4}
-"""As conf/optimizer/sgd.yaml (a test compares them): a teacher's training does not follow its students' settings."""
 M_CURE = "give distinct positive integers, such as M=[1,2,4]"
 
 
@@ -158,6 +158,13 @@ class DatasetConfig:
     pixel_limit: int = _later(100_000_000)  # pixels above which an image counts as bad, by its header
     workers: int | None = _plumbing(None)  # processes that decode images; 0: none beside the trainer; null: a core each
     epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
+    batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
+    lr: float | None = _plumbing(None)  # peak learning rate of every network's training; null: that of the network
+    weight_decay: float = _plumbing(5e-4)  # what that of the papers' SGD is unless given
+    milestones: list[float] = field(  # what those of the papers' SGD are unless given
+        default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
+    )
+    stem: str = _plumbing("small")  # of our CIFAR networks: small for images of 32 pixels, large for images of 224
     train_teachers: bool = _plumbing(False)  # what teacher.train_if_missing is unless given
 
 
@@ -231,6 +238,7 @@ class Config:
     standardize: bool = False  # z-score the logits of each region (LSKD)
     complementary_weight: float = 2.0  # weight of complementary regions (SDD's beta)
     seed: int = 0  # of the initialisation; of the batches too unless trainer.data_seed is given
+    allow_foreign_targets: bool = _plumbing(False)  # whether _target_ may name code that is not of ours or torch's
     home: str = _plumbing(".")  # folder of data/, teachers/, runs/ and mlflow.db
     run_dir: str = _plumbing("")  # folder of this run's record
 
@@ -239,8 +247,14 @@ def frame() -> None:
     """Make the typed frame and the resolvers known to Hydra (once a process)."""
     ConfigStore.instance().store("frame", node=Config)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
+    OmegaConf.register_new_resolver("given", _given, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)
     OmegaConf.register_new_resolver("sweep_name", _sweep_name_of_root, replace=True)
+
+
+def _given(*values: Any) -> Any:
+    """The first value that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 def _run_name_of_root(*, _root_: DictConfig) -> str:
@@ -303,6 +317,9 @@ def _drop_what_needs_a_teacher(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
+    for key in ("student.model", "teacher.model", "distiller.loss", "dataset.load", "optimizer.algorithm"):
+        group, name = key.split(".")
+        check_names(getattr(getattr(config, group), name), key, config.allow_foreign_targets)
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
     M = config.M
@@ -367,15 +384,22 @@ def teacher_job(config: Config) -> Config:
         student=StudentConfig(config.teacher.name, config.teacher.model, config.teacher.lr),
         distiller=DistillerConfig(name="vanilla", kd_weight=0.0),
         dataset=config.dataset,
-        optimizer=OptimizerConfig(name="sgd", algorithm=dict(TEACHERS_OPTIMIZER), lr=config.teacher.lr),
+        optimizer=OptimizerConfig(  # as conf/optimizer/sgd.yaml: it does not follow the students' settings
+            name="sgd",
+            algorithm={"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": config.dataset.weight_decay},
+            lr=_given(config.dataset.lr, config.teacher.lr),
+            milestones=config.dataset.milestones,
+        ),
         trainer=TrainerConfig(
             epochs=config.teacher.train_epochs,
+            batch_size=config.dataset.batch_size,
             device=config.trainer.device,
             log_every=config.trainer.log_every,
             progress=config.trainer.progress,
         ),
         tracking=config.tracking,
         seed=config.teacher.train_seed,
+        allow_foreign_targets=config.allow_foreign_targets,
         home=config.home,
     )
     settle(job)
@@ -391,6 +415,8 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
                 continue
             if place := f.metadata.get("place"):
                 value = {k: v for k, v in value.items() if v != getattr(node, place)}
+            if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):
+                value = {k: v for k, v in value.items() if (k, v) != ("stem", DatasetConfig.stem)}
             yield f.name, dict(_identity(value)) if is_dataclass(value) else _same_numbers(value)
 
 

@@ -22,7 +22,7 @@ from sddlskd.config import M_CURE, Config
 __all__ = ["duration", "explain", "log_to_terminal", "outcomes", "write_line"]
 
 OURS = (ValueError, OSError, RuntimeError)  # what our own checks raise, worded for users
-NO_CHOICES = ("hydra", "tuned", "__pycache__")  # folders of conf/ that nobody chooses from
+NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")  # folders of conf/ that nobody chooses from
 
 
 def write_line(text: str) -> None:

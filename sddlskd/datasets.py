@@ -23,9 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sddlskd import download
-from sddlskd.download import DownloadError
+from sddlskd.archive import DAMAGE, Member, unpack_folder
+from sddlskd.download import fetch_into
 
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_MEMBERS = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 CIFAR100_MEMBERS = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
@@ -36,8 +46,12 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+STL10_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
+STL10_MD5 = "91f7769df0f17e558f3565bffb0c7dfb"
+STL10_FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-LARGEST = 1 << 30  # bytes of a download; CIFAR-100 has 169 MB
+LARGEST = 1 << 30  # bytes of an archive, and of what is unpacked; CIFAR-100 has 169 MB
+LARGEST_MEMBER = 1 << 28  # bytes of a file that is read into memory; Fashion-MNIST's largest has 47 MB, CIFAR-100's 155
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 
 _log = logging.getLogger(__name__)
@@ -71,12 +85,55 @@ def cifar100(root: str) -> Splits:
     Raises DownloadError where it cannot be had, ValueError naming the file where it is damaged or refused.
     """
     folder = Path(root).expanduser() / "cifar-100-python"
-    pickles = {name: folder / name for name in CIFAR100_MEMBERS}
-    if all(path.is_file() for path in pickles.values()):
-        return Splits(*(_cifar_split(path.read_bytes(), name, str(path)) for name, path in pickles.items()))
-    archive = _fetch(CIFAR100_URL, CIFAR100_MD5, folder.parent)
-    members = _tar_members(archive, [f"{folder.name}/{name}" for name in CIFAR100_MEMBERS])
-    return Splits(*(_cifar_split(members[f"{folder.name}/{n}"], n, f"{archive}:{folder.name}/{n}") for n in pickles))
+    return Splits(*_cifar(folder, CIFAR100_URL, CIFAR100_MD5, CIFAR100_MEMBERS, "CIFAR-100", "fine_labels"))
+
+
+def cifar10(root: str) -> Splits:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 10 classes.
+
+    Read from the six batches in `root`/cifar-10-batches-py, else from `root`/cifar-10-python.tar.gz, fetched on first
+    use. Raises as `cifar100`.
+    """
+    folder = Path(root).expanduser() / "cifar-10-batches-py"
+    *train, test = _cifar(folder, CIFAR10_URL, CIFAR10_MD5, CIFAR10_MEMBERS, "CIFAR-10", "labels")
+    images, labels = zip(*train, strict=True)
+    return Splits(Images(torch.cat(images), torch.cat(labels)), test)
+
+
+def stl10(root: str) -> Splits:
+    """STL-10 (Coates et al. 2011): 5,000 / 8,000 labelled images 96x96x3 of 10 classes, without the unlabelled.
+
+    Read from `root`/stl10_binary/{train,test}_{X,y}.bin, which come out of `root`/stl10_binary.tar.gz, fetched on first
+    use. Raises DownloadError where it cannot be had, ValueError naming the file where it is damaged.
+    """
+    folder = Path(root).expanduser() / "stl10_binary"
+    if not all((folder / name).is_file() for name in STL10_FILES):
+        archive = fetch_into(STL10_URL, STL10_MD5, folder.parent, limit=3 << 30)
+        unpack_folder(archive, folder, limit=LARGEST, wanted=lambda path: path.name in STL10_FILES)
+    return Splits(*(_stl10_split(folder / f"{name}_X.bin", folder / f"{name}_y.bin") for name in ("train", "test")))
+
+
+def _stl10_split(images: Path, labels: Path) -> Images:
+    """Images of 3 x 96 x 96 bytes, each channel column by column; labels of a byte, from 1."""
+    pixels, classes = _read_limited(images), _read_limited(labels)
+    count = len(classes)
+    if len(pixels) != count * 3 * 96 * 96 or not count:
+        raise ValueError(
+            f"{images}: expected {count * 3 * 96 * 96} bytes for the {count} labels of {labels.name}, found "
+            f"{len(pixels)}; remove the folder {images.parent} to have it unpacked again"
+        )
+    labels_N = torch.frombuffer(bytearray(classes), dtype=torch.uint8).long() - 1
+    if not 0 <= int(labels_N.min()) <= int(labels_N.max()) < 10:
+        raise ValueError(f"{labels} holds labels other than 1..10; remove the folder {labels.parent} to have it again")
+    columns_NCWH = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(count, 3, 96, 96)
+    return Images(columns_NCWH.permute(0, 3, 2, 1).contiguous(), labels_N)
+
+
+def _read_limited(path: Path) -> bytes:
+    """The bytes of a file that is no larger than LARGEST_MEMBER. Raises ValueError."""
+    if (size := path.stat().st_size) > LARGEST_MEMBER:
+        raise ValueError(f"{path} has {size} bytes, more than the {LARGEST_MEMBER} that are read; is it that file?")
+    return path.read_bytes()
 
 
 def fashion_mnist(root: str) -> Splits:
@@ -89,7 +146,10 @@ def fashion_mnist(root: str) -> Splits:
     top = Path(root).expanduser()
     places = [top / "FashionMNIST" / "raw", top, Path(DEBIAN_FASHION_MNIST)]
     folder = next((place for place in places if any(_held(place, name) for name in FASHION_MNIST_MD5)), places[0])
-    files = [_held(folder, n) or _fetch(FASHION_MNIST_URL + n, md5, folder) for n, md5 in FASHION_MNIST_MD5.items()]
+    files = [
+        _held(folder, n) or fetch_into(FASHION_MNIST_URL + n, md5, folder, limit=LARGEST)
+        for n, md5 in FASHION_MNIST_MD5.items()
+    ]
     return Splits(_grey_split(*files[:2]), _grey_split(*files[2:]))
 
 
@@ -168,25 +228,21 @@ def image_files(folder: Path) -> list[str]:
     return found
 
 
-def _fetch(url: str, md5: str, folder: Path) -> Path:
-    """The file of `url` in `folder`, fetched if it is not there: once, whole and with this md5, or DownloadError."""
-    name = url.rsplit("/", 1)[-1]
-    try:
-        return download.fetch(url, folder / name, limit=LARGEST, md5=md5)
-    except DownloadError as error:
-        raise DownloadError(f"{error}: put {name}, md5 {md5}, into {folder}") from error
+def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
+    return np.empty(0, np.uint8)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads pickles of containers, strings, numbers and NumPy arrays; refuses any other global, so no code can run."""
 
-    # Taken from NumPy's own answers: the modules of its two builders are private and were renamed in NumPy 2.
-    _reconstruct, _frombuffer = np.empty(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0]
+    # The modules of NumPy's two builders are private and were renamed in NumPy 2. An array is empty until its bytes are
+    # set, whatever shape the first one is asked for: a few bytes of a stranger must not take all memory.
+    _frombuffer = np.empty(0).__reduce_ex__(5)[0]
     _ALLOWED: Mapping[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "ndarray"): object(),  # only ever handed to _reconstruct
         ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
         ("numpy.core.numeric", "_frombuffer"): _frombuffer,
         ("numpy._core.numeric", "_frombuffer"): _frombuffer,
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 spells bytes
@@ -198,33 +254,52 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self._ALLOWED[module, name]
 
 
-def _cifar_split(content: bytes, member: str, where: str) -> Images:
-    """Images of one pickle of the archive: a dict of `data`, uint8 N x 3072 channel-major, and `fine_labels`."""
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != CIFAR100_MEMBERS[member]:
-        _log.warning("%s is not the published CIFAR-100 (its md5 differs): results will not compare", where)
+def _cifar(folder: Path, url: str, md5: str, members: Mapping[str, str], what: str, labels: str) -> list[Images]:
+    """The images of each pickle, of the folder or of the archive beside it. members: their names and md5."""
+    if all((folder / name).is_file() for name in members):
+        contents = {str(folder / name): _read_limited(folder / name) for name in members}
+    else:
+        archive = fetch_into(url, md5, folder.parent, limit=LARGEST)
+        inside = _tar_members(archive, [f"{folder.name}/{name}" for name in members], url)
+        contents = {f"{archive}:{name}": content for name, content in inside.items()}
+    splits = []
+    for (where, content), expected in zip(contents.items(), members.values(), strict=True):
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
+            _log.warning("%s is not the published %s (its md5 differs): results will not compare", where, what)
+        splits.append(_cifar_split(content, where, url, what, labels))
+    return splits
+
+
+def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: str) -> Images:
+    """Images of one pickle: a dict of `data`, uint8 N x 3072 channel-major, and a list of labels."""
     try:
         loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         entries = {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
-        data, labels = entries["data"], np.array(entries["fine_labels"], dtype=np.int64)
+        data, listed = entries["data"], entries[labels_key]
+        if len(listed) > len(content):
+            raise ValueError(f"it has {len(listed)} labels")
+        labels = np.array(listed, dtype=np.int64)
         if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 {(len(labels), 3072)}")
     except Exception as error:  # a damaged pickle can raise anything at all
-        reason = f"{where} is no CIFAR-100 pickle ({type(error).__name__}: {error})"
-        raise ValueError(f"{reason}: remove it to have {CIFAR100_URL} fetched again") from error
+        reason = f"{where} is no {what} pickle ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise ValueError(f"{reason}: remove it to have {url} fetched again") from error
     images_NHWC = torch.from_numpy(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy())
     return Images(images_NHWC, torch.from_numpy(labels))
 
 
-def _tar_members(archive: Path, names: list[str]) -> dict[str, bytes]:
+def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
     """The named files of a tar, read in memory: nothing is extracted, so no member can write outside a folder."""
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, tarinfo=Member) as tar:
+            for name in names:
+                if (size := tar.getmember(name).size) > LARGEST_MEMBER:
+                    raise ValueError(f"{name} has {size} bytes")
             files = {name: tar.extractfile(name) for name in names}
             return {name: file.read() if file else b"" for name, file in files.items()}
-    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"{archive} cannot be read ({error}): remove it to have {CIFAR100_URL} fetched again"
-        ) from error
+    except (*DAMAGE, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{archive} cannot be read ({reason}): remove it to have {url} fetched again") from error
 
 
 def _held(folder: Path, name: str) -> Path | None:
@@ -235,10 +310,11 @@ def _held(folder: Path, name: str) -> Path | None:
 def _read_idx(path: Path, ndim: int) -> Tensor:
     """A uint8 tensor of `ndim` dimensions from an IDX file (http://yann.lecun.com/exdb/mnist/), plain or gzipped."""
     cure = "remove it to have it fetched again"
-    content = path.read_bytes()
+    content = _read_limited(path)
     if content[:2] == b"\x1f\x8b":
         try:
-            content = zlib.decompressobj(wbits=31).decompress(content)  # unlike gzip, gives what a cut file still holds
+            # Unlike gzip, it gives what a cut file still holds, and no more than it is asked for.
+            content = zlib.decompressobj(wbits=31).decompress(content, LARGEST_MEMBER)
         except zlib.error as error:
             raise ValueError(f"{path} is a damaged gzip file of {len(content)} bytes ({error}): {cure}") from error
     magic, header = bytes((0, 0, 8, ndim)), 4 + 4 * ndim  # 8: unsigned bytes

@@ -23,7 +23,7 @@ from filelock import FileLock
 from sddlskd.files import write_atomically
 from sddlskd.meter import meter
 
-__all__ = ["DownloadError", "fetch"]
+__all__ = ["DownloadError", "fetch", "fetch_into"]
 
 ATTEMPTS = 5  # in a row that bring less than GAIN bytes; then the address is given up
 GAIN = 1 << 20  # bytes
@@ -86,6 +86,15 @@ def fetch(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
     except (OSError, _GiveUp) as error:
         raise DownloadError(f"cannot fetch {url} ({_reason(error)})") from error
     return path
+
+
+def fetch_into(url: str, md5: str, folder: Path, *, limit: int) -> Path:
+    """The file of `url` in `folder`, fetched if it is not there: once, whole and with this md5, or DownloadError."""
+    name = url.rsplit("/", 1)[-1]
+    try:
+        return fetch(url, folder / name, limit=limit, md5=md5)
+    except DownloadError as error:
+        raise DownloadError(f"{error}: put {name}, md5 {md5}, into {folder}") from error
 
 
 def _check_address(url: str) -> None:

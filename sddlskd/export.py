@@ -29,6 +29,7 @@ from sddlskd.checkpoint import load_weights, read_safetensors
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
 from sddlskd.files import write_atomically
+from sddlskd.targets import instantiate
 
 __all__ = ["FORMATS", "Classifier", "about", "best_student", "described", "load_run", "main", "to_mlflow", "to_onnx"]
 __all__ += ["to_safetensors", "without_weights"]
@@ -167,8 +168,6 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
 
 
 def _image_shape(job: Config) -> tuple[int, ...]:
-    from hydra.utils import instantiate
-
     _, height, width, channels = shape_of(job, instantiate(job.dataset.load))
     return channels, height, width
 

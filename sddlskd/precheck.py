@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import nn
 
 from sddlskd import record
@@ -21,6 +20,7 @@ from sddlskd.config import Config, canonical
 from sddlskd.console import explain
 from sddlskd.data import Files, Splits
 from sddlskd.precision import pick_device
+from sddlskd.targets import instantiate
 
 __all__ = ["look", "main", "problems"]
 

@@ -1,7 +1,8 @@
 """`python -m sddlskd.teachers`: bring home the teachers that others trained, safely.
 
     list                        what is published and what is here
-    fetch NAME ... | all        leave published teachers where teacher=NAME dataset=cifar100 finds them
+    fetch NAME ... | all        leave published teachers where teacher=NAME finds them, for dataset=cifar100 unless
+                                another is given; imagenet_... are for dataset=imagenet
     verify NAME ...             measure top-1 on the test split and compare it with what is published
     import FILE --as NAME       the same place for a file of one's own (ours, RepDistiller's or mdistiller's)
 
@@ -12,6 +13,7 @@ sha256 on first use. key=value words override the configuration, such as home=, 
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -46,30 +48,38 @@ __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 
 
 class Published(NamedTuple):
-    """A teacher of Tian et al. (2020), which mdistiller and the papers after it use."""
+    """A teacher that the papers use."""
 
-    top1: float  # % on CIFAR-100's test split, as RepDistiller's README gives it
-    folder: str  # of its file, in both places
+    top1: float  # % on the test split, as its publisher gives it
+    file: str  # in every place; torchvision's have the first digits of their sha256 in the name
 
 
-DATASET = "cifar100"
-PUBLISHED = {
-    "resnet32x4": Published(79.42, "resnet32x4_vanilla"),
-    "wrn_40_2": Published(75.61, "wrn_40_2_vanilla"),
-    "vgg13": Published(74.64, "vgg13_vanilla"),
-    "resnet50": Published(79.34, "ResNet50_vanilla"),
-    "resnet56": Published(72.34, "resnet56_vanilla"),
-    "resnet110": Published(74.31, "resnet110_vanilla"),
+PUBLISHED = {  # by data set and name
+    "cifar100": {  # Tian et al. (2020), whose README gives the top-1; mdistiller and the papers after it use them
+        "resnet32x4": Published(79.42, "resnet32x4_vanilla/ckpt_epoch_240.pth"),
+        "wrn_40_2": Published(75.61, "wrn_40_2_vanilla/ckpt_epoch_240.pth"),
+        "vgg13": Published(74.64, "vgg13_vanilla/ckpt_epoch_240.pth"),
+        "resnet50": Published(79.34, "ResNet50_vanilla/ckpt_epoch_240.pth"),
+        "resnet56": Published(72.34, "resnet56_vanilla/ckpt_epoch_240.pth"),
+        "resnet110": Published(74.31, "resnet110_vanilla/ckpt_epoch_240.pth"),
+    },
+    "imagenet": {  # torchvision's IMAGENET1K_V1, which both papers use
+        "resnet18": Published(69.76, "resnet18-f37072fd.pth"),
+        "resnet34": Published(73.31, "resnet34-b627a593.pth"),
+        "resnet50": Published(76.13, "resnet50-0676ba61.pth"),
+    },
 }
-FILE = "ckpt_epoch_240.pth"
-PLACES = (  # an archive with <folder>/<FILE> of all six, or an address that /<folder>/<FILE> is put behind
-    "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar",
-    "http://shape2prog.csail.mit.edu/repo",  # RepDistiller's scripts/fetch_pretrained_teachers.sh
-)
+PLACES = {  # an archive with all files of the data set, or an address that /<file> is put behind
+    "cifar100": (
+        "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar",
+        "http://shape2prog.csail.mit.edu/repo",  # RepDistiller's scripts/fetch_pretrained_teachers.sh
+    ),
+    "imagenet": ("https://download.pytorch.org/models",),
+}
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_ARCHIVE = 2 << 30  # bytes
 LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer's state has 190 MB
-TOLERANCE = 0.1  # points of top-1: 10 of 10,000 images, more than another device's rounding moves
+TOLERANCE = 0.1  # points of top-1: 10 of 10,000 images, more than another device's rounding or JPEG decoder moves
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, DownloadError)  # what a user can mend
 
 
@@ -79,12 +89,14 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
     mirrors: asked before PLACES, each of either kind. Raises ValueError naming every place and what is wrong with it.
     """
     name = job.teacher.name
-    if name not in PUBLISHED or job.dataset.name != DATASET:
+    dataset = job.dataset.name
+    if name not in PUBLISHED.get(dataset, ()):
+        valid = "; ".join(f"valid for {known} are {', '.join(of_it)}" for known, of_it in PUBLISHED.items())
         raise ValueError(
-            f"no {name} for {job.dataset.name} is published; valid for {DATASET} are {', '.join(PUBLISHED)}. "
-            f"Train it with `python -m sddlskd.train distiller=vanilla student={name} dataset={job.dataset.name}`"
+            f"no {name} for {dataset} is published; {valid}. "
+            f"Train it with `python -m sddlskd.train distiller=vanilla student={name} dataset={dataset}`"
         )
-    target = path_of(job.home, DATASET, name)
+    target = path_of(job.home, dataset, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the same as for training it
         if target.exists():
@@ -95,7 +107,7 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
                 )
             return f"{name} is there already: {target}"
         reasons = []
-        for place in (*mirrors, *PLACES):
+        for place in (*mirrors, *PLACES[dataset]):
             try:
                 return f"{name} from {_fetch_from(place, job, target)}: {target}"
             except (DownloadError, ValueError) as error:
@@ -108,12 +120,15 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
 
 def _fetch_from(place: str, job: Config, target: Path) -> str:
     """Have the teacher at `target` from one place; gives the address."""
-    published, downloads = PUBLISHED[job.teacher.name], target.parent / "downloads"
-    address = place if place.endswith(ARCHIVES) else f"{place.rstrip('/')}/{published.folder}/{FILE}"
+    file, downloads = PUBLISHED[job.dataset.name][job.teacher.name].file, target.parent / "downloads"
+    address = place if place.endswith(ARCHIVES) else f"{place.rstrip('/')}/{file}"
     kept = downloads / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{address.rpartition('/')[2]}"
     if address != place:
         download.fetch(address, kept, limit=LARGEST_FILE)
+        named = re.search(r"-([0-9a-f]{8})\.pth$", file)
         try:
+            if named and not file_hash(kept).startswith(named[1]):
+                raise ValueError(f"{address} has sha256 {file_hash(kept)[:16]}..., not the one in its name")
             _install(job, kept, target, address)
         finally:
             kept.unlink(missing_ok=True)  # what was refused is asked for anew next time
@@ -124,10 +139,10 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
         pins.check(job.home, address, sha256)
         with TemporaryDirectory(dir=downloads) as folder:
             unpacked = Path(folder, "unpacked")
-            unpack(kept, unpacked, limit=LARGEST_FILE, wanted=lambda p: p.parts[-2:] == (published.folder, FILE))
-            found = list(unpacked.rglob(FILE))
+            unpack(kept, unpacked, limit=LARGEST_FILE, wanted=lambda p: f"/{p}".endswith(f"/{file}"))
+            found = [path for path in unpacked.rglob("*") if path.is_file()]
             if len(found) != 1:
-                raise ValueError(f"{address} has {len(found)} files {published.folder}/{FILE}, expected one")
+                raise ValueError(f"{address} has {len(found)} files {file}, expected one")
             _install(job, found[0], target, address)
         pins.pin(job.home, address, sha256, address)
     except ValueError:
@@ -214,16 +229,16 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
                 show(done := done + len(target_B))
 
     top1 = evaluate(teacher, seen())["top1"]
-    published = PUBLISHED.get(name) if job.dataset.name == DATASET else None
+    published = PUBLISHED.get(job.dataset.name, {}).get(name)
     if published is None:
         return f"{name}: top-1 {top1:.2f} on {job.dataset.name}; nothing is published to compare with"
     if round(abs(top1 - published.top1), 4) > TOLERANCE:
         raise ValueError(
-            f"{name}: top-1 {top1:.2f} on {DATASET}, published is {published.top1:.2f}: {path} was trained "
+            f"{name}: top-1 {top1:.2f} on {job.dataset.name}, published is {published.top1:.2f}: {path} was trained "
             f"otherwise, or the data differs. Remove it and its entry {_key(job)} in {pins.lock_path(job.home)}, "
             "and fetch it again"
         )
-    return f"{name}: top-1 {top1:.2f} on {DATASET}, as published ({published.top1:.2f})"
+    return f"{name}: top-1 {top1:.2f} on {job.dataset.name}, as published ({published.top1:.2f})"
 
 
 def table(home: str) -> str:
@@ -236,9 +251,10 @@ def table(home: str) -> str:
         rows.add_column(column, overflow="fold")
     known = pins.pinned(home)
     here = {f"{path.parent.name}/{path.stem}": path for path in Path(home, "teachers").glob("*/*.pt")}
-    for key in dict.fromkeys([*(f"{DATASET}/{name}" for name in PUBLISHED), *sorted(here)]):
+    listed = [f"{dataset}/{name}" for dataset, of_it in PUBLISHED.items() for name in of_it]
+    for key in dict.fromkeys([*listed, *sorted(here)]):
         dataset, _, name = key.partition("/")
-        published = PUBLISHED.get(name) if dataset == DATASET else None
+        published = PUBLISHED.get(dataset, {}).get(name)
         source = known[key]["source"] if key in known else ""
         if key not in here:
             state = "not here"
@@ -255,6 +271,8 @@ def table(home: str) -> str:
 
 def _job(name: str, overrides: Sequence[str]) -> Config:
     """The configuration of one teacher, as a training would compose it."""
+    if name.startswith("imagenet_"):
+        overrides = ["dataset=imagenet", *overrides]
     with hydra.initialize_config_module("sddlskd.conf", version_base="1.3"):
         return cfg.resolve(hydra.compose("config", overrides=["tracking=none", f"teacher={name}", *overrides]))
 
@@ -287,7 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif not words:
         parser.error(f"{chosen.command} what? Give names, such as {chosen.command} resnet32x4")
     if chosen.command == "fetch" and words == ["all"]:
-        words = list(PUBLISHED)
+        dataset = dict(word.split("=", 1) for word in overrides).get("dataset", "cifar100")
+        prefix = "imagenet_" if dataset == "imagenet" else ""  # as conf/teacher calls them
+        words = [prefix + name for name in PUBLISHED.get(dataset, PUBLISHED["cifar100"])]
     cfg.frame()
     log_to_terminal()
     mirrors = [*chosen.mirror, *os.environ.get("SDDLSKD_TEACHER_MIRRORS", "").split()]

@@ -14,15 +14,15 @@ import hydra
 import pytest
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import sddlskd
 from sddlskd import config as cfg
-from sddlskd import datasets
+from sddlskd import datasets, folders
 from sddlskd.config import Config
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
+from sddlskd.targets import instantiate
 from tests.conftest import CONF, Compose, compose_in
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -30,6 +30,8 @@ GROUPS = ("teacher", "student", "distiller", "scales", "dataset", "optimizer", "
 
 
 LIBRARIES = {"timm", "torchvision"}  # choices of student and teacher that take the network's name as an argument
+IMAGENET = {"imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50", "mobilev1"}  # for images of 224 pixels
+UNSAID = {"dataset=image_folder": ("dataset.num_classes=37",)}  # what a choice asks its user for
 
 
 def choices(group: str) -> list[str]:
@@ -72,7 +74,7 @@ PLAIN = (
 
 @pytest.mark.parametrize(("group", "choice"), [(group, choice) for group in PLAIN for choice in choices(group)])
 def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
-    job = job_of(f"{group}={choice}")
+    job = job_of(f"{group}={choice}", *UNSAID.get(f"{group}={choice}", ()))
     assert cfg.run_name(job) in job.run_dir
     assert not [key for key, value in leaves(job) if value == "???"]
     if group in ("dataset", "optimizer", "distiller"):
@@ -82,15 +84,16 @@ def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
 def test_the_choices_are_those_that_the_project_promises() -> None:
     assert set(choices("distiller")) == {"vanilla", "kd", "dkd", "nkd"}
     assert set(choices("scales")) == {"global", "two", "three", "skip"}
-    assert set(choices("dataset")) == {"cifar100", "digits", "fake", "fashion_mnist", "image_folder"}
+    small = {"cifar10", "cifar100", "digits", "fake", "fashion_mnist", "stl10"}
+    assert set(choices("dataset")) == small | {"cub200", "image_folder", "imagenet", "tiny_imagenet"}
     assert set(choices("trainer")) == {"default", "debug", "cpu"}
     assert set(choices("recipe")) == set(RECIPES)
     wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}  # LSKD Table 5's teachers, built by class
-    assert set(choices("student")) == set(choices("teacher")) == set(names()) | wide | LIBRARIES
-    assert len(set(choices("student")) - LIBRARIES) == 26
+    assert set(choices("student")) == set(choices("teacher")) == set(names()) | wide | LIBRARIES | IMAGENET
+    assert len(set(choices("student")) - LIBRARIES - IMAGENET) == 26
 
 
-@pytest.mark.parametrize("name", sorted(set(choices("student")) - LIBRARIES))
+@pytest.mark.parametrize("name", sorted(set(choices("student")) - LIBRARIES - IMAGENET))
 def test_every_network_is_built_as_student_and_as_teacher(name: str) -> None:
     job = job_of(f"student={name}", f"teacher={name}")
     assert (job.student.name, job.teacher.name) == (name, name)
@@ -101,6 +104,16 @@ def test_every_network_is_built_as_student_and_as_teacher(name: str) -> None:
     with torch.device("meta"), torch.no_grad():
         logit_map = instantiate(job.student.model, num_classes=7).eval()(torch.empty(2, 3, 32, 32))
     assert logit_map.shape[:2] == (2, 7)
+
+
+@pytest.mark.parametrize("name", sorted(IMAGENET))
+def test_every_network_for_imagenet_is_built_under_the_papers_name(name: str) -> None:
+    job = job_of("dataset=imagenet", f"student={name}", f"teacher={name}")
+    assert job.student.name == job.teacher.name == name.removeprefix("imagenet_")
+    assert job.teacher.model == job.student.model
+    with torch.device("meta"), torch.no_grad():
+        logit_map = instantiate(job.student.model, num_classes=1000).eval()(torch.empty(1, 3, 224, 224))
+    assert logit_map.shape == (1, 1000, 7, 7)
 
 
 def test_the_learning_rate_follows_the_student_not_the_teacher() -> None:
@@ -136,10 +149,11 @@ def test_every_optimizer_builds(compose: Compose, name: str) -> None:
 
 @pytest.mark.parametrize("name", choices("dataset"))
 def test_every_data_set_names_a_loader_that_takes_its_arguments(name: str) -> None:
-    job = job_of(f"dataset={name}")
+    job = job_of(f"dataset={name}", *UNSAID.get(f"dataset={name}", ()))
     arguments = {key: value for key, value in job.dataset.load.items() if key != "_target_"}
-    inspect.signature(getattr(datasets, name)).bind(**arguments)
-    assert job.dataset.load["_target_"] == f"sddlskd.datasets.{name}"
+    module = folders if name in folders.__all__ else datasets
+    inspect.signature(getattr(module, name)).bind(**arguments)
+    assert job.dataset.load["_target_"] == f"{module.__name__}.{name}"
     assert len(job.dataset.mean) == len(job.dataset.std) == 3
 
 
@@ -151,7 +165,7 @@ def test_the_data_sets_that_need_no_file_load(compose: Compose, name: str) -> No
     assert int(splits.train.labels_N.max()) < job.dataset.num_classes
 
 
-# Precedence: recipe < pair < tuned < scales < the command line.
+# Precedence: recipe < adapted < pair < tuned < scales < the command line.
 
 
 def test_precedence() -> None:
@@ -302,11 +316,103 @@ def test_pairs_of_one_architecture_take_two_scales(pair: str) -> None:
 
 def test_every_published_pair_is_a_choice_and_sets_its_two_networks() -> None:
     rows = reference("pairs") + [row for row in reference("experiments_seed") if row["repo"] == "sdd"]
-    assert set(choices("pair")) == {f"{row['teacher']}_{row['student']}" for row in rows}
+    assert set(choices("pair")) == {f"{row['teacher']}_{row['student']}" for row in rows} | set(IMAGENET_PAIRS)
     for row in reference("pairs"):
         with open(CONF / "pair" / f"{row['teacher']}_{row['student']}.yaml") as file:
             defaults = yaml.safe_load(file)["defaults"]
         assert defaults == [{"override /teacher": row["teacher"]}, {"override /student": row["student"]}]
+
+
+IMAGENET_PAIRS = {  # SDD Tables 3 and 4, LSKD Table 3
+    "imagenet_resnet34_imagenet_resnet18": ("resnet34", "resnet18"),
+    "imagenet_resnet50_mobilev1": ("resnet50", "mobilev1"),
+}
+
+
+@pytest.mark.parametrize("pair", IMAGENET_PAIRS)
+def test_the_pairs_of_imagenet(pair: str) -> None:
+    job = job_of("dataset=imagenet", f"pair={pair}")
+    assert (job.teacher.name, job.student.name) == IMAGENET_PAIRS[pair]
+
+
+# The data sets' own settings. Sources: architectures.md's table of recipes, and experiments_seed.csv, whose rows for
+# ImageNet and CUB-200 are copied to tests/reference/experiments_large.csv with SDD's configs/cub200 beside them.
+
+
+def test_imagenet_brings_its_papers_training() -> None:
+    job = job_of("dataset=imagenet", "pair=imagenet_resnet50_mobilev1")
+    o, t = job.optimizer, job.trainer
+    assert (o.name, o.lr, o.algorithm["weight_decay"], o.algorithm["momentum"]) == ("sgd", 0.2, 1e-4, 0.9)
+    assert (t.epochs, t.batch_size, [part * t.epochs for part in o.milestones], o.decay) == (
+        100,
+        512,
+        [30, 60, 90],
+        0.1,
+    )
+    assert (job.dataset.size, job.dataset.crop_area, job.dataset.flip) == (224, [0.08, 1.0], True)
+    given = job_of("dataset=imagenet", "trainer.batch_size=64", "optimizer.lr=0.1", "optimizer.milestones=[0.5]")
+    assert (given.trainer.batch_size, given.optimizer.lr, given.optimizer.milestones) == (64, 0.1, [0.5])
+    adamw = job_of("dataset=imagenet", "optimizer=adamw").optimizer
+    assert (adamw.lr, adamw.algorithm["weight_decay"]) == (1e-3, 0.05)  # another optimizer keeps its own settings
+
+
+def test_cub200_brings_its_papers_training() -> None:
+    for student in ("mobilev2", "shufflev1", "resnet8x4"):
+        job = job_of("dataset=cub200", f"student={student}")
+        o, t = job.optimizer, job.trainer
+        assert (o.lr, o.algorithm["weight_decay"], t.epochs, t.batch_size) == (0.01, 5e-4, 240, 64)
+        assert [part * t.epochs for part in o.milestones] == [150, 180, 210]
+        assert job.student.model["stem"] == "large"
+    assert job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd").optimizer.lr == 0.05
+    assert "stem" not in job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd").student.model
+
+
+def test_a_teacher_trained_on_the_spot_has_the_data_sets_settings() -> None:
+    job = cfg.teacher_job(job_of("dataset=imagenet", "pair=imagenet_resnet50_mobilev1"))
+    assert (job.optimizer.lr, job.optimizer.algorithm["weight_decay"], job.trainer.batch_size) == (0.2, 1e-4, 512)
+    assert job.optimizer.milestones == [0.3, 0.6, 0.9]
+
+
+@pytest.mark.parametrize("row", reference("experiments_large"), ids=lambda row: row["config"].removeprefix("configs/"))
+def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
+    prefix = {"resnet34": "imagenet_", "resnet50": "imagenet_"} if row["dataset"] == "imagenet" else {}
+    pair = prefix.get(row["teacher"], "") + row["teacher"] + "_" + prefix.get(row["teacher"], "") + row["student"]
+    pair = pair.replace("imagenet_mobilev1", "mobilev1")
+    job = job_of(f"dataset={row['dataset']}", f"pair={pair}", f"recipe={row['recipe']}")
+    d, o = job.distiller, job.optimizer
+    assert (d.temperature, d.ce_weight, job.M) == (
+        float(row["temperature"]),
+        float(row["ce_weight"]),
+        yaml.safe_load(row["M"]),
+    )
+    for key, value in ((d.kd_weight, row["kd_weight"]), (d.loss.get("alpha"), row["alpha"]),
+                       (d.loss.get("gamma" if "nkd" in row["recipe"] else "beta"), row["beta"])):  # fmt: skip
+        assert key == float(value) if value else True
+    assert (d.warmup_epochs, o.lr, o.algorithm["weight_decay"]) == (
+        int(row["warmup"]), float(row["lr"]), float(row["weight_decay"]),
+    )  # fmt: skip
+    assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(row["lr_decay_stages"])
+
+
+def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> None:
+    for name in choices("adapted"):
+        dataset, recipe = name.split("-")
+        assert (dataset in choices("dataset"), recipe in choices("recipe")) == (True, True)
+        unlike = ("teacher=vgg13", "student=resnet8")  # no tuned file is about these
+        assert (
+            job_of(f"dataset={dataset}", f"recipe={recipe}", *unlike).distiller
+            != job_of(f"recipe={recipe}", *unlike).distiller
+        )
+
+
+def test_a_stem_that_is_the_default_leaves_jobs_their_names() -> None:
+    job = job_of()
+    assert job.student.model["stem"] == job.dataset.stem == "small"
+    assert cfg.config_hash(job) == "3755aa485b69"  # from before there were stems
+    assert cfg.config_hash(job_of("recipe=vanilla")) == "dd34a98191fb"
+    large = job_of("dataset.stem=large")
+    assert large.student.model["stem"] == large.teacher.model["stem"] == "large"
+    assert cfg.config_hash(large) != cfg.config_hash(job)
 
 
 def test_every_tuned_file_is_for_choices_that_exist_and_changes_something() -> None:
@@ -320,7 +426,7 @@ def test_every_tuned_file_is_for_choices_that_exist_and_changes_something() -> N
         plain = {"M": RECIPES[recipe][1], "distiller": {"temperature": RECIPES[recipe][3]}}
         plain["distiller"] |= {"kd_weight": RECIPES[recipe][5], "loss": RECIPES[recipe][7]}
         assert OmegaConf.merge(plain, tuned) != OmegaConf.create(plain), name
-        assert dataset == "cifar100"
+        assert dataset in ("cifar100", "cub200", "imagenet")
 
 
 # The job's identity.
@@ -335,7 +441,7 @@ SMALL = ("dataset=fashion_mnist", "teacher=resnet8", "student=resnet8")
         "home=/elsewhere", "run_dir=/elsewhere/run", "trainer.device=cuda:1", "tracking=none",
         "tracking.uri=sqlite:////a/b", "tracking.experiment=other", "trainer.log_every=7",
         "trainer.progress=off", "checkpoint.every_minutes=3",
-        "dataset.root=/other/data", "dataset.root=data", "teacher.train_if_missing=true",
+        "dataset.root=/other/data", "dataset.root=data", "teacher.train_if_missing=true", "allow_foreign_targets=true",
         "sweep.name=mine", "trainer=cpu",
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from sddlskd import datasets
+from sddlskd import datasets, download
 from sddlskd.data import (
     DeviceData,
     DownloadError,
@@ -474,7 +474,7 @@ def test_two_processes_may_fetch_at_once(
     root = tmp_path / "root"
     task = (datasets.CIFAR100_URL, datasets.CIFAR100_MD5, root)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        paths = pool.starmap(datasets._fetch, [task] * 4, chunksize=1)
+        paths = pool.starmap(partial(download.fetch_into, limit=1 << 20), [task] * 4, chunksize=1)
     assert set(paths) == {root / "cifar-100-python.tar.gz"}
     assert len(cifar100(str(root)).test.labels_N) == 5
 

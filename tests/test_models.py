@@ -13,12 +13,14 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental import optimization
 
 from sddlskd.models import LogitMapModel, create, names
+from sddlskd.models.wrn import WideResNet
 
 CHECKPOINT_KEYS: dict[str, dict[str, list[int]]] = json.loads(
     (Path(__file__).parent / "reference" / "checkpoint_keys.json").read_text()
 )
 FAMILY_HEADS = ("resnet8", "resnet18", "resnet50", "wrn_16_2", "vgg8", "mobilev2", "shufflev1", "shufflev2")
-all_networks = pytest.mark.parametrize("name", names())
+CIFAR = [name for name in names() if name != "mobilev1"]
+all_networks = pytest.mark.parametrize("name", CIFAR)
 each_family = pytest.mark.parametrize("name", FAMILY_HEADS)
 
 
@@ -80,7 +82,9 @@ class Functional:
 
     def conv(self, key: str, x: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
         weight = self.state[f"{key}.weight"]
-        padding = {1: 0, 3: 1}[weight.shape[-1]]
+        kernel = weight.shape[-1]
+        padding = {1: 0, 3: 1, 7: 3}[kernel]
+        stride = 2 if kernel == 7 else stride  # the large stem
         return F.conv2d(x, weight, self.state.get(f"{key}.bias"), stride, padding, groups=groups)
 
     def bn(self, key: str, x: Tensor) -> Tensor:
@@ -149,6 +153,7 @@ def oracle_vgg(f: Functional, x: Tensor, convs: tuple[int, ...]) -> Tensor:
 
 def oracle_mobilev2(f: Functional, x: Tensor) -> Tensor:
     x = f.bn("conv1.1", f.conv("conv1.0", x, stride=2)).relu()
+    x = F.max_pool2d(x, 2) if f.state["conv1.0.weight"].shape[-1] == 7 else x
     table = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
     for stage, (channels, count, stage_stride) in enumerate(table):
         for i in range(count):
@@ -216,11 +221,20 @@ def oracle_logits(name: str, state: dict[str, Tensor], x: Tensor) -> Tensor:
     return {"mobilev2": oracle_mobilev2, "shufflev1": oracle_shufflev1, "shufflev2": oracle_shufflev2}[name](f, x)
 
 
+def oracle_mobilev1(f: Functional, x: Tensor) -> Tensor:
+    x = f.bn("model.0.1", f.conv("model.0.0", x, stride=2)).relu()
+    for i in range(1, 14):
+        p, stride = f"model.{i}", 2 if i in (2, 4, 6, 12) else 1
+        x = f.bn(f"{p}.1", f.conv(f"{p}.0", x, stride, groups=x.shape[1])).relu()
+        x = f.bn(f"{p}.4", f.conv(f"{p}.3", x)).relu()
+    return f.linear("fc", x)
+
+
 # --- names ---
 
 
 def test_names_are_the_checkpoints():
-    assert sorted(names()) == sorted(CHECKPOINT_KEYS)
+    assert sorted(CIFAR) == sorted(CHECKPOINT_KEYS)
     assert names()[:3] == ("resnet8", "resnet14", "resnet20")
 
 
@@ -313,6 +327,78 @@ def test_vgg_pools_once_more_at_64():
     model, x = loaded("vgg8", torch.float64), images(1, side=64, dtype=torch.float64)
     with torch.no_grad():
         assert_near(model(x).mean(dim=(2, 3)), oracle_logits("vgg8", random_checkpoint("vgg8"), x), 1e-10)
+
+
+# --- images of 224 pixels: mobilev1, and the stems of the SDD authors for CUB-200 ---
+
+LARGE = [name for name in CIFAR if not name.startswith("vgg")]
+
+
+def state_of(model: LogitMapModel) -> dict[str, Tensor]:
+    """Its state in float64, with BN statistics that are not those of a fresh network."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 1.3, generator=generator)
+    return {key: value.double() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "resnet50", "wrn_16_2", "mobilev2", "shufflev1", "shufflev2"])
+def test_the_large_stem_equals_the_second_writing(name):
+    torch.manual_seed(0)
+    model = create(name, num_classes=7, stem="large")
+    state = state_of(model)
+    x = images(batch=1, side=64, dtype=torch.float64)
+    with torch.no_grad():
+        assert_near(model.double().eval()(x).mean(dim=(2, 3)), oracle_logits(name, state, x), 1e-10)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_stem_is_another_first_convolution_and_nothing_else(name):
+    with torch.device("meta"):
+        small, large = (create(name, num_classes=200, stem=stem).state_dict() for stem in ("small", "large"))
+        logit_map = create(name, num_classes=200, stem="large").eval()(torch.empty(1, 3, 224, 224))
+    assert list(small) == list(large)
+    first = next(iter(large))
+    assert [key for key in large if large[key].shape != small[key].shape] == [first]
+    assert large[first].shape[1:] == (3, 7, 7)
+    side = {"mobilev2": 7, "resnet18": 14, "resnet50": 14, "shufflev1": 14, "shufflev2": 14}.get(name, 28)
+    assert logit_map.shape == (1, 200, side, side)
+
+
+def test_the_vggs_take_large_images_as_they_are():
+    with torch.device("meta"):
+        assert create("vgg13", num_classes=200).eval()(torch.empty(1, 3, 224, 224)).shape == (1, 200, 28, 28)
+
+
+def test_stems_that_a_network_does_not_have():
+    for name in ("vgg8", "mobilev1"):
+        with pytest.raises(ValueError, match=f"{name} has no large stem.*leave stem out"):
+            create(name, num_classes=10, stem="large")
+    for name in ("vgg8", "resnet8"):
+        with pytest.raises(ValueError, match=f"unknown stem 'huge' of {name}; choose one of: small, large"):
+            create(name, num_classes=10, stem="huge")
+    with pytest.raises(ValueError, match="unknown stem 'huge'"):
+        WideResNet(units=2, width=4, num_classes=10, stem="huge")
+
+
+def test_mobilev1_equals_the_second_writing():
+    torch.manual_seed(0)
+    model = create("mobilev1", num_classes=11)
+    state = state_of(model)
+    x = images(batch=1, side=64, dtype=torch.float64)
+    with torch.no_grad():
+        logit_map = model.double().eval()(x)
+    assert logit_map.shape == (1, 11, 2, 2)
+    assert_near(logit_map.mean(dim=(2, 3)), oracle_mobilev1(Functional(state), x), 1e-10)
+
+
+def test_mobilev1_is_as_large_as_published():
+    with torch.device("meta"):
+        model = create("mobilev1", num_classes=1000)
+        assert model.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 1000, 7, 7)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.2  # Howard et al. 2017, table 4
 
 
 # --- what others do with a network ---

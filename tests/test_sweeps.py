@@ -44,7 +44,14 @@ from sddlskd.sweeps import (
 from sddlskd.trainer import fit
 
 REPO = Path(__file__).parent.parent
-COMMON = ["dataset=digits", "teacher=resnet8", "trainer=debug", "trainer.max_steps=3", "tracking=none"]
+COMMON = [
+    "allow_foreign_targets=true",
+    "dataset=digits",
+    "teacher=resnet8",
+    "trainer=debug",
+    "trainer.max_steps=3",
+    "tracking=none",
+]
 
 
 @pytest.fixture
@@ -71,7 +78,8 @@ def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config
 
 
 def network(kind: str, **arguments: Any) -> str:
-    choice = f"student.name={kind.lower()} student.model._target_=tests.misbehaving.{kind} ~student.model.name"
+    choice = f"student.name={kind.lower()} student.model._target_=tests.misbehaving.{kind}"
+    choice += " ~student.model.name ~student.model.stem"
     return choice + "".join(f" +student.model.{key}={value}" for key, value in arguments.items())
 
 

@@ -1,6 +1,7 @@
 """Published teachers: listed, fetched, verified, imported; from a real server on loopback, with every bad file."""
 
 import argparse
+import hashlib
 import io
 import json
 import logging
@@ -17,23 +18,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sddlskd import download, pins, teachers
+from sddlskd import build, download, pins, teachers
 from sddlskd.checkpoint import load_weights
 from sddlskd.config import Config
 from sddlskd.models import create
 from sddlskd.teacher import file_hash, path_of, publish
-from sddlskd.teachers import FILE, PLACES, PUBLISHED, fetch, import_file, main
+from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
 from sddlskd.trainer import fit
 from tests.conftest import Compose, compose_in
 from tests.loopback import Site, site, status
 from tests.tiny import one_thread, same, tiny  # noqa: F401
 
 NAME = "resnet56"
-FOLDER = "resnet56_vanilla"
+FOLDER, FILE = "resnet56_vanilla", "ckpt_epoch_240.pth"
 SMALLER = 1 << 25  # bytes of the largest file, where a larger one must be made
 
 
@@ -42,7 +44,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """Loopback alone: the published places are not asked."""
     monkeypatch.setattr(download, "BACKOFF_S", 0.001)
     monkeypatch.setattr(download, "STALLED_S", 0.5)
-    monkeypatch.setattr(teachers, "PLACES", ())
+    monkeypatch.setattr(teachers, "PLACES", {"cifar100": (), "imagenet": ()})
     monkeypatch.delenv("SDDLSKD_TEACHER_MIRRORS", raising=False)
     with site() as here:
         yield here
@@ -133,12 +135,58 @@ def refused(job: Config, *mirrors: str) -> str:
 
 
 def test_what_is_published() -> None:
-    top1 = {name: published.top1 for name, published in PUBLISHED.items()}
+    top1 = {name: published.top1 for name, published in PUBLISHED["cifar100"].items()}
     assert top1 == {
         "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "resnet50": 79.34, "resnet56": 72.34,
         "resnet110": 74.31,
     }  # fmt: skip
-    assert [address.split("/")[2] for address in PLACES] == ["github.com", "shape2prog.csail.mit.edu"]
+    assert [address.split("/")[2] for address in PLACES["cifar100"]] == ["github.com", "shape2prog.csail.mit.edu"]
+
+
+def test_the_imagenet_teachers_are_torchvisions() -> None:
+    (place,) = PLACES["imagenet"]
+    for name, published in PUBLISHED["imagenet"].items():
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        assert f"{place}/{published.file}" == weights.url
+        assert published.top1 == round(weights.meta["_metrics"]["ImageNet-1K"]["acc@1"], 2)
+
+
+def torchvisions(seed: int = 0) -> tuple[bytes, str]:
+    """A file as torchvision publishes them, a bare state dict, and its name."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        buffer = io.BytesIO()
+        torch.save(torchvision.models.resnet18().state_dict(), buffer)
+    return buffer.getvalue(), f"resnet18-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
+
+
+def test_an_imagenet_teacher_is_fetched_and_loads_strictly(
+    web: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, file = torchvisions()
+    web.file(f"models/{file}", content)
+    monkeypatch.setitem(PUBLISHED["imagenet"], "resnet18", teachers.Published(69.76, file))
+    words = ("fetch", "imagenet_resnet18", "--mirror", f"{web.url}models", f"home={tmp_path}")
+    path = tmp_path / "teachers/imagenet/resnet18.pt"
+    assert run(capsys, *words)[:2] == (0, f"resnet18 from {web.url}models/{file}: {path}\n")
+    job = compose_in(tmp_path, "dataset=imagenet", "teacher=imagenet_resnet18")
+    network = build.build_network(job.teacher.model, 1000, 0, torch.device("cpu"))
+    load_weights(network, build.teacher_path(job), "resnet18")
+    assert same(dict(network.state_dict()), dict(torch.load(io.BytesIO(content), weights_only=True)))
+    assert pins.check(str(tmp_path), "imagenet/resnet18", file_hash(path))
+    assert run(capsys, *words)[:2] == (0, f"resnet18 is there already: {path}\n")
+
+
+def test_an_imagenet_file_that_is_not_the_one_in_its_name_is_refused(
+    web: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    web.file("models/resnet18-f37072fd.pth", torchvisions()[0])
+    words = ("fetch", "imagenet_resnet18", "--mirror", f"{web.url}models", f"home={tmp_path}")
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (1, "")
+    assert "not the one in its name" in err
+    assert not list((tmp_path / "teachers").rglob("*.p*"))
+    assert pins.pinned(str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("place", [repdistiller, mdistiller])
@@ -452,7 +500,7 @@ def test_list(web: Site, job: Config, capsys: pytest.CaptureFixture[str], monkey
     assert rows["resnet56"] == ["72.34", "here, as pinned", f"{web.url}repo/{FOLDER}/{FILE}"]
     assert rows["vgg13"] == ["74.64", "not here", ""]
     assert rows["resnet8"] == ["", "here", "trained here, or put there"]
-    assert set(rows) == {*PUBLISHED, "resnet8"}
+    assert set(rows) == {*PUBLISHED["cifar100"], *PUBLISHED["imagenet"], "resnet8"}
 
 
 def test_fetch_with_a_mirror(
@@ -468,7 +516,7 @@ def test_fetch_with_a_mirror(
     assert code == 1
     assert out.startswith("resnet56 from ")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(PUBLISHED) - 1  # the others are tried all the same, and each is named
+    assert len(errors) == len(PUBLISHED["cifar100"]) - 1  # the others are tried all the same, and each is named
     assert "Traceback" not in err
 
 
@@ -550,13 +598,12 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     words = ("verify", "resnet8", f"home={tmp_path}", *SMALL)
     plain = f"resnet8: top-1 {top1:.2f} on fake; nothing is published to compare with\n"
     assert run(capsys, *words) == (0, plain, "")
-    monkeypatch.setattr(teachers, "DATASET", "fake")
     for published, agrees in (
         (top1 + 0.1, True),
         (top1 - 0.1, True),
         (top1 + 0.11, False),
     ):
-        monkeypatch.setitem(PUBLISHED, "resnet8", teachers.Published(published, "x"))
+        monkeypatch.setitem(PUBLISHED, "fake", {"resnet8": teachers.Published(published, "x")})
         code, out, err = run(capsys, *words)
         assert code == (0 if agrees else 1)
         said = out if agrees else err.removeprefix("error: ")

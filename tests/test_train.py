@@ -264,7 +264,7 @@ def test_labels_out_of_range_in_a_data_set_of_ones_own(
     (tmp_path / "mine" / "dataset" / "bad_labels.yaml").write_text(BAD_LABELS_YAML)
     (tmp_path / "bad_labels.py").write_text(BAD_LABELS)
     monkeypatch.syspath_prepend(tmp_path)
-    job = ("dataset=bad_labels", f"dataset.load.label={label}", "trainer.batch_size=10")
+    job = ("dataset=bad_labels", f"dataset.load.label={label}", "trainer.batch_size=10", "allow_foreign_targets=true")
     for way in (f"--config-dir={tmp_path}/mine", f"hydra.searchpath=[file://{tmp_path}/mine]"):
         refused(way, *job).refusal(rf"label {label} at index 7", r"0\.\.9", "num_classes")
 

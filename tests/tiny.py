@@ -30,6 +30,7 @@ BASE = (
     "trainer=cpu",
     "trainer.epochs=2",
     "trainer.progress=off",
+    "allow_foreign_targets=true",  # networks of this folder
 )
 TIMES = ("time", "time/epoch_s", "time/images_per_s")
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from sddlskd.models.base import LogitMapModel
+from sddlskd.models.base import STEMS, LogitMapModel
 from sddlskd.models.foreign import from_network
 from sddlskd.models.libraries import from_timm, from_torchvision
+from sddlskd.models.mobilenetv1 import MobileNetV1
 from sddlskd.models.mobilenetv2 import MobileNetV2
 from sddlskd.models.resnet import ResNet
 from sddlskd.models.resnet4stage import BasicBlock, Bottleneck, ResNet4Stage
@@ -28,8 +29,8 @@ _NETWORKS: dict[str, Callable[..., LogitMapModel]] = {
     "resnet44": partial(ResNet, blocks=7),
     "resnet56": partial(ResNet, blocks=9),
     "resnet110": partial(ResNet, blocks=18),
-    "resnet8x4": partial(ResNet, blocks=1, stem=32, channels=(64, 128, 256)),
-    "resnet32x4": partial(ResNet, blocks=5, stem=32, channels=(64, 128, 256)),
+    "resnet8x4": partial(ResNet, blocks=1, first=32, channels=(64, 128, 256)),
+    "resnet32x4": partial(ResNet, blocks=5, first=32, channels=(64, 128, 256)),
     "resnet18": partial(ResNet4Stage, BasicBlock, (2, 2, 2, 2)),
     "resnet50": partial(ResNet4Stage, Bottleneck, (3, 4, 6, 3)),
     "wrn_16_1": partial(WideResNet, units=2, width=1),
@@ -41,10 +42,12 @@ _NETWORKS: dict[str, Callable[..., LogitMapModel]] = {
     "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
     "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "mobilev1": MobileNetV1,
     "mobilev2": MobileNetV2,
     "shufflev1": ShuffleNetV1,
     "shufflev2": ShuffleNetV2,
 }
+_ONE_STEM = ("vgg", "mobilev1")
 
 
 def names() -> tuple[str, ...]:
@@ -52,10 +55,12 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
-def create(name: str, num_classes: int) -> LogitMapModel:
+def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
     """The network `name`, freshly initialised from torch's global generator: images B 3 H W -> logit map B K H W.
 
-    K is `num_classes`. Raises ValueError for a name that is not in `names()` and for fewer than 2 classes.
+    K is `num_classes`. stem: "small" for images of 32 pixels, "large" for images of 224 (a 7x7 convolution of stride 2;
+    the VGGs and mobilev1 have one stem for all). Raises ValueError for a name that is not in `names()`, a stem that the
+    network does not have, and for fewer than 2 classes.
     """
     if name not in _NETWORKS:
         close = get_close_matches(name, _NETWORKS, n=1)
@@ -63,4 +68,10 @@ def create(name: str, num_classes: int) -> LogitMapModel:
         raise ValueError(f"unknown network {name!r}; {hint}choose one of: {', '.join(_NETWORKS)}")
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
-    return _NETWORKS[name](num_classes=num_classes)
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r} of {name}; choose one of: {', '.join(STEMS)}")
+    if stem == STEMS[0]:
+        return _NETWORKS[name](num_classes=num_classes)
+    if name.startswith(_ONE_STEM):
+        raise ValueError(f"{name} has no {stem} stem: it is the same network for images of every size; leave stem out")
+    return _NETWORKS[name](num_classes=num_classes, stem=stem)

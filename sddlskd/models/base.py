@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+STEMS = ("small", "large")  # for images of 32 pixels, for images of 224
+
 
 class LogitMapModel(nn.Module, ABC):
     """A classifier whose output is a logit map; its logits are `model(x_BCHW).mean((2, 3))`.
@@ -33,6 +35,16 @@ class LogitMapModel(nn.Module, ABC):
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A convolution without bias, padded to keep the side at stride 1: B in H W -> B out H/stride W/stride."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+def stem_conv(channels: int, kernel: int, stem: str, stride: int = 1) -> nn.Conv2d:
+    """The first convolution, of RGB images: as in the CIFAR network (small), or 7x7 with stride 2 (large).
+
+    Source of large: what the SDD authors put in its place for images of 224 pixels (CUB-200).
+    """
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}; choose one of: {', '.join(STEMS)}")
+    return conv(3, channels, 7, 2) if stem == "large" else conv(3, channels, kernel, stride)
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -1,4 +1,5 @@
-"""MobileNetV2 of expansion 6 and width 0.5; the map is 2x2 for 32x32 images.
+"""MobileNetV2 of expansion 6 and width 0.5; the map is 2x2 for 32x32 images, and 7x7 for 224x224
+with the large stem.
 
 Source: Sandler et al. 2018 (arXiv:1801.04381), table 2. Deviations, those of the published checkpoints: ReLU in place
 of ReLU6; the first block keeps its 1x1 convolution though it expands nothing; the stride of the 24-channel blocks is 1
@@ -7,7 +8,7 @@ of ReLU6; the first block keeps its 1x1 convolution though it expands nothing; t
 
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv_bn, conv_bn_relu, init_convs
+from sddlskd.models.base import LogitMapModel, conv_bn, conv_bn_relu, init_convs, stem_conv
 
 # (expansion, channels at width 1, number of blocks, stride of the first), as in table 2
 _STAGES = (
@@ -45,11 +46,17 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(LogitMapModel):
-    """MobileNetV2 at width 0.5: B 3 H W -> logit map B K H/16 W/16."""
+    """MobileNetV2 at width 0.5: B 3 H W -> logit map B K H/16 W/16.
 
-    def __init__(self, num_classes: int) -> None:
+    The large stem, conv7x7(stride 2)-BN-ReLU-max-pool 2, gives H/32 W/32. Its parameters are called as those of the
+    small one: a guess, since no such checkpoint is published.
+    """
+
+    def __init__(self, num_classes: int, stem: str = "small") -> None:
         super().__init__()
-        self.conv1 = conv_bn_relu(3, 16, 3, stride=2)
+        self.conv1 = nn.Sequential(stem_conv(16, 3, stem, stride=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        if stem == "large":
+            self.conv1.append(nn.MaxPool2d(2))
         self.blocks = nn.Sequential()
         in_channels = 16
         for expansion, full_channels, blocks, stride in _STAGES:

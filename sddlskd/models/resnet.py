@@ -1,4 +1,5 @@
-"""ResNet for CIFAR, depth 6n+2: three stages of n basic blocks; the map is 8x8 for 32x32 images.
+"""ResNet for CIFAR, depth 6n+2: three stages of n basic blocks; the map is 8x8 for 32x32 images, and
+28x28 for 224x224 images with the large stem.
 
 Source: He et al. 2016 (arXiv:1512.03385), section 4.2. Deviations, those of the published checkpoints: the shortcut is
 conv1x1-BN where the shape changes (option B; the paper pads with zeros on CIFAR); the x4 networks double the stem and
@@ -8,7 +9,7 @@ quadruple the stages.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs
+from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs, stem_conv
 
 
 class BasicBlock(nn.Module):
@@ -31,18 +32,23 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(LogitMapModel):
-    """ResNet of depth 6 * blocks + 2: B 3 H W -> logit map B K H/4 W/4.
+    """ResNet of depth 6 * blocks + 2: B 3 H W -> logit map B K H/4 W/4 (H/8 W/8 with the large stem).
 
-    `blocks` per stage; `stem` and `channels` (one per stage) in channels. Initialised as in RepDistiller.
+    `blocks` per stage; `first` (of the stem) and `channels` (one per stage) in channels. Initialised as RepDistiller.
     """
 
     def __init__(
-        self, blocks: int, num_classes: int, stem: int = 16, channels: tuple[int, int, int] = (16, 32, 64)
+        self,
+        blocks: int,
+        num_classes: int,
+        first: int = 16,
+        channels: tuple[int, int, int] = (16, 32, 64),
+        stem: str = "small",
     ) -> None:
         super().__init__()
-        self.conv1 = conv(3, stem, 3)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = _stage(stem, channels[0], blocks, stride=1)
+        self.conv1 = stem_conv(first, 3, stem)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = _stage(first, channels[0], blocks, stride=1)
         self.layer2 = _stage(channels[0], channels[1], blocks, stride=2)
         self.layer3 = _stage(channels[1], channels[2], blocks, stride=2)
         self.fc = nn.Linear(channels[2], num_classes)

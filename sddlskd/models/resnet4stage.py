@@ -1,4 +1,5 @@
-"""ResNet-18 and ResNet-50, the four-stage networks for ImageNet, fitted to small images; the map is 4x4 for 32x32.
+"""ResNet-18 and ResNet-50, the four-stage networks for ImageNet, fitted to small images; the map is 4x4 for 32x32,
+and 14x14 for 224x224 with the large stem.
 
 Source: He et al. 2016 (arXiv:1512.03385), table 1. Deviations, those of the published checkpoints: the stem is conv3x3
 with stride 1 and no max-pool; the bottleneck's stride is on its 3x3 convolution (the paper's is on the first 1x1).
@@ -7,7 +8,7 @@ with stride 1 and no max-pool; the bottleneck's stride is on its 3x3 convolution
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs
+from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs, stem_conv
 
 
 class BasicBlock(nn.Module):
@@ -54,16 +55,20 @@ class Bottleneck(nn.Module):
 
 
 class ResNet4Stage(LogitMapModel):
-    """Four stages of widths 64, 128, 256, 512: B 3 H W -> logit map B K H/8 W/8.
+    """Four stages of widths 64, 128, 256, 512: B 3 H W -> logit map B K H/8 W/8 (/16 with the large stem).
 
     `blocks` is the number of blocks in each stage. Initialised as mdistiller's resnetv2.
     """
 
     def __init__(
-        self, block: type[BasicBlock | Bottleneck], blocks: tuple[int, int, int, int], num_classes: int
+        self,
+        block: type[BasicBlock | Bottleneck],
+        blocks: tuple[int, int, int, int],
+        num_classes: int,
+        stem: str = "small",
     ) -> None:
         super().__init__()
-        self.conv1 = conv(3, 64, 3)
+        self.conv1 = stem_conv(64, 3, stem)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = _stage(block, 64, 64, blocks[0], stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, blocks[1], stride=2)

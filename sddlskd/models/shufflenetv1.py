@@ -1,4 +1,5 @@
-"""ShuffleNet V1 with 3 groups; the map is 4x4 for 32x32 images.
+"""ShuffleNet V1 with 3 groups; the map is 4x4 for 32x32 images, and 14x14 for 224x224 with the large
+stem.
 
 Source: Zhang et al. 2018 (arXiv:1707.01083), table 1, g = 3. Deviations, those of the published checkpoints: the stem
 is conv1x1 with stride 1 and no max-pool; a ReLU follows the depthwise convolution; stride 2 appends the pooled input
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv
+from sddlskd.models.base import LogitMapModel, conv, stem_conv
 
 _GROUPS = 3
 _STEM = 24
@@ -49,11 +50,14 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV1(LogitMapModel):
-    """Stages of 240, 480 and 960 channels with 4, 8 and 4 units: B 3 H W -> logit map B K H/8 W/8."""
+    """Stages of 240, 480 and 960 channels with 4, 8 and 4 units: B 3 H W -> logit map B K H/8 W/8.
 
-    def __init__(self, num_classes: int) -> None:
+    With the large stem H/16 W/16.
+    """
+
+    def __init__(self, num_classes: int, stem: str = "small") -> None:
         super().__init__()
-        self.conv1 = conv(3, _STEM, 1)
+        self.conv1 = stem_conv(_STEM, 1, stem)
         self.bn1 = nn.BatchNorm2d(_STEM)
         self.layer1 = _stage(_STEM, 240, units=4)
         self.layer2 = _stage(240, 480, units=8)

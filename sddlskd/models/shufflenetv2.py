@@ -1,4 +1,5 @@
-"""ShuffleNet V2 of size 1; the map is 4x4 for 32x32 images.
+"""ShuffleNet V2 of size 1; the map is 4x4 for 32x32 images, and 14x14 for 224x224 with the large
+stem.
 
 Source: Ma et al. 2018 (arXiv:1807.11164), table 5, 1x. Deviation, that of the published checkpoints: the stem is
 conv1x1 with stride 1 and no max-pool. Initialised by torch's defaults, as in RepDistiller.
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv
+from sddlskd.models.base import LogitMapModel, conv, stem_conv
 
 
 class BasicUnit(nn.Module):
@@ -59,11 +60,14 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(LogitMapModel):
-    """Stages of 116, 232 and 464 channels with 4, 8 and 4 units, then 1024: B 3 H W -> logit map B K H/8 W/8."""
+    """Stages of 116, 232 and 464 channels with 4, 8 and 4 units, then 1024: B 3 H W -> logit map B K H/8 W/8.
 
-    def __init__(self, num_classes: int) -> None:
+    With the large stem H/16 W/16.
+    """
+
+    def __init__(self, num_classes: int, stem: str = "small") -> None:
         super().__init__()
-        self.conv1 = conv(3, 24, 1)
+        self.conv1 = stem_conv(24, 1, stem)
         self.bn1 = nn.BatchNorm2d(24)
         self.layer1 = _stage(24, 116, units=4)
         self.layer2 = _stage(116, 232, units=8)

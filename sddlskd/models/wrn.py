@@ -6,7 +6,7 @@ Source: Zagoruyko and Komodakis 2016 (arXiv:1605.07146). No deviation: dropout i
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, init_convs
+from sddlskd.models.base import LogitMapModel, conv, init_convs, stem_conv
 
 
 class Unit(nn.Module):
@@ -43,11 +43,14 @@ class Block(nn.Module):
 
 
 class WideResNet(LogitMapModel):
-    """Wide ResNet of depth 6 * units + 4, `width` times the channels 16, 32, 64: B 3 H W -> logit map B K H/4 W/4."""
+    """Wide ResNet of depth 6 * units + 4, `width` times the channels 16, 32, 64: B 3 H W -> logit map B K H/4 W/4.
 
-    def __init__(self, units: int, width: int, num_classes: int) -> None:
+    With the large stem H/8 W/8; nobody has published such a network, it is there so that all can be compared.
+    """
+
+    def __init__(self, units: int, width: int, num_classes: int, stem: str = "small") -> None:
         super().__init__()
-        self.conv1 = conv(3, 16, 3)
+        self.conv1 = stem_conv(16, 3, stem)
         self.block1 = Block(units, 16, 16 * width, stride=1)
         self.block2 = Block(units, 16 * width, 32 * width, stride=2)
         self.block3 = Block(units, 32 * width, 64 * width, stride=2)

@@ -1,0 +1,35 @@
+"""MobileNetV1 for ImageNet; the map is 7x7 for 224x224 images.
+
+Source: Howard et al. 2017 (arXiv:1704.04861), table 1, at width 1. mdistiller and both papers train it as a student of
+resnet50 on ImageNet, under the name MobileNetV2 in their configurations; parameters are called as there. Initialised by
+torch's defaults, as there.
+"""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from sddlskd.models.base import LogitMapModel, conv_bn_relu
+
+_CHANNELS = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)  # of the stem, then of each unit
+_STRIDED = (2, 4, 6, 12)  # units, counted from 1
+
+
+class MobileNetV1(LogitMapModel):
+    """A stem and 13 depthwise-separable units: B 3 H W -> logit map B K H/32 W/32."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.model = nn.Sequential(conv_bn_relu(3, _CHANNELS[0], 3, stride=2))
+        for unit, (in_channels, channels) in enumerate(pairwise(_CHANNELS), 1):
+            depthwise = conv_bn_relu(in_channels, in_channels, 3, 2 if unit in _STRIDED else 1, groups=in_channels)
+            self.model.append(nn.Sequential(*depthwise, *conv_bn_relu(in_channels, channels, 1)))
+        self.fc = nn.Linear(_CHANNELS[-1], num_classes)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.fc
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.model(x_BCHW)
+        return out
