@@ -42,8 +42,9 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     """Save tensors and plain values, atomically."""
     buffer = BytesIO()  # so that a full disk is met by one plain write, not inside the zip writer
     torch.save(dict(state), buffer)
-    with write_atomically(path) as file:
-        file.write(buffer.getbuffer())
+    content = buffer.getbuffer()
+    with write_atomically(path, content.nbytes) as file:
+        file.write(content)
 
 
 def read(path: Path) -> Any:
