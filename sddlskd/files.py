@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["append", "write_atomically"]
+__all__ = ["append", "rotate", "write_atomically"]
 
 
 @contextmanager
@@ -38,6 +38,14 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[IO[bytes]]
         os.fsync(folder)  # makes the rename itself durable
     finally:
         os.close(folder)
+
+
+def rotate(new: Path) -> None:
+    """x.ckpt.new becomes x.ckpt, which becomes x.previous.ckpt; cut short anywhere, it can be done again."""
+    path = new.with_suffix("")
+    if path.exists():
+        os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+    os.replace(new, path)
 
 
 def append(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.files import append, write_atomically
+from sddlskd.files import append, rotate, write_atomically
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "RUNNING", "Damaged", "InUse", "Record", "read_result"]
 
@@ -165,6 +165,8 @@ class Record:
         holds(config)  # again, now that nobody else can freeze another job here
         for left_over in self.folder.glob(".*.ckpt*.tmp"):  # of a process that was killed inside a write
             left_over.unlink()
+        for whole in self.folder.glob("*.ckpt.new"):  # of one that was killed right after a write
+            rotate(whole)
         self._log_file = LogFile(self.folder / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log = logging.getLogger(f"sddlskd.run.{str(self.folder).replace('.', '_')}")
@@ -219,7 +221,12 @@ class Record:
             **values,
             "time": time.time(),
         }
-        write_text(self.folder / "result.json", json.dumps(content, indent=1))
+        try:
+            write_text(self.folder / "result.json", json.dumps(content, indent=1))
+        except OSError as error:
+            if status != FAILED:
+                raise
+            self.log.error("%s", error)  # what made it fail was said before: the full disk, most likely
         return content
 
 

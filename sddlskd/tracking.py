@@ -66,6 +66,7 @@ def _client(uri: str) -> Any:
     # and looks first whether what it asked for was made.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.tracking import MlflowClient  # heavy: only when a job runs
 
     # MLflow's own use of SQLAlchemy; nothing that a user can change.
