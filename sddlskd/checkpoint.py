@@ -3,7 +3,6 @@
 import argparse
 import functools
 import logging
-import os
 import pickle
 import re
 import zipfile
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sddlskd.files import write_atomically
+from sddlskd.files import rotate, write_atomically
 
 __all__ = [
     "UnreadableFile",
@@ -31,7 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-LATEST, SPARE = "last.ckpt", "last.previous.ckpt"
+NEW, LATEST, SPARE = "last.ckpt.new", "last.ckpt", "last.previous.ckpt"
 
 
 class UnreadableFile(ValueError):
@@ -42,8 +41,9 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     """Save tensors and plain values, atomically."""
     buffer = BytesIO()  # so that a full disk is met by one plain write, not inside the zip writer
     torch.save(dict(state), buffer)
-    with write_atomically(path) as file:
-        file.write(buffer.getbuffer())
+    content = buffer.getbuffer()
+    with write_atomically(path, content.nbytes) as file:
+        file.write(content)
 
 
 def read(path: Path) -> Any:
@@ -91,12 +91,8 @@ def _numpy_scalars() -> list[Any]:
 
 def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
     """Save the newest checkpoint of a run; the one before it stays as a spare."""
-    path = folder / LATEST
-    buffer = folder / f"{LATEST}.new"
-    write(buffer, state)
-    if path.exists():
-        os.replace(path, folder / SPARE)
-    os.replace(buffer, path)
+    write(folder / NEW, state)
+    rotate(folder / NEW)
 
 
 def read_latest(folder: Path) -> Any | None:
@@ -105,10 +101,12 @@ def read_latest(folder: Path) -> Any | None:
     Raises UnreadableFile where checkpoints exist and none can be read.
     """
     errors = []
-    for path in (folder / f"{LATEST}.new", folder / LATEST, folder / SPARE):
+    for path in (folder / NEW, folder / LATEST, folder / SPARE):
         if path.exists():
             try:
                 state = read(path)
+            except FileNotFoundError:  # rotated since, by the process that has the record
+                continue
             except UnreadableFile as error:
                 errors.append(error)
                 log.warning("%s; falling back to the checkpoint before it", error)

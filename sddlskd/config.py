@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
@@ -207,6 +208,7 @@ class TrackingConfig:
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path
     experiment: str = _plumbing("sddlskd")  # MLflow experiment
+    offline: bool = _plumbing(False)  # go on without MLflow where it does not answer; `sync` delivers later
     predictions: bool = _plumbing(False)  # keep logits, regions and features on the test split, for figures
     experiment_id: str | None = _plumbing(None)  # set by the launching process
     parent_run_id: str | None = _plumbing(None)  # set by the launching process: the sweep's run
@@ -322,6 +324,11 @@ def _check(config: Config) -> None:
         check_names(getattr(getattr(config, group), name), key, config.allow_foreign_targets)
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
+    if "@" in urlsplit(config.tracking.uri or "").netloc:
+        raise ValueError(
+            "tracking.uri holds a user name or password, which every run's record and MLflow would show; take it "
+            "out of the address and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
     M = config.M
     if not M or min(M) < 1 or len(set(M)) < len(M):
         raise ValueError(f"M={M} is not valid; {M_CURE}")
@@ -509,5 +516,10 @@ def to_yaml(config: Config) -> str:
 
 
 def load(path: Path) -> Config:
-    """Read a frozen configuration back, typed and checked."""
-    return resolve(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[arg-type]
+    """Read a frozen configuration back, typed and checked. Raises ValueError naming a file that is damaged."""
+    try:
+        return resolve(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[arg-type]
+    except Exception as error:  # a damaged file can raise anything at all
+        raise ValueError(
+            f"{path} is damaged, or of another version of sddlskd ({' '.join(str(error).split())})"
+        ) from error

@@ -4,6 +4,7 @@ Shapes: N test images, n the first of them, k examples, K classes, R = m*m regio
 """
 
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -55,5 +56,8 @@ def collect(
 
 def write(path: Path, arrays: Arrays) -> None:
     """Write the arrays as a compressed .npz, whole or not at all."""
-    with write_atomically(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    buffer = BytesIO()  # so that a full disk is met by one plain write, whose size is known
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    content = buffer.getbuffer()
+    with write_atomically(path, content.nbytes) as file:
+        file.write(content)

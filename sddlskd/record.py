@@ -8,38 +8,72 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.files import write_atomically
+from sddlskd.files import append, rotate, write_atomically
 
-__all__ = ["FAILED", "FINISHED", "KILLED", "RUNNING", "InUse", "Record", "read_result"]
+__all__ = ["FAILED", "FINISHED", "KILLED", "RUNNING", "Damaged", "InUse", "Record", "read_result"]
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file, or leave it as it was."""
-    with write_atomically(path) as file:
-        file.write(text.encode())
+    content = text.encode()
+    with write_atomically(path, len(content)) as file:
+        file.write(content)
+
+
+class LogFile(logging.FileHandler):
+    """train.log: where it cannot be written, the run goes on without what it would have said."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging, which would print a traceback for every line."""
+
+    def close(self) -> None:
+        """Called at the end, when what a full disk did not take would be tried again."""
+        with suppress(OSError):
+            super().close()
 
 
 class InUse(ValueError):
     """Another process has the run directory open."""
 
 
+class Damaged(ValueError):
+    """A file of a record that a disk or a person spoilt: every one is written whole."""
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """The content of result.json; {} where the run has not started."""
     try:
-        content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        content = _read_json(folder / "result.json")
+        if content and content.get("status") not in (RUNNING, FINISHED, FAILED, KILLED):
+            raise Damaged(f"{folder / 'result.json'} is damaged (status {content.get('status')!r})")
+    except Damaged as error:
+        raise Damaged(f"{error}; delete it: the run then goes on from its checkpoint") from None
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file. Raises Damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("no object")
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
     return content
 
 
@@ -126,11 +160,14 @@ class Record:
         except Timeout:
             who = holder.read_text() if holder.exists() else "another process"
             raise InUse(f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir") from None
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # a full disk
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         holds(config)  # again, now that nobody else can freeze another job here
         for left_over in self.folder.glob(".*.ckpt*.tmp"):  # of a process that was killed inside a write
             left_over.unlink()
-        self._log_file = logging.FileHandler(self.folder / "train.log")
+        for whole in self.folder.glob("*.ckpt.new"):  # of one that was killed right after a write
+            rotate(whole)
+        self._log_file = LogFile(self.folder / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log = logging.getLogger(f"sddlskd.run.{str(self.folder).replace('.', '_')}")
         self.log.setLevel(logging.INFO)
@@ -160,28 +197,36 @@ class Record:
         rows = self.rows()
         if rows and rows[-1]["epoch"] >= row["epoch"]:
             return
-        with open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.folder / "metrics.jsonl", json.dumps(row).encode() + b"\n")
 
     def note_run_id(self) -> None:
         """Add to result.json the id of the run's mirror in MLflow, which may have come after the outcome."""
-        content, run_id = read_result(self.folder), read_mirror(self.folder).get("run_id")
+        content, run_id = read_result(self.folder), self._run_id()
         if content and content["run_id"] != run_id:
-            write_text(self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1))
+            with suppress(OSError):  # a full disk, which ended the run and was named then
+                write_text(self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1))
+
+    def _run_id(self) -> str | None:
+        with suppress(Damaged):  # `tracking.sync` mends it
+            return read_mirror(self.folder).get("run_id")
+        return None
 
     def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
         """Write result.json."""
         content = {
-            "run_id": read_mirror(self.folder).get("run_id"),
+            "run_id": self._run_id(),
             "status": status,
             "reason": reason,
             "config_hash": self.config_hash,
             **values,
             "time": time.time(),
         }
-        write_text(self.folder / "result.json", json.dumps(content, indent=1))
+        try:
+            write_text(self.folder / "result.json", json.dumps(content, indent=1))
+        except OSError as error:
+            if status != FAILED:
+                raise
+            self.log.error("%s", error)  # what made it fail was said before: the full disk, most likely
         return content
 
 
@@ -202,18 +247,33 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         content = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    rows = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["epoch"], int) or not all(isinstance(value, int | float) for value in row.values()):
+                raise ValueError("no row of metrics")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Damaged(
+                f"{folder / 'metrics.jsonl'}, line {number} is damaged ({error!r:.80}); mend that line, or delete "
+                f"{folder} to start this run anew"
+            ) from None
+        rows.append(row)
+    return rows
 
 
 def read_mirror(folder: Path) -> dict[str, Any]:
-    """What is known of the run's mirror in MLflow: {key, run_id, rows, status}."""
-    try:
-        content: dict[str, Any] = json.loads((folder / "mlflow.json").read_text())
-    except FileNotFoundError:
-        return {}
+    """What is known of the run's mirror in MLflow: {key, uri, run_id, rows, status}. Raises Damaged."""
+    content = _read_json(folder / "mlflow.json")
+    if content.pop("checksum", _checksum(content)) != _checksum(content):
+        raise Damaged(f"{folder / 'mlflow.json'} is damaged (its checksum differs)")
     return content
 
 
 def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
     """Write mlflow.json."""
-    write_text(folder / "mlflow.json", json.dumps(content))
+    write_text(folder / "mlflow.json", json.dumps({**content, "checksum": _checksum(content)}))
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return crc32(cfg.canonical({key: value for key, value in content.items() if key != "checksum"}).encode())

@@ -5,34 +5,35 @@ away. What is left undelivered is delivered by `python -m sddlskd.tracking sync 
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
 import os
+import socket
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from sddlskd import config as cfg
 from sddlskd import record
-from sddlskd.config import Config
+from sddlskd.config import Config, TrackingConfig
 
 __all__ = [
     "Mirror",
     "check_reachable",
+    "check_shared",
     "finish_sweep",
     "log_model",
     "log_plan",
@@ -40,22 +41,32 @@ __all__ = [
     "save_model",
     "supersede",
     "sync",
+    "sync_sweep",
 ]
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = 6000, 250, 8000, 100, 1000  # MLflow's limits: characters, entries
 CUT = " ... (cut)"
-CURE = "start it, name another with tracking.uri=..., or use tracking=none"
+CURE = "start it, name another with tracking.uri=..., go on with tracking.offline=true, or use tracking=none"
+SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+ONE_HOST = "SQLite takes writers of one host alone: start a server (make tracking-server) and give its tracking.uri"
+ANSWER_S = 6.0  # seconds that a server has, to answer when a job is launched
+MIRROR_LOCK = ".mlflow.lock"
 SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
 SUPERSEDED = ".superseded"  # a file that marks a record as set aside
 OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 
 
 def _client(uri: str) -> Any:
-    # A vanished server must not hold the mirror for the client's default of four minutes a call; it tries again itself.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    if path := _sqlite_file(uri):
+        _claim(path)
+    # A vanished server must not hold the mirror for the client's default of four minutes a call; it tries again itself,
+    # and looks first whether what it asked for was made.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.tracking import MlflowClient  # heavy: only when a job runs
 
     # MLflow's own use of SQLAlchemy; nothing that a user can change.
@@ -65,7 +76,7 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -77,104 +88,321 @@ def _cut(value: Any, limit: int) -> str:
 def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
     """Create database, experiment and (for a sweep) the parent run, and hand their ids on in the configurations.
 
-    Called once, by the launching process alone, since MLflow's first creation races between processes (mlflow issues
-    4123 and 12259).
+    Called by the launching process. Where MLflow does not take runs it raises ConnectionError, within `ANSWER_S` of a
+    server; with tracking.offline it says so and gives no ids: `sync` then creates what is missing.
     """
     tracked = next((c for c in configs if c.tracking.enabled), None)
     if tracked is None:
         return list(configs)
-    uri, name = str(tracked.tracking.uri), tracked.tracking.experiment
-    _check_uri(uri)
-    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:") else None
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    uri, experiment_id, parent = str(tracked.tracking.uri), None, None
     try:
-        with FileLock(f"{path}.lock") if path else nullcontext():  # two launches on an empty home
-            client = _client(uri)
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                artifacts = Path(tracked.home, "mlartifacts").as_uri() if path else None
-                client.create_experiment(name, artifact_location=artifacts)
-                experiment = client.get_experiment_by_name(name)
-            if experiment.lifecycle_stage == "deleted":
-                raise ValueError(
-                    f"tracking.experiment={name} was deleted in MLflow; restore it there or choose another name"
-                )
-            parent = _parent_run(client, experiment.experiment_id, sweep) if sweep else None
+        _check_uri(uri)
+        seconds = None if _sqlite_file(uri) else ANSWER_S  # making a database takes what it takes
+        experiment_id, parent = _within(seconds, lambda: _ids(tracked, sweep))
     except ValueError:
         raise
     except Exception as error:  # whatever MLflow and the database under it raise
-        raise ConnectionError(f"tracking.uri={uri} does not take runs ({_first_line(error)}); {CURE}") from error
-    ids = {"experiment_id": experiment.experiment_id, "parent_run_id": parent}
+        known = isinstance(error, ConnectionError)
+        said = str(error) if known else f"tracking.uri={uri} does not take runs ({_first_line(error)}); {CURE}"
+        if not tracked.tracking.offline:
+            raise ConnectionError(said) from error
+        runs = Path(tracked.home, "runs")
+        log.warning(
+            "%s; going on without it, deliver later with: python -m sddlskd.tracking sync %s",
+            said.removesuffix(f"; {CURE}"),
+            runs,
+        )
     return [
-        replace(c, tracking=replace(c.tracking, **ids), sweep=replace(c.sweep, name=sweep or c.sweep.name))
+        replace(
+            c,
+            tracking=replace(c.tracking, experiment_id=experiment_id, parent_run_id=parent),
+            sweep=replace(c.sweep, name=sweep or c.sweep.name),
+        )
         for c in configs
     ]
 
 
+def _ids(config: Config, sweep: str | None) -> tuple[str, str | None]:
+    """Experiment and parent run, created where they are missing; any number of processes may do so at once."""
+    uri = str(config.tracking.uri)
+    path = _sqlite_file(uri)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock") if path else nullcontext():  # MLflow's making of a database races (its issue 12259)
+        client = _client(uri)
+        experiment_id = _experiment(client, config)
+        parent = _parent_run(client, experiment_id, sweep) if sweep else None
+    return experiment_id, parent
+
+
+def _experiment(client: Any, config: Config) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        place = Path(config.home, "mlartifacts").as_uri() if _sqlite_file(str(config.tracking.uri)) else None
+        try:
+            client.create_experiment(name, artifact_location=place)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
+                raise
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        raise ValueError(f"tracking.experiment={name} was deleted in MLflow; restore it there or choose another name")
+    experiment_id: str = experiment.experiment_id
+    return experiment_id
+
+
 def check_reachable(configs: Sequence[Config]) -> None:
-    """Raises ConnectionError naming the server that does not answer, ValueError for an address that is none."""
+    """Raises ConnectionError naming the server that does not answer, ValueError for an address that is none.
+
+    Jobs that their launch registered may start without the server, as they may lose it later; so may all with
+    tracking.offline.
+    """
+    starting = [c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None]
+    for uri in {str(tracking.uri) for tracking in starting}:
+        try:
+            _check_uri(uri)
+        except ConnectionError:
+            if not all(tracking.offline for tracking in starting if tracking.uri == uri):
+                raise
+
+
+def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
+    """Raises ValueError where jobs on other hosts than this one would write to a SQLite file."""
+    here = {"localhost", socket.gethostname().split(".")[0]}
+    others = sorted({host for host in hosts if host.split(".")[0] not in here})
     for uri in {str(c.tracking.uri) for c in configs if c.tracking.enabled}:
-        _check_uri(uri)
+        if others and _sqlite_file(uri):
+            raise ValueError(
+                f"tracking.uri={uri} is a file and jobs would write to it from {', '.join(others)}; {ONE_HOST}"
+            )
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _claim(path: Path) -> None:
+    """Note beside a SQLite file which host writes to it; ConnectionError on any other host.
+
+    A network file system does not keep two hosts apart. A host is known by its name or by its boot, which containers
+    have in common.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    here = [socket.gethostname(), *([boot.read_text().strip()] if boot.exists() else [])]
+    owner = path.with_name(f"{path.name}.host")
+    if not owner.exists():
+        record.write_text(owner, " ".join(here))
+    there = owner.read_text().split()
+    if not set(here) & set(there):
+        raise ConnectionError(
+            f"tracking.uri=sqlite:///{path} is written by host {there[0]}, this is {here[0]}; {ONE_HOST}, or delete "
+            f"{owner} if that host is done with it"
+        )
+
+
+def _within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
+    """The answer, or TimeoutError: looking a name up and a server that drips have no limit of their own."""
+    answers: list[Answer] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="mlflow-start", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer in {seconds} s")
+    return answers[0]
 
 
 def _check_uri(uri: str) -> None:
     if uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-        except urllib.error.HTTPError:
-            pass  # it answers; a proxy may guard /health
-        except (OSError, ValueError, HTTPException) as error:
-            raise ConnectionError(f"tracking.uri={uri} does not answer ({error}); {CURE}") from None
-    elif uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
+        _check_server(uri)
+    elif path := _sqlite_file(uri):
         there = next(place for place in (path, *path.absolute().parents) if place.exists())
         if path.is_dir() or not os.access(there, os.W_OK):
             raise ConnectionError(f"tracking.uri={uri} cannot be written; {CURE}")
+        if path.exists():
+            _claim(path)
     else:
         raise ValueError(
             f"tracking.uri={uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
         )
 
 
+def _check_server(uri: str) -> None:
+    """Ask for something that needs the database and permission; /health needs neither."""
+    _client(uri)
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    def ask() -> Any:
+        what = {"params": {"max_results": 1}, "max_retries": 0, "timeout": ANSWER_S, "raise_on_status": False}
+        creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+        return http_request(creds, "/api/2.0/mlflow/experiments/search", "GET", **what)  # type: ignore[no-untyped-call]
+
+    try:
+        answer = _within(ANSWER_S, ask)
+    except Exception as error:  # a wrong address can raise anything at all
+        raise ConnectionError(f"tracking.uri={uri} does not answer ({_root(error)}); {CURE}") from None
+    host = urlsplit(uri).netloc
+    if answer.status_code == 401:
+        raise ConnectionError(f"tracking.uri={uri} wants to know who asks; {SIGN_IN}")
+    if answer.status_code == 403 and "Host header" in answer.text:
+        names = ",".join(dict.fromkeys((host.rsplit(":", 1)[0], host)))
+        raise ConnectionError(
+            f"tracking.uri={uri} is not known to its server by that name; start it with --allowed-hosts {names}"
+        )
+    if answer.status_code == 403:
+        raise ConnectionError(f"tracking.uri={uri} does not let this user in; {SIGN_IN}")
+    if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
+        said = " ".join(answer.text.split())[:80]
+        raise ConnectionError(f"tracking.uri={uri} answers as no MLflow does ({answer.status_code} {said}); {CURE}")
+
+
+def _root(error: BaseException) -> str:
+    """What an HTTP library has wrapped thrice."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return _first_line(error)
+
+
 def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
-    found = client.search_runs([experiment_id], f"tags.sweep = '{sweep}' and tags.kind = 'sweep'", max_results=1)
-    if found:
-        parent_id: str = found[0].info.run_id
-    else:
+    def all_there() -> list[Any]:
+        return sorted(
+            client.search_runs([experiment_id], f"tags.sweep = '{sweep}' and tags.kind = 'sweep'"),
+            key=lambda run: (run.info.start_time, run.info.run_id),
+        )
+
+    found, own = all_there(), None
+    if not found:
         tags = {"sweep": sweep, "kind": "sweep", "git_sha": record.code_state()["git_sha"]}
-        parent_id = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
+        own = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
+        found = all_there()  # those of other launches at the same moment too: the earliest is the sweep's
+    parent_id: str = found[0].info.run_id
+    if own and own != parent_id:
+        client.delete_run(own)
     client.update_run(parent_id, "RUNNING")
     return parent_id
 
 
 def log_plan(config: Config, path: Path) -> None:
     """Put the sweep's plan beside its run, so that what never started can be told from what was never meant to."""
-    if config.tracking.enabled and config.tracking.parent_run_id:
-        try:
-            _client(str(config.tracking.uri)).log_artifact(config.tracking.parent_run_id, str(path))
-        except Exception as error:  # a server may take numbers and no files
-            log.warning("MLflow at %s did not take the sweep's plan: %s", config.tracking.uri, _first_line(error))
+    _tell(config, "plan", status=record.RUNNING)
 
 
 def finish_sweep(config: Config, status: str) -> None:
     """Close the sweep's parent run; a server that is away is named in the log."""
-    if config.tracking.enabled and config.tracking.parent_run_id:
-        try:
-            _client(str(config.tracking.uri)).set_terminated(config.tracking.parent_run_id, status)
-        except Exception as error:
-            log.warning("MLflow at %s did not take the sweep's outcome: %s", config.tracking.uri, _first_line(error))
+    _tell(config, "outcome", status=status)
+
+
+def _tell(config: Config, what: str, status: str) -> None:
+    """Note in the sweep's folder what MLflow should know, and deliver it now if possible."""
+    if not config.tracking.enabled:
+        return
+    folder = _sweep_folder(config)
+    try:
+        with FileLock(folder / MIRROR_LOCK):
+            state = _sweep_state(folder, config) | {"status": status}
+            record.write_mirror(folder, state)
+        sync_sweep(folder)
+    except Exception as error:  # a server may be away, or take numbers and no files
+        log.warning(
+            "MLflow at %s did not take the sweep's %s: %s; later: python -m sddlskd.tracking sync %s",
+            config.tracking.uri,
+            what,
+            _first_line(error),
+            folder,
+        )
+
+
+def _sweep_folder(config: Config) -> Path:
+    return Path(config.home, "runs", "sweeps", str(config.sweep.name))
+
+
+def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
+    """The content of the sweep's mlflow.json: its run, what MLflow should know of it, and what it knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        state = record.read_mirror(folder)
+    except record.Damaged:
+        state = {}
+    address = {"uri": config.tracking.uri, "experiment": config.tracking.experiment, "home": config.home}
+    if any(state.get(key) != value for key, value in address.items()):
+        state = {}
+    parent = config.tracking.parent_run_id or state.get("run_id")
+    if parent != state.get("run_id"):
+        state = {}
+    return {"status": record.RUNNING, **state, **address, "sweep": config.sweep.name, "run_id": parent}
+
+
+def sync_sweep(folder: Path) -> None:
+    """Bring MLflow up to a sweep: its run, its outcome, its plan. Idempotent. Raises what MLflow raises."""
+    with FileLock(folder / MIRROR_LOCK):
+        state = record.read_mirror(folder)
+        if not state:
+            return
+        client, plan = _client(str(state["uri"])), folder / "plan.json"
+        state["run_id"] = _run_of_sweep(folder, state)
+        if state["status"] != state.get("told"):
+            (client.update_run if state["status"] == record.RUNNING else client.set_terminated)(
+                state["run_id"], state["status"]
+            )
+            state["told"] = state["status"]
+            record.write_mirror(folder, state)
+        digest = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.exists() else None
+        if digest != state.get("plan"):  # last: a server may take numbers and no files
+            client.log_artifact(state["run_id"], str(plan))
+            record.write_mirror(folder, {**state, "plan": digest})
+
+
+def _run_of_sweep(folder: Path, state: dict[str, Any]) -> str:
+    """The id of the sweep's run, made where it is missing; the caller holds the sweep's lock."""
+    if not state["run_id"]:
+        tracking = TrackingConfig(uri=state["uri"], experiment=state["experiment"])
+        _, state["run_id"] = _ids(Config(tracking=tracking, home=state["home"]), state["sweep"])
+        state["told"] = record.RUNNING
+        record.write_mirror(folder, state)
+    run_id: str = state["run_id"]
+    return run_id
+
+
+def _parent_of(config: Config) -> str | None:
+    """The run of the sweep that planned this job: its launch knew it, unless MLflow was away then."""
+    folder = _sweep_folder(config)
+    if config.tracking.parent_run_id or not _planned(folder, config):
+        return config.tracking.parent_run_id
+    with FileLock(folder / MIRROR_LOCK):
+        return _run_of_sweep(folder, _sweep_state(folder, config))
+
+
+def _planned(folder: Path, config: Config) -> bool:
+    path = folder / "plan.json"
+    return path.exists() and any(job["run_dir"] == config.run_dir for job in json.loads(path.read_text())["jobs"])
 
 
 def supersede(folder: Path) -> None:
     """Tag the run of a record that is set aside, so that it does not stand beside the one that replaces it."""
-    state, config = record.read_mirror(folder), cfg.load(folder / "config.yaml")
     (folder / SUPERSEDED).touch()  # what MLflow does not hear now, `sync` tells it
-    if "run_id" in state:
-        try:
-            _client(str(state.get("uri", config.tracking.uri))).set_tag(state["run_id"], "superseded", "true")
-        except Exception as error:
-            log.warning("MLflow was not told that %s is superseded: %s", folder, error)
+    try:
+        state = record.read_mirror(folder)
+        if "run_id" in state:
+            _client(str(state["uri"])).set_tag(state["run_id"], "superseded", "true")
+    except Exception as error:
+        log.warning("MLflow was not told that %s is superseded: %s", folder, _first_line(error))
+
+
+class _StillAway(ConnectionError):
+    """MLflow was away when the job was launched, which said so, and is not back."""
 
 
 def sync(folder: Path) -> None:
@@ -183,7 +411,7 @@ def sync(folder: Path) -> None:
     A run whose process is gone without an outcome ends as KILLED; one that has not started yet is left out. Raises what
     MLflow raises.
     """
-    with FileLock(folder / ".mlflow.lock"):
+    with FileLock(folder / MIRROR_LOCK):
         # In this order, so that an outcome is never newer than what is known of the process, nor than the rows.
         abandoned = record.abandoned(folder)
         result = record.read_result(folder)
@@ -193,24 +421,60 @@ def sync(folder: Path) -> None:
         if status == record.RUNNING and abandoned:
             status, result["reason"] = record.KILLED, "the process ended without a word"
         config = cfg.load(folder / "config.yaml")
-        if config.tracking.experiment_id is None:  # launched without tracking
-            config = register([replace(config, tracking=replace(config.tracking, enabled=True))])[0]
+        if config.tracking.experiment_id is None:  # launched without tracking, or while MLflow was away
+            try:
+                config = replace(config, tracking=replace(config.tracking, experiment_id=_ids(config, None)[0]))
+            except ValueError:
+                raise
+            except Exception as error:
+                raise _StillAway(_root(error)) if config.tracking.offline else error from error
         client = _client(str(config.tracking.uri))
-        state = record.read_mirror(folder)
-        if state.get("uri", config.tracking.uri) != config.tracking.uri:
-            state = {}  # another MLflow than before: it gets the whole run
+        state = _state(client, folder, config)
         if "run_id" not in state:
             state = _create_run(client, folder, config, state)
         if (folder / SUPERSEDED).exists():
             client.set_tag(state["run_id"], "superseded", "true")
         rows = record.read_rows(folder)
-        if len(rows) > state["rows"]:
-            _send_rows(client, state["run_id"], rows[state["rows"] :])
+        sent = state["rows"] if state["rows"] <= len(rows) else 0
+        if len(rows) > sent:
+            _send_rows(client, state["run_id"], rows[sent:])
             state["rows"] = len(rows)
             record.write_mirror(folder, state)
         if status != state["status"]:
-            _send_outcome(client, state["run_id"], folder, status, result)
+            _send_outcome(client, state["run_id"], folder, status, result, rows)
+            _delete_twins(client, config, state)
             record.write_mirror(folder, {**state, "status": status})
+
+
+def _state(client: Any, folder: Path, config: Config) -> dict[str, Any]:
+    """What MLflow has of a run directory: as noted there; where the note is lost, as found by what the run is."""
+    try:
+        state = record.read_mirror(folder)
+        noted = {"key", "run_id", "rows", "status"} if "run_id" in state else {"key"}
+        if state and not noted <= state.keys():
+            raise record.Damaged(f"{folder / 'mlflow.json'} is damaged ({', '.join(state)})")
+    except record.Damaged as error:
+        runs = client.search_runs(
+            [config.tracking.experiment_id], f"tags.config_hash = '{cfg.config_hash(config)}' and tags.kind = 'job'"
+        )
+        keys = [run.data.tags["record"] for run in runs if run.data.tags.get("run_dir") == str(folder)]
+        log.warning("%s; %s", error, "its run was found in MLflow" if keys else "MLflow has no run of it")
+        return {"key": keys[0], "uri": config.tracking.uri} if keys else {}
+    if state.get("uri", config.tracking.uri) != config.tracking.uri:
+        return {}  # another MLflow than before: it gets the whole run
+    return state
+
+
+def _runs_of(client: Any, config: Config, key: str) -> list[Any]:
+    runs = client.search_runs([config.tracking.experiment_id], f"tags.record = '{key}'")
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _delete_twins(client: Any, config: Config, state: dict[str, Any]) -> None:
+    """A server that was too busy to answer in time may still have made a run that was asked for twice."""
+    for run in _runs_of(client, config, state["key"]):
+        if run.info.run_id != state["run_id"]:
+            client.delete_run(run.info.run_id)
 
 
 def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]) -> dict[str, Any]:
@@ -218,11 +482,11 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
     known = bool(state)
     key = state.get("key") or uuid.uuid4().hex
     record.write_mirror(folder, {"key": key, "uri": config.tracking.uri})
-    experiment_id = config.tracking.experiment_id
-    found = client.search_runs([experiment_id], f"tags.record = '{key}'", max_results=1) if known else []
+    config = replace(config, tracking=replace(config.tracking, parent_run_id=_parent_of(config)))
+    found = _runs_of(client, config, key) if known else []
     code = json.loads((folder / "code.json").read_text())
     if found:
-        run_id = found[0].info.run_id
+        run_id, sent = found[0].info.run_id, found[0].data.params
     else:
         tags = {
             "record": key,
@@ -235,10 +499,12 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
             **({"mlflow.parentRunId": config.tracking.parent_run_id} if config.tracking.parent_run_id else {}),
         }
         tags = {name: _cut(value, TAG) for name, value in tags.items()}
-        run_id = client.create_run(experiment_id, run_name=folder.name, tags=tags).info.run_id
+        run = client.create_run(config.tracking.experiment_id, run_name=folder.name, tags=tags)
+        run_id, sent = run.info.run_id, {}
     from mlflow.entities import Param
 
-    params = [Param(_cut(k, KEY), _cut(v, PARAM)) for k, v in cfg.flatten(config).items()]
+    # A value cannot be sent again once it differs, as where a job runs may.
+    params = [Param(_cut(k, KEY), _cut(v, PARAM)) for k, v in cfg.flatten(config).items() if _cut(k, KEY) not in sent]
     for at in range(0, len(params), PARAMS_A_BATCH):
         client.log_batch(run_id, params=params[at : at + PARAMS_A_BATCH])
     state = {"key": key, "uri": config.tracking.uri, "run_id": run_id, "rows": 0, "status": record.RUNNING}
@@ -260,7 +526,9 @@ def _send_rows(client: Any, run_id: str, rows: Iterable[dict[str, Any]]) -> None
         client.log_batch(run_id, metrics=points[at : at + METRICS_A_BATCH])
 
 
-def _send_outcome(client: Any, run_id: str, folder: Path, status: str, result: dict[str, Any]) -> None:
+def _send_outcome(
+    client: Any, run_id: str, folder: Path, status: str, result: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> None:
     if status not in OUTCOMES:  # resumed: what stopped it is over
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)
@@ -269,8 +537,10 @@ def _send_outcome(client: Any, run_id: str, folder: Path, status: str, result: d
     for tag in ("teacher_sha256", "environment", "group_size"):
         if result.get(tag):
             client.set_tag(run_id, tag, _cut(result[tag], TAG))
-    row = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
-    _send_rows(client, run_id, [{**row, "epoch": result.get("epochs", 0), "time": result.get("time", time.time())}])
+    summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
+    for row in rows:
+        if row["epoch"] == result.get("epochs"):  # with the epoch's own time, for a run may stop at an epoch twice
+            _send_rows(client, run_id, [{**summary, "epoch": row["epoch"], "time": row["time"]}])
     client.set_terminated(run_id, status)
     for name in (
         "config.yaml",
@@ -342,7 +612,7 @@ class Mirror:
         with self._wake:
             self._closing, self._give_up = True, time.monotonic() + retry
             self._wake.notify()
-        self._thread.join(timeout)
+        self._thread.join(retry if self._away else timeout)
         if left := self._dirty | self._busy:
             folders = " ".join(sorted(map(str, left)))
             log.warning("MLflow has not got everything; when it is back: python -m sddlskd.tracking sync %s", folders)
@@ -370,7 +640,7 @@ class Mirror:
         try:
             sync(folder)
         except Exception as error:  # whatever MLflow raises: training must not see it
-            if not self._away:
+            if not self._away and not isinstance(error, _StillAway):
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 log.warning("MLflow does not take metrics (%s); training goes on", reason)
             self._away = True
@@ -389,14 +659,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     cfg.frame()
     runs = sorted({path.parent for folder in chosen.folders for path in folder.rglob("config.yaml")})
-    if not runs:
+    sweeps = {path.parent for folder in chosen.folders for path in folder.rglob("plan.json")}
+    if not runs and not sweeps:
         sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")
+    problems, delivered, answering = [], 0, set()
     for run in runs:
         try:
+            config = cfg.load(run / "config.yaml")
+            if config.tracking.uri not in answering:
+                _check_uri(str(config.tracking.uri))
+                answering.add(config.tracking.uri)
             sync(run)
-        except Exception as error:
+            delivered += 1
+            if _planned(_sweep_folder(config), config):
+                sweeps.add(_sweep_folder(config))
+        except ConnectionError as error:
             sys.exit(f"error: {run} could not be delivered: {error}")
-    sys.stdout.write(f"MLflow has {len(runs)} runs up to date\n")
+        except Exception as error:  # whatever MLflow raises; the others are delivered all the same
+            problems.append(f"error: {run} could not be delivered: {_first_line(error)}")
+    for sweep in sorted(sweeps):
+        try:
+            sync_sweep(sweep)
+        except Exception as error:
+            problems.append(f"error: {sweep} could not be delivered: {_first_line(error)}")
+    sys.stdout.write(f"MLflow has {delivered} runs up to date\n")
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":
