@@ -17,7 +17,8 @@ LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
 LAYERS = (
     {"files", "meter"},
     {"archive", "download", "pins"},
-    {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
+    {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint", "shared_norm"},
+    {"distributed"},
     {"data", "evaluation", "console", "record", "teacher"},
     {"run", "progress", "tracking", "grid", "teacher_cache", "predictions"},
     {"build"},
