@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -28,11 +29,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from sddlskd.precision import pick_device
-from sddlskd.shared_norm import SharedBatchNorm, Sharing
+from sddlskd.shared_norm import Sharing, share_norm
 
 __all__ = ["Cause", "RankFailed", "Ranks", "hear_signals", "joined", "looked_after", "start"]
 
@@ -82,11 +83,8 @@ class Ranks:
     control: Any = None  # process group of gloo
     told_so_far: int = 0
 
-    def __str__(self) -> str:
-        return f"{self.count} rank" + ("s" if self.count > 1 else "")
-
     def __post_init__(self) -> None:
-        self.sharing = Sharing(self.count)
+        self.sharing = Sharing()
 
     @property
     def first(self) -> bool:
@@ -163,13 +161,16 @@ class Ranks:
         """
         if self.count == 1:
             return model
-        return DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-        )  # buffers: BatchNorm's, which SharedBatchNorm keeps equal
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # its new name is not in torch 2.6
+            return DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+            )  # buffers: BatchNorm's, which `with_shared_norm` keeps equal
 
     def with_shared_norm(self, model: nn.Module) -> nn.Module:
         """`model`, in place, with BatchNorm over the images of all ranks. ValueError for a kind that is not known."""
-        return model if self.count == 1 else SharedBatchNorm.into(model, self.sharing)
+        if self.count == 1 or self.device is None:
+            return model
+        return share_norm(model, self.device, self.sharing)
 
     def blame(self, error: BaseException, folder: str = "") -> None:
         """Say why this rank ends, unless another said so before: the first one ended the others."""

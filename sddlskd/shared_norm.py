@@ -6,63 +6,67 @@ Shapes: B batch, C channels.
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.autograd.function import Function, FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["SharedBatchNorm", "Sharing"]
+__all__ = ["Sharing", "share_norm"]
 
 KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
 class Sharing:
-    """Whether the ranks hold different images of a batch, and how many ranks there are."""
+    """Whether the ranks hold different images of the batch at hand."""
 
-    ranks: int
     divided: bool = True
 
 
-class SharedBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, on the CPU too, which it refuses; where a batch is not divided, plain BatchNorm.
+def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
+    """`model` with BatchNorm over the images of all ranks: the same parameters, buffers and names, in place.
 
-    Mean and variance over the values of all ranks, whose counts may differ; running_var takes the unbiased variance,
-    as BatchNorm's does (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2).
+    On CUDA it is torch's SyncBatchNorm, which takes no CPU tensors; else `SharedBatchNorm`. Raises ValueError for a
+    kind of BatchNorm that does something else beside.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module) not in KINDS:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which is not known to share its statistics over processes; "
+                f"use trainer.devices=1, or a network with {', '.join(kind.__name__ for kind in KINDS)}"
+            )
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in KINDS:
+                own = SharedBatchNorm(1)
+                own.__dict__.update(child.__dict__, sharing=sharing)
+                setattr(module, name, own)
+    return model
+
+
+class SharedBatchNorm(_BatchNorm):
+    """BatchNorm over the values of all ranks, whose counts may differ; plain BatchNorm where each has the whole batch.
+
+    running_var takes the unbiased variance, as BatchNorm's does. Source: Ioffe and Szegedy 2015 (arXiv:1502.03167),
+    algorithms 1 and 2; gradients flow through the sums of all ranks.
     """
 
     sharing: Sharing
 
-    @classmethod
-    def into(cls, model: nn.Module, sharing: Sharing) -> nn.Module:
-        """Put one in the place of each BatchNorm of `model`: the same parameters, buffers and names.
-
-        ValueError for a kind of BatchNorm that does something else beside.
-        """
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and type(module) not in KINDS:
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}, which is not known to share its statistics over ranks; "
-                    f"use trainer.devices=1, or a network with {', '.join(kind.__name__ for kind in KINDS)}"
-                )
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if type(child) in KINDS:
-                    own = cls(1)
-                    own.__dict__.update(child.__dict__, sharing=sharing)
-                    setattr(module, name, own)
-        return model
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Checked by the kind that it stands for, on one rank."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and not self.sharing.divided:
-            return _BatchNorm.forward(self, input)
-        if not self.training or input.device.type == "cuda":
+        if not self.training or not self.sharing.divided:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        sums: Tensor = all_reduce(torch.cat((x.sum(axes), x.new_tensor([x.numel() / x.shape[1]]))))  # type: ignore[no-untyped-call]
+        sums = _over_ranks(torch.cat((x.sum(axes), x.new_tensor([x.numel() / x.shape[1]]))))
         count, mean_C = sums[-1].detach(), sums[:-1] / sums[-1].detach()
         centred = x - _along(mean_C, x)
-        variance_C = all_reduce(centred.square().sum(axes)) / count  # type: ignore[no-untyped-call]
+        variance_C = _over_ranks(centred.square().sum(axes)) / count
         if self.track_running_stats:
             self._remember(mean_C.detach(), variance_C.detach() * count / (count - 1))
         normal = centred * _along((variance_C + self.eps).rsqrt(), x)
@@ -84,3 +88,26 @@ class SharedBatchNorm(nn.SyncBatchNorm):
 def _along(values_C: Tensor, x: Tensor) -> Tensor:
     """values_C for the channels of x, (B, C, ...)."""
     return values_C.view(1, -1, *[1] * (x.dim() - 2))
+
+
+class _Sum(Function):
+    """The sum over all ranks. So is its gradient: the loss is the sum of the ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
+        return _reduced(values)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _reduced(gradient)
+
+
+def _reduced(values: Tensor) -> Tensor:
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def _over_ranks(values: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    return total

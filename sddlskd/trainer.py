@@ -343,7 +343,8 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
                 mirror.update(run.record.folder)
 
         for run in runs:
-            environment = f"{record.versions()}, {describe(device)}, {ranks}"
+            environment = f"{record.versions()}, {describe(device)}"
+            environment += f", {ranks.count} ranks" if ranks.count > 1 else ""
             run.info = {**facts, "group_size": len(runs), "environment": environment}
             run.crowded = len(runs) > 1
             run.report(RUNNING)
