@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing.connection
 import os
+import re
 import signal
 import socket
 import sys
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # what a person or a scheduler sends to stop
 GRACE_S = 5.0  # seconds that ranks have to end by themselves once one of them has
+WAITED_IN_VAIN = re.compile("timed out|connection (closed|reset)", re.IGNORECASE)  # as gloo and nccl word it
+RAISED, STOPPED = 1, 130  # exit codes of ranks that said why
 POLL_S = 0.02  # seconds between questions to the store
 
 
@@ -57,8 +60,10 @@ class Cause:
     @classmethod
     def of(cls, rank: int, error: BaseException, folder: str = "") -> "Cause":
         kinds = [kind.__name__ for kind in type(error).__mro__]
-        trace = "".join(traceback.format_exception(error))
-        return cls(rank, f"{type(error).__name__}: {error}", kinds, trace, folder)
+        trace, said = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError) and WAITED_IN_VAIN.search(said):
+            said += "; another rank hangs or is gone (trainer.timeout_s: how long it is waited for)"
+        return cls(rank, said, kinds, trace, folder)
 
 
 class RankFailed(RuntimeError):
@@ -289,7 +294,7 @@ def start(
     finally:
         codes = [process.exitcode for process in processes]
         _end(processes)
-    if any(code not in (0, 130) for code in codes if code is not None):
+    if any(code not in (0, STOPPED) for code in codes if code is not None):
         raise RankFailed(_why(codes, store), count)
     if any(codes):
         raise KeyboardInterrupt
@@ -315,16 +320,14 @@ def _end(processes: Sequence[Any]) -> None:
 
 
 def _why(codes: Sequence[int | None], store: Any) -> Cause:
-    """The rank that was killed, or else the first that raised, or else the first that left."""
-    killed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    if killed:
-        rank, code = killed[0]
-        name = signal.Signals(-code).name
-        return Cause(rank, f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else ""), [])
-    if cause := _cause_in(store):
-        return cause
-    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    return Cause(rank, f"ended with exit code {code}", [])
+    """The rank that ended without a word, or else the first that raised."""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return Cause(rank, f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else ""), [])
+        if code not in (None, 0, RAISED, STOPPED):
+            return Cause(rank, f"ended with exit code {code}", [])
+    return _cause_in(store) or Cause(codes.index(RAISED), f"ended with exit code {RAISED}", [])
 
 
 def _be_a_rank(
@@ -346,10 +349,10 @@ def _be_a_rank(
         work(*arguments)
         return
     except KeyboardInterrupt:
-        code = 130
+        code = STOPPED
     except BaseException as error:
         Ranks(rank, count).blame(error)
-        code = 1
+        code = RAISED
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # at once: threads of a process group may wait for the others

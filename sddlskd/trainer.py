@@ -6,7 +6,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -239,33 +239,37 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
     fit(jobs, sweep=sweep)
 
 
-def _mark_failed(jobs: Iterable[Config], cause: Cause, *, begun: bool) -> None:
+def _mark_failed(jobs: Sequence[Config], cause: Cause, *, begun: bool) -> None:
     """Mark the jobs that are frozen and have not started as FAILED; where `begun`, those that are RUNNING too.
 
-    Where one run is the cause, it alone is FAILED and those beside it are KILLED.
+    Where one of the runs is the cause, it alone is FAILED and those beside it are KILLED.
     """
-    marked = []
-    for job in jobs:
-        folder = Path(job.run_dir)
+    marked, beside = [], cause.folder in {job.run_dir for job in jobs}
+    teacher = [cfg.teacher_job(jobs[0])] if begun and jobs[0].distiller.loss else []
+    for job in [*teacher, *jobs]:
         states = (None, RUNNING) if begun else (None,)
-        if (folder / "config.yaml").exists() and _result(job).get("status") in states:
+        if Path(job.run_dir, "config.yaml").exists() and _result(job).get("status") in states:
             with suppress(ValueError, OSError):  # another process has it, or the disk is full: the first error counts
                 opened = Record(job)
                 earlier = _result(job)
                 if earlier.get("status") in states:  # again, now that nobody else can start it
-                    guilty = cause.folder in ("", job.run_dir)
-                    if guilty and cause.trace and begun:
+                    status, reason = FAILED, cause.error
+                    if beside and cause.folder != job.run_dir:
+                        status, reason = KILLED, f"{Path(cause.folder).name} failed beside it: {cause.error}"
+                    elif cause.trace and begun:
+                        opened.log.propagate = False  # the terminal has seen it
                         opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
-                    nothing = {"best_top1": None, "last_top1": None, "epochs": 0, "seconds": 0.0}
-                    about = {
-                        key: value for key, value in earlier.items() if key not in ("run_id", "config_hash", "time")
-                    }
                     rows = opened.rows()
-                    if rows:
-                        tops = [row["val/top1"] for row in rows]
-                        about |= {"best_top1": max(tops), "last_top1": tops[-1], "epochs": len(rows)}
-                    reason = cause.error if guilty else f"{Path(cause.folder).name} ended beside it: {cause.error}"
-                    opened.result(**{**nothing, **about, "status": FAILED if guilty else KILLED, "reason": reason})
+                    tops = [row["val/top1"] for row in rows]
+                    opened.result(
+                        status,
+                        reason,
+                        best_top1=max(tops, default=None),
+                        last_top1=tops[-1] if tops else None,
+                        epochs=len(rows),
+                        seconds=sum(row["time/epoch_s"] for row in rows),
+                        **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k == "environment"},
+                    )
                     marked.append(job)
                 opened.close()
     if any(job.tracking.enabled for job in marked):
