@@ -36,7 +36,8 @@ def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.M
                 f"use trainer.devices=1, or a network with {', '.join(kind.__name__ for kind in KINDS)}"
             )
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return shared
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) in KINDS:
@@ -98,7 +99,7 @@ class _Sum(Function):
         return _reduced(values)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         return _reduced(gradient)
 
 
@@ -109,5 +110,5 @@ def _reduced(values: Tensor) -> Tensor:
 
 
 def _over_ranks(values: Tensor) -> Tensor:
-    total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(values)
     return total
