@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from sddlskd.config import Config
 from sddlskd.data import DeviceData, Files, Splits
 from sddlskd.decoding import View
 from sddlskd.distill import ScaleDecoupled
+from sddlskd.distributed import Ranks
 from sddlskd.evaluation import evaluate
-from sddlskd.record import Record
+from sddlskd.record import Onlooker, Record
 from sddlskd.run import Run
 from sddlskd.schedule import learning_rate
 from sddlskd.streaming import Data, StreamedData
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Data:
-    """The data set: its pixels on the device, or its files read as batches are asked for."""
+    """The data set: its pixels on the device, or its files read as batches are asked for; this rank's share of it."""
     d, splits = job.dataset, instantiate(job.dataset.load)
     common: dict[str, Any] = dict(
         num_classes=d.num_classes,
@@ -44,13 +46,15 @@ def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int =
         std=d.std,
         flip=d.flip,
         val_fraction=d.val_fraction,
+        rank=rank,
+        ranks=ranks,
     )
     if isinstance(splits.train, Files):
         check_cache(job)
         low, high = d.crop_area
         view = View(d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright)
         choices: dict[str, Any] = {"workers": d.workers, "bad": d.bad_images, "irregular": d.irregular_images}
-        return StreamedData(splits, view=view, **choices, **common, rank=rank, ranks=ranks)
+        return StreamedData(splits, view=view, **choices, **common)
     return DeviceData(splits, padding=d.padding, **common)
 
 
@@ -99,22 +103,30 @@ def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
 
 
 def build_teacher(
-    job: Config, network: nn.Module, data: Data, device: torch.device, train: Callable[[Config], None]
+    job: Config,
+    network: nn.Module,
+    data: Data,
+    device: torch.device,
+    train: Callable[[Config], None],
+    ranks: Ranks | None = None,
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
-    """The teacher and what is known of it; `train` makes it first where its file is missing and the job says so."""
-    path = teacher_path(job)
+    """The teacher and what is known of it; `train` makes it first where its file is missing and the job says so.
+
+    ranks: that have it each and train it together; rank 0 looks for it, and measures it.
+    """
+    path, ranks = teacher_path(job), ranks or Ranks()
     check_teacher(job)
-    if not path.exists():
+    if not ranks.told(path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # the first job trains it, the others wait
-            if not path.exists():
+        with FileLock(f"{path}.lock") if ranks.first else nullcontext():  # the first job trains it, the others wait
+            if not ranks.told(path.exists()):
                 log.info(
                     "teacher %s is not there yet: training it first (teacher.train_epochs=%d)",
                     job.teacher.name,
                     job.teacher.train_epochs,
                 )
                 train(cfg.teacher_job(job))
-                if not path.exists():  # trained before, and its file taken away since
+                if not ranks.told(path.exists()):  # trained before, and its file taken away since
                     raise teachers.missing(path, job.teacher.name, job.dataset.name)
     teacher = Teacher(
         network,
@@ -124,17 +136,22 @@ def build_teacher(
         precision=job.trainer.precision,
         compile=job.trainer.compile,
     )
-    top1 = teachers.measured_top1(path, job.dataset.name, lambda: evaluate(teacher, data.test_batches())["top1"])
+    top1 = ranks.told(
+        teachers.measured_top1(path, job.dataset.name, lambda: evaluate(teacher, data.test_batches())["top1"])
+        if ranks.first
+        else None
+    )
     chance = 100 / job.dataset.num_classes
     if top1 < chance + 0.05 * (100 - chance):
         log.warning(
             "teacher %s performs at chance: top-1 %.2f on %s (%s)", job.teacher.name, top1, job.dataset.name, path
         )
     sha256 = teachers.file_hash(path)
-    remembering: Teacher | TeacherCache = teacher
-    if job.teacher.cache and isinstance(data, DeviceData):  # of no other data, see check_cache
-        remembering = _remembering(job, teacher, data, device, sha256)
-    return remembering, {"teacher_top1": top1, "teacher_sha256": sha256}
+    facts = {"teacher_top1": top1, "teacher_sha256": sha256}
+    if not (job.teacher.cache and isinstance(data, DeviceData)):  # of no other data, see check_cache
+        return teacher, facts
+    with ranks.first_before_others():
+        return _remembering(job, teacher, data, device, sha256), facts
 
 
 def _remembering(job: Config, teacher: Teacher, data: DeviceData, device: torch.device, sha256: str) -> TeacherCache:
@@ -170,8 +187,17 @@ def check_maps(job: Config, student: nn.Module, teacher: nn.Module | None, data:
         )
 
 
-def build_run(job: Config, network: nn.Module, opened: Record, device: torch.device, steps: int) -> Run:
-    """One student with its optimizer and loss, where its checkpoint left it."""
+def build_run(
+    job: Config,
+    network: nn.Module,
+    opened: Record | Onlooker,
+    device: torch.device,
+    steps: int,
+    *,
+    images: int,
+    ranks: Ranks | None = None,
+) -> Run:
+    """One student with its optimizer and loss, where its checkpoint left it. images: of an epoch."""
     distill = None
     if job.distiller.loss:
         distill = ScaleDecoupled(
@@ -202,6 +228,9 @@ def build_run(job: Config, network: nn.Module, opened: Record, device: torch.dev
         compile=job.trainer.compile,
         seed=job.seed,
         steps=steps,
+        ranks=ranks or Ranks(),
+        images=images,
+        batch_size=job.trainer.batch_size,
     )  # fmt: skip
 
 

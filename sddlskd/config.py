@@ -192,6 +192,8 @@ class TrainerConfig:
     )
     #                               and share the teacher: they then differ in initialisation only
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
+    devices: int = _plumbing(1)  # processes (one a GPU) that share each batch
+    timeout_s: float = _plumbing(600.0)  # seconds after which one of several processes gives up waiting for another
     precision: Precision = Precision.fp32  # of the networks' forward pass; losses are always float32
     compile: bool = False  # torch.compile the networks
     log_every: int = _plumbing(50)  # steps between looks at the loss
@@ -344,6 +346,8 @@ def _check(config: Config) -> None:
         "trainer.batch_size": config.trainer.batch_size,
         "trainer.eval_batch_size": config.trainer.eval_batch_size,
         "trainer.log_every": config.trainer.log_every,
+        "trainer.devices": config.trainer.devices,
+        "trainer.timeout_s": config.trainer.timeout_s,
         "trainer.max_steps": 1 if config.trainer.max_steps is None else config.trainer.max_steps,
         "teacher.train_epochs": config.teacher.train_epochs,
         "distiller.warmup_epochs": config.distiller.warmup_epochs,
@@ -401,6 +405,8 @@ def teacher_job(config: Config) -> Config:
             epochs=config.teacher.train_epochs,
             batch_size=config.dataset.batch_size,
             device=config.trainer.device,
+            devices=config.trainer.devices,
+            timeout_s=config.trainer.timeout_s,
             log_every=config.trainer.log_every,
             progress=config.trainer.progress,
         ),
@@ -474,7 +480,8 @@ def data_seed(config: Config) -> int:
 
 def sharing_key(config: Config) -> str:
     """Equal for jobs that see the same batches and ask the same teacher: they can be trained side by side."""
-    trainer = dict(_identity(config.trainer)) | {"data_seed": data_seed(config), "device": config.trainer.device}
+    where = {"device": config.trainer.device, "devices": config.trainer.devices}
+    trainer = dict(_identity(config.trainer)) | {"data_seed": data_seed(config), **where}
     asked = config.teacher
     teacher = [asked.name, asked.model, asked.checkpoint, asked.cache, asked.cache_dtype, config.home]
     return _digest([trainer, teacher, dict(_identity(config.dataset)), config.dataset.root])

@@ -63,6 +63,9 @@ class DeviceData:
     each class of the training split is held out as validation, the same images for every seed; otherwise validation
     is the test split.
 
+    Where `ranks` processes share each batch, `batch_size` is that of all of them: this one, `rank`, gets its `share_of`
+    each training batch, bit for bit, and its part of the validation images. Test batches are whole.
+
     Raises ValueError for images that are not uint8 NHWC of one size, labels that are not int64 in 0..num_classes-1, an
     empty split, and settings out of range.
     """
@@ -81,6 +84,8 @@ class DeviceData:
         flip: bool = True,
         val_fraction: float = 0.0,
         eval_batch_size: int = 500,  # images
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         train, test = splits
         if isinstance(train, Files) or isinstance(test, Files):
@@ -104,13 +109,16 @@ class DeviceData:
         self.steps_per_epoch = math.ceil(self.train_size / batch_size)
         self._seed, self._padding, self._flip = seed, padding, flip
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._rank, self._ranks = rank, ranks
 
         self._train_labels_N = train.labels_N.to(self._device)
         padded_NHWC = F.pad(train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)).contiguous()
         self._windows_PHX, self._padded_width = _windows(padded_NHWC, height, width), width + 2 * padding
         self._padded_pixels = (height + 2 * padding) * self._padded_width
         self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
-        self._val = Images(*(tensor.to(self._device) for tensor in held_out)) if val_fraction else self._test
+        val = Images(*(tensor.to(self._device) for tensor in held_out)) if val_fraction else self._test
+        part = share_of(self.val_size, rank, ranks)
+        self._val = Images(*(tensor[part] for tensor in val))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Augmented batches of one epoch, every training image once, without the first `start` batches (to resume).
@@ -122,10 +130,11 @@ class DeviceData:
         order_N, top_N, left_N, flip_N = draw_epoch(self._seed, epoch, self.train_size, self._padding)
         corner_N = torch.arange(self.train_size) * self._padded_pixels + top_N * self._padded_width + left_N
         # All of the epoch's indices go over at once, so that no batch waits for the host.
-        order_N = order_N.to(self._device)
+        place_N, sizes = self._own(start)
+        order_N = order_N[place_N].to(self._device)
         corner_N = corner_N.to(self._device)[order_N]
         flip_N = flip_N.to(self._device)[order_N]
-        return self._chunks(corner_N, flip_N, self._train_labels_N[order_N], start * self._batch_size)
+        return self._chunks(corner_N, flip_N, self._train_labels_N[order_N], sizes)
 
     @property
     def views(self) -> int:
@@ -138,11 +147,19 @@ class DeviceData:
         view_N = top_N * (2 * self._padding + 1) + left_N
         if self._flip:
             view_N = 2 * view_N + flip_N
-        rows_N = (torch.arange(self.train_size) * self.views + view_N)[order_N]
-        yield from torch.split(rows_N, self._batch_size)[start:]
+        place_N, sizes = self._own(start)
+        yield from torch.split((torch.arange(self.train_size) * self.views + view_N)[order_N[place_N]], sizes)
+
+    def _own(self, start: int) -> tuple[Tensor, list[int]]:
+        """This rank's places in the epoch's order, from batch `start` on, and how many of them each batch has."""
+        firsts = range(start * self._batch_size, self.train_size, self._batch_size)
+        batches = [range(first, min(first + self._batch_size, self.train_size)) for first in firsts]
+        shares = [batch[share_of(len(batch), self._rank, self._ranks)] for batch in batches]
+        places = [torch.arange(share.start, share.stop) for share in shares]
+        return torch.cat([torch.arange(0), *places]), [len(share) for share in shares]
 
     def val_batches(self) -> Iterator[Batch]:
-        """Plain batches of the validation images, in their order: the test split unless val_fraction holds some out."""
+        """Plain batches of this rank's validation images, in order: of the test split unless val_fraction is given."""
         return self._plain(self._val)
 
     def test_batches(self) -> Iterator[Batch]:
@@ -153,15 +170,14 @@ class DeviceData:
         """The raw pixels of test images, uint8 N H W C on the CPU."""
         return self._test.images_NHWC[list(indices)].cpu()
 
-    def _chunks(self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, first: int) -> Iterator[Batch]:
+    def _chunks(self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, sizes: list[int]) -> Iterator[Batch]:
         # Small batches are made several at a time: fewer, larger operations, all elementwise, so the bits are the same.
-        step = max(1, CHUNK // self._batch_size) * self._batch_size
-        for begin in range(first, self.train_size, step):
-            chunk = slice(begin, begin + step)
-            x_BCHW = self._augment(corner_N[chunk], flip_N[chunk])
-            yield from zip(
-                torch.split(x_BCHW, self._batch_size), torch.split(labels_N[chunk], self._batch_size), strict=True
-            )
+        together, end = max(1, CHUNK * self._ranks // self._batch_size), 0
+        for first in range(0, len(sizes), together):
+            some = sizes[first : first + together]
+            begin, end = end, end + sum(some)
+            x_BCHW = self._augment(corner_N[begin:end], flip_N[begin:end])
+            yield from zip(torch.split(x_BCHW, some), torch.split(labels_N[begin:end], some), strict=True)
 
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         channels, height, width = self.image_shape

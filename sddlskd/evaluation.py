@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sddlskd.distributed import Ranks
 from sddlskd.precision import autocast
 
 __all__ = ["answers", "calibration_error", "evaluate", "scores"]
@@ -16,17 +17,25 @@ __all__ = ["answers", "calibration_error", "evaluate", "scores"]
 
 @torch.inference_mode()
 def evaluate(
-    model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32"
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str = "fp32",
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """top1 (%), top5 (%) and loss (mean cross-entropy) of a model: images_BCHW -> logit map B K H W."""
+    """top1 (%), top5 (%) and loss (mean cross-entropy) of a model: images_BCHW -> logit map B K H W.
+
+    ranks: that have batches of their own; each gets what it is over all of them.
+    """
     parts, count = [], 0
     for images_BCHW, target_B in batches:
         with autocast(images_BCHW.device, precision):
             map_BKHW = model(images_BCHW)
         parts.append(_sums(map_BKHW.float().mean((2, 3)), target_B))  # no wait here
         count += len(target_B)
-    first, five, loss_sum = torch.stack(parts).double().sum(0).tolist()
-    return {"top1": 100 * first / count, "top5": 100 * five / count, "loss": loss_sum / count}
+    sums = torch.stack(parts).double().sum(0)
+    sums = torch.cat((sums, sums.new_full((1,), count)))
+    first, five, loss_sum, images = (sums if ranks is None else ranks.gather(sums).sum(0)).tolist()
+    return {"top1": 100 * first / images, "top5": 100 * five / images, "loss": loss_sum / images}
 
 
 def _sums(logits_BK: Tensor, target_B: Tensor) -> Tensor:

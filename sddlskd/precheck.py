@@ -65,7 +65,7 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         keys = [canonical(x) for x in (seen, job.student.model, job.teacher.model)]
         by_key.update(zip(keys, (job, job.student.model, job.teacher.model), strict=True))
         try:
-            pick_device(job.trainer.device)
+            pick_device(job.trainer.device, 0, job.trainer.devices)
             if job.teacher.checkpoint:  # a mistyped path shows before any data is fetched
                 check_teacher(job)
             image = data(keys[0], job.trainer.batch_size)

@@ -22,8 +22,25 @@ def describe(device: torch.device) -> str:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:<n> or mps as a device that is here. Raises ValueError naming the value and the cure."""
+def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
+    """auto, cpu, cuda, cuda:<n> or mps as a device that is here. Raises ValueError naming the value and the cure.
+
+    place: of this process among the `places` that share a batch on this machine; each takes a GPU of its own.
+    """
+    device = _device(name)
+    if places == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise ValueError(f"trainer.device={name} is one device for {places} processes; use cuda or cpu")
+    count = torch.cuda.device_count()
+    if count == 1:  # a scheduler shows each process its own GPU; nccl refuses one that two processes share
+        return torch.device("cuda", 0)
+    if places > count:
+        raise ValueError(f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}")
+    return torch.device("cuda", place)
+
+
+def _device(name: str) -> torch.device:
     if name == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from sddlskd import checkpoint
 from sddlskd.distill import ScaleDecoupled
+from sddlskd.distributed import Ranks
 from sddlskd.precision import autocast
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Record
+from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
 
 __all__ = ["NonFiniteLoss", "Run"]
 
@@ -33,11 +34,13 @@ class Run:
     model: the student; distill: the composed distillation loss, None for a student alone; learning_rate: epochs of
     progress -> lr; seed: of random layers such as dropout, which draw from (seed, epoch, step) alone;
     steps: batches of an epoch. The position is (epoch, step): epoch from 1, step = batches of it already done.
+    ranks: that share each batch; images and batch_size: of an epoch and of a batch, over all of them. Every rank has
+    the same weights and position; sums are of its own images, and rank 0 alone writes.
     """
 
     def __init__(
         self,
-        record: Record,
+        record: Record | Onlooker,
         label: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -53,6 +56,9 @@ class Run:
         compile: bool,
         seed: int,
         steps: int,
+        ranks: Ranks,
+        images: int,
+        batch_size: int,
     ) -> None:
         self.record, self.label, self.model, self.optimizer = record, label, model, optimizer
         self.distill, self.ce_weight, self.kd_weight, self.warmup_epochs = distill, ce_weight, kd_weight, warmup_epochs
@@ -64,7 +70,7 @@ class Run:
             steps,
         )
         self.device = device
-        self.forward = torch.compile(model) if compile else model
+        self.ranks, self.images, self.batch_size = ranks, images, batch_size
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.epoch, self.step, self.seen = 1, 0, 0
         self.sums = torch.zeros(4, device=device)  # over the images of this epoch: loss, ce, kd, right
@@ -76,14 +82,21 @@ class Run:
         self.state, self.reason = RUNNING, ""
         self.loss, self.val_top1 = float("nan"), float("nan")
         self._resume()
+        shared = ranks.wrap(model)
+        self.forward = torch.compile(shared) if compile else shared
 
     def train_step(self, images_BCHW: Tensor, target_B: Tensor, teacher_map_BKHW: Tensor | None) -> None:
         """One step of training on one batch. No value is read back to the host: `look` does that, now and then."""
-        torch.manual_seed(hash((self.seed, self.epoch, self.step)) % 2**63)  # dropout: the same alone, grouped, resumed
+        own = (self.ranks.rank,) if self.ranks.count > 1 else ()  # ranks drop differently
+        torch.manual_seed(hash((self.seed, self.epoch, self.step, *own)) % 2**63)  # the same alone, grouped, resumed
         progress = self.epoch - 1 + self.step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress)
 
+        whole = len(target_B)
+        if self.ranks.count > 1:
+            whole = min(self.batch_size, self.images - self.step * self.batch_size)
+        part = self.ranks.part(len(target_B), whole)
         with autocast(self.device, self.precision):
             student_map_BKHW = self.forward(images_BCHW)
         logits_BK = student_map_BKHW.float().mean((2, 3))
@@ -94,7 +107,8 @@ class Run:
             loss = loss + self.kd_weight * min(self.epoch / self.warmup_epochs, 1.0) * loss_kd
 
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        # The ranks' gradients are averaged: weighed by their shares, that is the gradient of the whole batch.
+        self.scaler.scale(loss * (part * self.ranks.count)).backward()  # type: ignore[no-untyped-call]
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -102,19 +116,21 @@ class Run:
         self.scaler.update()
 
         with torch.no_grad():
-            B = len(target_B)
-            right = (logits_BK.argmax(1) == target_B).sum()
+            B = part * whole  # images that count as this rank's
+            right = (logits_BK.argmax(1) == target_B).sum() * (B / len(target_B))
             self.sums += torch.stack((loss * B, loss_ce * B, loss_kd * B, right.to(loss.dtype)))
             first_bad = ~torch.isfinite(loss) & (self.bad[0] < 0)
             self.bad = torch.where(first_bad, torch.stack((loss.new_full((), self.step + 1.0), loss)), self.bad)
-        self.step, self.seen = self.step + 1, self.seen + B
+        self.step, self.seen = self.step + 1, self.seen + whole
 
     def look(self) -> None:
-        """Read the loss (this waits for the device). Raises NonFiniteLoss with the step and the value."""
-        bad_step, value = self.bad.tolist()
-        if bad_step >= 0:
-            raise NonFiniteLoss(f"loss became {value} at epoch {self.epoch}, step {int(bad_step)}; {CURE}")
-        self.loss = (self.sums[0] / max(self.seen, 1)).item()
+        """Read the loss (this waits for the device). Raises NonFiniteLoss with the step and the value, on all ranks."""
+        found_R6 = self.ranks.gather(torch.cat((self.sums, self.bad)))
+        bad = [(int(step), value) for step, value in found_R6[:, 4:].tolist() if step >= 0]
+        if bad:
+            step, value = min(bad, key=lambda found: found[0])
+            raise NonFiniteLoss(f"loss became {value} at epoch {self.epoch}, step {step}; {CURE}")
+        self.loss = (found_R6[:, 0].sum() / max(self.seen, 1)).item()
 
     def end_epoch(self, val: dict[str, float], seconds: float) -> None:
         """Close an epoch: its row of metrics, the best weights, the checkpoint, and only then the record.
@@ -124,7 +140,7 @@ class Run:
         if not math.isfinite(val["loss"]):
             raise NonFiniteLoss(f"val/loss became {val['loss']} at epoch {self.epoch}, step {self.step}; {CURE}")
         seconds, self.spent = self.spent + seconds, 0.0
-        loss, loss_ce, loss_kd, right = (self.sums / self.seen).tolist()
+        loss, loss_ce, loss_kd, right = (self.ranks.gather(self.sums).sum(0) / self.seen).tolist()
         self.seconds += seconds
         self.loss, self.val_top1, self.last_top1 = loss, val["top1"], val["top1"]
         row = {
@@ -141,8 +157,9 @@ class Run:
         }
         if val["top1"] > self.best_top1:
             self.best_top1, self.best_epoch = val["top1"], self.epoch
-            best = {"model": self.model.state_dict(), "epoch": self.epoch, "top1": self.best_top1}
-            checkpoint.write(self.record.folder / "best.ckpt", best)
+            if self.ranks.first:
+                best = {"model": self.model.state_dict(), "epoch": self.epoch, "top1": self.best_top1}
+                checkpoint.write(self.record.folder / "best.ckpt", best)
         self.epoch, self.step, self.seen = self.epoch + 1, 0, 0
         self.sums.zero_()
         self.save(row)
@@ -151,12 +168,15 @@ class Run:
     def save(self, row: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
         """Checkpoint everything that continuing needs. `row`: the metrics of the epoch that just ended, so that a
         process that dies before they are in the record leaves them here. `seconds`: on an epoch that has not ended."""
+        sums_R4 = self.ranks.gather(self.sums) if self.step else self.sums[None]
+        if not self.ranks.first:
+            return
         state = {
             "position": [self.epoch, self.step, self.seen],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "sums": self.sums,
+            "sums": sums_R4.squeeze(0),
             "scores": [self.best_top1, self.best_epoch, self.last_top1],
             "seconds": [self.seconds, self.spent + seconds],
             "row": row,
@@ -164,14 +184,17 @@ class Run:
         checkpoint.write_latest(self.record.folder, state)
 
     def _resume(self) -> None:
-        state = checkpoint.read_latest(self.record.folder)
+        state = self.ranks.as_first(checkpoint.read_latest(self.record.folder) if self.ranks.first else None)
         if state is None:
             return
         self.epoch, self.step, self.seen = state["position"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.sums.copy_(state["sums"])
+        sums_R4 = state["sums"].view(-1, 4)
+        if len(sums_R4) != self.ranks.count:  # begun by more ranks or fewer: the first takes over what they had
+            sums_R4 = torch.cat((sums_R4.sum(0, keepdim=True), sums_R4.new_zeros(self.ranks.count - 1, 4)))
+        self.sums.copy_(sums_R4[self.ranks.rank])
         self.best_top1, self.best_epoch, self.last_top1 = state["scores"]
         self.seconds, self.spent = state["seconds"]
         self.val_top1 = self.last_top1

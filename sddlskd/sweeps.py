@@ -346,20 +346,34 @@ class Pool:
         return self.asked_to_stop > 0
 
     def _next(self, device: str) -> Task | None:
-        """The first group for this device: a job's own trainer.device counts, unless the sweep lists devices."""
+        """The first group for this device: a job's own trainer.device counts, unless the sweep lists devices.
+
+        One whose jobs take several devices each (trainer.devices) has them all to itself.
+        """
+        if any(task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()):
+            return None
         for task in self.queue:
+            if task.jobs[0].trainer.devices > 1 and self.busy:
+                continue
             if not self.auto or task.jobs[0].trainer.device in ("auto", device):
                 self.queue.remove(task)
                 return task
         return None
 
     def _start(self, slot: int, task: Task) -> tuple[subprocess.Popen[bytes], Task]:
-        device = self.devices[slot]
+        device, environment = self.devices[slot], dict(os.environ)
+        if task.jobs[0].trainer.devices > 1:
+            device = device.partition(":")[0]
+            numbers = [name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")]
+            if numbers:  # of the GPUs that we see
+                seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[int(n)] if seen != [""] else n for n in numbers)
         command = [sys.executable, "-m", "sddlskd.worker", "--device", device, "--parent", str(os.getpid())]
         command += ["--threads", str(self.threads)] if self.threads and device == "cpu" else []
         command += ["--progress", "plain"] if len(self.devices) > 1 else []
         # A session of its own: Ctrl-C reaches the workers through us, once.
-        return subprocess.Popen([*command, *(job.run_dir for job in task.jobs)], start_new_session=True), task
+        command += [job.run_dir for job in task.jobs]
+        return subprocess.Popen(command, env=environment, start_new_session=True), task
 
     def _ended(self, code: int, task: Task) -> None:
         left = [job for job in task.jobs if _result(job)["status"] not in (FINISHED, FAILED)]

@@ -6,7 +6,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from sddlskd import checkpoint, predictions, record, tracking
+from sddlskd import checkpoint, distributed, predictions, record, tracking
 from sddlskd import config as cfg
 from sddlskd.build import (
     build_data,
@@ -29,10 +29,12 @@ from sddlskd.build import (
     teacher_changed,
 )
 from sddlskd.config import Config
+from sddlskd.console import log_to_terminal
+from sddlskd.distributed import Cause, RankFailed, Ranks
 from sddlskd.evaluation import evaluate
 from sddlskd.precision import describe, pick_device
 from sddlskd.progress import View
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Record
+from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
 from sddlskd.run import NonFiniteLoss, Run
 from sddlskd.streaming import Data
 from sddlskd.teacher import Teacher
@@ -82,6 +84,7 @@ def train(
     log_every: int,
     save_every_s: float,
     precision: str,
+    ranks: Ranks,
     view: View,
     stop: Stop,
     changed: Callable[[Run], None],
@@ -90,8 +93,13 @@ def train(
 
     A run takes part from its own position on, so that interrupted and new runs can stand in one group. A run that
     raises is marked FAILED and left out; the others go on. `changed` is told of every run whose record changed.
+    Ranks stop and save together, after a step that all of them have done.
     """
     saved = time.monotonic()
+
+    def wishes() -> list[int]:
+        return [stop.signal or 0, ranks.first and time.monotonic() - saved > save_every_s]
+
     for epoch in range(min(run.epoch for run in runs), epochs + 1):
         here = [run for run in runs if run.alive and run.epoch == epoch]
         if not here:
@@ -101,6 +109,7 @@ def train(
         for step, ((images_BCHW, target_B), views_B) in enumerate(batches, first):
             if step == steps or not any(run.alive for run in here):
                 break
+            agreed = ranks.agree(wishes)
             due = [run for run in here if run.alive and run.step == step]
             teacher_map_BKHW = teacher(images_BCHW, views_B) if teacher and due else None
             for run in due:
@@ -110,14 +119,16 @@ def train(
                         run.look()
             if (step + 1) % log_every == 0:
                 view.look()
-            if stop.signal or time.monotonic() - saved > save_every_s:
+            signalled, save = agreed()
+            if signalled or save:
                 saved = time.monotonic()
                 for run in due:
                     if run.alive:
                         with failures_of(run, changed):
                             run.look()
                             run.save(seconds=saved - started)
-            if stop.signal:
+            if signalled:
+                stop.signal = signal.Signals(signalled)
                 return
 
         scores = {}
@@ -126,7 +137,7 @@ def train(
                 with failures_of(run, changed):
                     run.look()
                     run.model.eval()
-                    scores[run] = evaluate(run.forward, data.val_batches(), precision)
+                    scores[run] = evaluate(run.forward, data.val_batches(), precision, ranks)
                     run.model.train()
         seconds = time.monotonic() - started
         for run, score in scores.items():
@@ -135,16 +146,24 @@ def train(
             if run.alive:
                 view.epoch(run)
                 changed(run)
-        if stop.signal:
+        signalled, _ = ranks.agree(wishes)()
+        if signalled:
+            stop.signal = signal.Signals(signalled)
             return
 
 
 @contextmanager
 def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
-    """What this run raises ends this run alone; but where runs share a device, its memory is everybody's matter."""
+    """What this run raises ends this run alone; but where runs share a device, its memory is everybody's matter.
+
+    Where ranks share the run, what one of them raises ends them all: the others may be waiting for its gradients.
+    """
     try:
         yield
     except Exception as error:
+        if run.ranks.count > 1 and not isinstance(error, NonFiniteLoss):  # which all ranks see
+            run.ranks.blame(error, str(run.record.folder))
+            raise
         if run.crowded and isinstance(error, torch.OutOfMemoryError):
             raise
         if not isinstance(error, NonFiniteLoss):  # which says all in one line
@@ -158,41 +177,99 @@ def fit(configs: Sequence[Config | DictConfig], *, sweep: str | None = None) -> 
 
     A job that is FINISHED already is not run again. Gives each job's result.json, in order. Raises ValueError or
     OSError, in one line, for what is wrong before training starts; jobs that were frozen already are then FAILED.
+    Where the environment names other ranks they train together; else `trainer.devices` ranks are started for it.
+    Raises RankFailed where one of them ended early for a reason that is no run's.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
-    results = {job.run_dir: record.read_result(Path(job.run_dir)) for job in jobs}
-    done = [job for job in jobs if record.holds(job) and results[job.run_dir].get("status") == FINISHED]
-    todo = {job.run_dir: job for job in jobs if job not in done}
-    for folder in results.keys() - todo.keys():
-        log.info("%s is finished already; delete it, or choose another seed or run_dir, to run again", folder)
-    for job in done:
-        if teacher_changed(job, results[job.run_dir]):
-            log.warning("%s learnt from another teacher file than is there now", job.run_dir)
-    if todo:
-        stop = Stop()
-        with stop.listening():
-            try:
-                results.update(_fit_group(list(todo.values()), stop, sweep))
-            except record.InUse:
-                raise  # whoever has it open writes its record
-            except Exception as error:
-                if len(todo) > 1 and isinstance(error, torch.OutOfMemoryError):
-                    raise  # fewer side by side may fit
-                _mark_frozen_as_failed(todo.values(), error)
-                raise
+    how, stop = jobs[0].trainer, Stop()
+    with stop.listening(), distributed.joined(how.device, how.timeout_s) as ranks:
+        distributed.hear_signals()
+        done = [job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED]
+        done = [job for job in jobs if job.run_dir in ranks.told([job.run_dir for job in done])]
+        todo = list({job.run_dir: job for job in jobs if job not in done}.values())
+        for job in done:
+            log.info("%s is finished already; delete it, or choose another seed or run_dir, to run again", job.run_dir)
+            if teacher_changed(job, _result(job)):
+                log.warning("%s learnt from another teacher file than is there now", job.run_dir)
+        try:
+            if todo and ranks.count < how.devices and ranks.count == 1:
+                _fit_on_ranks(todo, stop, sweep)
+            elif todo:
+                _fit_group(todo, stop, sweep, ranks)
+        except record.InUse:
+            raise  # whoever has it open writes its record
+        except Exception as error:
+            ranks.blame(error)
+            if len(todo) > 1 and isinstance(error, torch.OutOfMemoryError):
+                raise  # fewer side by side may fit
+            if ranks.first and not distributed.looked_after():
+                _mark_failed(todo, ranks.cause() or Cause.of(0, error), begun=ranks.count > 1)
+            raise
+        results: dict[str, Any] = ranks.told({job.run_dir: _result(job) for job in jobs})
     return [results[job.run_dir] for job in jobs]
 
 
-def _mark_frozen_as_failed(jobs: Iterable[Config], error: Exception) -> None:
-    marked = []
-    for job in jobs:
-        folder = Path(job.run_dir)
-        if (folder / "config.yaml").exists() and not record.read_result(folder):
+def _result(job: Config) -> dict[str, Any]:
+    return record.read_result(Path(job.run_dir))
+
+
+def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None:
+    """Let ranks on this machine fit the jobs; what they raise is raised here."""
+    how = jobs[0].trainer
+    pick_device(how.device, 0, how.devices)
+    threads = max(torch.get_num_threads() // how.devices, 1)
+    arguments = jobs, sweep, bool(logging.getLogger("sddlskd").handlers)
+    try:
+        distributed.start(_fit_as_rank, arguments, how.devices, threads=threads, stop=lambda: stop.signal or 0)
+    except RankFailed as failed:
+        cause = failed.cause
+        for kind in (record.InUse, torch.OutOfMemoryError, ValueError, OSError):
+            if kind.__name__ in cause.kinds and not cause.folder:  # worded for users, or for who started us
+                raise kind(cause.error.partition(": ")[2]) from None
+        log.error("%s\n%s", failed, cause.trace)
+        _mark_failed(jobs, cause, begun=True)
+        if not cause.folder:
+            raise
+
+
+def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -> None:
+    cfg.frame()
+    if to_terminal:
+        log_to_terminal()
+    fit(jobs, sweep=sweep)
+
+
+def _mark_failed(jobs: Sequence[Config], cause: Cause, *, begun: bool) -> None:
+    """Mark the jobs that are frozen and have not started as FAILED; where `begun`, those that are RUNNING too.
+
+    Where one of the runs is the cause, it alone is FAILED and those beside it are KILLED.
+    """
+    marked, beside = [], cause.folder in {job.run_dir for job in jobs}
+    teacher = [cfg.teacher_job(jobs[0])] if begun and jobs[0].distiller.loss else []
+    for job in [*teacher, *jobs]:
+        states = (None, RUNNING) if begun else (None,)
+        if Path(job.run_dir, "config.yaml").exists() and _result(job).get("status") in states:
             with suppress(ValueError, OSError):  # another process has it, or the disk is full: the first error counts
                 opened = Record(job)
-                if not record.read_result(folder):  # again, now that nobody else can start it
-                    nothing = {"best_top1": None, "last_top1": None, "epochs": 0, "seconds": 0.0}
-                    opened.result(FAILED, f"{type(error).__name__}: {error}", **nothing)
+                earlier = _result(job)
+                if earlier.get("status") in states:  # again, now that nobody else can start it
+                    status, reason = FAILED, cause.error
+                    if beside and cause.folder != job.run_dir:
+                        status, reason = KILLED, f"{Path(cause.folder).name} failed beside it: {cause.error}"
+                    elif cause.trace and begun:
+                        opened.log.propagate = False  # the terminal has seen it
+                        opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
+                    rows = opened.rows()
+                    tops = [row["val/top1"] for row in rows]
+                    opened.result(
+                        status,
+                        reason,
+                        best_top1=max(tops, default=None),
+                        last_top1=tops[-1] if tops else None,
+                        epochs=len(rows),
+                        seconds=sum(row["time/epoch_s"] for row in rows),
+                        **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k == "environment"},
+                    )
                     marked.append(job)
                 opened.close()
     if any(job.tracking.enabled for job in marked):
@@ -211,24 +288,33 @@ def _check_same_teacher(folder: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[str, dict[str, Any]]:
+def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> None:
     first = jobs[0]
     if len({cfg.sharing_key(job) for job in jobs}) > 1:
         raise ValueError(
             "these jobs cannot share batches and teacher; call fit once for each group of config.sharing_key"
         )
-    device = pick_device(first.trainer.device)
-    tracking.check_reachable(jobs)
+    if first.trainer.batch_size < 2 * ranks.count:
+        raise ValueError(
+            f"trainer.batch_size={first.trainer.batch_size} is too small for {ranks.count} processes to share; "
+            f"give at least {2 * ranks.count}, two images each"
+        )
+    device = ranks.device or pick_device(first.trainer.device)
+    if ranks.first:
+        tracking.check_reachable(jobs)
     if first.teacher.checkpoint:  # a mistyped path shows before any data is fetched
         check_teacher(first)
     torch.backends.cudnn.benchmark = True
-    data = build_data(first, device)
-    networks = [build_network(job.student.model, job.dataset.num_classes, job.seed, device) for job in jobs]
+    with ranks.first_before_others():  # what is fetched on first use is fetched once
+        data = build_data(first, device, rank=ranks.rank, ranks=ranks.count)
+        networks = [build_network(job.student.model, job.dataset.num_classes, job.seed, device) for job in jobs]
+    networks = [ranks.with_shared_norm(network) for network in networks]
 
     def train_teacher(job: Config) -> None:
-        result = _fit_group([job], stop, None)[job.run_dir]
-        if stop.signal:
+        _fit_group([job], stop, None, ranks)
+        if ranks.agree(lambda: [stop.signal or 0])()[0]:
             raise KeyboardInterrupt
+        result = ranks.told(_result(job))
         if result["status"] != FINISHED:
             raise ValueError(f"training teacher={job.student.name} ended as {result['status']}: {result['reason']}")
 
@@ -239,19 +325,20 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
     for job, network in zip(jobs, networks, strict=True):
         check_maps(job, network, teacher_network, data, device)
     if teacher_network is not None:
-        teacher, facts = build_teacher(first, teacher_network, data, device, train_teacher)
-    if any(job.tracking.enabled and job.tracking.experiment_id is None for job in jobs):
+        teacher, facts = build_teacher(first, teacher_network, data, device, train_teacher, ranks)
+    if ranks.first and any(job.tracking.enabled and job.tracking.experiment_id is None for job in jobs):
         jobs = tracking.register(jobs, sweep)
 
     with ExitStack() as stack:
         runs, steps = [], min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
         for job, network in zip(jobs, networks, strict=True):
-            opened = Record(job)
-            stack.callback(opened.close)
-            stack.callback(opened.note_run_id)
-            _check_same_teacher(opened.folder, facts)
-            runs.append(build_run(job, network, opened, device, steps))
-        mirror = tracking.Mirror() if any(job.tracking.enabled for job in jobs) else None
+            opened = Record(job) if ranks.first else Onlooker(job)
+            if isinstance(opened, Record):
+                stack.callback(opened.close)
+                stack.callback(opened.note_run_id)
+                _check_same_teacher(opened.folder, facts)
+            runs.append(build_run(job, network, opened, device, steps, images=data.train_size, ranks=ranks))
+        mirror = tracking.Mirror() if ranks.first and any(job.tracking.enabled for job in jobs) else None
         if mirror:
             stack.callback(mirror.close)  # the first thing to happen at the end, while the records are still held
 
@@ -260,13 +347,15 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
                 mirror.update(run.record.folder)
 
         for run in runs:
-            run.info = {**facts, "group_size": len(runs), "environment": f"{record.versions()}, {describe(device)}"}
+            environment = f"{record.versions()}, {describe(device)}"
+            environment += f", {ranks.count} ranks" if ranks.count > 1 else ""
+            run.info = {**facts, "group_size": len(runs), "environment": environment}
             run.crowded = len(runs) > 1
             run.report(RUNNING)
             changed(run)
         view = View(
             runs,
-            mode=first.trainer.progress,
+            mode=first.trainer.progress if ranks.first else "off",
             epochs=first.trainer.epochs,
             steps=steps,
             batch=first.trainer.batch_size,
@@ -282,13 +371,22 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
                     log_every=first.trainer.log_every,
                     save_every_s=60 * first.checkpoint.every_minutes,
                     precision=first.trainer.precision,
+                    ranks=ranks,
                     view=view,
                     stop=stop,
                     changed=changed,
                 )
         except KeyboardInterrupt:
             stop.signal = stop.signal or signal.SIGINT
+            if ranks.count > 1:  # the others may be elsewhere: no more words with them
+                for run in runs:
+                    if run.alive:
+                        run.report(KILLED, f"stopped by {stop.signal.name}")
+                        changed(run)
+                raise
         except Exception as error:  # what all runs stand on: the data, the teacher
+            if ranks.count > 1:
+                raise  # the record says it when all ranks have ended, and which was the first
             crowded = len(runs) > 1 and isinstance(error, torch.OutOfMemoryError)  # fewer side by side may fit
             for run in runs:
                 if run.alive:
@@ -301,10 +399,9 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
                 with failures_of(run, changed):
                     if run.epoch <= first.trainer.epochs:
                         run.report(KILLED, f"stopped by {stop.signal.name}" if stop.signal else "stopped")
-                    else:
+                    elif ranks.first:
                         _finish(job, run, teacher_network, data)
                     changed(run)
-    return {job.run_dir: record.read_result(Path(job.run_dir)) for job in jobs}
 
 
 def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data) -> None:

@@ -17,7 +17,8 @@ LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
 LAYERS = (
     {"files", "meter"},
     {"archive", "decoding", "download", "pins", "targets"},
-    {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint"},
+    {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint", "shared_norm"},
+    {"distributed"},
     {"data", "folders", "evaluation", "console", "record", "teacher"},
     {"run", "progress", "streaming", "tracking", "grid", "teacher_cache", "predictions"},
     {"build"},

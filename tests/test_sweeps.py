@@ -514,3 +514,27 @@ def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:
     listed = Pool(["cpu"], fail_fast=False)
     listed.queue.extend(Task([job]) for job in jobs)
     assert [listed._next("cpu").jobs for _ in jobs] == [[jobs[0]], [jobs[1]]]
+
+
+def test_a_job_of_several_devices_has_the_pool_to_itself(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = jobs_of(home, "seed=0 trainer.devices=2", "seed=1")
+    results, code = sweep([wide, narrow], devices=["cpu", "cpu"])
+    assert statuses(results) == ["FINISHED"] * 2
+    assert code == 0
+    assert [" 2 ranks" in result["environment"] for result in results] == [True, False]
+
+    pool, started = Pool(["cuda:1", "cuda:2"], fail_fast=False), []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: started.append((command, how["env"])))
+    pool.threads = None
+    pool.queue.extend([Task([wide]), Task([narrow])])
+    first = pool._next("cuda:1")
+    assert first is not None
+    pool.busy[0] = pool._start(0, first)
+    assert pool._next("cuda:2") is None
+    command, environment = started[0]
+    assert command[command.index("--device") + 1] == "cuda"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5,6"
+    pool.busy = {0: (pool.busy[0][0], Task([narrow]))}
+    pool.queue.extend([Task([wide])])
+    assert [task.jobs for task in iter(lambda: pool._next("cuda:2"), None)] == [[narrow]]

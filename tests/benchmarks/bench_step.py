@@ -78,7 +78,7 @@ def setting(folder: Path) -> tuple[Teacher, Run, nn.Module, Tensor, Tensor]:
     teacher = Teacher(
         network(job.teacher.model), None, name="resnet32x4", device=device, precision="fp32", compile=False
     )
-    run = build_run(job, network(job.student.model), Record(job), device, steps=782)
+    run = build_run(job, network(job.student.model), Record(job), device, steps=782, images=50_000)
     images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)
     return teacher, run, network(job.student.model), images, torch.randint(100, (BATCH_SIZE,))
 

@@ -49,7 +49,7 @@ def sharing() -> None:
         runs: list[Run] = []
         for job in jobs:
             network = build_network(job.student.model, 100, job.seed, device)
-            runs.append(build_run(job, network, Record(job), device, steps=782))
+            runs.append(build_run(job, network, Record(job), device, steps=782, images=50_000))
         network = build_network(jobs[0].teacher.model, 100, 0, device)
         teacher = Teacher(network, None, name="resnet32x4", device=device, precision="fp32", compile=False)
         images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)

@@ -1,0 +1,114 @@
+"""BatchNorm over the images of all ranks.
+
+Shapes: B batch, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import Function, FunctionCtx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Sharing", "share_norm"]
+
+KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass
+class Sharing:
+    """Whether the ranks hold different images of the batch at hand."""
+
+    divided: bool = True
+
+
+def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
+    """`model` with BatchNorm over the images of all ranks: the same parameters, buffers and names, in place.
+
+    On CUDA it is torch's SyncBatchNorm, which takes no CPU tensors; else `SharedBatchNorm`. Raises ValueError for a
+    kind of BatchNorm that does something else beside.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module) not in KINDS:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which is not known to share its statistics over processes; "
+                f"use trainer.devices=1, or a network with {', '.join(kind.__name__ for kind in KINDS)}"
+            )
+    if device.type == "cuda":
+        shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return shared
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in KINDS:
+                own = SharedBatchNorm(1)
+                own.__dict__.update(child.__dict__, sharing=sharing)
+                setattr(module, name, own)
+    return model
+
+
+class SharedBatchNorm(_BatchNorm):
+    """BatchNorm over the values of all ranks, whose counts may differ; plain BatchNorm where each has the whole batch.
+
+    running_var takes the unbiased variance, as BatchNorm's does. Source: Ioffe and Szegedy 2015 (arXiv:1502.03167),
+    algorithms 1 and 2; gradients flow through the sums of all ranks.
+    """
+
+    sharing: Sharing
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Checked by the kind that it stands for, on one rank."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not self.sharing.divided:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        sums = _over_ranks(torch.cat((x.sum(axes), x.new_tensor([x.numel() / x.shape[1]]))))
+        count, mean_C = sums[-1].detach(), sums[:-1] / sums[-1].detach()
+        centred = x - _along(mean_C, x)
+        variance_C = _over_ranks(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            self._remember(mean_C.detach(), variance_C.detach() * count / (count - 1))
+        normal = centred * _along((variance_C + self.eps).rsqrt(), x)
+        if self.affine:
+            normal = normal * _along(self.weight, x) + _along(self.bias, x)
+        return normal.to(input.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean_C: Tensor, variance_C: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(variance_C.to(self.running_var.dtype), factor)
+
+
+def _along(values_C: Tensor, x: Tensor) -> Tensor:
+    """values_C for the channels of x, (B, C, ...)."""
+    return values_C.view(1, -1, *[1] * (x.dim() - 2))
+
+
+class _Sum(Function):
+    """The sum over all ranks. So is its gradient: the loss is the sum of the ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
+        return _reduced(values)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return _reduced(gradient)
+
+
+def _reduced(values: Tensor) -> Tensor:
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def _over_ranks(values: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(values)
+    return total

@@ -1,0 +1,459 @@
+"""Ranks that share each batch: what they compute is what one process computes, and none outlives or waits for the dead.
+
+Most tests let a function run in several forked processes that find each other by torch's environment, as a scheduler's
+would; the last ones let `fit` start the ranks.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from sddlskd import config as cfg
+from sddlskd.build import build_data, build_network, build_run
+from sddlskd.config import Config
+from sddlskd.data import DeviceData, Images, Splits, share_of
+from sddlskd.distributed import RankFailed, Ranks, joined
+from sddlskd.evaluation import evaluate
+from sddlskd.precision import pick_device
+from sddlskd.record import Onlooker, abandoned, read_result
+from sddlskd.run import Run
+from sddlskd.teacher import path_of
+from sddlskd.trainer import fit
+from tests.tiny import Net, child, final, net, one_thread, processes, rows, same, same_outcome, tiny  # noqa: F401
+
+CPU = torch.device("cpu")
+PATIENCE = 120  # seconds: a loaded machine is slow, a hang is for ever
+
+
+def _be(rank: int, count: int, port: int, hosted: bool, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    cfg.frame()
+    torch.set_num_threads(1)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": hosted}
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({key: str(value) for key, value in {**there, **here}.items()})
+    work(*arguments)
+
+
+class Started:
+    """Ranks that run work(*arguments)."""
+
+    def __init__(self, count: int, work: Callable[..., Any], *arguments: Any, hosted: bool = True) -> None:
+        """hosted: this process holds the store; else rank 0 does, at a port that was free a moment ago."""
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        told = (count, self.store.port, hosted, work, arguments)
+        if not hosted:
+            del self.store
+        self.processes = [processes.Process(target=_be, args=(rank, *told)) for rank in range(count)]
+        for process in self.processes:
+            process.start()
+
+    def end(self) -> list[int | None]:
+        """Their exit codes, once all have ended by themselves."""
+        end = time.monotonic() + PATIENCE
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return codes
+
+
+def on_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> None:
+    assert Started(count, work, *arguments).end() == [0] * count
+
+
+def result_of(job: Config) -> dict[str, Any]:
+    return read_result(Path(job.run_dir))
+
+
+# A batch's shares
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [7, 64, 300])
+def test_shares_are_slices_of_the_batches(batch_size: int, ranks: int) -> None:
+    images = torch.randint(256, (604, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Images(images, torch.arange(604) % 10)
+    made = functools.partial(
+        DeviceData, Splits(split, Images(*(t[:37] for t in split))), num_classes=10, batch_size=batch_size, seed=3,
+        device="cpu", mean=[0.5] * 3, std=[0.2] * 3, eval_batch_size=10,
+    )  # fmt: skip
+    whole, shares = made(), [made(rank=rank, ranks=ranks) for rank in range(ranks)]
+    for start in (0, 1, whole.steps_per_epoch - 1, whole.steps_per_epoch):
+        expected = list(zip(whole.batches(2, start), whole.view_batches(2, start), strict=True))
+        assert len(expected) == whole.steps_per_epoch - start
+        for rank, data in enumerate(shares):
+            found = list(zip(data.batches(2, start), data.view_batches(2, start), strict=True))
+            for ((x, y), views), ((own_x, own_y), own_views) in zip(expected, found, strict=True):
+                part = share_of(len(y), rank, ranks)
+                assert same((own_x, own_y, own_views), (x[part], y[part], views[part]))
+    labels = torch.cat([y for data in shares for _, y in data.val_batches()])
+    assert same(labels, torch.cat([y for _, y in whole.val_batches()]))
+    assert [sum(len(y) for _, y in data.test_batches()) for data in shares] == [37] * ranks
+
+
+# Gradients and statistics
+
+
+CASES: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {
+    "plain": (["M=[1,2,4]", "optimizer.clip_norm=0.5"], net()),
+    "sum": (["M=[1,2]", "distiller.reduction=sum", "recipe=sd_dkd"], net()),
+    "batchnorm": (["M=[1,2,4]"], None),
+    "alone": (["distiller=vanilla"], None),
+}
+
+
+def case(home: Path, name: str) -> Config:
+    """Batches of 63, 63, 63 and 3: shares of 31 and 32, and a rest that two ranks cannot share."""
+    overrides, model = CASES[name]
+    return tiny(home, "trainer.batch_size=63", *overrides, model=model)
+
+
+def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
+    """Of every step of an epoch, in float64 but for the cross-entropy, at the weights of the start."""
+    data = build_data(job, CPU, rank=ranks.rank, ranks=ranks.count)
+    student = ranks.with_shared_norm(build_network(job.student.model, 10, 0, CPU).double())
+    teacher = build_network(job.teacher.model, 10, 1, CPU).double().eval() if job.distiller.loss else None
+    run = build_run(job, student, Onlooker(job), CPU, data.steps_per_epoch, images=data.train_size, ranks=ranks)
+    run.learning_rate = lambda progress: 0.0
+    steps, statistics, seeds = [], [], []
+    for images, target in data.batches(1):
+        with torch.no_grad():
+            teacher_map = teacher(images.double()) if teacher else None
+        run.train_step(images.double(), target, teacher_map)
+        seeds.append(torch.initial_seed())
+        steps.append([parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None])
+        statistics.append({name: value.clone() for name, value in student.named_buffers()})
+    run.look()
+    sums = ranks.gather(run.sums).sum(0) / run.seen
+    val = evaluate(student.eval().float(), data.val_batches(), ranks=ranks)
+    names = list(student.state_dict())
+    return {"steps": steps, "buffers": statistics, "sums": sums, "seen": run.seen, "loss": run.loss, "val": val,
+            "names": names, "seeds": seeds}  # fmt: skip
+
+
+def keep_gradients(home: Path, jobs: dict[str, Config]) -> None:
+    with joined("cpu", 60) as ranks:
+        for name, job in jobs.items():
+            torch.save(gradients_of(job, ranks), home / f"{name}-{ranks.rank}-of-{ranks.count}.pt")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], dict[str, Any]]:
+    """gradients(case, rank, ranks): of one process, of two and of three."""
+    home = tmp_path_factory.mktemp("gradients")
+    jobs = {name: case(home, name) for name in CASES}
+    for name, job in jobs.items():
+        torch.save(gradients_of(job, Ranks()), home / f"{name}-0-of-1.pt")
+    for count in (2, 3):
+        on_ranks(count, keep_gradients, home, jobs)
+
+    def read(name: str, rank: int, ranks: int) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(home / f"{name}-{rank}-of-{ranks}.pt")
+        return content
+
+    return read
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_whole_batch(gradients: Any, name: str, ranks: int) -> None:
+    """Up to the order of sums: the cross-entropy is float32, the rest float64."""
+    one, some = gradients(name, 0, 1), [gradients(name, rank, ranks) for rank in range(ranks)]
+    assert len(one["steps"]) == 4
+    for step, expected in enumerate(one["steps"]):
+        scale = max(gradient.abs().max() for gradient in expected)
+        assert scale > 0
+        for rank in range(ranks):
+            found = some[rank]["steps"][step]
+            assert same(found, some[0]["steps"][step])  # bit for bit on all ranks, or their weights would drift apart
+            for ours, theirs in zip(found, expected, strict=True):
+                assert (ours - theirs).abs().max() <= 2e-6 * scale
+    assert all(part["names"] == one["names"] for part in some)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_statistics_of_batchnorm_are_those_of_the_whole_batch(gradients: Any, ranks: int) -> None:
+    one, some = gradients("batchnorm", 0, 1), [gradients("batchnorm", rank, ranks) for rank in range(ranks)]
+    for step, expected in enumerate(one["buffers"]):
+        assert len(expected) == 3 * 9
+        for rank in range(ranks):
+            found = some[rank]["buffers"][step]
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_those_of_all_images(gradients: Any, name: str, ranks: int) -> None:
+    one = gradients(name, 0, 1)
+    for rank in range(ranks):
+        found = gradients(name, rank, ranks)
+        assert found["seen"] == one["seen"] == 192
+        torch.testing.assert_close(found["sums"], one["sums"], rtol=1e-5, atol=0)
+        assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert found["sums"][3] == pytest.approx(one["sums"][3].item(), rel=1e-6)
+        assert (found["val"]["top1"], found["val"]["top5"]) == (one["val"]["top1"], one["val"]["top5"])
+        assert found["val"]["loss"] == pytest.approx(one["val"]["loss"], rel=1e-5)
+
+
+def test_ranks_drop_differently(gradients: Any) -> None:
+    one, some = gradients("plain", 0, 1), [gradients("plain", rank, 3) for rank in range(3)]
+    seeds = [seed for found in (one, *some) for seed in found["seeds"]]
+    assert len(seeds) == len(set(seeds)) == 4 * 4
+    assert one["seeds"] == [hash((0, 1, step)) % 2**63 for step in range(4)]
+
+
+def test_a_batchnorm_that_does_more_is_refused() -> None:
+    class Loud(nn.BatchNorm2d):
+        """Which might do anything."""
+
+    with pytest.raises(ValueError, match="1 is a Loud, which is not known to share"):
+        Ranks(count=2, device=CPU).with_shared_norm(nn.Sequential(nn.Conv2d(3, 8, 1), Loud(8)))
+
+
+# Whole jobs
+
+
+GROUP = (("student=resnet8",), ("student=wrn_16_1", "optimizer.clip_norm=1.0"))
+KEPT = ("tracking.predictions=true", "dataset.val_fraction=0.25", "teacher.cache=maps")
+
+
+def signal_at(epoch: int, step: int, rank: int) -> Any:
+    """Send this process SIGTERM after the step, if it is that rank, and once."""
+    original = Run.train_step
+
+    def watched(run: Run, *arguments: Any) -> None:
+        original(run, *arguments)
+        if (run.epoch, run.step, run.ranks.rank) == (epoch, step, rank):
+            Run.train_step = original  # type: ignore[method-assign]
+            signal.raise_signal(signal.SIGTERM)
+
+    Run.train_step = watched  # type: ignore[method-assign]
+
+
+def fit_the_house(home: Path) -> None:
+    """What the tests below look at, one after the other in the same ranks."""
+    fit([tiny(home / "undisturbed")])
+    fit([tiny(home / "grouped", *overrides) for overrides in GROUP])
+    fit([tiny(home / "alone", *GROUP[1])])
+    fit([tiny(home / "diverged", "optimizer.lr=1e30"), tiny(home / "diverged")])
+    fit([tiny(home / "kept", *KEPT, f"teacher.cache={home / 'maps'}")])
+    fit([tiny(home / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1", "student=wrn_16_1",
+              teacher=False)])  # fmt: skip
+    for place, epoch, step, rank in STOPS:
+        signal_at(epoch, step, rank)
+        (result,) = fit([tiny(home / place)])
+        assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGTERM")
+    for place in [place for place, *_ in STOPS[:2]] + ["more ranks"]:
+        fit([tiny(home / place)])
+    with pytest.raises(ValueError, match=r"batch_size=3 is too small for 2 processes to share; give at least 4"):
+        fit([tiny(home / "small", "trainer.batch_size=3")])
+
+
+STOPS = (("first", 1, 1, 0), ("second", 2, 2, 1), ("fewer ranks", 1, 2, 1))
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("house")
+    signal_at(1, 2, 0)
+    assert fit([tiny(home / "more ranks")])[0]["status"] == "KILLED"
+    on_ranks(2, fit_the_house, home)
+    return home
+
+
+def close(a: Config, b: Config) -> bool:
+    """The same outcome up to rounding: of another number of ranks."""
+    metrics = [[list(row.values()) for row in rows(job)] for job in (a, b)]
+    return len(metrics[0]) == 2 and all(
+        ours == pytest.approx(theirs, rel=2e-2, abs=1e-4) for ours, theirs in zip(*metrics, strict=True)
+    )
+
+
+def test_two_ranks_train_as_one(house: Path, tmp_path: Path) -> None:
+    alone, shared = tiny(tmp_path), tiny(house / "undisturbed")
+    fit([alone])
+    assert close(alone, shared)
+    assert final(shared)["position"] == final(alone)["position"]
+    ours, theirs = final(shared), final(alone)
+    assert ours["model"].keys() == theirs["model"].keys()
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    assert result_of(shared)["environment"].endswith("cpu, 1 threads, 2 ranks")
+    assert Path(shared.run_dir, "train.log").read_text().count("finished") == 1
+
+
+def test_grouped_is_alone_on_ranks(house: Path) -> None:
+    first, second = (tiny(house / "grouped", *overrides) for overrides in GROUP)
+    assert same_outcome(first, tiny(house / "undisturbed"))
+    assert same_outcome(second, tiny(house / "alone", *GROUP[1]))
+
+
+def test_a_student_that_diverges_leaves_alone_on_all_ranks(house: Path) -> None:
+    bad = result_of(tiny(house / "diverged", "optimizer.lr=1e30"))
+    assert bad["status"] == "FAILED"
+    assert "NonFiniteLoss: loss became nan at epoch 1, step 2" in bad["reason"]
+    assert same_outcome(tiny(house / "diverged"), tiny(house / "undisturbed"))
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_resumed_is_uninterrupted_on_ranks(house: Path, place: str) -> None:
+    assert result_of(tiny(house / place))["status"] == "FINISHED"
+    assert same_outcome(tiny(house / place), tiny(house / "undisturbed"))
+
+
+def test_resumed_by_fewer_or_more_ranks(house: Path) -> None:
+    fewer, more = tiny(house / "fewer ranks"), tiny(house / "more ranks")
+    assert final(fewer)["sums"].shape == (2, 4)
+    assert fit([fewer])[0]["status"] == result_of(more)["status"] == "FINISHED"
+    assert close(fewer, tiny(house / "undisturbed"))
+    assert close(more, tiny(house / "undisturbed"))
+    assert final(fewer)["sums"].shape == final(more)["sums"].shape == (4,)
+
+
+def test_what_a_student_leaves(house: Path) -> None:
+    job = tiny(house / "kept", *KEPT, f"teacher.cache={house / 'maps'}")
+    assert {"test_top1", "teacher_top1"} <= result_of(job).keys()
+    with np.load(Path(job.run_dir, "predictions.npz")) as arrays:
+        assert arrays["logits"].shape == (64, 10)
+    (known,) = (house / "maps").glob("*.known")
+    assert np.count_nonzero(np.fromfile(known, np.uint8)) > 142  # all training images of an epoch, not a rank's share
+
+
+def test_a_teacher_is_trained_by_all_ranks(house: Path) -> None:
+    job = tiny(house / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1", "student=wrn_16_1",
+               teacher=False)  # fmt: skip
+    assert result_of(job)["status"] == "FINISHED"
+    teacher = cfg.teacher_job(job)
+    assert result_of(teacher)["environment"].endswith("2 ranks")
+    assert path_of(job.home, "fake", "resnet8").exists()
+
+
+# Ends
+
+
+class Bad(Net):
+    """Does something at its second training step on one rank, which `how` names."""
+
+    def __init__(self, num_classes: int, how: str, rank: int) -> None:
+        super().__init__(num_classes)
+        self.how, self.rank, self.steps = how, rank, 0
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.training and len(images_BCHW) > 1 and os.environ.get("RANK") == str(self.rank):
+            self.steps += 1
+            if self.steps == 2:
+                self.misbehave()
+        return super().forward(images_BCHW)
+
+    def misbehave(self) -> None:
+        if self.how == "raises":
+            raise RuntimeError("no good on one rank")
+        if self.how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "hangs":
+            time.sleep(10 * PATIENCE)
+        if self.how == "leaves":
+            os._exit(3)
+
+
+def bad(home: Path, how: str, rank: int, *overrides: str) -> Config:
+    model = {"_target_": "tests.test_distributed.Bad", "how": how, "rank": rank}
+    return tiny(home, "trainer.timeout_s=5", *overrides, model=model)
+
+
+def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
+    """Where nobody looks after the ranks, as under a scheduler: rank 0 holds the store and writes the record."""
+    job = bad(tmp_path, "raises", 1)
+    assert Started(2, fit, [job], hosted=False).end() == [1, 1]
+    result = result_of(job)
+    assert (result["status"], result["reason"]) == ("FAILED", "RuntimeError: no good on one rank")
+    assert "in misbehave" in Path(job.run_dir, "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("raises", "RuntimeError: no good on one rank"),
+        ("is killed", "killed by SIGKILL; out of memory?"),
+        ("leaves", "ended with exit code 3"),
+        ("hangs", "another rank hangs or is gone (trainer.timeout_s: how long it is waited for)"),
+    ],
+)
+def test_a_rank_that_ends_ends_the_job(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str, reason: str
+) -> None:
+    beside = tiny(tmp_path, "trainer.timeout_s=5", "trainer.devices=2")
+    job = bad(tmp_path, how, 1, "trainer.devices=2")
+    if how in ("raises", "hangs"):
+        results = fit([job, beside])
+        assert results[1]["status"] == "KILLED"
+        assert results[1]["reason"].startswith(f"{Path(job.run_dir).name} failed beside it: RuntimeError: ")
+        assert "in misbehave" in Path(job.run_dir, "train.log").read_text() + capfd.readouterr().err
+    else:
+        with pytest.raises(RankFailed, match=f"rank 1 of 2: {reason[:20]}"):
+            fit([job])
+    assert result_of(job)["status"] == "FAILED"
+    assert result_of(job)["reason"].endswith(reason)
+    assert not multiprocessing.active_children()
+
+
+def fit_and_leave(job: Config, done: Path) -> None:
+    fit([job])
+    done.touch()
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGKILL, "SIGINT")])
+def test_a_signal_to_the_first_process_stops_all_ranks(tmp_path: Path, number: int, reason: str) -> None:
+    """SIGKILL too: the ranks then end as after Ctrl-C, with all checkpoints saved."""
+    job = tiny(tmp_path, "trainer.devices=2", "trainer.epochs=400")
+    process = child(job)
+    wait_for(lambda: rows_so_far(job))
+    os.kill(process.pid, number)
+    wait_for(lambda: result_of(job)["status"] == "KILLED" and abandoned(Path(job.run_dir)))
+    process.join()
+    assert process.exitcode == (0 if number == signal.SIGTERM else -number)
+    assert result_of(job)["reason"] == f"stopped by {reason}"
+    assert final(job)["position"][0] <= 400
+
+
+def rows_so_far(job: Config) -> bool:
+    return Path(job.run_dir, "metrics.jsonl").exists()
+
+
+def test_refused_in_one_line_by_the_ranks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="asks for 32x32 regions"):
+        fit([tiny(tmp_path, "M=[1,32]", "trainer.devices=2")])
+    with pytest.raises(ValueError, match=r"trainer\.device=cuda needs CUDA"):
+        fit([tiny(tmp_path, "trainer.device=cuda", "trainer.devices=2")])
+
+
+def test_pick_device_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(name, 1, 2) for name in ("cuda", "auto", "cpu")] == [torch.device("cuda:1")] * 2 + [CPU]
+    with pytest.raises(ValueError, match=r"trainer.devices=3 asks for more GPUs than the 2 here; give 1..2"):
+        pick_device("cuda", 0, 3)
+    with pytest.raises(ValueError, match=r"trainer\.device=cuda:1 is one device for 2 processes; use cuda or cpu"):
+        pick_device("cuda:1", 0, 2)
