@@ -156,6 +156,7 @@ class TrainerConfig:
     )
     #                               and share the teacher: they then differ in initialisation only
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
+    devices: int = _plumbing(1)  # processes (one a GPU) that share each batch
     precision: Precision = Precision.fp32  # of the networks' forward pass; losses are always float32
     compile: bool = False  # torch.compile the networks
     log_every: int = _plumbing(50)  # steps between looks at the loss

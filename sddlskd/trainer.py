@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,41 +34,13 @@ from sddlskd.precision import describe, pick_device
 from sddlskd.progress import View
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Record
 from sddlskd.run import NonFiniteLoss, Run
+from sddlskd.stop import Stop
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache
 
-__all__ = ["Stop", "fit", "train"]
+__all__ = ["fit", "train"]
 
 log = logging.getLogger(__name__)
-
-
-class Stop:
-    """Whether a person or the scheduler asked to stop: the first Ctrl-C or SIGTERM sets it, each step looks at it."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over; a second one ends the process at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = signal.Signals(number)
-            log.warning(
-                "%s: stopping after this step with all checkpoints saved; once more stops at once", self.signal.name
-            )
-
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever called us handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def train(
@@ -153,11 +124,14 @@ def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
         changed(run)
 
 
-def fit(configs: Sequence[Config | DictConfig], *, sweep: str | None = None) -> list[dict[str, Any]]:
+def fit(
+    configs: Sequence[Config | DictConfig], *, sweep: str | None = None, stop: Stop | None = None
+) -> list[dict[str, Any]]:
     """Train one student per configuration; all of them must share batches and teacher (`config.sharing_key`).
 
     A job that is FINISHED already is not run again. Gives each job's result.json, in order. Raises ValueError or
     OSError, in one line, for what is wrong before training starts; jobs that were frozen already are then FAILED.
+    KeyboardInterrupt where it was asked to stop before that. stop: of a caller that listens to signals longer.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
     results = {job.run_dir: record.read_result(Path(job.run_dir)) for job in jobs}
@@ -169,8 +143,8 @@ def fit(configs: Sequence[Config | DictConfig], *, sweep: str | None = None) -> 
         if teacher_changed(job, results[job.run_dir]):
             log.warning("%s learnt from another teacher file than is there now", job.run_dir)
     if todo:
-        stop = Stop()
-        with stop.listening():
+        stop = stop or Stop()
+        with stop.listening(), stop.acting(at_once=True):
             try:
                 results.update(_fit_group(list(todo.values()), stop, sweep))
             except record.InUse:
@@ -244,6 +218,7 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
         jobs = tracking.register(jobs, sweep)
 
     with ExitStack() as stack:
+        stack.enter_context(stop.acting(at_once=False))
         runs, steps = [], min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
         for job, network in zip(jobs, networks, strict=True):
             opened = Record(job)
@@ -300,7 +275,7 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> dict[st
             if run.alive:
                 with failures_of(run, changed):
                     if run.epoch <= first.trainer.epochs:
-                        run.report(KILLED, f"stopped by {stop.signal.name}" if stop.signal else "stopped")
+                        run.report(KILLED, stop.reason)
                     else:
                         _finish(job, run, teacher_network, data)
                     changed(run)
