@@ -1,9 +1,6 @@
-"""SLURM runs the groups of a sweep: what is submitted, what each array task does, what is asked of the queue later.
+"""SLURM runs the groups of a sweep: what is submitted, and what is asked of the queue later.
 
-An array task fits the frozen jobs of its run directories. On SLURM's warning (SIGUSR2, before a time limit) or a
-preemption it saves checkpoints and ends, and its batch script, which outlives it, puts the task back into the queue;
-what a task that was killed at once had saved, the next one continues. Run directories stay the only truth about runs;
-runs/sweeps/<name>/slurm.json adds which SLURM job has which of them.
+Run directories stay the only truth about runs; runs/sweeps/<name>/slurm.json adds which SLURM job has which of them.
 """
 
 import json
@@ -12,38 +9,34 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock
 
 from sddlskd import config as cfg
-from sddlskd import record, tracking
+from sddlskd import record
+from sddlskd.array_task import SETUP, TEARDOWN, ArrayTask
 from sddlskd.config import Config
 from sddlskd.console import write_line
 from sddlskd.outcome import LOCK, read_manifest, settle, state_of
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
-from sddlskd.stop import Stop
-from sddlskd.worker import TOO_LARGE, run
 
-__all__ = ["ArrayTask", "Slurm", "Submission", "cancel", "cause_of_death", "queue", "submissions"]
+__all__ = ["Slurm", "Submission", "cancel", "cause_of_death", "queue", "submissions"]
 
 log = logging.getLogger(__name__)
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 MANIFEST = "slurm.json"  # in the sweep's folder
 POLL = 5.0  # seconds between looks at the queue
-REQUEUE = 85  # exit code of a task that was warned and wants to go on
-WARNED_EARLY = 128 + signal.SIGUSR2  # of a task that the warning met before Python could listen
 SUBMITTED_FOR_ALL = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"}
 """What submitit knows of every cluster; its SLURM options are prefixed with slurm_."""
 UNSURE = "Requested node configuration is not available"  # said too where the nodes are down for the moment
@@ -101,17 +94,22 @@ def cancel(sweep: Path) -> list[str]:
 
 def cause_of_death(job: str) -> str:
     """Why a job is over, as SLURM tells it: TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, CANCELLED ..."""
-    for command, pattern in (
-        (("scontrol", "--oneliner", "show", "job", job), r"JobState=(\S+).*? ExitCode=(\S+)"),
-        (("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode"), r"([^|]+)\|(\S+)"),  # long after its end
-    ):
-        try:
-            if found := re.search(pattern, _ask(*command)):
-                state, code = found.groups()
-                return f"{state} (exit code {code})" if state == "FAILED" else state
-        except ConnectionError:
-            continue
+    array, _, index = job.partition("_")
+    with suppress(ConnectionError):
+        records = _ask("scontrol", "--oneliner", "show", "job", array).splitlines()
+        # Tasks that never started may share a record: ArrayTaskId=3-7.
+        own = [text for text in records if not index or f" ArrayTaskId={index} " in text]
+        shared = [text for text in records if re.search(r" ArrayTaskId=\d+[-,]", text)]
+        if found := re.search(r" JobState=(\S+).* ExitCode=(\S+)", "".join([*own, *shared][:1])):
+            return _worded(*found.groups())
+    with suppress(ConnectionError):  # long after its end, where the cluster keeps accounts
+        if found := re.match(r"(\w+)[^|]*\|(\S+)", _ask("sacct", "-nXPj", job, "-o", "State,ExitCode")):
+            return _worded(*found.groups())
     return "gone, and SLURM does not know why any more"
+
+
+def _worded(state: str, code: str) -> str:
+    return f"{state} (exit code {code})" if state == "FAILED" else state
 
 
 def _ask(*command: str, text: str | None = None) -> str:
@@ -200,9 +198,10 @@ class Slurm:
         uris = {str(job.tracking.uri) for job in jobs if job.tracking.enabled}
         if not any(uri.startswith("sqlite:") for uri in uris):
             return
-        partition = self.options.get("partition")
-        where = [f"--partition={partition}"] if partition else []
-        hosts = set(_ask("sinfo", "--noheader", "--Node", "--format=%n", *where).split())
+        rows = [row.split() for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()]
+        partition = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
+        names = partition.split(",") if partition else [name for _, name in rows if name.endswith("*")]
+        hosts = {host for host, name in rows if name in names or name.rstrip("*") in names}
         here = socket.gethostname()
         if hosts - {here, here.split(".")[0]}:
             raise ValueError(
@@ -245,10 +244,8 @@ class Slurm:
                 with _outside_of_a_job(), executor.batch():
                     jobs = [executor.submit(task) for task in tasks]
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-                raise ValueError(
-                    f"sbatch: {_words(str(error))}; {len(submissions(sweep))} tasks of the sweep are submitted, and the "
-                    "same command submits the others"
-                ) from None
+                so_far = f"{len(submissions(sweep))} tasks are submitted, the same command submits the others"
+                raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
             _add(
                 sweep,
                 [
@@ -263,9 +260,7 @@ class Slurm:
 
         nodes = self.options["nodes"]
         if ranks % nodes:
-            raise ValueError(
-                f"trainer.devices={ranks} processes do not spread evenly over hydra.launcher.nodes={nodes}"
-            )
+            raise ValueError(f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}")
         options = {name: value for name, value in self.options.items() if value is not None}
         options["tasks_per_node"] = ranks // nodes
         srun_args = list(self.srun_args)
@@ -277,8 +272,7 @@ class Slurm:
             "array_parallelism": parallelism,
             "srun_args": srun_args,
             "stderr_to_stdout": True,
-            # submitit takes this signal, which nobody sends, and leaves SIGUSR2 to us
-            "setup": ["export SUBMITIT_PREEMPT_SIGNAL=USR1", *(options.get("setup") or [])],
+            "setup": [*SETUP, *(options.get("setup") or [])],
             "teardown": TEARDOWN.replace("MAX_REQUEUES", str(self.max_requeues)).splitlines(),
             "additional_parameters": {"requeue": True, **(options.get("additional_parameters") or {})},
         }
@@ -296,6 +290,9 @@ class Slurm:
         while empty < 2:  # a job that is being requeued, or a record on a slow file system, may be missed once
             try:
                 live = queue(sweep)
+                if self.fail_fast and live and any(state_of(Path(d)) == "failed" for d in read_manifest(sweep)["jobs"]):
+                    log.warning("stopping the sweep: a job failed and fail_fast is on")
+                    _ask("scancel", *live)
             except ConnectionError as error:
                 if not away:
                     log.warning("SLURM is away (%s); its jobs go on and so does the waiting", error)
@@ -310,9 +307,6 @@ class Slurm:
             if line != told:
                 log.info("SLURM: %s", line or "all done")
             told = line
-            if self.fail_fast and live and any(state_of(Path(d)) == "failed" for d in read_manifest(sweep)["jobs"]):
-                log.warning("stopping the sweep: a job failed and fail_fast is on")
-                _ask("scancel", *live)
             time.sleep(POLL if live else 1.0)
 
 
@@ -331,75 +325,3 @@ def _settle(sweep: Path) -> None:
         said = f"{result['reason']}; " if result.get("status") == KILLED else ""
         job = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
         settle(job, KILLED, f"{said}{over}: {cause_of_death(one.job)}; its log: {one.log}")
-
-
-TEARDOWN = f"""
-# The task is over and its records are closed: whether it goes back into the queue is decided here.
-code=$?
-job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
-again=
-case $code in {REQUEUE}|{WARNED_EARLY}) again=warned;; esac
-if [ $code != 0 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then again=preempted; fi
-if [ -n "$again" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -ge MAX_REQUEUES ]; then
-    echo "$again, but not requeued: max_requeues=MAX_REQUEUES is reached"
-elif [ -n "$again" ]; then
-    echo "$again: back into the queue"
-    for attempt in $(seq 12); do scontrol requeue "$job" && break; sleep 5; done
-fi
-exit $code
-"""
-
-
-@dataclass(frozen=True)
-class ArrayTask:
-    """What one array task does: fit the frozen jobs of some run directories, and end with an exit code for `TEARDOWN`.
-
-    It never returns: submitit would write down a result that nobody reads, and meet signals on the way.
-    """
-
-    run_dirs: tuple[str, ...]
-    sweep: str
-    max_requeues: int
-
-    def __call__(self) -> NoReturn:
-        """Called by submitit in each process of the task."""
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        warned = ", to go on when SLURM starts it again" if restarts < self.max_requeues else ", max_requeues reached"
-        stop = Stop(warned=warned)
-        stop.listen()  # to the end of the process
-        folders = [Path(path) for path in self.run_dirs]
-        import submitit
-
-        task = submitit.JobEnvironment()
-        if task.num_tasks > 1:
-            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if task.global_rank == 0:
-            for folder in folders:
-                record.note_requeues(folder, task.job_id, restarts)
-        left = [folder for folder in folders if record.read_result(folder).get("status") != FAILED]
-        code = _fit(left, stop) if left else 1
-        statuses = {record.read_result(folder).get("status") for folder in folders}
-        if statuses <= {FINISHED, FAILED}:
-            code = 1 if FAILED in statuses else 0
-        elif stop.signal is signal.SIGUSR2:
-            code = REQUEUE
-        if task.global_rank == 0:
-            _close_sweep(Path(self.sweep), folders[0])
-        sys.exit(code)
-
-
-def _fit(folders: Sequence[Path], stop: Stop) -> int:
-    """Fit the jobs side by side; by halves where they do not fit into the device's memory."""
-    threads = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or None
-    code = run(folders, threads=threads, progress="plain", stop=stop)
-    if code != TOO_LARGE or len(folders) == 1:
-        return code
-    half = len(folders) // 2
-    return max(_fit(folders[:half], stop), _fit(folders[half:], stop))
-
-
-def _close_sweep(sweep: Path, folder: Path) -> None:
-    """The last job to end tells MLflow that the sweep is over; nobody else may be there to do so."""
-    states = {state_of(Path(run_dir)) for run_dir in read_manifest(sweep)["jobs"]}
-    if states <= {"finished", "failed"}:
-        tracking.finish_sweep(cfg.load(folder / "config.yaml"), FAILED if "failed" in states else FINISHED)

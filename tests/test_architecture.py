@@ -24,14 +24,15 @@ LAYERS = (
     {"precheck"},
     {"trainer"},
     {"outcome", "worker"},
-    {"pool", "slurm"},
+    {"array_task", "pool"},
+    {"slurm"},
     {"sweeps"},
     {"export"},
     {"evaluate", "teachers", "train", "hydra_plugins"},
 )
 SEE_A_CONFIG = {
-    "build", "console", "evaluate", "export", "grid", "outcome", "pool", "precheck", "record", "slurm", "sweeps",
-    "teachers", "tracking", "train", "trainer", "worker",
+    "array_task", "build", "console", "evaluate", "export", "grid", "outcome", "pool", "precheck", "record", "slurm",
+    "sweeps", "teachers", "tracking", "train", "trainer", "worker",
 }  # fmt: skip
 ALONE = {"files", "config", "losses", "models", "datasets", "distill", "schedule", "precision"}
 

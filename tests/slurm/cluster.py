@@ -41,8 +41,11 @@ SlurmdLogFile={folder}/slurmd.log
 # More CPUs than the machine may have: jobs that sleep or start up need none of their own.
 SlurmdParameters=config_overrides
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=60
-PartitionName=spot Nodes=ALL PriorityTier=1 GraceTime=40 MaxTime=60
+# A second node that is not there.
+NodeName=node2 NodeHostname=elsewhere NodeAddr=127.0.0.2 Port=9 CPUs=1 State=DOWN
+PartitionName=main Nodes=node1 Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=60
+PartitionName=spot Nodes=node1 PriorityTier=1 GraceTime=40 MaxTime=60
+PartitionName=wide Nodes=node1,node2 PreemptMode=OFF MaxTime=60
 """
 
 
@@ -107,31 +110,38 @@ class Cluster:
                 [program, *options], stdout=out, stderr=out, env=os.environ | {"SLURM_CONF": str(self.conf)}
             )
 
-    def kill(self, name: str) -> None:
-        """SIGKILL to a daemon."""
-        self.daemons[name].kill()
+    def end(self, name: str, by: signal.Signals = signal.SIGKILL) -> None:
+        """End a daemon."""
+        self.daemons[name].send_signal(by)
         self.daemons.pop(name).wait()
 
     def crash_node(self) -> None:
         """What a power cut does to a node: the daemon and every process of every job are gone at once."""
-        self.kill("slurmd")
+        self.end("slurmd")
         for pid in self.job_processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def job_processes(self) -> list[int]:
-        """slurmstepd and what it started, known by the SLURM_CONF or the spool in their environment or command."""
-        marks = (f"SLURM_CONF={self.conf}".encode(), f"SLURMD_SPOOL={self.folder}".encode())
-        found = []
-        for path in Path("/proc").iterdir():
-            if path.name.isdigit() and int(path.name) not in (os.getpid(), *(d.pid for d in self.daemons.values())):
-                with suppress(OSError):
-                    environment = (path / "environ").read_bytes().split(b"\0")
-                    in_job = any(value.startswith((b"SLURM_JOB_ID=", b"SLURMD_NODENAME=")) for value in environment)
-                    step = b"slurmstepd" in (path / "cmdline").read_bytes()
-                    if marks[0] in environment and (in_job or step):
-                        found.append(int(path.name))
+        """slurmstepd and what it started for this cluster's jobs."""
+        ours, found = f"SLURM_CONF={self.conf}".encode(), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended since
+                environment = (path / "environ").read_bytes().split(b"\0")
+                in_job = any(value.startswith(b"SLURM_JOB_ID=") for value in environment)
+                if ours in environment and (in_job or (path / "cmdline").read_bytes().startswith(b"slurmstepd")):
+                    found.append(int(path.name))
         return found
+
+    def restore(self) -> None:
+        """An empty queue and every daemon, whatever a test has left."""
+        if "slurmctld" not in self.daemons:
+            self.start_slurmctld()
+        if "slurmd" not in self.daemons:
+            self.start_slurmd()
+        wait_for(lambda: self.ask("scontrol", "ping"), 60)
+        self.ask("scancel", "--user=root")
+        wait_for(lambda: not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T"), 120)
 
     def stop(self) -> None:
         for name in ("slurmctld", "slurmd", "munged"):
