@@ -77,6 +77,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def note_requeues(folder: Path, job: str, times: int) -> None:
+    """Note how often SLURM put this job back into its queue so far."""
+    write_text(folder / "requeues.json", json.dumps({**_requeues(folder), job: times}))
+
+
+def _requeues(folder: Path) -> dict[str, int]:
+    path = folder / "requeues.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def queue_again(folder: Path) -> None:
     """Let a failed run count as interrupted: its old outcome must not be taken for that of the run to come."""
     result = read_result(folder)
@@ -219,6 +229,7 @@ class Record:
             "reason": reason,
             "config_hash": self.config_hash,
             **values,
+            "requeues": sum(_requeues(self.folder).values()),  # by SLURM, over the whole life of the run
             "time": time.time(),
         }
         try:

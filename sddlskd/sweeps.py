@@ -1,8 +1,11 @@
-"""A sweep on this machine: planned, frozen, run by worker processes, continued where it stopped.
+"""A sweep: planned, frozen, run by worker processes here or by SLURM, continued where it stopped.
 
-    python -m sddlskd.sweeps status NAME     what is finished, running, failed, interrupted or missing, and how to go on
+    python -m sddlskd.sweeps status NAME     what is finished, running, queued, failed or missing, and how to go on
+    python -m sddlskd.sweeps logs NAME       the ends of the logs of what SLURM runs or ran
+    python -m sddlskd.sweeps cancel NAME     cancel what SLURM has of it
 
-A sweep is its jobs' run directories and a list of them in runs/sweeps/<name>/sweep.json; nothing else has a state.
+A sweep is its jobs' run directories and a list of them in runs/sweeps/<name>/sweep.json; what SLURM has of it is
+listed beside that, in slurm.json. Nothing else has a state.
 """
 
 import argparse
@@ -16,38 +19,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from types import FrameType
 from typing import Any
 
 from filelock import FileLock
 
 from sddlskd import config as cfg
-from sddlskd import record
+from sddlskd import record, slurm, tracking
 from sddlskd.config import Config, Rerun
 from sddlskd.console import duration, outcomes, write_line
 from sddlskd.grid import InvalidJobs, reasons_together
+from sddlskd.outcome import LOCK, STATES, read_manifest, result_of, state_of
+from sddlskd.pool import Pool
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
-from sddlskd.worker import BUSY, TOO_LARGE
+from sddlskd.slurm import Slurm
 
-__all__ = ["groups_of", "run_sweep", "state_of"]
+__all__ = ["groups_of", "run_sweep"]
 
 log = logging.getLogger(__name__)
-
-LOCK = ".lock"  # in the sweep's folder: two launches may add jobs to its lists at once
-STATES = ("finished", "running", "interrupted", "failed", "new")
-
-
-def state_of(folder: Path) -> str:
-    """finished, running, interrupted, failed or new (never started)."""
-    status = record.read_result(folder).get("status")
-    if status == RUNNING:
-        return "interrupted" if record.abandoned(folder) else "running"
-    return {None: "new", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}[status]
 
 
 def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list[list[Config]]:
@@ -64,28 +57,29 @@ def run_sweep(
     jobs: Sequence[Config],
     name: str,
     *,
-    devices: Any = "auto",
+    pool: Pool | Slurm,
     max_group_size: int | None = None,
-    fail_fast: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run what of the sweep is not done; gives every job's result.json, in order.
+    """Run what of the sweep is not done, by `pool`; gives every job's result.json, in order.
 
-    Jobs that are FINISHED are left alone, interrupted ones continue, FAILED ones run again (`sweep.rerun`). Exits with
-    1 where a job failed, 130 where the sweep was stopped. Raises ValueError, before anything starts, naming every job
-    that is not valid.
+    Jobs that are FINISHED are left alone, interrupted ones continue, FAILED ones run again (`sweep.rerun`), those that
+    SLURM has already stay there. Exits with 1 where a job failed, 130 where the sweep was stopped. Raises ValueError,
+    before anything starts, naming every job that is not valid.
     """
     unique = list({job.run_dir: job for job in jobs}.values())
     if len(unique) < len({cfg.config_hash(job) for job in jobs}):
         raise ValueError("several jobs of the sweep have one run_dir; leave run_dir out, so that each gets its own")
-    states = {job.run_dir: state_of(Path(job.run_dir)) for job in unique}
+    folder = Path(unique[0].home, "runs", "sweeps", name)
+    states = _states(folder, [job.run_dir for job in unique])
     rerun = unique[0].sweep.rerun
     skipped = (
-        {"running"}
+        {"running", "queued"}
         | ({"finished"} if rerun is not Rerun.all else set())
         | ({"failed"} if rerun is Rerun.none else set())
     )
     todo = [job for job in unique if states[job.run_dir] not in skipped]
-    seen = _look_ahead(todo, [job for job in unique if states[job.run_dir] == "finished"])
+    as_here = todo if pool.here else [replace(job, trainer=replace(job.trainer, device="auto")) for job in todo]
+    seen = _look_ahead(as_here, [job for job in unique if states[job.run_dir] == "finished"])
     if seen.invalid and not unique[0].sweep.plan:
         raise InvalidJobs(seen.invalid)
     if seen.changed:
@@ -102,11 +96,10 @@ def run_sweep(
             write_line(line)
         sys.exit(1 if seen.invalid else 0)
     log.info("%s", "; ".join(plan))
-    if todo:
-        from sddlskd import tracking
-
-        tracking.check_reachable(todo)  # before anything is written
-    folder = _write_manifest(name, unique)
+    if todo:  # before anything is written
+        tracking.check_reachable(todo)
+        pool.check(todo)
+    _write_manifest(name, unique)
     if todo:
         if rerun is Rerun.all:
             for job in todo:
@@ -116,17 +109,27 @@ def run_sweep(
             record.freeze(job)
             record.queue_again(Path(job.run_dir))
         tracking.log_plan(registered[0], _write_plan(folder, name, unique))
-        stopped = Pool(devices, fail_fast=fail_fast).run(groups, seen.devices)
-        tracking.finish_sweep(registered[0], KILLED if stopped else _outcome(unique))
     elif not _planned(folder) >= {job.run_dir for job in unique}:
         _register_what_others_ran(folder, name, unique)
-    results = [_result(job) for job in unique]
+    if todo or "queued" in states.values() or "running" in states.values():
+        ended = pool.run(groups, folder, seen.devices)
+        if ended == RUNNING:
+            write_line(f"state: python -m sddlskd.sweeps status {folder}")
+            return [result_of(job) for job in jobs]
+        if todo:
+            tracking.finish_sweep(registered[0], KILLED if ended == KILLED else _outcome(unique))
+    results = [result_of(job) for job in unique]
     digest(unique, results)
     if any(result["status"] != FINISHED for result in results):
         write_line(f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})")
     outcomes(unique, results)
-    by_folder = {job.run_dir: result for job, result in zip(unique, results, strict=True)}
-    return [by_folder[job.run_dir] for job in jobs]
+    return [result_of(job) for job in jobs]
+
+
+def _states(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
+    """Of each run directory of the sweep in that folder; what SLURM has counts as queued or running."""
+    own, live = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}, slurm.states(folder)
+    return {run_dir: state if state == "finished" else live.get(run_dir, state) for run_dir, state in own.items()}
 
 
 def _outcome(jobs: Iterable[Config]) -> str:
@@ -135,8 +138,6 @@ def _outcome(jobs: Iterable[Config]) -> str:
 
 def _register_what_others_ran(folder: Path, name: str, jobs: Sequence[Config]) -> None:
     """Let MLflow know a sweep of which every job was run by another; nothing is lost where it is away."""
-    from sddlskd import tracking
-
     try:
         tracking.check_reachable(jobs)
         first = tracking.register(jobs[:1], sweep=name)[0]
@@ -145,11 +146,6 @@ def _register_what_others_ran(folder: Path, name: str, jobs: Sequence[Config]) -
         return
     tracking.log_plan(first, _write_plan(folder, name, jobs))
     tracking.finish_sweep(first, _outcome(jobs))
-
-
-def _result(job: Config) -> dict[str, Any]:
-    nothing = {"status": "NEW", "reason": "", "best_top1": None, "last_top1": None, "epochs": 0, "seconds": 0.0}
-    return record.read_result(Path(job.run_dir)) or nothing
 
 
 @dataclass
@@ -184,8 +180,6 @@ def _ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
 
 
 def _set_aside(folder: Path) -> None:
-    from sddlskd import tracking
-
     if folder.exists():
         if (folder / "config.yaml").exists():
             tracking.supersede(folder)
@@ -198,8 +192,8 @@ def _plan(name: str, jobs: Sequence[Config], states: dict[str, str], groups: Seq
     todo = sum(map(len, groups))
     lines = [f"sweep {name}: {len(jobs)} jobs ({state}), {todo} to do in {len(groups)} groups"]
     taught = [group for group in groups if group[0].distiller.loss]
-    if taught:
-        alone = sum(map(len, taught))
+    alone = sum(map(len, taught))
+    if len(taught) < alone:
         lines.append(f"the teacher goes through the data {len(taught)} times an epoch instead of {alone}")
     known = [_seconds(job) for group in groups for job in group]
     if todo and all(s is not None for s in known):
@@ -225,7 +219,7 @@ def _command(home: str) -> str:
 
 
 def _write_manifest(name: str, jobs: Sequence[Config]) -> Path:
-    """Add these jobs to the sweep's list."""
+    """Add these jobs to the sweep's list; gives its folder."""
     folder = Path(jobs[0].home, "runs", "sweeps", name)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
@@ -279,177 +273,6 @@ def _planned(folder: Path) -> set[str]:
     return {job["run_dir"] for job in json.loads(path.read_text())["jobs"]} if path.exists() else set()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """{name, command, folder, time, jobs}."""
-    content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
-    return content
-
-
-@dataclass
-class Task:
-    """A group to run, and how many workers died of it."""
-
-    jobs: list[Config]
-    deaths: int = 0
-
-
-class Pool:
-    """Worker processes, one a device, that take groups from a queue.
-
-    devices: auto (the jobs' trainer.device; where that is auto too, every visible GPU, else one CPU worker) or a list
-    of trainer.device values; CPU workers share the cores. A group whose worker dies is run again from its checkpoints,
-    once; the next time it is split into single jobs, to find the one that kills. A group that is too large for the
-    device's memory is halved.
-    """
-
-    def __init__(self, devices: Any, *, fail_fast: bool) -> None:
-        if not devices:
-            raise ValueError(
-                "hydra.launcher.devices=[] has no device; give auto or a list such as [cuda:0,cuda:1] or [cpu,cpu]"
-            )
-        self.auto = devices == "auto"
-        listed = [devices] if isinstance(devices, str) else devices
-        self.devices = [] if self.auto else [str(device) for device in listed]
-        self.fail_fast = fail_fast
-        self.queue: deque[Task] = deque()
-        self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
-        self.asked_to_stop = 0
-
-    def run(self, groups: Sequence[Sequence[Config]], visible: Sequence[str]) -> bool:
-        """Run every group; True where a person stopped it. visible: the devices of this machine."""
-        self.queue.extend(Task(list(group)) for group in groups)
-        if self.auto:
-            asked = {task.jobs[0].trainer.device for task in self.queue}
-            self.devices = sorted(asked - {"auto"} | set(visible if "auto" in asked else []))
-        on_cpu = self.devices.count("cpu")
-        self.threads = max(len(os.sched_getaffinity(0)) // on_cpu, 1) if on_cpu > 1 else None
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            while self.queue or self.busy:
-                for slot in range(len(self.devices)):
-                    if slot not in self.busy and (task := self._next(self.devices[slot])):
-                        self.busy[slot] = self._start(slot, task)
-                for slot, (worker, task) in list(self.busy.items()):
-                    if worker.poll() is not None:
-                        del self.busy[slot]
-                        self._ended(worker.returncode, task)
-                if self.fail_fast and any(
-                    _result(job)["status"] == FAILED for _, task in self.busy.values() for job in task.jobs
-                ):
-                    self._halt("a job failed and fail_fast is on")
-                time.sleep(0.1)
-        finally:
-            for worker, _ in self.busy.values():
-                worker.kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return self.asked_to_stop > 0
-
-    def _next(self, device: str) -> Task | None:
-        """The first group for this device: a job's own trainer.device counts, unless the sweep lists devices.
-
-        One whose jobs take several devices each (trainer.devices) has them all to itself.
-        """
-        if any(task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()):
-            return None
-        for task in self.queue:
-            if task.jobs[0].trainer.devices > 1 and self.busy:
-                continue
-            if not self.auto or task.jobs[0].trainer.device in ("auto", device):
-                self.queue.remove(task)
-                return task
-        return None
-
-    def _start(self, slot: int, task: Task) -> tuple[subprocess.Popen[bytes], Task]:
-        device, environment = self.devices[slot], dict(os.environ)
-        if task.jobs[0].trainer.devices > 1:
-            device = device.partition(":")[0]
-            numbers = [name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")]
-            if numbers:  # of the GPUs that we see
-                seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[int(n)] if seen != [""] else n for n in numbers)
-        command = [sys.executable, "-m", "sddlskd.worker", "--device", device, "--parent", str(os.getpid())]
-        command += ["--threads", str(self.threads)] if self.threads and device == "cpu" else []
-        command += ["--progress", "plain"] if len(self.devices) > 1 else []
-        # A session of its own: Ctrl-C reaches the workers through us, once.
-        command += [job.run_dir for job in task.jobs]
-        return subprocess.Popen(command, env=environment, start_new_session=True), task
-
-    def _ended(self, code: int, task: Task) -> None:
-        left = [job for job in task.jobs if _result(job)["status"] not in (FINISHED, FAILED)]
-        if self.fail_fast and any(_result(job)["status"] == FAILED for job in task.jobs):
-            self._halt("a job failed and fail_fast is on")
-        if not left or self.asked_to_stop or not self.queue_open:
-            return
-        if code == BUSY:
-            free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
-            log.warning("%d jobs are run by another process and are left to it", len(left) - len(free))
-            if free and (len(free) < len(left) or task.deaths == 0):
-                self.queue.append(Task(free, task.deaths + (len(free) == len(left))))
-            return
-        if code == TOO_LARGE and len(left) > 1:
-            half = len(left) // 2
-            log.warning("%d jobs do not fit side by side: going on with %d and %d", len(left), half, len(left) - half)
-            self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
-            return
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if task.deaths == 0:
-            log.warning("a worker died (%s): its %d jobs go on from their checkpoints", why, len(left))
-            self.queue.appendleft(Task(left, 1))
-        elif len(left) > 1:
-            log.warning("a second worker died of the same %d jobs (%s): running them one by one", len(left), why)
-            self.queue.extendleft(Task([job], 1) for job in reversed(left))
-        else:
-            _mark_failed(left[0], f"its worker died twice ({why})" + ("; out of memory?" if why == "SIGKILL" else ""))
-
-    queue_open = True
-
-    def _halt(self, reason: str) -> None:
-        if self.queue_open:
-            log.warning("stopping the sweep: %s", reason)
-            self.queue_open = False
-            self.queue.clear()
-            for worker, _ in self.busy.values():
-                worker.send_signal(signal.SIGTERM)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop += 1
-        self.queue.clear()
-        for worker, _ in self.busy.values():
-            worker.send_signal(signal.SIGINT) if self.asked_to_stop == 1 else worker.kill()
-        log.warning(
-            "%s",
-            "stopping after this step with all checkpoints saved; once more stops at once"
-            if self.asked_to_stop == 1
-            else "stopped",
-        )
-
-
-def _mark_failed(job: Config, reason: str) -> None:
-    from sddlskd import tracking
-
-    try:
-        opened = record.Record(job)
-    except record.InUse as error:  # it lives on elsewhere
-        log.warning("%s", error)
-        return
-    rows = opened.rows()
-    tops = [row["val/top1"] for row in rows]
-    values = {
-        "best_top1": max(tops, default=None),
-        "last_top1": tops[-1] if tops else None,
-        "epochs": len(rows),
-        "seconds": sum(row["time/epoch_s"] for row in rows),
-    }
-    about = {k: v for k, v in record.read_result(opened.folder).items() if k.startswith("teacher_")}
-    opened.result(FAILED, reason, **values, **about)
-    opened.close()
-    if job.tracking.enabled:
-        mirror = tracking.Mirror()
-        mirror.update(Path(job.run_dir))
-        mirror.close()
-
-
 def cause_of(reason: str) -> str:
     """The kind of failure, to group by."""
     if "worker died" in reason:
@@ -481,7 +304,13 @@ def status(folder: Path) -> None:
     """Print where a sweep stands."""
     manifest = read_manifest(folder)
     folders = [Path(path) for path in manifest["jobs"]]
-    states = {path: state_of(path) for path in folders}
+    try:
+        live = slurm.queue(folder)
+        found = _states(folder, manifest["jobs"])
+    except ConnectionError as error:
+        write_line(f"SLURM does not say what it has of this sweep: {error}")
+        live, found = {}, {path: state_of(Path(path)) for path in manifest["jobs"]}
+    states = {path: found[str(path)] for path in folders}
     counts = Counter(states.values())
     write_line(
         f"sweep {manifest['name']}: {len(folders)} jobs: " + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
@@ -492,14 +321,20 @@ def status(folder: Path) -> None:
         for path, some in rows.items()
         for row in some[-3:]
     ]
+    submitted = {run_dir: one.job for one in slurm.submissions(folder) for run_dir in one.run_dirs}
     left = 0.0
     for path in folders:
         some, result = rows.get(path, []), record.read_result(path)
         top1 = result.get("best_top1")
         epochs = cfg.load(path / "config.yaml").trainer.epochs if (path / "config.yaml").exists() else 0
-        if states[path] in ("new", "running", "interrupted") and paces:
+        if states[path] not in ("finished", "failed") and paces:
             left += (epochs - len(some)) * mean(paces)
-        reason = f"  {result['reason']}" if result.get("reason") else ""
+        reason = f"  {result['reason']}" if result.get("reason") and states[path] not in ("queued", "running") else ""
+        if (job := submitted.get(str(path))) and states[path] not in ("finished", "failed"):
+            where = "{} ({})".format(*live[job]) if job in live else slurm.cause_of_death(job)
+            reason += f"  SLURM job {job}: {where}"
+        if result.get("requeues"):
+            reason += f"  requeued {result['requeues']} times"
         top1 = max((row["val/top1"] for row in some), default=None) if top1 is None else top1
         shown = "" if top1 is None else f"  top-1 {top1:.2f}"
         write_line(f"  {states[path]:<12} {len(some)}/{epochs} epochs{shown}  {path.name}{reason}")
@@ -508,10 +343,26 @@ def status(folder: Path) -> None:
         write_line(f"to finish it: cd {shlex.quote(manifest['folder'])} && {manifest['command']}")
 
 
+def cancel(folder: Path) -> None:
+    """Cancel what SLURM has of a sweep."""
+    jobs = slurm.cancel(folder)
+    write_line(f"cancelled: {' '.join(jobs)}" if jobs else "SLURM has nothing of this sweep")
+
+
+def logs(folder: Path, lines: int = 5) -> None:
+    """Print the end of the log of everything that SLURM runs or ran for a sweep, and where each is."""
+    for one in slurm.submissions(folder):
+        names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
+        write_line(f"{one.log}  ({names})")
+        path = Path(one.log)
+        for line in path.read_text(errors="replace").splitlines()[-lines:] if path.exists() else ["not started yet"]:
+            write_line(f"    {line}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Where a sweep stands."""
+    """Where a sweep stands, what its jobs say, and how to take it back from SLURM."""
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps", description=main.__doc__)
-    parser.add_argument("command", choices=["status"])
+    parser.add_argument("command", choices=["status", "logs", "cancel"])
     parser.add_argument("sweep", help="its name, or its folder")
     parser.add_argument("--home", default=os.environ.get("SDDLSKD_HOME", "."), help="where runs/ is")
     chosen = parser.parse_args(arguments)
@@ -523,7 +374,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folder is None:
         known = sorted(path.parent.name for path in sweeps.glob("*/sweep.json"))
         sys.exit(f"error: no sweep {chosen.sweep} in {sweeps}; there are: {', '.join(known) or 'none'}")
-    status(folder)
+    try:
+        {"status": status, "logs": logs, "cancel": cancel}[chosen.command](folder)
+    except ConnectionError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

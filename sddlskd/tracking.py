@@ -534,7 +534,7 @@ def _send_outcome(
         client.update_run(run_id, status)
         return
     client.set_tag(run_id, "status_reason", _cut(result.get("reason", ""), TAG))
-    for tag in ("teacher_sha256", "environment", "group_size"):
+    for tag in ("teacher_sha256", "environment", "group_size", "requeues"):
         if result.get(tag):
             client.set_tag(run_id, tag, _cut(result[tag], TAG))
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,42 +35,14 @@ from sddlskd.precision import describe, pick_device
 from sddlskd.progress import View
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
 from sddlskd.run import NonFiniteLoss, Run
+from sddlskd.stop import Stop
 from sddlskd.streaming import Data
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache
 
-__all__ = ["Stop", "fit", "train"]
+__all__ = ["fit", "train"]
 
 log = logging.getLogger(__name__)
-
-
-class Stop:
-    """Whether a person or the scheduler asked to stop: the first Ctrl-C or SIGTERM sets it, each step looks at it."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over; a second one ends the process at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = signal.Signals(number)
-            log.warning(
-                "%s: stopping after this step with all checkpoints saved; once more stops at once", self.signal.name
-            )
-
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever called us handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def train(
@@ -172,16 +143,19 @@ def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
         changed(run)
 
 
-def fit(configs: Sequence[Config | DictConfig], *, sweep: str | None = None) -> list[dict[str, Any]]:
+def fit(
+    configs: Sequence[Config | DictConfig], *, sweep: str | None = None, stop: Stop | None = None
+) -> list[dict[str, Any]]:
     """Train one student per configuration; all of them must share batches and teacher (`config.sharing_key`).
 
     A job that is FINISHED already is not run again. Gives each job's result.json, in order. Raises ValueError or
     OSError, in one line, for what is wrong before training starts; jobs that were frozen already are then FAILED.
     Where the environment names other ranks they train together; else `trainer.devices` ranks are started for it.
-    Raises RankFailed where one of them ended early for a reason that is no run's.
+    Raises RankFailed where one of them ended early for a reason that is no run's, KeyboardInterrupt where it was asked
+    to stop before training starts. stop: of a caller that listens to signals longer.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
-    how, stop = jobs[0].trainer, Stop()
+    how, stop = jobs[0].trainer, stop or Stop()
     with stop.listening(), distributed.joined(how.device, how.timeout_s) as ranks:
         distributed.hear_signals()
         done = [job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED]
@@ -195,7 +169,8 @@ def fit(configs: Sequence[Config | DictConfig], *, sweep: str | None = None) -> 
             if todo and ranks.count < how.devices and ranks.count == 1:
                 _fit_on_ranks(todo, stop, sweep)
             elif todo:
-                _fit_group(todo, stop, sweep, ranks)
+                with stop.acting(at_once=True):
+                    _fit_group(todo, stop, sweep, ranks)
         except record.InUse:
             raise  # whoever has it open writes its record
         except Exception as error:
@@ -330,6 +305,7 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
         jobs = tracking.register(jobs, sweep)
 
     with ExitStack() as stack:
+        stack.enter_context(stop.acting(at_once=False))
         runs, steps = [], min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
         for job, network in zip(jobs, networks, strict=True):
             opened = Record(job) if ranks.first else Onlooker(job)
@@ -381,7 +357,7 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
             if ranks.count > 1:  # the others may be elsewhere: no more words with them
                 for run in runs:
                     if run.alive:
-                        run.report(KILLED, f"stopped by {stop.signal.name}")
+                        run.report(KILLED, stop.reason)
                         changed(run)
                 raise
         except Exception as error:  # what all runs stand on: the data, the teacher
@@ -398,7 +374,7 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
             if run.alive:
                 with failures_of(run, changed):
                     if run.epoch <= first.trainer.epochs:
-                        run.report(KILLED, f"stopped by {stop.signal.name}" if stop.signal else "stopped")
+                        run.report(KILLED, stop.reason)
                     elif ranks.first:
                         _finish(job, run, teacher_network, data)
                     changed(run)

@@ -9,16 +9,19 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sddlskd import config as cfg
 from sddlskd.console import explain, log_to_terminal
-from sddlskd.record import InUse
+from sddlskd.record import KILLED, InUse
+from sddlskd.stop import Stop
 
-__all__ = ["BUSY", "TOO_LARGE", "main"]
+__all__ = ["BUSY", "STOPPED", "TOO_LARGE", "main", "run"]
 
-TOO_LARGE, BUSY = 75, 76  # exit codes: the group does not fit into the device's memory; another process has a job open
+# Exit codes: the group does not fit into the device's memory; another process has a job open; asked to stop.
+TOO_LARGE, BUSY, STOPPED = 75, 76, 130
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,34 +44,50 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.parent:
         _end_with(chosen.parent)
+    sys.exit(run(chosen.folders, device=chosen.device, threads=chosen.threads, progress=chosen.progress))
+
+
+def run(
+    folders: Sequence[Path],
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    progress: str | None = None,
+    stop: Stop | None = None,
+) -> int:
+    """Fit the frozen jobs of these run directories side by side; gives the exit code."""
     log_to_terminal()
     cfg.frame()
     jobs = []
-    for folder in chosen.folders:
+    for folder in folders:
         job = replace(cfg.load(folder / "config.yaml"), run_dir=str(folder.absolute()))
-        device, progress = chosen.device or job.trainer.device, cfg.Progress(chosen.progress or job.trainer.progress)
-        jobs.append(replace(job, trainer=replace(job.trainer, device=device, progress=progress)))
+        trainer = replace(
+            job.trainer,
+            device=device or job.trainer.device,
+            progress=cfg.Progress(progress or job.trainer.progress),
+        )
+        jobs.append(replace(job, trainer=trainer))
 
     import torch
 
     from sddlskd.trainer import fit
 
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        results = fit(jobs)
+        results = fit(jobs, stop=stop)
     except torch.OutOfMemoryError as error:
         logging.getLogger("sddlskd").warning("%d jobs do not fit side by side: %s", len(jobs), explain(error))
-        sys.exit(TOO_LARGE)
+        return TOO_LARGE
     except KeyboardInterrupt:
-        sys.exit(130)
+        return STOPPED
     except InUse as error:
         logging.getLogger("sddlskd").warning("%s", explain(error))
-        sys.exit(BUSY)
+        return BUSY
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {explain(error)}\n")
-        sys.exit(1)
-    sys.exit(130 if any(result["status"] == "KILLED" for result in results) else 0)
+        return 1
+    return STOPPED if any(result["status"] == KILLED for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -57,3 +58,14 @@ class Large(Tiny):
     def misbehave(self) -> None:
         if Tiny.instances > 3:  # a teacher and two students
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+class Slow(Tiny):
+    """Takes its time for every training step; what it computes does not depend on how long."""
+
+    def __init__(self, num_classes: int, seconds: float) -> None:
+        super().__init__(num_classes)
+        self.seconds = seconds
+
+    def misbehave(self) -> None:
+        time.sleep(self.seconds)

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sddlskd"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LAUNCHER = PACKAGE / "hydra_plugins" / "shared_teacher.py"
+LAUNCHERS = [PACKAGE / "hydra_plugins" / name for name in ("shared_teacher.py", "slurm.py")]
 
 # From the bottom up: a module imports only from layers below its own (or beside it in its own package).
 LAYERS = (
-    {"files", "meter"},
+    {"files", "meter", "stop"},
     {"archive", "decoding", "download", "pins", "targets"},
     {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint", "shared_norm"},
     {"distributed"},
@@ -24,14 +24,16 @@ LAYERS = (
     {"build"},
     {"precheck"},
     {"trainer"},
-    {"worker"},
+    {"outcome", "worker"},
+    {"array_task", "pool"},
+    {"slurm"},
     {"sweeps"},
     {"export"},
-    {"evaluate", "teachers", "train", "hydra_plugins"},
+    {"evaluate", "server", "teachers", "train", "hydra_plugins"},
 )
 SEE_A_CONFIG = {
-    "build", "console", "evaluate", "export", "grid", "precheck", "record", "sweeps", "teachers", "tracking", "train",
-    "trainer", "worker",
+    "array_task", "build", "console", "evaluate", "export", "grid", "outcome", "pool", "precheck", "record", "slurm",
+    "sweeps", "teachers", "tracking", "train", "trainer", "worker",
 }  # fmt: skip
 BENEATH = {"models": {"models"}, "datasets": {"archive", "decoding", "download"}, "config": {"targets"}}
 ALONE = {"files", "config", "losses", "models", "datasets", "distill", "schedule", "precision"}
@@ -111,13 +113,14 @@ def test_who_uses_what() -> None:
     assert {"config", "console", "grid", "train", "tracking", "record", "hydra_plugins"} <= torchless
 
 
-@pytest.mark.parametrize("path", [LAUNCHER, PACKAGE / "train.py", PACKAGE / "config.py", PACKAGE / "console.py"],
+@pytest.mark.parametrize("path", [*LAUNCHERS, PACKAGE / "train.py", PACKAGE / "config.py",
+                                  PACKAGE / "console.py", PACKAGE / "targets.py"],
                          ids=lambda path: path.stem)  # fmt: skip
 def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
     at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}
-    assert not at_module_level & {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn"}
+    assert not at_module_level & {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn", "submitit"}
     ours = {name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")}
-    assert ours <= {"config", "console"}
+    assert ours <= {"config", "console", "targets"}
 
 
 def test_the_process_that_waits_for_a_sweep_holds_no_torch() -> None:
@@ -125,9 +128,9 @@ def test_the_process_that_waits_for_a_sweep_holds_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_launcher_stands_in_hydras_namespace() -> None:
+def test_the_launchers_stand_in_hydras_namespace() -> None:
     assert not (PACKAGE / "hydra_plugins" / "__init__.py").exists()
-    assert [path.name for path in LAUNCHER.parent.glob("*.py")] == ["shared_teacher.py"]
+    assert sorted((PACKAGE / "hydra_plugins").glob("*.py")) == LAUNCHERS
 
 
 def test_analysis_and_the_package_do_not_know_each_other() -> None:

@@ -27,20 +27,9 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.grid import InvalidJobs, compose_grid
 from sddlskd.models import create
-from sddlskd.sweeps import (
-    Pool,
-    Task,
-    _ask_precheck,
-    _command,
-    _write_manifest,
-    _write_plan,
-    cause_of,
-    groups_of,
-    main,
-    read_manifest,
-    run_sweep,
-    state_of,
-)
+from sddlskd.outcome import read_manifest, state_of
+from sddlskd.pool import Pool, Task
+from sddlskd.sweeps import _ask_precheck, _command, _write_manifest, _write_plan, cause_of, groups_of, main, run_sweep
 from sddlskd.trainer import fit
 
 REPO = Path(__file__).parent.parent
@@ -83,10 +72,14 @@ def network(kind: str, **arguments: Any) -> str:
     return choice + "".join(f" +student.model.{key}={value}" for key, value in arguments.items())
 
 
+def pool(devices: Any = "auto", fail_fast: bool = False) -> Pool:
+    return Pool(devices, fail_fast=fail_fast)
+
+
 def sweep(jobs: list[Config], **options: Any) -> tuple[list[dict[str, Any]], int]:
     """Results and exit code."""
     try:
-        run_sweep(jobs, "test", **options)
+        run_sweep(jobs, "test", pool=pool(**options))
         code = 0
     except SystemExit as exit:
         code = int(exit.code or 0)
@@ -137,7 +130,7 @@ def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
         home, "M=[1]", "M=[32]", "trainer.batch_size=5000", "teacher=resnet14 teacher.train_if_missing=false"
     )
     with pytest.raises(InvalidJobs) as caught:
-        run_sweep(jobs, "test")
+        run_sweep(jobs, "test", pool=pool())
     assert [name for name, _ in caught.value.reasons] == [cfg.run_name(job) for job in jobs[1:]]
     assert not (home / "runs" / "digits").exists()
 
@@ -381,7 +374,7 @@ def test_a_check_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_mlflow_knows_a_sweep_whose_jobs_another_ran(home: Path) -> None:
     jobs = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
     sweep(jobs)
-    run_sweep(jobs, "other")
+    run_sweep(jobs, "other", pool=pool())
     parents = client_of(home).search_runs(["1"], "tags.kind = 'sweep' and tags.sweep = 'other'")
     assert [parent.info.status for parent in parents] == ["FINISHED"]
     assert [file.path for file in client_of(home).list_artifacts(parents[0].info.run_id)] == ["plan.json"]
@@ -394,10 +387,10 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
     def away(*arguments: Any) -> None:
         raise ConnectionError("the server is away")
 
-    def run(self: Pool, *arguments: Any) -> bool:
+    def run(self: Pool, *arguments: Any) -> str:
         monkeypatch.setattr(tracking, "_check_uri", away)
         monkeypatch.setattr(tracking, "_client", away)
-        return True
+        return "KILLED"
 
     monkeypatch.setattr(Pool, "run", run)
     sweep(jobs_of(home, network("Tiny"), common=("tracking=mlflow",)))
@@ -439,7 +432,7 @@ def test_causes() -> None:
 def test_a_sweep_without_its_tracking_server_leaves_no_trace(home: Path) -> None:
     jobs = jobs_of(home, "tracking=mlflow tracking.uri=http://127.0.0.1:1")
     with pytest.raises(ConnectionError, match=r"tracking\.uri=http"):
-        run_sweep(jobs, "test")
+        run_sweep(jobs, "test", pool=pool())
     assert not (home / "runs").exists()
 
 
@@ -454,7 +447,7 @@ def test_a_refused_sweep_leaves_no_trace(home: Path) -> None:
 def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
     jobs = jobs_of(home, "M=[1]", "M=[2]", common=(f"run_dir={home}/same",))
     with pytest.raises(ValueError, match="one run_dir"):
-        run_sweep(jobs, "test")
+        run_sweep(jobs, "test", pool=pool())
 
 
 def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
@@ -503,15 +496,15 @@ def test_a_teacher_file_that_was_replaced_is_named(home: Path, caplog: pytest.Lo
 
 
 def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:
-    pool = Pool("auto", fail_fast=False)
+    auto = pool()
     jobs = [Config(), Config()]
     jobs[1].trainer.device = "cuda:1"
-    pool.queue.extend(Task([job]) for job in jobs)
-    assert pool._next("cpu").jobs == [jobs[0]]
-    assert pool._next("cpu") is None
-    assert pool._next("cuda:1").jobs == [jobs[1]]
-    assert Pool("cuda:1", fail_fast=False).devices == ["cuda:1"]
-    listed = Pool(["cpu"], fail_fast=False)
+    auto.queue.extend(Task([job]) for job in jobs)
+    assert auto._next("cpu").jobs == [jobs[0]]
+    assert auto._next("cpu") is None
+    assert auto._next("cuda:1").jobs == [jobs[1]]
+    assert pool("cuda:1").devices == ["cuda:1"]
+    listed = pool(["cpu"])
     listed.queue.extend(Task([job]) for job in jobs)
     assert [listed._next("cpu").jobs for _ in jobs] == [[jobs[0]], [jobs[1]]]
 

@@ -152,7 +152,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["student=resnet8,resnet14"], ["student=resnet8,resnet14", "--multirun"]),
         (["student"], ["student", "key=value"]),
         (["home="], ["home is empty", r"home=\."]),
-        (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "valid are .*submitit_slurm"]),
+        (["hydra/launcher=slrum"], ["hydra/launcher=slrum", "did you mean hydra/launcher=slurm", "Valid are .*slurm"]),
         (["--config-name=nope"], ["nope", "--config-dir"]),
         (["+dataset.load.size=3"], ["size"]),
         (["teacher=resnet14", "teacher.train_if_missing=false"], ["teacher=resnet14 for digits is missing",

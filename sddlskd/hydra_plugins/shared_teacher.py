@@ -84,18 +84,17 @@ class SharedTeacherLauncher(Launcher):
         if self.config.sweep.jobs:
             lines = [line.split() for line in self.config.sweep.jobs]
             job_overrides = [[*overrides, *line] for overrides in job_overrides for line in lines]
-        devices = OmegaConf.to_container(self.devices) if OmegaConf.is_list(self.devices) else self.devices
         jobs = compose_grid(self.hydra_context.config_loader, self.config, job_overrides)
-        results = run_sweep(
-            jobs,
-            str(self.config.sweep.name),
-            devices=devices,
-            max_group_size=self.max_group_size,
-            fail_fast=self.fail_fast,
-        )
-        return [
+        results = run_sweep(jobs, str(self.config.sweep.name), pool=self._pool(), max_group_size=self.max_group_size)
+        return [  # run_sweep has exited where a job failed; any other status would make Hydra raise what is no error
             JobReturn(
                 overrides=list(overrides), working_dir=job.run_dir, status=JobStatus.COMPLETED, _return_value=result
             )
             for overrides, job, result in zip(job_overrides, jobs, results, strict=True)
         ]
+
+    def _pool(self) -> Any:
+        from sddlskd.pool import Pool
+
+        devices = OmegaConf.to_container(self.devices) if OmegaConf.is_list(self.devices) else self.devices
+        return Pool(devices, fail_fast=self.fail_fast)

@@ -1,0 +1,168 @@
+"""Worker processes on this machine, which take the groups of a sweep one after the other."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sddlskd.config import Config
+from sddlskd.outcome import result_of, settle, state_of
+from sddlskd.record import FAILED, FINISHED, KILLED
+from sddlskd.worker import BUSY, TOO_LARGE
+
+__all__ = ["Pool", "Task"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Task:
+    """A group to run, and how many workers died of it."""
+
+    jobs: list[Config]
+    deaths: int = 0
+
+
+class Pool:
+    """Worker processes, one a device, that take groups from a queue.
+
+    devices: auto (the jobs' trainer.device; where that is auto too, every visible GPU, else one CPU worker) or a list
+    of trainer.device values; CPU workers share the cores. A group whose worker dies is run again from its checkpoints,
+    once; the next time it is split into single jobs, to find the one that kills. A group that is too large for the
+    device's memory is halved.
+    """
+
+    here = True  # the jobs run on this machine
+
+    def __init__(self, devices: Any, *, fail_fast: bool) -> None:
+        if not devices:
+            raise ValueError(
+                "hydra.launcher.devices=[] has no device; give auto or a list such as [cuda:0,cuda:1] or [cpu,cpu]"
+            )
+        self.auto = devices == "auto"
+        listed = [devices] if isinstance(devices, str) else devices
+        self.devices = [] if self.auto else [str(device) for device in listed]
+        self.fail_fast = fail_fast
+        self.queue: deque[Task] = deque()
+        self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
+        self.asked_to_stop = 0
+
+    def check(self, jobs: Sequence[Config]) -> None:
+        """Called before anything is written."""
+
+    def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
+        """Run every group; gives KILLED where a person stopped it, else FINISHED. visible: this machine's devices."""
+        self.queue.extend(Task(list(group)) for group in groups)
+        if self.auto:
+            asked = {task.jobs[0].trainer.device for task in self.queue}
+            self.devices = sorted(asked - {"auto"} | set(visible if "auto" in asked else []))
+        on_cpu = self.devices.count("cpu")
+        self.threads = max(len(os.sched_getaffinity(0)) // on_cpu, 1) if on_cpu > 1 else None
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.queue or self.busy:
+                for slot in range(len(self.devices)):
+                    if slot not in self.busy and (task := self._next(self.devices[slot])):
+                        self.busy[slot] = self._start(slot, task)
+                for slot, (worker, task) in list(self.busy.items()):
+                    if worker.poll() is not None:
+                        del self.busy[slot]
+                        self._ended(worker.returncode, task)
+                if self.fail_fast and any(
+                    result_of(job)["status"] == FAILED for _, task in self.busy.values() for job in task.jobs
+                ):
+                    self._halt("a job failed and fail_fast is on")
+                time.sleep(0.1)
+        finally:
+            for worker, _ in self.busy.values():
+                worker.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return KILLED if self.asked_to_stop else FINISHED
+
+    def _next(self, device: str) -> Task | None:
+        """The first group for this device: a job's own trainer.device counts, unless the sweep lists devices.
+
+        One whose jobs take several devices each (trainer.devices) has them all to itself.
+        """
+        if any(task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()):
+            return None
+        for task in self.queue:
+            if task.jobs[0].trainer.devices > 1 and self.busy:
+                continue
+            if not self.auto or task.jobs[0].trainer.device in ("auto", device):
+                self.queue.remove(task)
+                return task
+        return None
+
+    def _start(self, slot: int, task: Task) -> tuple[subprocess.Popen[bytes], Task]:
+        device, environment = self.devices[slot], dict(os.environ)
+        if task.jobs[0].trainer.devices > 1:
+            device = device.partition(":")[0]
+            numbers = [name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")]
+            if numbers:  # of the GPUs that we see
+                seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[int(n)] if seen != [""] else n for n in numbers)
+        command = [sys.executable, "-m", "sddlskd.worker", "--device", device, "--parent", str(os.getpid())]
+        command += ["--threads", str(self.threads)] if self.threads and device == "cpu" else []
+        command += ["--progress", "plain"] if len(self.devices) > 1 else []
+        # A session of its own: Ctrl-C reaches the workers through us, once.
+        command += [job.run_dir for job in task.jobs]
+        return subprocess.Popen(command, env=environment, start_new_session=True), task
+
+    def _ended(self, code: int, task: Task) -> None:
+        left = [job for job in task.jobs if result_of(job)["status"] not in (FINISHED, FAILED)]
+        if self.fail_fast and any(result_of(job)["status"] == FAILED for job in task.jobs):
+            self._halt("a job failed and fail_fast is on")
+        if not left or self.asked_to_stop or not self.queue_open:
+            return
+        if code == BUSY:
+            free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
+            log.warning("%d jobs are run by another process and are left to it", len(left) - len(free))
+            if free and (len(free) < len(left) or task.deaths == 0):
+                self.queue.append(Task(free, task.deaths + (len(free) == len(left))))
+            return
+        if code == TOO_LARGE and len(left) > 1:
+            half = len(left) // 2
+            log.warning("%d jobs do not fit side by side: going on with %d and %d", len(left), half, len(left) - half)
+            self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
+            return
+        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if task.deaths == 0:
+            log.warning("a worker died (%s): its %d jobs go on from their checkpoints", why, len(left))
+            self.queue.appendleft(Task(left, 1))
+        elif len(left) > 1:
+            log.warning("a second worker died of the same %d jobs (%s): running them one by one", len(left), why)
+            self.queue.extendleft(Task([job], 1) for job in reversed(left))
+        else:
+            settle(left[0], FAILED, f"its worker died twice ({why})" + ("; out of memory?" if why == "SIGKILL" else ""))
+
+    queue_open = True
+
+    def _halt(self, reason: str) -> None:
+        if self.queue_open:
+            log.warning("stopping the sweep: %s", reason)
+            self.queue_open = False
+            self.queue.clear()
+            for worker, _ in self.busy.values():
+                worker.send_signal(signal.SIGTERM)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop += 1
+        self.queue.clear()
+        for worker, _ in self.busy.values():
+            worker.send_signal(signal.SIGINT) if self.asked_to_stop == 1 else worker.kill()
+        log.warning(
+            "%s",
+            "stopping after this step with all checkpoints saved; once more stops at once"
+            if self.asked_to_stop == 1
+            else "stopped",
+        )

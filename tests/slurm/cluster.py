@@ -1,0 +1,176 @@
+"""A SLURM of one node on loopback: munged, slurmctld and slurmd, started as root and stopped by their process ids."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+CONF = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld_port}
+SlurmdPort={d_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# A requeued job waits until its credentials are over: 6 s instead of 121 s.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=10
+MaxArraySize={max_array_size}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+# More CPUs than the machine may have: jobs that sleep or start up need none of their own.
+SlurmdParameters=config_overrides
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
+# A second node that is not there.
+NodeName=node2 NodeHostname=elsewhere NodeAddr=127.0.0.2 Port=9 CPUs=1 State=DOWN
+PartitionName=main Nodes=node1 Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=60
+PartitionName=spot Nodes=node1 PriorityTier=1 GraceTime=40 MaxTime=60
+PartitionName=wide Nodes=node1,node2 PreemptMode=OFF MaxTime=60
+"""
+
+
+def missing() -> list[str]:
+    """What is not here to run a cluster with."""
+    lacking = [command for command in COMMANDS if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    return lacking + ([] if os.geteuid() == 0 else ["root"])
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120, every: float = 0.2) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(every)
+
+
+class Cluster:
+    """folder: of its files, readable by everybody; conf: its slurm.conf, which the commands find by SLURM_CONF."""
+
+    def __init__(self, folder: Path, *, cpus: int, max_array_size: int = 1001) -> None:
+        self.folder, self.conf = folder, folder / "slurm.conf"
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        for name in ("state", "spool"):
+            (folder / name).mkdir()
+        ctld_port, d_port = free_ports(2)
+        host = socket.gethostname().split(".")[0]
+        self.conf.write_text(CONF.format_map(locals()))
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(64))
+        key.chmod(0o400)
+
+    def start(self) -> None:
+        munge = {name: f"{self.folder}/munge.{name}" for name in ("socket", "key", "pid", "log", "seed")}
+        self._daemon(
+            "munged", "--foreground", "--force", f"--socket={munge['socket']}", f"--key-file={munge['key']}",
+            f"--pid-file={munge['pid']}", f"--log-file={munge['log']}", f"--seed-file={munge['seed']}",
+        )  # fmt: skip
+        wait_for(lambda: Path(munge["socket"]).exists(), 20)
+        self.start_slurmctld()
+        self.start_slurmd()
+        wait_for(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 60)
+
+    def start_slurmctld(self) -> None:
+        self._daemon("slurmctld", "-D", "-f", str(self.conf))
+
+    def start_slurmd(self) -> None:
+        self._daemon("slurmd", "-D", "-N", "node1", "-f", str(self.conf))
+
+    def _daemon(self, name: str, *options: str) -> None:
+        program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+        assert program
+        with open(self.folder / f"{name}.out", "ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                [program, *options], stdout=out, stderr=out, env=os.environ | {"SLURM_CONF": str(self.conf)}
+            )
+
+    def end(self, name: str, by: signal.Signals = signal.SIGKILL) -> None:
+        """End a daemon."""
+        self.daemons[name].send_signal(by)
+        self.daemons.pop(name).wait()
+
+    def crash_node(self) -> None:
+        """What a power cut does to a node: the daemon and every process of every job are gone at once."""
+        self.end("slurmd")
+        for pid in self.job_processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def job_processes(self) -> list[int]:
+        """slurmstepd and what it started for this cluster's jobs."""
+        ours, found = f"SLURM_CONF={self.conf}".encode(), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended since
+                environment = (path / "environ").read_bytes().split(b"\0")
+                in_job = any(value.startswith(b"SLURM_JOB_ID=") for value in environment)
+                if ours in environment and (in_job or (path / "cmdline").read_bytes().startswith(b"slurmstepd")):
+                    found.append(int(path.name))
+        return found
+
+    def restore(self) -> None:
+        """An empty queue and every daemon, whatever a test has left."""
+        if "slurmctld" not in self.daemons:
+            self.start_slurmctld()
+        if "slurmd" not in self.daemons:
+            self.start_slurmd()
+        wait_for(lambda: self.ask("scontrol", "ping"), 60)
+        self.ask("scancel", "--user=root")
+        wait_for(lambda: not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T"), 120)
+
+    def stop(self) -> None:
+        for name in ("slurmctld", "slurmd", "munged"):
+            if daemon := self.daemons.pop(name, None):
+                daemon.terminate()
+                try:
+                    daemon.wait(10)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+        for pid in self.job_processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def ask(self, *command: str) -> str:
+        """What a SLURM command prints; "" while slurmctld does not answer."""
+        environment = os.environ | {"SLURM_CONF": str(self.conf)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+
+    def queue(self) -> dict[str, str]:
+        """{job: state} of what is live."""
+        lines = self.ask("squeue", "-h", "-r", "-o", "%i|%T").split()
+        return dict(line.split("|") for line in lines)
+
+
+def running_cluster(folder: Path, **options: int) -> Iterator[Cluster]:
+    cluster = Cluster(folder, **options)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

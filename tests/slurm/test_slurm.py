@@ -1,0 +1,394 @@
+"""Sweeps on a real SLURM of one node: submitted, warned, preempted, crashed, and the same numbers in the end."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sddlskd import checkpoint, record, tracking
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.outcome import state_of
+from sddlskd.slurm import Slurm, submissions
+from sddlskd.sweeps import main, run_sweep
+from sddlskd.trainer import fit
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.conftest import REPO, leave_teacher
+from tests.test_sweeps import grid_of, network
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+
+COMMON = ["dataset=digits", "teacher=resnet8", "trainer=cpu", "trainer.batch_size=32", "tracking=none"]
+OPTIONS: dict[str, Any] = {
+    "wait": True,
+    "max_requeues": 100,
+    "fail_fast": False,
+    "python": None,
+    "container": None,
+    "srun_args": [],
+    "array_parallelism": 256,
+    "name": "test",
+    "timeout_min": 10,
+    "signal_delay_s": 60,
+    "nodes": 1,
+    "tasks_per_node": 1,
+    "cpus_per_task": 1,
+    "mem_gb": 1,
+    "stderr_to_stdout": True,
+}
+
+
+def slow(seconds: float, *more: str) -> list[str]:
+    """Three epochs of eight steps that take so long each."""
+    return [*network("Slow", seconds=seconds).split(), "trainer.epochs=3", "trainer.max_steps=8", *more]
+
+
+def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config]:
+    return grid_of(home, [*COMMON, *common], [one.split() for one in grid])[2]
+
+
+def sweep(jobs: list[Config], name: str = "test", **options: Any) -> tuple[list[dict[str, Any]], int]:
+    """Results and exit code of a launch in this process."""
+    try:
+        run_sweep(jobs, name, pool=Slurm(**{**OPTIONS, **options}))
+        code = 0
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    return [record.read_result(Path(job.run_dir)) for job in jobs], code
+
+
+def launch(home: Path, name: str, *overrides: str, launcher: str = "slurm") -> subprocess.CompletedProcess[str]:
+    """The command, submitting without waiting."""
+    command = [sys.executable, "-m", "sddlskd.train", "-m", f"hydra/launcher={launcher}", *COMMON, f"home={home}"]
+    command += [f"sweep.name={name}", "hydra.launcher.cpus_per_task=1", "hydra.launcher.wait=false", *overrides]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def training(run_dir: Path) -> bool:
+    """Whether a process is at its steps."""
+    return record.read_result(run_dir).get("status") == "RUNNING" and not record.abandoned(run_dir)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = checkpoint.read(folder / "last.ckpt")["model"]
+    return state
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def run_dirs(home: Path, name: str) -> list[Path]:
+    return [Path(path) for path in json.loads((home / "runs/sweeps" / name / "sweep.json").read_text())["jobs"]]
+
+
+GRID = ["M=[1],[1,2]", "seed=0,1"]
+
+
+@pytest.fixture(scope="module")
+def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same four jobs twice, the second time with everything that a cluster does to jobs, beside one job that needs
+    longer than its time limit; all at once, since most of it is waiting."""
+    homes = {name: leave_teacher(tmp_path_factory.mktemp(name)) for name in ("calm", "rough", "long", "twin")}
+    mlflow = ["tracking=mlflow"]
+    long = ["trainer.epochs=3", "trainer.max_steps=20", "checkpoint.every_minutes=0.02"]
+    launch(homes["long"], "long", *network("Slow", seconds=1.0).split(), *long, *mlflow, "hydra.launcher.timeout_min=1",
+           "hydra.launcher.signal_delay_s=10")  # fmt: skip
+    launch(homes["rough"], "rough", *slow(0.4, *GRID, *mlflow, "checkpoint.every_minutes=0.01"))
+    launch(homes["calm"], "calm", *slow(0.4, *GRID, *mlflow))
+    told: list[BaseException] = []
+
+    def disturb(job: str, run_dir: Path, blows: list[str]) -> None:
+        try:
+            for blow in blows:
+                if blow == "early":  # before Python listens, as likely as not
+                    wait_for(lambda: cluster.queue().get(job) == "RUNNING")
+                    time.sleep(0.3)
+                else:
+                    wait_for(lambda: training(run_dir))
+                    time.sleep(1.0)
+                before = requeues_of(cluster, job)
+                if blow == "requeue":
+                    cluster.ask("scontrol", "requeue", job)
+                while requeues_of(cluster, job) == before:
+                    if blow != "requeue":
+                        cluster.ask("scancel", "--signal=USR2", f"{job}.0")
+                    time.sleep(2.0)
+        except BaseException as error:
+            told.append(error)
+
+    blows = [
+        ["warn", "warn", "warn"],
+        ["early", "warn", "warn"],
+        ["warn", "requeue", "warn"],
+        ["warn", "early", "warn"],
+    ]
+    threads = [
+        threading.Thread(target=disturb, args=(one.job, Path(one.run_dirs[0]), some))
+        for one, some in zip(submissions(homes["rough"] / "runs/sweeps/rough"), blows, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(3)
+    cluster.end("slurmd")  # its jobs live on, and are found again
+    time.sleep(3)
+    cluster.start_slurmd()
+    for thread in threads:
+        thread.join()
+    assert not told, told
+    wait_for(lambda: not cluster.queue(), 300)
+    return homes
+
+
+def requeues_of(cluster: Cluster, job: str) -> int:
+    found = re.search(r"Restarts=(\d+)", cluster.ask("scontrol", "show", "job", job))
+    return int(found[1]) if found else 0
+
+
+def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(story: dict[str, Path], tmp_path: Path) -> None:
+    home = story["calm"]
+    folders = run_dirs(home, "calm")
+    assert [record.read_result(folder)["status"] for folder in folders] == ["FINISHED"] * 4
+    client = tracking._client(f"sqlite:///{home}/mlflow.db")
+    (parent,) = client.search_runs(["1"], "tags.kind = 'sweep'")
+    assert parent.info.status == "FINISHED"  # nobody waited for it
+    assert len(client.search_runs(["1"], "tags.kind = 'job'")) == 4
+    command = [sys.executable, "-m", "analysis", "calm", "--home", str(home), "--out", str(tmp_path)]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    assert "(2)" in (tmp_path / "tables/overview_digits.md").read_text()  # two seeds a cell
+
+
+def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str, Path]) -> None:
+    home = story["rough"]
+    client = tracking._client(f"sqlite:///{home}/mlflow.db")
+    in_mlflow = {run.data.tags["run_dir"]: run for run in client.search_runs(["1"], "tags.kind = 'job'")}
+    assert len(in_mlflow) == 4
+    for folder in run_dirs(home, "rough"):
+        result = record.read_result(folder)
+        assert result["status"] == "FINISHED"
+        assert result["requeues"] >= 3
+        assert [row["epoch"] for row in record.read_rows(folder)] == [1, 2, 3]
+        assert same_weights(folder, story["calm"] / "runs/digits" / folder.name)
+        run = in_mlflow[str(folder)]
+        assert (run.info.run_id, run.info.status) == (result["run_id"], "FINISHED")
+        assert run.data.tags["requeues"] == str(result["requeues"])
+    logs = [Path(one.log).read_text() for one in submissions(home / "runs/sweeps/rough")]
+    assert sum(text.count("warned: back into the queue") for text in logs) == 11
+    assert all("continuing at epoch" in (folder / "train.log").read_text() for folder in run_dirs(home, "rough"))
+
+
+def test_a_job_longer_than_its_time_limit_goes_on_after_it(story: dict[str, Path]) -> None:
+    (folder,) = run_dirs(story["long"], "long")
+    result = record.read_result(folder)
+    assert result["status"] == "FINISHED"
+    assert result["requeues"] >= 1
+    assert "stopped by SIGUSR2" in (folder / "train.log").read_text()
+    (twin,) = jobs_of(
+        story["twin"],
+        " ".join(network("Slow", seconds=0.0).split()),
+        common=("trainer.epochs=3", "trainer.max_steps=20"),
+    )
+    fit([twin])
+    assert same_weights(folder, Path(twin.run_dir))
+
+
+def hold(**more: Any) -> dict[str, Any]:
+    """Options of jobs that stay in the queue."""
+    return {"wait": False, "additional_parameters": {"hold": True, **more}}
+
+
+def test_a_queued_sweep_is_seen_cancelled_and_never_submitted_twice(
+    cluster: Cluster, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = jobs_of(home, *(f"{' '.join(network('Tiny').split())} seed={seed}" for seed in range(7)))
+    _, code = sweep(jobs, **hold())
+    folder = home / "runs/sweeps/test"
+    submitted = submissions(folder)
+    assert code == 0
+    assert f"submitted to SLURM: {' '.join(one.job for one in submitted)}" in capsys.readouterr().out
+    arrays = [one.job.split("_")[0] for one in submitted]  # no array is larger than MaxArraySize
+    assert [arrays.count(array) for array in dict.fromkeys(arrays)] == [5, 2]
+    assert [one.run_dirs for one in submitted] == [[job.run_dir] for job in jobs]
+
+    sweep(jobs, **hold())
+    assert submissions(folder) == submitted
+    more = jobs_of(home, f"{network('Tiny')} seed=7")
+    sweep([*jobs, *more], **hold())
+    assert [one.run_dirs for one in submissions(folder)[7:]] == [[more[0].run_dir]]
+
+    capsys.readouterr()
+    main(["status", "test", "--home", str(home)])
+    told = capsys.readouterr().out
+    assert "8 jobs: 8 queued" in told
+    assert "PENDING (JobHeldUser)" in told
+    main(["logs", "test", "--home", str(home)])
+    assert capsys.readouterr().out.count("not started yet") == 8
+    main(["cancel", "test", "--home", str(home)])
+    assert capsys.readouterr().out.startswith(f"cancelled: {submitted[0].job} ")
+    wait_for(lambda: not cluster.queue())
+    main(["cancel", "test", "--home", str(home)])
+    main(["status", "test", "--home", str(home)])
+    told = capsys.readouterr().out
+    assert "SLURM has nothing of this sweep" in told
+    assert "8 jobs: 8 new" in told
+    assert told.count("CANCELLED") == 8
+
+
+def test_what_kills_one_job_is_told_and_its_siblings_finish(
+    cluster: Cluster, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "kills").mkdir()
+    slurmctld_away(cluster, monkeypatch)
+    kills = network("Kills", folder=home / "kills", times=9)
+    jobs = jobs_of(home, network("Tiny"), kills, network("Raises"), common=("trainer=debug",))
+    results, code = sweep(jobs)
+    assert [result["status"] for result in results] == ["FINISHED", "KILLED", "FAILED"]
+    assert "FAILED (exit code 137:0)" in results[1]["reason"]
+    log = re.search(r"its log: (\S+)", results[1]["reason"])
+    assert log
+    assert "Killed" in Path(log[1]).read_text()
+    assert "does not like its images" in results[2]["reason"]
+    assert code == 130
+    assert "1 failed: RuntimeError" in capsys.readouterr().out
+    states = {job: cluster.ask("scontrol", "show", "job", job) for job in (one.job for one in all_of(home))}
+    assert ["JobState=COMPLETED" in state for state in states.values()] == [True, False, False]
+
+
+def all_of(home: Path) -> list[Any]:
+    return submissions(home / "runs/sweeps/test")
+
+
+def slurmctld_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let slurmctld die at the first look at the queue that finds something, and come back."""
+    import sddlskd.slurm
+
+    asked, real = [], sddlskd.slurm.queue
+
+    def look(folder: Path) -> dict[str, tuple[str, str]]:
+        found = real(folder)
+        if found and not asked:
+            asked.append(1)
+            cluster.end("slurmctld", signal.SIGTERM)
+            with pytest.raises(ConnectionError, match="squeue"):
+                real(folder)
+            cluster.start_slurmctld()
+        return found
+
+    monkeypatch.setattr(sddlskd.slurm, "queue", look)
+
+
+def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Path) -> None:
+    """And a job that is cancelled has saved its checkpoint, and continues when the sweep is launched again."""
+    jobs = jobs_of(home, " ".join(slow(0.4, "checkpoint.every_minutes=0.005")))
+    folder = Path(jobs[0].run_dir)
+    sweep(jobs, wait=False)
+    wait_for(lambda: (folder / "last.ckpt").exists())
+    cluster.crash_node()
+    wait_for(lambda: state_of(folder) == "interrupted")
+    cluster.start_slurmd()
+    wait_for(lambda: training(folder))
+    assert record.read_result(folder)["requeues"] == 1
+    assert "continuing at epoch" in (folder / "train.log").read_text()
+    main(["cancel", "test", "--home", str(home)])
+    wait_for(lambda: not cluster.queue())
+    assert record.read_result(folder)["reason"] == "stopped by SIGTERM"
+    results, code = sweep(jobs)
+    assert (code, results[0]["status"], results[0]["requeues"]) == (0, "FINISHED", 1)
+    (twin,) = jobs_of(home / "twin", " ".join(slow(0.0, f"teacher.checkpoint={home}/teachers/digits/resnet8.pt")))
+    fit([twin])
+    assert same_weights(folder, Path(twin.run_dir))
+
+
+def test_a_preempted_job_that_has_time_to_end_is_queued_again(cluster: Cluster, home: Path) -> None:
+    jobs = jobs_of(home, " ".join(slow(0.5)))
+    folder = Path(jobs[0].run_dir)
+    sweep(jobs, wait=False, partition="spot")
+    wait_for(lambda: training(folder))
+    cluster.ask("sbatch", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 3")
+    wait_for(lambda: "preempted: back into the queue" in Path(all_of(home)[0].log).read_text())
+    assert record.read_result(folder)["reason"] == "stopped by SIGTERM"
+    wait_for(lambda: not cluster.queue())
+    result = record.read_result(folder)
+    assert (result["status"], result["requeues"]) == ("FINISHED", 1)
+
+
+def test_there_is_an_end_to_requeues(cluster: Cluster, home: Path) -> None:
+    jobs = jobs_of(home, " ".join(slow(0.5)))
+    sweep(jobs, wait=False, max_requeues=0)
+    wait_for(lambda: training(Path(jobs[0].run_dir)))
+    cluster.ask("scancel", "--signal=USR2", f"{all_of(home)[0].job}.0")
+    wait_for(lambda: not cluster.queue())
+    assert record.read_result(Path(jobs[0].run_dir))["reason"] == "stopped by SIGUSR2, max_requeues reached"
+    assert "max_requeues=0 is reached" in Path(all_of(home)[0].log).read_text()
+
+
+def test_a_group_is_one_task_and_how_python_starts_is_the_users_to_say(cluster: Cluster, home: Path) -> None:
+    jobs = jobs_of(home, "M=[1]", "M=[2]", network("Raises"), common=("trainer=debug",))
+    python = f"env MARK=here {sys.executable}"
+    setup = [f"touch {home}/set-up"]
+    options = {**OPTIONS, "python": python, "setup": setup, "srun_args": ["--label"]}
+    with pytest.raises(SystemExit):
+        run_sweep(jobs, "test", pool=Slurm(**options), max_group_size=None)
+    assert [result["status"] for result in (record.read_result(Path(job.run_dir)) for job in jobs)] == [
+        "FINISHED",
+        "FINISHED",
+        "FAILED",
+    ]
+    (one,) = all_of(home)
+    assert one.run_dirs == [job.run_dir for job in jobs]
+    assert record.read_result(Path(jobs[0].run_dir))["group_size"] == 3
+    assert (home / "set-up").exists()
+    assert re.search(r"(?m)^0: ", Path(one.log).read_text())  # srun --label
+    assert python in Path(one.log.replace("_0_log.out", "_submission.sh")).read_text()
+
+
+def test_what_slurm_will_refuse_is_told_before_anything_is_written(
+    cluster: Cluster, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(home, network("Tiny"))
+    for options, message in (
+        ({"partition": "nope"}, r"sbatch: .*[Ii]nvalid partition.* see hydra\.launcher\.partition"),
+        ({"gpus_per_node": 8}, r"sbatch: .*generic resource"),
+        ({"signal_delay_s": 600}, r"signal_delay_s=600 .*timeout_min=10"),
+        ({"nodes": 2}, r"trainer\.devices=1 .*hydra\.launcher\.nodes=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep(jobs, **options)
+    tracked = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
+    with pytest.raises(ValueError, match=r"tracking\.uri=sqlite.* 2 nodes; .*make tracking-server.*tracking sync"):
+        sweep(tracked, partition="wide")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match=r"hydra/launcher=slurm needs sbatch, .*login node"):
+        sweep(jobs)
+    assert not (home / "runs").exists()
+
+
+def test_without_slurm_nobody_guesses_what_is_queued(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = jobs_of(home, network("Tiny"))
+    folder = home / "runs/sweeps/test"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(
+        json.dumps({"name": "test", "command": "x", "folder": "/", "time": 0, "jobs": [jobs[0].run_dir]})
+    )
+    (folder / "slurm.json").write_text(json.dumps([{"job": "1", "run_dirs": [jobs[0].run_dir], "log": "/x"}]))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConnectionError, match="squeue is not on PATH"):
+        sweep(jobs)
+    cfg.frame()
+    main(["status", "test", "--home", str(home)])
+    told = capsys.readouterr().out
+    assert "SLURM does not say what it has of this sweep: squeue is not on PATH" in told
+    assert "1 jobs: 1 new" in told

@@ -1,0 +1,74 @@
+"""Requests to stop: noted while something would be lost, obeyed at once while nothing would."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sddlskd import trainer
+from sddlskd.stop import Stop
+from tests.tiny import leave_teacher, one_thread, tiny
+
+__all__ = ["one_thread"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_is_noted_and_handlers_are_given_back(number: signal.Signals) -> None:
+    before, stop = signal.getsignal(number), Stop()
+    with stop.listening():
+        assert stop.reason == "stopped"
+        signal.raise_signal(number)
+        assert stop.signal is number
+        assert stop.reason == f"stopped by {number.name}"
+    assert signal.getsignal(number) is before
+
+
+def test_only_a_person_ends_it_by_asking_twice() -> None:
+    stop = Stop(warned=", to go on later")
+    with stop.listening():
+        for number in (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.reason == "stopped by SIGUSR2, to go on later"  # the first one counts
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_it_acts_at_once_where_nothing_would_be_lost() -> None:
+    stop = Stop()
+    with stop.listening():
+        with stop.acting(at_once=True), stop.acting(at_once=False):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop.acting(at_once=True).__enter__()
+
+
+@pytest.mark.parametrize("phase", ["build_data", "build_teacher"])
+def test_before_the_first_step_a_job_stops_at_once(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny(tmp_path)
+    real = getattr(trainer, phase)
+
+    def asked(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR2)
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, phase, asked)
+    stop = Stop()
+    with stop.listening():
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit([job], stop=stop)
+        assert stop.signal is signal.SIGUSR2
+    assert not Path(job.run_dir).exists()
+
+
+def test_what_is_trained_is_finished_though_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_teacher(tmp_path)
+    job, real = tiny(tmp_path), trainer._finish
+
+    def asked(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        real(*arguments)
+
+    monkeypatch.setattr(trainer, "_finish", asked)
+    (result,) = trainer.fit([job])
+    assert result["status"] == "FINISHED"
