@@ -247,6 +247,7 @@ def decoded(
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             pin_memory=pin,
+            generator=torch.Generator(),  # its own: the process's is not drawn from
             worker_init_fn=_Start(os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
