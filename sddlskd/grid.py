@@ -72,7 +72,7 @@ def compose_grid(loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequenc
         related = any(key == r or key.startswith(f"{r}.") or r.startswith(f"{key}.") for r in referred)
         return (
             plain
-            and key not in ("run_dir", "home", "teacher.cache", "teacher.cache_dtype")
+            and key not in ("run_dir", "home", "teacher.cache", "teacher.cache_dtype", "allow_foreign_targets")
             and not key.startswith("hydra")
             and not related
         )
