@@ -19,11 +19,11 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.console import explain
 
+__all__ = ["InvalidJobs", "compose_grid", "reasons_together"]
+
 NEEDED = (  # where the job that values are set on may not be valid without them, or its other values follow from them
     "run_dir", "home", "teacher.cache", "teacher.cache_dtype", "allow_foreign_targets", "dataset.num_classes"
 )  # fmt: skip
-
-__all__ = ["InvalidJobs", "compose_grid", "reasons_together"]
 
 
 class InvalidJobs(ValueError):

@@ -110,13 +110,14 @@ def test_who_uses_what() -> None:
     assert {"config", "console", "grid", "train", "tracking", "record", "hydra_plugins"} <= torchless
 
 
-@pytest.mark.parametrize("path", [LAUNCHER, PACKAGE / "train.py", PACKAGE / "config.py", PACKAGE / "console.py"],
+@pytest.mark.parametrize("path", [LAUNCHER, PACKAGE / "train.py", PACKAGE / "config.py", PACKAGE / "console.py",
+                                  PACKAGE / "targets.py"],
                          ids=lambda path: path.stem)  # fmt: skip
 def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
     at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}
     assert not at_module_level & {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn"}
     ours = {name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")}
-    assert ours <= {"config", "console"}
+    assert ours <= {"config", "console", "targets"}
 
 
 def test_the_process_that_waits_for_a_sweep_holds_no_torch() -> None:
