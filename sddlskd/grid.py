@@ -21,6 +21,10 @@ from sddlskd.console import explain
 
 __all__ = ["InvalidJobs", "compose_grid", "reasons_together"]
 
+NEEDED = (  # where the job that values are set on may not be valid without them, or its other values follow from them
+    "run_dir", "home", "teacher.cache", "teacher.cache_dtype", "allow_foreign_targets", "dataset.num_classes"
+)  # fmt: skip
+
 
 class InvalidJobs(ValueError):
     """Some jobs of a grid are not valid: every one of them, with its reason."""
@@ -70,12 +74,7 @@ def compose_grid(loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequenc
         plain = not (override.is_add() or override.is_delete() or key in groups or "/" in key or "@" in key)
         plain = plain and "${" not in text and not isinstance(override.value(), dict)  # these are Hydra's to merge
         related = any(key == r or key.startswith(f"{r}.") or r.startswith(f"{key}.") for r in referred)
-        return (
-            plain
-            and key not in ("run_dir", "home", "teacher.cache", "teacher.cache_dtype")
-            and not key.startswith("hydra")
-            and not related
-        )
+        return plain and key not in NEEDED and not key.startswith("hydra") and not related
 
     frame = OmegaConf.structured(Config)
     jobs, bad = [], []

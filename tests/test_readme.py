@@ -20,6 +20,7 @@ from hydra.types import RunMode
 
 from sddlskd import checkpoint, record
 from sddlskd import config as cfg
+from sddlskd.config import Config
 from sddlskd.grid import compose_grid
 from sddlskd.models import create, names
 
@@ -64,8 +65,8 @@ def test_it_counts_the_networks_right() -> None:
     assert set(names()) <= {path.stem for path in (REPO / "conf/student").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "sddlskd.train" in c and "--config-dir" not in c])
-def test_every_command_composes(command: str) -> None:
+def composed(command: str) -> list[Config]:
+    """The jobs of a training command."""
     cfg.frame()
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "sddlskd.train"]
@@ -79,9 +80,14 @@ def test_every_command_composes(command: str) -> None:
     params = sweep.hydra.sweeper.params or {}
     overrides = [f"{key}={value}" for key, value in params.items()] + [word for word in words if "=" in word]
     (grid,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
-    jobs = compose_grid(loader, sweep, grid)
+    return compose_grid(loader, sweep, grid)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "sddlskd.train" in c and "--config-dir" not in c])
+def test_every_command_composes(command: str) -> None:
+    jobs = composed(command)
     assert jobs
-    assert (len(jobs) > 1) == ("-m" in words[3:])
+    assert (len(jobs) > 1) == ("-m" in shlex.split(command)[3:])
 
 
 @pytest.mark.parametrize("name", ["loss", "network", "dataset"])

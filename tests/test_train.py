@@ -126,7 +126,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4", "student=mobilev2"]),
         (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8", "valid are .*shufflev1.*wrn_40_2"]),
         (["teacher=resnet9"], ["teacher=resnet9", "did you mean teacher=resnet8", "valid are .*vgg13"]),
-        (["dataset=cifar10"], ["dataset=cifar10", "did you mean dataset=cifar100", "valid are .*digits"]),
+        (["dataset=cifar11"], ["dataset=cifar11", "did you mean dataset=cifar10", "valid are .*digits"]),
         (["distiller=kdd"], ["distiller=kdd", "did you mean distiller=", "valid are dkd, kd, nkd, vanilla"]),
         (["recipe=sdkd"], ["recipe=sdkd", "did you mean recipe=sd_kd", "valid are .*sd_kd_ls"]),
         (["pair=resnet32x4_resnet8x5"], ["did you mean pair=resnet32x4_resnet8x4", "valid are .*wrn_40_2_wrn_40_1"]),
