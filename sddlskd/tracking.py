@@ -61,6 +61,7 @@ OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 
 def _client(uri: str) -> Any:
     if path := _sqlite_file(uri):
+        _check_file(path)  # MLflow would try for minutes
         _claim(path)
     # A vanished server must not hold the mirror for the client's default of four minutes a call; it tries again itself,
     # and looks first whether what it asked for was made.
@@ -184,6 +185,12 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def _check_file(path: Path) -> None:
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if path.is_dir() or not os.access(there, os.W_OK):
+        raise ConnectionError(f"tracking.uri=sqlite:///{path} cannot be written; {CURE}")
+
+
 def _claim(path: Path) -> None:
     """Note beside a SQLite file which host writes to it; ConnectionError on any other host.
 
@@ -228,9 +235,7 @@ def _check_uri(uri: str) -> None:
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
     elif path := _sqlite_file(uri):
-        there = next(place for place in (path, *path.absolute().parents) if place.exists())
-        if path.is_dir() or not os.access(there, os.W_OK):
-            raise ConnectionError(f"tracking.uri={uri} cannot be written; {CURE}")
+        _check_file(path)
         if path.exists():
             _claim(path)
     else:
@@ -314,6 +319,7 @@ def _tell(config: Config, what: str, status: str) -> None:
         with FileLock(folder / MIRROR_LOCK):
             state = _sweep_state(folder, config) | {"status": status}
             record.write_mirror(folder, state)
+        _check_uri(str(config.tracking.uri))  # in bounded time: the launch waits for it
         sync_sweep(folder)
     except Exception as error:  # a server may be away, or take numbers and no files
         log.warning(
