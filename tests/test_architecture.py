@@ -26,7 +26,7 @@ LAYERS = (
     {"worker"},
     {"sweeps"},
     {"export"},
-    {"evaluate", "teachers", "train", "hydra_plugins"},
+    {"evaluate", "server", "teachers", "train", "hydra_plugins"},
 )
 SEE_A_CONFIG = {
     "build", "console", "evaluate", "export", "grid", "precheck", "record", "sweeps", "teachers", "tracking", "train",

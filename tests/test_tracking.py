@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,23 @@ def test_sync_is_idempotent(home: Path) -> None:
     (run,) = runs_of(job)
     counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
     assert counts == [{"val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1}] * 4
+
+
+def test_what_a_server_lost_is_delivered_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1")
+    tracking.log_plan(jobs[0], _write_plan(_write_manifest("table-1", jobs), "table-1", jobs))
+    sync(write_record(jobs[0]))
+    with closing(sqlite3.connect(home / "mlflow.db")) as database:
+        for table in ("metrics", "latest_metrics"):
+            assert database.execute(f"delete from {table}").rowcount > 0
+        database.commit()
+    for _ in range(2):
+        tracking.main(["sync", "--again", str(home / "runs")])
+    (run,), (parent,) = runs_of(jobs[0]), runs_of(jobs[0], kind="sweep")
+    assert {key: len(found) for key, found in points(jobs[0], run.info.run_id).items()} == {
+        "val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1
+    }  # fmt: skip
+    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == ["plan.json"]
 
 
 def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,7 +660,7 @@ def test_a_spoilt_note_of_what_was_delivered_makes_no_twin(home: Path, damage: b
 
 
 def test_strange_numbers_and_names(home: Path) -> None:
-    (job,) = register([tracked(home, f"run_dir={home}/läuft ✓ 'so'", teacher=False)])
+    (job,) = register([replace(tracked(home, teacher=False), run_dir=f"{home}/läuft ✓ 'so'")])
     opened, values = Record(job), [math.nan, math.inf, -math.inf, 1e-300, 0.1 + 0.2, 1234567890123456.0]
     for epoch in range(1, 1201):
         value = values[epoch % len(values)]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -144,7 +145,7 @@ def server(gate: Gate) -> Iterator[Server]:
         pytest.skip("there is no PostgreSQL on this machine")
     place = Path(tempfile.mkdtemp(prefix="sddlskd-test-"))
     place.chmod(0o755)  # the user postgres must reach it, as it cannot reach pytest's own folders of root
-    server = Server(place / "data", gate.uri.removeprefix("http://"))
+    server = Server(place / "tracking-server", gate.uri.removeprefix("http://"))
     gate.server = server.port
     server.start()
     yield server
@@ -301,6 +302,10 @@ def test_what_protects_it(server: Server) -> None:
         with suppress(OSError):
             assert word not in path.read_bytes()
     assert word not in (server.folder / "server.log").read_bytes()
+    page = (Path(__file__).parents[2] / "docs" / "tracking.md").read_text()
+    (backup,) = re.findall(r"```sh\n(PGPASSFILE=.*?)```", page, re.DOTALL)
+    subprocess.run(["bash", "-ec", backup], cwd=server.folder.parent, check=True)
+    assert "CREATE TABLE public.metrics" in (server.folder.parent / "mlflow.sql").read_text()
     environment = os.environ | {"PGPASSWORD": "another", "PGPASSFILE": "/nonexistent"}
     place = (server.folder / "postgres" / "postmaster.pid").read_text().splitlines()[4]
     done = subprocess.run(
