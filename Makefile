@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-services lint bench clean
+.PHONY: setup demo test test-services tracking-server lint bench clean
 
 setup: .venv/installed
 
@@ -29,6 +29,10 @@ test: setup
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
 	$(BIN)/python -m pytest -m services
+
+# MLflow on PostgreSQL on loopback, its data in tracking-server/: docs/tracking.md.
+tracking-server: setup
+	$(BIN)/python -m sddlskd.server
 
 lint: setup
 	$(BIN)/ruff check .

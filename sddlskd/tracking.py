@@ -61,6 +61,7 @@ OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 
 def _client(uri: str) -> Any:
     if path := _sqlite_file(uri):
+        _check_file(path)  # MLflow would try for minutes
         _claim(path)
     # A vanished server must not hold the mirror for the client's default of four minutes a call; it tries again itself,
     # and looks first whether what it asked for was made.
@@ -184,6 +185,12 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def _check_file(path: Path) -> None:
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if path.is_dir() or not os.access(there, os.W_OK):
+        raise ConnectionError(f"tracking.uri=sqlite:///{path} cannot be written; {CURE}")
+
+
 def _claim(path: Path) -> None:
     """Note beside a SQLite file which host writes to it; ConnectionError on any other host.
 
@@ -228,9 +235,7 @@ def _check_uri(uri: str) -> None:
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
     elif path := _sqlite_file(uri):
-        there = next(place for place in (path, *path.absolute().parents) if place.exists())
-        if path.is_dir() or not os.access(there, os.W_OK):
-            raise ConnectionError(f"tracking.uri={uri} cannot be written; {CURE}")
+        _check_file(path)
         if path.exists():
             _claim(path)
     else:
@@ -314,6 +319,7 @@ def _tell(config: Config, what: str, status: str) -> None:
         with FileLock(folder / MIRROR_LOCK):
             state = _sweep_state(folder, config) | {"status": status}
             record.write_mirror(folder, state)
+        _check_uri(str(config.tracking.uri))  # in bounded time: the launch waits for it
         sync_sweep(folder)
     except Exception as error:  # a server may be away, or take numbers and no files
         log.warning(
@@ -345,12 +351,14 @@ def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
     return {"status": record.RUNNING, **state, **address, "sweep": config.sweep.name, "run_id": parent}
 
 
-def sync_sweep(folder: Path) -> None:
-    """Bring MLflow up to a sweep: its run, its outcome, its plan. Idempotent. Raises what MLflow raises."""
+def sync_sweep(folder: Path, *, again: bool = False) -> None:
+    """Bring MLflow up to a sweep: its run, its outcome, its plan. Idempotent; `again` as for `sync`."""
     with FileLock(folder / MIRROR_LOCK):
         state = record.read_mirror(folder)
         if not state:
             return
+        if again:
+            state = {key: state[key] for key in ("uri", "experiment", "home", "sweep", "status")} | {"run_id": None}
         client, plan = _client(str(state["uri"])), folder / "plan.json"
         state["run_id"] = _run_of_sweep(folder, state)
         if state["status"] != state.get("told"):
@@ -405,11 +413,11 @@ class _StillAway(ConnectionError):
     """MLflow was away when the job was launched, which said so, and is not back."""
 
 
-def sync(folder: Path) -> None:
+def sync(folder: Path, *, again: bool = False) -> None:
     """Bring MLflow up to a run directory: run, parameters, every metric not yet there, outcome. Idempotent.
 
-    A run whose process is gone without an outcome ends as KILLED; one that has not started yet is left out. Raises what
-    MLflow raises.
+    again: also what was delivered before, as for a server that was restored from a backup. A run whose process is gone
+    without an outcome ends as KILLED; one that has not started yet is left out. Raises what MLflow raises.
     """
     with FileLock(folder / MIRROR_LOCK):
         # In this order, so that an outcome is never newer than what is known of the process, nor than the rows.
@@ -430,6 +438,8 @@ def sync(folder: Path) -> None:
                 raise _StillAway(_root(error)) if config.tracking.offline else error from error
         client = _client(str(config.tracking.uri))
         state = _state(client, folder, config)
+        if again:
+            state = {key: state[key] for key in ("key", "uri") if key in state}
         if "run_id" not in state:
             state = _create_run(client, folder, config, state)
         if (folder / SUPERSEDED).exists():
@@ -656,6 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--again", action="store_true", help="also what was delivered before: a server lost it since")
     chosen = parser.parse_args(arguments)
     cfg.frame()
     runs = sorted({path.parent for folder in chosen.folders for path in folder.rglob("config.yaml")})
@@ -669,7 +680,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.tracking.uri not in answering:
                 _check_uri(str(config.tracking.uri))
                 answering.add(config.tracking.uri)
-            sync(run)
+            sync(run, again=chosen.again)
             delivered += 1
             if _planned(_sweep_folder(config), config):
                 sweeps.add(_sweep_folder(config))
@@ -679,7 +690,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             problems.append(f"error: {run} could not be delivered: {_first_line(error)}")
     for sweep in sorted(sweeps):
         try:
-            sync_sweep(sweep)
+            sync_sweep(sweep, again=chosen.again)
         except Exception as error:
             problems.append(f"error: {sweep} could not be delivered: {_first_line(error)}")
     sys.stdout.write(f"MLflow has {delivered} runs up to date\n")

@@ -17,7 +17,7 @@ from sddlskd.config import Config
 
 
 def forked(work: Callable[[], Any]) -> int:
-    """The id of a new process that does this and ends with 0, or with 1 where it raises. Of a process without threads."""
+    """The id of a new process that does this and ends with 0, or with 1 where it raises; ours must have no threads."""
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -29,7 +29,7 @@ README = (REPO / "README.md").read_text()
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 COMMANDS = [
     line.split("  #")[0].strip()
-    for language, block in FENCE.findall(README)
+    for language, block in FENCE.findall(README + (REPO / "docs" / "tracking.md").read_text())
     if language == "sh"
     for line in block.splitlines()
     if line.strip()

@@ -2,30 +2,38 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from analysis.runs import load
 from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, RUNNING, Record
 from sddlskd.run import Run
+from sddlskd.sweeps import _write_manifest, _write_plan
 from sddlskd.tracking import CUT, Mirror, register, sync
 from sddlskd.trainer import fit
+from tests.loopback import answer, site
+from tests.loopback import status as code
 from tests.tiny import net, one_thread, processes, tiny  # noqa: F401
 
 METRICS = {
@@ -148,6 +156,23 @@ def test_sync_is_idempotent(home: Path) -> None:
     (run,) = runs_of(job)
     counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
     assert counts == [{"val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1}] * 4
+
+
+def test_what_a_server_lost_is_delivered_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1")
+    tracking.log_plan(jobs[0], _write_plan(_write_manifest("table-1", jobs), "table-1", jobs))
+    sync(write_record(jobs[0]))
+    with closing(sqlite3.connect(home / "mlflow.db")) as database:
+        for table in ("metrics", "latest_metrics"):
+            assert database.execute(f"delete from {table}").rowcount > 0
+        database.commit()
+    for _ in range(2):
+        tracking.main(["sync", "--again", str(home / "runs")])
+    (run,), (parent,) = runs_of(jobs[0]), runs_of(jobs[0], kind="sweep")
+    assert {key: len(found) for key, found in points(jobs[0], run.info.run_id).items()} == {
+        "val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1
+    }  # fmt: skip
+    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == ["plan.json"]
 
 
 def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +460,255 @@ def test_two_launches_on_an_empty_home(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
     assert len({queue.get(), queue.get()}) == 1
+
+
+# A start without MLflow
+
+ASKED = "api/2.0/mlflow/experiments/search?max_results=1"
+NOT_MLFLOW = {
+    "not MLflow": (answer(b"<html>hello", Content_Type="text/html"), r"answers as no MLflow does \(200 <html>hello\)"),
+    "broken": (answer(b"no database", 500), r"answers as no MLflow does \(500 no database\); start it"),
+    "unknown": (code(404), r"answers as no MLflow does \(404"),
+    "host": (answer(b"Invalid Host header - x", 403), r"--allowed-hosts 127\.0\.0\.1,127\.0\.0\.1:\d+$"),
+    "stranger": (code(401), "wants to know who asks; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+    "forbidden": (code(403), "does not let this user in; set MLFLOW_TRACKING_USERNAME"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_MLFLOW)
+def test_what_answers_otherwise_is_named_with_its_cure(tmp_path: Path, kind: str) -> None:
+    page, said = NOT_MLFLOW[kind]
+    with site() as here:
+        here.page(ASKED, page)
+        with pytest.raises(ConnectionError, match=rf"tracking.uri={here.url} .*{said}") as caught:
+            tracking.check_reachable([tracked(tmp_path, f"tracking.uri={here.url}", teacher=False)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def silent() -> Iterator[dict[str, str]]:
+    """Addresses where nobody answers, each in another way."""
+    with socket.socket() as mute, socket.socket() as full, socket.socket() as closed, ExitStack() as stack:
+        for listener, backlog in ((mute, 5), (full, 0)):
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(backlog)
+        for _ in range(4):  # the queue is full then: packets are dropped, as by a firewall
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        closed.bind(("127.0.0.1", 0))
+        listening = {"mute": mute, "dropping": full, "closed": closed}
+        addresses = {kind: f"http://127.0.0.1:{each.getsockname()[1]}" for kind, each in listening.items()}
+        yield {**addresses, "no such host": "http://tracking.invalid:5000"}
+
+
+@pytest.mark.parametrize("kind", ["mute", "dropping", "closed", "no such host"])
+def test_a_start_without_an_answer_ends_in_time(
+    tmp_path: Path, silent: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking.ANSWER_S < 10
+    if kind == "dropping":
+        monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+    job = tracked(tmp_path, f"tracking.uri={silent[kind]}", teacher=False)
+    for ask in (tracking.check_reachable, register):
+        started = time.monotonic()
+        with pytest.raises(ConnectionError, match=rf"tracking.uri={silent[kind]} does not answer \(.+\); start it"):
+            ask([job])
+        assert time.monotonic() - started < 15
+
+
+def test_a_registered_job_starts_without_its_server(tmp_path: Path, silent: dict[str, str]) -> None:
+    job = tracked(tmp_path, f"tracking.uri={silent['closed']}", "tracking.experiment_id='1'", teacher=False)
+    tracking.check_reachable([job])
+
+
+def test_a_black_hole_does_not_hold_training(
+    tmp_path: Path, silent: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+    monkeypatch.setattr(Mirror.close, "__defaults__", (60.0, 0.5))
+    threads, real = set(), tracking.sync
+
+    def watched(folder: Path) -> None:
+        threads.add(threading.current_thread().name)
+        real(folder)
+
+    monkeypatch.setattr(tracking, "sync", watched)
+    job = tracked(tmp_path, f"tracking.uri={silent['mute']}", "tracking.offline=true")
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        (result,) = fit([job])
+    assert result["status"] == "FINISHED"
+    assert threads == {"mlflow-mirror"}  # the only thread that waits for it
+    said = [each.getMessage() for each in caplog.records if "MLflow" in each.getMessage() or "tracking" in each.name]
+    assert len(said) == 2  # at the start and in the end
+    later = f"python -m sddlskd.tracking sync {tmp_path}/runs"
+    assert said[0].startswith(f"tracking.uri={silent['mute']} does not answer (no answer in 0.5 s); going on without")
+    assert all(later in each for each in said)
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Callable[[], None]:
+    """A home whose database cannot be made before this is called."""
+    (tmp_path / "mlflow.db").mkdir()
+    return (tmp_path / "mlflow.db").rmdir
+
+
+def deliver_one(folder: str) -> None:
+    cfg.frame()
+    sync(Path(folder))
+
+
+def test_a_sweep_that_began_without_mlflow_is_delivered_whole(tmp_path: Path, away: Callable[[], None]) -> None:
+    names = [f"seed={seed}" for seed in range(6)]
+    jobs = [tracked(tmp_path, name, "tracking.offline=true", teacher=False) for name in names]
+    jobs = register(jobs, sweep="table-1")
+    assert {job.tracking.experiment_id for job in jobs} == {None}
+    tracking.log_plan(jobs[0], _write_plan(_write_manifest("table-1", jobs), "table-1", jobs))
+    folders = [write_record(job) for job in jobs[:5]]  # one never starts
+    tracking.finish_sweep(jobs[0], FAILED)
+    away()
+    started = [processes.Process(target=deliver_one, args=(str(folder),)) for folder in folders[1:]]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * 4
+    for _ in range(2):
+        tracking.main(["sync", str(tmp_path / "runs")])
+    (parent,) = runs_of(jobs[0], kind="sweep")
+    children = runs_of(jobs[0])
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert sorted(run.data.params["seed"] for run in children) == list("01234")
+    assert parent.info.status == "FAILED"
+    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == ["plan.json"]
+    frame = load("table-1", str(jobs[0].tracking.uri)).frame
+    assert Counter(frame["status"]) == {"FINISHED": 5, "MISSING": 1}
+    for run in children:
+        assert {key: len(found) for key, found in points(jobs[0], run.info.run_id).items()} == {
+            "val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1
+        }  # fmt: skip
+
+
+# Who may write
+
+
+def test_a_password_in_the_address_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sddlskd.train", "-m", "dataset=digits", "distiller=vanilla", "seed=0,1"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "https://me:s3cret@host:5000", "SDDLSKD_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead" in done.stderr.splitlines()[-1]
+    assert "s3cret" not in done.stdout + done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    for uri in ("http://token@host", "postgresql://me:s3cret@host/mlflow"):
+        with pytest.raises(ValueError, match="holds a user name or password") as caught:
+            tracked(tmp_path, f"tracking.uri={uri}", teacher=False)
+        assert "s3cret" not in str(caught.value)
+
+
+def test_sqlite_is_written_by_one_host_alone(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (job,) = register([tracked(home)])
+    (home / "mlflow.db.host").write_text("elsewhere 0000-0000")
+    for ask in (tracking.check_reachable, register):
+        with pytest.raises(ConnectionError, match=rf"{home}/mlflow.db is written by host elsewhere, .*tracking-server"):
+            ask([tracked(home)])
+    before = {path.name: path.read_bytes() for path in home.glob("mlflow.db*")}
+    with caplog.at_level(logging.WARNING, logger="sddlskd"):
+        (result,) = fit([job])  # its launch was elsewhere
+    assert result["status"] == "FINISHED"
+    assert "is written by host elsewhere" in caplog.text
+    assert {path.name: path.read_bytes() for path in home.glob("mlflow.db*")} == before
+    (home / "mlflow.db.host").unlink()
+    sync(Path(job.run_dir))
+    assert [run.info.status for run in runs_of(job)] == ["FINISHED"]
+
+
+def test_sqlite_is_refused_for_other_nodes(home: Path) -> None:
+    file, server = tracked(home, teacher=False), tracked(home, "tracking.uri=http://host:5000", teacher=False)
+    here = socket.gethostname()
+    tracking.check_shared([file], [here, "localhost"])
+    tracking.check_shared([server, tiny(home, teacher=False)], ["node7"])
+    with pytest.raises(
+        ValueError, match=r"sqlite:.*mlflow.db is a file and jobs would write to it from node7, node8; S"
+    ):
+        tracking.check_shared([server, file], [here, "node8", "node7"])
+
+
+# What is spoilt, strange or repeated
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 90, b"{", b"[]", "cut", "flipped", "other"])
+def test_a_spoilt_note_of_what_was_delivered_makes_no_twin(home: Path, damage: bytes | str) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    folder = write_record(job)
+    sync(folder)
+    (run,) = runs_of(job)
+    path = folder / "mlflow.json"
+    whole = path.read_bytes()
+    spoilt = {"cut": whole[:50], "flipped": whole.replace(b'"rows": 3', b'"rows": 7'), "other": b'{"rows": 3}'}
+    path.write_bytes(damage if isinstance(damage, bytes) else spoilt[damage])
+    assert path.read_bytes() != whole
+    opened = Record(job)
+    opened.append({"epoch": 4, "time": 1004.0, "val/top1": 40.0, "train/loss": 0.25})
+    opened.result(FINISHED, best_top1=40.0, last_top1=40.0, epochs=4, seconds=1.0)
+    opened.close()
+    sync(folder)
+    (again,) = runs_of(job)
+    assert again.info.run_id == run.info.run_id
+    assert [step for step, _ in points(job, run.info.run_id)["val/top1"]] == [1, 2, 3, 4]
+    assert record.read_mirror(folder)["rows"] == 4
+
+
+def test_strange_numbers_and_names(home: Path) -> None:
+    (job,) = register([replace(tracked(home, teacher=False), run_dir=f"{home}/läuft ✓ 'so'")])
+    opened, values = Record(job), [math.nan, math.inf, -math.inf, 1e-300, 0.1 + 0.2, 1234567890123456.0]
+    for epoch in range(1, 1201):
+        value = values[epoch % len(values)]
+        opened.append({"epoch": epoch, "time": 1000.0 + epoch, "val/top1": value, "train/loss": -value})
+    opened.result(FINISHED, best_top1=1.0, last_top1=1.0, epochs=1200, seconds=1.0)
+    opened.close()
+    for _ in range(2):
+        (opened.folder / "mlflow.json").unlink(missing_ok=True)
+        (opened.folder / "mlflow.json").write_text("spoilt")
+        sync(opened.folder)
+    (run,) = runs_of(job)
+    assert run.info.run_name == "läuft ✓ 'so'"
+    largest = sys.float_info.max  # what MLflow keeps of an infinite number
+    kept = {math.inf: largest, -math.inf: -largest}
+    found = points(job, run.info.run_id)
+    for key in ("val/top1", "train/loss"):
+        expected = [(row["epoch"], kept.get(row[key], row[key])) for row in record.read_rows(opened.folder)]
+        assert [repr(point) for point in found[key]] == [repr(point) for point in expected]
+
+
+def test_a_run_that_is_stopped_twice_at_an_epoch_has_its_summary_once(home: Path) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    folder = write_record(job, epochs=2, status=record.KILLED, reason="stopped by SIGTERM")
+    for state in (record.KILLED, RUNNING, record.KILLED, FINISHED):
+        sync(folder)
+        opened = Record(job)
+        opened.result(state, best_top1=20.0, last_top1=20.0, epochs=2, seconds=1.0)
+        opened.close()
+    sync(folder)
+    (run,) = runs_of(job)
+    assert run.info.status == "FINISHED"
+    assert {key: len(found) for key, found in points(job, run.info.run_id).items()} == {
+        "val/top1": 2, "train/loss": 2, "best/top1": 1, "last/top1": 1
+    }  # fmt: skip
+
+
+def test_one_spoilt_run_does_not_keep_the_others(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in range(3)])
+    folders = sorted(write_record(job) for job in jobs)
+    (folders[0] / "metrics.jsonl").write_text("nonsense\n")
+    (folders[1] / "config.yaml").write_text("[")
+    with pytest.raises(SystemExit) as caught:
+        tracking.main(["sync", str(home / "runs")])
+    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    first, second = str(caught.value).splitlines()
+    assert f"{folders[0]}/metrics.jsonl, line 1 is damaged" in first
+    assert f"{folders[1]}/config.yaml is damaged" in second
+    assert len(runs_of(jobs[2])) >= 1
 
 
 # A server
