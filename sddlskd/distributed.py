@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # what a person or a scheduler sends to stop
 GRACE_S = 5.0  # seconds that ranks have to end by themselves once one of them has
 WAITED_IN_VAIN = re.compile("timed out|connection (closed|reset)", re.IGNORECASE)  # as gloo and nccl word it
+START_S = 300.0  # seconds that ranks may start apart: a first import from a slow disk
 RAISED, STOPPED = 1, 130  # exit codes of ranks that said why
 POLL_S = 0.02  # seconds between questions to the store
 
@@ -238,6 +239,9 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
     try:
         ranks.store = PrefixStore(f"join {joins}", _root_store())
         ranks.device = device = pick_device(device_name, *_local_place())
+        ranks.store.set(f"here {ranks.rank}", "")
+        everybody = [f"here {rank}" for rank in range(count)]
+        ranks.store.wait(everybody, timedelta(seconds=max(timeout_s, START_S)))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(

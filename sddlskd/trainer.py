@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -132,10 +133,10 @@ def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if run.crowded and isinstance(error, torch.OutOfMemoryError):
+            raise
         if run.ranks.count > 1 and not isinstance(error, NonFiniteLoss):  # which all ranks see
             run.ranks.blame(error, str(run.record.folder))
-            raise
-        if run.crowded and isinstance(error, torch.OutOfMemoryError):
             raise
         if not isinstance(error, NonFiniteLoss):  # which says all in one line
             run.record.log.exception("%s raised", run.label)
@@ -155,21 +156,22 @@ def fit(
     to stop before training starts. stop: of a caller that listens to signals longer.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
-    how, stop = jobs[0].trainer, stop or Stop()
+    how, stop, begun = jobs[0].trainer, stop or Stop(), time.time()
     with stop.listening(), distributed.joined(how.device, how.timeout_s) as ranks:
         distributed.hear_signals()
-        done = [job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED]
-        done = [job for job in jobs if job.run_dir in ranks.told([job.run_dir for job in done])]
+        finished = [job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED]
+        known = ranks.told([job.run_dir for job in finished])
+        done = [job for job in jobs if job.run_dir in known]
         todo = list({job.run_dir: job for job in jobs if job not in done}.values())
         for job in done:
             log.info("%s is finished already; delete it, or choose another seed or run_dir, to run again", job.run_dir)
             if teacher_changed(job, _result(job)):
                 log.warning("%s learnt from another teacher file than is there now", job.run_dir)
         try:
-            if todo and ranks.count < how.devices and ranks.count == 1:
+            if todo and ranks.count == 1 and how.devices > 1:
                 _fit_on_ranks(todo, stop, sweep)
             elif todo:
-                with stop.acting(at_once=True):
+                with stop.acting(at_once=ranks.count == 1):  # ranks stop together, after a step
                     _fit_group(todo, stop, sweep, ranks)
         except record.InUse:
             raise  # whoever has it open writes its record
@@ -178,7 +180,7 @@ def fit(
             if len(todo) > 1 and isinstance(error, torch.OutOfMemoryError):
                 raise  # fewer side by side may fit
             if ranks.first and not distributed.looked_after():
-                _mark_failed(todo, ranks.cause() or Cause.of(0, error), begun=ranks.count > 1)
+                _mark_failed(todo, ranks.cause() or Cause.of(0, error), begun if ranks.count > 1 else math.inf)
             raise
         results: dict[str, Any] = ranks.told({job.run_dir: _result(job) for job in jobs})
     return [results[job.run_dir] for job in jobs]
@@ -193,16 +195,19 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
     how = jobs[0].trainer
     pick_device(how.device, 0, how.devices)
     threads = max(torch.get_num_threads() // how.devices, 1)
-    arguments = jobs, sweep, bool(logging.getLogger("sddlskd").handlers)
+    arguments, begun = (jobs, sweep, bool(logging.getLogger("sddlskd").handlers)), time.time()
     try:
         distributed.start(_fit_as_rank, arguments, how.devices, threads=threads, stop=lambda: stop.signal or 0)
     except RankFailed as failed:
-        cause = failed.cause
-        for kind in (record.InUse, torch.OutOfMemoryError, ValueError, OSError):
-            if kind.__name__ in cause.kinds and not cause.folder:  # worded for users, or for who started us
-                raise kind(cause.error.partition(": ")[2]) from None
+        cause, says = failed.cause, failed.cause.error.partition(": ")[2]
+        for elsewhere in (record.InUse, torch.OutOfMemoryError):
+            if elsewhere.__name__ in cause.kinds and not cause.folder:
+                raise elsewhere(says) from None
+        _mark_failed(jobs, cause, begun)
+        for refusal in (ValueError, OSError):
+            if refusal.__name__ in cause.kinds and not cause.folder:
+                raise refusal(says) from None
         log.error("%s\n%s", failed, cause.trace)
-        _mark_failed(jobs, cause, begun=True)
         if not cause.folder:
             raise
 
@@ -214,24 +219,28 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
     fit(jobs, sweep=sweep)
 
 
-def _mark_failed(jobs: Sequence[Config], cause: Cause, *, begun: bool) -> None:
-    """Mark the jobs that are frozen and have not started as FAILED; where `begun`, those that are RUNNING too.
+def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
+    """Mark the jobs that are frozen and have not started as FAILED, and those that are RUNNING since then (a time).
 
     Where one of the runs is the cause, it alone is FAILED and those beside it are KILLED.
     """
+
+    def open_ended(job: Config) -> bool:
+        result = _result(job)
+        return not result or (result["status"] == RUNNING and result["time"] >= since)
+
     marked, beside = [], cause.folder in {job.run_dir for job in jobs}
-    teacher = [cfg.teacher_job(jobs[0])] if begun and jobs[0].distiller.loss else []
-    for job in [*teacher, *jobs]:
-        states = (None, RUNNING) if begun else (None,)
-        if Path(job.run_dir, "config.yaml").exists() and _result(job).get("status") in states:
+    taught = jobs[0].distiller.loss and since < math.inf  # the ranks may have been training the teacher
+    for job in [*([cfg.teacher_job(jobs[0])] if taught else []), *jobs]:
+        if Path(job.run_dir, "config.yaml").exists() and open_ended(job):
             with suppress(ValueError, OSError):  # another process has it, or the disk is full: the first error counts
                 opened = Record(job)
                 earlier = _result(job)
-                if earlier.get("status") in states:  # again, now that nobody else can start it
+                if open_ended(job):  # again, now that nobody else can start it
                     status, reason = FAILED, cause.error
                     if beside and cause.folder != job.run_dir:
                         status, reason = KILLED, f"{Path(cause.folder).name} failed beside it: {cause.error}"
-                    elif cause.trace and begun:
+                    elif earlier:
                         opened.log.propagate = False  # the terminal has seen it
                         opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
                     rows = opened.rows()

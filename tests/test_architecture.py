@@ -113,13 +113,8 @@ def test_who_uses_what() -> None:
     assert {"config", "console", "grid", "train", "tracking", "record", "hydra_plugins"} <= torchless
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("path", [*LAUNCHERS, PACKAGE / "train.py", PACKAGE / "config.py",
                                   PACKAGE / "console.py", PACKAGE / "targets.py"],
-=======
-@pytest.mark.parametrize("path", [LAUNCHER, PACKAGE / "train.py", PACKAGE / "config.py", PACKAGE / "console.py",
-                                  PACKAGE / "targets.py"],
->>>>>>> nets
                          ids=lambda path: path.stem)  # fmt: skip
 def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
     at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}

@@ -113,6 +113,7 @@ CASES: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {
     "sum": (["M=[1,2]", "distiller.reduction=sum", "recipe=sd_dkd"], net()),
     "batchnorm": (["M=[1,2,4]"], None),
     "alone": (["distiller=vanilla"], None),
+    "deep": (["student=mobilev2", "M=[1]"], None),
 }
 
 
@@ -252,6 +253,7 @@ def fit_the_house(home: Path) -> None:
     fit([tiny(home / "grouped", *overrides) for overrides in GROUP])
     fit([tiny(home / "alone", *GROUP[1])])
     fit([tiny(home / "diverged", "optimizer.lr=1e30"), tiny(home / "diverged")])
+    fit([tiny(home / "half", "trainer.precision=fp16")])
     fit([tiny(home / "kept", *KEPT, f"teacher.cache={home / 'maps'}")])
     fit([tiny(home / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1", "student=wrn_16_1",
               teacher=False)])  # fmt: skip
@@ -325,6 +327,14 @@ def test_resumed_by_fewer_or_more_ranks(house: Path) -> None:
     assert final(fewer)["sums"].shape == final(more)["sums"].shape == (4,)
 
 
+def test_ranks_skip_the_same_steps_of_fp16(house: Path, tmp_path: Path) -> None:
+    shared, alone = tiny(house / "half", "trainer.precision=fp16"), tiny(tmp_path, "trainer.precision=fp16")
+    fit([alone])
+    assert 0 < final(shared)["scaler"]["scale"] < 65536
+    assert final(shared)["scaler"] == final(alone)["scaler"]
+    assert close(shared, alone)
+
+
 def test_what_a_student_leaves(house: Path) -> None:
     job = tiny(house / "kept", *KEPT, f"teacher.cache={house / 'maps'}")
     assert {"test_top1", "teacher_top1"} <= result_of(job).keys()
@@ -373,7 +383,8 @@ class Bad(Net):
 
 def bad(home: Path, how: str, rank: int, *overrides: str) -> Config:
     model = {"_target_": "tests.test_distributed.Bad", "how": how, "rank": rank}
-    return tiny(home, "trainer.timeout_s=5", *overrides, model=model)
+    patience = 5 if how == "hangs" else PATIENCE
+    return tiny(home, f"trainer.timeout_s={patience}", *overrides, model=model)
 
 
 def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
@@ -397,7 +408,7 @@ def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
 def test_a_rank_that_ends_ends_the_job(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str, reason: str
 ) -> None:
-    beside = tiny(tmp_path, "trainer.timeout_s=5", "trainer.devices=2")
+    beside = tiny(tmp_path, "trainer.devices=2")
     job = bad(tmp_path, how, 1, "trainer.devices=2")
     if how in ("raises", "hangs"):
         results = fit([job, beside])
