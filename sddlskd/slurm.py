@@ -97,9 +97,8 @@ def cause_of_death(job: str) -> str:
     array, _, index = job.partition("_")
     with suppress(ConnectionError):
         records = _ask("scontrol", "--oneliner", "show", "job", array).splitlines()
-        # Tasks that never started may share a record: ArrayTaskId=3-7.
         own = [text for text in records if not index or f" ArrayTaskId={index} " in text]
-        shared = [text for text in records if re.search(r" ArrayTaskId=\d+[-,]", text)]
+        shared = [text for text in records if text.startswith(f"JobId={array} ")]  # of tasks that never started
         if found := re.search(r" JobState=(\S+).* ExitCode=(\S+)", "".join([*own, *shared][:1])):
             return _worded(*found.groups())
     with suppress(ConnectionError):  # long after its end, where the cluster keeps accounts
@@ -324,4 +323,4 @@ def _settle(sweep: Path) -> None:
             continue
         said = f"{result['reason']}; " if result.get("status") == KILLED else ""
         job = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
-        settle(job, KILLED, f"{said}{over}: {cause_of_death(one.job)}; its log: {one.log}")
+        settle(job, KILLED, f"{said}{over}: {cause_of_death(one.job)}")

@@ -122,6 +122,8 @@ def run_sweep(
     digest(unique, results)
     if any(result["status"] != FINISHED for result in results):
         write_line(f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})")
+        if not pool.here:
+            write_line(f"what the tasks said: python -m sddlskd.sweeps logs {folder}")
     outcomes(unique, results)
     return [result_of(job) for job in jobs]
 
