@@ -1,13 +1,12 @@
 """A cluster that keeps accounts: who may submit, and what sacct remembers."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sddlskd.slurm import cause_of_death
+from sddlskd.slurm import causes_of_death
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import cluster_of_its_own
 from tests.slurm.test_slurm import jobs_of, sweep
@@ -32,15 +31,14 @@ def test_the_cause_of_death_is_known_long_afterwards(
 ) -> None:
     submit = ["sbatch", "--account=lab", "--output=/dev/null", "--parsable"]
     failed = accounted.ask(*submit, "--array=0-1", "--wrap=exit $((3 * SLURM_ARRAY_TASK_ID))").strip()
-    cancelled = accounted.ask(*submit, "--hold", "--wrap=true").strip()
+    cancelled = accounted.ask(*submit, "--hold", "--array=0-1", "--wrap=true").strip()
     accounted.ask("scancel", cancelled)
     wait_for(lambda: not accounted.queue())
     sacct = shutil.which("sacct")
     assert sacct
     (tmp_path / "sacct").symlink_to(sacct)
     monkeypatch.setenv("PATH", str(tmp_path))  # without scontrol, which forgets jobs after some minutes
-    wait_for(lambda: cause_of_death(f"{failed}_1") == "FAILED (exit code 3:0)")  # sacct lags
-    wait_for(lambda: cause_of_death(f"{failed}_0") == "COMPLETED")
-    wait_for(lambda: cause_of_death(cancelled) == "CANCELLED")
-    assert cause_of_death("999999") == "gone, and SLURM does not know why any more"
-    assert os.environ["PATH"] == str(tmp_path)
+    dead = [f"{failed}_0", f"{failed}_1", f"{cancelled}_0", f"{cancelled}_1", "999999"]
+    gone = "gone, and SLURM does not know why any more"
+    causes = ["COMPLETED", "FAILED (exit code 3:0)", "CANCELLED", "CANCELLED", gone]
+    wait_for(lambda: list(causes_of_death(dead).values()) == causes)  # sacct lags
