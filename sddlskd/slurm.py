@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from sddlskd.console import write_line
 from sddlskd.outcome import LOCK, read_manifest, settle, state_of
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
 
-__all__ = ["Slurm", "Submission", "cancel", "cause_of_death", "queue", "submissions"]
+__all__ = ["Slurm", "Submission", "cancel", "causes_of_death", "queue", "submissions"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ MANIFEST = "slurm.json"  # in the sweep's folder
 POLL = 5.0  # seconds between looks at the queue
 SUBMITTED_FOR_ALL = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"}
 """What submitit knows of every cluster; its SLURM options are prefixed with slurm_."""
+NO_INDEX = "4294967294"  # what scontrol shows of tasks that never started, once they are cancelled
 UNSURE = "Requested node configuration is not available"  # said too where the nodes are down for the moment
 
 
@@ -92,20 +93,23 @@ def cancel(sweep: Path) -> list[str]:
     return live
 
 
-def cause_of_death(job: str) -> str:
-    """Why a job is over, as SLURM tells it: TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, CANCELLED ..."""
-    array, _, index = job.partition("_")
-    with suppress(ConnectionError):
-        records = _ask("scontrol", "--oneliner", "show", "job", array).splitlines()
-        # Tasks that never started may share a record: ArrayTaskId=3-7.
-        own = [text for text in records if not index or f" ArrayTaskId={index} " in text]
-        shared = [text for text in records if re.search(r" ArrayTaskId=\d+[-,]", text)]
-        if found := re.search(r" JobState=(\S+).* ExitCode=(\S+)", "".join([*own, *shared][:1])):
-            return _worded(*found.groups())
-    with suppress(ConnectionError):  # long after its end, where the cluster keeps accounts
-        if found := re.match(r"(\w+)[^|]*\|(\S+)", _ask("sacct", "-nXPj", job, "-o", "State,ExitCode")):
-            return _worded(*found.groups())
-    return "gone, and SLURM does not know why any more"
+def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
+    """Why each job is over, as SLURM tells it: TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, CANCELLED ..."""
+    arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
+    found: dict[str, str] = {}  # by task; by array for its tasks that never started, which share a record
+    with suppress(ConnectionError):  # long after their end, where the cluster keeps accounts; it lags
+        told = _ask("sacct", "-nXP", "-j", ",".join(arrays), "-o", "JobID,State,ExitCode") if arrays else ""
+        for name, state, code in (row.split("|") for row in told.splitlines()):
+            found[name if "[" not in name else name.partition("_")[0]] = _worded(state.split()[0], code)
+    for array in arrays:
+        with suppress(ConnectionError):  # for some minutes
+            for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
+                told_of = dict(word.split("=", 1) for word in text.split() if "=" in word)
+                index = told_of.get("ArrayTaskId", "")
+                name = f"{array}_{index}" if index.isdigit() and index != NO_INDEX else array
+                found[name] = _worded(told_of["JobState"], told_of["ExitCode"])
+    unknown = "gone, and SLURM does not know why any more"
+    return {job: found.get(job, found.get(job.partition("_")[0], unknown)) for job in jobs}
 
 
 def _worded(state: str, code: str) -> str:
@@ -317,11 +321,12 @@ def _ranks(job: Config) -> int:
 
 def _settle(sweep: Path) -> None:
     """Note in the records why SLURM ended jobs before they were done."""
-    latest = {run_dir: one for one in submissions(sweep) for run_dir in one.run_dirs}
-    for run_dir, one in latest.items():
-        result, over = record.read_result(Path(run_dir)), f"SLURM job {one.job} is over"
-        if result.get("status") in (FINISHED, FAILED) or over in result.get("reason", ""):
-            continue
-        said = f"{result['reason']}; " if result.get("status") == KILLED else ""
-        job = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
-        settle(job, KILLED, f"{said}{over}: {cause_of_death(one.job)}; its log: {one.log}")
+    latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
+    results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
+    left = {run_dir: job for run_dir, job in latest.items() if results[run_dir].get("status") not in (FINISHED, FAILED)}
+    causes = causes_of_death(left.values())
+    for run_dir, job in left.items():
+        reason, over = results[run_dir].get("reason", ""), f"SLURM job {job} is over"
+        if over not in reason:
+            settled = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
+            settle(settled, KILLED, f"{reason}{'; ' if reason else ''}{over}: {causes[job]}")

@@ -122,6 +122,8 @@ def run_sweep(
     digest(unique, results)
     if any(result["status"] != FINISHED for result in results):
         write_line(f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})")
+        if not pool.here:
+            write_line(f"what the tasks said: python -m sddlskd.sweeps logs {folder}")
     outcomes(unique, results)
     return [result_of(job) for job in jobs]
 
@@ -322,6 +324,10 @@ def status(folder: Path) -> None:
         for row in some[-3:]
     ]
     submitted = {run_dir: one.job for one in slurm.submissions(folder) for run_dir in one.run_dirs}
+    open_still = {path: submitted[str(path)] for path in folders
+                  if states[path] not in ("finished", "failed") and str(path) in submitted}  # fmt: skip
+    where = slurm.causes_of_death([job for job in open_still.values() if job not in live])
+    where |= {job: f"{state} ({why})" for job, (state, why) in live.items()}
     left = 0.0
     for path in folders:
         some, result = rows.get(path, []), record.read_result(path)
@@ -330,9 +336,8 @@ def status(folder: Path) -> None:
         if states[path] not in ("finished", "failed") and paces:
             left += (epochs - len(some)) * mean(paces)
         reason = f"  {result['reason']}" if result.get("reason") and states[path] not in ("queued", "running") else ""
-        if (job := submitted.get(str(path))) and states[path] not in ("finished", "failed"):
-            where = "{} ({})".format(*live[job]) if job in live else slurm.cause_of_death(job)
-            reason += f"  SLURM job {job}: {where}"
+        if job := open_still.get(path):
+            reason += f"  SLURM job {job}: {where[job]}"
         if result.get("requeues"):
             reason += f"  requeued {result['requeues']} times"
         top1 = max((row["val/top1"] for row in some), default=None) if top1 is None else top1

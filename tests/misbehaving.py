@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,3 +71,18 @@ class Slow(Tiny):
 
     def misbehave(self) -> None:
         time.sleep(self.seconds)
+
+
+class Heavy(Tiny):
+    """Does not fit beside more than one other network that is still in memory."""
+
+    here: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        if torch.empty(0).device.type != "meta":
+            Heavy.here.add(self)
+
+    def misbehave(self) -> None:
+        if len(Heavy.here) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -6,10 +6,32 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+ACCOUNTING = """
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd_port}
+AccountingStoragePass={folder}/munge.socket
+AccountingStorageEnforce=associations
+"""
+SLURMDBD_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd_port}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql_port}
+StorageUser=slurm
+StoragePass=slurm
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+"""
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 CONF = """
 ClusterName=loopback
@@ -49,9 +71,10 @@ PartitionName=wide Nodes=node1,node2 PreemptMode=OFF MaxTime=60
 """
 
 
-def missing() -> list[str]:
+def missing(accounting: bool = False) -> list[str]:
     """What is not here to run a cluster with."""
-    lacking = [command for command in COMMANDS if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    commands = (*COMMANDS, *(("slurmdbd", "sacct", "mariadbd", "mariadb-install-db") if accounting else ()))
+    lacking = [command for command in commands if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 
 
@@ -63,6 +86,12 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
+def answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 def wait_for(condition: Callable[[], object], seconds: float = 120, every: float = 0.2) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -71,16 +100,20 @@ def wait_for(condition: Callable[[], object], seconds: float = 120, every: float
 
 
 class Cluster:
-    """folder: of its files, readable by everybody; conf: its slurm.conf, which the commands find by SLURM_CONF."""
+    """folder: of its files, readable by everybody; conf: its slurm.conf, which the commands find by SLURM_CONF;
+    accounting: whether slurmdbd and MariaDB keep accounts, of the account `lab` alone."""
 
-    def __init__(self, folder: Path, *, cpus: int, max_array_size: int = 1001) -> None:
+    def __init__(self, folder: Path, *, cpus: int, max_array_size: int = 1001, accounting: bool = False) -> None:
         self.folder, self.conf = folder, folder / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("state", "spool"):
             (folder / name).mkdir()
-        ctld_port, d_port = free_ports(2)
+        ctld_port, d_port, dbd_port, sql_port = free_ports(4)
         host = socket.gethostname().split(".")[0]
-        self.conf.write_text(CONF.format_map(locals()))
+        self.conf.write_text((CONF + (ACCOUNTING if accounting else "")).format_map(locals()))
+        self.accounting, self.sql_port = accounting, sql_port
+        (folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format_map(locals()))
+        (folder / "slurmdbd.conf").chmod(0o600)
         key = folder / "munge.key"
         key.write_bytes(os.urandom(64))
         key.chmod(0o400)
@@ -92,9 +125,28 @@ class Cluster:
             f"--pid-file={munge['pid']}", f"--log-file={munge['log']}", f"--seed-file={munge['seed']}",
         )  # fmt: skip
         wait_for(lambda: Path(munge["socket"]).exists(), 20)
+        if self.accounting:
+            self._start_accounting()
         self.start_slurmctld()
         self.start_slurmd()
         wait_for(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 60)
+
+    def _start_accounting(self) -> None:
+        database = ["--no-defaults", "--user=root", f"--datadir={self.folder}/db"]
+        users = "--auth-root-authentication-method=normal"
+        subprocess.run(["mariadb-install-db", *database, users, "--skip-test-db"], check=True, capture_output=True)
+        (self.folder / "users.sql").write_text(
+            "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\nGRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
+        )
+        self._daemon(
+            "mariadbd", *database, "--bind-address=127.0.0.1", f"--port={self.sql_port}", "--skip-name-resolve",
+            f"--socket={self.folder}/db.socket", f"--init-file={self.folder}/users.sql",
+        )  # fmt: skip
+        wait_for(lambda: answers(self.sql_port), 60)
+        self._daemon("slurmdbd", "-D")
+        wait_for(lambda: "loopback" in self.ask("sacctmgr", "-in", "add", "cluster", "loopback"), 60)
+        self.ask("sacctmgr", "-i", "add", "account", "lab")
+        self.ask("sacctmgr", "-i", "add", "user", "root", "account=lab")
 
     def start_slurmctld(self) -> None:
         self._daemon("slurmctld", "-D", "-f", str(self.conf))
@@ -144,7 +196,7 @@ class Cluster:
         wait_for(lambda: not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T"), 120)
 
     def stop(self) -> None:
-        for name in ("slurmctld", "slurmd", "munged"):
+        for name in ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged"):
             if daemon := self.daemons.pop(name, None):
                 daemon.terminate()
                 try:
@@ -165,12 +217,3 @@ class Cluster:
         """{job: state} of what is live."""
         lines = self.ask("squeue", "-h", "-r", "-o", "%i|%T").split()
         return dict(line.split("|") for line in lines)
-
-
-def running_cluster(folder: Path, **options: int) -> Iterator[Cluster]:
-    cluster = Cluster(folder, **options)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()

@@ -4,39 +4,46 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sddlskd import checkpoint, precheck
 from sddlskd.models import create
-from tests.slurm.cluster import Cluster, missing, running_cluster
+from tests.slurm.cluster import Cluster, missing
 
 REPO = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A running cluster, which every command started from here finds."""
-    if lacking := missing():
+def cluster_of_its_own(**options: Any) -> Iterator[Cluster]:
+    """A running cluster, which every command started from here finds while it runs."""
+    if lacking := missing(**{key: value for key, value in options.items() if key == "accounting"}):
         reason = f"SLURM cannot run here, for want of: {', '.join(lacking)}"
         assert "CI" not in os.environ, reason
         pytest.skip(reason)
-    before = os.environ.get("SLURM_CONF")
     # Not below pytest's own folders, which nobody but their owner may enter: munge wants its socket open to everybody.
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         folder = Path(name)
         folder.chmod(0o755)
-        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        started = Cluster(folder, **options)
         try:
-            yield from running_cluster(folder, cpus=4, max_array_size=5)
+            started.start()
+            yield started
         finally:
-            del os.environ["SLURM_CONF"]
-            if before is not None:
-                os.environ["SLURM_CONF"] = before
+            started.stop()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    yield from cluster_of_its_own(cpus=4, max_array_size=5)
+
+
+@pytest.fixture
 def restored(cluster: Cluster) -> Iterator[None]:
     """Leave the next test an empty queue and every daemon."""
     yield

@@ -24,7 +24,7 @@ from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import REPO, leave_teacher
 from tests.test_sweeps import grid_of, network
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600), pytest.mark.usefixtures("restored")]
 
 COMMON = ["dataset=digits", "teacher=resnet8", "trainer=cpu", "trainer.batch_size=32", "tracking=none"]
 OPTIONS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config
 def sweep(jobs: list[Config], name: str = "test", **options: Any) -> tuple[list[dict[str, Any]], int]:
     """Results and exit code of a launch in this process."""
     try:
-        run_sweep(jobs, name, pool=Slurm(**{**OPTIONS, **options}))
+        run_sweep(jobs, name, pool=Slurm(**{**OPTIONS, **options}), max_group_size=1)
         code = 0
     except SystemExit as exit:
         code = int(exit.code or 0)
@@ -106,7 +106,6 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     launch(homes["long"], "long", *network("Slow", seconds=1.0).split(), *long, *mlflow, "hydra.launcher.timeout_min=1",
            "hydra.launcher.signal_delay_s=10")  # fmt: skip
     launch(homes["rough"], "rough", *slow(0.4, *GRID, *mlflow, "checkpoint.every_minutes=0.01"))
-    launch(homes["calm"], "calm", *slow(0.4, *GRID, *mlflow))
     told: list[BaseException] = []
 
     def disturb(job: str, run_dir: Path, blows: list[str]) -> None:
@@ -144,6 +143,7 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cluster.end("slurmd")  # its jobs live on, and are found again
     time.sleep(3)
     cluster.start_slurmd()
+    launch(homes["calm"], "calm", *slow(0.4, *GRID, *mlflow))
     for thread in threads:
         thread.join()
     assert not told, told
@@ -255,12 +255,12 @@ def test_what_kills_one_job_is_told_and_its_siblings_finish(
     results, code = sweep(jobs)
     assert [result["status"] for result in results] == ["FINISHED", "KILLED", "FAILED"]
     assert "FAILED (exit code 137:0)" in results[1]["reason"]
-    log = re.search(r"its log: (\S+)", results[1]["reason"])
-    assert log
-    assert "Killed" in Path(log[1]).read_text()
+    assert "Killed" in Path(all_of(home)[1].log).read_text()
     assert "does not like its images" in results[2]["reason"]
     assert code == 130
-    assert "1 failed: RuntimeError" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 failed: RuntimeError" in told
+    assert f"what the tasks said: python -m sddlskd.sweeps logs {home}/runs/sweeps/test" in told
     states = {job: cluster.ask("scontrol", "show", "job", job) for job in (one.job for one in all_of(home))}
     assert ["JobState=COMPLETED" in state for state in states.values()] == [True, False, False]
 
@@ -296,6 +296,7 @@ def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Pa
     wait_for(lambda: (folder / "last.ckpt").exists())
     cluster.crash_node()
     wait_for(lambda: state_of(folder) == "interrupted")
+    wait_for(lambda: "PENDING" in cluster.queue().values())  # until then SLURM believes the node
     cluster.start_slurmd()
     wait_for(lambda: training(folder))
     assert record.read_result(folder)["requeues"] == 1
