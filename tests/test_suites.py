@@ -101,3 +101,68 @@ def test_the_papers_tables() -> None:
     assert {job.seed for job in fusion} == set(range(5))
     assert len({short(job)[:2] for job in fusion}) == 20
     assert all((job.distiller.ce_weight, job.distiller.kd_weight, job.M) == (1.0, 9.0, [1, 2, 4]) for job in fusion)
+
+
+SDD = {"kd", "sd_kd", "dkd", "sd_dkd", "nkd", "sd_nkd"}
+
+
+def method(job: Config) -> str:
+    return ("sd_" if job.M != [1] else "") + job.distiller.name + ("_ls" if job.standardize else "")
+
+
+@pytest.mark.parametrize(
+    ("suite", "dataset", "methods", "pairs"),
+    [
+        ("sdd_table3", "imagenet", SDD, {"resnet34_resnet18"}),
+        ("sdd_table4", "imagenet", SDD, {"resnet50_mobilev1"}),
+        ("lskd_table3", "imagenet", {"kd", "kd_ls", "dkd", "dkd_ls"}, {"resnet34_resnet18", "resnet50_mobilev1"}),
+        ("sdd_table5", "cub200", SDD, {"resnet32x4_mobilev2", "resnet32x4_shufflev1", "vgg13_mobilev2", "vgg13_vgg8",
+                                       "resnet50_shufflev1"}),
+    ],
+)  # fmt: skip
+def test_the_tables_of_large_images(suite: str, dataset: str, methods: set[str], pairs: set[str]) -> None:
+    jobs = jobs_of(suite)
+    cells = {(f"{job.teacher.name}_{job.student.name}", method(job)) for job in jobs}
+    assert cells == {(pair, name) for pair in pairs for name in methods}
+    expected = {
+        "imagenet": (100, 512, [30, 60, 90], 1e-4), "cub200": (240, 64, [150, 180, 210], 5e-4),
+    }[dataset]  # fmt: skip
+    for job in jobs:
+        o, t = job.optimizer, job.trainer
+        steps = [round(part * t.epochs) for part in o.milestones]
+        assert (t.epochs, t.batch_size, steps, o.algorithm["weight_decay"]) == expected
+        assert o.lr == (0.2 if dataset == "imagenet" else 0.05 if job.student.name == "vgg8" else 0.01)
+        several = [1, 2] if job.student.name == "resnet18" else [1, 2, 4]
+        assert (several if method(job).startswith("sd_") else [1]) == job.M
+        assert (job.dataset.name, job.dataset.size) == (dataset, 224)
+
+
+@pytest.mark.parametrize("suite", ["sdd_table3", "sdd_table4", "sdd_table5", "lskd_table3"])
+def test_the_header_expects_the_published_numbers(suite: str) -> None:
+    table = suite.replace("sdd_table", "SDD Table ").replace("lskd_table", "LSKD Table ")
+    with open(REPO / "analysis/reference/published.csv", newline="") as file:
+        printed = {(f"{r['teacher']}_{r['student']}", r["method"]): r["value"]
+                   for r in csv.DictReader(file) if (r["table"], r["metric"]) == (table, "top1")}  # fmt: skip
+    header = (REPO / "sweeps" / f"{suite}.yaml").read_text().split("defaults:")[0]
+    said = {pair: line for pair, line in re.findall(r"^#\s+(?:Expect:\s+)?(\w+_\w+): (kd .*)$", header, re.MULTILINE)}
+    jobs = jobs_of(suite)
+    assert said.keys() == {f"{job.teacher.name}_{job.student.name}" for job in jobs}
+    for job in jobs:
+        pair = f"{job.teacher.name}_{job.student.name}"
+        assert f"{method(job)} {printed[pair, method(job)]}" in said[pair].split(", ")
+
+
+def test_the_seeds_cub200_suite() -> None:
+    jobs = jobs_of("seed_cub")
+    pairs = ("resnet32x4_resnet8x4", "resnet32x4_shufflev1", "resnet32x4_mobilev2", "wrn_40_2_shufflev1")
+    cells = {(f"{job.teacher.name}_{job.student.name}", tuple(job.M)) for job in jobs}
+    assert cells == {(pair, M) for pair in pairs for M in ((1,), (1, 2), (1, 2, 4))}
+    for job in jobs:  # experiments_seed.csv, part cub
+        d = job.distiller
+        assert (d.temperature, d.ce_weight, d.kd_weight, job.standardize, job.optimizer.lr) == (
+            2.0,
+            1.0,
+            9.0,
+            True,
+            0.01,
+        )

@@ -178,6 +178,56 @@ def test_similar_architectures_take_the_papers_two_scales() -> None:
     assert table.cells["consistent", SMALL_COLUMN].verdict != "not comparable"
 
 
+IMAGENET = {"dataset": "imagenet", "epochs": 100, "batch_size": 512, "lr": 0.2}
+ADAPTED = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}  # conf/adapted/imagenet-kd.yaml
+
+
+def test_imagenet_stands_beside_the_papers_numbers() -> None:
+    rows = runs("resnet34", "resnet18", [70.6, 70.7, 70.65], **ADAPTED, **IMAGENET)
+    rows += runs("resnet34", "resnet18", [71.4, 71.5, 71.45], M="[1,2]", **IMAGENET)
+    rows += runs("resnet50", "mobilev1", [72.2, 72.3, 72.2], **sd_kd(**IMAGENET))
+    ls = {"standardize": True, "temperature": 2.0, "ce_weight": 0.5, "kd_weight": 9.0}
+    rows += [
+        run("resnet50", "mobilev1", seed, 72.1 + seed / 10, **IMAGENET) | ls | {"config_hash": f"ls{seed}"}
+        for seed in range(3)
+    ]
+    built = build(rows)
+    expected = {
+        ("sdd_table_3", "KD", "resnet34 → resnet18"): 70.66, ("sdd_table_3", "SD-KD", "resnet34 → resnet18"): 71.44,
+        ("sdd_table_4", "SD-KD", "resnet50 → mobilev1"): 72.24, ("lskd_table_3", "KD+LS", "resnet50 → mobilev1"): 72.18,
+        ("lskd_table_3", "KD", "resnet34 → resnet18"): 71.03,
+    }  # fmt: skip
+    for (table, row, column), value in expected.items():
+        cell = built[table].cells[row, column]
+        assert (cell.n, cell.published.value if cell.published else None) == (3, value)
+        assert cell.verdict in ("within", "above", "below")
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 64}, {"lr": 0.1}, {"temperature": 4.0}, {"epochs": 30}])
+def test_another_training_on_imagenet_is_not_comparable(other: dict[str, Any]) -> None:
+    rows = runs("resnet34", "resnet18", [70.6, 70.7], **(ADAPTED | IMAGENET | other))
+    cell = only(rows, "sdd_table_3", "KD", "resnet34 → resnet18")
+    (name, value) = next(iter(other.items()))
+    assert cell.verdict == "not comparable"
+    assert any(f"{name}={value}".removesuffix(".0") in footnote for footnote in cell.footnotes["verdict"])
+
+
+def test_cub200_stands_beside_the_papers_numbers() -> None:
+    cub = {"dataset": "cub200", "lr": 0.01}
+    rows = runs("vgg13", "mobilev2", [54.0, 53.5, 54.2], **cub) + runs(
+        "vgg13", "mobilev2", [59.5, 60.1, 59.9], **sd_kd(**cub)
+    )
+    rows += runs("vgg13", "vgg8", [67.0, 67.5, 67.4], **sd_kd(**cub | {"lr": 0.05}))
+    table = build(rows)["sdd_table_5"]
+    for row, column, value in (("KD", "vgg13 → mobilev2", 53.98), ("SD-KD", "vgg13 → mobilev2", 59.80),
+                               ("SD-KD", "vgg13 → vgg8", 67.32)):  # fmt: skip
+        cell = table.cells[row, column]
+        assert (cell.n, cell.published.value if cell.published else None) == (3, value)
+        assert cell.verdict in ("within", "undecided")
+    other = only(runs("vgg13", "vgg8", [67.0, 67.5], **sd_kd(**cub)), "sdd_table_5", "SD-KD", "vgg13 → vgg8")
+    assert other.verdict == "not comparable"
+
+
 def test_values_tuned_per_pair_leave_a_row_whole_and_are_named() -> None:
     rows = runs(*SHUFFLE, KD, temperature=3.0) + runs("resnet32x4", "shufflev2", KD)
     table = build(rows)["sdd_table_2"]
