@@ -95,6 +95,12 @@ class Server:
             time.sleep(0.05)
         self.start()
 
+    def points(self) -> int:
+        """How many it has; 0 while PostgreSQL recovers."""
+        with suppress(subprocess.CalledProcessError):
+            return int(self.sql("select count(*) from metrics")[0][0])
+        return 0
+
     def sql(self, query: str) -> list[list[str]]:
         place = (self.folder / "postgres" / "postmaster.pid").read_text().splitlines()[4]
         command = ["psql", "-h", place, "-U", "sddlskd", "-d", "postgres", "-At", "-F", "\t", "-c", query]
@@ -174,7 +180,7 @@ def write_one(job: Config) -> None:
         time.sleep(draw.uniform(0, 1))
     opened.result(FINISHED, best_top1=1.0, last_top1=0.5, epochs=EPOCHS, seconds=1.0)
     mirror.update(opened.folder)
-    mirror.close()
+    mirror.close(timeout=240, retry=240)
     opened.close()
 
 
@@ -205,8 +211,11 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
     writers = [processes.Process(target=write, args=(jobs[at::8],)) for at in range(8)]
     for writer in writers:
         writer.start()
-    for part in ("connection", "mlflow", "connection", "all", "postgres"):
-        time.sleep(draw.uniform(1, 4))
+    for part in ("connection", "mlflow", "all", "postgres"):
+        before, deadline = server.points(), time.monotonic() + 120
+        while server.points() <= before:  # they are at it
+            assert time.monotonic() < deadline
+            time.sleep(draw.uniform(0, 2))
         server.kill(part)
     for writer in writers:
         writer.join()
