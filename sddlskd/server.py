@@ -110,7 +110,7 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
             str(port),
         ]
         mlflow += ["--serve-artifacts", "--artifacts-destination", folder / "artifacts"]
-        mlflow += ["--allowed-hosts", ",".join(hosts), *options]
+        mlflow += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", "--timeout-graceful-shutdown 5", *options]
         environment = os.environ | {
             "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{USER}@/postgres?host={sockets}",
             "PGPASSFILE": str(password),  # a command line is for everybody to see

@@ -38,7 +38,7 @@ from sddlskd.trainer import fit
 from tests.tiny import one_thread, processes, tiny  # noqa: F401
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
-WRITERS, EPOCHS = 64, 12
+WRITERS, EPOCHS = 64, 6
 
 
 def free_port() -> int:
@@ -89,11 +89,19 @@ class Server:
             return
         os.kill(self.process.pid if part == "all" else children[part], signal.SIGKILL)
         self.process.communicate(timeout=120)
-        deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() for pid in children.values()):
+        deadline = time.monotonic() + 120
+        while any(Path(f"/proc/{pid}").exists() for pid in children.values()) or not self.port_is_free():
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.1)
         self.start()
+
+    def port_is_free(self) -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", self.port))
+                return True
+        return False
 
     def points(self) -> int:
         """How many it has; 0 while PostgreSQL recovers."""
@@ -180,7 +188,7 @@ def write_one(job: Config) -> None:
         time.sleep(draw.uniform(0, 1))
     opened.result(FINISHED, best_top1=1.0, last_top1=0.5, epochs=EPOCHS, seconds=1.0)
     mirror.update(opened.folder)
-    mirror.close(timeout=240, retry=240)
+    mirror.close(timeout=120, retry=120)
     opened.close()
 
 
