@@ -86,7 +86,15 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         owner = _owner(folder, sockets)
         password = _database(folder, programs, owner)
         postgres = [programs / "postgres", "-D", folder / "postgres", "-c", "listen_addresses=", "-c"]
-        database = _start(stack, [*postgres, f"unix_socket_directories={sockets}"], folder, signal.SIGINT, **owner)
+        # In a recovery PostgreSQL may take no notice of SIGINT, its orderly end; SIGQUIT leaves it a recovery to do.
+        database = _start(
+            stack,
+            [*postgres, f"unix_socket_directories={sockets}"],
+            folder,
+            ending=signal.SIGINT,
+            orphan=signal.SIGQUIT,
+            **owner,
+        )
         ready: list[str | Path] = [programs / "pg_isready", "-q", "-h", sockets, "-U", USER]
         _wait(database, folder, lambda: subprocess.run(ready, check=False).returncode == 0)
 
@@ -102,14 +110,16 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
             str(port),
         ]
         mlflow += ["--serve-artifacts", "--artifacts-destination", folder / "artifacts"]
-        mlflow += ["--allowed-hosts", ",".join(hosts), *options]
+        mlflow += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", "--timeout-graceful-shutdown 5", *options]
         environment = os.environ | {
             "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{USER}@/postgres?host={sockets}",
             "PGPASSFILE": str(password),  # a command line is for everybody to see
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
-        server = _start(stack, mlflow, folder, signal.SIGTERM, env=environment, cwd=folder)
+        server = _start(
+            stack, mlflow, folder, ending=signal.SIGTERM, orphan=signal.SIGTERM, env=environment, cwd=folder
+        )
         _wait(server, folder, lambda: _answers(f"http://127.0.0.1:{port}/health"))
         write_line(f"tracking.uri=http://127.0.0.1:{port}    (data and logs in {folder}; Ctrl-C stops it)")
         while server.poll() is None and database.poll() is None:
@@ -173,13 +183,19 @@ def _run(command: Sequence[Any], folder: Path, owner: dict[str, Any]) -> None:
 
 
 def _start(
-    stack: ExitStack, command: Sequence[Any], folder: Path, ending: signal.Signals, **options: Any
+    stack: ExitStack,
+    command: Sequence[Any],
+    folder: Path,
+    *,
+    ending: signal.Signals,
+    orphan: signal.Signals,
+    **options: Any,
 ) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, so that Ctrl-C stops it through us; `ending` stops it, also when we die."""
+    """A process in a session of its own, so that Ctrl-C stops it through us, by `ending`; by `orphan` where we die."""
 
     def end_with_parent() -> None:
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ending)
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, orphan)
 
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(

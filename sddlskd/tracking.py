@@ -643,7 +643,7 @@ class Mirror:
                 if failed and time.monotonic() > self._give_up:
                     return
                 if failed:
-                    self._wake.wait(1.0 if self._closing else pause)
+                    self._wake.wait(min(pause, 4.0) if self._closing else pause)
             pause = min(pause * 2, 60.0) if failed else 1.0
 
     def _try(self, folder: Path) -> bool:
