@@ -120,10 +120,13 @@ class Ranks:
         if self.first:
             self.told()
 
-    def part(self, own: int, whole: int) -> float:
-        """This rank's part of a batch of `whole` images, of which it has `own`; they sum to 1 over the ranks."""
+    def take(self, own: int, whole: int) -> float:
+        """Go on to a batch of `whole` images, of which this rank has `own`: how many count as its own.
+
+        Over the ranks they sum to `whole`, where each has all of a batch that is too small to divide, too.
+        """
         self.sharing.divided = own < whole
-        return own / whole if own < whole else 1 / self.count
+        return own if own < whole else whole / self.count
 
     def gather(self, values: Tensor) -> Tensor:
         """values of all ranks, one more dimension in front (R, ...): on the device, in the order of the ranks."""
@@ -213,8 +216,9 @@ def looked_after() -> bool:
 
 
 def _local_place() -> tuple[int, int]:
-    """This process among those of its machine, and how many these are."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """This process among those of its machine, and how many these are, at least."""
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    return place, int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
 
 
 joins = 0  # of this process; a later one must not find what was told in an earlier one
@@ -238,7 +242,8 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
     joins += 1
     try:
         ranks.store = PrefixStore(f"join {joins}", _root_store())
-        ranks.device = device = pick_device(device_name, *_local_place())
+        device = pick_device(device_name, *_local_place())
+        ranks.device = device = torch.device(device.type, device.index or 0) if device.type == "cuda" else device
         ranks.store.set(f"here {ranks.rank}", "")
         everybody = [f"here {rank}" for rank in range(count)]
         ranks.store.wait(everybody, timedelta(seconds=max(timeout_s, START_S)))

@@ -96,7 +96,7 @@ class Run:
         whole = len(target_B)
         if self.ranks.count > 1:
             whole = min(self.batch_size, self.images - self.step * self.batch_size)
-        part = self.ranks.part(len(target_B), whole)
+        count = self.ranks.take(len(target_B), whole)
         with autocast(self.device, self.precision):
             student_map_BKHW = self.forward(images_BCHW)
         logits_BK = student_map_BKHW.float().mean((2, 3))
@@ -108,7 +108,7 @@ class Run:
 
         self.optimizer.zero_grad(set_to_none=True)
         # The ranks' gradients are averaged: weighed by their shares, that is the gradient of the whole batch.
-        self.scaler.scale(loss * (part * self.ranks.count)).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss * (count * self.ranks.count / whole)).backward()  # type: ignore[no-untyped-call]
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -116,9 +116,8 @@ class Run:
         self.scaler.update()
 
         with torch.no_grad():
-            B = part * whole  # images that count as this rank's
-            right = (logits_BK.argmax(1) == target_B).sum() * (B / len(target_B))
-            self.sums += torch.stack((loss * B, loss_ce * B, loss_kd * B, right.to(loss.dtype)))
+            right = (logits_BK.argmax(1) == target_B).sum() * (count / len(target_B))
+            self.sums += torch.stack((loss * count, loss_ce * count, loss_kd * count, right.to(loss.dtype)))
             first_bad = ~torch.isfinite(loss) & (self.bad[0] < 0)
             self.bad = torch.where(first_bad, torch.stack((loss.new_full((), self.step + 1.0), loss)), self.bad)
         self.step, self.seen = self.step + 1, self.seen + whole

@@ -26,8 +26,9 @@ class Sharing:
 def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
     """`model` with BatchNorm over the images of all ranks: the same parameters, buffers and names, in place.
 
-    On CUDA it is torch's SyncBatchNorm, which takes no CPU tensors; else `SharedBatchNorm`. Raises ValueError for a
-    kind of BatchNorm that does something else beside.
+    On CUDA it is torch's SyncBatchNorm, which takes no CPU tensors; else `SharedBatchNorm`. Where each rank has the
+    whole of a batch, torch's counts its images once a rank, so that its running_var is a little smaller. Raises
+    ValueError for a kind of BatchNorm that does something else beside.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and type(module) not in KINDS:
