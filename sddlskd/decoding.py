@@ -155,9 +155,8 @@ def _with_shorter_side(short: int, width: int, height: int) -> tuple[int, int]:
 def _resized(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
     if pixels_HWC.shape[:2] == (height, width):
         return pixels_HWC
-    x_1CHW = pixels_HWC.permute(2, 0, 1)[None]
-    resized_1CHW = F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True)
-    return resized_1CHW[0].permute(1, 2, 0)
+    x_1CHW = pixels_HWC[None].permute(0, 3, 1, 2)  # in this order it is channels_last, and so is what comes out
+    return F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1)[0]
 
 
 def _rgb(image: Image.Image) -> Tensor:
