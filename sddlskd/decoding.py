@@ -1,6 +1,6 @@
 """From image files to uint8 pixels of one size, in worker processes; whatever is wrong with a file has a name.
 
-Shapes: N files, B images decoded together, H W C pixel rows, columns and channels.
+Shapes: N files, B images decoded together, P places for such, H W C pixel rows, columns and channels.
 
 Pillow decodes and torch resizes: a crop of 370x275 to 224x224 takes it a third of Pillow's time, and differs from
 Pillow by one level of 255, rarely two. Where a random crop of a JPEG has twice the pixels it needs even at 1/2, 1/4 or
@@ -9,7 +9,9 @@ told what to decode, and gives back pixels in shared memory.
 """
 
 import ctypes
+import itertools
 import math
+import mmap
 import os
 import random
 import signal
@@ -205,22 +207,23 @@ def _without_pillows_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-class _Decoder(Dataset[Chunk]):
-    """What a worker does: jobs -> Chunk."""
+class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
+    """What a worker does: (place in the ring, jobs) -> (that place, how many, faults), the pixels left in the ring."""
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, view: View, ring_PBHWC: Tensor) -> None:
+        self.view, self.ring_PBHWC = view, ring_PBHWC
 
-    def __getitem__(self, jobs: Sequence[Job]) -> Chunk:
-        size, faults = self.view.size, []
-        pixels_BHWC = torch.zeros(len(jobs), size, size, 3, dtype=torch.uint8)
-        for place, job in enumerate(jobs):
+    def __getitem__(self, item: tuple[int, Sequence[Job]]) -> tuple[int, int, list[Fault]]:
+        place, jobs = item
+        faults = []
+        for n, job in enumerate(jobs):
             try:
-                pixels_BHWC[place], odd = decode(job, self.view)
-                faults += [Fault(place, why, bad=False) for why in odd]
+                self.ring_PBHWC[place, n], odd = decode(job, self.view)
+                faults += [Fault(n, why, bad=False) for why in odd]
             except Unreadable as error:
-                faults.append(Fault(place, str(error), bad=True))
-        return Chunk(pixels_BHWC, faults)
+                self.ring_PBHWC[place, n] = 0
+                faults.append(Fault(n, str(error), bad=True))
+        return place, len(jobs), faults
 
 
 def default_workers(ranks: int = 1) -> int:
@@ -229,24 +232,26 @@ def default_workers(ranks: int = 1) -> int:
     return max(1, min(MOST_WORKERS, cores // ranks))
 
 
-def decoded(
-    chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2, pin: bool = False
-) -> Iterator[Chunk]:
+def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2) -> Iterator[Chunk]:
     """The chunks, decoded by so many worker processes (0: by this one) and in their order.
 
-    `chunks` is read in this process, `ahead` chunks a worker in advance. pin: into page-locked memory. Raises
-    ChildProcessError where a worker dies. The workers end with the iterator.
+    `chunks`, of up to CHUNK jobs, is read in this process, `ahead` chunks a worker in advance. The pixels of a chunk
+    are good until the next one is asked for. Raises ChildProcessError where a worker dies. The workers end with the
+    iterator.
     """
+    # Memory that the workers inherit: sending each chunk as a tensor of its own costs them a sixth of their time. It is
+    # anonymous, so it has no place in /dev/shm, which containers keep small, and nobody can leave it behind.
+    shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)  # all that are under way, and the one in use
+    ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
         loader = DataLoader(
-            _Decoder(view),
+            _Decoder(view, ring_PBHWC),
             batch_size=None,
-            sampler=chunks,
+            sampler=zip(itertools.cycle(range(len(ring_PBHWC))), chunks),
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            pin_memory=pin,
             generator=torch.Generator(),  # its own: the process's is not drawn from
             worker_init_fn=_Start(os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
@@ -262,7 +267,8 @@ def decoded(
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     try:
-        yield from stream
+        for place, count, faults in stream:
+            yield Chunk(ring_PBHWC[place, :count], faults)
     except (RuntimeError, OSError, EOFError) as error:  # torch's ways to say so
         raise ChildProcessError(
             f"a process that decodes images is lost ({error}); if memory ran out, lower dataset.workers={workers}"
@@ -291,8 +297,8 @@ def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None =
     return images_NHWC
 
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def _as_it_is(done: Any) -> Any:
+    return done
 
 
 class _Start:

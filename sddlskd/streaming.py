@@ -230,7 +230,10 @@ class StreamedData:
         parts, labels = [], []
         for piece in range(self._plan.pieces(split, epoch, batch)):
             pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
-            parts.append(pixels_BHWC.to(self._device, non_blocking=True))
+            if self._device.type == "cuda":
+                parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
+            else:
+                parts.append(pixels_BHWC.to(self._device, copy=True))
             labels.append(self._splits[split].labels_N[ids])
         return torch.cat(parts), torch.cat(labels).to(self._device)
 
@@ -241,8 +244,7 @@ class StreamedData:
             plan.next = place  # what is under way was guessed wrong
         try:
             if self._stream is None:
-                pin = self._device.type == "cuda"
-                self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead, pin=pin)
+                self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead)
             while True:
                 chunk = next(self._stream)
                 sent, ids = plan.sent.popleft()
