@@ -1,14 +1,17 @@
 """From image files to uint8 pixels of one size, in worker processes; whatever is wrong with a file has a name.
 
-Shapes: N files, B images decoded together, H W C pixel rows, columns and channels.
+Shapes: N files, B images decoded together, P places for such, H W C pixel rows, columns and channels.
 
-Pillow decodes (JPEG at 1/2, 1/4 or 1/8 of its size where that is enough), torch resizes: a crop of 370x275 to 224x224
-takes it a third of Pillow's time, and differs from Pillow by one level at most. A worker is a fork of torch's
-DataLoader: it holds no data set, is told what to decode, and gives back pixels in shared memory.
+Pillow decodes and torch resizes: a crop of 370x275 to 224x224 takes it a third of Pillow's time, and differs from
+Pillow by one level of 255, rarely two. Where a random crop of a JPEG has twice the pixels it needs even at 1/2, 1/4 or
+1/8 of the image's size, that is what is decoded. A worker is a fork by torch's DataLoader: it holds no data set, is
+told what to decode, and gives back pixels in shared memory.
 """
 
 import ctypes
+import itertools
 import math
+import mmap
 import os
 import random
 import signal
@@ -35,7 +38,6 @@ CHUNK = 16  # images a worker is asked for at once
 RATIO = (3 / 4, 4 / 3)  # width by height of a random crop
 PIXEL_LIMIT = 100_000_000  # pixels of an image
 MOST_WORKERS = 16  # unless more are asked for
-PATIENCE_S = 600.0  # seconds without any image before that is an error
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 NAMED = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 KINDS = {"1": "black and white", "L": "grey", "LA": "alpha", "RGBA": "alpha", "P": "palette", "PA": "palette"}
@@ -109,11 +111,12 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
     if job.draw is not None:
         left, top, width, height = random_crop(random.Random(job.draw), image.width, image.height, view.area)
         full = image.width
-        shrink = max(1, min(width, height) // view.size)
+        shrink = max(1, min(width, height) // (2 * view.size))  # twice as many pixels as needed, for a fair resize
         image.draft(None, (image.width // shrink, image.height // shrink))  # JPEG alone, to 1/2, 1/4 or 1/8
-        s = image.width / full
-        box = (round(left * s), round(top * s), round((left + width) * s), round((top + height) * s))
-        return _resized(_rgb(image.crop(box)), view.size, view.size), odd
+        if (scale := round(full / image.width)) > 1:  # Pillow's resize takes a box between pixels, torch's does not
+            box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+            return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box)), odd
+        return _resized(_rgb(image.crop((left, top, left + width, top + height))), view.size, view.size), odd
     short = round(view.size / view.centre)
     width, height = _with_shorter_side(short, image.width, image.height)
     whole_HWC = _resized(_rgb(image), width, height)
@@ -204,22 +207,23 @@ def _without_pillows_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-class _Decoder(Dataset[Chunk]):
-    """What a worker does: jobs -> Chunk."""
+class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
+    """What a worker does: (place in the ring, jobs) -> (that place, how many, faults), the pixels left in the ring."""
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, view: View, ring_PBHWC: Tensor) -> None:
+        self.view, self.ring_PBHWC = view, ring_PBHWC
 
-    def __getitem__(self, jobs: Sequence[Job]) -> Chunk:
-        size, faults = self.view.size, []
-        pixels_BHWC = torch.zeros(len(jobs), size, size, 3, dtype=torch.uint8)
-        for place, job in enumerate(jobs):
+    def __getitem__(self, item: tuple[int, Sequence[Job]]) -> tuple[int, int, list[Fault]]:
+        place, jobs = item
+        faults = []
+        for n, job in enumerate(jobs):
             try:
-                pixels_BHWC[place], odd = decode(job, self.view)
-                faults += [Fault(place, why, bad=False) for why in odd]
+                self.ring_PBHWC[place, n], odd = decode(job, self.view)
+                faults += [Fault(n, why, bad=False) for why in odd]
             except Unreadable as error:
-                faults.append(Fault(place, str(error), bad=True))
-        return Chunk(pixels_BHWC, faults)
+                self.ring_PBHWC[place, n] = 0
+                faults.append(Fault(n, str(error), bad=True))
+        return place, len(jobs), faults
 
 
 def default_workers(ranks: int = 1) -> int:
@@ -228,29 +232,47 @@ def default_workers(ranks: int = 1) -> int:
     return max(1, min(MOST_WORKERS, cores // ranks))
 
 
-def decoded(
-    chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2, pin: bool = False
-) -> Iterator[Chunk]:
+def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2) -> Iterator[Chunk]:
     """The chunks, decoded by so many worker processes (0: by this one) and in their order.
 
-    `chunks` is read in this process, `ahead` chunks a worker in advance. pin: into page-locked memory. Raises
-    RuntimeError where a worker dies or where nothing comes for PATIENCE_S. The workers end with the iterator.
+    `chunks`, of up to CHUNK jobs, is read in this process, `ahead` chunks a worker in advance. The pixels of a chunk
+    are good until the next one is asked for. Raises ChildProcessError where a worker dies. The workers end with the
+    iterator.
     """
+    # Memory that the workers inherit: sending each chunk as a tensor of its own costs them a sixth of their time. It is
+    # anonymous, so it has no place in /dev/shm, which containers keep small, and nobody can leave it behind.
+    shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)  # all that are under way, and the one in use
+    ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
         loader = DataLoader(
-            _Decoder(view),
+            _Decoder(view, ring_PBHWC),
             batch_size=None,
-            sampler=chunks,
+            sampler=zip(itertools.cycle(range(len(ring_PBHWC))), chunks),
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            pin_memory=pin,
-            timeout=PATIENCE_S if workers else 0,
+            generator=torch.Generator(),  # its own: the process's is not drawn from
             worker_init_fn=_Start(os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
-        return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in every thread a worker has: see _Start
+        try:
+            stream = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # torch would raise from its handler for SIGCHLD, in the middle of whatever the trainer does when a worker dies; it
+    # looks for dead workers by itself, every five seconds that it waits for one.
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        for place, count, faults in stream:
+            yield Chunk(ring_PBHWC[place, :count], faults)
+    except (RuntimeError, OSError, EOFError) as error:  # torch's ways to say so
+        raise ChildProcessError(
+            f"a process that decodes images is lost ({error}); if memory ran out, lower dataset.workers={workers}"
+        ) from error
 
 
 def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None = None) -> Tensor:
@@ -275,14 +297,15 @@ def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None =
     return images_NHWC
 
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def _as_it_is(done: Any) -> Any:
+    return done
 
 
 class _Start:
     """How a worker begins: it ends with its parent or at its word, and leaves everybody else's signals to the parent.
 
-    A terminal and SLURM signal all processes of a job, and the parent goes on reading until it has saved.
+    A terminal and SLURM signal all processes of a job, and the parent goes on reading until it has saved. Who sent a
+    signal only `sigwaitinfo` tells; elsewhere than on Linux anybody's SIGTERM ends a worker.
     """
 
     def __init__(self, parent: int) -> None:
@@ -293,10 +316,9 @@ class _Start:
             signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             threading.Thread(target=self._heed_parent, daemon=True).start()
         else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if os.getppid() != self.parent:
             os._exit(1)
 

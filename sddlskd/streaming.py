@@ -222,7 +222,7 @@ class StreamedData:
         self._count()
         if not shown:
             raise ValueError(
-                f"none of the {len(self._splits[split].paths)} {split} images can be read: look at the log"
+                f"none of the {len(self._splits[split].paths)} {split} images can be used: look at the log"
             )
 
     def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,10 @@ class StreamedData:
         parts, labels = [], []
         for piece in range(self._plan.pieces(split, epoch, batch)):
             pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
-            parts.append(pixels_BHWC.to(self._device, non_blocking=True))
+            if self._device.type == "cuda":
+                parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
+            else:
+                parts.append(pixels_BHWC.to(self._device, copy=True))
             labels.append(self._splits[split].labels_N[ids])
         return torch.cat(parts), torch.cat(labels).to(self._device)
 
@@ -241,20 +244,14 @@ class StreamedData:
             plan.next = place  # what is under way was guessed wrong
         try:
             if self._stream is None:
-                pin = self._device.type == "cuda"
-                self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead, pin=pin)
+                self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead)
             while True:
                 chunk = next(self._stream)
                 sent, ids = plan.sent.popleft()
                 if sent == place:
                     return place, ids, chunk
-        except BaseException as error:
-            self.close()
-            if isinstance(error, RuntimeError):  # torch's word for a worker that is gone or silent
-                raise ChildProcessError(
-                    f"a decoding process is lost ({error}); if memory ran out, lower dataset.workers={self._workers}; "
-                    "the same command continues"
-                ) from error
+        except BaseException:
+            self.close()  # what is under way is not known any more
             raise
 
     def _mended(self, place: Place, ids: list[int], chunk: Chunk) -> tuple[Tensor, list[int]]:
@@ -292,9 +289,8 @@ class StreamedData:
         """Take note of a fault: whether the image is left out. ValueError where that is not allowed."""
         key, policy = ("bad_images", self._bad) if bad else ("irregular_images", self._irregular)
         if policy == "fail":
-            cure = (
-                "mend or remove it, or set dataset.bad_images=skip" if bad else f"convert it, or set dataset.{key}=skip"
-            )
+            cure = "mend or remove it" if bad else "convert it, or set dataset.irregular_images=convert"
+            cure += f", or set dataset.{key}=skip"
             raise ValueError(f"{path}: {why}; {cure}")
         seen = self._faults.setdefault("unreadable" if bad else why, set())
         if path not in seen:

@@ -1,7 +1,7 @@
 """`make bench`: every benchmark in turn. They print ratios and judge nothing."""
 
-from tests.benchmarks import bench_analysis, bench_data, bench_step, bench_sweep
+from tests.benchmarks import bench_analysis, bench_data, bench_step, bench_stream, bench_sweep
 
 if __name__ == "__main__":
-    for benchmark in (bench_data, bench_step, bench_sweep, bench_analysis):
+    for benchmark in (bench_data, bench_stream, bench_step, bench_sweep, bench_analysis):
         benchmark.main()
