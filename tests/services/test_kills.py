@@ -93,8 +93,8 @@ def test_two_hundred_kills(jobs: list[Config], tmp_path: Path) -> None:
         process.start()
         process.join()
         assert process.exitcode == 0
-    assert met["killed"] + met["stopped with its checkpoint saved"] > 100, met
-    assert met["inside a checkpoint's write"] >= 5, met
+    assert met["killed"] + met["stopped with its checkpoint saved"] > RUNS * KILLS / 2, met
+    assert met["inside a checkpoint's write"] > RUNS * KILLS / 20, met
     for job, alone in zip(jobs, undisturbed, strict=True):
         assert record.read_result(Path(job.run_dir))["status"] == "FINISHED"
         assert same_outcome(job, alone)
