@@ -68,6 +68,8 @@ class ArrayTask:
         task = submitit.JobEnvironment()
         if task.num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            if task.num_nodes == 1:  # SLURM's name of a node need not resolve
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
         if task.global_rank == 0:
             for folder in folders:
                 record.note_requeues(folder, task.job_id, restarts)

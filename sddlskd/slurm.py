@@ -40,7 +40,7 @@ POLL = 5.0  # seconds between looks at the queue
 SUBMITTED_FOR_ALL = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"}
 """What submitit knows of every cluster; its SLURM options are prefixed with slurm_."""
 NO_INDEX = "4294967294"  # what scontrol shows of tasks that never started, once they are cancelled
-UNSURE = "Requested node configuration is not available"  # said too where the nodes are down for the moment
+UNSURE = "sbatch: allocation failure: Requested node configuration is not available"  # nodes may be down for a moment
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _ask(*command: str, text: str | None = None) -> str:
         raise ConnectionError(f"{command[0]} does not answer") from None
     if done.returncode:
         raise ConnectionError(f"{command[0]}: {_words(done.stderr)}")
-    return done.stdout + (done.stderr if command[0] == "sbatch" else "")
+    return done.stdout
 
 
 @contextmanager
@@ -190,7 +190,7 @@ class Slurm:
                 with _outside_of_a_job():
                     _ask("sbatch", "--test-only", text=script)
             except ConnectionError as error:
-                if _words(str(error)).endswith(f"allocation failure: {UNSURE}") and "error" not in str(error):
+                if str(error) == UNSURE:
                     log.warning("no node can take the jobs now: %s", error)
                 else:
                     raise ValueError(
