@@ -241,7 +241,8 @@ def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead:
     # Memory that the workers inherit and write to, so that no pixels are sent. It is anonymous: it has no place in
     # /dev/shm, which containers keep small, and nobody can leave it behind.
     shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)  # all that are under way, and the one in use
-    ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+    with torch.inference_mode(False):  # an evaluation may be what asks first, and training what writes next
+        ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
         loader = DataLoader(

@@ -144,6 +144,13 @@ def test_workers_and_chunks_do_not_change_a_bit(jpegs: list[str], workers: int) 
     assert torch.equal(pixels(decoded(pieces(jobs(jpegs), 7), VIEW, workers=0)), alone)
 
 
+def test_what_an_evaluation_began_to_read_is_read_on_without_it(jpegs: list[str]) -> None:
+    given = decoded(pieces(jobs(jpegs), 4), VIEW, workers=0)
+    with torch.inference_mode():
+        first = next(given).pixels_BHWC.clone()
+    assert torch.equal(torch.cat([first, pixels(given)]), pixels(decoded(pieces(jobs(jpegs), 4), VIEW, workers=0)))
+
+
 # What may be out of the ordinary with an image that can be read.
 
 COLOUR = (200, 100, 50)
