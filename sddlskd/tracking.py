@@ -419,6 +419,7 @@ def sync(folder: Path, *, again: bool = False) -> None:
     again: also what was delivered before, as for a server that was restored from a backup. A run whose process is gone
     without an outcome ends as KILLED; one that has not started yet is left out. Raises what MLflow raises.
     """
+    folder = folder.absolute()  # as MLflow is told of it
     with FileLock(folder / MIRROR_LOCK):
         # In this order, so that an outcome is never newer than what is known of the process, nor than the rows.
         abandoned = record.abandoned(folder)

@@ -362,14 +362,29 @@ def test_it_is_refused_twice_and_keeps_its_data(server: Server, gate: Gate) -> N
 
 REFUSED = """
 import sys
-class Refuse:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names}:
-            raise ModuleNotFoundError(f"no {{name}} on a node")
-sys.meta_path.insert(0, Refuse())
+        return None if name.split(".")[0] in {names} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 # What the package mlflow needs and mlflow-skinny does not: its requirements at the same version.
-FULL = ("alembic", "sqlalchemy", "flask", "flask_cors", "graphene", "docker", "gunicorn", "huey", "skops", "psycopg2")
+FULL = (
+    "alembic",
+    "sqlalchemy",
+    "flask",
+    "flask_cors",
+    "graphene",
+    "docker",
+    "gunicorn",
+    "huey",
+    "skops",
+    "psycopg2",
+    "pyarrow",
+)
 
 
 def test_a_node_needs_mlflow_skinny_alone(server: Server, tmp_path: Path) -> None:
