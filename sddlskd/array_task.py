@@ -82,6 +82,8 @@ class ArrayTask:
             code = REQUEUE
         if task.global_rank == 0:
             _close_sweep(Path(self.sweep), folders[0])
+        # Where Python ends it gives signals back their default, which is to die: what is finished would be requeued.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         sys.exit(code)
 
 

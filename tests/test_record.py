@@ -211,6 +211,7 @@ def test_result(tmp_path: Path) -> None:
         "config_hash": cfg.config_hash(job),
         "best_top1": None,
         "epochs": 3,
+        "requeues": 0,
         "time": written["time"],
     }
     assert not [name for name in os.listdir(opened.folder) if name.endswith(".tmp")]
