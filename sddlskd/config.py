@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -249,6 +250,8 @@ class Config:
 
 def frame() -> None:
     """Make the typed frame and the resolvers known to Hydra (once a process)."""
+    Plugins.instance()  # finds launchers; the one of hydra-submitit-launcher that gives way to a file of conf/ is left out
+    ConfigStore.instance().repo["hydra"]["launcher"].pop("submitit_local.yaml", None)
     ConfigStore.instance().store("frame", node=Config)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
     OmegaConf.register_new_resolver("given", _given, replace=True)

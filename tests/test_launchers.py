@@ -28,7 +28,7 @@ def chosen(folder: Path, *overrides: str) -> Any:
     ("choice", "group_size", "kind"),
     [
         ("shared_teacher", None, Pool),
-        ("local", 1, Pool),
+        ("submitit_local", 1, Pool),
         ("slurm", 1, Slurm),
         ("slurm_shared_teacher", None, Slurm),
     ],

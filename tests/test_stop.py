@@ -48,9 +48,9 @@ def test_before_the_first_step_a_job_stops_at_once(phase: str, tmp_path: Path, m
     job = tiny(tmp_path)
     real = getattr(trainer, phase)
 
-    def asked(*arguments: Any) -> Any:
+    def asked(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGUSR2)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(trainer, phase, asked)
     stop = Stop()
