@@ -250,7 +250,7 @@ class Config:
 
 def frame() -> None:
     """Make the typed frame and the resolvers known to Hydra (once a process)."""
-    Plugins.instance()  # finds launchers; the one of hydra-submitit-launcher that gives way to a file of conf/ is left out
+    Plugins.instance()  # finds launchers; one of hydra-submitit-launcher gives way to the file of conf/ of its name
     ConfigStore.instance().repo["hydra"]["launcher"].pop("submitit_local.yaml", None)
     ConfigStore.instance().store("frame", node=Config)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
