@@ -96,7 +96,8 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from sddlskd import config as cfg
 from sddlskd.grid import compose_grid
-from sddlskd.sweeps import _look_ahead, groups_of, state_of
+from sddlskd.outcome import state_of
+from sddlskd.sweeps import _look_ahead, groups_of
 from pathlib import Path
 started = time.perf_counter()
 cfg.frame()
