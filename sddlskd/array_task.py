@@ -5,6 +5,7 @@ script, which outlives it, puts the task back into the queue. A task that is kil
 to the next one.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -18,10 +19,13 @@ from sddlskd import record, tracking
 from sddlskd.outcome import read_manifest, state_of
 from sddlskd.record import FAILED, FINISHED
 from sddlskd.stop import Stop
-from sddlskd.worker import TOO_LARGE, run
+from sddlskd.worker import BUSY, TOO_LARGE, run
 
 __all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
 
+log = logging.getLogger(__name__)
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 REQUEUE = 85  # exit code of a task that was warned and wants to go on
 WARNED_EARLY = 128 + signal.SIGUSR2  # of a task that the warning met before Python could listen
 SETUP = [
@@ -66,6 +70,8 @@ class ArrayTask:
         import submitit
 
         task = submitit.JobEnvironment()
+        for name in RENDEZVOUS:  # of the shell that the sweep was launched from
+            os.environ.pop(name, None)
         if task.num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
             if task.num_nodes == 1:  # SLURM's name of a node need not resolve
@@ -81,17 +87,32 @@ class ArrayTask:
         elif stop.signal is signal.SIGUSR2:
             code = REQUEUE
         if task.global_rank == 0:
-            _close_sweep(Path(self.sweep), folders[0])
+            try:
+                _close_sweep(Path(self.sweep), folders[0])
+            except Exception as error:  # of another job's record: this task's own outcome counts
+                log.warning("MLflow is not told whether the sweep is over: %s", error)
         # Where Python ends it gives signals back their default, which is to die: what is finished would be requeued.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         sys.exit(code)
 
 
 def _fit(folders: Sequence[Path], stop: Stop) -> int:
-    """Fit the jobs side by side; by halves where they do not fit into the device's memory."""
+    """Fit the jobs side by side: by halves where they do not fit into the device's memory, without those that another
+    process has."""
     threads = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or None
-    code = run(folders, threads=threads, progress="plain", stop=stop)
+    try:
+        code = run(folders, threads=threads, progress="plain", stop=stop)
+    except Exception:  # whatever a device or the ranks' network raises; the sweep goes on
+        log.exception("ended: %s", ", ".join(map(str, folders)))
+        return 1
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if code == BUSY and alone:
+        free = [folder for folder in folders if state_of(folder) != "running"]
+        return max(code, _fit(free, stop)) if 0 < len(free) < len(folders) else code
     if code != TOO_LARGE or len(folders) == 1:
+        return code
+    if not alone:  # ranks meet once a process
+        log.error("lower hydra.launcher.max_group_size=%d", len(folders))
         return code
     half = len(folders) // 2
     return max(_fit(folders[:half], stop), _fit(folders[half:], stop))

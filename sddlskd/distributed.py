@@ -58,6 +58,11 @@ class Cause:
     trace: str = ""
     folder: str = ""  # of the run that raised, where one did
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was asked to stop, before there was anything to save."""
+        return KeyboardInterrupt.__name__ in self.kinds
+
     @classmethod
     def of(cls, rank: int, error: BaseException, folder: str = "") -> "Cause":
         kinds = [kind.__name__ for kind in type(error).__mro__]
@@ -107,7 +112,7 @@ class Ranks:
             self.store.set(key, json.dumps(value))
         while not self.store.check([key]):
             if cause := self.cause():
-                raise RankFailed(cause, self.count)
+                raise KeyboardInterrupt if cause.stopped else RankFailed(cause, self.count)
             time.sleep(POLL_S)
         return json.loads(self.store.get(key))
 
@@ -200,14 +205,16 @@ def _cause_in(store: Any) -> Cause | None:
 @functools.cache
 def _root_store() -> Any:
     """The store that the ranks find each other by; it lives as long as the process that holds it."""
-    return TCPStore(
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by `start`, or by torchrun
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        # `start` holds the store, as torchrun does
-        is_master=os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        is_master=os.environ["RANK"] == "0" and not held,
         wait_for_workers=False,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=START_S),
     )
+    # The ranks of another job of SLURM, that came to this port by mistake, are not taken for ours.
+    return store if held else PrefixStore(f"job {os.environ.get('SLURM_JOB_ID')}", store)
 
 
 def looked_after() -> bool:
@@ -260,8 +267,10 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
         ranks.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         yield ranks
         dist.barrier(ranks.control)  # nobody asks rank 0 for anything any more
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         ranks.blame(error)
+        if isinstance(error, Exception) and (cause := ranks.cause()) and cause.stopped:
+            raise KeyboardInterrupt from error
         raise
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from sddlskd.build import check_cache, check_teacher, shape_of, teacher_changed
 from sddlskd.config import Config, canonical
 from sddlskd.console import explain
 from sddlskd.data import Files, Splits
-from sddlskd.precision import pick_device
+from sddlskd.precision import check_places
 from sddlskd.targets import instantiate
 
 __all__ = ["look", "main", "problems"]
@@ -65,7 +65,7 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         keys = [canonical(x) for x in (seen, job.student.model, job.teacher.model)]
         by_key.update(zip(keys, (job, job.student.model, job.teacher.model), strict=True))
         try:
-            pick_device(job.trainer.device, 0, job.trainer.devices)
+            check_places(job.trainer.device, job.trainer.devices)
             if job.teacher.checkpoint:  # a mistyped path shows before any data is fetched
                 check_teacher(job)
             image = data(keys[0], job.trainer.batch_size)

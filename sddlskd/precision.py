@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["autocast", "describe", "pick_device"]
+__all__ = ["autocast", "check_places", "describe", "pick_device"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,9 +35,17 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
     count = torch.cuda.device_count()
     if count == 1:  # a scheduler shows each process its own GPU; nccl refuses one that two processes share
         return torch.device("cuda", 0)
-    if places > count:
+    if place >= count:
         raise ValueError(f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}")
     return torch.device("cuda", place)
+
+
+def check_places(name: str, places: int) -> None:
+    """Raises ValueError unless `places` processes that are started here can share a batch on this device."""
+    device = pick_device(name, 0, places)
+    count = torch.cuda.device_count() if device.type == "cuda" else places
+    if places > count:
+        raise ValueError(f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}")
 
 
 def _device(name: str) -> torch.device:

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from sddlskd import config as cfg
-from sddlskd import record
+from sddlskd import record, tracking
 from sddlskd.array_task import SETUP, TEARDOWN, ArrayTask
 from sddlskd.config import Config
 from sddlskd.console import write_line
@@ -36,6 +35,7 @@ log = logging.getLogger(__name__)
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 MANIFEST = "slurm.json"  # in the sweep's folder
+SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
 POLL = 5.0  # seconds between looks at the queue
 SUBMITTED_FOR_ALL = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"}
 """What submitit knows of every cluster; its SLURM options are prefixed with slurm_."""
@@ -182,7 +182,12 @@ class Slurm:
                 f"hydra.launcher.signal_delay_s={warned} warns a job before it begins: "
                 f"hydra.launcher.timeout_min={limit // 60} is no longer than that"
             )
-        self._check_tracking(jobs)
+        if secret := next((line for line in self.options.get("setup") or [] if SECRET.search(line)), None):
+            raise ValueError(
+                f"hydra.launcher.setup would write {secret.partition('=')[0]} into files that others may read; export "
+                "it in the shell that you launch from, whose environment sbatch passes on"
+            )
+        self._check_shared(jobs)
         for ranks in {_ranks(job) for job in jobs}:
             executor = self._executor(Path(jobs[0].home), ranks, 1)
             script = executor._executor._make_submission_file_text("true", "check")
@@ -197,31 +202,33 @@ class Slurm:
                         f"{error}; see hydra.launcher.partition, account, qos and what it asks for"
                     ) from None
 
-    def _check_tracking(self, jobs: Sequence[Config]) -> None:
-        """SQLite locks its file on one host alone."""
-        uris = {str(job.tracking.uri) for job in jobs if job.tracking.enabled}
-        if not any(uri.startswith("sqlite:") for uri in uris):
+    def _check_shared(self, jobs: Sequence[Config]) -> None:
+        """What one host alone may write: a SQLite file, and the memory-mapped cache of a teacher's maps."""
+        cached = {str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache}
+        if not cached and not any(str(job.tracking.uri).startswith("sqlite:") for job in jobs if job.tracking.enabled):
             return
         rows = [row.split() for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()]
         partition = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
         names = partition.split(",") if partition else [name for _, name in rows if name.endswith("*")]
         hosts = {host for host, name in rows if name in names or name.rstrip("*") in names}
-        here = socket.gethostname()
-        if hosts - {here, here.split(".")[0]}:
+        tracking.check_shared(jobs, hosts)
+        if cached and len(hosts) > 1:
             raise ValueError(
-                f"tracking.uri={min(uris)} is a file of this host and the jobs run on {len(hosts)} nodes; name a "
-                "server with tracking.uri=http://host:5000 (make tracking-server), or launch with tracking=none and "
-                "deliver later: python -m sddlskd.tracking sync runs"
+                f"teacher.cache={min(cached)} is written to by one host alone and the jobs run on {len(hosts)}; set "
+                "teacher.cache=null"
             )
 
     def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
         """Submit every group and wait for all that the sweep has in the queue. Gives RUNNING where it did not wait to
         the end, else FINISHED."""
-        by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
-        for group in groups:
-            by_ranks[_ranks(group[0])].append(group)
-        for ranks, some in by_ranks.items():
-            self._submit(some, sweep, ranks)
+        with FileLock(sweep / ".submit.lock"):  # another launch may have submitted them since this one looked
+            live = states(sweep)
+            groups = [left for group in groups if (left := [job for job in group if job.run_dir not in live])]
+            by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
+            for group in groups:
+                by_ranks[_ranks(group[0])].append(group)
+            for ranks, some in by_ranks.items():
+                self._submit(some, sweep, ranks)
         if not self.wait:
             jobs = " ".join(one.job for one in submissions(sweep)[-len(groups) :]) if groups else "nothing new"
             write_line(f"submitted to SLURM: {jobs}")
@@ -291,10 +298,11 @@ class Slurm:
     def _wait(self, sweep: Path) -> None:
         """Until nothing of the sweep is in the queue: one question for all of it, every few seconds."""
         told, empty, away = "", 0, False
+        earlier = _failed(sweep)
         while empty < 2:  # a job that is being requeued, or a record on a slow file system, may be missed once
             try:
                 live = queue(sweep)
-                if self.fail_fast and live and any(state_of(Path(d)) == "failed" for d in read_manifest(sweep)["jobs"]):
+                if self.fail_fast and live and _failed(sweep) - earlier:
                     log.warning("stopping the sweep: a job failed and fail_fast is on")
                     _ask("scancel", *live)
             except ConnectionError as error:
@@ -312,6 +320,10 @@ class Slurm:
                 log.info("SLURM: %s", line or "all done")
             told = line
             time.sleep(POLL if live else 1.0)
+
+
+def _failed(sweep: Path) -> set[str]:
+    return {run_dir for run_dir in read_manifest(sweep)["jobs"] if state_of(Path(run_dir)) == "failed"}
 
 
 def _ranks(job: Config) -> int:

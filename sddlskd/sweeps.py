@@ -78,7 +78,9 @@ def run_sweep(
         | ({"failed"} if rerun is Rerun.none else set())
     )
     todo = [job for job in unique if states[job.run_dir] not in skipped]
-    as_here = todo if pool.here else [replace(job, trainer=replace(job.trainer, device="auto")) for job in todo]
+    as_here = (
+        todo if pool.here else [replace(job, trainer=replace(job.trainer, device="auto", devices=1)) for job in todo]
+    )
     seen = _look_ahead(as_here, [job for job in unique if states[job.run_dir] == "finished"])
     if seen.invalid and not unique[0].sweep.plan:
         raise InvalidJobs(seen.invalid)

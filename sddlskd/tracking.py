@@ -17,7 +17,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -201,7 +201,11 @@ def _claim(path: Path) -> None:
     here = [socket.gethostname(), *([boot.read_text().strip()] if boot.exists() else [])]
     owner = path.with_name(f"{path.name}.host")
     if not owner.exists():
-        record.write_text(owner, " ".join(here))
+        claim = owner.with_name(f"{owner.name}.{here[0]}.{os.getpid()}")
+        record.write_text(claim, " ".join(here))
+        with suppress(FileExistsError):  # another host was quicker
+            os.link(claim, owner)
+        claim.unlink()
     there = owner.read_text().split()
     if not set(here) & set(there):
         raise ConnectionError(

@@ -32,7 +32,7 @@ from sddlskd.config import Config
 from sddlskd.console import log_to_terminal
 from sddlskd.distributed import Cause, RankFailed, Ranks
 from sddlskd.evaluation import evaluate
-from sddlskd.precision import describe, pick_device
+from sddlskd.precision import check_places, describe, pick_device
 from sddlskd.progress import View
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
 from sddlskd.run import NonFiniteLoss, Run
@@ -171,7 +171,7 @@ def fit(
             if todo and ranks.count == 1 and how.devices > 1:
                 _fit_on_ranks(todo, stop, sweep)
             elif todo:
-                with stop.acting(at_once=ranks.count == 1):  # ranks stop together, after a step
+                with stop.acting(at_once=ranks.first):  # the others hear of it
                     _fit_group(todo, stop, sweep, ranks)
         except record.InUse:
             raise  # whoever has it open writes its record
@@ -193,7 +193,7 @@ def _result(job: Config) -> dict[str, Any]:
 def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None:
     """Let ranks on this machine fit the jobs; what they raise is raised here."""
     how = jobs[0].trainer
-    pick_device(how.device, 0, how.devices)
+    check_places(how.device, how.devices)
     threads = max(torch.get_num_threads() // how.devices, 1)
     arguments, begun = (jobs, sweep, bool(logging.getLogger("sddlskd").handlers)), time.time()
     try:

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -453,6 +455,32 @@ def test_a_signal_to_the_first_process_stops_all_ranks(tmp_path: Path, number: i
     assert process.exitcode == (0 if number == signal.SIGTERM else -number)
     assert result_of(job)["reason"] == f"stopped by {reason}"
     assert final(job)["position"][0] <= 400
+
+
+def test_ranks_that_wait_for_a_teacher_stop_at_once(tmp_path: Path) -> None:
+    """Another job trains it: at a time limit there is nothing to save, and no step after which they would stop."""
+    job = tiny(tmp_path, "trainer.devices=2", "teacher.train_if_missing=true", teacher=False)
+    path = path_of(job.home, job.dataset.name, job.teacher.name)
+    path.parent.mkdir(parents=True)
+    lock = FileLock(f"{path}.lock")
+    with lock:
+        process = child(job)
+        wait_for(lambda: len(openers(lock.lock_file)) > 1)  # this process, and rank 0
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(PATIENCE / 4)
+        assert process.exitcode == 1  # KeyboardInterrupt
+    assert not path.exists()
+    assert not result_of(job)
+
+
+def openers(path: str) -> set[str]:
+    """The processes that have this file open."""
+    found = set()
+    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(opened) == path:
+                found.add(opened.parts[2])
+    return found
 
 
 def rows_so_far(job: Config) -> bool:
