@@ -29,7 +29,7 @@ from sddlskd.config import Config
 from sddlskd.data import DeviceData, Images, Splits, share_of
 from sddlskd.distributed import RankFailed, Ranks, joined
 from sddlskd.evaluation import evaluate
-from sddlskd.precision import pick_device
+from sddlskd.precision import check_places, pick_device
 from sddlskd.record import Onlooker, abandoned, read_result
 from sddlskd.run import Run
 from sddlskd.teacher import path_of
@@ -499,6 +499,10 @@ def test_pick_device_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [pick_device(name, 1, 2) for name in ("cuda", "auto", "cpu")] == [torch.device("cuda:1")] * 2 + [CPU]
     with pytest.raises(ValueError, match=r"trainer.devices=3 asks for more GPUs than the 2 here; give 1..2"):
-        pick_device("cuda", 0, 3)
+        check_places("cuda", 3)
+    check_places("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # what a scheduler shows to each of two
+    assert pick_device("cuda", 1, 2) == torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"trainer\.device=cuda:1 is one device for 2 processes; use cuda or cpu"):
         pick_device("cuda:1", 0, 2)

@@ -30,6 +30,7 @@ __all__ = ["one_thread"]  # as many as a task has
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600), pytest.mark.usefixtures("restored")]
 
 COMMON = ["dataset=digits", "teacher=resnet8", "trainer=cpu", "trainer.batch_size=32", "tracking=none"]
+COMMON += ["allow_foreign_targets=true"]
 OPTIONS: dict[str, Any] = {
     "wait": True,
     "max_requeues": 100,
@@ -407,3 +408,22 @@ def test_without_slurm_nobody_guesses_what_is_queued(
     told = capsys.readouterr().out
     assert "SLURM does not say what it has of this sweep: squeue is not on PATH" in told
     assert "1 jobs: 1 new" in told
+
+
+def test_ranks_that_share_each_batch_are_processes_of_one_task(cluster: Cluster, home: Path) -> None:
+    """Warned together, they go on together, and end as ranks that SLURM left alone."""
+    jobs = jobs_of(home, " ".join(slow(0.4, "trainer.devices=2")))
+    folder = Path(jobs[0].run_dir)
+    sweep(jobs, wait=False)
+    wait_for(lambda: training(folder))
+    time.sleep(1.0)
+    cluster.ask("scancel", "--signal=USR2", f"{all_of(home)[0].job}.0")
+    wait_for(lambda: requeues_of(cluster, all_of(home)[0].job) == 1)
+    wait_for(lambda: not cluster.queue())
+    result = record.read_result(folder)
+    assert (result["status"], result["requeues"]) == ("FINISHED", 1)
+    assert result["environment"].endswith("2 ranks")
+    teacher = f"teacher.checkpoint={home}/teachers/digits/resnet8.pt"
+    alone = jobs_of(home / "alone", " ".join(slow(0.0, "trainer.devices=2", teacher)))
+    sweep(alone)
+    assert same_weights(folder, Path(alone[0].run_dir))
