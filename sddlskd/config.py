@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sddlskd.targets import check_names
+from sddlskd.targets import check_names, refuse_interpolations
 
 __all__ = [
     "Config",
@@ -288,6 +288,7 @@ def resolve(composed: DictConfig) -> Config:
     """
     bare = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     plain = OmegaConf.to_container(bare, resolve=True)  # as plain values, so that a key added with + is refused too
+    refuse_interpolations(plain, "")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     return settle(config)
@@ -525,10 +526,18 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def load(path: Path) -> Config:
-    """Read a frozen configuration back, typed and checked. Raises ValueError naming a file that is damaged."""
+def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
+    """Read a frozen configuration back, typed and checked. Raises ValueError naming a file that is damaged.
+
+    allow_foreign_targets: instead of what the file says, where it may be a stranger's.
+    """
     try:
-        return resolve(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[arg-type]
+        frozen = OmegaConf.load(path)
+        refuse_interpolations(OmegaConf.to_container(frozen, resolve=False), "")
+        job = OmegaConf.merge(OmegaConf.structured(Config), frozen)
+        if allow_foreign_targets is not None:
+            job.allow_foreign_targets = allow_foreign_targets
+        return resolve(job)  # type: ignore[arg-type]
     except Exception as error:  # a damaged file can raise anything at all
         raise ValueError(
             f"{path} is damaged, or of another version of sddlskd ({' '.join(str(error).split())})"

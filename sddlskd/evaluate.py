@@ -31,7 +31,7 @@ from sddlskd.checkpoint import load_weights
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
 from sddlskd.evaluation import answers, scores
-from sddlskd.export import described, load_run, without_weights
+from sddlskd.export import TRUST, described, load_run, without_weights
 from sddlskd.meter import meter
 from sddlskd.precision import autocast, describe, pick_device
 from sddlskd.streaming import Data
@@ -113,7 +113,7 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
     """The job whose student is evaluated, and the file of its weights."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
-        return _overridden(load_run(source), overrides), source / "best.ckpt"
+        return _overridden(load_run(source, TRUST in overrides), overrides), source / "best.ckpt"
     if not source.is_file():
         raise ValueError(f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/")
     facts = described(source)
