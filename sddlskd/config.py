@@ -109,7 +109,7 @@ class Progress(StrEnum):
 class StudentConfig:
     name: str = MISSING  # what the network is called in tables
     model: dict[str, Any] = field(default_factory=dict)  # _target_ and its arguments; num_classes is added
-    lr: float = 0.05  # the papers' CIFAR-100 learning rate for this network
+    lr: float = 0.05  # peak learning rate of its training by the papers' SGD; where nothing is said, dataset.lr
 
 
 @dataclass
@@ -161,7 +161,9 @@ class DatasetConfig:
     workers: int | None = _plumbing(None)  # processes that decode images; 0: none beside the trainer; null: a core each
     epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
     batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
-    lr: float | None = _plumbing(None)  # peak learning rate of every network's training; null: that of the network
+    lr: float | None = _plumbing(
+        None
+    )  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
     weight_decay: float = _plumbing(5e-4)  # what that of the papers' SGD is unless given
     milestones: list[float] = field(  # what those of the papers' SGD are unless given
         default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
@@ -402,7 +404,7 @@ def teacher_job(config: Config) -> Config:
         optimizer=OptimizerConfig(  # as conf/optimizer/sgd.yaml: it does not follow the students' settings
             name="sgd",
             algorithm={"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": config.dataset.weight_decay},
-            lr=_given(config.dataset.lr, config.teacher.lr),
+            lr=config.teacher.lr,
             milestones=config.dataset.milestones,
         ),
         trainer=TrainerConfig(

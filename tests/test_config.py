@@ -373,6 +373,18 @@ def test_a_teacher_trained_on_the_spot_has_the_data_sets_settings() -> None:
     assert job.optimizer.milestones == [0.3, 0.6, 0.9]
 
 
+def test_the_command_line_wins_over_a_data_sets_learning_rate() -> None:
+    given = job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "student.lr=0.2", "teacher.lr=0.3")
+    assert (given.optimizer.lr, cfg.teacher_job(given).optimizer.lr) == (0.2, 0.3)
+    tuned = job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd")
+    assert (tuned.optimizer.lr, cfg.teacher_job(tuned).optimizer.lr) == (0.05, 0.01)
+    whole = job_of("dataset=cub200", "pair=vgg13_mobilev2", "recipe=kd", "dataset.lr=0.4")
+    assert (whole.optimizer.lr, cfg.teacher_job(whole).optimizer.lr) == (0.4, 0.4)
+    for job in (job_of("dataset=imagenet", "student.lr=0.7"), job_of("student=mobilev2", "student.lr=0.7")):
+        assert job.optimizer.lr == 0.7
+    assert job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "optimizer=adamw").optimizer.lr == 1e-3
+
+
 @pytest.mark.parametrize("row", reference("experiments_large"), ids=lambda row: row["config"].removeprefix("configs/"))
 def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
     prefix = {"resnet34": "imagenet_", "resnet50": "imagenet_"} if row["dataset"] == "imagenet" else {}
