@@ -406,6 +406,30 @@ def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[st
     assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(row["lr_decay_stages"])
 
 
+@pytest.mark.parametrize("pair", ["resnet32x4_mobilev2", "resnet32x4_shufflev1", "resnet50_shufflev1", "vgg13_mobilev2",
+                                  "vgg13_vgg8"])  # fmt: skip
+@pytest.mark.parametrize("method", ["kd", "dkd", "nkd"])
+def test_the_plain_rows_of_cub200_are_the_scale_decoupled_ones_with_one_scale(method: str, pair: str) -> None:
+    plain, scaled = (
+        job_of("dataset=cub200", f"pair={pair}", f"recipe={recipe}") for recipe in (method, f"sd_{method}")
+    )
+    assert (plain.M, scaled.M) == ([1], [1, 2, 4])  # checks.md A8, sdd_run_notes.csv: train_cub_*.sh
+    assert (plain.distiller, plain.optimizer) == (scaled.distiller, scaled.optimizer)
+    if method == "nkd":  # SDD's configs/cub200/sdd_nkd
+        d = plain.distiller
+        gamma = 6.0 if pair.startswith("vgg13") else 8.0
+        assert (d.temperature, d.loss["temperature"], d.warmup_epochs, d.loss["gamma"]) == (4.0, 4.0, 20, gamma)
+
+
+@pytest.mark.parametrize("pair", IMAGENET_PAIRS)
+def test_both_kinds_of_dkd_with_lskd_take_imagenets_warm_up_and_beta(pair: str) -> None:
+    plain, scaled = (
+        job_of("dataset=imagenet", f"pair={pair}", f"recipe={r}").distiller for r in ("dkd_ls", "sd_dkd_ls")
+    )
+    beta = 0.5 if pair.endswith("resnet18") else 2.0
+    assert (plain.warmup_epochs, plain.loss["beta"]) == (scaled.warmup_epochs, scaled.loss["beta"]) == (1, beta)
+
+
 def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> None:
     for name in choices("adapted"):
         dataset, recipe = name.split("-")
