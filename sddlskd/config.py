@@ -161,9 +161,7 @@ class DatasetConfig:
     workers: int | None = _plumbing(None)  # processes that decode images; 0: none beside the trainer; null: a core each
     epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
     batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
-    lr: float | None = _plumbing(
-        None
-    )  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
+    lr: float | None = _plumbing(None)  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
     weight_decay: float = _plumbing(5e-4)  # what that of the papers' SGD is unless given
     milestones: list[float] = field(  # what those of the papers' SGD are unless given
         default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}

@@ -273,6 +273,17 @@ def test_a_bad_image_stops_by_its_name_and_only_when_its_batch_comes(own_folder:
     assert "\n" not in str(e.value)
 
 
+def test_workers_end_where_a_bad_image_stops_the_reading(own_folder: Path) -> None:
+    before = children()
+    spoil(own_folder, ["val/class_1/0001.jpg"])
+    data = streamed(own_folder, workers=2)
+    with pytest.raises(ValueError, match="mend or remove") as held:
+        list(data.val_batches())
+    assert held.value.__traceback__ is not None
+    assert gone(children() - before)
+    data.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_skipped_training_image_is_replaced_by_the_next(
     own_folder: Path, workers: int, caplog: pytest.LogCaptureFixture
@@ -468,6 +479,15 @@ def test_a_bad_file_fails_the_run_by_its_name(job_of: Jobs, own_folder: Path) ->
     result = json.loads(Path(job.run_dir, "result.json").read_text())
     assert result["status"] == "FAILED"
     assert f"{own_folder}/train/class_1/0005.jpg" in result["reason"]
+
+
+def test_workers_end_with_an_evaluation_that_fails(job_of: Jobs, own_folder: Path) -> None:
+    fit([job := job_of("distiller=vanilla", "trainer.epochs=1", root=own_folder)])
+    before = children()
+    spoil(own_folder, ["val/class_1/0001.jpg"])
+    with pytest.raises(ValueError, match="mend or remove"):
+        measure(job, Path(job.run_dir, "best.ckpt"))
+    assert gone(children() - before)
 
 
 def test_no_cache_of_crops_that_never_come_again(job_of: Jobs, tmp_path: Path) -> None:
