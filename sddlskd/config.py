@@ -139,7 +139,7 @@ class DatasetConfig:
     name: str = MISSING  # what the data set is called in tables
     load: dict[str, Any] = field(  # _target_ and arguments of () -> Splits
         default_factory=dict,
-        metadata={"place": "root"},  # arguments that are `root` do not count in the identity either
+        metadata={"place": "root"},  # its argument `root`, where it is dataset.root, does not count in the identity
     )
     root: str = _plumbing("data")  # folder of the files
     num_classes: int = MISSING  # classes
@@ -307,7 +307,8 @@ def settle(config: Config) -> Config:
     if config.tracking.uri and config.tracking.uri.startswith("sqlite:///"):
         config.tracking.uri = "sqlite:///" + os.path.abspath(config.tracking.uri.removeprefix("sqlite:///"))
     root, config.dataset.root = config.dataset.root, os.path.abspath(config.dataset.root)
-    config.dataset.load = {k: config.dataset.root if v == root else v for k, v in config.dataset.load.items()}
+    if config.dataset.load.get("root") == root:
+        config.dataset.load = {**config.dataset.load, "root": config.dataset.root}
     if config.run_dir:
         config.run_dir = os.path.abspath(config.run_dir)
     if config.teacher.checkpoint:
@@ -342,6 +343,13 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or distiller=vanilla"
         )
+    for group, network in (("student", config.student), ("teacher", config.teacher)):
+        ours = network.model.get("_target_") == "sddlskd.models.create"
+        if config.dataset.name == "imagenet" and ours and network.name in ("resnet18", "resnet50"):
+            raise ValueError(
+                f"{group}={network.name} is CIFAR-100's network, whose file on imagenet is that of torchvision's "
+                f"{network.name}; take {group}=imagenet_{network.name}, or another {group}.name"
+            )
     positive = {
         "dataset.size": config.dataset.size,
         "dataset.centre": config.dataset.centre,
@@ -431,7 +439,7 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
             if f.metadata.get("later") and value == getattr(type(node)(), f.name):
                 continue
             if place := f.metadata.get("place"):
-                value = {k: v for k, v in value.items() if v != getattr(node, place)}
+                value = {k: v for k, v in value.items() if (k, v) != (place, getattr(node, place))}
             if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):
                 value = {k: v for k, v in value.items() if (k, v) != ("stem", DatasetConfig.stem)}
             yield f.name, dict(_identity(value)) if is_dataclass(value) else _same_numbers(value)

@@ -3,6 +3,7 @@
 import ast
 import csv
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -20,6 +21,7 @@ import sddlskd
 from sddlskd import config as cfg
 from sddlskd import datasets, folders
 from sddlskd.config import Config
+from sddlskd.console import explain
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.targets import instantiate
@@ -371,6 +373,26 @@ def test_a_teacher_trained_on_the_spot_has_the_data_sets_settings() -> None:
     job = cfg.teacher_job(job_of("dataset=imagenet", "pair=imagenet_resnet50_mobilev1"))
     assert (job.optimizer.lr, job.optimizer.algorithm["weight_decay"], job.trainer.batch_size) == (0.2, 1e-4, 512)
     assert job.optimizer.milestones == [0.3, 0.6, 0.9]
+
+
+@pytest.mark.parametrize("group", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_two_networks_of_one_name_do_not_share_a_file_on_imagenet(group: str, name: str) -> None:
+    with pytest.raises(Exception, match=f"take {group}=imagenet_{name}, or another {group}.name") as caught:
+        job_of("dataset=imagenet", "recipe=kd", f"{group}={name}")
+    assert "\n" not in explain(caught.value)
+    renamed = job_of("dataset=imagenet", "recipe=kd", f"{group}={name}", f"{group}.name=cifar_{name}")
+    assert getattr(renamed, group).name == f"cifar_{name}"
+    for dataset in ("cifar100", "cub200"):
+        assert getattr(job_of(f"dataset={dataset}", "recipe=kd", f"{group}={name}"), group).name == name
+
+
+def test_of_the_loaders_arguments_only_root_is_the_root() -> None:
+    words = "dataset=stl10", "dataset.root=unlabeled", "+dataset.load.part=unlabeled"
+    job, other = job_of(*words), job_of(*words[:2], "+dataset.load.part=train")
+    assert (job.dataset.load["root"], job.dataset.load["part"]) == (os.path.abspath("unlabeled"), "unlabeled")
+    assert cfg.config_hash(job) != cfg.config_hash(other)
+    assert cfg.config_hash(job) == cfg.config_hash(job_of(words[0], "dataset.root=elsewhere", words[2]))
 
 
 def test_the_command_line_wins_over_a_data_sets_learning_rate() -> None:
