@@ -167,12 +167,23 @@ def _remembering(job: Config, teacher: Teacher, data: DeviceData, device: torch.
 
 @torch.inference_mode()
 def check_maps(job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device) -> None:
-    """ValueError unless both networks give logit maps of the right classes that the scales fit on."""
+    """ValueError unless both networks take the images and give maps of the right classes that the scales fit on."""
     image = torch.zeros(1, *data.image_shape, device=device)
-    maps = {f"student={job.student.name}": student.eval()(image)}
+    networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
+    maps = {}
+    for name, network in networks.items():
+        try:
+            if network is not None:
+                maps[name] = network.eval()(image)
+        except torch.OutOfMemoryError:  # of what is busy on the device, not of the network
+            raise
+        except RuntimeError as error:
+            channels, height, width = data.image_shape
+            raise ValueError(
+                f"{name} cannot take images of {channels}x{height}x{width} ({' '.join(str(error).split())[:200]}); "
+                "choose another network or size"
+            ) from error
     student.train()
-    if teacher is not None:
-        maps[f"teacher={job.teacher.name}"] = teacher.eval()(image)
     for name, logit_map in maps.items():
         if logit_map.ndim != 4 or logit_map.shape[1] != job.dataset.num_classes:
             raise ValueError(

@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sddlskd.targets import check_names
+from sddlskd.targets import check_names, refuse_interpolations
 
 __all__ = [
     "Config",
@@ -109,7 +109,7 @@ class Progress(StrEnum):
 class StudentConfig:
     name: str = MISSING  # what the network is called in tables
     model: dict[str, Any] = field(default_factory=dict)  # _target_ and its arguments; num_classes is added
-    lr: float = 0.05  # the papers' CIFAR-100 learning rate for this network
+    lr: float = 0.05  # peak learning rate of its training by the papers' SGD; where nothing is said, dataset.lr
 
 
 @dataclass
@@ -139,7 +139,7 @@ class DatasetConfig:
     name: str = MISSING  # what the data set is called in tables
     load: dict[str, Any] = field(  # _target_ and arguments of () -> Splits
         default_factory=dict,
-        metadata={"place": "root"},  # arguments that are `root` do not count in the identity either
+        metadata={"place": "root"},  # its argument `root`, where it is dataset.root, does not count in the identity
     )
     root: str = _plumbing("data")  # folder of the files
     num_classes: int = MISSING  # classes
@@ -161,7 +161,7 @@ class DatasetConfig:
     workers: int | None = _plumbing(None)  # processes that decode images; 0: none beside the trainer; null: a core each
     epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
     batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
-    lr: float | None = _plumbing(None)  # peak learning rate of every network's training; null: that of the network
+    lr: float | None = _plumbing(None)  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
     weight_decay: float = _plumbing(5e-4)  # what that of the papers' SGD is unless given
     milestones: list[float] = field(  # what those of the papers' SGD are unless given
         default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
@@ -288,6 +288,7 @@ def resolve(composed: DictConfig) -> Config:
     """
     bare = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     plain = OmegaConf.to_container(bare, resolve=True)  # as plain values, so that a key added with + is refused too
+    refuse_interpolations(plain, "")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     return settle(config)
@@ -306,7 +307,8 @@ def settle(config: Config) -> Config:
     if config.tracking.uri and config.tracking.uri.startswith("sqlite:///"):
         config.tracking.uri = "sqlite:///" + os.path.abspath(config.tracking.uri.removeprefix("sqlite:///"))
     root, config.dataset.root = config.dataset.root, os.path.abspath(config.dataset.root)
-    config.dataset.load = {k: config.dataset.root if v == root else v for k, v in config.dataset.load.items()}
+    if config.dataset.load.get("root") == root:
+        config.dataset.load = {**config.dataset.load, "root": config.dataset.root}
     if config.run_dir:
         config.run_dir = os.path.abspath(config.run_dir)
     if config.teacher.checkpoint:
@@ -341,6 +343,13 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or distiller=vanilla"
         )
+    for group, network in (("student", config.student), ("teacher", config.teacher)):
+        ours = network.model.get("_target_") == "sddlskd.models.create"
+        if config.dataset.name == "imagenet" and ours and network.name in ("resnet18", "resnet50"):
+            raise ValueError(
+                f"{group}={network.name} is CIFAR-100's network, whose file on imagenet is that of torchvision's "
+                f"{network.name}; take {group}=imagenet_{network.name}, or another {group}.name"
+            )
     positive = {
         "dataset.size": config.dataset.size,
         "dataset.centre": config.dataset.centre,
@@ -401,7 +410,7 @@ def teacher_job(config: Config) -> Config:
         optimizer=OptimizerConfig(  # as conf/optimizer/sgd.yaml: it does not follow the students' settings
             name="sgd",
             algorithm={"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": config.dataset.weight_decay},
-            lr=_given(config.dataset.lr, config.teacher.lr),
+            lr=config.teacher.lr,
             milestones=config.dataset.milestones,
         ),
         trainer=TrainerConfig(
@@ -430,7 +439,7 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
             if f.metadata.get("later") and value == getattr(type(node)(), f.name):
                 continue
             if place := f.metadata.get("place"):
-                value = {k: v for k, v in value.items() if v != getattr(node, place)}
+                value = {k: v for k, v in value.items() if (k, v) != (place, getattr(node, place))}
             if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):
                 value = {k: v for k, v in value.items() if (k, v) != ("stem", DatasetConfig.stem)}
             yield f.name, dict(_identity(value)) if is_dataclass(value) else _same_numbers(value)
@@ -525,10 +534,18 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def load(path: Path) -> Config:
-    """Read a frozen configuration back, typed and checked. Raises ValueError naming a file that is damaged."""
+def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
+    """Read a frozen configuration back, typed and checked. Raises ValueError naming a file that is damaged.
+
+    allow_foreign_targets: instead of what the file says, where it may be a stranger's.
+    """
     try:
-        return resolve(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[arg-type]
+        frozen = OmegaConf.load(path)
+        refuse_interpolations(OmegaConf.to_container(frozen, resolve=False), "")
+        job = OmegaConf.merge(OmegaConf.structured(Config), frozen)
+        if allow_foreign_targets is not None:
+            job.allow_foreign_targets = allow_foreign_targets
+        return resolve(job)  # type: ignore[arg-type]
     except Exception as error:  # a damaged file can raise anything at all
         raise ValueError(
             f"{path} is damaged, or of another version of sddlskd ({' '.join(str(error).split())})"

@@ -182,12 +182,13 @@ def fake(num_classes: int = 100, size: int = 32, train: int = 50_000, test: int 
     return Splits(split(train), split(test))
 
 
-def image_folder(root: str, test: str | None = None) -> Splits:
+def image_folder(root: str, test: str | None = None, num_classes: int | None = None) -> Splits:
     """Any folder of class folders: `root`/train/<class>/* and `root`/val/<class>/* (or test/, or the folder named by
     `test`), classes numbered by their sorted names.
 
     Every name in a class folder that ends as an image does is taken, whatever it turns out to be when it is read.
-    Raises ValueError, in one line, for a folder that is missing or empty and for classes that the splits do not share.
+    Raises ValueError, in one line, for a folder that is missing or empty, for classes that the splits do not share, and
+    for others than `num_classes` where that is given.
     """
     top = Path(root).expanduser().absolute()
     held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
@@ -198,6 +199,9 @@ def image_folder(root: str, test: str | None = None) -> Splits:
     if differing := sorted(set(train_classes) ^ set(test_classes)):
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise ValueError(f"{top}: {len(differing)} classes are in one split only ({shown}); both need the same folders")
+    if num_classes is not None and len(train_classes) != num_classes:
+        found = f"{top / 'train'} holds {len(train_classes)} classes"
+        raise ValueError(f"{found}, not {num_classes}; set dataset.num_classes={len(train_classes)}")
     return Splits(train, tested)
 
 

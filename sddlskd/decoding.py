@@ -19,7 +19,7 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
@@ -119,6 +119,11 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
         return _resized(_rgb(image.crop((left, top, left + width, top + height))), view.size, view.size), odd
     short = round(view.size / view.centre)
     width, height = _with_shorter_side(short, image.width, image.height)
+    if width * height > view.pixel_limit:  # a narrow strip of few pixels, such as 1x6000
+        raise Unreadable(
+            f"{image.width}x{image.height} become {width}x{height} for the centre crop, more than {view.pixel_limit} "
+            "pixels (dataset.pixel_limit)"
+        )
     whole_HWC = _resized(_rgb(image), width, height)
     top, left = round((height - view.size) / 2), round((width - view.size) / 2)
     return whole_HWC[top : top + view.size, left : left + view.size], odd
@@ -226,12 +231,19 @@ class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
 
 
 def default_workers(ranks: int = 1) -> int:
-    """Decode processes of a rank: the cores that this process may use, shared by the ranks of the machine."""
+    """Decode processes of one of so many ranks: the cores that it may use, shared by the ranks of its machine.
+
+    Where each rank is a task of SLURM, all cores of the task are its own.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // ranks))
+    sharing = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    if of_task := int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
+        cores = of_task
+        sharing = 1 if int(os.environ.get("SLURM_NTASKS", 1)) > 1 else sharing
+    return max(1, min(MOST_WORKERS, cores // sharing))
 
 
-def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2) -> Iterator[Chunk]:
+def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2) -> Generator[Chunk]:
     """The chunks, decoded by so many worker processes (0: by this one) and in their order.
 
     `chunks`, of up to CHUNK jobs, is read in this process, `ahead` chunks a worker in advance. The pixels of a chunk

@@ -23,7 +23,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
+from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.build import build_data, build_network, check_maps, check_teacher, teacher_path
@@ -31,10 +31,10 @@ from sddlskd.checkpoint import load_weights
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
 from sddlskd.evaluation import answers, scores
-from sddlskd.export import described, load_run, without_weights
+from sddlskd.export import TRUST, described, load_run, without_weights
 from sddlskd.meter import meter
 from sddlskd.precision import autocast, describe, pick_device
-from sddlskd.streaming import Data
+from sddlskd.streaming import Data, StreamedData
 from sddlskd.teacher import Teacher, missing
 
 __all__ = ["main", "measure", "throughput"]
@@ -52,8 +52,16 @@ def measure(job: Config, weights: Path) -> dict[str, Any]:
     load_weights(network, weights, job.student.name)
     teacher = _teacher(job, device)
     data = build_data(job, device)
-    check_maps(job, network, teacher.network if teacher else None, data, device)
-    network.eval()
+    try:
+        check_maps(job, network, teacher.network if teacher else None, data, device)
+        found = _compared(job, network.eval(), teacher, data)
+    finally:
+        if isinstance(data, StreamedData):
+            data.close()
+    return {**found, "environment": describe(device)}
+
+
+def _compared(job: Config, network: nn.Module, teacher: Teacher | None, data: Data) -> dict[str, Any]:
     logits_NK, target_N = answers(
         network, _shown(data, f"{job.student.name} on {job.dataset.name}"), job.trainer.precision
     )
@@ -64,7 +72,7 @@ def measure(job: Config, weights: Path) -> dict[str, Any]:
         found["agreement"] = 100 * (logits_NK.argmax(1) == told_NK.argmax(1)).double().mean().item()
     images_BCHW = next(data.test_batches())[0]
     found["images_per_s"] = throughput(network, images_BCHW, job.trainer.precision)
-    return {**found, "batch": len(images_BCHW), "environment": describe(device)}
+    return {**found, "batch": len(images_BCHW)}
 
 
 def _teacher(job: Config, device: torch.device) -> Teacher | None:
@@ -113,7 +121,7 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
     """The job whose student is evaluated, and the file of its weights."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
-        return _overridden(load_run(source), overrides), source / "best.ckpt"
+        return _overridden(load_run(source, TRUST in overrides), overrides), source / "best.ckpt"
     if not source.is_file():
         raise ValueError(f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/")
     facts = described(source)

@@ -24,17 +24,20 @@ def evaluate(
 ) -> dict[str, float]:
     """top1 (%), top5 (%) and loss (mean cross-entropy) of a model: images_BCHW -> logit map B K H W.
 
-    ranks: that have batches of their own; each gets what it is over all of them.
+    ranks: that have batches of their own, or none; each gets what it is over all of them. Raises ValueError where
+    there is no image at all.
     """
-    parts, count = [], 0
+    parts, count = [torch.zeros(3, device=ranks.device if ranks else None)], 0
     for images_BCHW, target_B in batches:
         with autocast(images_BCHW.device, precision):
             map_BKHW = model(images_BCHW)
         parts.append(_sums(map_BKHW.float().mean((2, 3)), target_B))  # no wait here
         count += len(target_B)
-    sums = torch.stack(parts).double().sum(0)
+    sums = torch.stack([part.to(parts[-1].device) for part in parts]).double().sum(0)
     sums = torch.cat((sums, sums.new_full((1,), count)))
     first, five, loss_sum, images = (sums if ranks is None else ranks.gather(sums).sum(0)).tolist()
+    if not images:
+        raise ValueError("none of the images can be used: look at the log")
     return {"top1": 100 * first / images, "top5": 100 * five / images, "loss": loss_sum / images}
 
 

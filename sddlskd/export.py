@@ -11,6 +11,7 @@ Each is checked against the network here before it is kept.
 import argparse
 import json
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -29,12 +30,13 @@ from sddlskd.checkpoint import load_weights, read_safetensors
 from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
 from sddlskd.files import write_atomically
-from sddlskd.targets import instantiate
+from sddlskd.targets import instantiate, refuse_interpolations
 
-__all__ = ["FORMATS", "Classifier", "about", "best_student", "described", "load_run", "main", "to_mlflow", "to_onnx"]
-__all__ += ["to_safetensors", "without_weights"]
+__all__ = ["FORMATS", "TRUST", "Classifier", "about", "best_student", "described", "load_run", "main", "to_mlflow"]
+__all__ += ["to_onnx", "to_safetensors", "without_weights"]
 
 TOLERANCE = 1e-4  # of the logits' size, or of 1 where they are smaller
+TRUST = "allow_foreign_targets=true"  # on the command line, for code that is not of targets.PACKAGES
 NEEDS = "pip install 'sddlskd[export]'"
 FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "mlflow_model"}
 
@@ -53,14 +55,18 @@ class Classifier(nn.Module):
         return logits_BK
 
 
-def load_run(folder: Path) -> Config:
-    """The frozen configuration of a run. Raises ValueError where the folder is none, or no epoch has ended yet."""
+def load_run(folder: Path, allow_foreign: bool) -> Config:
+    """The frozen configuration of a run. Raises ValueError where the folder is none, or no epoch has ended yet.
+
+    allow_foreign: whether the user lets it name code of others (TRUST); a run directory may be anybody's, and what its
+    own file says of that does not count.
+    """
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run directory: it has no config.yaml; runs are in <home>/runs/<dataset>/")
     if not (folder / "best.ckpt").is_file():
         status = record.read_result(folder).get("status", "not started")
         raise ValueError(f"{folder} has no best.ckpt ({status}); let the run end its first epoch")
-    return cfg.load(folder / "config.yaml")
+    return cfg.load(folder / "config.yaml", allow_foreign_targets=allow_foreign)
 
 
 def best_student(job: Config, folder: Path) -> nn.Module:
@@ -100,6 +106,9 @@ def described(path: Path) -> dict[str, Any] | None:
         model = facts["model"]
         target, rest = model["_target_"], [value for key, value in model.items() if key != "_target_"]
         named = {key: facts[key] for key in ("network", "dataset", "num_classes", "mean", "std")}
+        refuse_interpolations(facts, "")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", named["dataset"]):
+            raise ValueError(f"dataset={named['dataset']!a} is no plain name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} describes itself in a way that cannot be read ({error}); export it again") from error
     if not str(target).startswith("sddlskd.models.") or "_target_" in json.dumps(rest):
@@ -172,8 +181,8 @@ def _image_shape(job: Config) -> tuple[int, ...]:
     return channels, height, width
 
 
-def _export(folder: Path, to: str, out: Path | None) -> str:
-    job = load_run(folder)
+def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str:
+    job = load_run(folder, allow_foreign)
     network, target, facts = best_student(job, folder), out or folder / FORMATS[to], about(job, folder)
     if to == "safetensors":
         to_safetensors(network, target, facts)
@@ -195,14 +204,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m sddlskd.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="RUN_DIR")
+    parser.add_argument("trust", nargs="?", choices=[TRUST], help="where the run's _target_ name code that you trust")
     parser.add_argument("--to", choices=list(FORMATS), default="safetensors")
     parser.add_argument("--out", type=Path, metavar="PATH", help="instead of a place in RUN_DIR")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     cfg.frame()
     log_to_terminal()
     logging.getLogger("sddlskd").info("%s of %s", chosen.to, chosen.folder)
     try:
-        write_line(_export(chosen.folder.absolute(), chosen.to, chosen.out))
+        write_line(_export(chosen.folder.absolute(), chosen.to, chosen.out, bool(chosen.trust)))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # a network of the user's own may raise anything while it is exported

@@ -7,7 +7,7 @@ follow from (seed, epoch, its index) alone: not from the number of workers, the 
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -165,7 +165,7 @@ class StreamedData:
         self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks)
         self._workers = default_workers(ranks) if workers is None else workers
         self._ahead = max(2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1)))  # two batches at least
-        self._stream: Iterator[Chunk] | None = None
+        self._stream: Generator[Chunk] | None = None
         self._faults: dict[str, set[str]] = {}  # what is wrong -> the files
         self._unusable: set[str] = set()  # files that are left out
         self._counted = ""
@@ -199,6 +199,8 @@ class StreamedData:
 
     def close(self) -> None:
         """End the worker processes; the next batch starts others."""
+        if self._stream is not None:
+            self._stream.close()  # at once, though an error's traceback may hold it
         self._stream = None
         self._plan.sent.clear()
 
@@ -220,7 +222,7 @@ class StreamedData:
                 yield self._normalise(x_BHWC), labels_B
             shown += len(labels_B)
         self._count()
-        if not shown:
+        if not shown and (self._plan.ranks == 1 or split == "test"):  # a rank's share of val is not the whole
             raise ValueError(
                 f"none of the {len(self._splits[split].paths)} {split} images can be used: look at the log"
             )
@@ -229,7 +231,11 @@ class StreamedData:
         """uint8 x_BHWC and labels_B of a batch, on the device, faults dealt with."""
         parts, labels = [], []
         for piece in range(self._plan.pieces(split, epoch, batch)):
-            pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
+            try:
+                pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
+            except BaseException:
+                self.close()  # what is under way is not known any more, or nobody will ask for it
+                raise
             if self._device.type == "cuda":
                 parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
             else:
@@ -242,17 +248,13 @@ class StreamedData:
         plan = self._plan
         if place != plan.next and all(place != sent for sent, _ in plan.sent):
             plan.next = place  # what is under way was guessed wrong
-        try:
-            if self._stream is None:
-                self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead)
-            while True:
-                chunk = next(self._stream)
-                sent, ids = plan.sent.popleft()
-                if sent == place:
-                    return place, ids, chunk
-        except BaseException:
-            self.close()  # what is under way is not known any more
-            raise
+        if self._stream is None:
+            self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead)
+        while True:
+            chunk = next(self._stream)
+            sent, ids = plan.sent.popleft()
+            if sent == place:
+                return place, ids, chunk
 
     def _mended(self, place: Place, ids: list[int], chunk: Chunk) -> tuple[Tensor, list[int]]:
         """The pixels and the images they show, faults dealt with as `bad` and `irregular` say."""

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 
-__all__ = ["check_names", "instantiate"]
+__all__ = ["check_names", "instantiate", "refuse_interpolations"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
 NETWORKS = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")  # where a subclass of nn.Module may be from
@@ -20,7 +20,9 @@ FUNCTIONS = ("sddlskd.datasets.", "sddlskd.folders.", "sddlskd.losses.", "sddlsk
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
-    """ValueError, in one line, for a target anywhere in `node` that is not of PACKAGES; key: where the node stands."""
+    """ValueError, in one line, for a target anywhere in `node` that is not of PACKAGES, and for what could still become
+    one (`refuse_interpolations`); key: where the node stands."""
+    refuse_interpolations(node, key)
     for place, target in _targets(node, key):
         if not isinstance(target, str) or not target:
             raise ValueError(f"{place}={target!r} is no dotted name; give one such as sddlskd.models.create")
@@ -31,12 +33,28 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
             )
 
 
+def refuse_interpolations(node: Any, key: str) -> None:
+    """ValueError, in one line, for a "${" anywhere in values that are filled in: it would be filled in once more, and
+    could then be a target that nobody has looked at."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            refuse_interpolations(name, key)
+            refuse_interpolations(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            refuse_interpolations(value, f"{key}[{i}]")
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(f"{key}={node[:200]!a} holds a '${{', which values that are filled in must not; take it out")
+
+
 def instantiate(node: Any, **arguments: Any) -> Any:
     """hydra.utils.instantiate, for targets that a configuration may name.
 
     Foreign ones passed `check_names` when the job was composed. Raises ValueError, before anything is called, for one
-    of PACKAGES that is neither a network, an optimizer, nor a public function of FUNCTIONS.
+    of PACKAGES that is neither a network, an optimizer, nor a public function of FUNCTIONS. Hydra fills in "${...}"
+    itself, after that check, so that there must be none.
     """
+    refuse_interpolations(node, "")
     for _, target in _targets(node, ""):
         if _is_ours(target):
             _check_kind(target)

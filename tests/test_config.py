@@ -3,6 +3,7 @@
 import ast
 import csv
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -20,6 +21,7 @@ import sddlskd
 from sddlskd import config as cfg
 from sddlskd import datasets, folders
 from sddlskd.config import Config
+from sddlskd.console import explain
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.targets import instantiate
@@ -373,6 +375,38 @@ def test_a_teacher_trained_on_the_spot_has_the_data_sets_settings() -> None:
     assert job.optimizer.milestones == [0.3, 0.6, 0.9]
 
 
+@pytest.mark.parametrize("group", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_two_networks_of_one_name_do_not_share_a_file_on_imagenet(group: str, name: str) -> None:
+    with pytest.raises(Exception, match=f"take {group}=imagenet_{name}, or another {group}.name") as caught:
+        job_of("dataset=imagenet", "recipe=kd", f"{group}={name}")
+    assert "\n" not in explain(caught.value)
+    renamed = job_of("dataset=imagenet", "recipe=kd", f"{group}={name}", f"{group}.name=cifar_{name}")
+    assert getattr(renamed, group).name == f"cifar_{name}"
+    for dataset in ("cifar100", "cub200"):
+        assert getattr(job_of(f"dataset={dataset}", "recipe=kd", f"{group}={name}"), group).name == name
+
+
+def test_of_the_loaders_arguments_only_root_is_the_root() -> None:
+    words = "dataset=stl10", "dataset.root=unlabeled", "+dataset.load.part=unlabeled"
+    job, other = job_of(*words), job_of(*words[:2], "+dataset.load.part=train")
+    assert (job.dataset.load["root"], job.dataset.load["part"]) == (os.path.abspath("unlabeled"), "unlabeled")
+    assert cfg.config_hash(job) != cfg.config_hash(other)
+    assert cfg.config_hash(job) == cfg.config_hash(job_of(words[0], "dataset.root=elsewhere", words[2]))
+
+
+def test_the_command_line_wins_over_a_data_sets_learning_rate() -> None:
+    given = job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "student.lr=0.2", "teacher.lr=0.3")
+    assert (given.optimizer.lr, cfg.teacher_job(given).optimizer.lr) == (0.2, 0.3)
+    tuned = job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd")
+    assert (tuned.optimizer.lr, cfg.teacher_job(tuned).optimizer.lr) == (0.05, 0.01)
+    whole = job_of("dataset=cub200", "pair=vgg13_mobilev2", "recipe=kd", "dataset.lr=0.4")
+    assert (whole.optimizer.lr, cfg.teacher_job(whole).optimizer.lr) == (0.4, 0.4)
+    for job in (job_of("dataset=imagenet", "student.lr=0.7"), job_of("student=mobilev2", "student.lr=0.7")):
+        assert job.optimizer.lr == 0.7
+    assert job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "optimizer=adamw").optimizer.lr == 1e-3
+
+
 @pytest.mark.parametrize("row", reference("experiments_large"), ids=lambda row: row["config"].removeprefix("configs/"))
 def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
     prefix = {"resnet34": "imagenet_", "resnet50": "imagenet_"} if row["dataset"] == "imagenet" else {}
@@ -392,6 +426,30 @@ def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[st
         int(row["warmup"]), float(row["lr"]), float(row["weight_decay"]),
     )  # fmt: skip
     assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(row["lr_decay_stages"])
+
+
+@pytest.mark.parametrize("pair", ["resnet32x4_mobilev2", "resnet32x4_shufflev1", "resnet50_shufflev1", "vgg13_mobilev2",
+                                  "vgg13_vgg8"])  # fmt: skip
+@pytest.mark.parametrize("method", ["kd", "dkd", "nkd"])
+def test_the_plain_rows_of_cub200_are_the_scale_decoupled_ones_with_one_scale(method: str, pair: str) -> None:
+    plain, scaled = (
+        job_of("dataset=cub200", f"pair={pair}", f"recipe={recipe}") for recipe in (method, f"sd_{method}")
+    )
+    assert (plain.M, scaled.M) == ([1], [1, 2, 4])  # checks.md A8, sdd_run_notes.csv: train_cub_*.sh
+    assert (plain.distiller, plain.optimizer) == (scaled.distiller, scaled.optimizer)
+    if method == "nkd":  # SDD's configs/cub200/sdd_nkd
+        d = plain.distiller
+        gamma = 6.0 if pair.startswith("vgg13") else 8.0
+        assert (d.temperature, d.loss["temperature"], d.warmup_epochs, d.loss["gamma"]) == (4.0, 4.0, 20, gamma)
+
+
+@pytest.mark.parametrize("pair", IMAGENET_PAIRS)
+def test_both_kinds_of_dkd_with_lskd_take_imagenets_warm_up_and_beta(pair: str) -> None:
+    plain, scaled = (
+        job_of("dataset=imagenet", f"pair={pair}", f"recipe={r}").distiller for r in ("dkd_ls", "sd_dkd_ls")
+    )
+    beta = 0.5 if pair.endswith("resnet18") else 2.0
+    assert (plain.warmup_epochs, plain.loss["beta"]) == (scaled.warmup_epochs, scaled.loss["beta"]) == (1, beta)
 
 
 def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> None:

@@ -17,7 +17,18 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resized_crop
 
-from sddlskd.decoding import CHUNK, Chunk, Job, Unreadable, View, decode, decode_all, decoded, random_crop
+from sddlskd.decoding import (
+    CHUNK,
+    Chunk,
+    Job,
+    Unreadable,
+    View,
+    decode,
+    decode_all,
+    decoded,
+    default_workers,
+    random_crop,
+)
 from tests.photographs import photograph
 
 SIZE = 32
@@ -134,6 +145,41 @@ def test_the_smallest_images_are_shown(tmp_path: Path, size: tuple[int, int]) ->
         pixels_HWC, _ = decode(Job(path, draw), VIEW)
         assert pixels_HWC.shape == (SIZE, SIZE, 3)
         assert pixels_HWC.unique(dim=1)[0].tolist() == [[10, 20, 30]]
+
+
+@pytest.mark.parametrize(("size", "there"), [((1, 6000), "256x1536000"), ((6000, 1), "1536000x256")])
+def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(
+    tmp_path: Path, size: tuple[int, int], there: str
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    with pytest.raises(Unreadable, match=f"{size[0]}x{size[1]} become {there} .* more than 100000000 pixels"):
+        decode(Job(str(tmp_path / "strip.png"), None), View(224))
+    assert decode(Job(str(tmp_path / "strip.png"), "0"), View(224))[0].shape == (224, 224, 3)  # a crop is no larger
+    assert decode(Job(str(tmp_path / "strip.png"), None), View(4))[0].shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks", "workers"),
+    [
+        ({}, 1, 12),
+        ({}, 4, 3),
+        ({"LOCAL_WORLD_SIZE": "4"}, 16, 3),  # of four machines
+        ({"LOCAL_WORLD_SIZE": "4"}, 1, 12),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "6", "SLURM_NTASKS": "16"}, 16, 6),
+        ({"SLURM_CPUS_PER_TASK": "8"}, 1, 8),
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "LOCAL_WORLD_SIZE": "4"}, 4, 2),  # ranks inside one task
+        ({"LOCAL_WORLD_SIZE": "40"}, 40, 1),
+    ],
+)
+def test_workers_are_as_many_as_a_ranks_own_cores(
+    told: dict[str, str], ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for key in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_NTASKS"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    assert default_workers(ranks) == workers
 
 
 @pytest.mark.parametrize("workers", [1, 3])

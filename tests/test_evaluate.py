@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sddlskd import evaluate, export
-from sddlskd.build import build_data
+from sddlskd.build import build_data, check_maps
 from sddlskd.config import Config
 from sddlskd.evaluation import answers, calibration_error, scores
 from sddlskd.evaluation import evaluate as stream
@@ -119,6 +119,28 @@ def test_a_run_on_other_data_keeps_its_normalisation(trained: Config, capsys: py
     assert (job.dataset.name, job.dataset.mean, job.dataset.root) == ("fashion_mnist", trained.dataset.mean, "/x")
     assert job.dataset.load["root"] == "/x"
     assert job.student == trained.student
+
+
+@pytest.mark.parametrize("group", ["student", "teacher"])
+def test_a_network_that_cannot_take_the_images_is_named_in_one_line(trained: Config, group: str) -> None:
+    class Narrow(torch.nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 10, 17)  # of images of 16 pixels
+
+    class Full(torch.nn.Module):
+        def forward(self, _: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    data, cpu = build_data(trained, torch.device("cpu")), torch.device("cpu")
+    good = create("resnet8", 10)
+    pair = (Narrow(), good) if group == "student" else (good, Narrow())
+    with pytest.raises(ValueError, match=rf"^{group}=resnet8 cannot take images of 3x16x16 \(.*Kernel.*\)") as caught:
+        check_maps(trained, *pair, data, cpu)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(torch.OutOfMemoryError):  # jobs are then fitted by halves
+        check_maps(trained, Full(), None, data, cpu)
+    check_maps(trained, good, good, data, cpu)
+    assert good.training
 
 
 @pytest.mark.parametrize(

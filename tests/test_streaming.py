@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -24,7 +26,10 @@ from sddlskd.build import build_data
 from sddlskd.data import DeviceData, Files, Splits, fake
 from sddlskd.datasets import image_folder
 from sddlskd.decoding import CHUNK, View, random_crop
+from sddlskd.distributed import Ranks
 from sddlskd.evaluate import measure
+from sddlskd.evaluation import evaluate
+from sddlskd.models import create
 from sddlskd.precheck import problems
 from sddlskd.streaming import StreamedData
 from sddlskd.trainer import fit
@@ -273,6 +278,17 @@ def test_a_bad_image_stops_by_its_name_and_only_when_its_batch_comes(own_folder:
     assert "\n" not in str(e.value)
 
 
+def test_workers_end_where_a_bad_image_stops_the_reading(own_folder: Path) -> None:
+    before = children()
+    spoil(own_folder, ["val/class_1/0001.jpg"])
+    data = streamed(own_folder, workers=2)
+    with pytest.raises(ValueError, match="mend or remove") as held:
+        list(data.val_batches())
+    assert held.value.__traceback__ is not None
+    assert gone(children() - before)
+    data.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_skipped_training_image_is_replaced_by_the_next(
     own_folder: Path, workers: int, caplog: pytest.LogCaptureFixture
@@ -324,6 +340,26 @@ def test_where_nothing_can_be_read_that_is_said(own_folder: Path) -> None:
         next(data.batches(1))
     with pytest.raises(ValueError, match="none of the 9 test images can be used"):
         list(data.test_batches())
+
+
+def test_a_rank_whose_share_of_val_cannot_be_read_goes_on(own_folder: Path) -> None:
+    spoil(own_folder, [f"val/class_0/{n:04}.jpg" for n in range(3)])  # all that the first of three ranks has
+    assert list(streamed(own_folder, bad="skip", rank=0, ranks=3).val_batches()) == []
+    whole = [list(streamed(own_folder, bad="skip", rank=rank, ranks=3).val_batches()) for rank in (1, 2)]
+    assert [y.tolist() for batches in whole for _, y in batches] == [[1, 1, 1], [2, 2, 2]]
+
+    class Gathered(Ranks):
+        """The first rank, with what the others have."""
+
+        def gather(self, values: Tensor) -> Tensor:
+            assert values.tolist() == [0, 0, 0, 0]
+            return torch.stack([values, values.new_tensor([1, 2, 3, 4])])
+
+    nothing = streamed(own_folder, bad="skip", rank=0, ranks=3)
+    found = evaluate(create("resnet8", 3), nothing.val_batches(), ranks=Gathered(count=2))
+    assert found == {"top1": 25, "top5": 50, "loss": 0.75}
+    with pytest.raises(ValueError, match="none of the images can be used"):
+        evaluate(create("resnet8", 3), nothing.val_batches(), ranks=Ranks())
 
 
 def test_irregular_images_are_converted_skipped_or_refused(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -470,6 +506,15 @@ def test_a_bad_file_fails_the_run_by_its_name(job_of: Jobs, own_folder: Path) ->
     assert f"{own_folder}/train/class_1/0005.jpg" in result["reason"]
 
 
+def test_workers_end_with_an_evaluation_that_fails(job_of: Jobs, own_folder: Path) -> None:
+    fit([job := job_of("distiller=vanilla", "trainer.epochs=1", root=own_folder)])
+    before = children()
+    spoil(own_folder, ["val/class_1/0001.jpg"])
+    with pytest.raises(ValueError, match="mend or remove"):
+        measure(job, Path(job.run_dir, "best.ckpt"))
+    assert gone(children() - before)
+
+
 def test_no_cache_of_crops_that_never_come_again(job_of: Jobs, tmp_path: Path) -> None:
     job = job_of(f"teacher.cache={tmp_path}", "teacher.train_if_missing=true")
     with pytest.raises(ValueError, match=r"teacher.cache=.* cannot hold the crops of dataset=image_folder"):
@@ -491,6 +536,16 @@ def test_a_job_is_checked_without_a_look_into_any_file(job_of: Jobs, own_folder:
     assert "is larger than the 57 images" in reasons[0]
     assert "the largest scale here is" in reasons[1]
     assert "there is no folder" in reasons[2]
+
+
+@pytest.mark.parametrize("given", [2, 4])
+def test_another_number_of_classes_than_the_folders_is_refused_before_the_start(job_of: Jobs, given: int) -> None:
+    job = job_of("distiller=vanilla", f"dataset.num_classes={given}")
+    message = rf"train holds 3 classes, not {given}; set dataset\.num_classes=3"
+    ((_, reason),) = problems([job])
+    assert re.search(message, reason)
+    with pytest.raises(InstantiationException, match=message):
+        build_data(job, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 from sddlskd import config as cfg
+from sddlskd.build import teacher_path
 from sddlskd.config import Config
 from sddlskd.grid import compose_grid
 from sddlskd.sweeps import groups_of
@@ -48,6 +49,15 @@ def test_the_header_says_what_the_suite_is(suite: str) -> None:
     if passes:
         taught = [job for job in jobs if job.distiller.loss]
         assert [int(number) for number in passes.groups()] == [len(groups_of(taught)), len(taught)]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_one_teacher_is_trained_in_one_way_whoever_asks_first(suite: str) -> None:
+    ways: dict[str, set[str]] = {}
+    for job in jobs_of(suite):
+        if job.distiller.loss:
+            ways.setdefault(str(teacher_path(job)), set()).add(cfg.config_hash(cfg.teacher_job(job)))
+    assert [file for file, hashes in ways.items() if len(hashes) != 1] == []
 
 
 def short(job: Config) -> tuple[str, str, str]:

@@ -1,18 +1,26 @@
 """Which code a configuration may name."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sddlskd import config as cfg
-from sddlskd import targets
+from sddlskd import evaluate, export, targets, worker
+from sddlskd.config import Config
 from sddlskd.console import explain
+from sddlskd.models import create
 from sddlskd.targets import check_names, instantiate
+from sddlskd.trainer import fit
 from tests.conftest import Compose, compose_in
+from tests.tiny import one_thread, tiny  # noqa: F401
 
 FOREIGN = [
     "os.system",
@@ -130,6 +138,114 @@ def test_a_foreign_target_that_was_allowed_is_called_and_stays_allowed_in_the_fr
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"student\.model\._target_='tests\.tiny\.Net' is not of"):
         cfg.load(tmp_path / "config.yaml")
+
+
+INSIDE = "_tar${oc.decode:g}et_: torch.load, f: CANARY, weights_only: false"
+
+
+class Bomb:
+    """What runs when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
+def bomb(folder: Path) -> tuple[Path, Path]:
+    """A file whose unpickling leaves the other file behind."""
+    torch.save(Bomb(folder / "canary"), folder / "evil.pth")
+    return folder / "evil.pth", folder / "canary"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    job = tiny(tmp_path_factory.mktemp("home"), "distiller=vanilla", "trainer.epochs=1")
+    fit([job])
+    return job
+
+
+def test_an_exported_file_that_would_be_filled_in_once_more_is_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil, canary = bomb(tmp_path)
+    name = "${oc.create:${oc.decode:'{" + INSIDE.replace("CANARY", str(evil)) + "}'}}"
+    facts = {"network": "x", "dataset": "fake", "num_classes": 10, "mean": [0.5], "std": [0.5],
+             "model": {"_target_": "sddlskd.models.create", "name": name}}  # fmt: skip
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(1)}, path, {"sddlskd": json.dumps(facts)})
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main([str(path)])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert 'model.name="${oc.create:' in said
+    assert "take it out" in said
+    with pytest.raises(ValueError, match=r'name="\$\{oc.create:.* take it out'):
+        instantiate(facts["model"], num_classes=10)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("escapes", range(5))
+def test_a_frozen_file_that_would_be_filled_in_is_data(
+    tmp_path: Path, trained: Config, escapes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil, canary = bomb(tmp_path)
+    folder = shutil.copytree(trained.run_dir, tmp_path / "run")
+    name = "\\" * escapes + "${oc.create:{_target_: torch.load, f: " + str(evil) + ", weights_only: false}}"
+    frozen = yaml.safe_load((folder / "config.yaml").read_text())
+    frozen["student"]["model"]["name"] = name
+    (folder / "config.yaml").write_text(yaml.safe_dump(frozen))
+    for main in (export.main, evaluate.main):
+        with pytest.raises(SystemExit, match="1"):
+            main([str(folder)])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "student.model.name=" in said
+        assert "take it out" in said
+    with pytest.raises(ValueError, match="take it out"):
+        worker.run([folder])
+    assert not canary.exists()
+
+
+def test_a_frozen_file_does_not_read_the_environment(tmp_path: Path, trained: Config) -> None:
+    frozen = yaml.safe_load(Path(trained.run_dir, "config.yaml").read_text())
+    frozen["student"]["name"] = "${oc.env:PATH}"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(frozen))
+    with pytest.raises(ValueError, match=r"student\.name='\$\{oc\.env:PATH\}' holds a"):
+        cfg.load(tmp_path / "config.yaml")
+
+
+def test_what_escapes_leave_of_a_composed_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"student\.name='\$\{oc\.env:PATH\}' holds a"):
+        compose_in(tmp_path, r"student.name=\${oc.env:PATH}")
+
+
+def test_a_strangers_run_directory_does_not_allow_itself_foreign_targets(
+    tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(trained.run_dir, tmp_path / "run")
+    frozen = yaml.safe_load((folder / "config.yaml").read_text())
+    frozen["allow_foreign_targets"] = True
+    frozen["student"]["model"] = {"_target_": "tests.test_targets.known_network"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(frozen))
+    for main in (export.main, evaluate.main):
+        CALLED.clear()
+        with pytest.raises(SystemExit, match="1"):
+            main([str(folder)])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "student.model._target_='tests.test_targets.known_network' is not of" in said
+        assert "allow_foreign_targets=true runs it" in said
+        assert not CALLED
+        main([str(folder), "allow_foreign_targets=true"])
+        assert CALLED
+    assert cfg.load(folder / "config.yaml").allow_foreign_targets  # the user's own jobs go on
+
+
+CALLED: list[int] = []
+
+
+def known_network(num_classes: int) -> torch.nn.Module:
+    CALLED.append(num_classes)
+    return create("resnet8", num_classes)
 
 
 WORDS = ["torch", "sddlskd", "nn", "os", "system", "hub", "load", "models", "create", "_C", "__dict__", "datasets",
