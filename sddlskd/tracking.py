@@ -177,7 +177,8 @@ def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
     for uri in {str(c.tracking.uri) for c in configs if c.tracking.enabled}:
         if others and _sqlite_file(uri):
             raise ValueError(
-                f"tracking.uri={uri} is a file and jobs would write to it from {', '.join(others)}; {ONE_HOST}"
+                f"tracking.uri={uri} is a file and jobs would write to it from {', '.join(others)}; {ONE_HOST}, or "
+                "launch with tracking=none and deliver later: python -m sddlskd.tracking sync runs"
             )
 
 

@@ -378,12 +378,16 @@ def test_what_slurm_will_refuse_is_told_before_anything_is_written(
         ({"gpus_per_node": 8}, r"sbatch: .*generic resource"),
         ({"signal_delay_s": 600}, r"signal_delay_s=600 .*timeout_min=10"),
         ({"nodes": 2}, r"trainer\.devices=1 .*hydra\.launcher\.nodes=2"),
+        ({"setup": ["module load x", "export MY_TOKEN=abc"]}, r"setup would write export MY_TOKEN into files"),
     ):
         with pytest.raises(ValueError, match=message):
             sweep(jobs, **options)
     tracked = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
-    with pytest.raises(ValueError, match=r"tracking\.uri=sqlite.* 2 nodes; .*make tracking-server.*tracking sync"):
+    with pytest.raises(ValueError, match=r"tracking\.uri=sqlite.* from \w+; .*make tracking-server.*tracking sync"):
         sweep(tracked, partition="wide")
+    cached = jobs_of(home, f"{network('Tiny')} teacher.cache={home}/maps")
+    with pytest.raises(ValueError, match=r"teacher\.cache=\S+maps is written to by one host alone .* run on 2; set"):
+        sweep(cached, partition="wide")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match=r"hydra/launcher=slurm needs sbatch, .*login node"):
         sweep(jobs)
