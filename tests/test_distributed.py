@@ -462,10 +462,9 @@ def test_ranks_that_wait_for_a_teacher_stop_at_once(tmp_path: Path) -> None:
     job = tiny(tmp_path, "trainer.devices=2", "teacher.train_if_missing=true", teacher=False)
     path = path_of(job.home, job.dataset.name, job.teacher.name)
     path.parent.mkdir(parents=True)
-    lock = FileLock(f"{path}.lock")
-    with lock:
+    with FileLock(f"{path}.lock"):
         process = child(job)
-        wait_for(lambda: len(openers(lock.lock_file)) > 1)  # this process, and rank 0
+        wait_for_quiet(process.pid, children=2)
         os.kill(process.pid, signal.SIGTERM)
         process.join(PATIENCE / 4)
         assert process.exitcode == 1  # KeyboardInterrupt
@@ -473,14 +472,26 @@ def test_ranks_that_wait_for_a_teacher_stop_at_once(tmp_path: Path) -> None:
     assert not result_of(job)
 
 
-def openers(path: str) -> set[str]:
-    """The processes that have this file open."""
-    found = set()
-    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+def ticks_of_children(parent: int) -> list[int]:
+    """The processor time of each process that this one started, in hundredths of a second."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if os.readlink(opened) == path:
-                found.add(opened.parts[2])
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                found.append(int(fields[11]) + int(fields[12]))
     return found
+
+
+def wait_for_quiet(parent: int, children: int) -> None:
+    """Until these processes are there and do next to nothing but wait."""
+
+    def quiet() -> bool:
+        before = ticks_of_children(parent)
+        time.sleep(1.0)
+        return len(before) == children and sum(ticks_of_children(parent)) - sum(before) < 20
+
+    wait_for(quiet)
 
 
 def rows_so_far(job: Config) -> bool:
