@@ -33,7 +33,7 @@ from sddlskd.checkpoint import (
 from sddlskd.files import write_atomically
 from sddlskd.models import create
 from sddlskd.trainer import fit
-from tests.tiny import final, one_thread, processes, rows, same, tiny  # noqa: F401
+from tests.tiny import final, processes, rows, same, tiny
 
 STATE = {"model": {"w": torch.arange(2000.0), "b": torch.tensor([1, 2])}, "epoch": 3, "row": {"top1": 0.5, "name": "é"}}
 

@@ -39,11 +39,6 @@ CLOSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
 PINNED = ([5, 0, 4, 3, 2, 1], [1, 0, 0, 1, 0, 0], [1, 3, 5, 3, 2, 3], [3, 5, 0, 2, 4, 1])  # order, flips, rows, columns
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
-
-
 def small(train: int = 150, test: int = 30, classes: int = 10, size: int = 32) -> Splits:
     return fake(num_classes=classes, size=size, train=train, test=test)
 

@@ -410,15 +410,23 @@ def test_all_files_at_once(jpegs: list[str], tmp_path: Path) -> None:
 # Workers and signals.
 
 
+def state_and_parent(pid: int | str) -> tuple[str, int]:
+    """Of a process; ("Z", 0) where it has ended."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "Z", 0
+    return state, int(parent)
+
+
 def children() -> set[int]:
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    """This process's, whichever of its threads started them."""
+    pids = [path.name for path in Path("/proc").glob("[0-9]*")]
+    return {int(pid) for pid in pids if state_and_parent(pid)[1] == os.getpid()}
 
 
 def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return state_and_parent(pid)[0] != "Z"
 
 
 def gone(pids: set[int]) -> bool:

@@ -17,7 +17,7 @@ from sddlskd.evaluation import evaluate as stream
 from sddlskd.models import create
 from sddlskd.teacher import path_of
 from sddlskd.trainer import fit
-from tests.tiny import one_thread, tiny  # noqa: F401
+from tests.tiny import tiny
 
 ASKED = ("dataset=fake", "dataset.num_classes=10", "+dataset.load.train=192", "+dataset.load.test=64",
          "+dataset.load.size=16", "trainer.device=cpu")  # fmt: skip

@@ -17,7 +17,7 @@ from sddlskd.config import Config
 from sddlskd.models import create, from_network, names
 from sddlskd.trainer import fit
 from tests.test_foreign import Late
-from tests.tiny import one_thread, same, tiny  # noqa: F401
+from tests.tiny import same, tiny
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 

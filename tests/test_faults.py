@@ -21,7 +21,7 @@ from sddlskd.checkpoint import UnreadableFile
 from sddlskd.config import Config
 from sddlskd.trainer import fit
 from tests.crashing import Crash, ended, fit_again, forked, ready
-from tests.tiny import one_thread, processes, rows, same, same_outcome, tiny  # noqa: F401
+from tests.tiny import processes, rows, same, same_outcome, tiny  # noqa: F401
 
 
 def small(home: Path, *overrides: str) -> Config:

@@ -19,7 +19,6 @@ from tests import layouts
 from tests.conftest import compose_in
 from tests.layouts import WNIDS
 from tests.loopback import Site, site
-from tests.tiny import one_thread  # noqa: F401
 
 
 @pytest.fixture

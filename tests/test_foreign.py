@@ -21,7 +21,7 @@ from sddlskd.models import LogitMapModel, create, from_network, from_timm, from_
 from sddlskd.teacher import Teacher
 from sddlskd.trainer import fit
 from tests.conftest import compose_in
-from tests.tiny import one_thread, tiny  # noqa: F401
+from tests.tiny import tiny
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 PATCHES = {"global_pool": "avg", "fc_norm": False}

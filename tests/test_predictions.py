@@ -12,7 +12,7 @@ from sddlskd.config import Config
 from sddlskd.data import DeviceData
 from sddlskd.evaluation import evaluate
 from sddlskd.trainer import fit
-from tests.tiny import final, one_thread, tiny  # noqa: F401
+from tests.tiny import final, tiny
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,7 @@ import pytest
 
 from sddlskd import trainer
 from sddlskd.stop import Stop
-from tests.tiny import leave_teacher, one_thread, tiny
-
-__all__ = ["one_thread"]
+from tests.tiny import leave_teacher, tiny
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])

@@ -36,9 +36,7 @@ from sddlskd.trainer import fit
 from tests.conftest import Compose
 from tests.photographs import class_folders, photograph
 from tests.test_decoding import alive, children, gone
-from tests.tiny import one_thread, same, same_outcome
-
-__all__ = ["one_thread"]  # a fixture
+from tests.tiny import same, same_outcome
 
 SIZE, MEAN, STD = 24, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 EACH = 19  # images of a class; 3 classes: no multiple of a batch or a chunk

@@ -20,7 +20,7 @@ from sddlskd.models import create
 from sddlskd.targets import check_names, instantiate
 from sddlskd.trainer import fit
 from tests.conftest import Compose, compose_in
-from tests.tiny import one_thread, tiny  # noqa: F401
+from tests.tiny import tiny
 
 FOREIGN = [
     "os.system",

@@ -19,7 +19,7 @@ from sddlskd.evaluation import evaluate
 from sddlskd.models import create
 from sddlskd.teacher import Teacher, file_hash, measured_top1, path_of, publish
 from sddlskd.trainer import fit
-from tests.tiny import leave_teacher, one_thread, same, tiny  # noqa: F401
+from tests.tiny import leave_teacher, same, tiny
 
 CPU = torch.device("cpu")
 NETWORKS = ("resnet8x4", "wrn_16_2", "vgg8", "mobilev2", "shufflev1", "shufflev2", "resnet50")

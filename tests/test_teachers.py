@@ -32,7 +32,7 @@ from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
 from sddlskd.trainer import fit
 from tests.conftest import Compose, compose_in
 from tests.loopback import Site, site, status
-from tests.tiny import one_thread, same, tiny  # noqa: F401
+from tests.tiny import same, tiny
 
 NAME = "resnet56"
 FOLDER, FILE = "resnet56_vanilla", "ckpt_epoch_240.pth"

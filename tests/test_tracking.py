@@ -34,7 +34,7 @@ from sddlskd.tracking import CUT, Mirror, register, sync
 from sddlskd.trainer import fit
 from tests.loopback import answer, site
 from tests.loopback import status as code
-from tests.tiny import net, one_thread, processes, tiny  # noqa: F401
+from tests.tiny import net, processes, tiny
 
 METRICS = {
     *("train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "val/top1", "val/top5", "val/loss", "lr"),

@@ -63,7 +63,7 @@ def shell(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path 
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

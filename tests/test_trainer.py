@@ -24,7 +24,7 @@ from sddlskd.evaluation import evaluate
 from sddlskd.run import Run
 from sddlskd.teacher import Teacher, path_of
 from sddlskd.trainer import fit
-from tests.tiny import BASE, STEPS, child, final, leave_teacher, net, one_thread, rows, same, same_outcome, tiny  # noqa: F401
+from tests.tiny import BASE, STEPS, child, final, leave_teacher, net, rows, same, same_outcome, tiny
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -265,7 +265,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
 
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "sddlskd.train", *BASE, "trainer.epochs=40", f"hydra.run.dir={folder}"]
-        environment = os.environ | {"SDDLSKD_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"SDDLSKD_HOME": str(tmp_path)}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

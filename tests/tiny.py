@@ -2,12 +2,11 @@
 
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -103,15 +102,6 @@ def same(a: Any, b: Any) -> bool:
 
 def same_outcome(a: Config, b: Config) -> bool:
     return same(final(a), final(b)) and rows(a) == rows(b)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the modules that import it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # so little work is done sooner by one than by two that wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -14,7 +14,7 @@ import pytest
 from sddlskd import checkpoint, record, tracking
 from sddlskd.config import Config
 from tests.crashing import Crash, ended, fit_again, forked, ready
-from tests.tiny import net, one_thread, processes, rows, same, same_outcome, tiny  # noqa: F401
+from tests.tiny import net, processes, rows, same, same_outcome, tiny
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 RUNS, KILLS = 8, 25

@@ -35,7 +35,7 @@ from sddlskd.run import Run
 from sddlskd.sweeps import _write_manifest, _write_plan
 from sddlskd.tracking import Mirror
 from sddlskd.trainer import fit
-from tests.tiny import one_thread, processes, tiny  # noqa: F401
+from tests.tiny import processes, tiny
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 WRITERS, EPOCHS = 64, 6
@@ -393,7 +393,7 @@ def test_a_node_needs_mlflow_skinny_alone(server: Server, tmp_path: Path) -> Non
     code = REFUSED.format(names=set(FULL)) + "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
     common = [f"home={tmp_path}", "dataset=digits", "distiller=vanilla", "student=resnet8", "trainer=debug"]
     common += ["trainer.device=cpu", "trainer.progress=off", "tracking.experiment=node"]
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
 
     def run(module: str, *words: str) -> str:
         done = subprocess.run(

@@ -23,9 +23,6 @@ from sddlskd.trainer import fit
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import REPO, leave_teacher
 from tests.test_sweeps import grid_of, network
-from tests.tiny import one_thread
-
-__all__ = ["one_thread"]  # as many as a task has
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600), pytest.mark.usefixtures("restored")]
 
