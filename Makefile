@@ -1,7 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# A file of tests is one process's; four are enough, since each takes a GB.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: setup demo test test-services tracking-server lint bench clean
 
@@ -25,12 +23,12 @@ demo: setup
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # what one can choose"
 
 test: setup
-	$(PYTEST)
+	$(BIN)/python -m pytest
 
 # Real SLURM, PostgreSQL and their like, on loopback; what cannot be installed here is skipped with the reason.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(PYTEST) -m services
+	$(BIN)/python -m pytest -m services
 
 # MLflow on PostgreSQL on loopback, its data in tracking-server/: docs/tracking.md.
 tracking-server: setup

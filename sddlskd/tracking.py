@@ -9,26 +9,25 @@ import hashlib
 import json
 import logging
 import math
-import os
 import socket
 import sys
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from sddlskd import config as cfg
-from sddlskd import record
+from sddlskd import record, tracking_uri
 from sddlskd.config import Config, TrackingConfig
+from sddlskd.tracking_uri import CURE, ONE_HOST, first_line, root_of, sqlite_file, within
 
 __all__ = [
     "Mirror",
@@ -49,36 +48,10 @@ Answer = TypeVar("Answer")
 
 PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = 6000, 250, 8000, 100, 1000  # MLflow's limits: characters, entries
 CUT = " ... (cut)"
-CURE = "start it, name another with tracking.uri=..., go on with tracking.offline=true, or use tracking=none"
-SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-ONE_HOST = "SQLite takes writers of one host alone: start a server (make tracking-server) and give its tracking.uri"
-ANSWER_S = 6.0  # seconds that a server has, to answer when a job is launched
 MIRROR_LOCK = ".mlflow.lock"
 SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
 SUPERSEDED = ".superseded"  # a file that marks a record as set aside
 OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
-
-
-def _client(uri: str) -> Any:
-    if path := _sqlite_file(uri):
-        _check_file(path)  # MLflow would try for minutes
-        _claim(path)
-    # A vanished server must not hold the mirror for the client's default of four minutes a call; it tries again itself,
-    # and looks first whether what it asked for was made.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow.tracking import MlflowClient  # heavy: only when a job runs
-
-    # MLflow's own use of SQLAlchemy; nothing that a user can change.
-    warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cut(value: Any, limit: int) -> str:
@@ -89,7 +62,7 @@ def _cut(value: Any, limit: int) -> str:
 def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
     """Create database, experiment and (for a sweep) the parent run, and hand their ids on in the configurations.
 
-    Called by the launching process. Where MLflow does not take runs it raises ConnectionError, within `ANSWER_S` of a
+    Called by the launching process. Where MLflow does not take runs it raises ConnectionError, within seconds of a
     server; with tracking.offline it says so and gives no ids: `sync` then creates what is missing.
     """
     tracked = next((c for c in configs if c.tracking.enabled), None)
@@ -97,14 +70,14 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
         return list(configs)
     uri, experiment_id, parent = str(tracked.tracking.uri), None, None
     try:
-        _check_uri(uri)
-        seconds = None if _sqlite_file(uri) else ANSWER_S  # making a database takes what it takes
-        experiment_id, parent = _within(seconds, lambda: _ids(tracked, sweep))
+        tracking_uri.check(uri)
+        seconds = None if sqlite_file(uri) else tracking_uri.ANSWER_S  # making a database takes what it takes
+        experiment_id, parent = within(seconds, lambda: _ids(tracked, sweep))
     except ValueError:
         raise
     except Exception as error:  # whatever MLflow and the database under it raise
         known = isinstance(error, ConnectionError)
-        said = str(error) if known else f"tracking.uri={uri} does not take runs ({_first_line(error)}); {CURE}"
+        said = str(error) if known else f"tracking.uri={uri} does not take runs ({first_line(error)}); {CURE}"
         if not tracked.tracking.offline:
             raise ConnectionError(said) from error
         runs = Path(tracked.home, "runs")
@@ -126,11 +99,11 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
 def _ids(config: Config, sweep: str | None) -> tuple[str, str | None]:
     """Experiment and parent run, created where they are missing; any number of processes may do so at once."""
     uri = str(config.tracking.uri)
-    path = _sqlite_file(uri)
+    path = sqlite_file(uri)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock") if path else nullcontext():  # MLflow's making of a database races (its issue 12259)
-        client = _client(uri)
+        client = tracking_uri.client(uri)
         experiment_id = _experiment(client, config)
         parent = _parent_run(client, experiment_id, sweep) if sweep else None
     return experiment_id, parent
@@ -142,7 +115,7 @@ def _experiment(client: Any, config: Config) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        place = Path(config.home, "mlartifacts").as_uri() if _sqlite_file(str(config.tracking.uri)) else None
+        place = Path(config.home, "mlartifacts").as_uri() if sqlite_file(str(config.tracking.uri)) else None
         try:
             client.create_experiment(name, artifact_location=place)
         except MlflowException as error:
@@ -164,7 +137,7 @@ def check_reachable(configs: Sequence[Config]) -> None:
     starting = [c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None]
     for uri in {str(tracking.uri) for tracking in starting}:
         try:
-            _check_uri(uri)
+            tracking_uri.check(uri)
         except ConnectionError:
             if not all(tracking.offline for tracking in starting if tracking.uri == uri):
                 raise
@@ -175,115 +148,11 @@ def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
     here = {"localhost", socket.gethostname().split(".")[0]}
     others = sorted({host for host in hosts if host.split(".")[0] not in here})
     for uri in {str(c.tracking.uri) for c in configs if c.tracking.enabled}:
-        if others and _sqlite_file(uri):
+        if others and sqlite_file(uri):
             raise ValueError(
                 f"tracking.uri={uri} is a file and jobs would write to it from {', '.join(others)}; {ONE_HOST}, or "
                 "launch with tracking=none and deliver later: python -m sddlskd.tracking sync runs"
             )
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _check_file(path: Path) -> None:
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if path.is_dir() or not os.access(there, os.W_OK):
-        raise ConnectionError(f"tracking.uri=sqlite:///{path} cannot be written; {CURE}")
-
-
-def _claim(path: Path) -> None:
-    """Note beside a SQLite file which host writes to it; ConnectionError on any other host.
-
-    A network file system does not keep two hosts apart. A host is known by its name or by its boot, which containers
-    have in common.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    here = [socket.gethostname(), *([boot.read_text().strip()] if boot.exists() else [])]
-    owner = path.with_name(f"{path.name}.host")
-    if not owner.exists():
-        claim = owner.with_name(f"{owner.name}.{here[0]}.{os.getpid()}")
-        record.write_text(claim, " ".join(here))
-        with suppress(FileExistsError):  # another host was quicker
-            os.link(claim, owner)
-        claim.unlink()
-    there = owner.read_text().split()
-    if not set(here) & set(there):
-        raise ConnectionError(
-            f"tracking.uri=sqlite:///{path} is written by host {there[0]}, this is {here[0]}; {ONE_HOST}, or delete "
-            f"{owner} if that host is done with it"
-        )
-
-
-def _within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
-    """The answer, or TimeoutError: looking a name up and a server that drips have no limit of their own."""
-    answers: list[Answer] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="mlflow-start", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise TimeoutError(f"no answer in {seconds} s")
-    return answers[0]
-
-
-def _check_uri(uri: str) -> None:
-    if uri.startswith(("http://", "https://")):
-        _check_server(uri)
-    elif path := _sqlite_file(uri):
-        _check_file(path)
-        if path.exists():
-            _claim(path)
-    else:
-        raise ValueError(
-            f"tracking.uri={uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
-        )
-
-
-def _check_server(uri: str) -> None:
-    """Ask for something that needs the database and permission; /health needs neither."""
-    _client(uri)
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    def ask() -> Any:
-        what = {"params": {"max_results": 1}, "max_retries": 0, "timeout": ANSWER_S, "raise_on_status": False}
-        creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-        return http_request(creds, "/api/2.0/mlflow/experiments/search", "GET", **what)  # type: ignore[no-untyped-call]
-
-    try:
-        answer = _within(ANSWER_S, ask)
-    except Exception as error:  # a wrong address can raise anything at all
-        raise ConnectionError(f"tracking.uri={uri} does not answer ({_root(error)}); {CURE}") from None
-    host = urlsplit(uri).netloc
-    if answer.status_code == 401:
-        raise ConnectionError(f"tracking.uri={uri} wants to know who asks; {SIGN_IN}")
-    if answer.status_code == 403 and "Host header" in answer.text:
-        names = ",".join(dict.fromkeys((host.rsplit(":", 1)[0], host)))
-        raise ConnectionError(
-            f"tracking.uri={uri} is not known to its server by that name; start it with --allowed-hosts {names}"
-        )
-    if answer.status_code == 403:
-        raise ConnectionError(f"tracking.uri={uri} does not let this user in; {SIGN_IN}")
-    if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
-        said = " ".join(answer.text.split())[:80]
-        raise ConnectionError(f"tracking.uri={uri} answers as no MLflow does ({answer.status_code} {said}); {CURE}")
-
-
-def _root(error: BaseException) -> str:
-    """What an HTTP library has wrapped thrice."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return _first_line(error)
 
 
 def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
@@ -324,14 +193,14 @@ def _tell(config: Config, what: str, status: str) -> None:
         with FileLock(folder / MIRROR_LOCK):
             state = _sweep_state(folder, config) | {"status": status}
             record.write_mirror(folder, state)
-        _check_uri(str(config.tracking.uri))  # in bounded time: the launch waits for it
+        tracking_uri.check(str(config.tracking.uri))  # in bounded time: the launch waits for it
         sync_sweep(folder)
     except Exception as error:  # a server may be away, or take numbers and no files
         log.warning(
             "MLflow at %s did not take the sweep's %s: %s; later: python -m sddlskd.tracking sync %s",
             config.tracking.uri,
             what,
-            _first_line(error),
+            first_line(error),
             folder,
         )
 
@@ -364,7 +233,7 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
             return
         if again:
             state = {key: state[key] for key in ("uri", "experiment", "home", "sweep", "status")} | {"run_id": None}
-        client, plan = _client(str(state["uri"])), folder / "plan.json"
+        client, plan = tracking_uri.client(str(state["uri"])), folder / "plan.json"
         state["run_id"] = _run_of_sweep(folder, state)
         if state["status"] != state.get("told"):
             (client.update_run if state["status"] == record.RUNNING else client.set_terminated)(
@@ -409,9 +278,9 @@ def supersede(folder: Path) -> None:
     try:
         state = record.read_mirror(folder)
         if "run_id" in state:
-            _client(str(state["uri"])).set_tag(state["run_id"], "superseded", "true")
+            tracking_uri.client(str(state["uri"])).set_tag(state["run_id"], "superseded", "true")
     except Exception as error:
-        log.warning("MLflow was not told that %s is superseded: %s", folder, _first_line(error))
+        log.warning("MLflow was not told that %s is superseded: %s", folder, first_line(error))
 
 
 class _StillAway(ConnectionError):
@@ -441,8 +310,8 @@ def sync(folder: Path, *, again: bool = False) -> None:
             except ValueError:
                 raise
             except Exception as error:
-                raise _StillAway(_root(error)) if config.tracking.offline else error from error
-        client = _client(str(config.tracking.uri))
+                raise _StillAway(root_of(error)) if config.tracking.offline else error from error
+        client = tracking_uri.client(str(config.tracking.uri))
         state = _state(client, folder, config)
         if again:
             state = {key: state[key] for key in ("key", "uri") if key in state}
@@ -596,9 +465,9 @@ def log_model(folder: Path, model: Path) -> str | None:
     if "run_id" not in state:
         return None
     try:
-        _client(str(state["uri"])).log_artifacts(state["run_id"], str(model), model.name)
+        tracking_uri.client(str(state["uri"])).log_artifacts(state["run_id"], str(model), model.name)
     except Exception as error:  # a server may be away, or take numbers and no files
-        log.warning("MLflow at %s did not take the model: %s", state["uri"], _first_line(error))
+        log.warning("MLflow at %s did not take the model: %s", state["uri"], first_line(error))
         return None
     return f"runs:/{state['run_id']}/{model.name}"
 
@@ -657,7 +526,7 @@ class Mirror:
             sync(folder)
         except Exception as error:  # whatever MLflow raises: training must not see it
             if not self._away and not isinstance(error, _StillAway):
-                reason = f"{type(error).__name__}: {_first_line(error)}"
+                reason = f"{type(error).__name__}: {first_line(error)}"
                 log.warning("MLflow does not take metrics (%s); training goes on", reason)
             self._away = True
             return False
@@ -684,7 +553,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             config = cfg.load(run / "config.yaml")
             if config.tracking.uri not in answering:
-                _check_uri(str(config.tracking.uri))
+                tracking_uri.check(str(config.tracking.uri))
                 answering.add(config.tracking.uri)
             sync(run, again=chosen.again)
             delivered += 1
@@ -693,12 +562,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ConnectionError as error:
             sys.exit(f"error: {run} could not be delivered: {error}")
         except Exception as error:  # whatever MLflow raises; the others are delivered all the same
-            problems.append(f"error: {run} could not be delivered: {_first_line(error)}")
+            problems.append(f"error: {run} could not be delivered: {first_line(error)}")
     for sweep in sorted(sweeps):
         try:
             sync_sweep(sweep, again=chosen.again)
         except Exception as error:
-            problems.append(f"error: {sweep} could not be delivered: {_first_line(error)}")
+            problems.append(f"error: {sweep} could not be delivered: {first_line(error)}")
     sys.stdout.write(f"MLflow has {delivered} runs up to date\n")
     if problems:
         sys.exit("\n".join(problems))

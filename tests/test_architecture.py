@@ -20,6 +20,7 @@ LAYERS = (
     {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint", "shared_norm"},
     {"distributed"},
     {"data", "folders", "evaluation", "console", "record", "teacher"},
+    {"tracking_uri"},
     {"run", "progress", "streaming", "tracking", "grid", "teacher_cache", "predictions"},
     {"build"},
     {"precheck"},
@@ -106,7 +107,7 @@ def test_who_uses_what() -> None:
     using = {
         library: {module_of(path) for path in FILES if library in outside(path)} for library in ("mlflow", "hydra")
     }
-    assert using["mlflow"] == {"tracking"}
+    assert using["mlflow"] == {"tracking", "tracking_uri"}
     commands = {"evaluate", "export", "teachers", "train"}
     assert using["hydra"] <= commands | {"config", "console", "grid", "targets", "hydra_plugins"}
     torchless = {module_of(path) for path in FILES if "torch" not in outside(path)}

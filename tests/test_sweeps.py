@@ -22,7 +22,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sddlskd import checkpoint, precheck, record, tracking
+from sddlskd import checkpoint, precheck, record, tracking_uri
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.grid import InvalidJobs, compose_grid
@@ -388,8 +388,8 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
         raise ConnectionError("the server is away")
 
     def run(self: Pool, *arguments: Any) -> str:
-        monkeypatch.setattr(tracking, "_check_uri", away)
-        monkeypatch.setattr(tracking, "_client", away)
+        monkeypatch.setattr(tracking_uri, "check", away)
+        monkeypatch.setattr(tracking_uri, "client", away)
         return "KILLED"
 
     monkeypatch.setattr(Pool, "run", run)
@@ -408,7 +408,7 @@ def checkpoints(home: Path) -> set[tuple[str, int]]:
 
 
 def client_of(home: Path) -> Any:
-    return tracking._client(f"sqlite:///{home}/mlflow.db")
+    return tracking_uri.client(f"sqlite:///{home}/mlflow.db")
 
 
 def mlflow_jobs(home: Path) -> list[Any]:

@@ -25,7 +25,7 @@ import pytest
 
 from analysis.runs import load
 from sddlskd import config as cfg
-from sddlskd import record, tracking
+from sddlskd import record, tracking, tracking_uri
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, RUNNING, Record
 from sddlskd.run import Run
@@ -62,7 +62,7 @@ def tracked(home: Path, *overrides: str, **options: Any) -> Config:
 
 
 def client_of(job: Config) -> Any:
-    return tracking._client(str(job.tracking.uri))
+    return tracking_uri.client(str(job.tracking.uri))
 
 
 def runs_of(job: Config, kind: str = "job") -> list[Any]:
@@ -506,9 +506,9 @@ def silent() -> Iterator[dict[str, str]]:
 def test_a_start_without_an_answer_ends_in_time(
     tmp_path: Path, silent: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tracking.ANSWER_S < 10
+    assert tracking_uri.ANSWER_S < 10
     if kind == "dropping":
-        monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+        monkeypatch.setattr(tracking_uri, "ANSWER_S", 0.5)
     job = tracked(tmp_path, f"tracking.uri={silent[kind]}", teacher=False)
     for ask in (tracking.check_reachable, register):
         started = time.monotonic()
@@ -525,7 +525,7 @@ def test_a_registered_job_starts_without_its_server(tmp_path: Path, silent: dict
 def test_a_black_hole_does_not_hold_training(
     tmp_path: Path, silent: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "ANSWER_S", 0.5)
+    monkeypatch.setattr(tracking_uri, "ANSWER_S", 0.5)
     monkeypatch.setattr(Mirror.close, "__defaults__", (60.0, 0.5))
     threads, real = set(), tracking.sync
 

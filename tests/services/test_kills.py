@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sddlskd import checkpoint, record, tracking
+from sddlskd import checkpoint, record, tracking, tracking_uri
 from sddlskd.config import Config
 from tests.crashing import Crash, ended, fit_again, forked, ready
 from tests.tiny import net, processes, rows, same, same_outcome, tiny
@@ -105,7 +105,7 @@ def test_two_hundred_kills(jobs: list[Config], tmp_path: Path) -> None:
         assert [row["epoch"] for row in rows(job)] == [1, 2, 3]
         assert not list(Path(job.run_dir).glob(".*.ckpt*.tmp"))
     tracking.main(["sync", str(Path(jobs[0].home, "runs"))])
-    client = tracking._client(str(jobs[0].tracking.uri))
+    client = tracking_uri.client(str(jobs[0].tracking.uri))
     (experiment,) = [each for each in client.search_experiments() if each.name == "sddlskd"]
     runs = {run.data.tags["run_dir"]: run for run in client.search_runs([experiment.experiment_id])}
     assert runs.keys() == {job.run_dir for job in jobs}

@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 from sddlskd import config as cfg
-from sddlskd import record, tracking
+from sddlskd import record, tracking, tracking_uri
 from sddlskd.config import Config
 from sddlskd.record import FINISHED, RUNNING, Record
 from sddlskd.run import Run
@@ -255,7 +255,7 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
     for job in jobs:
         assert written[runs[job.run_dir]] == expected(job)
         assert params[runs[job.run_dir]] == str(len(cfg.flatten(job)))
-    client = tracking._client(server.uri)
+    client = tracking_uri.client(server.uri)
     for job in jobs[::16]:  # the same as others read it
         rows = record.read_rows(Path(job.run_dir))
         points = client.get_metric_history(runs[job.run_dir], "val/top1")
@@ -300,7 +300,7 @@ def test_outages(
 
 
 def history(server: Server, job: Config) -> Counter[tuple[str, int, float]]:
-    client = tracking._client(server.uri)
+    client = tracking_uri.client(server.uri)
     experiment = client.get_experiment_by_name(job.tracking.experiment)
     found = Counter[tuple[str, int, float]]()
     for run in client.search_runs([experiment.experiment_id]) if experiment else []:
@@ -406,7 +406,7 @@ def test_a_node_needs_mlflow_skinny_alone(server: Server, tmp_path: Path) -> Non
     assert "MLflow does not" not in run("sddlskd.train", f"tracking.uri={server.uri}", *common)
     run("sddlskd.train", f"tracking.uri={server.uri}", "tracking=none", "seed=1", *common)
     assert "MLflow has 2 runs up to date" in run("sddlskd.tracking", "sync", "runs")
-    client = tracking._client(server.uri)
+    client = tracking_uri.client(server.uri)
     runs = client.search_runs([client.get_experiment_by_name("node").experiment_id])
     assert sorted((run.info.status, run.data.params["seed"]) for run in runs) == [("FINISHED", "0"), ("FINISHED", "1")]
     for run_ in runs:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sddlskd import checkpoint, record, tracking
+from sddlskd import checkpoint, record, tracking_uri
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.outcome import state_of
@@ -161,7 +161,7 @@ def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(story: dict[str, 
     home = story["calm"]
     folders = run_dirs(home, "calm")
     assert [record.read_result(folder)["status"] for folder in folders] == ["FINISHED"] * 4
-    client = tracking._client(f"sqlite:///{home}/mlflow.db")
+    client = tracking_uri.client(f"sqlite:///{home}/mlflow.db")
     (parent,) = client.search_runs(["1"], "tags.kind = 'sweep'")
     assert parent.info.status == "FINISHED"  # nobody waited for it
     assert len(client.search_runs(["1"], "tags.kind = 'job'")) == 4
@@ -172,7 +172,7 @@ def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(story: dict[str, 
 
 def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str, Path]) -> None:
     home = story["rough"]
-    client = tracking._client(f"sqlite:///{home}/mlflow.db")
+    client = tracking_uri.client(f"sqlite:///{home}/mlflow.db")
     in_mlflow = {run.data.tags["run_dir"]: run for run in client.search_runs(["1"], "tags.kind = 'job'")}
     assert len(in_mlflow) == 4
     for folder in run_dirs(home, "rough"):
