@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock
 
@@ -44,7 +44,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
 
 PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = 6000, 250, 8000, 100, 1000  # MLflow's limits: characters, entries
 CUT = " ... (cut)"
