@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import socket
 import threading
 import warnings
@@ -10,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from uuid import uuid4
+
+from filelock import FileLock
 
 from sddlskd import record
 
@@ -39,6 +43,8 @@ def client(uri: str) -> Any:
     warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    if path and not path.exists():
+        _create(path)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -74,6 +80,25 @@ def _claim(path: Path) -> None:
             f"tracking.uri=sqlite:///{path} is written by host {there[0]}, this is {here[0]}; {ONE_HOST}, or delete "
             f"{owner} if that host is done with it"
         )
+
+
+def _create(path: Path) -> None:
+    """Make the database beside its place and link it there whole: MLflow migrates a new one step by step, and refuses
+    one whose making was cut short by a kill."""
+    from mlflow.tracking import MlflowClient
+
+    making = path.with_name(f".{path.name}.new")
+    try:
+        with FileLock(making / "lock"):
+            for left in making.glob("*.db*"):  # by a process that was killed
+                left.unlink()
+            if not path.exists():
+                new = making / f"{uuid4()}.db"  # never twice the same: MLflow remembers what it has made
+                MlflowClient(tracking_uri=f"sqlite:///{new}")
+                with suppress(FileExistsError):  # another program was quicker
+                    os.link(new, path)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)  # whoever waits for the lock sees that the file is there
 
 
 def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:

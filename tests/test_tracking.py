@@ -306,6 +306,26 @@ def test_deleted_experiment_is_named(home: Path) -> None:
         register([tracked(home, teacher=False)])
 
 
+def make_database(path: Path) -> None:
+    tracking_uri.client(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("size", [1, 250_000, 700_000])
+def test_database_whose_making_was_killed_is_made_anew(tmp_path: Path, size: int) -> None:
+    making = processes.Process(target=make_database, args=(tmp_path / "mlflow.db",))
+    making.start()
+    while not any(path.stat().st_size >= size for path in tmp_path.glob(".mlflow.db.new/*.db")):
+        assert making.is_alive()
+        time.sleep(0.002)
+    making.kill()
+    making.join()
+    assert making.exitcode == -signal.SIGKILL
+    assert list(tmp_path.glob(".mlflow.db.new/*.db"))
+    assert not (tmp_path / "mlflow.db").exists()
+    register([tracked(tmp_path, teacher=False)])
+    assert {path.name for path in tmp_path.glob("*mlflow*")} <= {"mlflow.db", "mlflow.db.host", "mlflow.db.lock"}
+
+
 def test_database_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database" * 100)
     with pytest.raises(ConnectionError, match=r"tracking.uri=sqlite:.*mlflow.db does not take runs .*tracking=none"):
