@@ -6,6 +6,7 @@ its conf/dataset/<name>.yaml by `_target_`. The md5 vouches for what was fetched
 whatever its md5 (archives get repacked), since reading it can run no code and shapes and labels are checked.
 """
 
+import gzip
 import hashlib
 import io
 import logging
@@ -14,7 +15,9 @@ import os
 import pickle
 import tarfile
 import zlib
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,13 @@ from torch import Tensor
 from sddlskd.archive import DAMAGE, Member, unpack_folder
 from sddlskd.download import fetch_into
 
+# A bit an image, set for the test split: as drawn once by scikit-learn's train_test_split(test_size=360,
+# random_state=0, stratify=labels), so that no later version draws another.
+DIGITS_TEST = (
+    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgCAASAXEABBA"
+    "CKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABAQqCkGApQAIQLhWHGCBCA"
+    "CABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipkAsJAQhCKhggJCBoAwCggJCEgE4pBUA"
+)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
 CIFAR10_MEMBERS = {
@@ -158,17 +168,16 @@ def digits() -> Splits:
 
     Bilinear; a fixed stratified split, 1,437 for training and 360 for test.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]  # slow to import
-    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped, unused-ignore]
-
-    images, labels = load_digits(return_X_y=True)
-    small_N1HW = torch.from_numpy(images).float().reshape(-1, 1, 8, 8)
+    # Its file is read as it lies: importing scikit-learn takes longer than importing torch.
+    with gzip.open(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))) as file:
+        table_NP = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))  # 64 pixels, then the label
+    small_N1HW = table_NP[:, :64].float().reshape(-1, 1, 8, 8)
     # Resized before scaling: every value so far is exact in float32, so rounding is the same everywhere.
     large_N1HW = F.interpolate(small_N1HW, size=(32, 32), mode="bilinear", align_corners=False).mul_(255 / 16).round_()
     images_NHWC = large_N1HW.to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
-    labels_N = torch.from_numpy(labels).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
-    return Splits(*(Images(images_NHWC[part], labels_N[part]) for part in (np.sort(train), np.sort(test))))
+    labels_N = table_NP[:, 64].long()
+    for_test_N = torch.from_numpy(np.unpackbits(np.frombuffer(b64decode(DIGITS_TEST), np.uint8), count=1797)).bool()
+    return Splits(*(Images(images_NHWC[part_N], labels_N[part_N]) for part_N in (~for_test_N, for_test_N)))
 
 
 def fake(num_classes: int = 100, size: int = 32, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Splits:

@@ -291,14 +291,17 @@ def test_digits() -> None:
     device_data(splits, padding=2, flip=False)
 
 
-def test_digits_are_scikit_learns_enlarged() -> None:
+def test_digits_are_scikit_learns_enlarged_and_split() -> None:
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    small_NHW = load_digits().images
-    blocks_NHW = np.concatenate([part.images_NHWC[..., 0].numpy() for part in digits()])
-    # The middle of a 4x4 block lies around one old pixel: its four values average nearly to it.
-    means = np.sort(blocks_NHW.mean(axis=(1, 2)))
-    np.testing.assert_allclose(means, np.sort(small_NHW.mean(axis=(1, 2)) * 255 / 16), rtol=0.1)
+    small_NP, labels_N = load_digits(return_X_y=True)
+    drawn = train_test_split(range(1797), test_size=360, random_state=0, stratify=labels_N)
+    for part, rows in zip(digits(), map(np.sort, drawn), strict=True):
+        assert np.array_equal(part.labels_N, labels_N[rows])
+        means_NHW = part.images_NHWC[..., 0].float().reshape(-1, 8, 4, 8, 4).mean(dim=(2, 4))
+        # The middle of a 4x4 block lies around one old pixel: together its values are near to it.
+        assert np.corrcoef(means_NHW.flatten(), small_NP[rows].flatten())[0, 1] > 0.95
 
 
 def test_fake_is_balanced_and_seeded() -> None:
