@@ -103,7 +103,8 @@ def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) ->
         if folder.exists():
             return
         scratch = folder.with_name(f".{folder.name}.unpacked")
-        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        for left in (scratch, *folder.parent.glob(f".{scratch.name}.*.tmp")):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         unpack(archive, scratch, limit=limit, **options)
         try:
             if not (scratch / folder.name).is_dir():

@@ -19,7 +19,7 @@ from sddlskd import record, tracking
 from sddlskd.outcome import read_manifest, state_of
 from sddlskd.record import FAILED, FINISHED
 from sddlskd.stop import Stop
-from sddlskd.worker import BUSY, TOO_LARGE, run
+from sddlskd.worker import BUSY, STOPPED, TOO_LARGE, run
 
 __all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
 
@@ -86,6 +86,8 @@ class ArrayTask:
             code = 1 if FAILED in statuses else 0
         elif stop.signal is signal.SIGUSR2:
             code = REQUEUE
+        elif code == STOPPED and task.global_rank > 0:
+            code = 0  # it was told so by rank 0, whose code counts: srun ends with the largest
         if task.global_rank == 0:
             try:
                 _close_sweep(Path(self.sweep), folders[0])

@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -172,7 +171,8 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
     """A folder with the ONNX model, its signature and what it needs; what was there before is replaced."""
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         tracking.save_model(onnx_file, Path(scratch, "model"), image_CHW=image_CHW, num_classes=num_classes)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(Path(scratch, "earlier"))
         Path(scratch, "model").rename(folder)
 
 
@@ -182,6 +182,8 @@ def _image_shape(job: Config) -> tuple[int, ...]:
 
 
 def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str:
+    if to == "mlflow" and out and out.exists() and not (out / "MLmodel").exists():
+        raise ValueError(f"{out} is there and is no MLflow model; give --out a path that is free")
     job = load_run(folder, allow_foreign)
     network, target, facts = best_student(job, folder), out or folder / FORMATS[to], about(job, folder)
     if to == "safetensors":

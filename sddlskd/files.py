@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["append", "rotate", "write_atomically"]
+__all__ = ["append", "put", "rotate", "write_atomically"]
 
 
 @contextmanager
@@ -39,6 +39,20 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[IO[bytes]]
         os.fsync(folder)  # makes the rename itself durable
     finally:
         os.close(folder)
+
+
+def put(new: Path, path: Path) -> None:
+    """Give a finished file a name that nothing has, however many try at once. FileExistsError where one has."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system that knows no links: two at the same moment are not told apart
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(new, path)
+    else:
+        new.unlink()
 
 
 def rotate(new: Path) -> None:

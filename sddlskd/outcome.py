@@ -38,16 +38,7 @@ def settle(job: Config, status: str, reason: str) -> None:
     except record.InUse as error:  # it lives on elsewhere
         log.warning("%s", error)
         return
-    rows = opened.rows()
-    tops = [row["val/top1"] for row in rows]
-    values = {
-        "best_top1": max(tops, default=None),
-        "last_top1": tops[-1] if tops else None,
-        "epochs": len(rows),
-        "seconds": sum(row["time/epoch_s"] for row in rows),
-    }
-    about = {k: v for k, v in record.read_result(opened.folder).items() if k.startswith("teacher_")}
-    opened.result(status, reason, **values, **about)
+    opened.settle(status, reason)
     opened.close()
     if job.tracking.enabled:
         mirror = tracking.Mirror()

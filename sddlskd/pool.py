@@ -68,10 +68,12 @@ class Pool:
         self.threads = max(len(os.sched_getaffinity(0)) // on_cpu, 1) if on_cpu > 1 else None
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.queue or self.busy:
+            while self.busy or (self.queue and not self.asked_to_stop):
                 for slot in range(len(self.devices)):
                     if slot not in self.busy and (task := self._next(self.devices[slot])):
                         self.busy[slot] = self._start(slot, task)
+                        if self.asked_to_stop:  # while the worker was being started
+                            self.busy[slot][0].send_signal(signal.SIGINT)
                 for slot, (worker, task) in list(self.busy.items()):
                     if worker.poll() is not None:
                         del self.busy[slot]
@@ -93,7 +95,7 @@ class Pool:
 
         One whose jobs take several devices each (trainer.devices) has them all to itself.
         """
-        if any(task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()):
+        if self.asked_to_stop or any(task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()):
             return None
         for task in self.queue:
             if task.jobs[0].trainer.devices > 1 and self.busy:
@@ -157,7 +159,6 @@ class Pool:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop += 1
-        self.queue.clear()
         for worker, _ in self.busy.values():
             worker.send_signal(signal.SIGINT) if self.asked_to_stop == 1 else worker.kill()
         log.warning(

@@ -240,6 +240,22 @@ class Record:
             self.log.error("%s", error)  # what made it fail was said before: the full disk, most likely
         return content
 
+    def settle(self, status: str, reason: str) -> dict[str, Any]:
+        """Write result.json for a run that is not there to report: its rows say how far it came, and who taught it
+        and where stays as it was."""
+        rows, earlier = self.rows(), read_result(self.folder)
+        best = max(rows, key=lambda row: row["val/top1"], default=None)
+        return self.result(
+            status,
+            reason,
+            best_top1=best and best["val/top1"],
+            best_epoch=best and best["epoch"],
+            last_top1=rows[-1]["val/top1"] if rows else None,
+            epochs=len(rows),
+            seconds=round(sum(row["time/epoch_s"] for row in rows), 3),
+            **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k in ("environment", "group_size")},
+        )
+
 
 class Onlooker:
     """What a process has in place of the record that another process keeps: it reads the folder and writes nothing."""
@@ -253,6 +269,9 @@ class Onlooker:
         pass
 
     def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
+        return {}
+
+    def settle(self, status: str, reason: str) -> dict[str, Any]:
         return {}
 
 

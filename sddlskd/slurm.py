@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -140,6 +142,25 @@ def _outside_of_a_job() -> Iterator[None]:
         os.environ.update(kept)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and the end of the terminal wait, for sbatch too: what it has submitted must be noted down."""
+    if threading.current_thread() is not threading.main_thread():  # Python tells no other of signals
+        yield
+        return
+    numbers, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), list[int]()
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # sbatch inherits it; other threads still hear
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)
+
+
 def _words(text: str) -> str:
     return " ".join(re.sub(r"(?m)^s\w+: (error: )?", "", text).split()) or "it says nothing"
 
@@ -251,19 +272,20 @@ class Slurm:
 
             executor = self._executor(folder, ranks, max(self.array_parallelism // len(chunks), 1))
             tasks = [ArrayTask(tuple(job.run_dir for job in group), str(sweep), self.max_requeues) for group in chunk]
-            try:
-                with _outside_of_a_job(), executor.batch():
-                    jobs = [executor.submit(task) for task in tasks]
-            except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-                so_far = f"{len(submissions(sweep))} tasks are submitted, the same command submits the others"
-                raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
-            _add(
-                sweep,
-                [
-                    Submission(job.job_id, list(task.run_dirs), str(folder / f"{job.job_id}_0_log.out"))
-                    for job, task in zip(jobs, tasks, strict=True)
-                ],
-            )
+            with _undisturbed():
+                try:
+                    with _outside_of_a_job(), executor.batch():
+                        jobs = [executor.submit(task) for task in tasks]
+                except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+                    so_far = f"{len(submissions(sweep))} tasks are submitted, the same command submits the others"
+                    raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
+                _add(
+                    sweep,
+                    [
+                        Submission(job.job_id, list(task.run_dirs), str(folder / f"{job.job_id}_0_log.out"))
+                        for job, task in zip(jobs, tasks, strict=True)
+                    ],
+                )
 
     def _executor(self, folder: Path, ranks: int, parallelism: int) -> Any:
         """submitit's, with every option set. Raises ValueError for one that it does not take."""

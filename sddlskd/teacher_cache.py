@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,22 +60,30 @@ class TeacherCache:
                     f"bytes), {present / 1e9:.1f} GB are there and {free / 1e9:.1f} GB are free; "
                     "choose another folder, teacher.cache_dtype=float16, or no cache"
                 )
-            known = path.with_suffix(".known")
-            for file, size in ((path, rows * cells), (known, rows)):
+            sums = path.with_suffix(".sums")
+            for file, size in ((path, rows * cells), (sums, rows * 4)):
                 if not file.exists():
                     with open(file, "wb") as opened:
                         os.truncate(opened.fileno(), size)  # sparse: blocks are taken as maps come
         self._maps: Any = np.memmap(path, DTYPES[dtype], "r+", shape=(rows, *map_KHW))
-        self._known: Any = np.memmap(known, np.uint8, "r+", shape=(rows,))
-        log.info("teacher.cache: %s holds %.1f%% of %.1f GB", path, 100 * self._known.mean(), rows * cells / 1e9)
+        self._sums: Any = np.memmap(sums, np.uint32, "r+", shape=(rows,))  # 0: the map is not there
+        log.info("teacher.cache: %s holds %.1f%% of %.1f GB", path, 100 * (self._sums != 0).mean(), rows * cells / 1e9)
 
     def __call__(self, images_BCHW: Tensor, views_B: Tensor) -> Tensor:
         rows = views_B.numpy()
-        new = self._known[rows] == 0
+        maps_BKHW = np.array(self._maps[rows])
+        # A crash of the machine may leave a sum without its map, and another process may be amid a map.
+        new = self._sums[rows] != _checksums(maps_BKHW)
         if new.any():
             # The whole batch, not the new images alone: so a map has the bits that it has without a cache.
-            maps = self.teacher(images_BCHW).float().cpu().numpy().astype(self._maps.dtype)
-            self._maps[rows[new]] = maps[new]
-            self._known[rows[new]] = 1  # after the map, which other processes then find whole
-        stored_BKHW = torch.from_numpy(np.asarray(self._maps[rows])).float()
+            asked_BKHW = self.teacher(images_BCHW).float().cpu().numpy().astype(self._maps.dtype)
+            maps_BKHW[new] = asked_BKHW[new]
+            self._maps[rows[new]] = maps_BKHW[new]
+            self._sums[rows[new]] = _checksums(maps_BKHW[new])
+        stored_BKHW = torch.from_numpy(maps_BKHW).float()
         return stored_BKHW.to(images_BCHW.device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def _checksums(maps_BKHW: Any) -> Any:
+    """CRC-32 of each map, never 0."""
+    return np.array([zlib.crc32(map_KHW) or 1 for map_KHW in maps_BKHW], np.uint32)

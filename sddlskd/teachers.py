@@ -18,7 +18,6 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -39,6 +38,7 @@ from sddlskd.config import Config
 from sddlskd.console import explain, log_to_terminal, write_line
 from sddlskd.download import DownloadError
 from sddlskd.evaluation import evaluate
+from sddlskd.files import put
 from sddlskd.meter import meter
 from sddlskd.precision import pick_device
 from sddlskd.streaming import Data
@@ -187,7 +187,12 @@ def _install(job: Config, came: Path, target: Path, source: str) -> None:
     if spoilt:
         raise ValueError(f"{source} holds values that are not finite, in {', '.join(spoilt[:3])}; get it again")
     pins.pin(job.home, _key(job), file_hash(came), source)
-    os.replace(came, target)
+    try:
+        put(came, target)
+    except FileExistsError:
+        raise ValueError(
+            f"{target} has come meanwhile from a run that trained it; move it away to have the one from {source}"
+        ) from None
 
 
 def _check_size(path: Path) -> None:
@@ -311,11 +316,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg.frame()
     log_to_terminal()
     mirrors = [*chosen.mirror, *os.environ.get("SDDLSKD_TEACHER_MIRRORS", "").split()]
-    split = cache(lambda: _data(_job(words[0], overrides)))  # one for all that are verified
+    splits: dict[str, Data] = {}  # one for all that are verified on a data set
+
+    def split(job: Config) -> Data:
+        if job.dataset.name not in splits:
+            splits[job.dataset.name] = _data(job)
+        return splits[job.dataset.name]
+
     acts: dict[str, Callable[[Config], str]] = {
         "list": lambda job: table(job.home),
         "fetch": lambda job: fetch(job, mirrors),
-        "verify": lambda job: verify(job, split),
+        "verify": lambda job: verify(job, lambda: split(job)),
         "import": lambda job: import_file(job, Path(file)),
     }
     failed = False

@@ -16,6 +16,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from sddlskd import record
+from sddlskd.files import put
 
 __all__ = ["ANSWER_S", "CURE", "ONE_HOST", "check", "client", "first_line", "root_of", "sqlite_file", "within"]
 
@@ -72,8 +73,8 @@ def _claim(path: Path) -> None:
         claim = owner.with_name(f"{owner.name}.{here[0]}.{os.getpid()}")
         record.write_text(claim, " ".join(here))
         with suppress(FileExistsError):  # another host was quicker
-            os.link(claim, owner)
-        claim.unlink()
+            put(claim, owner)
+        claim.unlink(missing_ok=True)
     there = owner.read_text().split()
     if not set(here) & set(there):
         raise ConnectionError(
@@ -96,7 +97,7 @@ def _create(path: Path) -> None:
                 new = making / f"{uuid4()}.db"  # never twice the same: MLflow remembers what it has made
                 MlflowClient(tracking_uri=f"sqlite:///{new}")
                 with suppress(FileExistsError):  # another program was quicker
-                    os.link(new, path)
+                    put(new, path)
     finally:
         shutil.rmtree(making, ignore_errors=True)  # whoever waits for the lock sees that the file is there
 

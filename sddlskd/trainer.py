@@ -243,17 +243,7 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
                     elif earlier:
                         opened.log.propagate = False  # the terminal has seen it
                         opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
-                    rows = opened.rows()
-                    tops = [row["val/top1"] for row in rows]
-                    opened.result(
-                        status,
-                        reason,
-                        best_top1=max(tops, default=None),
-                        last_top1=tops[-1] if tops else None,
-                        epochs=len(rows),
-                        seconds=sum(row["time/epoch_s"] for row in rows),
-                        **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k == "environment"},
-                    )
+                    opened.settle(status, reason)
                     marked.append(job)
                 opened.close()
     if any(job.tracking.enabled for job in marked):
@@ -315,17 +305,32 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
 
     with ExitStack() as stack:
         stack.enter_context(stop.acting(at_once=False))
-        runs, steps = [], min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
+        runs: list[Run] = []
+        refused: dict[str, Exception] = {}  # of runs that cannot go on from where they are
+        steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
         for job, network in zip(jobs, networks, strict=True):
             opened = Record(job) if ranks.first else Onlooker(job)
             if isinstance(opened, Record):
                 stack.callback(opened.close)
                 stack.callback(opened.note_run_id)
-                _check_same_teacher(opened.folder, facts)
-            runs.append(build_run(job, network, opened, device, steps, images=data.train_size, ranks=ranks))
+            try:
+                if ranks.first:
+                    _check_same_teacher(opened.folder, facts)
+                runs.append(build_run(job, network, opened, device, steps, images=data.train_size, ranks=ranks))
+            except Exception as error:
+                if ranks.count > 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                opened.log.error("%s: %s: %s", Path(job.run_dir).name, type(error).__name__, error)
+                opened.settle(FAILED, f"{type(error).__name__}: {error}")
+                refused[job.run_dir] = error
         mirror = tracking.Mirror() if ranks.first and any(job.tracking.enabled for job in jobs) else None
         if mirror:
             stack.callback(mirror.close)  # the first thing to happen at the end, while the records are still held
+            for run_dir in refused:
+                mirror.update(Path(run_dir))
+        if not runs:
+            raise next(iter(refused.values()))
+        jobs = [job for job in jobs if job.run_dir not in refused]
 
         def changed(run: Run) -> None:
             if mirror:

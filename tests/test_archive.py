@@ -3,7 +3,9 @@
 import gzip
 import io
 import shutil
+import signal
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sddlskd.archive import UnsafeArchive, unpack
+from sddlskd.archive import UnsafeArchive, unpack, unpack_folder
+from tests.tiny import processes
 
 LIMIT = 1 << 20
 
@@ -164,6 +167,26 @@ def test_a_full_disk_is_not_the_archives_fault(place: Path, monkeypatch: pytest.
 
 
 WHOLE = tar(*GOOD, member("z", b"3" * 700, pax_headers={"comment": "hello"}))
+
+
+def unpack_and_hang(archive: Path, folder: Path) -> None:
+    from sddlskd import archive as module
+
+    module.os.replace = lambda *_: signal.pause()  # type: ignore[assignment]
+    unpack_folder(archive, folder, limit=LIMIT)
+
+
+def test_what_a_killed_process_had_unpacked_is_removed(tmp_path: Path) -> None:
+    path = written(tmp_path, tar(member("data/x", b"1" * 9999)))
+    for _ in range(2):
+        process = processes.Process(target=unpack_and_hang, args=(path, tmp_path / "data"))
+        process.start()
+        while not any(left.stat().st_size == 9999 for left in tmp_path.glob(".*/data/x")):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    unpack_folder(path, tmp_path / "data", limit=LIMIT)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "data.lock", "x.tar"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

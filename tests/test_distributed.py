@@ -350,8 +350,8 @@ def test_what_a_student_leaves(house: Path) -> None:
     assert {"test_top1", "teacher_top1"} <= result_of(job).keys()
     with np.load(Path(job.run_dir, "predictions.npz")) as arrays:
         assert arrays["logits"].shape == (64, 10)
-    (known,) = (house / "maps").glob("*.known")
-    assert np.count_nonzero(np.fromfile(known, np.uint8)) > 142  # all training images of an epoch, not a rank's share
+    (sums,) = (house / "maps").glob("*.sums")
+    assert np.count_nonzero(np.fromfile(sums, np.uint32)) > 142  # all training images of an epoch, not a rank's share
 
 
 def test_a_teacher_is_trained_by_all_ranks(house: Path) -> None:

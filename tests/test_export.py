@@ -107,6 +107,21 @@ def test_a_model_for_mlflow_has_a_signature_and_stands_beside_its_run(
     assert answer(capsys, trained.run_dir, "--to", "mlflow") == said  # again, in place of the first
 
 
+@pytest.mark.parametrize("where", ["thesis", "run", "file"])
+def test_a_model_for_mlflow_replaces_nothing_else(
+    tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("years")
+    (tmp_path / "file").write_text("days")
+    out = Path(trained.run_dir) if where == "run" else tmp_path / where
+    before = sorted((path, path.stat().st_mtime_ns) for path in [out, *out.rglob("*")])
+    with pytest.raises(SystemExit, match="1"):
+        export.main([trained.run_dir, "--to", "mlflow", "--out", str(out)])
+    assert f"{out} is there and is no MLflow model; give --out a path that is free" in capsys.readouterr().err
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in [out, *out.rglob("*")])
+
+
 def test_onnx_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match=r"differ from torch's by .* nothing is written"):

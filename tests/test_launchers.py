@@ -1,7 +1,12 @@
 """The launchers that can be chosen: what each makes of its configuration, without a cluster."""
 
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +16,9 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 
 from sddlskd import config as cfg
+from sddlskd.config import Config
 from sddlskd.pool import Pool
-from sddlskd.slurm import Slurm
+from sddlskd.slurm import Slurm, submissions
 
 
 def chosen(folder: Path, *overrides: str) -> Any:
@@ -55,3 +61,31 @@ def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
     assert pool.options["name"] == "mine"
     assert pool.srun_args == ["--container-image=image.sqsh"]
     assert pool.wait is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    class Executor:
+        @contextmanager
+        def batch(self) -> Iterator[None]:
+            yield
+            os.kill(os.getpid(), number)  # sbatch has just answered
+
+        def submit(self, task: Any) -> Any:
+            return SimpleNamespace(job_id=f"17_{task.run_dirs[0][-1]}")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupted)
+    monkeypatch.setattr("sddlskd.slurm._ask", lambda *command: "MaxArraySize = 1001\n")
+    pool = chosen(tmp_path, "hydra/launcher=slurm")._pool()
+    monkeypatch.setattr(pool, "_executor", lambda *_: Executor())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool._submit([[Config(run_dir=f"/runs/{n}")] for n in range(3)], tmp_path, 1)
+    finally:
+        signal.signal(number, before)
+    assert [(one.job, one.run_dirs) for one in submissions(tmp_path)] == [(f"17_{n}", [f"/runs/{n}"]) for n in range(3)]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from sddlskd.outcome import read_manifest, state_of
 from sddlskd.pool import Pool, Task
 from sddlskd.sweeps import _ask_precheck, _command, _write_manifest, _write_plan, cause_of, groups_of, main, run_sweep
 from sddlskd.trainer import fit
+from tests.tiny import ForkedWorker
 
 REPO = Path(__file__).parent.parent
 COMMON = [
@@ -51,6 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(REPO)
     # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
     monkeypatch.setattr("sddlskd.sweeps._ask_precheck", precheck.look)
+    monkeypatch.setattr("sddlskd.pool.subprocess", SimpleNamespace(Popen=ForkedWorker))
     return tmp_path
 
 
@@ -444,6 +447,23 @@ def test_a_refused_sweep_leaves_no_trace(home: Path) -> None:
     assert not (home / "runs").exists()
 
 
+def test_a_stop_while_a_worker_starts_reaches_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starting(ForkedWorker):
+        def __init__(self, command: list[str], **how: Any) -> None:
+            super().__init__(command, **how)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("sddlskd.pool.subprocess", SimpleNamespace(Popen=Starting))
+    jobs = jobs_of(home, network("Slow", seconds=0.2), network("Slow", seconds=0.2) + " seed=1",
+                   common=("trainer.max_steps=null", "trainer.epochs=50"))  # fmt: skip
+    before = time.monotonic()
+    results, code = sweep(jobs)
+    assert code == 130
+    assert statuses(results)[1] == "NEW"
+    assert statuses(results)[0] in ("NEW", "KILLED")
+    assert time.monotonic() - before < 60  # it would train for minutes
+
+
 def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
     jobs = jobs_of(home, "M=[1]", "M=[2]", common=(f"run_dir={home}/same",))
     with pytest.raises(ValueError, match="one run_dir"):
@@ -518,7 +538,7 @@ def test_a_job_of_several_devices_has_the_pool_to_itself(home: Path, monkeypatch
 
     pool, started = Pool(["cuda:1", "cuda:2"], fail_fast=False), []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: started.append((command, how["env"])))
+    monkeypatch.setattr("sddlskd.pool.subprocess.Popen", lambda command, **how: started.append((command, how["env"])))
     pool.threads = None
     pool.queue.extend([Task([wide]), Task([narrow])])
     first = pool._next("cuda:1")

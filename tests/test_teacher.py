@@ -191,6 +191,22 @@ def test_publish_keeps_an_earlier_teacher(tmp_path: Path) -> None:
     assert same(read(path), {"model": first, **options})
 
 
+def test_of_two_that_publish_at_once_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = path_of(str(tmp_path), "digits", "resnet8")
+    first, second = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
+    options: dict[str, Any] = {"network": "resnet8", "dataset": "digits", "top1": 50.0}
+
+    def overtaken(place: Path, state: Any) -> None:
+        monkeypatch.undo()
+        write(place, state)
+        assert publish(path, second, **options)
+
+    monkeypatch.setattr("sddlskd.teacher.write", overtaken)
+    assert not publish(path, first, **options)
+    assert same(read(path)["model"], second)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_missing_teacher_says_both_ways(tmp_path: Path) -> None:
     job = tiny(tmp_path, "teacher.train_if_missing=false", teacher=False)
     network = build_network(job.teacher.model, 10, 0, CPU)

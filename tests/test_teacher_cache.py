@@ -78,6 +78,19 @@ def test_a_second_pass_never_asks(teacher: Counting, data: DeviceData, tmp_path:
     assert teacher.asked == asked == 3
 
 
+def test_a_map_that_a_crash_has_lost_is_asked_again(teacher: Counting, data: DeviceData, tmp_path: Path) -> None:
+    cache = open_cache(teacher, tmp_path, data, "float32")
+    (images, _), views = next(iter(data.batches(1))), next(iter(data.view_batches(1)))
+    before = cache(images, views)
+    cache._maps[views[:2].numpy()] = 0  # its pages never reached the disk, its checksums did
+    cache._maps[int(views[2]), 0, 0, 0] += 1
+    again = open_cache(teacher, tmp_path, data, "float32")
+    assert torch.equal(again(images, views), before)
+    assert teacher.asked == 2
+    assert torch.equal(open_cache(teacher, tmp_path, data, "float32")(images, views), before)
+    assert teacher.asked == 2
+
+
 def test_two_caches_fill_one_file(teacher: Counting, data: DeviceData, tmp_path: Path) -> None:
     one, other = (open_cache(teacher, tmp_path, data, "float32") for _ in range(2))
     for epoch, cache in ((1, one), (2, other), (3, one)):

@@ -612,6 +612,17 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         assert f"{published:.2f}" in said
 
 
+def test_each_is_verified_on_its_own_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(teachers, "_data", lambda job: opened.append(job.dataset.name) or job.dataset.name)
+    monkeypatch.setattr(teachers, "verify", lambda job, split: f"{job.teacher.name} on {split()}")
+    code, out, _ = run(capsys, "verify", "resnet56", "imagenet_resnet34", "resnet110", f"home={tmp_path}")
+    assert (code, out) == (0, "resnet56 on cifar100\nresnet34 on imagenet\nresnet110 on cifar100\n")
+    assert opened == ["cifar100", "imagenet"]
+
+
 # Fuzz
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sddlskd.evaluation import evaluate
 from sddlskd.run import Run
 from sddlskd.teacher import Teacher, path_of
 from sddlskd.trainer import fit
+from tests.test_tracking import runs_of
 from tests.tiny import BASE, STEPS, child, final, leave_teacher, net, rows, same, same_outcome, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -335,6 +337,24 @@ def test_another_teacher_in_the_middle_is_refused(tmp_path: Path, monkeypatch: p
     checkpoint.write(path, {"model": weights})
     with pytest.raises(ValueError, match="begun with another teacher file"):
         fit([job])
+
+
+def test_a_run_that_cannot_go_on_stops_nobody_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt, new, begun = (tiny(tmp_path, f"M={M}", "tracking=mlflow") for M in ("[1]", "[2]", "[1,2]"))
+    with monkeypatch.context() as patch:
+        stop(patch, "end_epoch", lambda run: run.epoch == 2)
+        fit([spoilt, begun])
+    for path in Path(spoilt.run_dir).glob("*.ckpt"):
+        path.write_bytes(b"spoilt")
+    results = fit([spoilt, new, begun])
+    assert [result["status"] for result in results] == ["FAILED", "FINISHED", "FINISHED"]
+    assert re.search(r"UnreadableFile: .*last.ckpt", results[0]["reason"])
+    assert (results[0]["epochs"], results[0]["best_epoch"], results[0]["group_size"]) == (1, 1, 2)
+    assert results[0]["environment"] == results[1]["environment"]
+    runs = {run.data.tags["run_dir"]: run.info.status for run in runs_of(spoilt)}
+    assert runs == {spoilt.run_dir: "FAILED", new.run_dir: "FINISHED", begun.run_dir: "FINISHED"}
+    with pytest.raises(checkpoint.UnreadableFile):
+        fit([spoilt])  # alone it is the error
 
 
 def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
+from sddlskd import worker
 from sddlskd.config import Config
 from sddlskd.models import create
 from sddlskd.teacher import path_of, publish
@@ -35,7 +38,7 @@ TIMES = ("time", "time/epoch_s", "time/images_per_s")
 
 # Children fork from a process that has imported torch and computed nothing: they start in no time.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["sddlskd.trainer", "mlflow.store.tracking.sqlalchemy_store"])
+processes.set_forkserver_preload(["sddlskd.trainer", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"])
 
 
 def tiny(home: Path, *overrides: str, model: dict[str, Any] | None = None, teacher: bool = True) -> Config:
@@ -75,6 +78,44 @@ def child(*jobs: Config) -> Any:
     process = processes.Process(target=fit_in_child, args=(jobs,))
     process.start()
     return process
+
+
+def _work(words: list[str], environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words
+    torch.set_num_threads(1)
+    worker.main()
+
+
+class ForkedWorker:
+    """In place of the Popen with which a pool starts its workers, whose imports would be most of a test's time.
+
+    What it leaves out, that a worker ends with its pool, is seen where tests start the command.
+    """
+
+    def __init__(self, command: list[str], *, env: dict[str, str], start_new_session: bool) -> None:
+        assert command[:3] == [sys.executable, "-m", "sddlskd.worker"]
+        assert start_new_session
+        at = command.index("--parent")
+        self._process = processes.Process(target=_work, args=([*command[2:at], *command[at + 2 :]], env))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 def rows(job: Config) -> list[dict[str, Any]]:
