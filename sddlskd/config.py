@@ -9,8 +9,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 NO_TEACHER = "none"
+_RUN_NAME: ContextVar[str | None] = ContextVar("run_name", default=None)  # of the job that is being resolved
 M_CURE = "give distinct positive integers, such as M=[1,2,4]"
 
 
@@ -265,8 +268,7 @@ def _given(*values: Any) -> Any:
 
 
 def _run_name_of_root(*, _root_: DictConfig) -> str:
-    job = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key not in ("hydra", "run_dir")])
-    return run_name(resolve(job))
+    return _RUN_NAME.get() or run_name(_typed(_root_))
 
 
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
@@ -286,12 +288,34 @@ def resolve(composed: DictConfig) -> Config:
 
     Raises ValueError naming the value and what is valid, or OmegaConf's errors for types.
     """
-    bare = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    config = _typed(composed)
+    if "run_dir" in composed:  # last, since it may name the job
+        known = _RUN_NAME.set(run_name(config))
+        try:
+            run_dir = composed["run_dir"]
+        finally:
+            _RUN_NAME.reset(known)
+        refuse_interpolations(run_dir, "run_dir")
+        if not isinstance(run_dir, str):
+            run_dir = OmegaConf.merge(_empty(), {"run_dir": run_dir}).run_dir  # a number as text; else its error
+        config.run_dir = os.path.abspath(run_dir) if run_dir else ""
+    return config
+
+
+def _typed(composed: DictConfig) -> Config:
+    """All but run_dir."""
+    bare = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("hydra", "run_dir")])
     plain = OmegaConf.to_container(bare, resolve=True)  # as plain values, so that a key added with + is refused too
     refuse_interpolations(plain, "")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    config = OmegaConf.to_object(OmegaConf.merge(_empty(), plain))
     assert isinstance(config, Config)
     return settle(config)
+
+
+@cache
+def _empty() -> DictConfig:
+    typed: DictConfig = OmegaConf.structured(Config)
+    return typed
 
 
 def settle(config: Config) -> Config:
@@ -542,7 +566,7 @@ def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
     try:
         frozen = OmegaConf.load(path)
         refuse_interpolations(OmegaConf.to_container(frozen, resolve=False), "")
-        job = OmegaConf.merge(OmegaConf.structured(Config), frozen)
+        job = OmegaConf.merge(_empty(), frozen)
         if allow_foreign_targets is not None:
             job.allow_foreign_targets = allow_foreign_targets
         return resolve(job)  # type: ignore[arg-type]

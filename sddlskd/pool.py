@@ -53,7 +53,7 @@ class Pool:
         self.fail_fast = fail_fast
         self.queue: deque[Task] = deque()
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
-        self.asked_to_stop = 0
+        self.asked_to_stop, self.signal = 0, 0  # how often, and by which signal the last time
 
     def check(self, jobs: Sequence[Config]) -> None:
         """Called before anything is written."""
@@ -73,7 +73,7 @@ class Pool:
                     if slot not in self.busy and (task := self._next(self.devices[slot])):
                         self.busy[slot] = self._start(slot, task)
                         if self.asked_to_stop:  # while the worker was being started
-                            self.busy[slot][0].send_signal(signal.SIGINT)
+                            self.busy[slot][0].send_signal(self.signal)
                 for slot, (worker, task) in list(self.busy.items()):
                     if worker.poll() is not None:
                         del self.busy[slot]
@@ -158,9 +158,9 @@ class Pool:
                 worker.send_signal(signal.SIGTERM)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop += 1
+        self.asked_to_stop, self.signal = self.asked_to_stop + 1, number
         for worker, _ in self.busy.values():
-            worker.send_signal(signal.SIGINT) if self.asked_to_stop == 1 else worker.kill()
+            worker.send_signal(number) if self.asked_to_stop == 1 else worker.kill()
         log.warning(
             "%s",
             "stopping after this step with all checkpoints saved; once more stops at once"

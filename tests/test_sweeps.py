@@ -448,10 +448,10 @@ def test_a_refused_sweep_leaves_no_trace(home: Path) -> None:
 
 
 def test_a_stop_while_a_worker_starts_reaches_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Starting(ForkedWorker):
+    class Starting(subprocess.Popen[bytes]):
         def __init__(self, command: list[str], **how: Any) -> None:
             super().__init__(command, **how)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("sddlskd.pool.subprocess", SimpleNamespace(Popen=Starting))
     jobs = jobs_of(home, network("Slow", seconds=0.2), network("Slow", seconds=0.2) + " seed=1",
