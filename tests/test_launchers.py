@@ -89,3 +89,43 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
     finally:
         signal.signal(number, before)
     assert [(one.job, one.run_dirs) for one in submissions(tmp_path)] == [(f"17_{n}", [f"/runs/{n}"]) for n in range(3)]
+
+
+def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[Any] = []
+    pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.wait=false")._pool()
+    monkeypatch.setattr("sddlskd.slurm.states", lambda sweep: {"/runs/0": "queued", "/runs/2": "running"})
+    monkeypatch.setattr(pool, "_submit", lambda groups, sweep, ranks: submitted.extend(groups))
+    jobs = [Config(run_dir=f"/runs/{n}") for n in range(4)]
+    pool.run([jobs[:2], jobs[2:3], jobs[3:]], tmp_path, [])
+    assert submitted == [[jobs[1]], [jobs[3]]]
+    submitted.clear()
+    pool.run([jobs[:1], jobs[2:3]], tmp_path, [])
+    assert submitted == []
+    assert "submitted to SLURM: nothing new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_fail_fast_counts_the_failures_of_this_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Looks at the queue: a job runs, then the other one has failed or not, then it is empty."""
+    pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.fail_fast=true")._pool()
+    looks = iter([{"17_0": ("RUNNING", "None")}] * 2 + [{}] * 2)
+    failed = {"/runs/long ago"}
+    asked: list[tuple[str, ...]] = []
+
+    def look(sweep: Path) -> dict[str, tuple[str, str]]:
+        return next(looks)
+
+    def sleep(seconds: float) -> None:
+        failed.update(["/runs/1"] if fails else [])
+
+    monkeypatch.setattr("sddlskd.slurm.queue", look)
+    monkeypatch.setattr("sddlskd.slurm._failed", lambda sweep: set(failed))
+    monkeypatch.setattr("sddlskd.slurm._ask", lambda *command: asked.append(command))
+    monkeypatch.setattr("sddlskd.slurm.time", SimpleNamespace(sleep=sleep))
+    pool._wait(tmp_path)
+    assert asked == ([("scancel", "17_0")] if fails else [])

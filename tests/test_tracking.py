@@ -643,6 +643,21 @@ def test_sqlite_is_written_by_one_host_alone(home: Path, caplog: pytest.LogCaptu
     assert [run.info.status for run in runs_of(job)] == ["FINISHED"]
 
 
+def test_of_two_hosts_that_claim_a_file_at_once_one_has_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, write_text = home / "mlflow.db.host", record.write_text
+
+    def overtaken(path: Path, text: str) -> None:
+        write_text(path, text)
+        owner.write_text("elsewhere 0000-0000")
+
+    monkeypatch.setattr(record, "write_text", overtaken)
+    assert not owner.exists()
+    with pytest.raises(ConnectionError, match="is written by host elsewhere"):
+        tracking_uri.client(f"sqlite:///{home}/mlflow.db")
+    assert owner.read_text() == "elsewhere 0000-0000"
+    assert {path.name for path in home.iterdir()} == {"mlflow.db", "mlflow.db.host"}
+
+
 def test_sqlite_is_refused_for_other_nodes(home: Path) -> None:
     file, server = tracked(home, teacher=False), tracked(home, "tracking.uri=http://host:5000", teacher=False)
     here = socket.gethostname()
