@@ -37,7 +37,7 @@ from sddlskd.tracking import Mirror
 from sddlskd.trainer import fit
 from tests.tiny import processes, tiny
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900), pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 WRITERS, EPOCHS = 64, 6
 
 

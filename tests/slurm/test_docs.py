@@ -11,7 +11,7 @@ from sddlskd import record
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import REPO
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900), pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 PAGE = (REPO / "docs/cluster.md").read_text()
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
