@@ -19,7 +19,7 @@ demo: setup
 	@echo "Next:"
 	@echo "  open demo/results/report.html                                       # tables, figures, every run"
 	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # look at the runs on http://127.0.0.1:5000"
-	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo seed=0,1 # the same with a second seed; what is done is kept"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=0,1 # a second seed; what is done is kept"
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # what one can choose"
 
 test: setup

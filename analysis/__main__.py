@@ -147,12 +147,14 @@ def _import_logs(given: Sequence[str]) -> None:
 def _add_store(parser: argparse.ArgumentParser) -> None:
     store = parser.add_mutually_exclusive_group()
     store.add_argument("--uri", help="MLflow server or sqlite:////absolute/path/mlflow.db")
-    store.add_argument("--home", type=Path, help="folder of mlflow.db. Default: SDDLSKD_HOME, or this one")
+    neither = "Without either: MLFLOW_TRACKING_URI, or mlflow.db in SDDLSKD_HOME or here"
+    store.add_argument("--home", type=Path, help=f"folder of mlflow.db. {neither}")
 
 
 def _uri(chosen: argparse.Namespace) -> str:
+    server = None if chosen.home else os.environ.get("MLFLOW_TRACKING_URI")
     home = chosen.home or os.environ.get("SDDLSKD_HOME", ".")
-    return chosen.uri or f"sqlite:///{os.path.abspath(home)}/mlflow.db"
+    return chosen.uri or server or f"sqlite:///{os.path.abspath(home)}/mlflow.db"
 
 
 def _say(line: str) -> None:

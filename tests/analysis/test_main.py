@@ -145,6 +145,22 @@ def test_without_a_name_lists_what_there_is(
     assert re.search(r"^ *experiment +sddlskd +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
 
 
+def test_which_store_is_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, nowhere = f"sqlite:///{home}/mlflow.db", f"sqlite:///{tmp_path}/none.db"
+    for server, folder, words, found in (
+        (here, tmp_path, [], True),
+        (nowhere, home, [], False),
+        (nowhere, tmp_path, ["--home", str(home)], True),
+        (nowhere, tmp_path, ["--uri", here], True),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        monkeypatch.setenv("SDDLSKD_HOME", str(folder))
+        assert main(words) == (0 if found else 1)
+        assert ("study" in capsys.readouterr().out) is found
+
+
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [

@@ -324,6 +324,20 @@ def test_a_preempted_job_that_has_time_to_end_is_queued_again(cluster: Cluster, 
     assert (result["status"], result["requeues"]) == ("FINISHED", 1)
 
 
+def test_a_job_that_dies_after_a_preemption_is_not_preempted_again(cluster: Cluster, home: Path) -> None:
+    jobs = jobs_of(home, " ".join(slow(0.5)))
+    folder = Path(jobs[0].run_dir)
+    sweep(jobs, wait=False, partition="spot")
+    wait_for(lambda: training(folder))
+    cluster.ask("sbatch", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 3")
+    (one,) = all_of(home)
+    wait_for(lambda: requeues_of(cluster, one.job) == 1)
+    wait_for(lambda: training(folder))
+    cluster.ask("scancel", "--signal=KILL", f"{one.job}.0")
+    wait_for(lambda: not cluster.queue())
+    assert requeues_of(cluster, one.job) == 1
+
+
 def test_a_finished_job_is_not_requeued_however_often_it_is_warned(cluster: Cluster, home: Path) -> None:
     jobs = jobs_of(home, network("Tiny"), common=("trainer=debug",))
     sweep(jobs, wait=False)
