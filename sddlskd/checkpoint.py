@@ -37,12 +37,12 @@ class UnreadableFile(ValueError):
     """A checkpoint that is truncated, no checkpoint, or would run code."""
 
 
-def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Save tensors and plain values, atomically."""
+def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Save tensors and plain values, atomically; FileExistsError where the file is there and not to be replaced."""
     buffer = BytesIO()  # so that a full disk is met by one plain write, not inside the zip writer
     torch.save(dict(state), buffer)
     content = buffer.getbuffer()
-    with write_atomically(path, content.nbytes) as file:
+    with write_atomically(path, content.nbytes, replace=replace) as file:
         file.write(content)
 
 

@@ -38,8 +38,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def outcomes(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
-    """Print what came out, and exit with 1 where a run failed or 130 where one was stopped."""
+def outcomes(jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False) -> None:
+    """Print what came out, and exit with 1 where a run failed or 130 where one or all of the sweep was stopped."""
     from rich.console import Console
     from rich.table import Table
 
@@ -62,7 +62,7 @@ def outcomes(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
         console.print(f"records in {folder}", soft_wrap=True)
     statuses = {result["status"] for result in results}
-    if "KILLED" in statuses:
+    if "KILLED" in statuses or stopped:
         console.print("stopped; the same command continues where it stopped")
         sys.exit(130)
     if statuses - {"FINISHED"}:

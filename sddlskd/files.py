@@ -13,11 +13,11 @@ __all__ = ["append", "put", "rotate", "write_atomically"]
 
 
 @contextmanager
-def write_atomically(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
+def write_atomically(path: Path, size: int | None = None, *, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to that becomes `path` as a whole or not at all (temporary file, fsync, rename).
 
     size: bytes that will be written, where that is known. Raises OSError naming `path` and what is needed, its old
-    content untouched, where the disk is full or not writable.
+    content untouched, where the disk is full or not writable; FileExistsError where it is there and not to be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -26,7 +26,12 @@ def write_atomically(path: Path, size: int | None = None) -> Iterator[IO[bytes]]
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            put(temporary, path)
+    except FileExistsError:
+        raise
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()  # before the free space is measured

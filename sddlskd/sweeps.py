@@ -113,6 +113,7 @@ def run_sweep(
         tracking.log_plan(registered[0], _write_plan(folder, name, unique))
     elif not _planned(folder) >= {job.run_dir for job in unique}:
         _register_what_others_ran(folder, name, unique)
+    ended = FINISHED
     if todo or "queued" in states.values() or "running" in states.values():
         ended = pool.run(groups, folder, seen.devices)
         if ended == RUNNING:
@@ -126,7 +127,7 @@ def run_sweep(
         write_line(f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})")
         if not pool.here:
             write_line(f"what the tasks said: python -m sddlskd.sweeps logs {folder}")
-    outcomes(unique, results)
+    outcomes(unique, results, stopped=ended == KILLED)
     return [result_of(job) for job in jobs]
 
 

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import socket
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from sddlskd.checkpoint import load_weights, write
-from sddlskd.files import put, write_atomically
+from sddlskd.files import write_atomically
 from sddlskd.precision import autocast
 
 __all__ = ["Teacher", "file_hash", "measured_top1", "missing", "path_of", "publish"]
@@ -45,14 +43,10 @@ def publish(path: Path, weights: dict[str, Tensor], *, network: str, dataset: st
     """
     if path.exists():
         return False
-    new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.new")
     try:
-        write(new, {"model": weights, "network": network, "dataset": dataset, "top1": top1})
-        put(new, path)
+        write(path, {"model": weights, "network": network, "dataset": dataset, "top1": top1}, replace=False)
     except FileExistsError:  # another run has finished meanwhile, or it was fetched
         return False
-    finally:
-        new.unlink(missing_ok=True)
     return True
 
 

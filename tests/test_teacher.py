@@ -196,10 +196,10 @@ def test_of_two_that_publish_at_once_one_is_kept(tmp_path: Path, monkeypatch: py
     first, second = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
     options: dict[str, Any] = {"network": "resnet8", "dataset": "digits", "top1": 50.0}
 
-    def overtaken(place: Path, state: Any) -> None:
+    def overtaken(place: Path, state: Any, *, replace: bool) -> None:
         monkeypatch.undo()
-        write(place, state)
         assert publish(path, second, **options)
+        write(place, state, replace=replace)
 
     monkeypatch.setattr("sddlskd.teacher.write", overtaken)
     assert not publish(path, first, **options)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -433,17 +432,9 @@ def test_editing_yaml_later_changes_no_launched_job(here: Command, teacher_home:
 # Starting.
 
 
-def test_help_says_in_no_time_what_one_can_choose(tmp_path: Path) -> None:
-    taken = []
-    for _ in range(4):  # other processes may slow one of them
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = shell(SCRIPT, "--help", cwd=tmp_path)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)  # by its processor time
-        assert (done.code, done.err) == (0, "")
-        if taken[-1] < 2:
-            break
-    assert min(taken) < 2
+def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
+    done = shell(SCRIPT, "--help", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
     for group in (
         "teacher",
         "student",
