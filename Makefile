@@ -28,7 +28,7 @@ test: setup
 # Real SLURM, PostgreSQL and their like, on loopback; what cannot be installed here is skipped with the reason.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(BIN)/python -m pytest -m services --numprocesses 2 --dist loadfile --durations 12
+	$(BIN)/python -m pytest -m services --durations 12
 
 # MLflow on PostgreSQL on loopback, its data in tracking-server/: docs/tracking.md.
 tracking-server: setup

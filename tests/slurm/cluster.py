@@ -92,7 +92,7 @@ def answers(port: int) -> bool:
     return False
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120, every: float = 0.2) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300, every: float = 0.2) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -148,7 +148,7 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for thread in threads:
         thread.join()
     assert not told, told
-    wait_for(lambda: not cluster.queue(), 300)
+    wait_for(lambda: not cluster.queue(), 600)
     return homes
 
 
