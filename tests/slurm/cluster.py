@@ -124,12 +124,12 @@ class Cluster:
             "munged", "--foreground", "--force", f"--socket={munge['socket']}", f"--key-file={munge['key']}",
             f"--pid-file={munge['pid']}", f"--log-file={munge['log']}", f"--seed-file={munge['seed']}",
         )  # fmt: skip
-        wait_for(lambda: Path(munge["socket"]).exists(), 20)
+        wait_for(lambda: Path(munge["socket"]).exists(), 60)
         if self.accounting:
             self._start_accounting()
         self.start_slurmctld()
         self.start_slurmd()
-        wait_for(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 60)
+        wait_for(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 180)
 
     def _start_accounting(self) -> None:
         database = ["--no-defaults", "--user=root", f"--datadir={self.folder}/db"]
@@ -142,9 +142,9 @@ class Cluster:
             "mariadbd", *database, "--bind-address=127.0.0.1", f"--port={self.sql_port}", "--skip-name-resolve",
             f"--socket={self.folder}/db.socket", f"--init-file={self.folder}/users.sql",
         )  # fmt: skip
-        wait_for(lambda: answers(self.sql_port), 60)
+        wait_for(lambda: answers(self.sql_port), 180)
         self._daemon("slurmdbd", "-D")
-        wait_for(lambda: "loopback" in self.ask("sacctmgr", "-in", "add", "cluster", "loopback"), 60)
+        wait_for(lambda: "loopback" in self.ask("sacctmgr", "-in", "add", "cluster", "loopback"), 180)
         self.ask("sacctmgr", "-i", "add", "account", "lab")
         self.ask("sacctmgr", "-i", "add", "user", "root", "account=lab")
 
@@ -191,9 +191,9 @@ class Cluster:
             self.start_slurmctld()
         if "slurmd" not in self.daemons:
             self.start_slurmd()
-        wait_for(lambda: self.ask("scontrol", "ping"), 60)
+        wait_for(lambda: self.ask("scontrol", "ping"), 180)
         self.ask("scancel", "--user=root")
-        wait_for(lambda: not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T"), 120)
+        wait_for(lambda: not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T"), 300)
 
     def stop(self) -> None:
         for name in ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged"):
