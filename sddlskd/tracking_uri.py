@@ -89,8 +89,8 @@ def _create(path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     making = path.with_name(f".{path.name}.new")
-    try:
-        with FileLock(making / "lock"):
+    with FileLock(making / "lock"):
+        try:
             for left in making.glob("*.db*"):  # by a process that was killed
                 left.unlink()
             if not path.exists():
@@ -98,8 +98,8 @@ def _create(path: Path) -> None:
                 MlflowClient(tracking_uri=f"sqlite:///{new}")
                 with suppress(FileExistsError):  # another program was quicker
                     put(new, path)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)  # whoever waits for the lock sees that the file is there
+        finally:
+            shutil.rmtree(making, ignore_errors=True)  # whoever waits for the lock sees that the file is there
 
 
 def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
