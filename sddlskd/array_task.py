@@ -36,15 +36,9 @@ TEARDOWN = f"""
 # The task is over and its records are closed: whether it goes back into the queue is decided here.
 code=$?
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
-again= preempted= started=
+again=
 case $code in {REQUEUE}|{WARNED_EARLY}) again=warned;; esac
-if [ $code != 0 ]; then
-    told=$(scontrol show job "$job")
-    [[ $told =~ PreemptTime=([0-9][^ ]*) ]] && preempted=${{BASH_REMATCH[1]}}
-    [[ $told =~ StartTime=([0-9][^ ]*) ]] && started=${{BASH_REMATCH[1]}}
-    # SLURM may go on telling of a preemption before this start.
-    if [[ -n $preempted && ! $preempted < $started ]]; then again=preempted; fi
-fi
+if [ $code != 0 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then again=preempted; fi
 if [ -n "$again" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -ge MAX_REQUEUES ]; then
     echo "$again, but not requeued: max_requeues=MAX_REQUEUES is reached"
 elif [ -n "$again" ]; then
