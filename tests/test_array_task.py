@@ -1,14 +1,16 @@
 """What a task of a job array does, as far as it needs no SLURM (tests/slurm has the rest)."""
 
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sddlskd import record
-from sddlskd.array_task import _fit
+from sddlskd.array_task import ArrayTask, _fit
 from sddlskd.stop import Stop
-from sddlskd.worker import BUSY
+from sddlskd.worker import BUSY, STOPPED
 from tests.test_sweeps import home, jobs_of, network
 
 __all__ = ["home"]
@@ -52,3 +54,28 @@ def test_requeues_are_counted_over_all_submissions(home: Path) -> None:
         record.note_requeues(folder, slurm_job, restarts)
     assert _fit([folder], Stop()) == 0
     assert record.read_result(folder)["requeues"] == 5
+
+
+@pytest.mark.parametrize(("rank", "stopped_by", "code"), [(0, "SIGTERM", 130), (1, "SIGTERM", 0), (1, "SIGUSR2", 85)])
+def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
+    home: Path, monkeypatch: pytest.MonkeyPatch, rank: int, stopped_by: str, code: int
+) -> None:
+    """srun ends with the largest code of the ranks, and another rank may hear of the warning from the first alone."""
+    (job,) = jobs_of(home, network("Tiny"))
+
+    def stopped(folders: list[Path], stop: Stop) -> int:
+        stop.signal = signal.Signals[stopped_by]
+        return STOPPED
+
+    slurm = SimpleNamespace(num_tasks=1, num_nodes=1, global_rank=rank, job_id="7_0")
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: slurm)
+    monkeypatch.setattr("sddlskd.array_task._fit", stopped)
+    monkeypatch.setattr("sddlskd.array_task._close_sweep", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        with pytest.raises(SystemExit) as caught:
+            ArrayTask((str(record.freeze(job)),), str(home), 3)()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert caught.value.code == code
