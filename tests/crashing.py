@@ -54,7 +54,8 @@ def fit_again(job: Config) -> None:
 
 
 class Crash:
-    """Ends this process right before its `at`-th file operation below `folder` (open for writing, fsync, rename).
+    """Ends this process right before its `at`-th file operation below `folder` (open for writing, fsync, rename,
+    link).
 
     What was not fsynced by then is cut at a random length, as a power cut would leave it.
     """
@@ -62,8 +63,8 @@ class Crash:
     def __init__(self, folder: Path, at: int) -> None:
         self.folder, self.left, self.draw = str(folder), at, random.Random(at)
         self.unsynced: dict[str, int] = {}  # file -> its size when it was opened
-        self.fsync, self.replace, self.open = os.fsync, os.replace, builtins.open
-        os.fsync, os.replace = self._fsync, self._replace  # type: ignore[assignment]
+        self.fsync, self.replace, self.link, self.open = os.fsync, os.replace, os.link, builtins.open
+        os.fsync, os.replace, os.link = self._fsync, self._replace, self._link  # type: ignore[assignment]
         builtins.open = io.open = self._open  # type: ignore[assignment]
 
     def step(self) -> None:
@@ -82,6 +83,10 @@ class Crash:
     def _replace(self, source: Any, target: Any) -> None:
         self.step()
         self.replace(source, target)
+
+    def _link(self, source: Any, target: Any) -> None:
+        self.step()
+        self.link(source, target)
 
     def _open(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         name = os.path.realpath(file) if isinstance(file, str | os.PathLike) else ""
