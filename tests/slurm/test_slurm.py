@@ -17,7 +17,7 @@ from sddlskd import checkpoint, record, tracking_uri
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.outcome import state_of
-from sddlskd.slurm import Slurm, submissions
+from sddlskd.slurm import Slurm, Submission, submissions
 from sddlskd.sweeps import main, run_sweep
 from sddlskd.trainer import fit
 from tests.slurm.cluster import Cluster, wait_for
@@ -311,13 +311,20 @@ def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Pa
     assert same_weights(folder, Path(twin.run_dir))
 
 
-def test_a_preempted_job_that_has_time_to_end_is_queued_again(cluster: Cluster, home: Path) -> None:
+def preempted(cluster: Cluster, home: Path) -> tuple[Path, Submission]:
+    """The run directory and the submission of a job that was at its steps when another job came before it."""
     jobs = jobs_of(home, " ".join(slow(0.5)))
     folder = Path(jobs[0].run_dir)
     sweep(jobs, wait=False, partition="spot")
     wait_for(lambda: training(folder))
     cluster.ask("sbatch", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 3")
-    wait_for(lambda: "preempted: back into the queue" in Path(all_of(home)[0].log).read_text())
+    (one,) = all_of(home)
+    return folder, one
+
+
+def test_a_preempted_job_that_has_time_to_end_is_queued_again(cluster: Cluster, home: Path) -> None:
+    folder, one = preempted(cluster, home)
+    wait_for(lambda: "preempted: back into the queue" in Path(one.log).read_text())
     assert record.read_result(folder)["reason"] == "stopped by SIGTERM"
     wait_for(lambda: not cluster.queue())
     result = record.read_result(folder)
@@ -325,12 +332,7 @@ def test_a_preempted_job_that_has_time_to_end_is_queued_again(cluster: Cluster, 
 
 
 def test_a_job_that_dies_after_a_preemption_is_not_preempted_again(cluster: Cluster, home: Path) -> None:
-    jobs = jobs_of(home, " ".join(slow(0.5)))
-    folder = Path(jobs[0].run_dir)
-    sweep(jobs, wait=False, partition="spot")
-    wait_for(lambda: training(folder))
-    cluster.ask("sbatch", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 3")
-    (one,) = all_of(home)
+    folder, one = preempted(cluster, home)
     wait_for(lambda: requeues_of(cluster, one.job) == 1)
     wait_for(lambda: training(folder))
     cluster.ask("scancel", "--signal=KILL", f"{one.job}.0")
