@@ -35,6 +35,8 @@ __all__ = ["main"]
 USER = "sddlskd"  # of the database
 START_S = 120.0  # seconds that each of the two has to start
 STOP_S = 30.0  # seconds that each of the two has to stop
+# uvicorn kills a worker that is silent for 5 s, as one is that imports MLflow on a busy machine: then none ever starts.
+_UVICORN = f"--timeout-graceful-shutdown 5 --timeout-worker-healthcheck {START_S:.0f}"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -110,7 +112,7 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
             str(port),
         ]
         mlflow += ["--serve-artifacts", "--artifacts-destination", folder / "artifacts"]
-        mlflow += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", "--timeout-graceful-shutdown 5", *options]
+        mlflow += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", _UVICORN, *options]
         environment = os.environ | {
             "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{USER}@/postgres?host={sockets}",
             "PGPASSFILE": str(password),  # a command line is for everybody to see
