@@ -1,21 +1,28 @@
 """What the tests share: composing a job as the command line does, and a teacher that is there already."""
 
+import gc
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from sddlskd import config as cfg
 from sddlskd.config import Config
+from tests.tiny import composed
 
-CONF = Path(__file__).parents[1] / "conf"
 Compose = Callable[..., Config]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_is_no_garbage() -> None:
+    """A fifth of the time that Hydra takes is the collector's, which goes through all of torch each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,10 +48,8 @@ def nothing_left_behind() -> Iterator[None]:
 
 def compose_in(home: Path, *overrides: str) -> Config:
     """The job that `python -m sddlskd.train home=HOME OVERRIDES` runs."""
-    cfg.frame()
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return cfg.resolve(hydra.compose("config", overrides=[f"home={home}", *overrides]))
+    return composed(home, *overrides)
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from sddlskd.console import explain
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.targets import instantiate
-from tests.conftest import CONF, Compose, compose_in
+from tests.conftest import Compose, compose_in
+from tests.tiny import CONF
 
 REFERENCE = Path(__file__).parent / "reference"
 GROUPS = ("teacher", "student", "distiller", "scales", "dataset", "optimizer", "trainer", "pair", "recipe", "tracking")

@@ -8,8 +8,8 @@ import pytest
 
 from sddlskd import datasets, folders
 from sddlskd.teachers import PUBLISHED
-from tests.conftest import CONF
 from tests.test_readme import composed
+from tests.tiny import CONF
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 CHOICES = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))

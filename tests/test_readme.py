@@ -1,10 +1,7 @@
 """What the README says is so: links, commands, and the examples of one's own loss, network and data set."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +20,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.grid import compose_grid
 from sddlskd.models import create, names
+from tests.tiny import ForkedCommand
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
@@ -104,10 +102,10 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
     words = shlex.split(blocks["sh"])
     quick = ["trainer=debug", "tracking=none"]
-    environment = os.environ | {"SDDLSKD_HOME": str(tmp_path)}
-    command = [sys.executable, *words[1:], *quick]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert words[:2] == ["python", "-m"]
+    at_home = {"SDDLSKD_HOME": str(tmp_path)}
+    code, out, err = ForkedCommand(tmp_path, *words[2:], *quick, cwd=tmp_path, env=at_home).end()
+    assert code == 0, out + err
     results = [record.read_result(path.parent) for path in (tmp_path / "runs").glob("*/resnet8-*/result.json")]
     jobs = {"loss": 2, "network": 1, "dataset": 1}[name]
     assert [result["status"] for result in results if result.get("teacher_sha256")] == ["FINISHED"] * jobs

@@ -32,7 +32,7 @@ from sddlskd.outcome import read_manifest, state_of
 from sddlskd.pool import Pool, Task
 from sddlskd.sweeps import _ask_precheck, _command, _write_manifest, _write_plan, cause_of, groups_of, main, run_sweep
 from sddlskd.trainer import fit
-from tests.tiny import ForkedWorker
+from tests.tiny import ForkedCommand, ForkedWorker
 
 REPO = Path(__file__).parent.parent
 COMMON = [
@@ -268,18 +268,18 @@ LONG = [
 
 
 def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) -> None:
-    process = start(home, *LONG)
+    words = ("sddlskd.train", "-m", *COMMON, f"home={home}", "sweep.name=test", *LONG)
+    process = ForkedCommand(home, *words, cwd=REPO)
     wait_for(lambda: any((home / "runs" / "digits").glob("*/last.ckpt")))
     process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
+    code, out, err = process.end()
+    assert code == 130, out + err
     folders = [path.parent for path in (home / "runs" / "digits").glob("*/config.yaml")]
     assert {state_of(folder) for folder in folders} == {"interrupted"}
     assert {record.read_result(folder)["status"] for folder in folders} == {"KILLED"}
-    assert "to go on: python -m sddlskd.train -m" in told
-    process = start(home, *LONG)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
+    assert "to go on: python -m sddlskd.train -m" in out + err
+    code, out, err = ForkedCommand(home, *words, cwd=REPO).end()
+    assert code == 0, out + err
     assert {state_of(folder) for folder in folders} == {"finished"}
     for folder in folders:
         assert [row["epoch"] for row in record.read_rows(folder)] == [1, 2, 3, 4, 5, 6]

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from sddlskd import config as cfg
 from sddlskd import console, record, train
 from sddlskd.models import create
-from tests.conftest import CONF, compose_in
+from tests.conftest import compose_in
+from tests.tiny import CONF, ForkedCommand
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("sddlskd-train")
@@ -367,12 +367,13 @@ def test_the_same_command_again_says_that_it_is_done(good_run: tuple[tuple[str |
     }
 
 
-def test_another_process_in_the_same_run_directory(module_home: Path) -> None:
+def test_another_process_in_the_same_run_directory(module_home: Path, tmp_path: Path) -> None:
     overrides = (*SMALL, "tracking=none", "seed=11")
     held = record.Record(compose_in(module_home, *overrides))
     try:
         before = content(held.folder)
-        shell(*MODULE, f"home={module_home}", *overrides).refusal(
+        command = ForkedCommand(tmp_path, "sddlskd.train", f"home={module_home}", *overrides, cwd=tmp_path)
+        Done(*command.end()).refusal(
             re.escape(str(held.folder)), f"in use by process {os.getpid()}", "choose another run_dir"
         )
         assert content(held.folder) == before
@@ -380,14 +381,10 @@ def test_another_process_in_the_same_run_directory(module_home: Path) -> None:
         held.close()
 
 
-def test_two_processes_starting_one_job_at_once(module_home: Path) -> None:
-    command = (*MODULE, f"home={module_home}", *SMALL, "tracking=none", "seed=12")
-    ended: list[Done] = []
-    threads = [threading.Thread(target=lambda: ended.append(shell(*command))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_two_processes_starting_one_job_at_once(module_home: Path, tmp_path: Path) -> None:
+    words = ("sddlskd.train", f"home={module_home}", *SMALL, "tracking=none", "seed=12")
+    commands = [ForkedCommand(tmp_path, *words, cwd=tmp_path) for _ in range(2)]
+    ended = [Done(*command.end()) for command in commands]
     assert any(done.code == 0 for done in ended), ended
     for done in ended:
         if done.code:

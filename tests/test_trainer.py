@@ -2,12 +2,9 @@
 
 import functools
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +23,7 @@ from sddlskd.run import Run
 from sddlskd.teacher import Teacher, path_of
 from sddlskd.trainer import fit
 from tests.test_tracking import runs_of
-from tests.tiny import BASE, STEPS, child, final, leave_teacher, net, rows, same, same_outcome, tiny
+from tests.tiny import BASE, STEPS, ForkedCommand, child, final, leave_teacher, net, rows, same, same_outcome, tiny
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -265,27 +262,23 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     leave_teacher(tmp_path)
     folder = tmp_path / "run"
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "sddlskd.train", *BASE, "trainer.epochs=40", f"hydra.run.dir={folder}"]
-        environment = os.environ | {"SDDLSKD_HOME": str(tmp_path)}
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    def start() -> ForkedCommand:
+        words = (*BASE, "trainer.epochs=40", f"hydra.run.dir={folder}", f"home={tmp_path}")
+        return ForkedCommand(tmp_path, "sddlskd.train", *words, cwd=ROOT)
 
     process = start()
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    code, output, errors = process.end()
+    assert code == 130, errors
     assert "the same command continues" in output
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGINT")
     position = torch.load(folder / "last.ckpt", weights_only=True)["position"]
     assert position[0] <= 40
-    process = start()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, _, errors = start().end()
+    assert code == 0, errors
     assert json.loads((folder / "result.json").read_text())["status"] == "FINISHED"
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 41))

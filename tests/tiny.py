@@ -1,11 +1,16 @@
 """Jobs so small that a whole training takes a second, and networks that misbehave on purpose."""
 
+import functools
 import json
 import multiprocessing
 import os
+import runpy
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -13,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
-from sddlskd import worker
+from sddlskd import pool, precheck, sweeps, worker
 from sddlskd.config import Config
 from sddlskd.models import create
 from sddlskd.teacher import path_of, publish
@@ -41,11 +46,40 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["sddlskd.trainer", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"])
 
 
+NOWHERE = "/home/of/no/test"
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...], *surroundings: str | None) -> Config:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return cfg.resolve(hydra.compose("config", overrides=[f"home={NOWHERE}", *overrides]))
+
+
+def _moved(value: Any, home: str) -> Any:
+    """A copy that has that home."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _moved(getattr(value, field.name), home) for field in fields(value)})
+    if isinstance(value, dict):
+        return {key: _moved(each, home) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_moved(each, home) for each in value]
+    return value.replace(NOWHERE, home) if type(value) is str else value
+
+
+def composed(home: Path, *overrides: str) -> Config:
+    """The job that `python -m sddlskd.train home=HOME OVERRIDES` runs.
+
+    Hydra takes a third of a second, so that the same overrides are composed once.
+    """
+    cfg.frame()
+    surroundings = (os.environ.get("MLFLOW_TRACKING_URI"), os.getcwd())  # what else a configuration reads
+    job: Config = _moved(_composed(overrides, *surroundings), os.path.abspath(home))
+    return job
+
+
 def tiny(home: Path, *overrides: str, model: dict[str, Any] | None = None, teacher: bool = True) -> Config:
     """A job of 2 epochs of 3 batches on random images. model: the student's, in place of a network of ours."""
-    cfg.frame()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        job = cfg.resolve(hydra.compose("config", overrides=[*BASE, f"home={home}", *overrides]))
+    job = composed(home, *BASE, *overrides)
     if model:
         job.student.model = model
         job.run_dir = str(Path(job.home, "runs", cfg.run_name(job)))
@@ -116,6 +150,51 @@ class ForkedWorker:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+def _be_command(module: str, words: list[str], cwd: Path, environment: dict[str, str], said: tuple[Path, Path]) -> None:
+    for number, path in enumerate(said, start=1):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [str(cwd)]
+    sys.argv = [module, *words]
+    sweeps._ask_precheck = precheck.look
+    pool.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[assignment]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+class ForkedCommand:
+    """`python -m MODULE WORDS` without the seconds that a start and its imports take; a sweep's workers are forked too.
+
+    What it leaves out, that Python starts with nothing imported, is seen in tests/test_train.py and by the services.
+    """
+
+    def __init__(self, folder: Path, module: str, *words: str, cwd: Path, env: dict[str, str] | None = None) -> None:
+        """folder: where files for what it says are made."""
+        self._said = [Path(tempfile.mkstemp(suffix=f".{name}", dir=folder)[1]) for name in ("out", "err")]
+        told = (module, list(words), cwd, {**os.environ, **(env or {})}, self._said)
+        self._process = processes.Process(target=_be_command, args=told)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def end(self, seconds: float = 300) -> tuple[int, str, str]:
+        """Its exit code and what it said, once it has ended by itself."""
+        self._process.join(seconds)
+        code = self._process.exitcode
+        self._process.kill()
+        out, err = (path.read_text() for path in self._said)
+        assert code is not None, f"it has not ended in {seconds} s\n{out}{err}"
+        return code, out, err
 
 
 def rows(job: Config) -> list[dict[str, Any]]:
