@@ -289,7 +289,7 @@ def resolve(composed: DictConfig) -> Config:
     Raises ValueError naming the value and what is valid, or OmegaConf's errors for types.
     """
     config = _typed(composed)
-    if "run_dir" in composed:  # last, since it may name the job
+    if "run_dir" in composed.keys():  # noqa: SIM118 -- `in composed` would fill it in, by typing all of it once more
         known = _RUN_NAME.set(run_name(config))
         try:
             run_dir = composed["run_dir"]

@@ -37,7 +37,7 @@ from sddlskd.tracking import Mirror
 from sddlskd.trainer import fit
 from tests.tiny import processes, tiny
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
 WRITERS, EPOCHS = 64, 6
 
 
@@ -341,6 +341,27 @@ def test_what_protects_it(server: Server) -> None:
             assert urllib.request.urlopen(request, timeout=20).status == code
         except urllib.error.HTTPError as error:
             assert error.code == code  # noqa: PT017
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+def test_a_worker_that_is_silent_for_a_while_is_left_alone(server: Server) -> None:
+    """As one is that imports MLflow on a busy machine: uvicorn's own patience of 5 s would kill each that starts."""
+
+    def workers() -> list[int]:
+        below = descendants(server.children()["mlflow"])
+        return [pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    before = workers()
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGSTOP)
+    time.sleep(8)
+    os.kill(before[0], signal.SIGCONT)
+    time.sleep(1)
+    assert workers() == before
 
 
 def test_it_is_refused_twice_and_keeps_its_data(server: Server, gate: Gate) -> None:

@@ -12,7 +12,7 @@ from tests.slurm.conftest import cluster_of_its_own
 from tests.slurm.test_slurm import jobs_of, sweep
 from tests.test_sweeps import network
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from sddlskd import record
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import REPO
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
 PAGE = (REPO / "docs/cluster.md").read_text()
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 

@@ -24,7 +24,7 @@ from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import REPO, leave_teacher
 from tests.test_sweeps import grid_of, network
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900), pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1800), pytest.mark.usefixtures("restored")]
 
 COMMON = ["dataset=digits", "teacher=resnet8", "trainer=cpu", "trainer.batch_size=32", "tracking=none"]
 COMMON += ["allow_foreign_targets=true"]
