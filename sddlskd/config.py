@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sddlskd.targets import check_names, refuse_interpolations
+from sddlskd.targets import ForeignTarget, check_names, refuse_interpolations
 
 __all__ = [
     "Config",
@@ -570,6 +570,8 @@ def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
         if allow_foreign_targets is not None:
             job.allow_foreign_targets = allow_foreign_targets
         return resolve(job)  # type: ignore[arg-type]
+    except ForeignTarget as error:
+        raise ForeignTarget(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can raise anything at all
         raise ValueError(
             f"{path} is damaged, or of another version of sddlskd ({' '.join(str(error).split())})"

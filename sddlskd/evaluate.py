@@ -124,6 +124,10 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
         return _overridden(load_run(source, TRUST in overrides), overrides), source / "best.ckpt"
     if not source.is_file():
         raise ValueError(f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/")
+    if source.suffix == ".onnx":
+        raise ValueError(
+            f"{source} is for other programs to run; evaluate its run, or what --to safetensors exports of it"
+        )
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]

@@ -381,7 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if folder is None:
         known = sorted(path.parent.name for path in sweeps.glob("*/sweep.json"))
-        sys.exit(f"error: no sweep {chosen.sweep} in {sweeps}; there are: {', '.join(known) or 'none'}")
+        there = ", ".join(known) or "none"
+        sys.exit(f"error: no sweep {chosen.sweep} in {sweeps}; there are: {there}; elsewhere: --home HOME")
     try:
         {"status": status, "logs": logs, "cancel": cancel}[chosen.command](folder)
     except ConnectionError as error:

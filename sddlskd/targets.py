@@ -12,11 +12,15 @@ from typing import Any
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 
-__all__ = ["check_names", "instantiate", "refuse_interpolations"]
+__all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
 NETWORKS = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")  # where a subclass of nn.Module may be from
 FUNCTIONS = ("sddlskd.datasets.", "sddlskd.folders.", "sddlskd.losses.", "sddlskd.models.")  # ... and public functions
+
+
+class ForeignTarget(ValueError):
+    """A target is of code that nobody has said to trust."""
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
@@ -27,7 +31,7 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
         if not isinstance(target, str) or not target:
             raise ValueError(f"{place}={target!r} is no dotted name; give one such as sddlskd.models.create")
         if not allow_foreign and not _is_ours(target):
-            raise ValueError(
+            raise ForeignTarget(
                 f"{place}={target!a} is not of {', '.join(PACKAGES)}; if it is code of yours, or code that you trust, "
                 "allow_foreign_targets=true runs it"
             )

@@ -149,12 +149,14 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(trained: Con
         (["nowhere"], "nowhere is neither a run directory nor a file"),
         (["{folder}/best.ckpt"], "does not say what it is; add student=NAME dataset=NAME"),
         (["{folder}/best.ckpt", "student=resnet14", *ASKED], "does not hold weights of resnet14"),
+        (["{folder}/best.onnx"], "evaluate its run, or what --to safetensors exports of it"),
         (["{folder}", "trainer.device=tpu"], "trainer.device=tpu is unknown"),
         (["{folder}", "teacher=vgg8"], "teacher=vgg8 for fake is missing"),
         (["{folder}", "datset=fake"], "datset is unknown"),
     ],
 )
 def test_errors_take_one_line(trained: Config, words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(trained.run_dir, "best.onnx").touch()
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([word.format(folder=trained.run_dir) for word in words])
     err = capsys.readouterr().err.splitlines()

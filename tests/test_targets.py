@@ -234,6 +234,7 @@ def test_a_strangers_run_directory_does_not_allow_itself_foreign_targets(
         said = capsys.readouterr().err.splitlines()[-1]
         assert "student.model._target_='tests.test_targets.known_network' is not of" in said
         assert "allow_foreign_targets=true runs it" in said
+        assert "damaged" not in said
         assert not CALLED
         main([str(folder), "allow_foreign_targets=true"])
         assert CALLED
