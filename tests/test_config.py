@@ -538,6 +538,18 @@ def test_scales_as_a_list_and_as_text_are_one_job(compose: Compose) -> None:
             compose(*SMALL, quoted)
 
 
+def test_a_job_is_typed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name, which run_dir has in it, comes of the typed job and not of another one."""
+    cfg.frame()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", overrides=["home=/h", "seed=3"])
+    typed, real = [], cfg._typed
+    monkeypatch.setattr(cfg, "_typed", lambda root: typed.append(root) or real(root))
+    job = cfg.resolve(composed)
+    assert len(typed) == 1
+    assert job.run_dir == f"/h/runs/{cfg.run_name(job)}"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_run_names_are_readable_and_safe_in_a_shell(compose: Compose, recipe: str) -> None:
     job = compose(f"recipe={recipe}", "M=[1,2,4]", "seed=3")

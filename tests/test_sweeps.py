@@ -116,7 +116,7 @@ def test_the_grid_is_what_hydra_composes(tmp_path: Path) -> None:
         "teacher.cache": ["maps"],
     }
     draw = random.Random(0)
-    grid = [[f"{k}={draw.choice(choices[k])}" for k in draw.sample(list(choices), 6)] for _ in range(25)]
+    grid = [[f"{k}={draw.choice(choices[k])}" for k in draw.sample(list(choices), 6)] for _ in range(40)]
     loader, sweep_config, jobs = grid_of(tmp_path, [], grid)
     for overrides, job in zip(grid, jobs, strict=True):
         composed = loader.load_sweep_config(sweep_config, [f"home={tmp_path}", *overrides])

@@ -38,7 +38,7 @@ from sddlskd.trainer import fit
 from tests.tiny import processes, tiny
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
-WRITERS, EPOCHS = 64, 4
+WRITERS, EPOCHS = 64, 6
 
 
 def free_port() -> int:
