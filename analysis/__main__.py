@@ -41,15 +41,23 @@ def _analyse(given: Sequence[str]) -> None:
         "python -m analysis", USAGE, "The papers' tables, figures and a report, from MLflow."
     )
     parser.add_argument("name", nargs="?", help="a sweep, or an MLflow experiment")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to. Default: results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder to write to. Default: results"
+    )
     _add_store(parser)
     parser.add_argument("--metric", choices=("best", "last", "val"), default="best", help=METRIC)
-    parser.add_argument("--mixed-epochs", action="store_true", help="take runs of different lengths together")
-    parser.add_argument("--format", default=",".join(FORMATS), help="of the tables. Default: %(default)s")
+    parser.add_argument(
+        "--mixed-epochs", action="store_true", help="take runs of different lengths together"
+    )
+    parser.add_argument(
+        "--format", default=",".join(FORMATS), help="of the tables. Default: %(default)s"
+    )
     chosen = parser.parse_args(given)
     formats = chosen.format.split(",")
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}")
+        raise ValueError(
+            f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
+        )
     uri = _uri(chosen)
     if chosen.name is None:
         _list(uri)
@@ -71,7 +79,9 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
     built = tables.build(runs.frame, metric=metric, sweep=runs.name, command=runs.command)
     for table in built:
         for suffix in formats:
-            (out / "tables" / f"{table.name}.{suffix}").write_text(as_text[suffix](table), encoding="utf-8")
+            (out / "tables" / f"{table.name}.{suffix}").write_text(
+                as_text[suffix](table), encoding="utf-8"
+            )
         _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
     if not built:
         _say("no table: there are no runs for one")
@@ -81,7 +91,9 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
     runs.frame.to_csv(out / "runs.csv", index=False)
     _say(f"wrote {out / 'runs.csv'}: a row a run")
     report.write(out / "report.html", runs, built, drawn, metric=metric)
-    _say(f"wrote {out / 'report.html'}: {len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs")
+    _say(
+        f"wrote {out / 'report.html'}: {len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs"
+    )
 
 
 def _say_what_is_missing(runs: "Runs") -> None:
@@ -103,7 +115,9 @@ def _say_what_is_missing(runs: "Runs") -> None:
 
 def _by_status(runs: "Runs") -> str:
     standing = runs.frame[~runs.frame["superseded"]]
-    counts = [f"{count} {status.lower()}" for status, count in standing["status"].value_counts().items()]
+    counts = [
+        f"{count} {status.lower()}" for status, count in standing["status"].value_counts().items()
+    ]
     superseded = len(runs.frame) - len(standing)
     return ", ".join([*counts, *([f"{superseded} superseded"] if superseded else [])])
 
@@ -121,9 +135,12 @@ def _list(uri: str) -> None:
 
 def _import_logs(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        "python -m analysis import-logs", description="Bring others' results in as runs, marked source=imported."
+        "python -m analysis import-logs",
+        description="Bring others' results in as runs, marked source=imported.",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them"
+    )
     _add_store(parser)
     parser.add_argument("--experiment", default="imported", help="of MLflow. Default: imported")
     parser.add_argument(
@@ -135,7 +152,9 @@ def _import_logs(given: Sequence[str]) -> None:
     )
     chosen = parser.parse_args(given)
     if wrong := [text for text in chosen.set if "=" not in text]:
-        raise ValueError(f"--set {wrong[0]} is not valid; give PARAM=VALUE, as teacher.name=resnet32x4")
+        raise ValueError(
+            f"--set {wrong[0]} is not valid; give PARAM=VALUE, as teacher.name=resnet32x4"
+        )
     from analysis.import_logs import import_logs
 
     uri = _uri(chosen)

@@ -23,15 +23,34 @@ from scipy.stats import t as student_t
 from analysis import stats
 from analysis.tables import BUDGET, METRICS
 
-__all__ = ["Figure", "agreement", "build", "correlation_gap", "curves", "gains", "interval", "same_family"]
+__all__ = [
+    "Figure",
+    "agreement",
+    "build",
+    "correlation_gap",
+    "curves",
+    "gains",
+    "interval",
+    "same_family",
+]
 
-PANELS, LINES, CELLS = 12, 12, 60  # at most, in a figure; CELLS: panels x settings of a chart of dots
+PANELS, LINES, CELLS = (
+    12,
+    12,
+    60,
+)  # at most, in a figure; CELLS: panels x settings of a chart of dots
 MAPS, CLASSES = 6, 10  # of the t-SNE figure: panels, and classes told apart
 NAMED = 15  # things that a caption names before it counts
 NO_ROOM = "Not drawn for want of room"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 GREY = "#bbbbbb"
-DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))  # 5 and 7 colours: 35 different lines
+DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (6, 1, 1, 1, 1, 1)),
+)  # 5 and 7 colours: 35 different lines
 MARKERS = "osD^vPX<>*hp"
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sddlskd",  # the same ids in every run
@@ -54,7 +73,13 @@ STYLE: dict[Any, Any] = {
 }
 WIDE = 7.0  # inches, both columns of a page; a single panel takes one column
 EXTRAS = {
-    **{"complementary_weight": "β", "knowledge": "", "temperature": "T", "ce_weight": "ce", "kd_weight": "kd"},
+    **{
+        "complementary_weight": "β",
+        "knowledge": "",
+        "temperature": "T",
+        "ce_weight": "ce",
+        "kd_weight": "kd",
+    },
     **{
         "lr": "lr",
         "batch_size": "batch",
@@ -66,7 +91,12 @@ EXTRAS = {
     },
 }
 """Columns that tell settings of one method and M apart, and the sign before their value."""
-UNREAD_ALONE = ("complementary_weight", "knowledge", "temperature", "kd_weight")  # by the loss of a student alone
+UNREAD_ALONE = (
+    "complementary_weight",
+    "knowledge",
+    "temperature",
+    "kd_weight",
+)  # by the loss of a student alone
 KINDS = {False: "heterogeneous", True: "homogeneous"}
 COMPARABLE = ["dataset", "student", *BUDGET, "source"]  # a run and its baseline agree in
 
@@ -79,7 +109,9 @@ class Source(Protocol):
     @property
     def frame(self) -> pd.DataFrame: ...
 
-    def history(self, metrics: Sequence[str] = ..., run_ids: Iterable[str] | None = ...) -> pd.DataFrame: ...
+    def history(
+        self, metrics: Sequence[str] = ..., run_ids: Iterable[str] | None = ...
+    ) -> pd.DataFrame: ...
 
     def predictions(self, run_id: str) -> Arrays | None: ...
 
@@ -116,11 +148,17 @@ def build(runs: Source, out: Path, *, metric: str = "best") -> list[Figure]:
         ):
             if made is not None:
                 name, title, caption, drawing = made
-                figure = Figure(name, title, f"{caption}{left_out}", out / f"{name}.png", out / f"{name}.svg")
+                figure = Figure(
+                    name, title, f"{caption}{left_out}", out / f"{name}.png", out / f"{name}.svg"
+                )
                 drawing.draw_without_rendering()
                 drawing.set_layout_engine("none")  # laid out once, for both files
                 drawing.savefig(figure.png, dpi=200, metadata={"Software": None})
-                drawing.savefig(figure.svg, dpi=200, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+                drawing.savefig(
+                    figure.svg,
+                    dpi=200,
+                    metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+                )
                 drawn.append(figure)
     return drawn
 
@@ -142,9 +180,15 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """panel, setting, epoch, mean, std (sample), n over the runs of each panel and setting."""
-    points = frame[["panel", "setting", "run_id"]].merge(history[["run_id", "epoch", "value"]].dropna(), on="run_id")
+    points = frame[["panel", "setting", "run_id"]].merge(
+        history[["run_id", "epoch", "value"]].dropna(), on="run_id"
+    )
     grouped = points.groupby(["panel", "setting", "epoch"], sort=False)["value"]
-    return grouped.agg(mean="mean", std="std", n="count").reset_index().sort_values("epoch", kind="stable")
+    return (
+        grouped.agg(mean="mean", std="std", n="count")
+        .reset_index()
+        .sort_values("epoch", kind="stable")
+    )
 
 
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
@@ -154,14 +198,19 @@ def gains(frame: pd.DataFrame) -> pd.DataFrame:
     ran in several settings, the one of the highest mean. What shares no seed with its baseline has n = 0.
     """
     rows = []
-    vanilla, distilled = frame[frame["distiller"] == "vanilla"], frame[frame["distiller"] != "vanilla"]
+    vanilla, distilled = (
+        frame[frame["distiller"] == "vanilla"],
+        frame[frame["distiller"] != "vanilla"],
+    )
     plain = distilled[distilled["method"] == distilled["distiller"]]
     for over, baselines, keys in (
         ("plain", plain, ["ground", "teacher", "distiller"]),
         ("vanilla", vanilla, ["ground"]),
     ):
         by_key = dict(list(baselines.groupby(keys)))
-        for (panel, setting, *key), runs in distilled.groupby(["panel", "setting", *keys], sort=False):
+        for (panel, setting, *key), runs in distilled.groupby(
+            ["panel", "setting", *keys], sort=False
+        ):
             rivals = by_key.get(tuple(key))
             if rivals is None or (over == "plain" and (runs["method"] == runs["distiller"]).all()):
                 continue
@@ -169,7 +218,10 @@ def gains(frame: pd.DataFrame) -> pd.DataFrame:
             gain = stats.paired(_by_seed(runs), _by_seed(rivals[rivals["setting"] == best]))
             row = {"panel": panel, "setting": setting, "over": over, "n": gain.n if gain else 0}
             if gain:
-                row |= {"mean": gain.mean, "half": float("nan") if gain.high is None else gain.high - gain.mean}
+                row |= {
+                    "mean": gain.mean,
+                    "half": float("nan") if gain.high is None else gain.high - gain.mean,
+                }
             rows.append(row)
     return pd.DataFrame(rows, columns=["panel", "setting", "over", "n", "mean", "half"])
 
@@ -186,7 +238,9 @@ def agreement(arrays: Arrays) -> float:
 
 def correlation_gap(arrays: Arrays) -> np.ndarray:
     """|difference| of the class-logit correlation matrices of teacher and student, (K,K). SDD Fig. 3"""
-    student_KK, teacher_KK = (np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits"))
+    student_KK, teacher_KK = (
+        np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits")
+    )
     gap_KK: np.ndarray = np.abs(student_KK - teacher_KK)
     return gap_KK
 
@@ -194,7 +248,8 @@ def correlation_gap(arrays: Arrays) -> np.ndarray:
 def same_family(teacher: str, student: str) -> bool:
     """Whether both names begin alike up to the first digit or underscore: resnet32x4, resnet8x4."""
     family = [
-        name[: next((i for i, c in enumerate(name) if c == "_" or c.isdigit()), None)] for name in (teacher, student)
+        name[: next((i for i, c in enumerate(name) if c == "_" or c.isdigit()), None)]
+        for name in (teacher, student)
     ]
     return family[0] == family[1]
 
@@ -212,7 +267,9 @@ def _standing(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
     known = (frame["student"] != "") & (frame["method"] != "")
     finished = ~frame["superseded"] & (frame["status"] == "FINISHED")
     keep = finished & value.notna() & known
-    lost = frame.loc[~frame["superseded"] & ~finished, "status"].str.lower().value_counts().to_dict()
+    lost = (
+        frame.loc[~frame["superseded"] & ~finished, "status"].str.lower().value_counts().to_dict()
+    )
     lost |= {"superseded": int(frame["superseded"].sum())}
     lost |= {f"without {metric} accuracy": int((finished & known & ~keep).sum())}
     lost |= {"without student or method": int((finished & ~known).sum())}
@@ -221,15 +278,26 @@ def _standing(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
     shown = frame[keep].assign(value=value[keep])
     alone = shown["distiller"] == "vanilla"
     shown["M"] = shown["M"].mask(alone, "[1]")
-    shown["panel"] = (shown["teacher"] + " → " + shown["student"]).mask(alone, shown["student"] + " alone")
+    shown["panel"] = (shown["teacher"] + " → " + shown["student"]).mask(
+        alone, shown["student"] + " alone"
+    )
     if shown["dataset"].nunique() > 1:
         shown["panel"] += "\n" + shown["dataset"]
     extras = _extras(shown)
     shown["setting"] = shown["method"].map(_method) + shown["M"].map(_scales) + extras
     shown["line"] = shown["method"].str.removeprefix("sd_").map(_method) + extras
-    shown["ground"] = [str(of_run) for of_run in shown[COMPARABLE].itertuples(index=False, name=None)]
+    shown["ground"] = [
+        str(of_run) for of_run in shown[COMPARABLE].itertuples(index=False, name=None)
+    ]
     shown["rank"] = list(
-        zip(~alone, shown["distiller"], shown["standardize"], shown["M"].map(_size), shown["setting"], strict=True)
+        zip(
+            ~alone,
+            shown["distiller"],
+            shown["standardize"],
+            shown["M"].map(_size),
+            shown["setting"],
+            strict=True,
+        )
     )
     # A seed counts once: what differs in nothing that the loss reads is one run, and of one run again the last stands.
     seeds = shown.sort_values("started", kind="stable", na_position="first").dropna(subset="seed")
@@ -250,15 +318,25 @@ def _extras(frame: pd.DataFrame) -> pd.Series:
         alone, whole = frame["distiller"] == "vanilla", frame["M"] == "[1]"
         unused = (alone & (column in UNREAD_ALONE)) | (whole & (column == "complementary_weight"))
         values = frame[column].astype("object").where(frame[column].notna() & ~unused, "?")
-        differs = values.groupby([frame[key] for key in ("panel", "method", "M")]).transform("nunique") > 1
+        differs = (
+            values.groupby([frame[key] for key in ("panel", "method", "M")]).transform("nunique")
+            > 1
+        )
         differs |= (column == "source") & (values != "sddlskd")
         shown = values.map(
-            lambda value, sign=sign: f", {sign}={value:g}" if sign and value != "?" else f", {sign}{value}"
+            lambda value, sign=sign: (
+                f", {sign}={value:g}" if sign and value != "?" else f", {sign}{value}"
+            )
         )
         text += shown.where(differs, "")
         inert += frame[column].astype("object").where(unused, "").map(lambda value: f"{value},")
     settings = frame["settings_hash"].mask(frame["settings_hash"] == "")
-    unseen = settings.groupby([frame["panel"], frame["method"], frame["M"], text, inert]).transform("nunique") > 1
+    unseen = (
+        settings.groupby([frame["panel"], frame["method"], frame["M"], text, inert]).transform(
+            "nunique"
+        )
+        > 1
+    )
     return text + (", settings_hash=" + settings).where(unseen, "").fillna("")
 
 
@@ -266,7 +344,9 @@ def _method(name: str) -> str:
     """sd_kd_ls -> SD-KD+LS."""
     if name == "vanilla":
         return "student alone"
-    return name.removesuffix("_ls").replace("_", "-").upper() + ("+LS" if name.endswith("_ls") else "")
+    return name.removesuffix("_ls").replace("_", "-").upper() + (
+        "+LS" if name.endswith("_ls") else ""
+    )
 
 
 def _scales(M: str) -> str:
@@ -310,13 +390,19 @@ def _listed(what: str, names: Sequence[str]) -> str:
 def _capital(metric: str, frame: pd.DataFrame) -> str:
     label = METRICS[metric][1]
     held_out = metric != "val" and (frame["val_fraction"] > 0).fillna(False).any()
-    where = " (of the held-out training images, not of the test set, where some are held out)" if held_out else ""
+    where = (
+        " (of the held-out training images, not of the test set, where some are held out)"
+        if held_out
+        else ""
+    )
     return label[0].upper() + label[1:] + where
 
 
 def _seeds(counts: Iterable[int]) -> str:
     low, high = min(counts), max(counts)
-    return f"n = {low} seed{'s' if low > 1 else ''}" if low == high else f"n = {low} to {high} seeds"
+    return (
+        f"n = {low} seed{'s' if low > 1 else ''}" if low == high else f"n = {low} to {high} seeds"
+    )
 
 
 # Drawing
@@ -330,11 +416,15 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _grid(panels: Sequence[str], x: str, y: str, height: float = 2.0) -> tuple[Drawing, dict[str, Axes]]:
+def _grid(
+    panels: Sequence[str], x: str, y: str, height: float = 2.0
+) -> tuple[Drawing, dict[str, Axes]]:
     """A drawing with one pair of axes a panel, by its name."""
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
-    drawing = Drawing(figsize=(3.5 if columns == 1 else WIDE, height * rows + 0.6), layout="constrained")
+    drawing = Drawing(
+        figsize=(3.5 if columns == 1 else WIDE, height * rows + 0.6), layout="constrained"
+    )
     axes = {}
     for index, panel in enumerate(panels):
         axis = axes[panel] = drawing.add_subplot(rows, columns, index + 1)
@@ -346,12 +436,16 @@ def _grid(panels: Sequence[str], x: str, y: str, height: float = 2.0) -> tuple[D
 
 def _legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
     """Below the panels, in as many columns as fit."""
-    handles = [Line2D([], [], label=label, **(_style(index) | marks)) for index, label in enumerate(labels)]
+    handles = [
+        Line2D([], [], label=label, **(_style(index) | marks)) for index, label in enumerate(labels)
+    ]
     inches = 0.055 * max(map(len, labels)) + 0.55
     columns = max(1, min(len(labels), int(drawing.get_figwidth() / inches)))
     rows = -(-len(labels) // columns)
     drawing.set_figheight(drawing.get_figheight() + 0.15 * rows)
-    drawing.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6)
+    drawing.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6
+    )
 
 
 def _learning_curves(runs: Source, frame: pd.DataFrame) -> Made:
@@ -366,7 +460,9 @@ def _learning_curves(runs: Source, frame: pd.DataFrame) -> Made:
         style = _style(index)
         axes[panel].plot(line["epoch"], line["mean"], **style, markevery=(0.04 * (index % 5), 0.2))
         low, high = line["mean"] - line["std"], line["mean"] + line["std"]
-        axes[panel].fill_between(line["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes[panel].fill_between(
+            line["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0
+        )
     for panel, lines in table.groupby("panel"):
         floor = lines["mean"].quantile(0.1)
         axes[panel].set_ylim(bottom=floor - 0.05 * (lines["mean"].max() - floor))
@@ -396,14 +492,19 @@ def _accuracy_by_scales(frame: pd.DataFrame, metric: str) -> Made:
         for number, line in enumerate(drawn):
             style = _style(lines.index(line))
             shift = 0.5 * ((number + 0.5) / len(drawn) - 0.5)
-            values = {M: of_panel.loc[(of_panel["line"] == line) & (of_panel["M"] == M), "value"] for M in scales}
+            values = {
+                M: of_panel.loc[(of_panel["line"] == line) & (of_panel["M"] == M), "value"]
+                for M in scales
+            }
             values = {M: of_M for M, of_M in values.items() if len(of_M)}
             counts += [len(of_M) for of_M in values.values()]
             x = [scales.index(M) + shift for M in values]
             means, halves = zip(*map(interval, values.values()), strict=True)
             axis.errorbar(x, means, yerr=np.nan_to_num(halves), **style, elinewidth=0.8, capsize=2)
             for at, of_M in zip(x, values.values(), strict=True):
-                axis.plot([at] * len(of_M), of_M, ".", color=style["color"], markersize=2.5, alpha=0.6)
+                axis.plot(
+                    [at] * len(of_M), of_M, ".", color=style["color"], markersize=2.5, alpha=0.6
+                )
     for axis in axes.values():
         axis.margins(y=0.1)
     _legend(drawing, lines)
@@ -428,7 +529,9 @@ def _dots(
 ) -> Drawing:
     """Side by side, mean and interval: a band of rows a panel, a row a setting. Panels with a mark are shaded."""
     height = 0.12 * len(panels) * (len(settings) + 1.2) + 0.7
-    drawing = Drawing(figsize=(WIDE if len(columns) > 1 else 5.0, max(1.8, height)), layout="constrained")
+    drawing = Drawing(
+        figsize=(WIDE if len(columns) > 1 else 5.0, max(1.8, height)), layout="constrained"
+    )
     axes = drawing.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, (label, table) in zip(axes, columns, strict=True):
         axis.set_xlabel(label)
@@ -438,10 +541,18 @@ def _dots(
                 axis.axhspan(row - 0.5, row + 0.5, color="#f1f1f1", linewidth=0)
         for index, setting in enumerate(settings):
             of_setting = table[table["setting"] == setting]
-            y = [panels.index(panel) + (index + 0.5) / len(settings) * 0.8 - 0.4 for panel in of_setting["panel"]]
+            y = [
+                panels.index(panel) + (index + 0.5) / len(settings) * 0.8 - 0.4
+                for panel in of_setting["panel"]
+            ]
             style = _style(index) | {"linestyle": "none"}
             axis.errorbar(
-                of_setting["mean"], y, xerr=of_setting["half"].fillna(0), **style, elinewidth=0.8, capsize=1.5
+                of_setting["mean"],
+                y,
+                xerr=of_setting["half"].fillna(0),
+                **style,
+                elinewidth=0.8,
+                capsize=1.5,
             )
     axes[0].set_ylim(len(panels) - 0.5, -0.5)
     axes[0].set_yticks(range(len(panels)), [f"{panel}{marks.get(panel, '')}" for panel in panels])
@@ -461,12 +572,23 @@ def _gain_by_pair(frame: pd.DataFrame, metric: str) -> Made:
     if table.empty:
         return None
     count = table["panel"].nunique()
-    shown, settings, rest = _few(table, "setting", lines=max(4, min(LINES, CELLS // min(count, PANELS))))
+    shown, settings, rest = _few(
+        table, "setting", lines=max(4, min(LINES, CELLS // min(count, PANELS)))
+    )
     kind = shown.drop_duplicates("panel").set_index("panel")["same"]
     panels = kind.sort_values(ascending=False, kind="stable").index.tolist()
-    labels = {"plain": "gain over the plain distiller (points)", "vanilla": "gain over the student alone (points)"}
-    columns = [(labels[over], shown[shown["over"] == over]) for over in labels if over in set(shown["over"])]
-    drawing = _dots(columns, panels, settings, {panel: "  ≠" for panel in panels if not kind[panel]})
+    labels = {
+        "plain": "gain over the plain distiller (points)",
+        "vanilla": "gain over the student alone (points)",
+    }
+    columns = [
+        (labels[over], shown[shown["over"] == over])
+        for over in labels
+        if over in set(shown["over"])
+    ]
+    drawing = _dots(
+        columns, panels, settings, {panel: "  ≠" for panel in panels if not kind[panel]}
+    )
     for axis in drawing.axes:
         axis.axvline(0, color="black", linewidth=0.8)
     caption = (
@@ -507,7 +629,12 @@ def _cost(frame: pd.DataFrame, metric: str) -> Made:
         together = shared[runs.index].any()
         fill = {"markerfacecolor": "white"} if together else {}
         axes[panel].errorbar(
-            runs["epoch_s"].mean(), mean, yerr=np.nan_to_num(half), **style | fill, elinewidth=0.8, capsize=2
+            runs["epoch_s"].mean(),
+            mean,
+            yerr=np.nan_to_num(half),
+            **style | fill,
+            elinewidth=0.8,
+            capsize=2,
         )
     for axis in axes.values():
         axis.margins(0.15)
@@ -546,13 +673,17 @@ def _predictions(runs: Source, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[
     if distilled.empty:
         return distilled, [], ""
     cells = len(distilled["panel"].unique())
-    shown, _, rest = _few(distilled, "setting", lines=max(4, min(LINES, CELLS // min(cells, PANELS))))
+    shown, _, rest = _few(
+        distilled, "setting", lines=max(4, min(LINES, CELLS // min(cells, PANELS)))
+    )
     kept: list[_Kept] = []
     for run in shown.itertuples():
         arrays = runs.predictions(run.run_id)
         if arrays is None or "teacher_logits" not in arrays:
             continue
-        if not (np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["teacher_logits"]).all()):
+        if not (
+            np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["teacher_logits"]).all()
+        ):
             rest += f" Logits of run {run.name} are not finite, so it is left out."
             continue
         if any((run.panel, run.setting) == (other.run.panel, other.run.setting) for other in kept):
@@ -573,14 +704,20 @@ def _agreement(predictions: Predictions) -> Made:
     if not kept:
         return None
     values = pd.DataFrame(
-        [(one.run.panel, one.run.setting, one.agreement) for one in kept], columns=["panel", "setting", "value"]
+        [(one.run.panel, one.run.setting, one.agreement) for one in kept],
+        columns=["panel", "setting", "value"],
     )
     table = pd.DataFrame(
-        [(*key, *interval(of_cell)) for key, of_cell in values.groupby(["panel", "setting"], sort=False)["value"]],
+        [
+            (*key, *interval(of_cell))
+            for key, of_cell in values.groupby(["panel", "setting"], sort=False)["value"]
+        ],
         columns=["panel", "setting", "mean", "half"],
     )
     settings = shown.groupby("setting")["rank"].min().sort_values().index.tolist()
-    drawing = _dots([("equal predictions (%)", table)], list(values["panel"].unique()), settings, {})
+    drawing = _dots(
+        [("equal predictions (%)", table)], list(values["panel"].unique()), settings, {}
+    )
     caption = (
         "Share of test images for which student and teacher predict the same class, at the end of training. Marks: "
         "mean over seeds; bars: 95 % interval of the mean (Student's t), none for a single seed; "
@@ -612,7 +749,9 @@ def _correlation(predictions: Predictions) -> Made:
         apart = gap_KK[~np.eye(len(gap_KK), dtype=bool)]
         axis.set_title(f"{title}\nmean |difference| {np.nanmean(apart):.3f}")
         axis.grid(visible=False)
-    drawing.colorbar(image, ax=list(axes.values()), label="|difference|", extend="max", aspect=40, pad=0.02)
+    drawing.colorbar(
+        image, ax=list(axes.values()), label="|difference|", extend="max", aspect=40, pad=0.02
+    )
     caption = (
         "Absolute difference of the correlation matrices of teacher's and student's class logits over the test images "
         f"(SDD Fig. 3), at the end of training; n = 1 seed, the lowest of each. The mean is over pairs of different "
@@ -629,7 +768,9 @@ def _features(predictions: Predictions) -> Made:
     counts = pd.Series([one.run.panel for one in first]).value_counts(sort=False)
     pair = str(counts.idxmax())  # the panel of most settings, the first of several
     first = [one for one in first if one.run.panel == pair]
-    drawn = first if len(first) < MAPS else [*first[: MAPS - 2], first[-1]]  # the plainest, and the one of most scales
+    drawn = (
+        first if len(first) < MAPS else [*first[: MAPS - 2], first[-1]]
+    )  # the plainest, and the one of most scales
     left = [one.run.setting for one in first if one not in drawn]
     left += [str(panel) for panel in counts.index if panel != pair]
     arrays = first[0].arrays or {}
@@ -644,14 +785,26 @@ def _features(predictions: Predictions) -> Made:
         points_n2 = _embedded(clouds[name][:images])
         axis.set_axis_off()
         other = ~np.isin(target_n, told)
-        axis.scatter(points_n2[other, 0], points_n2[other, 1], s=2, color=GREY, linewidths=0, rasterized=True)
+        axis.scatter(
+            points_n2[other, 0], points_n2[other, 1], s=2, color=GREY, linewidths=0, rasterized=True
+        )
         for index, of_told in enumerate(told):
             style = _style(index)
             x, y = points_n2[target_n == of_told].T
-            axis.scatter(x, y, s=7, marker=style["marker"], color=style["color"], linewidths=0, rasterized=True)
+            axis.scatter(
+                x,
+                y,
+                s=7,
+                marker=style["marker"],
+                color=style["color"],
+                linewidths=0,
+                rasterized=True,
+            )
     _legend(drawing, [f"class {number}" for number in told], linestyle="none")
     grey = (
-        "" if len(told) == len(classes) else f" {len(told)} of {len(classes)} classes are told apart, the others grey."
+        ""
+        if len(told) == len(classes)
+        else f" {len(told)} of {len(classes)} classes are told apart, the others grey."
     )
     pair_text = pair.replace("\n", ", ")
     caption = (
@@ -668,9 +821,9 @@ def _embedded(features_nC: np.ndarray) -> np.ndarray:
 
     perplexity = min(30.0, max(1.0, (len(features_nC) - 1) / 3))
     with threadpool_limits(1):  # sums in one order, whatever the machine
-        points: np.ndarray = TSNE(init="pca", perplexity=perplexity, random_state=0, max_iter=500).fit_transform(
-            features_nC.astype(np.float32)
-        )
+        points: np.ndarray = TSNE(
+            init="pca", perplexity=perplexity, random_state=0, max_iter=500
+        ).fit_transform(features_nC.astype(np.float32))
     return points
 
 
@@ -697,20 +850,39 @@ def _regions(predictions: Predictions) -> Made:
         axis = drawing.add_subplot(rows, columns, place + 1)
         image_HWC = arrays["images"][index]
         height, width = image_HWC.shape[:2]
-        axis.imshow(image_HWC.squeeze(), cmap="gray", interpolation="nearest", extent=(0, width, height, 0))
+        axis.imshow(
+            image_HWC.squeeze(), cmap="gray", interpolation="nearest", extent=(0, width, height, 0)
+        )
         axis.set_axis_off()
-        axis.set_title(f"true {target[index]}, whole {predicted[index]} {'✗' if wrong[index] else '✓'}", fontsize=7)
+        axis.set_title(
+            f"true {target[index]}, whole {predicted[index]} {'✗' if wrong[index] else '✓'}",
+            fontsize=7,
+        )
         for region, (row, column) in enumerate(np.ndindex(m, m)):
             corner = (column * width / m, row * height / m)
-            axis.add_patch(Rectangle(corner, width / m, height / m, fill=False, edgecolor="white", linewidth=0.6))
+            axis.add_patch(
+                Rectangle(
+                    corner, width / m, height / m, fill=False, edgecolor="white", linewidth=0.6
+                )
+            )
             number = regions[index, region]
             if number != predicted[index]:
                 right = number == target[index]
                 middle = (corner[0] + width / m / 2, corner[1] + height / m / 2)
-                box = {"boxstyle": "square,pad=0.15", "linewidth": 0, "facecolor": "#005f46" if right else "white"}
+                box = {
+                    "boxstyle": "square,pad=0.15",
+                    "linewidth": 0,
+                    "facecolor": "#005f46" if right else "white",
+                }
                 text = f"{number}✓" if right else str(number)
                 axis.text(
-                    *middle, text, ha="center", va="center", fontsize=6, bbox=box, color="white" if right else "black"
+                    *middle,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    bbox=box,
+                    color="white" if right else "black",
                 )
     caption = (
         f"Test images for which a region and the whole logit map of the teacher {one.run.teacher} predict different "

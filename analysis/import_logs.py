@@ -54,7 +54,11 @@ CSV_NAMES = {
     **{key: key for key in METRICS.values()},
     **METRICS,
     **{"best_top1": "best/top1", "best_acc": "best/top1", "last_top1": "last/top1"},
-    **{"epochs_configured": "trainer.epochs", "epochs_logged": "epochs_done", "epochs_done": "epochs_done"},
+    **{
+        "epochs_configured": "trainer.epochs",
+        "epochs_logged": "epochs_done",
+        "epochs_done": "epochs_done",
+    },
     **{name: name for name in ("method", "status", "name")},
 }
 WORKLOG = {
@@ -121,18 +125,26 @@ def import_logs(
     refused: list[str] = []
     found = _read_all(_files(paths, refused), fixed, refused)
     run_ids: list[str] = []
-    if (first := next(found, None)) is not None:  # no database is made where there is nothing to put into it
+    if (
+        first := next(found, None)
+    ) is not None:  # no database is made where there is nothing to put into it
         _make_database(uri)
         with reading(uri) as client:
             experiment_id = _experiment(client, uri, experiment)
             for run in itertools.chain([first], found):
                 if there := _there(client, experiment_id, run.record):
-                    say(f"{run.path}: {run.name} is there as run {there}; delete it in MLflow to import it anew")
+                    say(
+                        f"{run.path}: {run.name} is there as run {there}; delete it in MLflow to import it anew"
+                    )
                     continue
                 run_ids.append(_write(client, experiment_id, run))
-                say(f"{run.path}: {run.name} is run {run_ids[-1]}, {run.status}{run.reason and f' ({run.reason})'}")
+                say(
+                    f"{run.path}: {run.name} is run {run_ids[-1]}, {run.status}{run.reason and f' ({run.reason})'}"
+                )
     if refused:
-        raise ValueError("\n".join([f"{len(refused)} not imported, {len(run_ids)} imported:", *refused]))
+        raise ValueError(
+            "\n".join([f"{len(refused)} not imported, {len(run_ids)} imported:", *refused])
+        )
     return run_ids
 
 
@@ -143,10 +155,16 @@ def _files(paths: Iterable[Path], refused: list[str]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            logs = sorted(file for file in path.rglob("*") if file.suffix.lower() in LOG_SUFFIXES and file.is_file())
+            logs = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in LOG_SUFFIXES and file.is_file()
+            )
             found += logs
             if not logs:
-                refused.append(f"{path}: no file in it ends in {', '.join(sorted(LOG_SUFFIXES))}; name the logs")
+                refused.append(
+                    f"{path}: no file in it ends in {', '.join(sorted(LOG_SUFFIXES))}; name the logs"
+                )
         elif path.is_file():
             found.append(path)
         else:
@@ -154,7 +172,9 @@ def _files(paths: Iterable[Path], refused: list[str]) -> list[Path]:
     return list({file.resolve(): file for file in found}.values())
 
 
-def _read_all(files: Iterable[Path], given: Mapping[str, str], refused: list[str]) -> Iterator[_Import]:
+def _read_all(
+    files: Iterable[Path], given: Mapping[str, str], refused: list[str]
+) -> Iterator[_Import]:
     for path in files:
         try:
             yield from list(_read(path, given, refused))
@@ -164,12 +184,16 @@ def _read_all(files: Iterable[Path], given: Mapping[str, str], refused: list[str
 
 def _read(path: Path, given: Mapping[str, str], refused: list[str]) -> Iterable[_Import]:
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{size / 2**20:.0f} MiB are more than {MAX_BYTES // 2**20}; keep the lines of whole epochs")
+        raise ValueError(
+            f"{size / 2**20:.0f} MiB are more than {MAX_BYTES // 2**20}; keep the lines of whole epochs"
+        )
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is no UTF-8; is it a log? If so, save it as UTF-8") from None
+        raise ValueError(
+            f"byte {error.start} is no UTF-8; is it a log? If so, save it as UTF-8"
+        ) from None
     if not text.strip():
         raise ValueError("is empty")
     if text.lstrip().startswith("{") and '"test_acc"' in text:
@@ -185,30 +209,46 @@ def _read(path: Path, given: Mapping[str, str], refused: list[str]) -> Iterable[
     return _runs(path, content, logs, given)
 
 
-def _runs(path: Path, content: bytes, logs: Sequence[_Log], given: Mapping[str, str]) -> Iterator[_Import]:
+def _runs(
+    path: Path, content: bytes, logs: Sequence[_Log], given: Mapping[str, str]
+) -> Iterator[_Import]:
     name, digest = _name(path), hashlib.sha256(content).hexdigest()
     params = {**_named(name, path), **given}
-    longest = max((len(each.epochs) for each in logs if not each.torn and each.closed is not False), default=0)
+    longest = max(
+        (len(each.epochs) for each in logs if not each.torn and each.closed is not False), default=0
+    )
     for index, each in enumerate(logs):
         done = len(each.epochs)
         if not done:
             raise ValueError("no epoch in it is whole")
         own = _complete(params)
-        planned = int(given.get("trainer.epochs", 0)) or each.planned or (done if each.closed else longest)
+        planned = (
+            int(given.get("trainer.epochs", 0))
+            or each.planned
+            or (done if each.closed else longest)
+        )
         if planned >= done:
             own["trainer.epochs"] = str(planned)
         elif "trainer.epochs" in given or each.planned:
-            raise ValueError(f"{done} epochs are more than the {planned} planned; give --set trainer.epochs=...")
+            raise ValueError(
+                f"{done} epochs are more than the {planned} planned; give --set trainer.epochs=..."
+            )
         if each.lr:
             own.setdefault("optimizer.lr", str(each.lr))
         accuracies = [row["val/top1"] for row in each.epochs]
         best = max(filter(math.isfinite, accuracies), default=math.nan)
         final = {"best/top1": best, "last/top1": accuracies[-1]}
-        metrics = [(key, value, epoch) for epoch, row in enumerate(each.epochs, 1) for key, value in row.items()]
+        metrics = [
+            (key, value, epoch)
+            for epoch, row in enumerate(each.epochs, 1)
+            for key, value in row.items()
+        ]
         metrics += [(key, value, done) for key, value in final.items()]
         _require_percent(metrics)
         label = name if len(logs) == 1 else f"{name} #{index + 1}"
-        yield _Import(label, path, f"{digest}:{index}", own, metrics, *_outcome(each, planned, best))
+        yield _Import(
+            label, path, f"{digest}:{index}", own, metrics, *_outcome(each, planned, best)
+        )
 
 
 def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
@@ -227,7 +267,9 @@ def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
         reasons.append(f"log states best top-1 {each.best:.2f}, and its epochs' best is {best:.2f}")
     for epoch, row in enumerate(each.epochs, 1):
         if broken := [key for key, value in row.items() if not math.isfinite(value)]:
-            return "FAILED", "; ".join([f"{broken[0]} is {row[broken[0]]} in epoch {epoch}", *reasons])
+            return "FAILED", "; ".join(
+                [f"{broken[0]} is {row[broken[0]]} in epoch {epoch}", *reasons]
+            )
     return status, "; ".join(reasons)
 
 
@@ -253,9 +295,13 @@ def _worklog(text: str) -> list[_Log]:
     for number, line in enumerate(lines, 1):
         if match := re.fullmatch(r"\s*(\w+):\s*(\S+)\s*", line):
             if match[1] in block:
-                raise ValueError(f"line {number}: {match[1]} stands twice in the block of epoch {block.get('epoch')}")
+                raise ValueError(
+                    f"line {number}: {match[1]} stands twice in the block of epoch {block.get('epoch')}"
+                )
             block[match[1]] = match[2]
-        elif match := re.fullmatch(r"best_acc\s+(\S+?)-*\s*", line):  # no line break parts it from a run appended
+        elif match := re.fullmatch(
+            r"best_acc\s+(\S+?)-*\s*", line
+        ):  # no line break parts it from a run appended
             if block or not logs:
                 raise ValueError(f"line {number}: best_acc stands before the end of an epoch")
             logs[-1].best, logs[-1].closed = _number(match[1], number), True
@@ -263,7 +309,9 @@ def _worklog(text: str) -> list[_Log]:
             if block:
                 _take_block(logs, block, number)
             block = {}
-        elif line.strip() and (number < len(lines) or text.endswith("\n")):  # the last line may be cut
+        elif line.strip() and (
+            number < len(lines) or text.endswith("\n")
+        ):  # the last line may be cut
             raise ValueError(f"line {number}: {line[:60]!r} is no line of a worklog")
     if block and logs and block.get("epoch") != "1":
         logs[-1].torn = True
@@ -272,7 +320,9 @@ def _worklog(text: str) -> list[_Log]:
 
 def _take_block(logs: list[_Log], block: Mapping[str, str], number: int) -> None:
     if absent := [key for key in ("epoch", *WORKLOG) if key not in block]:
-        raise ValueError(f"line {number}: the block of epoch {block.get('epoch', '?')} lacks {', '.join(absent)}")
+        raise ValueError(
+            f"line {number}: the block of epoch {block.get('epoch', '?')} lacks {', '.join(absent)}"
+        )
     if not block["epoch"].isdecimal():
         raise ValueError(f"line {number}: epoch: {block['epoch']} is no whole number")
     metrics = {name: _number(block[key], number) for key, name in WORKLOG.items()}
@@ -299,12 +349,16 @@ def _glued_json(text: str) -> list[_Log]:
             logs[-1].best = float(entry["best_acc"])
         except json.JSONDecodeError as error:
             if "}" in text[at:] or not logs:
-                raise ValueError(f"line {text.count(chr(10), 0, error.pos) + 1}: {error.msg}") from None
+                raise ValueError(
+                    f"line {text.count(chr(10), 0, error.pos) + 1}: {error.msg}"
+                ) from None
             logs[-1].torn = True
             break
         except (KeyError, TypeError, RecursionError) as error:
             number = text.count("\n", 0, at) + 1
-            raise ValueError(f"the object at line {number} is no epoch of CTKD's ({error!r})") from None
+            raise ValueError(
+                f"the object at line {number} is no epoch of CTKD's ({error!r})"
+            ) from None
         at = end
     return logs
 
@@ -313,7 +367,9 @@ def _json_stats(text: str) -> list[_Log]:
     logs: list[_Log] = []
     trained: dict[str, float] = {}
     whole = True
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if "json_stats: " in line]
+    lines = [
+        (number, line) for number, line in enumerate(text.splitlines(), 1) if "json_stats: " in line
+    ]
     for number, line in lines:
         kind = re.search(r'"_type": "(\w+)"', line)
         whole = kind is not None and kind[1] == "test_epoch"
@@ -333,7 +389,9 @@ def _json_stats(text: str) -> list[_Log]:
             if number == lines[-1][0]:
                 whole = False
                 break
-            raise ValueError(f"line {number} is no epoch of tiny-transformers' ({error!r})") from None
+            raise ValueError(
+                f"line {number} is no epoch of tiny-transformers' ({error!r})"
+            ) from None
         _take(logs, epoch, {**trained, "val/top1": top1, "val/top5": top5})
         logs[-1].best, logs[-1].planned, trained = stated, planned, {}
     if logs:
@@ -357,7 +415,11 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
     try:
         for cells in reader:
             row = {name: cell.strip() for name, cell in zip(names, cells, strict=False) if name}
-            row = {name: cell for name, cell in row.items() if cell not in ("", "None", "nan", "NaN", "<NA>")}
+            row = {
+                name: cell
+                for name, cell in row.items()
+                if cell not in ("", "None", "nan", "NaN", "<NA>")
+            }
             if not row:
                 continue
             # A row, not the file: a table that grows is imported again for what is new.
@@ -374,15 +436,27 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
         refused.append(f"{path} line {reader.line_num}: {error}")
 
 
-def _row(name: str, path: Path, record: str, row: Mapping[str, str], given: Mapping[str, str]) -> _Import:
+def _row(
+    name: str, path: Path, record: str, row: Mapping[str, str], given: Mapping[str, str]
+) -> _Import:
     own = _method(row["method"]) if "method" in row else {}
     if "distiller.name" in row:
-        own |= _method(row["distiller.name"]) if not own else {"distiller.name": row["distiller.name"].lower()}
-    told = {key: _param(key, row[key]) for key in PARAMS.values() if key in row and key != "distiller.name"}
+        own |= (
+            _method(row["distiller.name"])
+            if not own
+            else {"distiller.name": row["distiller.name"].lower()}
+        )
+    told = {
+        key: _param(key, row[key])
+        for key in PARAMS.values()
+        if key in row and key != "distiller.name"
+    }
     own = _complete({**own, **told, **given})
     status = STATUS_WORDS.get(row.get("status", "").lower())
     if status is None:
-        raise ValueError(f"status {row['status']} is none of {', '.join(word for word in STATUS_WORDS if word)}")
+        raise ValueError(
+            f"status {row['status']} is none of {', '.join(word for word in STATUS_WORDS if word)}"
+        )
     planned = own.get("trainer.epochs", "0")
     done = int(_whole("epochs_done", row.get("epochs_done", planned)))
     if status == "FINISHED" and done < int(planned):
@@ -391,11 +465,21 @@ def _row(name: str, path: Path, record: str, row: Mapping[str, str], given: Mapp
     _require_percent([(key, value, done) for key, value in values.items()])
     if best_or_last := {"best/top1", "last/top1"} & values.keys():
         if 0 < max(values[key] for key in best_or_last) <= 1:
-            raise ValueError(f"top-1 {max(values[key] for key in best_or_last)} looks like a fraction; give percent")
+            raise ValueError(
+                f"top-1 {max(values[key] for key in best_or_last)} looks like a fraction; give percent"
+            )
     elif status == "FINISHED":
         raise ValueError("a finished run has best, last or both; this has neither")
     reason = f"{done} of {planned} epochs" if status != "FINISHED" and done < int(planned) else ""
-    return _Import(name, path, record, own, [(key, value, done) for key, value in values.items()], status, reason)
+    return _Import(
+        name,
+        path,
+        record,
+        own,
+        [(key, value, done) for key, value in values.items()],
+        status,
+        reason,
+    )
 
 
 # What a path and a cell say
@@ -411,7 +495,9 @@ def _name(path: Path) -> str:
 def _named(name: str, path: Path) -> dict[str, str]:
     """Params that the name of a log gives."""
     params: dict[str, str] = {}
-    for folder in path.absolute().parts[-4:-1]:  # mdistiller: output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt
+    for folder in path.absolute().parts[
+        -4:-1
+    ]:  # mdistiller: output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt
         if match := re.match("cifar100|imagenet|cub200", folder.lower()):
             params["dataset.name"] = match[0]
     parts = name.split(",")
@@ -451,14 +537,18 @@ def _network(text: str) -> str:
     for pattern, ours in NETWORKS:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
-    raise ValueError(f"{text!r} is no name of a network; give --set teacher.name=... student.name=...")
+    raise ValueError(
+        f"{text!r} is no name of a network; give --set teacher.name=... student.name=..."
+    )
 
 
 def _param(key: str, text: str) -> str:
     """A param as the trainer would write it."""
     column = next((column for column, param in PARAMS.items() if param == key), None)
     if column is None:
-        raise ValueError(f"{key} is no param that a table uses; there are {', '.join(PARAMS.values())}")
+        raise ValueError(
+            f"{key} is no param that a table uses; there are {', '.join(PARAMS.values())}"
+        )
     if column in ("teacher", "student"):
         return _network(text)
     if column == "M":
@@ -505,7 +595,9 @@ def _complete(params: Mapping[str, str]) -> dict[str, str]:
     alone = {"teacher.name": "none", "M": "[1]", "standardize": "False"}
     whole = {**params, **(alone if params.get("distiller.name") == "vanilla" else {})}
     if absent := [key for key in NEEDED if not whole.get(key)]:
-        raise ValueError(f"says nothing of {', '.join(absent)}; give --set {' '.join(f'{key}=...' for key in absent)}")
+        raise ValueError(
+            f"says nothing of {', '.join(absent)}; give --set {' '.join(f'{key}=...' for key in absent)}"
+        )
     return {**whole, **{key: _network(whole[key]) for key in ("teacher.name", "student.name")}}
 
 
@@ -528,7 +620,9 @@ def _make_database(uri: str) -> None:
         path.touch()
         path.unlink()  # MLflow would try for half a minute where it cannot write
     except OSError as error:
-        raise ValueError(f"{uri} cannot be made ({error}); name another with --home or --uri") from None
+        raise ValueError(
+            f"{uri} cannot be made ({error}); name another with --home or --uri"
+        ) from None
     from mlflow.tracking import MlflowClient  # heavy: only when there is something to import
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -540,10 +634,20 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         # Else SQLite stores would put a folder of artifacts where the command happens to run.
-        here = Path(uri.removeprefix("sqlite:///")).absolute().parent if uri.startswith("sqlite:") else None
-        return str(client.create_experiment(name, artifact_location=(here / "mlartifacts").as_uri() if here else None))
+        here = (
+            Path(uri.removeprefix("sqlite:///")).absolute().parent
+            if uri.startswith("sqlite:")
+            else None
+        )
+        return str(
+            client.create_experiment(
+                name, artifact_location=(here / "mlartifacts").as_uri() if here else None
+            )
+        )
     if found.lifecycle_stage == "deleted":
-        raise ValueError(f"experiment {name} was deleted in MLflow; restore it there or choose another name")
+        raise ValueError(
+            f"experiment {name} was deleted in MLflow; restore it there or choose another name"
+        )
     return str(found.experiment_id)
 
 

@@ -96,8 +96,15 @@ def of_table(table: str, metric: str = "top1") -> list[Published]:
 def gains() -> dict[tuple[str, str, str], PrintedGain]:
     """Top-1 gains by (table, pair, method), where the papers print them."""
     return {
-        (row["table"], f"{row['teacher']}_{STUDENTS.get(row['student'], row['student'])}", row["method"]): PrintedGain(
-            float(row["printed_gain"]), float(row["computed_gain"]), row["ok"] == "yes", row["where"]
+        (
+            row["table"],
+            f"{row['teacher']}_{STUDENTS.get(row['student'], row['student'])}",
+            row["method"],
+        ): PrintedGain(
+            float(row["printed_gain"]),
+            float(row["computed_gain"]),
+            row["ok"] == "yes",
+            row["where"],
         )
         for row in _rows("gains.csv")
         if row["metric"] == "top1"

@@ -27,8 +27,30 @@ KINDS = {
     "published-gain": "published gain",
 }
 CSV_COLUMNS = (
-    *("table", "row", "column", "quantity", "mean", "std", "n", "planned", "seeds", "troubles", "rank"),
-    *("published", "published_in", "flag", "published_gain", "gain_over", "gain", "gain_n", "ci_low", "ci_high"),
+    *(
+        "table",
+        "row",
+        "column",
+        "quantity",
+        "mean",
+        "std",
+        "n",
+        "planned",
+        "seeds",
+        "troubles",
+        "rank",
+    ),
+    *(
+        "published",
+        "published_in",
+        "flag",
+        "published_gain",
+        "gain_over",
+        "gain",
+        "gain_n",
+        "ci_low",
+        "ci_high",
+    ),
     *("p", "p_holm", "verdict", "footnotes"),
 )
 
@@ -61,7 +83,9 @@ def _ours(cell: Cell, table: Table) -> str:
 
 def _texts(cell: Cell, table: Table) -> Iterator[Text]:
     def text(kind: str, body: str, rank: str = "") -> Text:
-        return Text(kind, body, rank, tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ())))
+        return Text(
+            kind, body, rank, tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ()))
+        )
 
     if cell.planned:
         yield text("ours", _ours(cell, table), cell.rank)
@@ -74,7 +98,9 @@ def _texts(cell: Cell, table: Table) -> Iterator[Text]:
             yield text("interval", f"[{pairs.low:+.2f}, {pairs.high:+.2f}]")
             yield text("p", f"{p:.3f}" if p >= 0.001 else "<0.001")
         else:
-            yield text("interval", f"{'single seed' if pairs.n == 1 else 'equal differences'}: no interval")
+            yield text(
+                "interval", f"{'single seed' if pairs.n == 1 else 'equal differences'}: no interval"
+            )
     if cell.published_gain:
         yield text("published-gain", f"{cell.published_gain.difference:+.2f}")
     if cell.verdict:
@@ -83,13 +109,18 @@ def _texts(cell: Cell, table: Table) -> Iterator[Text]:
 
 def _over(table: Table, row: str, columns: Sequence[str]) -> str:
     """What the row's gains are over."""
-    return " or ".join(dict.fromkeys(gain.over for column in columns if (gain := table.cells[row, column].gain)))
+    return " or ".join(
+        dict.fromkeys(gain.over for column in columns if (gain := table.cells[row, column].gain))
+    )
 
 
 def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
     """A row's lines, without those that no column fills; where nothing of ours is, the published line has its name."""
     for row in table.rows:
-        texts = [{text.kind: text for text in _texts(table.cells[row, column], table)} for column in columns]
+        texts = [
+            {text.kind: text for text in _texts(table.cells[row, column], table)}
+            for column in columns
+        ]
         ours = any("ours" in text for text in texts)
         labels = {
             "ours": row,
@@ -130,7 +161,11 @@ def markdown(table: Table) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    return re.sub(
+        r"([\\`*_|\[\]])",
+        r"\\\1",
+        text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"),
+    )
 
 
 LATEX = {
@@ -172,10 +207,14 @@ def latex(table: Table) -> str:
         if text is None:
             return _latex(EMPTY)
         body = _latex(text.text)
-        body = {"best": rf"\textbf{{{body}}}", "second": rf"\underline{{{body}}}"}.get(text.rank, body)
+        body = {"best": rf"\textbf{{{body}}}", "second": rf"\underline{{{body}}}"}.get(
+            text.rank, body
+        )
         return body + (f"$^{{{','.join(map(str, text.marks))}}}$" if text.marks else "")
 
-    out = [r"\providecommand{\toprule}{\hline}\providecommand{\midrule}{\hline}\providecommand{\bottomrule}{\hline}"]
+    out = [
+        r"\providecommand{\toprule}{\hline}\providecommand{\midrule}{\hline}\providecommand{\bottomrule}{\hline}"
+    ]
     caption = rf"\caption{{{_latex(table.title)}}}\label{{tab:{table.name}}}"
     for start in range(0, len(table.columns), COLUMNS_A_FLOAT):
         columns = table.columns[start : start + COLUMNS_A_FLOAT]
@@ -192,7 +231,10 @@ def latex(table: Table) -> str:
     out += [rf"$^{{{i}}}$ {_latex(text)}\par" for text, i in table.footnotes.items()]
     out += [rf"{_latex(note)}\par" for note in table.notes]
     if table.commands:
-        out += [rf"{MISSING}\par", *(rf"\texttt{{{_latex(command)}}}\par" for command in table.commands)]
+        out += [
+            rf"{MISSING}\par",
+            *(rf"\texttt{{{_latex(command)}}}\par" for command in table.commands),
+        ]
     return "\n".join([*out, "}"]) + "\n"
 
 
@@ -212,14 +254,22 @@ def html(table: Table) -> str:
     def shown(text: Text) -> str:
         body = escape(text.text)
         body = {"best": f"<strong>{body}</strong>", "second": f"<u>{body}</u>"}.get(text.rank, body)
-        marks = "".join(f'<sup><a href="#{table.name}-{mark}">{mark}</a></sup>' for mark in text.marks)
+        marks = "".join(
+            f'<sup><a href="#{table.name}-{mark}">{mark}</a></sup>' for mark in text.marks
+        )
         name = f"<small>{KINDS[text.kind]} </small>" if text.kind in KINDS else ""
         rank = f" {text.rank}" if text.rank else ""
         return f'<div class="{text.kind}{rank}">{name}{body}{marks}</div>'
 
     def cell(row: str, column: str) -> str:
         found = table.cells[row, column]
-        number = found.mean if found.mean is not None else found.published.value if found.published else ""
+        number = (
+            found.mean
+            if found.mean is not None
+            else found.published.value
+            if found.published
+            else ""
+        )
         return f'<td data-sort="{number}">{"".join(map(shown, _texts(found, table))) or EMPTY}</td>'
 
     out = [
@@ -240,12 +290,16 @@ def html(table: Table) -> str:
         out += [*(cell(row, column) for column in table.columns), "</tr>"]
     out += ["</tbody>", "</table>"]
     if table.footnotes:
-        notes = (f'<li id="{table.name}-{i}">{escape(text)}</li>' for text, i in table.footnotes.items())
+        notes = (
+            f'<li id="{table.name}-{i}">{escape(text)}</li>' for text, i in table.footnotes.items()
+        )
         out += ['<ol class="footnotes">', *notes, "</ol>"]
     out += [f'<p class="note">{escape(note)}</p>' for note in table.notes]
     if table.commands:
         commands = escape("\n".join(table.commands))
-        out.append(f'<details class="missing"><summary>{MISSING}</summary><pre>{commands}</pre></details>')
+        out.append(
+            f'<details class="missing"><summary>{MISSING}</summary><pre>{commands}</pre></details>'
+        )
     return "\n".join(out) + "\n"
 
 
@@ -287,5 +341,10 @@ def csv(table: Table) -> str:
     return file.getvalue()
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "tex": latex, "html": html, "csv": csv}
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "md": markdown,
+    "tex": latex,
+    "html": html,
+    "csv": csv,
+}
 """By file name's ending."""

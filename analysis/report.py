@@ -34,7 +34,13 @@ OUTCOME = {  # column of the frame: heading
         "M": "M",
         "seed": "seed",
     },
-    **{"best": "best", "last": "last", "test": "test", "epochs_done": "epochs", "epoch_s": "s an epoch"},
+    **{
+        "best": "best",
+        "last": "last",
+        "test": "test",
+        "epochs_done": "epochs",
+        "epoch_s": "s an epoch",
+    },
     **{"started": "started (UTC)", "reason": "reason", "source": "source", "run_dir": "folder"},
 }
 NUMBERS = {
@@ -61,7 +67,12 @@ class Source(Protocol):
 
 
 def write(
-    path: Path, runs: Source, tables: Sequence[Table], figures: Sequence[Figure], *, metric: str = "best"
+    path: Path,
+    runs: Source,
+    tables: Sequence[Table],
+    figures: Sequence[Figure],
+    *,
+    metric: str = "best",
 ) -> None:
     """Write the file `path`, over one that is there."""
     frame = runs.frame
@@ -93,7 +104,9 @@ def write(
         environments=_counted(standing, "environment"),
         revisions=_counted(standing, "git_sha"),
         headings=list(OUTCOME.values()),
-        outcomes=[(run["superseded"], run["status"], _outcome(run)) for run in frame.to_dict("records")],
+        outcomes=[
+            (run["superseded"], run["status"], _outcome(run)) for run in frame.to_dict("records")
+        ],
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -103,7 +116,11 @@ def write(
 
 def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+    return (
+        urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        if "@" in parts.netloc
+        else uri
+    )
 
 
 def _optimism(frame: pd.DataFrame, metric: str) -> list[str]:
@@ -114,7 +131,10 @@ def _optimism(frame: pd.DataFrame, metric: str) -> list[str]:
     if metric != "best" or both.empty:
         return [PAPERS_METRIC]
     gap = float((both["best"] - both["last"]).mean())
-    return [PAPERS_METRIC, f"In our runs it lies {gap:.2f} points above the last on average (n = {len(both)} runs)."]
+    return [
+        PAPERS_METRIC,
+        f"In our runs it lies {gap:.2f} points above the last on average (n = {len(both)} runs).",
+    ]
 
 
 def _scrolling(fragment: str) -> str:
@@ -133,9 +153,13 @@ def _embedded(figure: Figure) -> str:
     if len(text) > INLINE_BYTES:
         data = base64.b64encode(figure.png.read_bytes()).decode()
         return f'<img alt="" {width} src="data:image/png;base64,{data}">'
-    svg = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(
+        r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL
+    )
     svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)  # two of equal pixels have equal ids
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href=", "href=")  # HTML knows the namespaces
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace(
+        "xlink:href=", "href="
+    )  # HTML knows the namespaces
     svg = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{figure.name}-", svg)
     return svg.replace("<svg", f'<svg aria-hidden="true" {width}', 1)
 
@@ -156,7 +180,9 @@ def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str
     rows = []
     for key, runs in frame.groupby(differing, dropna=False) if differing else [((), frame)]:
         seeds = ", ".join(str(seed) for seed in sorted(runs["seed"].dropna().unique()))
-        rows.append([*map(_cell, differing, key), (seeds or "–", seeds), (str(len(runs)), str(len(runs)))])
+        rows.append(
+            [*map(_cell, differing, key), (seeds or "–", seeds), (str(len(runs)), str(len(runs)))]
+        )
     return headings, rows
 
 

@@ -40,7 +40,12 @@ REQUESTS_AT_ONCE = 8  # to a server
 LOCKED_S = 10.0  # seconds to wait for whoever writes to the database
 ANSWER_S = 5.0  # seconds in which a server has to answer
 NAMES_SHOWN = 10
-PLANNED = ("config_hash", "settings_hash", "run_dir", "command")  # what a plan says of a job, beside its params
+PLANNED = (
+    "config_hash",
+    "settings_hash",
+    "run_dir",
+    "command",
+)  # what a plan says of a job, beside its params
 MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev2 M="[1],[1,2,4]"'
 CONTRACT = ("dataset", "teacher", "student", "distiller")
 """Columns that say which cell of a table a run belongs to: runs that all lack one of them are not the trainer's."""
@@ -57,15 +62,27 @@ class Runs:
     uri: str
     command: str  # of the sweep, "" where it is not known
 
-    def history(self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None) -> pd.DataFrame:
+    def history(
+        self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None
+    ) -> pd.DataFrame:
         """Per-epoch metrics: run_id, metric, epoch, value; of several points of an epoch the latest.
 
         run_ids: all of the frame's where none are given.
         """
-        ids = [run_id for run_id in (self.frame["run_id"] if run_ids is None else run_ids) if run_id]
+        ids = [
+            run_id for run_id in (self.frame["run_id"] if run_ids is None else run_ids) if run_id
+        ]
         with reading(self.uri) as client:
-            points = [point for metric in metrics for point in _points(client, self.uri, ids, metric)]
-        types = {"run_id": "str", "metric": "str", "epoch": "int64", "time": "int64", "value": "float64"}
+            points = [
+                point for metric in metrics for point in _points(client, self.uri, ids, metric)
+            ]
+        types = {
+            "run_id": "str",
+            "metric": "str",
+            "epoch": "int64",
+            "time": "int64",
+            "value": "float64",
+        }
         frame = pd.DataFrame(points, columns=list(types)).astype(types)
         frame = frame.sort_values(["run_id", "metric", "epoch", "time"], kind="stable")
         latest = frame.drop_duplicates(["run_id", "metric", "epoch"], keep="last")
@@ -80,7 +97,9 @@ class Runs:
                 with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     return dict(arrays)
             except (ValueError, OSError, EOFError, BadZipFile) as error:
-                raise ValueError(f"predictions.npz of run {run_id} is no whole file of arrays ({error})") from None
+                raise ValueError(
+                    f"predictions.npz of run {run_id} is no whole file of arrays ({error})"
+                ) from None
 
 
 def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
@@ -99,7 +118,9 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
             elif not rows:
                 raise ValueError(_no_such(client, experiments, name, uri))
     if not rows:
-        raise ValueError(f"{uri} has no runs{f' in experiment {name}' if name else ''}; {MAKE_RUNS}")
+        raise ValueError(
+            f"{uri} has no runs{f' in experiment {name}' if name else ''}; {MAKE_RUNS}"
+        )
     _refuse_strangers(rows, f"experiment {name}" if name else uri)
     frame = _frame(rows)
     if not mixed_epochs:
@@ -129,8 +150,15 @@ def listing(uri: str) -> pd.DataFrame:
                 for sweep in ({row["sweep"]} | sweeps.get(row["config_hash"], set())) - {""}:
                     counts.setdefault(("sweep", sweep), Counter())[row["status"]] += 1
     lines = [
-        {"kind": kind, "name": name, "runs": total.total(), **{status: total[status] for status in STATUSES}}
-        for (kind, name), total in sorted(counts.items(), key=lambda item: (item[0][0] != "sweep", item[0][1]))
+        {
+            "kind": kind,
+            "name": name,
+            "runs": total.total(),
+            **{status: total[status] for status in STATUSES},
+        }
+        for (kind, name), total in sorted(
+            counts.items(), key=lambda item: (item[0][0] != "sweep", item[0][1])
+        )
     ]
     return pd.DataFrame(lines, columns=["kind", "name", "runs", *STATUSES])
 
@@ -151,9 +179,13 @@ def reading(uri: str) -> Iterator[Any]:
     from sqlalchemy.exc import SQLAlchemyError
 
     # MLflow's own use of SQLAlchemy; nothing that a user can change.
-    warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
+    )
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints tracebacks of what is raised here as well
+    logging.getLogger("mlflow").setLevel(
+        logging.CRITICAL
+    )  # it prints tracebacks of what is raised here as well
     collecting = gc.isenabled()
     gc.disable()  # it walks SQLAlchemy's million objects again and again (28 s of 10,000 runs; 10 s without), in vain
     try:
@@ -177,22 +209,39 @@ def _check(uri: str) -> None:
         except urllib.error.HTTPError:
             pass  # it answers; a proxy may guard /health
         except (OSError, ValueError, HTTPException) as error:
-            raise ValueError(f"{uri} does not answer ({error}); start it, or name another store with --uri") from None
+            raise ValueError(
+                f"{uri} does not answer ({error}); start it, or name another store with --uri"
+            ) from None
     elif uri.startswith("sqlite:///"):
         _check_database(Path(uri.removeprefix("sqlite:///")), uri)
     else:
-        raise ValueError(f"{uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db")
+        raise ValueError(
+            f"{uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
+        )
 
 
 def _check_database(path: Path, uri: str) -> None:
     if not path.is_file():
-        raise ValueError(f"there is no database {path}; name another with --home or --uri, or {MAKE_RUNS}")
+        raise ValueError(
+            f"there is no database {path}; name another with --home or --uri, or {MAKE_RUNS}"
+        )
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_S)) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_S)
+        ) as database:
+            tables = {
+                name
+                for (name,) in database.execute(
+                    "SELECT name FROM sqlite_master WHERE type = 'table'"
+                )
+            }
             if not {"alembic_version", "runs"} <= tables:
-                raise ValueError(f"{path} is no database of MLflow's; name another with --home or --uri")
-            (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or ("none",)
+                raise ValueError(
+                    f"{path} is no database of MLflow's; name another with --home or --uri"
+                )
+            (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or (
+                "none",
+            )
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
             raise ValueError(f"{path} cannot be read ({error})") from None
@@ -200,7 +249,9 @@ def _check_database(path: Path, uri: str) -> None:
             f"{path} was locked for {LOCKED_S:.0f} s by a process that writes to it; try again when that is done"
         ) from None
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} is no database of MLflow's ({error}); name another with --home or --uri") from None
+        raise ValueError(
+            f"{path} is no database of MLflow's ({error}); name another with --home or --uri"
+        ) from None
     _check_schema(path, uri, found)
 
 
@@ -215,7 +266,9 @@ def _check_schema(path: Path, uri: str, found: str) -> None:
         return
     have = f"{path} has the schema {found}, and MLflow {mlflow.__version__} here reads {wanted}"
     if found in {revision.revision for revision in script.walk_revisions()}:
-        raise ValueError(f"{have}: it is an older MLflow's; copy the file, then run: mlflow db upgrade {uri}")
+        raise ValueError(
+            f"{have}: it is an older MLflow's; copy the file, then run: mlflow db upgrade {uri}"
+        )
     raise ValueError(f"{have}: it is a newer MLflow's; run: pip install --upgrade mlflow")
 
 
@@ -265,7 +318,9 @@ def _artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
         yield Path(client.download_artifacts(run_id, name, folder))
 
 
-def _points(client: Any, uri: str, run_ids: Sequence[str], metric: str) -> Iterator[tuple[str, str, int, int, float]]:
+def _points(
+    client: Any, uri: str, run_ids: Sequence[str], metric: str
+) -> Iterator[tuple[str, str, int, int, float]]:
     """(run_id, metric, step, time, value) of every point."""
     if uri.startswith("sqlite:"):
         # The client asks run by run, and SQLite walks the metric's points of all runs each time: three times as long.
@@ -274,17 +329,24 @@ def _points(client: Any, uri: str, run_ids: Sequence[str], metric: str) -> Itera
         open_store: Any = SqlAlchemyStore  # untyped
         store = open_store(uri, default_artifact_root="unused: nothing is written")
         for at in range(0, len(run_ids), RUNS_A_REQUEST):
-            for found in store.get_metric_history_bulk(run_ids[at : at + RUNS_A_REQUEST], metric, ALL_POINTS):
+            for found in store.get_metric_history_bulk(
+                run_ids[at : at + RUNS_A_REQUEST], metric, ALL_POINTS
+            ):
                 yield found.run_id, metric, found.step, found.timestamp, found.value
     else:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             histories = pool.map(lambda run_id: client.get_metric_history(run_id, metric), run_ids)
             for run_id, points in zip(run_ids, histories, strict=True):
-                yield from ((run_id, metric, point.step, point.timestamp, point.value) for point in points)
+                yield from (
+                    (run_id, metric, point.step, point.timestamp, point.value) for point in points
+                )
 
 
 def _no_such(client: Any, experiments: Mapping[str, str], name: str, uri: str) -> str:
-    sweeps = {run.data.tags.get("sweep", "") for run in _search(client, experiments, "tags.kind = 'sweep'")} - {""}
+    sweeps = {
+        run.data.tags.get("sweep", "")
+        for run in _search(client, experiments, "tags.kind = 'sweep'")
+    } - {""}
     there = sorted(sweeps | experiments.keys())
     closest = difflib.get_close_matches(name, there, n=NAMES_SHOWN, cutoff=0.0)
     more = f" and {len(there) - len(closest)} more" if len(there) > len(closest) else ""
@@ -327,7 +389,9 @@ def _scan(
     return plans, rows
 
 
-def _missing(plans: Iterable[Mapping[str, Any]], there: Container[str]) -> dict[str, dict[str, Any]]:
+def _missing(
+    plans: Iterable[Mapping[str, Any]], there: Container[str]
+) -> dict[str, dict[str, Any]]:
     """Rows, by config_hash, of the planned jobs that are not there."""
     planned = {job["config_hash"]: (plan["name"], job) for plan in plans for job in plan["jobs"]}
     return {key: _missing_row(*found) for key, found in planned.items() if key not in there}
@@ -336,7 +400,9 @@ def _missing(plans: Iterable[Mapping[str, Any]], there: Container[str]) -> dict[
 def _hashes(rows: Iterable[Mapping[str, Any]], finished: bool = False) -> set[str]:
     """What the runs compute that stand (and are finished)."""
     return {
-        row["config_hash"] for row in rows if not row["superseded"] and (row["status"] == "FINISHED" or not finished)
+        row["config_hash"]
+        for row in rows
+        if not row["superseded"] and (row["status"] == "FINISHED" or not finished)
     }
 
 
@@ -350,7 +416,8 @@ def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
             plan = json.loads(path.read_text())
             common = plan["common"]  # what all jobs share stands there once
             jobs = [
-                {**{key: job[key] for key in PLANNED}, "params": {**common, **job["params"]}} for job in plan["jobs"]
+                {**{key: job[key] for key in PLANNED}, "params": {**common, **job["params"]}}
+                for job in plan["jobs"]
             ]
             return {"name": sweep, "command": plan["command"], "jobs": jobs}
         except (ValueError, TypeError, KeyError) as error:
@@ -364,7 +431,9 @@ def _row(run: Any) -> dict[str, Any]:
     tags, metrics = run.data.tags, run.data.metrics
     row, complaints = _typed(run.data.params)
     complaints += [f"{key} is NaN" for key in METRICS.values() if math.isnan(metrics.get(key, 0.0))]
-    steps = {metric.key: metric.step for metric in run.data._metric_objs}  # no public name has the steps
+    steps = {
+        metric.key: metric.step for metric in run.data._metric_objs
+    }  # no public name has the steps
     size, size_complaints = _parsed(tags, {"group_size": TAGS["group_size"]})
     text = {column: tags.get(tag, "") for column, tag in TAGS.items() if COLUMNS[column] == "str"}
     reasons = [tags.get(TAGS["reason"], ""), *complaints, *size_complaints]
@@ -439,7 +508,10 @@ def _scales(text: str) -> str:
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The rows, typed; no pair and no method where what they are made of is not known."""
     frame = frame_of({"M": "", **row} for row in rows)
-    for column, parts in {"pair": {"teacher", "student"}, "method": {"distiller", "M", "standardize"}}.items():
+    for column, parts in {
+        "pair": {"teacher", "student"},
+        "method": {"distiller", "M", "standardize"},
+    }.items():
         frame.loc[[not parts <= row.keys() for row in rows], column] = ""
     return frame
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["COLUMNS", "METRICS", "PARAMS", "STATUSES", "TAGS", "canonical_M", "frame_of", "method_of", "read_frame"]
+__all__ = [
+    "COLUMNS",
+    "METRICS",
+    "PARAMS",
+    "STATUSES",
+    "TAGS",
+    "canonical_M",
+    "frame_of",
+    "method_of",
+    "read_frame",
+]
 
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
 """MISSING: planned by the sweep, and no run of it is in MLflow."""
@@ -129,11 +139,15 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     for row in rows:
         if unknown := row.keys() - COLUMNS.keys():
             raise KeyError(f"{sorted(unknown)} are no columns; there are {list(COLUMNS)}")
-        empty: dict[str, Any] = {name: {"str": "", "bool": False}.get(kind) for name, kind in COLUMNS.items()}
+        empty: dict[str, Any] = {
+            name: {"str": "", "bool": False}.get(kind) for name, kind in COLUMNS.items()
+        }
         filled = {**empty, "source": "sddlskd", "knowledge": "fusion", "M": "[1]", **row}
         filled["M"] = canonical_M(filled["M"])
         filled["pair"] = filled["pair"] or f"{filled['teacher']}_{filled['student']}"
-        filled["method"] = filled["method"] or method_of(filled["distiller"], filled["M"], filled["standardize"])
+        filled["method"] = filled["method"] or method_of(
+            filled["distiller"], filled["M"], filled["standardize"]
+        )
         whole.append(filled)
     return pd.DataFrame(whole, columns=list(COLUMNS)).astype(COLUMNS)
 
@@ -141,7 +155,9 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def read_frame(path: Path) -> pd.DataFrame:
     """The frame in a runs.csv; it may lack columns."""
     cells = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-    return frame_of({name: _value(COLUMNS[name], text) for name, text in row.items()} for row in cells)
+    return frame_of(
+        {name: _value(COLUMNS[name], text) for name, text in row.items()} for row in cells
+    )
 
 
 def _value(kind: str, text: str) -> Any:
@@ -149,4 +165,8 @@ def _value(kind: str, text: str) -> Any:
         return text
     if kind == "bool":
         return text == "True"
-    return (float(text) if kind == "Float64" else int(text) if kind == "Int64" else text) if text else None
+    return (
+        (float(text) if kind == "Float64" else int(text) if kind == "Int64" else text)
+        if text
+        else None
+    )

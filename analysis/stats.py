@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-__all__ = ["LEVEL", "WIDEST", "Paired", "holm", "mean_std", "paired", "prediction_half_width", "verdict"]
+__all__ = [
+    "LEVEL",
+    "WIDEST",
+    "Paired",
+    "holm",
+    "mean_std",
+    "paired",
+    "prediction_half_width",
+    "verdict",
+]
 
 LEVEL = 0.95
 WIDEST = 1.0
@@ -47,7 +56,9 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Paired | N
     if std is None or math.isclose(std, 0, abs_tol=1e-9):
         return Paired(mean, len(shared), left_out, None, None, None)
     half = _t(len(shared)) * std / math.sqrt(len(shared))
-    p = float(stats.ttest_rel([values[seed] for seed in shared], [base[seed] for seed in shared]).pvalue)
+    p = float(
+        stats.ttest_rel([values[seed] for seed in shared], [base[seed] for seed in shared]).pvalue
+    )
     return Paired(mean, len(shared), left_out, mean - half, mean + half, p)
 
 
@@ -75,6 +86,8 @@ def verdict(values: Sequence[float], published: float) -> str:
     gap = statistics.fmean(values) - published
     if abs(gap) <= half + 1e-9:
         return "within"
-    if math.isclose(half, 0, abs_tol=1e-9):  # as in `paired`: equal accuracies do not say that there is no spread
+    if math.isclose(
+        half, 0, abs_tol=1e-9
+    ):  # as in `paired`: equal accuracies do not say that there is no spread
         return "undecided"
     return "above" if gap > 0 else "below"

@@ -24,17 +24,39 @@ __all__ = ["METRICS", "Cell", "Gain", "Table", "build"]
 
 Run = dict[str, Any]  # a row of the frame; what is missing is None
 
-RECIPE = ("distiller", "M", "standardize", "knowledge", "complementary_weight", "temperature", "ce_weight", "kd_weight")
+RECIPE = (
+    "distiller",
+    "M",
+    "standardize",
+    "knowledge",
+    "complementary_weight",
+    "temperature",
+    "ce_weight",
+    "kd_weight",
+)
 BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction")
 SETTINGS = (*RECIPE, "lr", *BUDGET)
 """What makes two runs different things, seed aside: never averaged."""
-PLAIN_SAME = ("source", "pair", "distiller", "standardize", "temperature", "ce_weight", "kd_weight", "lr", *BUDGET)
+PLAIN_SAME = (
+    "source",
+    "pair",
+    "distiller",
+    "standardize",
+    "temperature",
+    "ce_weight",
+    "kd_weight",
+    "lr",
+    *BUDGET,
+)
 """What ablations of regions share with the method on the whole map."""
 
 PAPERS_WEIGHT = 2.0  # of complementary regions, SDD section 4.1
 SIMILAR = {"resnet32x4_resnet8x4", "resnet34_resnet18", "vgg13_vgg8"}
 """Pairs of the SDD paper with similar architectures: M={1,2}; the others: M={1,2,4} (section 4.1)."""
-LSKD_CE_WEIGHT = {"cifar100": 0.1, "imagenet": 0.5}  # of KD+LS, in the authors' code; the seed suite takes 1.0
+LSKD_CE_WEIGHT = {
+    "cifar100": 0.1,
+    "imagenet": 0.5,
+}  # of KD+LS, in the authors' code; the seed suite takes 1.0
 PAPERS_KD: dict[str, dict[str, Any]] = {  # of plain KD, in both papers' code
     "cifar100": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
     "cub200": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
@@ -45,7 +67,11 @@ PAPERS_BUDGET: dict[str, dict[str, Any]] = {
     "cub200": {"epochs": 240, "batch_size": 64},
     "imagenet": {"epochs": 100, "batch_size": 512, "lr": 0.2},
 }
-LIGHT = ("mobilev2", "shufflev1", "shufflev2")  # the papers train these at lr 0.01 on CIFAR-100, the others at 0.05
+LIGHT = (
+    "mobilev2",
+    "shufflev1",
+    "shufflev2",
+)  # the papers train these at lr 0.01 on CIFAR-100, the others at 0.05
 SEED_PAIRS = (
     "resnet32x4_resnet8x4",
     "resnet32x4_shufflev1",
@@ -108,7 +134,9 @@ class Gain:
 class Cell:
     """What the runs of one row and column say, and what the paper prints there."""
 
-    values: Mapping[Any, float] = field(default_factory=dict)  # by seed; by run where there is no seed
+    values: Mapping[Any, float] = field(
+        default_factory=dict
+    )  # by seed; by run where there is no seed
     mean: float | None = None
     std: float | None = None  # of the sample; None for one value
     planned: int = 0  # seeds that ran, run or are to run
@@ -118,7 +146,9 @@ class Cell:
     published_gain: PrintedGain | None = None
     verdict: str = ""
     gain: Gain | None = None
-    footnotes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # on: ours, published, gain or verdict
+    footnotes: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # on: ours, published, gain or verdict
     settings: Mapping[str, Any] = field(default_factory=dict)  # that all runs of the cell share
 
     @property
@@ -147,7 +177,9 @@ class Table:
     def footnotes(self) -> dict[str, int]:
         """Each text with its number, from 1 in the order of the cells."""
         cells = (self.cells[row, column] for row in self.rows for column in self.columns)
-        texts = dict.fromkeys(text for cell in cells for texts in cell.footnotes.values() for text in texts)
+        texts = dict.fromkeys(
+            text for cell in cells for texts in cell.footnotes.values() for text in texts
+        )
         return {text: i for i, text in enumerate(texts, start=1)}
 
 
@@ -160,7 +192,10 @@ class Quantity:
     note: str
     decimals: int = 2
     settings: tuple[str, ...] = SETTINGS  # never averaged over
-    comparable: tuple[str, ...] = ("source", *BUDGET)  # equal among the cells that are ranked together
+    comparable: tuple[str, ...] = (
+        "source",
+        *BUDGET,
+    )  # equal among the cells that are ranked together
     lower_is_better: bool = False
     counted: str = "seeds"  # each once; or every of the runs
     refusal: str = ""  # why no published number is comparable
@@ -184,7 +219,9 @@ class Declaration:
     same: tuple[str, ...] = ("source", "lr", *BUDGET)  # what a cell and its baseline must share
 
 
-def build(frame: pd.DataFrame, *, metric: str = "best", sweep: str = "", command: str = "") -> list[Table]:
+def build(
+    frame: pd.DataFrame, *, metric: str = "best", sweep: str = "", command: str = ""
+) -> list[Table]:
     """Every table that has a run in the frame, in the papers' order.
 
     sweep is named in the notes; command, which runs all of it, stands for a long list of commands.
@@ -212,7 +249,10 @@ def _runs(frame: pd.DataFrame) -> list[Run]:
     kept = frame[~frame["superseded"]]
     rows: list[Run] = kept.astype(object).where(kept.notna(), None).to_dict("records")
     rows.sort(key=lambda run: (str(run["started"]), repr(run)))
-    return [_effective(run) | {"key": run["config_hash"] or run["run_id"] or f"row {i}"} for i, run in enumerate(rows)]
+    return [
+        _effective(run) | {"key": run["config_hash"] or run["run_id"] or f"row {i}"}
+        for i, run in enumerate(rows)
+    ]
 
 
 def _effective(run: Run) -> Run:
@@ -223,7 +263,9 @@ def _effective(run: Run) -> Run:
     if run["distiller"] == "vanilla":
         fixed = {"complementary_weight": None, "temperature": None, "kd_weight": None}
         fixed |= {"M": "[1]", "standardize": False, "knowledge": "fusion"}
-    all_steps = {"max_steps": "all"} if run["max_steps"] is None and run["source"] == "sddlskd" else {}
+    all_steps = (
+        {"max_steps": "all"} if run["max_steps"] is None and run["source"] == "sddlskd" else {}
+    )
     return run | fixed | all_steps | {"inert": tuple(run[setting] for setting in fixed)}
 
 
@@ -242,7 +284,9 @@ def _accuracy(metric: str) -> Quantity:
         return "without a number (NaN)" if value is None or math.isnan(value) else float(value)
 
     def footnote(run: Run) -> str:
-        held_out = f"on held-out training images (val_fraction={run['val_fraction']}), not on the test set"
+        held_out = (
+            f"on held-out training images (val_fraction={run['val_fraction']}), not on the test set"
+        )
         return held_out if run["val_fraction"] and metric != "val" else ""
 
     refusal = "" if metric == "best" else "the papers report the best epoch"
@@ -254,7 +298,9 @@ def _time() -> Quantity:
         speed = run["images_per_s"]
         if not speed or not run["batch_size"] or run["group_size"] is None:
             return "without a time"
-        return 1000 * run["batch_size"] / speed if run["group_size"] == 1 else "trained side by side"
+        return (
+            1000 * run["batch_size"] / speed if run["group_size"] == 1 else "trained side by side"
+        )
 
     machine = ("batch_size", "precision", "compile", "teacher_cache", "environment")
     return Quantity(
@@ -283,7 +329,9 @@ def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declara
 
     def belongs(run: Run) -> bool:
         number = known.get((run["dataset"], run["pair"], run["method"]))
-        return number is not None and run["knowledge"] == "fusion" and not _other_method(run, number)
+        return (
+            number is not None and run["knowledge"] == "fusion" and not _other_method(run, number)
+        )
 
     ours = [run for run in _beside_pairs(runs, pairs) if belongs(run)]
     if all(run["method"] == "vanilla" for run in ours):
@@ -307,10 +355,13 @@ def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: st
         name=f"knowledge_{dataset}_{family}",
         title=f"Decoupled knowledge (form of SDD Table 6): {_method_label(family)} on {dataset}",
         quantity=quantity,
-        runs=several + [run for run in plain if any(_agree(run, other, PLAIN_SAME) for other in several)],
+        runs=several
+        + [run for run in plain if any(_agree(run, other, PLAIN_SAME) for other in several)],
         row=lambda run: "none" if run["M"] == "[1]" else str(run["knowledge"]),
         label=lambda row: f"none ({_method_label(family)})" if row == "none" else row,
-        published=published.of_table("SDD Table 6") if (dataset, family) == ("cifar100", "kd") else (),
+        published=published.of_table("SDD Table 6")
+        if (dataset, family) == ("cifar100", "kd")
+        else (),
         published_row=lambda number: number.variant,
         order=("none", "consistent", "complementary", "fusion"),
         baseline=lambda row: None if row == "none" else "none",
@@ -320,7 +371,9 @@ def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: st
 
 def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
     ours = _scale_runs(runs)
-    if (dataset, family) == ("cifar100", "kd_ls") and {run["pair"] for run in ours} <= set(SEED_PAIRS):
+    if (dataset, family) == ("cifar100", "kd_ls") and {run["pair"] for run in ours} <= set(
+        SEED_PAIRS
+    ):
         ours = []  # the seed suite's table is this one
     return Declaration(
         name=f"scales_{dataset}_{family}",
@@ -329,7 +382,9 @@ def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) 
         runs=ours,
         row=lambda run: str(run["M"]),
         label=lambda row: f"M = {row}",
-        published=published.of_table("SDD Table 7") if (dataset, family) == ("cifar100", "kd") else (),
+        published=published.of_table("SDD Table 7")
+        if (dataset, family) == ("cifar100", "kd")
+        else (),
         published_row=lambda number: number.M,
         baseline=lambda row: None if row == "[1]" else "[1]",
         same=("source", *(setting for setting in SETTINGS if setting != "M")),
@@ -345,7 +400,9 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
         runs=_controlled(fused, "complementary_weight"),
         row=lambda run: _text(run["complementary_weight"]),
         label=lambda row: f"weight {row}",
-        published=published.of_table("SDD Table 8") if (dataset, family) == ("cifar100", "kd") else (),
+        published=published.of_table("SDD Table 8")
+        if (dataset, family) == ("cifar100", "kd")
+        else (),
         published_row=lambda number: number.beta,
         baseline=lambda row: None if row == "1" else "1",
         same=("source", *(setting for setting in SETTINGS if setting != "complementary_weight")),
@@ -356,7 +413,9 @@ def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
     """Of data sets where some run has a time of its own."""
     quantity = _time()
     runs = [run for run in runs if run["status"] == "FINISHED"]
-    for dataset in sorted({run["dataset"] for run in runs if isinstance(quantity.read(run), float)}):
+    for dataset in sorted(
+        {run["dataset"] for run in runs if isinstance(quantity.read(run), float)}
+    ):
         yield Declaration(
             name=f"time_{dataset}",
             title=f"Training time (form of SDD Table 9) on {dataset}",
@@ -364,13 +423,19 @@ def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
             runs=[run for run in runs if run["dataset"] == dataset],
             row=lambda run: str(run["method"] or "unknown"),
             label=_method_label,
-            published=published.of_table("SDD Table 9", "ms_per_batch") if dataset == "cifar100" else (),
+            published=published.of_table("SDD Table 9", "ms_per_batch")
+            if dataset == "cifar100"
+            else (),
         )
 
 
 def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
     """The main method over scales; nobody published it, so the parts' numbers are rows of their own."""
-    family = [run for run in runs if run["dataset"] == "cifar100" and run["method"] in ("kd_ls", "sd_kd_ls")]
+    family = [
+        run
+        for run in runs
+        if run["dataset"] == "cifar100" and run["method"] in ("kd_ls", "sd_kd_ls")
+    ]
     parts = [
         number
         for table, method in (
@@ -390,7 +455,9 @@ def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
         quantity=quantity,
         runs=[run for run in _scale_runs(family) if run["pair"] in SEED_PAIRS],
         row=lambda run: str(run["M"]),
-        label=lambda row: f"M = {row}" if row.startswith("[") else f"{_method_label(row)}, of the papers",
+        label=lambda row: (
+            f"M = {row}" if row.startswith("[") else f"{_method_label(row)}, of the papers"
+        ),
         published=sorted(parts, key=lambda number: SEED_PAIRS.index(number.pair)),
         order=("[1]", "[1,2]", "[1,4]", "[1,2,4]", "kd_ls", "sd_kd"),
         baseline=lambda row: "[1]" if row.startswith("[") and row != "[1]" else None,
@@ -403,14 +470,21 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
     reported = {number.dataset for number in published.numbers()}
     for dataset in sorted({run["dataset"] for run in runs}):
         here = [run for run in runs if run["dataset"] == dataset]
-        here = _beside_pairs(here, {run["pair"]: run["student"] for run in here if run["teacher"] != "none"})
+        here = _beside_pairs(
+            here, {run["pair"]: run["student"] for run in here if run["teacher"] != "none"}
+        )
         shown = {run["pair"] for run in here if dataset not in reported or run["key"] not in placed}
         yield Declaration(
             name=f"overview_{dataset}",
             title=f"Methods and scales on {dataset}",
             quantity=quantity,
-            runs=[*_teachers(r for r in here if r["pair"] in shown), *(run for run in here if run["pair"] in shown)],
-            row=lambda run: f"{run['method'] or 'unknown'} {run['M'] or '[1]'}".removesuffix(" [1]"),
+            runs=[
+                *_teachers(r for r in here if r["pair"] in shown),
+                *(run for run in here if run["pair"] in shown),
+            ],
+            row=lambda run: f"{run['method'] or 'unknown'} {run['M'] or '[1]'}".removesuffix(
+                " [1]"
+            ),
             label=lambda row: " ".join([_method_label(row.split()[0]), *row.split()[1:]]),
             order=("teacher",),
             baseline=lambda row: _one_scale(row.split()[0]) or _plain(row) or ALONE.get(row),
@@ -421,13 +495,17 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
 
 
 def _by_family(
-    declare: Callable[[Sequence[Run], Quantity, str, str], Declaration], runs: Sequence[Run], quantity: Quantity
+    declare: Callable[[Sequence[Run], Quantity, str, str], Declaration],
+    runs: Sequence[Run],
+    quantity: Quantity,
 ) -> Iterator[Declaration]:
     """One table for each data set and loss, with and without standardisation; of which runs is not known, in none."""
     families = defaultdict(list)
     for run in runs:
         if run["method"] not in ("", "vanilla"):
-            families[run["dataset"], method_of(run["distiller"], "[1]", run["standardize"])].append(run)
+            families[run["dataset"], method_of(run["distiller"], "[1]", run["standardize"])].append(
+                run
+            )
     for (dataset, family), members in sorted(families.items()):
         yield declare(members, quantity, dataset, family)
 
@@ -436,7 +514,9 @@ def _groups(runs: Iterable[Run], but: tuple[str, ...]) -> list[list[Run]]:
     """Runs that share pair, source and every setting `but` those."""
     groups = defaultdict(list)
     for run in runs:
-        groups[tuple(run[key] for key in ("source", "pair", *SETTINGS) if key not in but)].append(run)
+        groups[tuple(run[key] for key in ("source", "pair", *SETTINGS) if key not in but)].append(
+            run
+        )
     return list(groups.values())
 
 
@@ -453,14 +533,24 @@ def _scale_runs(runs: Iterable[Run]) -> list[Run]:
         return len({run["M"] for run in group})
 
     kept = []
-    for group in _groups([run for run in runs if run["knowledge"] == "fusion"], ("M", "complementary_weight")):
+    for group in _groups(
+        [run for run in runs if run["knowledge"] == "fusion"], ("M", "complementary_weight")
+    ):
         plain = [run for run in group if run["M"] == "[1]"]
         by_weight = defaultdict(list)
         for run in group:
             if run["M"] != "[1]":
                 by_weight[run["complementary_weight"]].append(run)
-        ranks = {weight: (count(members), weight == PAPERS_WEIGHT) for weight, members in by_weight.items()}
-        most = [run for weight, members in by_weight.items() if ranks[weight] == max(ranks.values()) for run in members]
+        ranks = {
+            weight: (count(members), weight == PAPERS_WEIGHT)
+            for weight, members in by_weight.items()
+        }
+        most = [
+            run
+            for weight, members in by_weight.items()
+            if ranks[weight] == max(ranks.values())
+            for run in members
+        ]
         if count(plain + most) > 1:
             kept += plain + most
     return kept
@@ -470,7 +560,11 @@ def _beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
     """Students alone stand in the column of every pair (pair: student) that has them."""
     moved = []
     for run in runs:
-        columns = [pair for pair, student in pairs.items() if run["teacher"] == "none" and student == run["student"]]
+        columns = [
+            pair
+            for pair, student in pairs.items()
+            if run["teacher"] == "none" and student == run["student"]
+        ]
         moved += [run | {"pair": pair} for pair in columns] or [run]
     return moved
 
@@ -483,9 +577,18 @@ def _teachers(runs: Iterable[Run]) -> list[Run]:
         if run["teacher_top1"] is not None and not run["val_fraction"]:
             tops[run["pair"]][run["teacher_top1"]] = run
     return [
-        run | none | {"method": "teacher", "status": "FINISHED", "key": f"teacher {pair}", "teacher_top1": top1}
+        run
+        | none
+        | {
+            "method": "teacher",
+            "status": "FINISHED",
+            "key": f"teacher {pair}",
+            "teacher_top1": top1,
+        }
         for pair, by_top1 in tops.items()
-        for top1, run in [(None if len(by_top1) > 1 else next(iter(by_top1)), next(iter(by_top1.values())))]
+        for top1, run in [
+            (None if len(by_top1) > 1 else next(iter(by_top1)), next(iter(by_top1.values())))
+        ]
     ]
 
 
@@ -497,7 +600,9 @@ def _other_method(run: Run, number: Published) -> list[str]:
     if not number.method.startswith("sd_"):
         return []
     scales = {"[1,2]"} if number.pair in SIMILAR else {"[1,2,4]"}
-    if number.dataset == "cub200":  # the text says {1,2} for similar architectures, the authors' scripts {1,2,4}
+    if (
+        number.dataset == "cub200"
+    ):  # the text says {1,2} for similar architectures, the authors' scripts {1,2,4}
         scales.add("[1,2,4]")
     weight = float(number.beta or PAPERS_WEIGHT)
     wrong = [] if run["M"] in ({number.M} if number.M else scales) else [f"M={run['M']}"]
@@ -508,16 +613,26 @@ def _other_method(run: Run, number: Published) -> list[str]:
 
 def _other_budget(run: Run, number: Published) -> list[str]:
     """Where the run's training is not the paper's."""
-    expected: dict[str, Any] = {"val_fraction": 0.0, "max_steps": "all", **PAPERS_BUDGET[number.dataset]}
+    expected: dict[str, Any] = {
+        "val_fraction": 0.0,
+        "max_steps": "all",
+        **PAPERS_BUDGET[number.dataset],
+    }
     if "mlkd" in number.method:
         expected["epochs"] = 480
     if number.method == "kd":
         expected |= PAPERS_KD[number.dataset]
     if number.dataset == "cifar100":
         expected["lr"] = 0.01 if number.student in LIGHT else 0.05
-    if number.dataset == "cub200" and number.method != "vanilla":  # of students alone it is not published
+    if (
+        number.dataset == "cub200" and number.method != "vanilla"
+    ):  # of students alone it is not published
         expected["lr"] = 0.05 if number.student == "vgg8" else 0.01  # SDD's configs/cub200
-    return [f"{name}={_text(run[name])}" for name, value in expected.items() if run[name] not in (None, value)]
+    return [
+        f"{name}={_text(run[name])}"
+        for name, value in expected.items()
+        if run[name] not in (None, value)
+    ]
 
 
 def _agree(run: Mapping[str, Any], other: Mapping[str, Any], settings: Iterable[str]) -> bool:
@@ -542,11 +657,17 @@ def _method_label(method: str) -> str:
 
 def _place(value: Any) -> tuple[float, int, str]:
     """Numbers by size, then texts, short ones first."""
-    return (value, 0, "") if isinstance(value, int | float) else (math.inf, len(str(value)), str(value))
+    return (
+        (value, 0, "")
+        if isinstance(value, int | float)
+        else (math.inf, len(str(value)), str(value))
+    )
 
 
 def _text(value: Any) -> str:
-    return "unknown" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
+    return (
+        "unknown" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
+    )
 
 
 # ---- the builder
@@ -560,22 +681,39 @@ class _Row:
 
 
 def _fill(declaration: Declaration, sweep: str, command: str) -> Table:
-    numbers = {(declaration.published_row(number), number.pair): number for number in declaration.published}
+    numbers = {
+        (declaration.published_row(number), number.pair): number for number in declaration.published
+    }
     pairs = [pair for _, pair in numbers] + sorted({run["pair"] for run in declaration.runs})
     columns = {pair: pair for pair in pairs}
-    columns |= {run["pair"]: f"{run['student']} alone" for run in declaration.runs if run["teacher"] == "none"}
     columns |= {
-        run["pair"]: _pair_label(run["teacher"], run["student"]) for run in declaration.runs if run["teacher"] != "none"
+        run["pair"]: f"{run['student']} alone"
+        for run in declaration.runs
+        if run["teacher"] == "none"
     }
-    columns |= {number.pair: _pair_label(number.teacher, number.student) for number in declaration.published}
+    columns |= {
+        run["pair"]: _pair_label(run["teacher"], run["student"])
+        for run in declaration.runs
+        if run["teacher"] != "none"
+    }
+    columns |= {
+        number.pair: _pair_label(number.teacher, number.student) for number in declaration.published
+    }
 
     rows = _rows(declaration, numbers)
     cells = {
-        (row.label, columns[pair]): _cell(row.cells.get(pair, []), numbers.get((row.row, pair)), declaration.quantity)
+        (row.label, columns[pair]): _cell(
+            row.cells.get(pair, []), numbers.get((row.row, pair)), declaration.quantity
+        )
         for row in rows
         for pair in columns
     }
-    _rank(cells, [row.label for row in rows if row.row != "teacher"], columns.values(), declaration.quantity)
+    _rank(
+        cells,
+        [row.label for row in rows if row.row != "teacher"],
+        columns.values(),
+        declaration.quantity,
+    )
     _compare(cells, rows, columns.values(), declaration)
     return Table(
         name=_file_name(declaration.name),
@@ -613,24 +751,43 @@ def _rows(declaration: Declaration, numbers: Iterable[tuple[str, str]]) -> list[
 
     def order(key: tuple[str, str]) -> Any:
         row, source = key
-        return place.get(row, len(place)), row != "vanilla", len(row), row, source != "sddlskd", source
+        return (
+            place.get(row, len(place)),
+            row != "vanilla",
+            len(row),
+            row,
+            source != "sddlskd",
+            source,
+        )
 
     rows = []
     for row, source in sorted(found, key=order):
         cells = found[row, source]
         split = [
-            s for s in declaration.quantity.settings if any(len({run[s] for run in c}) > 1 for c in cells.values())
+            s
+            for s in declaration.quantity.settings
+            if any(len({run[s] for run in c}) > 1 for c in cells.values())
         ]
-        if declaration.quantity.settings == SETTINGS and any(_differ_unseen(runs) for runs in cells.values()):
+        if declaration.quantity.settings == SETTINGS and any(
+            _differ_unseen(runs) for runs in cells.values()
+        ):
             split.append("settings_hash")
-        variants: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+        variants: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         for pair, runs in cells.items():
             for run in runs:
                 variants[tuple(run[setting] for setting in split)][pair].append(run)
         origin = [] if source == "sddlskd" else [source]
-        for values in sorted(variants or {(): {}}, key=lambda values: [_place(value) for value in values]):
-            parts = [f"{setting}={_text(value)}" for setting, value in zip(split, values, strict=True)]
-            rows.append(_Row(", ".join([declaration.label(row), *origin, *parts]), row, variants[values]))
+        for values in sorted(
+            variants or {(): {}}, key=lambda values: [_place(value) for value in values]
+        ):
+            parts = [
+                f"{setting}={_text(value)}" for setting, value in zip(split, values, strict=True)
+            ]
+            rows.append(
+                _Row(", ".join([declaration.label(row), *origin, *parts]), row, variants[values])
+            )
     return rows
 
 
@@ -649,7 +806,9 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
     ours = {text: None for run in runs if (text := quantity.footnote(run))}
     slots: dict[Any, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        counted = run["seed"] if quantity.counted == "seeds" and run["seed"] is not None else run["key"]
+        counted = (
+            run["seed"] if quantity.counted == "seeds" and run["seed"] is not None else run["key"]
+        )
         slots[counted][run["key"]].append(run)
     for slot, tries in slots.items():
         finished = []
@@ -663,7 +822,9 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
         if not same:
             hashes = ", ".join(sorted(run["key"] for run in finished))
             troubles["in several configurations"] += 1
-            ours[f"seed {slot} ran in configurations that differ in no column here ({hashes}): left out"] = None
+            ours[
+                f"seed {slot} ran in configurations that differ in no column here ({hashes}): left out"
+            ] = None
         if finished and same:
             value = quantity.read(finished[-1])
             if isinstance(value, str):
@@ -681,7 +842,11 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
             f"{number.table} prints a gain of {gain.printed:+.2f} where its numbers differ by {gain.difference:+.2f} "
             f"({gain.source})"
         )
-    verdict, reasons = _verdict(runs[0], list(values.values()), number, quantity) if values and number else ("", ())
+    verdict, reasons = (
+        _verdict(runs[0], list(values.values()), number, quantity)
+        if values and number
+        else ("", ())
+    )
     return Cell(
         values=values,
         mean=mean,
@@ -692,7 +857,9 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
         published_gain=gain,
         verdict=verdict,
         footnotes={"ours": tuple(ours), "published": tuple(marks), "verdict": reasons},
-        settings={key: runs[0][key] for key in ("source", "pair", *quantity.settings)} if runs else {},
+        settings={key: runs[0][key] for key in ("source", "pair", *quantity.settings)}
+        if runs
+        else {},
     )
 
 
@@ -701,34 +868,55 @@ def _outcome(attempts: Sequence[Run]) -> Run:
     return min(reversed(attempts), key=lambda run: STATUSES.index(run["status"]))
 
 
-def _verdict(run: Run, values: Sequence[float], number: Published, quantity: Quantity) -> tuple[str, tuple[str, ...]]:
+def _verdict(
+    run: Run, values: Sequence[float], number: Published, quantity: Quantity
+) -> tuple[str, tuple[str, ...]]:
     """The verdict, and why there is none."""
     if run["method"] == "teacher":  # a checkpoint, not a run
         return "", ()
-    reasons = [quantity.refusal] if quantity.refusal else _other_method(run, number) + _other_budget(run, number)
+    reasons = (
+        [quantity.refusal]
+        if quantity.refusal
+        else _other_method(run, number) + _other_budget(run, number)
+    )
     if reasons:
-        return "not comparable", (f"not comparable with the published number: {', '.join(reasons)}",)
+        return "not comparable", (
+            f"not comparable with the published number: {', '.join(reasons)}",
+        )
     return stats.verdict(values, number.value), ()
 
 
-def _rank(cells: dict[tuple[str, str], Cell], rows: Sequence[str], columns: Iterable[str], quantity: Quantity) -> None:
+def _rank(
+    cells: dict[tuple[str, str], Cell],
+    rows: Sequence[str],
+    columns: Iterable[str],
+    quantity: Quantity,
+) -> None:
     """Marks best and second of each column, as the numbers are shown, among cells that may be compared."""
     for column in columns:
         groups = defaultdict(list)
         for row in rows:
             if (cell := cells[row, column]).mean is not None:
-                groups[tuple(cell.settings[key] for key in quantity.comparable)].append((row, cell.mean))
+                groups[tuple(cell.settings[key] for key in quantity.comparable)].append(
+                    (row, cell.mean)
+                )
         for members in groups.values():
             shown = sorted(
-                {round(mean, quantity.decimals) for _, mean in members}, reverse=not quantity.lower_is_better
+                {round(mean, quantity.decimals) for _, mean in members},
+                reverse=not quantity.lower_is_better,
             )
             for row, mean in members if len(members) > 1 else []:
                 place = shown.index(round(mean, quantity.decimals))
-                cells[row, column] = replace(cells[row, column], rank=("best", "second", "")[min(place, 2)])
+                cells[row, column] = replace(
+                    cells[row, column], rank=("best", "second", "")[min(place, 2)]
+                )
 
 
 def _compare(
-    cells: dict[tuple[str, str], Cell], rows: Sequence[_Row], columns: Iterable[str], declaration: Declaration
+    cells: dict[tuple[str, str], Cell],
+    rows: Sequence[_Row],
+    columns: Iterable[str],
+    declaration: Declaration,
 ) -> None:
     """Gives each cell its gain over the baseline in its column; p-values are corrected over the table."""
     for column in columns:
@@ -737,19 +925,33 @@ def _compare(
             bases = {r.label: c for r in rows if r.row == base and (c := cells[r.label, column]).n}
             if cell.n and bases:
                 cells[row.label, column] = _with_gain(cell, bases, declaration)
-    tested = [(key, gain) for key, cell in cells.items() if (gain := cell.gain) and gain.paired.p is not None]
+    tested = [
+        (key, gain)
+        for key, cell in cells.items()
+        if (gain := cell.gain) and gain.paired.p is not None
+    ]
     corrected = stats.holm([gain.paired.p for _, gain in tested if gain.paired.p is not None])
     for (key, gain), p in zip(tested, corrected, strict=True):
         cells[key] = replace(cells[key], gain=replace(gain, p_holm=p))
 
 
 def _with_gain(cell: Cell, bases: Mapping[str, Cell], declaration: Declaration) -> Cell:
-    fitting = {label: c for label, c in bases.items() if _agree(cell.settings, c.settings, declaration.same)}
+    fitting = {
+        label: c
+        for label, c in bases.items()
+        if _agree(cell.settings, c.settings, declaration.same)
+    }
     if len(fitting) > 1:  # a baseline at several temperatures: the one at this cell's
         tuned = ("temperature", "ce_weight", "kd_weight")
-        fitting = {label: c for label, c in fitting.items() if _agree(cell.settings, c.settings, tuned)}
+        fitting = {
+            label: c for label, c in fitting.items() if _agree(cell.settings, c.settings, tuned)
+        }
     if len(fitting) != 1:
-        why = f"{len(fitting)} of its rows fit" if fitting else "its runs differ in source or settings"
+        why = (
+            f"{len(fitting)} of its rows fit"
+            if fitting
+            else "its runs differ in source or settings"
+        )
         return _footnote(cell, "ours", f"no gain over {' or '.join(bases)}: {why}")
     ((over, base),) = fitting.items()
     ours, theirs = ({seed: c.values[seed] for seed in c.seeds} for c in (cell, base))
@@ -759,7 +961,9 @@ def _with_gain(cell: Cell, bases: Mapping[str, Cell], declaration: Declaration) 
     cell = replace(cell, gain=Gain(over, paired))
     if not paired.left_out:
         return cell
-    return _footnote(cell, "gain", f"seeds that only one of the two rows has are left out: {paired.left_out}")
+    return _footnote(
+        cell, "gain", f"seeds that only one of the two rows has are left out: {paired.left_out}"
+    )
 
 
 def _footnote(cell: Cell, kind: str, text: str) -> Cell:
@@ -772,11 +976,15 @@ def _commands(runs: Iterable[Run], whole: str) -> tuple[str, ...]:
     for run in runs:
         by_key[run["key"]].append(run)
     last = [_outcome(attempts) for attempts in by_key.values()]
-    single = sorted({run["command"] for run in last if run["status"] in ("FAILED", "KILLED", "MISSING")} - {""})
+    single = sorted(
+        {run["command"] for run in last if run["status"] in ("FAILED", "KILLED", "MISSING")} - {""}
+    )
     return (whole,) if whole and len(single) > FEW else tuple(single)
 
 
-def _notes(declaration: Declaration, cells: Mapping[tuple[str, str], Cell], sweep: str) -> Iterator[str]:
+def _notes(
+    declaration: Declaration, cells: Mapping[tuple[str, str], Cell], sweep: str
+) -> Iterator[str]:
     quantity = declaration.quantity
     gains = [cell.gain for cell in cells.values() if cell.gain]
     if sweep:
@@ -804,7 +1012,9 @@ def _notes(declaration: Declaration, cells: Mapping[tuple[str, str], Cell], swee
     for (row, _), cell in cells.items():
         for setting in quantity.settings if cell.settings else ():
             by_row[row, setting].add(cell.settings[setting])
-    if varying := dict.fromkeys(setting for (_, setting), values in by_row.items() if len(values) > 1):
+    if varying := dict.fromkeys(
+        setting for (_, setting), values in by_row.items() if len(values) > 1
+    ):
         yield f"Within a row these settings differ between pairs: {', '.join(varying)}."
     if repeated := _repeated(declaration.runs):
         yield f"{repeated} failed or stopped runs were run again in the same configuration and finished: those count."
@@ -812,4 +1022,10 @@ def _notes(declaration: Declaration, cells: Mapping[tuple[str, str], Cell], swee
 
 def _repeated(runs: Iterable[Run]) -> int:
     finished = {run["key"] for run in runs if run["status"] == "FINISHED"}
-    return len({run["run_id"] for run in runs if run["key"] in finished and run["status"] in ("FAILED", "KILLED")})
+    return len(
+        {
+            run["run_id"]
+            for run in runs
+            if run["key"] in finished and run["status"] in ("FAILED", "KILLED")
+        }
+    )

@@ -21,7 +21,9 @@ from sddlskd.meter import meter
 
 __all__ = ["DAMAGE", "Member", "UnsafeArchive", "unpack", "unpack_folder"]
 
-LONGEST_NAME = 1 << 16  # bytes of a header that holds a name; tarfile reads these into memory whatever they claim
+LONGEST_NAME = (
+    1 << 16
+)  # bytes of a header that holds a name; tarfile reads these into memory whatever they claim
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, struct.error, LZMAError, zlib.error, EOFError, OSError, ValueError,
           OverflowError, LookupError, RuntimeError)  # fmt: skip
 OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
@@ -71,7 +73,9 @@ def unpack(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with open(archive, "rb") as file:  # by its beginning: a tar may end in a zip, as files of weights are
+        with open(
+            archive, "rb"
+        ) as file:  # by its beginning: a tar may end in a zip, as files of weights are
             entries_of = _zip_entries if file.read(2) == b"PK" else _tar_entries
         with closing(entries_of(archive)) as entries, meter(archive.name, None, "members") as show:
             for number, entry in enumerate(entries, 1):
@@ -82,14 +86,18 @@ def unpack(
                     continue
                 limit -= entry.size
                 if limit < 0:
-                    raise UnsafeArchive(f"{entry.path} and what comes before it are larger than agreed")
+                    raise UnsafeArchive(
+                        f"{entry.path} and what comes before it are larger than agreed"
+                    )
                 _write(entry, temporary / entry.path)
         os.replace(temporary, folder)
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno in OF_THIS_DISK:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UnsafeArchive(f"{archive} is refused: {reason}. Get it again from where it is published") from error
+        raise UnsafeArchive(
+            f"{archive} is refused: {reason}. Get it again from where it is published"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,12 +111,17 @@ def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) ->
         if folder.exists():
             return
         scratch = folder.with_name(f".{folder.name}.unpacked")
-        for left in (scratch, *folder.parent.glob(f".{scratch.name}.*.tmp")):  # of a process that was killed
+        for left in (
+            scratch,
+            *folder.parent.glob(f".{scratch.name}.*.tmp"),
+        ):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         unpack(archive, scratch, limit=limit, **options)
         try:
             if not (scratch / folder.name).is_dir():
-                raise UnsafeArchive(f"{archive} holds no folder {folder.name}. Get it again from where it is published")
+                raise UnsafeArchive(
+                    f"{archive} holds no folder {folder.name}. Get it again from where it is published"
+                )
             os.replace(scratch / folder.name, folder)
         finally:
             shutil.rmtree(scratch)
@@ -120,8 +133,12 @@ def _tar_entries(archive: Path) -> Generator[_Entry, None, None]:
             path = _safe(member.name)
             if member.size < 0:  # an extended header may say so
                 raise UnsafeArchive(f"{_shown(member.name)} has {member.size} bytes")
-            if not member.isdir() and (member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()):
-                raise UnsafeArchive(f"{_shown(member.name)} is a link, a device or another special file")
+            if not member.isdir() and (
+                member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()
+            ):
+                raise UnsafeArchive(
+                    f"{_shown(member.name)} is a link, a device or another special file"
+                )
             yield _Entry(path, member.isdir(), member.size, partial(_opened, tar, member))
 
 
@@ -136,10 +153,19 @@ def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
         for member in file.infolist():
             path, kind = _safe(member.orig_filename), stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise UnsafeArchive(f"{_shown(member.filename)} is a link, a device or another special file")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take any memory
-                raise UnsafeArchive(f"{_shown(member.filename)} is compressed by method {member.compress_type}")
-            yield _Entry(path, member.filename.endswith("/"), member.file_size, partial(file.open, member))
+                raise UnsafeArchive(
+                    f"{_shown(member.filename)} is a link, a device or another special file"
+                )
+            if member.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):  # others take any memory
+                raise UnsafeArchive(
+                    f"{_shown(member.filename)} is compressed by method {member.compress_type}"
+                )
+            yield _Entry(
+                path, member.filename.endswith("/"), member.file_size, partial(file.open, member)
+            )
 
 
 def _safe(name: str) -> PurePosixPath:
@@ -156,7 +182,10 @@ def _shown(name: str) -> str:
 
 def _write(entry: _Entry, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with entry.open() as source, open(path, "xb") as target:  # x: a file that is there twice is refused
+    with (
+        entry.open() as source,
+        open(path, "xb") as target,
+    ):  # x: a file that is there twice is refused
         shutil.copyfileobj(source, target, 1 << 20)
     if path.stat().st_size != entry.size:
         raise UnsafeArchive(f"{_shown(str(entry.path))} is cut off")

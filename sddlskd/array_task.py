@@ -63,7 +63,11 @@ class ArrayTask:
     def __call__(self) -> NoReturn:
         """Called by submitit in each process of the task."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        warned = ", to go on when SLURM starts it again" if restarts < self.max_requeues else ", max_requeues reached"
+        warned = (
+            ", to go on when SLURM starts it again"
+            if restarts < self.max_requeues
+            else ", max_requeues reached"
+        )
         stop = Stop(warned=warned)
         stop.listen()  # to the end of the process
         folders = [Path(path) for path in self.run_dirs]
@@ -73,7 +77,9 @@ class ArrayTask:
         for name in RENDEZVOUS:  # of the shell that the sweep was launched from
             os.environ.pop(name, None)
         if task.num_tasks > 1:
-            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            submitit.helpers.TorchDistributedEnvironment().export(
+                set_cuda_visible_devices=False, overwrite=True
+            )
             if task.num_nodes == 1:  # SLURM's name of a node need not resolve
                 os.environ["MASTER_ADDR"] = "127.0.0.1"
         if task.global_rank == 0:
@@ -124,4 +130,6 @@ def _close_sweep(sweep: Path, folder: Path) -> None:
     """The last job to end tells MLflow that the sweep is over; nobody else may be there to do so."""
     states = {state_of(Path(run_dir)) for run_dir in read_manifest(sweep)["jobs"]}
     if states <= {"finished", "failed"}:
-        tracking.finish_sweep(cfg.load(folder / "config.yaml"), FAILED if "failed" in states else FINISHED)
+        tracking.finish_sweep(
+            cfg.load(folder / "config.yaml"), FAILED if "failed" in states else FINISHED
+        )

@@ -27,7 +27,15 @@ from sddlskd.targets import instantiate
 from sddlskd.teacher import Teacher
 from sddlskd.teacher_cache import TeacherCache, cache_path
 
-__all__ = ["build_data", "build_network", "build_run", "build_teacher", "check_maps", "leave_as_teacher", "shape_of"]
+__all__ = [
+    "build_data",
+    "build_network",
+    "build_run",
+    "build_teacher",
+    "check_maps",
+    "leave_as_teacher",
+    "shape_of",
+]
 __all__ += ["check_cache", "check_teacher", "teacher_changed", "teacher_path"]
 
 log = logging.getLogger(__name__)
@@ -52,8 +60,14 @@ def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int =
     if isinstance(splits.train, Files):
         check_cache(job)
         low, high = d.crop_area
-        view = View(d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright)
-        choices: dict[str, Any] = {"workers": d.workers, "bad": d.bad_images, "irregular": d.irregular_images}
+        view = View(
+            d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright
+        )
+        choices: dict[str, Any] = {
+            "workers": d.workers,
+            "bad": d.bad_images,
+            "irregular": d.irregular_images,
+        }
         return StreamedData(splits, view=view, **choices, **common)
     return DeviceData(splits, padding=d.padding, **common)
 
@@ -74,7 +88,9 @@ def check_cache(job: Config) -> None:
         )
 
 
-def build_network(model: dict[str, Any], num_classes: int, seed: int, device: torch.device) -> nn.Module:
+def build_network(
+    model: dict[str, Any], num_classes: int, seed: int, device: torch.device
+) -> nn.Module:
     """A freshly initialised network: its weights depend on `seed` alone, not on what was built before it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,22 +100,32 @@ def build_network(model: dict[str, Any], num_classes: int, seed: int, device: to
 
 def teacher_path(job: Config) -> Path:
     """The file of the job's teacher."""
-    return Path(job.teacher.checkpoint or teachers.path_of(job.home, job.dataset.name, job.teacher.name))
+    return Path(
+        job.teacher.checkpoint or teachers.path_of(job.home, job.dataset.name, job.teacher.name)
+    )
 
 
 def check_teacher(job: Config) -> None:
     """FileNotFoundError unless the teacher's file is there, or will be trained; ValueError if it is not as pinned."""
     path = teacher_path(job)
     if job.distiller.loss and path.exists() and not job.teacher.checkpoint:
-        pins.check(job.home, pins.key_of(job.dataset.name, job.teacher.name), teachers.file_hash(path))
-    if job.distiller.loss and not path.exists() and (job.teacher.checkpoint or not job.teacher.train_if_missing):
+        pins.check(
+            job.home, pins.key_of(job.dataset.name, job.teacher.name), teachers.file_hash(path)
+        )
+    if (
+        job.distiller.loss
+        and not path.exists()
+        and (job.teacher.checkpoint or not job.teacher.train_if_missing)
+    ):
         raise teachers.missing(path, job.teacher.name, job.dataset.name)
 
 
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
     """Whether a run learnt from another teacher file than the one that its job finds now."""
     earlier, path = result.get("teacher_sha256"), teacher_path(job)
-    return bool(job.distiller.loss and earlier and path.exists() and teachers.file_hash(path) != earlier)
+    return bool(
+        job.distiller.loss and earlier and path.exists() and teachers.file_hash(path) != earlier
+    )
 
 
 def build_teacher(
@@ -118,7 +144,9 @@ def build_teacher(
     check_teacher(job)
     if not ranks.told(path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock") if ranks.first else nullcontext():  # the first job trains it, the others wait
+        with (
+            FileLock(f"{path}.lock") if ranks.first else nullcontext()
+        ):  # the first job trains it, the others wait
             if not ranks.told(path.exists()):
                 log.info(
                     "teacher %s is not there yet: training it first (teacher.train_epochs=%d)",
@@ -137,36 +165,57 @@ def build_teacher(
         compile=job.trainer.compile,
     )
     top1 = ranks.told(
-        teachers.measured_top1(path, job.dataset.name, lambda: evaluate(teacher, data.test_batches())["top1"])
+        teachers.measured_top1(
+            path, job.dataset.name, lambda: evaluate(teacher, data.test_batches())["top1"]
+        )
         if ranks.first
         else None
     )
     chance = 100 / job.dataset.num_classes
     if top1 < chance + 0.05 * (100 - chance):
         log.warning(
-            "teacher %s performs at chance: top-1 %.2f on %s (%s)", job.teacher.name, top1, job.dataset.name, path
+            "teacher %s performs at chance: top-1 %.2f on %s (%s)",
+            job.teacher.name,
+            top1,
+            job.dataset.name,
+            path,
         )
     sha256 = teachers.file_hash(path)
     facts = {"teacher_top1": top1, "teacher_sha256": sha256}
-    if not (job.teacher.cache and isinstance(data, DeviceData)):  # of no other data, see check_cache
+    if not (
+        job.teacher.cache and isinstance(data, DeviceData)
+    ):  # of no other data, see check_cache
         return teacher, facts
     with ranks.first_before_others():
         return _remembering(job, teacher, data, device, sha256), facts
 
 
-def _remembering(job: Config, teacher: Teacher, data: DeviceData, device: torch.device, sha256: str) -> TeacherCache:
+def _remembering(
+    job: Config, teacher: Teacher, data: DeviceData, device: torch.device, sha256: str
+) -> TeacherCache:
     d = job.dataset
     seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
     map_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
-    about = {"images": seen, "map": map_KHW, "dtype": job.teacher.cache_dtype, "precision": job.trainer.precision}
+    about = {
+        "images": seen,
+        "map": map_KHW,
+        "dtype": job.teacher.cache_dtype,
+        "precision": job.trainer.precision,
+    }
     path = cache_path(Path(str(job.teacher.cache)), sha256, about)
     return TeacherCache(
-        teacher, path, rows=data.train_size * data.views, map_KHW=map_KHW, dtype=job.teacher.cache_dtype
+        teacher,
+        path,
+        rows=data.train_size * data.views,
+        map_KHW=map_KHW,
+        dtype=job.teacher.cache_dtype,
     )
 
 
 @torch.inference_mode()
-def check_maps(job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device) -> None:
+def check_maps(
+    job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
+) -> None:
     """ValueError unless both networks take the images and give maps of the right classes that the scales fit on."""
     image = torch.zeros(1, *data.image_shape, device=device)
     networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
@@ -191,7 +240,9 @@ def check_maps(job: Config, student: nn.Module, teacher: nn.Module | None, data:
             )
     side = min(min(logit_map.shape[2:]) for logit_map in maps.values())
     if teacher is not None and max(job.M) > 2 * side:
-        sides = ", ".join(f"{name} {tuple(logit_map.shape[2:])}" for name, logit_map in maps.items())
+        sides = ", ".join(
+            f"{name} {tuple(logit_map.shape[2:])}" for name, logit_map in maps.items()
+        )
         raise ValueError(
             f"M={job.M} asks for {max(job.M)}x{max(job.M)} regions, more than twice the smaller map ({sides}); "
             f"the largest scale here is {2 * side}"
@@ -251,8 +302,14 @@ def leave_as_teacher(job: Config, run: Run) -> None:
         return
     path = teachers.path_of(job.home, job.dataset.name, job.student.name)
     left = teachers.publish(
-        path, run.model.state_dict(), network=job.student.name, dataset=job.dataset.name, top1=run.last_top1
+        path,
+        run.model.state_dict(),
+        network=job.student.name,
+        dataset=job.dataset.name,
+        top1=run.last_top1,
     )
     run.record.log.info(
-        "teacher file %s: %s", path, "written" if left else "kept as it was, since one is there already"
+        "teacher file %s: %s",
+        path,
+        "written" if left else "kept as it was, since one is there already",
     )

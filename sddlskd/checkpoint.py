@@ -69,7 +69,9 @@ def read(path: Path) -> Any:
 def _why_unreadable(path: Path, error: Exception) -> str:
     refused = None
     if isinstance(error, pickle.UnpicklingError):
-        refused = re.search(r"GLOBAL ([\w.]+)|import of ([\w.]+)|(?:class|type) ([\w.]+\.[\w.]+)", str(error))
+        refused = re.search(
+            r"GLOBAL ([\w.]+)|import of ([\w.]+)|(?:class|type) ([\w.]+\.[\w.]+)", str(error)
+        )
     if refused:
         name = next(group for group in refused.groups() if group)
         return (
@@ -84,7 +86,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 @functools.cache
 def _numpy_scalars() -> list[Any]:
     scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
+    dtypes = [
+        type(np.dtype(name))
+        for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
+    ]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1 and 2
     return [np.dtype, *dtypes, *((scalar, name) for name in names)]
 
@@ -128,9 +133,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(_is_weight(*item) for item in content.items()):
-        raise UnreadableFile(f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict")
-    return {name.removeprefix("module."): value for name, value in content.items()}  # DataParallel's prefix
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(_is_weight(*item) for item in content.items())
+    ):
+        raise UnreadableFile(
+            f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict"
+        )
+    return {
+        name.removeprefix("module."): value for name, value in content.items()
+    }  # DataParallel's prefix
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -138,7 +151,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise ValueError(f"reading {path} needs safetensors: pip install 'sddlskd[export]'") from error
+        raise ValueError(
+            f"reading {path} needs safetensors: pip install 'sddlskd[export]'"
+        ) from error
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -152,7 +167,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _is_weight(name: Any, value: Any) -> bool:
-    dense = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    dense = (
+        isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    )
     return isinstance(name, str) and dense and not value.is_quantized
 
 
@@ -178,7 +195,9 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
         if k in weights and weights[k].is_floating_point() != own[k].is_floating_point()
     ]
     if differing:
-        shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
+        shown = "; ".join(differing[:3]) + (
+            f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        )
         raise ValueError(
             f"{path} does not hold weights of {network}: {shown}. Give the file of that network and data set"
         )

@@ -42,7 +42,9 @@ __all__ = [
 ]
 
 NO_TEACHER = "none"
-_RUN_NAME: ContextVar[str | None] = ContextVar("run_name", default=None)  # of the job that is being resolved
+_RUN_NAME: ContextVar[str | None] = ContextVar(
+    "run_name", default=None
+)  # of the job that is being resolved
 M_CURE = "give distinct positive integers, such as M=[1,2,4]"
 
 
@@ -111,14 +113,18 @@ class Progress(StrEnum):
 @dataclass
 class StudentConfig:
     name: str = MISSING  # what the network is called in tables
-    model: dict[str, Any] = field(default_factory=dict)  # _target_ and its arguments; num_classes is added
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # _target_ and its arguments; num_classes is added
     lr: float = 0.05  # peak learning rate of its training by the papers' SGD; where nothing is said, dataset.lr
 
 
 @dataclass
 class TeacherConfig(StudentConfig):
     checkpoint: str | None = None  # file; null: <home>/teachers/<dataset>/<name>.pt
-    cache: str | None = _plumbing(None)  # folder to keep its maps in, for this and later sweeps; null: none are kept
+    cache: str | None = _plumbing(
+        None
+    )  # folder to keep its maps in, for this and later sweeps; null: none are kept
     cache_dtype: CacheDtype = CacheDtype.float16  # how they are kept
     train_if_missing: bool = _plumbing(False)  # train it first where the file is missing
     train_epochs: int = _plumbing(240)  # epochs of that training
@@ -128,7 +134,9 @@ class TeacherConfig(StudentConfig):
 @dataclass
 class DistillerConfig:
     name: str = MISSING  # what the loss is called in tables
-    loss: dict[str, Any] = field(default_factory=dict)  # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: none
+    loss: dict[str, Any] = field(
+        default_factory=dict
+    )  # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: none
     temperature: float = 4.0  # divides the logits
     ce_weight: float = 1.0  # of cross-entropy with the labels
     kd_weight: float = 1.0  # of the distillation loss
@@ -142,7 +150,9 @@ class DatasetConfig:
     name: str = MISSING  # what the data set is called in tables
     load: dict[str, Any] = field(  # _target_ and arguments of () -> Splits
         default_factory=dict,
-        metadata={"place": "root"},  # its argument `root`, where it is dataset.root, does not count in the identity
+        metadata={
+            "place": "root"
+        },  # its argument `root`, where it is dataset.root, does not count in the identity
     )
     root: str = _plumbing("data")  # folder of the files
     num_classes: int = MISSING  # classes
@@ -150,36 +160,54 @@ class DatasetConfig:
     std: list[float] = field(default_factory=list)  # of each channel, of pixels in 0..1
     padding: int = 4  # pixels of zero padding before the random crop; 0: no crop
     flip: bool = True  # mirror half of the images
-    val_fraction: float = 0.0  # part of train held out as val; 0: val is the test split, as in the papers
+    val_fraction: float = (
+        0.0  # part of train held out as val; 0: val is the test split, as in the papers
+    )
     # From here on to pixel_limit: of data sets of image files (sddlskd/streaming.py) alone.
     size: int = _later(224)  # pixels of the side of what the networks see
     crop_area: list[float] = field(  # least and largest part of an image that a random crop takes
         default_factory=lambda: [0.08, 1.0], metadata={"later": True}
     )
-    centre: float = _later(0.875)  # side of the square that is tested on, as part of the shorter side; 1: all of it
-    upright: bool = _later(False)  # turn images as their EXIF orientation says; false: as they are stored
+    centre: float = _later(
+        0.875
+    )  # side of the square that is tested on, as part of the shorter side; 1: all of it
+    upright: bool = _later(
+        False
+    )  # turn images as their EXIF orientation says; false: as they are stored
     bad_images: BadImages = _later(BadImages.fail)  # files that cannot be read  # noqa: RUF009 (all it gives are fields)
     irregular_images: IrregularImages = _later(IrregularImages.convert)  # not upright RGB as stored  # noqa: RUF009
-    pixel_limit: int = _later(100_000_000)  # pixels above which an image counts as bad, by its header
-    workers: int | None = _plumbing(None)  # processes that decode images; 0: none beside the trainer; null: a core each
+    pixel_limit: int = _later(
+        100_000_000
+    )  # pixels above which an image counts as bad, by its header
+    workers: int | None = _plumbing(
+        None
+    )  # processes that decode images; 0: none beside the trainer; null: a core each
     epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
     batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
-    lr: float | None = _plumbing(None)  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
+    lr: float | None = _plumbing(
+        None
+    )  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
     weight_decay: float = _plumbing(5e-4)  # what that of the papers' SGD is unless given
     milestones: list[float] = field(  # what those of the papers' SGD are unless given
         default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
     )
-    stem: str = _plumbing("small")  # of our CIFAR networks: small for images of 32 pixels, large for images of 224
+    stem: str = _plumbing(
+        "small"
+    )  # of our CIFAR networks: small for images of 32 pixels, large for images of 224
     train_teachers: bool = _plumbing(False)  # what teacher.train_if_missing is unless given
 
 
 @dataclass
 class OptimizerConfig:
     name: str = MISSING
-    algorithm: dict[str, Any] = field(default_factory=dict)  # _target_ and arguments, without params and lr
+    algorithm: dict[str, Any] = field(
+        default_factory=dict
+    )  # _target_ and arguments, without params and lr
     lr: float = 0.05  # peak learning rate
     schedule: Schedule = Schedule.step  # how lr falls
-    milestones: list[float] = field(default_factory=lambda: [0.625, 0.75, 0.875])  # as parts of trainer.epochs
+    milestones: list[float] = field(
+        default_factory=lambda: [0.625, 0.75, 0.875]
+    )  # as parts of trainer.epochs
     decay: float = 0.1  # factor at each milestone
     warmup_epochs: float = 0.0  # epochs over which lr rises linearly from zero
     clip_norm: float | None = None  # largest gradient norm; null: no clipping
@@ -197,8 +225,12 @@ class TrainerConfig:
     #                               and share the teacher: they then differ in initialisation only
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
     devices: int = _plumbing(1)  # processes (one a GPU) that share each batch
-    timeout_s: float = _plumbing(600.0)  # seconds after which one of several processes gives up waiting for another
-    precision: Precision = Precision.fp32  # of the networks' forward pass; losses are always float32
+    timeout_s: float = _plumbing(
+        600.0
+    )  # seconds after which one of several processes gives up waiting for another
+    precision: Precision = (
+        Precision.fp32
+    )  # of the networks' forward pass; losses are always float32
     compile: bool = False  # torch.compile the networks
     log_every: int = _plumbing(50)  # steps between looks at the loss
     progress: Progress = _plumbing(Progress.auto)  # noqa: RUF009 (it gives a dataclass field)
@@ -206,7 +238,9 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_minutes: float = _plumbing(10.0)  # minutes between checkpoints inside an epoch; every epoch ends with one
+    every_minutes: float = _plumbing(
+        10.0
+    )  # minutes between checkpoints inside an epoch; every epoch ends with one
 
 
 @dataclass
@@ -214,8 +248,12 @@ class TrackingConfig:
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path
     experiment: str = _plumbing("sddlskd")  # MLflow experiment
-    offline: bool = _plumbing(False)  # go on without MLflow where it does not answer; `sync` delivers later
-    predictions: bool = _plumbing(False)  # keep logits, regions and features on the test split, for figures
+    offline: bool = _plumbing(
+        False
+    )  # go on without MLflow where it does not answer; `sync` delivers later
+    predictions: bool = _plumbing(
+        False
+    )  # keep logits, regions and features on the test split, for figures
     experiment_id: str | None = _plumbing(None)  # set by the launching process
     parent_run_id: str | None = _plumbing(None)  # set by the launching process: the sweep's run
 
@@ -242,11 +280,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    M: list[int] = field(default_factory=lambda: [1])  # scales: the logit maps are cut into m x m regions for each m
+    M: list[int] = field(
+        default_factory=lambda: [1]
+    )  # scales: the logit maps are cut into m x m regions for each m
     standardize: bool = False  # z-score the logits of each region (LSKD)
     complementary_weight: float = 2.0  # weight of complementary regions (SDD's beta)
     seed: int = 0  # of the initialisation; of the batches too unless trainer.data_seed is given
-    allow_foreign_targets: bool = _plumbing(False)  # whether _target_ may name code that is not of ours or torch's
+    allow_foreign_targets: bool = _plumbing(
+        False
+    )  # whether _target_ may name code that is not of ours or torch's
     home: str = _plumbing(".")  # folder of data/, teachers/, runs/ and mlflow.db
     run_dir: str = _plumbing("")  # folder of this run's record
 
@@ -275,12 +317,26 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
     """The name of the sweep's file, or what is swept: student-shufflev1-mobilev2-1f0c2a."""
     if "hydra" not in _root_ or _root_.hydra.mode is not RunMode.MULTIRUN:
         return None
-    how = ("tracking", "home=", "dataset.root=", "sweep.", "checkpoint.", "trainer.device=", "trainer.progress=")
-    overrides = sorted(text for text in _root_.hydra.overrides.task if not text.lstrip("+").startswith(how))
+    how = (
+        "tracking",
+        "home=",
+        "dataset.root=",
+        "sweep.",
+        "checkpoint.",
+        "trainer.device=",
+        "trainer.progress=",
+    )
+    overrides = sorted(
+        text for text in _root_.hydra.overrides.task if not text.lstrip("+").startswith(how)
+    )
     name, file = "-".join(overrides), str(_root_.hydra.job.config_name)
     if file != "config":
         name = "-".join([file, *overrides])
-    return f"{_plain(name)[:60].strip('-')}-{_digest([file, overrides])[:6]}" if overrides else _plain(file)
+    return (
+        f"{_plain(name)[:60].strip('-')}-{_digest([file, overrides])[:6]}"
+        if overrides
+        else _plain(file)
+    )
 
 
 def resolve(composed: DictConfig) -> Config:
@@ -297,15 +353,21 @@ def resolve(composed: DictConfig) -> Config:
             _RUN_NAME.reset(known)
         refuse_interpolations(run_dir, "run_dir")
         if not isinstance(run_dir, str):
-            run_dir = OmegaConf.merge(_empty(), {"run_dir": run_dir}).run_dir  # a number as text; else its error
+            run_dir = OmegaConf.merge(
+                _empty(), {"run_dir": run_dir}
+            ).run_dir  # a number as text; else its error
         config.run_dir = os.path.abspath(run_dir) if run_dir else ""
     return config
 
 
 def _typed(composed: DictConfig) -> Config:
     """All but run_dir."""
-    bare = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("hydra", "run_dir")])
-    plain = OmegaConf.to_container(bare, resolve=True)  # as plain values, so that a key added with + is refused too
+    bare = OmegaConf.masked_copy(
+        composed, [str(key) for key in composed if key not in ("hydra", "run_dir")]
+    )
+    plain = OmegaConf.to_container(
+        bare, resolve=True
+    )  # as plain values, so that a key added with + is refused too
     refuse_interpolations(plain, "")
     config = OmegaConf.to_object(OmegaConf.merge(_empty(), plain))
     assert isinstance(config, Config)
@@ -323,13 +385,17 @@ def settle(config: Config) -> Config:
     if not config.distiller.loss:
         _drop_what_needs_a_teacher(config)
     if config.teacher.cache is None:
-        config.teacher.cache_dtype = CacheDtype.float32  # no rounding: the same job as one with such a cache
+        config.teacher.cache_dtype = (
+            CacheDtype.float32
+        )  # no rounding: the same job as one with such a cache
     else:
         config.teacher.cache = os.path.abspath(config.teacher.cache)
     _check(config)
     config.home = os.path.abspath(config.home)
     if config.tracking.uri and config.tracking.uri.startswith("sqlite:///"):
-        config.tracking.uri = "sqlite:///" + os.path.abspath(config.tracking.uri.removeprefix("sqlite:///"))
+        config.tracking.uri = "sqlite:///" + os.path.abspath(
+            config.tracking.uri.removeprefix("sqlite:///")
+        )
     root, config.dataset.root = config.dataset.root, os.path.abspath(config.dataset.root)
     if config.dataset.load.get("root") == root:
         config.dataset.load = {**config.dataset.load, "root": config.dataset.root}
@@ -344,13 +410,21 @@ def _drop_what_needs_a_teacher(config: Config) -> None:
     """A student without a distillation loss is one job, whatever teacher, scales and weights stand beside it."""
     plain = Config()
     config.teacher = TeacherConfig(name=NO_TEACHER)
-    config.distiller = DistillerConfig(name=config.distiller.name, ce_weight=config.distiller.ce_weight, kd_weight=0.0)
+    config.distiller = DistillerConfig(
+        name=config.distiller.name, ce_weight=config.distiller.ce_weight, kd_weight=0.0
+    )
     config.M, config.standardize = plain.M, plain.standardize
     config.complementary_weight = plain.complementary_weight
 
 
 def _check(config: Config) -> None:
-    for key in ("student.model", "teacher.model", "distiller.loss", "dataset.load", "optimizer.algorithm"):
+    for key in (
+        "student.model",
+        "teacher.model",
+        "distiller.loss",
+        "dataset.load",
+        "optimizer.algorithm",
+    ):
         group, name = key.split(".")
         check_names(getattr(getattr(config, group), name), key, config.allow_foreign_targets)
     if not config.home:
@@ -389,7 +463,9 @@ def _check(config: Config) -> None:
         "distiller.warmup_epochs": config.distiller.warmup_epochs,
         "distiller.temperature": config.distiller.temperature,
         "optimizer.lr": config.optimizer.lr,
-        "optimizer.clip_norm": 1 if config.optimizer.clip_norm is None else config.optimizer.clip_norm,
+        "optimizer.clip_norm": 1
+        if config.optimizer.clip_norm is None
+        else config.optimizer.clip_norm,
         "checkpoint.every_minutes": config.checkpoint.every_minutes,
     }
     not_negative = {
@@ -414,14 +490,18 @@ def _check(config: Config) -> None:
             "epoch 150 of 240 is 0.625"
         )
     if not config.dataset.centre <= 1:
-        raise ValueError(f"dataset.centre={config.dataset.centre} is a part of an image's side, at most 1")
+        raise ValueError(
+            f"dataset.centre={config.dataset.centre} is a part of an image's side, at most 1"
+        )
     area = config.dataset.crop_area
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise ValueError(
             f"dataset.crop_area={area} are two parts of an image, from 0 to 1: [0.08,1] are the usual ones"
         )
     if not 0 <= config.dataset.val_fraction < 1:
-        raise ValueError(f"dataset.val_fraction={config.dataset.val_fraction} must be at least 0 and less than 1")
+        raise ValueError(
+            f"dataset.val_fraction={config.dataset.val_fraction} must be at least 0 and less than 1"
+        )
 
 
 def teacher_job(config: Config) -> Config:
@@ -433,7 +513,11 @@ def teacher_job(config: Config) -> Config:
         dataset=config.dataset,
         optimizer=OptimizerConfig(  # as conf/optimizer/sgd.yaml: it does not follow the students' settings
             name="sgd",
-            algorithm={"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": config.dataset.weight_decay},
+            algorithm={
+                "_target_": "torch.optim.SGD",
+                "momentum": 0.9,
+                "weight_decay": config.dataset.weight_decay,
+            },
             lr=config.teacher.lr,
             milestones=config.dataset.milestones,
         ),
@@ -485,7 +569,9 @@ def identity_keys() -> set[str]:
         for f in fields(node):
             if f.metadata.get("identity", True):
                 value = getattr(node, f.name, None)
-                yield from walk(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
+                yield from (
+                    walk(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
+                )
 
     return set(walk(Config(), ""))
 
@@ -519,7 +605,14 @@ def sharing_key(config: Config) -> str:
     where = {"device": config.trainer.device, "devices": config.trainer.devices}
     trainer = dict(_identity(config.trainer)) | {"data_seed": data_seed(config), **where}
     asked = config.teacher
-    teacher = [asked.name, asked.model, asked.checkpoint, asked.cache, asked.cache_dtype, config.home]
+    teacher = [
+        asked.name,
+        asked.model,
+        asked.checkpoint,
+        asked.cache,
+        asked.cache_dtype,
+        config.home,
+    ]
     return _digest([trainer, teacher, dict(_identity(config.dataset)), config.dataset.root])
 
 
@@ -527,7 +620,13 @@ def run_name(config: Config) -> str:
     """A readable, unique folder name such as cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417."""
     parts = [config.student.name, config.distiller.name]
     if config.distiller.loss:
-        parts = [config.teacher.name, *parts, *(["ls"] if config.standardize else []), "M", *map(str, config.M)]
+        parts = [
+            config.teacher.name,
+            *parts,
+            *(["ls"] if config.standardize else []),
+            "M",
+            *map(str, config.M),
+        ]
     label = "-".join([*parts, f"s{config.seed}", config_hash(config)])
     return f"{_plain(config.dataset.name)}/{_plain(label)}"
 

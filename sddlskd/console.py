@@ -9,7 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -22,7 +27,12 @@ from sddlskd.config import M_CURE, Config
 __all__ = ["duration", "explain", "log_to_terminal", "outcomes", "write_line"]
 
 OURS = (ValueError, OSError, RuntimeError)  # what our own checks raise, worded for users
-NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")  # folders of conf/ that nobody chooses from
+NO_CHOICES = (
+    "hydra",
+    "tuned",
+    "adapted",
+    "__pycache__",
+)  # folders of conf/ that nobody chooses from
 
 
 def write_line(text: str) -> None:
@@ -38,7 +48,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def outcomes(jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False) -> None:
+def outcomes(
+    jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
+) -> None:
     """Print what came out, and exit with 1 where a run failed or 130 where one or all of the sweep was stopped."""
     from rich.console import Console
     from rich.table import Table
@@ -72,7 +84,9 @@ def outcomes(jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopp
 def explain(error: BaseException) -> str:
     """What is wrong and what would be right, in one line."""
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
         chain.append(cause)
     for link in chain:
         if isinstance(link, OverrideParseException):
@@ -114,18 +128,26 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 
 def _cure(bad: str, valid: Sequence[str], prefix: str) -> str:
     close = get_close_matches(bad, valid, n=1)
-    return (f"did you mean {prefix}{close[0]}? Valid" if close else "valid") + f" are {', '.join(valid)}"
+    return (
+        f"did you mean {prefix}{close[0]}? Valid" if close else "valid"
+    ) + f" are {', '.join(valid)}"
 
 
 def _bad_value(key: str, message: str, whole: str) -> str:
     override = re.match(r"Error merging override (\S+)", whole)
     shown = override[1] if override else key
-    return f"{shown} is not valid; {M_CURE}" if re.fullmatch(r"M(\[\d+\])?", key) else f"{shown}: {message}"
+    return (
+        f"{shown} is not valid; {M_CURE}"
+        if re.fullmatch(r"M(\[\d+\])?", key)
+        else f"{shown}: {message}"
+    )
 
 
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in re.sub(r"^\[Errno \d+\] ", "", text).splitlines()]
-    return " ".join(l for l in lines if l and not l.startswith(("full_key", "object_type", "reference_type")))
+    return " ".join(
+        l for l in lines if l and not l.startswith(("full_key", "object_type", "reference_type"))
+    )
 
 
 def log_to_terminal() -> None:
@@ -136,7 +158,9 @@ def log_to_terminal() -> None:
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, show_level=False, rich_tracebacks=False)
+        handler = RichHandler(
+            console=console, show_path=False, show_level=False, rich_tracebacks=False
+        )
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

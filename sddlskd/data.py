@@ -19,9 +19,16 @@ from sddlskd.download import DownloadError
 
 __all__ = ["DeviceData", "DownloadError", "Draws", "Files", "Images", "Normalise", "Splits"]
 __all__ += ["check_labels", "draw_epoch", "held_out", "mirrored", "share_of"]
-__all__ += ["cifar100", "digits", "fake", "fashion_mnist"]  # the loaders, for `_target_: sddlskd.data.<name>`
+__all__ += [
+    "cifar100",
+    "digits",
+    "fake",
+    "fashion_mnist",
+]  # the loaders, for `_target_: sddlskd.data.<name>`
 
-CHUNK = 256  # images augmented together; measured: 128 to 512 are alike, more falls out of the cache
+CHUNK = (
+    256  # images augmented together; measured: 128 to 512 are alike, more falls out of the cache
+)
 Batch = tuple[Tensor, Tensor]  # x_BCHW float32 normalised, y_B int64
 
 
@@ -89,7 +96,9 @@ class DeviceData:
     ) -> None:
         train, test = splits
         if isinstance(train, Files) or isinstance(test, Files):
-            raise ValueError("the splits are files; give them to sddlskd.streaming.StreamedData, or load their pixels")
+            raise ValueError(
+                "the splits are files; give them to sddlskd.streaming.StreamedData, or load their pixels"
+            )
         _check_split("train", train, num_classes, train.images_NHWC.shape[1:])
         _check_split("test", test, num_classes, train.images_NHWC.shape[1:])
         height, width, channels = train.images_NHWC.shape[1:]
@@ -100,11 +109,15 @@ class DeviceData:
                 f"padding is {padding}, at least 0; eval_batch_size is {eval_batch_size}, at least 1: raise it"
             )
 
-        train, held_out = _hold_out(train, val_fraction, num_classes) if val_fraction else (train, test)
+        train, held_out = (
+            _hold_out(train, val_fraction, num_classes) if val_fraction else (train, test)
+        )
         self.train_size, self.val_size = len(train.labels_N), len(held_out.labels_N)
         self.test_size = len(test.labels_N)
         if not 1 <= batch_size <= self.train_size:
-            raise ValueError(f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images")
+            raise ValueError(
+                f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images"
+            )
         self.image_shape = (channels, height, width)
         self.steps_per_epoch = math.ceil(self.train_size / batch_size)
         self._seed, self._padding, self._flip = seed, padding, flip
@@ -112,11 +125,20 @@ class DeviceData:
         self._rank, self._ranks = rank, ranks
 
         self._train_labels_N = train.labels_N.to(self._device)
-        padded_NHWC = F.pad(train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)).contiguous()
-        self._windows_PHX, self._padded_width = _windows(padded_NHWC, height, width), width + 2 * padding
+        padded_NHWC = F.pad(
+            train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)
+        ).contiguous()
+        self._windows_PHX, self._padded_width = (
+            _windows(padded_NHWC, height, width),
+            width + 2 * padding,
+        )
         self._padded_pixels = (height + 2 * padding) * self._padded_width
         self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
-        val = Images(*(tensor.to(self._device) for tensor in held_out)) if val_fraction else self._test
+        val = (
+            Images(*(tensor.to(self._device) for tensor in held_out))
+            if val_fraction
+            else self._test
+        )
         part = share_of(self.val_size, rank, ranks)
         self._val = Images(*(tensor[part] for tensor in val))
 
@@ -126,9 +148,17 @@ class DeviceData:
         x_BCHW float32 channels_last, y_B int64; the last batch is the rest. ValueError for a start past the epoch.
         """
         if not 0 <= start <= self.steps_per_epoch:
-            raise ValueError(f"start is {start}; give 0..{self.steps_per_epoch}, the batches of an epoch already done")
-        order_N, top_N, left_N, flip_N = draw_epoch(self._seed, epoch, self.train_size, self._padding)
-        corner_N = torch.arange(self.train_size) * self._padded_pixels + top_N * self._padded_width + left_N
+            raise ValueError(
+                f"start is {start}; give 0..{self.steps_per_epoch}, the batches of an epoch already done"
+            )
+        order_N, top_N, left_N, flip_N = draw_epoch(
+            self._seed, epoch, self.train_size, self._padding
+        )
+        corner_N = (
+            torch.arange(self.train_size) * self._padded_pixels
+            + top_N * self._padded_width
+            + left_N
+        )
         # All of the epoch's indices go over at once, so that no batch waits for the host.
         place_N, sizes = self._own(start)
         order_N = order_N[place_N].to(self._device)
@@ -143,12 +173,16 @@ class DeviceData:
 
     def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """For each batch of `batches`: which view of which image each is, image * views + view, int64 on the CPU."""
-        order_N, top_N, left_N, flip_N = draw_epoch(self._seed, epoch, self.train_size, self._padding)
+        order_N, top_N, left_N, flip_N = draw_epoch(
+            self._seed, epoch, self.train_size, self._padding
+        )
         view_N = top_N * (2 * self._padding + 1) + left_N
         if self._flip:
             view_N = 2 * view_N + flip_N
         place_N, sizes = self._own(start)
-        yield from torch.split((torch.arange(self.train_size) * self.views + view_N)[order_N[place_N]], sizes)
+        yield from torch.split(
+            (torch.arange(self.train_size) * self.views + view_N)[order_N[place_N]], sizes
+        )
 
     def _own(self, start: int) -> tuple[Tensor, list[int]]:
         """This rank's places in the epoch's order, from batch `start` on, and how many of them each batch has."""
@@ -170,14 +204,18 @@ class DeviceData:
         """The raw pixels of test images, uint8 N H W C on the CPU."""
         return self._test.images_NHWC[list(indices)].cpu()
 
-    def _chunks(self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, sizes: list[int]) -> Iterator[Batch]:
+    def _chunks(
+        self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, sizes: list[int]
+    ) -> Iterator[Batch]:
         # Small batches are made several at a time: fewer, larger operations, all elementwise, so the bits are the same.
         together, end = max(1, CHUNK * self._ranks // self._batch_size), 0
         for first in range(0, len(sizes), together):
             some = sizes[first : first + together]
             begin, end = end, end + sum(some)
             x_BCHW = self._augment(corner_N[begin:end], flip_N[begin:end])
-            yield from zip(torch.split(x_BCHW, some), torch.split(labels_N[begin:end], some), strict=True)
+            yield from zip(
+                torch.split(x_BCHW, some), torch.split(labels_N[begin:end], some), strict=True
+            )
 
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         channels, height, width = self.image_shape
@@ -187,7 +225,9 @@ class DeviceData:
     def _plain(self, images: Images) -> Iterator[Batch]:
         firsts = range(0, len(images.labels_N), self._eval_batch_size)
         parts = (slice(first, first + self._eval_batch_size) for first in firsts)
-        return ((self._normalise(images.images_NHWC[part]), images.labels_N[part]) for part in parts)
+        return (
+            (self._normalise(images.images_NHWC[part]), images.labels_N[part]) for part in parts
+        )
 
 
 def _windows(images_NHWC: Tensor, height: int, width: int) -> Tensor:
@@ -212,16 +252,26 @@ class Normalise:
     """
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], channels: int, width: int, device: torch.device
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        channels: int,
+        width: int,
+        device: torch.device,
     ) -> None:
         if len(mean) != channels or len(std) != channels:
             raise ValueError(
                 f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: give one of each per channel"
             )
         if not all(value > 0 and math.isfinite(value) for value in std):
-            raise ValueError(f"std is {list(std)}; entries must be above 0: give the deviation of pixels in 0..1")
+            raise ValueError(
+                f"std is {list(std)}; entries must be above 0: give the deviation of pixels in 0..1"
+            )
         # pixel * scale - offset, repeated along a row: three at a time is far slower.
-        mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        mean_C, std_C = (
+            torch.tensor(mean, dtype=torch.float64),
+            torch.tensor(std, dtype=torch.float64),
+        )
         self._scale_X = (1 / (255 * std_C)).float().repeat(width).to(device)
         self._offset_X = (mean_C / std_C).float().repeat(width).to(device)
 
@@ -233,7 +283,9 @@ class Normalise:
 def _hold_out(train: Images, fraction: float, num_classes: int) -> tuple[Images, Images]:
     """(rest, held out), both in the order of `train`."""
     held_N = held_out(train.labels_N.cpu(), fraction, num_classes)
-    rest, val = (Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N))
+    rest, val = (
+        Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N)
+    )
     return rest, val
 
 
@@ -243,15 +295,21 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
     Raises ValueError for a fraction outside [0, 1), and where that leaves nothing on one of the sides.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"val_fraction is {fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth")
+        raise ValueError(
+            f"val_fraction is {fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth"
+        )
     generator = torch.Generator().manual_seed(0)
     held_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label in range(num_classes):
         ids = (labels_N == label).nonzero()[:, 0]
-        held_N[ids[torch.randperm(len(ids), generator=generator)[: round(fraction * len(ids))]]] = True
+        held_N[ids[torch.randperm(len(ids), generator=generator)[: round(fraction * len(ids))]]] = (
+            True
+        )
     if held_N.all() or not held_N.any():
         held = int(held_N.sum())
-        message = f"val_fraction is {fraction}, which holds out {held} of {len(held_N)} training images"
+        message = (
+            f"val_fraction is {fraction}, which holds out {held} of {len(held_N)} training images"
+        )
         raise ValueError(f"{message}: give one that leaves images of a class on both sides")
     return held_N
 
@@ -259,7 +317,12 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
 def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.Size) -> None:
     """ValueError unless the split has labelled uint8 images of that H, W, C."""
     images, labels = split
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != image_shape or 0 in image_shape:
+    if (
+        images.dtype != torch.uint8
+        or images.dim() != 4
+        or images.shape[1:] != image_shape
+        or 0 in image_shape
+    ):
         found = f"{name} images are {images.dtype} {tuple(images.shape)}"
         raise ValueError(
             f"{found}; they must be torch.uint8 (N, H, W, C), one size in both splits: convert them in the loader"
@@ -271,11 +334,19 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> Non
     """ValueError unless the split has images, and each an int64 class in 0..num_classes-1."""
     if labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"
-        raise ValueError(f"{found}; they must be torch.int64 ({count},), one per image: convert them in the loader")
+        raise ValueError(
+            f"{found}; they must be torch.int64 ({count},), one per image: convert them in the loader"
+        )
     if len(labels) == 0:
-        raise ValueError(f"{name} holds 0 images; it must hold at least 1: check the loader's files and sizes")
+        raise ValueError(
+            f"{name} holds 0 images; it must hold at least 1: check the loader's files and sizes"
+        )
     bad = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(bad):
         index = int(bad[0])
-        found = f"{name} label {int(labels[index])} at index {index} is outside 0..{num_classes - 1}"
-        raise ValueError(f"{found}: set num_classes to the data's classes, or number them from 0 in the loader")
+        found = (
+            f"{name} label {int(labels[index])} at index {index} is outside 0..{num_classes - 1}"
+        )
+        raise ValueError(
+            f"{found}: set num_classes to the data's classes, or number them from 0 in the loader"
+        )

@@ -48,7 +48,10 @@ CIFAR10_MEMBERS = {
 }
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
-CIFAR100_MEMBERS = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+CIFAR100_MEMBERS = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_MNIST_MD5 = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -59,10 +62,24 @@ FASHION_MNIST_MD5 = {
 STL10_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 STL10_MD5 = "91f7769df0f17e558f3565bffb0c7dfb"
 STL10_FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # torchvision's
 LARGEST = 1 << 30  # bytes of an archive, and of what is unpacked; CIFAR-100 has 169 MB
-LARGEST_MEMBER = 1 << 28  # bytes of a file that is read into memory; Fashion-MNIST's largest has 47 MB, CIFAR-100's 155
-DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+LARGEST_MEMBER = (
+    1 << 28
+)  # bytes of a file that is read into memory; Fashion-MNIST's largest has 47 MB, CIFAR-100's 155
+DEBIAN_FASHION_MNIST = (
+    "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+)
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +112,9 @@ def cifar100(root: str) -> Splits:
     Raises DownloadError where it cannot be had, ValueError naming the file where it is damaged or refused.
     """
     folder = Path(root).expanduser() / "cifar-100-python"
-    return Splits(*_cifar(folder, CIFAR100_URL, CIFAR100_MD5, CIFAR100_MEMBERS, "CIFAR-100", "fine_labels"))
+    return Splits(
+        *_cifar(folder, CIFAR100_URL, CIFAR100_MD5, CIFAR100_MEMBERS, "CIFAR-100", "fine_labels")
+    )
 
 
 def cifar10(root: str) -> Splits:
@@ -120,7 +139,12 @@ def stl10(root: str) -> Splits:
     if not all((folder / name).is_file() for name in STL10_FILES):
         archive = fetch_into(STL10_URL, STL10_MD5, folder.parent, limit=3 << 30)
         unpack_folder(archive, folder, limit=LARGEST, wanted=lambda path: path.name in STL10_FILES)
-    return Splits(*(_stl10_split(folder / f"{name}_X.bin", folder / f"{name}_y.bin") for name in ("train", "test")))
+    return Splits(
+        *(
+            _stl10_split(folder / f"{name}_X.bin", folder / f"{name}_y.bin")
+            for name in ("train", "test")
+        )
+    )
 
 
 def _stl10_split(images: Path, labels: Path) -> Images:
@@ -134,7 +158,9 @@ def _stl10_split(images: Path, labels: Path) -> Images:
         )
     labels_N = torch.frombuffer(bytearray(classes), dtype=torch.uint8).long() - 1
     if not 0 <= int(labels_N.min()) <= int(labels_N.max()) < 10:
-        raise ValueError(f"{labels} holds labels other than 1..10; remove the folder {labels.parent} to have it again")
+        raise ValueError(
+            f"{labels} holds labels other than 1..10; remove the folder {labels.parent} to have it again"
+        )
     columns_NCWH = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(count, 3, 96, 96)
     return Images(columns_NCWH.permute(0, 3, 2, 1).contiguous(), labels_N)
 
@@ -142,7 +168,9 @@ def _stl10_split(images: Path, labels: Path) -> Images:
 def _read_limited(path: Path) -> bytes:
     """The bytes of a file that is no larger than LARGEST_MEMBER. Raises ValueError."""
     if (size := path.stat().st_size) > LARGEST_MEMBER:
-        raise ValueError(f"{path} has {size} bytes, more than the {LARGEST_MEMBER} that are read; is it that file?")
+        raise ValueError(
+            f"{path} has {size} bytes, more than the {LARGEST_MEMBER} that are read; is it that file?"
+        )
     return path.read_bytes()
 
 
@@ -155,7 +183,10 @@ def fashion_mnist(root: str) -> Splits:
     """
     top = Path(root).expanduser()
     places = [top / "FashionMNIST" / "raw", top, Path(DEBIAN_FASHION_MNIST)]
-    folder = next((place for place in places if any(_held(place, name) for name in FASHION_MNIST_MD5)), places[0])
+    folder = next(
+        (place for place in places if any(_held(place, name) for name in FASHION_MNIST_MD5)),
+        places[0],
+    )
     files = [
         _held(folder, n) or fetch_into(FASHION_MNIST_URL + n, md5, folder, limit=LARGEST)
         for n, md5 in FASHION_MNIST_MD5.items()
@@ -169,23 +200,39 @@ def digits() -> Splits:
     Bilinear; a fixed stratified split, 1,437 for training and 360 for test.
     """
     # Its file is read as it lies: importing scikit-learn takes longer than importing torch.
-    with gzip.open(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))) as file:
-        table_NP = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))  # 64 pixels, then the label
+    with gzip.open(
+        str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
+    ) as file:
+        table_NP = torch.from_numpy(
+            np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        )  # 64 pixels, then the label
     small_N1HW = table_NP[:, :64].float().reshape(-1, 1, 8, 8)
     # Resized before scaling: every value so far is exact in float32, so rounding is the same everywhere.
-    large_N1HW = F.interpolate(small_N1HW, size=(32, 32), mode="bilinear", align_corners=False).mul_(255 / 16).round_()
+    large_N1HW = (
+        F.interpolate(small_N1HW, size=(32, 32), mode="bilinear", align_corners=False)
+        .mul_(255 / 16)
+        .round_()
+    )
     images_NHWC = large_N1HW.to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
     labels_N = table_NP[:, 64].long()
-    for_test_N = torch.from_numpy(np.unpackbits(np.frombuffer(b64decode(DIGITS_TEST), np.uint8), count=1797)).bool()
-    return Splits(*(Images(images_NHWC[part_N], labels_N[part_N]) for part_N in (~for_test_N, for_test_N)))
+    for_test_N = torch.from_numpy(
+        np.unpackbits(np.frombuffer(b64decode(DIGITS_TEST), np.uint8), count=1797)
+    ).bool()
+    return Splits(
+        *(Images(images_NHWC[part_N], labels_N[part_N]) for part_N in (~for_test_N, for_test_N))
+    )
 
 
-def fake(num_classes: int = 100, size: int = 32, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Splits:
+def fake(
+    num_classes: int = 100, size: int = 32, train: int = 50_000, test: int = 10_000, seed: int = 0
+) -> Splits:
     """Random pixels with balanced labels, of CIFAR-100's size unless told: for timings and smoke tests."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(count: int) -> Images:
-        images_NHWC = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+        images_NHWC = torch.randint(
+            256, (count, size, size, 3), dtype=torch.uint8, generator=generator
+        )
         return Images(images_NHWC, torch.arange(count) % num_classes)
 
     return Splits(split(train), split(test))
@@ -202,25 +249,39 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     top = Path(root).expanduser().absolute()
     held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
     if len(held_out) > 1:
-        raise ValueError(f"{top} has both val and test; say which one to test on: +dataset.load.test=val")
+        raise ValueError(
+            f"{top} has both val and test; say which one to test on: +dataset.load.test=val"
+        )
     train_classes, train = _class_folders(top / "train")
     test_classes, tested = _class_folders(top / (held_out or ["val"])[0])
     if differing := sorted(set(train_classes) ^ set(test_classes)):
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise ValueError(f"{top}: {len(differing)} classes are in one split only ({shown}); both need the same folders")
+        raise ValueError(
+            f"{top}: {len(differing)} classes are in one split only ({shown}); both need the same folders"
+        )
     if num_classes is not None and len(train_classes) != num_classes:
         found = f"{top / 'train'} holds {len(train_classes)} classes"
-        raise ValueError(f"{found}, not {num_classes}; set dataset.num_classes={len(train_classes)}")
+        raise ValueError(
+            f"{found}, not {num_classes}; set dataset.num_classes={len(train_classes)}"
+        )
     return Splits(train, tested)
 
 
 def _class_folders(folder: Path) -> tuple[list[str], Files]:
     """The sorted classes of a folder of class folders, and their image files in the order of (class, name)."""
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; it should hold a folder of images for each class")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        raise ValueError(
+            f"there is no folder {folder}; it should hold a folder of images for each class"
+        )
+    classes = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not classes:
-        raise ValueError(f"{folder} holds no folders; it should hold a folder of images for each class")
+        raise ValueError(
+            f"{folder} holds no folders; it should hold a folder of images for each class"
+        )
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = image_files(folder / name)
@@ -234,10 +295,13 @@ def image_files(folder: Path) -> list[str]:
     found = sorted(
         entry.path
         for entry in os.scandir(folder)
-        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")  # ._x.jpg: what macOS leaves
+        if entry.name.lower().endswith(EXTENSIONS)
+        and not entry.name.startswith(".")  # ._x.jpg: what macOS leaves
     )
     if not found:
-        raise ValueError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); remove the folder, or fill it")
+        raise ValueError(
+            f"{folder} holds no images ({' '.join(EXTENSIONS)}); remove the folder, or fill it"
+        )
     return found
 
 
@@ -267,7 +331,9 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self._ALLOWED[module, name]
 
 
-def _cifar(folder: Path, url: str, md5: str, members: Mapping[str, str], what: str, labels: str) -> list[Images]:
+def _cifar(
+    folder: Path, url: str, md5: str, members: Mapping[str, str], what: str, labels: str
+) -> list[Images]:
     """The images of each pickle, of the folder or of the archive beside it. members: their names and md5."""
     if all((folder / name).is_file() for name in members):
         contents = {str(folder / name): _read_limited(folder / name) for name in members}
@@ -278,7 +344,11 @@ def _cifar(folder: Path, url: str, md5: str, members: Mapping[str, str], what: s
     splits = []
     for (where, content), expected in zip(contents.items(), members.values(), strict=True):
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
-            _log.warning("%s is not the published %s (its md5 differs): results will not compare", where, what)
+            _log.warning(
+                "%s is not the published %s (its md5 differs): results will not compare",
+                where,
+                what,
+            )
         splits.append(_cifar_split(content, where, url, what, labels))
     return splits
 
@@ -287,7 +357,9 @@ def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: st
     """Images of one pickle: a dict of `data`, uint8 N x 3072 channel-major, and a list of labels."""
     try:
         loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-        entries = {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+        entries = {
+            key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()
+        }
         data, listed = entries["data"], entries[labels_key]
         if len(listed) > len(content):
             raise ValueError(f"it has {len(listed)} labels")
@@ -312,12 +384,17 @@ def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
             return {name: file.read() if file else b"" for name, file in files.items()}
     except (*DAMAGE, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{archive} cannot be read ({reason}): remove it to have {url} fetched again") from error
+        raise ValueError(
+            f"{archive} cannot be read ({reason}): remove it to have {url} fetched again"
+        ) from error
 
 
 def _held(folder: Path, name: str) -> Path | None:
     """The plain or the gzipped file of that .gz name in the folder, if there is one."""
-    return next((path for path in (folder / name.removesuffix(".gz"), folder / name) if path.is_file()), None)
+    return next(
+        (path for path in (folder / name.removesuffix(".gz"), folder / name) if path.is_file()),
+        None,
+    )
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
@@ -329,7 +406,9 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
             # Unlike gzip, it gives what a cut file still holds, and no more than it is asked for.
             content = zlib.decompressobj(wbits=31).decompress(content, LARGEST_MEMBER)
         except zlib.error as error:
-            raise ValueError(f"{path} is a damaged gzip file of {len(content)} bytes ({error}): {cure}") from error
+            raise ValueError(
+                f"{path} is a damaged gzip file of {len(content)} bytes ({error}): {cure}"
+            ) from error
     magic, header = bytes((0, 0, 8, ndim)), 4 + 4 * ndim  # 8: unsigned bytes
     if len(content) < header or content[:4] != magic:
         found = f"{len(content)} bytes beginning {content[:4].hex()}"
@@ -339,7 +418,9 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
     shape = np.frombuffer(content, dtype=">u4", count=ndim, offset=4).tolist()
     expected = header + math.prod(shape)
     if len(content) != expected:
-        raise ValueError(f"{path}: expected {expected} bytes for its shape {shape}, found {len(content)}: {cure}")
+        raise ValueError(
+            f"{path}: expected {expected} bytes for its shape {shape}, found {len(content)}: {cure}"
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
 
 

@@ -32,15 +32,40 @@ from torch.utils.data import DataLoader, Dataset
 
 from sddlskd.meter import meter
 
-__all__ = ["CHUNK", "Chunk", "Fault", "Job", "Unreadable", "View", "decode", "decode_all", "decoded", "default_workers"]
+__all__ = [
+    "CHUNK",
+    "Chunk",
+    "Fault",
+    "Job",
+    "Unreadable",
+    "View",
+    "decode",
+    "decode_all",
+    "decoded",
+    "default_workers",
+]
 
 CHUNK = 16  # images a worker is asked for at once
 RATIO = (3 / 4, 4 / 3)  # width by height of a random crop
 PIXEL_LIMIT = 100_000_000  # pixels of an image
 MOST_WORKERS = 16  # unless more are asked for
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-NAMED = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-KINDS = {"1": "black and white", "L": "grey", "LA": "alpha", "RGBA": "alpha", "P": "palette", "PA": "palette"}
+NAMED = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+KINDS = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "alpha",
+    "RGBA": "alpha",
+    "P": "palette",
+    "PA": "palette",
+}
 _ORIENTATION = 0x0112  # EXIF's tag; 1: upright
 _PR_SET_PDEATHSIG = 1
 
@@ -104,19 +129,31 @@ def decode(job: Job, view: View) -> tuple[Tensor, list[str]]:
 def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
     image: Image.Image = Image.open(file, formats=FORMATS)
     if math.prod(image.size) > view.pixel_limit:
-        raise Unreadable(f"{image.width}x{image.height} are more than {view.pixel_limit} pixels (dataset.pixel_limit)")
+        raise Unreadable(
+            f"{image.width}x{image.height} are more than {view.pixel_limit} pixels (dataset.pixel_limit)"
+        )
     odd = _oddities(image, job.path)
     if view.upright and image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if job.draw is not None:
-        left, top, width, height = random_crop(random.Random(job.draw), image.width, image.height, view.area)
+        left, top, width, height = random_crop(
+            random.Random(job.draw), image.width, image.height, view.area
+        )
         full = image.width
-        shrink = max(1, min(width, height) // (2 * view.size))  # twice as many pixels as needed, for a fair resize
-        image.draft(None, (image.width // shrink, image.height // shrink))  # JPEG alone, to 1/2, 1/4 or 1/8
-        if (scale := round(full / image.width)) > 1:  # Pillow's resize takes a box between pixels, torch's does not
+        shrink = max(
+            1, min(width, height) // (2 * view.size)
+        )  # twice as many pixels as needed, for a fair resize
+        image.draft(
+            None, (image.width // shrink, image.height // shrink)
+        )  # JPEG alone, to 1/2, 1/4 or 1/8
+        if (
+            scale := round(full / image.width)
+        ) > 1:  # Pillow's resize takes a box between pixels, torch's does not
             box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
             return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box)), odd
-        return _resized(_rgb(image.crop((left, top, left + width, top + height))), view.size, view.size), odd
+        return _resized(
+            _rgb(image.crop((left, top, left + width, top + height))), view.size, view.size
+        ), odd
     short = round(view.size / view.centre)
     width, height = _with_shorter_side(short, image.width, image.height)
     if width * height > view.pixel_limit:  # a narrow strip of few pixels, such as 1x6000
@@ -129,7 +166,9 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
     return whole_HWC[top : top + view.size, left : left + view.size], odd
 
 
-def random_crop(draw: random.Random, width: int, height: int, area: tuple[float, float]) -> tuple[int, int, int, int]:
+def random_crop(
+    draw: random.Random, width: int, height: int, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """(left, top, width, height) of a crop: ten tries to find one that fits, else the largest in the centre.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params. Only `random()` is drawn from, whose numbers Python
@@ -160,8 +199,12 @@ def _with_shorter_side(short: int, width: int, height: int) -> tuple[int, int]:
 def _resized(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
     if pixels_HWC.shape[:2] == (height, width):
         return pixels_HWC
-    x_1CHW = pixels_HWC[None].permute(0, 3, 1, 2)  # in this order it is channels_last, and so is what comes out
-    return F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1)[0]
+    x_1CHW = pixels_HWC[None].permute(
+        0, 3, 1, 2
+    )  # in this order it is channels_last, and so is what comes out
+    return F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True).permute(
+        0, 2, 3, 1
+    )[0]
 
 
 def _rgb(image: Image.Image) -> Tensor:
@@ -175,7 +218,11 @@ def _rgb(image: Image.Image) -> Tensor:
 
 def _oddities(image: Image.Image, path: str) -> list[str]:
     """What sets an image apart from an ordinary RGB photograph."""
-    odd = [] if image.mode == "RGB" else [KINDS.get(image.mode, "16 bits" if image.mode[0] == "I" else image.mode)]
+    odd = (
+        []
+        if image.mode == "RGB"
+        else [KINDS.get(image.mode, "16 bits" if image.mode[0] == "I" else image.mode)]
+    )
     if "transparency" in image.info and image.mode != "P":
         odd.append("alpha")
     if "exif" in image.info and (orientation := image.getexif().get(_ORIENTATION, 1)) != 1:
@@ -196,7 +243,9 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
         os.close(descriptor)
-        raise Unreadable("the file is empty" if stat.S_ISREG(found.st_mode) else "it is no regular file")
+        raise Unreadable(
+            "the file is empty" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+        )
     with open(descriptor, "rb") as file:
         yield file
 
@@ -235,7 +284,9 @@ def default_workers(ranks: int = 1) -> int:
 
     Where each rank is a task of SLURM, all cores of the task are its own.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     sharing = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     if of_task := int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
         cores = of_task
@@ -243,7 +294,9 @@ def default_workers(ranks: int = 1) -> int:
     return max(1, min(MOST_WORKERS, cores // sharing))
 
 
-def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2) -> Generator[Chunk]:
+def decoded(
+    chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2
+) -> Generator[Chunk]:
     """The chunks, decoded by so many worker processes (0: by this one) and in their order.
 
     `chunks`, of up to CHUNK jobs, is read in this process, `ahead` chunks a worker in advance. The pixels of a chunk
@@ -252,11 +305,23 @@ def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead:
     """
     # Memory that the workers inherit and write to, so that no pixels are sent. It is anonymous: it has no place in
     # /dev/shm, which containers keep small, and nobody can leave it behind.
-    shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)  # all that are under way, and the one in use
-    with torch.inference_mode(False):  # an evaluation may be what asks first, and training what writes next
-        ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+    shape = (
+        workers * ahead + 1,
+        CHUNK,
+        view.size,
+        view.size,
+        3,
+    )  # all that are under way, and the one in use
+    with torch.inference_mode(
+        False
+    ):  # an evaluation may be what asks first, and training what writes next
+        ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(
+            shape
+        )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+        warnings.filterwarnings(
+            "ignore", message="This DataLoader will create"
+        )  # more workers than cores
         loader = DataLoader(
             _Decoder(view, ring_PBHWC),
             batch_size=None,
@@ -269,7 +334,9 @@ def decoded(chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead:
             multiprocessing_context="fork" if workers else None,
         )
         before = signal.getsignal(signal.SIGCHLD)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in every thread a worker has: see _Start
+        blocked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGTERM}
+        )  # in every thread a worker has: see _Start
         try:
             stream = iter(loader)
         finally:

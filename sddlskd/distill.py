@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KNOWLEDGE", "REDUCTIONS", "PerSampleLoss", "ScaleDecoupled", "check_scales", "region_logits", "standardize"]
+__all__ = [
+    "KNOWLEDGE",
+    "REDUCTIONS",
+    "PerSampleLoss",
+    "ScaleDecoupled",
+    "check_scales",
+    "region_logits",
+    "standardize",
+]
 
 PerSampleLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(student_NK, teacher_NK, target_N) -> loss_N"""
@@ -32,9 +40,13 @@ def check_scales(M: Sequence[int]) -> tuple[int, ...]:
         )
     bad = [m for m in M if isinstance(m, bool) or not isinstance(m, int) or m < 1]
     if bad:
-        raise ValueError(f"M={list(M)} holds {bad[0]!r}; scales are distinct positive integers such as M=[1,2,4]")
+        raise ValueError(
+            f"M={list(M)} holds {bad[0]!r}; scales are distinct positive integers such as M=[1,2,4]"
+        )
     if len(set(M)) < len(M):
-        raise ValueError(f"M={list(M)} holds a scale twice; name each scale once, such as M={sorted(set(M))}")
+        raise ValueError(
+            f"M={list(M)} holds a scale twice; name each scale once, such as M={sorted(set(M))}"
+        )
     return tuple(M)
 
 
@@ -81,7 +93,10 @@ class ScaleDecoupled:
         knowledge: str = "fusion",
         reduction: str = "mean",
     ) -> None:
-        for name, value, valid in (("knowledge", knowledge, KNOWLEDGE), ("reduction", reduction, REDUCTIONS)):
+        for name, value, valid in (
+            ("knowledge", knowledge, KNOWLEDGE),
+            ("reduction", reduction, REDUCTIONS),
+        ):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
         if not complementary_weight >= 0:  # NaN too
@@ -93,7 +108,9 @@ class ScaleDecoupled:
         self.knowledge = knowledge
         self.reduction = reduction
 
-    def __call__(self, student_map_BKHW: Tensor, teacher_map_BKHW: Tensor, target_B: Tensor) -> Tensor:
+    def __call__(
+        self, student_map_BKHW: Tensor, teacher_map_BKHW: Tensor, target_B: Tensor
+    ) -> Tensor:
         with torch.autocast(student_map_BKHW.device.type, enabled=False):
             student_BRK = region_logits(_wide(student_map_BKHW), self.M)
             teacher_BRK = region_logits(_wide(teacher_map_BKHW), self.M)
@@ -102,7 +119,9 @@ class ScaleDecoupled:
             if self.standardize:
                 student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
             target_BR = target_B[:, None].expand(B, R)
-            loss_N = self.loss(student_BRK.flatten(0, 1), teacher_BRK.flatten(0, 1), target_BR.flatten())
+            loss_N = self.loss(
+                student_BRK.flatten(0, 1), teacher_BRK.flatten(0, 1), target_BR.flatten()
+            )
             if loss_N.shape != (B * R,):
                 raise ValueError(
                     f"the loss gave {tuple(loss_N.shape)} for {B * R} regions; it must give one value each"

@@ -40,9 +40,15 @@ __all__ = ["Cause", "RankFailed", "Ranks", "hear_signals", "joined", "looked_aft
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # what a person or a scheduler sends to stop
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR2,
+)  # what a person or a scheduler sends to stop
 GRACE_S = 5.0  # seconds that ranks have to end by themselves once one of them has
-WAITED_IN_VAIN = re.compile("timed out|connection (closed|reset)", re.IGNORECASE)  # as gloo and nccl word it
+WAITED_IN_VAIN = re.compile(
+    "timed out|connection (closed|reset)", re.IGNORECASE
+)  # as gloo and nccl word it
 START_S = 300.0  # seconds that ranks may start apart: a first import from a slow disk
 RAISED, STOPPED = 1, 130  # exit codes of ranks that said why
 POLL_S = 0.02  # seconds between questions to the store
@@ -175,7 +181,9 @@ class Ranks:
         """
         if self.count == 1:
             return model
-        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # its new name is not in torch 2.6
+        with warnings.catch_warnings(
+            category=FutureWarning, action="ignore"
+        ):  # its new name is not in torch 2.6
             return DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )  # buffers: BatchNorm's, which `with_shared_norm` keeps equal
@@ -191,7 +199,9 @@ class Ranks:
         if self.count == 1:
             return
         with suppress(RuntimeError):  # the store went with rank 0
-            _root_store().compare_set("cause", "", json.dumps(asdict(Cause.of(self.rank, error, folder))))
+            _root_store().compare_set(
+                "cause", "", json.dumps(asdict(Cause.of(self.rank, error, folder)))
+            )
 
     def cause(self) -> Cause | None:
         """Why the first rank that ended did."""
@@ -250,7 +260,9 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
     try:
         ranks.store = PrefixStore(f"join {joins}", _root_store())
         device = pick_device(device_name, *_local_place())
-        ranks.device = device = torch.device(device.type, device.index or 0) if device.type == "cuda" else device
+        ranks.device = device = (
+            torch.device(device.type, device.index or 0) if device.type == "cuda" else device
+        )
         ranks.store.set(f"here {ranks.rank}", "")
         everybody = [f"here {rank}" for rank in range(count)]
         ranks.store.wait(everybody, timedelta(seconds=max(timeout_s, START_S)))
@@ -281,7 +293,12 @@ def hear_signals() -> None:
 
 
 def start(
-    work: Callable[..., None], arguments: tuple[Any, ...], count: int, *, threads: int, stop: Callable[[], int]
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    count: int,
+    *,
+    threads: int,
+    stop: Callable[[], int],
 ) -> None:
     """Run work(*arguments) in `count` processes on this machine, as ranks of one job; wait until all have ended.
 
@@ -290,10 +307,15 @@ def start(
     that killed it; the others are then ended. They end with this process too.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited; each hears them when it can handle them
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, SIGNALS
+    )  # inherited; each hears them when it can handle them
     try:
         processes = torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-            _be_a_rank, (work, arguments, count, store.port, threads, os.getpid()), count, join=False
+            _be_a_rank,
+            (work, arguments, count, store.port, threads, os.getpid()),
+            count,
+            join=False,
         ).processes
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -307,7 +329,9 @@ def start(
                 sent = stop()
                 _send(running, sent)
     except KeyboardInterrupt:
-        _send(processes, sent or signal.SIGINT)  # a second one: they end at once, and say that they were stopped
+        _send(
+            processes, sent or signal.SIGINT
+        )  # a second one: they end at once, and say that they were stopped
         raise
     finally:
         codes = [process.exitcode for process in processes]
@@ -342,14 +366,22 @@ def _why(codes: Sequence[int | None], store: Any) -> Cause:
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            return Cause(rank, f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else ""), [])
+            return Cause(
+                rank, f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else ""), []
+            )
         if code not in (None, 0, RAISED, STOPPED):
             return Cause(rank, f"ended with exit code {code}", [])
     return _cause_in(store) or Cause(codes.index(RAISED), f"ended with exit code {RAISED}", [])
 
 
 def _be_a_rank(
-    rank: int, work: Callable[..., None], arguments: tuple[Any, ...], count: int, port: int, threads: int, parent: int
+    rank: int,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    count: int,
+    port: int,
+    threads: int,
+    parent: int,
 ) -> None:
     """What a started process does. torch has told it to end (SIGINT) when its parent does."""
     os.setsid()  # Ctrl-C reaches it through its parent, once
@@ -361,7 +393,9 @@ def _be_a_rank(
     told = {**here, **there, "SDDLSKD_STARTED_BY": parent}
     os.environ.update({key: str(value) for key, value in told.items()})
     if loopback := next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else gloo asks what address the machine's name has
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", loopback
+        )  # else gloo asks what address the machine's name has
     torch.set_num_threads(threads)
     try:
         work(*arguments)

@@ -46,7 +46,9 @@ class _TryAgain(Exception):
     after_s: seconds that the server asks for; reached: whether there was a server; anew: what is held is of no use.
     """
 
-    def __init__(self, reason: str, *, after_s: float = 0.0, reached: bool = True, anew: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, after_s: float = 0.0, reached: bool = True, anew: bool = False
+    ) -> None:
         super().__init__(reason)
         self.after_s, self.reached, self.anew = after_s, reached, anew
 
@@ -59,7 +61,9 @@ class _Answer(NamedTuple):
     body: HTTPResponse
     start: int  # bytes that the answer leaves out
     total: int | None  # bytes of the whole file
-    version: str | None  # what names this version of the file to the server: a strong ETag or a date
+    version: (
+        str | None
+    )  # what names this version of the file to the server: a strong ETag or a date
 
 
 def fetch(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
@@ -119,12 +123,21 @@ def _persist(url: str, partial: Path, limit: int) -> None:
             held = partial.stat().st_size if partial.exists() else 0
             failures = 1 if held >= furthest + GAIN else failures + 1
             furthest, reached = max(furthest, held), reached or error.reached
-            if failures >= ATTEMPTS or not reached:  # where nobody ever answered, waiting is of little use
+            if (
+                failures >= ATTEMPTS or not reached
+            ):  # where nobody ever answered, waiting is of little use
                 raise _GiveUp(str(error)) from error
             if error.anew:
                 _forget(partial)
             pause = min(max(BACKOFF_S * 2 ** (failures - 1), error.after_s), LONGEST_S)
-            log.info("%s: %s; trying again in %.0f s (%d of %d)", url, error, pause, failures + 1, ATTEMPTS)
+            log.info(
+                "%s: %s; trying again in %.0f s (%d of %d)",
+                url,
+                error,
+                pause,
+                failures + 1,
+                ATTEMPTS,
+            )
             time.sleep(
                 pause * random.SystemRandom().uniform(0.75, 1.0)
             )  # those who failed together do not come back together
@@ -144,7 +157,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but never from https to http, nor from the web to anything else."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         schemes = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if schemes not in (("http", "http"), ("http", "https"), ("https", "https")):
@@ -176,7 +195,9 @@ def _open(request: urllib.request.Request) -> HTTPResponse:
 @contextmanager
 def _opened(url: str, held: int, version: str | None) -> Iterator[_Answer]:
     """The server's answer to a request for what is missing. Raises _TryAgain or _GiveUp."""
-    request = urllib.request.Request(url, headers={"User-Agent": "sddlskd", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "sddlskd", "Accept-Encoding": "identity"}
+    )
     if version:
         request.add_header("Range", f"bytes={held}-")
         request.add_header("If-Range", version)  # another version is sent as a whole
@@ -188,7 +209,9 @@ def _opened(url: str, held: int, version: str | None) -> Iterator[_Answer]:
             if error.code == 416:  # the file ends before what is missing
                 raise _TryAgain("the file has changed on the server", anew=True) from error
             if error.code in LATER:
-                raise _TryAgain(_reason(error), after_s=_seconds(error.headers.get("Retry-After"))) from error
+                raise _TryAgain(
+                    _reason(error), after_s=_seconds(error.headers.get("Retry-After"))
+                ) from error
             raise _GiveUp(_reason(error)) from error
     except urllib.error.URLError as error:
         raise _TryAgain(_reason(error), reached=False) from error
@@ -202,7 +225,9 @@ def _read_headers(body: HTTPResponse, held: int, expected: str | None) -> _Answe
     if (encoding := body.headers.get("Content-Encoding", "identity")) != "identity":
         raise _GiveUp(f"it comes encoded as {encoding:.40}")
     tag, date = body.headers.get("ETag", ""), body.headers.get("Last-Modified", "")
-    version: str | None = tag if tag.startswith('"') else date  # a weak ETag does not vouch for every byte
+    version: str | None = (
+        tag if tag.startswith('"') else date
+    )  # a weak ETag does not vouch for every byte
     if not (version and version.isascii() and version.isprintable() and len(version) < 200):
         version = None
     length = body.headers.get("Content-Length")

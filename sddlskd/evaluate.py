@@ -41,14 +41,25 @@ __all__ = ["main", "measure", "throughput"]
 
 TIMED_S = 1.0  # seconds that the network is timed for, after as many batches as it takes to warm up
 WARM_UP = 2  # batches
-ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)  # what a user can mend
+ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    OSError,
+    RuntimeError,
+)  # what a user can mend
 WHOLE = ("dataset", "teacher", "trainer")  # groups that a choice on the command line replaces
 
 
 def measure(job: Config, weights: Path) -> dict[str, Any]:
     """What the module's docstring lists, of the job's student with these weights."""
-    job, device = replace(job, M=[1]), pick_device(job.trainer.device)  # whatever the size of the maps
-    network = build_network(without_weights(job.student.model), job.dataset.num_classes, job.seed, device)
+    job, device = (
+        replace(job, M=[1]),
+        pick_device(job.trainer.device),
+    )  # whatever the size of the maps
+    network = build_network(
+        without_weights(job.student.model), job.dataset.num_classes, job.seed, device
+    )
     load_weights(network, weights, job.student.name)
     teacher = _teacher(job, device)
     data = build_data(job, device)
@@ -61,13 +72,17 @@ def measure(job: Config, weights: Path) -> dict[str, Any]:
     return {**found, "environment": describe(device)}
 
 
-def _compared(job: Config, network: nn.Module, teacher: Teacher | None, data: Data) -> dict[str, Any]:
+def _compared(
+    job: Config, network: nn.Module, teacher: Teacher | None, data: Data
+) -> dict[str, Any]:
     logits_NK, target_N = answers(
         network, _shown(data, f"{job.student.name} on {job.dataset.name}"), job.trainer.precision
     )
     found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
     if teacher:
-        told_NK, _ = answers(teacher, _shown(data, f"teacher {teacher.name}"), job.trainer.precision)
+        told_NK, _ = answers(
+            teacher, _shown(data, f"teacher {teacher.name}"), job.trainer.precision
+        )
         found["teacher_top1"] = scores(told_NK, target_N)["top1"]
         found["agreement"] = 100 * (logits_NK.argmax(1) == told_NK.argmax(1)).double().mean().item()
     images_BCHW = next(data.test_batches())[0]
@@ -83,7 +98,14 @@ def _teacher(job: Config, device: torch.device) -> Teacher | None:
     if not path.exists():
         raise missing(path, job.teacher.name, job.dataset.name)
     network = build_network(without_weights(job.teacher.model), job.dataset.num_classes, 0, device)
-    return Teacher(network, path, name=job.teacher.name, device=device, precision=job.trainer.precision, compile=False)
+    return Teacher(
+        network,
+        path,
+        name=job.teacher.name,
+        device=device,
+        precision=job.trainer.precision,
+        compile=False,
+    )
 
 
 def _shown(data: Data, what: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,7 +145,9 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
     if source.is_dir():
         return _overridden(load_run(source, TRUST in overrides), overrides), source / "best.ckpt"
     if not source.is_file():
-        raise ValueError(f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/")
+        raise ValueError(
+            f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/"
+        )
     if source.suffix == ".onnx":
         raise ValueError(
             f"{source} is for other programs to run; evaluate its run, or what --to safetensors exports of it"
@@ -132,10 +156,14 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
         if absent:
-            raise ValueError(f"{source} does not say what it is; add {' '.join(f'{key}=NAME' for key in absent)}")
+            raise ValueError(
+                f"{source} does not say what it is; add {' '.join(f'{key}=NAME' for key in absent)}"
+            )
         job = _composed(overrides)
     else:
-        job = _composed([*([] if "dataset" in given else [f"dataset={facts['dataset']}"]), *overrides])
+        job = _composed(
+            [*([] if "dataset" in given else [f"dataset={facts['dataset']}"]), *overrides]
+        )
         job.student = replace(job.student, name=facts["network"], model=facts["model"])
         for key in ("mean", "std"):
             if f"dataset.{key}" not in given:
@@ -161,14 +189,19 @@ def _overridden(job: Config, overrides: Sequence[str]) -> Config:
         if "teacher" in chosen:
             plain.distiller.loss = plain.distiller.loss or {"_target_": "sddlskd.losses.kd"}
         plain = OmegaConf.merge(
-            plain, OmegaConf.from_dotlist([w for w, key in zip(words, chosen, strict=True) if key not in WHOLE])
+            plain,
+            OmegaConf.from_dotlist(
+                [w for w, key in zip(words, chosen, strict=True) if key not in WHOLE]
+            ),
         )
     return cfg.resolve(plain)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sddlskd.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m sddlskd.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="RUN_DIR | FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -187,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_line(json.dumps(found))
         return
     for name, value in found.items():
-        write_line(f"{name:>14}  {value:.4g}" if isinstance(value, float) else f"{name:>14}  {value}")
+        write_line(
+            f"{name:>14}  {value:.4g}" if isinstance(value, float) else f"{name:>14}  {value}"
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def _sums(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answers(
-    model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32"
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """logits_NK (float32) of a model: images_BCHW -> logit map B K H W, and target_N, on the CPU."""
     logits, targets = [], []
@@ -65,7 +67,12 @@ def answers(
 def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
     """top1 (%), top5 (%), loss (mean cross-entropy) and ece (%, `calibration_error`)."""
     first, five, loss_sum = (_sums(logits_NK, target_N).double() / len(target_N)).tolist()
-    return {"top1": 100 * first, "top5": 100 * five, "loss": loss_sum, "ece": calibration_error(logits_NK, target_N)}
+    return {
+        "top1": 100 * first,
+        "top5": 100 * five,
+        "loss": loss_sum,
+        "ece": calibration_error(logits_NK, target_N),
+    }
 
 
 def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> float:

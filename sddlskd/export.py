@@ -31,11 +31,23 @@ from sddlskd.console import explain, log_to_terminal, write_line
 from sddlskd.files import write_atomically
 from sddlskd.targets import instantiate, refuse_interpolations
 
-__all__ = ["FORMATS", "TRUST", "Classifier", "about", "best_student", "described", "load_run", "main", "to_mlflow"]
+__all__ = [
+    "FORMATS",
+    "TRUST",
+    "Classifier",
+    "about",
+    "best_student",
+    "described",
+    "load_run",
+    "main",
+    "to_mlflow",
+]
 __all__ += ["to_onnx", "to_safetensors", "without_weights"]
 
 TOLERANCE = 1e-4  # of the logits' size, or of 1 where they are smaller
-TRUST = "allow_foreign_targets=true"  # on the command line, for code that is not of targets.PACKAGES
+TRUST = (
+    "allow_foreign_targets=true"  # on the command line, for code that is not of targets.PACKAGES
+)
 NEEDS = "pip install 'sddlskd[export]'"
 FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "mlflow_model"}
 
@@ -61,7 +73,9 @@ def load_run(folder: Path, allow_foreign: bool) -> Config:
     own file says of that does not count.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run directory: it has no config.yaml; runs are in <home>/runs/<dataset>/")
+        raise ValueError(
+            f"{folder} is no run directory: it has no config.yaml; runs are in <home>/runs/<dataset>/"
+        )
     if not (folder / "best.ckpt").is_file():
         status = record.read_result(folder).get("status", "not started")
         raise ValueError(f"{folder} has no best.ckpt ({status}); let the run end its first epoch")
@@ -70,7 +84,9 @@ def load_run(folder: Path, allow_foreign: bool) -> Config:
 
 def best_student(job: Config, folder: Path) -> nn.Module:
     """The student of the run's best epoch, in eval mode on the CPU."""
-    network = build_network(without_weights(job.student.model), job.dataset.num_classes, job.seed, torch.device("cpu"))
+    network = build_network(
+        without_weights(job.student.model), job.dataset.num_classes, job.seed, torch.device("cpu")
+    )
     load_weights(network, folder / "best.ckpt", job.student.name)
     return network.to(memory_format=torch.contiguous_format).eval()
 
@@ -103,13 +119,18 @@ def described(path: Path) -> dict[str, Any] | None:
     try:
         facts: dict[str, Any] = json.loads(text)
         model = facts["model"]
-        target, rest = model["_target_"], [value for key, value in model.items() if key != "_target_"]
+        target, rest = (
+            model["_target_"],
+            [value for key, value in model.items() if key != "_target_"],
+        )
         named = {key: facts[key] for key in ("network", "dataset", "num_classes", "mean", "std")}
         refuse_interpolations(facts, "")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", named["dataset"]):
             raise ValueError(f"dataset={named['dataset']!a} is no plain name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} describes itself in a way that cannot be read ({error}); export it again") from error
+        raise ValueError(
+            f"{path} describes itself in a way that cannot be read ({error}); export it again"
+        ) from error
     if not str(target).startswith("sddlskd.models.") or "_target_" in json.dumps(rest):
         raise ValueError(
             f"{path} names {target!r:.80}, which is no network of sddlskd; evaluate its run directory instead"
@@ -129,12 +150,17 @@ def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> 
     except ImportError as error:
         raise ValueError(f"safetensors is not installed: {NEEDS}") from error
 
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    state = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in network.state_dict().items()
+    }
     with write_atomically(path) as file:
         file.write(save(state, metadata))
 
 
-def to_onnx(classifier: Classifier, path: Path, image_CHW: Sequence[int], metadata: dict[str, str]) -> None:
+def to_onnx(
+    classifier: Classifier, path: Path, image_CHW: Sequence[int], metadata: dict[str, str]
+) -> None:
     """The classifier for batches of any size. Raises ValueError where ONNX Runtime gives other logits than torch."""
     try:
         import onnx
@@ -162,7 +188,9 @@ def to_onnx(classifier: Classifier, path: Path, image_CHW: Sequence[int], metada
     apart = (torch.from_numpy(got) - expected_BK).abs().max().item()
     size = max(1.0, expected_BK.abs().max().item())
     if not apart <= TOLERANCE * size:
-        raise ValueError(f"ONNX Runtime's logits differ from torch's by {apart:.2g} of {size:.2g}; nothing is written")
+        raise ValueError(
+            f"ONNX Runtime's logits differ from torch's by {apart:.2g} of {size:.2g}; nothing is written"
+        )
     with write_atomically(path) as file:
         file.write(content)
 
@@ -170,7 +198,9 @@ def to_onnx(classifier: Classifier, path: Path, image_CHW: Sequence[int], metada
 def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_classes: int) -> None:
     """A folder with the ONNX model, its signature and what it needs; what was there before is replaced."""
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
-        tracking.save_model(onnx_file, Path(scratch, "model"), image_CHW=image_CHW, num_classes=num_classes)
+        tracking.save_model(
+            onnx_file, Path(scratch, "model"), image_CHW=image_CHW, num_classes=num_classes
+        )
         if folder.exists():
             folder.rename(Path(scratch, "earlier"))
         Path(scratch, "model").rename(folder)
@@ -185,7 +215,11 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
     if to == "mlflow" and out and out.exists() and not (out / "MLmodel").exists():
         raise ValueError(f"{out} is there and is no MLflow model; give --out a path that is free")
     job = load_run(folder, allow_foreign)
-    network, target, facts = best_student(job, folder), out or folder / FORMATS[to], about(job, folder)
+    network, target, facts = (
+        best_student(job, folder),
+        out or folder / FORMATS[to],
+        about(job, folder),
+    )
     if to == "safetensors":
         to_safetensors(network, target, facts)
         return str(target)
@@ -203,10 +237,17 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sddlskd.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m sddlskd.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="RUN_DIR")
-    parser.add_argument("trust", nargs="?", choices=[TRUST], help="where the run's _target_ name code that you trust")
+    parser.add_argument(
+        "trust",
+        nargs="?",
+        choices=[TRUST],
+        help="where the run's _target_ name code that you trust",
+    )
     parser.add_argument("--to", choices=list(FORMATS), default="safetensors")
     parser.add_argument("--out", type=Path, metavar="PATH", help="instead of a place in RUN_DIR")
     chosen = parser.parse_intermixed_args(arguments)
@@ -217,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_line(_export(chosen.folder.absolute(), chosen.to, chosen.out, bool(chosen.trust)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # a network of the user's own may raise anything while it is exported
+    except (
+        Exception
+    ) as error:  # a network of the user's own may raise anything while it is exported
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
 

@@ -13,7 +13,9 @@ __all__ = ["append", "put", "rotate", "write_atomically"]
 
 
 @contextmanager
-def write_atomically(path: Path, size: int | None = None, *, replace: bool = True) -> Iterator[IO[bytes]]:
+def write_atomically(
+    path: Path, size: int | None = None, *, replace: bool = True
+) -> Iterator[IO[bytes]]:
     """A file to write to that becomes `path` as a whole or not at all (temporary file, fsync, rename).
 
     size: bytes that will be written, where that is known. Raises OSError naming `path` and what is needed, its old
@@ -52,7 +54,9 @@ def put(new: Path, path: Path) -> None:
         os.link(new, path)
     except FileExistsError:
         raise
-    except OSError as error:  # a file system that knows no links: two at the same moment are not told apart
+    except (
+        OSError
+    ) as error:  # a file system that knows no links: two at the same moment are not told apart
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         os.replace(new, path)
@@ -71,7 +75,9 @@ def rotate(new: Path) -> None:
 def append(path: Path, content: bytes) -> None:
     """Add to a file and wait until the disk has it. Raises OSError as `write_atomically`, the file as it was."""
     try:
-        with open(path, "ab", buffering=0) as file:  # no buffer that would be tried again when the file is closed
+        with open(
+            path, "ab", buffering=0
+        ) as file:  # no buffer that would be tried again when the file is closed
             before, left = file.tell(), memoryview(content)
             try:
                 while left:
@@ -93,5 +99,6 @@ def _unsaved(path: Path, size: int | None, error: OSError) -> OSError:
         lack = f" ({free})" if size is None else f" ({size} bytes needed, {free})"
     reason = error.strerror or error
     return OSError(
-        error.errno, f"cannot save {path}: {reason}{lack}; free some space or choose another folder with home=..."
+        error.errno,
+        f"cannot save {path}: {reason}{lack}; free some space or choose another folder with home=...",
     )

@@ -18,7 +18,13 @@ __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 
 CUB200_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB200_MD5 = "97eceeb196236b17998738112f37df78"
-CUB200_TEXTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt", "README")
+CUB200_TEXTS = (
+    "images.txt",
+    "image_class_labels.txt",
+    "train_test_split.txt",
+    "classes.txt",
+    "README",
+)
 CUB200_CLASSES = 200
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -56,7 +62,9 @@ def cub200(root: str) -> Splits:
     for image, (name, line) in names.items():
         where = f"{folder / CUB200_TEXTS[0]}:{line}"
         if not there(name):
-            raise ValueError(f"{where}: there is no image {name[:100]!a} in {folder / 'images'}; {_AGAIN}")
+            raise ValueError(
+                f"{where}: there is no image {name[:100]!a} in {folder / 'images'}; {_AGAIN}"
+            )
         label, line = labels[image]
         if not (number := _number(label)) or number > CUB200_CLASSES:
             raise ValueError(
@@ -64,7 +72,9 @@ def cub200(root: str) -> Splits:
             )
         flag, line = in_train[image]
         if flag not in splits:
-            raise ValueError(f"{folder / CUB200_TEXTS[2]}:{line}: {flag[:40]!a} is neither 0 nor 1; {_AGAIN}")
+            raise ValueError(
+                f"{folder / CUB200_TEXTS[2]}:{line}: {flag[:40]!a} is neither 0 nor 1; {_AGAIN}"
+            )
         paths, classes = splits[flag]
         paths.append(str(folder / "images" / name))
         classes.append(number - 1)
@@ -106,20 +116,32 @@ def tiny_imagenet(root: str) -> Splits:
     """
     folder = Path(root).expanduser().absolute() / "tiny-imagenet-200"
     if not folder.is_dir():
-        archive = fetch_into(TINY_IMAGENET_URL, TINY_IMAGENET_MD5, folder.parent, limit=LARGEST_ARCHIVE)
-        unpack_folder(archive, folder, limit=LARGEST_UNPACKED, count=200_000, wanted=lambda p: "test" not in p.parts)
+        archive = fetch_into(
+            TINY_IMAGENET_URL, TINY_IMAGENET_MD5, folder.parent, limit=LARGEST_ARCHIVE
+        )
+        unpack_folder(
+            archive,
+            folder,
+            limit=LARGEST_UNPACKED,
+            count=200_000,
+            wanted=lambda p: "test" not in p.parts,
+        )
     wnids = folder / "wnids.txt"
     classes: dict[str, int] = {}
     for name, line in sorted((text.strip(), line) for line, text in _lines(wnids)):
         if not _plain(name) or name in classes:
-            raise ValueError(f"{wnids}:{line}: {name[:40]!a} is no folder's name, or there twice; {_AGAIN}")
+            raise ValueError(
+                f"{wnids}:{line}: {name[:40]!a} is no folder's name, or there twice; {_AGAIN}"
+            )
         classes[name] = len(classes)
     paths: list[str] = []
     labels: list[int] = []
     for name, label in classes.items():
         images = folder / "train" / name / "images"
         if not images.is_dir():
-            raise ValueError(f"{wnids} names {name[:40]!a}, and there is no folder {images}; {_AGAIN}")
+            raise ValueError(
+                f"{wnids} names {name[:40]!a}, and there is no folder {images}; {_AGAIN}"
+            )
         files = image_files(images)
         paths += files
         labels += [label] * len(files)
@@ -133,13 +155,17 @@ def _tiny_imagenet_val(folder: Path, classes: dict[str, int]) -> Files:
         name, _, rest = text.partition("\t")
         wnid = rest.partition("\t")[0].strip()
         if wnid not in classes:
-            raise ValueError(f"{annotations}:{line}: {wnid[:40]!a} is none of the classes in wnids.txt; {_AGAIN}")
+            raise ValueError(
+                f"{annotations}:{line}: {wnid[:40]!a} is none of the classes in wnids.txt; {_AGAIN}"
+            )
         if name in lines or not there(f"images/{name}"):
             raise ValueError(
                 f"{annotations}:{line}: {name[:100]!a} is there twice, or no image in {folder / 'images'}; {_AGAIN}"
             )
         lines[name] = classes[wnid]
-    return Files([str(folder / "images" / name) for name in lines], torch.tensor(list(lines.values())))
+    return Files(
+        [str(folder / "images" / name) for name in lines], torch.tensor(list(lines.values()))
+    )
 
 
 _AGAIN = "remove the folder to have it unpacked again, or get it again"
@@ -157,13 +183,19 @@ class _Present:
             return False
         if folder not in self.seen:
             place = self.top / folder
-            self.seen[folder] = {e.name for e in os.scandir(place) if e.is_file()} if place.is_dir() else set()
+            self.seen[folder] = (
+                {e.name for e in os.scandir(place) if e.is_file()} if place.is_dir() else set()
+            )
         return name in self.seen[folder]
 
 
 def _plain(name: str) -> bool:
     """Whether it is the name of a file or folder, and leads nowhere else."""
-    return 0 < len(name.encode(errors="replace")) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
+    return (
+        0 < len(name.encode(errors="replace")) < 256
+        and name not in (".", "..")
+        and not set(name) & set("/\\\0")
+    )
 
 
 def _number(text: str) -> int:
@@ -178,9 +210,13 @@ def _cub_table(path: Path) -> dict[int, tuple[str, int]]:
         first, _, rest = text.partition(" ")
         image = _number(first)
         if not image or not rest.strip():
-            raise ValueError(f"{path}:{line}: expected an image's number and a value, found {text[:60]!a}; {_AGAIN}")
+            raise ValueError(
+                f"{path}:{line}: expected an image's number and a value, found {text[:60]!a}; {_AGAIN}"
+            )
         if image in table:
-            raise ValueError(f"{path}:{line}: image {image} is in line {table[image][1]} already; {_AGAIN}")
+            raise ValueError(
+                f"{path}:{line}: image {image} is in line {table[image][1]} already; {_AGAIN}"
+            )
         table[image] = (rest.strip(), line)
     return table
 
@@ -190,13 +226,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; {_AGAIN}")
     if (size := path.stat().st_size) > LARGEST_TEXT:
-        raise ValueError(f"{path} has {size} bytes, more than the {LARGEST_TEXT} that are read; {_AGAIN}")
+        raise ValueError(
+            f"{path} has {size} bytes, more than the {LARGEST_TEXT} that are read; {_AGAIN}"
+        )
     blank = True
     for number, content in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             text = content.decode().rstrip("\r")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: {content[:40]!r} is no text in UTF-8; {_AGAIN}") from error
+            raise ValueError(
+                f"{path}:{number}: {content[:40]!r} is no text in UTF-8; {_AGAIN}"
+            ) from error
         if text.strip():
             blank = False
             yield number, text

@@ -32,7 +32,9 @@ class InvalidJobs(ValueError):
     def __init__(self, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
         told = " | ".join(reasons_together(reasons))
-        super().__init__(f"{len(reasons)} jobs of the sweep are not valid, so none was started: {told}")
+        super().__init__(
+            f"{len(reasons)} jobs of the sweep are not valid, so none was started: {told}"
+        )
 
 
 def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
@@ -46,7 +48,9 @@ def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
-def compose_grid(loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequence[str]]) -> list[Config]:
+def compose_grid(
+    loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequence[str]]
+) -> list[Config]:
     """Each job of the grid, typed and checked, in order.
 
     sweep: the composed configuration that the grid's overrides stand beside. Raises InvalidJobs naming every job that
@@ -71,9 +75,15 @@ def compose_grid(loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequenc
     def stands_alone(text: str, referred: frozenset[str]) -> bool:
         override = parsed(text)
         key = override.key_or_group
-        plain = not (override.is_add() or override.is_delete() or key in groups or "/" in key or "@" in key)
-        plain = plain and "${" not in text and not isinstance(override.value(), dict)  # these are Hydra's to merge
-        related = any(key == r or key.startswith(f"{r}.") or r.startswith(f"{key}.") for r in referred)
+        plain = not (
+            override.is_add() or override.is_delete() or key in groups or "/" in key or "@" in key
+        )
+        plain = (
+            plain and "${" not in text and not isinstance(override.value(), dict)
+        )  # these are Hydra's to merge
+        related = any(
+            key == r or key.startswith(f"{r}.") or r.startswith(f"{key}.") for r in referred
+        )
         return plain and key not in NEEDED and not key.startswith("hydra") and not related
 
     frame = OmegaConf.structured(Config)
@@ -82,7 +92,9 @@ def compose_grid(loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequenc
         try:
             _, referred, _ = composed(())
             alone = [text for text in overrides if stands_alone(text, referred)]
-            base, referred, names_itself = composed(tuple(text for text in overrides if text not in alone))
+            base, referred, names_itself = composed(
+                tuple(text for text in overrides if text not in alone)
+            )
             alone_here = [text for text in alone if stands_alone(text, referred)]
             if alone_here != alone:  # this choice refers to a value that the others do not
                 base, _, names_itself = composed(tuple(overrides))
@@ -113,7 +125,9 @@ def _set(job: Config, frame: DictConfig, override: Override) -> None:
     value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     if isinstance(node, dict):
         if name not in node:
-            raise ValueError(f"{key} is not there; valid are {', '.join(node)} (+{key}=... adds it)")
+            raise ValueError(
+                f"{key} is not there; valid are {', '.join(node)} (+{key}=... adds it)"
+            )
         node[name] = override.value()
     else:
         setattr(node, name, value)

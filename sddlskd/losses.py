@@ -25,7 +25,9 @@ def _kl_divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
     return F.kl_div(log_q_NK, log_p_NK, reduction="none", log_target=True).sum(-1)
 
 
-def _split_off_target(logits_NK: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _split_off_target(
+    logits_NK: Tensor, target_N: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """log p_target (N), log(1 - p_target) (N) and the log-distribution over the K-1 other classes (N, K-1)."""
     log_p_NK = _log_probabilities(logits_NK, temperature)
     N, K = log_p_NK.shape
@@ -33,7 +35,11 @@ def _split_off_target(logits_NK: Tensor, target_N: Tensor, temperature: float) -
     others_NK1 = others_NK1 + (others_NK1 >= target_N[:, None])  # class ids without the target
     log_others_NK1 = log_p_NK.gather(1, others_NK1)
     log_rest_N = log_others_NK1.logsumexp(1)  # exact where 1 - p would cancel
-    return log_p_NK.gather(1, target_N[:, None])[:, 0], log_rest_N, log_others_NK1 - log_rest_N[:, None]
+    return (
+        log_p_NK.gather(1, target_N[:, None])[:, 0],
+        log_rest_N,
+        log_others_NK1 - log_rest_N[:, None],
+    )
 
 
 def kd(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
@@ -48,7 +54,13 @@ def kd(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, temperature:
 
 
 def dkd(
-    student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, alpha: float, beta: float, temperature: float
+    student_NK: Tensor,
+    teacher_NK: Tensor,
+    target_N: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
 ) -> Tensor:
     """Decoupled knowledge distillation: T^2 * (alpha * TCKD + beta * NCKD). Returns (N,).
 
@@ -58,7 +70,9 @@ def dkd(
     """
     s_target_N, s_rest_N, s_others_NK1 = _split_off_target(student_NK, target_N, temperature)
     t_target_N, t_rest_N, t_others_NK1 = _split_off_target(teacher_NK, target_N, temperature)
-    tckd_N = _kl_divergence(torch.stack((t_target_N, t_rest_N), 1), torch.stack((s_target_N, s_rest_N), 1))
+    tckd_N = _kl_divergence(
+        torch.stack((t_target_N, t_rest_N), 1), torch.stack((s_target_N, s_rest_N), 1)
+    )
     nckd_N = _kl_divergence(t_others_NK1, s_others_NK1)
     return temperature**2 * (alpha * tckd_N + beta * nckd_N)
 
@@ -83,7 +97,9 @@ def nkd(
     index_N1 = target_N[:, None]
     target_term_N = -(log_t_NK.gather(1, index_N1).exp() * log_s_NK.gather(1, index_N1))[:, 0]
     if exclude_target:
-        s_NK, t_NK = (_split_off_target(z, target_N, temperature)[2] for z in (student_NK, teacher_NK))
+        s_NK, t_NK = (
+            _split_off_target(z, target_N, temperature)[2] for z in (student_NK, teacher_NK)
+        )
     else:
         s_NK, t_NK = (_log_probabilities(z, temperature) for z in (student_NK, teacher_NK))
     return target_term_N - gamma * temperature**2 * (t_NK.exp() * s_NK).sum(1)

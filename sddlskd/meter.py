@@ -23,12 +23,22 @@ def meter(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
 
     handlers = logging.getLogger("sddlskd").handlers
     # The log's own console where it has one: what it prints then stands above the bar, not in it.
-    console = next((h.console for h in handlers if isinstance(h, RichHandler)), None) or Console(stderr=True)
+    console = next((h.console for h in handlers if isinstance(h, RichHandler)), None) or Console(
+        stderr=True
+    )
     if console.is_terminal:
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TimeRemainingColumn,
+        )
 
         counts = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-        with Progress("{task.description}", BarColumn(), counts, TimeRemainingColumn(), console=console) as bar:
+        with Progress(
+            "{task.description}", BarColumn(), counts, TimeRemainingColumn(), console=console
+        ) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done: bar.update(task, completed=done)
         return

@@ -27,7 +27,14 @@ def state_of(folder: Path) -> str:
 
 def result_of(job: Config) -> dict[str, Any]:
     """result.json, or what stands for it where the job has not started."""
-    nothing = {"status": "NEW", "reason": "", "best_top1": None, "last_top1": None, "epochs": 0, "seconds": 0.0}
+    nothing = {
+        "status": "NEW",
+        "reason": "",
+        "best_top1": None,
+        "last_top1": None,
+        "epochs": 0,
+        "seconds": 0.0,
+    }
     return record.read_result(Path(job.run_dir)) or nothing
 
 

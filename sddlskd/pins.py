@@ -29,7 +29,10 @@ def pinned(home: str) -> dict[str, dict[str, str]]:
         return {}
     try:
         pins: Any = json.loads(path.read_bytes())["pins"]
-        if not all(isinstance(pin["sha256"], str) and isinstance(pin["source"], str) for pin in pins.values()):
+        if not all(
+            isinstance(pin["sha256"], str) and isinstance(pin["source"], str)
+            for pin in pins.values()
+        ):
             raise TypeError("a pin is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
@@ -57,7 +60,11 @@ def pin(home: str, key: str, sha256: str, source: str) -> None:
         if check(home, key, sha256):
             return
         pins = pinned(home) | {
-            key: {"sha256": sha256, "source": source, "first_seen": datetime.now(UTC).isoformat(timespec="seconds")}
+            key: {
+                "sha256": sha256,
+                "source": source,
+                "first_seen": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
         }
         with write_atomically(path) as file:
             file.write(json.dumps({"pins": dict(sorted(pins.items()))}, indent=2).encode() + b"\n")

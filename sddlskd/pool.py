@@ -79,7 +79,9 @@ class Pool:
                         del self.busy[slot]
                         self._ended(worker.returncode, task)
                 if self.fail_fast and any(
-                    result_of(job)["status"] == FAILED for _, task in self.busy.values() for job in task.jobs
+                    result_of(job)["status"] == FAILED
+                    for _, task in self.busy.values()
+                    for job in task.jobs
                 ):
                     self._halt("a job failed and fail_fast is on")
                 time.sleep(0.1)
@@ -95,7 +97,9 @@ class Pool:
 
         One whose jobs take several devices each (trainer.devices) has them all to itself.
         """
-        if self.asked_to_stop or any(task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()):
+        if self.asked_to_stop or any(
+            task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()
+        ):
             return None
         for task in self.queue:
             if task.jobs[0].trainer.devices > 1 and self.busy:
@@ -109,11 +113,23 @@ class Pool:
         device, environment = self.devices[slot], dict(os.environ)
         if task.jobs[0].trainer.devices > 1:
             device = device.partition(":")[0]
-            numbers = [name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")]
+            numbers = [
+                name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")
+            ]
             if numbers:  # of the GPUs that we see
                 seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[int(n)] if seen != [""] else n for n in numbers)
-        command = [sys.executable, "-m", "sddlskd.worker", "--device", device, "--parent", str(os.getpid())]
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                    seen[int(n)] if seen != [""] else n for n in numbers
+                )
+        command = [
+            sys.executable,
+            "-m",
+            "sddlskd.worker",
+            "--device",
+            device,
+            "--parent",
+            str(os.getpid()),
+        ]
         command += ["--threads", str(self.threads)] if self.threads and device == "cpu" else []
         command += ["--progress", "plain"] if len(self.devices) > 1 else []
         # A session of its own: Ctrl-C reaches the workers through us, once.
@@ -128,24 +144,41 @@ class Pool:
             return
         if code == BUSY:
             free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
-            log.warning("%d jobs are run by another process and are left to it", len(left) - len(free))
+            log.warning(
+                "%d jobs are run by another process and are left to it", len(left) - len(free)
+            )
             if free and (len(free) < len(left) or task.deaths == 0):
                 self.queue.append(Task(free, task.deaths + (len(free) == len(left))))
             return
         if code == TOO_LARGE and len(left) > 1:
             half = len(left) // 2
-            log.warning("%d jobs do not fit side by side: going on with %d and %d", len(left), half, len(left) - half)
+            log.warning(
+                "%d jobs do not fit side by side: going on with %d and %d",
+                len(left),
+                half,
+                len(left) - half,
+            )
             self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
             return
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if task.deaths == 0:
-            log.warning("a worker died (%s): its %d jobs go on from their checkpoints", why, len(left))
+            log.warning(
+                "a worker died (%s): its %d jobs go on from their checkpoints", why, len(left)
+            )
             self.queue.appendleft(Task(left, 1))
         elif len(left) > 1:
-            log.warning("a second worker died of the same %d jobs (%s): running them one by one", len(left), why)
+            log.warning(
+                "a second worker died of the same %d jobs (%s): running them one by one",
+                len(left),
+                why,
+            )
             self.queue.extendleft(Task([job], 1) for job in reversed(left))
         else:
-            settle(left[0], FAILED, f"its worker died twice ({why})" + ("; out of memory?" if why == "SIGKILL" else ""))
+            settle(
+                left[0],
+                FAILED,
+                f"its worker died twice ({why})" + ("; out of memory?" if why == "SIGKILL" else ""),
+            )
 
     queue_open = True
 

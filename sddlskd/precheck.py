@@ -76,7 +76,9 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
             if job.distiller.loss:
                 sides.append(side(keys[2], job.dataset.num_classes, image))
                 if max(job.M) > 2 * min(sides):
-                    raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * min(sides)}")
+                    raise ValueError(
+                        f"M={job.M} is too fine: the largest scale here is {2 * min(sides)}"
+                    )
         except Exception as error:  # a network or a data set may raise anything
             found.append((job, explain(error)))
     return found
@@ -86,10 +88,16 @@ def look(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
     """problems: of the jobs to run, each as (place, reason); changed: the places of finished jobs that learnt from
     another teacher file than is there now; devices: of this machine."""
     place = {id(job): i for i, job in enumerate(todo)}
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cuda = (
+        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "problems": [(place[id(job)], reason) for job, reason in problems(todo)],
-        "changed": [i for i, job in enumerate(finished) if teacher_changed(job, record.read_result(Path(job.run_dir)))],
+        "changed": [
+            i
+            for i, job in enumerate(finished)
+            if teacher_changed(job, record.read_result(Path(job.run_dir)))
+        ],
         "devices": cuda or ["cpu"],
     }
 

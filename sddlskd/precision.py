@@ -31,12 +31,18 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
     if places == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
-        raise ValueError(f"trainer.device={name} is one device for {places} processes; use cuda or cpu")
+        raise ValueError(
+            f"trainer.device={name} is one device for {places} processes; use cuda or cpu"
+        )
     count = torch.cuda.device_count()
-    if count == 1:  # a scheduler shows each process its own GPU; nccl refuses one that two processes share
+    if (
+        count == 1
+    ):  # a scheduler shows each process its own GPU; nccl refuses one that two processes share
         return torch.device("cuda", 0)
     if place >= count:
-        raise ValueError(f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}")
+        raise ValueError(
+            f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}"
+        )
     return torch.device("cuda", place)
 
 
@@ -45,12 +51,20 @@ def check_places(name: str, places: int) -> None:
     device = pick_device(name, 0, places)
     count = torch.cuda.device_count() if device.type == "cuda" else places
     if places > count:
-        raise ValueError(f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}")
+        raise ValueError(
+            f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}"
+        )
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        best = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
         return torch.device(best)
     valid = "auto, cpu, cuda, cuda:<number> or mps"
     try:
@@ -64,10 +78,14 @@ def _device(name: str) -> torch.device:
                 f"trainer.device={name} needs CUDA, and none is available here; use trainer.device=cpu or auto"
             )
         if (device.index or 0) >= count:
-            raise ValueError(f"trainer.device={name} is not here; this machine has cuda:0 to cuda:{count - 1}")
+            raise ValueError(
+                f"trainer.device={name} is not here; this machine has cuda:0 to cuda:{count - 1}"
+            )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError("trainer.device=mps is not available here; use trainer.device=cpu or auto")
+            raise ValueError(
+                "trainer.device=mps is not available here; use trainer.device=cpu or auto"
+            )
     elif device.type != "cpu":
         raise ValueError(f"trainer.device={name} is unknown; valid are {valid}")
     return device

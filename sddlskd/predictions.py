@@ -24,7 +24,10 @@ Arrays = dict[str, np.ndarray]
 
 @torch.inference_mode()
 def collect(
-    student: nn.Module, teacher: nn.Module | None, batches: Iterable[tuple[Tensor, Tensor]], M: Sequence[int]
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    M: Sequence[int],
 ) -> Arrays:
     """target (N,); logits (N,K) and features (n,C) of the student, with teacher_ before them those of the teacher; with
     a teacher also scale (m), student_regions and regions (N,R), the classes that student and teacher predict for

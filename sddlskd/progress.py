@@ -39,15 +39,19 @@ class View:
     mode: auto (live on a terminal, plain lines elsewhere), plain or off. steps: batches of an epoch; batch: images.
     """
 
-    def __init__(self, runs: Sequence[Seen], *, mode: str, epochs: int, steps: int, batch: int) -> None:
+    def __init__(
+        self, runs: Sequence[Seen], *, mode: str, epochs: int, steps: int, batch: int
+    ) -> None:
         self.runs, self.epochs, self.steps, self.batch = runs, epochs, steps, batch
         handlers = logging.getLogger("sddlskd").handlers
         # The log's own console where it has one: what it prints then stands above the table, not in it.
-        self.console = next((h.console for h in handlers if isinstance(h, RichHandler)), None) or Console(
-            file=sys.stderr
-        )
+        self.console = next(
+            (h.console for h in handlers if isinstance(h, RichHandler)), None
+        ) or Console(file=sys.stderr)
         self.live = (
-            Live(console=self.console, auto_refresh=False) if mode == "auto" and self.console.is_terminal else None
+            Live(console=self.console, auto_refresh=False)
+            if mode == "auto" and self.console.is_terminal
+            else None
         )
         self.plain = mode != "off" and self.live is None
         self.started, self.done_at_start = time.monotonic(), self._done()
@@ -58,14 +62,20 @@ class View:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.live:
             self.live.stop()
 
     def _done(self) -> int:
         running = (run for run in self.runs if run.alive)
-        return min(((run.epoch - 1) * self.steps + run.step for run in running), default=self.epochs * self.steps)
+        return min(
+            ((run.epoch - 1) * self.steps + run.step for run in running),
+            default=self.epochs * self.steps,
+        )
 
     def _rate(self) -> float:
         """Steps a second since the view was opened."""

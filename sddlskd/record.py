@@ -21,7 +21,17 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.files import append, rotate, write_atomically
 
-__all__ = ["FAILED", "FINISHED", "KILLED", "RUNNING", "Damaged", "InUse", "Onlooker", "Record", "read_result"]
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "KILLED",
+    "RUNNING",
+    "Damaged",
+    "InUse",
+    "Onlooker",
+    "Record",
+    "read_result",
+]
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
@@ -108,10 +118,14 @@ def freeze(config: Config) -> Path:
         return folder
     code = code_state()
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "code.json", json.dumps({k: v for k, v in code.items() if k != "diff"}, indent=1))
+    write_text(
+        folder / "code.json", json.dumps({k: v for k, v in code.items() if k != "diff"}, indent=1)
+    )
     if code["diff"]:
         write_text(folder / "code.diff", code["diff"])
-    write_text(folder / "config.yaml", cfg.to_yaml(config))  # last: its presence says that the record is whole
+    write_text(
+        folder / "config.yaml", cfg.to_yaml(config)
+    )  # last: its presence says that the record is whole
     return folder
 
 
@@ -123,7 +137,11 @@ def holds(config: Config) -> bool:
     earlier = cfg.load(path)
     if cfg.config_hash(earlier) != cfg.config_hash(config):
         old, new = cfg.flatten(earlier), cfg.flatten(config)
-        differing = [f"{k}={old[k]} there, {new[k]} here" for k in new if k in cfg.identity_keys() and old[k] != new[k]]
+        differing = [
+            f"{k}={old[k]} there, {new[k]} here"
+            for k in new
+            if k in cfg.identity_keys() and old[k] != new[k]
+        ]
         raise ValueError(
             f"run_dir={path.parent} holds another job ({'; '.join(differing[:3])}); choose another run_dir"
         )
@@ -138,14 +156,22 @@ def code_state() -> dict[str, str]:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", check=False
+            )
         except FileNotFoundError:
             return ""
         return done.stdout if done.returncode == 0 else ""
 
-    if not git("ls-files", "--", __file__):  # installed into a venv inside some other project's checkout
+    if not git(
+        "ls-files", "--", __file__
+    ):  # installed into a venv inside some other project's checkout
         return {"version": version("sddlskd"), "git_sha": "", "diff": ""}
-    return {"version": version("sddlskd"), "git_sha": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")}
+    return {
+        "version": version("sddlskd"),
+        "git_sha": git("rev-parse", "HEAD").strip(),
+        "diff": git("diff", "HEAD"),
+    }
 
 
 def versions() -> str:
@@ -166,14 +192,20 @@ class Record:
         self._lock = FileLock(self.folder / ".lock")
         holder = self.folder / ".holder"
         try:
-            self._lock.acquire(timeout=2)  # seconds: `tracking.sync` takes it for a moment, to see whether a run lives
+            self._lock.acquire(
+                timeout=2
+            )  # seconds: `tracking.sync` takes it for a moment, to see whether a run lives
         except Timeout:
             who = holder.read_text() if holder.exists() else "another process"
-            raise InUse(f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir") from None
+            raise InUse(
+                f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir"
+            ) from None
         with suppress(OSError):  # a full disk
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         holds(config)  # again, now that nobody else can freeze another job here
-        for left_over in self.folder.glob(".*.ckpt*.tmp"):  # of a process that was killed inside a write
+        for left_over in self.folder.glob(
+            ".*.ckpt*.tmp"
+        ):  # of a process that was killed inside a write
             left_over.unlink()
         for whole in self.folder.glob("*.ckpt.new"):  # of one that was killed right after a write
             rotate(whole)
@@ -214,7 +246,9 @@ class Record:
         content, run_id = read_result(self.folder), self._run_id()
         if content and content["run_id"] != run_id:
             with suppress(OSError):  # a full disk, which ended the run and was named then
-                write_text(self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1))
+                write_text(
+                    self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1)
+                )
 
     def _run_id(self) -> str | None:
         with suppress(Damaged):  # `tracking.sync` mends it
@@ -229,7 +263,9 @@ class Record:
             "reason": reason,
             "config_hash": self.config_hash,
             **values,
-            "requeues": sum(_requeues(self.folder).values()),  # by SLURM, over the whole life of the run
+            "requeues": sum(
+                _requeues(self.folder).values()
+            ),  # by SLURM, over the whole life of the run
             "time": time.time(),
         }
         try:
@@ -237,7 +273,9 @@ class Record:
         except OSError as error:
             if status != FAILED:
                 raise
-            self.log.error("%s", error)  # what made it fail was said before: the full disk, most likely
+            self.log.error(
+                "%s", error
+            )  # what made it fail was said before: the full disk, most likely
         return content
 
     def settle(self, status: str, reason: str) -> dict[str, Any]:
@@ -253,7 +291,11 @@ class Record:
             last_top1=rows[-1]["val/top1"] if rows else None,
             epochs=len(rows),
             seconds=round(sum(row["time/epoch_s"] for row in rows), 3),
-            **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k in ("environment", "group_size")},
+            **{
+                k: v
+                for k, v in earlier.items()
+                if k.startswith("teacher_") or k in ("environment", "group_size")
+            },
         )
 
 
@@ -296,7 +338,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-            if not isinstance(row["epoch"], int) or not all(isinstance(value, int | float) for value in row.values()):
+            if not isinstance(row["epoch"], int) or not all(
+                isinstance(value, int | float) for value in row.values()
+            ):
                 raise ValueError("no row of metrics")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(
@@ -321,4 +365,6 @@ def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
-    return crc32(cfg.canonical({key: value for key, value in content.items() if key != "checksum"}).encode())
+    return crc32(
+        cfg.canonical({key: value for key, value in content.items() if key != "checksum"}).encode()
+    )

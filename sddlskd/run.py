@@ -61,7 +61,12 @@ class Run:
         batch_size: int,
     ) -> None:
         self.record, self.label, self.model, self.optimizer = record, label, model, optimizer
-        self.distill, self.ce_weight, self.kd_weight, self.warmup_epochs = distill, ce_weight, kd_weight, warmup_epochs
+        self.distill, self.ce_weight, self.kd_weight, self.warmup_epochs = (
+            distill,
+            ce_weight,
+            kd_weight,
+            warmup_epochs,
+        )
         self.learning_rate, self.clip_norm, self.precision, self.seed, self.steps = (
             learning_rate,
             clip_norm,
@@ -73,8 +78,12 @@ class Run:
         self.ranks, self.images, self.batch_size = ranks, images, batch_size
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.epoch, self.step, self.seen = 1, 0, 0
-        self.sums = torch.zeros(4, device=device)  # over the images of this epoch: loss, ce, kd, right
-        self.bad = torch.full((2,), -1.0, device=device)  # step and value of the first non-finite loss
+        self.sums = torch.zeros(
+            4, device=device
+        )  # over the images of this epoch: loss, ce, kd, right
+        self.bad = torch.full(
+            (2,), -1.0, device=device
+        )  # step and value of the first non-finite loss
         self.best_top1, self.best_epoch, self.last_top1, self.seconds = -1.0, 0, -1.0, 0.0
         self.spent = 0.0  # seconds on this epoch by processes before this one
         self.info: dict[str, Any] = {}  # about the teacher, for result.json
@@ -85,10 +94,14 @@ class Run:
         shared = ranks.wrap(model)
         self.forward = torch.compile(shared) if compile else shared
 
-    def train_step(self, images_BCHW: Tensor, target_B: Tensor, teacher_map_BKHW: Tensor | None) -> None:
+    def train_step(
+        self, images_BCHW: Tensor, target_B: Tensor, teacher_map_BKHW: Tensor | None
+    ) -> None:
         """One step of training on one batch. No value is read back to the host: `look` does that, now and then."""
         own = (self.ranks.rank,) if self.ranks.count > 1 else ()  # ranks drop differently
-        torch.manual_seed(hash((self.seed, self.epoch, self.step, *own)) % 2**63)  # the same alone, grouped, resumed
+        torch.manual_seed(
+            hash((self.seed, self.epoch, self.step, *own)) % 2**63
+        )  # the same alone, grouped, resumed
         progress = self.epoch - 1 + self.step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress)
@@ -117,9 +130,13 @@ class Run:
 
         with torch.no_grad():
             right = (logits_BK.argmax(1) == target_B).sum() * (count / len(target_B))
-            self.sums += torch.stack((loss * count, loss_ce * count, loss_kd * count, right.to(loss.dtype)))
+            self.sums += torch.stack(
+                (loss * count, loss_ce * count, loss_kd * count, right.to(loss.dtype))
+            )
             first_bad = ~torch.isfinite(loss) & (self.bad[0] < 0)
-            self.bad = torch.where(first_bad, torch.stack((loss.new_full((), self.step + 1.0), loss)), self.bad)
+            self.bad = torch.where(
+                first_bad, torch.stack((loss.new_full((), self.step + 1.0), loss)), self.bad
+            )
         self.step, self.seen = self.step + 1, self.seen + whole
 
     def look(self) -> None:
@@ -137,7 +154,9 @@ class Run:
         seconds: since this process took the epoch up. Raises NonFiniteLoss for weights that were broken by its end.
         """
         if not math.isfinite(val["loss"]):
-            raise NonFiniteLoss(f"val/loss became {val['loss']} at epoch {self.epoch}, step {self.step}; {CURE}")
+            raise NonFiniteLoss(
+                f"val/loss became {val['loss']} at epoch {self.epoch}, step {self.step}; {CURE}"
+            )
         seconds, self.spent = self.spent + seconds, 0.0
         loss, loss_ce, loss_kd, right = (self.ranks.gather(self.sums).sum(0) / self.seen).tolist()
         self.seconds += seconds
@@ -157,7 +176,11 @@ class Run:
         if val["top1"] > self.best_top1:
             self.best_top1, self.best_epoch = val["top1"], self.epoch
             if self.ranks.first:
-                best = {"model": self.model.state_dict(), "epoch": self.epoch, "top1": self.best_top1}
+                best = {
+                    "model": self.model.state_dict(),
+                    "epoch": self.epoch,
+                    "top1": self.best_top1,
+                }
                 checkpoint.write(self.record.folder / "best.ckpt", best)
         self.epoch, self.step, self.seen = self.epoch + 1, 0, 0
         self.sums.zero_()
@@ -183,7 +206,9 @@ class Run:
         checkpoint.write_latest(self.record.folder, state)
 
     def _resume(self) -> None:
-        state = self.ranks.as_first(checkpoint.read_latest(self.record.folder) if self.ranks.first else None)
+        state = self.ranks.as_first(
+            checkpoint.read_latest(self.record.folder) if self.ranks.first else None
+        )
         if state is None:
             return
         self.epoch, self.step, self.seen = state["position"]
@@ -191,8 +216,12 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         sums_R4 = state["sums"].view(-1, 4)
-        if len(sums_R4) != self.ranks.count:  # begun by more ranks or fewer: the first takes over what they had
-            sums_R4 = torch.cat((sums_R4.sum(0, keepdim=True), sums_R4.new_zeros(self.ranks.count - 1, 4)))
+        if (
+            len(sums_R4) != self.ranks.count
+        ):  # begun by more ranks or fewer: the first takes over what they had
+            sums_R4 = torch.cat(
+                (sums_R4.sum(0, keepdim=True), sums_R4.new_zeros(self.ranks.count - 1, 4))
+            )
         self.sums.copy_(sums_R4[self.ranks.rank])
         self.best_top1, self.best_epoch, self.last_top1 = state["scores"]
         self.seconds, self.spent = state["seconds"]

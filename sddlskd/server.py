@@ -47,10 +47,16 @@ class Stopped(Exception):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run MLflow on PostgreSQL on loopback until it is stopped. The same command goes on with the same data."""
     parser = argparse.ArgumentParser(prog="python -m sddlskd.server", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("tracking-server"), help="where everything is kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("tracking-server"), help="where everything is kept"
+    )
     parser.add_argument("--port", type=int, default=5000)
-    parser.add_argument("--name", action="append", default=[], help="a host name that a proxy passes on")
-    parser.add_argument("options", nargs="*", help="after --: options of `mlflow server`, such as --workers 8")
+    parser.add_argument(
+        "--name", action="append", default=[], help="a host name that a proxy passes on"
+    )
+    parser.add_argument(
+        "options", nargs="*", help="after --: options of `mlflow server`, such as --workers 8"
+    )
     chosen = parser.parse_args(arguments)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -77,17 +83,28 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise OSError(f"port {port} cannot be used ({error.strerror}); choose another with --port") from None
+            raise OSError(
+                f"port {port} cannot be used ({error.strerror}); choose another with --port"
+            ) from None
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
             stack.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
-            raise ValueError(f"{folder} is served already; stop that server, or choose another --folder") from None
+            raise ValueError(
+                f"{folder} is served already; stop that server, or choose another --folder"
+            ) from None
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sddlskd-")))
         owner = _owner(folder, sockets)
         password = _database(folder, programs, owner)
-        postgres = [programs / "postgres", "-D", folder / "postgres", "-c", "listen_addresses=", "-c"]
+        postgres = [
+            programs / "postgres",
+            "-D",
+            folder / "postgres",
+            "-c",
+            "listen_addresses=",
+            "-c",
+        ]
         # In a recovery PostgreSQL may take no notice of SIGINT, its orderly end; SIGQUIT leaves it a recovery to do.
         database = _start(
             stack,
@@ -100,7 +117,9 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         ready: list[str | Path] = [programs / "pg_isready", "-q", "-h", sockets, "-U", USER]
         _wait(database, folder, lambda: subprocess.run(ready, check=False).returncode == 0)
 
-        hosts = [name for host in ("127.0.0.1", "localhost", *names) for name in (host, f"{host}:{port}")]
+        hosts = [
+            name for host in ("127.0.0.1", "localhost", *names) for name in (host, f"{host}:{port}")
+        ]
         mlflow: list[str | Path] = [
             sys.executable,
             "-m",
@@ -120,23 +139,37 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         server = _start(
-            stack, mlflow, folder, ending=signal.SIGTERM, orphan=signal.SIGTERM, env=environment, cwd=folder
+            stack,
+            mlflow,
+            folder,
+            ending=signal.SIGTERM,
+            orphan=signal.SIGTERM,
+            env=environment,
+            cwd=folder,
         )
         _wait(server, folder, lambda: _answers(f"http://127.0.0.1:{port}/health"))
-        write_line(f"tracking.uri=http://127.0.0.1:{port}    (data and logs in {folder}; Ctrl-C stops it)")
+        write_line(
+            f"tracking.uri=http://127.0.0.1:{port}    (data and logs in {folder}; Ctrl-C stops it)"
+        )
         while server.poll() is None and database.poll() is None:
             time.sleep(0.5)
-        raise OSError(f"{'PostgreSQL' if server.poll() is None else 'MLflow'} died; {_end_of_log(folder)}")
+        raise OSError(
+            f"{'PostgreSQL' if server.poll() is None else 'MLflow'} died; {_end_of_log(folder)}"
+        )
 
 
 def _programs() -> Path:
     """The folder of PostgreSQL's programs."""
     if not find_spec("psycopg2"):
         raise ValueError("MLflow needs psycopg2 to reach PostgreSQL: pip install 'sddlskd[server]'")
-    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    debian = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
+    )
     found = shutil.which("initdb") or next(map(str, reversed(debian)), None)
     if found is None:
-        raise ValueError("there is no PostgreSQL on this machine; install it, as with: apt-get install postgresql")
+        raise ValueError(
+            "there is no PostgreSQL on this machine; install it, as with: apt-get install postgresql"
+        )
     return Path(found).resolve().parent
 
 
@@ -147,7 +180,9 @@ def _owner(folder: Path, sockets: Path) -> dict[str, Any]:
     try:
         user = pwd.getpwnam("postgres")
     except KeyError:
-        raise ValueError("PostgreSQL does not run as root, and there is no user postgres; run this as a user") from None
+        raise ValueError(
+            "PostgreSQL does not run as root, and there is no user postgres; run this as a user"
+        ) from None
     os.chown(sockets, user.pw_uid, user.pw_gid)
     owner: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     if subprocess.run(["test", "-x", folder], check=False, cwd="/", **owner).returncode:
@@ -171,7 +206,16 @@ def _database(folder: Path, programs: Path, owner: dict[str, Any]) -> Path:
             once.write(word)
             once.flush()
             os.chown(once.name, owner.get("user", -1), owner.get("group", -1))
-            command = [programs / "initdb", "-D", new, "-U", USER, f"--pwfile={once.name}", "-A", "scram-sha-256"]
+            command = [
+                programs / "initdb",
+                "-D",
+                new,
+                "-U",
+                USER,
+                f"--pwfile={once.name}",
+                "-A",
+                "scram-sha-256",
+            ]
             _run([*command, "-E", "UTF8", "--locale=C.UTF-8"], folder, owner)
         new.rename(data)
     return password

@@ -39,7 +39,15 @@ COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 MANIFEST = "slurm.json"  # in the sweep's folder
 SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
 POLL = 5.0  # seconds between looks at the queue
-SUBMITTED_FOR_ALL = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"}
+SUBMITTED_FOR_ALL = {
+    "name",
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "mem_gb",
+    "nodes",
+}
 """What submitit knows of every cluster; its SLURM options are prefixed with slurm_."""
 NO_INDEX = "4294967294"  # what scontrol shows of tasks that never started, once they are cancelled
 UNSURE = "sbatch: allocation failure: Requested node configuration is not available"  # nodes may be down for a moment
@@ -98,11 +106,21 @@ def cancel(sweep: Path) -> list[str]:
 def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
     """Why each job is over, as SLURM tells it: TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, CANCELLED ..."""
     arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
-    found: dict[str, str] = {}  # by task; by array for its tasks that never started, which share a record
-    with suppress(ConnectionError):  # long after their end, where the cluster keeps accounts; it lags
-        told = _ask("sacct", "-nXP", "-j", ",".join(arrays), "-o", "JobID,State,ExitCode") if arrays else ""
+    found: dict[
+        str, str
+    ] = {}  # by task; by array for its tasks that never started, which share a record
+    with suppress(
+        ConnectionError
+    ):  # long after their end, where the cluster keeps accounts; it lags
+        told = (
+            _ask("sacct", "-nXP", "-j", ",".join(arrays), "-o", "JobID,State,ExitCode")
+            if arrays
+            else ""
+        )
         for name, state, code in (row.split("|") for row in told.splitlines()):
-            found[name if "[" not in name else name.partition("_")[0]] = _worded(state.split()[0], code)
+            found[name if "[" not in name else name.partition("_")[0]] = _worded(
+                state.split()[0], code
+            )
     for array in arrays:
         with suppress(ConnectionError):  # for some minutes
             for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
@@ -121,9 +139,13 @@ def _worded(state: str, code: str) -> str:
 def _ask(*command: str, text: str | None = None) -> str:
     """What a SLURM command prints. Raises ConnectionError with its own words."""
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, timeout=60
+        )
     except FileNotFoundError:
-        raise ConnectionError(f"{command[0]} is not on PATH: run this where SLURM's commands are") from None
+        raise ConnectionError(
+            f"{command[0]} is not on PATH: run this where SLURM's commands are"
+        ) from None
     except subprocess.TimeoutExpired:
         raise ConnectionError(f"{command[0]} does not answer") from None
     if done.returncode:
@@ -134,7 +156,11 @@ def _ask(*command: str, text: str | None = None) -> str:
 @contextmanager
 def _outside_of_a_job() -> Iterator[None]:
     """For launching from inside an allocation, whose sizes would go over to what is submitted."""
-    inherited = [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"]
+    inherited = [
+        name
+        for name in os.environ
+        if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"
+    ]
     kept = {name: os.environ.pop(name) for name in inherited}
     try:
         yield
@@ -145,12 +171,19 @@ def _outside_of_a_job() -> Iterator[None]:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Let Ctrl-C and the end of the terminal wait, for sbatch too: what it has submitted must be noted down."""
-    if threading.current_thread() is not threading.main_thread():  # Python tells no other of signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python tells no other of signals
         yield
         return
     numbers, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), list[int]()
-    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # sbatch inherits it; other threads still hear
+    handlers = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in numbers
+    }
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, numbers
+    )  # sbatch inherits it; other threads still hear
     try:
         yield
     finally:
@@ -203,7 +236,9 @@ class Slurm:
                 f"hydra.launcher.signal_delay_s={warned} warns a job before it begins: "
                 f"hydra.launcher.timeout_min={limit // 60} is no longer than that"
             )
-        if secret := next((line for line in self.options.get("setup") or [] if SECRET.search(line)), None):
+        if secret := next(
+            (line for line in self.options.get("setup") or [] if SECRET.search(line)), None
+        ):
             raise ValueError(
                 f"hydra.launcher.setup would write {secret.partition('=')[0]} into files that others may read; export "
                 "it in the shell that you launch from, whose environment sbatch passes on"
@@ -225,12 +260,21 @@ class Slurm:
 
     def _check_shared(self, jobs: Sequence[Config]) -> None:
         """What one host alone may write: a SQLite file, and the memory-mapped cache of a teacher's maps."""
-        cached = {str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache}
-        if not cached and not any(str(job.tracking.uri).startswith("sqlite:") for job in jobs if job.tracking.enabled):
+        cached = {
+            str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache
+        }
+        if not cached and not any(
+            str(job.tracking.uri).startswith("sqlite:") for job in jobs if job.tracking.enabled
+        ):
             return
-        rows = [row.split() for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()]
+        rows = [
+            row.split()
+            for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()
+        ]
         partition = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
-        names = partition.split(",") if partition else [name for _, name in rows if name.endswith("*")]
+        names = (
+            partition.split(",") if partition else [name for _, name in rows if name.endswith("*")]
+        )
         hosts = {host for host, name in rows if name in names or name.rstrip("*") in names}
         tracking.check_shared(jobs, hosts)
         if cached and len(hosts) > 1:
@@ -242,28 +286,42 @@ class Slurm:
     def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
         """Submit every group and wait for all that the sweep has in the queue. Gives RUNNING where it did not wait to
         the end, else FINISHED."""
-        with FileLock(sweep / ".submit.lock"):  # another launch may have submitted them since this one looked
+        with FileLock(
+            sweep / ".submit.lock"
+        ):  # another launch may have submitted them since this one looked
             live = states(sweep)
-            groups = [left for group in groups if (left := [job for job in group if job.run_dir not in live])]
+            groups = [
+                left
+                for group in groups
+                if (left := [job for job in group if job.run_dir not in live])
+            ]
             by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
             for group in groups:
                 by_ranks[_ranks(group[0])].append(group)
             for ranks, some in by_ranks.items():
                 self._submit(some, sweep, ranks)
         if not self.wait:
-            jobs = " ".join(one.job for one in submissions(sweep)[-len(groups) :]) if groups else "nothing new"
+            jobs = (
+                " ".join(one.job for one in submissions(sweep)[-len(groups) :])
+                if groups
+                else "nothing new"
+            )
             write_line(f"submitted to SLURM: {jobs}")
             return RUNNING
         try:
             self._wait(sweep)
         except KeyboardInterrupt:
-            write_line(f"the jobs stay with SLURM; to take them back: python -m sddlskd.sweeps cancel {sweep}")
+            write_line(
+                f"the jobs stay with SLURM; to take them back: python -m sddlskd.sweeps cancel {sweep}"
+            )
             raise
         _settle(sweep)
         return FINISHED
 
     def _submit(self, groups: Sequence[Sequence[Config]], sweep: Path, ranks: int) -> None:
-        largest = int(re.findall(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"))[0])
+        largest = int(
+            re.findall(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"))[0]
+        )
         chunks = [groups[at : at + largest] for at in range(0, len(groups), largest)]
         folder = sweep / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,18 +329,26 @@ class Slurm:
             import submitit
 
             executor = self._executor(folder, ranks, max(self.array_parallelism // len(chunks), 1))
-            tasks = [ArrayTask(tuple(job.run_dir for job in group), str(sweep), self.max_requeues) for group in chunk]
+            tasks = [
+                ArrayTask(tuple(job.run_dir for job in group), str(sweep), self.max_requeues)
+                for group in chunk
+            ]
             with _undisturbed():
                 try:
                     with _outside_of_a_job(), executor.batch():
                         jobs = [executor.submit(task) for task in tasks]
-                except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+                except (
+                    submitit.core.utils.FailedJobError,
+                    submitit.core.utils.FailedSubmissionError,
+                ) as error:
                     so_far = f"{len(submissions(sweep))} tasks are submitted, the same command submits the others"
                     raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
                 _add(
                     sweep,
                     [
-                        Submission(job.job_id, list(task.run_dirs), str(folder / f"{job.job_id}_0_log.out"))
+                        Submission(
+                            job.job_id, list(task.run_dirs), str(folder / f"{job.job_id}_0_log.out")
+                        )
                         for job, task in zip(jobs, tasks, strict=True)
                     ],
                 )
@@ -293,13 +359,17 @@ class Slurm:
 
         nodes = self.options["nodes"]
         if ranks % nodes:
-            raise ValueError(f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}")
+            raise ValueError(
+                f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}"
+            )
         options = {name: value for name, value in self.options.items() if value is not None}
         options["tasks_per_node"] = ranks // nodes
         srun_args = list(self.srun_args)
         if "cpus_per_task" in options:  # srun does not take it over from sbatch (since 22.05)
             srun_args.append(f"--cpus-per-task={options['cpus_per_task']}")
-        if ranks > 1:  # where one is gone the others wait for it in vain; time for rank 0 to deliver its last words
+        if (
+            ranks > 1
+        ):  # where one is gone the others wait for it in vain; time for rank 0 to deliver its last words
             srun_args.append("--wait=120")
         options |= {
             "array_parallelism": parallelism,
@@ -307,13 +377,19 @@ class Slurm:
             "stderr_to_stdout": True,
             "setup": [*SETUP, *(options.get("setup") or [])],
             "teardown": TEARDOWN.replace("MAX_REQUEUES", str(self.max_requeues)).splitlines(),
-            "additional_parameters": {"requeue": True, **(options.get("additional_parameters") or {})},
+            "additional_parameters": {
+                "requeue": True,
+                **(options.get("additional_parameters") or {}),
+            },
         }
         executor = submitit.AutoExecutor(
             folder, cluster="slurm", slurm_python=self.python or shlex.quote(sys.executable)
         )
         executor.update_parameters(
-            **{name if name in SUBMITTED_FOR_ALL else f"slurm_{name}": value for name, value in options.items()}
+            **{
+                name if name in SUBMITTED_FOR_ALL else f"slurm_{name}": value
+                for name, value in options.items()
+            }
         )
         return executor
 
@@ -321,7 +397,9 @@ class Slurm:
         """Until nothing of the sweep is in the queue: one question for all of it, every few seconds."""
         told, empty, away = "", 0, False
         earlier = _failed(sweep)
-        while empty < 2:  # a job that is being requeued, or a record on a slow file system, may be missed once
+        while (
+            empty < 2
+        ):  # a job that is being requeued, or a record on a slow file system, may be missed once
             try:
                 live = queue(sweep)
                 if self.fail_fast and live and _failed(sweep) - earlier:
@@ -336,7 +414,10 @@ class Slurm:
             if away:
                 log.warning("SLURM is back")
             away, empty = False, 0 if live else empty + 1
-            counts = Counter(f"{state.lower()}{f' ({why})' if why != 'None' else ''}" for state, why in live.values())
+            counts = Counter(
+                f"{state.lower()}{f' ({why})' if why != 'None' else ''}"
+                for state, why in live.values()
+            )
             line = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
             if line != told:
                 log.info("SLURM: %s", line or "all done")
@@ -345,7 +426,9 @@ class Slurm:
 
 
 def _failed(sweep: Path) -> set[str]:
-    return {run_dir for run_dir in read_manifest(sweep)["jobs"] if state_of(Path(run_dir)) == "failed"}
+    return {
+        run_dir for run_dir in read_manifest(sweep)["jobs"] if state_of(Path(run_dir)) == "failed"
+    }
 
 
 def _ranks(job: Config) -> int:
@@ -357,7 +440,11 @@ def _settle(sweep: Path) -> None:
     """Note in the records why SLURM ended jobs before they were done."""
     latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
     results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
-    left = {run_dir: job for run_dir, job in latest.items() if results[run_dir].get("status") not in (FINISHED, FAILED)}
+    left = {
+        run_dir: job
+        for run_dir, job in latest.items()
+        if results[run_dir].get("status") not in (FINISHED, FAILED)
+    }
     causes = causes_of_death(left.values())
     for run_dir, job in left.items():
         reason, over = results[run_dir].get("reason", ""), f"SLURM job {job} is over"

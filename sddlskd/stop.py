@@ -11,7 +11,11 @@ __all__ = ["Stop"]
 
 log = logging.getLogger(__name__)
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # SIGUSR2: SLURM's warning before a time limit
+ASKING = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR2,
+)  # SIGUSR2: SLURM's warning before a time limit
 
 
 class Stop:
@@ -67,4 +71,6 @@ class Stop:
             raise KeyboardInterrupt
         if not again:
             once_more = "; once more stops at once" if asked is signal.SIGINT else ""
-            log.warning("%s: stopping after this step with all checkpoints saved%s", asked.name, once_more)
+            log.warning(
+                "%s: stopping after this step with all checkpoints saved%s", asked.name, once_more
+            )

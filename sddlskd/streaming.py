@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sddlskd.data import Batch, DeviceData, Draws, Normalise, check_labels, draw_epoch, held_out, mirrored, share_of
+from sddlskd.data import (
+    Batch,
+    DeviceData,
+    Draws,
+    Normalise,
+    check_labels,
+    draw_epoch,
+    held_out,
+    mirrored,
+    share_of,
+)
 from sddlskd.datasets import Files, Splits
 from sddlskd.decoding import CHUNK, Chunk, Job, Unreadable, View, decode, decoded, default_workers
 
@@ -42,11 +52,20 @@ class _Plan:
     """
 
     def __init__(
-        self, splits: dict[str, Files], seed: int, batch_size: int, eval_batch_size: int, rank: int, ranks: int
+        self,
+        splits: dict[str, Files],
+        seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        rank: int,
+        ranks: int,
     ) -> None:
         self.splits, self.seed, self.rank, self.ranks = splits, seed, rank, ranks
         self.sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
-        self.batches = {split: math.ceil(len(files.paths) / self.sizes[split]) for split, files in splits.items()}
+        self.batches = {
+            split: math.ceil(len(files.paths) / self.sizes[split])
+            for split, files in splits.items()
+        }
         self.instead: dict[int, int] = {}  # training images that stand for others
         self.next, self.sent = Place("train", 1, 0, 0), deque[tuple[Place, list[int]]]()
         self.epoch = 0  # the last one in training
@@ -61,7 +80,9 @@ class _Plan:
         while True:
             place = self.next
             images = self.piece(place)
-            self.sent.append((place, [self.instead.get(n, n) if place.split == "train" else n for n in images]))
+            self.sent.append(
+                (place, [self.instead.get(n, n) if place.split == "train" else n for n in images])
+            )
             self.next = self._after(place)
             yield [self.job(place, image) for image in images]
 
@@ -152,19 +173,31 @@ class StreamedData:
         if val_fraction:
             held_N = held_out(train.labels_N, val_fraction, num_classes)
             train, val = _chosen(train, ~held_N), _chosen(train, held_N)
-        self.train_size, self.val_size, self.test_size = len(train.paths), len(val.paths), len(test.paths)
+        self.train_size, self.val_size, self.test_size = (
+            len(train.paths),
+            len(val.paths),
+            len(test.paths),
+        )
         if not 1 <= batch_size <= self.train_size:
-            raise ValueError(f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images")
+            raise ValueError(
+                f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images"
+            )
         self.image_shape = (3, view.size, view.size)
         self.steps_per_epoch = math.ceil(self.train_size / batch_size)
         self._view, self._flip, self._bad, self._irregular = view, flip, bad, irregular
         self._device = torch.device(device)
         self._normalise = Normalise(mean, std, 3, view.size, self._device)
         part = share_of(self.val_size, rank, ranks)
-        self._splits = {"train": train, "val": Files(val.paths[part], val.labels_N[part]), "test": test}
+        self._splits = {
+            "train": train,
+            "val": Files(val.paths[part], val.labels_N[part]),
+            "test": test,
+        }
         self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks)
         self._workers = default_workers(ranks) if workers is None else workers
-        self._ahead = max(2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1)))  # two batches at least
+        self._ahead = max(
+            2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1))
+        )  # two batches at least
         self._stream: Generator[Chunk] | None = None
         self._faults: dict[str, set[str]] = {}  # what is wrong -> the files
         self._unusable: set[str] = set()  # files that are left out
@@ -176,7 +209,9 @@ class StreamedData:
         x_BCHW float32 channels_last, y_B int64; the last batch is the rest. ValueError for a start past the epoch.
         """
         if not 0 <= start <= self.steps_per_epoch:
-            raise ValueError(f"start is {start}; give 0..{self.steps_per_epoch}, the batches of an epoch already done")
+            raise ValueError(
+                f"start is {start}; give 0..{self.steps_per_epoch}, the batches of an epoch already done"
+            )
         return self._augmented(epoch, start)
 
     def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
@@ -222,7 +257,9 @@ class StreamedData:
                 yield self._normalise(x_BHWC), labels_B
             shown += len(labels_B)
         self._count()
-        if not shown and (self._plan.ranks == 1 or split == "test"):  # a rank's share of val is not the whole
+        if not shown and (
+            self._plan.ranks == 1 or split == "test"
+        ):  # a rank's share of val is not the whole
             raise ValueError(
                 f"none of the {len(self._splits[split].paths)} {split} images can be used: look at the log"
             )
@@ -291,7 +328,11 @@ class StreamedData:
         """Take note of a fault: whether the image is left out. ValueError where that is not allowed."""
         key, policy = ("bad_images", self._bad) if bad else ("irregular_images", self._irregular)
         if policy == "fail":
-            cure = "mend or remove it" if bad else "convert it, or set dataset.irregular_images=convert"
+            cure = (
+                "mend or remove it"
+                if bad
+                else "convert it, or set dataset.irregular_images=convert"
+            )
             cure += f", or set dataset.{key}=skip"
             raise ValueError(f"{path}: {why}; {cure}")
         seen = self._faults.setdefault("unreadable" if bad else why, set())
@@ -314,7 +355,9 @@ class StreamedData:
 
 
 def _chosen(files: Files, chosen_N: Tensor) -> Files:
-    return Files([files.paths[n] for n in chosen_N.nonzero()[:, 0].tolist()], files.labels_N[chosen_N])
+    return Files(
+        [files.paths[n] for n in chosen_N.nonzero()[:, 0].tolist()], files.labels_N[chosen_N]
+    )
 
 
 Data = DeviceData | StreamedData

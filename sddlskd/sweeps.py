@@ -68,7 +68,9 @@ def run_sweep(
     """
     unique = list({job.run_dir: job for job in jobs}.values())
     if len(unique) < len({cfg.config_hash(job) for job in jobs}):
-        raise ValueError("several jobs of the sweep have one run_dir; leave run_dir out, so that each gets its own")
+        raise ValueError(
+            "several jobs of the sweep have one run_dir; leave run_dir out, so that each gets its own"
+        )
     folder = Path(unique[0].home, "runs", "sweeps", name)
     states = _states(folder, [job.run_dir for job in unique])
     rerun = unique[0].sweep.rerun
@@ -79,7 +81,9 @@ def run_sweep(
     )
     todo = [job for job in unique if states[job.run_dir] not in skipped]
     as_here = (
-        todo if pool.here else [replace(job, trainer=replace(job.trainer, device="auto", devices=1)) for job in todo]
+        todo
+        if pool.here
+        else [replace(job, trainer=replace(job.trainer, device="auto", devices=1)) for job in todo]
     )
     seen = _look_ahead(as_here, [job for job in unique if states[job.run_dir] == "finished"])
     if seen.invalid and not unique[0].sweep.plan:
@@ -124,7 +128,9 @@ def run_sweep(
     results = [result_of(job) for job in unique]
     digest(unique, results)
     if any(result["status"] != FINISHED for result in results):
-        write_line(f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})")
+        write_line(
+            f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})"
+        )
         if not pool.here:
             write_line(f"what the tasks said: python -m sddlskd.sweeps logs {folder}")
     outcomes(unique, results, stopped=ended == KILLED)
@@ -134,7 +140,10 @@ def run_sweep(
 def _states(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
     """Of each run directory of the sweep in that folder; what SLURM has counts as queued or running."""
     own, live = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}, slurm.states(folder)
-    return {run_dir: state if state == "finished" else live.get(run_dir, state) for run_dir, state in own.items()}
+    return {
+        run_dir: state if state == "finished" else live.get(run_dir, state)
+        for run_dir, state in own.items()
+    }
 
 
 def _outcome(jobs: Iterable[Config]) -> str:
@@ -176,10 +185,18 @@ def _look_ahead(todo: Sequence[Config], finished: Sequence[Config]) -> Seen:
 def _ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
     """Asked in a process of its own: this one stays small while it waits for the workers."""
     command = [sys.executable, "-m", "sddlskd.precheck"]
-    done = subprocess.run(command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=False
+    )
     if done.returncode:
-        why = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
-        raise ChildProcessError(f"the check of the jobs died ({why}), so none was started; what it said stands above")
+        why = (
+            signal.Signals(-done.returncode).name
+            if done.returncode < 0
+            else f"exit code {done.returncode}"
+        )
+        raise ChildProcessError(
+            f"the check of the jobs died ({why}), so none was started; what it said stands above"
+        )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
@@ -191,7 +208,9 @@ def _set_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
-def _plan(name: str, jobs: Sequence[Config], states: dict[str, str], groups: Sequence[Sequence[Config]]) -> list[str]:
+def _plan(
+    name: str, jobs: Sequence[Config], states: dict[str, str], groups: Sequence[Sequence[Config]]
+) -> list[str]:
     counts = Counter(states.values())
     state = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
     todo = sum(map(len, groups))
@@ -199,10 +218,14 @@ def _plan(name: str, jobs: Sequence[Config], states: dict[str, str], groups: Seq
     taught = [group for group in groups if group[0].distiller.loss]
     alone = sum(map(len, taught))
     if len(taught) < alone:
-        lines.append(f"the teacher goes through the data {len(taught)} times an epoch instead of {alone}")
+        lines.append(
+            f"the teacher goes through the data {len(taught)} times an epoch instead of {alone}"
+        )
     known = [_seconds(job) for group in groups for job in group]
     if todo and all(s is not None for s in known):
-        lines.append(f"about {duration(sum(s for s in known if s is not None))} on one device, from runs like these")
+        lines.append(
+            f"about {duration(sum(s for s in known if s is not None))} on one device, from runs like these"
+        )
     elif todo:
         lines.append("no runs like these are here yet, so the time is not known")
     return lines
@@ -210,15 +233,24 @@ def _plan(name: str, jobs: Sequence[Config], states: dict[str, str], groups: Seq
 
 def _seconds(job: Config) -> float | None:
     """What the job adds to a sweep: from runs of its pair and data set, which shared their time with their group."""
-    label = f"{job.teacher.name}-{job.student.name}-*" if job.distiller.loss else f"{job.student.name}-*"
-    done = [record.read_result(path.parent) for path in Path(job.run_dir).parent.glob(f"{label}/result.json")]
+    label = (
+        f"{job.teacher.name}-{job.student.name}-*"
+        if job.distiller.loss
+        else f"{job.student.name}-*"
+    )
+    done = [
+        record.read_result(path.parent)
+        for path in Path(job.run_dir).parent.glob(f"{label}/result.json")
+    ]
     rates = [r["seconds"] / r["epochs"] / r.get("group_size", 1) for r in done if r.get("epochs")]
     return mean(rates) * job.trainer.epochs if rates else None
 
 
 def _command(home: str) -> str:
     """What was typed, with the home that it had from the environment or the current folder."""
-    again = [word for word in sys.argv[1:] if word not in ("sweep.rerun=all", "sweep.plan=true")]  # meant for once
+    again = [
+        word for word in sys.argv[1:] if word not in ("sweep.rerun=all", "sweep.plan=true")
+    ]  # meant for once
     again += [] if any(word.startswith("home=") for word in again) else [f"home={home}"]
     return shlex.join(["python", "-m", "sddlskd.train", *again])
 
@@ -248,7 +280,9 @@ def _write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
 
 
 def _add_to_plan(path: Path, name: str, jobs: Sequence[Config]) -> Path:
-    params = {job.run_dir: {key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs}
+    params = {
+        job.run_dir: {key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs
+    }
     hashes = {job.run_dir: (cfg.config_hash(job), cfg.settings_hash(job)) for job in jobs}
     if path.exists():  # of an earlier start, with other jobs
         earlier = json.loads(path.read_text())
@@ -256,7 +290,11 @@ def _add_to_plan(path: Path, name: str, jobs: Sequence[Config]) -> Path:
             params.setdefault(job["run_dir"], earlier["common"] | job["params"])
             hashes.setdefault(job["run_dir"], (job["config_hash"], job["settings_hash"]))
     first = next(iter(params.values()))
-    common = {key: value for key, value in first.items() if all(own.get(key) == value for own in params.values())}
+    common = {
+        key: value
+        for key, value in first.items()
+        if all(own.get(key) == value for own in params.values())
+    }
     listed = [
         {
             "config_hash": hashes[run_dir][0],
@@ -275,7 +313,9 @@ def _add_to_plan(path: Path, name: str, jobs: Sequence[Config]) -> Path:
 def _planned(folder: Path) -> set[str]:
     """The run directories of the jobs in the plan."""
     path = folder / "plan.json"
-    return {job["run_dir"] for job in json.loads(path.read_text())["jobs"]} if path.exists() else set()
+    return (
+        {job["run_dir"] for job in json.loads(path.read_text())["jobs"]} if path.exists() else set()
+    )
 
 
 def cause_of(reason: str) -> str:
@@ -318,7 +358,8 @@ def status(folder: Path) -> None:
     states = {path: found[str(path)] for path in folders}
     counts = Counter(states.values())
     write_line(
-        f"sweep {manifest['name']}: {len(folders)} jobs: " + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+        f"sweep {manifest['name']}: {len(folders)} jobs: "
+        + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
     )
     rows = {path: record.read_rows(path) for path in folders if states[path] != "new"}
     paces = [
@@ -335,10 +376,16 @@ def status(folder: Path) -> None:
     for path in folders:
         some, result = rows.get(path, []), record.read_result(path)
         top1 = result.get("best_top1")
-        epochs = cfg.load(path / "config.yaml").trainer.epochs if (path / "config.yaml").exists() else 0
+        epochs = (
+            cfg.load(path / "config.yaml").trainer.epochs if (path / "config.yaml").exists() else 0
+        )
         if states[path] not in ("finished", "failed") and paces:
             left += (epochs - len(some)) * mean(paces)
-        reason = f"  {result['reason']}" if result.get("reason") and states[path] not in ("queued", "running") else ""
+        reason = (
+            f"  {result['reason']}"
+            if result.get("reason") and states[path] not in ("queued", "running")
+            else ""
+        )
         if job := open_still.get(path):
             reason += f"  SLURM job {job}: {where[job]}"
         if result.get("requeues"):
@@ -347,7 +394,11 @@ def status(folder: Path) -> None:
         shown = "" if top1 is None else f"  top-1 {top1:.2f}"
         write_line(f"  {states[path]:<12} {len(some)}/{epochs} epochs{shown}  {path.name}{reason}")
     if set(counts) - {"finished"}:
-        write_line(f"time left: about {duration(left)} on one device" if paces else "time left: not known yet")
+        write_line(
+            f"time left: about {duration(left)} on one device"
+            if paces
+            else "time left: not known yet"
+        )
         write_line(f"to finish it: cd {shlex.quote(manifest['folder'])} && {manifest['command']}")
 
 
@@ -363,7 +414,11 @@ def logs(folder: Path, lines: int = 5) -> None:
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
         write_line(f"{one.log}  ({names})")
         path = Path(one.log)
-        for line in path.read_text(errors="replace").splitlines()[-lines:] if path.exists() else ["not started yet"]:
+        for line in (
+            path.read_text(errors="replace").splitlines()[-lines:]
+            if path.exists()
+            else ["not started yet"]
+        ):
             write_line(f"    {line}")
 
 
@@ -372,17 +427,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps", description=main.__doc__)
     parser.add_argument("command", choices=["status", "logs", "cancel"])
     parser.add_argument("sweep", help="its name, or its folder")
-    parser.add_argument("--home", default=os.environ.get("SDDLSKD_HOME", "."), help="where runs/ is")
+    parser.add_argument(
+        "--home", default=os.environ.get("SDDLSKD_HOME", "."), help="where runs/ is"
+    )
     chosen = parser.parse_args(arguments)
     cfg.frame()
     sweeps = Path(chosen.home, "runs", "sweeps")
     folder = next(
-        (path for path in (sweeps / chosen.sweep, Path(chosen.sweep)) if (path / "sweep.json").exists()), None
+        (
+            path
+            for path in (sweeps / chosen.sweep, Path(chosen.sweep))
+            if (path / "sweep.json").exists()
+        ),
+        None,
     )
     if folder is None:
         known = sorted(path.parent.name for path in sweeps.glob("*/sweep.json"))
         there = ", ".join(known) or "none"
-        sys.exit(f"error: no sweep {chosen.sweep} in {sweeps}; there are: {there}; elsewhere: --home HOME")
+        sys.exit(
+            f"error: no sweep {chosen.sweep} in {sweeps}; there are: {there}; elsewhere: --home HOME"
+        )
     try:
         {"status": status, "logs": logs, "cancel": cancel}[chosen.command](folder)
     except ConnectionError as error:

@@ -15,8 +15,18 @@ from hydra.utils import instantiate as hydra_instantiate
 __all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
-NETWORKS = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")  # where a subclass of nn.Module may be from
-FUNCTIONS = ("sddlskd.datasets.", "sddlskd.folders.", "sddlskd.losses.", "sddlskd.models.")  # ... and public functions
+NETWORKS = (
+    "sddlskd.models.",
+    "torch.nn.",
+    "torchvision.",
+    "timm.",
+)  # where a subclass of nn.Module may be from
+FUNCTIONS = (
+    "sddlskd.datasets.",
+    "sddlskd.folders.",
+    "sddlskd.losses.",
+    "sddlskd.models.",
+)  # ... and public functions
 
 
 class ForeignTarget(ValueError):
@@ -29,7 +39,9 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
     refuse_interpolations(node, key)
     for place, target in _targets(node, key):
         if not isinstance(target, str) or not target:
-            raise ValueError(f"{place}={target!r} is no dotted name; give one such as sddlskd.models.create")
+            raise ValueError(
+                f"{place}={target!r} is no dotted name; give one such as sddlskd.models.create"
+            )
         if not allow_foreign and not _is_ours(target):
             raise ForeignTarget(
                 f"{place}={target!a} is not of {', '.join(PACKAGES)}; if it is code of yours, or code that you trust, "
@@ -48,7 +60,9 @@ def refuse_interpolations(node: Any, key: str) -> None:
         for i, value in enumerate(node):
             refuse_interpolations(value, f"{key}[{i}]")
     elif isinstance(node, str) and "${" in node:
-        raise ValueError(f"{key}={node[:200]!a} holds a '${{', which values that are filled in must not; take it out")
+        raise ValueError(
+            f"{key}={node[:200]!a} holds a '${{', which values that are filled in must not; take it out"
+        )
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
@@ -89,7 +103,9 @@ def _check_kind(target: str) -> None:
     try:
         found = get_object(target)
     except Exception as error:  # importing a module on the way may raise anything
-        raise ValueError(f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}") from error
+        raise ValueError(
+            f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}"
+        ) from error
     origin = f"{found.__module__}." if isinstance(found, type) or inspect.isfunction(found) else ""
     if isinstance(found, type):
         allowed = issubclass(found, nn.Module) and origin.startswith(NETWORKS)

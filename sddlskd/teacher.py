@@ -36,7 +36,9 @@ def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
     )
 
 
-def publish(path: Path, weights: dict[str, Tensor], *, network: str, dataset: str, top1: float) -> bool:
+def publish(
+    path: Path, weights: dict[str, Tensor], *, network: str, dataset: str, top1: float
+) -> bool:
     """Leave trained weights where `teacher=network` finds them; False where a teacher is there already.
 
     An earlier teacher is kept: swapping it would make runs of one study incomparable.
@@ -44,7 +46,11 @@ def publish(path: Path, weights: dict[str, Tensor], *, network: str, dataset: st
     if path.exists():
         return False
     try:
-        write(path, {"model": weights, "network": network, "dataset": dataset, "top1": top1}, replace=False)
+        write(
+            path,
+            {"model": weights, "network": network, "dataset": dataset, "top1": top1},
+            replace=False,
+        )
     except FileExistsError:  # another run has finished meanwhile, or it was fetched
         return False
     return True
@@ -84,7 +90,14 @@ class Teacher:
     """
 
     def __init__(
-        self, network: nn.Module, path: Path | None, *, name: str, device: torch.device, precision: str, compile: bool
+        self,
+        network: nn.Module,
+        path: Path | None,
+        *,
+        name: str,
+        device: torch.device,
+        precision: str,
+        compile: bool,
     ) -> None:
         if path is not None:
             load_weights(network, path, name)
@@ -106,9 +119,15 @@ def _folded(network: nn.Module, name: str) -> nn.Module:
     except Exception as error:  # a network's own code, run on stand-ins for tensors
         log.info("teacher %s cannot be traced (%s); its BatchNorm stays unfolded", name, error)
         return network
-    layers = {n for n, layer in traced.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d)}
+    layers = {
+        n
+        for n, layer in traced.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+    }
     calls = Counter(node.target for node in traced.graph.nodes if node.target in layers)
-    if max(calls.values(), default=0) > 1:  # `fuse` would fold every use of it by the BatchNorm after one
+    if (
+        max(calls.values(), default=0) > 1
+    ):  # `fuse` would fold every use of it by the BatchNorm after one
         log.info("teacher %s uses a layer twice; its BatchNorm stays unfolded", name)
         return network
     folded: nn.Module = fuse(traced)

@@ -32,7 +32,9 @@ DTYPES = {"float16": np.float16, "float32": np.float32}
 
 def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> Path:
     """The cache of one teacher file, data set, augmentation and number format."""
-    key = hashlib.sha256(json.dumps([teacher_sha256, about], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([teacher_sha256, about], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
     return folder / f"{key}.maps"
 
 
@@ -47,7 +49,9 @@ class TeacherCache:
     Raises ValueError, before writing, where the disk cannot hold the full file.
     """
 
-    def __init__(self, teacher: Teacher, path: Path, *, rows: int, map_KHW: tuple[int, ...], dtype: str) -> None:
+    def __init__(
+        self, teacher: Teacher, path: Path, *, rows: int, map_KHW: tuple[int, ...], dtype: str
+    ) -> None:
         self.teacher, self.name = teacher, teacher.name
         cells = int(np.prod(map_KHW)) * np.dtype(DTYPES[dtype]).itemsize
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,12 @@ class TeacherCache:
                         os.truncate(opened.fileno(), size)  # sparse: blocks are taken as maps come
         self._maps: Any = np.memmap(path, DTYPES[dtype], "r+", shape=(rows, *map_KHW))
         self._sums: Any = np.memmap(sums, np.uint32, "r+", shape=(rows,))  # 0: the map is not there
-        log.info("teacher.cache: %s holds %.1f%% of %.1f GB", path, 100 * (self._sums != 0).mean(), rows * cells / 1e9)
+        log.info(
+            "teacher.cache: %s holds %.1f%% of %.1f GB",
+            path,
+            100 * (self._sums != 0).mean(),
+            rows * cells / 1e9,
+        )
 
     def __call__(self, images_BCHW: Tensor, views_B: Tensor) -> Tensor:
         rows = views_B.numpy()
@@ -81,7 +90,9 @@ class TeacherCache:
             self._maps[rows[new]] = maps_BKHW[new]
             self._sums[rows[new]] = _checksums(maps_BKHW[new])
         stored_BKHW = torch.from_numpy(maps_BKHW).float()
-        return stored_BKHW.to(images_BCHW.device, memory_format=torch.channels_last, non_blocking=True)
+        return stored_BKHW.to(
+            images_BCHW.device, memory_format=torch.channels_last, non_blocking=True
+        )
 
 
 def _checksums(maps_BKHW: Any) -> Any:

@@ -80,7 +80,13 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_ARCHIVE = 2 << 30  # bytes
 LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer's state has 190 MB
 TOLERANCE = 0.1  # points of top-1: 10 of 10,000 images, more than another device's rounding or JPEG decoder moves
-ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, DownloadError)  # what a user can mend
+ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    OSError,
+    DownloadError,
+)  # what a user can mend
 
 
 def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
@@ -91,7 +97,9 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
     name = job.teacher.name
     dataset = job.dataset.name
     if name not in PUBLISHED.get(dataset, ()):
-        valid = "; ".join(f"valid for {known} are {', '.join(of_it)}" for known, of_it in PUBLISHED.items())
+        valid = "; ".join(
+            f"valid for {known} are {', '.join(of_it)}" for known, of_it in PUBLISHED.items()
+        )
         raise ValueError(
             f"no {name} for {dataset} is published; {valid}. "
             f"Train it with `python -m sddlskd.train distiller=vanilla student={name} dataset={dataset}`"
@@ -120,15 +128,23 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
 
 def _fetch_from(place: str, job: Config, target: Path) -> str:
     """Have the teacher at `target` from one place; gives the address."""
-    file, downloads = PUBLISHED[job.dataset.name][job.teacher.name].file, target.parent / "downloads"
+    file, downloads = (
+        PUBLISHED[job.dataset.name][job.teacher.name].file,
+        target.parent / "downloads",
+    )
     address = place if place.endswith(ARCHIVES) else f"{place.rstrip('/')}/{file}"
-    kept = downloads / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{address.rpartition('/')[2]}"
+    kept = (
+        downloads
+        / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{address.rpartition('/')[2]}"
+    )
     if address != place:
         download.fetch(address, kept, limit=LARGEST_FILE)
         named = re.search(r"-([0-9a-f]{8})\.pth$", file)
         try:
             if named and not file_hash(kept).startswith(named[1]):
-                raise ValueError(f"{address} has sha256 {file_hash(kept)[:16]}..., not the one in its name")
+                raise ValueError(
+                    f"{address} has sha256 {file_hash(kept)[:16]}..., not the one in its name"
+                )
             _install(job, kept, target, address)
         finally:
             kept.unlink(missing_ok=True)  # what was refused is asked for anew next time
@@ -139,7 +155,9 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
         pins.check(job.home, address, sha256)
         with TemporaryDirectory(dir=downloads) as folder:
             unpacked = Path(folder, "unpacked")
-            unpack(kept, unpacked, limit=LARGEST_FILE, wanted=lambda p: f"/{p}".endswith(f"/{file}"))
+            unpack(
+                kept, unpacked, limit=LARGEST_FILE, wanted=lambda p: f"/{p}".endswith(f"/{file}")
+            )
             found = [path for path in unpacked.rglob("*") if path.is_file()]
             if len(found) != 1:
                 raise ValueError(f"{address} has {len(found)} files {file}, expected one")
@@ -185,7 +203,9 @@ def _install(job: Config, came: Path, target: Path, source: str) -> None:
         raise ValueError(str(error).replace(str(came), source)) from error
     spoilt = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
     if spoilt:
-        raise ValueError(f"{source} holds values that are not finite, in {', '.join(spoilt[:3])}; get it again")
+        raise ValueError(
+            f"{source} holds values that are not finite, in {', '.join(spoilt[:3])}; get it again"
+        )
     pins.pin(job.home, _key(job), file_hash(came), source)
     try:
         put(came, target)
@@ -223,7 +243,9 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         pins.check(job.home, _key(job), file_hash(path))
     device = pick_device(job.trainer.device)
     network = build_network(job.teacher.model, job.dataset.num_classes, 0, device)
-    teacher = Teacher(network, path, name=name, device=device, precision=job.trainer.precision, compile=False)
+    teacher = Teacher(
+        network, path, name=name, device=device, precision=job.trainer.precision, compile=False
+    )
     data = test_split()
 
     def seen() -> Iterator[tuple[Tensor, Tensor]]:
@@ -236,7 +258,9 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
     top1 = evaluate(teacher, seen())["top1"]
     published = PUBLISHED.get(job.dataset.name, {}).get(name)
     if published is None:
-        return f"{name}: top-1 {top1:.2f} on {job.dataset.name}; nothing is published to compare with"
+        return (
+            f"{name}: top-1 {top1:.2f} on {job.dataset.name}; nothing is published to compare with"
+        )
     if round(abs(top1 - published.top1), 4) > TOLERANCE:
         raise ValueError(
             f"{name}: top-1 {top1:.2f} on {job.dataset.name}, published is {published.top1:.2f}: {path} was trained "
@@ -255,7 +279,9 @@ def table(home: str) -> str:
     for column in ("data set", "network", "published top-1", "file", "source"):
         rows.add_column(column, overflow="fold")
     known = pins.pinned(home)
-    here = {f"{path.parent.name}/{path.stem}": path for path in Path(home, "teachers").glob("*/*.pt")}
+    here = {
+        f"{path.parent.name}/{path.stem}": path for path in Path(home, "teachers").glob("*/*.pt")
+    }
     listed = [f"{dataset}/{name}" for dataset, of_it in PUBLISHED.items() for name in of_it]
     for key in dict.fromkeys([*listed, *sorted(here)]):
         dataset, _, name = key.partition("/")
@@ -266,7 +292,11 @@ def table(home: str) -> str:
         elif key not in known:
             state, source = "here", "trained here, or put there"
         else:
-            state = "here, as pinned" if file_hash(here[key]) == known[key]["sha256"] else "here, CHANGED"
+            state = (
+                "here, as pinned"
+                if file_hash(here[key]) == known[key]["sha256"]
+                else "here, CHANGED"
+            )
         rows.add_row(dataset, name, f"{published.top1:.2f}" if published else "", state, source)
     console = Console()
     with console.capture() as text:
@@ -279,7 +309,9 @@ def _job(name: str, overrides: Sequence[str]) -> Config:
     if name.startswith("imagenet_"):
         overrides = ["dataset=imagenet", *overrides]
     with hydra.initialize_config_module("sddlskd.conf", version_base="1.3"):
-        return cfg.resolve(hydra.compose("config", overrides=["tracking=none", f"teacher={name}", *overrides]))
+        return cfg.resolve(
+            hydra.compose("config", overrides=["tracking=none", f"teacher={name}", *overrides])
+        )
 
 
 def _data(job: Config) -> Data:
@@ -288,11 +320,15 @@ def _data(job: Config) -> Data:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sddlskd.teachers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m sddlskd.teachers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["list", "fetch", "verify", "import"])
     parser.add_argument("words", nargs="*", metavar="NAME | FILE | key=value")
-    parser.add_argument("--as", dest="name", metavar="NAME", help="import: the network whose weights they are")
+    parser.add_argument(
+        "--as", dest="name", metavar="NAME", help="import: the network whose weights they are"
+    )
     parser.add_argument(
         "--mirror", action="append", default=[], metavar="URL",
         help="fetch: a place to ask first, an archive or a folder as RepDistiller's; also in SDDLSKD_TEACHER_MIRRORS",

@@ -45,7 +45,13 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = 6000, 250, 8000, 100, 1000  # MLflow's limits: characters, entries
+PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = (
+    6000,
+    250,
+    8000,
+    100,
+    1000,
+)  # MLflow's limits: characters, entries
 CUT = " ... (cut)"
 MIRROR_LOCK = ".mlflow.lock"
 SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
@@ -70,13 +76,19 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
     uri, experiment_id, parent = str(tracked.tracking.uri), None, None
     try:
         tracking_uri.check(uri)
-        seconds = None if sqlite_file(uri) else tracking_uri.ANSWER_S  # making a database takes what it takes
+        seconds = (
+            None if sqlite_file(uri) else tracking_uri.ANSWER_S
+        )  # making a database takes what it takes
         experiment_id, parent = within(seconds, lambda: _ids(tracked, sweep))
     except ValueError:
         raise
     except Exception as error:  # whatever MLflow and the database under it raise
         known = isinstance(error, ConnectionError)
-        said = str(error) if known else f"tracking.uri={uri} does not take runs ({first_line(error)}); {CURE}"
+        said = (
+            str(error)
+            if known
+            else f"tracking.uri={uri} does not take runs ({first_line(error)}); {CURE}"
+        )
         if not tracked.tracking.offline:
             raise ConnectionError(said) from error
         runs = Path(tracked.home, "runs")
@@ -101,7 +113,9 @@ def _ids(config: Config, sweep: str | None) -> tuple[str, str | None]:
     path = sqlite_file(uri)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock") if path else nullcontext():  # MLflow's making of a database races (its issue 12259)
+    with (
+        FileLock(f"{path}.lock") if path else nullcontext()
+    ):  # MLflow's making of a database races (its issue 12259)
         client = tracking_uri.client(uri)
         experiment_id = _experiment(client, config)
         parent = _parent_run(client, experiment_id, sweep) if sweep else None
@@ -114,7 +128,11 @@ def _experiment(client: Any, config: Config) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        place = Path(config.home, "mlartifacts").as_uri() if sqlite_file(str(config.tracking.uri)) else None
+        place = (
+            Path(config.home, "mlartifacts").as_uri()
+            if sqlite_file(str(config.tracking.uri))
+            else None
+        )
         try:
             client.create_experiment(name, artifact_location=place)
         except MlflowException as error:
@@ -122,7 +140,9 @@ def _experiment(client: Any, config: Config) -> str:
                 raise
         experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage == "deleted":
-        raise ValueError(f"tracking.experiment={name} was deleted in MLflow; restore it there or choose another name")
+        raise ValueError(
+            f"tracking.experiment={name} was deleted in MLflow; restore it there or choose another name"
+        )
     experiment_id: str = experiment.experiment_id
     return experiment_id
 
@@ -133,7 +153,9 @@ def check_reachable(configs: Sequence[Config]) -> None:
     Jobs that their launch registered may start without the server, as they may lose it later; so may all with
     tracking.offline.
     """
-    starting = [c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None]
+    starting = [
+        c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None
+    ]
     for uri in {str(tracking.uri) for tracking in starting}:
         try:
             tracking_uri.check(uri)
@@ -165,7 +187,9 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
     if not found:
         tags = {"sweep": sweep, "kind": "sweep", "git_sha": record.code_state()["git_sha"]}
         own = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
-        found = all_there()  # those of other launches at the same moment too: the earliest is the sweep's
+        found = (
+            all_there()
+        )  # those of other launches at the same moment too: the earliest is the sweep's
     parent_id: str = found[0].info.run_id
     if own and own != parent_id:
         client.delete_run(own)
@@ -215,13 +239,23 @@ def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
         state = record.read_mirror(folder)
     except record.Damaged:
         state = {}
-    address = {"uri": config.tracking.uri, "experiment": config.tracking.experiment, "home": config.home}
+    address = {
+        "uri": config.tracking.uri,
+        "experiment": config.tracking.experiment,
+        "home": config.home,
+    }
     if any(state.get(key) != value for key, value in address.items()):
         state = {}
     parent = config.tracking.parent_run_id or state.get("run_id")
     if parent != state.get("run_id"):
         state = {}
-    return {"status": record.RUNNING, **state, **address, "sweep": config.sweep.name, "run_id": parent}
+    return {
+        "status": record.RUNNING,
+        **state,
+        **address,
+        "sweep": config.sweep.name,
+        "run_id": parent,
+    }
 
 
 def sync_sweep(folder: Path, *, again: bool = False) -> None:
@@ -231,7 +265,9 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
         if not state:
             return
         if again:
-            state = {key: state[key] for key in ("uri", "experiment", "home", "sweep", "status")} | {"run_id": None}
+            state = {
+                key: state[key] for key in ("uri", "experiment", "home", "sweep", "status")
+            } | {"run_id": None}
         client, plan = tracking_uri.client(str(state["uri"])), folder / "plan.json"
         state["run_id"] = _run_of_sweep(folder, state)
         if state["status"] != state.get("told"):
@@ -268,7 +304,9 @@ def _parent_of(config: Config) -> str | None:
 
 def _planned(folder: Path, config: Config) -> bool:
     path = folder / "plan.json"
-    return path.exists() and any(job["run_dir"] == config.run_dir for job in json.loads(path.read_text())["jobs"])
+    return path.exists() and any(
+        job["run_dir"] == config.run_dir for job in json.loads(path.read_text())["jobs"]
+    )
 
 
 def supersede(folder: Path) -> None:
@@ -303,9 +341,13 @@ def sync(folder: Path, *, again: bool = False) -> None:
         if status == record.RUNNING and abandoned:
             status, result["reason"] = record.KILLED, "the process ended without a word"
         config = cfg.load(folder / "config.yaml")
-        if config.tracking.experiment_id is None:  # launched without tracking, or while MLflow was away
+        if (
+            config.tracking.experiment_id is None
+        ):  # launched without tracking, or while MLflow was away
             try:
-                config = replace(config, tracking=replace(config.tracking, experiment_id=_ids(config, None)[0]))
+                config = replace(
+                    config, tracking=replace(config.tracking, experiment_id=_ids(config, None)[0])
+                )
             except ValueError:
                 raise
             except Exception as error:
@@ -339,10 +381,15 @@ def _state(client: Any, folder: Path, config: Config) -> dict[str, Any]:
             raise record.Damaged(f"{folder / 'mlflow.json'} is damaged ({', '.join(state)})")
     except record.Damaged as error:
         runs = client.search_runs(
-            [config.tracking.experiment_id], f"tags.config_hash = '{cfg.config_hash(config)}' and tags.kind = 'job'"
+            [config.tracking.experiment_id],
+            f"tags.config_hash = '{cfg.config_hash(config)}' and tags.kind = 'job'",
         )
-        keys = [run.data.tags["record"] for run in runs if run.data.tags.get("run_dir") == str(folder)]
-        log.warning("%s; %s", error, "its run was found in MLflow" if keys else "MLflow has no run of it")
+        keys = [
+            run.data.tags["record"] for run in runs if run.data.tags.get("run_dir") == str(folder)
+        ]
+        log.warning(
+            "%s; %s", error, "its run was found in MLflow" if keys else "MLflow has no run of it"
+        )
         return {"key": keys[0], "uri": config.tracking.uri} if keys else {}
     if state.get("uri", config.tracking.uri) != config.tracking.uri:
         return {}  # another MLflow than before: it gets the whole run
@@ -380,7 +427,11 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
             "git_sha": code["git_sha"],
             "sweep": config.sweep.name or "",
             "run_dir": str(folder),
-            **({"mlflow.parentRunId": config.tracking.parent_run_id} if config.tracking.parent_run_id else {}),
+            **(
+                {"mlflow.parentRunId": config.tracking.parent_run_id}
+                if config.tracking.parent_run_id
+                else {}
+            ),
         }
         tags = {name: _cut(value, TAG) for name, value in tags.items()}
         run = client.create_run(config.tracking.experiment_id, run_name=folder.name, tags=tags)
@@ -388,10 +439,20 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
     from mlflow.entities import Param
 
     # A value cannot be sent again once it differs, as where a job runs may.
-    params = [Param(_cut(k, KEY), _cut(v, PARAM)) for k, v in cfg.flatten(config).items() if _cut(k, KEY) not in sent]
+    params = [
+        Param(_cut(k, KEY), _cut(v, PARAM))
+        for k, v in cfg.flatten(config).items()
+        if _cut(k, KEY) not in sent
+    ]
     for at in range(0, len(params), PARAMS_A_BATCH):
         client.log_batch(run_id, params=params[at : at + PARAMS_A_BATCH])
-    state = {"key": key, "uri": config.tracking.uri, "run_id": run_id, "rows": 0, "status": record.RUNNING}
+    state = {
+        "key": key,
+        "uri": config.tracking.uri,
+        "run_id": run_id,
+        "rows": 0,
+        "status": record.RUNNING,
+    }
     record.write_mirror(folder, state)
     return state
 
@@ -411,7 +472,12 @@ def _send_rows(client: Any, run_id: str, rows: Iterable[dict[str, Any]]) -> None
 
 
 def _send_outcome(
-    client: Any, run_id: str, folder: Path, status: str, result: dict[str, Any], rows: Sequence[dict[str, Any]]
+    client: Any,
+    run_id: str,
+    folder: Path,
+    status: str,
+    result: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
 ) -> None:
     if status not in OUTCOMES:  # resumed: what stopped it is over
         client.set_tag(run_id, "status_reason", "")
@@ -423,7 +489,9 @@ def _send_outcome(
             client.set_tag(run_id, tag, _cut(result[tag], TAG))
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
     for row in rows:
-        if row["epoch"] == result.get("epochs"):  # with the epoch's own time, for a run may stop at an epoch twice
+        if row["epoch"] == result.get(
+            "epochs"
+        ):  # with the epoch's own time, for a run may stop at an epoch twice
             _send_rows(client, run_id, [{**summary, "epoch": row["epoch"], "time": row["time"]}])
     client.set_terminated(run_id, status)
     for name in (
@@ -436,7 +504,9 @@ def _send_outcome(
             client.log_artifact(run_id, str(folder / name))
 
 
-def save_model(onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_classes: int) -> None:
+def save_model(
+    onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_classes: int
+) -> None:
     """Write an ONNX model (images in 0..1 -> logits) as an MLflow model with its signature."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow's own type hints, while it is imported
@@ -447,12 +517,17 @@ def save_model(onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_c
         from mlflow.types import Schema, TensorSpec
 
         number = np.dtype("float32")
-        images, logits = TensorSpec(number, (-1, *image_CHW), "images"), TensorSpec(number, (-1, num_classes), "logits")
+        images, logits = (
+            TensorSpec(number, (-1, *image_CHW), "images"),
+            TensorSpec(number, (-1, num_classes), "logits"),
+        )
         mlflow.onnx.save_model(
             onnx.load(str(onnx_file)),
             str(folder),
             signature=ModelSignature(Schema([images]), Schema([logits])),
-            pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
+            pip_requirements=[
+                f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")
+            ],
             onnx_execution_providers=["CPUExecutionProvider"],
             save_as_external_data=False,
         )
@@ -464,7 +539,9 @@ def log_model(folder: Path, model: Path) -> str | None:
     if "run_id" not in state:
         return None
     try:
-        tracking_uri.client(str(state["uri"])).log_artifacts(state["run_id"], str(model), model.name)
+        tracking_uri.client(str(state["uri"])).log_artifacts(
+            state["run_id"], str(model), model.name
+        )
     except Exception as error:  # a server may be away, or take numbers and no files
         log.warning("MLflow at %s did not take the model: %s", state["uri"], first_line(error))
         return None
@@ -477,7 +554,9 @@ class Mirror:
     def __init__(self) -> None:
         self._dirty: set[Path] = set()  # to be delivered
         self._busy: set[Path] = set()  # being delivered
-        self._give_up = math.inf  # time.monotonic() after which a failed delivery is not tried again
+        self._give_up = (
+            math.inf
+        )  # time.monotonic() after which a failed delivery is not tried again
         self._wake = threading.Condition()
         self._closing = False
         self._away = False
@@ -499,7 +578,10 @@ class Mirror:
         self._thread.join(retry if self._away else timeout)
         if left := self._dirty | self._busy:
             folders = " ".join(sorted(map(str, left)))
-            log.warning("MLflow has not got everything; when it is back: python -m sddlskd.tracking sync %s", folders)
+            log.warning(
+                "MLflow has not got everything; when it is back: python -m sddlskd.tracking sync %s",
+                folders,
+            )
 
     def _work(self) -> None:
         pause = 1.0
@@ -540,10 +622,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--again", action="store_true", help="also what was delivered before: a server lost it since")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="also what was delivered before: a server lost it since",
+    )
     chosen = parser.parse_args(arguments)
     cfg.frame()
-    runs = sorted({path.parent for folder in chosen.folders for path in folder.rglob("config.yaml")})
+    runs = sorted(
+        {path.parent for folder in chosen.folders for path in folder.rglob("config.yaml")}
+    )
     sweeps = {path.parent for folder in chosen.folders for path in folder.rglob("plan.json")}
     if not runs and not sweeps:
         sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")

@@ -18,7 +18,17 @@ from filelock import FileLock
 from sddlskd import record
 from sddlskd.files import put
 
-__all__ = ["ANSWER_S", "CURE", "ONE_HOST", "check", "client", "first_line", "root_of", "sqlite_file", "within"]
+__all__ = [
+    "ANSWER_S",
+    "CURE",
+    "ONE_HOST",
+    "check",
+    "client",
+    "first_line",
+    "root_of",
+    "sqlite_file",
+    "within",
+]
 
 Answer = TypeVar("Answer")
 
@@ -41,7 +51,9 @@ def client(uri: str) -> Any:
     from mlflow.tracking import MlflowClient  # heavy: only when a job runs
 
     # MLflow's own use of SQLAlchemy; nothing that a user can change.
-    warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
+    )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     if path and not path.exists():
@@ -94,12 +106,16 @@ def _create(path: Path) -> None:
             for left in making.glob("*.db*"):  # by a process that was killed
                 left.unlink()
             if not path.exists():
-                new = making / f"{uuid4()}.db"  # never twice the same: MLflow remembers what it has made
+                new = (
+                    making / f"{uuid4()}.db"
+                )  # never twice the same: MLflow remembers what it has made
                 MlflowClient(tracking_uri=f"sqlite:///{new}")
                 with suppress(FileExistsError):  # another program was quicker
                     put(new, path)
         finally:
-            shutil.rmtree(making, ignore_errors=True)  # whoever waits for the lock sees that the file is there
+            shutil.rmtree(
+                making, ignore_errors=True
+            )  # whoever waits for the lock sees that the file is there
 
 
 def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
@@ -144,14 +160,21 @@ def _check_server(uri: str) -> None:
     from mlflow.utils.rest_utils import http_request
 
     def ask() -> Any:
-        what = {"params": {"max_results": 1}, "max_retries": 0, "timeout": ANSWER_S, "raise_on_status": False}
+        what = {
+            "params": {"max_results": 1},
+            "max_retries": 0,
+            "timeout": ANSWER_S,
+            "raise_on_status": False,
+        }
         creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
         return http_request(creds, "/api/2.0/mlflow/experiments/search", "GET", **what)  # type: ignore[no-untyped-call]
 
     try:
         answer = within(ANSWER_S, ask)
     except Exception as error:  # a wrong address can raise anything at all
-        raise ConnectionError(f"tracking.uri={uri} does not answer ({root_of(error)}); {CURE}") from None
+        raise ConnectionError(
+            f"tracking.uri={uri} does not answer ({root_of(error)}); {CURE}"
+        ) from None
     host = urlsplit(uri).netloc
     if answer.status_code == 401:
         raise ConnectionError(f"tracking.uri={uri} wants to know who asks; {SIGN_IN}")
@@ -164,7 +187,9 @@ def _check_server(uri: str) -> None:
         raise ConnectionError(f"tracking.uri={uri} does not let this user in; {SIGN_IN}")
     if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
         said = " ".join(answer.text.split())[:80]
-        raise ConnectionError(f"tracking.uri={uri} answers as no MLflow does ({answer.status_code} {said}); {CURE}")
+        raise ConnectionError(
+            f"tracking.uri={uri} answers as no MLflow does ({answer.status_code} {said}); {CURE}"
+        )
 
 
 def root_of(error: BaseException) -> str:

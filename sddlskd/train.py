@@ -68,7 +68,9 @@ def _mend_arguments() -> None:
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
     for word in sys.argv[1:]:
         if match := re.fullmatch(r"scales=\[?([\d, ]+)\]?", word):
-            sys.stderr.write(f"error: {word} is no choice; give M=[{match[1]}], or scales=global|two|three|skip\n")
+            sys.stderr.write(
+                f"error: {word} is no choice; give M=[{match[1]}], or scales=global|two|three|skip\n"
+            )
             sys.exit(1)
 
 

@@ -159,12 +159,17 @@ def fit(
     how, stop, begun = jobs[0].trainer, stop or Stop(), time.time()
     with stop.listening(), distributed.joined(how.device, how.timeout_s) as ranks:
         distributed.hear_signals()
-        finished = [job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED]
+        finished = [
+            job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED
+        ]
         known = ranks.told([job.run_dir for job in finished])
         done = [job for job in jobs if job.run_dir in known]
         todo = list({job.run_dir: job for job in jobs if job not in done}.values())
         for job in done:
-            log.info("%s is finished already; delete it, or choose another seed or run_dir, to run again", job.run_dir)
+            log.info(
+                "%s is finished already; delete it, or choose another seed or run_dir, to run again",
+                job.run_dir,
+            )
             if teacher_changed(job, _result(job)):
                 log.warning("%s learnt from another teacher file than is there now", job.run_dir)
         try:
@@ -180,7 +185,11 @@ def fit(
             if len(todo) > 1 and isinstance(error, torch.OutOfMemoryError):
                 raise  # fewer side by side may fit
             if ranks.first and not distributed.looked_after():
-                _mark_failed(todo, ranks.cause() or Cause.of(0, error), begun if ranks.count > 1 else math.inf)
+                _mark_failed(
+                    todo,
+                    ranks.cause() or Cause.of(0, error),
+                    begun if ranks.count > 1 else math.inf,
+                )
             raise
         results: dict[str, Any] = ranks.told({job.run_dir: _result(job) for job in jobs})
     return [results[job.run_dir] for job in jobs]
@@ -197,7 +206,9 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
     threads = max(torch.get_num_threads() // how.devices, 1)
     arguments, begun = (jobs, sweep, bool(logging.getLogger("sddlskd").handlers)), time.time()
     try:
-        distributed.start(_fit_as_rank, arguments, how.devices, threads=threads, stop=lambda: stop.signal or 0)
+        distributed.start(
+            _fit_as_rank, arguments, how.devices, threads=threads, stop=lambda: stop.signal or 0
+        )
     except RankFailed as failed:
         cause, says = failed.cause, failed.cause.error.partition(": ")[2]
         for elsewhere in (record.InUse, torch.OutOfMemoryError):
@@ -230,16 +241,23 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
         return not result or (result["status"] == RUNNING and result["time"] >= since)
 
     marked, beside = [], cause.folder in {job.run_dir for job in jobs}
-    taught = jobs[0].distiller.loss and since < math.inf  # the ranks may have been training the teacher
+    taught = (
+        jobs[0].distiller.loss and since < math.inf
+    )  # the ranks may have been training the teacher
     for job in [*([cfg.teacher_job(jobs[0])] if taught else []), *jobs]:
         if Path(job.run_dir, "config.yaml").exists() and open_ended(job):
-            with suppress(ValueError, OSError):  # another process has it, or the disk is full: the first error counts
+            with suppress(
+                ValueError, OSError
+            ):  # another process has it, or the disk is full: the first error counts
                 opened = Record(job)
                 earlier = _result(job)
                 if open_ended(job):  # again, now that nobody else can start it
                     status, reason = FAILED, cause.error
                     if beside and cause.folder != job.run_dir:
-                        status, reason = KILLED, f"{Path(cause.folder).name} failed beside it: {cause.error}"
+                        status, reason = (
+                            KILLED,
+                            f"{Path(cause.folder).name} failed beside it: {cause.error}",
+                        )
                     elif earlier:
                         opened.log.propagate = False  # the terminal has seen it
                         opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
@@ -281,7 +299,10 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
     torch.backends.cudnn.benchmark = True
     with ranks.first_before_others():  # what is fetched on first use is fetched once
         data = build_data(first, device, rank=ranks.rank, ranks=ranks.count)
-        networks = [build_network(job.student.model, job.dataset.num_classes, job.seed, device) for job in jobs]
+        networks = [
+            build_network(job.student.model, job.dataset.num_classes, job.seed, device)
+            for job in jobs
+        ]
     networks = [ranks.with_shared_norm(network) for network in networks]
 
     def train_teacher(job: Config) -> None:
@@ -290,7 +311,9 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
             raise KeyboardInterrupt
         result = ranks.told(_result(job))
         if result["status"] != FINISHED:
-            raise ValueError(f"training teacher={job.student.name} ended as {result['status']}: {result['reason']}")
+            raise ValueError(
+                f"training teacher={job.student.name} ended as {result['status']}: {result['reason']}"
+            )
 
     teacher, teacher_network = None, None
     facts: dict[str, Any] = {}
@@ -300,7 +323,9 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
         check_maps(job, network, teacher_network, data, device)
     if teacher_network is not None:
         teacher, facts = build_teacher(first, teacher_network, data, device, train_teacher, ranks)
-    if ranks.first and any(job.tracking.enabled and job.tracking.experiment_id is None for job in jobs):
+    if ranks.first and any(
+        job.tracking.enabled and job.tracking.experiment_id is None for job in jobs
+    ):
         jobs = tracking.register(jobs, sweep)
 
     with ExitStack() as stack:
@@ -316,16 +341,24 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
             try:
                 if ranks.first:
                     _check_same_teacher(opened.folder, facts)
-                runs.append(build_run(job, network, opened, device, steps, images=data.train_size, ranks=ranks))
+                runs.append(
+                    build_run(
+                        job, network, opened, device, steps, images=data.train_size, ranks=ranks
+                    )
+                )
             except Exception as error:
                 if ranks.count > 1 or isinstance(error, torch.OutOfMemoryError):
                     raise
                 opened.log.error("%s: %s: %s", Path(job.run_dir).name, type(error).__name__, error)
                 opened.settle(FAILED, f"{type(error).__name__}: {error}")
                 refused[job.run_dir] = error
-        mirror = tracking.Mirror() if ranks.first and any(job.tracking.enabled for job in jobs) else None
+        mirror = (
+            tracking.Mirror() if ranks.first and any(job.tracking.enabled for job in jobs) else None
+        )
         if mirror:
-            stack.callback(mirror.close)  # the first thing to happen at the end, while the records are still held
+            stack.callback(
+                mirror.close
+            )  # the first thing to happen at the end, while the records are still held
             for run_dir in refused:
                 mirror.update(Path(run_dir))
         if not runs:
@@ -377,11 +410,15 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
         except Exception as error:  # what all runs stand on: the data, the teacher
             if ranks.count > 1:
                 raise  # the record says it when all ranks have ended, and which was the first
-            crowded = len(runs) > 1 and isinstance(error, torch.OutOfMemoryError)  # fewer side by side may fit
+            crowded = len(runs) > 1 and isinstance(
+                error, torch.OutOfMemoryError
+            )  # fewer side by side may fit
             for run in runs:
                 if run.alive:
                     with suppress(OSError):  # the disk may be what is full
-                        run.report(KILLED if crowded else FAILED, f"{type(error).__name__}: {error}")
+                        run.report(
+                            KILLED if crowded else FAILED, f"{type(error).__name__}: {error}"
+                        )
                         changed(run)
             raise
         for job, run in zip(jobs, runs, strict=True):
@@ -402,7 +439,9 @@ def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data
         if "sample" in arrays:
             arrays["images"] = data.test_images(arrays["sample"].tolist()).numpy()
         predictions.write(run.record.folder / "predictions.npz", arrays)
-    if job.dataset.val_fraction:  # the honest number: on the test split, at the epoch that the held-out images chose
+    if (
+        job.dataset.val_fraction
+    ):  # the honest number: on the test split, at the epoch that the held-out images chose
         run.model.load_state_dict(checkpoint.read(run.record.folder / "best.ckpt")["model"])
         run.model.eval()
         run.info["test_top1"] = evaluate(run.forward, data.test_batches(), run.precision)["top1"]

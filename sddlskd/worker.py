@@ -44,7 +44,9 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.parent:
         _end_with(chosen.parent)
-    sys.exit(run(chosen.folders, device=chosen.device, threads=chosen.threads, progress=chosen.progress))
+    sys.exit(
+        run(chosen.folders, device=chosen.device, threads=chosen.threads, progress=chosen.progress)
+    )
 
 
 def run(
@@ -77,7 +79,9 @@ def run(
     try:
         results = fit(jobs, stop=stop)
     except torch.OutOfMemoryError as error:
-        logging.getLogger("sddlskd").warning("%d jobs do not fit side by side: %s", len(jobs), explain(error))
+        logging.getLogger("sddlskd").warning(
+            "%d jobs do not fit side by side: %s", len(jobs), explain(error)
+        )
         return TOO_LARGE
     except KeyboardInterrupt:
         return STOPPED

@@ -65,7 +65,13 @@ def _trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sddlskd.trainer import fit
 
     home = tmp_path_factory.mktemp("trained")
-    overrides = ("dataset=digits", "student=resnet8", "tracking=none", "trainer=cpu", "trainer.progress=off")
+    overrides = (
+        "dataset=digits",
+        "student=resnet8",
+        "tracking=none",
+        "trainer=cpu",
+        "trainer.progress=off",
+    )
     fit([compose_in(home, *overrides, "distiller=vanilla", "trainer.epochs=1")])
     fit([compose_in(home, *overrides, "teacher=resnet8", "trainer=debug", "trainer.device=cpu")])
     return home
@@ -75,5 +81,7 @@ def _trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher_home(_trained_home: Path, tmp_path: Path) -> Path:
     """A home of this test's own that holds teachers/digits/resnet8.pt and nothing else."""
     home = tmp_path / "home"
-    shutil.copytree(_trained_home / "teachers", home / "teachers", ignore=shutil.ignore_patterns("*.lock"))
+    shutil.copytree(
+        _trained_home / "teachers", home / "teachers", ignore=shutil.ignore_patterns("*.lock")
+    )
     return home

@@ -40,7 +40,9 @@ def ready() -> None:
     """What every process would do for itself: forked ones then start in no time."""
     cfg.frame()
     torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()  # imports hundreds of modules
+    torch.optim.SGD(
+        [torch.zeros(1, requires_grad=True)], lr=0.1
+    ).step()  # imports hundreds of modules
     import rich.progress  # noqa: F401
 
     record.code_state()
@@ -63,7 +65,12 @@ class Crash:
     def __init__(self, folder: Path, at: int) -> None:
         self.folder, self.left, self.draw = str(folder), at, random.Random(at)
         self.unsynced: dict[str, int] = {}  # file -> its size when it was opened
-        self.fsync, self.replace, self.link, self.open = os.fsync, os.replace, os.link, builtins.open
+        self.fsync, self.replace, self.link, self.open = (
+            os.fsync,
+            os.replace,
+            os.link,
+            builtins.open,
+        )
         os.fsync, os.replace, os.link = self._fsync, self._replace, self._link  # type: ignore[assignment]
         builtins.open = io.open = self._open  # type: ignore[assignment]
 
@@ -92,5 +99,7 @@ class Crash:
         name = os.path.realpath(file) if isinstance(file, str | os.PathLike) else ""
         if name.startswith(self.folder) and not name.endswith(".log") and set(mode) & set("wa"):
             self.step()
-            self.unsynced[name] = os.path.getsize(name) if "a" in mode and os.path.exists(name) else 0
+            self.unsynced[name] = (
+                os.path.getsize(name) if "a" in mode and os.path.exists(name) else 0
+            )
         return self.open(file, mode, *arguments, **options)

@@ -56,7 +56,11 @@ def imagenet(root: Path, classes: int = 3, per_class: int = 2) -> None:
     for split in ("train", "val"):
         for label in range(classes):
             for i in range(per_class):
-                name = f"n{label:08d}_{i}.JPEG" if split == "train" else f"ILSVRC2012_val_{i + label * 10:08d}.JPEG"
+                name = (
+                    f"n{label:08d}_{i}.JPEG"
+                    if split == "train"
+                    else f"ILSVRC2012_val_{i + label * 10:08d}.JPEG"
+                )
                 write(root / split / f"n{label:08d}" / name, jpeg(10 * label % 256))
 
 
@@ -67,7 +71,9 @@ def tiny_imagenet(root: Path, per_class: int = 2) -> dict[str, str]:
     truth, lines = {}, []
     for label, name in enumerate(WNIDS):
         for i in range(per_class):
-            write(folder / "train" / name / "images" / f"{name}_{i}.JPEG", jpeg(50 * label, (64, 64)))
+            write(
+                folder / "train" / name / "images" / f"{name}_{i}.JPEG", jpeg(50 * label, (64, 64))
+            )
         write(folder / "train" / name / f"{name}_boxes.txt", f"{name}_0.JPEG\t0\t0\t62\t62\n")
         image = f"val_{label}.JPEG"
         write(folder / "val/images" / image, jpeg(50 * label, (64, 64)))
@@ -82,9 +88,14 @@ def stl10(folder: Path, train: int = 6, test: int = 4) -> dict[str, tuple[np.nda
     """folder/{train,test}_{X,y}.bin; {split: (pixels N H W C, classes from 0)}."""
     rng, truth = np.random.default_rng(0), {}
     for name, count in (("train", train), ("test", test)):
-        pixels_NHWC, labels_N = rng.integers(256, size=(count, 96, 96, 3), dtype=np.uint8), np.arange(count) % 10
+        pixels_NHWC, labels_N = (
+            rng.integers(256, size=(count, 96, 96, 3), dtype=np.uint8),
+            np.arange(count) % 10,
+        )
         # "The images are stored in column-major order, one channel at a time" (STL-10's page)
-        content = b"".join(image[:, :, c].tobytes(order="F") for image in pixels_NHWC for c in range(3))
+        content = b"".join(
+            image[:, :, c].tobytes(order="F") for image in pixels_NHWC for c in range(3)
+        )
         write(folder / f"{name}_X.bin", content)
         write(folder / f"{name}_y.bin", (labels_N + 1).astype(np.uint8).tobytes())
         truth[name] = pixels_NHWC, labels_N

@@ -18,7 +18,13 @@ class Site:
         self.asked: list[tuple[str, str | None]] = []
 
     def file(
-        self, path: str, content: bytes, *, tag: str | None = '"1"', ranges: bool = True, cuts: Sequence[int] = ()
+        self,
+        path: str,
+        content: bytes,
+        *,
+        tag: str | None = '"1"',
+        ranges: bool = True,
+        cuts: Sequence[int] = (),
     ) -> str:
         """Serve a file; the connection is cut after so many bytes of the first, second, ... answer."""
         left = list(cuts)
@@ -32,7 +38,9 @@ class Site:
             body = content[start:]
             handler.send_response(206 if start else 200)
             if start:
-                handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                handler.send_header(
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                )
             if tag:
                 handler.send_header("ETag", tag)
             handler.send_header("Content-Length", str(len(body)))
@@ -45,7 +53,9 @@ class Site:
     def page(self, path: str, *answers: Page) -> str:
         """Answer a path with these pages, one after the other, and then with the last one."""
         left = list(answers)
-        self.pages[f"/{path}"] = lambda handler: (left.pop(0) if len(left) > 1 else left[0])(handler)
+        self.pages[f"/{path}"] = lambda handler: (left.pop(0) if len(left) > 1 else left[0])(
+            handler
+        )
         return self.url + path
 
     def stalls(self, after: bytes = b"", length: int = 1000) -> Page:

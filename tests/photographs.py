@@ -20,7 +20,9 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.clip(128 + 50 * x_CHW, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def class_folders(root: Path, classes: int, each: int, *, test: int = 1, width: int = 60, height: int = 44) -> Path:
+def class_folders(
+    root: Path, classes: int, each: int, *, test: int = 1, width: int = 60, height: int = 44
+) -> Path:
     """root/train/<class>/ and root/val/<class>/ with so many JPEGs each."""
     seed = 0
     for split, count in (("train", each), ("val", test)):
@@ -28,5 +30,7 @@ def class_folders(root: Path, classes: int, each: int, *, test: int = 1, width: 
             folder = root / split / f"class_{label}"
             folder.mkdir(parents=True)
             for number in range(count):
-                photograph(seed := seed + 1, width, height).save(folder / f"{number:04}.jpg", quality=90)
+                photograph(seed := seed + 1, width, height).save(
+                    folder / f"{number:04}.jpg", quality=90
+                )
     return root

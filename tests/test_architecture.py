@@ -17,7 +17,17 @@ LAUNCHERS = [PACKAGE / "hydra_plugins" / name for name in ("shared_teacher.py", 
 LAYERS = (
     {"files", "meter", "stop"},
     {"archive", "decoding", "download", "pins", "targets"},
-    {"config", "losses", "models", "datasets", "distill", "schedule", "precision", "checkpoint", "shared_norm"},
+    {
+        "config",
+        "losses",
+        "models",
+        "datasets",
+        "distill",
+        "schedule",
+        "precision",
+        "checkpoint",
+        "shared_norm",
+    },
     {"distributed"},
     {"data", "folders", "evaluation", "console", "record", "teacher"},
     {"tracking_uri"},
@@ -36,7 +46,11 @@ SEE_A_CONFIG = {
     "array_task", "build", "console", "evaluate", "export", "grid", "outcome", "pool", "precheck", "record", "slurm",
     "sweeps", "teachers", "tracking", "train", "trainer", "worker",
 }  # fmt: skip
-BENEATH = {"models": {"models"}, "datasets": {"archive", "decoding", "download"}, "config": {"targets"}}
+BENEATH = {
+    "models": {"models"},
+    "datasets": {"archive", "decoding", "download"},
+    "config": {"targets"},
+}
 ALONE = {"files", "config", "losses", "models", "datasets", "distill", "schedule", "precision"}
 
 
@@ -62,7 +76,9 @@ def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
 
 def own(path: Path) -> set[str]:
     """The modules of ours that a file imports, anywhere in it."""
-    return {name.split(".")[1] for name in imports(ast.walk(tree(path))) if name.startswith("sddlskd.")}
+    return {
+        name.split(".")[1] for name in imports(ast.walk(tree(path))) if name.startswith("sddlskd.")
+    }
 
 
 def outside(path: Path) -> set[str]:
@@ -105,13 +121,22 @@ def test_who_sees_a_config() -> None:
 
 def test_who_uses_what() -> None:
     using = {
-        library: {module_of(path) for path in FILES if library in outside(path)} for library in ("mlflow", "hydra")
+        library: {module_of(path) for path in FILES if library in outside(path)}
+        for library in ("mlflow", "hydra")
     }
     assert using["mlflow"] == {"tracking", "tracking_uri"}
     commands = {"evaluate", "export", "teachers", "train"}
     assert using["hydra"] <= commands | {"config", "console", "grid", "targets", "hydra_plugins"}
     torchless = {module_of(path) for path in FILES if "torch" not in outside(path)}
-    assert {"config", "console", "grid", "train", "tracking", "record", "hydra_plugins"} <= torchless
+    assert {
+        "config",
+        "console",
+        "grid",
+        "train",
+        "tracking",
+        "record",
+        "hydra_plugins",
+    } <= torchless
 
 
 @pytest.mark.parametrize("path", [*LAUNCHERS, PACKAGE / "train.py", PACKAGE / "config.py",
@@ -119,7 +144,15 @@ def test_who_uses_what() -> None:
                          ids=lambda path: path.stem)  # fmt: skip
 def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
     at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}
-    assert not at_module_level & {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn", "submitit"}
+    assert not at_module_level & {
+        "torch",
+        "torchvision",
+        "mlflow",
+        "pandas",
+        "numpy",
+        "sklearn",
+        "submitit",
+    }
     ours = {name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")}
     assert ours <= {"config", "console", "targets"}
 
@@ -147,14 +180,26 @@ def test_what_style_turns_away(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"bare except at {where}"
         if isinstance(node, ast.Attribute):
-            assert not (node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"), where
+            assert not (
+                node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"
+            ), where
         if isinstance(node, ast.Call):
             called = node.func
             assert not (isinstance(called, ast.Name) and called.id == "print"), f"print at {where}"
-            assert not (isinstance(called, ast.Attribute) and called.attr == "cuda"), f".cuda() at {where}"
-            assert not (isinstance(called, ast.Attribute) and called.attr == "nan_to_num"), f"NaN hidden at {where}"
-            if isinstance(called, ast.Name) and called.id == "getattr" and isinstance(node.args[0], ast.Name):
-                assert not (len(node.args) == 3 and node.args[0].id in ("cfg", "config", "job")), where
+            assert not (isinstance(called, ast.Attribute) and called.attr == "cuda"), (
+                f".cuda() at {where}"
+            )
+            assert not (isinstance(called, ast.Attribute) and called.attr == "nan_to_num"), (
+                f"NaN hidden at {where}"
+            )
+            if (
+                isinstance(called, ast.Name)
+                and called.id == "getattr"
+                and isinstance(node.args[0], ast.Name)
+            ):
+                assert not (len(node.args) == 3 and node.args[0].id in ("cfg", "config", "job")), (
+                    where
+                )
     assert path.stem not in ("utils", "common", "helpers", "misc")
 
 
@@ -166,8 +211,14 @@ def test_the_training_loop_fits_two_screens() -> None:
 
 
 def test_no_value_is_read_back_in_a_training_step() -> None:
-    (run,) = [node for node in tree(PACKAGE / "run.py").body if isinstance(node, ast.ClassDef) and node.name == "Run"]
-    (step,) = [node for node in run.body if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    (run,) = [
+        node
+        for node in tree(PACKAGE / "run.py").body
+        if isinstance(node, ast.ClassDef) and node.name == "Run"
+    ]
+    (step,) = [
+        node for node in run.body if isinstance(node, ast.FunctionDef) and node.name == "train_step"
+    ]
     called = {node.func.attr for node in ast.walk(step) if isinstance(node, ast.Call)
               and isinstance(node.func, ast.Attribute)}  # fmt: skip
     assert called.isdisjoint({"item", "tolist", "cpu", "numpy", "synchronize"})

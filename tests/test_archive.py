@@ -66,42 +66,69 @@ def refused(place: Path, content: bytes, *, limit: int = LIMIT, **options: Any) 
     return message
 
 
-GOOD = (member("top", type=tarfile.DIRTYPE), member("top/a.txt", b"one"), member("./top/deep/b.txt", b"two" * 1000))
+GOOD = (
+    member("top", type=tarfile.DIRTYPE),
+    member("top/a.txt", b"one"),
+    member("./top/deep/b.txt", b"two" * 1000),
+)
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_files_and_folders(place: Path, mode: str) -> None:
     unpack(written(place, tar(*GOOD, mode=mode)), place / "out", limit=3003)
-    files = {str(p.relative_to(place / "out")): p.read_bytes() for p in place.joinpath("out").rglob("*") if p.is_file()}
+    files = {
+        str(p.relative_to(place / "out")): p.read_bytes()
+        for p in place.joinpath("out").rglob("*")
+        if p.is_file()
+    }
     assert files == {"top/a.txt": b"one", "top/deep/b.txt": b"two" * 1000}
     with pytest.raises(FileExistsError, match="remove it to unpack"):
         unpack(place / "x.tar", place / "out", limit=LIMIT)
 
 
 def test_only_what_is_wanted_counts(place: Path) -> None:
-    unpack(written(place, tar(*GOOD)), place / "out", limit=3, wanted=lambda path: path.name == "a.txt")
+    unpack(
+        written(place, tar(*GOOD)), place / "out", limit=3, wanted=lambda path: path.name == "a.txt"
+    )
     assert [p.name for p in place.joinpath("out").rglob("*")] == ["top", "a.txt"]
 
 
-@pytest.mark.parametrize("name", ["../out2", "top/../../out2", "/tmp/out2", "..", "top/..", "a\\..\\b", "//x"])
+@pytest.mark.parametrize(
+    "name", ["../out2", "top/../../out2", "/tmp/out2", "..", "top/..", "a\\..\\b", "//x"]
+)
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE])
 def test_paths_that_lead_out(place: Path, name: str, kind: bytes) -> None:
     assert "leads out of the folder" in refused(place, tar(GOOD[1], member(name, type=kind)))
 
 
-SPECIAL = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.CONTTYPE, b"Z")
+SPECIAL = (
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.CONTTYPE,
+    b"Z",
+)
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_links_and_devices(place: Path, kind: bytes) -> None:
-    fields: dict[str, Any] = {"linkname": "/etc/passwd"} if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else {}
+    fields: dict[str, Any] = (
+        {"linkname": "/etc/passwd"} if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else {}
+    )
     content = tar(GOOD[1], member("top/x", type=kind, **fields))
     assert "is a link, a device or another special file" in refused(place, content)
-    assert "is a link" in refused(place, content, wanted=lambda path: path.name == "a.txt")  # also where nobody asks
+    assert "is a link" in refused(
+        place, content, wanted=lambda path: path.name == "a.txt"
+    )  # also where nobody asks
 
 
 def test_a_link_that_a_later_file_would_go_through(place: Path) -> None:
-    refused(place, tar(member("d", type=tarfile.SYMTYPE, linkname=str(place.parent)), member("d/evil", b"x")))
+    refused(
+        place,
+        tar(member("d", type=tarfile.SYMTYPE, linkname=str(place.parent)), member("d/evil", b"x")),
+    )
 
 
 def test_a_file_that_is_there_twice(place: Path) -> None:
@@ -119,7 +146,9 @@ def test_names_no_disk_takes(place: Path, name: str) -> None:
 
 def test_sizes(place: Path) -> None:
     content = tar(member("a", b"x" * 600), member("b", b"x" * 600))
-    assert "b and what comes before it are larger than agreed" in refused(place, content, limit=1199)
+    assert "b and what comes before it are larger than agreed" in refused(
+        place, content, limit=1199
+    )
     assert "more than 1 members" in refused(place, content, count=1)
     bomb = tar(member("a", bytes(10_000_000)), mode="w:gz")
     assert len(bomb) < 20_000
@@ -144,7 +173,9 @@ def test_headers_without_end(place: Path) -> None:
     refused(place, info.tobuf(tarfile.USTAR_FORMAT) * 5000)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"not a tar" * 100, bytes(100), gzip.compress(b"not a tar", mtime=0)])
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"not a tar" * 100, bytes(100), gzip.compress(b"not a tar", mtime=0)]
+)
 def test_what_is_no_archive(place: Path, content: bytes) -> None:
     refused(place, content)
 
@@ -156,7 +187,9 @@ def test_cut_in_the_middle_of_a_file(place: Path, mode: str) -> None:
         refused(place, content[:length])
 
 
-def test_a_full_disk_is_not_the_archives_fault(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_the_archives_fault(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -189,15 +222,23 @@ def test_what_a_killed_process_had_unpacked_is_removed(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "data.lock", "x.tar"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_whatever_stands_in_it(place: Path, data: st.DataObject) -> None:
     content = bytearray(WHOLE)
     for _ in range(data.draw(st.integers(1, 8))):
         at = data.draw(st.integers(0, len(content) - 1))
-        patch = data.draw(st.one_of(st.binary(min_size=1, max_size=12), st.sampled_from([b"../../x\0", b"/x\0", b"2"])))
+        patch = data.draw(
+            st.one_of(
+                st.binary(min_size=1, max_size=12), st.sampled_from([b"../../x\0", b"/x\0", b"2"])
+            )
+        )
         content[at : at + len(patch)] = patch
-        content[148:156] = b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:512]))  # a checksum that fits
+        content[148:156] = b"%06o\0 " % (
+            sum(content[:148]) + 8 * 32 + sum(content[156:512])
+        )  # a checksum that fits
     path = written(place, bytes(content))
     out = place / "out"
     try:

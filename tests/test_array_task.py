@@ -36,7 +36,9 @@ def test_a_job_that_another_process_has_does_not_keep_the_others_of_its_group(ho
     assert record.read_result(Path(jobs[1].run_dir))["status"] == "FINISHED"
 
 
-def test_what_nobody_foresaw_ends_in_a_log_and_an_exit_code(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_foresaw_ends_in_a_log_and_an_exit_code(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The task has still to say whether its sweep is over."""
     (job,) = jobs_of(home, network("Tiny"))
 
@@ -56,7 +58,9 @@ def test_requeues_are_counted_over_all_submissions(home: Path) -> None:
     assert record.read_result(folder)["requeues"] == 5
 
 
-@pytest.mark.parametrize(("rank", "stopped_by", "code"), [(0, "SIGTERM", 130), (1, "SIGTERM", 0), (1, "SIGUSR2", 85)])
+@pytest.mark.parametrize(
+    ("rank", "stopped_by", "code"), [(0, "SIGTERM", 130), (1, "SIGTERM", 0), (1, "SIGUSR2", 85)]
+)
 def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
     home: Path, monkeypatch: pytest.MonkeyPatch, rank: int, stopped_by: str, code: int
 ) -> None:
@@ -71,7 +75,10 @@ def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
     monkeypatch.setattr("submitit.JobEnvironment", lambda: slurm)
     monkeypatch.setattr("sddlskd.array_task._fit", stopped)
     monkeypatch.setattr("sddlskd.array_task._close_sweep", lambda *_: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    }
     try:
         with pytest.raises(SystemExit) as caught:
             ArrayTask((str(record.freeze(job)),), str(home), 3)()

@@ -35,7 +35,11 @@ from sddlskd.models import create
 from sddlskd.trainer import fit
 from tests.tiny import final, processes, rows, same, tiny
 
-STATE = {"model": {"w": torch.arange(2000.0), "b": torch.tensor([1, 2])}, "epoch": 3, "row": {"top1": 0.5, "name": "é"}}
+STATE = {
+    "model": {"w": torch.arange(2000.0), "b": torch.tensor([1, 2])},
+    "epoch": 3,
+    "row": {"top1": 0.5, "name": "é"},
+}
 
 
 def files(folder: Path) -> list[str]:
@@ -134,7 +138,9 @@ def test_spare_is_the_checkpoint_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replaced", [0, 1])
-def test_dead_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int) -> None:
+def test_dead_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int
+) -> None:
     for epoch in (1, 2):
         write_latest(tmp_path, {"epoch": epoch})
     real, left = os.replace, [None] * (1 + replaced)  # the first is the write's own
@@ -155,7 +161,9 @@ def test_dead_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files(tmp_path) == ["last.ckpt", "last.previous.ckpt"]
 
 
-def test_truncated_checkpoint_falls_back_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_checkpoint_falls_back_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole, cut = tiny(tmp_path / "whole"), tiny(tmp_path / "cut")
     fit([whole])
     fit([cut])
@@ -172,7 +180,8 @@ def test_truncated_checkpoint_falls_back_and_the_run_goes_on(tmp_path: Path, cap
         path.write_bytes(b"nothing")
     Path(cut.run_dir, "result.json").unlink()
     with pytest.raises(
-        UnreadableFile, match=rf"last.ckpt is truncated.*or delete {cut.run_dir} to start this run anew"
+        UnreadableFile,
+        match=rf"last.ckpt is truncated.*or delete {cut.run_dir} to start this run anew",
     ):
         fit([cut])
 
@@ -180,7 +189,9 @@ def test_truncated_checkpoint_falls_back_and_the_run_goes_on(tmp_path: Path, cap
 # Files of others
 
 
-def saved(content: Any, *, legacy: bool = False, rename: tuple[bytes, bytes] | None = None) -> bytes:
+def saved(
+    content: Any, *, legacy: bool = False, rename: tuple[bytes, bytes] | None = None
+) -> bytes:
     """A file of torch.save; `rename` gives the module of NumPy's scalars the name that another NumPy gives it."""
 
     def renamed(content: bytes) -> bytes:
@@ -191,12 +202,20 @@ def saved(content: Any, *, legacy: bool = False, rename: tuple[bytes, bytes] | N
     if not rename:
         return buffer.getvalue()
     if legacy:
-        return renamed(buffer.getvalue())  # protocol 2 names globals in lines of text, without lengths
+        return renamed(
+            buffer.getvalue()
+        )  # protocol 2 names globals in lines of text, without lengths
     reader = torch._C.PyTorchFileReader(BytesIO(buffer.getvalue()))
     out = BytesIO()
     writer = torch._C.PyTorchFileWriter(out)
     for name in reader.get_all_records():
-        if name not in ("version", "byteorder", ".data/serialization_id", ".format_version", ".storage_alignment"):
+        if name not in (
+            "version",
+            "byteorder",
+            ".data/serialization_id",
+            ".format_version",
+            ".storage_alignment",
+        ):
             record = renamed(reader.get_record(name))
             writer.write_record(name, record, len(record))
     writer.write_end_of_file()
@@ -210,7 +229,9 @@ NUMPY_NAMES = (b"numpy.core.multiarray\n", b"numpy._core.multiarray\n")
 @pytest.mark.parametrize("name", NUMPY_NAMES)
 def test_repdistillers_layout(tmp_path: Path, legacy: bool, name: bytes) -> None:
     path, model = tmp_path / "ckpt_epoch_240.pth", create("resnet8", num_classes=100)
-    here = next(n for n in NUMPY_NAMES if n.startswith(np.float64(0).__reduce__()[0].__module__.encode()))
+    here = next(
+        n for n in NUMPY_NAMES if n.startswith(np.float64(0).__reduce__()[0].__module__.encode())
+    )
     content = {
         "epoch": 240,
         "model": model.state_dict(),
@@ -230,10 +251,14 @@ def test_repdistillers_layout(tmp_path: Path, legacy: bool, name: bytes) -> None
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {"state_dict": w, "epoch": 1}])
+@pytest.mark.parametrize(
+    "wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {"state_dict": w, "epoch": 1}]
+)
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_layouts_of_weights(tmp_path: Path, legacy: bool, wrap: Any, prefix: str) -> None:
-    weights = OrderedDict((prefix + name, value) for name, value in nn.Conv2d(3, 4, 1).state_dict().items())
+    weights = OrderedDict(
+        (prefix + name, value) for name, value in nn.Conv2d(3, 4, 1).state_dict().items()
+    )
     path = tmp_path / "x.pth"
     path.write_bytes(saved(wrap(weights), legacy=legacy))
     got = read_weights(path)
@@ -244,7 +269,9 @@ def test_layouts_of_weights(tmp_path: Path, legacy: bool, wrap: Any, prefix: str
 STRANGE = ({1: torch.ones(1)}, {"w": torch.ones(1, device="meta")})
 
 
-@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 1}, [1, 2], 3, {"model": {"w": 1}}, *STRANGE])
+@pytest.mark.parametrize(
+    "content", [{}, {"model": {}}, {"epoch": 1}, [1, 2], 3, {"model": {"w": 1}}, *STRANGE]
+)
 def test_file_without_weights(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(saved(content))
@@ -287,9 +314,14 @@ def test_file_that_runs_code_is_refused_unrun(tmp_path: Path, form: str, name: s
 def test_object_beside_the_weights_is_named_with_a_cure(tmp_path: Path, legacy: bool) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "x": Fraction(1, 2)}, legacy=legacy))
-    with pytest.raises(UnreadableFile, match=r"refused: it would run fractions.Fraction .*Save its state_dict alone"):
+    with pytest.raises(
+        UnreadableFile,
+        match=r"refused: it would run fractions.Fraction .*Save its state_dict alone",
+    ):
         read(path)
-    options = argparse.Namespace(lr=1, milestones=[150, 180])  # RepDistiller's <network>_last.pth has them
+    options = argparse.Namespace(
+        lr=1, milestones=[150, 180]
+    )  # RepDistiller's <network>_last.pth has them
     path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "opt": options}, legacy=legacy))
     assert read(path)["opt"] == options
 
@@ -354,7 +386,10 @@ def test_flipped_bits(tmp_path: Path, legacy: bool) -> None:
 def test_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     write(path, {"model": create("resnet14", num_classes=10).state_dict()})
-    with pytest.raises(ValueError, match=r"does not hold weights of wrn_16_1: .* is missing; .*; and \d+ more\. Give"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not hold weights of wrn_16_1: .* is missing; .*; and \d+ more\. Give",
+    ):
         load_weights(create("wrn_16_1", num_classes=10), path, "wrn_16_1")
 
 
@@ -362,7 +397,9 @@ def test_weights_of_another_class_count(tmp_path: Path) -> None:
     path, model = tmp_path / "x.pt", create("resnet8", num_classes=100)
     write(path, {"model": create("resnet8", num_classes=10).state_dict()})
     before: dict[str, Tensor] = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"fc.weight is \(10, 64\) instead of \(100, 64\); fc.bias is \(10,\)"):
+    with pytest.raises(
+        ValueError, match=r"fc.weight is \(10, 64\) instead of \(100, 64\); fc.bias is \(10,\)"
+    ):
         load_weights(model, path, "resnet8")
     assert same(dict(model.state_dict()), before)
 
@@ -380,7 +417,14 @@ def test_weights_of_another_kind(tmp_path: Path) -> None:
 
 def test_weights_from_before_batches_were_counted(tmp_path: Path) -> None:
     path, model = tmp_path / "x.pt", create("resnet8", num_classes=10)
-    write(path, {"model": {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}})
+    write(
+        path,
+        {
+            "model": {
+                k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")
+            }
+        },
+    )
     other = create("resnet8", num_classes=10)
     load_weights(other, path, "resnet8")
     assert same(dict(other.state_dict()), dict(model.state_dict()))

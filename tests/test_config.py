@@ -29,11 +29,30 @@ from tests.conftest import Compose, compose_in
 from tests.tiny import CONF
 
 REFERENCE = Path(__file__).parent / "reference"
-GROUPS = ("teacher", "student", "distiller", "scales", "dataset", "optimizer", "trainer", "pair", "recipe", "tracking")
+GROUPS = (
+    "teacher",
+    "student",
+    "distiller",
+    "scales",
+    "dataset",
+    "optimizer",
+    "trainer",
+    "pair",
+    "recipe",
+    "tracking",
+)
 
 
-LIBRARIES = {"timm", "torchvision"}  # choices of student and teacher that take the network's name as an argument
-IMAGENET = {"imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50", "mobilev1"}  # for images of 224 pixels
+LIBRARIES = {
+    "timm",
+    "torchvision",
+}  # choices of student and teacher that take the network's name as an argument
+IMAGENET = {
+    "imagenet_resnet18",
+    "imagenet_resnet34",
+    "imagenet_resnet50",
+    "mobilev1",
+}  # for images of 224 pixels
 UNSAID = {"dataset=image_folder": ("dataset.num_classes=37",)}  # what a choice asks its user for
 
 
@@ -54,7 +73,11 @@ def job_of(*overrides: str) -> Config:
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of nested dicts or dataclasses, with their values."""
-    items = node.items() if isinstance(node, dict) else ((f.name, getattr(node, f.name, None)) for f in fields(node))
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else ((f.name, getattr(node, f.name, None)) for f in fields(node))
+    )
     for key, value in items:
         if is_dataclass(value) or (isinstance(value, dict) and value and "_target_" not in value):
             yield from leaves(value, f"{prefix}{key}.")
@@ -75,7 +98,9 @@ PLAIN = (
 )  # the other groups have tests of their own
 
 
-@pytest.mark.parametrize(("group", "choice"), [(group, choice) for group in PLAIN for choice in choices(group)])
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in PLAIN for choice in choices(group)]
+)
 def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
     job = job_of(f"{group}={choice}", *UNSAID.get(f"{group}={choice}", ()))
     assert cfg.run_name(job) in job.run_dir
@@ -88,11 +113,20 @@ def test_the_choices_are_those_that_the_project_promises() -> None:
     assert set(choices("distiller")) == {"vanilla", "kd", "dkd", "nkd"}
     assert set(choices("scales")) == {"global", "two", "three", "skip"}
     small = {"cifar10", "cifar100", "digits", "fake", "fashion_mnist", "stl10"}
-    assert set(choices("dataset")) == small | {"cub200", "image_folder", "imagenet", "tiny_imagenet"}
+    assert set(choices("dataset")) == small | {
+        "cub200",
+        "image_folder",
+        "imagenet",
+        "tiny_imagenet",
+    }
     assert set(choices("trainer")) == {"default", "debug", "cpu"}
     assert set(choices("recipe")) == set(RECIPES)
     wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}  # LSKD Table 5's teachers, built by class
-    assert set(choices("student")) == set(choices("teacher")) == set(names()) | wide | LIBRARIES | IMAGENET
+    assert (
+        set(choices("student"))
+        == set(choices("teacher"))
+        == set(names()) | wide | LIBRARIES | IMAGENET
+    )
     assert len(set(choices("student")) - LIBRARIES - IMAGENET) == 26
 
 
@@ -115,7 +149,9 @@ def test_every_network_for_imagenet_is_built_under_the_papers_name(name: str) ->
     assert job.student.name == job.teacher.name == name.removeprefix("imagenet_")
     assert job.teacher.model == job.student.model
     with torch.device("meta"), torch.no_grad():
-        logit_map = instantiate(job.student.model, num_classes=1000).eval()(torch.empty(1, 3, 224, 224))
+        logit_map = instantiate(job.student.model, num_classes=1000).eval()(
+            torch.empty(1, 3, 224, 224)
+        )
     assert logit_map.shape == (1, 1000, 7, 7)
 
 
@@ -144,7 +180,9 @@ def test_every_distiller_builds_with_every_scales(name: str, scales: str) -> Non
 def test_every_optimizer_builds(compose: Compose, name: str) -> None:
     job = compose(f"optimizer={name}")
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = instantiate(job.optimizer.algorithm, _partial_=True)([parameter], lr=job.optimizer.lr)
+    optimizer = instantiate(job.optimizer.algorithm, _partial_=True)(
+        [parameter], lr=job.optimizer.lr
+    )
     parameter.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert (parameter < 1).all()
@@ -162,7 +200,10 @@ def test_every_data_set_names_a_loader_that_takes_its_arguments(name: str) -> No
 
 @pytest.mark.parametrize("name", ["digits", "fake"])
 def test_the_data_sets_that_need_no_file_load(compose: Compose, name: str) -> None:
-    job = compose(f"dataset={name}", *(["+dataset.load.train=20", "+dataset.load.test=10"] if name == "fake" else []))
+    job = compose(
+        f"dataset={name}",
+        *(["+dataset.load.train=20", "+dataset.load.test=10"] if name == "fake" else []),
+    )
     splits = instantiate(job.dataset.load)
     assert splits.train.images_NHWC.shape[1:] == (32, 32, 3)
     assert int(splits.train.labels_N.max()) < job.dataset.num_classes
@@ -173,14 +214,21 @@ def test_the_data_sets_that_need_no_file_load(compose: Compose, name: str) -> No
 
 def test_precedence() -> None:
     main = job_of()
-    assert (main.M, main.standardize, main.distiller.kd_weight) == ([1, 2, 4], True, 9.0)  # the default recipe
+    assert (main.M, main.standardize, main.distiller.kd_weight) == (
+        [1, 2, 4],
+        True,
+        9.0,
+    )  # the default recipe
     recipe = job_of("recipe=sd_kd")
     assert (recipe.teacher.name, recipe.student.name) == ("resnet32x4", "resnet8x4")
     pair = job_of("recipe=sd_kd", "pair=resnet32x4_shufflev1")
     assert (pair.student.name, pair.optimizer.lr, pair.M) == ("shufflev1", 0.01, [1, 2, 4])
     tuned = job_of("recipe=sd_kd", "pair=vgg13_vgg8")
     assert tuned.M == [1, 2]  # the tuned file over the recipe's [1,2,4]
-    assert job_of("recipe=sd_kd", "teacher=vgg13", "student=vgg8").M == [1, 2]  # a pair by its two names
+    assert job_of("recipe=sd_kd", "teacher=vgg13", "student=vgg8").M == [
+        1,
+        2,
+    ]  # a pair by its two names
     assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "scales=skip").M == [1, 4]
     assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "scales=skip", "M=[3]").M == [3]
     assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "student=resnet8").student.name == "resnet8"
@@ -188,8 +236,13 @@ def test_precedence() -> None:
     assert job_of("recipe=kd_ls", "M=[1,2]").M == [1, 2]
     assert job_of("recipe=kd", "distiller=dkd").distiller.name == "dkd"
     weights = job_of("recipe=kd_ls", "pair=resnet50_mobilev2", "distiller.kd_weight=5").distiller
-    assert (weights.temperature, weights.kd_weight) == (3.0, 5.0)  # T from tuned/, the weight from the command line
-    assert job_of("recipe=kd_ls", "pair=vgg13_vgg8", "dataset=digits").distiller.temperature == 2.0  # tuned elsewhere
+    assert (weights.temperature, weights.kd_weight) == (
+        3.0,
+        5.0,
+    )  # T from tuned/, the weight from the command line
+    assert (
+        job_of("recipe=kd_ls", "pair=vgg13_vgg8", "dataset=digits").distiller.temperature == 2.0
+    )  # tuned elsewhere
 
 
 # What the papers say. Sources: shared/reference, cited by file; the rows that are needed are copied to tests/reference.
@@ -219,7 +272,10 @@ UNTUNED = ("teacher=resnet32x4", "student=vgg8")  # a pair that no tuned file is
 
 def effective(recipe: str, pair: str) -> Config:
     """What recipe and pair come to: the recipe's job with the tuned file of the two, if there is one."""
-    job, path = job_of(f"recipe={recipe}", *UNTUNED), CONF / "tuned" / f"cifar100-{recipe}-{pair}.yaml"
+    job, path = (
+        job_of(f"recipe={recipe}", *UNTUNED),
+        CONF / "tuned" / f"cifar100-{recipe}-{pair}.yaml",
+    )
     if not path.exists():
         return job
     merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job), OmegaConf.load(path)))
@@ -236,7 +292,11 @@ def effective(recipe: str, pair: str) -> Config:
 )  # fmt: skip
 def test_hydra_composes_recipe_pair_and_tuned_file_to_that(recipe: str, pair: str) -> None:
     job, expected = job_of(f"recipe={recipe}", f"pair={pair}"), effective(recipe, pair)
-    assert (job.M, job.standardize, job.distiller) == (expected.M, expected.standardize, expected.distiller)
+    assert (job.M, job.standardize, job.distiller) == (
+        expected.M,
+        expected.standardize,
+        expected.distiller,
+    )
     assert f"{job.teacher.name}_{job.student.name}" == pair
 
 
@@ -246,10 +306,23 @@ def test_every_recipe_has_its_sources_values(name: str) -> None:
     job = job_of(f"recipe={name}", *UNTUNED)
     d = job.distiller
     assert (d.name, job.M, job.standardize) == (distiller, M, standardize)
-    assert (d.temperature, d.ce_weight, d.kd_weight, d.warmup_epochs) == (temperature, ce_weight, kd_weight, warmup)
-    loss = {} if name == "vanilla" else {"_target_": f"sddlskd.losses.{distiller}", "temperature": temperature}
+    assert (d.temperature, d.ce_weight, d.kd_weight, d.warmup_epochs) == (
+        temperature,
+        ce_weight,
+        kd_weight,
+        warmup,
+    )
+    loss = (
+        {}
+        if name == "vanilla"
+        else {"_target_": f"sddlskd.losses.{distiller}", "temperature": temperature}
+    )
     assert d.loss == loss | arguments
-    assert (job.complementary_weight, d.knowledge, d.reduction) == (2.0, "fusion", "mean")  # SDD Sec. 3.2, its code
+    assert (job.complementary_weight, d.knowledge, d.reduction) == (
+        2.0,
+        "fusion",
+        "mean",
+    )  # SDD Sec. 3.2, its code
 
 
 def test_the_default_is_the_main_method() -> None:
@@ -261,8 +334,12 @@ def test_lskd_pairs_have_the_values_of_the_authors_logs(row: dict[str, str]) -> 
     job = effective(row["method"], f"{row['teacher']}_{row['student']}")
     assert job.distiller.temperature == float(row["temperature"])
     assert job.distiller.kd_weight == float(row["kd_weight"])
-    assert job.distiller.loss.get("beta") == (float(row["beta"] or 8.0) if row["method"] == "dkd_ls" else None)
-    assert job_of(f"student={row['student']}", f"teacher={row['student']}").optimizer.lr == float(row["lr_first_epoch"])
+    assert job.distiller.loss.get("beta") == (
+        float(row["beta"] or 8.0) if row["method"] == "dkd_ls" else None
+    )
+    assert job_of(f"student={row['student']}", f"teacher={row['student']}").optimizer.lr == float(
+        row["lr_first_epoch"]
+    )
     assert (job.M, job.standardize) == ([1], True)
 
 
@@ -280,7 +357,9 @@ ALIKE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", reference("experiments_seed"), ids=lambda row: row["config"].removeprefix("configs/"))
+@pytest.mark.parametrize(
+    "row", reference("experiments_seed"), ids=lambda row: row["config"].removeprefix("configs/")
+)
 def test_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
     recipe, pair = SUITES[row["distiller"]], f"{row['teacher']}_{row['student']}"
     job = effective(recipe, pair)
@@ -291,15 +370,27 @@ def test_pairs_have_the_values_of_the_released_configurations(row: dict[str, str
     if row["dkd_alpha"]:
         assert d.kd_weight * loss["alpha"] == float(row["dkd_alpha"])
     if row["dkd_beta"]:
-        assert d.kd_weight * loss["gamma" if recipe == "sd_nkd" else "beta"] == float(row["dkd_beta"])
+        assert d.kd_weight * loss["gamma" if recipe == "sd_nkd" else "beta"] == float(
+            row["dkd_beta"]
+        )
     assert d.warmup_epochs == int((re.match(r"\d+", row["warmup_effective"]) or ["1"])[0])
     expected_M = [1, 2] if pair in ALIKE and row["repo"] == "sdd" else [1, 2, 4]
     assert expected_M == job.M
-    if row["repo"] == "sdd":  # the seed trained every student at 0.05, against both papers (checks.md D6)
-        assert job_of(f"student={row['student']}", f"teacher={row['student']}").optimizer.lr == float(row["lr"])
+    if (
+        row["repo"] == "sdd"
+    ):  # the seed trained every student at 0.05, against both papers (checks.md D6)
+        assert job_of(
+            f"student={row['student']}", f"teacher={row['student']}"
+        ).optimizer.lr == float(row["lr"])
     steps = [part * job.trainer.epochs for part in job.optimizer.milestones]
-    assert (job.trainer.epochs, job.trainer.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
-    assert (steps, job.optimizer.decay) == (yaml.safe_load(row["lr_decay_stages"]), float(row["lr_decay_rate"]))
+    assert (job.trainer.epochs, job.trainer.batch_size) == (
+        int(row["epochs"]),
+        int(row["batch_size"]),
+    )
+    assert (steps, job.optimizer.decay) == (
+        yaml.safe_load(row["lr_decay_stages"]),
+        float(row["lr_decay_rate"]),
+    )
     momentum, weight_decay = float(row["momentum"]), float(row["weight_decay"])
     sgd = {"_target_": "torch.optim.SGD", "momentum": momentum, "weight_decay": weight_decay}
     assert job.optimizer.algorithm == sgd
@@ -318,12 +409,19 @@ def test_pairs_of_one_architecture_take_two_scales(pair: str) -> None:
 
 
 def test_every_published_pair_is_a_choice_and_sets_its_two_networks() -> None:
-    rows = reference("pairs") + [row for row in reference("experiments_seed") if row["repo"] == "sdd"]
-    assert set(choices("pair")) == {f"{row['teacher']}_{row['student']}" for row in rows} | set(IMAGENET_PAIRS)
+    rows = reference("pairs") + [
+        row for row in reference("experiments_seed") if row["repo"] == "sdd"
+    ]
+    assert set(choices("pair")) == {f"{row['teacher']}_{row['student']}" for row in rows} | set(
+        IMAGENET_PAIRS
+    )
     for row in reference("pairs"):
         with open(CONF / "pair" / f"{row['teacher']}_{row['student']}.yaml") as file:
             defaults = yaml.safe_load(file)["defaults"]
-        assert defaults == [{"override /teacher": row["teacher"]}, {"override /student": row["student"]}]
+        assert defaults == [
+            {"override /teacher": row["teacher"]},
+            {"override /student": row["student"]},
+        ]
 
 
 IMAGENET_PAIRS = {  # SDD Tables 3 and 4, LSKD Table 3
@@ -345,7 +443,12 @@ def test_the_pairs_of_imagenet(pair: str) -> None:
 def test_imagenet_brings_its_papers_training() -> None:
     job = job_of("dataset=imagenet", "pair=imagenet_resnet50_mobilev1")
     o, t = job.optimizer, job.trainer
-    assert (o.name, o.lr, o.algorithm["weight_decay"], o.algorithm["momentum"]) == ("sgd", 0.2, 1e-4, 0.9)
+    assert (o.name, o.lr, o.algorithm["weight_decay"], o.algorithm["momentum"]) == (
+        "sgd",
+        0.2,
+        1e-4,
+        0.9,
+    )
     assert (t.epochs, t.batch_size, [part * t.epochs for part in o.milestones], o.decay) == (
         100,
         512,
@@ -353,10 +456,22 @@ def test_imagenet_brings_its_papers_training() -> None:
         0.1,
     )
     assert (job.dataset.size, job.dataset.crop_area, job.dataset.flip) == (224, [0.08, 1.0], True)
-    given = job_of("dataset=imagenet", "trainer.batch_size=64", "optimizer.lr=0.1", "optimizer.milestones=[0.5]")
-    assert (given.trainer.batch_size, given.optimizer.lr, given.optimizer.milestones) == (64, 0.1, [0.5])
+    given = job_of(
+        "dataset=imagenet",
+        "trainer.batch_size=64",
+        "optimizer.lr=0.1",
+        "optimizer.milestones=[0.5]",
+    )
+    assert (given.trainer.batch_size, given.optimizer.lr, given.optimizer.milestones) == (
+        64,
+        0.1,
+        [0.5],
+    )
     adamw = job_of("dataset=imagenet", "optimizer=adamw").optimizer
-    assert (adamw.lr, adamw.algorithm["weight_decay"]) == (1e-3, 0.05)  # another optimizer keeps its own settings
+    assert (adamw.lr, adamw.algorithm["weight_decay"]) == (
+        1e-3,
+        0.05,
+    )  # another optimizer keeps its own settings
 
 
 def test_cub200_brings_its_papers_training() -> None:
@@ -372,46 +487,80 @@ def test_cub200_brings_its_papers_training() -> None:
 
 def test_a_teacher_trained_on_the_spot_has_the_data_sets_settings() -> None:
     job = cfg.teacher_job(job_of("dataset=imagenet", "pair=imagenet_resnet50_mobilev1"))
-    assert (job.optimizer.lr, job.optimizer.algorithm["weight_decay"], job.trainer.batch_size) == (0.2, 1e-4, 512)
+    assert (job.optimizer.lr, job.optimizer.algorithm["weight_decay"], job.trainer.batch_size) == (
+        0.2,
+        1e-4,
+        512,
+    )
     assert job.optimizer.milestones == [0.3, 0.6, 0.9]
 
 
 @pytest.mark.parametrize("group", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_two_networks_of_one_name_do_not_share_a_file_on_imagenet(group: str, name: str) -> None:
-    with pytest.raises(Exception, match=f"take {group}=imagenet_{name}, or another {group}.name") as caught:
+    with pytest.raises(
+        Exception, match=f"take {group}=imagenet_{name}, or another {group}.name"
+    ) as caught:
         job_of("dataset=imagenet", "recipe=kd", f"{group}={name}")
     assert "\n" not in explain(caught.value)
-    renamed = job_of("dataset=imagenet", "recipe=kd", f"{group}={name}", f"{group}.name=cifar_{name}")
+    renamed = job_of(
+        "dataset=imagenet", "recipe=kd", f"{group}={name}", f"{group}.name=cifar_{name}"
+    )
     assert getattr(renamed, group).name == f"cifar_{name}"
     for dataset in ("cifar100", "cub200"):
-        assert getattr(job_of(f"dataset={dataset}", "recipe=kd", f"{group}={name}"), group).name == name
+        assert (
+            getattr(job_of(f"dataset={dataset}", "recipe=kd", f"{group}={name}"), group).name
+            == name
+        )
 
 
 def test_of_the_loaders_arguments_only_root_is_the_root() -> None:
     words = "dataset=stl10", "dataset.root=unlabeled", "+dataset.load.part=unlabeled"
     job, other = job_of(*words), job_of(*words[:2], "+dataset.load.part=train")
-    assert (job.dataset.load["root"], job.dataset.load["part"]) == (os.path.abspath("unlabeled"), "unlabeled")
+    assert (job.dataset.load["root"], job.dataset.load["part"]) == (
+        os.path.abspath("unlabeled"),
+        "unlabeled",
+    )
     assert cfg.config_hash(job) != cfg.config_hash(other)
-    assert cfg.config_hash(job) == cfg.config_hash(job_of(words[0], "dataset.root=elsewhere", words[2]))
+    assert cfg.config_hash(job) == cfg.config_hash(
+        job_of(words[0], "dataset.root=elsewhere", words[2])
+    )
 
 
 def test_the_command_line_wins_over_a_data_sets_learning_rate() -> None:
-    given = job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "student.lr=0.2", "teacher.lr=0.3")
+    given = job_of(
+        "dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "student.lr=0.2", "teacher.lr=0.3"
+    )
     assert (given.optimizer.lr, cfg.teacher_job(given).optimizer.lr) == (0.2, 0.3)
     tuned = job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd")
     assert (tuned.optimizer.lr, cfg.teacher_job(tuned).optimizer.lr) == (0.05, 0.01)
     whole = job_of("dataset=cub200", "pair=vgg13_mobilev2", "recipe=kd", "dataset.lr=0.4")
     assert (whole.optimizer.lr, cfg.teacher_job(whole).optimizer.lr) == (0.4, 0.4)
-    for job in (job_of("dataset=imagenet", "student.lr=0.7"), job_of("student=mobilev2", "student.lr=0.7")):
+    for job in (
+        job_of("dataset=imagenet", "student.lr=0.7"),
+        job_of("student=mobilev2", "student.lr=0.7"),
+    ):
         assert job.optimizer.lr == 0.7
-    assert job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "optimizer=adamw").optimizer.lr == 1e-3
+    assert (
+        job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd", "optimizer=adamw").optimizer.lr
+        == 1e-3
+    )
 
 
-@pytest.mark.parametrize("row", reference("experiments_large"), ids=lambda row: row["config"].removeprefix("configs/"))
+@pytest.mark.parametrize(
+    "row", reference("experiments_large"), ids=lambda row: row["config"].removeprefix("configs/")
+)
 def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
-    prefix = {"resnet34": "imagenet_", "resnet50": "imagenet_"} if row["dataset"] == "imagenet" else {}
-    pair = prefix.get(row["teacher"], "") + row["teacher"] + "_" + prefix.get(row["teacher"], "") + row["student"]
+    prefix = (
+        {"resnet34": "imagenet_", "resnet50": "imagenet_"} if row["dataset"] == "imagenet" else {}
+    )
+    pair = (
+        prefix.get(row["teacher"], "")
+        + row["teacher"]
+        + "_"
+        + prefix.get(row["teacher"], "")
+        + row["student"]
+    )
     pair = pair.replace("imagenet_mobilev1", "mobilev1")
     job = job_of(f"dataset={row['dataset']}", f"pair={pair}", f"recipe={row['recipe']}")
     d, o = job.distiller, job.optimizer
@@ -426,31 +575,49 @@ def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[st
     assert (d.warmup_epochs, o.lr, o.algorithm["weight_decay"]) == (
         int(row["warmup"]), float(row["lr"]), float(row["weight_decay"]),
     )  # fmt: skip
-    assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(row["lr_decay_stages"])
+    assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(
+        row["lr_decay_stages"]
+    )
 
 
 @pytest.mark.parametrize("pair", ["resnet32x4_mobilev2", "resnet32x4_shufflev1", "resnet50_shufflev1", "vgg13_mobilev2",
                                   "vgg13_vgg8"])  # fmt: skip
 @pytest.mark.parametrize("method", ["kd", "dkd", "nkd"])
-def test_the_plain_rows_of_cub200_are_the_scale_decoupled_ones_with_one_scale(method: str, pair: str) -> None:
+def test_the_plain_rows_of_cub200_are_the_scale_decoupled_ones_with_one_scale(
+    method: str, pair: str
+) -> None:
     plain, scaled = (
-        job_of("dataset=cub200", f"pair={pair}", f"recipe={recipe}") for recipe in (method, f"sd_{method}")
+        job_of("dataset=cub200", f"pair={pair}", f"recipe={recipe}")
+        for recipe in (method, f"sd_{method}")
     )
-    assert (plain.M, scaled.M) == ([1], [1, 2, 4])  # checks.md A8, sdd_run_notes.csv: train_cub_*.sh
+    assert (plain.M, scaled.M) == (
+        [1],
+        [1, 2, 4],
+    )  # checks.md A8, sdd_run_notes.csv: train_cub_*.sh
     assert (plain.distiller, plain.optimizer) == (scaled.distiller, scaled.optimizer)
     if method == "nkd":  # SDD's configs/cub200/sdd_nkd
         d = plain.distiller
         gamma = 6.0 if pair.startswith("vgg13") else 8.0
-        assert (d.temperature, d.loss["temperature"], d.warmup_epochs, d.loss["gamma"]) == (4.0, 4.0, 20, gamma)
+        assert (d.temperature, d.loss["temperature"], d.warmup_epochs, d.loss["gamma"]) == (
+            4.0,
+            4.0,
+            20,
+            gamma,
+        )
 
 
 @pytest.mark.parametrize("pair", IMAGENET_PAIRS)
 def test_both_kinds_of_dkd_with_lskd_take_imagenets_warm_up_and_beta(pair: str) -> None:
     plain, scaled = (
-        job_of("dataset=imagenet", f"pair={pair}", f"recipe={r}").distiller for r in ("dkd_ls", "sd_dkd_ls")
+        job_of("dataset=imagenet", f"pair={pair}", f"recipe={r}").distiller
+        for r in ("dkd_ls", "sd_dkd_ls")
     )
     beta = 0.5 if pair.endswith("resnet18") else 2.0
-    assert (plain.warmup_epochs, plain.loss["beta"]) == (scaled.warmup_epochs, scaled.loss["beta"]) == (1, beta)
+    assert (
+        (plain.warmup_epochs, plain.loss["beta"])
+        == (scaled.warmup_epochs, scaled.loss["beta"])
+        == (1, beta)
+    )
 
 
 def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> None:
@@ -533,8 +700,12 @@ def test_scales_as_a_list_and_as_text_are_one_job(compose: Compose) -> None:
     jobs = [compose(*SMALL, spelling) for spelling in spellings[:2]]
     assert {cfg.config_hash(job) for job in jobs} == {cfg.config_hash(jobs[0])}
     assert all(job.M == [1, 2] for job in jobs)
-    for quoted in spellings[2:]:  # the grammar makes a string of it, and the type refuses that: never a silent other M
-        with pytest.raises(hydra.errors.ConfigCompositionException, match="Error merging override M="):
+    for quoted in spellings[
+        2:
+    ]:  # the grammar makes a string of it, and the type refuses that: never a silent other M
+        with pytest.raises(
+            hydra.errors.ConfigCompositionException, match="Error merging override M="
+        ):
             compose(*SMALL, quoted)
 
 
@@ -580,7 +751,9 @@ def test_hostile_names_are_made_safe(compose: Compose) -> None:
         ("tracking=none", "optimizer.clip_norm=3", "trainer.precision=fp16"),
     ],
 )
-def test_a_frozen_job_reads_back_as_it_was(compose: Compose, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_a_frozen_job_reads_back_as_it_was(
+    compose: Compose, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     job = compose(*SMALL, *overrides)
     path = tmp_path / "config.yaml"
     path.write_text(cfg.to_yaml(job))
@@ -594,7 +767,9 @@ def test_a_relative_folder_is_frozen_as_an_absolute_one(
     compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job = compose("dataset=fashion_mnist", "home=here", "dataset.root=pictures", "teacher.checkpoint=t.pt")
+    job = compose(
+        "dataset=fashion_mnist", "home=here", "dataset.root=pictures", "teacher.checkpoint=t.pt"
+    )
     assert (job.home, job.dataset.root) == (f"{tmp_path}/here", f"{tmp_path}/pictures")
     assert job.dataset.load["root"] == f"{tmp_path}/pictures"
     assert job.teacher.checkpoint == f"{tmp_path}/t.pt"
@@ -615,23 +790,37 @@ def test_the_teachers_own_job_does_not_depend_on_the_student(compose: Compose) -
     jobs = [cfg.teacher_job(compose("dataset=digits", "teacher=resnet14", *student)) for student in (
         ("student=resnet8",), ("student=shufflev1", "M=[1]", "seed=4"), ("recipe=dkd", "optimizer.lr=1"))]  # fmt: skip
     assert len({job.run_dir for job in jobs}) == 1
-    assert (jobs[0].student.name, jobs[0].distiller.name, jobs[0].trainer.epochs) == ("resnet14", "vanilla", 20)
+    assert (jobs[0].student.name, jobs[0].distiller.name, jobs[0].trainer.epochs) == (
+        "resnet14",
+        "vanilla",
+        20,
+    )
 
 
 def test_jobs_share_a_teacher_where_they_see_the_same_batches() -> None:
     base = job_of(*SMALL)
     for same in ("student=vgg8", "M=[1]", "recipe=dkd", "optimizer.lr=1"):
         assert cfg.sharing_key(job_of(*SMALL, same)) == cfg.sharing_key(base), same
-    for other in ("seed=1", "teacher=vgg8", "trainer.batch_size=32", "dataset=digits", "trainer.device=cpu"):
+    for other in (
+        "seed=1",
+        "teacher=vgg8",
+        "trainer.batch_size=32",
+        "dataset=digits",
+        "trainer.device=cpu",
+    ):
         assert cfg.sharing_key(job_of(*SMALL, other)) != cfg.sharing_key(base), other
-    seeds = [cfg.sharing_key(job_of(*SMALL, "trainer.data_seed=0", f"seed={seed}")) for seed in (1, 2)]
+    seeds = [
+        cfg.sharing_key(job_of(*SMALL, "trainer.data_seed=0", f"seed={seed}")) for seed in (1, 2)
+    ]
     assert seeds[0] == seeds[1]
 
 
 def sweep_name(*overrides: str, name: str = "config") -> Any:
     cfg.frame()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose(name, overrides=["hydra.mode=MULTIRUN", *overrides], return_hydra_config=True)
+        composed = hydra.compose(
+            name, overrides=["hydra.mode=MULTIRUN", *overrides], return_hydra_config=True
+        )
     return composed.sweep.name
 
 
@@ -639,8 +828,12 @@ def test_sweep_names_are_deterministic_and_safe() -> None:
     name = sweep_name("student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1")
     assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
     assert "M-1-2-4" in name
-    assert name == sweep_name("optimizer.lr=0.1", "student=resnet8", "M=[1,2,4]")  # in whatever order
-    assert name == sweep_name("student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1", "tracking=none", "home=/elsewhere")
+    assert name == sweep_name(
+        "optimizer.lr=0.1", "student=resnet8", "M=[1,2,4]"
+    )  # in whatever order
+    assert name == sweep_name(
+        "student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1", "tracking=none", "home=/elsewhere"
+    )
     assert name != sweep_name("student=resnet8", "M=[1,2]", "optimizer.lr=0.1")
     long = [f"+optimizer.algorithm.key_{i}={i}" for i in range(50)]
     assert len(sweep_name(*long)) < 80
@@ -679,12 +872,17 @@ def test_values_out_of_range_are_refused(tmp_path: Path, override: str, says: st
 def test_a_distiller_without_a_teacher_is_refused(compose: Compose) -> None:
     job = compose()
     job.teacher.model = {}
-    with pytest.raises(ValueError, match=r"distiller=kd needs a teacher; choose one with teacher=.*distiller=vanilla"):
+    with pytest.raises(
+        ValueError,
+        match=r"distiller=kd needs a teacher; choose one with teacher=.*distiller=vanilla",
+    ):
         cfg.settle(job)
 
 
 @pytest.mark.parametrize("override", ["+foo=1", "+trainer.foo=1", "+student.foo=1"])
-def test_a_key_that_nothing_reads_is_refused_even_when_it_is_added(tmp_path: Path, override: str) -> None:
+def test_a_key_that_nothing_reads_is_refused_even_when_it_is_added(
+    tmp_path: Path, override: str
+) -> None:
     cfg.frame()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose("config", overrides=[f"home={tmp_path}", "run_dir=x", override])
@@ -715,10 +913,15 @@ def test_every_key_is_read_somewhere() -> None:
 def test_no_default_is_stated_twice() -> None:
     frame = dict(leaves(Config()))
     twice = []
-    for path in [CONF / "config.yaml", *(p for group in GROUPS for p in (CONF / group).glob("*.yaml"))]:
+    for path in [
+        CONF / "config.yaml",
+        *(p for group in GROUPS for p in (CONF / group).glob("*.yaml")),
+    ]:
         text = path.read_text()
         group = "" if path.name == "config.yaml" else f"{path.parent.name}."
-        if text.startswith("# @package _global_"):  # recipes, scales and pairs say in full what they choose
+        if text.startswith(
+            "# @package _global_"
+        ):  # recipes, scales and pairs say in full what they choose
             continue
         content = {k: v for k, v in yaml.safe_load(text).items() if k not in ("defaults", "hydra")}
         twice += [
@@ -745,7 +948,14 @@ def test_every_field_has_a_comment() -> None:
 
 def test_flatten_has_the_contracts_names() -> None:
     flat = cfg.flatten(job_of("M=[1,2]"))
-    contract = ("teacher.name", "student.name", "distiller.name", "standardize", "complementary_weight", "dataset.name")
+    contract = (
+        "teacher.name",
+        "student.name",
+        "distiller.name",
+        "standardize",
+        "complementary_weight",
+        "dataset.name",
+    )
     assert all(name in flat for name in (*contract, "seed"))
     assert flat["M"] == "[1,2]"
     assert cfg.identity_keys() < set(flat)
@@ -760,12 +970,20 @@ def test_a_composed_config_is_typed() -> None:
 def test_a_teacher_is_trained_the_same_whatever_its_student(compose):
     plain = cfg.teacher_job(compose("dataset=digits", "teacher=resnet8"))
     assert plain.optimizer.algorithm == compose().optimizer.algorithm  # conf/optimizer/sgd.yaml
-    for other in ("optimizer=adamw", "optimizer.algorithm.weight_decay=0.1", "trainer.batch_size=32", "seed=3"):
-        assert cfg.config_hash(cfg.teacher_job(compose("dataset=digits", "teacher=resnet8", other))) == cfg.config_hash(
-            plain
-        )
+    for other in (
+        "optimizer=adamw",
+        "optimizer.algorithm.weight_decay=0.1",
+        "trainer.batch_size=32",
+        "seed=3",
+    ):
+        assert cfg.config_hash(
+            cfg.teacher_job(compose("dataset=digits", "teacher=resnet8", other))
+        ) == cfg.config_hash(plain)
 
 
 def test_6_and_6_0_are_one_job(compose):
-    hashes = {cfg.config_hash(compose("recipe=dkd", f"distiller.loss.beta={beta}")) for beta in ("6", "6.0")}
+    hashes = {
+        cfg.config_hash(compose("recipe=dkd", f"distiller.loss.beta={beta}"))
+        for beta in ("6", "6.0")
+    }
     assert len(hashes) == 1

@@ -36,7 +36,12 @@ from sddlskd.data import (
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CLOSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
-PINNED = ([5, 0, 4, 3, 2, 1], [1, 0, 0, 1, 0, 0], [1, 3, 5, 3, 2, 3], [3, 5, 0, 2, 4, 1])  # order, flips, rows, columns
+PINNED = (
+    [5, 0, 4, 3, 2, 1],
+    [1, 0, 0, 1, 0, 0],
+    [1, 3, 5, 3, 2, 3],
+    [3, 5, 0, 2, 4, 1],
+)  # order, flips, rows, columns
 
 
 def small(train: int = 150, test: int = 30, classes: int = 10, size: int = 32) -> Splits:
@@ -90,13 +95,20 @@ def test_batches_are_what_torchvision_makes_image_by_image(
         image_CHW = tv.crop(image_CHW, int(draws.top_N[n]), int(draws.left_N[n]), *shape[:2])
         if flip and draws.flip_N[n]:
             image_CHW = tv.horizontal_flip(image_CHW)
-        torch.testing.assert_close(x_BCHW[place], plain(image_CHW.permute(1, 2, 0)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            x_BCHW[place], plain(image_CHW.permute(1, 2, 0)), rtol=1e-5, atol=1e-6
+        )
         assert y_B[place] == n % 10
 
 
 def test_batches_have_the_promised_form() -> None:
     data = device_data(batch_size=64)
-    assert (data.steps_per_epoch, data.train_size, data.val_size, data.image_shape) == (3, 150, 30, (3, 32, 32))
+    assert (data.steps_per_epoch, data.train_size, data.val_size, data.image_shape) == (
+        3,
+        150,
+        30,
+        (3, 32, 32),
+    )
     batches = list(data.batches(0))
     assert [len(y) for _, y in batches] == [64, 64, 22]
     for x, y in [*batches, *data.val_batches()]:
@@ -131,7 +143,9 @@ def test_interleaved_epochs_do_not_disturb_each_other() -> None:
 
 def test_every_image_once_an_epoch() -> None:
     images = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1).expand(200, 4, 4, 3)
-    data = device_data(Splits(Images(images, torch.arange(200)), small(size=4).test), num_classes=200, padding=0)
+    data = device_data(
+        Splits(Images(images, torch.arange(200)), small(size=4).test), num_classes=200, padding=0
+    )
     x, y = joined(data.batches(5))
     assert y.sort().values.tolist() == list(range(200))
     assert y.tolist() != list(range(200))
@@ -150,7 +164,9 @@ def test_a_resumed_epoch_is_the_tail_of_the_whole(batch_size: int) -> None:
 def test_batch_size_does_not_change_the_views() -> None:
     reference = joined(device_data(batch_size=32).batches(1))
     for batch_size in (1, 50, 149, 150):
-        assert same(iter([joined(device_data(batch_size=batch_size).batches(1))]), iter([reference]))
+        assert same(
+            iter([joined(device_data(batch_size=batch_size).batches(1))]), iter([reference])
+        )
 
 
 def test_crops_reach_every_offset_and_half_are_mirrored() -> None:
@@ -160,7 +176,10 @@ def test_crops_reach_every_offset_and_half_are_mirrored() -> None:
     assert counts.min() > 20_000 / 81 * 0.7
     assert abs(flip_N.float().mean().item() - 0.5) < 0.02
     # drawn apart: neither tells the other
-    assert abs(torch.corrcoef(torch.stack([order_N, top_N, left_N, flip_N]).float()).triu(1)).max() < 0.04
+    assert (
+        abs(torch.corrcoef(torch.stack([order_N, top_N, left_N, flip_N]).float()).triu(1)).max()
+        < 0.04
+    )
 
 
 def test_flip_alone_mirrors_or_keeps() -> None:
@@ -169,7 +188,9 @@ def test_flip_alone_mirrors_or_keeps() -> None:
     x, _ = joined(device_data(splits, padding=0).batches(0))
     mirrored = [not torch.equal(a, b) for a, b in zip(x, kept, strict=True)]
     assert 10 < sum(mirrored) < 54
-    assert all(torch.equal(a, b.flip(2) if m else b) for a, b, m in zip(x, kept, mirrored, strict=True))
+    assert all(
+        torch.equal(a, b.flip(2) if m else b) for a, b, m in zip(x, kept, mirrored, strict=True)
+    )
 
 
 def plain_by_order(splits: Splits, epoch: int, seed: int) -> Tensor:
@@ -202,12 +223,16 @@ def test_held_out_validation_is_stratified_disjoint_and_fixed() -> None:
     splits = small(train=200)
     labels = torch.cat([torch.full((110,), 0), torch.full((60,), 1), torch.full((30,), 2)])
     splits = splits._replace(train=splits.train._replace(labels_N=labels))
-    data, other = (device_data(splits, val_fraction=0.1, padding=0, flip=False, seed=seed) for seed in (0, 1))
+    data, other = (
+        device_data(splits, val_fraction=0.1, padding=0, flip=False, seed=seed) for seed in (0, 1)
+    )
     assert (data.train_size, data.val_size, data.steps_per_epoch) == (180, 20, 6)
     (x, y), (val_x, val_y) = joined(data.batches(0)), joined(data.val_batches())
     assert torch.bincount(val_y).tolist() == [11, 6, 3]
     assert torch.bincount(y).tolist() == [99, 54, 27]
-    held, rest, all_of = ({image.numpy().tobytes() for image in part} for part in (val_x, x, whole_of(splits)))
+    held, rest, all_of = (
+        {image.numpy().tobytes() for image in part} for part in (val_x, x, whole_of(splits))
+    )
     assert not held & rest
     assert held | rest == all_of
     assert same(data.val_batches(), other.val_batches())
@@ -252,11 +277,36 @@ def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("part", "images", "labels", "message"),
     [
-        ("train", torch.zeros(4, 8, 8, 3), torch.zeros(4).long(), r"train images are torch\.float32 \(4, 8, 8, 3\)"),
-        ("test", torch.zeros(4, 3, 8, 8).byte(), torch.zeros(4).long(), r"test images are torch\.uint8 \(4, 3, 8, 8\)"),
-        ("test", torch.zeros(4, 8, 8).byte(), torch.zeros(4).long(), r"test images are torch\.uint8 \(4, 8, 8\)"),
-        ("train", torch.zeros(4, 8, 8, 3).byte(), torch.zeros(4).int(), r"train labels are torch\.int32 \(4,\)"),
-        ("test", torch.zeros(4, 8, 8, 3).byte(), torch.zeros(3).long(), r"test labels are torch\.int64 \(3,\)"),
+        (
+            "train",
+            torch.zeros(4, 8, 8, 3),
+            torch.zeros(4).long(),
+            r"train images are torch\.float32 \(4, 8, 8, 3\)",
+        ),
+        (
+            "test",
+            torch.zeros(4, 3, 8, 8).byte(),
+            torch.zeros(4).long(),
+            r"test images are torch\.uint8 \(4, 3, 8, 8\)",
+        ),
+        (
+            "test",
+            torch.zeros(4, 8, 8).byte(),
+            torch.zeros(4).long(),
+            r"test images are torch\.uint8 \(4, 8, 8\)",
+        ),
+        (
+            "train",
+            torch.zeros(4, 8, 8, 3).byte(),
+            torch.zeros(4).int(),
+            r"train labels are torch\.int32 \(4,\)",
+        ),
+        (
+            "test",
+            torch.zeros(4, 8, 8, 3).byte(),
+            torch.zeros(3).long(),
+            r"test labels are torch\.int64 \(3,\)",
+        ),
         ("train", torch.zeros(0, 8, 8, 3).byte(), torch.zeros(0).long(), r"train holds 0 images"),
         (
             "test",
@@ -282,12 +332,19 @@ def test_a_start_outside_the_epoch_is_refused_at_once(start: int) -> None:
 
 def test_digits() -> None:
     splits = digits()
-    assert [tuple(part.images_NHWC.shape) for part in splits] == [(1437, 32, 32, 3), (360, 32, 32, 3)]
-    assert all(torch.bincount(part.labels_N).float().std() < 0.02 * len(part.labels_N) for part in splits)
+    assert [tuple(part.images_NHWC.shape) for part in splits] == [
+        (1437, 32, 32, 3),
+        (360, 32, 32, 3),
+    ]
+    assert all(
+        torch.bincount(part.labels_N).float().std() < 0.02 * len(part.labels_N) for part in splits
+    )
     assert splits.train.images_NHWC.min() == 0
     assert splits.train.images_NHWC.max() == 255
     assert torch.equal(splits.train.images_NHWC[..., 0], splits.train.images_NHWC[..., 2])
-    assert all(torch.equal(a.images_NHWC, b.images_NHWC) for a, b in zip(splits, digits(), strict=True))
+    assert all(
+        torch.equal(a.images_NHWC, b.images_NHWC) for a, b in zip(splits, digits(), strict=True)
+    )
     device_data(splits, padding=2, flip=False)
 
 
@@ -321,8 +378,16 @@ def cifar_pickles(
 ) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, list[int]]]]:
     rng, pickles, truth = np.random.default_rng(0), {}, {}
     for name, count in (("train", 12), ("test", 5)):
-        data, labels = rng.integers(256, size=(count, 3072), dtype=np.uint8), [7 * i % 100 for i in range(count)]
-        entries = {"data": data, "fine_labels": labels, "coarse_labels": labels, "filenames": ["a.png"] * count}
+        data, labels = (
+            rng.integers(256, size=(count, 3072), dtype=np.uint8),
+            [7 * i % 100 for i in range(count)],
+        )
+        entries = {
+            "data": data,
+            "fine_labels": labels,
+            "coarse_labels": labels,
+            "filenames": ["a.png"] * count,
+        }
         content = {key.encode() if as_bytes else key: value for key, value in entries.items()}
         pickles[name], truth[name] = pickle.dumps(content, protocol), (data, labels)
     return pickles, truth
@@ -339,7 +404,9 @@ def write_cifar_tar(path: Path, pickles: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("as_bytes", [True, False])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("layout", ["folder", "archive"])
-def test_cifar100_reads_torchvisions_layouts(tmp_path: Path, layout: str, protocol: int, as_bytes: bool) -> None:
+def test_cifar100_reads_torchvisions_layouts(
+    tmp_path: Path, layout: str, protocol: int, as_bytes: bool
+) -> None:
     pickles, truth = cifar_pickles(protocol, as_bytes)
     if layout == "folder":
         (tmp_path / "cifar-100-python").mkdir()
@@ -352,10 +419,14 @@ def test_cifar100_reads_torchvisions_layouts(tmp_path: Path, layout: str, protoc
         assert part.labels_N.tolist() == labels
         assert part.images_NHWC.is_contiguous()
         # torchvision.datasets.CIFAR10: vstack, reshape(-1, 3, 32, 32), transpose((0, 2, 3, 1))
-        assert np.array_equal(part.images_NHWC.numpy(), data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        assert np.array_equal(
+            part.images_NHWC.numpy(), data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        )
 
 
-def test_cifar100_says_when_it_is_not_the_published_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cifar100_says_when_it_is_not_the_published_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_cifar_tar(tmp_path / "cifar-100-python.tar.gz", cifar_pickles()[0])
     cifar100(str(tmp_path))
     assert "cifar-100-python/train is not the published CIFAR-100" in caplog.text
@@ -370,11 +441,15 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_a_malicious_cifar_pickle_is_refused_and_runs_nothing(tmp_path: Path, protocol: int) -> None:
+def test_a_malicious_cifar_pickle_is_refused_and_runs_nothing(
+    tmp_path: Path, protocol: int
+) -> None:
     trap = tmp_path / "trap"
     pickles = cifar_pickles()[0] | {"train": pickle.dumps({"data": Malicious(trap)}, protocol)}
     write_cifar_tar(tmp_path / "cifar-100-python.tar.gz", pickles)
-    with pytest.raises(ValueError, match=r"cifar-100-python/train is no CIFAR-100 pickle .* asks for .*open"):
+    with pytest.raises(
+        ValueError, match=r"cifar-100-python/train is no CIFAR-100 pickle .* asks for .*open"
+    ):
         cifar100(str(tmp_path))
     assert not trap.exists()
     pickle.loads(pickles["train"])["data"].close()
@@ -400,11 +475,22 @@ def test_a_tar_with_outside_members_writes_nothing(tmp_path: Path) -> None:
             lambda pickles: tar_bytes(pickles | {"test": pickles["test"][:-900]}),
             "cifar-100-python/test is no CIFAR-100",
         ),
-        (lambda pickles: tar_bytes(pickles | {"test": b""}), "cifar-100-python/test is no CIFAR-100"),
-        (lambda pickles: tar_bytes(pickles | {"test": pickle.dumps([1])}), "cifar-100-python/test is no CIFAR-100"),
+        (
+            lambda pickles: tar_bytes(pickles | {"test": b""}),
+            "cifar-100-python/test is no CIFAR-100",
+        ),
+        (
+            lambda pickles: tar_bytes(pickles | {"test": pickle.dumps([1])}),
+            "cifar-100-python/test is no CIFAR-100",
+        ),
         (
             lambda pickles: tar_bytes(
-                pickles | {"test": pickle.dumps({"data": np.zeros((2, 9), np.uint8), "fine_labels": [1, 2]})}
+                pickles
+                | {
+                    "test": pickle.dumps(
+                        {"data": np.zeros((2, 9), np.uint8), "fine_labels": [1, 2]}
+                    )
+                }
             ),
             r"data is uint8 \(2, 9\), not uint8 \(2, 3072\)",
         ),
@@ -440,7 +526,9 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as listening:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(folder))
+    ) as listening:
         thread = threading.Thread(target=listening.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{listening.server_port}/", folder
@@ -456,7 +544,9 @@ def serve_cifar(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(datasets, "CIFAR100_MD5", md5)
 
 
-def test_cifar100_is_fetched_once(tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_is_fetched_once(
+    tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve_cifar(server, monkeypatch)
     root = tmp_path / "new" / "root"
     assert len(cifar100(str(root)).train.labels_N) == 12
@@ -522,14 +612,20 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def idx(array: np.ndarray) -> bytes:
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    return (
+        bytes((0, 0, 8, array.ndim))
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
 
 
 def write_fashion(folder: Path, compressed: bool) -> dict[str, np.ndarray]:
     rng, truth = np.random.default_rng(0), {}
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", 6), ("t10k", 3)):
-        truth[f"{split}-images-idx3-ubyte"] = rng.integers(1, 256, size=(count, 28, 28), dtype=np.uint8)
+        truth[f"{split}-images-idx3-ubyte"] = rng.integers(
+            1, 256, size=(count, 28, 28), dtype=np.uint8
+        )
         truth[f"{split}-labels-idx1-ubyte"] = rng.integers(10, size=count, dtype=np.uint8)
     for name, array in truth.items():
         path = folder / (f"{name}.gz" if compressed else name)
@@ -550,7 +646,9 @@ def test_fashion_mnist_is_found_padded_and_tripled(
         assert part.labels_N.tolist() == truth[f"{split}-labels-idx1-ubyte"].tolist()
         assert images_NHWC.shape[1:] == (32, 32, 3)
         for channel in range(3):
-            assert np.array_equal(images_NHWC[:, 2:30, 2:30, channel], truth[f"{split}-images-idx3-ubyte"])
+            assert np.array_equal(
+                images_NHWC[:, 2:30, 2:30, channel], truth[f"{split}-images-idx3-ubyte"]
+            )
         assert np.count_nonzero(images_NHWC) == 3 * truth[f"{split}-images-idx3-ubyte"].size
 
 
@@ -562,9 +660,15 @@ def test_damaged_idx_files_are_named_with_their_sizes(tmp_path: Path, compressed
     whole = idx(truth[name])
     pack = gzip.compress if compressed else bytes
     for content, message in (
-        (whole[:-5], rf"expected {len(whole)} bytes for its shape \[3, 28, 28\], found {len(whole) - 5}"),
+        (
+            whole[:-5],
+            rf"expected {len(whole)} bytes for its shape \[3, 28, 28\], found {len(whole) - 5}",
+        ),
         (whole + b"x", rf"expected {len(whole)} bytes .* found {len(whole) + 1}"),
-        (whole[:9], r"expected 16 bytes or more beginning 00000803, found 9 bytes beginning 00000803"),
+        (
+            whole[:9],
+            r"expected 16 bytes or more beginning 00000803, found 9 bytes beginning 00000803",
+        ),
         (b"", r"expected 16 bytes or more beginning 00000803, found 0 bytes"),
         (b"\0\0\x0d\3" + whole[4:], rf"found {len(whole)} bytes beginning 00000d03"),
     ):
@@ -586,7 +690,9 @@ def test_cut_and_broken_gzip_files_are_named(tmp_path: Path) -> None:
         fashion_mnist(str(tmp_path))
 
 
-@pytest.mark.skipif(not Path(datasets.DEBIAN_FASHION_MNIST).is_dir(), reason="needs Debian's dataset-fashion-mnist")
+@pytest.mark.skipif(
+    not Path(datasets.DEBIAN_FASHION_MNIST).is_dir(), reason="needs Debian's dataset-fashion-mnist"
+)
 def test_debians_fashion_mnist(tmp_path: Path) -> None:
     splits = fashion_mnist(str(tmp_path))
     assert [torch.bincount(part.labels_N).tolist() for part in splits] == [[6000] * 10, [1000] * 10]

@@ -14,7 +14,9 @@ from tests.tiny import CONF
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 CHOICES = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
+]
 
 
 def test_every_data_set_has_its_section_and_row() -> None:
@@ -33,7 +35,9 @@ def test_its_sums_and_accuracies_are_the_codes() -> None:
         assert re.findall(r"`([0-9a-f]{32})`", SECTIONS[name]) == [md5]
     for name, teachers in PUBLISHED.items():
         said = dict(re.findall(r"(\w+)\s(\d\d\.\d\d)\b", SECTIONS[name]))
-        assert {teacher: float(said[teacher]) for teacher in teachers} == {t: p.top1 for t, p in teachers.items()}
+        assert {teacher: float(said[teacher]) for teacher in teachers} == {
+            t: p.top1 for t, p in teachers.items()
+        }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -41,4 +45,7 @@ def test_every_command_composes(command: str) -> None:
     jobs = composed(command)
     assert jobs
     given = [word for word in shlex.split(command) if word.startswith("dataset=")]
-    assert not given or {job.dataset.name for job in jobs} <= {given[0].removeprefix("dataset="), "pets"}
+    assert not given or {job.dataset.name for job in jobs} <= {
+        given[0].removeprefix("dataset="),
+        "pets",
+    }

@@ -73,7 +73,9 @@ def test_a_random_crop_is_torchvisions(jpegs: list[str]) -> None:
         assert job.draw
         left, top, width, height = random_crop(random.Random(job.draw), *image.size, VIEW.area)
         ours_HWC, odd = decode(job, VIEW)
-        theirs_CHW = resized_crop(as_tensor(job.path), top, left, height, width, [SIZE, SIZE], antialias=True)
+        theirs_CHW = resized_crop(
+            as_tensor(job.path), top, left, height, width, [SIZE, SIZE], antialias=True
+        )
         assert torch.equal(ours_HWC, theirs_CHW.permute(1, 2, 0))
         pil = np.array(resized_crop(image, top, left, height, width, [SIZE, SIZE]), dtype=int)
         apart = abs(pil - ours_HWC.numpy())
@@ -104,7 +106,9 @@ def test_large_jpegs_are_decoded_at_a_smaller_scale_and_look_the_same(tmp_path: 
         assert job.draw
         left, top, width, height = random_crop(random.Random(job.draw), 601, 403, VIEW.area)
         shrunk += min(width, height) >= 4 * SIZE
-        theirs_CHW = resized_crop(as_tensor(path), top, left, height, width, [SIZE, SIZE], antialias=True)
+        theirs_CHW = resized_crop(
+            as_tensor(path), top, left, height, width, [SIZE, SIZE], antialias=True
+        )
         apart = (decode(job, VIEW)[0].permute(2, 0, 1).int() - theirs_CHW.int()).abs().float()
         assert apart.mean() < 2
         assert decode(job, VIEW)[0].shape == (SIZE, SIZE, 3)
@@ -115,7 +119,10 @@ def test_crops_are_drawn_as_torchvision_draws_them() -> None:
     """Areas are uniform in 0.08..1, ratios log-uniform in 3/4..4/3, corners uniform, for a square image where few
     tries fail; compared with torchvision's own draws by their means and extremes."""
     image = torch.zeros(3, 400, 400)
-    ours = np.array([random_crop(random.Random(f"image {n}"), 400, 400, (0.08, 1.0)) for n in range(4000)], dtype=float)
+    ours = np.array(
+        [random_crop(random.Random(f"image {n}"), 400, 400, (0.08, 1.0)) for n in range(4000)],
+        dtype=float,
+    )
     torch.manual_seed(0)
     drawn = [v2.RandomResizedCrop(8, antialias=True).make_params([image]) for _ in range(4000)]
     theirs = np.array([[p["left"], p["top"], p["width"], p["height"]] for p in drawn], dtype=float)
@@ -132,8 +139,12 @@ def test_crops_are_drawn_as_torchvision_draws_them() -> None:
         assert (width / height).min() > 3 / 4 - 0.02
 
 
-@pytest.mark.parametrize(("size", "crop"), [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13))])
-def test_an_image_that_no_crop_fits_in_gives_its_centre(size: tuple[int, int], crop: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("size", "crop"), [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13))]
+)
+def test_an_image_that_no_crop_fits_in_gives_its_centre(
+    size: tuple[int, int], crop: tuple[int, ...]
+) -> None:
     assert random_crop(random.Random(0), *size, (0.9, 1.0)) == crop
 
 
@@ -147,14 +158,22 @@ def test_the_smallest_images_are_shown(tmp_path: Path, size: tuple[int, int]) ->
         assert pixels_HWC.unique(dim=1)[0].tolist() == [[10, 20, 30]]
 
 
-@pytest.mark.parametrize(("size", "there"), [((1, 6000), "256x1536000"), ((6000, 1), "1536000x256")])
+@pytest.mark.parametrize(
+    ("size", "there"), [((1, 6000), "256x1536000"), ((6000, 1), "1536000x256")]
+)
 def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(
     tmp_path: Path, size: tuple[int, int], there: str
 ) -> None:
     Image.new("RGB", size).save(tmp_path / "strip.png")
-    with pytest.raises(Unreadable, match=f"{size[0]}x{size[1]} become {there} .* more than 100000000 pixels"):
+    with pytest.raises(
+        Unreadable, match=f"{size[0]}x{size[1]} become {there} .* more than 100000000 pixels"
+    ):
         decode(Job(str(tmp_path / "strip.png"), None), View(224))
-    assert decode(Job(str(tmp_path / "strip.png"), "0"), View(224))[0].shape == (224, 224, 3)  # a crop is no larger
+    assert decode(Job(str(tmp_path / "strip.png"), "0"), View(224))[0].shape == (
+        224,
+        224,
+        3,
+    )  # a crop is no larger
     assert decode(Job(str(tmp_path / "strip.png"), None), View(4))[0].shape == (4, 4, 3)
 
 
@@ -167,7 +186,11 @@ def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(
         ({"LOCAL_WORLD_SIZE": "4"}, 1, 12),
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "6", "SLURM_NTASKS": "16"}, 16, 6),
         ({"SLURM_CPUS_PER_TASK": "8"}, 1, 8),
-        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "LOCAL_WORLD_SIZE": "4"}, 4, 2),  # ranks inside one task
+        (
+            {"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "LOCAL_WORLD_SIZE": "4"},
+            4,
+            2,
+        ),  # ranks inside one task
         ({"LOCAL_WORLD_SIZE": "40"}, 40, 1),
     ],
 )
@@ -194,7 +217,9 @@ def test_what_an_evaluation_began_to_read_is_read_on_without_it(jpegs: list[str]
     given = decoded(pieces(jobs(jpegs), 4), VIEW, workers=0)
     with torch.inference_mode():
         first = next(given).pixels_BHWC.clone()
-    assert torch.equal(torch.cat([first, pixels(given)]), pixels(decoded(pieces(jobs(jpegs), 4), VIEW, workers=0)))
+    assert torch.equal(
+        torch.cat([first, pixels(given)]), pixels(decoded(pieces(jobs(jpegs), 4), VIEW, workers=0))
+    )
 
 
 # What may be out of the ordinary with an image that can be read.
@@ -219,10 +244,14 @@ def alpha(path: Path) -> None:
 
 
 def deep(path: Path) -> None:
-    Image.fromarray(np.full((40, 40), 77 * 256 + 200, dtype=np.uint16)).save(path.with_suffix(".png"))
+    Image.fromarray(np.full((40, 40), 77 * 256 + 200, dtype=np.uint16)).save(
+        path.with_suffix(".png")
+    )
 
 
-def cmyk(path: Path) -> None:  # Pillow writes an Adobe marker and inverted values, as Photoshop does
+def cmyk(
+    path: Path,
+) -> None:  # Pillow writes an Adobe marker and inverted values, as Photoshop does
     Image.new("CMYK", (40, 40), (55, 155, 205, 0)).save(path.with_suffix(".jpg"), quality=100)
 
 
@@ -350,7 +379,9 @@ def bomb(path: Path) -> None:
         (bomb, "60000x60000 are more than 100000000 pixels (dataset.pixel_limit)"),
     ],
 )
-def test_what_cannot_be_read_says_why(tmp_path: Path, make: Callable[[Path], None], why: str) -> None:
+def test_what_cannot_be_read_says_why(
+    tmp_path: Path, make: Callable[[Path], None], why: str
+) -> None:
     path = tmp_path / "image.jpg"
     make(path)
     for draw in (None, "a"):
@@ -384,7 +415,9 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, jpegs: list[str]) -
 def test_pillows_own_limit_neither_warns_nor_is_changed(
     jpegs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many, and warns of more
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 1000
+    )  # Pillow refuses twice as many, and warns of more
     for width in (40, 60):
         path = str(tmp_path / f"{width}.png")
         Image.new("RGB", (width, 40)).save(path)
@@ -401,9 +434,13 @@ def test_all_files_at_once(jpegs: list[str], tmp_path: Path) -> None:
         assert torch.equal(images_NHWC[n], decode(Job(path, None), View(32, centre=1.0))[0])
     exact = tmp_path / "exact.jpg"
     photograph(1, 32, 32).save(exact)
-    assert torch.equal(decode_all([str(exact)], 32, "one", workers=0)[0].permute(2, 0, 1), as_tensor(str(exact)))
+    assert torch.equal(
+        decode_all([str(exact)], 32, "one", workers=0)[0].permute(2, 0, 1), as_tensor(str(exact))
+    )
     (tmp_path / "empty.jpg").touch()
-    with pytest.raises(ValueError, match=r"empty\.jpg: the file is empty; put the right file there, or remove it"):
+    with pytest.raises(
+        ValueError, match=r"empty\.jpg: the file is empty; put the right file there, or remove it"
+    ):
         decode_all([*jpegs, str(tmp_path / "empty.jpg")], 32, "photographs", workers=1)
 
 
@@ -449,7 +486,9 @@ def test_a_killed_worker_is_an_error_and_the_others_end(jpegs: list[str]) -> Non
     next(stream)
     workers = children() - before
     assert len(workers) == 2
-    with pytest.raises(ChildProcessError, match=r"is lost \(.+\); if memory ran out, lower dataset\.workers=2$"):  # noqa: PT012
+    with pytest.raises(
+        ChildProcessError, match=r"is lost \(.+\); if memory ran out, lower dataset\.workers=2$"
+    ):  # noqa: PT012
         os.kill(min(workers), signal.SIGKILL)
         for _ in range(1000):
             next(stream)

@@ -26,19 +26,29 @@ LOSSES = {
     "dkd": partial(dkd, alpha=1.0, beta=8.0, temperature=4.0),
     "nkd": partial(nkd, gamma=1.5, temperature=2.0),
     "nkd_released": partial(nkd, gamma=1.5, temperature=2.0, exclude_target=False),
-    "mse": lambda student_NK, teacher_NK, target_N: ((student_NK - teacher_NK) ** 2).mean(1),  # one of the user's own
+    "mse": lambda student_NK, teacher_NK, target_N: ((student_NK - teacher_NK) ** 2).mean(
+        1
+    ),  # one of the user's own
 }
 SCALES = ([1], [1, 2], [1, 4], [1, 2, 4])
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 each_scales = pytest.mark.parametrize("M", SCALES, ids=str)
-raw_and_standardized = pytest.mark.parametrize("standardized", [False, True], ids=["raw", "standardized"])
+raw_and_standardized = pytest.mark.parametrize(
+    "standardized", [False, True], ids=["raw", "standardized"]
+)
 some = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 Maps = tuple[Tensor, Tensor, Tensor]
 """student_map_BKHW, teacher_map_BKHW, target_B"""
 
 
-def some_maps(student_sides: tuple[int, int], teacher_sides: tuple[int, int], B: int = 4, K: int = 4, seed: int = 0):
+def some_maps(
+    student_sides: tuple[int, int],
+    teacher_sides: tuple[int, int],
+    B: int = 4,
+    K: int = 4,
+    seed: int = 0,
+):
     """Maps in float64; every second target is the teacher's global prediction, so that both kinds of regions occur."""
     generator = torch.Generator().manual_seed(seed)
     student_map = 2 * torch.randn(B, K, *student_sides, generator=generator, dtype=torch.float64)
@@ -52,7 +62,12 @@ def some_maps(student_sides: tuple[int, int], teacher_sides: tuple[int, int], B:
 def maps(draw: st.DrawFn, K_min: int = 2) -> Maps:
     side = st.sampled_from([1, 2, 3, 4, 7, 8])
     sides = (draw(side), draw(side)), (draw(side), draw(side))
-    return some_maps(*sides, B=draw(st.integers(1, 4)), K=draw(st.integers(K_min, 6)), seed=draw(st.integers(0, 2**31)))
+    return some_maps(
+        *sides,
+        B=draw(st.integers(1, 4)),
+        K=draw(st.integers(K_min, 6)),
+        seed=draw(st.integers(0, 2**31)),
+    )
 
 
 loss_names = st.sampled_from(sorted(LOSSES))
@@ -73,7 +88,9 @@ def test_regions_by_hand():
     logit_map = torch.stack((count_HW, -10 * count_HW))[None]
     # the mean; the means of the 2 x 2 blocks, (0 + 1 + 4 + 5) / 4 = 2.5 first, then to the right; the cells
     expected_R = torch.tensor([7.5, 2.5, 4.5, 10.5, 12.5, *range(16)])
-    assert torch.equal(region_logits(logit_map, [1, 2, 4]), torch.stack((expected_R, -10 * expected_R), 1)[None])
+    assert torch.equal(
+        region_logits(logit_map, [1, 2, 4]), torch.stack((expected_R, -10 * expected_R), 1)[None]
+    )
     # scales in the order given
     assert region_logits(logit_map, [4, 1])[0, :, 0].tolist() == [*range(16), 7.5]
 
@@ -81,7 +98,12 @@ def test_regions_by_hand():
 def test_cells_overlap_where_the_side_is_not_a_multiple():
     logit_map = torch.arange(49.0, dtype=torch.float64).reshape(1, 1, 7, 7)
     # 7 at m=2: rows and columns 0 to 3 and 3 to 6, so the middle ones count in both. Row 3 is 3 * 7.
-    assert region_logits(logit_map, [2])[0, :, 0].tolist() == [1.5 * 8, 1.5 * 8 + 3, 4.5 * 7 + 1.5, 4.5 * 8]
+    assert region_logits(logit_map, [2])[0, :, 0].tolist() == [
+        1.5 * 8,
+        1.5 * 8 + 3,
+        4.5 * 7 + 1.5,
+        4.5 * 8,
+    ]
     assert region_logits(logit_map, [7])[0, :, 0].tolist() == list(range(49))
     assert "overlap" in (region_logits.__doc__ or "")
 
@@ -101,7 +123,9 @@ def test_standardize_by_hand():
     # at a millionth of the size eps shows: it is 5 % of the std
     close(standardize(1e-6 * z)[0, 3], 3e-6 / (1e-7 + 1e-6 * std), 1e-11)
     # mean and std over the classes alone
-    assert torch.equal(standardize(torch.stack((z, 5 * z))), torch.stack((standardize(z), standardize(5 * z))))
+    assert torch.equal(
+        standardize(torch.stack((z, 5 * z))), torch.stack((standardize(z), standardize(5 * z)))
+    )
 
 
 def confident(winners: list[int], K: int = 3) -> Tensor:
@@ -132,25 +156,35 @@ CONSISTENT, COMPLEMENTARY = (2.5 + 1 + 2 + 3) + (6.5 + 5 + 6 + 8), 4 + 7
         ({"knowledge": "consistent"}, CONSISTENT / 10),
         ({"knowledge": "complementary"}, 2 * COMPLEMENTARY / 10),
         ({"knowledge": "complementary", "complementary_weight": 5.0}, 5 * COMPLEMENTARY / 10),
-        ({"reduction": "sum"}, (CONSISTENT + 2 * COMPLEMENTARY) / 2),  # SDD Eq. 9: over regions; then the mean of B = 2
+        (
+            {"reduction": "sum"},
+            (CONSISTENT + 2 * COMPLEMENTARY) / 2,
+        ),  # SDD Eq. 9: over regions; then the mean of B = 2
         ({"reduction": "sum", "knowledge": "complementary"}, 2 * COMPLEMENTARY / 2),
     ],
     ids=str,
 )
 def test_regions_are_weighed_by_hand(options, expected: float):
-    composer = ScaleDecoupled(lambda student_NK, teacher_NK, target_N: student_NK[:, 0], [1, 2], **options)
+    composer = ScaleDecoupled(
+        lambda student_NK, teacher_NK, target_N: student_NK[:, 0], [1, 2], **options
+    )
     close(composer(STUDENT_2322, TEACHER_2322, TARGET_2), expected)
 
 
 def test_the_global_prediction_needs_no_scale_of_one():
     # without m=1 the kinds of the cells stay as they are
     composer = ScaleDecoupled(lambda student_NK, teacher_NK, target_N: student_NK[:, 0], [2])
-    close(composer(STUDENT_2322, TEACHER_2322, TARGET_2), (1 + 2 + 3 + 2 * 4 + 5 + 6 + 2 * 7 + 8) / 8)
+    close(
+        composer(STUDENT_2322, TEACHER_2322, TARGET_2), (1 + 2 + 3 + 2 * 4 + 5 + 6 + 2 * 7 + 8) / 8
+    )
 
 
 def kl_by_hand(teacher_z: list[float], student_z: list[float], T: float) -> float:
     """sum_k p_k ln(p_k / q_k), p and q the softmax of z / T."""
-    p, q = [[math.exp(z / T) / sum(math.exp(y / T) for y in zs) for z in zs] for zs in (teacher_z, student_z)]
+    p, q = [
+        [math.exp(z / T) / sum(math.exp(y / T) for y in zs) for z in zs]
+        for zs in (teacher_z, student_z)
+    ]
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
@@ -178,9 +212,13 @@ def test_logits_are_pooled_then_standardized_then_divided_by_the_temperature_by_
     # three cells hold nothing, one holds four times the region: the mean is (1, 2, 3), standardised (-1, 0, 1)
     student_map, teacher_map = torch.zeros(2, 1, 3, 2, 2, dtype=torch.float64)
     student_map[0, :, 1, 1] = torch.tensor([4.0, 8.0, 12.0])
-    teacher_map[0, :, 0, 1] = torch.tensor([24.0, 8.0, 16.0])  # mean (6, 2, 4), standardised (1, -1, 0)
+    teacher_map[0, :, 0, 1] = torch.tensor(
+        [24.0, 8.0, 16.0]
+    )  # mean (6, 2, 4), standardised (1, -1, 0)
     shrink = 1 + 1e-7  # eps + std of (1, 2, 3)
-    expected = 4 * kl_by_hand([1 / (1 + 0.5e-7), -1 / (1 + 0.5e-7), 0], [-1 / shrink, 0, 1 / shrink], 2.0)
+    expected = 4 * kl_by_hand(
+        [1 / (1 + 0.5e-7), -1 / (1 + 0.5e-7), 0], [-1 / shrink, 0, 1 / shrink], 2.0
+    )
     composer = ScaleDecoupled(partial(kd, temperature=2.0), [1], standardize=True)
     close(composer(student_map, teacher_map, torch.tensor([0])), expected)
 
@@ -243,7 +281,9 @@ def oracle_nkd(s, t, target: int) -> complex:
 
 def oracle_nkd_released(s, t, target: int) -> complex:
     target_term = -oracle_softmax(t, 1.0)[target] * cmath.log(oracle_softmax(s, 1.0)[target])
-    return target_term + 1.5 * 4 * oracle_cross_entropy(oracle_softmax(t, 2.0), oracle_softmax(s, 2.0))
+    return target_term + 1.5 * 4 * oracle_cross_entropy(
+        oracle_softmax(t, 2.0), oracle_softmax(s, 2.0)
+    )
 
 
 def oracle_mse(s, t, target: int) -> complex:
@@ -264,7 +304,9 @@ def oracle(name, student_map, teacher_map, target_B, M, beta, standardized, know
     total, kinds = 0j, {"consistent": 0, "complementary": 0}
     for student_KHW, teacher_KHW, target in zip(student_map, teacher_map, target_B, strict=True):
         right_globally = int(np.argmax(teacher_KHW.mean((1, 2)))) == target
-        for s, t in zip(oracle_regions(student_KHW, M), oracle_regions(teacher_KHW, M), strict=True):
+        for s, t in zip(
+            oracle_regions(student_KHW, M), oracle_regions(teacher_KHW, M), strict=True
+        ):
             right_here = int(np.argmax(t)) == target
             kind = "consistent" if right_here == right_globally else "complementary"
             kinds[kind] += 1
@@ -289,7 +331,9 @@ def check_against_oracle(
         M, beta, standardized, knowledge, reduction,
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.real, rel=1e-12, abs=1e-14)
-    assert float((leaf.grad.numpy() * direction).sum()) == pytest.approx(expected.imag / 1e-30, rel=1e-8, abs=1e-10)
+    assert float((leaf.grad.numpy() * direction).sum()) == pytest.approx(
+        expected.imag / 1e-30, rel=1e-8, abs=1e-10
+    )
     return kinds
 
 
@@ -311,9 +355,13 @@ def test_against_the_oracle(name: str, M: list[int], standardized: bool):
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 3.7])
 def test_options_against_the_oracle(knowledge: str, reduction: str, beta: float):
     # odd, oblong and tiny sides; scales out of order and without 1
-    for seed, sides in enumerate([((7, 7), (4, 4)), ((2, 3), (5, 7)), ((1, 1), (3, 3)), ((3, 3), (1, 1))]):
+    for seed, sides in enumerate(
+        [((7, 7), (4, 4)), ((2, 3), (5, 7)), ((1, 1), (3, 3)), ((3, 3), (1, 1))]
+    ):
         for name, M in (("kd", [2]), ("mse", [3, 1])):
-            check_against_oracle(name, some_maps(*sides, seed=seed), M, beta, False, knowledge, reduction)
+            check_against_oracle(
+                name, some_maps(*sides, seed=seed), M, beta, False, knowledge, reduction
+            )
 
 
 # Identities
@@ -324,21 +372,32 @@ def test_options_against_the_oracle(knowledge: str, reduction: str, beta: float)
 def test_scale_one_is_the_plain_loss(batch: Maps, name: str, reduction: str, weight: float):
     student_map, teacher_map, target_B = batch
     plain_B = LOSSES[name](student_map.mean((2, 3)), teacher_map.mean((2, 3)), target_B)
-    close(ScaleDecoupled(LOSSES[name], [1], weight, reduction=reduction)(*batch), plain_B.mean(), 1e-10)
+    close(
+        ScaleDecoupled(LOSSES[name], [1], weight, reduction=reduction)(*batch),
+        plain_B.mean(),
+        1e-10,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_the_global_region_is_consistent_even_where_classes_are_close(dtype: torch.dtype, layout: torch.memory_format):
+def test_the_global_region_is_consistent_even_where_classes_are_close(
+    dtype: torch.dtype, layout: torch.memory_format
+):
     # pooling to 1 x 1 and the mean of the map must break near-ties in the same way
     generator = torch.Generator().manual_seed(0)
     for side in (2, 3, 4, 7, 8):
         base = torch.randn(256, 1, side, side, generator=generator)
-        teacher_map = (base + 1e-7 * torch.randn(256, 10, side, side, generator=generator)).to(dtype)
+        teacher_map = (base + 1e-7 * torch.randn(256, 10, side, side, generator=generator)).to(
+            dtype
+        )
         teacher_map = teacher_map.contiguous(memory_format=layout)
         target_B = torch.randint(10, (256,), generator=generator)
         composer = ScaleDecoupled(LOSSES["mse"], [1], knowledge="complementary")
-        assert composer(torch.randn(256, 10, side, side, generator=generator), teacher_map, target_B) == 0
+        assert (
+            composer(torch.randn(256, 10, side, side, generator=generator), teacher_map, target_B)
+            == 0
+        )
 
 
 @some
@@ -347,7 +406,9 @@ def test_weight_one_is_the_mean_over_regions(batch: Maps, name: str, M: list[int
     student_map, teacher_map, target_B = batch
     student_BRK, teacher_BRK = region_logits(student_map, M), region_logits(teacher_map, M)
     R = sum(m * m for m in M)
-    by_region = torch.stack([LOSSES[name](student_BRK[:, r], teacher_BRK[:, r], target_B).mean() for r in range(R)])
+    by_region = torch.stack(
+        [LOSSES[name](student_BRK[:, r], teacher_BRK[:, r], target_B).mean() for r in range(R)]
+    )
     close(ScaleDecoupled(LOSSES[name], M, 1.0)(*batch), by_region.mean(), 1e-10)
 
 
@@ -378,16 +439,22 @@ def test_scales_have_no_order(batch: Maps, name: str, M: list[int], standardized
 
 
 @some
-@given(maps(), loss_names, scales, st.booleans(), st.sampled_from(sorted(REDUCTIONS)), st.floats(0, 10))
+@given(
+    maps(), loss_names, scales, st.booleans(), st.sampled_from(sorted(REDUCTIONS)), st.floats(0, 10)
+)
 def test_consistent_and_complementary_sum_to_fusion(
     batch: Maps, name: str, M: list[int], standardized: bool, reduction: str, weight: float
 ):
     parts = {
-        knowledge: ScaleDecoupled(LOSSES[name], M, weight, standardized, knowledge, reduction)(*batch)
+        knowledge: ScaleDecoupled(LOSSES[name], M, weight, standardized, knowledge, reduction)(
+            *batch
+        )
         for knowledge in KNOWLEDGE
     }
     close(parts["consistent"] + parts["complementary"], parts["fusion"], 1e-10)
-    unweighted = ScaleDecoupled(LOSSES[name], M, 1.0, standardized, "complementary", reduction)(*batch)
+    unweighted = ScaleDecoupled(LOSSES[name], M, 1.0, standardized, "complementary", reduction)(
+        *batch
+    )
     close(parts["complementary"], weight * unweighted, 1e-10)
 
 
@@ -395,7 +462,11 @@ def test_consistent_and_complementary_sum_to_fusion(
 @given(maps(), loss_names, scales)
 def test_sum_is_mean_times_regions(batch: Maps, name: str, M: list[int]):
     mean = ScaleDecoupled(LOSSES[name], M, 3.0)(*batch)
-    close(ScaleDecoupled(LOSSES[name], M, 3.0, reduction="sum")(*batch), sum(m * m for m in M) * mean, 1e-10)
+    close(
+        ScaleDecoupled(LOSSES[name], M, 3.0, reduction="sum")(*batch),
+        sum(m * m for m in M) * mean,
+        1e-10,
+    )
 
 
 @some
@@ -410,7 +481,9 @@ def test_standardize_ignores_scale_and_shift(batch: Maps, a: float, b: float):
 
 @some
 @given(maps(K_min=3), loss_names, scales, st.floats(0.5, 20), st.floats(-20, 20))
-def test_standardized_distillation_ignores_scale_and_shift(batch: Maps, name: str, M: list[int], a: float, b: float):
+def test_standardized_distillation_ignores_scale_and_shift(
+    batch: Maps, name: str, M: list[int], a: float, b: float
+):
     student_map, teacher_map, target_B = batch
     composer = ScaleDecoupled(LOSSES[name], M, 3.0, standardize=True)
     close(composer(a * student_map + b, teacher_map / a - b, target_B), composer(*batch), 1e-4)
@@ -422,31 +495,46 @@ def test_standardized_distillation_ignores_scale_and_shift(batch: Maps, name: st
 @some
 @given(maps(), loss_names, scales, st.booleans(), st.floats(-50, 50), st.floats(-50, 50))
 def test_a_shift_of_the_logits_changes_nothing(
-    batch: Maps, name: str, M: list[int], standardized: bool, student_shift: float, teacher_shift: float
+    batch: Maps,
+    name: str,
+    M: list[int],
+    standardized: bool,
+    student_shift: float,
+    teacher_shift: float,
 ):
     student_map, teacher_map, target_B = batch
     if name == "mse" and not standardized:
         student_shift = teacher_shift
     composer = ScaleDecoupled(LOSSES[name], M, 3.0, standardized)
-    close(composer(student_map + student_shift, teacher_map + teacher_shift, target_B), composer(*batch), 1e-6)
+    close(
+        composer(student_map + student_shift, teacher_map + teacher_shift, target_B),
+        composer(*batch),
+        1e-6,
+    )
 
 
 @some
 @given(maps(), loss_names, scales, st.booleans(), st.randoms(use_true_random=False))
-def test_classes_and_images_have_no_order(batch: Maps, name: str, M: list[int], standardized: bool, random):
+def test_classes_and_images_have_no_order(
+    batch: Maps, name: str, M: list[int], standardized: bool, random
+):
     student_map, teacher_map, target_B = batch
     B, K = student_map.shape[:2]
     images_B, classes_K = (torch.tensor(random.sample(range(n), n)) for n in (B, K))
     composer = ScaleDecoupled(LOSSES[name], M, 3.0, standardized)
     of_images = composer(student_map[images_B], teacher_map[images_B], target_B[images_B])
     close(of_images, composer(*batch), 1e-9)
-    of_classes = composer(student_map[:, classes_K], teacher_map[:, classes_K], classes_K.argsort()[target_B])
+    of_classes = composer(
+        student_map[:, classes_K], teacher_map[:, classes_K], classes_K.argsort()[target_B]
+    )
     close(of_classes, composer(*batch), 1e-9)
 
 
 @some
 @given(maps(), scales, st.booleans())
-def test_kd_is_zero_for_equal_maps_and_positive_otherwise(batch: Maps, M: list[int], standardized: bool):
+def test_kd_is_zero_for_equal_maps_and_positive_otherwise(
+    batch: Maps, M: list[int], standardized: bool
+):
     _, teacher_map, target_B = batch
     composer = ScaleDecoupled(LOSSES["kd"], M, standardize=standardized)
     assert composer(teacher_map, teacher_map, target_B) == 0
@@ -483,7 +571,8 @@ def test_any_callable_composes(batch: Maps, M: list[int], weight: float):
 @raw_and_standardized
 def test_a_non_finite_logit_is_never_hidden(loss, side: int, value: float, standardized: bool):
     for (cell, knowledge), weight in itertools.product(
-        [((0, 1, 0, 0), "fusion"), ((3, 0, 2, 1), "consistent"), ((1, 2, 1, 2), "complementary")], (0.0, 2.0)
+        [((0, 1, 0, 0), "fusion"), ((3, 0, 2, 1), "consistent"), ((1, 2, 1, 2), "complementary")],
+        (0.0, 2.0),
     ):
         batch = some_maps((3, 3), (3, 3))
         batch[side][cell] = value
@@ -508,7 +597,9 @@ def test_minus_infinity_is_never_a_zero(name: str, standardized: bool):
 def test_gradients(loss, standardized: bool):
     student_map, teacher_map, target_B = some_maps((3, 2), (2, 2), B=2, K=3)
     composer = ScaleDecoupled(loss, [1, 2], standardize=standardized)
-    assert torch.autograd.gradcheck(lambda s: composer(s, teacher_map, target_B), student_map.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: composer(s, teacher_map, target_B), student_map.requires_grad_()
+    )
 
 
 @each_loss
@@ -520,7 +611,9 @@ def test_a_teacher_map_of_inference_mode_serves(loss, standardized: bool):
             inferred_map = teacher_map + 0
         assert inferred_map.is_inference()
         composer = ScaleDecoupled(loss, M, standardize=standardized)
-        (gradient,) = torch.autograd.grad(composer(student_map.requires_grad_(), inferred_map, target_B), student_map)
+        (gradient,) = torch.autograd.grad(
+            composer(student_map.requires_grad_(), inferred_map, target_B), student_map
+        )
         (expected,) = torch.autograd.grad(composer(student_map, teacher_map, target_B), student_map)
         assert torch.equal(gradient, expected)
         assert gradient.abs().sum() > 0
@@ -557,8 +650,13 @@ def test_low_precision_maps_are_computed_in_float32(loss, standardized: bool, dt
 @each_loss
 def test_float64_maps_are_computed_in_float64(loss):
     student_map, teacher_map, target_B = some_maps((4, 4), (4, 4))
-    assert ScaleDecoupled(loss, [1, 2], 0.1)(student_map, teacher_map, target_B).dtype == torch.float64
-    assert ScaleDecoupled(loss, [1, 2])(student_map.float(), teacher_map.float(), target_B).dtype == torch.float32
+    assert (
+        ScaleDecoupled(loss, [1, 2], 0.1)(student_map, teacher_map, target_B).dtype == torch.float64
+    )
+    assert (
+        ScaleDecoupled(loss, [1, 2])(student_map.float(), teacher_map.float(), target_B).dtype
+        == torch.float32
+    )
 
 
 @each_loss
@@ -571,7 +669,9 @@ def test_extreme_and_constant_logits_stay_finite(loss, standardized: bool, K: in
     constant = torch.zeros(4, K, 4, 4), teacher_map.float(), target_B
     for student_map, teacher_map, _ in (extreme, constant, (constant[1], constant[0], target_B)):
         leaf = student_map.clone().requires_grad_()
-        value = ScaleDecoupled(loss, [1, 2, 4], standardize=standardized)(leaf, teacher_map, target_B)
+        value = ScaleDecoupled(loss, [1, 2, 4], standardize=standardized)(
+            leaf, teacher_map, target_B
+        )
         value.backward()
         assert value.isfinite()
         assert leaf.grad.isfinite().all()
@@ -665,7 +765,9 @@ def test_scales_must_be_distinct(M: list[int]):
 
 
 def test_options_must_be_known():
-    with pytest.raises(ValueError, match="knowledge='both' is not one of fusion, consistent, complementary"):
+    with pytest.raises(
+        ValueError, match="knowledge='both' is not one of fusion, consistent, complementary"
+    ):
         ScaleDecoupled(LOSSES["kd"], [1], knowledge="both")
     with pytest.raises(ValueError, match="reduction='none' is not one of mean, sum"):
         ScaleDecoupled(LOSSES["kd"], [1], reduction="none")

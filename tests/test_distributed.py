@@ -40,11 +40,22 @@ CPU = torch.device("cpu")
 PATIENCE = 240  # seconds: a loaded machine is slow, a hang is for ever
 
 
-def _be(rank: int, count: int, port: int, hosted: bool, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _be(
+    rank: int,
+    count: int,
+    port: int,
+    hosted: bool,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     faulthandler.register(signal.SIGUSR1)  # where it hangs
     cfg.frame()
     torch.set_num_threads(1)
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": hosted}
+    there = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": hosted,
+    }
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "GLOO_SOCKET_IFNAME": "lo"}
     os.environ.update({key: str(value) for key, value in {**there, **here}.items()})
     work(*arguments)
@@ -53,13 +64,19 @@ def _be(rank: int, count: int, port: int, hosted: bool, work: Callable[..., Any]
 class Started:
     """Ranks that run work(*arguments)."""
 
-    def __init__(self, count: int, work: Callable[..., Any], *arguments: Any, hosted: bool = True) -> None:
+    def __init__(
+        self, count: int, work: Callable[..., Any], *arguments: Any, hosted: bool = True
+    ) -> None:
         """hosted: this process holds the store; else rank 0 does, at a port that was free a moment ago."""
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self.store = TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
         told = (count, self.store.port, hosted, work, arguments)
         if not hosted:
             del self.store
-        self.processes = [processes.Process(target=_be, args=(rank, *told)) for rank in range(count)]
+        self.processes = [
+            processes.Process(target=_be, args=(rank, *told)) for rank in range(count)
+        ]
         for process in self.processes:
             process.start()
 
@@ -92,7 +109,9 @@ def result_of(job: Config) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [7, 64, 300])
 def test_shares_are_slices_of_the_batches(batch_size: int, ranks: int) -> None:
-    images = torch.randint(256, (604, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        256, (604, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     split = Images(images, torch.arange(604) % 10)
     made = functools.partial(
         DeviceData, Splits(split, Images(*(t[:37] for t in split))), num_classes=10, batch_size=batch_size, seed=3,
@@ -134,8 +153,12 @@ def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
     """Of every step of an epoch, in float64 but for the cross-entropy, at the weights of the start."""
     data = build_data(job, CPU, rank=ranks.rank, ranks=ranks.count)
     student = ranks.with_shared_norm(build_network(job.student.model, 10, 0, CPU).double())
-    teacher = build_network(job.teacher.model, 10, 1, CPU).double().eval() if job.distiller.loss else None
-    run = build_run(job, student, Onlooker(job), CPU, data.steps_per_epoch, images=data.train_size, ranks=ranks)
+    teacher = (
+        build_network(job.teacher.model, 10, 1, CPU).double().eval() if job.distiller.loss else None
+    )
+    run = build_run(
+        job, student, Onlooker(job), CPU, data.steps_per_epoch, images=data.train_size, ranks=ranks
+    )
     run.learning_rate = lambda progress: 0.0
     steps, statistics, seeds = [], [], []
     for images, target in data.batches(1):
@@ -143,7 +166,13 @@ def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
             teacher_map = teacher(images.double()) if teacher else None
         run.train_step(images.double(), target, teacher_map)
         seeds.append(torch.initial_seed())
-        steps.append([parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None])
+        steps.append(
+            [
+                parameter.grad.clone()
+                for parameter in student.parameters()
+                if parameter.grad is not None
+            ]
+        )
         statistics.append({name: value.clone() for name, value in student.named_buffers()})
     run.look()
     sums = ranks.gather(run.sums).sum(0) / run.seen
@@ -160,7 +189,9 @@ def keep_gradients(home: Path, jobs: dict[str, Config]) -> None:
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], dict[str, Any]]:
+def gradients(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, int, int], dict[str, Any]]:
     """gradients(case, rank, ranks): of one process, of two and of three."""
     home = tmp_path_factory.mktemp("gradients")
     jobs = {name: case(home, name) for name in CASES}
@@ -187,7 +218,9 @@ def test_gradients_are_those_of_the_whole_batch(gradients: Any, name: str, ranks
         assert scale > 0
         for rank in range(ranks):
             found = some[rank]["steps"][step]
-            assert same(found, some[0]["steps"][step])  # bit for bit on all ranks, or their weights would drift apart
+            assert same(
+                found, some[0]["steps"][step]
+            )  # bit for bit on all ranks, or their weights would drift apart
             for ours, theirs in zip(found, expected, strict=True):
                 assert (ours - theirs).abs().max() <= 2e-6 * scale
     assert all(part["names"] == one["names"] for part in some)
@@ -195,7 +228,10 @@ def test_gradients_are_those_of_the_whole_batch(gradients: Any, name: str, ranks
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_statistics_of_batchnorm_are_those_of_the_whole_batch(gradients: Any, ranks: int) -> None:
-    one, some = gradients("batchnorm", 0, 1), [gradients("batchnorm", rank, ranks) for rank in range(ranks)]
+    one, some = (
+        gradients("batchnorm", 0, 1),
+        [gradients("batchnorm", rank, ranks) for rank in range(ranks)],
+    )
     for step, expected in enumerate(one["buffers"]):
         assert len(expected) == 3 * 9
         for rank in range(ranks):
@@ -215,7 +251,10 @@ def test_metrics_are_those_of_all_images(gradients: Any, name: str, ranks: int) 
         torch.testing.assert_close(found["sums"], one["sums"], rtol=1e-5, atol=0)
         assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert found["sums"][3] == pytest.approx(one["sums"][3].item(), rel=1e-6)
-        assert (found["val"]["top1"], found["val"]["top5"]) == (one["val"]["top1"], one["val"]["top5"])
+        assert (found["val"]["top1"], found["val"]["top5"]) == (
+            one["val"]["top1"],
+            one["val"]["top5"],
+        )
         assert found["val"]["loss"] == pytest.approx(one["val"]["loss"], rel=1e-5)
 
 
@@ -292,7 +331,8 @@ def close(a: Config, b: Config, epochs: int = 2) -> bool:
     """The same outcome up to rounding: of another number of ranks."""
     metrics = [[list(row.values()) for row in rows(job)] for job in (a, b)]
     return len(metrics[0]) == epochs and all(
-        ours == pytest.approx(theirs, rel=2e-2, abs=1e-4) for ours, theirs in zip(*metrics, strict=True)
+        ours == pytest.approx(theirs, rel=2e-2, abs=1e-4)
+        for ours, theirs in zip(*metrics, strict=True)
     )
 
 
@@ -351,7 +391,9 @@ def test_what_a_student_leaves(house: Path) -> None:
     with np.load(Path(job.run_dir, "predictions.npz")) as arrays:
         assert arrays["logits"].shape == (64, 10)
     (sums,) = (house / "maps").glob("*.sums")
-    assert np.count_nonzero(np.fromfile(sums, np.uint32)) > 142  # all training images of an epoch, not a rank's share
+    assert (
+        np.count_nonzero(np.fromfile(sums, np.uint32)) > 142
+    )  # all training images of an epoch, not a rank's share
 
 
 def test_a_teacher_is_trained_by_all_ranks(house: Path) -> None:
@@ -423,7 +465,9 @@ def test_a_rank_that_ends_ends_the_job(
     if how in ("raises", "hangs"):
         results = fit([job, beside])
         assert results[1]["status"] == "KILLED"
-        assert results[1]["reason"].startswith(f"{Path(job.run_dir).name} failed beside it: RuntimeError: ")
+        assert results[1]["reason"].startswith(
+            f"{Path(job.run_dir).name} failed beside it: RuntimeError: "
+        )
         assert "in misbehave" in Path(job.run_dir, "train.log").read_text() + capfd.readouterr().err
     else:
         with pytest.raises(RankFailed, match=f"rank 1 of 2: {reason[:20]}"):
@@ -445,8 +489,12 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGKILL, "SIGINT")])
-def test_a_signal_to_the_first_process_stops_all_ranks(tmp_path: Path, number: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGKILL, "SIGINT")]
+)
+def test_a_signal_to_the_first_process_stops_all_ranks(
+    tmp_path: Path, number: int, reason: str
+) -> None:
     """SIGKILL too: the ranks then end as after Ctrl-C, with all checkpoints saved."""
     job = tiny(tmp_path, "trainer.devices=2", "trainer.epochs=400")
     process = child(job)
@@ -510,12 +558,20 @@ def test_refused_in_one_line_by_the_ranks(tmp_path: Path) -> None:
 def test_pick_device_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pick_device(name, 1, 2) for name in ("cuda", "auto", "cpu")] == [torch.device("cuda:1")] * 2 + [CPU]
-    with pytest.raises(ValueError, match=r"trainer.devices=3 asks for more GPUs than the 2 here; give 1..2"):
+    assert [pick_device(name, 1, 2) for name in ("cuda", "auto", "cpu")] == [
+        torch.device("cuda:1")
+    ] * 2 + [CPU]
+    with pytest.raises(
+        ValueError, match=r"trainer.devices=3 asks for more GPUs than the 2 here; give 1..2"
+    ):
         check_places("cuda", 3)
     check_places("cuda", 2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # what a scheduler shows to each of two
+    monkeypatch.setattr(
+        torch.cuda, "device_count", lambda: 1
+    )  # what a scheduler shows to each of two
     assert pick_device("cuda", 1, 2) == torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"trainer\.device=cuda:1 is one device for 2 processes; use cuda or cpu"):
+    with pytest.raises(
+        ValueError, match=r"trainer\.device=cuda:1 is one device for 2 processes; use cuda or cpu"
+    ):
         pick_device("cuda:1", 0, 2)

@@ -37,7 +37,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def left(path: Path) -> list[str]:
-    return sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock") if path.parent.exists() else []
+    return (
+        sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock")
+        if path.parent.exists()
+        else []
+    )
 
 
 def refused(url: str, path: Path, limit: int = LIMIT, md5: str | None = None) -> str:
@@ -92,7 +96,10 @@ def test_without_a_version_to_name_it_starts_anew(web: Site, path: Path, tag: st
 
 
 def test_a_server_without_ranges_sends_it_all_again(web: Site, path: Path) -> None:
-    assert fetch(web.file("file.bin", CONTENT, ranges=False, cuts=[9]), path, limit=LIMIT).read_bytes() == CONTENT
+    assert (
+        fetch(web.file("file.bin", CONTENT, ranges=False, cuts=[9]), path, limit=LIMIT).read_bytes()
+        == CONTENT
+    )
 
 
 def test_a_file_that_changed_in_between_is_not_glued_together(web: Site, path: Path) -> None:
@@ -106,7 +113,11 @@ def test_a_file_that_changed_in_between_is_not_glued_together(web: Site, path: P
 def test_a_server_that_does_not_look_at_the_version(web: Site, path: Path) -> None:
     url = web.file("file.bin", CONTENT, cuts=[100_000] + [0] * 9)
     refused(url, path)
-    span = {"Content_Range": "bytes 100000-299999/300000", "ETag": '"2"', "Content_Length": "200000"}
+    span = {
+        "Content_Range": "bytes 100000-299999/300000",
+        "ETag": '"2"',
+        "Content_Length": "200000",
+    }
     whole = answer(CONTENT[::-1], ETag='"2"', Content_Length="300000")
     web.page("file.bin", answer(CONTENT[::-1][100_000:], 206, **span), whole)
     assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT[::-1]
@@ -131,11 +142,15 @@ def test_a_part_of_who_knows_what_is_not_built_upon(web: Site, path: Path, note:
     assert web.asked == [("/file.bin", None)]
 
 
-def test_attempts_that_bring_enough_do_not_count(web: Site, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_that_bring_enough_do_not_count(
+    web: Site, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "GAIN", 10_000)
     url = web.file("file.bin", CONTENT, cuts=[10_000] * 20)
     assert fetch(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
-    web.file("file.bin", CONTENT, tag=None, cuts=[20_000] * 100)  # brings them again and again: no progress
+    web.file(
+        "file.bin", CONTENT, tag=None, cuts=[20_000] * 100
+    )  # brings them again and again: no progress
     web.asked.clear()
     refused(url, path.with_name("other"))
     assert len(web.asked) == download.ATTEMPTS
@@ -144,7 +159,13 @@ def test_attempts_that_bring_enough_do_not_count(web: Site, path: Path, monkeypa
 def test_cut_chunks(web: Site, path: Path) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     whole = raw(head + b"5\r\nhello\r\n0\r\n\r\n")
-    url = web.page("file.bin", raw(head + b"5\r\nhel"), raw(head + b"5\r\nhello\r\n"), raw(head + b"zz\r\n"), whole)
+    url = web.page(
+        "file.bin",
+        raw(head + b"5\r\nhel"),
+        raw(head + b"5\r\nhello\r\n"),
+        raw(head + b"zz\r\n"),
+        whole,
+    )
     assert fetch(url, path, limit=LIMIT).read_bytes() == b"hello"
 
 
@@ -168,11 +189,16 @@ def test_what_may_come_later_is_asked_for_again(web: Site, path: Path, code: int
     assert len(web.asked) == download.ATTEMPTS
 
 
-def test_pauses_grow_and_follow_the_server(web: Site, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_grow_and_follow_the_server(
+    web: Site, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(download, "BACKOFF_S", 1.0)
     monkeypatch.setattr("time.sleep", pauses.append)
-    patient = [status(503, Retry_After=text) for text in ("7", "Wed, 21 Oct 2026 07:28:00 GMT", "99999", "-1")]
+    patient = [
+        status(503, Retry_After=text)
+        for text in ("7", "Wed, 21 Oct 2026 07:28:00 GMT", "99999", "-1")
+    ]
     refused(web.page("file.bin", *patient, status(500)), path)
     for pause, longest in zip(pauses, (7.0, 2.0, download.LONGEST_S, 8.0), strict=True):
         assert 0.75 * longest <= pause <= longest
@@ -194,7 +220,9 @@ def test_redirect_loops_end(web: Site, path: Path) -> None:
     assert "redirect" in refused(web.url + "chain0", path)
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "http://[", "gopher://x/"])
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "http://[", "gopher://x/"]
+)
 def test_redirects_out_of_the_web_are_refused(web: Site, path: Path, target: str) -> None:
     refused(web.page("a", status(302, Location=target)), path)
     assert len(web.asked) == 1
@@ -209,7 +237,9 @@ def test_redirects_from_https_to_http_are_refused() -> None:
 @pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://h/x", "http://", "http:///x", "http://h:99999/x", "x",
                                  "http://h/a b", "http://h/\n", "http://[::1/x", "http://ü/x"])  # fmt: skip
 def test_what_is_no_address(path: Path, url: str) -> None:
-    with pytest.raises(DownloadError, match="it is no address: expected http://host/path or https://host/path"):
+    with pytest.raises(
+        DownloadError, match="it is no address: expected http://host/path or https://host/path"
+    ):
         fetch(url, path, limit=LIMIT)
 
 
@@ -235,7 +265,9 @@ def test_an_announced_size_above_the_limit(web: Site, path: Path) -> None:
 @pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n\r\n",
                                   b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"])  # fmt: skip
 def test_a_size_above_the_limit_that_nobody_announced(web: Site, path: Path, head: bytes) -> None:
-    assert "at most 1000 are taken" in refused(web.page("file.bin", raw(head + CONTENT)), path, limit=1000)
+    assert "at most 1000 are taken" in refused(
+        web.page("file.bin", raw(head + CONTENT)), path, limit=1000
+    )
     assert left(path) == []
 
 
@@ -250,7 +282,9 @@ def test_another_md5_is_not_kept(web: Site, path: Path) -> None:
 
 
 def test_an_encoded_answer_is_refused(web: Site, path: Path) -> None:
-    assert "encoded as gzip" in refused(web.page("file.bin", answer(b"x", Content_Encoding="gzip")), path)
+    assert "encoded as gzip" in refused(
+        web.page("file.bin", answer(b"x", Content_Encoding="gzip")), path
+    )
 
 
 # Stalled
@@ -279,7 +313,9 @@ def test_a_stalled_socket_is_given_up_and_asked_again(
     assert "no answer within 0.5 s" in caplog.text or "stalled: " in caplog.text
 
 
-def test_a_socket_that_always_stalls(web: Site, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_that_always_stalls(
+    web: Site, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "STALLED_S", 0.1)
     assert "no answer within 0.1 s" in refused(web.page("file.bin", web.stalls()), path)
     assert len(web.asked) == download.ATTEMPTS
@@ -288,7 +324,9 @@ def test_a_socket_that_always_stalls(web: Site, path: Path, monkeypatch: pytest.
 # This machine
 
 
-def test_a_full_disk_is_said_and_not_tried_again(web: Site, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_not_tried_again(
+    web: Site, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = web.file("file.bin", CONTENT)
 
     def full(_: int) -> None:
@@ -310,19 +348,31 @@ def test_processes_that_start_together_fetch_it_once(web: Site, path: Path) -> N
 # Fuzz
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_whatever_a_server_says(
     web: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
     monkeypatch.setattr(download, "LONGEST_S", 0.001)
     monkeypatch.setattr(download, "STALLED_S", 0.1)
-    names = ["Content-Length", "Content-Range", "ETag", "Last-Modified", "Location", "Retry-After", "Transfer-Encoding"]
+    names = [
+        "Content-Length",
+        "Content-Range",
+        "ETag",
+        "Last-Modified",
+        "Location",
+        "Retry-After",
+        "Transfer-Encoding",
+    ]
     values = st.one_of(st.sampled_from(["0", "5", "-1", "9" * 30, '"1"', "chunked", "bytes 0-1/2", "/x", "²"]),
                        st.text(st.characters(max_codepoint=255), max_size=20))  # fmt: skip
     lines = data.draw(st.lists(st.tuples(st.sampled_from(names), values), max_size=4))
     code = data.draw(st.sampled_from([200, 206, 301, 404, 416, 503, 99, 1000]))
-    head = f"HTTP/1.1 {code} X\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines) + "\r\n"
+    head = (
+        f"HTTP/1.1 {code} X\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines) + "\r\n"
+    )
     wire = head.encode("latin-1") + data.draw(st.binary(max_size=50))
     page = raw(data.draw(st.sampled_from([wire, wire[: len(wire) // 2], wire[10:]])))
     target = tmp_path / "fuzz" / "file"

@@ -59,7 +59,9 @@ def slow_ece(logits_NK: Tensor, target_N: Tensor, bins: int) -> float:
 def test_calibration_error_is_guos(bins: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NK, target_N = scale * torch.randn(400, 7, generator=generator), torch.arange(400) % 7
-    assert calibration_error(logits_NK, target_N, bins) == pytest.approx(slow_ece(logits_NK, target_N, bins), abs=1e-9)
+    assert calibration_error(logits_NK, target_N, bins) == pytest.approx(
+        slow_ece(logits_NK, target_N, bins), abs=1e-9
+    )
 
 
 def test_calibration_error_at_its_ends() -> None:
@@ -71,7 +73,10 @@ def test_calibration_error_at_its_ends() -> None:
 
 def test_scores_of_all_answers_are_those_of_batches(trained: Config) -> None:
     model, data = create("resnet8", 10).eval(), build_data(trained, torch.device("cpu"))
-    whole, streamed = scores(*answers(model, data.test_batches())), stream(model, data.test_batches())
+    whole, streamed = (
+        scores(*answers(model, data.test_batches())),
+        stream(model, data.test_batches()),
+    )
     assert {key: whole[key] for key in streamed} == pytest.approx(streamed)
 
 
@@ -85,23 +90,33 @@ def test_a_run_is_judged_with_its_teacher_and_its_best_epoch(
     assert found["images"] == 64
     assert found["images_per_s"] > 0
     student, teacher = create("resnet8", 10).eval(), create("resnet8", 10).eval()
-    student.load_state_dict(torch.load(Path(trained.run_dir, "best.ckpt"), weights_only=True)["model"])
-    teacher.load_state_dict(torch.load(path_of(trained.home, "fake", "resnet8"), weights_only=True)["model"])
+    student.load_state_dict(
+        torch.load(Path(trained.run_dir, "best.ckpt"), weights_only=True)["model"]
+    )
+    teacher.load_state_dict(
+        torch.load(path_of(trained.home, "fake", "resnet8"), weights_only=True)["model"]
+    )
     data = build_data(trained, torch.device("cpu"))
     s_NK, target_N = answers(student, data.test_batches())
     t_NK, _ = answers(teacher, data.test_batches())
-    assert found["agreement"] == pytest.approx(100 * (s_NK.argmax(1) == t_NK.argmax(1)).double().mean().item())
+    assert found["agreement"] == pytest.approx(
+        100 * (s_NK.argmax(1) == t_NK.argmax(1)).double().mean().item()
+    )
     assert found["ece"] == pytest.approx(slow_ece(s_NK, target_N, 15), abs=1e-3)
 
 
 def test_a_teacher_agrees_with_itself(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
     path = path_of(trained.home, "fake", "resnet8")
-    found = judged(capsys, path, "student=resnet8", "teacher=resnet8", f"home={trained.home}", *ASKED)
+    found = judged(
+        capsys, path, "student=resnet8", "teacher=resnet8", f"home={trained.home}", *ASKED
+    )
     assert found["agreement"] == 100
     assert found["teacher_top1"] == found["top1"]
 
 
-def test_an_exported_file_gives_what_its_run_gives(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_file_gives_what_its_run_gives(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = judged(capsys, trained.run_dir)
     export.main([trained.run_dir])
     path = capsys.readouterr().out.strip()
@@ -112,17 +127,25 @@ def test_an_exported_file_gives_what_its_run_gives(trained: Config, capsys: pyte
     assert alone["ece"] == pytest.approx(expected["ece"])
 
 
-def test_a_run_on_other_data_keeps_its_normalisation(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_other_data_keeps_its_normalisation(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = [word.replace("load.test=64", "load.test=32") for word in ASKED]
     assert judged(capsys, trained.run_dir, *more)["images"] == 32
     job, _ = evaluate._job(Path(trained.run_dir), ["dataset=fashion_mnist", "dataset.root=/x"])
-    assert (job.dataset.name, job.dataset.mean, job.dataset.root) == ("fashion_mnist", trained.dataset.mean, "/x")
+    assert (job.dataset.name, job.dataset.mean, job.dataset.root) == (
+        "fashion_mnist",
+        trained.dataset.mean,
+        "/x",
+    )
     assert job.dataset.load["root"] == "/x"
     assert job.student == trained.student
 
 
 @pytest.mark.parametrize("group", ["student", "teacher"])
-def test_a_network_that_cannot_take_the_images_is_named_in_one_line(trained: Config, group: str) -> None:
+def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
+    trained: Config, group: str
+) -> None:
     class Narrow(torch.nn.Conv2d):
         def __init__(self) -> None:
             super().__init__(3, 10, 17)  # of images of 16 pixels
@@ -134,7 +157,9 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(trained: Con
     data, cpu = build_data(trained, torch.device("cpu")), torch.device("cpu")
     good = create("resnet8", 10)
     pair = (Narrow(), good) if group == "student" else (good, Narrow())
-    with pytest.raises(ValueError, match=rf"^{group}=resnet8 cannot take images of 3x16x16 \(.*Kernel.*\)") as caught:
+    with pytest.raises(
+        ValueError, match=rf"^{group}=resnet8 cannot take images of 3x16x16 \(.*Kernel.*\)"
+    ) as caught:
         check_maps(trained, *pair, data, cpu)
     assert "\n" not in str(caught.value)
     with pytest.raises(torch.OutOfMemoryError):  # jobs are then fitted by halves
@@ -155,7 +180,9 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(trained: Con
         (["{folder}", "datset=fake"], "datset is unknown"),
     ],
 )
-def test_errors_take_one_line(trained: Config, words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_take_one_line(
+    trained: Config, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path(trained.run_dir, "best.onnx").touch()
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([word.format(folder=trained.run_dir) for word in words])

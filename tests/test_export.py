@@ -26,7 +26,9 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished run that is in MLflow too."""
     home = tmp_path_factory.mktemp("home")
-    job = tiny(home, "tracking=mlflow", f"tracking.uri=sqlite:///{home}/mlflow.db", "trainer.epochs=1")
+    job = tiny(
+        home, "tracking=mlflow", f"tracking.uri=sqlite:///{home}/mlflow.db", "trainer.epochs=1"
+    )
     fit([job])
     return job
 
@@ -53,7 +55,9 @@ def answer(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return capsys.readouterr().out.strip()
 
 
-def test_safetensors_is_the_plain_state_dict(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_safetensors_is_the_plain_state_dict(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(answer(capsys, trained.run_dir))
     assert path == Path(trained.run_dir, "best.safetensors")
     state = safetensors.torch.load_file(path)
@@ -76,7 +80,9 @@ def test_safetensors_round_trip_of_every_network(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ["wrn_16_1", "vgg8", "foreign"])
 def test_onnx_gives_torchs_logits(tmp_path: Path, name: str) -> None:
-    network = (from_network(Late(torch.nn.Dropout(0.5))) if name == "foreign" else create(name, 10)).eval()
+    network = (
+        from_network(Late(torch.nn.Dropout(0.5))) if name == "foreign" else create(name, 10)
+    ).eval()
     classifier = export.Classifier(network, MEAN, STD)
     export.to_onnx(classifier, tmp_path / "x.onnx", (3, 32, 32), {"a": "b"})
     onnx.checker.check_model(str(tmp_path / "x.onnx"), full_check=True)
@@ -100,8 +106,14 @@ def test_a_model_for_mlflow_has_a_signature_and_stands_beside_its_run(
     mlflow.set_tracking_uri(trained.tracking.uri)
     for place in (folder, uri):
         model = mlflow.pyfunc.load_model(place)
-        inputs, outputs = model.metadata.signature.inputs.inputs, model.metadata.signature.outputs.inputs
-        assert [(x.name, x.shape) for x in (*inputs, *outputs)] == [("images", (-1, 3, 16, 16)), ("logits", (-1, 10))]
+        inputs, outputs = (
+            model.metadata.signature.inputs.inputs,
+            model.metadata.signature.outputs.inputs,
+        )
+        assert [(x.name, x.shape) for x in (*inputs, *outputs)] == [
+            ("images", (-1, 3, 16, 16)),
+            ("logits", (-1, 10)),
+        ]
         got = model.predict({"images": images().numpy()})["logits"]
         assert np.abs(got - expected_of(trained).numpy()).max() < 1e-4
     assert answer(capsys, trained.run_dir, "--to", "mlflow") == said  # again, in place of the first
@@ -118,22 +130,35 @@ def test_a_model_for_mlflow_replaces_nothing_else(
     before = sorted((path, path.stat().st_mtime_ns) for path in [out, *out.rglob("*")])
     with pytest.raises(SystemExit, match="1"):
         export.main([trained.run_dir, "--to", "mlflow", "--out", str(out)])
-    assert f"{out} is there and is no MLflow model; give --out a path that is free" in capsys.readouterr().err
+    assert (
+        f"{out} is there and is no MLflow model; give --out a path that is free"
+        in capsys.readouterr().err
+    )
     assert before == sorted((path, path.stat().st_mtime_ns) for path in [out, *out.rglob("*")])
 
 
 def test_onnx_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match=r"differ from torch's by .* nothing is written"):
-        export.to_onnx(export.Classifier(create("resnet8", 10), MEAN, STD), tmp_path / "x.onnx", (3, 16, 16), {})
+        export.to_onnx(
+            export.Classifier(create("resnet8", 10), MEAN, STD),
+            tmp_path / "x.onnx",
+            (3, 16, 16),
+            {},
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_take_one_line(tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_take_one_line(
+    tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     begun = tiny(tmp_path)
     Path(begun.run_dir).mkdir(parents=True)
     Path(begun.run_dir, "config.yaml").write_text(Path(trained.run_dir, "config.yaml").read_text())
-    for folder, why in ((tmp_path, "is no run directory"), (begun.run_dir, r"has no best.ckpt (not started)")):
+    for folder, why in (
+        (tmp_path, "is no run directory"),
+        (begun.run_dir, r"has no best.ckpt (not started)"),
+    ):
         with pytest.raises(SystemExit, match="1"):
             export.main([str(folder)])
         err = capsys.readouterr().err.splitlines()[-1]
@@ -146,17 +171,24 @@ def test_errors_take_one_line(tmp_path: Path, trained: Config, capsys: pytest.Ca
     [
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ({"model": {"_target_": "os.system", "command": "true"}}, "names 'os.system', which is no network of sddlskd"),
+        (
+            {"model": {"_target_": "os.system", "command": "true"}},
+            "names 'os.system', which is no network of sddlskd",
+        ),
         (
             {"model": {"_target_": "sddlskd.models.create", "name": {"_target_": "os.getcwd"}}},
             "is no network of sddlskd",
         ),
     ],
 )
-def test_a_file_that_describes_itself_badly_is_refused(tmp_path: Path, facts: Any, why: str) -> None:
+def test_a_file_that_describes_itself_badly_is_refused(
+    tmp_path: Path, facts: Any, why: str
+) -> None:
     whole = {"network": "x", "dataset": "fake", "num_classes": 10, "mean": MEAN, "std": STD}
     text = facts if isinstance(facts, str) else json.dumps({**whole, **facts})
-    safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "x.safetensors", {"sddlskd": text})
+    safetensors.torch.save_file(
+        {"w": torch.zeros(1)}, tmp_path / "x.safetensors", {"sddlskd": text}
+    )
     with pytest.raises(ValueError, match=why):
         export.described(tmp_path / "x.safetensors")
 
@@ -164,7 +196,9 @@ def test_a_file_that_describes_itself_badly_is_refused(tmp_path: Path, facts: An
 def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
     for content in (b"", b"no safetensors at all", b"\xff" * 64):
         (tmp_path / "x.safetensors").write_bytes(content)
-        with pytest.raises(checkpoint.UnreadableFile, match=r"damaged or no safetensors file \(\d+ bytes"):
+        with pytest.raises(
+            checkpoint.UnreadableFile, match=r"damaged or no safetensors file \(\d+ bytes"
+        ):
             checkpoint.read_weights(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         checkpoint.read_weights(tmp_path / "y.safetensors")

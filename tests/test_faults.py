@@ -27,7 +27,11 @@ from tests.tiny import processes, rows, same, same_outcome, tiny  # noqa: F401
 def small(home: Path, *overrides: str) -> Config:
     """A training of a third of a second."""
     return tiny(
-        home, "distiller=vanilla", *overrides, model={"_target_": "tests.misbehaving.Tiny", "width": 128}, teacher=False
+        home,
+        "distiller=vanilla",
+        *overrides,
+        model={"_target_": "tests.misbehaving.Tiny", "width": 128},
+        teacher=False,
     )
 
 
@@ -77,7 +81,9 @@ def crash_everywhere(job: Config, undisturbed: Config, home: Path, queue: Any) -
 
 def test_crash_at_every_file_operation(tmp_path: Path, undisturbed: Config) -> None:
     queue = processes.SimpleQueue()
-    process = processes.Process(target=crash_everywhere, args=(undisturbed, undisturbed, tmp_path, queue))
+    process = processes.Process(
+        target=crash_everywhere, args=(undisturbed, undisturbed, tmp_path, queue)
+    )
     process.start()
     process.join()
     wrong, points = queue.get()
@@ -112,15 +118,23 @@ def test_no_spoilt_checkpoint_is_taken_for_a_good_one(undisturbed: Config, tmp_p
         harmless += same(got, newest)
         (tmp_path / checkpoint.SPARE).unlink()
         if same(got, spare):
-            with pytest.raises(UnreadableFile, match=rf"{tmp_path / checkpoint.LATEST} is .*or delete {tmp_path} to"):
+            with pytest.raises(
+                UnreadableFile,
+                match=rf"{tmp_path / checkpoint.LATEST} is .*or delete {tmp_path} to",
+            ):
                 checkpoint.read_latest(tmp_path)
-    assert harmless < 40  # bytes that say nothing: padding, times and the like; a cut is never among them
+    assert (
+        harmless < 40
+    )  # bytes that say nothing: padding, times and the like; a cut is never among them
 
 
 def test_a_cut_checkpoint_is_never_read(undisturbed: Config, tmp_path: Path) -> None:
     content, path = Path(undisturbed.run_dir, checkpoint.LATEST).read_bytes(), tmp_path / "x.ckpt"
     draw = random.Random(1)
-    for length in [*range(len(content) - 30, len(content)), *(draw.randrange(len(content)) for _ in range(70))]:
+    for length in [
+        *range(len(content) - 30, len(content)),
+        *(draw.randrange(len(content)) for _ in range(70)),
+    ]:
         path.write_bytes(content[:length])
         with pytest.raises(UnreadableFile, match=f"{path} is truncated"):
             checkpoint.read(path)
@@ -134,7 +148,9 @@ READERS: dict[str, Callable[[Config], Any]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_spoilt_record_is_named_or_harmless(undisturbed: Config, tmp_path: Path, name: str) -> None:
+def test_a_spoilt_record_is_named_or_harmless(
+    undisturbed: Config, tmp_path: Path, name: str
+) -> None:
     """No traceback: a ValueError of one line that names the file."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed.run_dir, folder)
@@ -151,12 +167,16 @@ def test_a_spoilt_record_is_named_or_harmless(undisturbed: Config, tmp_path: Pat
         assert "\n" not in text
 
 
-def test_a_spoilt_result_is_deleted_and_the_run_goes_on(undisturbed: Config, tmp_path: Path) -> None:
+def test_a_spoilt_result_is_deleted_and_the_run_goes_on(
+    undisturbed: Config, tmp_path: Path
+) -> None:
     job = moved(undisturbed, tmp_path)
     shutil.copytree(undisturbed.run_dir, job.run_dir)
     path = Path(job.run_dir, "result.json")
     path.write_bytes(b"\0" * 200)
-    with pytest.raises(record.Damaged, match=rf"{path} is damaged .*delete it: the run then goes on from"):
+    with pytest.raises(
+        record.Damaged, match=rf"{path} is damaged .*delete it: the run then goes on from"
+    ):
         fit([job])
     path.unlink()
     (result,) = fit([job])
@@ -172,7 +192,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True
+    )
     if done.returncode:
         if os.environ.get("CI"):
             pytest.fail(f"no small disk: {done.stderr}")
@@ -228,7 +250,9 @@ def test_full_disk(
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="sddlskd"):
         patch.setattr(method, in_the_end)
         (result,) = fit([job])
-    why = rf"cannot save \S+{re.escape(named)}: {FULL} \((\d+) bytes needed, (\d+) free\); free some"
+    why = (
+        rf"cannot save \S+{re.escape(named)}: {FULL} \((\d+) bytes needed, (\d+) free\); free some"
+    )
     match = re.search(why, caplog.text)
     assert match, caplog.text
     assert int(match[1]) > int(match[2])

@@ -28,7 +28,9 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield here
 
 
-def published(web: Site, monkeypatch: pytest.MonkeyPatch, module: object, name: str, archive: Path) -> None:
+def published(
+    web: Site, monkeypatch: pytest.MonkeyPatch, module: object, name: str, archive: Path
+) -> None:
     """Serve an archive where `module` asks for it."""
     content = archive.read_bytes()
     archive.unlink()
@@ -54,16 +56,24 @@ def test_cub200(tmp_path: Path) -> None:
         assert all(Path(path).is_absolute() and Path(path).is_file() for path in split.paths)
 
 
-def test_cub200_out_of_its_archive_given_or_fetched(tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cub200_out_of_its_archive_given_or_fetched(
+    tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = layouts.cub200(tmp_path)
     folder, archive = tmp_path / "CUB_200_2011", tmp_path / "CUB_200_2011.tgz"
     layouts.packed(folder, archive)
     assert sum(len(split.paths) for split in cub200(str(tmp_path))) == len(expected)
     assert not (folder / "parts").exists()  # nothing that is not read
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011", "CUB_200_2011.lock", archive.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "CUB_200_2011",
+        "CUB_200_2011.lock",
+        archive.name,
+    ]
     published(web, monkeypatch, folders, "CUB200", archive)
     there = tmp_path / "elsewhere"
-    assert cub200(str(there)).train.labels_N.tolist() == cub200(str(tmp_path)).train.labels_N.tolist()
+    assert (
+        cub200(str(there)).train.labels_N.tolist() == cub200(str(tmp_path)).train.labels_N.tolist()
+    )
     monkeypatch.setattr(folders, "CUB200_URL", "http://127.0.0.1:1/CUB_200_2011.tgz")
     assert len(cub200(str(there)).test.paths) == 6  # unpacked once and for all
 
@@ -71,7 +81,8 @@ def test_cub200_out_of_its_archive_given_or_fetched(tmp_path: Path, web: Site, m
 def test_cub200_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "CUB200_URL", "http://127.0.0.1:1/CUB_200_2011.tgz")
     with pytest.raises(
-        DownloadError, match=f"put CUB_200_2011.tgz, md5 97eceeb196236b17998738112f37df78, into {tmp_path}"
+        DownloadError,
+        match=f"put CUB_200_2011.tgz, md5 97eceeb196236b17998738112f37df78, into {tmp_path}",
     ):
         cub200(str(tmp_path))
 
@@ -80,23 +91,65 @@ def test_cub200_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("file", "old", "new", "says"),
     [
         ("images.txt", "2 001", "1 001", r"images\.txt:2: image 1 is in line 1 already"),
-        ("images.txt", "2 001", "x 001", r"images\.txt:2: expected an image's number and a value, found 'x 001"),
+        (
+            "images.txt",
+            "2 001",
+            "x 001",
+            r"images\.txt:2: expected an image's number and a value, found 'x 001",
+        ),
         ("images.txt", "2 001", "-2 001", r"images\.txt:2: expected an image's number"),
         ("images.txt", "2 001", "2\u0662 001", r"images\.txt:2: expected an image's number"),
-        ("images.txt", "2 001", "99999999999999999999 001", r"images\.txt:2: expected an image's number"),
+        (
+            "images.txt",
+            "2 001",
+            "99999999999999999999 001",
+            r"images\.txt:2: expected an image's number",
+        ),
         ("images.txt", "2 001.B", "2 ../001.B", r"images\.txt:2: there is no image '\.\./001"),
-        ("images.txt", "2 001.Black_footed_Albatross/", "2 /etc/passwd/", r"images\.txt:2: there is no image"),
+        (
+            "images.txt",
+            "2 001.Black_footed_Albatross/",
+            "2 /etc/passwd/",
+            r"images\.txt:2: there is no image",
+        ),
         ("images.txt", "_7002.jpg", "_7777.jpg", r"images\.txt:2: there is no image .*_7777\.jpg"),
-        ("image_class_labels.txt", "3 1\n", "3 201\n", r"image_class_labels\.txt:3: class '201' is none of 1\.\.200"),
+        (
+            "image_class_labels.txt",
+            "3 1\n",
+            "3 201\n",
+            r"image_class_labels\.txt:3: class '201' is none of 1\.\.200",
+        ),
         ("image_class_labels.txt", "3 1\n", "3 0\n", r"image_class_labels\.txt:3: class '0'"),
         ("image_class_labels.txt", "3 1\n", "3\n", r"image_class_labels\.txt:3: expected"),
-        ("image_class_labels.txt", "3 1\n", "", r"image_class_labels\.txt lacks image 3, .* in line 3"),
-        ("image_class_labels.txt", "3 1\n", "3 1\n77 1\n", r"image_class_labels\.txt has image 77, .*lacks \(line 4\)"),
-        ("train_test_split.txt", "3 1\n", "3 2\n", r"train_test_split\.txt:3: '2' is neither 0 nor 1"),
-        ("train_test_split.txt", " 0\n", " 1\n", r"train_test_split\.txt: no image is a test image"),
+        (
+            "image_class_labels.txt",
+            "3 1\n",
+            "",
+            r"image_class_labels\.txt lacks image 3, .* in line 3",
+        ),
+        (
+            "image_class_labels.txt",
+            "3 1\n",
+            "3 1\n77 1\n",
+            r"image_class_labels\.txt has image 77, .*lacks \(line 4\)",
+        ),
+        (
+            "train_test_split.txt",
+            "3 1\n",
+            "3 2\n",
+            r"train_test_split\.txt:3: '2' is neither 0 nor 1",
+        ),
+        (
+            "train_test_split.txt",
+            " 0\n",
+            " 1\n",
+            r"train_test_split\.txt: no image is a test image",
+        ),
     ],
 )
-def test_cub200_whose_texts_do_not_fit(tmp_path: Path, file: str, old: str, new: str, says: str) -> None:
+def test_cub200_whose_texts_do_not_fit(
+    tmp_path: Path, file: str, old: str, new: str, says: str
+) -> None:
     layouts.cub200(tmp_path)
     path = tmp_path / "CUB_200_2011" / file
     text = path.read_text()
@@ -109,7 +162,8 @@ def test_cub200_whose_texts_do_not_fit(tmp_path: Path, file: str, old: str, new:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "is empty"), (None, "there is no file"), (b"1 \xff\xfe/x.jpg\n", ":1: b'1")]
+    ("content", "says"),
+    [(b"", "is empty"), (None, "there is no file"), (b"1 \xff\xfe/x.jpg\n", ":1: b'1")],
 )
 def test_cub200_whose_texts_are_none(tmp_path: Path, content: bytes | None, says: str) -> None:
     layouts.cub200(tmp_path)
@@ -126,7 +180,10 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
     layouts.packed(tmp_path / "other", tmp_path / "CUB_200_2011.tgz")
     with pytest.raises(ValueError, match="holds no folder CUB_200_2011"):
         cub200(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011.lock", "CUB_200_2011.tgz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "CUB_200_2011.lock",
+        "CUB_200_2011.tgz",
+    ]
 
 
 # ImageNet
@@ -143,7 +200,9 @@ def test_imagenet_laid_out_in_another_way(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"there is no folder {tmp_path}/train"):
         imagenet(str(tmp_path))
     layouts.imagenet(tmp_path)
-    with pytest.raises(ValueError, match=r"holds 3 classes, and ImageNet has 1000.*dataset=image_folder"):
+    with pytest.raises(
+        ValueError, match=r"holds 3 classes, and ImageNet has 1000.*dataset=image_folder"
+    ):
         imagenet(str(tmp_path))
     flat = tmp_path / "flat"
     layouts.imagenet(flat)
@@ -151,31 +210,45 @@ def test_imagenet_laid_out_in_another_way(tmp_path: Path) -> None:
         path.rename(flat / "val" / path.name)
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
-    with pytest.raises(ValueError, match=r"flat/val holds no folders: move its images .*ground_truth"):
+    with pytest.raises(
+        ValueError, match=r"flat/val holds no folders: move its images .*ground_truth"
+    ):
         imagenet(str(flat), num_classes=3)
 
 
 # Tiny ImageNet
 
 
-def test_tiny_imagenet_from_its_folder_or_archive(tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_imagenet_from_its_folder_or_archive(
+    tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     truth = layouts.tiny_imagenet(tmp_path)
     train, val = tiny_imagenet(str(tmp_path))
     assert train.labels_N.tolist() == [0, 0, 1, 1, 2, 2]
     assert [Path(path).parts[-3] for path in train.paths[::2]] == sorted(WNIDS)
-    assert {Path(path).name: sorted(WNIDS)[label] for path, label in zip(*val, strict=True)} == truth
+    assert {
+        Path(path).name: sorted(WNIDS)[label] for path, label in zip(*val, strict=True)
+    } == truth
     archive = tmp_path / "tiny-imagenet-200.zip"
     layouts.packed(tmp_path / "tiny-imagenet-200", archive)
     published(web, monkeypatch, folders, "TINY_IMAGENET", archive)
     again = tiny_imagenet(str(tmp_path / "new"))
-    assert [split.labels_N.tolist() for split in again] == [train.labels_N.tolist(), val.labels_N.tolist()]
+    assert [split.labels_N.tolist() for split in again] == [
+        train.labels_N.tolist(),
+        val.labels_N.tolist(),
+    ]
     assert not (tmp_path / "new/tiny-imagenet-200/test").exists()
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "says"),
     [
-        ("wnids.txt", "n02124075", "n01443537", r"wnids\.txt:\d: 'n01443537' is no folder's name, or there twice"),
+        (
+            "wnids.txt",
+            "n02124075",
+            "n01443537",
+            r"wnids\.txt:\d: 'n01443537' is no folder's name, or there twice",
+        ),
         ("wnids.txt", "n02124075", "../../x", r"wnids\.txt:1: '\.\./\.\./x' is no folder's name"),
         ("wnids.txt", "n02124075", "n99999999", r"names 'n99999999', and there is no folder"),
         (
@@ -184,17 +257,29 @@ def test_tiny_imagenet_from_its_folder_or_archive(tmp_path: Path, web: Site, mon
             "n99999999",
             r"val_annotations\.txt:1: 'n99999999' is none of the classes",
         ),
-        ("val/val_annotations.txt", "val_1", "val_0", r"val_annotations\.txt:2: 'val_0\.JPEG' is there twice"),
+        (
+            "val/val_annotations.txt",
+            "val_1",
+            "val_0",
+            r"val_annotations\.txt:2: 'val_0\.JPEG' is there twice",
+        ),
         (
             "val/val_annotations.txt",
             "val_1",
             "../val_1",
             r"val_annotations\.txt:2: '\.\./val_1\.JPEG' is there twice, or no",
         ),
-        ("val/val_annotations.txt", "\t", " ", r"val_annotations\.txt:1: '' is none of the classes"),
+        (
+            "val/val_annotations.txt",
+            "\t",
+            " ",
+            r"val_annotations\.txt:1: '' is none of the classes",
+        ),
     ],
 )
-def test_tiny_imagenet_whose_texts_do_not_fit(tmp_path: Path, file: str, old: str, new: str, says: str) -> None:
+def test_tiny_imagenet_whose_texts_do_not_fit(
+    tmp_path: Path, file: str, old: str, new: str, says: str
+) -> None:
     layouts.tiny_imagenet(tmp_path)
     path = tmp_path / "tiny-imagenet-200" / file
     path.write_text(path.read_text().replace(old, new))
@@ -205,7 +290,9 @@ def test_tiny_imagenet_whose_texts_do_not_fit(tmp_path: Path, file: str, old: st
 # STL-10 and CIFAR-10
 
 
-def test_stl10_from_its_folder_or_archive(tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_from_its_folder_or_archive(
+    tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, archive = tmp_path / "stl10_binary", tmp_path / "stl10_binary.tar.gz"
     truth = layouts.stl10(folder)
     layouts.write(folder / "unlabeled_X.bin", b"x" * 1000)
@@ -268,7 +355,8 @@ def test_cifar10_that_is_damaged_names_the_batch(tmp_path: Path) -> None:
     for name, content in (cifar10_batches() | {"data_batch_3": b"x"}).items():
         layouts.write(tmp_path / "cifar-10-batches-py" / name, content)
     with pytest.raises(
-        ValueError, match=r"data_batch_3 is no CIFAR-10 pickle .*cifar-10-python\.tar\.gz fetched again"
+        ValueError,
+        match=r"data_batch_3 is no CIFAR-10 pickle .*cifar-10-python\.tar\.gz fetched again",
     ):
         cifar10(str(tmp_path))
 
@@ -276,12 +364,16 @@ def test_cifar10_that_is_damaged_names_the_batch(tmp_path: Path) -> None:
 # As data of a job
 
 
-@pytest.mark.parametrize(("name", "size"), [("cub200", 224), ("imagenet", 224), ("tiny_imagenet", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("cub200", 224), ("imagenet", 224), ("tiny_imagenet", 64)]
+)
 def test_batches_of_a_job(tmp_path: Path, name: str, size: int) -> None:
     root = tmp_path / "data" / ("imagenet" if name == "imagenet" else "")
     getattr(layouts, name)(root)
     more = ["dataset.num_classes=3"] if name == "imagenet" else []
-    job = compose_in(tmp_path, f"dataset={name}", "trainer.batch_size=4", "dataset.workers=0", *more)
+    job = compose_in(
+        tmp_path, f"dataset={name}", "trainer.batch_size=4", "dataset.workers=0", *more
+    )
     data = build.build_data(job, torch.device("cpu"))
     x_BCHW, y_B = next(iter(data.batches(1)))
     assert x_BCHW.shape == (4, 3, size, size)

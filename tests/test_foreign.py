@@ -44,9 +44,13 @@ def assert_mean_is_logits(network: nn.Module, model: LogitMapModel, images_BCHW:
     with torch.no_grad():
         logits_BK, map_BKHW = network.eval()(images_BCHW), model.eval()(images_BCHW)
     assert map_BKHW.ndim == 4
-    assert (map_BKHW.mean((2, 3)) - logits_BK).abs().max() <= 1e-4 * max(1.0, logits_BK.abs().max().item())
+    assert (map_BKHW.mean((2, 3)) - logits_BK).abs().max() <= 1e-4 * max(
+        1.0, logits_BK.abs().max().item()
+    )
     with torch.no_grad():
-        assert model.features(images_BCHW).std((2, 3)).max() > 0  # a map, not the same in every cell
+        assert (
+            model.features(images_BCHW).std((2, 3)).max() > 0
+        )  # a map, not the same in every cell
     return map_BKHW
 
 
@@ -67,7 +71,9 @@ def assert_mean_is_logits(network: nn.Module, model: LogitMapModel, images_BCHW:
         (lambda: of_timm("mixer_s32_224", img_size=64), 64, 2),
     ],
 )  # fmt: skip
-def test_mean_of_the_map_is_the_networks_logits(make: Callable[[], nn.Module], side: int, map_side: int) -> None:
+def test_mean_of_the_map_is_the_networks_logits(
+    make: Callable[[], nn.Module], side: int, map_side: int
+) -> None:
     torch.manual_seed(0)
     network = make()
     model = from_network(network)
@@ -91,7 +97,9 @@ class Flat(nn.Module):
         return logits_BK
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn_16_1", "vgg8", "mobilev2", "shufflev1", "shufflev2"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet18", "wrn_16_1", "vgg8", "mobilev2", "shufflev1", "shufflev2"]
+)
 def test_each_family_of_ours_gives_the_same_map_as_a_strangers_network(name: str) -> None:
     assert name in names()
     network = Flat(name)
@@ -104,19 +112,43 @@ def test_each_family_of_ours_gives_the_same_map_as_a_strangers_network(name: str
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: of_timm("vit_tiny_patch16_224", **VIT), "stands the choice of the class token .*global_pool=avg"),
-        (lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="avg"), "stands layer_norm in `fc_norm`"),
-        (lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="max", fc_norm=False), "stands amax"),
-        (lambda: of_timm("deit_tiny_distilled_patch16_224", **VIT), "two heads, one of them of a distillation token"),
+        (
+            lambda: of_timm("vit_tiny_patch16_224", **VIT),
+            "stands the choice of the class token .*global_pool=avg",
+        ),
+        (
+            lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="avg"),
+            "stands layer_norm in `fc_norm`",
+        ),
+        (
+            lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="max", fc_norm=False),
+            "stands amax",
+        ),
+        (
+            lambda: of_timm("deit_tiny_distilled_patch16_224", **VIT),
+            "two heads, one of them of a distillation token",
+        ),
         (lambda: of_timm("convnext_atto"), "stands layer_norm in `head.norm`"),
-        (lambda: of_timm("resnet18", global_pool="max"), "between map and head `fc` stands adaptive_max_pool2d"),
+        (
+            lambda: of_timm("resnet18", global_pool="max"),
+            "between map and head `fc` stands adaptive_max_pool2d",
+        ),
         (lambda: of_timm("mobilenetv3_small_050"), "stands hardswish in `act2`"),
         (lambda: of_torchvision("mobilenet_v3_small"), "stands hardswish in `classifier.1`"),
-        (lambda: of_torchvision("squeezenet1_0"), "come from no nn.Linear, but from adaptive_avg_pool2d"),
+        (
+            lambda: of_torchvision("squeezenet1_0"),
+            "come from no nn.Linear, but from adaptive_avg_pool2d",
+        ),
         (lambda: create("resnet8", 7), "a logit map already: use it as it is"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 7)), "between map and head `1` stands nothing"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 7)),
+            "between map and head `1` stands nothing",
+        ),
         (nn.Identity, "has no parameters"),
-        (lambda: nn.Conv2d(5, 7, 1), r"takes none of the images tried .*from_network\(network, image_BCHW\)"),
+        (
+            lambda: nn.Conv2d(5, 7, 1),
+            r"takes none of the images tried .*from_network\(network, image_BCHW\)",
+        ),
     ],
 )
 def test_what_stands_between_map_and_head_is_named(make: Callable[[], nn.Module], why: str) -> None:
@@ -138,9 +170,16 @@ class Late(nn.Module):
 
 @pytest.mark.parametrize(
     ("act", "named"),
-    [(F.relu, "relu"), (torch.relu_, "relu_"), (lambda x: x * 2, "mul"), (lambda x: x.add_(1), "add_")],
+    [
+        (F.relu, "relu"),
+        (torch.relu_, "relu_"),
+        (lambda x: x * 2, "mul"),
+        (lambda x: x.add_(1), "add_"),
+    ],
 )
-def test_what_is_done_after_pooling_is_named_also_in_place(act: Callable[[Tensor], Tensor], named: str) -> None:
+def test_what_is_done_after_pooling_is_named_also_in_place(
+    act: Callable[[Tensor], Tensor], named: str
+) -> None:
     with pytest.raises(ValueError, match=f"stands {named} in the forward of the network itself"):
         from_network(Late(act))
 
@@ -186,8 +225,14 @@ def test_it_compiles_without_a_graph_break_and_teaches() -> None:
     model = from_network(Late(nn.Dropout(0.5))).eval()
     with torch.no_grad():
         expected = model(images(2, 64))
-        assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(images(2, 64)), expected, atol=1e-5)
-    teacher = Teacher(model, None, name="x", device=torch.device("cpu"), precision="fp32", compile=False)
+        assert torch.allclose(
+            torch.compile(model, backend="eager", fullgraph=True)(images(2, 64)),
+            expected,
+            atol=1e-5,
+        )
+    teacher = Teacher(
+        model, None, name="x", device=torch.device("cpu"), precision="fp32", compile=False
+    )
     assert torch.allclose(teacher(images(2, 64)), expected, atol=1e-5)
 
 
@@ -214,8 +259,12 @@ def test_it_is_one_override_away_for_student_and_teacher(tmp_path: Path, library
 
 
 def test_a_student_of_timm_is_trained_by_a_teacher_of_ours(tmp_path: Path) -> None:
-    options = [f"+student.model.{key}={value}" for key, value in {**VIT, "img_size": 16, **PATCHES}.items()]
-    job = tiny(tmp_path, "student=timm", "student.model.name=vit_tiny_patch16_224", *options, "M=[1,2]")
+    options = [
+        f"+student.model.{key}={value}" for key, value in {**VIT, "img_size": 16, **PATCHES}.items()
+    ]
+    job = tiny(
+        tmp_path, "student=timm", "student.model.name=vit_tiny_patch16_224", *options, "M=[1,2]"
+    )
     assert precheck.problems([job]) == []
     (result,) = fit([job])
     assert result["status"] == "FINISHED"
@@ -240,7 +289,9 @@ def test_bad_names_options_and_weights() -> None:
         from_torchvision("resnet18", 7, weights="BEST")
 
 
-def test_published_weights_load_but_a_head_of_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_load_but_a_head_of_other_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The weights come from torch's own cache, where a file with the right name and checksum stands already."""
     import hashlib
 
@@ -254,7 +305,10 @@ def test_published_weights_load_but_a_head_of_other_classes(tmp_path: Path, monk
     (folder / "x.pth").rename(folder / f"resnet18-{digest}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(
-        type(ResNet18_Weights.DEFAULT), "url", f"https://localhost/resnet18-{digest}.pth", raising=False
+        type(ResNet18_Weights.DEFAULT),
+        "url",
+        f"https://localhost/resnet18-{digest}.pth",
+        raising=False,
     )
     for classes in (7, 1000):
         state = from_torchvision("resnet18", classes, weights="DEFAULT").state_dict()

@@ -101,11 +101,16 @@ def test_zips(data: Data) -> None:
         for _ in range(data.draw(st.integers(0, 5))):
             info = zipfile.ZipInfo("x")
             info.filename = data.draw(NAMES)
-            info.external_attr = data.draw(st.sampled_from([0, 0o100644, 0o120777, 0o020600, 0o040755, 0o140600])) << 16
+            info.external_attr = (
+                data.draw(st.sampled_from([0, 0o100644, 0o120777, 0o020600, 0o040755, 0o140600]))
+                << 16
+            )
             info.compress_type = data.draw(st.sampled_from([0, 8, 12, 14]))
             content = data.draw(st.sampled_from([b"", b"abc", b"\0" * 5000]))
             try:
-                with pytest.warns() if info.filename in target.namelist() else place():  # a name that is there twice
+                with (
+                    pytest.warns() if info.filename in target.namelist() else place()
+                ):  # a name that is there twice
                     target.writestr(info, content)
             except (ValueError, UnicodeError, struct.error):  # the writer's own limits
                 return
@@ -119,7 +124,13 @@ def test_zips(data: Data) -> None:
         assert sum(p.stat().st_size for p in files) <= 8000
 
 
-KINDS = [tarfile.REGTYPE] * 4 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+KINDS = [tarfile.REGTYPE] * 4 + [
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.CHRTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.DIRTYPE,
+]
 
 
 @fuzz
@@ -133,24 +144,32 @@ def test_tars(data: Data) -> None:
             info = tarfile.TarInfo(data.draw(NAMES))
             info.type = data.draw(st.sampled_from(KINDS))
             info.linkname = data.draw(st.sampled_from(["", "../../x", "/etc/passwd"]))
-            content = data.draw(st.sampled_from([b"", b"abc"])) if info.type == tarfile.REGTYPE else b""
+            content = (
+                data.draw(st.sampled_from([b"", b"abc"])) if info.type == tarfile.REGTYPE else b""
+            )
             info.size = len(content)
             if data.draw(st.booleans()):
-                info.pax_headers = {"size": data.draw(st.sampled_from(["-1", "99999999999999", "x", "3"]))}
+                info.pax_headers = {
+                    "size": data.draw(st.sampled_from(["-1", "99999999999999", "x", "3"]))
+                }
             target.addfile(info, io.BytesIO(content))
     with place() as folder:
         path = folder / "x.tar"
         path.write_bytes(mutated(data, buffer.getvalue(), most=3))
         message, _ = said(lambda: unpack(path, folder / "out", limit=8000, count=4), UnsafeArchive)
         assert set(os.listdir(folder)) == ({"x.tar"} if message else {"x.tar", "out"})
-        assert all(p.is_dir() or (p.is_file() and not p.is_symlink()) for p in (folder / "out").rglob("*"))
+        assert all(
+            p.is_dir() or (p.is_file() and not p.is_symlink()) for p in (folder / "out").rglob("*")
+        )
 
 
 # Text files
 
 
 WORDS = st.one_of(
-    st.sampled_from(["0", "1", "2", "-1", "201", "1e3", "٣", "../x", "/etc/passwd", "", "..", "\r"]),
+    st.sampled_from(
+        ["0", "1", "2", "-1", "201", "1e3", "٣", "../x", "/etc/passwd", "", "..", "\r"]
+    ),
     st.text(max_size=6),
 )
 
@@ -185,13 +204,18 @@ def test_the_text_files_of_cub200(data: Data) -> None:
         path = (
             folder
             / "CUB_200_2011"
-            / data.draw(st.sampled_from(["images.txt", "image_class_labels.txt", "train_test_split.txt"]))
+            / data.draw(
+                st.sampled_from(["images.txt", "image_class_labels.txt", "train_test_split.txt"])
+            )
         )
         path.write_bytes(edited(data, path.read_text()))
         message, splits = said(lambda: cub200(str(folder)), ValueError)
         assert (str(folder / "CUB_200_2011") in message) or splits
         for split in splits or ():
-            assert all(Path(p).resolve().is_relative_to(folder / "CUB_200_2011/images") for p in split.paths)
+            assert all(
+                Path(p).resolve().is_relative_to(folder / "CUB_200_2011/images")
+                for p in split.paths
+            )
             assert all(0 <= label < 200 for label in split.labels_N.tolist())
 
 
@@ -205,7 +229,9 @@ def test_the_text_files_of_tiny_imagenet(data: Data) -> None:
         path.write_bytes(edited(data, path.read_text()))
         _, splits = said(lambda: tiny_imagenet(str(folder)), ValueError)
         for split in splits or ():
-            assert all(Path(p).resolve().is_relative_to(top) and Path(p).is_file() for p in split.paths)
+            assert all(
+                Path(p).resolve().is_relative_to(top) and Path(p).is_file() for p in split.paths
+            )
 
 
 # Binary files
@@ -215,8 +241,12 @@ def test_the_text_files_of_tiny_imagenet(data: Data) -> None:
 @given(st.data())
 def test_idx_files(data: Data) -> None:
     dims = data.draw(st.lists(st.sampled_from([0, 1, 2, 28, 1 << 16, (1 << 32) - 1]), max_size=4))
-    header = data.draw(st.sampled_from([b"\0\0\x08\x03", b"\0\0\x08\x01", b"\0\0\x0d\x03", b"\x1f\x8b\0\0", b""]))
-    content = header + b"".join(struct.pack(">I", n) for n in dims) + data.draw(st.binary(max_size=60))
+    header = data.draw(
+        st.sampled_from([b"\0\0\x08\x03", b"\0\0\x08\x01", b"\0\0\x0d\x03", b"\x1f\x8b\0\0", b""])
+    )
+    content = (
+        header + b"".join(struct.pack(">I", n) for n in dims) + data.draw(st.binary(max_size=60))
+    )
     if data.draw(st.booleans()):
         content = mutated(data, gzip.compress(content), most=2)
     with place() as folder:
@@ -241,14 +271,24 @@ def test_cifar_pickles(data: Data) -> None:
             cifar_pickle(data=np.zeros((2, 3072), object)), pickle.dumps([1]),
         ]))  # fmt: skip
         message, found = said(
-            lambda: datasets._cifar_split(mutated(data, content), "the/file", "http://x", "CIFAR-10", "labels"),
+            lambda: datasets._cifar_split(
+                mutated(data, content), "the/file", "http://x", "CIFAR-10", "labels"
+            ),
             ValueError,
         )
-        assert ("the/file is no CIFAR-10 pickle" in message) or found.images_NHWC.shape[1:] == (32, 32, 3)
+        assert ("the/file is no CIFAR-10 pickle" in message) or found.images_NHWC.shape[1:] == (
+            32,
+            32,
+            3,
+        )
         assert not canary.exists()
 
 
-WEIGHTS = {name: value for name, value in create("resnet8", num_classes=10).state_dict().items() if name < "g"}
+WEIGHTS = {
+    name: value
+    for name, value in create("resnet8", num_classes=10).state_dict().items()
+    if name < "g"
+}
 
 
 @fuzz
@@ -257,13 +297,17 @@ def test_files_of_weights(data: Data) -> None:
     with place() as folder:
         canary, buffer = folder / "canary", io.BytesIO()
         state = data.draw(
-            st.sampled_from([{"model": WEIGHTS}, WEIGHTS, {"model": {"x": Canary(canary)}}, Canary(canary)])
+            st.sampled_from(
+                [{"model": WEIGHTS}, WEIGHTS, {"model": {"x": Canary(canary)}}, Canary(canary)]
+            )
         )
         torch.save(state, buffer, _use_new_zipfile_serialization=data.draw(st.booleans()))
         path = folder / data.draw(st.sampled_from(["x.pth", "x.safetensors"]))
         path.write_bytes(mutated(data, buffer.getvalue(), most=4))
         message, weights = said(lambda: read_weights(path), UnreadableFile)
-        assert (str(path) in message) or all(isinstance(value, torch.Tensor) for value in weights.values())
+        assert (str(path) in message) or all(
+            isinstance(value, torch.Tensor) for value in weights.values()
+        )
         assert not canary.exists()
 
 
@@ -287,7 +331,9 @@ def little_memory(most: int) -> Iterator[None]:
         tracemalloc.stop()
 
 
-def test_a_gzip_of_a_gigabyte_of_zeros_is_not_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gzip_of_a_gigabyte_of_zeros_is_not_inflated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "train-images-idx3-ubyte.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(b"\0\0\x08\x03" + struct.pack(">III", 1 << 20, 8, 8))
@@ -298,7 +344,9 @@ def test_a_gzip_of_a_gigabyte_of_zeros_is_not_inflated(tmp_path: Path, monkeypat
         datasets._read_idx(path, 3)
 
 
-def test_a_member_of_a_tar_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_of_a_tar_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, member = tmp_path / "x.tar.gz", tarfile.TarInfo("f/train")
     member.size = 32 << 20
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
@@ -312,10 +360,17 @@ def test_a_member_of_a_tar_that_is_too_large_is_not_read(tmp_path: Path, monkeyp
 def test_a_pickle_cannot_ask_for_an_array_of_any_size(builder: str) -> None:
     module, name = builder.split()
     shape = b"(J" + struct.pack("<i", 1 << 28) + b"t"  # 256 million bytes
-    arguments = b"(cnumpy\nndarray\n" + shape + b"U\x01bt" if name == "_reconstruct" else b"(" + shape + b"U\x01bt"
+    arguments = (
+        b"(cnumpy\nndarray\n" + shape + b"U\x01bt"
+        if name == "_reconstruct"
+        else b"(" + shape + b"U\x01bt"
+    )
     content = b"\x80\x02}U\x04datac" + f"{module}\n{name}\n".encode() + arguments + b"Rs."
     with little_memory(8 << 20):
-        message, _ = said(lambda: datasets._cifar_split(content, "f", "http://x", "CIFAR-10", "labels"), ValueError)
+        message, _ = said(
+            lambda: datasets._cifar_split(content, "f", "http://x", "CIFAR-10", "labels"),
+            ValueError,
+        )
     assert "f is no CIFAR-10 pickle" in message
 
 

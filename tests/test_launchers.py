@@ -50,9 +50,14 @@ def test_how_large_groups_are_and_who_runs_them(
 def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
     path = tmp_path / "hydra/launcher/mine.yaml"
     path.parent.mkdir(parents=True)
-    path.write_text("defaults: [slurm_shared_teacher, _self_]\npartition: gpu\nsetup: [module load cuda]\n")
+    path.write_text(
+        "defaults: [slurm_shared_teacher, _self_]\npartition: gpu\nsetup: [module load cuda]\n"
+    )
     launcher = chosen(
-        tmp_path, "hydra/launcher=mine", "hydra.launcher.container=image.sqsh", "hydra.launcher.wait=false"
+        tmp_path,
+        "hydra/launcher=mine",
+        "hydra.launcher.container=image.sqsh",
+        "hydra.launcher.wait=false",
     )
     pool = launcher._pool()
     assert launcher.max_group_size is None
@@ -88,7 +93,9 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
             pool._submit([[Config(run_dir=f"/runs/{n}")] for n in range(3)], tmp_path, 1)
     finally:
         signal.signal(number, before)
-    assert [(one.job, one.run_dirs) for one in submissions(tmp_path)] == [(f"17_{n}", [f"/runs/{n}"]) for n in range(3)]
+    assert [(one.job, one.run_dirs) for one in submissions(tmp_path)] == [
+        (f"17_{n}", [f"/runs/{n}"]) for n in range(3)
+    ]
 
 
 def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
@@ -96,7 +103,9 @@ def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
 ) -> None:
     submitted: list[Any] = []
     pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.wait=false")._pool()
-    monkeypatch.setattr("sddlskd.slurm.states", lambda sweep: {"/runs/0": "queued", "/runs/2": "running"})
+    monkeypatch.setattr(
+        "sddlskd.slurm.states", lambda sweep: {"/runs/0": "queued", "/runs/2": "running"}
+    )
     monkeypatch.setattr(pool, "_submit", lambda groups, sweep, ranks: submitted.extend(groups))
     jobs = [Config(run_dir=f"/runs/{n}") for n in range(4)]
     pool.run([jobs[:2], jobs[2:3], jobs[3:]], tmp_path, [])

@@ -57,7 +57,9 @@ def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-12) ->
 
 def test_kd_by_hand():
     # T^2 sum_k p^T_k ln(p^T_k / p^S_k), Hinton et al. 2015
-    expected = 2**2 * (0.6 * math.log(0.6 / 0.2) + 0.3 * math.log(0.3 / 0.3) + 0.1 * math.log(0.1 / 0.5))
+    expected = 2**2 * (
+        0.6 * math.log(0.6 / 0.2) + 0.3 * math.log(0.3 / 0.3) + 0.1 * math.log(0.1 / 0.5)
+    )
     assert expected == pytest.approx(2.4 * math.log(3) - 0.4 * math.log(5))
     close(kd(STUDENT_13, TEACHER_13, TARGET_1, temperature=2.0), expected)
 
@@ -65,7 +67,9 @@ def test_kd_by_hand():
 def test_kd_at_another_temperature_by_hand():
     # At T = 1 the same logits give p_k^2 / sum p^2: (0.04, 0.09, 0.25) / 0.38 and (0.36, 0.09, 0.01) / 0.46
     ratio = 0.38 / 0.46
-    expected = (0.36 * math.log(9 * ratio) + 0.09 * math.log(ratio) + 0.01 * math.log(0.04 * ratio)) / 0.46
+    expected = (
+        0.36 * math.log(9 * ratio) + 0.09 * math.log(ratio) + 0.01 * math.log(0.04 * ratio)
+    ) / 0.46
     close(kd(STUDENT_13, TEACHER_13, TARGET_1, temperature=1.0), expected)
 
 
@@ -89,19 +93,35 @@ def test_nkd_by_hand(exclude_target: bool):
     else:  # the released code's mask masks nothing: all K classes
         other_term = -(0.6 * math.log(0.2) + 0.3 * math.log(0.3) + 0.1 * math.log(0.5))
     expected = target_term + 1.5 * 2**2 * other_term
-    close(nkd(STUDENT_13, TEACHER_13, TARGET_1, gamma=1.5, temperature=2.0, exclude_target=exclude_target), expected)
+    close(
+        nkd(
+            STUDENT_13,
+            TEACHER_13,
+            TARGET_1,
+            gamma=1.5,
+            temperature=2.0,
+            exclude_target=exclude_target,
+        ),
+        expected,
+    )
 
 
 def test_nkd_excludes_the_target_unless_told_otherwise():
     batch = a_batch()
     left_out = nkd(*batch, gamma=1.0, temperature=1.0, exclude_target=True)
     assert torch.equal(nkd(*batch, gamma=1.0, temperature=1.0), left_out)
-    assert (nkd(*batch, gamma=1.0, temperature=1.0, exclude_target=False) - left_out).abs().min() > 1e-3
+    assert (
+        nkd(*batch, gamma=1.0, temperature=1.0, exclude_target=False) - left_out
+    ).abs().min() > 1e-3
 
 
 def test_targets_are_taken_row_by_row():
     # The same pair of logits with each of the three targets: one row per target equals three single calls.
-    student_NK, teacher_NK, target_N = STUDENT_13.expand(3, 3), TEACHER_13.expand(3, 3), torch.arange(3)
+    student_NK, teacher_NK, target_N = (
+        STUDENT_13.expand(3, 3),
+        TEACHER_13.expand(3, 3),
+        torch.arange(3),
+    )
     for loss in (LOSSES["dkd"], LOSSES["nkd"]):
         together_N = loss(student_NK, teacher_NK, target_N)
         assert len(set(together_N.tolist())) == 3
@@ -122,7 +142,9 @@ def test_kd_is_a_divergence(batch: tuple[Tensor, Tensor, Tensor], temperature: f
 
 @some
 @given(batches())
-def test_kd_differs_from_cross_entropy_by_the_teachers_entropy(batch: tuple[Tensor, Tensor, Tensor]):
+def test_kd_differs_from_cross_entropy_by_the_teachers_entropy(
+    batch: tuple[Tensor, Tensor, Tensor],
+):
     student_NK, teacher_NK, target_N = batch
     p_NK = teacher_NK.softmax(1)
     entropy_N = F.cross_entropy(teacher_NK, p_NK, reduction="none")
@@ -138,7 +160,11 @@ def test_dkd_reformulates_kd(batch: tuple[Tensor, Tensor, Tensor], temperature: 
     for n in range(len(target_N)):
         row = student_NK[n : n + 1], teacher_NK[n : n + 1], target_N[n : n + 1]
         rest = 1 - (teacher_NK[n] / temperature).softmax(0)[target_N[n]].item()
-        close(dkd(*row, alpha=1.0, beta=rest, temperature=temperature), kd(*row, temperature=temperature), 1e-9)
+        close(
+            dkd(*row, alpha=1.0, beta=rest, temperature=temperature),
+            kd(*row, temperature=temperature),
+            1e-9,
+        )
 
 
 @some
@@ -193,7 +219,9 @@ def test_with_two_classes_no_distribution_over_others_is_left(batch: tuple[Tenso
 @each_loss
 def test_gradients(loss):
     student_NK, teacher_NK, target_N = a_batch(N=2, K=4)
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher_NK, target_N), student_NK.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: loss(s, teacher_NK, target_N), student_NK.requires_grad_()
+    )
 
 
 @each_loss
@@ -251,4 +279,9 @@ def test_a_student_that_rules_a_class_out_is_an_infinite_loss(loss):
     for k in range(5):
         student_NK, teacher_NK, target_N = a_batch()
         student_NK[1, k] = -math.inf
-        assert loss(student_NK, teacher_NK, target_N).isfinite().tolist() == [True, False, True, True]
+        assert loss(student_NK, teacher_NK, target_N).isfinite().tolist() == [
+            True,
+            False,
+            True,
+            True,
+        ]

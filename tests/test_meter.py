@@ -12,7 +12,9 @@ from sddlskd import meter as module
 from sddlskd.meter import meter
 
 
-def test_lines_of_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "EVERY_S", 0.0)
     with caplog.at_level(logging.INFO, logger="sddlskd"):
         with meter("x.tar", 2_500_000, "bytes") as show:
@@ -31,7 +33,9 @@ def test_lines_are_rare(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("unit", "shown"), [("bytes", "2.0/2.0 MB"), ("images", "2000000/2000000")])
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("bytes", "2.0/2.0 MB"), ("images", "2000000/2000000")]
+)
 def test_a_bar_on_a_terminal(unit: str, shown: str) -> None:
     code = f"from sddlskd.meter import meter\nwith meter('what', 2_000_000, {unit!r}) as show: show(2_000_000)"
     ours, theirs = pty.openpty()

@@ -18,7 +18,16 @@ from sddlskd.models.wrn import WideResNet
 CHECKPOINT_KEYS: dict[str, dict[str, list[int]]] = json.loads(
     (Path(__file__).parent / "reference" / "checkpoint_keys.json").read_text()
 )
-FAMILY_HEADS = ("resnet8", "resnet18", "resnet50", "wrn_16_2", "vgg8", "mobilev2", "shufflev1", "shufflev2")
+FAMILY_HEADS = (
+    "resnet8",
+    "resnet18",
+    "resnet50",
+    "wrn_16_2",
+    "vgg8",
+    "mobilev2",
+    "shufflev1",
+    "shufflev2",
+)
 CIFAR = [name for name in names() if name != "mobilev1"]
 all_networks = pytest.mark.parametrize("name", CIFAR)
 each_family = pytest.mark.parametrize("name", FAMILY_HEADS)
@@ -38,7 +47,9 @@ def random_checkpoint(name: str, seed: int = 0) -> dict[str, Tensor]:
         elif key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
             state[key] = uniform(shape, 0.5, 1.3)
         elif key.endswith("weight"):
-            scale = (6 / torch.tensor(shape[1:]).prod().item()) ** 0.5  # keeps the variance through conv-ReLU
+            scale = (
+                6 / torch.tensor(shape[1:]).prod().item()
+            ) ** 0.5  # keeps the variance through conv-ReLU
             state[key] = uniform(shape, -scale, scale)
         else:
             state[key] = uniform(shape, -0.3, 0.3)
@@ -53,7 +64,9 @@ def loaded(name: str, dtype: torch.dtype = torch.float32) -> LogitMapModel:
 
 
 def images(batch: int, side: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return torch.randn(
+        batch, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype
+    )
 
 
 def map_side(name: str, image_side: int) -> int:
@@ -89,7 +102,8 @@ class Functional:
 
     def bn(self, key: str, x: Tensor) -> Tensor:
         weight, bias, mean, var = (
-            self.state[f"{key}.{part}"][:, None, None] for part in ("weight", "bias", "running_mean", "running_var")
+            self.state[f"{key}.{part}"][:, None, None]
+            for part in ("weight", "bias", "running_mean", "running_var")
         )
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
@@ -183,7 +197,11 @@ def oracle_shufflev1(f: Functional, x: Tensor) -> Tensor:
             y = shuffle(y, groups)
             y = f.bn(f"{p}.bn2", f.conv(f"{p}.conv2", y, stride, groups=y.shape[1])).relu()
             y = f.bn(f"{p}.bn3", f.conv(f"{p}.conv3", y, groups=3))
-            x = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], dim=1).relu() if stride == 2 else (x + y).relu()
+            x = (
+                torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], dim=1).relu()
+                if stride == 2
+                else (x + y).relu()
+            )
     return f.linear("linear", x)
 
 
@@ -212,13 +230,23 @@ def oracle_logits(name: str, state: dict[str, Tensor], x: Tensor) -> Tensor:
     if name in ("resnet18", "resnet50"):
         return oracle_resnet4stage(f, x, {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}[name])
     if name.startswith("resnet"):
-        return oracle_resnet(f, x, blocks=(int(name.removeprefix("resnet").removesuffix("x4")) - 2) // 6)
+        return oracle_resnet(
+            f, x, blocks=(int(name.removeprefix("resnet").removesuffix("x4")) - 2) // 6
+        )
     if name.startswith("wrn"):
         return oracle_wrn(f, x, units=(int(name.split("_")[1]) - 4) // 6)
     if name.startswith("vgg"):
-        heads, tails = {8: (1, 1), 11: (1, 2), 13: (2, 2), 16: (2, 3), 19: (2, 4)}[int(name.removeprefix("vgg"))]
-        return oracle_vgg(f, x, convs=(heads, heads, tails, tails, tails) if name != "vgg8" else (1,) * 5)
-    return {"mobilev2": oracle_mobilev2, "shufflev1": oracle_shufflev1, "shufflev2": oracle_shufflev2}[name](f, x)
+        heads, tails = {8: (1, 1), 11: (1, 2), 13: (2, 2), 16: (2, 3), 19: (2, 4)}[
+            int(name.removeprefix("vgg"))
+        ]
+        return oracle_vgg(
+            f, x, convs=(heads, heads, tails, tails, tails) if name != "vgg8" else (1,) * 5
+        )
+    return {
+        "mobilev2": oracle_mobilev2,
+        "shufflev1": oracle_shufflev1,
+        "shufflev2": oracle_shufflev2,
+    }[name](f, x)
 
 
 def oracle_mobilev1(f: Functional, x: Tensor) -> Tensor:
@@ -241,11 +269,15 @@ def test_names_are_the_checkpoints():
 @all_networks
 def test_keys_shapes_and_order(name):
     state = create(name, num_classes=100).state_dict()
-    assert [(key, list(value.shape)) for key, value in state.items()] == list(CHECKPOINT_KEYS[name].items())
+    assert [(key, list(value.shape)) for key, value in state.items()] == list(
+        CHECKPOINT_KEYS[name].items()
+    )
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown network 'resnet9'; did you mean 'resnet\d+'\? .*wrn_40_2.*vgg8"):
+    with pytest.raises(
+        ValueError, match=r"unknown network 'resnet9'; did you mean 'resnet\d+'\? .*wrn_40_2.*vgg8"
+    ):
         create("resnet9", num_classes=100)
     with pytest.raises(ValueError, match=r"unknown network '§'; choose one of: resnet8, "):
         create("§", num_classes=100)
@@ -263,16 +295,22 @@ def test_too_few_classes():
 def test_logits_and_gradients_equal_the_second_writing(name):
     state = random_checkpoint(name)
     model = loaded(name, torch.float64)
-    x = images(batch=1, side=16, dtype=torch.float64)  # small: float64 has no fast depthwise convolution
+    x = images(
+        batch=1, side=16, dtype=torch.float64
+    )  # small: float64 has no fast depthwise convolution
     parameters = dict(model.named_parameters())
     state |= {key: state[key].requires_grad_() for key in parameters}
 
     actual, expected = model(x).mean(dim=(2, 3)), oracle_logits(name, state, x)
     assert_near(actual, expected, 1e-10)
 
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     actual_grads = torch.autograd.grad((actual * weights).sum(), list(parameters.values()))
-    expected_grads = torch.autograd.grad((expected * weights).sum(), [state[key] for key in parameters])
+    expected_grads = torch.autograd.grad(
+        (expected * weights).sum(), [state[key] for key in parameters]
+    )
     for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
         assert_near(actual_grad, expected_grad, 1e-8)
 
@@ -300,7 +338,9 @@ def test_training_gradients(name):
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         # A convolution's bias before BN has no gradient but rounding: BN takes the mean away.
-        convolution_bias = key.endswith("bias") and model.get_parameter(key[:-4] + "weight").ndim == 4
+        convolution_bias = (
+            key.endswith("bias") and model.get_parameter(key[:-4] + "weight").ndim == 4
+        )
         if not convolution_bias:
             assert parameter.grad.abs().max() > 1e-12, key
 
@@ -310,7 +350,9 @@ def test_channels_last_gives_the_same_numbers(name):
     model, x = loaded(name), images(batch=1)
     with torch.no_grad():
         expected = model(x)
-        actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        actual = model.to(memory_format=torch.channels_last)(
+            x.to(memory_format=torch.channels_last)
+        )
     assert_near(actual, expected, 1e-4)
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
@@ -320,13 +362,20 @@ def test_images_of_other_sides(name):
     model = loaded(name)
     with torch.no_grad():
         for side in (48, 64):
-            assert model(images(1, side)).shape == (1, 100, map_side(name, side), map_side(name, side))
+            assert model(images(1, side)).shape == (
+                1,
+                100,
+                map_side(name, side),
+                map_side(name, side),
+            )
 
 
 def test_vgg_pools_once_more_at_64():
     model, x = loaded("vgg8", torch.float64), images(1, side=64, dtype=torch.float64)
     with torch.no_grad():
-        assert_near(model(x).mean(dim=(2, 3)), oracle_logits("vgg8", random_checkpoint("vgg8"), x), 1e-10)
+        assert_near(
+            model(x).mean(dim=(2, 3)), oracle_logits("vgg8", random_checkpoint("vgg8"), x), 1e-10
+        )
 
 
 # --- images of 224 pixels: mobilev1, and the stems of the SDD authors for CUB-200 ---
@@ -341,10 +390,15 @@ def state_of(model: LogitMapModel) -> dict[str, Tensor]:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2, generator=generator)
             module.running_var.uniform_(0.5, 1.3, generator=generator)
-    return {key: value.double() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    return {
+        key: value.double() if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
 
 
-@pytest.mark.parametrize("name", ["resnet8x4", "resnet50", "wrn_16_2", "mobilev2", "shufflev1", "shufflev2"])
+@pytest.mark.parametrize(
+    "name", ["resnet8x4", "resnet50", "wrn_16_2", "mobilev2", "shufflev1", "shufflev2"]
+)
 def test_the_large_stem_equals_the_second_writing(name):
     torch.manual_seed(0)
     model = create(name, num_classes=7, stem="large")
@@ -357,19 +411,28 @@ def test_the_large_stem_equals_the_second_writing(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_the_large_stem_is_another_first_convolution_and_nothing_else(name):
     with torch.device("meta"):
-        small, large = (create(name, num_classes=200, stem=stem).state_dict() for stem in ("small", "large"))
+        small, large = (
+            create(name, num_classes=200, stem=stem).state_dict() for stem in ("small", "large")
+        )
         logit_map = create(name, num_classes=200, stem="large").eval()(torch.empty(1, 3, 224, 224))
     assert list(small) == list(large)
     first = next(iter(large))
     assert [key for key in large if large[key].shape != small[key].shape] == [first]
     assert large[first].shape[1:] == (3, 7, 7)
-    side = {"mobilev2": 7, "resnet18": 14, "resnet50": 14, "shufflev1": 14, "shufflev2": 14}.get(name, 28)
+    side = {"mobilev2": 7, "resnet18": 14, "resnet50": 14, "shufflev1": 14, "shufflev2": 14}.get(
+        name, 28
+    )
     assert logit_map.shape == (1, 200, side, side)
 
 
 def test_the_vggs_take_large_images_as_they_are():
     with torch.device("meta"):
-        assert create("vgg13", num_classes=200).eval()(torch.empty(1, 3, 224, 224)).shape == (1, 200, 28, 28)
+        assert create("vgg13", num_classes=200).eval()(torch.empty(1, 3, 224, 224)).shape == (
+            1,
+            200,
+            28,
+            28,
+        )
 
 
 def test_stems_that_a_network_does_not_have():
@@ -377,7 +440,9 @@ def test_stems_that_a_network_does_not_have():
         with pytest.raises(ValueError, match=f"{name} has no large stem.*leave stem out"):
             create(name, num_classes=10, stem="large")
     for name in ("vgg8", "resnet8"):
-        with pytest.raises(ValueError, match=f"unknown stem 'huge' of {name}; choose one of: small, large"):
+        with pytest.raises(
+            ValueError, match=f"unknown stem 'huge' of {name}; choose one of: small, large"
+        ):
             create(name, num_classes=10, stem="huge")
     with pytest.raises(ValueError, match="unknown stem 'huge'"):
         WideResNet(units=2, width=4, num_classes=10, stem="huge")
@@ -398,7 +463,9 @@ def test_mobilev1_is_as_large_as_published():
     with torch.device("meta"):
         model = create("mobilev1", num_classes=1000)
         assert model.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 1000, 7, 7)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.2  # Howard et al. 2017, table 4
+    assert (
+        round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.2
+    )  # Howard et al. 2017, table 4
 
 
 # --- what others do with a network ---
@@ -410,7 +477,11 @@ def test_batch_norm_folds_into_convolutions(name):
     folded = optimization.fuse(model)
     assert isinstance(folded, fx.GraphModule)
     modules = dict(folded.named_modules())
-    kept = [n.target for n in folded.graph.nodes if n.op == "call_module" and type(modules[n.target]) is nn.BatchNorm2d]
+    kept = [
+        n.target
+        for n in folded.graph.nodes
+        if n.op == "call_module" and type(modules[n.target]) is nn.BatchNorm2d
+    ]
     if name.startswith("wrn"):  # pre-activation: a sum cannot take the BN that follows it
         assert all(str(target).endswith("bn1") for target in kept)
     else:
@@ -422,7 +493,9 @@ def test_batch_norm_folds_into_convolutions(name):
 def test_a_traced_vgg_still_adapts_to_64():
     folded = optimization.fuse(loaded("vgg8"))
     with torch.no_grad():
-        assert folded(images(1, side=32)).shape == folded(images(1, side=64)).shape == (1, 100, 4, 4)
+        assert (
+            folded(images(1, side=32)).shape == folded(images(1, side=64)).shape == (1, 100, 4, 4)
+        )
         assert folded(images(1, side=48)).shape == (1, 100, 6, 6)
 
 
@@ -442,12 +515,18 @@ def test_initialisation():
     def std(model: nn.Module, key: str) -> float:
         return model.get_parameter(key).std().item()
 
-    assert std(wrn, "block3.layer.1.conv1.weight") == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.05)
+    assert std(wrn, "block3.layer.1.conv1.weight") == pytest.approx(
+        (2 / (9 * 128)) ** 0.5, rel=0.05
+    )
     assert std(vgg, "block4.0.weight") == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.05)
     assert std(mobile, "conv2.0.weight") == pytest.approx((2 / 1280) ** 0.5, rel=0.05)
-    assert std(mobile, "blocks.5.1.conv.3.weight") == pytest.approx((2 / (9 * 480)) ** 0.5, rel=0.05)
+    assert std(mobile, "blocks.5.1.conv.3.weight") == pytest.approx(
+        (2 / (9 * 480)) ** 0.5, rel=0.05
+    )
     # torch's default: uniform, 1 / sqrt(3 fan_in)
-    assert std(shuffle_net, "layer3.1.conv1.weight") == pytest.approx((1 / (3 * 320)) ** 0.5, rel=0.05)
+    assert std(shuffle_net, "layer3.1.conv1.weight") == pytest.approx(
+        (1 / (3 * 320)) ** 0.5, rel=0.05
+    )
     for model in (vgg, mobile):
         assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
         assert model.head.bias.abs().max() == 0

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SDDLSKD_HOME")}
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SDDLSKD_HOME")
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+    ]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     (built,) = out.glob("*.whl")
@@ -36,9 +48,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the wheel was installed into, alone."""
     target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+    ]
     done = subprocess.run(
-        [*command, "--target", str(target), str(wheel)], capture_output=True, text=True, env=ENVIRONMENT
+        [*command, "--target", str(target), str(wheel)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
     return target
@@ -46,7 +70,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, empty: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the installed copy and the dependencies, without the checkout (-S: no editable install)."""
-    paths = os.pathsep.join([str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    paths = os.pathsep.join(
+        [str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    )
     return subprocess.run(
         [sys.executable, "-S", *command],
         cwd=empty, capture_output=True, text=True, env={**ENVIRONMENT, "PYTHONPATH": paths},
@@ -58,7 +84,11 @@ def test_the_wheel_holds_what_a_job_needs_and_no_more(wheel: Path) -> None:
     here = {f"sddlskd/{p.relative_to(ROOT)}" for p in (ROOT / "conf").rglob("*.yaml")}
     assert len(here) > 100
     assert here <= names
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "sddlskd").rglob("*.py") if "hydra_plugins" not in p.parts}
+    modules = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "sddlskd").rglob("*.py")
+        if "hydra_plugins" not in p.parts
+    }
     assert modules <= names
     assert {"hydra_plugins/shared_teacher.py", "sddlskd/py.typed"} <= names
     assert "hydra_plugins/__init__.py" not in names
@@ -86,7 +116,9 @@ def test_the_wheel_says_how_to_call_it(wheel: Path) -> None:
 def test_the_installed_copy_runs_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
     yaml = installed / "sddlskd" / "conf" / "student" / "shufflev1.yaml"
     yaml.write_text(yaml.read_text().replace("0.01", "0.0123"))  # seen only where this copy is read
-    done = run(installed, tmp_path, "-m", "sddlskd.train", "--cfg", "job", "--resolve", "student=shufflev1")
+    done = run(
+        installed, tmp_path, "-m", "sddlskd.train", "--cfg", "job", "--resolve", "student=shufflev1"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "lr: 0.0123" in done.stdout
     assert f"home: {tmp_path}" in done.stdout
@@ -94,11 +126,12 @@ def test_the_installed_copy_runs_from_an_empty_directory(installed: Path, tmp_pa
 
 
 def test_hydra_finds_the_launcher_of_the_installed_copy(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "import hydra_plugins.shared_teacher as plugin, sddlskd.train as train; print(plugin.__file__, train.__file__)"
-    )
+    code = "import hydra_plugins.shared_teacher as plugin, sddlskd.train as train; print(plugin.__file__, train.__file__)"
     done = run(installed, tmp_path, "-c", code)
-    expected = [str(installed / "hydra_plugins" / "shared_teacher.py"), str(installed / "sddlskd" / "train.py")]
+    expected = [
+        str(installed / "hydra_plugins" / "shared_teacher.py"),
+        str(installed / "sddlskd" / "train.py"),
+    ]
     assert done.stdout.split() == expected, done.stderr
     shown = run(installed, tmp_path, "-m", "sddlskd.train", "--info", "plugins")
     assert "SharedTeacherLauncher" in shown.stdout, shown.stderr

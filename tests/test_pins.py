@@ -36,7 +36,9 @@ def test_a_damaged_lock_file_is_no_permission(tmp_path: Path, content: str) -> N
     path.parent.mkdir()
     path.write_bytes(content.encode("latin-1"))
     for use in (lambda: check(str(tmp_path), "a", OLD), lambda: pin(str(tmp_path), "a", OLD, "x")):
-        with pytest.raises(ValueError, match=rf"{path} is damaged .*: put a copy back, or remove it"):
+        with pytest.raises(
+            ValueError, match=rf"{path} is damaged .*: put a copy back, or remove it"
+        ):
             use()
     assert path.read_bytes() == content.encode("latin-1")
 
@@ -44,4 +46,6 @@ def test_a_damaged_lock_file_is_no_permission(tmp_path: Path, content: str) -> N
 def test_pins_of_processes_that_come_together_are_all_kept(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(pin, [(str(tmp_path), f"k{i}", OLD, "x") for i in range(20)], chunksize=1)
-    assert sorted(json.loads(lock_path(str(tmp_path)).read_text())["pins"]) == sorted(f"k{i}" for i in range(20))
+    assert sorted(json.loads(lock_path(str(tmp_path)).read_text())["pins"]) == sorted(
+        f"k{i}" for i in range(20)
+    )

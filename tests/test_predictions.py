@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    job = tiny(tmp_path_factory.mktemp("job"), "tracking.predictions=true", "M=[1,2,4]", "trainer.epochs=1")
+    job = tiny(
+        tmp_path_factory.mktemp("job"), "tracking.predictions=true", "M=[1,2,4]", "trainer.epochs=1"
+    )
     fit([job])
     return job
 
@@ -42,19 +44,30 @@ def network(model: dict[str, object], weights: dict[str, torch.Tensor]) -> torch
 
 
 @torch.inference_mode()
-def test_they_are_what_the_last_weights_say(job: Config, data: DeviceData, kept: dict[str, np.ndarray]) -> None:
+def test_they_are_what_the_last_weights_say(
+    job: Config, data: DeviceData, kept: dict[str, np.ndarray]
+) -> None:
     teacher_file = Path(job.home, "teachers", "fake", "resnet8.pt")
-    weights = {"": final(job)["model"], "teacher_": torch.load(teacher_file, weights_only=True)["model"]}
+    weights = {
+        "": final(job)["model"],
+        "teacher_": torch.load(teacher_file, weights_only=True)["model"],
+    }
     images, target = (torch.cat(tensors) for tensors in zip(*data.test_batches(), strict=True))
     assert np.array_equal(kept["target"], target)
     assert int(kept["scale"]) == 4
     for prefix, regions in (("", "student_regions"), ("teacher_", "regions")):
         net = network(job.student.model, weights[prefix])
         logit_map, features = net(images), net.features(images)  # type: ignore[operator]
-        np.testing.assert_allclose(kept[f"{prefix}logits"], logit_map.mean((2, 3)), rtol=2e-3, atol=2e-3)
-        np.testing.assert_allclose(kept[f"{prefix}features"], features.mean((2, 3)), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(
+            kept[f"{prefix}logits"], logit_map.mean((2, 3)), rtol=2e-3, atol=2e-3
+        )
+        np.testing.assert_allclose(
+            kept[f"{prefix}features"], features.mean((2, 3)), rtol=2e-3, atol=2e-3
+        )
         side = logit_map.shape[-1] // 4
-        cells = logit_map.unfold(2, side, side).unfold(3, side, side).mean((4, 5)).flatten(2).argmax(1)
+        cells = (
+            logit_map.unfold(2, side, side).unfold(3, side, side).mean((4, 5)).flatten(2).argmax(1)
+        )
         assert (kept[regions] == cells.numpy()).mean() > 0.99  # rounding may turn a tie
     top1 = evaluate(network(job.student.model, weights[""]), data.test_batches())["top1"]
     assert 100 * (kept["logits"].argmax(1) == kept["target"]).mean() == pytest.approx(top1, abs=2)
@@ -71,7 +84,13 @@ def test_the_examples_are_images_where_a_region_disagrees(
 
 
 def test_a_student_alone_has_no_teachers_part(tmp_path: Path) -> None:
-    job = tiny(tmp_path, "tracking.predictions=true", "distiller=vanilla", "trainer.epochs=1", "trainer.max_steps=1")
+    job = tiny(
+        tmp_path,
+        "tracking.predictions=true",
+        "distiller=vanilla",
+        "trainer.epochs=1",
+        "trainer.max_steps=1",
+    )
     fit([job])
     with np.load(Path(job.run_dir, "predictions.npz")) as arrays:
         assert set(arrays) == {"target", "logits", "features"}

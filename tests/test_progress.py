@@ -39,7 +39,8 @@ def view(*runs: Seen, mode: str = "plain") -> View:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05"), (1e6, "277:46:40")]
+    ("seconds", "shown"),
+    [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05"), (1e6, "277:46:40")],
 )
 def test_duration(seconds: float, shown: str) -> None:
     assert progress.duration(seconds) == shown
@@ -81,7 +82,9 @@ def test_plain_lines(clock: list[float], caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
-def test_off_says_nothing(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_off_says_nothing(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = Seen()
     with caplog.at_level(logging.INFO), view(run, mode="off") as seen:
         seen.look()
@@ -90,7 +93,9 @@ def test_off_says_nothing(caplog: pytest.LogCaptureFixture, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-def test_live_table(clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_live_table(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
     monkeypatch.setattr(progress, "Console", lambda **_: console)
@@ -101,7 +106,16 @@ def test_live_table(clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog:
         runs[0].step = 3
         seen.look()
     shown = out.getvalue()
-    for part in ("resnet8-kd-M-1-2", "2/4", "3/10", "1.5000", "images/s", "wrn_16_1-vanilla", "FAILED", "nan"):
+    for part in (
+        "resnet8-kd-M-1-2",
+        "2/4",
+        "3/10",
+        "1.5000",
+        "images/s",
+        "wrn_16_1-vanilla",
+        "FAILED",
+        "nan",
+    ):
         assert part in shown
     assert not caplog.records  # the table says it
 

@@ -57,7 +57,10 @@ def test_make_targets_exist() -> None:
 
 def test_it_counts_the_networks_right() -> None:
     libraries = {"timm", "torchvision"}  # any network of theirs
-    libraries |= {"mobilev1", *(f"imagenet_resnet{depth}" for depth in (18, 34, 50))}  # for images of 224 pixels
+    libraries |= {
+        "mobilev1",
+        *(f"imagenet_resnet{depth}" for depth in (18, 34, 50)),
+    }  # for images of 224 pixels
     choices = len({path.stem for path in (REPO / "conf/student").glob("*.yaml")} - libraries)
     assert f"any of {choices} networks" in README
     assert set(names()) <= {path.stem for path in (REPO / "conf/student").glob("*.yaml")}
@@ -76,12 +79,18 @@ def composed(command: str) -> list[Config]:
     sweep = loader.load_configuration(options.get("-cn", "config"), [], RunMode.MULTIRUN)
     sweep.sweep.name = "readme"
     params = sweep.hydra.sweeper.params or {}
-    overrides = [f"{key}={value}" for key, value in params.items()] + [word for word in words if "=" in word]
-    (grid,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    overrides = [f"{key}={value}" for key, value in params.items()] + [
+        word for word in words if "=" in word
+    ]
+    (grid,) = BasicSweeper.split_arguments(
+        OverridesParser.create().parse_overrides(overrides), None
+    )
     return compose_grid(loader, sweep, grid)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "sddlskd.train" in c and "--config-dir" not in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if "sddlskd.train" in c and "--config-dir" not in c]
+)
 def test_every_command_composes(command: str) -> None:
     jobs = composed(command)
     assert jobs
@@ -99,16 +108,23 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     torch.manual_seed(0)
-    checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    checkpoint.write(
+        tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
+    )
     words = shlex.split(blocks["sh"])
     quick = ["trainer=debug", "tracking=none"]
     assert words[:2] == ["python", "-m"]
     at_home = {"SDDLSKD_HOME": str(tmp_path)}
     code, out, err = ForkedCommand(tmp_path, *words[2:], *quick, cwd=tmp_path, env=at_home).end()
     assert code == 0, out + err
-    results = [record.read_result(path.parent) for path in (tmp_path / "runs").glob("*/resnet8-*/result.json")]
+    results = [
+        record.read_result(path.parent)
+        for path in (tmp_path / "runs").glob("*/resnet8-*/result.json")
+    ]
     jobs = {"loss": 2, "network": 1, "dataset": 1}[name]
-    assert [result["status"] for result in results if result.get("teacher_sha256")] == ["FINISHED"] * jobs
+    assert [result["status"] for result in results if result.get("teacher_sha256")] == [
+        "FINISHED"
+    ] * jobs
 
 
 def test_example_of_a_loop_of_ones_own() -> None:

@@ -20,7 +20,12 @@ ROW = {"epoch": 1, "time": 1.5, "val/top1": 50.0}
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=n", "-c", "user.email=e@x"]
-    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()
 
 
@@ -59,7 +64,9 @@ def test_freeze_keeps_uncommitted_changes(tmp_path: Path, checkout: Path) -> Non
     assert "-old\n+new\n" in (folder / "code.diff").read_text()
 
 
-def test_an_installation_inside_another_project_is_not_that_project(tmp_path: Path, checkout: Path) -> None:
+def test_an_installation_inside_another_project_is_not_that_project(
+    tmp_path: Path, checkout: Path
+) -> None:
     (checkout / ".gitignore").write_text("venv\n")
     (checkout / "venv").mkdir()
     record.__file__ = str(checkout / "venv" / "record.py")
@@ -89,14 +96,21 @@ def test_another_job_is_refused_with_what_differs(tmp_path: Path) -> None:
     freeze(job)
     with pytest.raises(ValueError, match=r"holds another job") as caught:
         freeze(other)
-    for part in (job.run_dir, "M=[1,2,4] there, [1,2] here", "seed=0 there, 3 here", "choose another run_dir"):
+    for part in (
+        job.run_dir,
+        "M=[1,2,4] there, [1,2] here",
+        "seed=0 there, 3 here",
+        "choose another run_dir",
+    ):
         assert part in str(caught.value)
     with pytest.raises(ValueError, match="holds another job"):
         Record(other)
     Record(job).close()  # the refused one left no lock
 
 
-def test_dead_inside_freezing_is_not_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_inside_freezing_is_not_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """config.yaml comes last, so what it stands beside is whole."""
     job = tiny(tmp_path, teacher=False)
     real = record.write_text
@@ -131,7 +145,9 @@ def test_second_process_is_refused_by_name(tmp_path: Path) -> None:
     process = processes.Process(target=hold, args=(job, opened, done))
     process.start()
     assert opened.wait(60)
-    with pytest.raises(ValueError, match=rf"run_dir={job.run_dir} is in use by process {process.pid} on "):
+    with pytest.raises(
+        ValueError, match=rf"run_dir={job.run_dir} is in use by process {process.pid} on "
+    ):
         Record(job)
     done.set()
     process.join()
@@ -180,7 +196,9 @@ def test_append_is_idempotent(tmp_path: Path) -> None:
     opened.close()
 
 
-@pytest.mark.parametrize("torn", [b'{"epoch": 2, "ti', b'{"epoch": 2, "time": 1}', b"\x00\x00\x00", b"{"])
+@pytest.mark.parametrize(
+    "torn", [b'{"epoch": 2, "ti', b'{"epoch": 2, "time": 1}', b"\x00\x00\x00", b"{"]
+)
 def test_torn_last_line_is_mended(tmp_path: Path, torn: bytes) -> None:
     job = tiny(tmp_path, teacher=False)
     opened = Record(job)

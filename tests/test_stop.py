@@ -42,7 +42,9 @@ def test_it_acts_at_once_where_nothing_would_be_lost() -> None:
 
 
 @pytest.mark.parametrize("phase", ["build_data", "build_teacher"])
-def test_before_the_first_step_a_job_stops_at_once(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_the_first_step_a_job_stops_at_once(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tiny(tmp_path)
     real = getattr(trainer, phase)
 
@@ -59,7 +61,9 @@ def test_before_the_first_step_a_job_stops_at_once(phase: str, tmp_path: Path, m
     assert not Path(job.run_dir).exists()
 
 
-def test_what_is_trained_is_finished_though_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_trained_is_finished_though_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leave_teacher(tmp_path)
     job, real = tiny(tmp_path), trainer._finish
 

@@ -107,17 +107,31 @@ def test_the_test_folder_may_have_another_name(own_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: shutil.rmtree(root), "there is no folder .*/folder/train; it should hold a folder of images"),
-        (lambda root: shutil.rmtree(root / "val"), "there is no folder .*/folder/val; it should hold a folder of"),
-        (lambda root: shutil.rmtree(root / "val/class_1"), r"folder: 1 classes are in one split only \(class_1\)"),
+        (
+            lambda root: shutil.rmtree(root),
+            "there is no folder .*/folder/train; it should hold a folder of images",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "val"),
+            "there is no folder .*/folder/val; it should hold a folder of",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "val/class_1"),
+            r"folder: 1 classes are in one split only \(class_1\)",
+        ),
         (
             lambda root: [p.unlink() for p in (root / "train/class_2").iterdir()],
             r"train/class_2 holds no images \(.jpg",
         ),
-        (lambda root: [shutil.rmtree(p) for p in (root / "val").iterdir()], "/val holds no folders"),
+        (
+            lambda root: [shutil.rmtree(p) for p in (root / "val").iterdir()],
+            "/val holds no folders",
+        ),
     ],
 )
-def test_a_folder_that_is_not_as_it_should_be(own_folder: Path, spoil: Callable[[Path], object], message: str) -> None:
+def test_a_folder_that_is_not_as_it_should_be(
+    own_folder: Path, spoil: Callable[[Path], object], message: str
+) -> None:
     spoil(own_folder)
     with pytest.raises(ValueError, match=message) as raised:
         image_folder(str(own_folder))
@@ -136,9 +150,13 @@ def test_a_training_batch_is_torchvisions_by_hand(folder: Path) -> None:
     for (x_BCHW, labels_B), ids_B in zip(data.batches(2), data.view_batches(2), strict=True):
         for x_CHW, label, n in zip(x_BCHW, labels_B.tolist(), ids_B.tolist(), strict=True):
             image = Image.open(paths.paths[n])
-            left, top, width, height = random_crop(random.Random(f"seed 5 epoch 2 image {n}"), *image.size, (0.08, 1.0))
+            left, top, width, height = random_crop(
+                random.Random(f"seed 5 epoch 2 image {n}"), *image.size, (0.08, 1.0)
+            )
             crop = resized_crop(image, top, left, height, width, [SIZE, SIZE])
-            finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+            finish = v2.Compose(
+                [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+            )
             apart = [(finish(c) - x_CHW).abs().max() for c in (crop, horizontal_flip(crop))]
             assert min(apart) < 2.01 / 255 / min(STD)
             mirrored += apart[1] < apart[0]
@@ -167,11 +185,18 @@ def test_a_test_batch_is_torchvisions(folder: Path) -> None:
 
 def test_sizes_and_shapes(folder: Path) -> None:
     data = streamed(folder, val_fraction=0.2)
-    assert (data.train_size, data.val_size, data.test_size, data.image_shape) == (45, 12, 9, (3, SIZE, SIZE))
+    assert (data.train_size, data.val_size, data.test_size, data.image_shape) == (
+        45,
+        12,
+        9,
+        (3, SIZE, SIZE),
+    )
     assert data.steps_per_epoch == 3
     assert [len(y) for _, y in data.batches(1)] == [20, 20, 5]
     assert torch.bincount(torch.cat([y for _, y in data.val_batches()])).tolist() == [4, 4, 4]
-    in_memory = DeviceData(fake(3, 8, 57, 9), num_classes=3, batch_size=20, seed=5, device="cpu", mean=MEAN, std=STD)
+    in_memory = DeviceData(
+        fake(3, 8, 57, 9), num_classes=3, batch_size=20, seed=5, device="cpu", mean=MEAN, std=STD
+    )
     for order in (data.batches, data.view_batches, in_memory.batches):  # who resumes where
         assert len(list(order(1, 2))) == 1
         assert list(order(1, 3)) == []
@@ -192,7 +217,9 @@ def test_neither_workers_nor_batch_sizes_change_a_bit(folder: Path, workers: int
     alone = streamed(folder)
     epochs = [[*alone.batches(epoch), *alone.val_batches()] for epoch in (1, 2)]
     data = streamed(folder, workers=workers)
-    assert [same([*data.batches(epoch), *data.val_batches()], epochs[epoch - 1]) for epoch in (1, 2)] == [True, True]
+    assert [
+        same([*data.batches(epoch), *data.val_batches()], epochs[epoch - 1]) for epoch in (1, 2)
+    ] == [True, True]
     other = streamed(folder, workers=workers, batch_size=7, eval_batch_size=100)
     x_NCHW = torch.cat([x for x, _ in epochs[1][:3]])
     assert torch.equal(torch.cat([x for x, _ in other.batches(2)]), x_NCHW)
@@ -215,7 +242,10 @@ def test_resuming_decodes_nothing_of_what_is_done(own_folder: Path) -> None:
     for n in done.tolist():
         Path(paths.paths[n]).unlink()
     assert len(list(data.batches(1, 1))) == 2
-    with pytest.raises(ValueError, match=r"\.jpg: No such file or directory; mend or remove it, or set dataset.bad_im"):
+    with pytest.raises(
+        ValueError,
+        match=r"\.jpg: No such file or directory; mend or remove it, or set dataset.bad_im",
+    ):
         next(data.batches(1))
 
 
@@ -223,10 +253,15 @@ def test_resuming_decodes_nothing_of_what_is_done(own_folder: Path) -> None:
 def test_the_ranks_shares_are_the_whole(folder: Path, ranks: int) -> None:
     whole = streamed(folder)
     parts = [streamed(folder, rank=rank, ranks=ranks) for rank in range(ranks)]
-    for batch, shares in zip(whole.batches(3), zip(*(part.batches(3) for part in parts), strict=True), strict=True):
+    for batch, shares in zip(
+        whole.batches(3), zip(*(part.batches(3) for part in parts), strict=True), strict=True
+    ):
         assert same([torch.cat(tensors) for tensors in zip(*shares, strict=True)], list(batch))
     val = [torch.cat(tensors) for tensors in zip(*whole.val_batches(), strict=True)]
-    shares = [torch.cat(tensors) for tensors in zip(*(b for part in parts for b in part.val_batches()), strict=True)]
+    shares = [
+        torch.cat(tensors)
+        for tensors in zip(*(b for part in parts for b in part.val_batches()), strict=True)
+    ]
     assert same(shares, val)
     assert all(equal(list(part.test_batches()), list(whole.test_batches())) for part in parts)
 
@@ -270,7 +305,8 @@ def test_a_bad_image_stops_by_its_name_and_only_when_its_batch_comes(own_folder:
     batches = data.batches(1)
     next(batches)
     with pytest.raises(
-        ValueError, match=rf"^{bad}: UnidentifiedImageError: cannot identify image file; mend or remove"
+        ValueError,
+        match=rf"^{bad}: UnidentifiedImageError: cannot identify image file; mend or remove",
     ) as e:
         next(batches)
     assert "\n" not in str(e.value)
@@ -297,7 +333,11 @@ def test_a_skipped_training_image_is_replaced_by_the_next(
     shutil.copytree(own_folder, untouched)
     bad = ["train/class_0/0018.jpg", "train/class_1/0000.jpg", "train/class_2/0018.jpg"]
     spoil(own_folder, bad)
-    good = ["train/class_1/0001.jpg", "train/class_1/0001.jpg", "train/class_0/0000.jpg"]  # round the end, too
+    good = [
+        "train/class_1/0001.jpg",
+        "train/class_1/0001.jpg",
+        "train/class_0/0000.jpg",
+    ]  # round the end, too
     for name, by in zip(bad, good, strict=True):
         shutil.copy(untouched / by, untouched / name)
     data, expected = streamed(own_folder, workers=workers, bad="skip"), streamed(untouched)
@@ -315,7 +355,9 @@ def test_a_skipped_training_image_is_replaced_by_the_next(
     assert equal(list(streamed(own_folder, bad="skip").batches(2, 1)), ours[1:])
     assert sum("(dataset.bad_images=skip)" in line for line in told) == 3
     assert all(any(f"{own_folder}/{name}: Unidentified" in line for line in told) for name in bad)
-    assert [line for line in told if "so far" in line] == ["images so far: 3 unreadable; 3 are left out"]
+    assert [line for line in told if "so far" in line] == [
+        "images so far: 3 unreadable; 3 are left out"
+    ]
 
 
 def test_a_skipped_test_image_is_left_out(own_folder: Path) -> None:
@@ -323,11 +365,16 @@ def test_a_skipped_test_image_is_left_out(own_folder: Path) -> None:
     spoil(own_folder, ["val/class_0/0001.jpg", *(f"val/class_1/{n:04}.jpg" for n in range(3))])
     data = streamed(own_folder, eval_batch_size=3, bad="skip", workers=1)
     batches = list(data.test_batches())
-    assert [y.tolist() for _, y in batches] == [[0, 0], [2, 2, 2]]  # a batch without any image is none
+    assert [y.tolist() for _, y in batches] == [
+        [0, 0],
+        [2, 2, 2],
+    ]  # a batch without any image is none
     assert torch.equal(batches[0][0], before[0][0][[0, 2]])
     assert torch.equal(batches[1][0], before[2][0])
     shown = torch.cat([x for x, _ in batches])[2]
-    pixels = ((data.test_images([2])[0] / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+    pixels = ((data.test_images([2])[0] / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(
+        2, 0, 1
+    )
     assert torch.allclose(shown, pixels, atol=1e-5)
 
 
@@ -341,9 +388,13 @@ def test_where_nothing_can_be_read_that_is_said(own_folder: Path) -> None:
 
 
 def test_a_rank_whose_share_of_val_cannot_be_read_goes_on(own_folder: Path) -> None:
-    spoil(own_folder, [f"val/class_0/{n:04}.jpg" for n in range(3)])  # all that the first of three ranks has
+    spoil(
+        own_folder, [f"val/class_0/{n:04}.jpg" for n in range(3)]
+    )  # all that the first of three ranks has
     assert list(streamed(own_folder, bad="skip", rank=0, ranks=3).val_batches()) == []
-    whole = [list(streamed(own_folder, bad="skip", rank=rank, ranks=3).val_batches()) for rank in (1, 2)]
+    whole = [
+        list(streamed(own_folder, bad="skip", rank=rank, ranks=3).val_batches()) for rank in (1, 2)
+    ]
     assert [y.tolist() for batches in whole for _, y in batches] == [[1, 1, 1], [2, 2, 2]]
 
     class Gathered(Ranks):
@@ -360,7 +411,9 @@ def test_a_rank_whose_share_of_val_cannot_be_read_goes_on(own_folder: Path) -> N
         evaluate(create("resnet8", 3), nothing.val_batches(), ranks=Ranks())
 
 
-def test_irregular_images_are_converted_skipped_or_refused(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_irregular_images_are_converted_skipped_or_refused(
+    own_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     photograph(0, 40, 40).convert("L").save(own_folder / "train/class_0/0003.jpg")
     photograph(0, 40, 40).convert("CMYK").save(own_folder / "train/class_2/0003.jpg")
     with caplog.at_level(logging.INFO, "sddlskd"):
@@ -368,16 +421,24 @@ def test_irregular_images_are_converted_skipped_or_refused(own_folder: Path, cap
     assert torch.bincount(converted).tolist() == [EACH] * 3
     told = [record.getMessage() for record in caplog.records]
     assert f"{own_folder}/train/class_0/0003.jpg: grey (dataset.irregular_images=convert)" in told
-    assert sorted(told[-1].removeprefix("images so far: ").split("; ")[0].split(", ")) == ["1 CMYK", "1 grey"]
-    skipped = torch.cat([y for _, y in streamed(own_folder, irregular="skip", workers=1).batches(1)])
+    assert sorted(told[-1].removeprefix("images so far: ").split("; ")[0].split(", ")) == [
+        "1 CMYK",
+        "1 grey",
+    ]
+    skipped = torch.cat(
+        [y for _, y in streamed(own_folder, irregular="skip", workers=1).batches(1)]
+    )
     assert torch.bincount(skipped).tolist() == [EACH] * 3
     with pytest.raises(
-        ValueError, match=r"000\d.jpg: (grey|CMYK); convert it, or set dataset.irregular_images=convert"
+        ValueError,
+        match=r"000\d.jpg: (grey|CMYK); convert it, or set dataset.irregular_images=convert",
     ):
         list(streamed(own_folder, irregular="fail").batches(1))
 
 
-def test_of_very_many_bad_files_the_log_names_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_very_many_bad_files_the_log_names_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class_folders(tmp_path, 1, 30, width=20, height=20)
     for path in sorted((tmp_path / "train/class_0").iterdir())[5:]:
         path.write_bytes(b"")
@@ -459,7 +520,12 @@ def test_a_teacher_and_its_student_train_on_files(job_of: Jobs) -> None:
     before = children()
     (taught,) = fit([job_of("distiller=vanilla", "trainer.epochs=1")])
     assert taught["status"] == "FINISHED"
-    job = job_of("M=[1,2]", "tracking.predictions=true", "dataset.val_fraction=0.2", "dataset.bad_images=skip")
+    job = job_of(
+        "M=[1,2]",
+        "tracking.predictions=true",
+        "dataset.val_fraction=0.2",
+        "dataset.bad_images=skip",
+    )
     (result,) = fit([job])
     assert (result["status"], result["epochs"]) == ("FINISHED", 2)
     assert "test_top1" in result
@@ -474,7 +540,9 @@ def test_a_teacher_and_its_student_train_on_files(job_of: Jobs) -> None:
 
 def test_a_run_that_is_stopped_goes_on_with_the_same_bits(job_of: Jobs, tmp_path: Path) -> None:
     """Stopped by SIGTERM to the trainer and to its worker, as SLURM sends it, in the first step of the second epoch."""
-    whole, stopped = (job_of("distiller=vanilla", f"home={tmp_path / name}") for name in ("whole", "stopped"))
+    whole, stopped = (
+        job_of("distiller=vanilla", f"home={tmp_path / name}") for name in ("whole", "stopped")
+    )
     fit([whole])
     data_batches, before = StreamedData.batches, children()
 
@@ -497,7 +565,9 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bits(job_of: Jobs, tmp_path
 def test_a_bad_file_fails_the_run_by_its_name(job_of: Jobs, own_folder: Path) -> None:
     spoil(own_folder, ["train/class_1/0005.jpg"])
     job = job_of("distiller=vanilla", root=own_folder)
-    with pytest.raises(ValueError, match=r"train/class_1/0005\.jpg: Unidentified.*or set dataset\.bad_images=skip$"):
+    with pytest.raises(
+        ValueError, match=r"train/class_1/0005\.jpg: Unidentified.*or set dataset\.bad_images=skip$"
+    ):
         fit([job])
     result = json.loads(Path(job.run_dir, "result.json").read_text())
     assert result["status"] == "FAILED"
@@ -515,7 +585,9 @@ def test_workers_end_with_an_evaluation_that_fails(job_of: Jobs, own_folder: Pat
 
 def test_no_cache_of_crops_that_never_come_again(job_of: Jobs, tmp_path: Path) -> None:
     job = job_of(f"teacher.cache={tmp_path}", "teacher.train_if_missing=true")
-    with pytest.raises(ValueError, match=r"teacher.cache=.* cannot hold the crops of dataset=image_folder"):
+    with pytest.raises(
+        ValueError, match=r"teacher.cache=.* cannot hold the crops of dataset=image_folder"
+    ):
         build_data(job, torch.device("cpu"))
     ((_, reason),) = problems([job])
     assert "set teacher.cache=null" in reason
@@ -523,7 +595,10 @@ def test_no_cache_of_crops_that_never_come_again(job_of: Jobs, tmp_path: Path) -
 
 def test_a_job_is_checked_without_a_look_into_any_file(job_of: Jobs, own_folder: Path) -> None:
     spoil(own_folder, [str(path.relative_to(own_folder)) for path in own_folder.rglob("*.jpg")])
-    well = [job_of("teacher.train_if_missing=true", f"dataset.size={size}", root=own_folder) for size in (16, 64)]
+    well = [
+        job_of("teacher.train_if_missing=true", f"dataset.size={size}", root=own_folder)
+        for size in (16, 64)
+    ]
     ill = [
         job_of("distiller=vanilla", "trainer.batch_size=58", root=own_folder),
         job_of("teacher.train_if_missing=true", "M=[1,16]", root=own_folder),  # maps of 4x4
@@ -537,7 +612,9 @@ def test_a_job_is_checked_without_a_look_into_any_file(job_of: Jobs, own_folder:
 
 
 @pytest.mark.parametrize("given", [2, 4])
-def test_another_number_of_classes_than_the_folders_is_refused_before_the_start(job_of: Jobs, given: int) -> None:
+def test_another_number_of_classes_than_the_folders_is_refused_before_the_start(
+    job_of: Jobs, given: int
+) -> None:
     job = job_of("distiller=vanilla", f"dataset.num_classes={given}")
     message = rf"train holds 3 classes, not {given}; set dataset\.num_classes=3"
     ((_, reason),) = problems([job])
@@ -566,7 +643,12 @@ def test_keys_out_of_range(job_of: Jobs, override: str, message: str) -> None:
 
 def test_keys_of_files_count_in_a_job_once_they_differ(job_of: Jobs) -> None:
     default = cfg.config_hash(job_of("dataset.size=224"))
-    for override in ("dataset.size=224", "dataset.centre=0.875", "dataset.bad_images=fail", "dataset.workers=7"):
+    for override in (
+        "dataset.size=224",
+        "dataset.centre=0.875",
+        "dataset.bad_images=fail",
+        "dataset.workers=7",
+    ):
         assert cfg.config_hash(job_of("dataset.size=224", override)) == default
     for override in ("dataset.size=64", "dataset.centre=1", "dataset.bad_images=skip", "dataset.crop_area=[0.2,1]",
                      "dataset.irregular_images=skip", "dataset.upright=true", "dataset.pixel_limit=1000"):  # fmt: skip

@@ -32,7 +32,9 @@ def jobs_of(suite: str) -> list[Config]:
     loader = ConfigLoaderImpl(search)
     sweep = loader.load_configuration(suite, [], RunMode.MULTIRUN)
     params = sweep.hydra.sweeper.params or {}
-    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    overrides = OverridesParser.create().parse_overrides(
+        [f"{key}={value}" for key, value in params.items()]
+    )
     (grid,) = BasicSweeper.split_arguments(overrides, None)
     lines = [line.split() for line in sweep.sweep.jobs] or [[]]
     return compose_grid(loader, sweep, [[*one, *line] for one in grid for line in lines])
@@ -43,7 +45,11 @@ def test_the_header_says_what_the_suite_is(suite: str) -> None:
     header = (REPO / "sweeps" / f"{suite}.yaml").read_text().split("defaults:")[0]
     jobs = jobs_of(suite)
     assert re.search(rf"# Command: +python -m sddlskd.train (-m )?-cd sweeps -cn {suite}\b", header)
-    assert int(re.search(r"# Jobs: +(\d+)", header)[1]) == len({job.run_dir for job in jobs}) == len(jobs)
+    assert (
+        int(re.search(r"# Jobs: +(\d+)", header)[1])
+        == len({job.run_dir for job in jobs})
+        == len(jobs)
+    )
     assert "# Cost:" in header
     passes = re.search(r"goes through the data (\d+) times an epoch instead of (\d+)", header)
     if passes:
@@ -56,7 +62,9 @@ def test_one_teacher_is_trained_in_one_way_whoever_asks_first(suite: str) -> Non
     ways: dict[str, set[str]] = {}
     for job in jobs_of(suite):
         if job.distiller.loss:
-            ways.setdefault(str(teacher_path(job)), set()).add(cfg.config_hash(cfg.teacher_job(job)))
+            ways.setdefault(str(teacher_path(job)), set()).add(
+                cfg.config_hash(cfg.teacher_job(job))
+            )
     assert [file for file, hashes in ways.items() if len(hashes) != 1] == []
 
 
@@ -71,7 +79,9 @@ def test_the_seed_suite_is_the_seeds() -> None:
     for part in ("1", "2", "3"):
         expected = [(r["teacher"], r["student"], r["M"]) for r in rows if r["part"] == part]
         assert sorted(map(short, jobs_of(f"seed_part{part}"))) == sorted(expected)
-    assert sorted(map(short, jobs_of("seed"))) == sorted((r["teacher"], r["student"], r["M"]) for r in rows)
+    assert sorted(map(short, jobs_of("seed"))) == sorted(
+        (r["teacher"], r["student"], r["M"]) for r in rows
+    )
     for job, row in (
         (job, row)
         for job in jobs_of("seed")
@@ -96,7 +106,11 @@ def test_the_seed_suite_is_the_seeds() -> None:
 
 def test_the_papers_tables() -> None:
     table6 = jobs_of("sdd_table6")
-    assert {job.distiller.knowledge.value for job in table6} == {"fusion", "consistent", "complementary"}
+    assert {job.distiller.knowledge.value for job in table6} == {
+        "fusion",
+        "consistent",
+        "complementary",
+    }
     assert {tuple(job.M) for job in table6 if job.student.name == "shufflev1"} == {(1, 2, 4)}
     assert {tuple(job.M) for job in table6 if job.student.name == "resnet8x4"} == {(1, 2)}
     assert {tuple(job.M) for job in jobs_of("sdd_table7")} == {(1,), (1, 2), (1, 4), (1, 2, 4)}
@@ -110,7 +124,10 @@ def test_the_papers_tables() -> None:
     fusion = jobs_of("fusion")
     assert {job.seed for job in fusion} == set(range(5))
     assert len({short(job)[:2] for job in fusion}) == 20
-    assert all((job.distiller.ce_weight, job.distiller.kd_weight, job.M) == (1.0, 9.0, [1, 2, 4]) for job in fusion)
+    assert all(
+        (job.distiller.ce_weight, job.distiller.kd_weight, job.M) == (1.0, 9.0, [1, 2, 4])
+        for job in fusion
+    )
 
 
 SDD = {"kd", "sd_kd", "dkd", "sd_dkd", "nkd", "sd_nkd"}
@@ -130,7 +147,9 @@ def method(job: Config) -> str:
                                        "resnet50_shufflev1"}),
     ],
 )  # fmt: skip
-def test_the_tables_of_large_images(suite: str, dataset: str, methods: set[str], pairs: set[str]) -> None:
+def test_the_tables_of_large_images(
+    suite: str, dataset: str, methods: set[str], pairs: set[str]
+) -> None:
     jobs = jobs_of(suite)
     cells = {(f"{job.teacher.name}_{job.student.name}", method(job)) for job in jobs}
     assert cells == {(pair, name) for pair in pairs for name in methods}
@@ -141,7 +160,9 @@ def test_the_tables_of_large_images(suite: str, dataset: str, methods: set[str],
         o, t = job.optimizer, job.trainer
         steps = [round(part * t.epochs) for part in o.milestones]
         assert (t.epochs, t.batch_size, steps, o.algorithm["weight_decay"]) == expected
-        assert o.lr == (0.2 if dataset == "imagenet" else 0.05 if job.student.name == "vgg8" else 0.01)
+        assert o.lr == (
+            0.2 if dataset == "imagenet" else 0.05 if job.student.name == "vgg8" else 0.01
+        )
         several = [1, 2] if job.student.name == "resnet18" else [1, 2, 4]
         assert (several if method(job).startswith("sd_") else [1]) == job.M
         assert (job.dataset.name, job.dataset.size) == (dataset, 224)
@@ -154,7 +175,12 @@ def test_the_header_expects_the_published_numbers(suite: str) -> None:
         printed = {(f"{r['teacher']}_{r['student']}", r["method"]): r["value"]
                    for r in csv.DictReader(file) if (r["table"], r["metric"]) == (table, "top1")}  # fmt: skip
     header = (REPO / "sweeps" / f"{suite}.yaml").read_text().split("defaults:")[0]
-    said = {pair: line for pair, line in re.findall(r"^#\s+(?:Expect:\s+)?(\w+_\w+): (kd .*)$", header, re.MULTILINE)}
+    said = {
+        pair: line
+        for pair, line in re.findall(
+            r"^#\s+(?:Expect:\s+)?(\w+_\w+): (kd .*)$", header, re.MULTILINE
+        )
+    }
     jobs = jobs_of(suite)
     assert said.keys() == {f"{job.teacher.name}_{job.student.name}" for job in jobs}
     for job in jobs:
@@ -164,7 +190,12 @@ def test_the_header_expects_the_published_numbers(suite: str) -> None:
 
 def test_the_seeds_cub200_suite() -> None:
     jobs = jobs_of("seed_cub")
-    pairs = ("resnet32x4_resnet8x4", "resnet32x4_shufflev1", "resnet32x4_mobilev2", "wrn_40_2_shufflev1")
+    pairs = (
+        "resnet32x4_resnet8x4",
+        "resnet32x4_shufflev1",
+        "resnet32x4_mobilev2",
+        "wrn_40_2_shufflev1",
+    )
     cells = {(f"{job.teacher.name}_{job.student.name}", tuple(job.M)) for job in jobs}
     assert cells == {(pair, M) for pair in pairs for M in ((1,), (1, 2), (1, 2, 4))}
     for job in jobs:  # experiments_seed.csv, part cub

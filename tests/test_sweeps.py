@@ -30,7 +30,16 @@ from sddlskd.grid import InvalidJobs, compose_grid
 from sddlskd.models import create
 from sddlskd.outcome import read_manifest, state_of
 from sddlskd.pool import Pool, Task
-from sddlskd.sweeps import _ask_precheck, _command, _write_manifest, _write_plan, cause_of, groups_of, main, run_sweep
+from sddlskd.sweeps import (
+    _ask_precheck,
+    _command,
+    _write_manifest,
+    _write_plan,
+    cause_of,
+    groups_of,
+    main,
+    run_sweep,
+)
 from sddlskd.trainer import fit
 from tests.tiny import ForkedCommand, ForkedWorker
 
@@ -49,7 +58,9 @@ COMMON = [
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with a teacher, and `tests` importable in the workers."""
     torch.manual_seed(0)
-    checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    checkpoint.write(
+        tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
+    )
     monkeypatch.chdir(REPO)
     # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
     monkeypatch.setattr("sddlskd.sweeps._ask_precheck", precheck.look)
@@ -57,10 +68,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def grid_of(home: Path, common: list[str], grid: list[list[str]]) -> tuple[ConfigLoaderImpl, DictConfig, list[Config]]:
+def grid_of(
+    home: Path, common: list[str], grid: list[list[str]]
+) -> tuple[ConfigLoaderImpl, DictConfig, list[Config]]:
     cfg.frame()
     loader = ConfigLoaderImpl(create_config_search_path(str(files("sddlskd.conf"))))
-    sweep = loader.load_configuration("config", [*common, f"home={home}", "sweep.name=test"], RunMode.MULTIRUN)
+    sweep = loader.load_configuration(
+        "config", [*common, f"home={home}", "sweep.name=test"], RunMode.MULTIRUN
+    )
     overrides = [[*common, f"home={home}", *one] for one in grid]
     return loader, sweep, compose_grid(loader, sweep, overrides)
 
@@ -116,7 +131,9 @@ def test_the_grid_is_what_hydra_composes(tmp_path: Path) -> None:
         "teacher.cache": ["maps"],
     }
     draw = random.Random(0)
-    grid = [[f"{k}={draw.choice(choices[k])}" for k in draw.sample(list(choices), 6)] for _ in range(40)]
+    grid = [
+        [f"{k}={draw.choice(choices[k])}" for k in draw.sample(list(choices), 6)] for _ in range(40)
+    ]
     loader, sweep_config, jobs = grid_of(tmp_path, [], grid)
     for overrides, job in zip(grid, jobs, strict=True):
         composed = loader.load_sweep_config(sweep_config, [f"home={tmp_path}", *overrides])
@@ -130,7 +147,11 @@ def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
     assert "3 jobs" in str(caught.value)
     assert all(part in str(caught.value) for part in ("M=[0]", "M=[1, 1]", "seed"))
     jobs = jobs_of(
-        home, "M=[1]", "M=[32]", "trainer.batch_size=5000", "teacher=resnet14 teacher.train_if_missing=false"
+        home,
+        "M=[1]",
+        "M=[32]",
+        "trainer.batch_size=5000",
+        "teacher=resnet14 teacher.train_if_missing=false",
     )
     with pytest.raises(InvalidJobs) as caught:
         run_sweep(jobs, "test", pool=pool())
@@ -143,17 +164,38 @@ def test_groups_share_teacher_and_batches() -> None:
         jobs = grid_of(Path("/nowhere"), COMMON, [one.split() for one in grid])[2]
         return [len(group) for group in groups_of(jobs, size)]
 
-    assert labels("student=resnet8", "student=wrn_16_1 M=[1]", "optimizer.lr=0.1", "recipe=kd") == [4]
+    assert labels("student=resnet8", "student=wrn_16_1 M=[1]", "optimizer.lr=0.1", "recipe=kd") == [
+        4
+    ]
     assert labels("seed=0", "seed=1") == [1, 1]
     assert labels("seed=0 trainer.data_seed=0", "seed=1 trainer.data_seed=0") == [2]
-    assert labels("trainer.epochs=2", "trainer.epochs=3", "trainer.batch_size=32", "trainer.precision=bf16") == [1] * 4
-    assert labels("teacher=resnet14", "teacher=resnet8", "dataset.flip=true", "recipe=vanilla") == [1] * 4
+    assert (
+        labels(
+            "trainer.epochs=2",
+            "trainer.epochs=3",
+            "trainer.batch_size=32",
+            "trainer.precision=bf16",
+        )
+        == [1] * 4
+    )
+    assert (
+        labels("teacher=resnet14", "teacher=resnet8", "dataset.flip=true", "recipe=vanilla")
+        == [1] * 4
+    )
     assert labels("seed=0", "seed=0") == [1]
     assert labels("M=[1]", "M=[2]", "M=[4]", "M=[1,4]", "M=[1,2]", size=2) == [2, 2, 1]
 
 
-def test_failures_stay_local_and_a_sweep_continues(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = jobs_of(home, "student=resnet8", network("Raises"), "student=resnet8 optimizer.lr=1e30", network("Tiny"))
+def test_failures_stay_local_and_a_sweep_continues(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = jobs_of(
+        home,
+        "student=resnet8",
+        network("Raises"),
+        "student=resnet8 optimizer.lr=1e30",
+        network("Tiny"),
+    )
     results, code = sweep(jobs)
     assert statuses(results) == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
     assert code == 1
@@ -218,13 +260,17 @@ def test_a_killed_worker_goes_on_from_its_checkpoints(home: Path) -> None:
     common = ("trainer.epochs=2", f"teacher.checkpoint={home}/teachers/digits/resnet8.pt")
     alone = jobs_of(home / "alone", "student=resnet8", common=common)
     fit(alone)
-    grouped, single = (checkpoint.read(Path(job.run_dir, "last.ckpt"))["model"] for job in (jobs[0], alone[0]))
+    grouped, single = (
+        checkpoint.read(Path(job.run_dir, "last.ckpt"))["model"] for job in (jobs[0], alone[0])
+    )
     assert all(torch.equal(grouped[key], single[key]) for key in single)
 
 
 def test_the_job_that_kills_workers_is_found(home: Path) -> None:
     (home / "kills").mkdir()
-    jobs = jobs_of(home, network("Tiny"), network("Kills", folder=home / "kills", times=9), "student=resnet8")
+    jobs = jobs_of(
+        home, network("Tiny"), network("Kills", folder=home / "kills", times=9), "student=resnet8"
+    )
     results, code = sweep(jobs, devices=["cpu", "cpu"])
     assert statuses(results) == ["FINISHED", "FAILED", "FINISHED"]
     assert code == 1
@@ -247,8 +293,19 @@ def test_fail_fast_stops_the_sweep(home: Path) -> None:
 
 
 def start(home: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sddlskd.train", "-m", *COMMON, f"home={home}", "sweep.name=test", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    command = [
+        sys.executable,
+        "-m",
+        "sddlskd.train",
+        "-m",
+        *COMMON,
+        f"home={home}",
+        "sweep.name=test",
+        *overrides,
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -289,7 +346,10 @@ def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
     """Weights equal, every epoch once in the record, every job and epoch once in MLflow."""
     draw = random.Random(1)
     undisturbed = home / "undisturbed"
-    checkpoint.write(undisturbed / "teachers/digits/resnet8.pt", checkpoint.read(home / "teachers/digits/resnet8.pt"))
+    checkpoint.write(
+        undisturbed / "teachers/digits/resnet8.pt",
+        checkpoint.read(home / "teachers/digits/resnet8.pt"),
+    )
     fixed = [text for text in LONG if not text.startswith("M=")]
     fit(grid_of(undisturbed, [*COMMON, *fixed], [["M=[1]"], ["M=[2]"]])[2])
     for kill in ("sweep", "worker"):
@@ -307,17 +367,23 @@ def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
     assert len(manifest["jobs"]) == 2
     for path in manifest["jobs"]:
         twin = undisturbed / "runs" / "digits" / Path(path).name
-        ours, theirs = (checkpoint.read(folder / "last.ckpt")["model"] for folder in (Path(path), twin))
+        ours, theirs = (
+            checkpoint.read(folder / "last.ckpt")["model"] for folder in (Path(path), twin)
+        )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert [row["epoch"] for row in record.read_rows(Path(path))] == [1, 2, 3, 4, 5, 6]
     plan = json.loads((home / "runs/sweeps/test/plan.json").read_text())
     assert [job["run_dir"] for job in plan["jobs"]] == manifest["jobs"]
     in_mlflow = mlflow_jobs(home)
-    assert {run.data.tags["config_hash"] for run in in_mlflow} == {job["config_hash"] for job in plan["jobs"]}
+    assert {run.data.tags["config_hash"] for run in in_mlflow} == {
+        job["config_hash"] for job in plan["jobs"]
+    }
     assert sorted(run.data.tags["run_dir"] for run in in_mlflow) == sorted(manifest["jobs"])
     for run in in_mlflow:
         assert run.info.status == "FINISHED"
-        steps = [point.step for point in client_of(home).get_metric_history(run.info.run_id, "val/top1")]
+        steps = [
+            point.step for point in client_of(home).get_metric_history(run.info.run_id, "val/top1")
+        ]
         assert sorted(steps) == [1, 2, 3, 4, 5, 6]
 
 
@@ -343,7 +409,9 @@ def test_the_plan_names_every_job_of_every_start(home: Path) -> None:
         for key in ("student.name", "M", "seed", "trainer.epochs"):
             assert params[key] == str(cfg.flatten(job)[key])
     (parent,) = client_of(home).search_runs(["1"], "tags.kind = 'sweep'")
-    assert [file.path for file in client_of(home).list_artifacts(parent.info.run_id)] == ["plan.json"]
+    assert [file.path for file in client_of(home).list_artifacts(parent.info.run_id)] == [
+        "plan.json"
+    ]
 
 
 def add_jobs(home: Path, seeds: range) -> None:
@@ -354,7 +422,9 @@ def add_jobs(home: Path, seeds: range) -> None:
 
 def test_two_launches_of_one_sweep_lose_no_job(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    launches = [context.Process(target=add_jobs, args=(tmp_path, range(at, at + 20))) for at in (0, 20)]
+    launches = [
+        context.Process(target=add_jobs, args=(tmp_path, range(at, at + 20))) for at in (0, 20)
+    ]
     for launch in launches:
         launch.start()
     for launch in launches:
@@ -370,7 +440,9 @@ def test_a_check_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         fake.write_text(f"#!/bin/sh\ncat > /dev/null\n{program}\n")
         fake.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(fake))
-        with pytest.raises(OSError, match=f"check of the jobs died \\({why}\\), so none was started"):
+        with pytest.raises(
+            OSError, match=f"check of the jobs died \\({why}\\), so none was started"
+        ):
             _ask_precheck([], [])
 
 
@@ -380,12 +452,17 @@ def test_mlflow_knows_a_sweep_whose_jobs_another_ran(home: Path) -> None:
     run_sweep(jobs, "other", pool=pool())
     parents = client_of(home).search_runs(["1"], "tags.kind = 'sweep' and tags.sweep = 'other'")
     assert [parent.info.status for parent in parents] == ["FINISHED"]
-    assert [file.path for file in client_of(home).list_artifacts(parents[0].info.run_id)] == ["plan.json"]
+    assert [file.path for file in client_of(home).list_artifacts(parents[0].info.run_id)] == [
+        "plan.json"
+    ]
     assert len(mlflow_jobs(home)) == 1
 
 
 def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def away(*arguments: Any) -> None:
         raise ConnectionError("the server is away")
@@ -427,7 +504,10 @@ def workers_of(parent: int) -> list[int]:
 
 def test_causes() -> None:
     assert cause_of("OutOfMemoryError: CUDA out of memory. Tried") == "out of memory"
-    assert cause_of("NonFiniteLoss: loss became nan at epoch 17, step 4; lower") == "non-finite loss at epoch 17"
+    assert (
+        cause_of("NonFiniteLoss: loss became nan at epoch 17, step 4; lower")
+        == "non-finite loss at epoch 17"
+    )
     assert cause_of("its worker died twice (SIGKILL); out of memory?") == "killed"
     assert cause_of("FileNotFoundError: teacher=x is missing") == "FileNotFoundError"
 
@@ -447,7 +527,9 @@ def test_a_refused_sweep_leaves_no_trace(home: Path) -> None:
     assert not (home / "runs").exists()
 
 
-def test_a_stop_while_a_worker_starts_reaches_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_a_worker_starts_reaches_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Starting(subprocess.Popen[bytes]):
         def __init__(self, command: list[str], **how: Any) -> None:
             super().__init__(command, **how)
@@ -473,7 +555,9 @@ def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
 def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
     jobs = jobs_of(home, network("Tiny"), network("Tiny") + " M=[2]")
     elsewhere = record.Record(jobs[0])
-    (Path(jobs[0].run_dir) / "result.json").write_text(json.dumps({"status": "RUNNING", "reason": "", "seconds": 0.0}))
+    (Path(jobs[0].run_dir) / "result.json").write_text(
+        json.dumps({"status": "RUNNING", "reason": "", "seconds": 0.0})
+    )
     try:
         results, code = sweep(jobs)
     finally:
@@ -485,7 +569,10 @@ def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
 def test_a_failed_job_is_judged_by_its_new_run(home: Path) -> None:
     jobs = jobs_of(home, network("Tiny"))
     record.freeze(jobs[0])
-    record.write_text(Path(jobs[0].run_dir, "result.json"), json.dumps({"status": "FAILED", "reason": "the old one"}))
+    record.write_text(
+        Path(jobs[0].run_dir, "result.json"),
+        json.dumps({"status": "FAILED", "reason": "the old one"}),
+    )
     results, code = sweep(jobs, fail_fast=True)
     assert statuses(results) == ["FINISHED"]
     assert code == 0
@@ -504,11 +591,15 @@ def test_the_command_to_go_on_does_not_start_anew(monkeypatch: pytest.MonkeyPatc
     assert _command("/h") == "python -m sddlskd.train -m 'M=[1],[2]' home=/h"
 
 
-def test_a_teacher_file_that_was_replaced_is_named(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_teacher_file_that_was_replaced_is_named(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     jobs = jobs_of(home, network("Tiny"))
     sweep(jobs)
     torch.manual_seed(1)
-    checkpoint.write(home / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+    checkpoint.write(
+        home / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
+    )
     monitored = logging.getLogger("sddlskd")
     monitored.propagate = True
     sweep(jobs)
@@ -529,7 +620,9 @@ def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:
     assert [listed._next("cpu").jobs for _ in jobs] == [[jobs[0]], [jobs[1]]]
 
 
-def test_a_job_of_several_devices_has_the_pool_to_itself(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_several_devices_has_the_pool_to_itself(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide, narrow = jobs_of(home, "seed=0 trainer.devices=2", "seed=1")
     results, code = sweep([wide, narrow], devices=["cpu", "cpu"])
     assert statuses(results) == ["FINISHED"] * 2
@@ -538,7 +631,10 @@ def test_a_job_of_several_devices_has_the_pool_to_itself(home: Path, monkeypatch
 
     pool, started = Pool(["cuda:1", "cuda:2"], fail_fast=False), []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    monkeypatch.setattr("sddlskd.pool.subprocess.Popen", lambda command, **how: started.append((command, how["env"])))
+    monkeypatch.setattr(
+        "sddlskd.pool.subprocess.Popen",
+        lambda command, **how: started.append((command, how["env"])),
+    )
     pool.threads = None
     pool.queue.extend([Task([wide]), Task([narrow])])
     first = pool._next("cuda:1")

@@ -64,7 +64,9 @@ def test_foreign_targets_are_refused_when_the_job_is_composed(tmp_path: Path, ta
         compose_in(tmp_path, f"student.model._target_={target}")
     said = explain(caught.value)
     assert "\n" not in said
-    assert said.startswith(f"student.model._target_='{target}' is not of sddlskd, torch, torchvision, timm")
+    assert said.startswith(
+        f"student.model._target_='{target}' is not of sddlskd, torch, torchvision, timm"
+    )
     assert "allow_foreign_targets=true" in said
     job = compose_in(tmp_path, f"student.model._target_={target}", "allow_foreign_targets=true")
     assert job.student.model["_target_"] == target
@@ -93,9 +95,14 @@ def test_what_is_no_name(value: Any) -> None:
 
 @pytest.mark.parametrize("target", MISUSED)
 def test_targets_that_do_something_else_are_refused_before_anything_runs(target: str) -> None:
-    for node in ({"_target_": target}, {"_target_": "sddlskd.models.create", "x": [{"_target_": target}]}):
+    for node in (
+        {"_target_": target},
+        {"_target_": "sddlskd.models.create", "x": [{"_target_": target}]},
+    ):
         check_names(node, "student.model", allow_foreign=False)
-        with pytest.raises(ValueError, match="name a network, an optimizer, or a function of") as caught:
+        with pytest.raises(
+            ValueError, match="name a network, an optimizer, or a function of"
+        ) as caught:
             instantiate(node, num_classes=10)
         assert f"_target_={target} " in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -113,12 +120,17 @@ def test_what_a_configuration_is_for_is_called(compose: Compose) -> None:
             targets._check_kind(node["_target_"])
         else:
             assert isinstance(instantiate(node), kind)
-    assert instantiate({"_target_": "sddlskd.losses.kd", "temperature": 2.0}, _partial_=True).keywords == {
-        "temperature": 2.0
-    }
+    assert instantiate(
+        {"_target_": "sddlskd.losses.kd", "temperature": 2.0}, _partial_=True
+    ).keywords == {"temperature": 2.0}
     parameters = [torch.nn.Parameter(torch.ones(1))]
-    assert isinstance(instantiate({"_target_": "torch.optim.Adam"}, _partial_=True)(parameters), torch.optim.Adam)
-    assert len(instantiate({"_target_": "sddlskd.data.fake", "train": 4, "test": 2}).train.labels_N) == 4
+    assert isinstance(
+        instantiate({"_target_": "torch.optim.Adam"}, _partial_=True)(parameters), torch.optim.Adam
+    )
+    assert (
+        len(instantiate({"_target_": "sddlskd.data.fake", "train": 4, "test": 2}).train.labels_N)
+        == 4
+    )
 
 
 def test_a_foreign_target_that_was_allowed_is_called_and_stays_allowed_in_the_frozen_job(
@@ -191,7 +203,12 @@ def test_a_frozen_file_that_would_be_filled_in_is_data(
 ) -> None:
     evil, canary = bomb(tmp_path)
     folder = shutil.copytree(trained.run_dir, tmp_path / "run")
-    name = "\\" * escapes + "${oc.create:{_target_: torch.load, f: " + str(evil) + ", weights_only: false}}"
+    name = (
+        "\\" * escapes
+        + "${oc.create:{_target_: torch.load, f: "
+        + str(evil)
+        + ", weights_only: false}}"
+    )
     frozen = yaml.safe_load((folder / "config.yaml").read_text())
     frozen["student"]["model"]["name"] = name
     (folder / "config.yaml").write_text(yaml.safe_dump(frozen))

@@ -64,7 +64,11 @@ def test_folding_keeps_the_logits(tmp_path: Path, name: str) -> None:
     assert got.is_inference()
     assert not any(p.requires_grad for p in teacher.network.parameters())
     assert not any(layer.training for layer in teacher.network.modules())
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in teacher.network.parameters() if p.ndim == 4)
+    assert all(
+        p.is_contiguous(memory_format=torch.channels_last)
+        for p in teacher.network.parameters()
+        if p.ndim == 4
+    )
 
 
 def test_teacher_does_not_learn(tmp_path: Path) -> None:
@@ -80,7 +84,11 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.first, self.second = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.conv, self.first, self.second = (
+            nn.Conv2d(3, 3, 1),
+            nn.BatchNorm2d(3),
+            nn.BatchNorm2d(3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.conv(self.first(self.conv(x)).relu()))  # type: ignore[no-any-return]
@@ -121,7 +129,9 @@ def test_top1_is_measured_once_a_file(tmp_path: Path) -> None:
 
     write(path, {"model": {"w": torch.zeros(1)}})
     assert [measured_top1(path, "digits", measure) for _ in range(3)] == [71.0] * 3
-    assert json.loads((tmp_path / "x.pt.top1.json").read_text()) == {f"digits:{file_hash(path)}": 71.0}
+    assert json.loads((tmp_path / "x.pt.top1.json").read_text()) == {
+        f"digits:{file_hash(path)}": 71.0
+    }
     assert measured_top1(path, "fake", measure) == 72.0
     write(path, {"model": {"w": torch.ones(1)}})
     assert measured_top1(path, "digits", measure) == 73.0
@@ -144,7 +154,9 @@ def test_top1_is_that_of_the_unfolded_network_on_the_test_images(
     job = tiny(tmp_path)
     data = build_data(job, CPU)
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
-        _, facts = build_teacher(job, build_network(job.teacher.model, 10, 5, CPU), data, CPU, never)
+        _, facts = build_teacher(
+            job, build_network(job.teacher.model, 10, 5, CPU), data, CPU, never
+        )
     plain = create("resnet8", num_classes=10)
     path = path_of(job.home, "fake", "resnet8")
     plain.load_state_dict(read(path)["model"])
@@ -152,11 +164,15 @@ def test_top1_is_that_of_the_unfolded_network_on_the_test_images(
         "teacher_top1": evaluate(plain.eval(), data.test_batches())["top1"],
         "teacher_sha256": file_hash(path),
     }
-    assert f"teacher resnet8 performs at chance: top-1 {facts['teacher_top1']:.2f} on fake ({path})" in caplog.text
+    assert (
+        f"teacher resnet8 performs at chance: top-1 {facts['teacher_top1']:.2f} on fake ({path})"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
-    ("top1", "classes", "warns"), [(14.0, 10, True), (15.0, 10, False), (60.0, 2, False), (1.0, 100, True)]
+    ("top1", "classes", "warns"),
+    [(14.0, 10, True), (15.0, 10, False), (60.0, 2, False), (1.0, 100, True)],
 )
 def test_chance(
     tmp_path: Path,
@@ -168,7 +184,13 @@ def test_chance(
 ) -> None:
     job = tiny(tmp_path, f"dataset.num_classes={classes}", teacher=False)
     network = build_network(job.teacher.model, classes, 0, CPU)
-    publish(path_of(job.home, "fake", "resnet8"), network.state_dict(), network="resnet8", dataset="fake", top1=top1)
+    publish(
+        path_of(job.home, "fake", "resnet8"),
+        network.state_dict(),
+        network="resnet8",
+        dataset="fake",
+        top1=top1,
+    )
     monkeypatch.setattr(build, "evaluate", lambda *_: {"top1": top1})
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         build_teacher(job, network, build_data(job, CPU), CPU, never)
@@ -191,7 +213,9 @@ def test_publish_keeps_an_earlier_teacher(tmp_path: Path) -> None:
     assert same(read(path), {"model": first, **options})
 
 
-def test_of_two_that_publish_at_once_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_publish_at_once_one_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = path_of(str(tmp_path), "digits", "resnet8")
     first, second = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
     options: dict[str, Any] = {"network": "resnet8", "dataset": "digits", "top1": 50.0}
@@ -219,7 +243,12 @@ def test_missing_teacher_says_both_ways(tmp_path: Path) -> None:
         "teacher.checkpoint=FILE",
     ):
         assert part in str(caught.value)
-    job = tiny(tmp_path, f"teacher.checkpoint={tmp_path}/x.pth", "teacher.train_if_missing=true", teacher=False)
+    job = tiny(
+        tmp_path,
+        f"teacher.checkpoint={tmp_path}/x.pth",
+        "teacher.train_if_missing=true",
+        teacher=False,
+    )
     with pytest.raises(FileNotFoundError, match=r"x\.pth"):  # a named file is never made up
         build_teacher(job, network, build_data(job, CPU), CPU, never)
 
@@ -227,7 +256,10 @@ def test_missing_teacher_says_both_ways(tmp_path: Path) -> None:
 def test_teacher_from_a_named_file_of_mdistillers_layout(tmp_path: Path) -> None:
     weights = read(leave_teacher(tmp_path))["model"]
     path = tmp_path / "student_best"
-    torch.save({"epoch": 240, "model": {f"module.{k}": v for k, v in weights.items()}, "best_acc": 72.5}, path)
+    torch.save(
+        {"epoch": 240, "model": {f"module.{k}": v for k, v in weights.items()}, "best_acc": 72.5},
+        path,
+    )
     job = tiny(tmp_path / "home", f"teacher.checkpoint={path}", teacher=False)
     (result,) = fit([job])
     assert result["status"] == "FINISHED"
@@ -281,7 +313,13 @@ def test_a_trial_run_leaves_no_teacher(tmp_path: Path) -> None:
 
 
 def test_missing_teacher_is_trained_first(tmp_path: Path) -> None:
-    job = tiny(tmp_path, "teacher.train_if_missing=true", "teacher.train_epochs=1", "student=wrn_16_1", teacher=False)
+    job = tiny(
+        tmp_path,
+        "teacher.train_if_missing=true",
+        "teacher.train_epochs=1",
+        "student=wrn_16_1",
+        teacher=False,
+    )
     (result,) = fit([job])
     assert result["status"] == "FINISHED"
     teacher = cfg.teacher_job(job)
@@ -289,13 +327,19 @@ def test_missing_teacher_is_trained_first(tmp_path: Path) -> None:
     path = path_of(job.home, "fake", "resnet8")
     assert same(read(path)["model"], read(Path(teacher.run_dir, "last.ckpt"))["model"])
     path.unlink()  # the run is finished, its file was taken away: it is left again
-    other = tiny(tmp_path, "teacher.train_if_missing=true", "teacher.train_epochs=1", "seed=1", teacher=False)
+    other = tiny(
+        tmp_path, "teacher.train_if_missing=true", "teacher.train_epochs=1", "seed=1", teacher=False
+    )
     fit([other])
     assert file_hash(path) == result["teacher_sha256"]
 
 
-def test_teacher_that_cannot_be_trained_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_that_cannot_be_trained_is_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tiny(tmp_path, "teacher.train_if_missing=true", "teacher.lr=1e30", teacher=False)
-    with pytest.raises(ValueError, match="training teacher=resnet8 ended as FAILED: NonFiniteLoss: loss became nan"):
+    with pytest.raises(
+        ValueError, match="training teacher=resnet8 ended as FAILED: NonFiniteLoss: loss became nan"
+    ):
         fit([job])
     assert not Path(job.run_dir).exists()

@@ -32,14 +32,25 @@ class Counting(Teacher):
 def teacher() -> Counting:
     torch.manual_seed(0)
     Counting.asked = 0
-    return Counting(create("resnet8", 10), None, name="resnet8", device=CPU, precision="fp32", compile=False)
+    return Counting(
+        create("resnet8", 10), None, name="resnet8", device=CPU, precision="fp32", compile=False
+    )
 
 
 @pytest.fixture
 def data() -> DeviceData:
     splits = fake(num_classes=10, train=40, test=10)
     stats = ([0.5] * 3, [0.25] * 3)
-    return DeviceData(splits, num_classes=10, batch_size=16, seed=0, device=CPU, mean=stats[0], std=stats[1], padding=1)
+    return DeviceData(
+        splits,
+        num_classes=10,
+        batch_size=16,
+        seed=0,
+        device=CPU,
+        mean=stats[0],
+        std=stats[1],
+        padding=1,
+    )
 
 
 def open_cache(teacher: Teacher, folder: Path, data: DeviceData, dtype: str) -> TeacherCache:
@@ -62,23 +73,34 @@ def test_views_name_what_is_seen(data: DeviceData) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_second_pass_never_asks(teacher: Counting, data: DeviceData, tmp_path: Path, dtype: str) -> None:
+def test_a_second_pass_never_asks(
+    teacher: Counting, data: DeviceData, tmp_path: Path, dtype: str
+) -> None:
     cache = open_cache(teacher, tmp_path, data, dtype)
-    first = [cache(images, views) for (images, _), views in zip(data.batches(1), data.view_batches(1), strict=True)]
+    first = [
+        cache(images, views)
+        for (images, _), views in zip(data.batches(1), data.view_batches(1), strict=True)
+    ]
     asked = teacher.asked
     again = open_cache(teacher, tmp_path, data, dtype)
-    for (images, _), views, before in zip(data.batches(1), data.view_batches(1), first, strict=True):
+    for (images, _), views, before in zip(
+        data.batches(1), data.view_batches(1), first, strict=True
+    ):
         stored, plain = again(images, views), Teacher.__call__(teacher, images)
         assert torch.equal(stored, before)
         if dtype == "float32":
             assert torch.equal(stored, plain)
         else:
-            rounding = ((stored - plain).abs() / plain.abs().clamp_min(2**-14)).max().item()  # normal numbers of fp16
+            rounding = (
+                ((stored - plain).abs() / plain.abs().clamp_min(2**-14)).max().item()
+            )  # normal numbers of fp16
             assert 0 < rounding <= 2**-11
     assert teacher.asked == asked == 3
 
 
-def test_a_map_that_a_crash_has_lost_is_asked_again(teacher: Counting, data: DeviceData, tmp_path: Path) -> None:
+def test_a_map_that_a_crash_has_lost_is_asked_again(
+    teacher: Counting, data: DeviceData, tmp_path: Path
+) -> None:
     cache = open_cache(teacher, tmp_path, data, "float32")
     (images, _), views = next(iter(data.batches(1))), next(iter(data.view_batches(1)))
     before = cache(images, views)
@@ -108,15 +130,26 @@ def test_a_disk_that_is_too_small(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(ValueError, match=r"needs 0\.0 GB when full \(720 views of 2560 bytes\).*are free.*cache_dtype"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs 0\.0 GB when full \(720 views of 2560 bytes\).*are free.*cache_dtype",
+    ):
         open_cache(teacher, tmp_path, data, "float32")
     assert not list(tmp_path.glob("*.maps"))
 
 
 def test_training_with_a_cache(compose: Compose, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    checkpoint.write(tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
-    common = ["dataset=digits", "teacher=resnet8", "student=resnet8", "trainer=debug", "trainer.max_steps=4"]
+    checkpoint.write(
+        tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
+    )
+    common = [
+        "dataset=digits",
+        "teacher=resnet8",
+        "student=resnet8",
+        "trainer=debug",
+        "trainer.max_steps=4",
+    ]
     common += ["tracking=none", "trainer.progress=off"]
     kept = f"teacher.cache={tmp_path}/maps"
 

@@ -75,7 +75,12 @@ def weights(name: str = NAME, classes: int = 100, seed: int = 0) -> dict[str, Te
 def saved(state: Any, **others: Any) -> bytes:
     """A file as RepDistiller writes them."""
     buffer = io.BytesIO()
-    beside = {"epoch": 240, "accuracy": np.float64(72.34), "opt": argparse.Namespace(model=NAME), "optimizer": {}}
+    beside = {
+        "epoch": 240,
+        "accuracy": np.float64(72.34),
+        "opt": argparse.Namespace(model=NAME),
+        "optimizer": {},
+    }
     torch.save({**beside, "model": state, **others}, buffer)
     return buffer.getvalue()
 
@@ -104,7 +109,10 @@ def repdistiller(web: Site, content: bytes, **options: Any) -> str:
 
 def mdistiller(web: Site, content: bytes | None = None) -> str:
     if content is None:
-        content = tar((f"cifar_teachers/{FOLDER}/{FILE}", GOOD), (f"cifar_teachers/vgg13_vanilla/{FILE}", b"other"))
+        content = tar(
+            (f"cifar_teachers/{FOLDER}/{FILE}", GOOD),
+            (f"cifar_teachers/vgg13_vanilla/{FILE}", b"other"),
+        )
     return web.file("release/cifar_teachers.tar", content)
 
 
@@ -126,7 +134,11 @@ def refused(job: Config, *mirrors: str) -> str:
     assert f"python -m sddlskd.teachers import FILE --as {NAME}" in message
     assert not target(job).exists()
     assert pins.pinned(job.home) == {}
-    kept = [path for path in Path(job.home, "teachers").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    kept = [
+        path
+        for path in Path(job.home, "teachers").rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    ]
     assert [path.name for path in kept if ".partial" not in path.name] == []
     return message
 
@@ -140,7 +152,10 @@ def test_what_is_published() -> None:
         "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "resnet50": 79.34, "resnet56": 72.34,
         "resnet110": 74.31,
     }  # fmt: skip
-    assert [address.split("/")[2] for address in PLACES["cifar100"]] == ["github.com", "shape2prog.csail.mit.edu"]
+    assert [address.split("/")[2] for address in PLACES["cifar100"]] == [
+        "github.com",
+        "shape2prog.csail.mit.edu",
+    ]
 
 
 def test_the_imagenet_teachers_are_torchvisions() -> None:
@@ -172,7 +187,9 @@ def test_an_imagenet_teacher_is_fetched_and_loads_strictly(
     job = compose_in(tmp_path, "dataset=imagenet", "teacher=imagenet_resnet18")
     network = build.build_network(job.teacher.model, 1000, 0, torch.device("cpu"))
     load_weights(network, build.teacher_path(job), "resnet18")
-    assert same(dict(network.state_dict()), dict(torch.load(io.BytesIO(content), weights_only=True)))
+    assert same(
+        dict(network.state_dict()), dict(torch.load(io.BytesIO(content), weights_only=True))
+    )
     assert pins.check(str(tmp_path), "imagenet/resnet18", file_hash(path))
     assert run(capsys, *words)[:2] == (0, f"resnet18 is there already: {path}\n")
 
@@ -185,7 +202,11 @@ def test_an_imagenet_file_that_is_not_the_one_in_its_name_is_refused(
     code, out, err = run(capsys, *words)
     assert (code, out) == (1, "")
     assert "not the one in its name" in err
-    kept = [path.name for path in (tmp_path / "teachers").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    kept = [
+        path.name
+        for path in (tmp_path / "teachers").rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    ]
     assert kept == []
     assert pins.pinned(str(tmp_path)) == {}
 
@@ -206,9 +227,13 @@ def test_fetched_is_found_and_pinned(web: Site, job: Config, place: Any) -> None
     assert len(web.asked) == asked
 
 
-def test_an_archive_is_fetched_once_for_all_its_teachers(web: Site, job: Config, compose: Compose) -> None:
+def test_an_archive_is_fetched_once_for_all_its_teachers(
+    web: Site, job: Config, compose: Compose
+) -> None:
     other = saved(weights("vgg13"))
-    content = tar((f"./x/{FOLDER}/{FILE}", GOOD), (f"./x/vgg13_vanilla/{FILE}", other), ("x/README", b"hello"))
+    content = tar(
+        (f"./x/{FOLDER}/{FILE}", GOOD), (f"./x/vgg13_vanilla/{FILE}", other), ("x/README", b"hello")
+    )
     address = mdistiller(web, content)
     fetch(job, [address])
     vgg13 = compose("teacher=vgg13")
@@ -242,7 +267,9 @@ def test_every_place_is_named_with_its_fault(web: Site, job: Config) -> None:
 
 
 def test_names_without_a_published_file(web: Site, compose: Compose) -> None:
-    with pytest.raises(ValueError, match=r"no resnet8 for cifar100 is published; valid .* are resnet32x4, wrn_40_2"):
+    with pytest.raises(
+        ValueError, match=r"no resnet8 for cifar100 is published; valid .* are resnet32x4, wrn_40_2"
+    ):
         fetch(compose("teacher=resnet8"), [web.url])
     with pytest.raises(ValueError, match="no resnet56 for digits is published"):
         fetch(compose("teacher=resnet56", "dataset=digits"), [web.url])
@@ -265,20 +292,31 @@ def test_a_file_that_changed_at_its_place_is_refused(web: Site, job: Config) -> 
     fetch(job, [address])
     target(job).unlink()
     repdistiller(web, saved(weights(seed=1)), tag='"2"')
-    with pytest.raises(ValueError, match=r"cifar100/resnet56 has changed: .*remove the entry cifar100/resnet56 from"):
+    with pytest.raises(
+        ValueError,
+        match=r"cifar100/resnet56 has changed: .*remove the entry cifar100/resnet56 from",
+    ):
         fetch(job, [address])
     assert not target(job).exists()
-    assert "cifar_teachers.tar" in fetch(job, [address, mdistiller(web)])  # the same file from another place is as good
+    assert "cifar_teachers.tar" in fetch(
+        job, [address, mdistiller(web)]
+    )  # the same file from another place is as good
     assert target(job).read_bytes() == GOOD
 
 
-def test_an_archive_that_changed_at_its_place_is_refused(web: Site, job: Config, compose: Compose) -> None:
+def test_an_archive_that_changed_at_its_place_is_refused(
+    web: Site, job: Config, compose: Compose
+) -> None:
     address = mdistiller(web)
     fetch(job, [address])
     for path in target(job).parent.joinpath("downloads").glob("*.tar"):
         path.unlink()
     vgg13 = compose("teacher=vgg13")
-    web.file("release/cifar_teachers.tar", tar((f"x/vgg13_vanilla/{FILE}", saved(weights("vgg13")))), tag='"2"')
+    web.file(
+        "release/cifar_teachers.tar",
+        tar((f"x/vgg13_vanilla/{FILE}", saved(weights("vgg13")))),
+        tag='"2"',
+    )
     with pytest.raises(ValueError, match=rf"{address} has changed"):
         fetch(vgg13, [address])
     assert not target(vgg13).exists()
@@ -330,16 +368,28 @@ def bad_files(proof: Path) -> dict[str, tuple[bytes, str]]:
         "malicious": (saved(good, x=Malicious(proof)), "it would run"),
         "malicious weights": (saved({**good, first: Malicious(proof)}), "it would run"),
         "bare pickle": (pickle.dumps(Malicious(proof), protocol=2), " is "),
-        "a page of errors": (b"<html>Please log in</html>", "truncated, damaged or not a checkpoint"),
+        "a page of errors": (
+            b"<html>Please log in</html>",
+            "truncated, damaged or not a checkpoint",
+        ),
         "empty": (b"", "truncated, damaged or not a checkpoint"),
         "half": (GOOD[: len(GOOD) // 2], "truncated, damaged or not a checkpoint"),
         "no weights": (saved({}), "holds no state dict"),
         "another network": (saved(weights("resnet110")), "does not hold weights of resnet56"),
-        "another class count": (saved(weights(classes=10)), "fc.weight is (10, 64) instead of (100, 64)"),
+        "another class count": (
+            saved(weights(classes=10)),
+            "fc.weight is (10, 64) instead of (100, 64)",
+        ),
         "a key less": (saved(missing), f"{first} is missing"),
         "a key more": (saved({**good, "x": torch.ones(1)}), "x is not in resnet56"),
-        "not finite": (saved({**good, "fc.bias": torch.full((100,), torch.nan)}), "not finite, in fc.bias"),
-        "complex": (saved({**good, "fc.bias": torch.ones(100, dtype=torch.complex64)}), "complex64 instead of"),
+        "not finite": (
+            saved({**good, "fc.bias": torch.full((100,), torch.nan)}),
+            "not finite, in fc.bias",
+        ),
+        "complex": (
+            saved({**good, "fc.bias": torch.ones(100, dtype=torch.complex64)}),
+            "complex64 instead of",
+        ),
         "bomb": (bomb.getvalue(), "a teacher has at most"),
     }
 
@@ -365,7 +415,10 @@ def test_bad_files_are_refused_from_everywhere(
 ) -> None:
     content, fault = bad[kind]
     monkeypatch.setattr(teachers, "LARGEST_FILE", SMALLER)
-    for address in (repdistiller(web, content), mdistiller(web, tar((f"x/{FOLDER}/{FILE}", content)))):
+    for address in (
+        repdistiller(web, content),
+        mdistiller(web, tar((f"x/{FOLDER}/{FILE}", content))),
+    ):
         said = refused(job, address)
         assert fault in said
         assert address.removesuffix("/repo") in said
@@ -416,7 +469,9 @@ def test_files_larger_than_a_teacher_can_be(
     fetch(job, [address])
 
 
-def test_a_stalled_place_is_left_for_the_next(web: Site, job: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_place_is_left_for_the_next(
+    web: Site, job: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "STALLED_S", 0.1)
     web.page(f"slow/{FOLDER}/{FILE}", web.stalls(GOOD[:1000], len(GOOD)))
     assert "repo" in fetch(job, [web.url + "slow", repdistiller(web, GOOD)])
@@ -466,7 +521,9 @@ def test_an_exported_student(compose: Compose, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["gone.pth", ".", "/dev/zero", "/dev/null", "fifo"])
-def test_what_is_no_file(job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_what_is_no_file(
+    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
     with pytest.raises(ValueError, match=f"{path} is no file; give a file of weights of resnet56"):
@@ -490,10 +547,18 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, *capsys.readouterr()
 
 
-def test_list(web: Site, job: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list(
+    web: Site, job: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     fetch(job, [repdistiller(web, GOOD)])
-    publish(path_of(job.home, "digits", "resnet8"), weights("resnet8"), network="resnet8", dataset="digits", top1=1.0)
+    publish(
+        path_of(job.home, "digits", "resnet8"),
+        weights("resnet8"),
+        network="resnet8",
+        dataset="digits",
+        top1=1.0,
+    )
     code, out, err = run(capsys, "list", f"home={job.home}")
     assert (code, err) == (0, "")
     lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
@@ -511,13 +576,18 @@ def test_fetch_with_a_mirror(
     code, out, err = run(capsys, "fetch", NAME, "--mirror", address, f"home={tmp_path}/one")
     assert code == 0
     assert f"fetching {address}" in err
-    assert out == f"resnet56 from {address}/{FOLDER}/{FILE}: {tmp_path}/one/teachers/cifar100/resnet56.pt\n"
+    assert (
+        out
+        == f"resnet56 from {address}/{FOLDER}/{FILE}: {tmp_path}/one/teachers/cifar100/resnet56.pt\n"
+    )
     monkeypatch.setenv("SDDLSKD_TEACHER_MIRRORS", f"{web.url}gone {address}")
     code, out, err = run(capsys, "fetch", "all", f"home={tmp_path}/two")
     assert code == 1
     assert out.startswith("resnet56 from ")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(PUBLISHED["cifar100"]) - 1  # the others are tried all the same, and each is named
+    assert (
+        len(errors) == len(PUBLISHED["cifar100"]) - 1
+    )  # the others are tried all the same, and each is named
     assert "Traceback" not in err
 
 
@@ -535,7 +605,10 @@ def test_what_was_imported_teaches(tmp_path: Path, capsys: pytest.CaptureFixture
     ("words", "said"),
     [
         (("fetch", "resnet8"), "error: no resnet8 for cifar100 is published; valid"),
-        (("fetch", "resnet56x"), "error: teacher=resnet56x is unknown; did you mean teacher=resnet56"),
+        (
+            ("fetch", "resnet56x"),
+            "error: teacher=resnet56x is unknown; did you mean teacher=resnet56",
+        ),
         (("verify", "../x"), "error: teacher/..=x is unknown; valid"),
         (("verify", NAME, "homme=x"), "error: homme is unknown; did you mean home?"),
         (("verify", NAME), "error: teacher=resnet56 for cifar100 is missing: no file"),
@@ -557,7 +630,9 @@ def test_errors_take_one_line(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [(), ("fetch",), ("verify",), ("import", "x"), ("import", "--as", "x"), ("steal",)])
+@pytest.mark.parametrize(
+    "words", [(), ("fetch",), ("verify",), ("import", "x"), ("import", "--as", "x"), ("steal",)]
+)
 def test_incomplete_commands(capsys: pytest.CaptureFixture[str], words: Any) -> None:
     code, _, err = run(capsys, *words)
     assert code == 2
@@ -583,7 +658,9 @@ def known_top1(home: Path) -> float:
     """The top-1 of a resnet8 left in a home, by a plain loop."""
     job = tiny(home, *SMALL[2:5], teacher=False)
     state = weights("resnet8", 10)
-    publish(path_of(str(home), "fake", "resnet8"), state, network="resnet8", dataset="fake", top1=0.0)
+    publish(
+        path_of(str(home), "fake", "resnet8"), state, network="resnet8", dataset="fake", top1=0.0
+    )
     network = create("resnet8", num_classes=10).eval()
     network.load_state_dict(state)
     split = teachers._data(job)._test
@@ -594,7 +671,9 @@ def known_top1(home: Path) -> float:
     return 100 * float((found_B == split.labels_N).double().mean())
 
 
-def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     top1 = known_top1(tmp_path)
     words = ("verify", "resnet8", f"home={tmp_path}", *SMALL)
     plain = f"resnet8: top-1 {top1:.2f} on fake; nothing is published to compare with\n"
@@ -616,9 +695,13 @@ def test_each_is_verified_on_its_own_data_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(teachers, "_data", lambda job: opened.append(job.dataset.name) or job.dataset.name)
+    monkeypatch.setattr(
+        teachers, "_data", lambda job: opened.append(job.dataset.name) or job.dataset.name
+    )
     monkeypatch.setattr(teachers, "verify", lambda job, split: f"{job.teacher.name} on {split()}")
-    code, out, _ = run(capsys, "verify", "resnet56", "imagenet_resnet34", "resnet110", f"home={tmp_path}")
+    code, out, _ = run(
+        capsys, "verify", "resnet56", "imagenet_resnet34", "resnet110", f"home={tmp_path}"
+    )
     assert (code, out) == (0, "resnet56 on cifar100\nresnet34 on imagenet\nresnet110 on cifar100\n")
     assert opened == ["cifar100", "imagenet"]
 
@@ -629,16 +712,22 @@ def test_each_is_verified_on_its_own_data_set(
 PLAIN = weights("resnet8", 10)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_whatever_stands_in_a_file(compose: Compose, tmp_path: Path, data: st.DataObject) -> None:
     job = compose("teacher=resnet8", "dataset=digits")
-    values = st.one_of(st.none(), st.integers(), st.text(max_size=5), st.just(torch.ones(3)), st.binary(max_size=5))
+    values = st.one_of(
+        st.none(), st.integers(), st.text(max_size=5), st.just(torch.ones(3)), st.binary(max_size=5)
+    )
     content = bytearray(
         saved(
             data.draw(
                 st.one_of(
-                    st.just(PLAIN), st.lists(values), st.dictionaries(st.one_of(st.text(), st.integers()), values)
+                    st.just(PLAIN),
+                    st.lists(values),
+                    st.dictionaries(st.one_of(st.text(), st.integers()), values),
                 )
             ),
             x=data.draw(values),
@@ -647,7 +736,9 @@ def test_whatever_stands_in_a_file(compose: Compose, tmp_path: Path, data: st.Da
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / "fuzz.pth"
-    path.write_bytes(content[: data.draw(st.sampled_from([None, len(content) // 2, len(content) - 3]))])
+    path.write_bytes(
+        content[: data.draw(st.sampled_from([None, len(content) // 2, len(content) - 3]))]
+    )
     try:
         import_file(job, path)
     except ValueError as error:

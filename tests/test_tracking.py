@@ -37,7 +37,16 @@ from tests.loopback import status as code
 from tests.tiny import net, processes, tiny
 
 METRICS = {
-    *("train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "val/top1", "val/top5", "val/loss", "lr"),
+    *(
+        "train/loss",
+        "train/loss_ce",
+        "train/loss_kd",
+        "train/top1",
+        "val/top1",
+        "val/top5",
+        "val/loss",
+        "lr",
+    ),
     *("time/epoch_s", "time/images_per_s"),
 }
 FINAL = {"best/top1", "last/top1", "teacher/top1"}
@@ -76,15 +85,26 @@ def points(job: Config, run_id: str) -> dict[str, list[tuple[int, float]]]:
     """{metric: [(step, value), ...]}, every point that MLflow holds."""
     client = client_of(job)
     keys = client.get_run(run_id).data.metrics
-    return {key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)] for key in keys}
+    return {
+        key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)] for key in keys
+    }
 
 
 def write_record(job: Config, epochs: int = 3, status: str = FINISHED, reason: str = "") -> Path:
     """A run directory as a training leaves it."""
     opened = Record(job)
     for epoch in range(1, epochs + 1):
-        opened.append({"epoch": epoch, "time": 1000.0 + epoch, "val/top1": 10.0 * epoch, "train/loss": 1 / epoch})
-    opened.result(status, reason, best_top1=10.0 * epochs, last_top1=10.0 * epochs, epochs=epochs, seconds=1.0)
+        opened.append(
+            {
+                "epoch": epoch,
+                "time": 1000.0 + epoch,
+                "val/top1": 10.0 * epoch,
+                "train/loss": 1 / epoch,
+            }
+        )
+    opened.result(
+        status, reason, best_top1=10.0 * epochs, last_top1=10.0 * epochs, epochs=epochs, seconds=1.0
+    )
     opened.close()
     return opened.folder
 
@@ -119,10 +139,14 @@ def test_contract(home: Path) -> None:
     assert tags["sweep"] == "table-1"
     assert tags["status_reason"] == ""
     assert tags["teacher_sha256"] == result["teacher_sha256"]
-    assert tags["settings_hash"] == cfg.settings_hash(tracked(home, "M=[1,2]", "student=wrn_16_1", "seed=7"))
+    assert tags["settings_hash"] == cfg.settings_hash(
+        tracked(home, "M=[1,2]", "student=wrn_16_1", "seed=7")
+    )
     assert tags["settings_hash"] != cfg.settings_hash(tracked(home, "M=[1,4]", "student=wrn_16_1"))
     assert tags["group_size"] == "1"
-    assert re.match(r"sddlskd [\d.]+, torch \S+, Python [\d.]+, \w+ \w+, cpu, 1 threads$", tags["environment"])
+    assert re.match(
+        r"sddlskd [\d.]+, torch \S+, Python [\d.]+, \w+ \w+, cpu, 1 threads$", tags["environment"]
+    )
     history = points(job, run.info.run_id)
     assert history.keys() == METRICS | FINAL
     rows = record.read_rows(Path(job.run_dir))
@@ -136,11 +160,15 @@ def test_contract(home: Path) -> None:
 
 
 def test_held_out_images_and_predictions_reach_mlflow(home: Path) -> None:
-    job = tracked(home, "dataset.val_fraction=0.25", "tracking.predictions=true", "trainer.epochs=1")
+    job = tracked(
+        home, "dataset.val_fraction=0.25", "tracking.predictions=true", "trainer.epochs=1"
+    )
     (result,) = fit([job])
     (run,) = runs_of(job)
     assert run.data.metrics["test/top1"] == result["test_top1"]
-    assert "predictions.npz" in {file.path for file in client_of(job).list_artifacts(run.info.run_id)}
+    assert "predictions.npz" in {
+        file.path for file in client_of(job).list_artifacts(run.info.run_id)
+    }
 
 
 def test_sync_is_idempotent(home: Path) -> None:
@@ -151,15 +179,21 @@ def test_sync_is_idempotent(home: Path) -> None:
         sync(folder)
         (run,) = runs_of(job)
         counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
-    (folder / "mlflow.json").write_text(json.dumps({"key": run.data.tags["record"]}))  # forgotten what was delivered
+    (folder / "mlflow.json").write_text(
+        json.dumps({"key": run.data.tags["record"]})
+    )  # forgotten what was delivered
     sync(folder)
     (run,) = runs_of(job)
     counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
     assert counts == [{"val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1}] * 4
 
 
-def test_what_a_server_lost_is_delivered_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1")
+def test_what_a_server_lost_is_delivered_again(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = register(
+        [tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1"
+    )
     tracking.log_plan(jobs[0], _write_plan(_write_manifest("table-1", jobs), "table-1", jobs))
     sync(write_record(jobs[0]))
     with closing(sqlite3.connect(home / "mlflow.db")) as database:
@@ -172,7 +206,9 @@ def test_what_a_server_lost_is_delivered_again(home: Path, capsys: pytest.Captur
     assert {key: len(found) for key, found in points(jobs[0], run.info.run_id).items()} == {
         "val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1
     }  # fmt: skip
-    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == ["plan.json"]
+    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == [
+        "plan.json"
+    ]
 
 
 def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +250,16 @@ def test_failed_run(home: Path) -> None:
     fit([job])
     (run,) = runs_of(job)
     assert run.info.status == "FAILED"
-    assert run.data.tags["status_reason"].startswith("NonFiniteLoss: loss became nan at epoch 1, step 2")
+    assert run.data.tags["status_reason"].startswith(
+        "NonFiniteLoss: loss became nan at epoch 1, step 2"
+    )
     assert "best/top1" not in run.data.metrics
 
 
 def test_job_that_cannot_start_is_failed_in_mlflow_too(home: Path) -> None:
-    (job,) = register([tracked(home, "teacher=resnet14", "teacher.train_if_missing=false")], sweep="table-1")
+    (job,) = register(
+        [tracked(home, "teacher=resnet14", "teacher.train_if_missing=false")], sweep="table-1"
+    )
     record.freeze(job)
     with pytest.raises(FileNotFoundError):
         fit([job])
@@ -236,7 +276,10 @@ def test_process_that_died_is_killed_and_one_not_started_is_left_out(home: Path)
     sync(folder)
     (run,) = runs_of(died)
     assert run.data.params["seed"] == "0"
-    assert (run.info.status, run.data.tags["status_reason"]) == ("KILLED", "the process ended without a word")
+    assert (run.info.status, run.data.tags["status_reason"]) == (
+        "KILLED",
+        "the process ended without a word",
+    )
     opened = Record(died)  # taken up again
     opened.result(RUNNING, best_top1=10.0, last_top1=10.0, epochs=1, seconds=1.0)
     sync(folder)
@@ -270,7 +313,9 @@ def test_long_values_are_cut_with_a_mark(home: Path) -> None:
     assert reason.endswith(CUT)
 
 
-def test_more_rows_and_parameters_than_a_batch_takes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_and_parameters_than_a_batch_takes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tracking, "METRICS_A_BATCH", 7)
     monkeypatch.setattr(tracking, "PARAMS_A_BATCH", 9)
     (job,) = register([tracked(home, teacher=False)])
@@ -284,7 +329,9 @@ def test_more_rows_and_parameters_than_a_batch_takes(home: Path, monkeypatch: py
 
 
 def test_parent_and_children(home: Path) -> None:
-    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1")
+    jobs = register(
+        [tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1"
+    )
     for job in jobs:
         sync(write_record(job))
     (parent,) = runs_of(jobs[0], kind="sweep")
@@ -294,7 +341,9 @@ def test_parent_and_children(home: Path) -> None:
     assert parent.info.status == "RUNNING"
     tracking.finish_sweep(jobs[0], "FINISHED")
     again = register([tracked(home, "seed=2", teacher=False)], sweep="table-1")
-    assert again[0].tracking.parent_run_id == parent.info.run_id  # the sweep goes on in the run it had
+    assert (
+        again[0].tracking.parent_run_id == parent.info.run_id
+    )  # the sweep goes on in the run it had
     (parent,) = runs_of(jobs[0], kind="sweep")
     assert parent.info.status == "RUNNING"
 
@@ -302,7 +351,9 @@ def test_parent_and_children(home: Path) -> None:
 def test_deleted_experiment_is_named(home: Path) -> None:
     (job,) = register([tracked(home, teacher=False)])
     client_of(job).delete_experiment(job.tracking.experiment_id)
-    with pytest.raises(ValueError, match=r"tracking.experiment=sddlskd was deleted in MLflow; restore it"):
+    with pytest.raises(
+        ValueError, match=r"tracking.experiment=sddlskd was deleted in MLflow; restore it"
+    ):
         register([tracked(home, teacher=False)])
 
 
@@ -323,16 +374,24 @@ def test_database_whose_making_was_killed_is_made_anew(tmp_path: Path, size: int
     assert list(tmp_path.glob(".mlflow.db.new/*.db"))
     assert not (tmp_path / "mlflow.db").exists()
     register([tracked(tmp_path, teacher=False)])
-    assert {path.name for path in tmp_path.glob("*mlflow*")} <= {"mlflow.db", "mlflow.db.host", "mlflow.db.lock"}
+    assert {path.name for path in tmp_path.glob("*mlflow*")} <= {
+        "mlflow.db",
+        "mlflow.db.host",
+        "mlflow.db.lock",
+    }
 
 
 def test_database_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database" * 100)
-    with pytest.raises(ConnectionError, match=r"tracking.uri=sqlite:.*mlflow.db does not take runs .*tracking=none"):
+    with pytest.raises(
+        ConnectionError, match=r"tracking.uri=sqlite:.*mlflow.db does not take runs .*tracking=none"
+    ):
         register([tracked(tmp_path, teacher=False)])
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "http://127.0.0.1:nonsense", "nonsense", "sqlite:////", "null"])
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "http://127.0.0.1:nonsense", "nonsense", "sqlite:////", "null"]
+)
 def test_address_that_does_not_work_is_named(tmp_path: Path, uri: str) -> None:
     job = tracked(tmp_path / "home", f"tracking.uri={uri}", teacher=False)
     shown = "None" if uri == "null" else uri
@@ -341,7 +400,9 @@ def test_address_that_does_not_work_is_named(tmp_path: Path, uri: str) -> None:
     assert not (tmp_path / "home").exists()
 
 
-def test_run_without_tracking_is_delivered_later(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_tracking_is_delivered_later(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = tiny(home, teacher=False)
     write_record(job)
     tracking.main(["sync", str(home / "runs")])
@@ -357,7 +418,9 @@ def test_run_without_tracking_is_delivered_later(home: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("moment", ["create_run", "log_batch", "set_terminated", "log_artifact"])
-def test_dead_in_the_middle_leaves_no_twin(home: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_dead_in_the_middle_leaves_no_twin(
+    home: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     """The process dies right after MLflow took something, before that is noted."""
     from mlflow.tracking import MlflowClient
 
@@ -392,7 +455,9 @@ def failing(times: int, calls: list[Path]) -> Callable[[Path], None]:
     return sync
 
 
-def test_mirror_tries_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_mirror_tries_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     calls: list[Path] = []
     monkeypatch.setattr(tracking, "sync", failing(2, calls))
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
@@ -451,7 +516,9 @@ def deliver(job: Config) -> None:
 
 
 def test_eight_processes_lose_nothing(home: Path) -> None:
-    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in range(8)], sweep="eight")
+    jobs = register(
+        [tracked(home, f"seed={seed}", teacher=False) for seed in range(8)], sweep="eight"
+    )
     started = [processes.Process(target=deliver, args=(job,)) for job in jobs]
     for process in started:
         process.start()
@@ -462,7 +529,9 @@ def test_eight_processes_lose_nothing(home: Path) -> None:
     assert sorted(run.data.params["seed"] for run in runs) == list("01234567")
     for run in runs:
         assert run.info.status == "FINISHED"
-        assert points(jobs[0], run.info.run_id)["val/top1"] == [(epoch, float(epoch)) for epoch in range(1, 16)]
+        assert points(jobs[0], run.info.run_id)["val/top1"] == [
+            (epoch, float(epoch)) for epoch in range(1, 16)
+        ]
 
 
 def launch(job: Config, queue: Any) -> None:
@@ -473,7 +542,10 @@ def launch(job: Config, queue: Any) -> None:
 
 def test_two_launches_on_an_empty_home(tmp_path: Path) -> None:
     queue = processes.SimpleQueue()
-    started = [processes.Process(target=launch, args=(tracked(tmp_path, teacher=False), queue)) for _ in range(2)]
+    started = [
+        processes.Process(target=launch, args=(tracked(tmp_path, teacher=False), queue))
+        for _ in range(2)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -486,11 +558,23 @@ def test_two_launches_on_an_empty_home(tmp_path: Path) -> None:
 
 ASKED = "api/2.0/mlflow/experiments/search?max_results=1"
 NOT_MLFLOW = {
-    "not MLflow": (answer(b"<html>hello", Content_Type="text/html"), r"answers as no MLflow does \(200 <html>hello\)"),
-    "broken": (answer(b"no database", 500), r"answers as no MLflow does \(500 no database\); start it"),
+    "not MLflow": (
+        answer(b"<html>hello", Content_Type="text/html"),
+        r"answers as no MLflow does \(200 <html>hello\)",
+    ),
+    "broken": (
+        answer(b"no database", 500),
+        r"answers as no MLflow does \(500 no database\); start it",
+    ),
     "unknown": (code(404), r"answers as no MLflow does \(404"),
-    "host": (answer(b"Invalid Host header - x", 403), r"--allowed-hosts 127\.0\.0\.1,127\.0\.0\.1:\d+$"),
-    "stranger": (code(401), "wants to know who asks; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+    "host": (
+        answer(b"Invalid Host header - x", 403),
+        r"--allowed-hosts 127\.0\.0\.1,127\.0\.0\.1:\d+$",
+    ),
+    "stranger": (
+        code(401),
+        "wants to know who asks; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    ),
     "forbidden": (code(403), "does not let this user in; set MLFLOW_TRACKING_USERNAME"),
 }
 
@@ -508,7 +592,12 @@ def test_what_answers_otherwise_is_named_with_its_cure(tmp_path: Path, kind: str
 @pytest.fixture
 def silent() -> Iterator[dict[str, str]]:
     """Addresses where nobody answers, each in another way."""
-    with socket.socket() as mute, socket.socket() as full, socket.socket() as closed, ExitStack() as stack:
+    with (
+        socket.socket() as mute,
+        socket.socket() as full,
+        socket.socket() as closed,
+        ExitStack() as stack,
+    ):
         for listener, backlog in ((mute, 5), (full, 0)):
             listener.bind(("127.0.0.1", 0))
             listener.listen(backlog)
@@ -518,7 +607,9 @@ def silent() -> Iterator[dict[str, str]]:
             filler.connect_ex(full.getsockname())
         closed.bind(("127.0.0.1", 0))
         listening = {"mute": mute, "dropping": full, "closed": closed}
-        addresses = {kind: f"http://127.0.0.1:{each.getsockname()[1]}" for kind, each in listening.items()}
+        addresses = {
+            kind: f"http://127.0.0.1:{each.getsockname()[1]}" for kind, each in listening.items()
+        }
         yield {**addresses, "no such host": "http://tracking.invalid:5000"}
 
 
@@ -532,18 +623,25 @@ def test_a_start_without_an_answer_ends_in_time(
     job = tracked(tmp_path, f"tracking.uri={silent[kind]}", teacher=False)
     for ask in (tracking.check_reachable, register):
         started = time.monotonic()
-        with pytest.raises(ConnectionError, match=rf"tracking.uri={silent[kind]} does not answer \(.+\); start it"):
+        with pytest.raises(
+            ConnectionError, match=rf"tracking.uri={silent[kind]} does not answer \(.+\); start it"
+        ):
             ask([job])
         assert time.monotonic() - started < 15
 
 
 def test_a_registered_job_starts_without_its_server(tmp_path: Path, silent: dict[str, str]) -> None:
-    job = tracked(tmp_path, f"tracking.uri={silent['closed']}", "tracking.experiment_id='1'", teacher=False)
+    job = tracked(
+        tmp_path, f"tracking.uri={silent['closed']}", "tracking.experiment_id='1'", teacher=False
+    )
     tracking.check_reachable([job])
 
 
 def test_a_black_hole_does_not_hold_training(
-    tmp_path: Path, silent: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    silent: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tracking_uri, "ANSWER_S", 0.5)
     monkeypatch.setattr(Mirror.close, "__defaults__", (60.0, 0.5))
@@ -559,10 +657,16 @@ def test_a_black_hole_does_not_hold_training(
         (result,) = fit([job])
     assert result["status"] == "FINISHED"
     assert threads == {"mlflow-mirror"}  # the only thread that waits for it
-    said = [each.getMessage() for each in caplog.records if "MLflow" in each.getMessage() or "tracking" in each.name]
+    said = [
+        each.getMessage()
+        for each in caplog.records
+        if "MLflow" in each.getMessage() or "tracking" in each.name
+    ]
     assert len(said) == 2  # at the start and in the end
     later = f"python -m sddlskd.tracking sync {tmp_path}/runs"
-    assert said[0].startswith(f"tracking.uri={silent['mute']} does not answer (no answer in 0.5 s); going on without")
+    assert said[0].startswith(
+        f"tracking.uri={silent['mute']} does not answer (no answer in 0.5 s); going on without"
+    )
     assert all(later in each for each in said)
 
 
@@ -578,7 +682,9 @@ def deliver_one(folder: str) -> None:
     sync(Path(folder))
 
 
-def test_a_sweep_that_began_without_mlflow_is_delivered_whole(tmp_path: Path, away: Callable[[], None]) -> None:
+def test_a_sweep_that_began_without_mlflow_is_delivered_whole(
+    tmp_path: Path, away: Callable[[], None]
+) -> None:
     names = [f"seed={seed}" for seed in range(6)]
     jobs = [tracked(tmp_path, name, "tracking.offline=true", teacher=False) for name in names]
     jobs = register(jobs, sweep="table-1")
@@ -600,7 +706,9 @@ def test_a_sweep_that_began_without_mlflow_is_delivered_whole(tmp_path: Path, aw
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert sorted(run.data.params["seed"] for run in children) == list("01234")
     assert parent.info.status == "FAILED"
-    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == ["plan.json"]
+    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == [
+        "plan.json"
+    ]
     frame = load("table-1", str(jobs[0].tracking.uri)).frame
     assert Counter(frame["status"]) == {"FINISHED": 5, "MISSING": 1}
     for run in children:
@@ -613,13 +721,31 @@ def test_a_sweep_that_began_without_mlflow_is_delivered_whole(tmp_path: Path, aw
 
 
 def test_a_password_in_the_address_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sddlskd.train", "-m", "dataset=digits", "distiller=vanilla", "seed=0,1"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": "https://me:s3cret@host:5000", "SDDLSKD_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "sddlskd.train",
+        "-m",
+        "dataset=digits",
+        "distiller=vanilla",
+        "seed=0,1",
+    ]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": "https://me:s3cret@host:5000",
+        "SDDLSKD_HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
-    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead" in done.stderr.splitlines()[-1]
+    assert (
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        in done.stderr.splitlines()[-1]
+    )
     assert "s3cret" not in done.stdout + done.stderr
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()
+    ]
     for uri in ("http://token@host", "postgresql://me:s3cret@host/mlflow"):
         with pytest.raises(ValueError, match="holds a user name or password") as caught:
             tracked(tmp_path, f"tracking.uri={uri}", teacher=False)
@@ -630,7 +756,10 @@ def test_sqlite_is_written_by_one_host_alone(home: Path, caplog: pytest.LogCaptu
     (job,) = register([tracked(home)])
     (home / "mlflow.db.host").write_text("elsewhere 0000-0000")
     for ask in (tracking.check_reachable, register):
-        with pytest.raises(ConnectionError, match=rf"{home}/mlflow.db is written by host elsewhere, .*tracking-server"):
+        with pytest.raises(
+            ConnectionError,
+            match=rf"{home}/mlflow.db is written by host elsewhere, .*tracking-server",
+        ):
             ask([tracked(home)])
     before = {path.name: path.read_bytes() for path in home.glob("mlflow.db*")}
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
@@ -643,7 +772,9 @@ def test_sqlite_is_written_by_one_host_alone(home: Path, caplog: pytest.LogCaptu
     assert [run.info.status for run in runs_of(job)] == ["FINISHED"]
 
 
-def test_of_two_hosts_that_claim_a_file_at_once_one_has_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_hosts_that_claim_a_file_at_once_one_has_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, write_text = home / "mlflow.db.host", record.write_text
 
     def overtaken(path: Path, text: str) -> None:
@@ -659,12 +790,16 @@ def test_of_two_hosts_that_claim_a_file_at_once_one_has_it(home: Path, monkeypat
 
 
 def test_sqlite_is_refused_for_other_nodes(home: Path) -> None:
-    file, server = tracked(home, teacher=False), tracked(home, "tracking.uri=http://host:5000", teacher=False)
+    file, server = (
+        tracked(home, teacher=False),
+        tracked(home, "tracking.uri=http://host:5000", teacher=False),
+    )
     here = socket.gethostname()
     tracking.check_shared([file], [here, "localhost"])
     tracking.check_shared([server, tiny(home, teacher=False)], ["node7"])
     with pytest.raises(
-        ValueError, match=r"sqlite:.*mlflow.db is a file and jobs would write to it from node7, node8; S"
+        ValueError,
+        match=r"sqlite:.*mlflow.db is a file and jobs would write to it from node7, node8; S",
     ):
         tracking.check_shared([server, file], [here, "node8", "node7"])
 
@@ -680,7 +815,11 @@ def test_a_spoilt_note_of_what_was_delivered_makes_no_twin(home: Path, damage: b
     (run,) = runs_of(job)
     path = folder / "mlflow.json"
     whole = path.read_bytes()
-    spoilt = {"cut": whole[:50], "flipped": whole.replace(b'"rows": 3', b'"rows": 7'), "other": b'{"rows": 3}'}
+    spoilt = {
+        "cut": whole[:50],
+        "flipped": whole.replace(b'"rows": 3', b'"rows": 7'),
+        "other": b'{"rows": 3}',
+    }
     path.write_bytes(damage if isinstance(damage, bytes) else spoilt[damage])
     assert path.read_bytes() != whole
     opened = Record(job)
@@ -696,10 +835,15 @@ def test_a_spoilt_note_of_what_was_delivered_makes_no_twin(home: Path, damage: b
 
 def test_strange_numbers_and_names(home: Path) -> None:
     (job,) = register([replace(tracked(home, teacher=False), run_dir=f"{home}/läuft ✓ 'so'")])
-    opened, values = Record(job), [math.nan, math.inf, -math.inf, 1e-300, 0.1 + 0.2, 1234567890123456.0]
+    opened, values = (
+        Record(job),
+        [math.nan, math.inf, -math.inf, 1e-300, 0.1 + 0.2, 1234567890123456.0],
+    )
     for epoch in range(1, 1201):
         value = values[epoch % len(values)]
-        opened.append({"epoch": epoch, "time": 1000.0 + epoch, "val/top1": value, "train/loss": -value})
+        opened.append(
+            {"epoch": epoch, "time": 1000.0 + epoch, "val/top1": value, "train/loss": -value}
+        )
     opened.result(FINISHED, best_top1=1.0, last_top1=1.0, epochs=1200, seconds=1.0)
     opened.close()
     for _ in range(2):
@@ -712,7 +856,9 @@ def test_strange_numbers_and_names(home: Path) -> None:
     kept = {math.inf: largest, -math.inf: -largest}
     found = points(job, run.info.run_id)
     for key in ("val/top1", "train/loss"):
-        expected = [(row["epoch"], kept.get(row[key], row[key])) for row in record.read_rows(opened.folder)]
+        expected = [
+            (row["epoch"], kept.get(row[key], row[key])) for row in record.read_rows(opened.folder)
+        ]
         assert [repr(point) for point in found[key]] == [repr(point) for point in expected]
 
 
@@ -732,7 +878,9 @@ def test_a_run_that_is_stopped_twice_at_an_epoch_has_its_summary_once(home: Path
     }  # fmt: skip
 
 
-def test_one_spoilt_run_does_not_keep_the_others(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_spoilt_run_does_not_keep_the_others(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in range(3)])
     folders = sorted(write_record(job) for job in jobs)
     (folders[0] / "metrics.jsonl").write_text("nonsense\n")
@@ -761,12 +909,25 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         deadline = time.monotonic() + 120
         while True:
@@ -779,7 +940,9 @@ class Server:
 
     def kill(self) -> None:
         if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its worker: the session that was started above
+            os.killpg(
+                self.process.pid, signal.SIGKILL
+            )  # the server and its worker: the session that was started above
             self.process.wait()
             self.process = None
 
@@ -793,7 +956,10 @@ def server(home: Path) -> Iterator[Server]:
 
 
 def test_server_that_dies_and_comes_back(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(Mirror.close, "__defaults__", (20.0, 0.5))
@@ -810,7 +976,9 @@ def test_server_that_dies_and_comes_back(
             server.kill()
 
     monkeypatch.setattr(Run, "end_epoch", ending)
-    job = tiny(tmp_path / "work", "tracking=mlflow", f"tracking.uri={server.uri}", "trainer.epochs=6")
+    job = tiny(
+        tmp_path / "work", "tracking=mlflow", f"tracking.uri={server.uri}", "trainer.epochs=6"
+    )
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         (result,) = fit([job])
     assert result["status"] == "FINISHED"
@@ -824,7 +992,10 @@ def test_server_that_dies_and_comes_back(
     assert history.keys() == METRICS | FINAL
     steps = Counter(len(found) for key, found in history.items() if key in METRICS)
     assert steps == {6: len(METRICS)}
-    assert {file.path for file in client_of(job).list_artifacts(run.info.run_id)} >= {"config.yaml", "result.json"}
+    assert {file.path for file in client_of(job).list_artifacts(run.info.run_id)} >= {
+        "config.yaml",
+        "result.json",
+    }
     sync(Path(job.run_dir))
     assert points(job, run.info.run_id) == history
 

@@ -24,7 +24,13 @@ from tests.tiny import CONF, ForkedCommand
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("sddlskd-train")
-SMALL = ("dataset=digits", "teacher=resnet8", "student=resnet8", "trainer=debug", "trainer.device=cpu")
+SMALL = (
+    "dataset=digits",
+    "teacher=resnet8",
+    "student=resnet8",
+    "trainer=debug",
+    "trainer.device=cpu",
+)
 MODULE = (sys.executable, "-m", "sddlskd.train")
 
 
@@ -53,10 +59,15 @@ Command = Callable[..., Done]
 
 def content(folder: Path) -> dict[str, bytes | None]:
     """Everything in a folder, empty folders too."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
 
 
-def shell(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Done:
+def shell(
+    *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Done:
     """Run a command as its own process, on one thread: two of them do not fight for the cores."""
     done = subprocess.run(
         [str(part) for part in command],
@@ -69,7 +80,9 @@ def shell(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path 
 
 
 @pytest.fixture
-def here(teacher_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def here(
+    teacher_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     """here(*overrides): the command in this process, in a home that has a teacher, on the smallest job."""
     package = logging.getLogger("sddlskd")
     before = package.handlers[:], package.level, package.propagate
@@ -79,7 +92,9 @@ def here(teacher_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         HydraConfig.instance().cfg = None
         options = [part for part in overrides if part.startswith("--")]  # argparse wants them first
         rest = [part for part in overrides if part not in options]
-        monkeypatch.setattr(sys, "argv", ["sddlskd-train", *options, f"home={teacher_home}", *small, *rest])
+        monkeypatch.setattr(
+            sys, "argv", ["sddlskd-train", *options, f"home={teacher_home}", *small, *rest]
+        )
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         code = 0
         capsys.readouterr()
@@ -163,7 +178,10 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
 def test_bad_input_takes_one_line(
-    refused: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: list[str]
+    refused: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    says: list[str],
 ) -> None:
     refused(*overrides).refusal(*says)
 
@@ -177,11 +195,17 @@ def test_the_flag_for_a_sweep_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch
 def test_cuda_without_cuda(refused: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:1"):
-        refused(f"trainer.device={device}").refusal(f"trainer.device={device} needs CUDA", "trainer.device=cpu or auto")
+        refused(f"trainer.device={device}").refusal(
+            f"trainer.device={device} needs CUDA", "trainer.device=cpu or auto"
+        )
 
 
-def test_data_that_cannot_be_fetched(here: Command, monkeypatch: pytest.MonkeyPatch, teacher_home: Path) -> None:
-    monkeypatch.setattr("sddlskd.datasets.CIFAR100_URL", "http://127.0.0.1:1/cifar-100-python.tar.gz")
+def test_data_that_cannot_be_fetched(
+    here: Command, monkeypatch: pytest.MonkeyPatch, teacher_home: Path
+) -> None:
+    monkeypatch.setattr(
+        "sddlskd.datasets.CIFAR100_URL", "http://127.0.0.1:1/cifar-100-python.tar.gz"
+    )
     done = here("dataset=cifar100")
     assert (done.code, done.out) == (1, "")
     *_, line = done.err.splitlines()
@@ -204,13 +228,17 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
-def test_teacher_files_that_are_not_this_teachers(refused: Callable[..., Done], tmp_path: Path) -> None:
+def test_teacher_files_that_are_not_this_teachers(
+    refused: Callable[..., Done], tmp_path: Path
+) -> None:
     file, ran = tmp_path / "teacher.pt", tmp_path / "it-ran"
     override = f"teacher.checkpoint={file}"
     name = re.escape(str(file))
 
     torch.save({"model": create("resnet14", 10).state_dict()}, file)
-    refused(override).refusal(name, "does not hold weights of resnet8", r"layer1\.1\.conv1\.weight is not in resnet8")
+    refused(override).refusal(
+        name, "does not hold weights of resnet8", r"layer1\.1\.conv1\.weight is not in resnet8"
+    )
 
     torch.save({"model": create("resnet8", 100).state_dict()}, file)
     refused(override).refusal(name, r"fc\.weight is \(100, 64\) instead of \(10, 64\)")
@@ -225,16 +253,25 @@ def test_teacher_files_that_are_not_this_teachers(refused: Callable[..., Done], 
     torch.save({"model": create("resnet8", 10).state_dict(), "extra": Malicious(ran)}, file)
     refused(override).refusal(name, "is refused: it would run .*mkdir", "Nothing was run")
     assert not ran.exists()
-    torch.load(file, weights_only=False)  # as careless code would: the file is what the test says it is
+    torch.load(
+        file, weights_only=False
+    )  # as careless code would: the file is what the test says it is
     assert ran.exists()
 
 
 @pytest.mark.parametrize(
     ("uri", "says"),
-    [("http://127.0.0.1:1", ["does not answer", "tracking=none"]), ("nonsense", ["is not valid", "sqlite:////"])],
+    [
+        ("http://127.0.0.1:1", ["does not answer", "tracking=none"]),
+        ("nonsense", ["is not valid", "sqlite:////"]),
+    ],
 )
-def test_tracking_that_cannot_be_reached(refused: Callable[..., Done], uri: str, says: list[str]) -> None:
-    refused("tracking=mlflow", f"tracking.uri={uri}", small=SMALL).refusal(f"tracking.uri={uri}", *says)
+def test_tracking_that_cannot_be_reached(
+    refused: Callable[..., Done], uri: str, says: list[str]
+) -> None:
+    refused("tracking=mlflow", f"tracking.uri={uri}", small=SMALL).refusal(
+        f"tracking.uri={uri}", *says
+    )
 
 
 BAD_LABELS = """
@@ -264,7 +301,12 @@ def test_labels_out_of_range_in_a_data_set_of_ones_own(
     (tmp_path / "mine" / "dataset" / "bad_labels.yaml").write_text(BAD_LABELS_YAML)
     (tmp_path / "bad_labels.py").write_text(BAD_LABELS)
     monkeypatch.syspath_prepend(tmp_path)
-    job = ("dataset=bad_labels", f"dataset.load.label={label}", "trainer.batch_size=10", "allow_foreign_targets=true")
+    job = (
+        "dataset=bad_labels",
+        f"dataset.load.label={label}",
+        "trainer.batch_size=10",
+        "allow_foreign_targets=true",
+    )
     for way in (f"--config-dir={tmp_path}/mine", f"hydra.searchpath=[file://{tmp_path}/mine]"):
         refused(way, *job).refusal(rf"label {label} at index 7", r"0\.\.9", "num_classes")
 
@@ -273,27 +315,40 @@ def test_a_run_directory_of_another_job(here: Command, teacher_home: Path) -> No
     folder = teacher_home / "runs" / "mine"
     assert here(f"run_dir={folder}").code == 0
     before = content(teacher_home)
-    here(f"run_dir={folder}", "M=[1]").refusal(re.escape(str(folder)), r"M=\[1,2,4\] there", "choose another run_dir")
+    here(f"run_dir={folder}", "M=[1]").refusal(
+        re.escape(str(folder)), r"M=\[1,2,4\] there", "choose another run_dir"
+    )
     assert content(teacher_home) == before
 
 
-def test_an_error_that_is_nobodys_fault_keeps_its_traceback(here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_nobodys_fault_keeps_its_traceback(
+    here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sddlskd.trainer.build_data", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here()
 
 
-def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch, here: Command, tmp_path: Path) -> None:
+def test_a_traceback_on_request(
+    monkeypatch: pytest.MonkeyPatch, here: Command, tmp_path: Path
+) -> None:
     assert "Traceback" not in here("trainer.batch_size=2000").err
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["x", *SMALL, "tracking=none", f"home={tmp_path}", "trainer.batch_size=2000"])
+    monkeypatch.setattr(
+        sys, "argv", ["x", *SMALL, "tracking=none", f"home={tmp_path}", "trainer.batch_size=2000"]
+    )
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="batch_size"):
         train.main()
 
 
 def test_explain_gives_one_line_for_anything() -> None:
-    for error in (ValueError("a\nb\n\nc"), OSError(28, "No space left on device"), RuntimeError(""), KeyError("x")):
+    for error in (
+        ValueError("a\nb\n\nc"),
+        OSError(28, "No space left on device"),
+        RuntimeError(""),
+        KeyError("x"),
+    ):
         assert "\n" not in console.explain(error)
     assert console.explain(ValueError("a\nb")) == "a b"
 
@@ -307,11 +362,22 @@ def test_a_non_finite_loss_fails_with_step_and_value(here: Command, teacher_home
     (path,) = teacher_home.glob("runs/digits/*/result.json")
     result = json.loads(path.read_text())
     assert result["status"] == "FAILED"
-    assert re.search(r"loss became (nan|inf) at epoch 1, step 2; lower optimizer\.lr", result["reason"])
+    assert re.search(
+        r"loss became (nan|inf) at epoch 1, step 2; lower optimizer\.lr", result["reason"]
+    )
     assert "FAILED" in done.out
 
 
-RESULT_KEYS = {"run_id", "status", "reason", "config_hash", "best_top1", "last_top1", "epochs", "seconds"}
+RESULT_KEYS = {
+    "run_id",
+    "status",
+    "reason",
+    "config_hash",
+    "best_top1",
+    "last_top1",
+    "epochs",
+    "seconds",
+}
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +421,9 @@ def test_a_run_leaves_its_record(good_run: tuple[tuple[str | Path, ...], Done, P
     assert "Traceback" not in done.err
 
 
-def test_the_same_command_again_says_that_it_is_done(good_run: tuple[tuple[str | Path, ...], Done, Path]) -> None:
+def test_the_same_command_again_says_that_it_is_done(
+    good_run: tuple[tuple[str | Path, ...], Done, Path],
+) -> None:
     command, _, folder = good_run
     before, started = content(folder), time.monotonic()
     done = shell(*command, cwd=folder)
@@ -372,9 +440,13 @@ def test_another_process_in_the_same_run_directory(module_home: Path, tmp_path: 
     held = record.Record(compose_in(module_home, *overrides))
     try:
         before = content(held.folder)
-        command = ForkedCommand(tmp_path, "sddlskd.train", f"home={module_home}", *overrides, cwd=tmp_path)
+        command = ForkedCommand(
+            tmp_path, "sddlskd.train", f"home={module_home}", *overrides, cwd=tmp_path
+        )
         Done(*command.end()).refusal(
-            re.escape(str(held.folder)), f"in use by process {os.getpid()}", "choose another run_dir"
+            re.escape(str(held.folder)),
+            f"in use by process {os.getpid()}",
+            "choose another run_dir",
         )
         assert content(held.folder) == before
     finally:
@@ -403,14 +475,18 @@ def test_the_run_directory_can_be_chosen(here: Command, teacher_home: Path, key:
     assert not (teacher_home / "runs").exists()
 
 
-def test_a_refused_job_keeps_what_was_in_its_directory(refused: Callable[..., Done], teacher_home: Path) -> None:
+def test_a_refused_job_keeps_what_was_in_its_directory(
+    refused: Callable[..., Done], teacher_home: Path
+) -> None:
     folder = teacher_home / "notes"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     refused(f"run_dir={folder}", "trainer.batch_size=2000").refusal("batch_size")
 
 
-def test_editing_yaml_later_changes_no_launched_job(here: Command, teacher_home: Path, tmp_path: Path) -> None:
+def test_editing_yaml_later_changes_no_launched_job(
+    here: Command, teacher_home: Path, tmp_path: Path
+) -> None:
     choice = tmp_path / "mine" / "optimizer" / "mine.yaml"
     choice.parent.mkdir(parents=True)
     text = "defaults: [sgd]\nname: mine\nlr: 0.02\n"
@@ -469,7 +545,16 @@ def test_nothing_heavy_is_imported_before_a_job_runs(tmp_path: Path, option: str
 
 
 def test_the_whole_configuration_is_shown(tmp_path: Path) -> None:
-    done = shell(*MODULE, "--cfg", "job", "--resolve", f"home={tmp_path}", "student=shufflev1", "M=[1,2]", cwd=tmp_path)
+    done = shell(
+        *MODULE,
+        "--cfg",
+        "job",
+        "--resolve",
+        f"home={tmp_path}",
+        "student=shufflev1",
+        "M=[1,2]",
+        cwd=tmp_path,
+    )
     assert (done.code, done.err) == (0, "")
     assert re.search(r"^M:\n- 1\n- 2$", done.out, re.MULTILINE)
     assert f"run_dir: {tmp_path}/runs/cifar100/resnet32x4-shufflev1-kd-ls-M-1-2-s0-" in done.out
@@ -495,12 +580,20 @@ def test_refusals_as_a_process(tmp_path: Path) -> None:
     ],
 )
 def test_tab_completion(tmp_path: Path, line: str, candidates: set[str]) -> None:
-    done = shell(SCRIPT, "-sc", "query=bash", env={"COMP_LINE": line, "COMP_POINT": str(len(line))}, cwd=tmp_path)
+    done = shell(
+        SCRIPT,
+        "-sc",
+        "query=bash",
+        env={"COMP_LINE": line, "COMP_POINT": str(len(line))},
+        cwd=tmp_path,
+    )
     assert (done.code, done.err) == (0, "")
     assert candidates <= set(done.out.split())
     assert all(found.startswith(line.split()[-1]) for found in done.out.split())
 
 
 def test_conf_is_the_repositorys() -> None:
-    done = shell(sys.executable, "-c", "from importlib.resources import files; print(files('sddlskd.conf'))")
+    done = shell(
+        sys.executable, "-c", "from importlib.resources import files; print(files('sddlskd.conf'))"
+    )
     assert Path(done.out.strip()) == CONF

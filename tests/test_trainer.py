@@ -23,7 +23,19 @@ from sddlskd.run import Run
 from sddlskd.teacher import Teacher, path_of
 from sddlskd.trainer import fit
 from tests.test_tracking import runs_of
-from tests.tiny import BASE, STEPS, ForkedCommand, child, final, leave_teacher, net, rows, same, same_outcome, tiny
+from tests.tiny import (
+    BASE,
+    STEPS,
+    ForkedCommand,
+    child,
+    final,
+    leave_teacher,
+    net,
+    rows,
+    same,
+    same_outcome,
+    tiny,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -43,7 +55,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def after(
-    monkeypatch: pytest.MonkeyPatch, method: str, condition: Callable[[Run], bool], act: Callable[[], Any]
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    condition: Callable[[Run], bool],
+    act: Callable[[], Any],
 ) -> None:
     """Call `act` once, after the first call of this method of Run at which `condition` holds."""
     original, left = getattr(Run, method), [act]
@@ -79,10 +94,16 @@ def saved_at(job: Config) -> int:
 def test_grouped_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = Teacher.__call__
-    monkeypatch.setattr(Teacher, "__call__", lambda self, x, views=None: (calls.append(len(x)), original(self, x))[1])
+    monkeypatch.setattr(
+        Teacher,
+        "__call__",
+        lambda self, x, views=None: (calls.append(len(x)), original(self, x))[1],
+    )
     together = [tiny(tmp_path / "together", *overrides) for overrides in GROUP]
     assert [r["status"] for r in fit(together)] == ["FINISHED"] * 3
-    assert calls.count(64) == 2 * STEPS + 1  # once a batch, not once a student; and once over the 64 test images
+    assert (
+        calls.count(64) == 2 * STEPS + 1
+    )  # once a batch, not once a student; and once over the 64 test images
     for overrides, grouped in zip(GROUP, together, strict=True):
         alone = tiny(tmp_path / "alone", *overrides)
         fit([alone])
@@ -119,7 +140,9 @@ def test_student_that_diverges(tmp_path: Path, undisturbed: Config) -> None:
     assert not Path(bad.run_dir, "best.ckpt").exists()
 
 
-def test_weights_broken_by_the_last_step_are_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_broken_by_the_last_step_are_no_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tiny(tmp_path, "distiller=vanilla", "student=resnet14")
 
     def spoil(run: Run, *_: Any) -> None:
@@ -127,16 +150,23 @@ def test_weights_broken_by_the_last_step_are_no_teacher(tmp_path: Path, monkeypa
             next(run.model.parameters()).fill_(float("nan"))
 
     original = Run.train_step
-    monkeypatch.setattr(Run, "train_step", lambda run, *a: (original(run, *a), run.step == STEPS and spoil(run))[0])
+    monkeypatch.setattr(
+        Run, "train_step", lambda run, *a: (original(run, *a), run.step == STEPS and spoil(run))[0]
+    )
     (result,) = fit([job])
     assert result["status"] == "FAILED"
     assert "val/loss became nan at epoch 1, step 3" in result["reason"]
     assert not path_of(job.home, "fake", "resnet14").exists()
 
 
-def test_stop_after_a_failure_keeps_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_after_a_failure_keeps_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The step that fails one student and stops the others: the failed one is not saved as if it were well."""
-    bad, good = tiny(tmp_path, "optimizer.lr=1e30", "trainer.log_every=2"), tiny(tmp_path, "trainer.log_every=2")
+    bad, good = (
+        tiny(tmp_path, "optimizer.lr=1e30", "trainer.log_every=2"),
+        tiny(tmp_path, "trainer.log_every=2"),
+    )
     stop(monkeypatch, "train_step", lambda run: run.step == 2)
     results = fit([bad, good])
     assert [r["status"] for r in results] == ["FAILED", "KILLED"]
@@ -148,10 +178,16 @@ def test_stop_after_a_failure_keeps_the_failure(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("method", "epoch", "step"), [("end_epoch", 2, 0), ("train_step", 1, 1), ("train_step", 2, 2), ("train_step", 2, 3)]
+    ("method", "epoch", "step"),
+    [("end_epoch", 2, 0), ("train_step", 1, 1), ("train_step", 2, 2), ("train_step", 2, 3)],
 )
 def test_resumed_is_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Config, method: str, epoch: int, step: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Config,
+    method: str,
+    epoch: int,
+    step: int,
 ) -> None:
     job = tiny(tmp_path)
     stop(monkeypatch, method, lambda run: (run.epoch, run.step) == (epoch, step))
@@ -191,8 +227,12 @@ def test_group_of_interrupted_and_new_runs(
     assert same_outcome(jobs[1], alone)
 
 
-def test_dropout_is_the_same_alone_grouped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, grouped, resumed = (tiny(tmp_path / place, model=net(dropout=0.5)) for place in ("a", "b", "c"))
+def test_dropout_is_the_same_alone_grouped_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, grouped, resumed = (
+        tiny(tmp_path / place, model=net(dropout=0.5)) for place in ("a", "b", "c")
+    )
     fit([alone])
     fit([tiny(tmp_path / "b", "student=wrn_16_1"), grouped])
     stop(monkeypatch, "train_step", lambda run: (run.epoch, run.step) == (1, 2))
@@ -208,7 +248,10 @@ def test_dropout_is_the_same_alone_grouped_and_resumed(tmp_path: Path, monkeypat
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """Moments are drawn in checkpoints seen, not in seconds: a fast machine would be done, a slow one not begun."""
     overrides = ("trainer.epochs=24", "checkpoint.every_minutes=0.0001")
-    undisturbed, job = tiny(tmp_path / "undisturbed", *overrides), tiny(tmp_path / "killed", *overrides)
+    undisturbed, job = (
+        tiny(tmp_path / "undisturbed", *overrides),
+        tiny(tmp_path / "killed", *overrides),
+    )
     process = child(undisturbed)
     process.join()
     draw, inside = random.Random(0), 0
@@ -251,7 +294,9 @@ def test_metrics_that_did_not_reach_the_record(
     assert same_outcome(job, undisturbed)
 
 
-def test_finished_job_is_not_run_again(tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_job_is_not_run_again(
+    tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in Path(undisturbed.run_dir).iterdir()}
     (result,) = fit([undisturbed])
     assert result["status"] == "FINISHED"
@@ -293,17 +338,27 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
         (["M=[1,32]"], r"M=\[1, 32\] asks for 32x32 regions.*the largest scale here is 8"),
         (["trainer.batch_size=193"], "batch_size is 193; give 1..192"),
         (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
-        (["teacher=resnet14", "teacher.train_if_missing=false"], "teacher=resnet14 for fake is missing"),
-        (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9 does not answer"),
+        (
+            ["teacher=resnet14", "teacher.train_if_missing=false"],
+            "teacher=resnet14 for fake is missing",
+        ),
+        (
+            ["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"],
+            "tracking.uri=http://127.0.0.1:9 does not answer",
+        ),
         (["tracking=mlflow", "tracking.uri=nonsense"], "tracking.uri=nonsense is not valid"),
     ],
 )
-def test_refused_early_leaves_nothing_behind(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_refused_early_leaves_nothing_behind(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     job = tiny(tmp_path, *overrides)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises((ValueError, OSError), match=message):
         fit([job])
-    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "top1.json" not in p.name] == []
+    assert [
+        p for p in sorted(tmp_path.rglob("*")) if p not in before and "top1.json" not in p.name
+    ] == []
 
 
 def test_scales_are_checked_before_a_teacher_is_trained(tmp_path: Path) -> None:
@@ -316,11 +371,15 @@ def test_scales_are_checked_before_a_teacher_is_trained(tmp_path: Path) -> None:
 def test_another_job_in_the_run_dir_is_refused_although_finished(undisturbed: Config) -> None:
     other = tiny(Path(undisturbed.home), "optimizer.lr=0.01")
     other.run_dir = undisturbed.run_dir
-    with pytest.raises(ValueError, match=r"holds another job \(optimizer.lr=0.05 there, 0.01 here\)"):
+    with pytest.raises(
+        ValueError, match=r"holds another job \(optimizer.lr=0.05 there, 0.01 here\)"
+    ):
         fit([other])
 
 
-def test_another_teacher_in_the_middle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_teacher_in_the_middle_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tiny(tmp_path)
     stop(monkeypatch, "train_step", lambda run: run.step == 1)
     fit([job])
@@ -332,8 +391,12 @@ def test_another_teacher_in_the_middle_is_refused(tmp_path: Path, monkeypatch: p
         fit([job])
 
 
-def test_a_run_that_cannot_go_on_stops_nobody_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoilt, new, begun = (tiny(tmp_path, f"M={M}", "tracking=mlflow") for M in ("[1]", "[2]", "[1,2]"))
+def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt, new, begun = (
+        tiny(tmp_path, f"M={M}", "tracking=mlflow") for M in ("[1]", "[2]", "[1,2]")
+    )
     with monkeypatch.context() as patch:
         stop(patch, "end_epoch", lambda run: run.epoch == 2)
         fit([spoilt, begun])
@@ -368,15 +431,29 @@ class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         # lift_fresh: a tensor made from Python numbers is copied to the device, and the copy waits.
-        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "unique"}, name
+        assert name not in {
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "lift_fresh",
+            "unique",
+        }, name
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [["M=[1,2,4]"], ["distiller=vanilla", "student=wrn_16_1"], ["optimizer.clip_norm=0.5"], ["recipe=sd_dkd"]],
+    [
+        ["M=[1,2,4]"],
+        ["distiller=vanilla", "student=wrn_16_1"],
+        ["optimizer.clip_norm=0.5"],
+        ["recipe=sd_dkd"],
+    ],
 )
-def test_step_reads_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
+def test_step_reads_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
     original, steps = Run.train_step, []
 
     def watched(self: Run, *arguments: Any) -> None:
@@ -401,8 +478,13 @@ def test_bf16_on_the_cpu(tmp_path: Path, undisturbed: Config) -> None:
 
 
 def test_fp16_with_its_loss_scale_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ("trainer.precision=fp16", "distiller.kd_weight=900")  # so that the first steps overflow
-    whole, resumed = (tiny(tmp_path / place, *overrides, model=net()) for place in ("whole", "resumed"))
+    overrides = (
+        "trainer.precision=fp16",
+        "distiller.kd_weight=900",
+    )  # so that the first steps overflow
+    whole, resumed = (
+        tiny(tmp_path / place, *overrides, model=net()) for place in ("whole", "resumed")
+    )
     fit([whole])
     stop(monkeypatch, "train_step", lambda run: (run.epoch, run.step) == (1, 2))
     fit([resumed])
@@ -418,7 +500,9 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: 
     job = tiny(tmp_path, "trainer.compile=true")
     assert fit([job])[0]["status"] == "FINISHED"
     assert len(compiled) == 2  # teacher and student
-    assert rows(job)[-1]["train/loss"] == pytest.approx(rows(undisturbed)[-1]["train/loss"], rel=1e-3)
+    assert rows(job)[-1]["train/loss"] == pytest.approx(
+        rows(undisturbed)[-1]["train/loss"], rel=1e-3
+    )
     assert final(job)["model"].keys() == final(undisturbed)["model"].keys()
 
 
@@ -443,7 +527,13 @@ def test_best_checkpoint_is_of_the_best_epoch_on_the_held_out_images(tmp_path: P
 
 def test_train_metrics_are_means_over_the_images(tmp_path: Path) -> None:
     """192 images in batches of 80, 80 and 32: the small batch weighs less."""
-    job = tiny(tmp_path, "trainer.batch_size=80", "trainer.epochs=1", "distiller=vanilla", "student=wrn_16_1")
+    job = tiny(
+        tmp_path,
+        "trainer.batch_size=80",
+        "trainer.epochs=1",
+        "distiller=vanilla",
+        "student=wrn_16_1",
+    )
     seen: list[tuple[int, float]] = []
     original = Run.train_step
 
@@ -456,13 +546,17 @@ def test_train_metrics_are_means_over_the_images(tmp_path: Path) -> None:
         patch.setattr(Run, "train_step", watched)
         fit([job])
     assert [count for count, _ in seen] == [80, 80, 32]
-    assert rows(job)[0]["train/loss"] == pytest.approx(sum(n * loss for n, loss in seen) / 192, rel=1e-5)
+    assert rows(job)[0]["train/loss"] == pytest.approx(
+        sum(n * loss for n, loss in seen) / 192, rel=1e-5
+    )
     assert rows(job)[0]["train/loss"] == pytest.approx(rows(job)[0]["train/loss_ce"])
 
 
 def test_teacher_is_trained_once_by_two_processes(tmp_path: Path) -> None:
     overrides = ("teacher.train_if_missing=true", "teacher.train_epochs=1")
-    jobs = [tiny(tmp_path, *overrides, f"student={s}", teacher=False) for s in ("wrn_16_1", "resnet14")]
+    jobs = [
+        tiny(tmp_path, *overrides, f"student={s}", teacher=False) for s in ("wrn_16_1", "resnet14")
+    ]
     started = [child(job) for job in jobs]
     for process in started:
         process.join()

@@ -43,7 +43,9 @@ TIMES = ("time", "time/epoch_s", "time/images_per_s")
 
 # Children fork from a process that has imported torch and computed nothing: they start in no time.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["sddlskd.trainer", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"])
+processes.set_forkserver_preload(
+    ["sddlskd.trainer", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"]
+)
 
 
 NOWHERE = "/home/of/no/test"
@@ -58,7 +60,10 @@ def _composed(overrides: tuple[str, ...], *surroundings: str | None) -> Config:
 def _moved(value: Any, home: str) -> Any:
     """A copy that has that home."""
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _moved(getattr(value, field.name), home) for field in fields(value)})
+        return replace(
+            value,
+            **{field.name: _moved(getattr(value, field.name), home) for field in fields(value)},
+        )
     if isinstance(value, dict):
         return {key: _moved(each, home) for key, each in value.items()}
     if isinstance(value, list):
@@ -72,12 +77,17 @@ def composed(home: Path, *overrides: str) -> Config:
     Hydra takes a third of a second, so that the same overrides are composed once.
     """
     cfg.frame()
-    surroundings = (os.environ.get("MLFLOW_TRACKING_URI"), os.getcwd())  # what else a configuration reads
+    surroundings = (
+        os.environ.get("MLFLOW_TRACKING_URI"),
+        os.getcwd(),
+    )  # what else a configuration reads
     job: Config = _moved(_composed(overrides, *surroundings), os.path.abspath(home))
     return job
 
 
-def tiny(home: Path, *overrides: str, model: dict[str, Any] | None = None, teacher: bool = True) -> Config:
+def tiny(
+    home: Path, *overrides: str, model: dict[str, Any] | None = None, teacher: bool = True
+) -> Config:
     """A job of 2 epochs of 3 batches on random images. model: the student's, in place of a network of ours."""
     job = composed(home, *BASE, *overrides)
     if model:
@@ -94,7 +104,13 @@ def leave_teacher(home: Path) -> Path:
     if not path.exists():
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            publish(path, create("resnet8", num_classes=10).state_dict(), network="resnet8", dataset="fake", top1=10.0)
+            publish(
+                path,
+                create("resnet8", num_classes=10).state_dict(),
+                network="resnet8",
+                dataset="fake",
+                top1=10.0,
+            )
     return path
 
 
@@ -133,7 +149,9 @@ class ForkedWorker:
         assert command[:3] == [sys.executable, "-m", "sddlskd.worker"]
         assert start_new_session
         at = command.index("--parent")
-        self._process = processes.Process(target=_work, args=([*command[2:at], *command[at + 2 :]], env))
+        self._process = processes.Process(
+            target=_work, args=([*command[2:at], *command[at + 2 :]], env)
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -152,7 +170,9 @@ class ForkedWorker:
         self._process.kill()
 
 
-def _be_command(module: str, words: list[str], cwd: Path, environment: dict[str, str], said: tuple[Path, Path]) -> None:
+def _be_command(
+    module: str, words: list[str], cwd: Path, environment: dict[str, str], said: tuple[Path, Path]
+) -> None:
     for number, path in enumerate(said, start=1):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
@@ -172,9 +192,13 @@ class ForkedCommand:
     What it leaves out, that Python starts with nothing imported, is seen in tests/test_train.py and by the services.
     """
 
-    def __init__(self, folder: Path, module: str, *words: str, cwd: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, module: str, *words: str, cwd: Path, env: dict[str, str] | None = None
+    ) -> None:
         """folder: where files for what it says are made."""
-        self._said = [Path(tempfile.mkstemp(suffix=f".{name}", dir=folder)[1]) for name in ("out", "err")]
+        self._said = [
+            Path(tempfile.mkstemp(suffix=f".{name}", dir=folder)[1]) for name in ("out", "err")
+        ]
         told = (module, list(words), cwd, {**os.environ, **(env or {})}, self._said)
         self._process = processes.Process(target=_be_command, args=told)
         self._process.start()
@@ -200,7 +224,10 @@ class ForkedCommand:
 def rows(job: Config) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock decides."""
     lines = Path(job.run_dir, "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMES}
+        for line in lines
+    ]
 
 
 def final(job: Config) -> dict[str, Any]:

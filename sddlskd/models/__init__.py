@@ -73,5 +73,7 @@ def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
     if stem == STEMS[0]:
         return _NETWORKS[name](num_classes=num_classes)
     if name.startswith(_ONE_STEM):
-        raise ValueError(f"{name} has no {stem} stem: it is the same network for images of every size; leave stem out")
+        raise ValueError(
+            f"{name} has no {stem} stem: it is the same network for images of every size; leave stem out"
+        )
     return _NETWORKS[name](num_classes=num_classes, stem=stem)

@@ -32,9 +32,13 @@ class LogitMapModel(nn.Module, ABC):
         return logits_BHWK.permute(0, 3, 1, 2)
 
 
-def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     """A convolution without bias, padded to keep the side at stride 1: B in H W -> B out H/stride W/stride."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Conv2d(
+        in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+    )
 
 
 def stem_conv(channels: int, kernel: int, stem: str, stride: int = 1) -> nn.Conv2d:
@@ -47,12 +51,18 @@ def stem_conv(channels: int, kernel: int, stem: str, stride: int = 1) -> nn.Conv
     return conv(3, channels, 7, 2) if stem == "large" else conv(3, channels, kernel, stride)
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_bn(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """`conv`, BN."""
-    return nn.Sequential(conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)
+    )
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """`conv`, BN, ReLU (in place: the backward of BN needs its input only)."""
     return conv_bn(in_channels, out_channels, kernel, stride, groups).append(nn.ReLU(inplace=True))
 

@@ -22,7 +22,20 @@ from sddlskd.models.base import LogitMapModel
 
 __all__ = ["ForeignNetwork", "from_network"]
 
-SIDES = (64, 224, 32, 96, 128, 256, 288, 299, 320, 384, 448, 512)  # pixels; tried until the network takes one
+SIDES = (
+    64,
+    224,
+    32,
+    96,
+    128,
+    256,
+    288,
+    299,
+    320,
+    384,
+    448,
+    512,
+)  # pixels; tried until the network takes one
 TOLERANCE = 1e-4  # of the logits' size, or of 1 where they are smaller
 CURES = "Build the network without it, or write it as a module that gives the logit map (B, K, H, W) itself"
 CLASS_TOKEN = "an average of the patch tokens is needed (timm: global_pool=avg fc_norm=false)"
@@ -38,7 +51,11 @@ class _Step(NamedTuple):
 
     @property
     def name(self) -> str:
-        return (resolve_name(self.function) or repr(self.function)).removesuffix(".__get__").rpartition(".")[2]
+        return (
+            (resolve_name(self.function) or repr(self.function))
+            .removesuffix(".__get__")
+            .rpartition(".")[2]
+        )
 
     @property
     def sources(self) -> list[Tensor]:
@@ -57,7 +74,9 @@ class _Trace(TorchFunctionMode):
         self.inside: list[str] = []
         self.made: dict[int, _Step] = {}  # by id of the tensor
         self.kept: list[Tensor] = []  # so that no id is given twice
-        self.touched: dict[int, list[_Step]] = {}  # what changed a tensor in place, and dropout, which in eval mode
+        self.touched: dict[
+            int, list[_Step]
+        ] = {}  # what changed a tensor in place, and dropout, which in eval mode
         self.took: dict[str, Tensor] = {}  #         gives what it takes
         self.gave: dict[str, Tensor] = {}
 
@@ -97,7 +116,12 @@ class _Tap(NamedTuple):
     dropout: float  # probability, between pooling and head
 
 
-LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BNC": (1,), "BCN": (2,)}  # the dimensions that are averaged
+LAYOUTS = {
+    "BCHW": (2, 3),
+    "BHWC": (1, 2),
+    "BNC": (1,),
+    "BCN": (2,),
+}  # the dimensions that are averaged
 
 
 class ForeignNetwork(LogitMapModel):
@@ -138,11 +162,17 @@ class ForeignNetwork(LogitMapModel):
         self.network(x_BCHW)
         taken, self._taken = self._taken, None
         if taken is None:
-            raise RuntimeError(f"{self._tap.module} did not run: the network takes another way than when it was built")
+            raise RuntimeError(
+                f"{self._tap.module} did not run: the network takes another way than when it was built"
+            )
         for step in self._tap.steps:
             taken = _again(step, taken)
         map_BCHW = _as_map(taken, self._tap.layout, x_BCHW.shape)
-        return F.dropout2d(map_BCHW, self._tap.dropout, self.training) if self._tap.dropout else map_BCHW
+        return (
+            F.dropout2d(map_BCHW, self._tap.dropout, self.training)
+            if self._tap.dropout
+            else map_BCHW
+        )
 
 
 def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -159,7 +189,9 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 def _again(step: _Step, value: Tensor) -> Tensor:
     """Call a step's function on another tensor than the one that it was written down with."""
     args = [value if isinstance(a, Tensor) else a for a in step.args]
-    result: Tensor = step.function(*args, **{k: value if isinstance(a, Tensor) else a for k, a in step.kwargs.items()})
+    result: Tensor = step.function(
+        *args, **{k: value if isinstance(a, Tensor) else a for k, a in step.kwargs.items()}
+    )
     return result
 
 
@@ -260,23 +292,33 @@ def _listening(network: nn.Module, trace: _Trace) -> Iterator[None]:
 def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
     """The name of the linear layer that gives the logits."""
     if not isinstance(logits, Tensor):
-        raise ValueError(f"{what} gives {type(logits).__name__}, not logits; wrap it so that it gives (B, K)")
+        raise ValueError(
+            f"{what} gives {type(logits).__name__}, not logits; wrap it so that it gives (B, K)"
+        )
     if logits.ndim == 4:
-        raise ValueError(f"{what} gives {tuple(logits.shape)}, a logit map already: use it as it is")
+        raise ValueError(
+            f"{what} gives {tuple(logits.shape)}, a logit map already: use it as it is"
+        )
     if logits.ndim != 2:
         raise ValueError(f"{what} gives {tuple(logits.shape)}; logits are (B, K). {CURES}")
     value = logits
     while True:
-        for name in [name for name, result in trace.gave.items() if result is value and name in trace.took]:
+        for name in [
+            name for name, result in trace.gave.items() if result is value and name in trace.took
+        ]:
             module = network.get_submodule(name)
-            if isinstance(module, nn.Linear) and _equal(F.linear(trace.took[name], module.weight, module.bias), value):
+            if isinstance(module, nn.Linear) and _equal(
+                F.linear(trace.took[name], module.weight, module.bias), value
+            ):
                 return name  # also a subclass with a forward of its own, as timm has one
         changed = trace.touched.get(id(value))
         step = changed[-1] if changed else trace.made.get(id(value))
         before = _same_values(step, value) if step else None
         if before is None:
             two = (
-                "; it averages two heads, one of them of a distillation token" if hasattr(network, "head_dist") else ""
+                "; it averages two heads, one of them of a distillation token"
+                if hasattr(network, "head_dist")
+                else ""
             )
             raise ValueError(
                 f"{what}: its logits come from no nn.Linear, but from {step or 'what was not seen'}{two}. {CURES}"
@@ -302,7 +344,9 @@ def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head:
         before = None if changed or made is None else _same_values(made, value)
         if before is None:
             kind = _OneCell if one_cell else ValueError
-            raise kind(f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. {CURES}")
+            raise kind(
+                f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. {CURES}"
+            )
         value, one_cell = before, one_cell or before.ndim > 2
     if layout in ("BNC", "BCN"):
         _grid(source.shape[LAYOUTS[layout][0]], images_BCHW.shape)
@@ -318,7 +362,9 @@ def _why(step: _Step | None, value: Tensor, sources: list[Tensor]) -> str:
     return f"{step}, which is neither a global average nor a change of shape"
 
 
-def _place(trace: _Trace, value: Tensor, images_BCHW: Tensor, what: str) -> tuple[str, bool, tuple[_Step, ...]]:
+def _place(
+    trace: _Trace, value: Tensor, images_BCHW: Tensor, what: str
+) -> tuple[str, bool, tuple[_Step, ...]]:
     """The outermost module that gives or takes the value, or what it is computed from by functions of one tensor."""
     steps: list[_Step] = []
     while True:
@@ -328,7 +374,12 @@ def _place(trace: _Trace, value: Tensor, images_BCHW: Tensor, what: str) -> tupl
             module, output = min(places, key=lambda place: (not place[1], place[0].count(".")))
             return module, output, tuple(reversed(steps))
         step = trace.made.get(id(value))
-        if step is None or value is images_BCHW or len(step.sources) != 1 or id(value) in trace.touched:
+        if (
+            step is None
+            or value is images_BCHW
+            or len(step.sources) != 1
+            or id(value) in trace.touched
+        ):
             raise ValueError(
                 f"{what}: its map comes out of no module, but of {step}; put that into a module of its own"
             )
@@ -340,7 +391,9 @@ def _emptied(step: _Step) -> _Step:
     """The step without the tensor that it took, which would be kept in memory."""
     hole = torch.empty(0)
     args = tuple(hole if isinstance(a, Tensor) else a for a in step.args)
-    return step._replace(args=args, kwargs={k: hole if isinstance(a, Tensor) else a for k, a in step.kwargs.items()})
+    return step._replace(
+        args=args, kwargs={k: hole if isinstance(a, Tensor) else a for k, a in step.kwargs.items()}
+    )
 
 
 def _same_values(step: _Step, value: Tensor) -> Tensor | None:
@@ -354,7 +407,11 @@ def _same_values(step: _Step, value: Tensor) -> Tensor | None:
 def _layout(source: Tensor, pooled: Tensor) -> str | None:
     """How the source lies if the other is its global average, with or without sides of 1."""
     for layout, dims in LAYOUTS.items():
-        if source.ndim == len(layout) and source.numel() != pooled.numel() and len(source) == len(pooled):
+        if (
+            source.ndim == len(layout)
+            and source.numel() != pooled.numel()
+            and len(source) == len(pooled)
+        ):
             mean = source.mean(dims) if source.is_floating_point() else source
             if mean.numel() == pooled.numel() and _equal(mean, pooled.flatten(1)):
                 return layout
@@ -362,12 +419,16 @@ def _layout(source: Tensor, pooled: Tensor) -> str | None:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (a.is_meta or torch.allclose(a.float(), b.float(), TOLERANCE, TOLERANCE))
+    return a.shape == b.shape and (
+        a.is_meta or torch.allclose(a.float(), b.float(), TOLERANCE, TOLERANCE)
+    )
 
 
 def _probability(step: _Step) -> float:
     """The p of a call of F.dropout."""
-    return float(inspect.signature(F.dropout).bind(*step.args, **step.kwargs).arguments.get("p", 0.5))
+    return float(
+        inspect.signature(F.dropout).bind(*step.args, **step.kwargs).arguments.get("p", 0.5)
+    )
 
 
 def _check(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:

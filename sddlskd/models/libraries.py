@@ -13,7 +13,9 @@ from sddlskd.models.foreign import from_network
 __all__ = ["from_timm", "from_torchvision"]
 
 
-def from_timm(name: str, num_classes: int, pretrained: bool = False, **options: Any) -> LogitMapModel:
+def from_timm(
+    name: str, num_classes: int, pretrained: bool = False, **options: Any
+) -> LogitMapModel:
     """timm's network `name`, with timm's weights and a fresh head if `pretrained`; options go to timm.create_model.
 
     Raises ValueError for a name or an option that timm does not know, and what `from_network` raises.
@@ -21,19 +23,27 @@ def from_timm(name: str, num_classes: int, pretrained: bool = False, **options: 
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"{name} is timm's, and timm is not installed: pip install 'sddlskd[timm]'") from error
+        raise ValueError(
+            f"{name} is timm's, and timm is not installed: pip install 'sddlskd[timm]'"
+        ) from error
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}{_close(name, timm.list_models())}")
     with torch.device("cpu"):  # planning builds on the meta device, where nothing could be checked
         try:
-            network = timm.create_model(name, num_classes=num_classes, pretrained=pretrained and not _meta(), **options)
+            network = timm.create_model(
+                name, num_classes=num_classes, pretrained=pretrained and not _meta(), **options
+            )
         except (TypeError, AssertionError) as error:
-            raise ValueError(f"timm does not build {name} with {options} ({error}); see its documentation") from error
+            raise ValueError(
+                f"timm does not build {name} with {options} ({error}); see its documentation"
+            ) from error
     return _placed(network, options.get("img_size"))
 
 
-def from_torchvision(name: str, num_classes: int, weights: str | None = None, **options: Any) -> LogitMapModel:
+def from_torchvision(
+    name: str, num_classes: int, weights: str | None = None, **options: Any
+) -> LogitMapModel:
     """torchvision's network `name`; weights: such as DEFAULT or IMAGENET1K_V1, with a fresh head for other classes.
 
     Options go to torchvision.models.get_model. Raises ValueError for a name, weights or an option that torchvision does
@@ -52,18 +62,28 @@ def from_torchvision(name: str, num_classes: int, weights: str | None = None, **
         try:
             network = get_model(name, weights=None, num_classes=num_classes, **options)
         except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"torchvision does not build {name} with {options} ({error})") from error
+            raise ValueError(
+                f"torchvision does not build {name} with {options} ({error})"
+            ) from error
     model = _placed(network)
     if weights is not None and not _meta():
-        _load_but_other_heads(model, published[weights].get_state_dict(check_hash=True, weights_only=True))
+        _load_but_other_heads(
+            model, published[weights].get_state_dict(check_hash=True, weights_only=True)
+        )
     return model
 
 
 def _load_but_other_heads(model: LogitMapModel, weights: dict[str, Tensor]) -> None:
     """Load published weights; the head's are left out where they are of other classes."""
     own, names = model.state_dict(), dict(model.named_parameters())
-    heads = {name.removeprefix("network.") for name, p in names.items() if any(p is q for q in model.head.parameters())}
-    model.load_state_dict({k: own[k] if k in heads and v.shape != own[k].shape else v for k, v in weights.items()})
+    heads = {
+        name.removeprefix("network.")
+        for name, p in names.items()
+        if any(p is q for q in model.head.parameters())
+    }
+    model.load_state_dict(
+        {k: own[k] if k in heads and v.shape != own[k].shape else v for k, v in weights.items()}
+    )
 
 
 def _meta() -> bool:
@@ -74,7 +94,11 @@ def _placed(network: nn.Module, size: int | Sequence[int] | None = None) -> Logi
     """The checked model, on the meta device where planning builds there; size: in pixels, if it takes one size only."""
     with torch.device("cpu"):
         sides = (size, size) if isinstance(size, int) else size
-        noise_BCHW = None if sides is None else torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
+        noise_BCHW = (
+            None
+            if sides is None
+            else torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
+        )
         model = from_network(network, noise_BCHW)
     return model.to("meta") if _meta() else model
 
@@ -82,5 +106,7 @@ def _placed(network: nn.Module, size: int | Sequence[int] | None = None) -> Logi
 def _close(name: str, valid: list[str]) -> str:
     close = get_close_matches(name, valid, n=3)
     return (
-        f"; did you mean {' or '.join(close)}?" if close else f"; it has {len(valid)}, such as {', '.join(valid[:3])}"
+        f"; did you mean {' or '.join(close)}?"
+        if close
+        else f"; it has {len(valid)}, such as {', '.join(valid[:3])}"
     )

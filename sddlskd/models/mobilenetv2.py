@@ -54,7 +54,9 @@ class MobileNetV2(LogitMapModel):
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(stem_conv(16, 3, stem, stride=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.conv1 = nn.Sequential(
+            stem_conv(16, 3, stem, stride=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
         if stem == "large":
             self.conv1.append(nn.MaxPool2d(2))
         self.blocks = nn.Sequential()

@@ -97,4 +97,6 @@ def _stage(
     block: type[BasicBlock | Bottleneck], in_channels: int, width: int, blocks: int, stride: int
 ) -> nn.Sequential:
     first = block(in_channels, width, stride)
-    return nn.Sequential(first, *(block(width * block.expansion, width, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first, *(block(width * block.expansion, width, 1) for _ in range(blocks - 1))
+    )

@@ -97,4 +97,6 @@ def interleave(left_BCHW: Tensor, right_BCHW: Tensor) -> Tensor:
 
 
 def _stage(in_channels: int, channels: int, units: int) -> nn.Sequential:
-    return nn.Sequential(DownUnit(in_channels, channels), *(BasicUnit(channels) for _ in range(units - 1)))
+    return nn.Sequential(
+        DownUnit(in_channels, channels), *(BasicUnit(channels) for _ in range(units - 1))
+    )

@@ -45,7 +45,9 @@ def max_pool_where_64(map_BCHW: Tensor, side: int) -> Tensor:
     return F.max_pool2d(map_BCHW, 2) if side == 64 else map_BCHW
 
 
-torch.fx.wrap("max_pool_where_64")  # traced as one call, so that a traced network still adapts to its input
+torch.fx.wrap(
+    "max_pool_where_64"
+)  # traced as one call, so that a traced network still adapts to its input
 
 
 def _block(in_channels: int, channels: int, convs: int) -> nn.Sequential:
@@ -56,4 +58,6 @@ def _block(in_channels: int, channels: int, convs: int) -> nn.Sequential:
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         ]
-    return nn.Sequential(*layers[:-1])  # the last ReLU is in `features`: the published blocks end before it
+    return nn.Sequential(
+        *layers[:-1]
+    )  # the last ReLU is in `features`: the published blocks end before it

@@ -18,7 +18,9 @@ class Unit(nn.Module):
         self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.convShortcut = conv(in_channels, channels, 1, stride) if in_channels != channels else None
+        self.convShortcut = (
+            conv(in_channels, channels, 1, stride) if in_channels != channels else None
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         active = F.relu(self.bn1(x_BCHW), inplace=True)

@@ -20,15 +20,42 @@ GAIN = {"vanilla": 0.0, "kd": 2.2, "kd_ls": 4.0, "sd_kd": 3.1, "sd_kd_ls": 4.6}
 
 
 def row(
-    seed: int = 0, method: str = "kd", pair: tuple[str, str] = ("resnet32x4", "resnet8x4"), **more: Any
+    seed: int = 0,
+    method: str = "kd",
+    pair: tuple[str, str] = ("resnet32x4", "resnet8x4"),
+    **more: Any,
 ) -> dict[str, Any]:
     distiller, standardize, M = RECIPES[method]
     teacher, student = ("none" if method == "vanilla" else pair[0]), pair[1]
     made = {
-        **{"status": "FINISHED", "dataset": "cifar100", "teacher": teacher, "student": student, "seed": seed},
-        **{"distiller": distiller, "standardize": standardize, "M": M, "temperature": 2.0, "complementary_weight": 2.0},
-        **{"ce_weight": 1.0, "kd_weight": 9.0, "lr": 0.05, "batch_size": 64, "epochs": 30, "epochs_done": 30},
-        **{"val_fraction": 0.0, "group_size": 1, "git_sha": "c6bc3be", "environment": "torch 2.6, cpu"},
+        **{
+            "status": "FINISHED",
+            "dataset": "cifar100",
+            "teacher": teacher,
+            "student": student,
+            "seed": seed,
+        },
+        **{
+            "distiller": distiller,
+            "standardize": standardize,
+            "M": M,
+            "temperature": 2.0,
+            "complementary_weight": 2.0,
+        },
+        **{
+            "ce_weight": 1.0,
+            "kd_weight": 9.0,
+            "lr": 0.05,
+            "batch_size": 64,
+            "epochs": 30,
+            "epochs_done": 30,
+        },
+        **{
+            "val_fraction": 0.0,
+            "group_size": 1,
+            "git_sha": "c6bc3be",
+            "environment": "torch 2.6, cpu",
+        },
         "started": pd.Timestamp("2026-03-01", tz="UTC"),
     }
     made |= more
@@ -41,7 +68,10 @@ def row(
 
 
 def grid(
-    pairs: Sequence[tuple[str, str]], methods: Sequence[str] = tuple(RECIPES), seeds: int = 3, **more: Any
+    pairs: Sequence[tuple[str, str]],
+    methods: Sequence[str] = tuple(RECIPES),
+    seeds: int = 3,
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """Every method on every pair and seed, with plausible accuracies; a student alone once for each student."""
     noise = np.random.default_rng(0)
@@ -54,7 +84,12 @@ def grid(
             for seed in range(seeds):
                 best = 68 + number + GAIN[method] + noise.normal(0, 0.25)
                 seconds = 9.0 + 4 * ("kd" in method) + 1.5 * ("sd" in method) + noise.normal(0, 0.2)
-                values = {"best": best, "last": best - 0.3, "epoch_s": seconds, "images_per_s": 50000 / seconds}
+                values = {
+                    "best": best,
+                    "last": best - 0.3,
+                    "epoch_s": seconds,
+                    "images_per_s": 50000 / seconds,
+                }
                 rows.append(row(seed, method, pair, **values, **more))
     return rows
 
@@ -70,7 +105,9 @@ class Standin:
     def __post_init__(self) -> None:
         self.frame = frame_of(self.rows)
 
-    def history(self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None) -> pd.DataFrame:
+    def history(
+        self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None
+    ) -> pd.DataFrame:
         """A curve that climbs to the run's last accuracy, in steps as schedules make them."""
         wanted = set(self.frame["run_id"]) if run_ids is None else set(run_ids)
         points = []
@@ -81,7 +118,12 @@ class Standin:
                     at = epoch / run.epochs_done
                     gone = 12 * (at < 0.6) + 3 * (at < 0.8) + 45 * np.exp(-12 * at)
                     points.append(
-                        (run.run_id, metrics[0], epoch, run.last - gone + noise.normal(0, 0.4 if at < 0.8 else 0.1))
+                        (
+                            run.run_id,
+                            metrics[0],
+                            epoch,
+                            run.last - gone + noise.normal(0, 0.4 if at < 0.8 else 0.1),
+                        )
                     )
         return pd.DataFrame(points, columns=["run_id", "metric", "epoch", "value"])
 
@@ -90,7 +132,12 @@ class Standin:
 
 
 def predictions(
-    seed: int, images: int = 600, classes: int = 20, scale: int = 2, closeness: float = 0.7, side: int = 32
+    seed: int,
+    images: int = 600,
+    classes: int = 20,
+    scale: int = 2,
+    closeness: float = 0.7,
+    side: int = 32,
 ) -> dict[str, np.ndarray]:
     """Networks that know something: class clusters, a teacher, and a student that is near it."""
     same, noise = np.random.default_rng(7), np.random.default_rng(seed)
@@ -98,7 +145,9 @@ def predictions(
     similar = same.normal(size=(classes, classes)) / 2 + 3 * np.eye(classes)
     teacher = similar[target] + same.normal(0, 0.9, (images, classes))
     student = (
-        closeness * teacher + (1 - closeness) * similar[target] + noise.normal(0, 1.2 - closeness, (images, classes))
+        closeness * teacher
+        + (1 - closeness) * similar[target]
+        + noise.normal(0, 1.2 - closeness, (images, classes))
     )
     maps = teacher[:, None] + same.normal(0, 1.0, (images, scale * scale, classes))
     regions = maps.argmax(2)
@@ -107,7 +156,9 @@ def predictions(
     y, x = np.mgrid[:side, :side] / side
     waves = [np.sin(6 * x + t) * np.cos(5 * y - t) for t in target[sample]]
     pictures = (
-        np.stack([np.stack([w, w * x, 1 - w * y], 2) for w in waves]) if len(sample) else np.zeros((0, side, side, 3))
+        np.stack([np.stack([w, w * x, 1 - w * y], 2) for w in waves])
+        if len(sample)
+        else np.zeros((0, side, side, 3))
     )
     directions = same.normal(size=(classes, 16))
     return {
@@ -118,7 +169,9 @@ def predictions(
         "regions": regions.astype(np.int16),
         "student_regions": regions.astype(np.int16),
         "features": (directions[target] * 1.5 + noise.normal(size=(images, 16))).astype(np.float16),
-        "teacher_features": (directions[target] * 2 + same.normal(size=(images, 16))).astype(np.float16),
+        "teacher_features": (directions[target] * 2 + same.normal(size=(images, 16))).astype(
+            np.float16
+        ),
         "sample": sample,
         "images": (127 + 60 * pictures).clip(0, 255).astype(np.uint8),
     }

@@ -22,7 +22,16 @@ History = Mapping[str, Sequence[float]]
 
 STARTED_MS = 1_700_000_000_000
 EPOCH_METRICS = (
-    *("train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "val/top1", "val/top5", "val/loss", "lr"),
+    *(
+        "train/loss",
+        "train/loss_ce",
+        "train/loss_kd",
+        "train/top1",
+        "val/top1",
+        "val/top5",
+        "val/loss",
+        "lr",
+    ),
     *("time/epoch_s", "time/images_per_s"),
 )
 USUAL = {
@@ -53,7 +62,9 @@ def empty_store() -> Path:
     """A database that MLflow made, once a process since that takes seconds."""
     from mlflow.tracking import MlflowClient
 
-    warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
+    )
     path = Path(tempfile.mkdtemp(prefix="store-"), "mlflow.db")
     MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
     return path
@@ -83,14 +94,26 @@ def make_store(
             if row["experiment"] not in experiments:
                 experiments[row["experiment"]] = len(experiments)
                 values = {"experiment_id": len(experiments) - 1, "name": row["experiment"]}
-                kept = {"artifact_location": artifacts.as_uri(), "lifecycle_stage": "active", "creation_time": 0}
+                kept = {
+                    "artifact_location": artifacts.as_uri(),
+                    "lifecycle_stage": "active",
+                    "creation_time": 0,
+                }
                 _insert(database, "experiments", [{**values, **kept}])
         runs = [row for row in whole if row["status"] != "MISSING"]
         parents = _parents(whole)
         everything = [*runs, *parents]
         _insert(database, "runs", (_run(row, experiments, artifacts) for row in everything))
-        _insert(database, "tags", (_keyed(row, *tag) for row in everything for tag in _tags(row).items()))
-        _insert(database, "params", (_keyed(row, *param) for row in runs for param in _params(row).items()))
+        _insert(
+            database,
+            "tags",
+            (_keyed(row, *tag) for row in everything for tag in _tags(row).items()),
+        )
+        _insert(
+            database,
+            "params",
+            (_keyed(row, *param) for row in runs for param in _params(row).items()),
+        )
         if history:
             for row in runs:
                 row.setdefault("history", history(row))
@@ -151,8 +174,18 @@ def _parents(rows: Sequence[Row]) -> list[dict[str, Any]]:
             planned.setdefault(sweep, []).append(row)
     return [
         {
-            **{"run_id": uuid.uuid4().hex, "name": sweep, "sweep": sweep, "status": "FINISHED", "absent": ()},
-            **{"experiment": jobs[0]["experiment"], "started": STARTED_MS - 1000, "tags": {"kind": "sweep"}},
+            **{
+                "run_id": uuid.uuid4().hex,
+                "name": sweep,
+                "sweep": sweep,
+                "status": "FINISHED",
+                "absent": (),
+            },
+            **{
+                "experiment": jobs[0]["experiment"],
+                "started": STARTED_MS - 1000,
+                "tags": {"kind": "sweep"},
+            },
             "planned": _plan_of(jobs),
         }
         for sweep, jobs in planned.items()
@@ -163,7 +196,10 @@ def _insert(database: sqlite3.Connection, table: str, lines: Iterable[Mapping[st
     iterator = iter(lines)
     first = next(iterator, None)
     if first is not None:
-        columns, marks = ", ".join(f'"{name}"' for name in first), ", ".join(f":{name}" for name in first)
+        columns, marks = (
+            ", ".join(f'"{name}"' for name in first),
+            ", ".join(f":{name}" for name in first),
+        )
         statement = f"INSERT INTO {table} ({columns}) VALUES ({marks})"
         database.execute(statement, first)
         database.executemany(statement, iterator)
@@ -190,17 +226,25 @@ def _keyed(row: Row, key: str, value: str) -> dict[str, str]:
 
 
 def _tags(row: Row) -> dict[str, str]:
-    tags = {tag: str(row[column]) for column, tag in TAGS.items() if column in row and column not in row["absent"]}
+    tags = {
+        tag: str(row[column])
+        for column, tag in TAGS.items()
+        if column in row and column not in row["absent"]
+    }
     if "superseded" in row:
         tags["superseded"] = str(row["superseded"]).lower()
     return {"kind": "job", **tags, **row.get("tags", {}), "mlflow.runName": row["name"]}
 
 
 def _params(row: Row) -> dict[str, str]:
-    params = {key: str(row.get(column)) for column, key in PARAMS.items()}  # null as the trainer logs it
+    params = {
+        key: str(row.get(column)) for column, key in PARAMS.items()
+    }  # null as the trainer logs it
     params |= {key: str(value) for key, value in row.items() if "." in key}
     return {
-        key: value for key, value in params.items() if key not in {PARAMS.get(name, name) for name in row["absent"]}
+        key: value
+        for key, value in params.items()
+        if key not in {PARAMS.get(name, name) for name in row["absent"]}
     }
 
 
@@ -232,7 +276,11 @@ def _points(row: Row) -> Iterator[dict[str, Any]]:
 
 def _latest(row: Row) -> Iterator[dict[str, Any]]:
     history = row.get("history", {})
-    latest = {key: _point(row, key, values[-1], len(values)) for key, values in history.items() if len(values)}
+    latest = {
+        key: _point(row, key, values[-1], len(values))
+        for key, values in history.items()
+        if len(values)
+    }
     if "val/top1" not in latest and row.get("epochs_done", row.get("last")) is not None:
         latest["val/top1"] = _point(row, "val/top1", row.get("last", 0.0), _epochs_done(row))
     for key, value in _finals(row).items():

@@ -7,7 +7,9 @@ PLAIN = {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}
 STANDARDISED = {"temperature": 2.0, "ce_weight": 0.1, "kd_weight": 9.0}
 
 
-def run(teacher: str, student: str, seed: int | None, top1: float | None, **columns: Any) -> dict[str, Any]:
+def run(
+    teacher: str, student: str, seed: int | None, top1: float | None, **columns: Any
+) -> dict[str, Any]:
     """A finished run by the papers' protocol; its config_hash follows from what it computes."""
     row = {
         "status": "FINISHED",
@@ -28,13 +30,29 @@ def run(teacher: str, student: str, seed: int | None, top1: float | None, **colu
         **(STANDARDISED if columns.get("standardize") else PLAIN),
         **columns,
     }
-    outcome = ("status", "best", "last", "test", "images_per_s", "group_size", "superseded", "started", "command")
-    row.setdefault("config_hash", "-".join(f"{row[key]}" for key in sorted(row) if key not in outcome))
+    outcome = (
+        "status",
+        "best",
+        "last",
+        "test",
+        "images_per_s",
+        "group_size",
+        "superseded",
+        "started",
+        "command",
+    )
+    row.setdefault(
+        "config_hash", "-".join(f"{row[key]}" for key in sorted(row) if key not in outcome)
+    )
     row.setdefault("run_id", f"{row['config_hash']}-{top1}-{row['status']}")
-    row.setdefault("command", f"python -m sddlskd.train teacher={teacher} student={student} seed={seed}")
+    row.setdefault(
+        "command", f"python -m sddlskd.train teacher={teacher} student={student} seed={seed}"
+    )
     return row
 
 
-def runs(teacher: str, student: str, values: Iterable[float | None], **columns: Any) -> list[dict[str, Any]]:
+def runs(
+    teacher: str, student: str, values: Iterable[float | None], **columns: Any
+) -> list[dict[str, Any]]:
     """One run a value, with seeds from 0."""
     return [run(teacher, student, seed, value, **columns) for seed, value in enumerate(values)]

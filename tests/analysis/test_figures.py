@@ -16,15 +16,27 @@ from tests.analysis.standin import Standin, grid, predictions, row
 
 PAIRS = [("resnet32x4", "resnet8x4"), ("resnet32x4", "shufflev1")]
 NAMES = [
-    *("learning_curves", "accuracy_by_scales", "gain_by_pair", "agreement", "logit_correlation", "features", "regions"),
+    *(
+        "learning_curves",
+        "accuracy_by_scales",
+        "gain_by_pair",
+        "agreement",
+        "logit_correlation",
+        "features",
+        "regions",
+    ),
     "cost",
 ]
 
 
 def with_predictions(rows: list[dict], **sizes: int) -> Standin:
     sizes = {"images": 80, "classes": 6, "side": 8} | sizes
-    distilled = [run for run in rows if run["distiller"] != "vanilla" and run["status"] == "FINISHED"]
-    return Standin(rows, {run["run_id"]: predictions(seed, **sizes) for seed, run in enumerate(distilled)})
+    distilled = [
+        run for run in rows if run["distiller"] != "vanilla" and run["status"] == "FINISHED"
+    ]
+    return Standin(
+        rows, {run["run_id"]: predictions(seed, **sizes) for seed, run in enumerate(distilled)}
+    )
 
 
 @pytest.fixture
@@ -45,7 +57,12 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Drawing]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[figures.Figure]:
     rows = grid(PAIRS, group_size=2)
-    rows += [row(7, status="FAILED"), row(8, status="MISSING"), row(9, best=70.0, superseded=True), row(10)]
+    rows += [
+        row(7, status="FAILED"),
+        row(8, status="MISSING"),
+        row(9, best=70.0, superseded=True),
+        row(10),
+    ]
     return figures.build(with_predictions(rows), tmp_path_factory.mktemp("figures"))
 
 
@@ -60,11 +77,15 @@ def test_every_figure_whose_data_exist_is_there_as_png_and_svg(whole: list[figur
         assert "dc:date" not in figure.svg.read_text()
 
 
-def test_captions_say_seeds_interval_metric_and_what_is_left_out(whole: list[figures.Figure]) -> None:
+def test_captions_say_seeds_interval_metric_and_what_is_left_out(
+    whole: list[figures.Figure],
+) -> None:
     captions = {figure.name: figure.caption for figure in whole}
     for name, caption in captions.items():
         assert "n = " in caption, name
-        assert "Runs left out: 1 failed, 1 missing, 1 superseded, 1 without best accuracy." in caption, name
+        assert (
+            "Runs left out: 1 failed, 1 missing, 1 superseded, 1 without best accuracy." in caption
+        ), name
     for name in ("accuracy_by_scales", "gain_by_pair", "cost"):
         assert captions[name].startswith("Top-1 (%), best epoch")
         assert "95 % interval" in captions[name]
@@ -97,7 +118,11 @@ def test_drawing_leaves_pyplot_and_the_settings_of_matplotlib_alone(tmp_path: Pa
 
 def test_nothing_finished_draws_nothing(tmp_path: Path) -> None:
     assert (
-        figures.build(Standin([row(status="FAILED"), row(1, status="MISSING"), row(2, best=math.nan)]), tmp_path) == []
+        figures.build(
+            Standin([row(status="FAILED"), row(1, status="MISSING"), row(2, best=math.nan)]),
+            tmp_path,
+        )
+        == []
     )
 
 
@@ -108,7 +133,9 @@ def test_an_unknown_metric_is_refused(tmp_path: Path) -> None:
 
 def test_the_metric_chooses_the_column(tmp_path: Path) -> None:
     rows = grid(PAIRS[:1], ["vanilla", "kd"])
-    assert "gain_by_pair" in [figure.name for figure in figures.build(Standin(rows), tmp_path, metric="last")]
+    assert "gain_by_pair" in [
+        figure.name for figure in figures.build(Standin(rows), tmp_path, metric="last")
+    ]
     assert figures.build(Standin(rows), tmp_path, metric="val") == []
 
 
@@ -118,13 +145,17 @@ def test_lines_differ_without_colour() -> None:
     assert len({(style["color"], style["linestyle"]) for style in styles}) == figures.LINES
 
 
-def test_large_sweeps_stay_readable_and_name_the_rest(tmp_path: Path, drawings: list[Drawing]) -> None:
+def test_large_sweeps_stay_readable_and_name_the_rest(
+    tmp_path: Path, drawings: list[Drawing]
+) -> None:
     pairs = [(f"resnet{size}x4", f"student{size}") for size in range(14)]
     rows = []
     for temperature in range(1, 8):
         rows += grid(pairs, ["kd", "sd_kd"], seeds=1, temperature=float(temperature))
     rows = [run | {"name": f"{run['name']}-{run['temperature']}"} for run in rows]
-    rows = [run | {"run_id": f"id-{run['name']}"} for run in rows] + grid(pairs, ["vanilla"], seeds=1)
+    rows = [run | {"run_id": f"id-{run['name']}"} for run in rows] + grid(
+        pairs, ["vanilla"], seeds=1
+    )
     made = figures.build(Standin(rows), tmp_path)
     for figure, drawing in zip(made, drawings, strict=True):
         assert len(drawing.axes) <= 12
@@ -134,7 +165,9 @@ def test_large_sweeps_stay_readable_and_name_the_rest(tmp_path: Path, drawings: 
         assert "Not drawn for want of room: " in figure.caption
 
 
-@pytest.mark.parametrize("pairs", [PAIRS[:1], [*PAIRS, ("wrn_40_2", "vgg8"), ("vgg13", "vgg8"), ("vgg13", "mobilev2")]])
+@pytest.mark.parametrize(
+    "pairs", [PAIRS[:1], [*PAIRS, ("wrn_40_2", "vgg8"), ("vgg13", "vgg8"), ("vgg13", "mobilev2")]]
+)
 def test_panels_legends_and_labels_do_not_overlap(
     pairs: list[tuple[str, str]], tmp_path: Path, drawings: list[Drawing]
 ) -> None:
@@ -157,8 +190,15 @@ def test_panels_legends_and_labels_do_not_overlap(
 
 
 def test_settings_that_differ_are_never_averaged() -> None:
-    rows = [row(seed, temperature=T, best=70.0 + T, run_id=f"{seed}-{T}") for seed in (0, 1) for T in (2.0, 4.0)]
-    rows += [row(0, "sd_kd", best=72.0), row(0, "kd", complementary_weight=1.0, best=70.0, pair=PAIRS[1])]
+    rows = [
+        row(seed, temperature=T, best=70.0 + T, run_id=f"{seed}-{T}")
+        for seed in (0, 1)
+        for T in (2.0, 4.0)
+    ]
+    rows += [
+        row(0, "sd_kd", best=72.0),
+        row(0, "kd", complementary_weight=1.0, best=70.0, pair=PAIRS[1]),
+    ]
     frame, _ = figures._standing(Standin(rows).frame, "best")
     means = frame.groupby(["panel", "setting"])["value"].agg(["mean", "count"])
     assert means.loc[("resnet32x4 → resnet8x4", "KD, T=2")].tolist() == [72.0, 2]
@@ -168,7 +208,9 @@ def test_settings_that_differ_are_never_averaged() -> None:
 
 
 def test_what_has_no_effect_splits_no_setting() -> None:
-    rows = [row(0, "vanilla", temperature=T, M=M, best=60.0) for T, M in ((2.0, "[1]"), (4.0, "[1,2]"))]
+    rows = [
+        row(0, "vanilla", temperature=T, M=M, best=60.0) for T, M in ((2.0, "[1]"), (4.0, "[1,2]"))
+    ]
     rows += [row(0, "kd", complementary_weight=weight, best=70.0) for weight in (1.0, 2.0)]
     rows += [row(0, "sd_kd", complementary_weight=weight, best=70.0) for weight in (1.0, 2.0)]
     found = figures._standing(Standin(rows).frame, "best")[0]["setting"]
@@ -176,10 +218,20 @@ def test_what_has_no_effect_splits_no_setting() -> None:
 
 
 def test_a_seed_counts_once() -> None:
-    rows = [row(seed, complementary_weight=weight, best=70.0 + seed) for seed in (0, 1) for weight in (1.0, 2.0)]
-    rows += [row(0, "sd_kd", best=60.0), row(0, "sd_kd", best=72.0, started=pd.Timestamp("2026-03-02", tz="UTC"))]
+    rows = [
+        row(seed, complementary_weight=weight, best=70.0 + seed)
+        for seed in (0, 1)
+        for weight in (1.0, 2.0)
+    ]
+    rows += [
+        row(0, "sd_kd", best=60.0),
+        row(0, "sd_kd", best=72.0, started=pd.Timestamp("2026-03-02", tz="UTC")),
+    ]
     frame, left_out = figures._standing(Standin(rows).frame, "best")
-    assert frame.groupby("setting")["value"].apply(sorted).to_dict() == {"KD": [70.0, 71.0], "SD-KD {1,2}": [72.0]}
+    assert frame.groupby("setting")["value"].apply(sorted).to_dict() == {
+        "KD": [70.0, 71.0],
+        "SD-KD {1,2}": [72.0],
+    }
     assert left_out == " Runs left out: 3 of a seed that is there already."
 
 
@@ -202,7 +254,11 @@ def test_imported_runs_are_named_and_stand_on_lines_of_their_own() -> None:
 def test_captions_say_where_accuracy_is_of_held_out_images(tmp_path: Path) -> None:
     for val_fraction, said in ((0.1, True), (0.0, False)):
         made = figures.build(Standin(grid(PAIRS[:1], val_fraction=val_fraction)), tmp_path)
-        captions = [figure.caption for figure in made if figure.name in ("accuracy_by_scales", "gain_by_pair", "cost")]
+        captions = [
+            figure.caption
+            for figure in made
+            if figure.name in ("accuracy_by_scales", "gain_by_pair", "cost")
+        ]
         assert captions
         assert {"of the held-out training images" in caption for caption in captions} == {said}
 
@@ -210,7 +266,9 @@ def test_captions_say_where_accuracy_is_of_held_out_images(tmp_path: Path) -> No
 def test_interval_is_students() -> None:
     mean, half = figures.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
-    assert half == pytest.approx(4.302652729749464 / math.sqrt(3))  # tables of t: 2 degrees of freedom
+    assert half == pytest.approx(
+        4.302652729749464 / math.sqrt(3)
+    )  # tables of t: 2 degrees of freedom
     mean, half = figures.interval([5.0])
     assert mean == 5.0
     assert math.isnan(half)
@@ -219,8 +277,12 @@ def test_interval_is_students() -> None:
 def test_curves_are_mean_and_sample_deviation_of_each_epoch() -> None:
     frame = pd.DataFrame({"panel": "p", "setting": ["a", "a", "b"], "run_id": ["x", "y", "z"]})
     points = [("x", 1, 10.0), ("x", 2, 20.0), ("y", 1, 14.0), ("y", 2, math.nan), ("z", 1, 3.0)]
-    table = figures.curves(frame, pd.DataFrame(points, columns=["run_id", "epoch", "value"]).assign(metric="val/top1"))
-    found = {(line.setting, line.epoch): (line.mean, line.std, line.n) for line in table.itertuples()}
+    table = figures.curves(
+        frame, pd.DataFrame(points, columns=["run_id", "epoch", "value"]).assign(metric="val/top1")
+    )
+    found = {
+        (line.setting, line.epoch): (line.mean, line.std, line.n) for line in table.itertuples()
+    }
     assert found.keys() == {("a", 1), ("a", 2), ("b", 1)}
     assert found["a", 1] == (12.0, pytest.approx(math.sqrt(8)), 2)
     assert found["a", 2][0] == 20.0
@@ -230,12 +292,18 @@ def test_curves_are_mean_and_sample_deviation_of_each_epoch() -> None:
 
 def gains_of(rows: list[dict]) -> dict[tuple[str, str], tuple[int, float, float]]:
     table = figures.gains(figures._standing(Standin(rows).frame, "best")[0])
-    return {(line.setting, line.over): (line.n, line.mean, line.half) for line in table.itertuples()}
+    return {
+        (line.setting, line.over): (line.n, line.mean, line.half) for line in table.itertuples()
+    }
 
 
 def test_gains_are_paired_by_seed_over_the_plain_distiller_and_the_student_alone() -> None:
     best = {"vanilla": [60.0, 61.0, 65.0], "kd": [70.0, 72.0, 71.0], "sd_kd": [71.0, 72.5, 73.5]}
-    rows = [row(seed, method, best=value) for method, values in best.items() for seed, value in enumerate(values)]
+    rows = [
+        row(seed, method, best=value)
+        for method, values in best.items()
+        for seed, value in enumerate(values)
+    ]
     rows.append(row(9, "sd_kd", best=99.0))  # no partner
     found = gains_of(rows)
     assert found.keys() == {("KD", "vanilla"), ("SD-KD {1,2}", "plain"), ("SD-KD {1,2}", "vanilla")}
@@ -248,7 +316,11 @@ def test_gains_are_paired_by_seed_over_the_plain_distiller_and_the_student_alone
 
 
 def test_a_gain_without_a_common_seed_or_over_another_length_is_none() -> None:
-    rows = [row(0, "kd", best=70.0), row(1, "sd_kd", best=72.0), row(0, "vanilla", best=60.0, epochs=240)]
+    rows = [
+        row(0, "kd", best=70.0),
+        row(1, "sd_kd", best=72.0),
+        row(0, "vanilla", best=60.0, epochs=240),
+    ]
     assert gains_of(rows)["SD-KD {1,2}", "plain"][0] == 0
     assert not [over for _, over in gains_of(rows) if over == "vanilla"]
 
@@ -258,14 +330,20 @@ def test_a_gain_over_another_source_is_none() -> None:
 
 
 def test_a_single_seed_has_a_gain_and_no_interval() -> None:
-    n, mean, half = gains_of([row(0, "kd", best=70.0), row(0, "sd_kd", best=72.0)])["SD-KD {1,2}", "plain"]
+    n, mean, half = gains_of([row(0, "kd", best=70.0), row(0, "sd_kd", best=72.0)])[
+        "SD-KD {1,2}", "plain"
+    ]
     assert (n, mean) == (1, 2.0)
     assert math.isnan(half)
 
 
-def test_gain_tells_pairs_of_one_family_from_the_others(tmp_path: Path, drawings: list[Drawing]) -> None:
+def test_gain_tells_pairs_of_one_family_from_the_others(
+    tmp_path: Path, drawings: list[Drawing]
+) -> None:
     made = figures.build(Standin(grid(PAIRS, ["kd", "sd_kd"])), tmp_path)
-    figure, drawing = next(pair for pair in zip(made, drawings, strict=True) if pair[0].name == "gain_by_pair")
+    figure, drawing = next(
+        pair for pair in zip(made, drawings, strict=True) if pair[0].name == "gain_by_pair"
+    )
     labels = [label.get_text() for label in drawing.axes[0].get_yticklabels()]
     assert labels == ["resnet32x4 → resnet8x4", "resnet32x4 → shufflev1  ≠"]
     assert "SD-KD {1,2} over plain: heterogeneous" in figure.caption
@@ -276,11 +354,21 @@ def test_gain_tells_pairs_of_one_family_from_the_others(tmp_path: Path, drawings
     [
         *[
             (*pair.split(), True)
-            for pair in ("resnet32x4 resnet8x4", "wrn_40_2 wrn_16_2", "vgg13 vgg8", "resnet20 resnet8")
+            for pair in (
+                "resnet32x4 resnet8x4",
+                "wrn_40_2 wrn_16_2",
+                "vgg13 vgg8",
+                "resnet20 resnet8",
+            )
         ],
         *[
             (*pair.split(), False)
-            for pair in ("resnet32x4 shufflev1", "wrn_40_2 vgg8", "vgg13 mobilev2", "resnet50 wrn_16_2")
+            for pair in (
+                "resnet32x4 shufflev1",
+                "wrn_40_2 vgg8",
+                "vgg13 mobilev2",
+                "resnet50 wrn_16_2",
+            )
         ],
     ],
 )
@@ -302,9 +390,14 @@ def test_correlation_gap_is_of_classes_over_images() -> None:
         for j in range(4):
             of = [
                 sum((x - sum(a) / 50) * (y - sum(b) / 50) for x, y in zip(a, b, strict=True))
-                / math.sqrt(sum((x - sum(a) / 50) ** 2 for x in a) * sum((y - sum(b) / 50) ** 2 for y in b))
+                / math.sqrt(
+                    sum((x - sum(a) / 50) ** 2 for x in a) * sum((y - sum(b) / 50) ** 2 for y in b)
+                )
                 for a, b in (
-                    (arrays[name][:, i].astype(float).tolist(), arrays[name][:, j].astype(float).tolist())
+                    (
+                        arrays[name][:, i].astype(float).tolist(),
+                        arrays[name][:, j].astype(float).tolist(),
+                    )
                     for name in ("logits", "teacher_logits")
                 )
             ]
@@ -314,7 +407,9 @@ def test_correlation_gap_is_of_classes_over_images() -> None:
 def test_logits_that_are_not_finite_are_left_out_by_name(tmp_path: Path) -> None:
     runs = with_predictions([row(0, best=70.0, name="sound"), row(1, best=70.0, name="broken")])
     runs.kept[runs.frame["run_id"][1]]["logits"][0, 0] = np.inf
-    caption = next(figure.caption for figure in figures.build(runs, tmp_path) if figure.name == "agreement")
+    caption = next(
+        figure.caption for figure in figures.build(runs, tmp_path) if figure.name == "agreement"
+    )
     assert "Logits of run broken are not finite" in caption
     assert "n = 1 seed" in caption
 

@@ -21,7 +21,13 @@ DASHES = "-" * 25
 def block(epoch: int, top1: float = 50.0, **others: str) -> str:
     """An epoch as mdistiller's trainer writes it."""
     fields = {
-        **{"epoch": str(epoch), "lr": "0.05", "train_acc": "40.25", "train_loss": "3.10", "test_acc": f"{top1:.2f}"},
+        **{
+            "epoch": str(epoch),
+            "lr": "0.05",
+            "train_acc": "40.25",
+            "train_loss": "3.10",
+            "test_acc": f"{top1:.2f}",
+        },
         **{"test_acc_top5": "80.50", "test_loss": "2.20"},
         **others,
     }
@@ -38,7 +44,12 @@ def ctkd(*runs: Sequence[float]) -> str:
     return "".join(
         json.dumps(
             {
-                **{"test_acc": top1, "test_acc_top5": 90.0, "best_acc": max(run[:epoch]), "epoch": epoch},
+                **{
+                    "test_acc": top1,
+                    "test_acc_top5": 90.0,
+                    "best_acc": max(run[:epoch]),
+                    "epoch": epoch,
+                },
                 **{"temp": "2.0076141357421875", "decay_value": -1.0},
             },
             indent=4,
@@ -54,10 +65,30 @@ def json_stats(errors: Sequence[float], planned: int, prefix: str = "") -> str:
         at = {"epoch": f"{epoch}/{planned}", "mem": 5497, "time_avg": 0.19}
         lowest = min(errors[:epoch])
         lines += [
-            {"_type": "train_iter", **at, "loss": 9.1, "top1_err": 97.5, "top5_err": 80.0, "lr": 0.0},
-            {"_type": "train_epoch", **at, "loss": 8.5, "lr": 0.0004, "top1_err": 97.5, "top5_err": 89.25},
+            {
+                "_type": "train_iter",
+                **at,
+                "loss": 9.1,
+                "top1_err": 97.5,
+                "top5_err": 80.0,
+                "lr": 0.0,
+            },
+            {
+                "_type": "train_epoch",
+                **at,
+                "loss": 8.5,
+                "lr": 0.0004,
+                "top1_err": 97.5,
+                "top5_err": 89.25,
+            },
             {"_type": "test_iter", **at, "top1_err": 96.5, "top5_err": 83.0},
-            {"_type": "test_epoch", **at, "min_top1_err": lowest, "top1_err": error, "top5_err": 10.25},
+            {
+                "_type": "test_epoch",
+                **at,
+                "min_top1_err": lowest,
+                "top1_err": error,
+                "top5_err": 10.25,
+            },
         ]
     return "".join(f"{prefix}json_stats: {json.dumps(line, sort_keys=True)}\n" for line in lines)
 
@@ -90,7 +121,11 @@ def runs_of(uri: str, experiment: str = "imported") -> dict[str, Any]:
     """Runs in MLflow by name."""
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
-    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])} if found else {}
+    return (
+        {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+        if found
+        else {}
+    )
 
 
 def only(uri: str, paths: Iterable[Path], given: Mapping[str, str] | None = None) -> Any:
@@ -100,7 +135,9 @@ def only(uri: str, paths: Iterable[Path], given: Mapping[str, str] | None = None
 
 
 def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in client_of(uri).get_metric_history(run_id, metric)]
+    return [
+        (point.step, point.value) for point in client_of(uri).get_metric_history(run_id, metric)
+    ]
 
 
 def refusal(path: Path, given: Mapping[str, str] | None = None) -> str:
@@ -118,7 +155,10 @@ def refusal(path: Path, given: Mapping[str, str] | None = None) -> str:
 
 
 def test_worklog_has_every_metric_by_epoch_and_the_params_of_its_name(uri: str, logs: Path) -> None:
-    path = written(logs / "KD/kd,ResNet50,MobileNetV2,3,1.txt", worklog([40.0, 52.25, 51.5], "best_acc    52.25"))
+    path = written(
+        logs / "KD/kd,ResNet50,MobileNetV2,3,1.txt",
+        worklog([40.0, 52.25, 51.5], "best_acc    52.25"),
+    )
     run = only(uri, [path])
     assert run.data.params == {
         "dataset.name": "cifar100",
@@ -133,7 +173,14 @@ def test_worklog_has_every_metric_by_epoch_and_the_params_of_its_name(uri: str, 
         "trainer.epochs": "3",
     }
     assert run.data.metrics == {
-        **{"val/top1": 51.5, "val/top5": 80.5, "val/loss": 2.2, "train/top1": 40.25, "train/loss": 3.1, "lr": 0.05},
+        **{
+            "val/top1": 51.5,
+            "val/top5": 80.5,
+            "val/loss": 2.2,
+            "train/top1": 40.25,
+            "train/loss": 3.1,
+            "lr": 0.05,
+        },
         **{"best/top1": 52.25, "last/top1": 51.5},
     }
     assert history(uri, run.info.run_id, "val/top1") == [(1, 40.0), (2, 52.25), (3, 51.5)]
@@ -145,7 +192,9 @@ def test_worklog_has_every_metric_by_epoch_and_the_params_of_its_name(uri: str, 
 
 
 def test_learning_rates_that_two_decimals_hide_are_left_out(uri: str, logs: Path) -> None:
-    path = written(logs / "kd,vgg13,vgg8,3,9.txt", block(1) + block(2, lr="0.00") + "best_acc\t50.00")
+    path = written(
+        logs / "kd,vgg13,vgg8,3,9.txt", block(1) + block(2, lr="0.00") + "best_acc\t50.00"
+    )
     run = only(uri, [path])
     assert history(uri, run.info.run_id, "lr") == [(1, 0.05)]
 
@@ -153,14 +202,21 @@ def test_learning_rates_that_two_decimals_hide_are_left_out(uri: str, logs: Path
 def test_mdistiller_names_the_folder(uri: str, logs: Path) -> None:
     path = written(logs / "cub200_baselines/dkd,res32x4,shuv1/worklog.txt", worklog([50.0]))
     run = only(uri, [path])
-    expected = {"dataset.name": "cub200", "teacher.name": "resnet32x4", "student.name": "shufflev1", "M": "[1]"}
+    expected = {
+        "dataset.name": "cub200",
+        "teacher.name": "resnet32x4",
+        "student.name": "shufflev1",
+        "M": "[1]",
+    }
     assert expected.items() <= run.data.params.items()
     assert run.data.params["standardize"] == "False"
     assert "distiller.temperature" not in run.data.params
     assert run.info.run_name == "dkd,res32x4,shuv1"
 
 
-def test_mdistiller_appends_a_second_run_to_the_line_of_the_first_ones_footer(uri: str, logs: Path) -> None:
+def test_mdistiller_appends_a_second_run_to_the_line_of_the_first_ones_footer(
+    uri: str, logs: Path
+) -> None:
     text = worklog([40.0, 50.0, 60.0]) + worklog([41.0, 51.0], "")
     written(logs / "cifar100_baselines/kd,res32x4,res8x4/worklog.txt", text)
     import_logs([logs], uri)
@@ -173,25 +229,34 @@ def test_mdistiller_appends_a_second_run_to_the_line_of_the_first_ones_footer(ur
 
 
 def test_glued_json_of_two_runs_is_two_runs(uri: str, logs: Path) -> None:
-    path = written(logs / "ctkd,resnet32x4,ShuffleV2,2,9.txt", ctkd([70.0, 76.47, 76.0], [71.0, 75.0, 76.65]))
+    path = written(
+        logs / "ctkd,resnet32x4,ShuffleV2,2,9.txt", ctkd([70.0, 76.47, 76.0], [71.0, 75.0, 76.65])
+    )
     first_id, second_id = import_logs([path], uri)
     first, second = (client_of(uri).get_run(run_id) for run_id in (first_id, second_id))
     assert (first.data.metrics["best/top1"], first.data.metrics["last/top1"]) == (76.47, 76.0)
     assert (second.data.metrics["best/top1"], second.data.metrics["last/top1"]) == (76.65, 76.65)
     assert history(uri, second_id, "val/top5") == [(1, 90.0), (2, 90.0), (3, 90.0)]
     assert first.data.params == second.data.params
-    assert first.data.params["distiller.name"] == "ctkd"  # a method that is none of ours keeps the paper's name
+    assert (
+        first.data.params["distiller.name"] == "ctkd"
+    )  # a method that is none of ours keeps the paper's name
     assert first.data.params["trainer.epochs"] == "3"
     assert {first.info.status, second.info.status} == {"FINISHED"}
 
 
 @pytest.mark.parametrize("prefix", ["", "[meters.py: 123]: "])
 def test_json_stats_errors_are_accuracies(uri: str, logs: Path, prefix: str) -> None:
-    path = written(logs / "deit-ti_c100_KD_ours_3_10.txt", json_stats([95.94, 21.27, 21.54], 3, prefix))
+    path = written(
+        logs / "deit-ti_c100_KD_ours_3_10.txt", json_stats([95.94, 21.27, 21.54], 3, prefix)
+    )
     run = only(uri, [path], {"teacher.name": "ResNet56"})
     assert history(uri, run.info.run_id, "val/top1") == [(1, 4.06), (2, 78.73), (3, 78.46)]
     assert history(uri, run.info.run_id, "train/top1") == [(1, 2.5), (2, 2.5), (3, 2.5)]
-    assert run.data.metrics.items() >= {"best/top1": 78.73, "last/top1": 78.46, "val/top5": 89.75}.items()
+    assert (
+        run.data.metrics.items()
+        >= {"best/top1": 78.73, "last/top1": 78.46, "val/top5": 89.75}.items()
+    )
     assert run.data.params == {
         **{"dataset.name": "cifar100", "teacher.name": "resnet56", "student.name": "deit_tiny"},
         **{"distiller.name": "kd", "M": "[1]", "standardize": "True", "trainer.epochs": "3"},
@@ -210,14 +275,26 @@ def test_csv_rows_are_runs(uri: str, logs: Path) -> None:
     ids = import_logs([path], uri)
     first, second, third = (client_of(uri).get_run(run_id) for run_id in ids)
     assert first.data.params == {
-        **{"teacher.name": "resnet32x4", "student.name": "shufflev1", "distiller.name": "kd", "standardize": "True"},
+        **{
+            "teacher.name": "resnet32x4",
+            "student.name": "shufflev1",
+            "distiller.name": "kd",
+            "standardize": "True",
+        },
         **{"M": "[1,2,4]", "seed": "3", "dataset.name": "cifar100", "trainer.epochs": "240"},
     }
     assert first.data.metrics == {"best/top1": 76.3, "last/top1": 75.9}
-    assert second.data.params.items() >= {"teacher.name": "wrn_40_2", "student.name": "mobilev2", "seed": "1"}.items()
+    assert (
+        second.data.params.items()
+        >= {"teacher.name": "wrn_40_2", "student.name": "mobilev2", "seed": "1"}.items()
+    )
     assert "seed" not in third.data.params
     assert third.data.params["teacher.name"] == "none"
-    assert [run.info.run_name for run in (first, second, third)] == ["table:2", "table:3", "table:4"]
+    assert [run.info.run_name for run in (first, second, third)] == [
+        "table:2",
+        "table:3",
+        "table:4",
+    ]
 
 
 def test_csv_takes_columns_by_the_names_of_others(uri: str, logs: Path) -> None:
@@ -274,9 +351,17 @@ def test_imported_runs_stand_in_the_frame(uri: str, logs: Path) -> None:
     ],
 )
 def test_names_that_people_give(
-    uri: str, logs: Path, name: str, method: str, teacher: str | None, student: str, rest: Sequence[str | None]
+    uri: str,
+    logs: Path,
+    name: str,
+    method: str,
+    teacher: str | None,
+    student: str,
+    rest: Sequence[str | None],
 ) -> None:
-    given = {"dataset.name": "cifar100", "M": "[1]"} | ({} if teacher else {"teacher.name": "resnet56"})
+    given = {"dataset.name": "cifar100", "M": "[1]"} | (
+        {} if teacher else {"teacher.name": "resnet56"}
+    )
     params = only(uri, [written(logs / f"{name}.txt", worklog([50.0]))], given).data.params
     assert params["distiller.name"] == method
     assert params["teacher.name"] == (teacher or "resnet56")
@@ -290,9 +375,24 @@ def test_networks_are_named_as_the_choices_of_conf_student() -> None:
     choices = {path.stem for path in Path("conf/student").glob("*.yaml")}
     assert choices
     spellings = {
-        **{"ResNet32x4": "resnet32x4", "res8x4": "resnet8x4", "ResNet110": "resnet110", "MobileNetV2": "mobilev2"},
-        **{"mv2": "mobilev2", "ShuffleNetV1": "shufflev1", "shufflenet_v2": "shufflev2", "ShuffleV1": "shufflev1"},
-        **{"WRN-40-2": "wrn_40_2", "wrn40_1": "wrn_40_1", "VGG13": "vgg13", **{choice: choice for choice in choices}},
+        **{
+            "ResNet32x4": "resnet32x4",
+            "res8x4": "resnet8x4",
+            "ResNet110": "resnet110",
+            "MobileNetV2": "mobilev2",
+        },
+        **{
+            "mv2": "mobilev2",
+            "ShuffleNetV1": "shufflev1",
+            "shufflenet_v2": "shufflev2",
+            "ShuffleV1": "shufflev1",
+        },
+        **{
+            "WRN-40-2": "wrn_40_2",
+            "wrn40_1": "wrn_40_1",
+            "VGG13": "vgg13",
+            **{choice: choice for choice in choices},
+        },
     }
     for spelling, choice in spellings.items():
         assert module._network(spelling) == choice
@@ -301,15 +401,32 @@ def test_networks_are_named_as_the_choices_of_conf_student() -> None:
 
 def test_what_is_given_goes_before_what_the_name_says(uri: str, logs: Path) -> None:
     path = written(logs / "cifar100_baselines/kd,res32x4,res8x4/worklog.txt", worklog([50.0]))
-    given = {"standardize": "true", "seed": "2", "M": "[1, 2]", "dataset.name": "CUB200", "student.name": "ShuffleV1"}
+    given = {
+        "standardize": "true",
+        "seed": "2",
+        "M": "[1, 2]",
+        "dataset.name": "CUB200",
+        "student.name": "ShuffleV1",
+    }
     params = only(uri, [path], given).data.params
-    expected = {"standardize": "True", "seed": "2", "M": "[1,2]", "dataset.name": "cub200", "student.name": "shufflev1"}
+    expected = {
+        "standardize": "True",
+        "seed": "2",
+        "M": "[1,2]",
+        "dataset.name": "cub200",
+        "student.name": "shufflev1",
+    }
     assert params.items() >= expected.items()
 
 
 def test_options_that_mdistiller_glues_to_the_name_have_to_be_told(uri: str, logs: Path) -> None:
-    path = written(logs / "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.02/worklog.txt", worklog([50.0]))
-    assert "'res8x4SOLVER.LR:0.02' is no name of a network; give --set teacher.name=... student" in refusal(path)
+    path = written(
+        logs / "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.02/worklog.txt", worklog([50.0])
+    )
+    assert (
+        "'res8x4SOLVER.LR:0.02' is no name of a network; give --set teacher.name=... student"
+        in refusal(path)
+    )
     assert only(uri, [path], {"student.name": "res8x4"}).data.params["student.name"] == "resnet8x4"
 
 
@@ -330,7 +447,10 @@ def test_a_name_that_says_nothing_names_what_to_give(logs: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"teacher": "vgg13"}, "teacher is no param that a table uses; there are dataset.name, teacher.name"),
+        (
+            {"teacher": "vgg13"},
+            "teacher is no param that a table uses; there are dataset.name, teacher.name",
+        ),
         ({"seed": "one"}, "seed=one is no number"),
         ({"seed": "1.5"}, "seed=1.5 is no whole number"),
         ({"M": "1,2"}, r"M=1,2 is no list of scales; give \[1,2,4\]"),
@@ -367,17 +487,23 @@ def test_a_deleted_run_can_be_imported_anew(uri: str, logs: Path) -> None:
     assert only(uri, [path], {"seed": "1"}).data.params["seed"] == "1"
 
 
-def test_an_import_that_was_interrupted_is_done_again(uri: str, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_that_was_interrupted_is_done_again(
+    uri: str, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.tracking import MlflowClient
 
     path = written(logs / "kd,vgg13,vgg8,3,9.txt", worklog([50.0]))
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "set_terminated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            MlflowClient, "set_terminated", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             import_logs([path], uri)
     assert [run.info.status for run in runs_of(uri).values()] == ["RUNNING"]
     run_id = only(uri, [path]).info.run_id
-    assert [(run.info.run_id, run.info.status) for run in runs_of(uri).values()] == [(run_id, "FINISHED")]
+    assert [(run.info.run_id, run.info.status) for run in runs_of(uri).values()] == [
+        (run_id, "FINISHED")
+    ]
 
 
 def test_a_table_that_grew_brings_only_what_is_new(uri: str, logs: Path) -> None:
@@ -386,10 +512,17 @@ def test_a_table_that_grew_brings_only_what_is_new(uri: str, logs: Path) -> None
     assert len(import_logs([path], uri)) == 2
     written(path, "\n".join([*rows, "cifar100,vgg13,vgg8,kd,73.1", rows[1]]))
     assert len(import_logs([path], uri)) == 2
-    assert sorted(run.data.metrics["best/top1"] for run in runs_of(uri).values()) == [72.98, 72.98, 72.98, 73.1]
+    assert sorted(run.data.metrics["best/top1"] for run in runs_of(uri).values()) == [
+        72.98,
+        72.98,
+        72.98,
+        73.1,
+    ]
 
 
-def test_an_experiment_and_a_database_are_made(tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_and_a_database_are_made(
+    tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written(logs / "kd,vgg13,vgg8,3,9.txt", worklog([50.0]))
     here = tmp_path / "here"
     here.mkdir()
@@ -427,9 +560,14 @@ def test_glued_json_and_json_stats_that_end_in_an_epoch(uri: str, logs: Path) ->
     stats = json_stats([30.0, 29.0, 28.0], 300)
     two = written(logs / "pit-ti_c100_KD_ours.txt", stats[:-30])
     three = written(logs / "pvt-ti_c100_KD_ours.txt", stats[: stats.rindex("json_stats: ")])
-    ids = import_logs([one, two, three], uri, given={"teacher.name": "resnet56", "student.name": "vgg8"})
+    ids = import_logs(
+        [one, two, three], uri, given={"teacher.name": "resnet56", "student.name": "vgg8"}
+    )
     for run in map(client_of(uri).get_run, ids):
-        assert (run.info.status, run.data.tags["status_reason"]) == ("KILLED", "log ends in the middle of epoch 3")
+        assert (run.info.status, run.data.tags["status_reason"]) == (
+            "KILLED",
+            "log ends in the middle of epoch 3",
+        )
         assert len(history(uri, run.info.run_id, "val/top1")) == 2
 
 
@@ -438,7 +576,10 @@ def test_fewer_epochs_than_planned_is_killed(uri: str, logs: Path) -> None:
     written(logs / "kd,vgg13,vgg8,3,9.txt", worklog([50.0], ""))
     written(logs / "ctkd,vgg13,vgg8,2,9.txt", ctkd([70.0], [71.0, 72.0]))
     import_logs([logs], uri, given={"teacher.name": "vgg13"})
-    reasons = {name: (run.info.status, run.data.tags["status_reason"]) for name, run in runs_of(uri).items()}
+    reasons = {
+        name: (run.info.status, run.data.tags["status_reason"])
+        for name, run in runs_of(uri).items()
+    }
     assert reasons == {
         "pit-ti_c100_KD_ours": ("KILLED", "log ends after epoch 2 of 300"),
         "kd,vgg13,vgg8,3,9": ("KILLED", "log ends after epoch 1 without a line best_acc"),
@@ -455,15 +596,23 @@ def test_given_epochs_say_what_was_planned(uri: str, logs: Path) -> None:
 
 
 def test_a_stated_best_that_is_not_the_best_is_marked(uri: str, logs: Path) -> None:
-    run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", worklog([50.0, 49.0], "best_acc\t50.40"))])
+    run = only(
+        uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", worklog([50.0, 49.0], "best_acc\t50.40"))]
+    )
     assert (run.info.status, run.data.metrics["best/top1"]) == ("FINISHED", 50.0)
-    assert run.data.tags["status_reason"] == "log states best top-1 50.40, and its epochs' best is 50.00"
+    assert (
+        run.data.tags["status_reason"]
+        == "log states best top-1 50.40, and its epochs' best is 50.00"
+    )
 
 
 def test_a_loss_that_is_nan_is_a_failure(uri: str, logs: Path) -> None:
     text = block(1) + block(2, 1.0, train_loss="nan") + "best_acc\t50.00"
     run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", text)])
-    assert (run.info.status, run.data.tags["status_reason"]) == ("FAILED", "train/loss is nan in epoch 2")
+    assert (run.info.status, run.data.tags["status_reason"]) == (
+        "FAILED",
+        "train/loss is nan in epoch 2",
+    )
     assert run.data.metrics["best/top1"] == 50.0
     assert math.isnan(run.data.metrics["train/loss"])
 
@@ -485,8 +634,14 @@ KNOWN = r"is of no known format; known are worklog\.txt of mdistiller.*CSV with 
         (block(2) + "best_acc\t50.00", "epoch 2 follows epoch 0; epochs must run 1, 2, 3"),
         (block(1) + block(3), "epoch 3 follows epoch 1"),
         (block(1) + block(2) + block(2), "epoch 2 follows epoch 2"),
-        (ctkd([70.0]) + ctkd([70.0, 71.0, 72.0])[len(ctkd([70.0, 71.0])) :], "epoch 3 follows epoch 1"),
-        (block(1).replace("test_loss: 2.20\n", "") + block(2), "line 8: the block of epoch 1 lacks test_loss"),
+        (
+            ctkd([70.0]) + ctkd([70.0, 71.0, 72.0])[len(ctkd([70.0, 71.0])) :],
+            "epoch 3 follows epoch 1",
+        ),
+        (
+            block(1).replace("test_loss: 2.20\n", "") + block(2),
+            "line 8: the block of epoch 1 lacks test_loss",
+        ),
         (block(1).replace("epoch: 1", "epoch: one"), "line 9: epoch: one is no whole number"),
         (block(1, test_acc="high"), "line 9: 'high' is no number"),
         (
@@ -505,7 +660,10 @@ KNOWN = r"is of no known format; known are worklog\.txt of mdistiller.*CSV with 
         ),
         (ctkd([70.0])[:-1] + "]" + ctkd([71.0]), "line 8: "),
         (ctkd([70.0])[:20], "is of no known format|line "),
-        (json_stats([30.0, 29.0], 2).replace('"epoch": "1/2"', '"epoch": "1"'), "line 2 is no epoch of tiny-tr"),
+        (
+            json_stats([30.0, 29.0], 2).replace('"epoch": "1/2"', '"epoch": "1"'),
+            "line 2 is no epoch of tiny-tr",
+        ),
         ('json_stats: {"_type": "train_iter"}\n', "no epoch in it is whole"),
     ],
 )
@@ -522,19 +680,26 @@ def test_what_cannot_be_read_is_refused(logs: Path, content: str | bytes, messag
         ("cifar100,vgg13,vgg8,kd,1,0.7298,", r"top-1 0\.7298 looks like a fraction; give percent"),
         ("cifar100,vgg13,vgg8,kd,1,-3,", "best/top1 -3.0 is no percentage"),
         ("cifar100,vgg13,vgg8,kd,1,,", "a finished run has best, last or both; this has neither"),
-        ("cifar100,vgg13,vgg8,kd,1,nan,finished", "a finished run has best, last or both; this has neither"),
+        (
+            "cifar100,vgg13,vgg8,kd,1,nan,finished",
+            "a finished run has best, last or both; this has neither",
+        ),
         ("cifar100,vgg13,vgg8,kd,1,72.0,odd", "status odd is none of finished"),
         ("cifar100,vgg13,,kd,1,72.0,", r"says nothing of student\.name"),
         ("cifar100,vgg13,vgg8,sd_kd,1,72.0,", "says nothing of M"),
         ("cifar100,vgg13,vgg8,kd,1", "5 cells under 7 names"),
     ],
 )
-def test_a_row_that_is_wrong_is_refused_and_the_others_are_taken(uri: str, logs: Path, row: str, message: str) -> None:
+def test_a_row_that_is_wrong_is_refused_and_the_others_are_taken(
+    uri: str, logs: Path, row: str, message: str
+) -> None:
     path = written(
         logs / "table.csv",
         f"dataset,teacher,student,method,seed,best,status\ncifar100,vgg13,vgg8,kd,0,73.0,\n{row}\n",
     )
-    with pytest.raises(ValueError, match=f"^1 not imported, 1 imported:\n{re.escape(str(path))} line 3: {message}"):
+    with pytest.raises(
+        ValueError, match=f"^1 not imported, 1 imported:\n{re.escape(str(path))} line 3: {message}"
+    ):
         import_logs([path], uri)
     assert [run.data.metrics["best/top1"] for run in runs_of(uri).values()] == [73.0]
 
@@ -542,7 +707,9 @@ def test_a_row_that_is_wrong_is_refused_and_the_others_are_taken(uri: str, logs:
 def test_what_is_good_is_imported_and_each_refused_file_has_its_line(uri: str, logs: Path) -> None:
     written(logs / "KD/kd,vgg13,vgg8,3,9.txt", worklog([50.0]))
     broken = written(logs / "KD/kd,vgg13,vgg8,2,9.txt", block(2))
-    written(logs / "KD/student_best", b"\x80\x02}")  # a checkpoint: no log by its name, so not looked at
+    written(
+        logs / "KD/student_best", b"\x80\x02}"
+    )  # a checkpoint: no log by its name, so not looked at
     empty = logs / "empty"
     empty.mkdir()
     absent = logs / "absent.txt"
@@ -564,7 +731,9 @@ def test_a_huge_file_is_refused_unread(logs: Path, monkeypatch: pytest.MonkeyPat
     assert refusal(path) == ": 64 MiB are more than 64; keep the lines of whole epochs"
 
 
-@pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text])
+@pytest.mark.parametrize(
+    "change", [lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text]
+)
 def test_windows_files_are_read(uri: str, logs: Path, change: Any) -> None:
     run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", change(worklog([50.0, 51.0])))])
     assert run.data.metrics["best/top1"] == 51.0
@@ -575,7 +744,9 @@ def test_windows_files_are_read(uri: str, logs: Path, change: Any) -> None:
 
 def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, logs: Path) -> None:
     path = written(logs / "kd,vgg13,vgg8,3,9.txt", worklog([50.0]))
-    other = written(tmp_path / "other.db", "not a database, but long enough to be taken for one" * 50)
+    other = written(
+        tmp_path / "other.db", "not a database, but long enough to be taken for one" * 50
+    )
     for uri, message in (
         ("mysql://host/db", "mysql://host/db is not valid; give http"),
         (f"sqlite:///{other}", "is no database"),

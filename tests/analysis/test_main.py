@@ -26,7 +26,14 @@ ROWS = [
     for seed in range(3)
 ]  # fmt: skip
 OPEN = [
-    {"sweep": "study", "M": "[1,4]", "seed": 0, "status": "FAILED", "reason": "loss is nan", "name": "diverged"},
+    {
+        "sweep": "study",
+        "M": "[1,4]",
+        "seed": 0,
+        "status": "FAILED",
+        "reason": "loss is nan",
+        "name": "diverged",
+    },
     {"sweep": "study", "M": "[1,4]", "seed": 1, "status": "MISSING", "run_dir": "/runs/not-run"},
     {"sweep": "study", "M": "[1,4]", "seed": 2, "status": "RUNNING", "name": "at-it"},
 ]
@@ -103,8 +110,13 @@ def test_says_what_is_missing_and_what_fills_it(written: tuple[Path, str]) -> No
     ]
 
 
-def test_long_lists_of_open_runs_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"sweep": "study", "status": "FAILED", "seed": seed, "name": f"run{seed}"} for seed in range(25)]
+def test_long_lists_of_open_runs_are_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"sweep": "study", "status": "FAILED", "seed": seed, "name": f"run{seed}"}
+        for seed in range(25)
+    ]
     make_store(tmp_path / "mlflow.db", rows, plans=False)
     command_line._say_what_is_missing(load("study", uri_of(tmp_path)))
     said = capsys.readouterr().out
@@ -114,7 +126,17 @@ def test_long_lists_of_open_runs_are_cut(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_metric_and_format(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "build", lambda *_, **__: [])  # drawn above already
-    chosen = ["study", "--home", str(home), "--out", str(tmp_path), "--metric", "last", "--format", "csv,md"]
+    chosen = [
+        "study",
+        "--home",
+        str(home),
+        "--out",
+        str(tmp_path),
+        "--metric",
+        "last",
+        "--format",
+        "csv,md",
+    ]
     assert main(chosen) == 0
     built = tables.build(load("study", uri_of(home)).frame, metric="last", sweep="study")
     assert {path.suffix for path in (tmp_path / "tables").iterdir()} == {".csv", ".md"}
@@ -123,7 +145,9 @@ def test_metric_and_format(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert built != tables.build(load("study", uri_of(home)).frame, metric="best", sweep="study")
 
 
-def test_mixed_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(figures, "build", lambda *_, **__: [])
     rows = [{"sweep": "study", "seed": 0, "epochs": epochs, "best": 70.0} for epochs in (30, 240)]
     make_store(tmp_path / "mlflow.db", rows)
@@ -140,7 +164,9 @@ def test_without_a_name_lists_what_there_is(
     monkeypatch.setenv("SDDLSKD_HOME", str(home))
     assert main([]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^ *kind +name +runs +finished +running +failed +killed +missing$", said, re.MULTILINE)
+    assert re.search(
+        r"^ *kind +name +runs +finished +running +failed +killed +missing$", said, re.MULTILINE
+    )
     assert re.search(r"^ *sweep +study +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
     assert re.search(r"^ *experiment +sddlskd +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
 
@@ -184,14 +210,21 @@ def test_errors_say_it_without_a_traceback(
 def test_runs_without_the_params_of_a_method_are_marked(tmp_path: Path) -> None:
     lacking = [
         {"sweep": "study", "best": 60.0, "seed": 5 + i, "absent": absent}
-        for i, absent in enumerate((("distiller",), ("standardize",), ("M", "distiller", "teacher", "dataset", "seed")))
+        for i, absent in enumerate(
+            (("distiller",), ("standardize",), ("M", "distiller", "teacher", "dataset", "seed"))
+        )
     ]
     make_store(tmp_path / "mlflow.db", [*ROWS, *lacking])
-    assert main(["study", "--home", str(tmp_path), "--out", str(tmp_path / "out"), "--format", "md"]) == 0
+    assert (
+        main(["study", "--home", str(tmp_path), "--out", str(tmp_path / "out"), "--format", "md"])
+        == 0
+    )
     assert "method not known" in (tmp_path / "out/tables/overview_cifar100.md").read_text()
 
 
-def test_no_database_is_an_error_and_none_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_database_is_an_error_and_none_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--home", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: there is no database {tmp_path}/mlflow.db; ")
     assert not list(tmp_path.iterdir())
@@ -201,13 +234,32 @@ def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     log = tmp_path / "theirs.csv"
     with log.open("w", newline="") as file:
         csv.writer(file).writerows(
-            [["teacher", "student", "seed", "best", "last"], ["resnet32x4", "shufflev1", 3, 74.5, 74.0]]
+            [
+                ["teacher", "student", "seed", "best", "last"],
+                ["resnet32x4", "shufflev1", 3, 74.5, 74.0],
+            ]
         )
-    given = ["--set", "dataset.name=cifar100", "distiller.name=kd", "M=[1,2]", "standardize=True", "trainer.epochs=240"]
-    assert main(["import-logs", str(log), "--home", str(tmp_path), "--experiment", "theirs", *given]) == 0
+    given = [
+        "--set",
+        "dataset.name=cifar100",
+        "distiller.name=kd",
+        "M=[1,2]",
+        "standardize=True",
+        "trainer.epochs=240",
+    ]
+    assert (
+        main(["import-logs", str(log), "--home", str(tmp_path), "--experiment", "theirs", *given])
+        == 0
+    )
     assert f"1 runs in experiment theirs at {uri_of(tmp_path)}" in capsys.readouterr().out
     row = load("theirs", uri_of(tmp_path)).frame.iloc[0]
-    expected = {"source": "imported", "pair": "resnet32x4_shufflev1", "method": "sd_kd_ls", "seed": 3, "epochs": 240}
+    expected = {
+        "source": "imported",
+        "pair": "resnet32x4_shufflev1",
+        "method": "sd_kd_ls",
+        "seed": 3,
+        "epochs": 240,
+    }
     assert row[[*expected, "best", "last", "dataset"]].to_dict() == {
         **expected, "best": 74.5, "last": 74.0, "dataset": "cifar100"
     }  # fmt: skip
@@ -215,12 +267,17 @@ def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     heavy = {"mlflow", "pandas", "numpy", "matplotlib", "sklearn", "scipy"}
-    code = (
-        f"import sys, analysis.__main__ as a\ntry: a.main(['--help'])\nfinally: assert not {heavy} & set(sys.modules)"
+    code = f"import sys, analysis.__main__ as a\ntry: a.main(['--help'])\nfinally: assert not {heavy} & set(sys.modules)"
+    started = (
+        os.times().children_user
+    )  # the processor's seconds: those of a clock are of a busy machine too
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    started = os.times().children_user  # the processor's seconds: those of a clock are of a busy machine too
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert os.times().children_user - started < 1
     words = " ".join(done.stdout.split())
-    assert "best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy" in words
+    assert (
+        "best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy"
+        in words
+    )
     assert "import-logs" in words

@@ -58,23 +58,38 @@ def accuracy(pair: int, setting: int, seed: int) -> float:
     return 70.0 + 2 * pair + setting + (0.1, -0.2, 0.4)[seed]
 
 
-def store_of(home: Path, sweep: str, pairs: Sequence[str], settings: Sequence[dict[str, Any]]) -> None:
+def store_of(
+    home: Path, sweep: str, pairs: Sequence[str], settings: Sequence[dict[str, Any]]
+) -> None:
     """Three seeds of each setting of each pair, a failed and a missing run."""
     rows: list[dict[str, Any]] = []
-    for (i, pair), (j, setting), seed in itertools.product(enumerate(pairs), enumerate(settings), range(3)):
+    for (i, pair), (j, setting), seed in itertools.product(
+        enumerate(pairs), enumerate(settings), range(3)
+    ):
         teacher, student = pair.split("-")
         best = accuracy(i, j, seed)
         rows.append(
             {
-                **{"sweep": sweep, "teacher": teacher, "student": student, "seed": seed, "epochs": EPOCHS},
+                **{
+                    "sweep": sweep,
+                    "teacher": teacher,
+                    "student": student,
+                    "seed": seed,
+                    "epochs": EPOCHS,
+                },
                 **{"best": best, "last": best - 0.5, **setting},
             }
         )
-    rows += [{**rows[0], "seed": 3, "status": "FAILED"}, {**rows[0], "seed": 4, "status": "MISSING"}]
+    rows += [
+        {**rows[0], "seed": 3, "status": "FAILED"},
+        {**rows[0], "seed": 4, "status": "MISSING"},
+    ]
     make_store(
         home / "mlflow.db",
         rows,
-        history=lambda row: {"val/top1": [row["last"] * epoch / EPOCHS for epoch in range(1, EPOCHS + 1)]},
+        history=lambda row: {
+            "val/top1": [row["last"] * epoch / EPOCHS for epoch in range(1, EPOCHS + 1)]
+        },
     )
 
 
@@ -83,18 +98,32 @@ def shown(displayed: Sequence[Any], kind: type) -> list[Any]:
 
 
 def has_number(displayed: Sequence[Any], value: float) -> bool:
-    return any(f"{value:.2f}" in item.text for item in shown(displayed, HTML) if "<table" in item.text)
+    return any(
+        f"{value:.2f}" in item.text for item in shown(displayed, HTML) if "<table" in item.text
+    )
 
 
 def test_scale_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scales = ["[1]", "[1,2]", "[1,4]", "[1,2,4]"]
-    store_of(tmp_path, "sdd_table7", ["resnet32x4-resnet8x4", "resnet32x4-shufflev1"], [{"M": M} for M in scales])
+    store_of(
+        tmp_path,
+        "sdd_table7",
+        ["resnet32x4-resnet8x4", "resnet32x4-shufflev1"],
+        [{"M": M} for M in scales],
+    )
     displayed = execute("ablation_scales", tmp_path, monkeypatch)
     for pair, setting in itertools.product(range(2), range(4)):
         assert has_number(displayed, mean(accuracy(pair, setting, seed) for seed in range(3)))
-    assert {image.name for image in shown(displayed, Image)} == {"accuracy_by_scales", "learning_curves"}
+    assert {image.name for image in shown(displayed, Image)} == {
+        "accuracy_by_scales",
+        "learning_curves",
+    }
     counts, chosen = shown(displayed, pd.DataFrame)
-    assert counts.loc[("resnet32x4_resnet8x4", "[1]")].to_dict() == {"FINISHED": 3, "FAILED": 1, "MISSING": 1}
+    assert counts.loc[("resnet32x4_resnet8x4", "[1]")].to_dict() == {
+        "FINISHED": 3,
+        "FAILED": 1,
+        "MISSING": 1,
+    }
     assert len(chosen) == 8
     assert (chosen["mean"] == 0.5).all()
     assert (chosen["count"] == 3).all()
@@ -109,7 +138,9 @@ def test_heterogeneous_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert has_number(displayed, mean(accuracy(pair, setting, seed) for seed in range(3)))
     assert "gain_by_pair" in {image.name for image in shown(displayed, Image)}
     _, gain = shown(displayed, pd.DataFrame)
-    assert set(gain.index) == set(itertools.product(("resnet32x4_mobilev2", "wrn_40_2_vgg8"), ("kd", "dkd")))
+    assert set(gain.index) == set(
+        itertools.product(("resnet32x4_mobilev2", "wrn_40_2_vgg8"), ("kd", "dkd"))
+    )
     assert (gain["mean"] == 1.0).all()  # settings stand one point apart
     assert (gain["count"] == 3).all()
 
@@ -129,7 +160,9 @@ def test_logit_standardization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     _, curves = shown(displayed, pd.DataFrame)
     assert curves.index.tolist() == [2, 10, 20]
     last = mean(accuracy(pair, 1, seed) - 0.5 for pair in range(2) for seed in range(3))
-    assert curves["kd_ls"].tolist() == pytest.approx([last * part for part in (0.1, 0.5, 1.0)], abs=0.006)
+    assert curves["kd_ls"].tolist() == pytest.approx(
+        [last * part for part in (0.1, 0.5, 1.0)], abs=0.006
+    )
 
 
 def test_there_are_these_notebooks_and_a_test_for_each() -> None:
@@ -147,7 +180,9 @@ def test_outputs_are_stripped(name: str) -> None:
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-    assert text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"  # as Jupyter writes it: diffs stay small
+    assert (
+        text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    )  # as Jupyter writes it: diffs stay small
 
 
 @pytest.mark.parametrize("name", NAMES)

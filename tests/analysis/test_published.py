@@ -18,14 +18,29 @@ def test_every_row_of_the_file_is_a_number() -> None:
     for number, row in zip(published.numbers(), rows.to_dict("records"), strict=True):
         assert number.value == float(row["value"])
         assert number.pair == row["teacher"] + "_" + row["student"]
-        for name in ("table", "dataset", "teacher", "student", "method", "M", "beta", "variant", "metric", "flag"):
+        for name in (
+            "table",
+            "dataset",
+            "teacher",
+            "student",
+            "method",
+            "M",
+            "beta",
+            "variant",
+            "metric",
+            "flag",
+        ):
             assert getattr(number, name) == row[name]
         assert number.source == row["source_note"]
 
 
 def test_a_table_gives_its_own_numbers_in_the_order_of_print() -> None:
     rows = rows_of("published.csv")
-    for table, metric in (("SDD Table 2", "top1"), ("LSKD Table 3", "top5"), ("SDD Table 9", "ms_per_batch")):
+    for table, metric in (
+        ("SDD Table 2", "top1"),
+        ("LSKD Table 3", "top5"),
+        ("SDD Table 9", "ms_per_batch"),
+    ):
         expected = rows[(rows.table == table) & (rows.metric == metric)]
         found = published.of_table(table, metric)
         assert [number.value for number in found] == list(expected.value.astype(float))
@@ -43,7 +58,9 @@ def test_papers_print_different_baselines_and_both_are_kept() -> None:
 
 
 def test_an_unknown_table_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"no table 'SDD Table 10' in published.csv; there are .*SDD Table 9"):
+    with pytest.raises(
+        ValueError, match=r"no table 'SDD Table 10' in published.csv; there are .*SDD Table 9"
+    ):
         published.of_table("SDD Table 10")
 
 
@@ -62,10 +79,14 @@ def test_the_readme_counts_the_flagged_rows() -> None:
 
 
 def test_a_gain_is_the_difference_of_two_published_numbers() -> None:
-    values = {(n.table, n.pair, n.method): n.value for n in published.numbers() if n.metric == "top1"}
+    values = {
+        (n.table, n.pair, n.method): n.value for n in published.numbers() if n.metric == "top1"
+    }
     assert len(published.gains()) > 100
     for (table, pair, method), gain in published.gains().items():
-        base = method.removeprefix("sd_") if method.startswith("sd_") else method.removesuffix("_ls")
+        base = (
+            method.removeprefix("sd_") if method.startswith("sd_") else method.removesuffix("_ls")
+        )
         difference = values[table, pair, method] - values[table, pair, base]
         assert gain.difference == pytest.approx(difference, abs=1e-6)
         assert gain.agrees == (abs(gain.printed - difference) < 0.005)

@@ -47,7 +47,16 @@ def rows_of_runs() -> list[dict[str, Any]]:
     rows = []
     for (method, column), values in OURS.items():
         rows += runs(*PAIRS[column], values, M="[1]" if method == "KD" else "[1,2,4]")
-    rows.append(run("vgg13", "mobilev2", 2, None, status="FAILED", command="python -m sddlskd.train 'a_b=<&%>'"))
+    rows.append(
+        run(
+            "vgg13",
+            "mobilev2",
+            2,
+            None,
+            status="FAILED",
+            command="python -m sddlskd.train 'a_b=<&%>'",
+        )
+    )
     return rows
 
 
@@ -84,7 +93,13 @@ def expected_lines(row: str, column: str) -> dict[str, str]:
     )
     inside = abs(values.mean() - published) <= half
     lines["verdict"] = (
-        "undecided" if half > 1 else "within" if inside else "above" if values.mean() > published else "below"
+        "undecided"
+        if half > 1
+        else "within"
+        if inside
+        else "above"
+        if values.mean() > published
+        else "below"
     )
     return lines
 
@@ -115,9 +130,13 @@ def parse_markdown(text: str) -> dict[tuple[str, str], dict[str, str]]:
         field = re.sub(r"^<u>(.*)</u>$", r"\1", re.sub(r"^\*\*(.*)\*\*$", r"\1", field))
         return re.sub(r"\\(.)", r"\1", unescape(field))
 
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    lines = [
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")
+    ]
     assert len({len(line) for line in lines}) == 1
-    return stacked([[*map(plain, line)] for line in lines[2:]], [plain(field) for field in lines[0][1:]])
+    return stacked(
+        [[*map(plain, line)] for line in lines[2:]], [plain(field) for field in lines[0][1:]]
+    )
 
 
 def parse_latex(text: str) -> dict[tuple[str, str], dict[str, str]]:
@@ -129,12 +148,17 @@ def parse_latex(text: str) -> dict[tuple[str, str], dict[str, str]]:
         return re.sub(r"\\([_%&#$])", r"\1", field)
 
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for block in re.findall(r"\\begin\{tabular\}.*?\\toprule\n(.*?)\\bottomrule", text, flags=re.DOTALL):
+    for block in re.findall(
+        r"\\begin\{tabular\}.*?\\toprule\n(.*?)\\bottomrule", text, flags=re.DOTALL
+    ):
         header, body = block.split("\\midrule\n")
         split = [
-            [plain(field) for field in re.split(r"(?<!\\)&", line.removesuffix("\\\\"))] for line in body.splitlines()
+            [plain(field) for field in re.split(r"(?<!\\)&", line.removesuffix("\\\\"))]
+            for line in body.splitlines()
         ]
-        found |= stacked(split, [plain(field) for field in header.strip().removesuffix("\\\\").split("&")[1:]])
+        found |= stacked(
+            split, [plain(field) for field in header.strip().removesuffix("\\\\").split("&")[1:]]
+        )
     return found
 
 
@@ -171,7 +195,12 @@ class Parser(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "th" in self.open and "div" not in self.open:
             self.row += data
-        if "td" in self.open and "small" not in self.open and "sup" not in self.open and "div" in self.open:
+        if (
+            "td" in self.open
+            and "small" not in self.open
+            and "sup" not in self.open
+            and "div" in self.open
+        ):
             kinds = self.cells.setdefault((self.row, self.columns[self.place]), {})
             kind = self.kind.replace("-", " ")
             kinds[kind] = kinds.get(kind, "") + data
@@ -196,7 +225,9 @@ def test_every_cell_in_markdown_latex_and_html(table: Table) -> None:
         assert cells["CRD", "vgg13 → mobilev2"]["published"] == "69.11"
         assert "ours" not in cells["CRD", "vgg13 → mobilev2"]
         assert {key: value["published"] for key, value in cells.items()} == {
-            key: f"{cell.published.value:.2f}" for key, cell in table.cells.items() if cell.published
+            key: f"{cell.published.value:.2f}"
+            for key, cell in table.cells.items()
+            if cell.published
         }
 
 
@@ -208,8 +239,15 @@ def test_every_cell_in_csv(table: Table) -> None:
     for (row, column), values in OURS.items():
         line = by_cell[row, column]
         assert float(line["mean"]) == pytest.approx(np.mean(values))
-        assert line["std"] == "" if len(values) == 1 else float(line["std"]) == pytest.approx(np.std(values, ddof=1))
-        assert (int(line["n"]), line["seeds"]) == (len(values), " ".join(map(str, range(len(values)))))
+        assert (
+            line["std"] == ""
+            if len(values) == 1
+            else float(line["std"]) == pytest.approx(np.std(values, ddof=1))
+        )
+        assert (int(line["n"]), line["seeds"]) == (
+            len(values),
+            " ".join(map(str, range(len(values)))),
+        )
         assert float(line["published"]) == PUBLISHED[row, column]
         assert line["verdict"] == expected_lines(row, column)["verdict"]
         if row == "SD-KD":
@@ -237,10 +275,14 @@ def test_best_is_bold_and_second_underlined(table: Table) -> None:
     assert f'<div class="ours second"><u>{second}</u></div>' in render.html(table)
 
 
-def test_html_sorts_by_our_mean_else_by_the_published_number_and_loads_nothing(table: Table) -> None:
+def test_html_sorts_by_our_mean_else_by_the_published_number_and_loads_nothing(
+    table: Table,
+) -> None:
     text = render.html(table)
     parsed = parse_html(text)
-    assert float(parsed.sort["KD", "wrn_40_2 → shufflev1"]) == pytest.approx(np.mean([74.81, 74.9, 75.02]))
+    assert float(parsed.sort["KD", "wrn_40_2 → shufflev1"]) == pytest.approx(
+        np.mean([74.81, 74.9, 75.02])
+    )
     assert float(parsed.sort["CRD", "wrn_40_2 → shufflev1"]) == 76.05
     ids = {attributes["id"] for _, attributes in parsed.tags if attributes.get("id")}
     for tag, attributes in parsed.tags:
@@ -257,7 +299,9 @@ def test_notes_footnotes_and_commands_are_under_the_table(table: Table) -> None:
     markdown, html = render.markdown(table), unescape(render.html(table))
     assert f"```\n{command}\n```" in markdown
     assert command in html
-    assert r"\texttt{python -m sddlskd.train 'a\_b=\textless{}\&\%\textgreater{}'}" in render.latex(table)
+    assert r"\texttt{python -m sddlskd.train 'a\_b=\textless{}\&\%\textgreater{}'}" in render.latex(
+        table
+    )
     for note in (*table.notes, *table.footnotes):
         assert note in html
         assert note in re.sub(r"\\(.)", r"\1", unescape(markdown))
@@ -265,8 +309,16 @@ def test_notes_footnotes_and_commands_are_under_the_table(table: Table) -> None:
 
 
 def nasty_table() -> Table:
-    rows = [run("resnet32x4", "resnet8x4", 0, 73.0, images_per_s=6400.0, group_size=1, environment=NASTY)]
-    rows.append(run("resnet32x4", "resnet8x4", 1, 73.0, images_per_s=6400.0, group_size=1, environment="β_1"))
+    rows = [
+        run(
+            "resnet32x4", "resnet8x4", 0, 73.0, images_per_s=6400.0, group_size=1, environment=NASTY
+        )
+    ]
+    rows.append(
+        run(
+            "resnet32x4", "resnet8x4", 1, 73.0, images_per_s=6400.0, group_size=1, environment="β_1"
+        )
+    )
     return next(t for t in tables.build(frame_of(rows)) if t.name == "time_cifar100")
 
 
@@ -286,7 +338,14 @@ def all_tables() -> list[Table]:
     rows = rows_of_runs()
     for pair in (("resnet32x4", "shufflev1"), ("resnet32x4", "resnet8x4")):
         for M in ("[1]", "[1,2]", "[1,2,4]"):
-            rows += runs(*pair, [75.0, 75.5, 76.1], M=M, images_per_s=5000.0, group_size=1, teacher_top1=79.42)
+            rows += runs(
+                *pair,
+                [75.0, 75.5, 76.1],
+                M=M,
+                images_per_s=5000.0,
+                group_size=1,
+                teacher_top1=79.42,
+            )
             rows += runs(*pair, [76.0, 76.5, 76.6], M=M, standardize=True, ce_weight=1.0)
         rows += runs(*pair, [75.0, 75.1], M="[1,2,4]", knowledge="consistent")
         rows += runs(*pair, [75.0, 75.1], M="[1,2,4]", complementary_weight=4.0)
@@ -305,7 +364,9 @@ def test_all_formats_of_all_tables_say_the_same() -> None:
         html = parse_html(render.html(table))
         assert set(html.sort) == set(table.cells)
         assert markdown == html.cells
-        if not any(NASTY in row for row in table.rows):  # the LaTeX parser here knows no more than names need
+        if not any(
+            NASTY in row for row in table.rows
+        ):  # the LaTeX parser here knows no more than names need
             assert latex == markdown
 
 
@@ -326,10 +387,16 @@ def compile_latex(folder: Path, body: str) -> None:
 
 
 # booktabs is in Debian's texlive-latex-recommended; the tables are to compile with texlive-latex-base alone.
-PREAMBLES = {"plain": "", "booktabs where it is": r"\IfFileExists{booktabs.sty}{\usepackage{booktabs}}{}"}
+PREAMBLES = {
+    "plain": "",
+    "booktabs where it is": r"\IfFileExists{booktabs.sty}{\usepackage{booktabs}}{}",
+}
 
 
 @pytest.mark.parametrize("preamble", PREAMBLES.values(), ids=PREAMBLES)
 def test_latex_compiles(preamble: str, tmp_path: Path) -> None:
     body = "\\clearpage\n".join(map(render.latex, all_tables()))
-    compile_latex(tmp_path, f"\\documentclass{{article}}\n{preamble}\n\\begin{{document}}\n{body}\\end{{document}}\n")
+    compile_latex(
+        tmp_path,
+        f"\\documentclass{{article}}\n{preamble}\n\\begin{{document}}\n{body}\\end{{document}}\n",
+    )

@@ -48,10 +48,19 @@ class Page(HTMLParser):
 
 def rows_of_all_kinds() -> list[dict[str, Any]]:
     return [
-        *grid([("resnet32x4", "resnet8x4"), ("resnet32x4", "shufflev1")], ["vanilla", "kd", "sd_kd_ls"], seeds=2),
+        *grid(
+            [("resnet32x4", "resnet8x4"), ("resnet32x4", "shufflev1")],
+            ["vanilla", "kd", "sd_kd_ls"],
+            seeds=2,
+        ),
         row(3, status="FAILED", reason=f"loss is nan {EVIL}", git_sha="deadbee"),
         row(4, status="KILLED", reason="", command=""),
-        row(5, status="MISSING", run_id="", command="python -m sddlskd.train student=resnet8x4 seed=5 M='[1]'"),
+        row(
+            5,
+            status="MISSING",
+            run_id="",
+            command="python -m sddlskd.train student=resnet8x4 seed=5 M='[1]'",
+        ),
         row(6, status="RUNNING", epochs_done=3, name='"><img src=x onerror=alert(1)>'),
         row(7, status="FAILED", reason="an older try", superseded=True),
     ]
@@ -61,8 +70,13 @@ def rows_of_all_kinds() -> list[dict[str, Any]]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     rows = rows_of_all_kinds()
-    distilled = [run for run in rows if run["status"] == "FINISHED" and run["distiller"] != "vanilla"]
-    kept = {run["run_id"]: predictions(seed, images=60, classes=5, side=8) for seed, run in enumerate(distilled)}
+    distilled = [
+        run for run in rows if run["status"] == "FINISHED" and run["distiller"] != "vanilla"
+    ]
+    kept = {
+        run["run_id"]: predictions(seed, images=60, classes=5, side=8)
+        for seed, run in enumerate(distilled)
+    }
     runs = Standin(rows, kept, uri="http://user:secret@host:5000")
     drawn = figures.build(runs, folder)
     path = folder / "new" / "report.html"
@@ -86,8 +100,19 @@ def test_the_page_is_well_formed_and_its_ids_are_unique(page: Page) -> None:
 def test_the_page_asks_the_network_nothing(page: Page, written: Path) -> None:
     for tag, attributes in page.tags:
         assert tag not in {"iframe", "object", "embed", "base", "form"}
-        for name in ("src", "href", "srcset", "xlink:href", "data", "poster", "action", "background"):
-            assert attributes.get(name, "#").startswith(("#", "data:")), f"{tag} {name}={attributes.get(name)}"
+        for name in (
+            "src",
+            "href",
+            "srcset",
+            "xlink:href",
+            "data",
+            "poster",
+            "action",
+            "background",
+        ):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (
+                f"{tag} {name}={attributes.get(name)}"
+            )
     text = written.read_text()
     assert not re.search(r"@import|url\(\s*['\"]?(?!#)|xmlns|fetch\(|XMLHttpRequest", text)
 
@@ -96,7 +121,11 @@ def test_what_runs_say_is_text(page: Page) -> None:
     assert EVIL in page.text
     assert '"><img src=x onerror=alert(1)>' in page.text
     assert [tag for tag, _ in page.tags].count("script") == 1
-    assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
+    assert not [
+        attributes
+        for _, attributes in page.tags
+        if any(name.startswith("on") for name in attributes)
+    ]
 
 
 def test_the_summary_counts_and_explains(page: Page) -> None:
@@ -193,11 +222,15 @@ const click = (name) => heads[column(name)].querySelector('button').click();
 def test_chromium_opens_it_without_a_complaint(written: Path, tmp_path: Path) -> None:
     dom, console = browse(written, tmp_path / "profile")
     assert console == ""
-    assert '<th scope="col"><button type="button"' in dom  # the script passed the page's own security policy
+    assert (
+        '<th scope="col"><button type="button"' in dom
+    )  # the script passed the page's own security policy
     assert "<title>suite: results</title>" in dom  # and nothing that a run said was run
 
 
-def test_chromium_sorts_numbers_as_numbers_and_keeps_blanks_last(written: Path, tmp_path: Path) -> None:
+def test_chromium_sorts_numbers_as_numbers_and_keeps_blanks_last(
+    written: Path, tmp_path: Path
+) -> None:
     script = f"{COLUMN} click('best'); const up = values('best'); click('best'); const down = values('best');"
     script += "document.title = [up.join(), down.join(), heads[column('best')].ariaSort].join(';');"
     up, down, state = answer(written, tmp_path, script).split(";")
@@ -218,7 +251,9 @@ def test_chromium_sorts_the_papers_tables(written: Path, tmp_path: Path) -> None
     assert values == sorted(values)
 
 
-def test_chromium_filters_rows_and_the_keyboard_reaches_what_sorts(written: Path, tmp_path: Path) -> None:
+def test_chromium_filters_rows_and_the_keyboard_reaches_what_sorts(
+    written: Path, tmp_path: Path
+) -> None:
     script = f"""{COLUMN}
     const box = document.getElementById('filter');
     box.value = 'FAILED resnet8x4'; box.dispatchEvent(new Event('input'));

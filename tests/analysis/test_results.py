@@ -29,7 +29,11 @@ def test_every_table_follows_from_the_runs(folder: Path) -> None:
     kept = {path.stem for path in (folder / "tables").glob("*.md")}
     assert kept == built.keys()
     for name, table in built.items():
-        for suffix, text in (("md", render.markdown(table)), ("csv", render.csv(table)), ("tex", render.latex(table))):
+        for suffix, text in (
+            ("md", render.markdown(table)),
+            ("csv", render.csv(table)),
+            ("tex", render.latex(table)),
+        ):
             assert (folder / "tables" / f"{name}.{suffix}").read_text() == text
 
 
@@ -37,7 +41,9 @@ def test_every_table_follows_from_the_runs(folder: Path) -> None:
 def test_every_run_is_finished_and_no_folder_is_named(folder: Path) -> None:
     frame = read_frame(folder / "runs.csv")
     assert set(frame["status"]) == {"FINISHED"}
-    assert not re.search(r"(?<![\w.:/])/(tmp|home|root|work|mnt)/", (folder / "runs.csv").read_text())
+    assert not re.search(
+        r"(?<![\w.:/])/(tmp|home|root|work|mnt)/", (folder / "runs.csv").read_text()
+    )
 
 
 def test_the_readme_shows_a_table_and_a_figure_of_it() -> None:

@@ -49,20 +49,66 @@ def path(tmp_path: Path) -> Path:
 
 def test_every_column_of_a_run_is_as_logged(path: Path) -> None:
     row = {
-        **{"name": "the-run", "sweep": "s", "config_hash": "c0ffee", "git_sha": "ab" * 20, "run_dir": "/r/the-run"},
-        **{"environment": "torch 2.6, H200", "status": "FINISHED", "group_size": 4, "dataset": "cub200"},
-        **{"teacher": "vgg13", "student": "vgg8", "distiller": "dkd", "M": "[1, 2,4]", "standardize": True},
-        **{"complementary_weight": 1.5, "knowledge": "complementary", "temperature": 2.0, "ce_weight": 0.5},
-        **{"kd_weight": 9.0, "lr": 0.01, "batch_size": 32, "epochs": 30, "epochs_done": 29, "seed": 7},
-        **{"val_fraction": 0.1, "best": 70.5, "last": 70.25, "test": 69.0, "teacher_top1": 75.0, "epoch_s": 12.5},
+        **{
+            "name": "the-run",
+            "sweep": "s",
+            "config_hash": "c0ffee",
+            "git_sha": "ab" * 20,
+            "run_dir": "/r/the-run",
+        },
+        **{
+            "environment": "torch 2.6, H200",
+            "status": "FINISHED",
+            "group_size": 4,
+            "dataset": "cub200",
+        },
+        **{
+            "teacher": "vgg13",
+            "student": "vgg8",
+            "distiller": "dkd",
+            "M": "[1, 2,4]",
+            "standardize": True,
+        },
+        **{
+            "complementary_weight": 1.5,
+            "knowledge": "complementary",
+            "temperature": 2.0,
+            "ce_weight": 0.5,
+        },
+        **{
+            "kd_weight": 9.0,
+            "lr": 0.01,
+            "batch_size": 32,
+            "epochs": 30,
+            "epochs_done": 29,
+            "seed": 7,
+        },
+        **{
+            "val_fraction": 0.1,
+            "best": 70.5,
+            "last": 70.25,
+            "test": 69.0,
+            "teacher_top1": 75.0,
+            "epoch_s": 12.5,
+        },
         **{"images_per_s": 4000.0, "max_steps": 100, "settings_hash": "5e77"},
         **{"precision": "bf16", "compile": True, "teacher_cache": "/cache"},
     }
     (run_id,) = make_store(path, [{**row, "started": 1_700_000_000_123}])
     frame = load("s", uri_of(path)).frame
-    derived = {"M": "[1,2,4]", "pair": "vgg13_vgg8", "method": "sd_dkd_ls", "run_id": run_id, "source": "sddlskd"}
+    derived = {
+        "M": "[1,2,4]",
+        "pair": "vgg13_vgg8",
+        "method": "sd_dkd_ls",
+        "run_id": run_id,
+        "source": "sddlskd",
+    }
     command = {"command": "python -m sddlskd.worker /runs/vgg8-[1, 2,4]-7"}
-    started = {"started": pd.Timestamp("2023-11-14 22:13:20.123", tz="UTC"), "reason": "", "superseded": False}
+    started = {
+        "started": pd.Timestamp("2023-11-14 22:13:20.123", tz="UTC"),
+        "reason": "",
+        "superseded": False,
+    }
     assert frame.iloc[0].to_dict() == row | derived | command | started
     assert list(frame.columns) == list(COLUMNS)
     assert (frame.dtypes == frame_of([]).dtypes).all()
@@ -75,7 +121,13 @@ def test_no_run_is_dropped(path: Path) -> None:
         {"sweep": "s", "status": "KILLED", "seed": 2},
         {"sweep": "s", "status": "RUNNING", "seed": 3, "last": 41.0, "epochs_done": 12},
         {"sweep": "s", "status": "MISSING", "seed": 4},
-        {"sweep": "s", "status": "FAILED", "seed": 0, "superseded": True, "config_hash": f"{0:012x}"},
+        {
+            "sweep": "s",
+            "status": "FAILED",
+            "seed": 0,
+            "superseded": True,
+            "config_hash": f"{0:012x}",
+        },
         {"sweep": "other", "status": "FINISHED", "seed": 9},
     ]
     make_store(path, rows)
@@ -122,7 +174,9 @@ def test_sweep_without_a_plan_has_its_runs(path: Path) -> None:
 
 def test_experiment_by_name_and_the_sweeps_command(path: Path) -> None:
     make_store(
-        path, [{"sweep": "s"}, {"experiment": "mine", "seed": 5}, {"experiment": "mine", "seed": 6}], command="c"
+        path,
+        [{"sweep": "s"}, {"experiment": "mine", "seed": 5}, {"experiment": "mine", "seed": 6}],
+        command="c",
     )
     assert list(load("mine", uri_of(path)).frame["seed"]) == [5, 6]
     assert load("mine", uri_of(path)).command == ""
@@ -154,9 +208,15 @@ def test_wrong_types_are_blank_and_said(path: Path) -> None:
     assert frame.loc[0, "reason"] == "seed=x is no int64"
     assert list(frame.loc[1:2, "M"]) == ["", ""]
     assert list(frame["method"]) == ["kd", "", "", "", "kd"]
-    assert list(frame.loc[1:2, "reason"]) == ["M=abc is no list of scales", "M=[1,0] is no list of scales"]
+    assert list(frame.loc[1:2, "reason"]) == [
+        "M=abc is no list of scales",
+        "M=[1,0] is no list of scales",
+    ]
     assert frame.loc[3, "temperature"] is pd.NA
-    assert frame.loc[3, "reason"] == "stopped; standardize=maybe is no bool; distiller.temperature=hot is no float64"
+    assert (
+        frame.loc[3, "reason"]
+        == "stopped; standardize=maybe is no bool; distiller.temperature=hot is no float64"
+    )
     assert frame.loc[4, "group_size"] is pd.NA
 
 
@@ -186,15 +246,26 @@ def test_garbage_is_collected_again_after_reading(path: Path) -> None:
 
 def test_someone_elses_experiment_is_refused(path: Path) -> None:
     absent = ["dataset", "teacher", "student", "distiller"]
-    make_store(path, [{"experiment": "theirs", "absent": absent}, {"experiment": "theirs", "absent": absent[2:]}])
+    make_store(
+        path,
+        [
+            {"experiment": "theirs", "absent": absent},
+            {"experiment": "theirs", "absent": absent[2:]},
+        ],
+    )
     line = error_of("theirs", uri_of(path))
-    assert line.startswith("experiment theirs: none of its 2 runs has the params of sddlskd's runs; missing are ")
+    assert line.startswith(
+        "experiment theirs: none of its 2 runs has the params of sddlskd's runs; missing are "
+    )
     assert "dataset.name (1), teacher.name (1), student.name (2), distiller.name (2);" in line
     assert "import-logs" in line
 
 
 def test_nan_metric_stays_and_is_said(path: Path) -> None:
-    make_store(path, [{"sweep": "s", "best": math.nan, "last": 10.0, "history": {"val/top1": [1, math.nan]}}])
+    make_store(
+        path,
+        [{"sweep": "s", "best": math.nan, "last": 10.0, "history": {"val/top1": [1, math.nan]}}],
+    )
     found = load("s", uri_of(path))
     assert found.frame["best"].isna().all()
     assert found.frame.loc[0, "last"] == 10.0
@@ -216,7 +287,10 @@ def test_damaged_plan_is_an_error(path: Path) -> None:
 # Lengths
 
 
-LENGTHS = [{"sweep": "s", "epochs": 30, "seed": 0}, *({"sweep": "s", "epochs": 240, "seed": seed} for seed in (1, 2))]
+LENGTHS = [
+    {"sweep": "s", "epochs": 30, "seed": 0},
+    *({"sweep": "s", "epochs": 240, "seed": seed} for seed in (1, 2)),
+]
 
 
 def test_several_lengths_are_refused_unless_asked(path: Path) -> None:
@@ -230,18 +304,32 @@ def test_several_lengths_are_refused_unless_asked(path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"distiller": "vanilla", "teacher": "none", "student": "resnet32x4"},  # made the others' teacher
+        {
+            "distiller": "vanilla",
+            "teacher": "none",
+            "student": "resnet32x4",
+        },  # made the others' teacher
         {"superseded": True, "config_hash": "1" * 12},
         {"dataset": "imagenet"},
     ],
 )
 def test_lengths_that_do_not_meet_in_a_table_are_taken(path: Path, other: dict[str, Any]) -> None:
-    make_store(path, [*LENGTHS[1:], {"sweep": "s", "epochs": 30, "config_hash": "1" * 12, **other}], plans=False)
+    make_store(
+        path,
+        [*LENGTHS[1:], {"sweep": "s", "epochs": 30, "config_hash": "1" * 12, **other}],
+        plans=False,
+    )
     assert len(load("s", uri_of(path)).frame) == 3
 
 
 def test_a_student_alone_counts_as_a_length(path: Path) -> None:
-    alone = {"sweep": "s", "epochs": 30, "distiller": "vanilla", "teacher": "none", "student": "shufflev1"}
+    alone = {
+        "sweep": "s",
+        "epochs": 30,
+        "distiller": "vanilla",
+        "teacher": "none",
+        "student": "shufflev1",
+    }
     make_store(path, [*LENGTHS[1:], alone])
     assert "1 of 30 epochs" in error_of("s", uri_of(path))
 
@@ -252,17 +340,26 @@ def test_a_student_alone_counts_as_a_length(path: Path) -> None:
 def test_history_is_one_point_an_epoch_and_the_latest(path: Path) -> None:
     first = {"val/top1": [10.0, 20.0], "lr": [0.1, 0.01]}
     ids = make_store(
-        path, [{"sweep": "s", "history": first}, {"sweep": "s", "seed": 1, "history": {"val/top1": [30.0]}}]
+        path,
+        [
+            {"sweep": "s", "history": first},
+            {"sweep": "s", "seed": 1, "history": {"val/top1": [30.0]}},
+        ],
     )
-    with closing(sqlite3.connect(path)) as database, database:  # the second epoch again, later and earlier
-        insert = (
-            "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES ('val/top1', ?, ?, ?, 2, 0)"
-        )
+    with (
+        closing(sqlite3.connect(path)) as database,
+        database,
+    ):  # the second epoch again, later and earlier
+        insert = "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES ('val/top1', ?, ?, ?, 2, 0)"
         database.execute(insert, (21.0, 2_000_000_000_000, ids[0]))
         database.execute(insert, (99.0, 1, ids[0]))
     found = load("s", uri_of(path))
     history = found.history(["val/top1", "lr"]).set_index(["run_id", "metric", "epoch"])["value"]
-    expected = {(ids[0], "val/top1", 1): 10.0, (ids[0], "val/top1", 2): 21.0, (ids[1], "val/top1", 1): 30.0}
+    expected = {
+        (ids[0], "val/top1", 1): 10.0,
+        (ids[0], "val/top1", 2): 21.0,
+        (ids[1], "val/top1", 1): 30.0,
+    }
     assert history.to_dict() == expected | {(ids[0], "lr", 1): 0.1, (ids[0], "lr", 2): 0.01}
     assert found.history(run_ids=[ids[1], ""])["value"].to_list() == [30.0]
     empty = found.history(["no/such"])
@@ -270,17 +367,25 @@ def test_history_is_one_point_an_epoch_and_the_latest(path: Path) -> None:
     assert empty.empty
 
 
-def test_history_of_more_runs_than_a_request_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_of_more_runs_than_a_request_takes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runs, "RUNS_A_REQUEST", 3)
-    rows = [{"sweep": "s", "seed": seed, "history": {"val/top1": [float(seed)]}} for seed in range(10)]
+    rows = [
+        {"sweep": "s", "seed": seed, "history": {"val/top1": [float(seed)]}} for seed in range(10)
+    ]
     ids = make_store(path, rows)
     history = load("s", uri_of(path)).history()
-    assert dict(zip(history["run_id"], history["value"], strict=True)) == dict(zip(ids, range(10), strict=True))
+    assert dict(zip(history["run_id"], history["value"], strict=True)) == dict(
+        zip(ids, range(10), strict=True)
+    )
 
 
 def test_predictions(path: Path) -> None:
     arrays = {"target": np.arange(3), "logits": np.ones((3, 2), np.float16), "scale": np.array(2)}
-    kept, none = make_store(path, [{"sweep": "s", "predictions": arrays}, {"sweep": "s", "seed": 1}])
+    kept, none = make_store(
+        path, [{"sweep": "s", "predictions": arrays}, {"sweep": "s", "seed": 1}]
+    )
     found = load("s", uri_of(path))
     read = found.predictions(kept)
     assert read is not None
@@ -304,7 +409,12 @@ def test_listing(path: Path) -> None:
     ]
     make_store(path, rows)
     found = listing(uri_of(path)).set_index(["kind", "name"])
-    assert list(found.index) == [("sweep", "a"), ("sweep", "b"), ("experiment", "Default"), ("experiment", "sddlskd")]
+    assert list(found.index) == [
+        ("sweep", "a"),
+        ("sweep", "b"),
+        ("experiment", "Default"),
+        ("experiment", "sddlskd"),
+    ]
     assert found.loc[("sweep", "b")].to_dict() == {
         **{"runs": 2, "FINISHED": 1, "RUNNING": 0, "FAILED": 0, "KILLED": 0, "MISSING": 1}
     }
@@ -365,7 +475,8 @@ def test_locked_database(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "cure"), [("f" * 12, "pip install --upgrade mlflow"), ("older", "mlflow db upgrade")]
+    ("version", "cure"),
+    [("f" * 12, "pip install --upgrade mlflow"), ("older", "mlflow db upgrade")],
 )
 def test_other_schema_is_named_and_not_migrated(path: Path, version: str, cure: str) -> None:
     make_store(path, [{"sweep": "s"}])
@@ -373,7 +484,9 @@ def test_other_schema_is_named_and_not_migrated(path: Path, version: str, cure: 
         (wanted,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
         found = "451aebb31d03" if version == "older" else version  # MLflow's first revision
         database.execute("UPDATE alembic_version SET version_num = ?", (found,))
-        database.execute("DROP TABLE latest_metrics")  # MLflow makes tables that are not there before it looks
+        database.execute(
+            "DROP TABLE latest_metrics"
+        )  # MLflow makes tables that are not there before it looks
     before = path.read_bytes()
     line = error_of("s", uri_of(path))
     assert found in line
@@ -383,10 +496,14 @@ def test_other_schema_is_named_and_not_migrated(path: Path, version: str, cure: 
 
 
 def test_address_that_is_none() -> None:
-    assert "give http(s)://host:port or sqlite:////absolute/path/mlflow.db" in error_of("s", "postgres://x")
+    assert "give http(s)://host:port or sqlite:////absolute/path/mlflow.db" in error_of(
+        "s", "postgres://x"
+    )
 
 
-def test_server_that_is_not_there_and_one_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_not_there_and_one_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(runs, "ANSWER_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -459,7 +576,13 @@ def server(path: Path) -> Iterator[str]:
 def test_server_gives_what_the_database_gives(path: Path, server: str) -> None:
     rows = [
         {"sweep": "s", "seed": 0, "best": 70.0, "history": {"val/top1": [1.0, 2.0]}},
-        {"sweep": "s", "seed": 1, "status": "FAILED", "reason": "why", "history": {"val/top1": [3.0]}},
+        {
+            "sweep": "s",
+            "seed": 1,
+            "status": "FAILED",
+            "reason": "why",
+            "history": {"val/top1": [3.0]},
+        },
         {"sweep": "s", "seed": 2, "status": "MISSING"},
     ]
     make_store(path, rows)

@@ -68,7 +68,9 @@ def test_holm_by_its_definition(ps: list[float]) -> None:
     adjusted = stats.holm(ps)
     assert sorted(adjusted) == [max(steps[: i + 1]) for i in range(len(ps))]
     assert all(a >= p for a, p in zip(adjusted, ps, strict=True))
-    assert all(adjusted[i] <= adjusted[j] for i in range(len(ps)) for j in range(len(ps)) if ps[i] < ps[j])
+    assert all(
+        adjusted[i] <= adjusted[j] for i in range(len(ps)) for j in range(len(ps)) if ps[i] < ps[j]
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 10])

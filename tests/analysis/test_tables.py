@@ -17,7 +17,9 @@ from analysis.tables import Cell, Table
 from tests.analysis.synthetic import run, runs
 
 PUBLISHED = pd.read_csv(
-    Path(tables.__file__).parent / "reference" / "published.csv", dtype={"value": float}, keep_default_na=False
+    Path(tables.__file__).parent / "reference" / "published.csv",
+    dtype={"value": float},
+    keep_default_na=False,
 )
 SHUFFLE, SMALL = ("resnet32x4", "shufflev1"), ("resnet32x4", "resnet8x4")
 COLUMN, SMALL_COLUMN = "resnet32x4 → shufflev1", "resnet32x4 → resnet8x4"
@@ -34,7 +36,9 @@ def sd_kd(**columns: Any) -> dict[str, Any]:
     return {"M": "[1,2,4]", **columns}
 
 
-def only(rows: list[dict[str, Any]], table: str, row: str, column: str = COLUMN, **options: Any) -> Cell:
+def only(
+    rows: list[dict[str, Any]], table: str, row: str, column: str = COLUMN, **options: Any
+) -> Cell:
     return build(rows, **options)[table].cells[row, column]
 
 
@@ -57,7 +61,9 @@ def test_a_run_of_an_unknown_method_is_averaged_with_no_other_and_marked() -> No
     rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
     lacking = run(*SHUFFLE, 9, 60.0) | {"config_hash": "lacking"}
     frame = frame_of([*rows, lacking])
-    frame.loc[frame["config_hash"] == "lacking", "method"] = ""  # as where MLflow has no param standardize
+    frame.loc[frame["config_hash"] == "lacking", "method"] = (
+        ""  # as where MLflow has no param standardize
+    )
     built = {table.name: table for table in tables.build(frame)}
     assert built["scales_cifar100_kd"].cells["M = [1]", COLUMN].seeds == [0, 1, 2]
     assert built["overview_cifar100"].cells["method not known", COLUMN].mean == 60.0
@@ -73,7 +79,15 @@ def test_any_name_of_a_data_set_makes_a_name_of_a_file() -> None:
 @pytest.mark.parametrize(
     ("table", "pairs"),
     [
-        ("SDD Table 1", {"resnet32x4 → mobilev2", "wrn_40_2 → vgg8", "wrn_40_2 → mobilev2", "resnet50 → shufflev1"}),
+        (
+            "SDD Table 1",
+            {
+                "resnet32x4 → mobilev2",
+                "wrn_40_2 → vgg8",
+                "wrn_40_2 → mobilev2",
+                "resnet50 → shufflev1",
+            },
+        ),
         ("SDD Table 2", None),
         ("SDD Table 5", None),
         ("SDD Table 3", {"resnet34 → resnet18"}),
@@ -87,7 +101,9 @@ def test_any_name_of_a_data_set_makes_a_name_of_a_file() -> None:
 def test_published_numbers_are_those_of_the_file(table: str, pairs: set[str] | None) -> None:
     rows = PUBLISHED[(PUBLISHED.table == table) & (PUBLISHED.metric == "top1")]
     first = rows[rows.method == "kd"].iloc[0]
-    built = build(runs(first.teacher, first.student, [70.0], dataset=first.dataset))[table.lower().replace(" ", "_")]
+    built = build(runs(first.teacher, first.student, [70.0], dataset=first.dataset))[
+        table.lower().replace(" ", "_")
+    ]
     shown = [cell.published.value for cell in built.cells.values() if cell.published]
     assert sorted(shown) == sorted(rows.value)
     if pairs is not None:
@@ -96,7 +112,9 @@ def test_published_numbers_are_those_of_the_file(table: str, pairs: set[str] | N
         matching = [
             cell
             for (_, column), cell in built.cells.items()
-            if column == f"{row.teacher} → {row.student}" and cell.published and cell.published.method == row.method
+            if column == f"{row.teacher} → {row.student}"
+            and cell.published
+            and cell.published.method == row.method
         ]
         assert [cell.published.value for cell in matching if cell.published] == [row.value]
 
@@ -159,7 +177,8 @@ def test_runs_of_other_settings_are_rows_of_their_own(setting: str, value: float
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("knowledge", "consistent"), ("complementary_weight", 4.0), ("M", "[1,2]")]
+    ("setting", "value"),
+    [("knowledge", "consistent"), ("complementary_weight", 4.0), ("M", "[1,2]")],
 )
 def test_other_variants_of_the_method_are_not_the_papers_cell(setting: str, value: Any) -> None:
     rows = runs(*SHUFFLE, SD_KD, **sd_kd()) + runs(*SHUFFLE, [60.0], **sd_kd(**{setting: value}))
@@ -173,7 +192,11 @@ def test_similar_architectures_take_the_papers_two_scales() -> None:
     )
     assert only(rows, "sdd_table_3", "SD-KD", "resnet34 → resnet18").mean == 71.4
     rows = [r for M in ("[1]", "[1,2]") for r in runs(*SMALL, KD, **sd_kd(M=M, knowledge="fusion"))]
-    rows += [r for M in ("[1,2]", "[1,2,4]") for r in runs(*SMALL, KD, **sd_kd(M=M, knowledge="consistent"))]
+    rows += [
+        r
+        for M in ("[1,2]", "[1,2,4]")
+        for r in runs(*SMALL, KD, **sd_kd(M=M, knowledge="consistent"))
+    ]
     table = build(rows)["knowledge_cifar100_kd"]
     assert table.cells["consistent", SMALL_COLUMN].verdict != "not comparable"
 
@@ -188,7 +211,9 @@ def test_imagenet_stands_beside_the_papers_numbers() -> None:
     rows += runs("resnet50", "mobilev1", [72.2, 72.3, 72.2], **sd_kd(**IMAGENET))
     ls = {"standardize": True, "temperature": 2.0, "ce_weight": 0.5, "kd_weight": 9.0}
     rows += [
-        run("resnet50", "mobilev1", seed, 72.1 + seed / 10, **IMAGENET) | ls | {"config_hash": f"ls{seed}"}
+        run("resnet50", "mobilev1", seed, 72.1 + seed / 10, **IMAGENET)
+        | ls
+        | {"config_hash": f"ls{seed}"}
         for seed in range(3)
     ]
     built = build(rows)
@@ -203,13 +228,17 @@ def test_imagenet_stands_beside_the_papers_numbers() -> None:
         assert cell.verdict in ("within", "above", "below")
 
 
-@pytest.mark.parametrize("other", [{"batch_size": 64}, {"lr": 0.1}, {"temperature": 4.0}, {"epochs": 30}])
+@pytest.mark.parametrize(
+    "other", [{"batch_size": 64}, {"lr": 0.1}, {"temperature": 4.0}, {"epochs": 30}]
+)
 def test_another_training_on_imagenet_is_not_comparable(other: dict[str, Any]) -> None:
     rows = runs("resnet34", "resnet18", [70.6, 70.7], **(ADAPTED | IMAGENET | other))
     cell = only(rows, "sdd_table_3", "KD", "resnet34 → resnet18")
     (name, value) = next(iter(other.items()))
     assert cell.verdict == "not comparable"
-    assert any(f"{name}={value}".removesuffix(".0") in footnote for footnote in cell.footnotes["verdict"])
+    assert any(
+        f"{name}={value}".removesuffix(".0") in footnote for footnote in cell.footnotes["verdict"]
+    )
 
 
 def test_cub200_stands_beside_the_papers_numbers() -> None:
@@ -224,7 +253,9 @@ def test_cub200_stands_beside_the_papers_numbers() -> None:
         cell = table.cells[row, column]
         assert (cell.n, cell.published.value if cell.published else None) == (3, value)
         assert cell.verdict in ("within", "undecided")
-    other = only(runs("vgg13", "vgg8", [67.0, 67.5], **sd_kd(**cub)), "sdd_table_5", "SD-KD", "vgg13 → vgg8")
+    other = only(
+        runs("vgg13", "vgg8", [67.0, 67.5], **sd_kd(**cub)), "sdd_table_5", "SD-KD", "vgg13 → vgg8"
+    )
     assert other.verdict == "not comparable"
 
 
@@ -254,13 +285,18 @@ def test_a_run_with_cut_epochs_is_not_held_against_the_paper_nor_a_baseline() ->
 
 def test_kd_at_other_weights_is_not_held_against_the_papers_kd() -> None:
     assert only(runs(*SHUFFLE, KD), "sdd_table_2", "KD").verdict == "within"
-    cell = only(runs(*SHUFFLE, KD, temperature=2.0, ce_weight=1.0, kd_weight=9.0), "sdd_table_2", "KD")
+    cell = only(
+        runs(*SHUFFLE, KD, temperature=2.0, ce_weight=1.0, kd_weight=9.0), "sdd_table_2", "KD"
+    )
     assert cell.verdict == "not comparable"
     assert any("temperature=2" in text for text in cell.footnotes["verdict"])
 
 
 def test_teachers_of_several_accuracies_are_not_averaged() -> None:
-    rows = [run(*SHUFFLE, seed, 74.0, teacher_top1=top1) for seed, top1 in enumerate((79.42, 79.42, 60.0))]
+    rows = [
+        run(*SHUFFLE, seed, 74.0, teacher_top1=top1)
+        for seed, top1 in enumerate((79.42, 79.42, 60.0))
+    ]
     cell = only(rows, "sdd_table_2", "teacher")
     assert (cell.mean, cell.troubles) == (None, ("1 several teachers",))
     assert only(rows[:2], "sdd_table_2", "teacher").mean == 79.42
@@ -268,8 +304,16 @@ def test_teachers_of_several_accuracies_are_not_averaged() -> None:
 
 def test_a_run_that_two_sweeps_share_counts_once() -> None:
     row = run(*SHUFFLE, 0, 74.0)
-    again = {**row, "run_id": "again", "sweep": "other", "best": 74.1, "started": pd.Timestamp("2026-01-02", tz="UTC")}
-    cell = only([{**row, "started": pd.Timestamp("2026-01-01", tz="UTC")}, again], "sdd_table_2", "KD")
+    again = {
+        **row,
+        "run_id": "again",
+        "sweep": "other",
+        "best": 74.1,
+        "started": pd.Timestamp("2026-01-02", tz="UTC"),
+    }
+    cell = only(
+        [{**row, "started": pd.Timestamp("2026-01-01", tz="UTC")}, again], "sdd_table_2", "KD"
+    )
     assert (cell.n, cell.planned, cell.mean) == (1, 1, 74.1)
 
 
@@ -283,21 +327,28 @@ def test_one_seed_in_two_configurations_is_marked_and_left_out() -> None:
 
 
 def test_runs_that_differ_in_what_the_loss_does_not_read_are_one_run() -> None:
-    rows = [r for weight in (1.0, 2.0, 4.0) for r in runs(*SHUFFLE, KD, complementary_weight=weight)]
+    rows = [
+        r for weight in (1.0, 2.0, 4.0) for r in runs(*SHUFFLE, KD, complementary_weight=weight)
+    ]
     cell = only(rows, "sdd_table_2", "KD")
     assert (cell.values, cell.troubles) == (dict(enumerate(KD)), ())
 
 
 def test_superseded_runs_are_never_used() -> None:
     assert build(runs(*SHUFFLE, KD, superseded=True)) == {}
-    assert only(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [1.0], superseded=True), "sdd_table_2", "KD").n == 3
+    assert (
+        only(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [1.0], superseded=True), "sdd_table_2", "KD").n
+        == 3
+    )
 
 
 def test_imported_runs_stand_in_the_same_table_in_rows_of_their_own() -> None:
     table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [75.0], source="imported"))["sdd_table_2"]
     assert table.cells["KD", COLUMN].n == 3
     assert table.cells["KD, imported", COLUMN].mean == 75.0
-    assert table.cells["KD", COLUMN].rank == table.cells["KD, imported", COLUMN].rank == ""  # not compared
+    assert (
+        table.cells["KD", COLUMN].rank == table.cells["KD, imported", COLUMN].rank == ""
+    )  # not compared
 
 
 def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
@@ -323,7 +374,13 @@ def test_failed_stopped_missing_and_running_runs_are_counted_with_their_commands
     table = build(rows)["sdd_table_2"]
     cell = table.cells["KD", COLUMN]
     assert (cell.n, cell.planned, cell.mean) == (1, 6, 74.0)
-    assert set(cell.troubles) == {"1 failed", "1 killed", "1 missing", "1 running", "1 without a number (NaN)"}
+    assert set(cell.troubles) == {
+        "1 failed",
+        "1 killed",
+        "1 missing",
+        "1 running",
+        "1 without a number (NaN)",
+    }
     assert table.commands == tuple(
         f"python -m sddlskd.train teacher=resnet32x4 student=shufflev1 seed={i}" for i in (1, 2, 3)
     )
@@ -337,7 +394,9 @@ def test_a_table_of_missing_runs_alone_is_there() -> None:
 
 def test_a_failed_run_that_was_run_again_is_said_and_needs_no_command() -> None:
     row = run(*SHUFFLE, 0, 74.0)
-    table = build([row, {**row, "run_id": "first", "status": "FAILED", "best": None}])["sdd_table_2"]
+    table = build([row, {**row, "run_id": "first", "status": "FAILED", "best": None}])[
+        "sdd_table_2"
+    ]
     assert table.cells["KD", COLUMN].troubles == ()
     assert table.commands == ()
     assert any(note.startswith("1 failed or stopped run") for note in table.notes)
@@ -375,7 +434,9 @@ def test_gains_are_paired_by_seed_and_corrected_by_holm() -> None:
 
 
 def test_a_single_seed_has_a_difference_and_no_interval() -> None:
-    gain = only([run(*SHUFFLE, 0, 74.0), run(*SHUFFLE, 0, 76.0, **sd_kd())], "sdd_table_2", "SD-KD").gain
+    gain = only(
+        [run(*SHUFFLE, 0, 74.0), run(*SHUFFLE, 0, 76.0, **sd_kd())], "sdd_table_2", "SD-KD"
+    ).gain
     assert gain is not None
     assert (gain.paired.mean, gain.paired.n, gain.paired.low, gain.p_holm) == (2.0, 1, None, None)
 
@@ -388,16 +449,25 @@ def test_seeds_of_one_side_alone_are_left_out_and_said() -> None:
 
 
 def test_no_gain_over_a_baseline_of_another_budget() -> None:
-    cell = only(runs(*SHUFFLE, KD, epochs=10) + runs(*SHUFFLE, SD_KD, **sd_kd()), "sdd_table_2", "SD-KD")
+    cell = only(
+        runs(*SHUFFLE, KD, epochs=10) + runs(*SHUFFLE, SD_KD, **sd_kd()), "sdd_table_2", "SD-KD"
+    )
     assert cell.gain is None
     assert "no gain over KD" in cell.footnotes["ours"][0]
 
 
 def test_a_baseline_at_several_temperatures_is_the_one_at_this_temperature() -> None:
-    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, [70.0, 70.1, 70.5], temperature=2.0) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    rows = (
+        runs(*SHUFFLE, KD)
+        + runs(*SHUFFLE, [70.0, 70.1, 70.5], temperature=2.0)
+        + runs(*SHUFFLE, SD_KD, **sd_kd())
+    )
     gain = only(rows, "sdd_table_2", "SD-KD").gain
     assert gain is not None
-    assert (gain.over, gain.paired.mean) == ("KD, temperature=4", pytest.approx(np.mean(np.subtract(SD_KD, KD))))
+    assert (gain.over, gain.paired.mean) == (
+        "KD, temperature=4",
+        pytest.approx(np.mean(np.subtract(SD_KD, KD))),
+    )
 
 
 def test_lskd_gains_are_over_the_method_without_standardisation() -> None:
@@ -410,7 +480,12 @@ def test_lskd_gains_are_over_the_method_without_standardisation() -> None:
 
 
 def test_a_printed_gain_that_is_not_the_difference_is_recomputed_and_said() -> None:
-    cell = only(runs("resnet32x4", "shufflev2", [76.0], **sd_kd()), "sdd_table_2", "SD-KD", "resnet32x4 → shufflev2")
+    cell = only(
+        runs("resnet32x4", "shufflev2", [76.0], **sd_kd()),
+        "sdd_table_2",
+        "SD-KD",
+        "resnet32x4 → shufflev2",
+    )
     assert cell.published_gain is not None
     assert cell.published_gain.difference == 2.22
     assert "+2.32" in cell.footnotes["published"][0]
@@ -436,10 +511,16 @@ def test_best_and_second_are_marked_with_ties_as_shown() -> None:
 
 def test_runs_of_other_budgets_are_not_ranked_together() -> None:
     rows = (
-        runs(*SHUFFLE, [74.0]) + runs(*SHUFFLE, [76.0], **sd_kd()) + runs(*SHUFFLE, [90.0], distiller="dkd", epochs=480)
+        runs(*SHUFFLE, [74.0])
+        + runs(*SHUFFLE, [76.0], **sd_kd())
+        + runs(*SHUFFLE, [90.0], distiller="dkd", epochs=480)
     )
     table = build(rows)["sdd_table_2"]
-    assert [table.cells[row, COLUMN].rank for row in ("KD", "SD-KD", "DKD")] == ["second", "best", ""]
+    assert [table.cells[row, COLUMN].rank for row in ("KD", "SD-KD", "DKD")] == [
+        "second",
+        "best",
+        "",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -465,24 +546,41 @@ def test_runs_of_another_protocol_have_no_verdict(settings_: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(("epochs", "comparable"), [(480, True), (240, False)])
 def test_mlkd_trains_480_epochs(epochs: int, comparable: bool) -> None:
-    rows = runs(*SMALL, [77.0, 77.1, 77.2], method="mlkd", distiller="mlkd", source="imported", epochs=epochs)
+    rows = runs(
+        *SMALL,
+        [77.0, 77.1, 77.2],
+        method="mlkd",
+        distiller="mlkd",
+        source="imported",
+        epochs=epochs,
+    )
     verdict = only(rows, "lskd_table_2", "MLKD, imported", SMALL_COLUMN).verdict
     assert (verdict != "not comparable") == comparable
 
 
 @pytest.mark.parametrize("metric", ["last", "val"])
 def test_only_the_best_epoch_is_compared_with_the_papers(metric: str) -> None:
-    table = build(runs(*SHUFFLE, KD, test=74.0, val_fraction=0.1 if metric == "val" else 0.0), metric=metric)[
-        "sdd_table_2"
-    ]
+    table = build(
+        runs(*SHUFFLE, KD, test=74.0, val_fraction=0.1 if metric == "val" else 0.0), metric=metric
+    )["sdd_table_2"]
     assert table.cells["KD", COLUMN].verdict == "not comparable"
     assert any("0.3 points above the last" in note for note in table.notes)
 
 
 def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
-    table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd()), sweep="pilot")["sdd_table_2"]
+    table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd()), sweep="pilot")[
+        "sdd_table_2"
+    ]
     notes = " ".join(table.notes)
-    for text in ("Runs of pilot", "best epoch", "0.3 points", "sqrt(1 + 1/n)", "paired t test", "Holm", "SDD Table 2"):
+    for text in (
+        "Runs of pilot",
+        "best epoch",
+        "0.3 points",
+        "sqrt(1 + 1/n)",
+        "paired t test",
+        "Holm",
+        "SDD Table 2",
+    ):
         assert text in notes
 
 
@@ -533,7 +631,11 @@ def test_knowledge() -> None:
 
 
 def test_weights() -> None:
-    rows = [r for w in (1.0, 2.0, 8.0) for r in runs(*SHUFFLE, [75.0 + w, 75.3 + w], **sd_kd(complementary_weight=w))]
+    rows = [
+        r
+        for w in (1.0, 2.0, 8.0)
+        for r in runs(*SHUFFLE, [75.0 + w, 75.3 + w], **sd_kd(complementary_weight=w))
+    ]
     table = build(rows)["weights_cifar100_kd"]
     for row in PUBLISHED[PUBLISHED.table == "SDD Table 8"].itertuples():
         cell = table.cells[f"weight {row.beta}", COLUMN]
@@ -555,7 +657,11 @@ def test_time_is_of_runs_alone_on_the_machine_and_machines_are_not_mixed() -> No
     table = build(rows)["time_cifar100"]
     cell = table.cells["KD, environment=H200", SMALL_COLUMN]
     assert cell.mean == pytest.approx((1000 * 64 / 6400 + 1000 * 64 / 5120) / 2)
-    assert (cell.n, cell.troubles, cell.verdict) == (2, ("1 trained side by side",), "not comparable")
+    assert (cell.n, cell.troubles, cell.verdict) == (
+        2,
+        ("1 trained side by side",),
+        "not comparable",
+    )
     assert table.cells["KD, environment=2 CPUs", SMALL_COLUMN].mean == pytest.approx(1000)
     printed = {c.published.method: c.published.value for c in table.cells.values() if c.published}
     expected = PUBLISHED[PUBLISHED.table == "SDD Table 9"]
@@ -568,12 +674,25 @@ def test_time_is_of_one_precision_and_of_teachers_that_run() -> None:
         {"precision": "fp32", "teacher_cache": "/cache"},
     ]
     rows = [
-        run(*SMALL, seed, 73.0, images_per_s=1000.0 * (1 + i), group_size=1, environment="H200", **option)
+        run(
+            *SMALL,
+            seed,
+            73.0,
+            images_per_s=1000.0 * (1 + i),
+            group_size=1,
+            environment="H200",
+            **option,
+        )
         for i, option in enumerate(options)
         for seed in (0, 1)
     ]
     cells = build(rows)["time_cifar100"].cells.values()
-    assert sorted((cell.mean, cell.n) for cell in cells if cell.n) == [(16, 2), (64 / 3, 2), (32, 2), (64, 2)]
+    assert sorted((cell.mean, cell.n) for cell in cells if cell.n) == [
+        (16, 2),
+        (64 / 3, 2),
+        (32, 2),
+        (64, 2),
+    ]
 
 
 def test_no_gain_over_a_baseline_of_another_precision() -> None:
@@ -613,7 +732,9 @@ def test_the_seed_suites_global_runs_are_not_lskds() -> None:
 
 
 def test_teachers_and_students_alone_stand_beside() -> None:
-    rows = runs(*SHUFFLE, KD, teacher_top1=79.42) + runs("none", "shufflev1", [70.0, 71.0], distiller="vanilla")
+    rows = runs(*SHUFFLE, KD, teacher_top1=79.42) + runs(
+        "none", "shufflev1", [70.0, 71.0], distiller="vanilla"
+    )
     table = build(rows)["sdd_table_2"]
     assert (table.cells["teacher", COLUMN].mean, table.cells["teacher", COLUMN].n) == (79.42, 1)
     assert table.cells["teacher", COLUMN].rank == table.cells["teacher", COLUMN].verdict == ""
@@ -634,7 +755,9 @@ def test_any_data_set_gets_an_overview() -> None:
     table = build(rows)["overview_fashion_mnist"]
     column = "resnet14 → resnet8"
     assert table.rows == ("student alone", "KD", "SD-KD+LS [1,2,4]")
-    assert [table.cells[row, column].mean for row in table.rows] == pytest.approx([70.0, np.mean(KD), np.mean(SD_KD)])
+    assert [table.cells[row, column].mean for row in table.rows] == pytest.approx(
+        [70.0, np.mean(KD), np.mean(SD_KD)]
+    )
 
 
 def test_runs_that_fit_no_table_are_in_the_overview_and_others_are_not() -> None:
@@ -644,8 +767,12 @@ def test_runs_that_fit_no_table_are_in_the_overview_and_others_are_not() -> None
 
 
 def test_every_run_stands_in_some_table() -> None:
-    rows = runs(*SHUFFLE, KD) + runs("vgg13", "wrn_16_2", [70.0], knowledge="consistent", **sd_kd(M="[2]"))
-    rows += runs("a", "b", [None], dataset="cub200", status="FAILED") + runs("none", "c", [1.0], distiller="vanilla")
+    rows = runs(*SHUFFLE, KD) + runs(
+        "vgg13", "wrn_16_2", [70.0], knowledge="consistent", **sd_kd(M="[2]")
+    )
+    rows += runs("a", "b", [None], dataset="cub200", status="FAILED") + runs(
+        "none", "c", [1.0], distiller="vanilla"
+    )
     built = build(rows).values()
     assert sum(cell.planned for table in built for cell in table.cells.values()) >= len(rows)
 
@@ -689,12 +816,16 @@ def test_best_is_best_and_counts_add_up(rows: list[dict[str, Any]]) -> None:
         for column in table.columns:
             for epochs in (240, 10):
                 ranked = [
-                    c for row in table.rows if (c := table.cells[row, column]).n and c.settings.get("epochs") == epochs
+                    c
+                    for row in table.rows
+                    if (c := table.cells[row, column]).n and c.settings.get("epochs") == epochs
                 ]
                 means = [round(c.mean, 2) for c in ranked if c.mean is not None]
                 for cell, mean in zip(ranked, means, strict=True):
                     assert (cell.rank == "best") == (mean == max(means) and len(means) > 1)
     built = {table.name: table for table in tables.build(frame_of(rows))}
     if "seed_suite" in built:
-        finished = {row["config_hash"] for row in rows if row["status"] == "FINISHED" and row["standardize"]}
+        finished = {
+            row["config_hash"] for row in rows if row["status"] == "FINISHED" and row["standardize"]
+        }
         assert sum(cell.n for cell in built["seed_suite"].cells.values()) <= len(finished)

@@ -21,8 +21,15 @@ from tests.analysis.store import EPOCH_METRICS, make_store
 
 EPOCHS = 240
 SCALES = ("[1]", "[1,2]", "[1,2,4]", "[1,2,3]", "[1,4]")
-PAIRS = (("resnet32x4", "shufflev1"), ("resnet32x4", "mobilev2"), ("wrn_40_2", "vgg8"), ("vgg13", "vgg8"))
-OTHER_PARAMS = {f"other.param_{number}": number for number in range(55)}  # a run of the trainer's has about 75
+PAIRS = (
+    ("resnet32x4", "shufflev1"),
+    ("resnet32x4", "mobilev2"),
+    ("wrn_40_2", "vgg8"),
+    ("vgg13", "vgg8"),
+)
+OTHER_PARAMS = {
+    f"other.param_{number}": number for number in range(55)
+}  # a run of the trainer's has about 75
 
 READING = """
 import json, sys, time
@@ -47,8 +54,20 @@ def rows(seeds: int) -> Iterator[dict[str, Any]]:
         for teacher, student in PAIRS:
             for M in SCALES:
                 best = float(random.normal(70.0, 0.3))
-                setting = {"sweep": "suite", "teacher": teacher, "student": student, "M": M, "seed": seed}
-                yield {**setting, "best": best, "last": best - 0.3, "images_per_s": 4000.0, **OTHER_PARAMS}
+                setting = {
+                    "sweep": "suite",
+                    "teacher": teacher,
+                    "student": student,
+                    "M": M,
+                    "seed": seed,
+                }
+                yield {
+                    **setting,
+                    "best": best,
+                    "last": best - 0.3,
+                    "images_per_s": 4000.0,
+                    **OTHER_PARAMS,
+                }
 
 
 def history(row: Any) -> dict[str, list[float]]:
@@ -72,7 +91,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         deep, wide = Path(folder, "deep", "mlflow.db"), Path(folder, "wide", "mlflow.db")
         make_store(deep, rows(seeds=50), history)
-        print(f"1,000 runs x {EPOCHS} epochs x {len(EPOCH_METRICS)} metrics, loaded: {read(deep, 'frame')}")
+        print(
+            f"1,000 runs x {EPOCHS} epochs x {len(EPOCH_METRICS)} metrics, loaded: {read(deep, 'frame')}"
+        )
         print(f"the same with every table: {read(deep, 'tables')}")
         print(f"the same with the history of val/top1 in place of tables: {read(deep, 'history')}")
         make_store(wide, rows(seeds=500))

@@ -54,10 +54,21 @@ def main() -> None:
     torch.set_num_threads(2)
     splits = fake(test=1)
     data = DeviceData(
-        splits, num_classes=100, batch_size=BATCH_SIZE, seed=0, device="cpu", mean=MEAN, std=STD, eval_batch_size=1
+        splits,
+        num_classes=100,
+        batch_size=BATCH_SIZE,
+        seed=0,
+        device="cpu",
+        mean=MEAN,
+        std=STD,
+        eval_batch_size=1,
     )
     loader = DataLoader(
-        PilImages(splits.train), batch_size=BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True
+        PilImages(splits.train),
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        num_workers=2,
+        persistent_workers=True,
     )
     images_per_second(loader), images_per_second(data.batches(0))
     ours, theirs = [], []

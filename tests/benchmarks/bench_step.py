@@ -76,7 +76,12 @@ def setting(folder: Path) -> tuple[Teacher, Run, nn.Module, Tensor, Tensor]:
     device = torch.device("cpu")
     network = partial(build_network, num_classes=100, seed=0, device=device)
     teacher = Teacher(
-        network(job.teacher.model), None, name="resnet32x4", device=device, precision="fp32", compile=False
+        network(job.teacher.model),
+        None,
+        name="resnet32x4",
+        device=device,
+        precision="fp32",
+        compile=False,
     )
     run = build_run(job, network(job.student.model), Record(job), device, steps=782, images=50_000)
     images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -97,9 +102,14 @@ def main() -> None:
         a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
         forward_s, matmul_s = in_turn(lambda: teacher(images), lambda: [a @ b for _ in range(8)])
         flops = forward_flops(
-            build_network({"_target_": "sddlskd.models.create", "name": "resnet32x4"}, 100, 0, a.device), images
+            build_network(
+                {"_target_": "sddlskd.models.create", "name": "resnet32x4"}, 100, 0, a.device
+            ),
+            images,
         )
-        rates = [flops / f / (8 * 2 * 2048**3 / m) for f, m in zip(forward_s, matmul_s, strict=True)]
+        rates = [
+            flops / f / (8 * 2 * 2048**3 / m) for f, m in zip(forward_s, matmul_s, strict=True)
+        ]
         print(
             f"teacher forward: {statistics.median(rates):.1%} ({min(rates):.1%} to {max(rates):.1%}) of the FLOP rate "
             f"of a 2048^3 float32 matmul ({flops / statistics.median(forward_s) / 1e9:.0f} GFLOP/s)"
@@ -109,18 +119,27 @@ def main() -> None:
             run.train_step(images, target, teacher(images))
 
         composer = ScaleDecoupled(partial(kd, temperature=2.0), [1, 2, 4], standardize=True)
-        student_map, teacher_map = torch.randn(BATCH_SIZE, 100, 8, 8), torch.randn(BATCH_SIZE, 100, 8, 8)
-        student_map, teacher_map = (m.to(memory_format=torch.channels_last) for m in (student_map, teacher_map))
+        student_map, teacher_map = (
+            torch.randn(BATCH_SIZE, 100, 8, 8),
+            torch.randn(BATCH_SIZE, 100, 8, 8),
+        )
+        student_map, teacher_map = (
+            m.to(memory_format=torch.channels_last) for m in (student_map, teacher_map)
+        )
         student_map.requires_grad_()
         step_s, alone_s, composer_s = in_turn(
             step, alone, lambda: composer(student_map, teacher_map, target).backward()
         )
-        print(f"training step / (teacher forward + student forward and backward): {ratio(step_s, alone_s)}")
+        print(
+            f"training step / (teacher forward + student forward and backward): {ratio(step_s, alone_s)}"
+        )
         print(f"composer, forward and backward / training step: {ratio(composer_s, step_s)}")
     peaks = {}
     for what in ("step", "alone", "nothing"):
         command = [sys.executable, "-m", __spec__.name, what]
-        done = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+        done = [
+            subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)
+        ]
         peaks[what] = statistics.median(int(one.stdout) for one in done)
     net = (peaks["step"] - peaks["nothing"]) / (peaks["alone"] - peaks["nothing"])
     print(
@@ -141,7 +160,9 @@ def peak(what: str) -> None:
             else:
                 student.zero_grad(set_to_none=True)
                 F.cross_entropy(student(images).mean((2, 3)), target).backward()
-    status = Path("/proc/self/status").read_text()  # not getrusage: its peak is inherited from the parent process
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # not getrusage: its peak is inherited from the parent process
     print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 

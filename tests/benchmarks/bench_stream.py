@@ -78,7 +78,9 @@ def timed(processes: set[int], work: Callable[[], int]) -> tuple[float, float]:
     decoded as came out, however much of it was decoded in advance."""
 
     def processor_s() -> float:
-        ticks = sum(int(number) for process in processes for number in stat(process)[11:13])  # utime, stime
+        ticks = sum(
+            int(number) for process in processes for number in stat(process)[11:13]
+        )  # utime, stime
         return ticks / os.sysconf("SC_CLK_TCK")
 
     idle_since(processes)
@@ -91,7 +93,9 @@ def starts(start: Callable[[], object]) -> set[int]:
     """The processes that this starts."""
     before = multiprocessing.active_children()
     start()
-    return {child.pid for child in set(multiprocessing.active_children()) - set(before) if child.pid}
+    return {
+        child.pid for child in set(multiprocessing.active_children()) - set(before) if child.pid
+    }
 
 
 class Alone:
@@ -163,7 +167,10 @@ def measure(folder: Path, workers: int) -> None:
     }
     assert all(len(started) == workers for started in processes.values())
     found = [
-        {name: timed(processes[name], lambda run=run, turn=turn: run(turn)) for name, run in runs.items()}  # type: ignore[misc]
+        {
+            name: timed(processes[name], lambda run=run, turn=turn: run(turn))
+            for name, run in runs.items()
+        }  # type: ignore[misc]
         for turn in range(REPEATS + 1)
     ][1:]  # the first warms up
     speed, per_second = ({name: [turn[name][n] for turn in found] for name in runs} for n in (0, 1))
@@ -172,7 +179,9 @@ def measure(folder: Path, workers: int) -> None:
             f"{shown([a / b for a, b in zip(measured['streaming'], measured[name], strict=True)])} of {name}"
             for name in runs if name != "streaming"
         )  # fmt: skip
-        medians = ", ".join(f"{name} {statistics.median(values):.0f}" for name, values in measured.items())
+        medians = ", ".join(
+            f"{name} {statistics.median(values):.0f}" for name, values in measured.items()
+        )
         print(f"{workers} worker(s), by {what}: streaming gives {ratios}; images/s: {medians}")
 
 

@@ -30,12 +30,24 @@ from sddlskd.trainer import fit
 from tests.benchmarks.bench_step import in_turn, ratio
 
 BATCH_SIZE = 64
-STUDENTS = [("shufflev1", "[1]"), ("shufflev1", "[1,2,4]"), ("mobilev2", "[1]"), ("mobilev2", "[1,2,4]")]
+STUDENTS = [
+    ("shufflev1", "[1]"),
+    ("shufflev1", "[1,2,4]"),
+    ("mobilev2", "[1]"),
+    ("mobilev2", "[1,2,4]"),
+]
 
 
 def job_of(home: Path, student: str, M: str, seed: int) -> Config:
     """One job of the sweep."""
-    overrides = ["dataset=fake", "tracking=none", f"home={home}", "trainer=cpu", f"student={student}", f"M={M}"]
+    overrides = [
+        "dataset=fake",
+        "tracking=none",
+        f"home={home}",
+        "trainer=cpu",
+        f"student={student}",
+        f"M={M}",
+    ]
     return cfg.resolve(compose("config", [*overrides, f"seed={seed}", "trainer.data_seed=0"]))
 
 
@@ -44,14 +56,21 @@ def sharing() -> None:
     torch.set_num_threads(2)
     cfg.frame()
     device = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder, initialize_config_module("sddlskd.conf", version_base="1.3"):
-        jobs = [job_of(Path(folder), student, M, seed) for seed in range(4) for student, M in STUDENTS]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        initialize_config_module("sddlskd.conf", version_base="1.3"),
+    ):
+        jobs = [
+            job_of(Path(folder), student, M, seed) for seed in range(4) for student, M in STUDENTS
+        ]
         runs: list[Run] = []
         for job in jobs:
             network = build_network(job.student.model, 100, job.seed, device)
             runs.append(build_run(job, network, Record(job), device, steps=782, images=50_000))
         network = build_network(jobs[0].teacher.model, 100, 0, device)
-        teacher = Teacher(network, None, name="resnet32x4", device=device, precision="fp32", compile=False)
+        teacher = Teacher(
+            network, None, name="resnet32x4", device=device, precision="fp32", compile=False
+        )
         images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)
         target = torch.randint(100, (BATCH_SIZE,))
 
@@ -71,9 +90,17 @@ def sharing() -> None:
                 F.cross_entropy(run.model(images).mean((2, 3)), target).backward()
 
         grouped_s, parts_s = in_turn(lambda: grouped(4), lambda: parts(4), repeats=5)
-        print(f"4 jobs grouped / (one teacher forward + four students alone): {ratio(grouped_s, parts_s)}")
+        print(
+            f"4 jobs grouped / (one teacher forward + four students alone): {ratio(grouped_s, parts_s)}"
+        )
         views = torch.arange(BATCH_SIZE) * 162
-        cache = TeacherCache(teacher, Path(folder, "maps"), rows=BATCH_SIZE * 162, map_KHW=(100, 8, 8), dtype="float16")
+        cache = TeacherCache(
+            teacher,
+            Path(folder, "maps"),
+            rows=BATCH_SIZE * 162,
+            map_KHW=(100, 8, 8),
+            dtype="float16",
+        )
         cache(images, views)
 
         def cached() -> None:
@@ -82,9 +109,13 @@ def sharing() -> None:
                 run.train_step(images, target, teacher_map)
 
         grouped_s, cached_s = in_turn(lambda: grouped(4), cached, repeats=5)
-        print(f"4 jobs grouped / the same with a filled teacher cache: {ratio(grouped_s, cached_s)}")
+        print(
+            f"4 jobs grouped / the same with a filled teacher cache: {ratio(grouped_s, cached_s)}"
+        )
         for count in (1, 2, 4, 8, 16):
-            apart, together = in_turn(lambda n=count: one_after_another(n), lambda n=count: grouped(n), repeats=3)  # type: ignore[misc]
+            apart, together = in_turn(
+                lambda n=count: one_after_another(n), lambda n=count: grouped(n), repeats=3
+            )  # type: ignore[misc]
             print(f"{count:>2} jobs one after another / grouped: {ratio(apart, together)}")
 
 
@@ -123,7 +154,9 @@ def planning() -> None:
     """Print what planning a thousand jobs costs."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", PLANNING, folder], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PLANNING, folder], capture_output=True, text=True, check=True
+        )
         whole = time.perf_counter() - started
     own, checked, peak, child_peak, groups = json.loads(done.stdout)
     print(
@@ -133,7 +166,13 @@ def planning() -> None:
     )
 
 
-RESTARTED = ("dataset=fake", "student=shufflev1,mobilev2", "M=[1],[1,2,4]", "seed=range(0,250)", "tracking=none")
+RESTARTED = (
+    "dataset=fake",
+    "student=shufflev1,mobilev2",
+    "M=[1],[1,2,4]",
+    "seed=range(0,250)",
+    "tracking=none",
+)
 
 
 def restart() -> None:
@@ -142,14 +181,28 @@ def restart() -> None:
         command = [sys.executable, "-m", "sddlskd.train", "-m", *RESTARTED, f"home={folder}"]
         with initialize_config_module("sddlskd.conf", version_base="1.3"):
             for student in ("shufflev1", "mobilev2"):
-                overrides = ["dataset=fake", "tracking=none", f"home={folder}", f"student={student}"]
+                overrides = [
+                    "dataset=fake",
+                    "tracking=none",
+                    f"home={folder}",
+                    f"student={student}",
+                ]
                 job = cfg.resolve(compose("config", overrides))
                 for M, seed in itertools.product(([1], [1, 2, 4]), range(250)):
                     one = cfg.settle(replace(job, M=M, seed=seed))
                     one.run_dir = str(Path(folder, "runs", cfg.run_name(one)))
                     freeze(one)
-                    done = {"status": "FINISHED", "reason": "", "best_top1": 1.0, "last_top1": 1.0, "epochs": 240}
-                    write_text(Path(one.run_dir, "result.json"), json.dumps({**done, "run_id": None, "seconds": 1.0}))
+                    done = {
+                        "status": "FINISHED",
+                        "reason": "",
+                        "best_top1": 1.0,
+                        "last_top1": 1.0,
+                        "epochs": 240,
+                    }
+                    write_text(
+                        Path(one.run_dir, "result.json"),
+                        json.dumps({**done, "run_id": None, "seconds": 1.0}),
+                    )
         started = time.perf_counter()
         told = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - started
@@ -159,14 +212,32 @@ def restart() -> None:
 
 def rounding() -> None:
     """Print what half precision changes in the maps of a teacher that was trained on the digits for five epochs."""
-    overrides = ["dataset=digits", "distiller=vanilla", "student=resnet8", "trainer=cpu", "trainer.epochs=5"]
-    with tempfile.TemporaryDirectory() as folder, initialize_config_module("sddlskd.conf", version_base="1.3"):
-        job = cfg.resolve(compose("config", [*overrides, "tracking=none", "trainer.progress=off", f"home={folder}"]))
+    overrides = [
+        "dataset=digits",
+        "distiller=vanilla",
+        "student=resnet8",
+        "trainer=cpu",
+        "trainer.epochs=5",
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        initialize_config_module("sddlskd.conf", version_base="1.3"),
+    ):
+        job = cfg.resolve(
+            compose(
+                "config", [*overrides, "tracking=none", "trainer.progress=off", f"home={folder}"]
+            )
+        )
         fit([job])
         network = build_network(job.student.model, 10, 0, torch.device("cpu")).eval()
         load_weights(network, Path(folder, "teachers/digits/resnet8.pt"), "resnet8")
         with torch.inference_mode():
-            exact = torch.cat([network(images) for images, _ in build_data(job, torch.device("cpu")).test_batches()])
+            exact = torch.cat(
+                [
+                    network(images)
+                    for images, _ in build_data(job, torch.device("cpu")).test_batches()
+                ]
+            )
     rounded = exact.half().float()
     normal = exact.abs() >= torch.finfo(torch.float16).smallest_normal
     relative = ((rounded - exact).abs() / exact.abs())[normal].max().item()

@@ -71,17 +71,29 @@ def kill_again_and_again(jobs: list[Config], queue: Any) -> None:
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Config]:
     """Of three epochs, saved after every step, with dropout; every second one is mirrored while it trains."""
     home = tmp_path_factory.mktemp("kills")
-    overrides = ("distiller=vanilla", "trainer.epochs=3", "checkpoint.every_minutes=0.00001", "trainer.log_every=1")
+    overrides = (
+        "distiller=vanilla",
+        "trainer.epochs=3",
+        "checkpoint.every_minutes=0.00001",
+        "trainer.log_every=1",
+    )
     found = []
     for seed in range(RUNS):
         tracked = "tracking=mlflow" if seed % 4 == 0 else "tracking=none"
-        found.append(tiny(home, *overrides, f"seed={seed}", tracked, model=net(dropout=0.2), teacher=False))
+        found.append(
+            tiny(home, *overrides, f"seed={seed}", tracked, model=net(dropout=0.2), teacher=False)
+        )
     return found
 
 
 def test_two_hundred_kills(jobs: list[Config], tmp_path: Path) -> None:
-    undisturbed = [replace(job, home=str(tmp_path), run_dir=str(tmp_path / Path(job.run_dir).name)) for job in jobs]
-    undisturbed = [replace(job, tracking=replace(job.tracking, enabled=False)) for job in undisturbed]
+    undisturbed = [
+        replace(job, home=str(tmp_path), run_dir=str(tmp_path / Path(job.run_dir).name))
+        for job in jobs
+    ]
+    undisturbed = [
+        replace(job, tracking=replace(job.tracking, enabled=False)) for job in undisturbed
+    ]
     started, queues = [], [processes.SimpleQueue() for _ in range(3)]
     for part, queue in zip((jobs[::2], jobs[1::2]), queues, strict=False):
         started.append(processes.Process(target=kill_again_and_again, args=(part, queue)))
@@ -96,7 +108,10 @@ def test_two_hundred_kills(jobs: list[Config], tmp_path: Path) -> None:
         process.start()
         process.join()
         assert process.exitcode == 0
-    assert sum(met[how] for how in ("SIGKILL", "SIGTERM", "stopped with its checkpoint saved")) == RUNS * KILLS, met
+    assert (
+        sum(met[how] for how in ("SIGKILL", "SIGTERM", "stopped with its checkpoint saved"))
+        == RUNS * KILLS
+    ), met
     assert met["inside a checkpoint's write"] > RUNS * KILLS / 20, met
     for job, alone in zip(jobs, undisturbed, strict=True):
         assert record.read_result(Path(job.run_dir))["status"] == "FINISHED"
@@ -115,7 +130,9 @@ def test_two_hundred_kills(jobs: list[Config], tmp_path: Path) -> None:
         assert run.info.status == "FINISHED"
         for key in record.read_rows(Path(job.run_dir))[0].keys() - {"epoch", "time"}:
             points = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, key)]
-            assert points == [(row["epoch"], row[key]) for row in record.read_rows(Path(job.run_dir))]
+            assert points == [
+                (row["epoch"], row[key]) for row in record.read_rows(Path(job.run_dir))
+            ]
 
 
 def run_alone(job: Config) -> None:

@@ -57,11 +57,21 @@ class Server:
         self.process: subprocess.Popen[str] | None = None
 
     def command(self) -> list[str]:
-        command = [sys.executable, "-m", "sddlskd.server", "--folder", str(self.folder), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "sddlskd.server",
+            "--folder",
+            str(self.folder),
+            "--port",
+            str(self.port),
+        ]
         return [*command, "--name", self.name, "--", "--workers", "2"]
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         assert self.process.stdout
         line = self.process.stdout.readline()
         assert line.startswith(f"tracking.uri={self.uri} "), line
@@ -75,22 +85,35 @@ class Server:
     def children(self) -> dict[str, int]:
         """The processes of PostgreSQL and of MLflow."""
         assert self.process
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        names = {Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(): int(pid) for pid in found}
-        return {"postgres" if name.endswith("postgres") else "mlflow": pid for name, pid in names.items()}
+        found = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
+        names = {
+            Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(): int(pid)
+            for pid in found
+        }
+        return {
+            "postgres" if name.endswith("postgres") else "mlflow": pid
+            for name, pid in names.items()
+        }
 
     def kill(self, part: str) -> None:
         """SIGKILL to one part; whatever stops by it is started again."""
         assert self.process
         children = self.children()
         if part == "connection":  # PostgreSQL drops all connections then, and recovers
-            (connection,) = self.sql("select min(pid) from pg_stat_activity where backend_type = 'client backend'")
+            (connection,) = self.sql(
+                "select min(pid) from pg_stat_activity where backend_type = 'client backend'"
+            )
             os.kill(int(connection[0]), signal.SIGKILL)
             return
         os.kill(self.process.pid if part == "all" else children[part], signal.SIGKILL)
         self.process.communicate(timeout=120)
         deadline = time.monotonic() + 120
-        while any(Path(f"/proc/{pid}").exists() for pid in children.values()) or not self.port_is_free():
+        while (
+            any(Path(f"/proc/{pid}").exists() for pid in children.values())
+            or not self.port_is_free()
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         self.start()
@@ -111,7 +134,20 @@ class Server:
 
     def sql(self, query: str) -> list[list[str]]:
         place = (self.folder / "postgres" / "postmaster.pid").read_text().splitlines()[4]
-        command = ["psql", "-h", place, "-U", "sddlskd", "-d", "postgres", "-At", "-F", "\t", "-c", query]
+        command = [
+            "psql",
+            "-h",
+            place,
+            "-U",
+            "sddlskd",
+            "-d",
+            "postgres",
+            "-At",
+            "-F",
+            "\t",
+            "-c",
+            query,
+        ]
         environment = os.environ | {"PGPASSFILE": str(self.folder / "password")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return [line.split("\t") for line in done.stdout.splitlines()]
@@ -131,7 +167,9 @@ class Gate(socketserver.ThreadingTCPServer):
 class Pump(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         gate: Any = self.server
-        left = gate.draw.randrange(400) if gate.draw.random() < gate.cuts else math.inf  # bytes of the answers
+        left = (
+            gate.draw.randrange(400) if gate.draw.random() < gate.cuts else math.inf
+        )  # bytes of the answers
         with suppress(OSError), socket.create_connection(("127.0.0.1", gate.server)) as server:
             while gate.is_open:
                 for ready in select.select([self.request, server], [], [], 0.05)[0]:
@@ -160,7 +198,9 @@ def server(gate: Gate) -> Iterator[Server]:
         assert "CI" not in os.environ, reason
         pytest.skip(reason)
     place = Path(tempfile.mkdtemp(prefix="sddlskd-test-"))
-    place.chmod(0o755)  # the user postgres must reach it, as it cannot reach pytest's own folders of root
+    place.chmod(
+        0o755
+    )  # the user postgres must reach it, as it cannot reach pytest's own folders of root
     server = Server(place / "tracking-server", gate.uri.removeprefix("http://"))
     gate.server = server.port
     server.start()
@@ -184,7 +224,9 @@ def write_one(job: Config) -> None:
     draw, mirror, opened = random.Random(job.seed), Mirror(), Record(job)
     for epoch in range(1, EPOCHS + 1):
         strange = draw.choice([math.nan, math.inf, -math.inf, 1e-300])
-        opened.append({"epoch": epoch, "time": time.time(), "val/top1": draw.random(), "train/loss": strange})
+        opened.append(
+            {"epoch": epoch, "time": time.time(), "val/top1": draw.random(), "train/loss": strange}
+        )
         opened.result(RUNNING, epochs=epoch)
         mirror.update(opened.folder)
         time.sleep(draw.uniform(0, 1))
@@ -199,20 +241,35 @@ def write_one(job: Config) -> None:
 def expected(job: Config) -> Counter[tuple[Any, ...]]:
     """The rows of the table `metrics` that a finished run has."""
     rows = record.read_rows(Path(job.run_dir))
-    last = {"epoch": rows[-1]["epoch"], "time": rows[-1]["time"], "best/top1": 1.0, "last/top1": 0.5}
+    last = {
+        "epoch": rows[-1]["epoch"],
+        "time": rows[-1]["time"],
+        "best/top1": 1.0,
+        "last/top1": 0.5,
+    }
     found = Counter[tuple[Any, ...]]()
     for row in [*rows, last]:
         for key in row.keys() - {"epoch", "time"}:
-            value = max(min(row[key], sys.float_info.max), -sys.float_info.max)  # as MLflow keeps infinite numbers
+            value = max(
+                min(row[key], sys.float_info.max), -sys.float_info.max
+            )  # as MLflow keeps infinite numbers
             nan = math.isnan(row[key])
-            found[key, row["epoch"], int(row["time"] * 1000), 0.0 if nan else value, "t" if nan else "f"] += 1
+            found[
+                key,
+                row["epoch"],
+                int(row["time"] * 1000),
+                0.0 if nan else value,
+                "t" if nan else "f",
+            ] += 1
     return found
 
 
 def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: Path) -> None:
     """They make experiment and sweep themselves, all at once, while each part is killed and connections are cut."""
     draw, gate.cuts = random.Random(7), 0.03
-    one = tiny(tmp_path, "tracking=mlflow", f"tracking.uri={gate.uri}", "sweep.name=many", teacher=False)
+    one = tiny(
+        tmp_path, "tracking=mlflow", f"tracking.uri={gate.uri}", "sweep.name=many", teacher=False
+    )
     seeds = [replace(one, seed=seed) for seed in range(WRITERS)]
     jobs = [replace(job, run_dir=str(tmp_path / "runs" / cfg.run_name(job))) for job in seeds]
     gate.is_open = False
@@ -225,7 +282,9 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
         writer.start()
     for part in ("connection", "mlflow", "all", "postgres"):
         before = server.points()
-        while server.points() <= before and any(writer.is_alive() for writer in writers):  # they are at it
+        while server.points() <= before and any(
+            writer.is_alive() for writer in writers
+        ):  # they are at it
             time.sleep(draw.uniform(0, 2))
         server.kill(part)
     for writer in writers:
@@ -235,16 +294,21 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
     tracking.finish_sweep(one, FINISHED)
     tracking.main(["sync", str(tmp_path / "runs")])
 
-    assert server.sql("select name, lifecycle_stage from experiments where name = 'sddlskd'") == [["sddlskd", "active"]]
+    assert server.sql("select name, lifecycle_stage from experiments where name = 'sddlskd'") == [
+        ["sddlskd", "active"]
+    ]
     active = "from runs r join tags t on t.run_uuid = r.run_uuid where r.lifecycle_stage = 'active' and t.key = "
     parents = server.sql(f"select r.run_uuid, r.status {active} 'kind' and t.value = 'sweep'")
     assert [state for _, state in parents] == ["FINISHED"]
-    runs = dict(server.sql(f"select t.value, r.run_uuid {active} 'run_dir' and r.status = 'FINISHED'"))
+    runs = dict(
+        server.sql(f"select t.value, r.run_uuid {active} 'run_dir' and r.status = 'FINISHED'")
+    )
     assert len(server.sql(f"select r.run_uuid {active} 'record'")) == WRITERS
     assert runs.keys() == {job.run_dir for job in jobs}
-    assert {tuple(row) for row in server.sql(f"select t.value, count(*) {active} 'mlflow.parentRunId' group by 1")} == {
-        (parents[0][0], str(WRITERS))
-    }
+    assert {
+        tuple(row)
+        for row in server.sql(f"select t.value, count(*) {active} 'mlflow.parentRunId' group by 1")
+    } == {(parents[0][0], str(WRITERS))}
     written: dict[str, Counter[tuple[Any, ...]]] = {run_id: Counter() for run_id in runs.values()}
     for run_id, key, step, stamp, value, nan in server.sql(
         "select run_uuid, key, step, timestamp, value, is_nan from metrics"
@@ -259,13 +323,21 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
     for job in jobs[::16]:  # the same as others read it
         rows = record.read_rows(Path(job.run_dir))
         points = client.get_metric_history(runs[job.run_dir], "val/top1")
-        assert [(point.step, point.value) for point in points] == [(row["epoch"], row["val/top1"]) for row in rows]
+        assert [(point.step, point.value) for point in points] == [
+            (row["epoch"], row["val/top1"]) for row in rows
+        ]
     assert [file.path for file in client.list_artifacts(parents[0][0])] == ["plan.json"]
 
 
-@pytest.mark.parametrize("shut", [(0, 3), (2, 4), (4, 99), (0, 99)], ids=["start", "middle", "end", "whole"])
+@pytest.mark.parametrize(
+    "shut", [(0, 3), (2, 4), (4, 99), (0, 99)], ids=["start", "middle", "end", "whole"]
+)
 def test_outages(
-    server: Server, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shut: tuple[int, int]
+    server: Server,
+    gate: Gate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shut: tuple[int, int],
 ) -> None:
     """The server cannot be reached from the end of one epoch to that of another; 0: at the start; 99: in the end."""
     monkeypatch.setattr(Mirror.close, "__defaults__", (30.0, 0.5 if shut[1] == 99 else 30.0))
@@ -276,7 +348,9 @@ def test_outages(
         gate.is_open = not shut[0] < self.epoch <= shut[1]
         noted = self.record.folder / "mlflow.json"
         deadline = time.monotonic() + 60
-        while gate.is_open and "rows" not in record.read_mirror(noted.parent):  # so that each outage meets a run
+        while gate.is_open and "rows" not in record.read_mirror(
+            noted.parent
+        ):  # so that each outage meets a run
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -305,7 +379,10 @@ def history(server: Server, job: Config) -> Counter[tuple[str, int, float]]:
     found = Counter[tuple[str, int, float]]()
     for run in client.search_runs([experiment.experiment_id]) if experiment else []:
         for key in run.data.metrics.keys() - {"best/top1", "last/top1", "teacher/top1"}:
-            found.update((key, point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
+            found.update(
+                (key, point.step, point.value)
+                for point in client.get_metric_history(run.info.run_id, key)
+            )
     return found
 
 
@@ -334,7 +411,11 @@ def test_what_protects_it(server: Server) -> None:
     )  # fmt: skip
     assert "password authentication failed" in done.stderr
     assert server.sql("show listen_addresses") in ([], [[""]])
-    for host, code in ((f"localhost:{server.port}", 200), ("localhost", 200), ("evil.example", 403)):
+    for host, code in (
+        (f"localhost:{server.port}", 200),
+        ("localhost", 200),
+        ("evil.example", 403),
+    ):
         asked = f"{server.uri}/api/2.0/mlflow/experiments/search?max_results=1"
         request = urllib.request.Request(asked, headers={"Host": host})
         try:
@@ -344,7 +425,9 @@ def test_what_protects_it(server: Server) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    children = [
+        int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
     return [*children, *(below for child in children for below in descendants(child))]
 
 
@@ -373,7 +456,9 @@ def test_it_is_refused_twice_and_keeps_its_data(server: Server, gate: Gate) -> N
         return done.stderr
 
     folder, elsewhere = str(server.folder), str(server.folder.parent / "other")
-    assert f"port {server.port} cannot be used" in refused("--folder", elsewhere, "--port", str(server.port))
+    assert f"port {server.port} cannot be used" in refused(
+        "--folder", elsewhere, "--port", str(server.port)
+    )
     assert f"{folder} is served already" in refused("--folder", folder, "--port", str(free_port()))
     before = server.sql("select count(*) from metrics")
     children = server.children()
@@ -411,8 +496,17 @@ FULL = (
 
 
 def test_a_node_needs_mlflow_skinny_alone(server: Server, tmp_path: Path) -> None:
-    code = REFUSED.format(names=set(FULL)) + "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
-    common = [f"home={tmp_path}", "dataset=digits", "distiller=vanilla", "student=resnet8", "trainer=debug"]
+    code = (
+        REFUSED.format(names=set(FULL))
+        + "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    )
+    common = [
+        f"home={tmp_path}",
+        "dataset=digits",
+        "distiller=vanilla",
+        "student=resnet8",
+        "trainer=debug",
+    ]
     common += ["trainer.device=cpu", "trainer.progress=off", "tracking.experiment=node"]
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
 
@@ -429,7 +523,15 @@ def test_a_node_needs_mlflow_skinny_alone(server: Server, tmp_path: Path) -> Non
     assert "MLflow has 2 runs up to date" in run("sddlskd.tracking", "sync", "runs")
     client = tracking_uri.client(server.uri)
     runs = client.search_runs([client.get_experiment_by_name("node").experiment_id])
-    assert sorted((run.info.status, run.data.params["seed"]) for run in runs) == [("FINISHED", "0"), ("FINISHED", "1")]
+    assert sorted((run.info.status, run.data.params["seed"]) for run in runs) == [
+        ("FINISHED", "0"),
+        ("FINISHED", "1"),
+    ]
     for run_ in runs:
-        assert {"config.yaml", "result.json"} <= {file.path for file in client.list_artifacts(run_.info.run_id)}
-        assert json.loads(Path(run_.data.tags["run_dir"], "result.json").read_text())["status"] == "FINISHED"
+        assert {"config.yaml", "result.json"} <= {
+            file.path for file in client.list_artifacts(run_.info.run_id)
+        }
+        assert (
+            json.loads(Path(run_.data.tags["run_dir"], "result.json").read_text())["status"]
+            == "FINISHED"
+        )

@@ -32,7 +32,17 @@ StoragePass=slurm
 LogFile={folder}/slurmdbd.log
 PidFile={folder}/slurmdbd.pid
 """
-COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+COMMANDS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "scancel",
+    "sinfo",
+)
 CONF = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -73,8 +83,15 @@ PartitionName=wide Nodes=node1,node2 PreemptMode=OFF MaxTime=60
 
 def missing(accounting: bool = False) -> list[str]:
     """What is not here to run a cluster with."""
-    commands = (*COMMANDS, *(("slurmdbd", "sacct", "mariadbd", "mariadb-install-db") if accounting else ()))
-    lacking = [command for command in commands if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    commands = (
+        *COMMANDS,
+        *(("slurmdbd", "sacct", "mariadbd", "mariadb-install-db") if accounting else ()),
+    )
+    lacking = [
+        command
+        for command in commands
+        if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 
 
@@ -103,7 +120,9 @@ class Cluster:
     """folder: of its files, readable by everybody; conf: its slurm.conf, which the commands find by SLURM_CONF;
     accounting: whether slurmdbd and MariaDB keep accounts, of the account `lab` alone."""
 
-    def __init__(self, folder: Path, *, cpus: int, max_array_size: int = 1001, accounting: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, cpus: int, max_array_size: int = 1001, accounting: bool = False
+    ) -> None:
         self.folder, self.conf = folder, folder / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("state", "spool"):
@@ -119,7 +138,9 @@ class Cluster:
         key.chmod(0o400)
 
     def start(self) -> None:
-        munge = {name: f"{self.folder}/munge.{name}" for name in ("socket", "key", "pid", "log", "seed")}
+        munge = {
+            name: f"{self.folder}/munge.{name}" for name in ("socket", "key", "pid", "log", "seed")
+        }
         self._daemon(
             "munged", "--foreground", "--force", f"--socket={munge['socket']}", f"--key-file={munge['key']}",
             f"--pid-file={munge['pid']}", f"--log-file={munge['log']}", f"--seed-file={munge['seed']}",
@@ -134,7 +155,11 @@ class Cluster:
     def _start_accounting(self) -> None:
         database = ["--no-defaults", "--user=root", f"--datadir={self.folder}/db"]
         users = "--auth-root-authentication-method=normal"
-        subprocess.run(["mariadb-install-db", *database, users, "--skip-test-db"], check=True, capture_output=True)
+        subprocess.run(
+            ["mariadb-install-db", *database, users, "--skip-test-db"],
+            check=True,
+            capture_output=True,
+        )
         (self.folder / "users.sql").write_text(
             "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\nGRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
         )
@@ -144,7 +169,9 @@ class Cluster:
         )  # fmt: skip
         wait_for(lambda: answers(self.sql_port), 180)
         self._daemon("slurmdbd", "-D")
-        wait_for(lambda: "loopback" in self.ask("sacctmgr", "-in", "add", "cluster", "loopback"), 180)
+        wait_for(
+            lambda: "loopback" in self.ask("sacctmgr", "-in", "add", "cluster", "loopback"), 180
+        )
         self.ask("sacctmgr", "-i", "add", "account", "lab")
         self.ask("sacctmgr", "-i", "add", "user", "root", "account=lab")
 
@@ -159,7 +186,10 @@ class Cluster:
         assert program
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
-                [program, *options], stdout=out, stderr=out, env=os.environ | {"SLURM_CONF": str(self.conf)}
+                [program, *options],
+                stdout=out,
+                stderr=out,
+                env=os.environ | {"SLURM_CONF": str(self.conf)},
             )
 
     def end(self, name: str, by: signal.Signals = signal.SIGKILL) -> None:
@@ -181,7 +211,9 @@ class Cluster:
             with suppress(OSError):  # it has ended since
                 environment = (path / "environ").read_bytes().split(b"\0")
                 in_job = any(value.startswith(b"SLURM_JOB_ID=") for value in environment)
-                if ours in environment and (in_job or (path / "cmdline").read_bytes().startswith(b"slurmstepd")):
+                if ours in environment and (
+                    in_job or (path / "cmdline").read_bytes().startswith(b"slurmstepd")
+                ):
                     found.append(int(path.name))
         return found
 
@@ -193,7 +225,12 @@ class Cluster:
             self.start_slurmd()
         wait_for(lambda: self.ask("scontrol", "ping"), 180)
         self.ask("scancel", "--user=root")
-        wait_for(lambda: not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T"), 300)
+        wait_for(
+            lambda: (
+                not self.queue() and "idle" in self.ask("sinfo", "-h", "-p", "main", "-o", "%T")
+            ),
+            300,
+        )
 
     def stop(self) -> None:
         for name in ("slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged"):
@@ -211,7 +248,9 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """What a SLURM command prints; "" while slurmctld does not answer."""
         environment = os.environ | {"SLURM_CONF": str(self.conf)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        ).stdout
 
     def queue(self) -> dict[str, str]:
         """{job: state} of what is live."""

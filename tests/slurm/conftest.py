@@ -54,7 +54,9 @@ def leave_teacher(home: Path) -> Path:
     """A home where jobs on digits find a teacher."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        checkpoint.write(home / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()})
+        checkpoint.write(
+            home / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
+        )
     return home
 
 

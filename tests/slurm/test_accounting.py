@@ -20,8 +20,12 @@ def accounted() -> Iterator[Cluster]:
     yield from cluster_of_its_own(cpus=2, accounting=True)
 
 
-def test_an_account_that_is_not_there_is_refused_in_sbatchs_words(accounted: Cluster, home: Path) -> None:
-    with pytest.raises(ValueError, match=r"sbatch: .*Invalid account .* see hydra\.launcher\.partition, account"):
+def test_an_account_that_is_not_there_is_refused_in_sbatchs_words(
+    accounted: Cluster, home: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"sbatch: .*Invalid account .* see hydra\.launcher\.partition, account"
+    ):
         sweep(jobs_of(home, network("Tiny")), account="nope")
     assert not (home / "runs").exists()
 
@@ -30,14 +34,18 @@ def test_the_cause_of_death_is_known_long_afterwards(
     accounted: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = ["sbatch", "--account=lab", "--output=/dev/null", "--parsable"]
-    failed = accounted.ask(*submit, "--array=0-1", "--wrap=exit $((3 * SLURM_ARRAY_TASK_ID))").strip()
+    failed = accounted.ask(
+        *submit, "--array=0-1", "--wrap=exit $((3 * SLURM_ARRAY_TASK_ID))"
+    ).strip()
     cancelled = accounted.ask(*submit, "--hold", "--array=0-1", "--wrap=true").strip()
     accounted.ask("scancel", cancelled)
     wait_for(lambda: not accounted.queue())
     sacct = shutil.which("sacct")
     assert sacct
     (tmp_path / "sacct").symlink_to(sacct)
-    monkeypatch.setenv("PATH", str(tmp_path))  # without scontrol, which forgets jobs after some minutes
+    monkeypatch.setenv(
+        "PATH", str(tmp_path)
+    )  # without scontrol, which forgets jobs after some minutes
     dead = [f"{failed}_0", f"{failed}_1", f"{cancelled}_0", f"{cancelled}_1", "999999"]
     gone = "gone, and SLURM does not know why any more"
     causes = ["COMPLETED", "FAILED (exit code 3:0)", "CANCELLED", "CANCELLED", gone]

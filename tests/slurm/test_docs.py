@@ -35,13 +35,22 @@ def test_every_command_of_the_page_works(cluster: Cluster, tmp_path: Path) -> No
     environment["PYTHONPATH"] = str(clone)  # the code of the clone, not the one that is installed
     environment.pop("SDDLSKD_HOME", None)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
-    results = [record.read_result(path.parent) for path in (clone / "runs").glob("digits/*/result.json")]
+    results = [
+        record.read_result(path.parent) for path in (clone / "runs").glob("digits/*/result.json")
+    ]
     statuses = sorted(result["status"] for result in results)
-    assert statuses.count("FINISHED") == 4  # the teacher, the sweep of two, the one without a server
+    assert (
+        statuses.count("FINISHED") == 4
+    )  # the teacher, the sweep of two, the one without a server
     assert set(statuses) <= {"FINISHED", "KILLED"}  # of the sweep that was cancelled
     assert "submitted to SLURM" in told
     assert "MLflow has" in told

@@ -26,7 +26,13 @@ from tests.test_sweeps import grid_of, network
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800), pytest.mark.usefixtures("restored")]
 
-COMMON = ["dataset=digits", "teacher=resnet8", "trainer=cpu", "trainer.batch_size=32", "tracking=none"]
+COMMON = [
+    "dataset=digits",
+    "teacher=resnet8",
+    "trainer=cpu",
+    "trainer.batch_size=32",
+    "tracking=none",
+]
 COMMON += ["allow_foreign_targets=true"]
 OPTIONS: dict[str, Any] = {
     "wait": True,
@@ -49,14 +55,21 @@ OPTIONS: dict[str, Any] = {
 
 def slow(seconds: float, *more: str) -> list[str]:
     """Three epochs of eight steps that take so long each."""
-    return [*network("Slow", seconds=seconds).split(), "trainer.epochs=3", "trainer.max_steps=8", *more]
+    return [
+        *network("Slow", seconds=seconds).split(),
+        "trainer.epochs=3",
+        "trainer.max_steps=8",
+        *more,
+    ]
 
 
 def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config]:
     return grid_of(home, [*COMMON, *common], [one.split() for one in grid])[2]
 
 
-def sweep(jobs: list[Config], name: str = "test", **options: Any) -> tuple[list[dict[str, Any]], int]:
+def sweep(
+    jobs: list[Config], name: str = "test", **options: Any
+) -> tuple[list[dict[str, Any]], int]:
     """Results and exit code of a launch in this process."""
     try:
         run_sweep(jobs, name, pool=Slurm(**{**OPTIONS, **options}), max_group_size=1)
@@ -66,10 +79,25 @@ def sweep(jobs: list[Config], name: str = "test", **options: Any) -> tuple[list[
     return [record.read_result(Path(job.run_dir)) for job in jobs], code
 
 
-def launch(home: Path, name: str, *overrides: str, launcher: str = "slurm") -> subprocess.CompletedProcess[str]:
+def launch(
+    home: Path, name: str, *overrides: str, launcher: str = "slurm"
+) -> subprocess.CompletedProcess[str]:
     """The command, submitting without waiting."""
-    command = [sys.executable, "-m", "sddlskd.train", "-m", f"hydra/launcher={launcher}", *COMMON, f"home={home}"]
-    command += [f"sweep.name={name}", "hydra.launcher.cpus_per_task=1", "hydra.launcher.wait=false", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "sddlskd.train",
+        "-m",
+        f"hydra/launcher={launcher}",
+        *COMMON,
+        f"home={home}",
+    ]
+    command += [
+        f"sweep.name={name}",
+        "hydra.launcher.cpus_per_task=1",
+        "hydra.launcher.wait=false",
+        *overrides,
+    ]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -91,7 +119,10 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def run_dirs(home: Path, name: str) -> list[Path]:
-    return [Path(path) for path in json.loads((home / "runs/sweeps" / name / "sweep.json").read_text())["jobs"]]
+    return [
+        Path(path)
+        for path in json.loads((home / "runs/sweeps" / name / "sweep.json").read_text())["jobs"]
+    ]
 
 
 GRID = ["M=[1],[1,2]", "seed=0,1"]
@@ -101,7 +132,10 @@ GRID = ["M=[1],[1,2]", "seed=0,1"]
 def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same four jobs twice, the second time with everything that a cluster does to jobs, beside one job that needs
     longer than its time limit; all at once, since most of it is waiting."""
-    homes = {name: leave_teacher(tmp_path_factory.mktemp(name)) for name in ("calm", "rough", "long", "twin")}
+    homes = {
+        name: leave_teacher(tmp_path_factory.mktemp(name))
+        for name in ("calm", "rough", "long", "twin")
+    }
     mlflow = ["tracking=mlflow"]
     long = ["trainer.epochs=3", "trainer.max_steps=20", "checkpoint.every_minutes=0.02"]
     launch(homes["long"], "long", *network("Slow", seconds=1.0).split(), *long, *mlflow, "hydra.launcher.timeout_min=1",
@@ -157,7 +191,9 @@ def requeues_of(cluster: Cluster, job: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(story: dict[str, Path], tmp_path: Path) -> None:
+def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(
+    story: dict[str, Path], tmp_path: Path
+) -> None:
     home = story["calm"]
     folders = run_dirs(home, "calm")
     assert [record.read_result(folder)["status"] for folder in folders] == ["FINISHED"] * 4
@@ -165,7 +201,16 @@ def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(story: dict[str, 
     (parent,) = client.search_runs(["1"], "tags.kind = 'sweep'")
     assert parent.info.status == "FINISHED"  # nobody waited for it
     assert len(client.search_runs(["1"], "tags.kind = 'job'")) == 4
-    command = [sys.executable, "-m", "analysis", "calm", "--home", str(home), "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "analysis",
+        "calm",
+        "--home",
+        str(home),
+        "--out",
+        str(tmp_path),
+    ]
     subprocess.run(command, cwd=REPO, check=True, capture_output=True)
     assert "(2)" in (tmp_path / "tables/overview_digits.md").read_text()  # two seeds a cell
 
@@ -173,7 +218,9 @@ def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(story: dict[str, 
 def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str, Path]) -> None:
     home = story["rough"]
     client = tracking_uri.client(f"sqlite:///{home}/mlflow.db")
-    in_mlflow = {run.data.tags["run_dir"]: run for run in client.search_runs(["1"], "tags.kind = 'job'")}
+    in_mlflow = {
+        run.data.tags["run_dir"]: run for run in client.search_runs(["1"], "tags.kind = 'job'")
+    }
     assert len(in_mlflow) == 4
     for folder in run_dirs(home, "rough"):
         result = record.read_result(folder)
@@ -186,7 +233,10 @@ def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str
         assert run.data.tags["requeues"] == str(result["requeues"])
     logs = [Path(one.log).read_text() for one in submissions(home / "runs/sweeps/rough")]
     assert sum(text.count("warned: back into the queue") for text in logs) >= 11  # one was requeued
-    assert all("continuing at epoch" in (folder / "train.log").read_text() for folder in run_dirs(home, "rough"))
+    assert all(
+        "continuing at epoch" in (folder / "train.log").read_text()
+        for folder in run_dirs(home, "rough")
+    )
 
 
 def test_a_job_longer_than_its_time_limit_goes_on_after_it(story: dict[str, Path]) -> None:
@@ -217,7 +267,9 @@ def test_a_queued_sweep_is_seen_cancelled_and_never_submitted_twice(
     folder = home / "runs/sweeps/test"
     submitted = submissions(folder)
     assert code == 0
-    assert f"submitted to SLURM: {' '.join(one.job for one in submitted)}" in capsys.readouterr().out
+    assert (
+        f"submitted to SLURM: {' '.join(one.job for one in submitted)}" in capsys.readouterr().out
+    )
     arrays = [one.job.split("_")[0] for one in submitted]  # no array is larger than MaxArraySize
     assert [arrays.count(array) for array in dict.fromkeys(arrays)] == [5, 2]
     assert [one.run_dirs for one in submitted] == [[job.run_dir] for job in jobs]
@@ -247,7 +299,10 @@ def test_a_queued_sweep_is_seen_cancelled_and_never_submitted_twice(
 
 
 def test_what_kills_one_job_is_told_and_its_siblings_finish(
-    cluster: Cluster, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (home / "kills").mkdir()
     slurmctld_away(cluster, monkeypatch)
@@ -262,7 +317,10 @@ def test_what_kills_one_job_is_told_and_its_siblings_finish(
     told = capsys.readouterr().out
     assert "1 failed: RuntimeError" in told
     assert f"what the tasks said: python -m sddlskd.sweeps logs {home}/runs/sweeps/test" in told
-    states = {job: cluster.ask("scontrol", "show", "job", job) for job in (one.job for one in all_of(home))}
+    states = {
+        job: cluster.ask("scontrol", "show", "job", job)
+        for job in (one.job for one in all_of(home))
+    }
     assert ["JobState=COMPLETED" in state for state in states.values()] == [True, False, False]
 
 
@@ -306,7 +364,9 @@ def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Pa
     assert record.read_result(folder)["reason"] == "stopped by SIGTERM"
     results, code = sweep(jobs)
     assert (code, results[0]["status"], results[0]["requeues"]) == (0, "FINISHED", 1)
-    (twin,) = jobs_of(home / "twin", " ".join(slow(0.0, f"teacher.checkpoint={home}/teachers/digits/resnet8.pt")))
+    (twin,) = jobs_of(
+        home / "twin", " ".join(slow(0.0, f"teacher.checkpoint={home}/teachers/digits/resnet8.pt"))
+    )
     fit([twin])
     assert same_weights(folder, Path(twin.run_dir))
 
@@ -331,7 +391,9 @@ def test_a_preempted_job_that_has_time_to_end_is_queued_again(cluster: Cluster, 
     assert (result["status"], result["requeues"]) == ("FINISHED", 1)
 
 
-def test_a_job_that_dies_after_a_preemption_is_not_preempted_again(cluster: Cluster, home: Path) -> None:
+def test_a_job_that_dies_after_a_preemption_is_not_preempted_again(
+    cluster: Cluster, home: Path
+) -> None:
     folder, one = preempted(cluster, home)
     wait_for(lambda: requeues_of(cluster, one.job) == 1)
     wait_for(lambda: training(folder))
@@ -340,11 +402,15 @@ def test_a_job_that_dies_after_a_preemption_is_not_preempted_again(cluster: Clus
     assert requeues_of(cluster, one.job) == 1
 
 
-def test_a_finished_job_is_not_requeued_however_often_it_is_warned(cluster: Cluster, home: Path) -> None:
+def test_a_finished_job_is_not_requeued_however_often_it_is_warned(
+    cluster: Cluster, home: Path
+) -> None:
     jobs = jobs_of(home, network("Tiny"), common=("trainer=debug",))
     sweep(jobs, wait=False)
     job = all_of(home)[0].job
-    wait_for(lambda: record.read_result(Path(jobs[0].run_dir)).get("status") == "FINISHED", every=0.02)
+    wait_for(
+        lambda: record.read_result(Path(jobs[0].run_dir)).get("status") == "FINISHED", every=0.02
+    )
     while cluster.queue():  # the process still ends its threads, its imports, itself
         cluster.ask("scancel", "--signal=USR2", f"{job}.0")
     state = cluster.ask("scontrol", "show", "job", job)
@@ -358,18 +424,25 @@ def test_there_is_an_end_to_requeues(cluster: Cluster, home: Path) -> None:
     wait_for(lambda: training(Path(jobs[0].run_dir)))
     cluster.ask("scancel", "--signal=USR2", f"{all_of(home)[0].job}.0")
     wait_for(lambda: not cluster.queue())
-    assert record.read_result(Path(jobs[0].run_dir))["reason"] == "stopped by SIGUSR2, max_requeues reached"
+    assert (
+        record.read_result(Path(jobs[0].run_dir))["reason"]
+        == "stopped by SIGUSR2, max_requeues reached"
+    )
     assert "max_requeues=0 is reached" in Path(all_of(home)[0].log).read_text()
 
 
-def test_a_group_is_one_task_and_how_python_starts_is_the_users_to_say(cluster: Cluster, home: Path) -> None:
+def test_a_group_is_one_task_and_how_python_starts_is_the_users_to_say(
+    cluster: Cluster, home: Path
+) -> None:
     jobs = jobs_of(home, "M=[1]", "M=[2]", network("Raises"), common=("trainer=debug",))
     python = f"env MARK=here {sys.executable}"
     setup = [f"touch {home}/set-up"]
     options = {**OPTIONS, "python": python, "setup": setup, "srun_args": ["--label"]}
     with pytest.raises(SystemExit):
         run_sweep(jobs, "test", pool=Slurm(**options), max_group_size=None)
-    assert [result["status"] for result in (record.read_result(Path(job.run_dir)) for job in jobs)] == [
+    assert [
+        result["status"] for result in (record.read_result(Path(job.run_dir)) for job in jobs)
+    ] == [
         "FINISHED",
         "FINISHED",
         "FAILED",
@@ -391,15 +464,22 @@ def test_what_slurm_will_refuse_is_told_before_anything_is_written(
         ({"gpus_per_node": 8}, r"sbatch: .*generic resource"),
         ({"signal_delay_s": 600}, r"signal_delay_s=600 .*timeout_min=10"),
         ({"nodes": 2}, r"trainer\.devices=1 .*hydra\.launcher\.nodes=2"),
-        ({"setup": ["module load x", "export MY_TOKEN=abc"]}, r"setup would write export MY_TOKEN into files"),
+        (
+            {"setup": ["module load x", "export MY_TOKEN=abc"]},
+            r"setup would write export MY_TOKEN into files",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             sweep(jobs, **options)
     tracked = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
-    with pytest.raises(ValueError, match=r"tracking\.uri=sqlite.* from \w+; .*make tracking-server.*tracking sync"):
+    with pytest.raises(
+        ValueError, match=r"tracking\.uri=sqlite.* from \w+; .*make tracking-server.*tracking sync"
+    ):
         sweep(tracked, partition="wide")
     cached = jobs_of(home, f"{network('Tiny')} teacher.cache={home}/maps")
-    with pytest.raises(ValueError, match=r"teacher\.cache=\S+maps is written to by one host alone .* run on 2; set"):
+    with pytest.raises(
+        ValueError, match=r"teacher\.cache=\S+maps is written to by one host alone .* run on 2; set"
+    ):
         sweep(cached, partition="wide")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match=r"hydra/launcher=slurm needs sbatch, .*login node"):
@@ -414,9 +494,13 @@ def test_without_slurm_nobody_guesses_what_is_queued(
     folder = home / "runs/sweeps/test"
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text(
-        json.dumps({"name": "test", "command": "x", "folder": "/", "time": 0, "jobs": [jobs[0].run_dir]})
+        json.dumps(
+            {"name": "test", "command": "x", "folder": "/", "time": 0, "jobs": [jobs[0].run_dir]}
+        )
     )
-    (folder / "slurm.json").write_text(json.dumps([{"job": "1", "run_dirs": [jobs[0].run_dir], "log": "/x"}]))
+    (folder / "slurm.json").write_text(
+        json.dumps([{"job": "1", "run_dirs": [jobs[0].run_dir], "log": "/x"}])
+    )
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConnectionError, match="squeue is not on PATH"):
         sweep(jobs)
@@ -427,7 +511,9 @@ def test_without_slurm_nobody_guesses_what_is_queued(
     assert "1 jobs: 1 new" in told
 
 
-def test_ranks_that_share_each_batch_are_processes_of_one_task(cluster: Cluster, home: Path) -> None:
+def test_ranks_that_share_each_batch_are_processes_of_one_task(
+    cluster: Cluster, home: Path
+) -> None:
     """Warned together, they go on together, and end as ranks that SLURM left alone."""
     jobs = jobs_of(home, " ".join(slow(0.4, "trainer.devices=2")))
     folder = Path(jobs[0].run_dir)
