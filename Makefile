@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-services tracking-server lint bench clean
+.PHONY: setup demo test test-services test-long tracking-server lint bench clean
 
 setup: .venv/installed
 
@@ -18,19 +18,24 @@ demo: setup
 	@echo
 	@echo "Next:"
 	@echo "  open demo/results/report.html                                       # tables, figures, every run"
-	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # look at the runs on http://127.0.0.1:5000"
-	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=0,1 # a second seed; what is done is kept"
-	@echo "  $(BIN)/python -m sddlskd.train --help                                # what one can choose"
+	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # shows the runs on http://127.0.0.1:5000"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=0,1 # adds a second seed; finished runs are kept"
+	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations 12
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 12
 
-# Real SLURM, PostgreSQL and their like, on loopback; what cannot be installed here is skipped with the reason.
+# Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
+# installed are skipped, with the reason.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(BIN)/python -m pytest -m services --durations 12
+	$(BIN)/python -m pytest -m services --numprocesses 3 --dist worksteal --durations 12
 
-# MLflow on PostgreSQL on loopback, its data in tracking-server/: docs/tracking.md.
+# Hundreds of kills at random moments: about ten minutes. Nothing runs it by itself.
+test-long: setup
+	$(BIN)/python -m pytest -m long --durations 12
+
+# MLflow on PostgreSQL on loopback, with its data in tracking-server/ (docs/tracking.md).
 tracking-server: setup
 	$(BIN)/python -m sddlskd.server
 

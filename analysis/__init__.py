@@ -1,1 +1,4 @@
-"""From runs in MLflow to a paper's tables, figures and a report. Reads MLflow alone; never imports sddlskd."""
+"""Turn runs in MLflow into a paper's tables, figures and a report.
+
+The package reads MLflow only and never imports sddlskd.
+"""

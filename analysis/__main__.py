@@ -1,4 +1,7 @@
-"""`python -m analysis NAME`: tables, figures and the report of a sweep. What is heavy is imported when it is needed."""
+"""Write the tables, figures and report of a sweep: `python -m analysis NAME`.
+
+Slow modules are imported only when they are needed.
+"""
 
 import argparse
 import os
@@ -13,17 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 FORMATS = ("md", "tex", "html", "csv")
-SHOWN = 20  # runs listed one by one
+SHOWN = 20  # unfinished runs to list one by one
 USAGE = """
-  %(prog)s                        what sweeps and experiments there are
-  %(prog)s NAME [options]         every table and figure whose runs exist, runs.csv and report.html
-  %(prog)s import-logs PATH ...   others' text logs and CSV files as runs"""
-METRIC = """best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy at the epoch
-that a held-out split chose (dataset.val_fraction>0). Default: best"""
+  %(prog)s                        list the sweeps and experiments
+  %(prog)s NAME [options]         write each table and figure that has runs, runs.csv, report.html
+  %(prog)s import-logs PATH ...   import text logs and CSV files of other projects as runs"""
+METRIC = """best: best epoch on the test set, as the papers report; last: last epoch;
+val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0). Default: best"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """Run the command line and return its exit status: 0, or 1 after an error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["import-logs"]:
@@ -38,19 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _analyse(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        "python -m analysis", USAGE, "The papers' tables, figures and a report, from MLflow."
+        "python -m analysis", USAGE, "Write the papers' tables, figures and a report from MLflow."
     )
-    parser.add_argument("name", nargs="?", help="a sweep, or an MLflow experiment")
+    parser.add_argument("name", nargs="?", help="a sweep or an MLflow experiment")
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder to write to. Default: results"
     )
     _add_store(parser)
     parser.add_argument("--metric", choices=("best", "last", "val"), default="best", help=METRIC)
     parser.add_argument(
-        "--mixed-epochs", action="store_true", help="take runs of different lengths together"
+        "--mixed-epochs",
+        action="store_true",
+        help="combine runs that differ in their number of epochs",
     )
     parser.add_argument(
-        "--format", default=",".join(FORMATS), help="of the tables. Default: %(default)s"
+        "--format", default=",".join(FORMATS), help="formats of the tables. Default: %(default)s"
     )
     chosen = parser.parse_args(given)
     formats = chosen.format.split(",")
@@ -84,20 +89,21 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
             )
         _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
     if not built:
-        _say("no table: there are no runs for one")
+        _say("no table written: there are no runs for any table")
     drawn = figures.build(runs, out / "figures", metric=metric)
     for figure in drawn:
         _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
     runs.frame.to_csv(out / "runs.csv", index=False)
-    _say(f"wrote {out / 'runs.csv'}: a row a run")
+    _say(f"wrote {out / 'runs.csv'}: one row per run")
     report.write(out / "report.html", runs, built, drawn, metric=metric)
     _say(
-        f"wrote {out / 'report.html'}: {len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs"
+        f"wrote {out / 'report.html'}: "
+        f"{len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs"
     )
 
 
 def _say_what_is_missing(runs: "Runs") -> None:
-    """What is not finished, with the commands that finish it."""
+    """Print the runs that are not finished, with the commands that finish them."""
     frame = runs.frame
     open_runs = frame[~frame["superseded"] & (frame["status"] != "FINISHED")]
     if open_runs.empty:
@@ -136,24 +142,26 @@ def _list(uri: str) -> None:
 def _import_logs(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m analysis import-logs",
-        description="Bring others' results in as runs, marked source=imported.",
+        description="Import results of other projects as runs, marked source=imported.",
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them"
+        "paths", nargs="+", type=Path, metavar="PATH", help="log files, or folders of log files"
     )
     _add_store(parser)
-    parser.add_argument("--experiment", default="imported", help="of MLflow. Default: imported")
+    parser.add_argument(
+        "--experiment", default="imported", help="MLflow experiment. Default: imported"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="PARAM=VALUE",
-        help="what the logs do not say, as teacher.name=resnet32x4",
+        help="params that the logs do not state, such as teacher.name=resnet32x4",
     )
     chosen = parser.parse_args(given)
     if wrong := [text for text in chosen.set if "=" not in text]:
         raise ValueError(
-            f"--set {wrong[0]} is not valid; give PARAM=VALUE, as teacher.name=resnet32x4"
+            f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"
         )
     from analysis.import_logs import import_logs
 
@@ -166,8 +174,8 @@ def _import_logs(given: Sequence[str]) -> None:
 def _add_store(parser: argparse.ArgumentParser) -> None:
     store = parser.add_mutually_exclusive_group()
     store.add_argument("--uri", help="MLflow server or sqlite:////absolute/path/mlflow.db")
-    neither = "Without either: MLFLOW_TRACKING_URI, or mlflow.db in SDDLSKD_HOME or here"
-    store.add_argument("--home", type=Path, help=f"folder of mlflow.db. {neither}")
+    neither = "By default: MLFLOW_TRACKING_URI, or mlflow.db in SDDLSKD_HOME or the current folder"
+    store.add_argument("--home", type=Path, help=f"folder that holds mlflow.db. {neither}")
 
 
 def _uri(chosen: argparse.Namespace) -> str:

@@ -1,7 +1,11 @@
-"""The papers' figures, from runs: as PNG and SVG, each with a caption that says what it shows and on how many seeds.
+"""Draw the papers' figures from runs, as PNG and SVG.
 
-A *setting* is what one line or marker stands for: method, M, and whatever else differs between runs of the same pair,
-method and M. A *panel* is a pair on a data set. Colours are Okabe and Ito's, and marks differ as well, for grey print.
+Each figure has a caption that says what the figure shows and on how many seeds. A *setting* is what
+one line or marker stands for: the method, M, and everything else that differs between runs of the
+same pair, method and M. A *panel* is a pair on a data set. The colours are those of Okabe and Ito.
+Markers differ as well, so that the figures can be printed in grey.
+
+Shapes: K classes, n images, C features, H height, W width.
 """
 
 import itertools
@@ -34,27 +38,26 @@ __all__ = [
     "same_family",
 ]
 
-PANELS, LINES, CELLS = (
-    12,
-    12,
-    60,
-)  # at most, in a figure; CELLS: panels x settings of a chart of dots
-MAPS, CLASSES = 6, 10  # of the t-SNE figure: panels, and classes told apart
-NAMED = 15  # things that a caption names before it counts
-NO_ROOM = "Not drawn for want of room"
+# Largest number of panels, lines, and cells (panels x settings of a dot chart) in a figure.
+PANELS, LINES, CELLS = 12, 12, 60
+# Largest number of panels and of coloured classes in the t-SNE figure.
+MAPS, CLASSES = 6, 10
+NAMED = 15  # names that a caption lists; it counts the rest
+NO_ROOM = "Not drawn for lack of space"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 GREY = "#bbbbbb"
+# 5 dash patterns and 7 colours make 35 different lines.
 DASHES: tuple[Any, ...] = (
     "-",
     "--",
     "-.",
     ":",
     (0, (6, 1, 1, 1, 1, 1)),
-)  # 5 and 7 colours: 35 different lines
+)
 MARKERS = "osD^vPX<>*hp"
 STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "sddlskd",  # the same ids in every run
-    "text.parse_math": False,  # a $ in a name is a $
+    "svg.hashsalt": "sddlskd",  # gives the same ids in every run
+    "text.parse_math": False,  # shows a $ in a name as it is
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -71,7 +74,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
 }
-WIDE = 7.0  # inches, both columns of a page; a single panel takes one column
+WIDE = 7.0  # inches: both columns of a page; a single panel takes one column
 EXTRAS = {
     **{
         "complementary_weight": "β",
@@ -90,21 +93,23 @@ EXTRAS = {
         "source": "",
     },
 }
-"""Columns that tell settings of one method and M apart, and the sign before their value."""
+"""Columns that distinguish settings of one method and M, and the sign before their value."""
+# Columns that the loss of a student alone does not read.
 UNREAD_ALONE = (
     "complementary_weight",
     "knowledge",
     "temperature",
     "kd_weight",
-)  # by the loss of a student alone
+)
 KINDS = {False: "heterogeneous", True: "homogeneous"}
-COMPARABLE = ["dataset", "student", *BUDGET, "source"]  # a run and its baseline agree in
+# Columns in which a run and its baseline agree.
+COMPARABLE = ["dataset", "student", *BUDGET, "source"]
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class Source(Protocol):
-    """What figures read; analysis.runs.Runs is one."""
+    """The runs that the figures read; `analysis.runs.Runs` implements this protocol."""
 
     @property
     def frame(self) -> pd.DataFrame: ...
@@ -118,7 +123,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Figure:
-    name: str  # of its files
+    """A figure that `build` has drawn."""
+
+    name: str  # stem of its file names
     title: str
     caption: str
     png: Path
@@ -126,7 +133,19 @@ class Figure:
 
 
 def build(runs: Source, out: Path, *, metric: str = "best") -> list[Figure]:
-    """Draw every figure whose data exist into the folder `out`."""
+    """Draw every figure whose data exist.
+
+    Args:
+        runs: the runs to draw, with their histories and predictions.
+        out: folder for the PNG and SVG files, created if it is missing.
+        metric: accuracy to show, a key of `analysis.tables.METRICS`.
+
+    Returns:
+        The figures, with captions. The list is empty if no finished run has the metric.
+
+    Raises:
+        ValueError: if `metric` is not in `analysis.tables.METRICS`.
+    """
     if metric not in METRICS:
         raise ValueError(f"metric={metric} is not valid; give one of {', '.join(METRICS)}")
     frame, left_out = _standing(runs.frame, metric)
@@ -152,7 +171,7 @@ def build(runs: Source, out: Path, *, metric: str = "best") -> list[Figure]:
                     name, title, f"{caption}{left_out}", out / f"{name}.png", out / f"{name}.svg"
                 )
                 drawing.draw_without_rendering()
-                drawing.set_layout_engine("none")  # laid out once, for both files
+                drawing.set_layout_engine("none")  # keeps the same layout for both files
                 drawing.savefig(figure.png, dpi=200, metadata={"Software": None})
                 drawing.savefig(
                     figure.svg,
@@ -163,13 +182,16 @@ def build(runs: Source, out: Path, *, metric: str = "best") -> list[Figure]:
     return drawn
 
 
-Made = tuple[str, str, str, Drawing] | None  # name, title, caption
+Made = tuple[str, str, str, Drawing] | None  # name, title, caption and drawing
 
 # Numbers
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t); NaN for a single value."""
+    """Return the mean and half the width of its 95 % interval (Student's t).
+
+    The half-width has the unit of `values`. It is NaN for a single value.
+    """
     array = np.asarray(list(values), float)
     if len(array) < 2:
         return float(array.mean()), float("nan")
@@ -179,7 +201,12 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """panel, setting, epoch, mean, std (sample), n over the runs of each panel and setting."""
+    """Return the learning curve of each panel and setting, averaged over its runs.
+
+    The result has the columns panel, setting, epoch, mean, std (sample standard deviation) and n
+    (number of runs). `frame` needs panel, setting and run_id; `history` needs run_id, epoch and
+    value.
+    """
     points = frame[["panel", "setting", "run_id"]].merge(
         history[["run_id", "epoch", "value"]].dropna(), on="run_id"
     )
@@ -192,10 +219,14 @@ def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 
 
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
-    """Gains in `value`, paired by seed: panel, setting, over (the baseline), n, mean, half (of the 95 % interval).
+    """Return the gain of every setting over its baselines, paired by seed.
 
-    Baselines are the plain form of the same distiller ("plain") and the student alone ("vanilla"); where a baseline
-    ran in several settings, the one of the highest mean. What shares no seed with its baseline has n = 0.
+    The baselines are the plain form of the same distiller ("plain") and the student alone
+    ("vanilla"). If a baseline ran in several settings, the setting with the highest mean is taken.
+
+    The result has the columns panel, setting, over (the baseline), n (number of pairs), mean (gain
+    in `value`) and half (half the width of the 95 % interval, NaN if there is none). A setting that
+    shares no seed with its baseline has n = 0.
     """
     rows = []
     vanilla, distilled = (
@@ -227,17 +258,21 @@ def gains(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_seed(runs: pd.DataFrame) -> dict[int, float]:
+    """Return `value` by seed. Runs without a seed are left out."""
     values: dict[int, float] = runs.dropna(subset="seed").groupby("seed")["value"].mean().to_dict()
     return values
 
 
 def agreement(arrays: Arrays) -> float:
-    """Share (%) of test images where student and teacher predict the same class."""
+    """Return the share (%) of test images for which student and teacher predict the same class."""
     return float(100 * (arrays["logits"].argmax(1) == arrays["teacher_logits"].argmax(1)).mean())
 
 
 def correlation_gap(arrays: Arrays) -> np.ndarray:
-    """|difference| of the class-logit correlation matrices of teacher and student, (K,K). SDD Fig. 3"""
+    """Return the absolute difference of two correlation matrices of class logits, (K, K).
+
+    The matrices are those of the teacher and of the student, over all images (SDD Fig. 3).
+    """
     student_KK, teacher_KK = (
         np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits")
     )
@@ -246,7 +281,10 @@ def correlation_gap(arrays: Arrays) -> np.ndarray:
 
 
 def same_family(teacher: str, student: str) -> bool:
-    """Whether both names begin alike up to the first digit or underscore: resnet32x4, resnet8x4."""
+    """Return whether two networks are of one family, for example resnet32x4 and resnet8x4.
+
+    The family is the part of the name before the first digit or underscore.
+    """
     family = [
         name[: next((i for i, c in enumerate(name) if c == "_" or c.isdigit()), None)]
         for name in (teacher, student)
@@ -258,10 +296,12 @@ def same_family(teacher: str, student: str) -> bool:
 
 
 def _standing(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
-    """Finished runs that stand, and a sentence on the others.
+    """Return the runs that the figures show, and a sentence that counts the others.
 
-    Columns are added: `value`; `panel`; `setting`; `line`, the setting without M; `rank`, to order settings by; and
-    `ground`, what a run and its baseline have in common.
+    The runs are finished, are not superseded, and have the metric, a student and a method. The
+    result has more columns than `frame`: `value`, the metric; `panel`; `setting`; `line`, the
+    setting without M; `rank`, the order of settings; and `ground`, the values in which a run and
+    its baseline agree.
     """
     value = frame[METRICS[metric][0]].astype("Float64").fillna(np.nan).astype(float)
     known = (frame["student"] != "") & (frame["method"] != "")
@@ -299,20 +339,26 @@ def _standing(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
             strict=True,
         )
     )
-    # A seed counts once: what differs in nothing that the loss reads is one run, and of one run again the last stands.
+    # A seed counts once. Runs that agree in everything that the loss reads are the same run, and of
+    # these the latest is kept.
     seeds = shown.sort_values("started", kind="stable", na_position="first").dropna(subset="seed")
     again = seeds.index[seeds.duplicated(["panel", "setting", "seed"], keep="last")]
-    lost |= {"of a seed that is there already": len(again)}
+    lost |= {"repeated with the same seed": len(again)}
     return shown.drop(again).sort_values(["dataset", "pair"], kind="stable"), _left_out(lost)
 
 
 def _left_out(lost: Mapping[str, int]) -> str:
+    """Return a sentence that counts the runs left out, by reason; "" if there are none."""
     counted = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
     return f" Runs left out: {counted}." if counted else ""
 
 
 def _extras(frame: pd.DataFrame) -> pd.Series:
-    """What tells runs of one panel, method and M apart, beyond the seed: ", T=2"; and whose they are: ", imported"."""
+    """Return the label of the settings that differ between runs of one panel, method and M.
+
+    The label names settings other than the seed, as ", T=2", and a source other than sddlskd, as
+    ", imported".
+    """
     text, inert = pd.Series("", index=frame.index), pd.Series("", index=frame.index)
     for column, sign in EXTRAS.items():
         alone, whole = frame["distiller"] == "vanilla", frame["M"] == "[1]"
@@ -341,7 +387,7 @@ def _extras(frame: pd.DataFrame) -> pd.Series:
 
 
 def _method(name: str) -> str:
-    """sd_kd_ls -> SD-KD+LS."""
+    """Return the label of a method, for example SD-KD+LS for sd_kd_ls."""
     if name == "vanilla":
         return "student alone"
     return name.removesuffix("_ls").replace("_", "-").upper() + (
@@ -354,13 +400,13 @@ def _scales(M: str) -> str:
 
 
 def _size(M: str) -> tuple[int, ...]:
-    """To order M by: few scales first."""
+    """Return a sort key for M: few scales come first."""
     scales = json.loads(M or "[]")
     return (len(scales), *scales)
 
 
 def _beside_vanilla(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs, those of a student alone repeated in the panel of every pair with that student."""
+    """Repeat the runs of a student alone in the panel of every pair with that student."""
     alone = frame["distiller"] == "vanilla"
     panels = frame.loc[~alone, ["dataset", "student", "panel"]].drop_duplicates()
     repeated = frame[alone].drop(columns="panel").merge(panels, on=["dataset", "student"])
@@ -371,7 +417,18 @@ def _beside_vanilla(frame: pd.DataFrame) -> pd.DataFrame:
 def _few(
     frame: pd.DataFrame, column: str, panels: int = PANELS, lines: int = LINES
 ) -> tuple[pd.DataFrame, list[str], str]:
-    """No more panels and lines than can be read: those of most runs; the lines in order; what is not drawn, said."""
+    """Keep as many panels and lines as a reader can tell apart: those with the most runs.
+
+    Args:
+        frame: runs, or gains.
+        column: column that names the line of a row.
+        panels: largest number of panels.
+        lines: largest number of lines.
+
+    Returns:
+        The rows that are kept, the names of the lines in order of `rank`, and a sentence that names
+        the panels and lines that are not drawn ("" if all are).
+    """
     left = []
     for key, most in (("panel", panels), (column, lines)):
         counts = frame[key].value_counts(sort=False).sort_values(ascending=False, kind="stable")
@@ -382,16 +439,20 @@ def _few(
 
 
 def _listed(what: str, names: Sequence[str]) -> str:
-    """What, and the names, as a sentence after another; "" where there are none."""
+    """Return a sentence that starts with `what` and lists the names; "" if there are none.
+
+    The sentence starts with a space, lists at most `NAMED` names and counts the rest.
+    """
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f" {what}: {'; '.join(names[:NAMED])}{more}.".replace("\n", ", ") if names else ""
 
 
 def _capital(metric: str, frame: pd.DataFrame) -> str:
+    """Return the start of a caption: the label of the metric, and the images it is measured on."""
     label = METRICS[metric][1]
     held_out = metric != "val" and (frame["val_fraction"] > 0).fillna(False).any()
     where = (
-        " (of the held-out training images, not of the test set, where some are held out)"
+        " (of the held-out training images, not of the test set, for runs that hold some out)"
         if held_out
         else ""
     )
@@ -419,7 +480,17 @@ def _style(index: int) -> dict[str, Any]:
 def _grid(
     panels: Sequence[str], x: str, y: str, height: float = 2.0
 ) -> tuple[Drawing, dict[str, Axes]]:
-    """A drawing with one pair of axes a panel, by its name."""
+    """Return a drawing with one pair of axes per panel, and the axes by panel.
+
+    Args:
+        panels: names of the panels, which become their titles.
+        x: label of the horizontal axes.
+        y: label of the vertical axes.
+        height: height of a row of panels in inches.
+
+    Returns:
+        The drawing and the axes.
+    """
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
     drawing = Drawing(
@@ -435,7 +506,13 @@ def _grid(
 
 
 def _legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
-    """Below the panels, in as many columns as fit."""
+    """Add a legend below the panels, in as many columns as fit.
+
+    Args:
+        drawing: the drawing, which grows by the height of the legend.
+        labels: one label per line, in the order of `_style`.
+        **marks: properties of matplotlib's lines that replace those of `_style`.
+    """
     handles = [
         Line2D([], [], label=label, **(_style(index) | marks)) for index, label in enumerate(labels)
     ]
@@ -468,9 +545,10 @@ def _learning_curves(runs: Source, frame: pd.DataFrame) -> Made:
         axes[panel].set_ylim(bottom=floor - 0.05 * (lines["mean"].max() - floor))
     _legend(drawing, settings)
     caption = (
-        "Top-1 accuracy by epoch (val/top1: the test split, or the held-out images where some are held out). Lines: "
-        f"mean over seeds; bands: ± one sample standard deviation; {_seeds(table['n'])}, and no band for a single "
-        f"one. The vertical axes begin at the lowest tenth, so that the ends can be told apart.{rest}"
+        "Top-1 accuracy by epoch (val/top1: on the test split, or on the held-out images for runs "
+        "that hold some out). Lines: mean over seeds; bands: ± one sample standard deviation, none "
+        f"for a single seed; {_seeds(table['n'])}. The vertical axes start near the 10th "
+        f"percentile of the means, so that the ends of the curves can be told apart.{rest}"
     )
     return "learning_curves", "Learning curves", caption, drawing
 
@@ -514,9 +592,11 @@ def _accuracy_by_scales(frame: pd.DataFrame, metric: str) -> Made:
         if (shown.groupby(["panel", "line"])[name].nunique(dropna=False) > 1).any()
     ]
     caption = (
-        f"{_capital(metric, shown)}, against the scales M. Marks: mean over seeds; bars: 95 % interval of the mean "
-        f"(Student's t), none for a single seed; small dots: seeds; {_seeds(counts)}."
-        f"{' Along a line, these differ as well: ' + ', '.join(mixed) + '.' if mixed else ''}{rest}"
+        f"{_capital(metric, shown)}, against the scales M. Marks: mean over seeds; bars: 95 % "
+        "interval of the mean (Student's t), none for a single seed; small dots: seeds; "
+        f"{_seeds(counts)}."
+        f"{' These settings also differ along a line: ' + ', '.join(mixed) + '.' if mixed else ''}"
+        f"{rest}"
     )
     return "accuracy_by_scales", "Accuracy against the scales M", caption, drawing
 
@@ -527,7 +607,19 @@ def _dots(
     settings: Sequence[str],
     marks: Mapping[str, str],
 ) -> Drawing:
-    """Side by side, mean and interval: a band of rows a panel, a row a setting. Panels with a mark are shaded."""
+    """Draw dot charts of means and intervals side by side.
+
+    Each panel is a band of rows, with one row per setting.
+
+    Args:
+        columns: label and numbers of each chart, with columns panel, setting, mean and half.
+        panels: names of the panels, from top to bottom.
+        settings: names of the settings, from top to bottom.
+        marks: text to put after the name of a panel. Panels with a mark are shaded.
+
+    Returns:
+        The drawing, with a legend.
+    """
     height = 0.12 * len(panels) * (len(settings) + 1.2) + 0.7
     drawing = Drawing(
         figsize=(WIDE if len(columns) > 1 else 5.0, max(1.8, height)), layout="constrained"
@@ -592,17 +684,30 @@ def _gain_by_pair(frame: pd.DataFrame, metric: str) -> Made:
     for axis in drawing.axes:
         axis.axvline(0, color="black", linewidth=0.8)
     caption = (
-        f"{_capital(metric, frame)}: gain, paired by seed. Marks: mean; bars: 95 % interval of the mean difference "
-        f"(Student's t), none for a single seed, not corrected for their number; {_seeds(table['n'])}. Plain: the same "
-        "distiller with M={1} and no standardisation; a baseline that ran in several settings is taken at its best. "
-        "Shaded and marked ≠: heterogeneous pairs (teacher and student of different families)."
-        f"{_kinds(shown, settings, labels)}{_listed('No seed in common with a baseline', unpaired)}{rest}"
+        f"{_capital(metric, frame)}: gain, paired by seed. Marks: mean; bars: 95 % interval of the "
+        "mean difference (Student's t), none for a single seed, not corrected for the number of "
+        f"intervals; {_seeds(table['n'])}. Plain: the same distiller with M={{1}} and no "
+        "standardisation; if a baseline ran in several settings, the best one is taken. Shaded and "
+        "marked ≠: heterogeneous pairs (teacher and student of different families)."
+        f"{_kinds(shown, settings, labels)}"
+        f"{_listed('No seed in common with a baseline', unpaired)}{rest}"
     )
     return "gain_by_pair", "Gain by pair", caption, drawing
 
 
 def _kinds(table: pd.DataFrame, settings: Sequence[str], labels: Mapping[str, str]) -> str:
-    """The mean gain over pairs of either kind, where a setting has both."""
+    """Return a sentence with the mean gain over heterogeneous and over homogeneous pairs.
+
+    It covers the first four settings and baselines that have pairs of both kinds.
+
+    Args:
+        table: gains with the columns panel, setting, over, mean and same.
+        settings: names of the settings, in order.
+        labels: the baselines, in order; the values are not read.
+
+    Returns:
+        The sentence; "" if no setting has pairs of both kinds.
+    """
     said: list[str] = []
     for over, setting in itertools.product(labels, settings):
         rows = table[(table["over"] == over) & (table["setting"] == setting)]
@@ -619,7 +724,7 @@ def _cost(frame: pd.DataFrame, metric: str) -> Made:
     if timed["setting"].nunique() < 2:
         return None
     shown, settings, rest = _few(_beside_vanilla(timed), "setting")
-    drawing, axes = _grid(list(shown["panel"].unique()), "time (s an epoch)", "top-1 (%)")
+    drawing, axes = _grid(list(shown["panel"].unique()), "time (s per epoch)", "top-1 (%)")
     counts = []
     shared = (shown["group_size"].fillna(1) > 1).astype(bool)
     for (panel, setting), runs in shown.groupby(["panel", "setting"]):
@@ -641,34 +746,40 @@ def _cost(frame: pd.DataFrame, metric: str) -> Made:
     _legend(drawing, settings, linestyle="none")
     places = shown["environment"].nunique()
     together = (
-        f" Hollow: some of these runs trained side by side (up to {shown['group_size'].max()} on one teacher) and "
-        "share their time, which is the group's and no run's own."
+        " Hollow marks: some of these runs trained side by side "
+        f"(up to {shown['group_size'].max()} on one teacher), so their time is that of the group."
         if shared.any()
         else ""
     )
     caption = (
-        f"{_capital(metric, shown)}, against training time (of the last epoch). Marks: mean over seeds of both; bars: "
-        f"95 % interval of the mean accuracy (Student's t), none for a single seed; {_seeds(counts)}.{together}"
-        f"{f' The times are of {places} environments and do not compare across them.' if places > 1 else ''}{rest}"
+        f"{_capital(metric, shown)}, against training time (of the last epoch). Marks: mean of "
+        "both over seeds; bars: 95 % interval of the mean accuracy (Student's t), none for a "
+        f"single seed; {_seeds(counts)}.{together}"
+        f"{f' The times of {places} environments cannot be compared.' if places > 1 else ''}{rest}"
     )
     return "cost", "Accuracy against training time", caption, drawing
 
 
-# What needs predictions
+# Figures that need predictions
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """What is drawn of a run's predictions."""
+    """The part of a run's predictions that the figures need."""
 
     run: Any  # a row of the frame
     agreement: float
-    arrays: Arrays | None  # of the first run of a panel and setting alone, without the logits
-    gap_KK: np.ndarray | None  # likewise
+    # The arrays without the logits, and the result of `correlation_gap`. Only the first run of a
+    # panel and setting has them.
+    arrays: Arrays | None
+    gap_KK: np.ndarray | None
 
 
 def _predictions(runs: Source, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[_Kept], str]:
-    """The runs with predictions, those predictions, and what _few does not draw of the others."""
+    """Return the runs with predictions, the predictions, and a sentence on what is not drawn.
+
+    Runs of students alone are left out, and so are runs whose logits are not finite.
+    """
     distilled = frame[frame["distiller"] != "vanilla"].sort_values("seed", kind="stable")
     if distilled.empty:
         return distilled, [], ""
@@ -719,15 +830,16 @@ def _agreement(predictions: Predictions) -> Made:
         [("equal predictions (%)", table)], list(values["panel"].unique()), settings, {}
     )
     caption = (
-        "Share of test images for which student and teacher predict the same class, at the end of training. Marks: "
-        "mean over seeds; bars: 95 % interval of the mean (Student's t), none for a single seed; "
+        "Share of test images for which student and teacher predict the same class, at the end of "
+        "training. Marks: mean over seeds; bars: 95 % interval of the mean (Student's t), none for "
+        "a single seed; "
         f"{_seeds(values.groupby(['panel', 'setting']).size())}.{rest}"
     )
     return "agreement", "Student-teacher agreement", caption, drawing
 
 
 def _first(kept: Sequence[_Kept], settings: pd.DataFrame) -> list[_Kept]:
-    """The first run of each panel and setting, by panel, then in the order of settings."""
+    """Return the first run of each panel and setting, by panel and then by order of settings."""
     order = settings.groupby("setting")["rank"].min().to_dict()
     panels = list(dict.fromkeys(settings["panel"]))
     first = [one for one in kept if one.gap_KK is not None]
@@ -753,9 +865,10 @@ def _correlation(predictions: Predictions) -> Made:
         image, ax=list(axes.values()), label="|difference|", extend="max", aspect=40, pad=0.02
     )
     caption = (
-        "Absolute difference of the correlation matrices of teacher's and student's class logits over the test images "
-        f"(SDD Fig. 3), at the end of training; n = 1 seed, the lowest of each. The mean is over pairs of different "
-        f"classes; the colours end at the 99th percentile.{_listed(NO_ROOM, left)}{rest}"
+        "Absolute difference of the correlation matrices of the teacher's and the student's class "
+        "logits over the test images (SDD Fig. 3), at the end of training; n = 1 seed, the lowest "
+        "of each setting. The mean is over pairs of different classes; the colours end at the 99th "
+        f"percentile.{_listed(NO_ROOM, left)}{rest}"
     )
     return "logit_correlation", "Difference of the logit correlation matrices", caption, drawing
 
@@ -766,11 +879,10 @@ def _features(predictions: Predictions) -> Made:
     if not first:
         return None
     counts = pd.Series([one.run.panel for one in first]).value_counts(sort=False)
-    pair = str(counts.idxmax())  # the panel of most settings, the first of several
+    pair = str(counts.idxmax())  # the first panel with the most settings
     first = [one for one in first if one.run.panel == pair]
-    drawn = (
-        first if len(first) < MAPS else [*first[: MAPS - 2], first[-1]]
-    )  # the plainest, and the one of most scales
+    # If there are too many settings, keep the plainest ones and the one with the most scales.
+    drawn = first if len(first) < MAPS else [*first[: MAPS - 2], first[-1]]
     left = [one.run.setting for one in first if one not in drawn]
     left += [str(panel) for panel in counts.index if panel != pair]
     arrays = first[0].arrays or {}
@@ -804,23 +916,27 @@ def _features(predictions: Predictions) -> Made:
     grey = (
         ""
         if len(told) == len(classes)
-        else f" {len(told)} of {len(classes)} classes are told apart, the others grey."
+        else f" {len(told)} of {len(classes)} classes have a colour, the others are grey."
     )
     pair_text = pair.replace("\n", ", ")
     caption = (
-        f"t-SNE of the spatially averaged features of {images} test images (SDD Fig. 4), {pair_text}, at the end of "
-        "training; perplexity 30 or less, started from the principal components, random state 0; n = 1 seed, the "
-        f"lowest of each. Distances and places do not compare between panels.{grey}{_listed(NO_ROOM, left)}"
+        f"t-SNE of the spatially averaged features of {images} test images (SDD Fig. 4), "
+        f"{pair_text}, at the end of training; perplexity 30 or less, started from the principal "
+        "components, random state 0; n = 1 seed, the lowest of each setting. Distances and "
+        f"positions cannot be compared between panels.{grey}{_listed(NO_ROOM, left)}"
     )
     return "features", f"t-SNE of features, {pair_text}", caption, drawing
 
 
 def _embedded(features_nC: np.ndarray) -> np.ndarray:
-    from sklearn.manifold import TSNE  # heavy: only where features were kept
+    """Return t-SNE coordinates of the features, (n, 2)."""
+    # The import is slow, so it waits until a run has features.
+    from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, max(1.0, (len(features_nC) - 1) / 3))
-    with threadpool_limits(1):  # sums in one order, whatever the machine
+    # With one thread, sums have the same order on every machine.
+    with threadpool_limits(1):
         points: np.ndarray = TSNE(
             init="pca", perplexity=perplexity, random_state=0, max_iter=500
         ).fit_transform(features_nC.astype(np.float32))
@@ -885,11 +1001,12 @@ def _regions(predictions: Predictions) -> Made:
                     color="white" if right else "black",
                 )
     caption = (
-        f"Test images for which a region and the whole logit map of the teacher {one.run.teacher} predict different "
-        f"classes ({one.run.dataset}, {m} x {m} regions; SDD Figs. 5 and 6). Above each: true class and prediction of "
-        "the whole map, ✓ where right. A number in a region: its prediction, where that differs from the whole's; ✓ on "
-        "dark ground: the true class. First those where the whole is wrong. The grid is drawn even; the regions "
-        f"overlap where the map's side is no multiple of {m}. n = 1 teacher, {len(chosen)} of {len(sample)} kept "
-        "examples."
+        f"Test images for which a region and the whole logit map of the teacher {one.run.teacher} "
+        f"predict different classes ({one.run.dataset}, {m} x {m} regions; SDD Figs. 5 and 6). "
+        "Above each image: true class and prediction of the whole map, ✓ if correct. A number in a "
+        "region: its prediction, if that differs from the prediction of the whole map; ✓ on a dark "
+        "background: the true class. Images with a wrong prediction of the whole map come first. "
+        "The grid is drawn with equal cells; the regions overlap if the side of the map is not a "
+        f"multiple of {m}. n = 1 teacher, {len(chosen)} of {len(sample)} kept examples."
     )
     return "regions", "Where regions and the whole map differ", caption, drawing

@@ -1,15 +1,19 @@
-"""Others' logs as runs in MLflow, marked source=imported, so that they stand in the same tables as ours.
+"""Import the logs of other projects as runs in MLflow, so that the tables show them beside ours.
 
-Four formats, told apart by their content:
-- worklog: worklog.txt of mdistiller and what is built on it (SDD, LSKD): an epoch a block between dashed lines,
-  `best_acc` at the end. The learning rate stands there with two decimals: 0.025 reads 0.03, and 0.00 is left out.
-- CTKD: JSON objects of an epoch each, glued `}{`.
+Imported runs are marked source=imported. There are four formats, recognised by their content:
+- worklog: worklog.txt of mdistiller and of projects built on it (SDD, LSKD). An epoch is a block
+  between dashed lines; `best_acc` ends the log. The learning rate is printed with two decimals:
+  0.025 reads 0.03, and a rate that reads 0.00 is not imported.
+- CTKD: one JSON object per epoch, without a separator (`}{`).
 - tiny-transformers: lines `json_stats: {...}`; top-1 is 100 - top1_err.
-- CSV: a run a row, columns as schema.COLUMNS names them; best, last or both must be there.
-A log names neither networks nor method: they come from its file name or its folder's, as the authors write those
-(`kd,res32x4,res8x4`; LSKD's `dkd,vgg13,vgg8,2,15,2.0`: temperature, weight, beta; `deit-ti_c100_KD_ours_3_10`), and
-from `given`, which goes before. A name of three parts is taken as not standardised: LSKD's own code names its
-standardised runs so too, and then `standardize=true` has to be given. Scales are never guessed.
+- CSV: one row per run, with columns named as in schema.COLUMNS; a finished run needs best, last or
+  both.
+
+A log states neither networks nor method. They are read from the name of its file or folder, in the
+authors' notation (`kd,res32x4,res8x4`; LSKD's `dkd,vgg13,vgg8,2,15,2.0`: temperature, weight, beta;
+`deit-ti_c100_KD_ours_3_10`), and from `given`, which takes precedence. A name of three parts counts
+as not standardised. LSKD's own code names its standardised runs the same way: pass
+`standardize=true` for those. Scales are never guessed.
 """
 
 import csv
@@ -35,13 +39,14 @@ __all__ = ["FORMATS", "import_logs"]
 log = logging.getLogger(__name__)
 
 FORMATS = (
-    "worklog.txt of mdistiller, SDD and LSKD; CTKD's JSON objects; tiny-transformers' json_stats lines; "
+    "worklog.txt of mdistiller, SDD and LSKD; CTKD's JSON objects; "
+    "tiny-transformers' json_stats lines; "
     "CSV with the columns teacher, student, method, dataset, M, seed, epochs, best, last"
 )
-LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # what is looked at in a folder
-MAX_BYTES = 64 * 2**20  # 17 times the longest of LSKD's published logs
-ROUNDING = 0.0051  # logs print two decimals
-METRICS_A_BATCH = 1000  # MLflow's limit
+LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
+MAX_BYTES = 64 * 2**20  # 17 times the size of the longest log that LSKD published
+ROUNDING = 0.0051  # tolerance for values that logs print with two decimals
+METRICS_A_BATCH = 1000  # metrics per request; MLflow's limit
 NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 STATUS_WORDS = {
     **dict.fromkeys(("", "finished", "complete"), "FINISHED"),
@@ -84,23 +89,23 @@ NETWORKS = (
 
 @dataclass
 class _Log:
-    """One run as a log tells it."""
+    """One run as read from a log."""
 
     epochs: list[dict[str, float]] = field(default_factory=list)  # metrics of epoch 1, 2, ...
-    best: float | None = None  # top-1 (%), as the log states it
-    lr: float | None = None  # that training starts from
-    planned: int = 0  # epochs, 0 where the log does not tell
-    torn: bool = False  # ends in the middle of an epoch
-    closed: bool | None = None  # by the line that ends such a log; None where the format has none
+    best: float | None = None  # best top-1 (%) that the log states
+    lr: float | None = None  # learning rate of the first epoch
+    planned: int = 0  # planned number of epochs; 0 if the log does not state it
+    torn: bool = False  # whether the log ends in the middle of an epoch
+    closed: bool | None = None  # whether the log has its last line; None: the format has none
 
 
 @dataclass(frozen=True)
 class _Import:
-    """One run as MLflow gets it."""
+    """One run as it is written to MLflow."""
 
     name: str
     path: Path
-    record: str  # the same for the same content
+    record: str  # identifies the content, so that it is imported only once
     params: dict[str, str]
     metrics: list[tuple[str, float, int]]  # key, value, epoch
     status: str
@@ -114,32 +119,43 @@ def import_logs(
     given: Mapping[str, str] | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[str]:
-    """Make a run of each log that is not there yet, and return the new runs' ids.
+    """Create an MLflow run for each log that has not been imported before.
 
-    paths: files, or folders, of which every .txt, .log, .json and .csv is taken.
-    given: params that hold for every run, by the names of schema.PARAMS; they go before what a file says.
-    say: takes a line for each run that was imported or was there.
-    Raises ValueError, after all others are imported, with a line for each file or row that is refused.
+    Args:
+        paths: log files, or folders, from which every .txt, .log, .json and .csv file is read.
+        uri: MLflow store. A missing SQLite database is created.
+        experiment: name of the MLflow experiment. A missing one is created.
+        given: params of every run, keyed by MLflow's names (the values of schema.PARAMS). They
+            take precedence over what a file states.
+        say: receives one line for each run that is imported or already exists.
+
+    Returns:
+        The ids of the new runs.
+
+    Raises:
+        ValueError: if a file or row is refused, after all others are imported, with one line for
+            each; or, before anything is read, if `given` is invalid.
     """
     fixed = {key: _param(key, text) for key, text in (given or {}).items()}
     refused: list[str] = []
     found = _read_all(_files(paths, refused), fixed, refused)
     run_ids: list[str] = []
-    if (
-        first := next(found, None)
-    ) is not None:  # no database is made where there is nothing to put into it
+    # No database is created if there is nothing to import.
+    if (first := next(found, None)) is not None:
         _make_database(uri)
         with reading(uri) as client:
             experiment_id = _experiment(client, uri, experiment)
             for run in itertools.chain([first], found):
                 if there := _there(client, experiment_id, run.record):
                     say(
-                        f"{run.path}: {run.name} is there as run {there}; delete it in MLflow to import it anew"
+                        f"{run.path}: {run.name} is already imported as run {there}; "
+                        "delete that run in MLflow to import it again"
                     )
                     continue
                 run_ids.append(_write(client, experiment_id, run))
                 say(
-                    f"{run.path}: {run.name} is run {run_ids[-1]}, {run.status}{run.reason and f' ({run.reason})'}"
+                    f"{run.path}: {run.name} is run {run_ids[-1]}, "
+                    f"{run.status}{run.reason and f' ({run.reason})'}"
                 )
     if refused:
         raise ValueError(
@@ -163,7 +179,8 @@ def _files(paths: Iterable[Path], refused: list[str]) -> list[Path]:
             found += logs
             if not logs:
                 refused.append(
-                    f"{path}: no file in it ends in {', '.join(sorted(LOG_SUFFIXES))}; name the logs"
+                    f"{path}: no file in this folder ends in {', '.join(sorted(LOG_SUFFIXES))}; "
+                    "name the log files"
                 )
         elif path.is_file():
             found.append(path)
@@ -185,14 +202,15 @@ def _read_all(
 def _read(path: Path, given: Mapping[str, str], refused: list[str]) -> Iterable[_Import]:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(
-            f"{size / 2**20:.0f} MiB are more than {MAX_BYTES // 2**20}; keep the lines of whole epochs"
+            f"{size / 2**20:.0f} MiB exceed the limit of {MAX_BYTES // 2**20} MiB; "
+            "keep only the lines of complete epochs"
         )
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"byte {error.start} is no UTF-8; is it a log? If so, save it as UTF-8"
+            f"byte {error.start} is not UTF-8; if the file is a log, save it as UTF-8"
         ) from None
     if not text.strip():
         raise ValueError("is empty")
@@ -205,7 +223,7 @@ def _read(path: Path, given: Mapping[str, str], refused: list[str]) -> Iterable[
     elif {"teacher.name", "student.name"} <= set(_header(text)):
         return _rows(path, text, given, refused)
     else:
-        raise ValueError(f"is of no known format; known are {FORMATS}")
+        raise ValueError(f"has an unknown format; known formats are {FORMATS}")
     return _runs(path, content, logs, given)
 
 
@@ -220,7 +238,7 @@ def _runs(
     for index, each in enumerate(logs):
         done = len(each.epochs)
         if not done:
-            raise ValueError("no epoch in it is whole")
+            raise ValueError("has no complete epoch")
         own = _complete(params)
         planned = (
             int(given.get("trainer.epochs", 0))
@@ -252,7 +270,7 @@ def _runs(
 
 
 def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
-    """Status and reason."""
+    """Return the status of a run, and the reason if it is not simply FINISHED."""
     done = len(each.epochs)
     status, reasons = "KILLED", []
     if each.torn:
@@ -277,13 +295,14 @@ def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
 
 
 def _take(logs: list[_Log], epoch: int, metrics: dict[str, float]) -> None:
-    """Put an epoch to the run that is being read, or to a new one where it is the first."""
+    """Append an epoch to the last run of `logs`; epoch 1 starts a new run."""
     if epoch == 1:
         logs.append(_Log())
     done = len(logs[-1].epochs) if logs else 0
     if epoch != done + 1:
         raise ValueError(
-            f"epoch {epoch} follows epoch {done}; epochs must run 1, 2, 3, and from 1 where another run begins"
+            f"epoch {epoch} follows epoch {done}; "
+            "epochs must run 1, 2, 3, ..., and from 1 again for another run"
         )
     logs[-1].epochs.append(metrics)
 
@@ -296,23 +315,22 @@ def _worklog(text: str) -> list[_Log]:
         if match := re.fullmatch(r"\s*(\w+):\s*(\S+)\s*", line):
             if match[1] in block:
                 raise ValueError(
-                    f"line {number}: {match[1]} stands twice in the block of epoch {block.get('epoch')}"
+                    f"line {number}: {match[1]} appears twice "
+                    f"in the block of epoch {block.get('epoch')}"
                 )
             block[match[1]] = match[2]
-        elif match := re.fullmatch(
-            r"best_acc\s+(\S+?)-*\s*", line
-        ):  # no line break parts it from a run appended
+        elif match := re.fullmatch(r"best_acc\s+(\S+?)-*\s*", line):
+            # The dashes belong to another run, appended without a line break.
             if block or not logs:
-                raise ValueError(f"line {number}: best_acc stands before the end of an epoch")
+                raise ValueError(f"line {number}: best_acc comes before the end of an epoch")
             logs[-1].best, logs[-1].closed = _number(match[1], number), True
         elif re.fullmatch(r"-+\s*", line):
             if block:
                 _take_block(logs, block, number)
             block = {}
-        elif line.strip() and (
-            number < len(lines) or text.endswith("\n")
-        ):  # the last line may be cut
-            raise ValueError(f"line {number}: {line[:60]!r} is no line of a worklog")
+        elif line.strip() and (number < len(lines) or text.endswith("\n")):
+            # A last line without a line break may be cut off, and is not an error.
+            raise ValueError(f"line {number}: {line[:60]!r} is not a line of a worklog")
     if block and logs and block.get("epoch") != "1":
         logs[-1].torn = True
     return logs or [_Log()]
@@ -324,12 +342,12 @@ def _take_block(logs: list[_Log], block: Mapping[str, str], number: int) -> None
             f"line {number}: the block of epoch {block.get('epoch', '?')} lacks {', '.join(absent)}"
         )
     if not block["epoch"].isdecimal():
-        raise ValueError(f"line {number}: epoch: {block['epoch']} is no whole number")
+        raise ValueError(f"line {number}: epoch: {block['epoch']} is not a whole number")
     metrics = {name: _number(block[key], number) for key, name in WORKLOG.items()}
-    if metrics["lr"] == 0:  # of two decimals
+    if metrics["lr"] == 0:  # rounded to two decimals, so not the true rate
         del metrics["lr"]
     _take(logs, int(block["epoch"]), metrics)
-    logs[-1].closed = False  # until best_acc
+    logs[-1].closed = False  # until best_acc is read
     if len(logs[-1].epochs) == 1:
         logs[-1].lr = metrics.get("lr")
 
@@ -357,7 +375,7 @@ def _glued_json(text: str) -> list[_Log]:
         except (KeyError, TypeError, RecursionError) as error:
             number = text.count("\n", 0, at) + 1
             raise ValueError(
-                f"the object at line {number} is no epoch of CTKD's ({error!r})"
+                f"the object at line {number} is not a CTKD epoch ({error!r})"
             ) from None
         at = end
     return logs
@@ -374,14 +392,14 @@ def _json_stats(text: str) -> list[_Log]:
         kind = re.search(r'"_type": "(\w+)"', line)
         whole = kind is not None and kind[1] == "test_epoch"
         if kind is None or kind[1] not in ("train_epoch", "test_epoch"):
-            continue  # iterations, 78 of an epoch's 80 lines
+            continue  # an iteration, as are 78 of the 80 lines of an epoch
         try:
             entry = json.loads(line.split("json_stats: ", 1)[1])
             epoch, planned = map(int, entry["epoch"].split("/"))
             top1, top5 = (round(100 - float(entry[name]), 4) for name in ("top1_err", "top5_err"))
             if kind[1] == "train_epoch":
                 trained = {"train/top1": top1, "train/loss": float(entry["loss"])}
-                if lr := float(entry["lr"]):  # of four decimals
+                if lr := float(entry["lr"]):  # 0.0000 is rounded, so not the true rate
                     trained["lr"] = lr
                 continue
             stated = round(100 - float(entry["min_top1_err"]), 4)
@@ -390,7 +408,7 @@ def _json_stats(text: str) -> list[_Log]:
                 whole = False
                 break
             raise ValueError(
-                f"line {number} is no epoch of tiny-transformers' ({error!r})"
+                f"line {number} is not a tiny-transformers epoch ({error!r})"
             ) from None
         _take(logs, epoch, {**trained, "val/top1": top1, "val/top5": top5})
         logs[-1].best, logs[-1].planned, trained = stated, planned, {}
@@ -400,7 +418,7 @@ def _json_stats(text: str) -> list[_Log]:
 
 
 def _header(text: str) -> list[str]:
-    """Our names of a CSV's columns, "" for a column that says nothing to us."""
+    """Return our names of the columns of a CSV file, "" for columns that we do not know."""
     try:
         return [CSV_NAMES.get(name.strip(), "") for name in next(csv.reader(io.StringIO(text)), [])]
     except csv.Error:
@@ -422,12 +440,12 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
             }
             if not row:
                 continue
-            # A row, not the file: a table that grows is imported again for what is new.
+            # Hash the row, not the file: if a table grows, only its new rows are imported.
             digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
             seen[digest] += 1
             try:
                 if len(cells) != len(names):
-                    raise ValueError(f"{len(cells)} cells under {len(names)} names")
+                    raise ValueError(f"{len(cells)} cells for {len(names)} columns")
                 name = row.get("name", f"{path.stem}:{reader.line_num}")
                 yield _row(name, path, f"{digest}:{seen[digest] - 1}", row, given)
             except ValueError as error:
@@ -455,7 +473,8 @@ def _row(
     status = STATUS_WORDS.get(row.get("status", "").lower())
     if status is None:
         raise ValueError(
-            f"status {row['status']} is none of {', '.join(word for word in STATUS_WORDS if word)}"
+            f"status {row['status']} is not one of "
+            f"{', '.join(word for word in STATUS_WORDS if word)}"
         )
     planned = own.get("trainer.epochs", "0")
     done = int(_whole("epochs_done", row.get("epochs_done", planned)))
@@ -466,7 +485,8 @@ def _row(
     if best_or_last := {"best/top1", "last/top1"} & values.keys():
         if 0 < max(values[key] for key in best_or_last) <= 1:
             raise ValueError(
-                f"top-1 {max(values[key] for key in best_or_last)} looks like a fraction; give percent"
+                f"top-1 {max(values[key] for key in best_or_last)} looks like a fraction; "
+                "give percent"
             )
     elif status == "FINISHED":
         raise ValueError("a finished run has best, last or both; this has neither")
@@ -482,28 +502,27 @@ def _row(
     )
 
 
-# What a path and a cell say
+# Params from paths and cells
 
 
 def _name(path: Path) -> str:
-    """The run's: of the file, or of its folder where that tells more."""
+    """Return the run's name: that of the file, or of its folder if that describes the run."""
     stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in LOG_SUFFIXES else path.name
     folder = path.absolute().parent.name
     return folder if stem == "worklog" or ("," in folder and "," not in stem) else stem
 
 
 def _named(name: str, path: Path) -> dict[str, str]:
-    """Params that the name of a log gives."""
+    """Return the params that the name of a log and its folders state."""
     params: dict[str, str] = {}
-    for folder in path.absolute().parts[
-        -4:-1
-    ]:  # mdistiller: output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt
+    # mdistiller writes output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt.
+    for folder in path.absolute().parts[-4:-1]:
         if match := re.match("cifar100|imagenet|cub200", folder.lower()):
             params["dataset.name"] = match[0]
     parts = name.split(",")
     if 3 <= len(parts) <= 6:
         method, teacher, student, *numbers = parts
-        if len(parts) > 3:  # LSKD's rule, which holds for its CIFAR-100 logs
+        if len(parts) > 3:  # LSKD names its CIFAR-100 logs this way
             params = {"dataset.name": "cifar100"} | params
     elif len(parts := name.split("_")) in (4, 6) and parts[3] == "ours":  # LSKD's other logs
         teacher, student, method, _, *numbers = parts
@@ -515,49 +534,55 @@ def _named(name: str, path: Path) -> dict[str, str]:
     params |= _method(method) | {"teacher.name": teacher, "student.name": student}
     if len(parts) > 3:
         params["standardize"] = "True"
-    # LSKD's weight multiplies both of DKD's, alpha and beta, as kd_weight does.
+    # LSKD's weight multiplies both weights of DKD, alpha and beta, as kd_weight does.
     keys = ("distiller.temperature", "distiller.kd_weight", "distiller.loss.beta")
     return params | {key: str(_float(key, text)) for key, text in zip(keys, numbers, strict=False)}
 
 
 def _method(text: str) -> dict[str, str]:
-    """SDD_KD_LSKD -> distiller kd, standardised. Without SDD the one scale is the whole map; with SDD M stays open."""
+    """Return the params that a method name states: SDD_KD_LSKD is distiller kd, standardised.
+
+    Without SDD, the only scale is the whole map (M=[1]). With SDD, the name does not state M.
+    """
     name = re.sub(r"[-+ ](?=ls(kd)?$)", "_", text.strip().lower())
     match = re.fullmatch(r"(sdd?_)?(.+?)(_ls|_lskd)?", name)
     if match is None:
-        raise ValueError(f"method {text!r} is no name; give kd, dkd, sd_kd_ls, ...")
+        raise ValueError(f"method {text!r} is not valid; give kd, dkd, sd_kd_ls, ...")
     scales, loss, standardized = match.groups()
     params = {"distiller.name": loss, "standardize": str(bool(standardized) or loss == "lskd")}
     return params if scales else params | {"M": "[1]"}
 
 
 def _network(text: str) -> str:
-    """ResNet32x4, res32x4 -> resnet32x4; what is none of ours keeps its name."""
+    """Return our name of a network: resnet32x4 for ResNet32x4 and res32x4.
+
+    A network that is not one of ours keeps its name.
+    """
     name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
     for pattern, ours in NETWORKS:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
     raise ValueError(
-        f"{text!r} is no name of a network; give --set teacher.name=... student.name=..."
+        f"{text!r} is not a network name; give --set teacher.name=... student.name=..."
     )
 
 
 def _param(key: str, text: str) -> str:
-    """A param as the trainer would write it."""
+    """Return a param in the form that the trainer writes."""
     column = next((column for column, param in PARAMS.items() if param == key), None)
     if column is None:
         raise ValueError(
-            f"{key} is no param that a table uses; there are {', '.join(PARAMS.values())}"
+            f"{key} is not a param that a table uses; choose from {', '.join(PARAMS.values())}"
         )
     if column in ("teacher", "student"):
         return _network(text)
     if column == "M":
         if not re.fullmatch(r"\[[1-9]\d*(,[1-9]\d*)*\]", canonical_M(text)):
-            raise ValueError(f"M={text} is no list of scales; give [1,2,4]")
+            raise ValueError(f"M={text} is not a list of scales; give a list such as [1,2,4]")
         return canonical_M(text)
     if COLUMNS[column] == "bool":
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{key}={text} is none of true, false")
+            raise ValueError(f"{key}={text} is not valid; give true or false")
         return text.capitalize()
     if COLUMNS[column] == "Int64":
         return _whole(key, text)
@@ -572,14 +597,14 @@ def _float(key: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{key}={text} is no number")
+        raise ValueError(f"{key}={text} is not a number")
     return value
 
 
 def _whole(key: str, text: str) -> str:
-    value = _float(key, text)  # pandas writes whole numbers with gaps as 240.0
+    value = _float(key, text)  # pandas writes integers as 240.0 if values are missing
     if value != int(value) or value < 0:
-        raise ValueError(f"{key}={text} is no whole number")
+        raise ValueError(f"{key}={text} is not a whole number")
     return str(int(value))
 
 
@@ -587,16 +612,21 @@ def _number(text: str, line: int) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"line {line}: {text!r} is no number") from None
+        raise ValueError(f"line {line}: {text!r} is not a number") from None
 
 
 def _complete(params: Mapping[str, str]) -> dict[str, str]:
-    """With our names of networks, and with what a student alone has; its logs name a teacher that takes no part."""
+    """Return the params with our names of networks; raise ValueError if a required one is missing.
+
+    The log of a student that was trained alone names a teacher that takes no part in the training,
+    so the teacher, the scales and the standardisation of such a run are set here.
+    """
     alone = {"teacher.name": "none", "M": "[1]", "standardize": "False"}
     whole = {**params, **(alone if params.get("distiller.name") == "vanilla" else {})}
     if absent := [key for key in NEEDED if not whole.get(key)]:
         raise ValueError(
-            f"says nothing of {', '.join(absent)}; give --set {' '.join(f'{key}=...' for key in absent)}"
+            f"does not state {', '.join(absent)}; "
+            f"give --set {' '.join(f'{key}=...' for key in absent)}"
         )
     return {**whole, **{key: _network(whole[key]) for key in ("teacher.name", "student.name")}}
 
@@ -604,26 +634,30 @@ def _complete(params: Mapping[str, str]) -> dict[str, str]:
 def _require_percent(metrics: Iterable[tuple[str, float, int]]) -> None:
     for key, value, _ in metrics:
         if key.endswith(("top1", "top5")) and (value < 0 or value > 100):
-            raise ValueError(f"{key} {value} is no percentage")
+            raise ValueError(f"{key} {value} is not a percentage")
 
 
 # MLflow
 
 
 def _make_database(uri: str) -> None:
-    """Where the address is of a file that is not there. Everything else is checked when it is opened."""
+    """Create the database if `uri` names a missing SQLite file.
+
+    Any other store is checked when it is opened.
+    """
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Try to write here: MLflow would retry for half a minute if it cannot.
         path.touch()
-        path.unlink()  # MLflow would try for half a minute where it cannot write
+        path.unlink()
     except OSError as error:
         raise ValueError(
-            f"{uri} cannot be made ({error}); name another with --home or --uri"
+            f"{uri} cannot be created ({error}); name another with --home or --uri"
         ) from None
-    from mlflow.tracking import MlflowClient  # heavy: only when there is something to import
+    from mlflow.tracking import MlflowClient  # imported late, because it is slow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -633,7 +667,7 @@ def _make_database(uri: str) -> None:
 def _experiment(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        # Else SQLite stores would put a folder of artifacts where the command happens to run.
+        # By default, a SQLite store would put the artifacts into the current folder.
         here = (
             Path(uri.removeprefix("sqlite:///")).absolute().parent
             if uri.startswith("sqlite:")
@@ -652,7 +686,10 @@ def _experiment(client: Any, uri: str, name: str) -> str:
 
 
 def _there(client: Any, experiment_id: str, record: str) -> str:
-    """The run of this content; one that an import left half done is deleted."""
+    """Return the id of the run with this record, or "" if there is none.
+
+    Delete such a run first if an interrupted import left it unfinished.
+    """
     for run in client.search_runs([experiment_id], f"tags.record = '{record}'"):
         if run.info.status != "RUNNING":
             return str(run.info.run_id)

@@ -1,7 +1,8 @@
-"""The papers' numbers: what each table prints for a pair and a method, with its source and its flag.
+"""Read the numbers that the papers print, each with its source and its flag.
 
-A number belongs to one table of one paper. Papers print different values for the same baseline (KD on
-wrn_40_2 -> mobilev2 is 68.87 in SDD and 68.36 in LSKD), so nothing here looks a cell up across tables.
+A number belongs to one table of one paper. Papers print different values for the same baseline (KD
+on wrn_40_2 -> mobilev2 is 68.87 in SDD and 68.36 in LSKD). For this reason, no function here looks
+up a cell across tables.
 """
 
 import csv
@@ -15,45 +16,47 @@ __all__ = ["FLAGS", "PrintedGain", "Published", "gains", "numbers", "of_table"]
 REFERENCE = Path(__file__).parent / "reference"
 FLAGS = {
     "disputed": "two sources of the same authors print different numbers",
-    "suspect": "very likely a slip in print, the value is kept as printed",
+    "suspect": "very likely a misprint, the value is kept as printed",
     "other_teacher": "the source trains with another, stronger teacher",
 }
-"""What a flag in published.csv means."""
+"""Meaning of each flag in published.csv."""
 STUDENTS = {
     "mobilenetv1": "mobilev1",
     "mobilenetv2": "mobilev2",
     "shufflenetv1": "shufflev1",
     "shufflenetv2": "shufflev2",
 }
-"""gains.csv spells these students as the papers do."""
+"""Students that gains.csv spells as the papers do, mapped to their names in published.csv."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number as one table prints it."""
+    """A number as one table of a paper prints it."""
 
     table: str  # "SDD Table 1"
     dataset: str
     pair: str  # teacher_student
     teacher: str
     student: str
-    method: str  # as the frame's `method`; also teacher, and methods that are not ours
-    M: str  # "" where the table does not say
-    beta: str  # the weight of complementary regions, "" where the table does not say
+    # As in the column `method` of the frame; also "teacher" and methods that the papers compare
+    # with.
+    method: str
+    M: str  # "" if the table does not state the scales
+    beta: str  # weight of complementary regions, "" if the table does not state it
     variant: str  # of knowledge, in SDD Table 6
-    metric: str  # top1, top5 or ms_per_batch
+    metric: str  # top1 (%), top5 (%) or ms_per_batch
     value: float
-    source: str  # line of the paper's text, and what is known against the number
+    source: str  # line of the paper's text, and known doubts about the number
     flag: str  # "" or one of FLAGS
 
 
 @dataclass(frozen=True)
 class PrintedGain:
-    """A gain as the paper prints it, and the difference of the two numbers that it stands for."""
+    """A gain as the paper prints it, with the difference of the two numbers that it stands for."""
 
-    printed: float
-    difference: float
-    agrees: bool
+    printed: float  # points of accuracy
+    difference: float  # points of accuracy
+    agrees: bool  # whether the two are equal
     source: str
 
 
@@ -64,7 +67,7 @@ def _rows(name: str) -> Iterator[dict[str, str]]:
 
 @cache
 def numbers() -> tuple[Published, ...]:
-    """Every row of published.csv, in its order."""
+    """Return every row of published.csv, in the order of the file."""
     return tuple(
         Published(
             table=row["table"],
@@ -86,7 +89,10 @@ def numbers() -> tuple[Published, ...]:
 
 
 def of_table(table: str, metric: str = "top1") -> list[Published]:
-    """The numbers of one table in the order of print. Raises ValueError for a table that there is not."""
+    """Return the numbers of one table for one metric, in the order of print.
+
+    Raises ValueError if published.csv has no such table.
+    """
     if table not in (tables := dict.fromkeys(number.table for number in numbers())):
         raise ValueError(f"no table {table!r} in published.csv; there are {', '.join(tables)}")
     return [number for number in numbers() if number.table == table and number.metric == metric]
@@ -94,7 +100,7 @@ def of_table(table: str, metric: str = "top1") -> list[Published]:
 
 @cache
 def gains() -> dict[tuple[str, str, str], PrintedGain]:
-    """Top-1 gains by (table, pair, method), where the papers print them."""
+    """Return the top-1 gains that the papers print, by (table, pair, method)."""
     return {
         (
             row["table"],

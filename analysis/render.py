@@ -1,7 +1,8 @@
-"""One table object as Markdown, LaTeX, HTML or CSV.
+"""Render a table as Markdown, LaTeX, HTML or CSV.
 
-Markdown and LaTeX give a row of the table several lines: ours, published, gain, published gain, verdict. HTML stacks
-them in the cell, so that rows can be sorted. CSV has one line a cell, with raw numbers.
+In Markdown and LaTeX, a row of the table takes several lines: our result, the published number, the
+gain with its interval and p, the published gain and the verdict. HTML stacks these lines in the
+cell, so that rows can be sorted. CSV has one line per cell, with unrounded numbers.
 """
 
 import csv as csv_module
@@ -16,8 +17,9 @@ from analysis.tables import Cell, Table
 __all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
 
 EMPTY = "–"
-MISSING = "What is missing or failed runs with:"
-COLUMNS_A_FLOAT = 4  # of LaTeX
+MISSING = "Commands that run the missing and failed runs:"
+# Largest number of columns in a LaTeX float, and of lines after which a float ends.
+COLUMNS_A_FLOAT = 4
 LINES_A_FLOAT = 45
 KINDS = {
     "published": "published",
@@ -57,22 +59,25 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Text:
-    """What one line of a cell says, before markup."""
+    """One line of a cell, before markup."""
 
     kind: str  # ours, published, gain, interval, p, published-gain or verdict
     text: str
-    rank: str = ""
+    rank: str = ""  # best, second or ""
     marks: tuple[int, ...] = ()  # numbers of footnotes
 
 
 @dataclass(frozen=True)
 class Line:
+    """One line of a table in Markdown or LaTeX."""
+
     label: str
-    head: bool  # opens a row
-    texts: tuple[Text | None, ...]  # one a column
+    head: bool  # whether the line is the first of a row
+    texts: tuple[Text | None, ...]  # one per column
 
 
 def _ours(cell: Cell, table: Table) -> str:
+    """Return our mean, standard deviation and count; the count names runs without a number."""
     number = "" if cell.mean is None else f"{cell.mean:.{table.decimals}f}"
     spread = "" if cell.std is None else f" ± {cell.std:.{table.decimals}f}"
     if cell.n == cell.planned and not cell.troubles:
@@ -82,6 +87,8 @@ def _ours(cell: Cell, table: Table) -> str:
 
 
 def _texts(cell: Cell, table: Table) -> Iterator[Text]:
+    """Yield the lines of a cell, from our result to the verdict, without those it lacks."""
+
     def text(kind: str, body: str, rank: str = "") -> Text:
         return Text(
             kind, body, rank, tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ()))
@@ -108,14 +115,17 @@ def _texts(cell: Cell, table: Table) -> Iterator[Text]:
 
 
 def _over(table: Table, row: str, columns: Sequence[str]) -> str:
-    """What the row's gains are over."""
+    """Return the labels of the baselines that the gains of the row are over."""
     return " or ".join(
         dict.fromkeys(gain.over for column in columns if (gain := table.cells[row, column].gain))
     )
 
 
 def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
-    """A row's lines, without those that no column fills; where nothing of ours is, the published line has its name."""
+    """Yield the lines of every row, without the lines that no column fills.
+
+    If a row has no result of ours, its published line carries the label of the row.
+    """
     for row in table.rows:
         texts = [
             {text.kind: text for text in _texts(table.cells[row, column], table)}
@@ -138,7 +148,7 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
 
 
 def markdown(table: Table) -> str:
-    """GitHub's Markdown: a heading, the table, footnotes, notes and commands."""
+    """Return GitHub Markdown: a heading, the table, its footnotes, notes and commands."""
 
     def shown(text: Text | None) -> str:
         if text is None:
@@ -182,7 +192,8 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    "[": "{[}",  # after a line's \\ a bare one opens an option
+    # A bare bracket after the \\ of the line before would open an optional argument.
+    "[": "{[}",
     "]": "{]}",
     '"': "''",
     "*": r"{*}",
@@ -193,14 +204,18 @@ LATEX = {
 
 
 def _latex(text: str) -> str:
-    """Letters that pdflatex does not know without further packages become a question mark."""
+    """Return `text` escaped for LaTeX.
+
+    Characters that pdflatex does not know without further packages become question marks.
+    """
     return "".join(LATEX.get(letter, letter if ord(letter) < 0x180 else "?") for letter in text)
 
 
 def latex(table: Table) -> str:
-    """Floats with the rules of booktabs (plain lines without that package), with the notes as text after them.
+    """Return LaTeX floats with the table, followed by the footnotes, notes and commands as text.
 
-    Tables that are too wide or too long for a page go on in the next float.
+    The rules are those of booktabs, or plain lines if the document does not load that package. A
+    table that is too wide or too long for a page continues in the next float.
     """
 
     def shown(text: Text | None) -> str:
@@ -239,7 +254,7 @@ def latex(table: Table) -> str:
 
 
 def _pages(lines: Iterable[Line]) -> list[list[Line]]:
-    """The lines in parts that fit a page; a row's lines stay together."""
+    """Split the lines into parts that fit a page. The lines of a row stay together."""
     pages: list[list[Line]] = []
     for line in lines:
         if not pages or (line.head and len(pages[-1]) > LINES_A_FLOAT):
@@ -249,7 +264,11 @@ def _pages(lines: Iterable[Line]) -> list[list[Line]]:
 
 
 def html(table: Table) -> str:
-    """A fragment: the table, its footnotes, notes and commands. `data-sort` holds the number to sort a cell by."""
+    """Return an HTML fragment: the table, its footnotes, notes and commands.
+
+    The attribute `data-sort` of a cell holds the number to sort by: our mean, else the published
+    number, else nothing.
+    """
 
     def shown(text: Text) -> str:
         body = escape(text.text)
@@ -304,7 +323,10 @@ def html(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """One line a cell: `CSV_COLUMNS`, numbers unrounded, empty where there is none."""
+    """Return CSV with the columns `CSV_COLUMNS` and one line per cell.
+
+    Numbers are unrounded, and a field without a value is empty.
+    """
     file = io.StringIO()
     writer = csv_module.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -347,4 +369,4 @@ FORMATS: dict[str, Callable[[Table], str]] = {
     "html": html,
     "csv": csv,
 }
-"""By file name's ending."""
+"""Renderer of each format, by the suffix of its files."""

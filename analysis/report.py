@@ -1,4 +1,7 @@
-"""The report of a sweep or experiment: one HTML file that holds everything and asks the network nothing."""
+"""Write the report of a sweep or experiment.
+
+The report is one HTML file that holds everything it shows and loads nothing from the network.
+"""
 
 import base64
 import hashlib
@@ -20,11 +23,12 @@ from analysis.tables import METRICS, PAPERS_METRIC, Table
 
 __all__ = ["write"]
 
-PIXELS_AN_INCH = 125  # on a screen figures are larger than in print
-NARROWEST = 520  # pixels that a figure keeps on a small screen, where it scrolls
-INLINE_BYTES = 400_000  # a larger SVG is embedded as its PNG
+PIXELS_AN_INCH = 125  # figures are larger on a screen than in print
+NARROWEST = 520  # smallest width of a figure in pixels; it scrolls on a smaller screen
+INLINE_BYTES = 400_000  # a figure with a larger SVG is embedded as PNG
 SETTINGS = [column for column in PARAMS if column != "seed"]
-OUTCOME = {  # column of the frame: heading
+# Headings of the table of runs, by column of the frame.
+OUTCOME = {
     **{
         "name": "run",
         "status": "status",
@@ -39,7 +43,7 @@ OUTCOME = {  # column of the frame: heading
         "last": "last",
         "test": "test",
         "epochs_done": "epochs",
-        "epoch_s": "s an epoch",
+        "epoch_s": "s per epoch",
     },
     **{"started": "started (UTC)", "reason": "reason", "source": "source", "run_dir": "folder"},
 }
@@ -54,7 +58,7 @@ NUMBERS = {
 
 
 class Source(Protocol):
-    """What the report reads; analysis.runs.Runs is one."""
+    """The runs that the report reads; `analysis.runs.Runs` implements this protocol."""
 
     @property
     def frame(self) -> pd.DataFrame: ...
@@ -74,7 +78,18 @@ def write(
     *,
     metric: str = "best",
 ) -> None:
-    """Write the file `path`, over one that is there."""
+    """Write the report to a file and replace a file that exists.
+
+    Args:
+        path: HTML file to write. Missing parent folders are created.
+        runs: the runs to report, with their name, MLflow URI and command.
+        tables: tables to show, in order.
+        figures: figures to embed, in order. Their PNG and SVG files must exist.
+        metric: accuracy that the tables and figures show, a key of `analysis.tables.METRICS`.
+
+    Raises:
+        KeyError: if `metric` is not in `analysis.tables.METRICS`.
+    """
     frame = runs.frame
     standing = frame[~frame["superseded"]]
     counts = standing["status"].value_counts()
@@ -115,6 +130,7 @@ def write(
 
 
 def _without_password(uri: str) -> str:
+    """Return the URI without its user name and password."""
     parts = urlsplit(uri)
     return (
         urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
@@ -124,7 +140,11 @@ def _without_password(uri: str) -> str:
 
 
 def _optimism(frame: pd.DataFrame, metric: str) -> list[str]:
-    """What choosing the best epoch on the test split gains, in the papers and here."""
+    """Return sentences on how much the choice of the best epoch on the test split gains.
+
+    The first sentence is on the papers. A second one is on our own finished runs without held-out
+    images, if the metric is "best" and there are such runs.
+    """
     both = frame[frame["best"].notna() & frame["last"].notna() & (frame["status"] == "FINISHED")]
     on_test_split = ~(both["val_fraction"] > 0).fillna(False)
     both = both[on_test_split & (both["source"] == "sddlskd")]
@@ -138,16 +158,22 @@ def _optimism(frame: pd.DataFrame, metric: str) -> list[str]:
 
 
 def _scrolling(fragment: str) -> str:
-    """Tables in boxes of their own, that scroll by keyboard too. Its text is escaped, so `<table` is a tag."""
+    """Put every table of the fragment in a box that scrolls, also by keyboard.
+
+    The text of the fragment is escaped, so `<table` can only be a tag.
+    """
     boxed = fragment.replace("<table", '<div class="scroll" tabindex="0"><table')
     return boxed.replace("</table>", "</table></div>")
 
 
 def _embedded(figure: Figure) -> str:
-    """The figure as inline SVG, its ids made the page's own; a large one as PNG."""
+    """Return the figure as inline SVG, or as a PNG image if its SVG is large.
+
+    The ids in the SVG get the name of the figure as a prefix, so that they are unique in the page.
+    """
     text = figure.svg.read_text(encoding="utf-8")
     found = re.search(r'<svg [^>]*?width="([0-9.]+)pt"', text)
-    assert found, f"{figure.svg} is no SVG of matplotlib's"
+    assert found, f"{figure.svg} is not an SVG file that matplotlib wrote"
     pixels = round(float(found[1]) / 72 * PIXELS_AN_INCH)
     width = f'style="width: {pixels}px; min-width: {min(pixels, NARROWEST)}px"'
     if len(text) > INLINE_BYTES:
@@ -156,16 +182,16 @@ def _embedded(figure: Figure) -> str:
     svg = re.sub(
         r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL
     )
-    svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)  # two of equal pixels have equal ids
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace(
-        "xlink:href=", "href="
-    )  # HTML knows the namespaces
+    # Matplotlib gives two images with equal pixels the same id.
+    svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)
+    # HTML knows the namespaces, so the declarations can go.
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
     svg = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{figure.name}-", svg)
     return svg.replace("<svg", f'<svg aria-hidden="true" {width}', 1)
 
 
 def _common(frame: pd.DataFrame) -> dict[str, str]:
-    """Params that are the same in all runs, by their key."""
+    """Return the settings with the same value in all runs, by configuration key."""
     return {
         PARAMS[column]: _text(column, frame[column].iloc[0])
         for column in SETTINGS
@@ -174,7 +200,11 @@ def _common(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """Headings, and a row of (shown, sort key) for each configuration: what differs, its seeds, how many runs."""
+    """Return the headings and rows of the table of configurations.
+
+    A row holds a pair (shown text, sort key) for each setting that differs between runs, then for
+    the seeds and for the number of runs.
+    """
     differing = [column for column in SETTINGS if frame[column].nunique(dropna=False) > 1]
     headings = [*(PARAMS[column] for column in differing), "seeds", "runs"]
     rows = []
@@ -187,18 +217,25 @@ def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str
 
 
 def _counted(frame: pd.DataFrame, column: str) -> dict[str, int]:
-    """How many runs have each value, the most first; "" where none is known."""
+    """Return the number of runs with each value of `column`, in descending order.
+
+    Missing runs do not count. The value "" stands for runs without a recorded value.
+    """
     ran = frame[frame["status"] != "MISSING"]
     return {str(value): int(count) for value, count in ran[column].value_counts().items()}
 
 
 def _outcome(run: Mapping[Any, Any]) -> list[tuple[str, str]]:
+    """Return the cells of a run in the table of all runs, as (shown text, sort key)."""
     status = ("superseded, " if run["superseded"] else "") + run["status"].lower()
     return [_cell(column, status if column == "status" else run[column]) for column in OUTCOME]
 
 
 def _cell(column: str, value: Any) -> tuple[str, str]:
-    """(shown, sort key); a value that is not there has no key and sorts last."""
+    """Return (shown text, sort key) for a value.
+
+    The sort key of a missing value is empty, so that the value sorts last.
+    """
     text = _text(column, value)
     return text, "" if text == "–" else str(value)
 

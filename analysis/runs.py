@@ -1,8 +1,9 @@
-"""Runs out of MLflow (SQLite or a server) as one tidy frame, a row a run; per-epoch metrics and predictions on demand.
+"""Read runs from MLflow (SQLite or a server) into one tidy frame with one row per run.
 
-Nothing is dropped: runs that failed, are running or were superseded are rows, and so is a job that a sweep planned and
-nobody ran (MISSING). Nothing is written: a database that is not there is not made, and one of another schema is not
-migrated. Errors are ValueErrors of one line.
+Per-epoch metrics and predictions are read on demand. No run is dropped: failed, running and
+superseded runs are rows, and so is a job that a sweep planned and nobody ran (status MISSING).
+Nothing is written: a missing database is not created, and a database with another schema is not
+migrated. Errors are ValueErrors with a one-line message.
 """
 
 import difflib
@@ -33,41 +34,43 @@ from analysis.schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_
 
 __all__ = ["MAKE_RUNS", "Runs", "listing", "load", "reading"]
 
-PAGE = 1000  # runs a request; MLflow's limit is 50,000
-RUNS_A_REQUEST = 100  # of a request for histories
-ALL_POINTS = 10**9  # of such a request
-REQUESTS_AT_ONCE = 8  # to a server
-LOCKED_S = 10.0  # seconds to wait for whoever writes to the database
-ANSWER_S = 5.0  # seconds in which a server has to answer
-NAMES_SHOWN = 10
-PLANNED = (
-    "config_hash",
-    "settings_hash",
-    "run_dir",
-    "command",
-)  # what a plan says of a job, beside its params
+PAGE = 1000  # runs per request; MLflow's limit is 50,000
+RUNS_A_REQUEST = 100  # runs per request for metric histories
+ALL_POINTS = 10**9  # points per request for metric histories: no limit in practice
+REQUESTS_AT_ONCE = 8  # concurrent requests to a server
+LOCKED_S = 10.0  # seconds to wait for a process that writes to the database
+ANSWER_S = 5.0  # seconds within which a server must answer
+NAMES_SHOWN = 10  # names that an error message lists
+# The fields that a plan stores for a job, besides its params.
+PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
 MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev2 M="[1],[1,2,4]"'
 CONTRACT = ("dataset", "teacher", "student", "distiller")
-"""Columns that say which cell of a table a run belongs to: runs that all lack one of them are not the trainer's."""
+"""Columns that select a run's table cell. If every run lacks one of them, none is sddlskd's."""
 NEEDED = (*CONTRACT, "M", "standardize", "epochs", "seed")
-"""Columns whose absence a row's `reason` names."""
+"""Required columns: `reason` of a row names those that its run lacks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A selection of runs."""
+    """A selection of runs from one MLflow store."""
 
-    frame: pd.DataFrame  # of schema.COLUMNS
-    name: str  # of the sweep or experiment; "" for everything
+    frame: pd.DataFrame  # one row per run, with the columns of schema.COLUMNS
+    name: str  # sweep or experiment; "" for all runs of the store
     uri: str
-    command: str  # of the sweep, "" where it is not known
+    command: str  # starts the sweep; "" if it is unknown
 
     def history(
         self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None
     ) -> pd.DataFrame:
-        """Per-epoch metrics: run_id, metric, epoch, value; of several points of an epoch the latest.
+        """Return the per-epoch metrics of runs.
 
-        run_ids: all of the frame's where none are given.
+        Args:
+            metrics: names of metrics in MLflow, such as `val/top1`.
+            run_ids: MLflow run ids, "" is skipped; None means all runs of the frame.
+
+        Returns:
+            A frame with the columns run_id, metric, epoch and value. If an epoch has several
+            points of a metric, the frame holds the latest.
         """
         ids = [
             run_id for run_id in (self.frame["run_id"] if run_ids is None else run_ids) if run_id
@@ -89,7 +92,10 @@ class Runs:
         return latest.drop(columns="time").reset_index(drop=True)
 
     def predictions(self, run_id: str) -> dict[str, np.ndarray] | None:
-        """What the run predicted on the test split (artifact predictions.npz); None where it was not kept."""
+        """Return a run's predictions on the test split, or None if the run did not keep them.
+
+        The arrays are those of the artifact predictions.npz. Raise ValueError if it is damaged.
+        """
         with reading(self.uri) as client, _artifact(client, run_id, "predictions.npz") as path:
             if path is None:
                 return None
@@ -98,14 +104,24 @@ class Runs:
                     return dict(arrays)
             except (ValueError, OSError, EOFError, BadZipFile) as error:
                 raise ValueError(
-                    f"predictions.npz of run {run_id} is no whole file of arrays ({error})"
+                    f"predictions.npz of run {run_id} is not a complete file of arrays ({error})"
                 ) from None
 
 
 def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
-    """The runs of a sweep, else of the MLflow experiment of that name; everything there is where name is None.
+    """Load the runs of a sweep, or of an MLflow experiment if no sweep has that name.
 
-    mixed_epochs: take runs of one data set and different lengths together.
+    Args:
+        name: name of the sweep or experiment. None loads all runs of the store.
+        uri: `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`.
+        mixed_epochs: accept runs on one data set that differ in their number of epochs.
+
+    Returns:
+        The runs, with a row of status MISSING for each planned job that has no run.
+
+    Raises:
+        ValueError: if the store cannot be read, if it has no such name or no runs, if none of the
+            runs is sddlskd's, or if their numbers of epochs differ and `mixed_epochs` is False.
     """
     with reading(uri) as client:
         experiments = _experiments(client)
@@ -130,13 +146,14 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
 
 
 def listing(uri: str) -> pd.DataFrame:
-    """The sweeps and experiments there are: kind, name, runs, and how many of them are FINISHED, RUNNING, ...
+    """Return the sweeps and experiments of a store, one per row.
 
-    A superseded run counts in none of them.
+    The columns are kind ("sweep" or "experiment"), name, runs, and the number of runs of each
+    status. Superseded runs are not counted.
     """
     with reading(uri) as client:
         scans = {name: _scan(client, {name: key}) for name, key in _experiments(client).items()}
-    sweeps: dict[str, set[str]] = {}  # that planned a job, by config_hash
+    sweeps: dict[str, set[str]] = {}  # names of the sweeps that planned a job, by its config_hash
     for plan in (plan for plans, _ in scans.values() for plan in plans):
         for job in plan["jobs"]:
             sweeps.setdefault(job["config_hash"], set()).add(plan["name"])
@@ -168,26 +185,31 @@ def listing(uri: str) -> pd.DataFrame:
 
 @contextmanager
 def reading(uri: str) -> Iterator[Any]:
-    """An MlflowClient; whatever MLflow and the database or network under it raise is one line of ValueError."""
+    """Yield an MlflowClient for the store at `uri`.
+
+    Raise ValueError with a one-line message if the store is unusable, or if MLflow, the database
+    or the network fails within the context.
+    """
     _check(uri)
-    # A server that vanishes must not hold the reader for the client's default of four minutes a call.
+    # By default, each call takes the client four minutes if the server has gone away.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow.exceptions import MlflowException  # heavy: only when runs are read
+    from mlflow.exceptions import MlflowException  # imported late, because it is slow
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
-    # MLflow's own use of SQLAlchemy; nothing that a user can change.
+    # MLflow's own use of SQLAlchemy causes this warning: a user cannot change it.
     warnings.filterwarnings(
         "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(
-        logging.CRITICAL
-    )  # it prints tracebacks of what is raised here as well
+    # MLflow logs tracebacks of errors that are raised here as ValueErrors.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    # Garbage collection would traverse SQLAlchemy's million objects again and again and free
+    # nothing: reading 10,000 runs takes 28 s with it and 10 s without.
     collecting = gc.isenabled()
-    gc.disable()  # it walks SQLAlchemy's million objects again and again (28 s of 10,000 runs; 10 s without), in vain
+    gc.disable()
     try:
         yield MlflowClient(tracking_uri=uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -202,12 +224,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _check(uri: str) -> None:
-    """Raises ValueError where MLflow would wait for minutes, make a database, or migrate one."""
+    """Raise ValueError if MLflow would wait for minutes, create a database or migrate one."""
     if uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()
         except urllib.error.HTTPError:
-            pass  # it answers; a proxy may guard /health
+            pass  # the server answers; a proxy may protect /health
         except (OSError, ValueError, HTTPException) as error:
             raise ValueError(
                 f"{uri} does not answer ({error}); start it, or name another store with --uri"
@@ -237,7 +259,7 @@ def _check_database(path: Path, uri: str) -> None:
             }
             if not {"alembic_version", "runs"} <= tables:
                 raise ValueError(
-                    f"{path} is no database of MLflow's; name another with --home or --uri"
+                    f"{path} is not an MLflow database; name another with --home or --uri"
                 )
             (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or (
                 "none",
@@ -246,17 +268,18 @@ def _check_database(path: Path, uri: str) -> None:
         if "locked" not in str(error):
             raise ValueError(f"{path} cannot be read ({error})") from None
         raise ValueError(
-            f"{path} was locked for {LOCKED_S:.0f} s by a process that writes to it; try again when that is done"
+            f"{path} was locked for {LOCKED_S:.0f} s by a process that writes to it; "
+            "try again when that process is done"
         ) from None
     except sqlite3.DatabaseError as error:
         raise ValueError(
-            f"{path} is no database of MLflow's ({error}); name another with --home or --uri"
+            f"{path} is not an MLflow database ({error}); name another with --home or --uri"
         ) from None
     _check_schema(path, uri, found)
 
 
 def _check_schema(path: Path, uri: str, found: str) -> None:
-    # MLflow checks it too, but only after it has added what tables an older database lacks.
+    # MLflow checks the schema too, but only after it has added tables that an older database lacks.
     import mlflow
     from alembic.script import ScriptDirectory
 
@@ -267,13 +290,13 @@ def _check_schema(path: Path, uri: str, found: str) -> None:
     have = f"{path} has the schema {found}, and MLflow {mlflow.__version__} here reads {wanted}"
     if found in {revision.revision for revision in script.walk_revisions()}:
         raise ValueError(
-            f"{have}: it is an older MLflow's; copy the file, then run: mlflow db upgrade {uri}"
+            f"{have}: an older MLflow wrote it; copy the file, then run: mlflow db upgrade {uri}"
         )
-    raise ValueError(f"{have}: it is a newer MLflow's; run: pip install --upgrade mlflow")
+    raise ValueError(f"{have}: a newer MLflow wrote it; run: pip install --upgrade mlflow")
 
 
 def _experiments(client: Any) -> dict[str, str]:
-    """Ids by name."""
+    """Return the ids of all experiments by name."""
     found: dict[str, str] = {}
     token = None
     while True:
@@ -285,7 +308,7 @@ def _experiments(client: Any) -> dict[str, str]:
 
 
 def _search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iterator[Any]:
-    """Runs, oldest first, so that what starts meanwhile shifts no page."""
+    """Yield runs, oldest first, so that runs that start meanwhile do not shift the pages."""
     token = None
     while True:
         page = client.search_runs(
@@ -302,7 +325,10 @@ def _search(client: Any, experiments: Mapping[str, str], query: str = "") -> Ite
 
 
 def _quoted(text: str) -> str:
-    """For a filter; MLflow knows no escape."""
+    """Return `text` in quotes for an MLflow filter.
+
+    MLflow has no escape character, so text with both kinds of quotes raises ValueError.
+    """
     if "'" in text and '"' in text:
         raise ValueError(f"{text} has both kinds of quotes, and MLflow cannot search for that")
     return f'"{text}"' if "'" in text else f"'{text}'"
@@ -310,7 +336,10 @@ def _quoted(text: str) -> str:
 
 @contextmanager
 def _artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
-    """A run's file, for as long as the context lasts; None where it has none of that name."""
+    """Yield the path of a run's artifact, or None if the run has none of that name.
+
+    The file is deleted when the context ends.
+    """
     if all(entry.path != name for entry in client.list_artifacts(run_id)):
         yield None
         return
@@ -321,9 +350,10 @@ def _artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
 def _points(
     client: Any, uri: str, run_ids: Sequence[str], metric: str
 ) -> Iterator[tuple[str, str, int, int, float]]:
-    """(run_id, metric, step, time, value) of every point."""
+    """Yield (run_id, metric, step, timestamp, value) for every logged point."""
     if uri.startswith("sqlite:"):
-        # The client asks run by run, and SQLite walks the metric's points of all runs each time: three times as long.
+        # The client queries run by run, and each query makes SQLite scan the metric's points of
+        # all runs, which takes three times as long.
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         open_store: Any = SqlAlchemyStore  # untyped
@@ -359,9 +389,10 @@ def _no_such(client: Any, experiments: Mapping[str, str], name: str, uri: str) -
 def _select(
     client: Any, everywhere: Mapping[str, str], experiments: Mapping[str, str], query: str = ""
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The plans of the sweeps among the runs that the query finds, and a row for each other run and each missing job.
+    """Return the plans of the sweeps that the query finds, and a row per run and missing job.
 
-    A job that two sweeps share carries the tag of the first alone: a plan's jobs are found by what they compute.
+    A job that two sweeps share is tagged with the first sweep only, so the unfinished jobs of a
+    plan are searched for by config_hash in all experiments (`everywhere`).
     """
     plans, rows = _scan(client, experiments, query)
     planned = {job["config_hash"]: job for plan in plans for job in plan["jobs"]}
@@ -378,7 +409,7 @@ def _select(
 def _scan(
     client: Any, experiments: Mapping[str, str], query: str = ""
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The plans among the runs that the query finds, and the other runs as rows by run id."""
+    """Return the plans among the runs that the query finds, and the other runs as rows by id."""
     plans: list[dict[str, Any]] = []
     rows: dict[str, dict[str, Any]] = {}
     for run in _search(client, experiments, query):
@@ -392,13 +423,13 @@ def _scan(
 def _missing(
     plans: Iterable[Mapping[str, Any]], there: Container[str]
 ) -> dict[str, dict[str, Any]]:
-    """Rows, by config_hash, of the planned jobs that are not there."""
+    """Return a MISSING row for each planned job whose config_hash is not in `there`, by hash."""
     planned = {job["config_hash"]: (plan["name"], job) for plan in plans for job in plan["jobs"]}
     return {key: _missing_row(*found) for key, found in planned.items() if key not in there}
 
 
 def _hashes(rows: Iterable[Mapping[str, Any]], finished: bool = False) -> set[str]:
-    """What the runs compute that stand (and are finished)."""
+    """Return the config_hashes of the runs that are not superseded (`finished`: only FINISHED)."""
     return {
         row["config_hash"]
         for row in rows
@@ -407,14 +438,14 @@ def _hashes(rows: Iterable[Mapping[str, Any]], finished: bool = False) -> set[st
 
 
 def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
-    """{name, command, jobs} of a sweep's parent run; no jobs where it kept no plan."""
+    """Return {name, command, jobs} from a sweep's parent run; jobs is [] if it kept no plan."""
     sweep = parent.data.tags.get("sweep", "")
     with _artifact(client, parent.info.run_id, "plan.json") as path:
         if path is None:
             return {"name": sweep, "command": "", "jobs": []}
         try:
             plan = json.loads(path.read_text())
-            common = plan["common"]  # what all jobs share stands there once
+            common = plan["common"]  # params that all jobs share
             jobs = [
                 {**{key: job[key] for key in PLANNED}, "params": {**common, **job["params"]}}
                 for job in plan["jobs"]
@@ -422,18 +453,21 @@ def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
             return {"name": sweep, "command": plan["command"], "jobs": jobs}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"plan.json of sweep {sweep} (run {parent.info.run_id}) is no plan ({error!r}); start the sweep again"
+                f"plan.json of sweep {sweep} (run {parent.info.run_id}) is not a valid plan "
+                f"({error!r}); start the sweep again"
             ) from None
 
 
 def _row(run: Any) -> dict[str, Any]:
-    """A run as a row of the frame, without its command. What is absent or of a wrong type is left out, and said."""
+    """Return a run as a row of the frame, without its command.
+
+    Values that are missing or of the wrong type are left out, and `reason` says so.
+    """
     tags, metrics = run.data.tags, run.data.metrics
     row, complaints = _typed(run.data.params)
     complaints += [f"{key} is NaN" for key in METRICS.values() if math.isnan(metrics.get(key, 0.0))]
-    steps = {
-        metric.key: metric.step for metric in run.data._metric_objs
-    }  # no public name has the steps
+    # MLflow's public attributes do not give the steps of the metrics.
+    steps = {metric.key: metric.step for metric in run.data._metric_objs}
     size, size_complaints = _parsed(tags, {"group_size": TAGS["group_size"]})
     text = {column: tags.get(tag, "") for column, tag in TAGS.items() if COLUMNS[column] == "str"}
     reasons = [tags.get(TAGS["reason"], ""), *complaints, *size_complaints]
@@ -469,7 +503,7 @@ def _missing_row(sweep: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The columns that parameters give, and what is wrong with them."""
+    """Return the columns that the params give, and a message for each problem with the params."""
     row, complaints = _parsed(params, PARAMS)
     if absent := [PARAMS[column] for column in NEEDED if PARAMS[column] not in params]:
         complaints.insert(0, f"no param {', '.join(absent)}")
@@ -485,7 +519,8 @@ def _parsed(texts: Mapping[str, str], keys: Mapping[str, str]) -> tuple[dict[str
                 row[column] = _scales(text) if column == "M" else _PARSERS[COLUMNS[column]](text)
         except (ValueError, KeyError):
             complaints.append(
-                f"{key}={text[:40]} is no {'list of scales' if column == 'M' else COLUMNS[column].lower()}"
+                f"{key}={text[:40]} is not a valid "
+                f"{'list of scales' if column == 'M' else COLUMNS[column].lower()}"
             )
     return row, complaints
 
@@ -506,7 +541,7 @@ def _scales(text: str) -> str:
 
 
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The rows, typed; no pair and no method where what they are made of is not known."""
+    """Return the rows as a typed frame; pair and method are "" if their parts are unknown."""
     frame = frame_of({"M": "", **row} for row in rows)
     for column, parts in {
         "pair": {"teacher", "student"},
@@ -522,13 +557,17 @@ def _refuse_strangers(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     lacking = {PARAMS[column]: sum(column not in row for row in rows) for column in CONTRACT}
     counted = ", ".join(f"{key} ({count})" for key, count in lacking.items() if count)
     raise ValueError(
-        f"{where}: none of its {len(rows)} runs has the params of sddlskd's runs; missing are {counted}; "
-        "name an experiment of sddlskd's, or bring results in with python -m analysis import-logs"
+        f"{where}: none of its {len(rows)} runs has the params of sddlskd's runs; "
+        f"missing are {counted}; "
+        "name an sddlskd experiment, or import results with python -m analysis import-logs"
     )
 
 
 def _refuse_mixed_epochs(frame: pd.DataFrame) -> None:
-    """Raises ValueError where runs of one data set have several lengths, those that made the teachers aside."""
+    """Raise ValueError if runs on one data set differ in their number of epochs.
+
+    Runs that trained a teacher do not count.
+    """
     standing = frame[~frame["superseded"] & frame["epochs"].notna()]
     for dataset, runs in standing.groupby("dataset"):
         teachers = (runs["distiller"] == "vanilla") & runs["student"].isin(set(runs["teacher"]))
@@ -536,6 +575,7 @@ def _refuse_mixed_epochs(frame: pd.DataFrame) -> None:
         if len(lengths) > 1:
             counted = ", ".join(f"{count} of {epochs} epochs" for epochs, count in lengths.items())
             raise ValueError(
-                f"{dataset or 'a data set without a name'} has runs of different lengths ({counted}), which do not "
-                "compare; name a sweep or experiment of one length, or take them together with --mixed-epochs"
+                f"{dataset or 'a data set without a name'} has runs of different lengths "
+                f"({counted}), which cannot be compared; name a sweep or experiment of one length, "
+                "or combine them with --mixed-epochs"
             )

@@ -1,7 +1,7 @@
-"""One row a run: the columns of every frame of runs, their types, and what MLflow calls them.
+"""Define the columns of a frame of runs (one row per run), their types and their names in MLflow.
 
-The contract with the trainer is in these names alone: `PARAMS` are flattened configuration keys, `METRICS` final
-metrics, `TAGS` tags of a run.
+The analysis depends on the trainer by these names only: `PARAMS` are flattened configuration keys,
+`METRICS` are final metrics, `TAGS` are tags of a run.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,30 +23,30 @@ __all__ = [
 ]
 
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
-"""MISSING: planned by the sweep, and no run of it is in MLflow."""
+"""Statuses of a run. MISSING: the sweep planned the job, but MLflow has no run of it."""
 
 COLUMNS = {
-    "run_id": "str",  # MLflow's; "" for a missing run
-    "name": "str",  # of the run: its folder
-    "source": "str",  # sddlskd, or imported
+    "run_id": "str",  # in MLflow; "" for a missing run
+    "name": "str",  # name of the run directory
+    "source": "str",  # "sddlskd" or "imported"
     "status": "str",  # one of STATUSES
-    "reason": "str",  # why it failed or was stopped
+    "reason": "str",  # why the run failed or was stopped
     "sweep": "str",
-    "config_hash": "str",  # what the run computes, seed included
-    "settings_hash": "str",  # what it computes, seed aside
+    "config_hash": "str",  # hash of what the job computes, including its seed
+    "settings_hash": "str",  # the same without the seed
     "git_sha": "str",
     "run_dir": "str",
-    "command": "str",  # that runs it (again), "" where it is not known
-    "environment": "str",  # versions and device, as one line
-    "superseded": "bool",  # run again since; stands in no table
+    "command": "str",  # runs the job (again); "" if it is unknown
+    "environment": "str",  # versions and device, in one line
+    "superseded": "bool",  # replaced by a later run of the job; left out of every table
     "started": "datetime64[ns, UTC]",
     "dataset": "str",
-    "teacher": "str",  # "none" for a student alone
+    "teacher": "str",  # "none" for a student that is trained alone
     "student": "str",
-    "pair": "str",  # teacher_student
-    "method": "str",  # as the papers name it: vanilla, kd, kd_ls, sd_kd, sd_kd_ls, sd_dkd ...
-    "distiller": "str",  # the loss: vanilla, kd, dkd, nkd ...
-    "M": "str",  # canonical, "[1,2,4]"
+    "pair": "str",  # "teacher_student"
+    "method": "str",  # the papers' name: vanilla, kd, kd_ls, sd_kd, sd_kd_ls, sd_dkd ...
+    "distiller": "str",  # loss: vanilla, kd, dkd, nkd ...
+    "M": "str",  # scales, as canonical_M writes them: "[1,2,4]"
     "standardize": "bool",
     "complementary_weight": "Float64",
     "knowledge": "str",  # fusion, consistent, complementary
@@ -55,21 +55,21 @@ COLUMNS = {
     "kd_weight": "Float64",
     "lr": "Float64",
     "batch_size": "Int64",
-    "epochs": "Int64",  # configured
-    "max_steps": "Int64",  # batches of an epoch; missing: all
-    "precision": "str",  # of the networks' forward pass: fp32, bf16, fp16
-    "compile": "bool",  # networks compiled by torch
-    "teacher_cache": "str",  # folder that the teacher's maps were kept in; "": none
+    "epochs": "Int64",  # configured number
+    "max_steps": "Int64",  # batches per epoch; missing: all batches
+    "precision": "str",  # of the networks' forward pass: fp32, bf16 or fp16
+    "compile": "bool",  # whether torch compiles the networks
+    "teacher_cache": "str",  # folder of the cached teacher maps; "": no cache
     "epochs_done": "Int64",
     "seed": "Int64",
-    "val_fraction": "Float64",  # of the training images held out; 0: val is the test split
-    "group_size": "Int64",  # runs trained side by side: their times are the group's
+    "val_fraction": "Float64",  # fraction of the training images held out; 0: val is the test split
+    "group_size": "Int64",  # runs trained side by side, whose times are those of the group
     "best": "Float64",  # top-1 (%), best epoch
     "last": "Float64",  # top-1 (%), last epoch
-    "test": "Float64",  # top-1 (%) on the test split at the epoch that a held-out val chose
+    "test": "Float64",  # top-1 (%) on the test split at the best epoch of a held-out val
     "teacher_top1": "Float64",
-    "epoch_s": "Float64",  # seconds, last epoch
-    "images_per_s": "Float64",  # last epoch
+    "epoch_s": "Float64",  # seconds of the last epoch
+    "images_per_s": "Float64",  # in the last epoch
 }
 
 PARAMS = {
@@ -119,26 +119,37 @@ TAGS = {
 
 
 def canonical_M(text: str) -> str:
-    """ "[1, 2,4]" -> "[1,2,4]"."""
+    """Return the scales without blanks: "[1, 2,4]" becomes "[1,2,4]"."""
     return text.replace(" ", "")
 
 
 def method_of(distiller: str, M: str, standardize: bool) -> str:
-    """The papers' name: `sd_` for more scales than the whole map, `_ls` for standardised logits."""
+    """Return the papers' name of a method, such as `sd_kd_ls`.
+
+    Args:
+        distiller: name of the loss.
+        M: scales in canonical form. Anything but "[1]" (the whole map) adds the prefix `sd_`.
+        standardize: whether logits are standardised, which adds the suffix `_ls`.
+
+    Returns:
+        The name. `vanilla` takes neither prefix nor suffix.
+    """
     if distiller == "vanilla":
         return distiller
     return ("" if M == "[1]" else "sd_") + distiller + ("_ls" if standardize else "")
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows as a frame with every column, typed; what a row lacks is "", False or missing.
+    """Return the rows as a typed frame with all columns.
 
-    `pair` and `method` follow from the others where a row does not give them. Raises KeyError for an unknown column.
+    A value that a row lacks becomes "", False or missing, except `source` ("sddlskd"), `knowledge`
+    ("fusion") and `M` ("[1]"). `pair` and `method` are derived from other columns if a row lacks
+    them. Raise KeyError for an unknown column.
     """
     whole = []
     for row in rows:
         if unknown := row.keys() - COLUMNS.keys():
-            raise KeyError(f"{sorted(unknown)} are no columns; there are {list(COLUMNS)}")
+            raise KeyError(f"unknown columns {sorted(unknown)}; choose from {list(COLUMNS)}")
         empty: dict[str, Any] = {
             name: {"str": "", "bool": False}.get(kind) for name, kind in COLUMNS.items()
         }
@@ -153,7 +164,7 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """The frame in a runs.csv; it may lack columns."""
+    """Return the frame that a runs.csv holds; the file may lack columns."""
     cells = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     return frame_of(
         {name: _value(COLUMNS[name], text) for name, text in row.items()} for row in cells

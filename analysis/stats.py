@@ -1,4 +1,7 @@
-"""What seeds support: means, gains paired by seed, Holm's correction and the reproduction verdict."""
+"""Compute the statistics over seeds.
+
+These are means, gains paired by seed, Holm's correction and the reproduction verdict.
+"""
 
 import math
 import statistics
@@ -19,40 +22,50 @@ __all__ = [
 ]
 
 LEVEL = 0.95
+"""Confidence level of all intervals."""
 WIDEST = 1.0
-"""Points of accuracy: a prediction interval with a wider half decides nothing."""
+"""Largest half-width of a prediction interval, in points of accuracy, that permits a verdict."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean difference over seeds that both sides have, with its paired t interval."""
+    """A mean difference over the seeds that both sides have, with its paired t interval."""
 
     mean: float
-    n: int  # pairs
-    left_out: int  # seeds that only one side has
-    low: float | None  # of the 95 % interval; None: one pair, or equal differences
+    n: int  # number of pairs
+    left_out: int  # number of seeds that only one side has
+    # Ends of the 95 % interval; None for one pair and for equal differences.
+    low: float | None
     high: float | None
-    p: float | None  # two-sided
+    p: float | None  # of the two-sided test; None if the interval is
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and the sample standard deviation (n - 1); a single value has none."""
+    """Return the mean and the sample standard deviation (n - 1 in the denominator) of `values`.
+
+    The standard deviation is None for a single value.
+    """
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def _t(n: int) -> float:
+    """Return the two-sided quantile of Student's t at `LEVEL` for n values."""
     return float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
 
 
 def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Paired | None:
-    """The gain of `values` over `base`, each by seed; None where they share no seed."""
+    """Return the gain of `values` over `base`, paired by seed.
+
+    Both arguments map a seed to a number. The result is None if they share no seed.
+    """
     shared = sorted(values.keys() & base.keys())
     if not shared:
         return None
     left_out = len(values.keys() ^ base.keys())
     differences = [values[seed] - base[seed] for seed in shared]
     mean, std = mean_std(differences)
-    # Accuracies come in steps: equal differences say that the spread is finer than a step, not that there is none.
+    # Accuracies come in steps: equal differences mean that the spread is finer than a step. They do
+    # not mean that there is no spread.
     if std is None or math.isclose(std, 0, abs_tol=1e-9):
         return Paired(mean, len(shared), left_out, None, None, None)
     half = _t(len(shared)) * std / math.sqrt(len(shared))
@@ -63,7 +76,7 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Paired | N
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given."""
+    """Return the p-values adjusted by Holm's step-down procedure, in the order of `ps`."""
     adjusted = [0.0] * len(ps)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
@@ -73,21 +86,28 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def prediction_half_width(values: Sequence[float]) -> float | None:
-    """Half the 95 % t interval in which one more run is to be expected; None for a single run."""
+    """Return half the width of the 95 % t prediction interval for one more run.
+
+    The result has the unit of `values`. It is None for a single run.
+    """
     _, std = mean_std(values)
     return None if std is None else _t(len(values)) * std * math.sqrt(1 + 1 / len(values))
 
 
 def verdict(values: Sequence[float], published: float) -> str:
-    """Where our runs lie from a published number: within, above, below, or undecided (one run, no spread, too wide)."""
+    """Return how our runs compare with a published number: within, above, below or undecided.
+
+    The verdict is "within" if `published` lies in the prediction interval for one more run, and
+    else the side on which our mean lies. It is "undecided" for a single run, if the half-width is
+    above `WIDEST`, and if all runs are equal and differ from `published`.
+    """
     half = prediction_half_width(values)
     if half is None or half > WIDEST:
         return "undecided"
     gap = statistics.fmean(values) - published
     if abs(gap) <= half + 1e-9:
         return "within"
-    if math.isclose(
-        half, 0, abs_tol=1e-9
-    ):  # as in `paired`: equal accuracies do not say that there is no spread
+    # As in `paired`, equal accuracies do not mean that there is no spread.
+    if math.isclose(half, 0, abs_tol=1e-9):
         return "undecided"
     return "above" if gap > 0 else "below"

@@ -1,8 +1,9 @@
-"""The papers' tables from the frame of runs, each number of ours beside the published one.
+"""Build the papers' tables from the frame of runs, with the published numbers beside ours.
 
-A table is a declaration: which runs, what names a row, whose numbers stand beside, what a row is compared with. One
-builder fills the cells. Columns are pairs of teacher and student. A cell averages over seeds and nothing else: where
-runs of one cell differ in a setting, the row is split, and its label says by what.
+A `Declaration` describes a table: its runs, the row of a run, the published numbers and the
+baseline of a row. One builder, `_fill`, fills the cells. Columns are pairs of teacher and
+student. A cell averages over seeds and nothing else: if the runs of a cell differ in a setting,
+the row is split and the label of each part names the setting and its value.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from analysis.schema import STATUSES, method_of
 
 __all__ = ["METRICS", "Cell", "Gain", "Table", "build"]
 
-Run = dict[str, Any]  # a row of the frame; what is missing is None
+Run = dict[str, Any]  # a row of the frame; a missing value is None
 
 RECIPE = (
     "distiller",
@@ -36,7 +37,7 @@ RECIPE = (
 )
 BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction")
 SETTINGS = (*RECIPE, "lr", *BUDGET)
-"""What makes two runs different things, seed aside: never averaged."""
+"""Settings that distinguish runs, without the seed. Runs that differ in one are not averaged."""
 PLAIN_SAME = (
     "source",
     "pair",
@@ -48,16 +49,21 @@ PLAIN_SAME = (
     "lr",
     *BUDGET,
 )
-"""What ablations of regions share with the method on the whole map."""
+"""Settings that runs with regions share with their baseline on the whole map (M=[1])."""
 
-PAPERS_WEIGHT = 2.0  # of complementary regions, SDD section 4.1
+PAPERS_WEIGHT = 2.0  # weight of complementary regions, SDD section 4.1
 SIMILAR = {"resnet32x4_resnet8x4", "resnet34_resnet18", "vgg13_vgg8"}
-"""Pairs of the SDD paper with similar architectures: M={1,2}; the others: M={1,2,4} (section 4.1)."""
+"""Pairs of the SDD paper with similar architectures, which take M={1,2}.
+
+The other pairs take M={1,2,4} (section 4.1).
+"""
+# ce_weight of KD+LS in the authors' code. The seed suite takes 1.0.
 LSKD_CE_WEIGHT = {
     "cifar100": 0.1,
     "imagenet": 0.5,
-}  # of KD+LS, in the authors' code; the seed suite takes 1.0
-PAPERS_KD: dict[str, dict[str, Any]] = {  # of plain KD, in both papers' code
+}
+# Settings of plain KD in the code of both papers.
+PAPERS_KD: dict[str, dict[str, Any]] = {
     "cifar100": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
     "cub200": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
     "imagenet": {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5},
@@ -67,11 +73,12 @@ PAPERS_BUDGET: dict[str, dict[str, Any]] = {
     "cub200": {"epochs": 240, "batch_size": 64},
     "imagenet": {"epochs": 100, "batch_size": 512, "lr": 0.2},
 }
+# Students that the papers train at lr 0.01 on CIFAR-100. They train the others at 0.05.
 LIGHT = (
     "mobilev2",
     "shufflev1",
     "shufflev2",
-)  # the papers train these at lr 0.01 on CIFAR-100, the others at 0.05
+)
 SEED_PAIRS = (
     "resnet32x4_resnet8x4",
     "resnet32x4_shufflev1",
@@ -80,7 +87,9 @@ SEED_PAIRS = (
     "wrn_40_2_vgg8",
     "wrn_40_2_mobilev2",
 )
-PAPERS_TABLES = {  # table: what it compares, and whether its gains are over the method without standardisation
+# Subject of each table, and whether its gains are over the method without standardisation. If not,
+# they are over the method on the whole map (M=[1]).
+PAPERS_TABLES = {
     "SDD Table 1": ("different layers and structure, CIFAR-100", False),
     "SDD Table 2": ("different structure, CIFAR-100", False),
     "SDD Table 3": ("ImageNet, ResNet34 and ResNet18", False),
@@ -91,7 +100,8 @@ PAPERS_TABLES = {  # table: what it compares, and whether its gains are over the
     "LSKD Table 3": ("ImageNet", True),
     "LSKD Table 5": ("teachers of one student, CIFAR-100", True),
 }
-FEW = 3  # commands that are listed one by one
+# A longer list of commands is replaced by the command of the sweep, if that is known.
+FEW = 3
 NAMES = {
     "teacher": "teacher",
     "unknown": "method not known",
@@ -103,79 +113,85 @@ NAMES = {
     "simkd": "SimKD",
     "cat_kd": "CAT-KD",
 }
-ALONE = dict.fromkeys(("kd", "dkd", "nkd"), "vanilla")  # what a plain method is compared with
-METRICS = {  # column of the frame, and what it is
+# Baseline of each plain method in an overview.
+ALONE = dict.fromkeys(("kd", "dkd", "nkd"), "vanilla")
+# Column of the frame that holds each metric, and its label.
+METRICS = {
     "best": ("best", "top-1 (%), best epoch"),
     "last": ("last", "top-1 (%), last epoch"),
     "val": ("test", "top-1 (%) on the test set, at the epoch that held-out images chose"),
 }
 PAPERS_METRIC = (
-    "The papers report the best epoch on the test set, which lay 0.3 points above the last on average in the LSKD "
-    "authors' own logs."
+    "The papers report the best epoch on the test set, which lay 0.3 points above the last on "
+    "average in the LSKD authors' own logs."
 )
 VERDICTS = (
-    "Verdict on a published number, from our n seeds with sample standard deviation s: within where |ours - published| "
-    "<= t(n-1) * s * sqrt(1 + 1/n), half the 95 % t prediction interval for one more run; else above or below; "
-    f"undecided where n < 2, where all runs are equal and off it, or where that half-width is above {stats.WIDEST:.1f} "
-    "point. By chance alone one cell in twenty lies outside."
+    "Verdict on a published number, from our n seeds with sample standard deviation s: within if "
+    "|ours - published| <= t(n-1) * s * sqrt(1 + 1/n), half the 95 % t prediction interval for one "
+    "more run; else above or below; undecided if n < 2, if all runs are equal and differ from the "
+    f"published number, or if that half-width is above {stats.WIDEST:.1f} point. By chance alone "
+    "one cell in twenty lies outside."
 )
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Of a cell over its baseline in the same column, paired by seed."""
+    """The gain of a cell over its baseline in the same column, paired by seed."""
 
-    over: str  # label of the baseline's row
+    over: str  # label of the row of the baseline
     paired: stats.Paired
-    p_holm: float | None = None  # corrected over the table's comparisons
+    p_holm: float | None = None  # p corrected over all comparisons of the table
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the runs of one row and column say, and what the paper prints there."""
+    """The results of the runs of one row and column, and the number that the paper prints there."""
 
-    values: Mapping[Any, float] = field(
-        default_factory=dict
-    )  # by seed; by run where there is no seed
+    # By seed, or by the key of the run if runs are counted or the run has no seed.
+    values: Mapping[Any, float] = field(default_factory=dict)
     mean: float | None = None
-    std: float | None = None  # of the sample; None for one value
-    planned: int = 0  # seeds that ran, run or are to run
-    troubles: tuple[str, ...] = ()  # "1 failed": why there are fewer numbers than runs
-    rank: str = ""  # best, second
+    std: float | None = None  # sample standard deviation; None for one value
+    planned: int = 0  # number of seeds (or runs) of any status, planned ones included
+    troubles: tuple[str, ...] = ()  # why values are missing, as "1 failed"
+    rank: str = ""  # best, second or ""
     published: Published | None = None
     published_gain: PrintedGain | None = None
     verdict: str = ""
     gain: Gain | None = None
-    footnotes: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # on: ours, published, gain or verdict
-    settings: Mapping[str, Any] = field(default_factory=dict)  # that all runs of the cell share
+    # By the line that they are on: ours, published, gain or verdict.
+    footnotes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Settings that all runs of the cell share; empty for a cell without runs.
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
+        """Return the number of values that the mean is over."""
         return len(self.values)
 
     @property
     def seeds(self) -> list[int]:
+        """Return the seeds that have a value, in ascending order."""
         return sorted(key for key in self.values if isinstance(key, int))
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table with its cells, notes and commands, ready to be rendered."""
+
     name: str  # for file names and anchors
     title: str
-    quantity: str  # what a number is, with its unit
-    counted: str  # seeds or runs
-    decimals: int
-    rows: tuple[str, ...]  # labels
-    columns: tuple[str, ...]
-    cells: Mapping[tuple[str, str], Cell]
+    quantity: str  # label of the numbers, with their unit
+    counted: str  # what n counts: seeds or runs
+    decimals: int  # digits after the point
+    rows: tuple[str, ...]  # labels, in order
+    columns: tuple[str, ...]  # labels, in order
+    cells: Mapping[tuple[str, str], Cell]  # by row and column
     notes: tuple[str, ...]
-    commands: tuple[str, ...]  # that fill what is missing or failed
+    commands: tuple[str, ...]  # that run the missing, failed and stopped runs
 
     @cached_property
     def footnotes(self) -> dict[str, int]:
-        """Each text with its number, from 1 in the order of the cells."""
+        """Return the number of each footnote text, from 1 in the order of the cells."""
         cells = (self.cells[row, column] for row in self.rows for column in self.columns)
         texts = dict.fromkeys(
             text for cell in cells for texts in cell.footnotes.values() for text in texts
@@ -185,46 +201,61 @@ class Table:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is read from a run, and between which runs it may be compared."""
+    """A number that is read from each run, with the conditions under which runs are comparable."""
 
     label: str
-    read: Callable[[Run], float | str]  # the number, or why there is none
+    read: Callable[[Run], float | str]  # returns the number, or the reason why there is none
     note: str
     decimals: int = 2
-    settings: tuple[str, ...] = SETTINGS  # never averaged over
-    comparable: tuple[str, ...] = (
-        "source",
-        *BUDGET,
-    )  # equal among the cells that are ranked together
+    settings: tuple[str, ...] = SETTINGS  # runs that differ in one are never averaged
+    # Settings that are equal among the cells that are ranked together.
+    comparable: tuple[str, ...] = ("source", *BUDGET)
     lower_is_better: bool = False
-    counted: str = "seeds"  # each once; or every of the runs
-    refusal: str = ""  # why no published number is comparable
-    footnote: Callable[[Run], str] = lambda run: ""  # on a run's number
+    counted: str = "seeds"  # "seeds": each seed counts once; "runs": every run counts
+    refusal: str = ""  # why no published number is comparable; "" if some may be
+    footnote: Callable[[Run], str] = lambda run: ""  # returns the footnote on a run, or ""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """One table: what it holds and how it is read."""
+    """The description from which `_fill` builds one table."""
 
     name: str
     title: str
     quantity: Quantity
     runs: Sequence[Run]
-    row: Callable[[Run], str]  # a run's row
-    label: Callable[[str], str]  # of a row
+    row: Callable[[Run], str]  # returns the name of the row of a run
+    label: Callable[[str], str]  # returns the label of a row name
     published: Sequence[Published] = ()
+    # Returns the name of the row of a published number.
     published_row: Callable[[Published], str] = lambda number: number.method
-    order: Sequence[str] = ()  # of rows; the published ones follow, then others, short names first
+    # Names of the first rows. Published rows follow, then the others, short names first.
+    order: Sequence[str] = ()
+    # Returns the name of the baseline row of a row, or None if the row has no baseline.
     baseline: Callable[[str], str | None] = lambda row: None
-    same: tuple[str, ...] = ("source", "lr", *BUDGET)  # what a cell and its baseline must share
+    # Settings that a cell and its baseline must share.
+    same: tuple[str, ...] = ("source", "lr", *BUDGET)
 
 
 def build(
     frame: pd.DataFrame, *, metric: str = "best", sweep: str = "", command: str = ""
 ) -> list[Table]:
-    """Every table that has a run in the frame, in the papers' order.
+    """Return every table that has a run in the frame.
 
-    sweep is named in the notes; command, which runs all of it, stands for a long list of commands.
+    The tables of SDD come first and those of LSKD follow, each in the order of the paper. Overviews
+    come last. Superseded runs are left out.
+
+    Args:
+        frame: runs, one per row, with the columns of `analysis.schema`.
+        metric: accuracy to show, a key of `METRICS`.
+        sweep: name of the sweep for the notes; "" for none.
+        command: command that runs the whole sweep. It replaces a list of more than `FEW` commands.
+
+    Returns:
+        The tables, with accuracies in per cent and training times in milliseconds per batch.
+
+    Raises:
+        ValueError: if `metric` is not in `METRICS`.
     """
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; choose one of {', '.join(METRICS)}")
@@ -245,7 +276,11 @@ def build(
 
 
 def _runs(frame: pd.DataFrame) -> list[Run]:
-    """Rows as dicts, without superseded ones, oldest first, whatever the order of the frame."""
+    """Return the rows of the frame as dicts, oldest first and without superseded runs.
+
+    The result does not depend on the order of the frame. The entry `key` identifies a
+    configuration: its hash, else the id of the run, else the number of the row.
+    """
     kept = frame[~frame["superseded"]]
     rows: list[Run] = kept.astype(object).where(kept.notna(), None).to_dict("records")
     rows.sort(key=lambda run: (str(run["started"]), repr(run)))
@@ -256,9 +291,14 @@ def _runs(frame: pd.DataFrame) -> list[Run]:
 
 
 def _effective(run: Run) -> Run:
-    """Without the settings that the loss does not read (`inert`): runs that differ in those alone are the same."""
+    """Return the run with fixed values for the settings that its loss does not read.
+
+    Runs that differ in those settings only are the same run. The entry `inert` keeps the original
+    values.
+    """
     fixed: Run = {}
-    if run["M"] == "[1]":  # the only region is the whole map: it agrees with itself
+    # With M=[1] the only region is the whole map, which always agrees with itself.
+    if run["M"] == "[1]":
         fixed = {"complementary_weight": None}
     if run["distiller"] == "vanilla":
         fixed = {"complementary_weight": None, "temperature": None, "kd_weight": None}
@@ -269,10 +309,11 @@ def _effective(run: Run) -> Run:
     return run | fixed | all_steps | {"inert": tuple(run[setting] for setting in fixed)}
 
 
-# ---- what is read from a run
+# ---- the quantities that are read from a run
 
 
 def _accuracy(metric: str) -> Quantity:
+    """Return the quantity top-1 accuracy (%) by `metric`, a key of `METRICS`."""
     column, label = METRICS[metric]
 
     def read(run: Run) -> float | str:
@@ -294,6 +335,8 @@ def _accuracy(metric: str) -> Quantity:
 
 
 def _time() -> Quantity:
+    """Return the quantity training time (ms per batch) of runs that trained alone."""
+
     def read(run: Run) -> float | str:
         speed = run["images_per_s"]
         if not speed or not run["batch_size"] or run["group_size"] is None:
@@ -304,10 +347,11 @@ def _time() -> Quantity:
 
     machine = ("batch_size", "precision", "compile", "teacher_cache", "environment")
     return Quantity(
-        label="training time (ms a batch)",
+        label="training time (ms per batch)",
         read=read,
-        note="1000 * batch size / images per second of the last epoch. Runs trained side by side share their time and "
-        "are left out; machines are not mixed: each environment, precision and teacher cache is a row of its own.",
+        note="1000 * batch size / images per second of the last epoch. Runs trained side by side "
+        "are left out, because their time is that of the group. Machines are not mixed: each "
+        "environment, precision and teacher cache has a row of its own.",
         decimals=1,
         settings=("M", *machine),
         comparable=("source", *machine),
@@ -321,7 +365,10 @@ def _time() -> Quantity:
 
 
 def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declaration:
-    """A paper's table of methods and pairs, whole, with our runs of its methods at its scales and weight."""
+    """Declare a paper's table with all its methods and pairs.
+
+    Our runs in it are those of its methods, at its scales and weights.
+    """
     numbers = published.of_table(table)
     about, over_plain = PAPERS_TABLES[table]
     known = {(number.dataset, number.pair, number.method): number for number in numbers}
@@ -334,6 +381,7 @@ def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declara
         )
 
     ours = [run for run in _beside_pairs(runs, pairs) if belongs(run)]
+    # Runs of students alone are not enough for a table of distillation methods.
     if all(run["method"] == "vanilla" for run in ours):
         ours = []
     return Declaration(
@@ -349,6 +397,7 @@ def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declara
 
 
 def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
+    """Declare the ablation of the decoupled knowledge, with M=[1] as its baseline."""
     several = _controlled([run for run in runs if run["M"] != "[1]"], "knowledge")
     plain = [run for run in runs if run["M"] == "[1]" and run["knowledge"] == "fusion"]
     return Declaration(
@@ -370,11 +419,12 @@ def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: st
 
 
 def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
+    """Declare the ablation of the scales M, with M=[1] as its baseline."""
     ours = _scale_runs(runs)
     if (dataset, family) == ("cifar100", "kd_ls") and {run["pair"] for run in ours} <= set(
         SEED_PAIRS
     ):
-        ours = []  # the seed suite's table is this one
+        ours = []  # the table of the seed suite shows the same
     return Declaration(
         name=f"scales_{dataset}_{family}",
         title=f"Scales (form of SDD Table 7): {_method_label(family)} on {dataset}",
@@ -392,10 +442,12 @@ def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) 
 
 
 def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
+    """Declare the ablation of the weight of complementary regions, with weight 1 as baseline."""
     fused = [run for run in runs if run["M"] != "[1]" and run["knowledge"] == "fusion"]
     return Declaration(
         name=f"weights_{dataset}_{family}",
-        title=f"Weight of complementary regions (form of SDD Table 8): {_method_label('sd_' + family)} on {dataset}",
+        title="Weight of complementary regions (form of SDD Table 8): "
+        f"{_method_label('sd_' + family)} on {dataset}",
         quantity=quantity,
         runs=_controlled(fused, "complementary_weight"),
         row=lambda run: _text(run["complementary_weight"]),
@@ -410,7 +462,7 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
 
 
 def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
-    """Of data sets where some run has a time of its own."""
+    """Declare a table of training times for each data set with a run that trained alone."""
     quantity = _time()
     runs = [run for run in runs if run["status"] == "FINISHED"]
     for dataset in sorted(
@@ -430,7 +482,11 @@ def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
 
 
 def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
-    """The main method over scales; nobody published it, so the parts' numbers are rows of their own."""
+    """Declare the table of the main method, SD-KD+LS, over the scales.
+
+    There is no published number for this method, so the published numbers of its parts (KD+LS and
+    SD-KD) have rows of their own.
+    """
     family = [
         run
         for run in runs
@@ -466,7 +522,19 @@ def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
 
 
 def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Iterator[Declaration]:
-    """Whatever stands in no other table, with all runs of its pairs; data sets that no paper reports, whole."""
+    """Declare an overview of each data set, with all runs of the pairs it shows.
+
+    The pairs are those with a run that no other table shows. A data set that no paper reports is
+    shown with all its pairs.
+
+    Args:
+        runs: all runs.
+        quantity: the accuracy to show.
+        placed: keys of the runs that other tables of accuracy show.
+
+    Yields:
+        One declaration per data set, without runs if there is no such pair.
+    """
     reported = {number.dataset for number in published.numbers()}
     for dataset in sorted({run["dataset"] for run in runs}):
         here = [run for run in runs if run["dataset"] == dataset]
@@ -491,7 +559,7 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
         )
 
 
-# ---- which runs, which labels
+# ---- selection of runs, and labels
 
 
 def _by_family(
@@ -499,7 +567,19 @@ def _by_family(
     runs: Sequence[Run],
     quantity: Quantity,
 ) -> Iterator[Declaration]:
-    """One table for each data set and loss, with and without standardisation; of which runs is not known, in none."""
+    """Declare one table for each data set and family of methods.
+
+    A family is a loss, either with or without standardisation. Runs of an unknown method and of
+    students alone belong to no family.
+
+    Args:
+        declare: makes the declaration of one data set and family.
+        runs: all runs.
+        quantity: the number that the tables show.
+
+    Yields:
+        The declarations, by data set and family.
+    """
     families = defaultdict(list)
     for run in runs:
         if run["method"] not in ("", "vanilla"):
@@ -511,7 +591,7 @@ def _by_family(
 
 
 def _groups(runs: Iterable[Run], but: tuple[str, ...]) -> list[list[Run]]:
-    """Runs that share pair, source and every setting `but` those."""
+    """Group the runs that share source, pair and every setting except those in `but`."""
     groups = defaultdict(list)
     for run in runs:
         groups[tuple(run[key] for key in ("source", "pair", *SETTINGS) if key not in but)].append(
@@ -521,13 +601,17 @@ def _groups(runs: Iterable[Run], but: tuple[str, ...]) -> list[list[Run]]:
 
 
 def _controlled(runs: Iterable[Run], factor: str) -> list[Run]:
-    """Runs that stand beside others that differ in `factor` alone."""
+    """Return the runs for which another run differs in `factor` and in no other setting."""
     groups = _groups(runs, (factor,))
     return [run for group in groups if len({run[factor] for run in group}) > 1 for run in group]
 
 
 def _scale_runs(runs: Iterable[Run]) -> list[Run]:
-    """Runs that differ from others in M alone; of several weights of complementary regions, that with most scales."""
+    """Return the runs for which another run differs in M and in no other setting.
+
+    If a group has several weights of complementary regions, only the weight with the most scales is
+    kept. A tie goes to the papers' weight.
+    """
 
     def count(group: Iterable[Run]) -> int:
         return len({run["M"] for run in group})
@@ -557,7 +641,10 @@ def _scale_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 def _beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
-    """Students alone stand in the column of every pair (pair: student) that has them."""
+    """Repeat the runs of students alone in the column of every pair with that student.
+
+    `pairs` maps a pair to its student. A student of no pair keeps its own column.
+    """
     moved = []
     for run in runs:
         columns = [
@@ -570,7 +657,11 @@ def _beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 
 
 def _teachers(runs: Iterable[Run]) -> list[Run]:
-    """A row for every teacher that the runs had: its accuracy on the test set."""
+    """Return one entry per pair, with the accuracy of its teacher on the test set.
+
+    A pair whose teacher has no recorded accuracy has no entry. The accuracy is None if the runs
+    of a pair had teachers of different accuracies. Runs with held-out images do not count.
+    """
     none: Run = dict.fromkeys((*SETTINGS, "seed"))
     tops: dict[str, dict[float, Run]] = defaultdict(dict)
     for run in runs:
@@ -593,16 +684,15 @@ def _teachers(runs: Iterable[Run]) -> list[Run]:
 
 
 def _other_method(run: Run, number: Published) -> list[str]:
-    """Where the run's scales or weights are not those of the published number."""
+    """Return the scales and weights of the run that differ from those of the published number."""
     ce_weight = LSKD_CE_WEIGHT.get(number.dataset)
     if number.method == "kd_ls" and run["ce_weight"] not in (None, ce_weight):
         return [f"ce_weight={_text(run['ce_weight'])}"]
     if not number.method.startswith("sd_"):
         return []
     scales = {"[1,2]"} if number.pair in SIMILAR else {"[1,2,4]"}
-    if (
-        number.dataset == "cub200"
-    ):  # the text says {1,2} for similar architectures, the authors' scripts {1,2,4}
+    # For similar architectures, the paper's text says {1,2} and the authors' scripts {1,2,4}.
+    if number.dataset == "cub200":
         scales.add("[1,2,4]")
     weight = float(number.beta or PAPERS_WEIGHT)
     wrong = [] if run["M"] in ({number.M} if number.M else scales) else [f"M={run['M']}"]
@@ -612,7 +702,7 @@ def _other_method(run: Run, number: Published) -> list[str]:
 
 
 def _other_budget(run: Run, number: Published) -> list[str]:
-    """Where the run's training is not the paper's."""
+    """Return the training settings of the run that differ from those of the paper."""
     expected: dict[str, Any] = {
         "val_fraction": 0.0,
         "max_steps": "all",
@@ -624,10 +714,9 @@ def _other_budget(run: Run, number: Published) -> list[str]:
         expected |= PAPERS_KD[number.dataset]
     if number.dataset == "cifar100":
         expected["lr"] = 0.01 if number.student in LIGHT else 0.05
-    if (
-        number.dataset == "cub200" and number.method != "vanilla"
-    ):  # of students alone it is not published
-        expected["lr"] = 0.05 if number.student == "vgg8" else 0.01  # SDD's configs/cub200
+    # The learning rates are from SDD's configs/cub200. That of students alone is not published.
+    if number.dataset == "cub200" and number.method != "vanilla":
+        expected["lr"] = 0.05 if number.student == "vgg8" else 0.01
     return [
         f"{name}={_text(run[name])}"
         for name, value in expected.items()
@@ -636,27 +725,30 @@ def _other_budget(run: Run, number: Published) -> list[str]:
 
 
 def _agree(run: Mapping[str, Any], other: Mapping[str, Any], settings: Iterable[str]) -> bool:
-    """None is a setting that is not known or not read: it agrees with any."""
+    """Return whether two runs agree in the given settings.
+
+    None means that a setting is unknown or not read by the loss, and agrees with any value.
+    """
     return all(run[key] == other[key] or None in (run[key], other[key]) for key in settings)
 
 
 def _plain(method: str) -> str | None:
-    """The method without standardisation."""
+    """Return the method without standardisation, or None if it has none."""
     return method.replace("_ls", "") if "_ls" in method else None
 
 
 def _one_scale(method: str) -> str | None:
-    """The method on the whole map alone."""
+    """Return the method on the whole map only, or None if it has no other scales."""
     return method.removeprefix("sd_") if method.startswith("sd_") else None
 
 
 def _method_label(method: str) -> str:
-    """sd_kd_ls -> SD-KD+LS."""
+    """Return the label of a method, for example SD-KD+LS for sd_kd_ls."""
     return NAMES.get(method) or method.upper().replace("SD_", "SD-").replace("_", "+")
 
 
 def _place(value: Any) -> tuple[float, int, str]:
-    """Numbers by size, then texts, short ones first."""
+    """Return a sort key: numbers first, by size, then texts, short ones first."""
     return (
         (value, 0, "")
         if isinstance(value, int | float)
@@ -675,12 +767,24 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Row:
+    """A row of a table before its cells are filled."""
+
     label: str
-    row: str  # the declaration's
-    cells: Mapping[str, list[Run]]  # by pair
+    row: str  # name of the row in the declaration
+    cells: Mapping[str, list[Run]]  # runs of each cell, by pair
 
 
 def _fill(declaration: Declaration, sweep: str, command: str) -> Table:
+    """Build the table of a declaration.
+
+    Args:
+        declaration: the table to build.
+        sweep: name of the sweep for the notes; "" for none.
+        command: command that runs the whole sweep; "" if unknown.
+
+    Returns:
+        The table, with ranks, gains and verdicts.
+    """
     numbers = {
         (declaration.published_row(number), number.pair): number for number in declaration.published
     }
@@ -730,7 +834,11 @@ def _fill(declaration: Declaration, sweep: str, command: str) -> Table:
 
 
 def _file_name(text: str) -> str:
-    """A data set or a loss may have any name; a table's is part of paths and HTML. Digits tell changed names apart."""
+    """Return a table name that is safe in paths and in HTML.
+
+    The names of data sets and losses, which are part of `text`, may hold any characters. If the
+    name has to change, it ends with digits of a hash, so that changed names stay different.
+    """
     plain = re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:100]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
@@ -740,7 +848,10 @@ def _pair_label(teacher: str, student: str) -> str:
 
 
 def _rows(declaration: Declaration, numbers: Iterable[tuple[str, str]]) -> list[_Row]:
-    """The rows in order; one is split where runs of one of its cells differ in a setting, or come from elsewhere."""
+    """Return the rows in order.
+
+    A row is split by source, and by every setting in which the runs of one of its cells differ.
+    """
     found: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in declaration.runs:
         found[declaration.row(run), run["source"]][run["pair"]].append(run)
@@ -792,7 +903,10 @@ def _rows(declaration: Declaration, numbers: Iterable[tuple[str, str]]) -> list[
 
 
 def _differ_unseen(runs: Sequence[Run]) -> bool:
-    """Whether runs that are alike in every column were trained with different settings all the same."""
+    """Return whether runs with equal settings in all columns have different settings hashes.
+
+    Such runs were trained with different settings that no column shows.
+    """
     alike: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for run in runs:
         if run["settings_hash"]:
@@ -801,6 +915,16 @@ def _differ_unseen(runs: Sequence[Run]) -> bool:
 
 
 def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> Cell:
+    """Return a cell with its mean, verdict and footnotes, before ranks and gains are added.
+
+    Args:
+        runs: runs of the cell. They agree in `quantity.settings`.
+        number: the published number of the cell, if there is one.
+        quantity: the number to read from each run.
+
+    Returns:
+        The cell.
+    """
     values: dict[Any, float] = {}
     troubles: Counter[str] = Counter()
     ours = {text: None for run in runs if (text := quantity.footnote(run))}
@@ -823,7 +947,8 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
             hashes = ", ".join(sorted(run["key"] for run in finished))
             troubles["in several configurations"] += 1
             ours[
-                f"seed {slot} ran in configurations that differ in no column here ({hashes}): left out"
+                f"seed {slot} is left out: it ran in several configurations that no column here "
+                f"tells apart ({hashes})"
             ] = None
         if finished and same:
             value = quantity.read(finished[-1])
@@ -839,8 +964,8 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
         marks.append(f"{number.flag}: {published.FLAGS[number.flag]}; {number.source}")
     if number and gain and not gain.agrees:
         marks.append(
-            f"{number.table} prints a gain of {gain.printed:+.2f} where its numbers differ by {gain.difference:+.2f} "
-            f"({gain.source})"
+            f"{number.table} prints a gain of {gain.printed:+.2f}, but its numbers differ by "
+            f"{gain.difference:+.2f} ({gain.source})"
         )
     verdict, reasons = (
         _verdict(runs[0], list(values.values()), number, quantity)
@@ -864,15 +989,31 @@ def _cell(runs: Sequence[Run], number: Published | None, quantity: Quantity) -> 
 
 
 def _outcome(attempts: Sequence[Run]) -> Run:
-    """Of runs of one configuration, which counts: a finished one before others, the latest of several."""
+    """Return the run that counts among the runs of one configuration.
+
+    The status decides in the order of `STATUSES`, so a finished run precedes all others. Of several
+    runs with the same status, the latest counts.
+    """
     return min(reversed(attempts), key=lambda run: STATUSES.index(run["status"]))
 
 
 def _verdict(
     run: Run, values: Sequence[float], number: Published, quantity: Quantity
 ) -> tuple[str, tuple[str, ...]]:
-    """The verdict, and why there is none."""
-    if run["method"] == "teacher":  # a checkpoint, not a run
+    """Return the verdict on a published number, and footnotes that explain a missing verdict.
+
+    Args:
+        run: a run of the cell, for its settings.
+        values: our numbers, one per seed.
+        number: the published number.
+        quantity: the quantity of the numbers.
+
+    Returns:
+        The verdict of `stats.verdict`, or "not comparable" with a footnote that names the reasons.
+        The verdict on a teacher is "".
+    """
+    # A teacher is a checkpoint and not a run.
+    if run["method"] == "teacher":
         return "", ()
     reasons = (
         [quantity.refusal]
@@ -892,7 +1033,16 @@ def _rank(
     columns: Iterable[str],
     quantity: Quantity,
 ) -> None:
-    """Marks best and second of each column, as the numbers are shown, among cells that may be compared."""
+    """Mark the best and second best cell of each column among the cells that are comparable.
+
+    The rounded means decide, so that cells which show the same number have the same rank.
+
+    Args:
+        cells: cells by row and column. Marked cells are replaced.
+        rows: labels of the rows to rank.
+        columns: labels of the columns.
+        quantity: the quantity of the numbers.
+    """
     for column in columns:
         groups = defaultdict(list)
         for row in rows:
@@ -918,7 +1068,16 @@ def _compare(
     columns: Iterable[str],
     declaration: Declaration,
 ) -> None:
-    """Gives each cell its gain over the baseline in its column; p-values are corrected over the table."""
+    """Give each cell its gain over the baseline in its column.
+
+    The p-values are corrected over all gains of the table.
+
+    Args:
+        cells: cells by row and column. Cells with a baseline are replaced.
+        rows: the rows of the table.
+        columns: labels of the columns.
+        declaration: the table, which names the baseline of each row.
+    """
     for column in columns:
         for row in rows:
             base, cell = declaration.baseline(row.row), cells[row.label, column]
@@ -936,19 +1095,30 @@ def _compare(
 
 
 def _with_gain(cell: Cell, bases: Mapping[str, Cell], declaration: Declaration) -> Cell:
+    """Return the cell with its gain, or with a footnote that says why it has none.
+
+    Args:
+        cell: the cell to compare.
+        bases: candidates for the baseline in the same column, by the label of their row.
+        declaration: the table, which names the settings that the cell and its baseline must share.
+
+    Returns:
+        A new cell.
+    """
     fitting = {
         label: c
         for label, c in bases.items()
         if _agree(cell.settings, c.settings, declaration.same)
     }
-    if len(fitting) > 1:  # a baseline at several temperatures: the one at this cell's
+    # If the baseline ran at several temperatures or weights, take the row with those of this cell.
+    if len(fitting) > 1:
         tuned = ("temperature", "ce_weight", "kd_weight")
         fitting = {
             label: c for label, c in fitting.items() if _agree(cell.settings, c.settings, tuned)
         }
     if len(fitting) != 1:
         why = (
-            f"{len(fitting)} of its rows fit"
+            f"{len(fitting)} of its rows fit, not one"
             if fitting
             else "its runs differ in source or settings"
         )
@@ -971,7 +1141,10 @@ def _footnote(cell: Cell, kind: str, text: str) -> Cell:
 
 
 def _commands(runs: Iterable[Run], whole: str) -> tuple[str, ...]:
-    """That run what is planned, failed or was stopped: each job's, or of many the one of the `whole` sweep."""
+    """Return the commands that run the missing, failed and stopped runs.
+
+    More than `FEW` commands are replaced by the command `whole` of the sweep, if that is known.
+    """
     by_key = defaultdict(list)
     for run in runs:
         by_key[run["key"]].append(run)
@@ -992,21 +1165,24 @@ def _notes(
     yield f"{quantity.label}. {quantity.note}"
     what = quantity.counted
     yield (
-        f"Cells: mean ± sample standard deviation (n {what}); 2/3 {what}: of three planned, two have a number. In each "
-        f"column the best is bold and the second underlined, among rows of the same {', '.join(quantity.comparable)}: "
-        "an order of the means, no test."
+        f"Cells: mean ± sample standard deviation (n {what}); 2/3 {what}: of three planned, two "
+        "have a number. In each column the best is bold and the second underlined, among rows of "
+        f"the same {', '.join(quantity.comparable)}: an order of the means, no test."
     )
     if declaration.published:
         tables = ", ".join(dict.fromkeys(number.table for number in declaration.published))
-        yield f"Published: {tables} (analysis/reference/published.csv); numbers of other papers are not mixed in."
+        yield (
+            f"Published: {tables} (analysis/reference/published.csv); numbers of other papers are "
+            "not mixed in."
+        )
     if any(cell.verdict for cell in cells.values()) and not quantity.refusal:
         yield VERDICTS
     if gains:
         tests = sum(gain.p_holm is not None for gain in gains)
         yield (
-            "Gains: mean difference over the seeds that both rows have (their number in brackets), with its 95 % "
-            "paired t interval, uncorrected; p: two-sided paired t test, corrected by Holm over the table's tests "
-            f"({tests})."
+            "Gains: mean difference over the seeds that both rows have (their number in brackets), "
+            "with its 95 % paired t interval, uncorrected; p: two-sided paired t test, corrected "
+            f"by Holm over the table's tests ({tests})."
         )
     by_row: dict[tuple[str, str], set[Any]] = defaultdict(set)
     for (row, _), cell in cells.items():
@@ -1017,10 +1193,14 @@ def _notes(
     ):
         yield f"Within a row these settings differ between pairs: {', '.join(varying)}."
     if repeated := _repeated(declaration.runs):
-        yield f"{repeated} failed or stopped runs were run again in the same configuration and finished: those count."
+        yield (
+            f"{repeated} failed or stopped runs were run again in the same configuration and "
+            "finished: the finished runs count."
+        )
 
 
 def _repeated(runs: Iterable[Run]) -> int:
+    """Return the number of failed or stopped runs whose configuration also has a finished run."""
     finished = {run["key"] for run in runs if run["status"] == "FINISHED"}
     return len(
         {

@@ -1,1 +1,4 @@
-"""Knowledge distillation by scale (SDD) with standardised logits (LSKD): from one command to the paper's table."""
+"""Knowledge distillation by scale (SDD) with standardised logits (LSKD).
+
+One command leads from a configuration to the paper's table.
+"""

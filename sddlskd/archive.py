@@ -1,4 +1,4 @@
-"""Tar and zip archives of strangers, unpacked so that nothing can be written outside a folder."""
+"""Unpack untrusted tar and zip archives so that no file is written outside a folder."""
 
 import errno
 import os
@@ -21,28 +21,61 @@ from sddlskd.meter import meter
 
 __all__ = ["DAMAGE", "Member", "UnsafeArchive", "unpack", "unpack_folder"]
 
-LONGEST_NAME = (
-    1 << 16
-)  # bytes of a header that holds a name; tarfile reads these into memory whatever they claim
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, struct.error, LZMAError, zlib.error, EOFError, OSError, ValueError,
-          OverflowError, LookupError, RuntimeError)  # fmt: skip
+# Largest size in bytes of a header that holds a name. tarfile reads such a header into memory,
+# whatever size it claims.
+LONGEST_NAME = 1 << 16
+# Errors that reading a damaged archive can raise.
+DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    struct.error,
+    LZMAError,
+    zlib.error,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    RuntimeError,
+)
+# Error numbers that mean a fault of the local disk, not of the archive.
 OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 
 
 class UnsafeArchive(ValueError):
-    """An archive that is damaged, too large, or would write where it must not; nothing of it was kept."""
+    """An archive that is damaged, too large or unsafe to unpack; nothing of it is kept."""
 
 
 class Member(tarfile.TarInfo):
-    """A member of a tar whose name is of a decent length, whatever its header claims."""
+    """A tar member that refuses headers that claim a name longer than LONGEST_NAME."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the member that a header block describes.
+
+        Args:
+            buf: the header block.
+            encoding: encoding of names, as in `tarfile.TarInfo.frombuf`.
+            errors: error handling of that encoding.
+
+        Returns:
+            The member.
+
+        Raises:
+            UnsafeArchive: if the header claims a name of more than LONGEST_NAME bytes.
+        """
         member = super().frombuf(buf, encoding, errors)
-        names = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
-                 tarfile.GNUTYPE_LONGLINK)  # fmt: skip
+        names = (
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        )
         if member.type in names and not 0 <= member.size <= LONGEST_NAME:
-            raise UnsafeArchive(f"a header of {member.size} bytes")
+            raise UnsafeArchive(
+                f"it has a header of {member.size} bytes, and the limit is {LONGEST_NAME}"
+            )
         return member
 
 
@@ -61,21 +94,29 @@ def unpack(
     count: int = 100_000,
     wanted: Callable[[PurePosixPath], bool] = lambda path: True,
 ) -> None:
-    """The wanted files of a tar (plain, gz, bz2 or xz) or zip in a new `folder`: all of them, or no folder.
+    """Unpack the wanted files of an archive into a new folder: all of them, or make no folder.
 
-    limit: bytes of all wanted files; count: members of the archive. Raises UnsafeArchive where a member is absolute,
-    has .. in its path, is a link, a device or there twice, and where the archive is damaged or too large;
-    FileExistsError where `folder` is there.
+    Args:
+        archive: a tar (plain, gz, bz2 or xz) or zip file.
+        folder: folder to make.
+        limit: largest total size in bytes of the wanted files.
+        count: largest number of members of the archive, wanted or not.
+        wanted: function that returns whether to unpack the file with this path in the archive.
+
+    Raises:
+        UnsafeArchive: if the path of a member is absolute or contains "..", a member is a link or a
+            device or occurs twice, or the archive is damaged or too large.
+        FileExistsError: if `folder` exists.
+        OSError: if the local disk is full, not writable or defective.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already; remove it to unpack {archive} again")
+        raise FileExistsError(f"{folder} already exists; remove it to unpack {archive} again")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with open(
-            archive, "rb"
-        ) as file:  # by its beginning: a tar may end in a zip, as files of weights are
+        # Look at the beginning of the file: a tar may end with a zip file, such as a weights file.
+        with open(archive, "rb") as file:
             entries_of = _zip_entries if file.read(2) == b"PK" else _tar_entries
         with closing(entries_of(archive)) as entries, meter(archive.name, None, "members") as show:
             for number, entry in enumerate(entries, 1):
@@ -87,7 +128,7 @@ def unpack(
                 limit -= entry.size
                 if limit < 0:
                     raise UnsafeArchive(
-                        f"{entry.path} and what comes before it are larger than agreed"
+                        f"{entry.path} and the files before it are larger than the size limit"
                     )
                 _write(entry, temporary / entry.path)
         os.replace(temporary, folder)
@@ -103,24 +144,34 @@ def unpack(
 
 
 def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) -> None:
-    """The folder of that name inside an archive, as `folder`: all of it or nothing, by one process while others wait.
+    """Unpack the folder of the same name in an archive as `folder`: completely or not at all.
 
-    Options as of `unpack`, and raises as it does; UnsafeArchive too where no such folder is inside.
+    Do nothing if `folder` exists. If several processes call the function at once, one unpacks and
+    the others wait.
+
+    Args:
+        archive: a tar or zip file that contains the folder at its top level.
+        folder: folder to make.
+        limit: largest total size in bytes of the wanted files.
+        **options: `count` and `wanted` of `unpack`.
+
+    Raises:
+        UnsafeArchive: as in `unpack`, or if the archive contains no such folder.
+        OSError: if the local disk is full, not writable or defective.
     """
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             return
         scratch = folder.with_name(f".{folder.name}.unpacked")
-        for left in (
-            scratch,
-            *folder.parent.glob(f".{scratch.name}.*.tmp"),
-        ):  # of a process that was killed
+        # Remove the files of a process that was killed.
+        for left in (scratch, *folder.parent.glob(f".{scratch.name}.*.tmp")):
             shutil.rmtree(left, ignore_errors=True)
         unpack(archive, scratch, limit=limit, **options)
         try:
             if not (scratch / folder.name).is_dir():
                 raise UnsafeArchive(
-                    f"{archive} holds no folder {folder.name}. Get it again from where it is published"
+                    f"{archive} holds no folder {folder.name}. "
+                    "Get it again from where it is published"
                 )
             os.replace(scratch / folder.name, folder)
         finally:
@@ -131,7 +182,7 @@ def _tar_entries(archive: Path) -> Generator[_Entry, None, None]:
     with tarfile.open(archive, "r:*", tarinfo=Member) as tar:
         for member in tar:
             path = _safe(member.name)
-            if member.size < 0:  # an extended header may say so
+            if member.size < 0:  # an extended header can claim that
                 raise UnsafeArchive(f"{_shown(member.name)} has {member.size} bytes")
             if not member.isdir() and (
                 member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()
@@ -156,12 +207,11 @@ def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
                 raise UnsafeArchive(
                     f"{_shown(member.filename)} is a link, a device or another special file"
                 )
-            if member.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):  # others take any memory
+            # Other compression methods can take any amount of memory.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UnsafeArchive(
-                    f"{_shown(member.filename)} is compressed by method {member.compress_type}"
+                    f"{_shown(member.filename)} is compressed by method {member.compress_type}, "
+                    "which is not supported"
                 )
             yield _Entry(
                 path, member.filename.endswith("/"), member.file_size, partial(file.open, member)
@@ -169,7 +219,7 @@ def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
 
 
 def _safe(name: str) -> PurePosixPath:
-    """The path of a member. Raises UnsafeArchive where it leads out of the folder."""
+    """Return the path of a member. Raise UnsafeArchive if it leads out of the folder."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UnsafeArchive(f"{_shown(name)} leads out of the folder")
@@ -182,10 +232,8 @@ def _shown(name: str) -> str:
 
 def _write(entry: _Entry, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        entry.open() as source,
-        open(path, "xb") as target,
-    ):  # x: a file that is there twice is refused
+    # Mode x refuses a file that occurs twice.
+    with entry.open() as source, open(path, "xb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
     if path.stat().st_size != entry.size:
         raise UnsafeArchive(f"{_shown(str(entry.path))} is cut off")

@@ -1,8 +1,9 @@
-"""What one task of a SLURM job array does: it fits the frozen jobs of some run directories, and may be interrupted.
+"""The program of one task of a SLURM job array: train the frozen jobs of some run directories.
 
-On SLURM's warning (SIGUSR2, before a time limit) or a preemption it saves its checkpoints and ends, and its batch
-script, which outlives it, puts the task back into the queue. A task that is killed at once leaves its last checkpoints
-to the next one.
+SLURM may interrupt a task by a warning (SIGUSR2, before the time limit) or by a preemption. The
+task then saves its checkpoints and ends. Its batch script outlives the task and puts the task back
+into the queue. A task that is killed at once resumes from its last checkpoints when it starts
+again.
 """
 
 import logging
@@ -26,19 +27,22 @@ __all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
 log = logging.getLogger(__name__)
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-REQUEUE = 85  # exit code of a task that was warned and wants to go on
-WARNED_EARLY = 128 + signal.SIGUSR2  # of a task that the warning met before Python could listen
+REQUEUE = 85  # exit code of a task that was warned and has to be requeued
+# Exit code of a task that SIGUSR2 ended before Python had a signal handler.
+WARNED_EARLY = 128 + signal.SIGUSR2
 SETUP = [
-    "trap '' USR2  # the warning is for the task; this script must outlive it",
-    "export SUBMITIT_PREEMPT_SIGNAL=USR1  # submitit takes a signal that nobody sends, and leaves SIGUSR2 to us",
+    "trap '' USR2  # SIGUSR2 warns the task; this script must outlive the task",
+    "export SUBMITIT_PREEMPT_SIGNAL=USR1  "
+    "# a signal that nobody sends: submitit must leave SIGUSR2 to our own handler",
 ]
 TEARDOWN = f"""
-# The task is over and its records are closed: whether it goes back into the queue is decided here.
+# The task is over and its records are closed: decide whether it goes back into the queue.
 code=$?
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 again=
 case $code in {REQUEUE}|{WARNED_EARLY}) again=warned;; esac
-if [ $code != 0 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then again=preempted; fi
+if [ $code != 0 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then \
+again=preempted; fi
 if [ -n "$again" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -ge MAX_REQUEUES ]; then
     echo "$again, but not requeued: max_requeues=MAX_REQUEUES is reached"
 elif [ -n "$again" ]; then
@@ -51,9 +55,15 @@ exit $code
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """What one array task does: fit the frozen jobs of some run directories, and end with an exit code for `TEARDOWN`.
+    """A task of a job array that trains frozen jobs and ends with an exit code for `TEARDOWN`.
 
-    It never returns: submitit would write down a result that nobody reads, and meet signals on the way.
+    The task never returns. If it did, submitit would write a result that nobody reads, and a signal
+    could arrive during that write.
+
+    Args:
+        run_dirs: run directories of the jobs that the task trains side by side.
+        sweep: folder of the sweep.
+        max_requeues: how often the task may be put back into the queue.
     """
 
     run_dirs: tuple[str, ...]
@@ -61,26 +71,27 @@ class ArrayTask:
     max_requeues: int
 
     def __call__(self) -> NoReturn:
-        """Called by submitit in each process of the task."""
+        """Train the jobs and exit; submitit calls this method in each process of the task."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         warned = (
-            ", to go on when SLURM starts it again"
+            ", continues when SLURM starts it again"
             if restarts < self.max_requeues
             else ", max_requeues reached"
         )
         stop = Stop(warned=warned)
-        stop.listen()  # to the end of the process
+        stop.listen()  # until the process ends
         folders = [Path(path) for path in self.run_dirs]
         import submitit
 
         task = submitit.JobEnvironment()
-        for name in RENDEZVOUS:  # of the shell that the sweep was launched from
+        # The variables may come from the shell that launched the sweep.
+        for name in RENDEZVOUS:
             os.environ.pop(name, None)
         if task.num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(
                 set_cuda_visible_devices=False, overwrite=True
             )
-            if task.num_nodes == 1:  # SLURM's name of a node need not resolve
+            if task.num_nodes == 1:  # SLURM's name of the node may not resolve
                 os.environ["MASTER_ADDR"] = "127.0.0.1"
         if task.global_rank == 0:
             for folder in folders:
@@ -93,25 +104,33 @@ class ArrayTask:
         elif stop.signal is signal.SIGUSR2:
             code = REQUEUE
         elif code == STOPPED and task.global_rank > 0:
-            code = 0  # it was told so by rank 0, whose code counts: srun ends with the largest
+            # Rank 0 told this rank to stop. Only the code of rank 0 may count, and srun ends with
+            # the largest exit code of all ranks.
+            code = 0
         if task.global_rank == 0:
             try:
                 _close_sweep(Path(self.sweep), folders[0])
-            except Exception as error:  # of another job's record: this task's own outcome counts
-                log.warning("MLflow is not told whether the sweep is over: %s", error)
-        # Where Python ends it gives signals back their default, which is to die: what is finished would be requeued.
+            except Exception as error:
+                # Another job's record may be damaged, but this task must report its own outcome.
+                log.warning("cannot tell MLflow whether the sweep is over: %s", error)
+        # Python restores the default signal handlers when it ends. A late SIGUSR2 would then kill
+        # the process, and a finished task would be requeued.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         sys.exit(code)
 
 
 def _fit(folders: Sequence[Path], stop: Stop) -> int:
-    """Fit the jobs side by side: by halves where they do not fit into the device's memory, without those that another
-    process has."""
+    """Train the jobs side by side and return the exit code.
+
+    If the jobs do not fit into the device's memory, train each half of them by itself. If another
+    process has some of the jobs open, train the others.
+    """
     threads = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or None
     try:
         code = run(folders, threads=threads, progress="plain", stop=stop)
-    except Exception:  # whatever a device or the ranks' network raises; the sweep goes on
-        log.exception("ended: %s", ", ".join(map(str, folders)))
+    except Exception:
+        # A device or the network may raise anything, and the sweep must continue.
+        log.exception("ended with an error: %s", ", ".join(map(str, folders)))
         return 1
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if code == BUSY and alone:
@@ -119,15 +138,23 @@ def _fit(folders: Sequence[Path], stop: Stop) -> int:
         return max(code, _fit(free, stop)) if 0 < len(free) < len(folders) else code
     if code != TOO_LARGE or len(folders) == 1:
         return code
-    if not alone:  # ranks meet once a process
-        log.error("lower hydra.launcher.max_group_size=%d", len(folders))
+    # The ranks of a task join each other only once, so they cannot try again in halves.
+    if not alone:
+        log.error(
+            "%d jobs do not fit into the device's memory side by side; "
+            "lower hydra.launcher.max_group_size",
+            len(folders),
+        )
         return code
     half = len(folders) // 2
     return max(_fit(folders[:half], stop), _fit(folders[half:], stop))
 
 
 def _close_sweep(sweep: Path, folder: Path) -> None:
-    """The last job to end tells MLflow that the sweep is over; nobody else may be there to do so."""
+    """Tell MLflow that the sweep is over if all its jobs have finished or failed.
+
+    The last task to end does this, because no launching process may be running any more.
+    """
     states = {state_of(Path(run_dir)) for run_dir in read_manifest(sweep)["jobs"]}
     if states <= {"finished", "failed"}:
         tracking.finish_sweep(

@@ -1,4 +1,4 @@
-"""From a configuration to the things that train: data, networks, teacher, runs."""
+"""Build data, networks, teacher and runs from a configuration."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -42,7 +42,24 @@ log = logging.getLogger(__name__)
 
 
 def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Data:
-    """The data set: its pixels on the device, or its files read as batches are asked for; this rank's share of it."""
+    """Load the data set of a job and return its batches for one rank.
+
+    A data set of pixel arrays is kept on the device. A data set of image files is read from disk as
+    the batches are consumed.
+
+    Args:
+        job: the job.
+        device: device of the batches.
+        rank: index of this rank.
+        ranks: number of ranks that share each batch.
+
+    Returns:
+        DeviceData or StreamedData, which yield this rank's share of each batch.
+
+    Raises:
+        ValueError: if a setting or the data is not valid, or if `teacher.cache` is set for image
+            files (see `check_cache`).
+    """
     d, splits = job.dataset, instantiate(job.dataset.load)
     common: dict[str, Any] = dict(
         num_classes=d.num_classes,
@@ -73,40 +90,63 @@ def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int =
 
 
 def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
-    """(N, H, W, C) of the training images as the networks see them."""
+    """Return (N, H, W, C) of the training images as the networks receive them."""
     if isinstance(splits.train, Files):
         return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
     return tuple(splits.train.images_NHWC.shape)
 
 
 def check_cache(job: Config) -> None:
-    """ValueError for a cache of the teacher's maps of views that never come again."""
+    """Raise ValueError if `teacher.cache` is set for a job with streamed data.
+
+    Random crops of image files never repeat, so the cache would never hit. Call this function only
+    for such data.
+    """
     if job.teacher.cache:
         raise ValueError(
-            f"teacher.cache={job.teacher.cache} cannot hold the crops of dataset={job.dataset.name}, no two of which "
-            "are alike; set teacher.cache=null"
+            f"teacher.cache={job.teacher.cache} cannot hold the crops of "
+            f"dataset={job.dataset.name}: its random crops never repeat, so the cache would never "
+            "hit; set teacher.cache=null"
         )
 
 
 def build_network(
     model: dict[str, Any], num_classes: int, seed: int, device: torch.device
 ) -> nn.Module:
-    """A freshly initialised network: its weights depend on `seed` alone, not on what was built before it."""
+    """Return a freshly initialised network, whose weights depend on `seed` alone.
+
+    The global random state does not affect the weights, and the call leaves it unchanged.
+
+    Args:
+        model: `_target_` and arguments of the network.
+        num_classes: number of classes, passed to the network.
+        seed: seed of the initialisation.
+        device: device of the network.
+
+    Returns:
+        The network in the channels_last memory format.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: nn.Module = instantiate(model, num_classes=num_classes)
-    return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.to(  # type: ignore[call-overload, no-any-return]
+        device=device, memory_format=torch.channels_last
+    )
 
 
 def teacher_path(job: Config) -> Path:
-    """The file of the job's teacher."""
+    """Return the path of the weight file of the job's teacher."""
     return Path(
         job.teacher.checkpoint or teachers.path_of(job.home, job.dataset.name, job.teacher.name)
     )
 
 
 def check_teacher(job: Config) -> None:
-    """FileNotFoundError unless the teacher's file is there, or will be trained; ValueError if it is not as pinned."""
+    """Check the teacher file of a job; do nothing for a job without a teacher.
+
+    Raise FileNotFoundError if the file is missing and will not be trained. Raise ValueError if a
+    teacher file of the home folder differs from the file that is pinned.
+    """
     path = teacher_path(job)
     if job.distiller.loss and path.exists() and not job.teacher.checkpoint:
         pins.check(
@@ -121,7 +161,11 @@ def check_teacher(job: Config) -> None:
 
 
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
-    """Whether a run learnt from another teacher file than the one that its job finds now."""
+    """Return whether a run was trained with another teacher file than its job would use now.
+
+    `result` is the content of the run's result.json. Return False for a job without a
+    teacher, and if the hash of either file is unknown.
+    """
     earlier, path = result.get("teacher_sha256"), teacher_path(job)
     return bool(
         job.distiller.loss and earlier and path.exists() and teachers.file_hash(path) != earlier
@@ -136,25 +180,43 @@ def build_teacher(
     train: Callable[[Config], None],
     ranks: Ranks | None = None,
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
-    """The teacher and what is known of it; `train` makes it first where its file is missing and the job says so.
+    """Return the teacher of a job, and train it first if its file is missing and the job allows it.
 
-    ranks: that have it each and train it together; rank 0 looks for it, and measures it.
+    Log a warning if the teacher performs at chance level on the test split.
+
+    Args:
+        job: the job.
+        network: network of the teacher, whose weights are loaded from the teacher file.
+        data: data set of the job, to measure the teacher's accuracy on the test split.
+        device: device of the teacher.
+        train: function that trains the given teacher job and thereby writes the teacher file.
+        ranks: the ranks that each have a copy of the teacher and train it together. Rank 0 looks
+            for the file and measures the accuracy. None for this process alone.
+
+    Returns:
+        The teacher, with a cache if `teacher.cache` is set, and the facts for result.json:
+        {"teacher_top1": percent, "teacher_sha256": hash of the teacher file}.
+
+    Raises:
+        FileNotFoundError: if the file is missing and is not trained.
+        ValueError: if the file is not the pinned one, does not hold weights of the network, or if
+            the disk cannot hold the cache.
     """
     path, ranks = teacher_path(job), ranks or Ranks()
     check_teacher(job)
     if not ranks.told(path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            FileLock(f"{path}.lock") if ranks.first else nullcontext()
-        ):  # the first job trains it, the others wait
+        # The first job to take the lock trains the teacher; other jobs wait for it.
+        with FileLock(f"{path}.lock") if ranks.first else nullcontext():
             if not ranks.told(path.exists()):
                 log.info(
-                    "teacher %s is not there yet: training it first (teacher.train_epochs=%d)",
+                    "teacher %s is missing: training it first (teacher.train_epochs=%d)",
                     job.teacher.name,
                     job.teacher.train_epochs,
                 )
                 train(cfg.teacher_job(job))
-                if not ranks.told(path.exists()):  # trained before, and its file taken away since
+                # A finished training leaves the file; a training that did not is an error.
+                if not ranks.told(path.exists()):
                     raise teachers.missing(path, job.teacher.name, job.dataset.name)
     teacher = Teacher(
         network,
@@ -182,9 +244,8 @@ def build_teacher(
         )
     sha256 = teachers.file_hash(path)
     facts = {"teacher_top1": top1, "teacher_sha256": sha256}
-    if not (
-        job.teacher.cache and isinstance(data, DeviceData)
-    ):  # of no other data, see check_cache
+    # Only DeviceData has views that repeat, see `check_cache`.
+    if not (job.teacher.cache and isinstance(data, DeviceData)):
         return teacher, facts
     with ranks.first_before_others():
         return _remembering(job, teacher, data, device, sha256), facts
@@ -216,7 +277,22 @@ def _remembering(
 def check_maps(
     job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
 ) -> None:
-    """ValueError unless both networks take the images and give maps of the right classes that the scales fit on."""
+    """Check that both networks accept the images and return suitable logit maps.
+
+    The check runs one image of zeros through each network. It leaves the student in training mode.
+
+    Args:
+        job: the job.
+        student: network of the student.
+        teacher: network of the teacher; None for a job without a teacher.
+        data: data set of the job.
+        device: device of the networks.
+
+    Raises:
+        ValueError: if a network cannot process the images, if its output is not a logit map
+            (B, K, H, W) with the classes of the data set, or if the largest scale of `M` is more
+            than twice the shorter side of the smaller map.
+    """
     image = torch.zeros(1, *data.image_shape, device=device)
     networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
     maps = {}
@@ -224,19 +300,20 @@ def check_maps(
         try:
             if network is not None:
                 maps[name] = network.eval()(image)
-        except torch.OutOfMemoryError:  # of what is busy on the device, not of the network
+        except torch.OutOfMemoryError:  # the device is full, which says nothing about the network
             raise
         except RuntimeError as error:
             channels, height, width = data.image_shape
             raise ValueError(
-                f"{name} cannot take images of {channels}x{height}x{width} ({' '.join(str(error).split())[:200]}); "
-                "choose another network or size"
+                f"{name} cannot take images of {channels}x{height}x{width} "
+                f"({' '.join(str(error).split())[:200]}); choose another network or size"
             ) from error
     student.train()
     for name, logit_map in maps.items():
         if logit_map.ndim != 4 or logit_map.shape[1] != job.dataset.num_classes:
             raise ValueError(
-                f"{name} gives {tuple(logit_map.shape)}; a logit map is (B, {job.dataset.num_classes}, H, W)"
+                f"{name} returns shape {tuple(logit_map.shape)}; "
+                f"it must return a logit map of shape (B, {job.dataset.num_classes}, H, W)"
             )
     side = min(min(logit_map.shape[2:]) for logit_map in maps.values())
     if teacher is not None and max(job.M) > 2 * side:
@@ -244,8 +321,8 @@ def check_maps(
             f"{name} {tuple(logit_map.shape[2:])}" for name, logit_map in maps.items()
         )
         raise ValueError(
-            f"M={job.M} asks for {max(job.M)}x{max(job.M)} regions, more than twice the smaller map ({sides}); "
-            f"the largest scale here is {2 * side}"
+            f"M={job.M} asks for {max(job.M)}x{max(job.M)} regions, "
+            f"more than twice the smaller map ({sides}); the largest scale here is {2 * side}"
         )
 
 
@@ -259,7 +336,20 @@ def build_run(
     images: int,
     ranks: Ranks | None = None,
 ) -> Run:
-    """One student with its optimizer and loss, where its checkpoint left it. images: of an epoch."""
+    """Return the run of one student with optimizer and loss, resumed from its checkpoint if any.
+
+    Args:
+        job: the job.
+        network: network of the student.
+        opened: the run directory, opened for writing on rank 0 and for reading on other ranks.
+        device: device of the network.
+        steps: batches per epoch.
+        images: images per epoch, over all ranks.
+        ranks: the ranks that share each batch; None for this process alone.
+
+    Returns:
+        The run.
+    """
     distill = None
     if job.distiller.loss:
         distill = ScaleDecoupled(
@@ -281,8 +371,13 @@ def build_run(
         kd_weight=job.distiller.kd_weight,
         warmup_epochs=job.distiller.warmup_epochs,
         learning_rate=lambda progress: learning_rate(
-            progress, peak=o.lr, epochs=job.trainer.epochs, schedule=o.schedule, milestones=o.milestones,
-            decay=o.decay, warmup_epochs=o.warmup_epochs,
+            progress,
+            peak=o.lr,
+            epochs=job.trainer.epochs,
+            schedule=o.schedule,
+            milestones=o.milestones,
+            decay=o.decay,
+            warmup_epochs=o.warmup_epochs,
         ),
         clip_norm=o.clip_norm,
         device=device,
@@ -293,11 +388,15 @@ def build_run(
         ranks=ranks or Ranks(),
         images=images,
         batch_size=job.trainer.batch_size,
-    )  # fmt: skip
+    )
 
 
 def leave_as_teacher(job: Config, run: Run) -> None:
-    """A network trained to the end without a teacher can teach: leave it where `teacher=<name>` finds it."""
+    """Write the weights of a network trained without a teacher to the file `teacher=<name>` loads.
+
+    Do nothing for a distilled student, or if `trainer.max_steps` cut the epochs short. Keep an
+    existing teacher file.
+    """
     if job.distiller.loss or job.trainer.max_steps is not None:
         return
     path = teachers.path_of(job.home, job.dataset.name, job.student.name)
@@ -311,5 +410,5 @@ def leave_as_teacher(job: Config, run: Run) -> None:
     run.record.log.info(
         "teacher file %s: %s",
         path,
-        "written" if left else "kept as it was, since one is there already",
+        "written" if left else "kept, since the file exists already",
     )

@@ -1,4 +1,4 @@
-"""Files that survive: checkpoints with a spare, others' weights read without running their code."""
+"""Crash-safe checkpoints with a spare, and weights files read without running their code."""
 
 import argparse
 import functools
@@ -34,12 +34,24 @@ NEW, LATEST, SPARE = "last.ckpt.new", "last.ckpt", "last.previous.ckpt"
 
 
 class UnreadableFile(ValueError):
-    """A checkpoint that is truncated, no checkpoint, or would run code."""
+    """Raised for a file that is truncated, is not a checkpoint, or would run code."""
 
 
 def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None:
-    """Save tensors and plain values, atomically; FileExistsError where the file is there and not to be replaced."""
-    buffer = BytesIO()  # so that a full disk is met by one plain write, not inside the zip writer
+    """Save tensors and plain values atomically.
+
+    Args:
+        path: The file to write.
+        state: Tensors, containers and plain values.
+        replace: Whether an existing file is replaced.
+
+    Raises:
+        FileExistsError: If the file exists and `replace` is false.
+        OSError: If the file cannot be written, for example because the disk is full; an old file
+            stays as it was.
+    """
+    # The buffer lets a full disk fail in one plain write, and not inside the zip writer.
+    buffer = BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getbuffer()
     with write_atomically(path, content.nbytes, replace=replace) as file:
@@ -47,22 +59,28 @@ def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None
 
 
 def read(path: Path) -> Any:
-    """What `write` saved, on the CPU; no code of the file is run.
+    """Return what `write` saved, on the CPU, without running code from the file.
 
-    Tensors, containers, plain values, and the numpy scalars and argparse.Namespace (only filled with attributes) that
-    RepDistiller and mdistiller save beside the weights are read. Raises UnreadableFile naming the file, what is wrong
-    and the cure; FileNotFoundError where there is none.
+    The file may hold tensors, containers and plain values. It may also hold numpy scalars and
+    argparse.Namespace (only filled with attributes), because RepDistiller and mdistiller save them
+    beside the weights.
+
+    Raises:
+        UnreadableFile: If the file is damaged or would run code; the error names the file, what is
+            wrong and what to do.
+        FileNotFoundError: If there is no such file.
     """
     with open(path, "rb") as file:
         try:
-            if zipfile.is_zipfile(file):  # its checksums, which torch.load does not look at
+            # torch.load does not verify the checksums of the zip file.
+            if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
                     if broken := archive.testzip():
                         raise ValueError(f"checksum of {broken} differs")
             file.seek(0)
             with torch.serialization.safe_globals([*_numpy_scalars(), argparse.Namespace]):
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise anything at all
+        except Exception as error:  # a damaged file can raise any exception
             raise UnreadableFile(_why_unreadable(path, error)) from error
 
 
@@ -75,12 +93,15 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if refused:
         name = next(group for group in refused.groups() if group)
         return (
-            f"{path} is refused: it would run {name} while being read. Nothing was run. "
-            "Save its state_dict alone (torch.save({'model': model.state_dict()}, file)) and use that file"
+            f"{path} is refused: it would run {name} while being read. Nothing was run. Save its "
+            "state_dict alone (torch.save({'model': model.state_dict()}, file)) and use that file"
         )
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     size = path.stat().st_size
-    return f"{path} is truncated, damaged or not a checkpoint ({size} bytes: {first_line:.120}); get it again"
+    return (
+        f"{path} is truncated, damaged or not a checkpoint ({size} bytes: {first_line:.120}); "
+        "get it again"
+    )
 
 
 @functools.cache
@@ -95,22 +116,23 @@ def _numpy_scalars() -> list[Any]:
 
 
 def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
-    """Save the newest checkpoint of a run; the one before it stays as a spare."""
+    """Save the newest checkpoint of a run, and keep the previous checkpoint as a spare."""
     write(folder / NEW, state)
     rotate(folder / NEW)
 
 
 def read_latest(folder: Path) -> Any | None:
-    """The newest readable checkpoint of a run, or None where there is none yet; a damaged one is named in the log.
+    """Return the newest readable checkpoint of a run, or None if the run has no checkpoint yet.
 
-    Raises UnreadableFile where checkpoints exist and none can be read.
+    A damaged checkpoint is named in the log and skipped. Raises UnreadableFile if checkpoints exist
+    and none of them can be read.
     """
     errors = []
     for path in (folder / NEW, folder / LATEST, folder / SPARE):
         if path.exists():
             try:
                 state = read(path)
-            except FileNotFoundError:  # rotated since, by the process that has the record
+            except FileNotFoundError:  # rotated meanwhile by the process that has the run open
                 continue
             except UnreadableFile as error:
                 errors.append(error)
@@ -125,9 +147,15 @@ def read_latest(folder: Path) -> Any | None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of ours, of RepDistiller or mdistiller ({"model": ...}), or a bare state dict.
+    """Return the state dict in a weights file, on the CPU.
 
-    Also of a .safetensors file. Raises UnreadableFile as `read`, or where there is no state dict in it.
+    The file may be a checkpoint of this package, RepDistiller or mdistiller ({"model": ...}), a
+    bare state dict or a .safetensors file. The prefix "module." of DataParallel is removed.
+
+    Raises:
+        UnreadableFile: As for `read`, or if the file holds no state dict.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a .safetensors file is given and safetensors is not installed.
     """
     content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read(path)
     for key in ("model", "state_dict"):
@@ -141,13 +169,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UnreadableFile(
             f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict"
         )
-    return {
-        name.removeprefix("module."): value for name, value in content.items()
-    }  # DataParallel's prefix
+    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, on the CPU, and what its header says. Raises UnreadableFile."""
+    """Return the tensors of a .safetensors file, on the CPU, and the metadata of its header.
+
+    Raises UnreadableFile if the file is damaged, FileNotFoundError if it is missing, and ValueError
+    if safetensors is not installed.
+    """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -162,7 +192,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise UnreadableFile(
-            f"{path} is truncated, damaged or no safetensors file ({path.stat().st_size} bytes: {error}); get it again"
+            f"{path} is truncated, damaged or not a safetensors file "
+            f"({path.stat().st_size} bytes: {error}); get it again"
         ) from error
 
 
@@ -174,12 +205,20 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def load_weights(model: nn.Module, path: Path, network: str) -> None:
-    """Load a file of weights into `model`, strictly.
+    """Load a weights file into `model`, strictly.
 
-    Raises ValueError naming the first keys that differ, for the weights of another network or class count.
+    Args:
+        model: The network, changed in place.
+        path: The weights file, in a format of `read_weights`.
+        network: Name of the network, for the message.
+
+    Raises:
+        ValueError: If the file holds weights of another network or number of classes; the error
+            names the first keys that differ. Also everything that `read_weights` raises.
     """
     own = model.state_dict()
-    # Files from before PyTorch 0.4.1 lack BatchNorm's count of batches, which nothing here reads.
+    # Files from before PyTorch 0.4.1 lack BatchNorm's count of batches, which this package does
+    # not read.
     counts = {k: value for k, value in own.items() if k.endswith(".num_batches_tracked")}
     weights = counts | read_weights(path)
     differing = [f"{k} is missing" for k in own if k not in weights]
@@ -199,11 +238,12 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         )
         raise ValueError(
-            f"{path} does not hold weights of {network}: {shown}. Give the file of that network and data set"
+            f"{path} does not hold weights of {network}: {shown}. Give the file of that network "
+            "and data set"
         )
     model.load_state_dict(weights)
 
 
 def _printable(name: str) -> str:
-    """A name of a stranger, short and without what a terminal would obey."""
+    """Return a name from an untrusted file, shortened and without terminal control characters."""
     return name[:80].encode("unicode_escape").decode()

@@ -1,7 +1,8 @@
-"""The typed frame of a job: every key, its type, its default and its unit; what must hold between keys; its identity.
+"""Typed configuration of a job: keys, types, defaults and units; validation; the job's identity.
 
-Defaults are stated here alone. The YAML files of conf/ state choices: what differs from the frame. No torch here, so
-that `--help` and a launcher's planning stay fast.
+Only this module states defaults. The YAML files of conf/ state only what differs from these
+defaults. This module does not import torch, so that `--help` and the planning of a launcher stay
+fast.
 """
 
 import hashlib
@@ -42,235 +43,272 @@ __all__ = [
 ]
 
 NO_TEACHER = "none"
-_RUN_NAME: ContextVar[str | None] = ContextVar(
-    "run_name", default=None
-)  # of the job that is being resolved
+# The name of the job that `resolve` is working on, so that `run_name` does not type it once more.
+_RUN_NAME: ContextVar[str | None] = ContextVar("run_name", default=None)
 M_CURE = "give distinct positive integers, such as M=[1,2,4]"
 
 
 def _plumbing(default: Any) -> Any:
-    """A key that says where or how, not what: it does not count in the job's identity (`config_hash`)."""
+    """Return a field for how a job runs (paths, device, tracking), not for what it computes.
+
+    `config_hash` ignores the field.
+    """
     return field(default=default, metadata={"identity": False})
 
 
 def _later(default: Any) -> Any:
-    """A key that jobs did not always have: it counts in the identity only where it is not its default, so that
-    jobs from before keep their names."""
+    """Return a field for a key that older jobs do not have.
+
+    `config_hash` ignores the field while it has its default value, so that older jobs keep their
+    names.
+    """
     return field(default=default, metadata={"later": True})
 
 
 class Precision(StrEnum):
+    """Number format of the networks' forward pass."""
+
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
 
 class Schedule(StrEnum):
-    step = "step"  # x decay at each milestone
+    """Shape of the learning rate over the epochs."""
+
+    step = "step"  # times `decay` at each milestone
     cosine = "cosine"  # half a cosine down to zero
     constant = "constant"
 
 
 class Knowledge(StrEnum):
+    """Regions whose loss counts (SDD Table 6)."""
+
     fusion = "fusion"
     consistent = "consistent"
     complementary = "complementary"
 
 
 class Reduction(StrEnum):
+    """Reduction of the distillation loss over regions."""
+
     mean = "mean"
     sum = "sum"
 
 
 class CacheDtype(StrEnum):
-    float16 = "float16"  # half the disk; rounds values by at most 2^-11 of their size, or by 3e-8
+    """Number format of the cached teacher maps."""
+
+    # Half the disk space. The rounding error of a value is at most 2^-11 of its size, or 3e-8.
+    float16 = "float16"
     float32 = "float32"  # the same numbers as without a cache
 
 
 class BadImages(StrEnum):
+    """Policy for image files that cannot be read."""
+
     fail = "fail"  # stop, naming the file
-    skip = "skip"  # in training the next image stands in for it, in evaluation it is left out
+    skip = "skip"  # training uses the next image instead, evaluation leaves the image out
 
 
 class IrregularImages(StrEnum):
-    convert = "convert"  # to RGB, as stored, like torchvision's ImageFolder
+    """Policy for images that are not upright RGB as stored."""
+
+    convert = "convert"  # to RGB, in the stored orientation, like torchvision's ImageFolder
     skip = "skip"
     fail = "fail"
 
 
 class Rerun(StrEnum):
-    failed = "failed"  # and what is new or was interrupted
-    all = "all"  # everything from the start; the old records are set aside
-    none = "none"  # only what is new or was interrupted
+    """Jobs of an earlier launch of the sweep that run again."""
+
+    failed = "failed"  # failed, interrupted and new jobs
+    all = "all"  # every job from the start; the old records are set aside
+    none = "none"  # only interrupted and new jobs
 
 
 class Progress(StrEnum):
-    auto = "auto"  # live on a terminal, plain lines elsewhere
+    """Display of training progress."""
+
+    auto = "auto"  # live table on a terminal, plain lines elsewhere
     plain = "plain"
     off = "off"
 
 
 @dataclass
 class StudentConfig:
-    name: str = MISSING  # what the network is called in tables
-    model: dict[str, Any] = field(
-        default_factory=dict
-    )  # _target_ and its arguments; num_classes is added
-    lr: float = 0.05  # peak learning rate of its training by the papers' SGD; where nothing is said, dataset.lr
+    """The student network and its learning rate."""
+
+    name: str = MISSING  # name of the network in tables
+    # _target_ and its arguments; num_classes is added
+    model: dict[str, Any] = field(default_factory=dict)
+    # Peak learning rate for the papers' SGD (optimizer=sgd); conf/rates.yaml sets it to dataset.lr
+    # by default
+    lr: float = 0.05
 
 
 @dataclass
 class TeacherConfig(StudentConfig):
-    checkpoint: str | None = None  # file; null: <home>/teachers/<dataset>/<name>.pt
-    cache: str | None = _plumbing(
-        None
-    )  # folder to keep its maps in, for this and later sweeps; null: none are kept
-    cache_dtype: CacheDtype = CacheDtype.float16  # how they are kept
-    train_if_missing: bool = _plumbing(False)  # train it first where the file is missing
+    """The teacher network, its weights file, its map cache and how to train it if it is missing."""
+
+    checkpoint: str | None = None  # weights file; null: <home>/teachers/<dataset>/<name>.pt
+    # Folder that keeps the teacher's maps for this and later sweeps; null: no cache
+    cache: str | None = _plumbing(None)
+    cache_dtype: CacheDtype = CacheDtype.float16  # number format of the cached maps
+    train_if_missing: bool = _plumbing(False)  # train the teacher first if its file is missing
     train_epochs: int = _plumbing(240)  # epochs of that training
     train_seed: int = _plumbing(0)  # seed of that training
 
 
 @dataclass
 class DistillerConfig:
-    name: str = MISSING  # what the loss is called in tables
-    loss: dict[str, Any] = field(
-        default_factory=dict
-    )  # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: none
+    """The training loss of a student: distillation loss, weights and options of SDD."""
+
+    name: str = MISSING  # name of the loss in tables
+    # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: no distillation loss
+    loss: dict[str, Any] = field(default_factory=dict)
     temperature: float = 4.0  # divides the logits
-    ce_weight: float = 1.0  # of cross-entropy with the labels
-    kd_weight: float = 1.0  # of the distillation loss
-    warmup_epochs: int = 1  # epochs over which kd_weight rises linearly; 1: at once
+    ce_weight: float = 1.0  # weight of the cross-entropy with the labels
+    kd_weight: float = 1.0  # weight of the distillation loss
+    # Epochs over which kd_weight rises linearly; 1: full weight from the first epoch
+    warmup_epochs: int = 1
     knowledge: Knowledge = Knowledge.fusion  # which regions teach (SDD Table 6)
-    reduction: Reduction = Reduction.mean  # over regions: mean as SDD's code, sum as its Eq. 9
+    # Over regions: mean as in SDD's code, sum as in its Eq. 9
+    reduction: Reduction = Reduction.mean
 
 
 @dataclass
 class DatasetConfig:
-    name: str = MISSING  # what the data set is called in tables
-    load: dict[str, Any] = field(  # _target_ and arguments of () -> Splits
+    """The data set, its preprocessing, and the defaults that it gives to other groups."""
+
+    name: str = MISSING  # name of the data set in tables
+    # _target_ and arguments of () -> Splits. The identity ignores the argument `root` if it equals
+    # dataset.root.
+    load: dict[str, Any] = field(
         default_factory=dict,
-        metadata={
-            "place": "root"
-        },  # its argument `root`, where it is dataset.root, does not count in the identity
+        metadata={"place": "root"},
     )
     root: str = _plumbing("data")  # folder of the files
-    num_classes: int = MISSING  # classes
-    mean: list[float] = field(default_factory=list)  # of each channel, of pixels in 0..1
-    std: list[float] = field(default_factory=list)  # of each channel, of pixels in 0..1
+    num_classes: int = MISSING  # number of classes
+    mean: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
+    std: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
     padding: int = 4  # pixels of zero padding before the random crop; 0: no crop
     flip: bool = True  # mirror half of the images
-    val_fraction: float = (
-        0.0  # part of train held out as val; 0: val is the test split, as in the papers
-    )
-    # From here on to pixel_limit: of data sets of image files (sddlskd/streaming.py) alone.
-    size: int = _later(224)  # pixels of the side of what the networks see
-    crop_area: list[float] = field(  # least and largest part of an image that a random crop takes
-        default_factory=lambda: [0.08, 1.0], metadata={"later": True}
-    )
-    centre: float = _later(
-        0.875
-    )  # side of the square that is tested on, as part of the shorter side; 1: all of it
-    upright: bool = _later(
-        False
-    )  # turn images as their EXIF orientation says; false: as they are stored
-    bad_images: BadImages = _later(BadImages.fail)  # files that cannot be read  # noqa: RUF009 (all it gives are fields)
-    irregular_images: IrregularImages = _later(IrregularImages.convert)  # not upright RGB as stored  # noqa: RUF009
-    pixel_limit: int = _later(
-        100_000_000
-    )  # pixels above which an image counts as bad, by its header
-    workers: int | None = _plumbing(
-        None
-    )  # processes that decode images; 0: none beside the trainer; null: a core each
-    epochs: int = 240  # what trainer.epochs and teacher.train_epochs are unless given
-    batch_size: int = _plumbing(64)  # images; what trainer.batch_size is unless given
-    lr: float | None = _plumbing(
-        None
-    )  # what student.lr and teacher.lr are unless given; null: CIFAR-100's
-    weight_decay: float = _plumbing(5e-4)  # what that of the papers' SGD is unless given
-    milestones: list[float] = field(  # what those of the papers' SGD are unless given
+    # Fraction of the training split held out for validation; 0: validate on the test split, as in
+    # the papers
+    val_fraction: float = 0.0
+    # The keys from here to pixel_limit apply only to data sets of image files
+    # (sddlskd/streaming.py).
+    size: int = _later(224)  # side of the networks' input, in pixels
+    # Least and largest fraction of the image area that a random crop covers
+    crop_area: list[float] = field(default_factory=lambda: [0.08, 1.0], metadata={"later": True})
+    # Side of the centre square for evaluation, as a fraction of the shorter side; 1: the full side
+    centre: float = _later(0.875)
+    # Rotate images according to their EXIF orientation; false: keep the stored orientation
+    upright: bool = _later(False)
+    # Files that cannot be read. (RUF009 is a false alarm: `_later` returns a dataclass field.)
+    bad_images: BadImages = _later(BadImages.fail)  # noqa: RUF009
+    # Images that are not upright RGB as stored
+    irregular_images: IrregularImages = _later(IrregularImages.convert)  # noqa: RUF009
+    # Pixels above which an image counts as bad, according to its header
+    pixel_limit: int = _later(100_000_000)
+    # Worker processes that decode images; 0: decode in the training process; null: one per core
+    # that this rank may use, at most 16 (decoding.default_workers)
+    workers: int | None = _plumbing(None)
+    epochs: int = 240  # default of trainer.epochs and teacher.train_epochs
+    batch_size: int = _plumbing(64)  # default of trainer.batch_size, in images
+    # Default of student.lr and teacher.lr; null: the value for CIFAR-100 (conf/rates.yaml)
+    lr: float | None = _plumbing(None)
+    weight_decay: float = _plumbing(5e-4)  # default weight decay of the papers' SGD
+    # Default milestones of the papers' SGD
+    milestones: list[float] = field(
         default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
     )
-    stem: str = _plumbing(
-        "small"
-    )  # of our CIFAR networks: small for images of 32 pixels, large for images of 224
-    train_teachers: bool = _plumbing(False)  # what teacher.train_if_missing is unless given
+    # Stem of this package's CIFAR networks: small for images of 32 pixels, large for images of 224
+    stem: str = _plumbing("small")
+    train_teachers: bool = _plumbing(False)  # default of teacher.train_if_missing
 
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
     name: str = MISSING
-    algorithm: dict[str, Any] = field(
-        default_factory=dict
-    )  # _target_ and arguments, without params and lr
+    # _target_ and its arguments, without params and lr
+    algorithm: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.05  # peak learning rate
-    schedule: Schedule = Schedule.step  # how lr falls
-    milestones: list[float] = field(
-        default_factory=lambda: [0.625, 0.75, 0.875]
-    )  # as parts of trainer.epochs
+    schedule: Schedule = Schedule.step  # how the learning rate falls
+    # As fractions of trainer.epochs
+    milestones: list[float] = field(default_factory=lambda: [0.625, 0.75, 0.875])
     decay: float = 0.1  # factor at each milestone
-    warmup_epochs: float = 0.0  # epochs over which lr rises linearly from zero
+    warmup_epochs: float = 0.0  # epochs over which the learning rate rises linearly from zero
     clip_norm: float | None = None  # largest gradient norm; null: no clipping
 
 
 @dataclass
 class TrainerConfig:
+    """The training loop: length, batches, device, processes and precision."""
+
     epochs: int = 240  # passes over the training images
     batch_size: int = 64  # images
     eval_batch_size: int = 500  # images
-    max_steps: int | None = None  # batches of an epoch, for trying things out; null: all
-    data_seed: int | None = (
-        None  # of batches and augmentation; null: seed. Jobs with one data_seed see the same batches
-    )
-    #                               and share the teacher: they then differ in initialisation only
+    max_steps: int | None = None  # batches per epoch, for quick trials; null: all
+    # Seed of batches and augmentation; null: `seed`. Jobs with the same data_seed see the same
+    # batches and share the teacher, so they differ only in their initialisation.
+    data_seed: int | None = None
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
-    devices: int = _plumbing(1)  # processes (one a GPU) that share each batch
-    timeout_s: float = _plumbing(
-        600.0
-    )  # seconds after which one of several processes gives up waiting for another
-    precision: Precision = (
-        Precision.fp32
-    )  # of the networks' forward pass; losses are always float32
+    devices: int = _plumbing(1)  # processes (one per GPU) that share each batch
+    # Seconds that one of several processes waits for another before it gives up
+    timeout_s: float = _plumbing(600.0)
+    # Of the networks' forward pass; losses are always float32
+    precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile the networks
-    log_every: int = _plumbing(50)  # steps between looks at the loss
-    progress: Progress = _plumbing(Progress.auto)  # noqa: RUF009 (it gives a dataclass field)
+    log_every: int = _plumbing(50)  # steps between two readings of the loss
+    # RUF009 is a false alarm: `_plumbing` returns a dataclass field.
+    progress: Progress = _plumbing(Progress.auto)  # noqa: RUF009
 
 
 @dataclass
 class CheckpointConfig:
-    every_minutes: float = _plumbing(
-        10.0
-    )  # minutes between checkpoints inside an epoch; every epoch ends with one
+    """Frequency of checkpoints."""
+
+    # Minutes between checkpoints within an epoch; every epoch ends with a checkpoint
+    every_minutes: float = _plumbing(10.0)
 
 
 @dataclass
 class TrackingConfig:
+    """Mirroring of runs to MLflow."""
+
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path
     experiment: str = _plumbing("sddlskd")  # MLflow experiment
-    offline: bool = _plumbing(
-        False
-    )  # go on without MLflow where it does not answer; `sync` delivers later
-    predictions: bool = _plumbing(
-        False
-    )  # keep logits, regions and features on the test split, for figures
+    # Continue without MLflow if it is unreachable; `sync` delivers the runs later
+    offline: bool = _plumbing(False)
+    # Keep logits, region predictions and features on the test split, for figures
+    predictions: bool = _plumbing(False)
     experiment_id: str | None = _plumbing(None)  # set by the launching process
-    parent_run_id: str | None = _plumbing(None)  # set by the launching process: the sweep's run
+    parent_run_id: str | None = _plumbing(None)  # run id of the sweep, set by the launching process
 
 
 @dataclass
 class SweepConfig:
-    name: str | None = _plumbing(None)  # tag `sweep` of every run; null: named from what is swept
-    jobs: list[str] = field(
-        default_factory=list, metadata={"identity": False}
-    )  # jobs that are no product: the overrides
-    #                               of each in a line, as "pair=vgg13_vgg8 scales=two"; crossed with what is swept
+    """A sweep: its name, its extra jobs and which jobs run again."""
+
+    # Tag `sweep` of every run; null: named after the swept overrides
+    name: str | None = _plumbing(None)
+    # Jobs that do not form a grid: one entry per job with its overrides, such as
+    # "pair=vgg13_vgg8 scales=two". They are crossed with the swept overrides.
+    jobs: list[str] = field(default_factory=list, metadata={"identity": False})
     plan: bool = _plumbing(False)  # print what the sweep would do, and do nothing
-    rerun: Rerun = _plumbing(Rerun.failed)  # which jobs of an earlier start are run again  # noqa: RUF009
+    # Which jobs of an earlier launch run again. (RUF009 is a false alarm.)
+    rerun: Rerun = _plumbing(Rerun.failed)  # noqa: RUF009
 
 
 @dataclass
 class Config:
+    """All settings of a job."""
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     distiller: DistillerConfig = field(default_factory=DistillerConfig)
@@ -280,22 +318,24 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    M: list[int] = field(
-        default_factory=lambda: [1]
-    )  # scales: the logit maps are cut into m x m regions for each m
+    # Scales: each m in M divides the logit maps into m x m regions
+    M: list[int] = field(default_factory=lambda: [1])
     standardize: bool = False  # z-score the logits of each region (LSKD)
     complementary_weight: float = 2.0  # weight of complementary regions (SDD's beta)
-    seed: int = 0  # of the initialisation; of the batches too unless trainer.data_seed is given
-    allow_foreign_targets: bool = _plumbing(
-        False
-    )  # whether _target_ may name code that is not of ours or torch's
+    # Seed of the initialisation, and of the batches unless trainer.data_seed is given
+    seed: int = 0
+    # Whether _target_ may name code outside of targets.PACKAGES (this package, torch, torchvision
+    # and timm)
+    allow_foreign_targets: bool = _plumbing(False)
     home: str = _plumbing(".")  # folder of data/, teachers/, runs/ and mlflow.db
     run_dir: str = _plumbing("")  # folder of this run's record
 
 
 def frame() -> None:
-    """Make the typed frame and the resolvers known to Hydra (once a process)."""
-    Plugins.instance()  # finds launchers; one of hydra-submitit-launcher gives way to the file of conf/ of its name
+    """Register the typed configuration and the resolvers with Hydra, once per process."""
+    # Plugins.instance() finds the launchers. The launcher `submitit_local` of
+    # hydra-submitit-launcher is dropped in favour of conf/hydra/launcher/submitit_local.yaml.
+    Plugins.instance()
     ConfigStore.instance().repo["hydra"]["launcher"].pop("submitit_local.yaml", None)
     ConfigStore.instance().store("frame", node=Config)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
@@ -305,7 +345,7 @@ def frame() -> None:
 
 
 def _given(*values: Any) -> Any:
-    """The first value that is not null."""
+    """Return the first value that is not null, or None if all are null."""
     return next((value for value in values if value is not None), None)
 
 
@@ -314,7 +354,12 @@ def _run_name_of_root(*, _root_: DictConfig) -> str:
 
 
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
-    """The name of the sweep's file, or what is swept: student-shufflev1-mobilev2-1f0c2a."""
+    """Return a name for the sweep, or None for a single run.
+
+    The name consists of the sweep's configuration file (unless it is the default, `config`) and of
+    the overrides that change what is computed, with a hash of both: for example
+    student-shufflev1-mobilev2-1f0c2a.
+    """
     if "hydra" not in _root_ or _root_.hydra.mode is not RunMode.MULTIRUN:
         return None
     how = (
@@ -340,12 +385,14 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """The composed configuration as typed values: interpolations filled in, checked, paths absolute.
+    """Return the composed configuration as typed, checked values.
 
-    Raises ValueError naming the value and what is valid, or OmegaConf's errors for types.
+    Interpolations are resolved and paths are absolute. Raises ValueError, naming the value and what
+    is valid, or an OmegaConf error for a value of the wrong type.
     """
     config = _typed(composed)
-    if "run_dir" in composed.keys():  # noqa: SIM118 -- `in composed` would fill it in, by typing all of it once more
+    # `in composed` would resolve run_dir, which types the whole configuration once more.
+    if "run_dir" in composed.keys():  # noqa: SIM118
         known = _RUN_NAME.set(run_name(config))
         try:
             run_dir = composed["run_dir"]
@@ -353,21 +400,19 @@ def resolve(composed: DictConfig) -> Config:
             _RUN_NAME.reset(known)
         refuse_interpolations(run_dir, "run_dir")
         if not isinstance(run_dir, str):
-            run_dir = OmegaConf.merge(
-                _empty(), {"run_dir": run_dir}
-            ).run_dir  # a number as text; else its error
+            # The merge turns a number into text and raises OmegaConf's error for other types.
+            run_dir = OmegaConf.merge(_empty(), {"run_dir": run_dir}).run_dir
         config.run_dir = os.path.abspath(run_dir) if run_dir else ""
     return config
 
 
 def _typed(composed: DictConfig) -> Config:
-    """All but run_dir."""
+    """Return the typed and checked configuration, without run_dir."""
     bare = OmegaConf.masked_copy(
         composed, [str(key) for key in composed if key not in ("hydra", "run_dir")]
     )
-    plain = OmegaConf.to_container(
-        bare, resolve=True
-    )  # as plain values, so that a key added with + is refused too
+    # Plain values, so that the merge also refuses a key added with `+`.
+    plain = OmegaConf.to_container(bare, resolve=True)
     refuse_interpolations(plain, "")
     config = OmegaConf.to_object(OmegaConf.merge(_empty(), plain))
     assert isinstance(config, Config)
@@ -381,13 +426,16 @@ def _empty() -> DictConfig:
 
 
 def settle(config: Config) -> Config:
-    """Bring typed values into the one form that a job has, in place: checked, paths absolute. Raises ValueError."""
+    """Check and normalise typed values in place, so that equal jobs have equal values.
+
+    Paths become absolute, and keys that a job does not use get fixed values. Returns `config`.
+    Raises ValueError if a value is not valid.
+    """
     if not config.distiller.loss:
         _drop_what_needs_a_teacher(config)
     if config.teacher.cache is None:
-        config.teacher.cache_dtype = (
-            CacheDtype.float32
-        )  # no rounding: the same job as one with such a cache
+        # A float32 cache does not round, so a job with such a cache equals a job without a cache.
+        config.teacher.cache_dtype = CacheDtype.float32
     else:
         config.teacher.cache = os.path.abspath(config.teacher.cache)
     _check(config)
@@ -407,7 +455,10 @@ def settle(config: Config) -> Config:
 
 
 def _drop_what_needs_a_teacher(config: Config) -> None:
-    """A student without a distillation loss is one job, whatever teacher, scales and weights stand beside it."""
+    """Reset all keys that only matter with a teacher.
+
+    A student without a distillation loss is then the same job for every teacher, scale and weight.
+    """
     plain = Config()
     config.teacher = TeacherConfig(name=NO_TEACHER)
     config.distiller = DistillerConfig(
@@ -431,22 +482,25 @@ def _check(config: Config) -> None:
         raise ValueError("home is empty; name a folder, such as home=.")
     if "@" in urlsplit(config.tracking.uri or "").netloc:
         raise ValueError(
-            "tracking.uri holds a user name or password, which every run's record and MLflow would show; take it "
-            "out of the address and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            "tracking.uri holds a user name or password, which every run's record and MLflow "
+            "would show; take it out of the address and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead"
         )
     M = config.M
     if not M or min(M) < 1 or len(set(M)) < len(M):
         raise ValueError(f"M={M} is not valid; {M_CURE}")
     if config.distiller.loss and not config.teacher.model:
         raise ValueError(
-            f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or distiller=vanilla"
+            f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or "
+            "distiller=vanilla"
         )
     for group, network in (("student", config.student), ("teacher", config.teacher)):
         ours = network.model.get("_target_") == "sddlskd.models.create"
         if config.dataset.name == "imagenet" and ours and network.name in ("resnet18", "resnet50"):
             raise ValueError(
-                f"{group}={network.name} is CIFAR-100's network, whose file on imagenet is that of torchvision's "
-                f"{network.name}; take {group}=imagenet_{network.name}, or another {group}.name"
+                f"{group}={network.name} is the network for CIFAR-100, but on imagenet its file "
+                f"has the same name as that of torchvision's {network.name}; use "
+                f"{group}=imagenet_{network.name}, or set another {group}.name"
             )
     positive = {
         "dataset.size": config.dataset.size,
@@ -486,17 +540,19 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key}={value} must not be negative")
     if any(not 0 < part <= 1 for part in config.optimizer.milestones):
         raise ValueError(
-            f"optimizer.milestones={config.optimizer.milestones} are parts of trainer.epochs, between 0 and 1: "
-            "epoch 150 of 240 is 0.625"
+            f"optimizer.milestones={config.optimizer.milestones} is not valid; give fractions of "
+            "trainer.epochs, above 0 and at most 1: epoch 150 of 240 is 0.625"
         )
     if not config.dataset.centre <= 1:
         raise ValueError(
-            f"dataset.centre={config.dataset.centre} is a part of an image's side, at most 1"
+            f"dataset.centre={config.dataset.centre} is not valid; give a fraction of the image's "
+            "shorter side, at most 1"
         )
     area = config.dataset.crop_area
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise ValueError(
-            f"dataset.crop_area={area} are two parts of an image, from 0 to 1: [0.08,1] are the usual ones"
+            f"dataset.crop_area={area} is not valid; give the least and the largest fraction of "
+            "the image area, above 0 and at most 1, such as [0.08,1]"
         )
     if not 0 <= config.dataset.val_fraction < 1:
         raise ValueError(
@@ -505,13 +561,17 @@ def _check(config: Config) -> None:
 
 
 def teacher_job(config: Config) -> Config:
-    """The job that trains `config`'s teacher from scratch: the same whatever student asks for it."""
+    """Return the job that trains the teacher of `config` from scratch.
+
+    The job is the same for every student that needs this teacher.
+    """
     job = Config(
         teacher=TeacherConfig(name=NO_TEACHER),
         student=StudentConfig(config.teacher.name, config.teacher.model, config.teacher.lr),
         distiller=DistillerConfig(name="vanilla", kd_weight=0.0),
         dataset=config.dataset,
-        optimizer=OptimizerConfig(  # as conf/optimizer/sgd.yaml: it does not follow the students' settings
+        # As conf/optimizer/sgd.yaml: the teacher's training ignores the students' settings.
+        optimizer=OptimizerConfig(
             name="sgd",
             algorithm={
                 "_target_": "torch.optim.SGD",
@@ -541,6 +601,11 @@ def teacher_job(config: Config) -> Config:
 
 
 def _identity(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each field that counts in `config_hash`, nested dataclasses as dicts.
+
+    Three values are left out: a `later` field with its default, the argument of `dataset.load` that
+    repeats `dataset.root`, and the default `stem` of this package's networks.
+    """
     for f in fields(node):
         if f.metadata.get("identity", True):
             value = getattr(node, f.name)
@@ -554,7 +619,7 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _same_numbers(value: Any) -> Any:
-    """6 and 6.0 are one value, wherever a key's type leaves both open."""
+    """Return `value` with whole floats as ints, so that 6 and 6.0 have the same hash."""
     if isinstance(value, dict):
         return {key: _same_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -563,7 +628,7 @@ def _same_numbers(value: Any) -> Any:
 
 
 def identity_keys() -> set[str]:
-    """The dotted keys that count in `config_hash`."""
+    """Return the dotted keys that count in `config_hash`."""
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
         for f in fields(node):
@@ -577,17 +642,23 @@ def identity_keys() -> set[str]:
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hex digits that name what the job computes: equal for jobs that differ in paths, device or tracking."""
+    """Return twelve hex digits that identify what the job computes.
+
+    Jobs that differ only in paths, device or tracking have the same hash.
+    """
     return _digest(dict(_identity(config)))
 
 
 def settings_hash(config: Config) -> str:
-    """`config_hash` with the seed left out: equal for the repetitions that a mean is taken over."""
+    """Return `config_hash` without the seed.
+
+    The hash is equal for the repetitions that a mean is taken over.
+    """
     return config_hash(replace(config, seed=0))
 
 
 def canonical(value: Any) -> str:
-    """Plain values as text: equal for equal values."""
+    """Return plain values as JSON text that is equal for equal values."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -596,12 +667,15 @@ def _digest(value: Any) -> str:
 
 
 def data_seed(config: Config) -> int:
-    """The seed of batches and augmentation."""
+    """Return the seed of batches and augmentation."""
     return config.seed if config.trainer.data_seed is None else config.trainer.data_seed
 
 
 def sharing_key(config: Config) -> str:
-    """Equal for jobs that see the same batches and ask the same teacher: they can be trained side by side."""
+    """Return a key that is equal for jobs with the same batches and the same teacher.
+
+    Jobs with equal keys can be trained side by side.
+    """
     where = {"device": config.trainer.device, "devices": config.trainer.devices}
     trainer = dict(_identity(config.trainer)) | {"data_seed": data_seed(config), **where}
     asked = config.teacher
@@ -617,7 +691,10 @@ def sharing_key(config: Config) -> str:
 
 
 def run_name(config: Config) -> str:
-    """A readable, unique folder name such as cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417."""
+    """Return a readable, unique folder name for the run.
+
+    For example cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417.
+    """
     parts = [config.student.name, config.distiller.name]
     if config.distiller.loss:
         parts = [
@@ -632,12 +709,15 @@ def run_name(config: Config) -> str:
 
 
 def _plain(text: str) -> str:
-    """Free of characters that a shell reads: M=[1,2,4] becomes M-1-2-4."""
+    """Return `text` without characters that a shell interprets: M=[1,2,4] becomes M-1-2-4."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{"teacher.name": ..., "M": ..., ...}: one entry a key, lists and dicts of arguments as compact JSON."""
+    """Return a flat dict {"teacher.name": ..., "M": ..., ...} with one entry per key.
+
+    Lists and dicts of arguments become compact JSON.
+    """
 
     def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for f in fields(node):
@@ -653,14 +733,24 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The frozen configuration as YAML."""
+    """Return the configuration as YAML, as it is written to the run directory."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
-    """Read a frozen configuration back, typed and checked. Raises ValueError naming a file that is damaged.
+    """Read a configuration from a run directory, typed and checked.
 
-    allow_foreign_targets: instead of what the file says, where it may be a stranger's.
+    Args:
+        path: The YAML file, as written by `to_yaml`.
+        allow_foreign_targets: Replaces the value in the file, which may come from a stranger. None
+            keeps the value in the file.
+
+    Returns:
+        The typed configuration, with absolute paths.
+
+    Raises:
+        ForeignTarget: If the file names code that is not allowed.
+        ValueError: If the file is missing, damaged or of another version; the error names the file.
     """
     try:
         frozen = OmegaConf.load(path)

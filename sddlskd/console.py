@@ -1,4 +1,4 @@
-"""What the commands say: outcomes, errors in one line, and the log on the terminal."""
+"""Output of the commands: outcomes, errors in one line, and the log on the terminal."""
 
 import logging
 import re
@@ -26,23 +26,25 @@ from sddlskd.config import M_CURE, Config
 
 __all__ = ["duration", "explain", "log_to_terminal", "outcomes", "write_line"]
 
-OURS = (ValueError, OSError, RuntimeError)  # what our own checks raise, worded for users
+# Errors of this package's own checks, with messages for users.
+OURS = (ValueError, OSError, RuntimeError)
+# Folders of conf/ that are not groups for users to choose from.
 NO_CHOICES = (
     "hydra",
     "tuned",
     "adapted",
     "__pycache__",
-)  # folders of conf/ that nobody chooses from
+)
 
 
 def write_line(text: str) -> None:
-    """A line of a command's answer, on stdout."""
+    """Write one line of a command's output to stdout."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
-    """3725 -> 1:02:05."""
+    """Return a duration in seconds as h:mm:ss or m:ss: 3725 becomes 1:02:05."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
@@ -51,7 +53,17 @@ def duration(seconds: float) -> str:
 def outcomes(
     jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
 ) -> None:
-    """Print what came out, and exit with 1 where a run failed or 130 where one or all of the sweep was stopped."""
+    """Print a table of the results, and exit if not all runs are FINISHED.
+
+    Args:
+        jobs: The configuration of each run.
+        results: The content of result.json of each run, in the order of `jobs`.
+        stopped: Whether the sweep as a whole was stopped.
+
+    Raises:
+        SystemExit: With 130 if a run or the sweep was stopped, else with 1 if a run is not
+            FINISHED.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -82,7 +94,10 @@ def outcomes(
 
 
 def explain(error: BaseException) -> str:
-    """What is wrong and what would be right, in one line."""
+    """Return one line that says what is wrong and what is valid.
+
+    The message comes from the first error in the chain of causes that was written for users.
+    """
     chain: list[BaseException] = [error]
     while (
         cause := chain[-1].__cause__ or chain[-1].__context__
@@ -90,13 +105,16 @@ def explain(error: BaseException) -> str:
         chain.append(cause)
     for link in chain:
         if isinstance(link, OverrideParseException):
-            return f"{link.override} cannot be read ({link.message.splitlines()[0]}); give key=value, as in M=[1,2,4]"
+            return (
+                f"{link.override} cannot be read ({link.message.splitlines()[0]}); "
+                "give key=value, as in M=[1,2,4]"
+            )
         if isinstance(link, MissingConfigException):
             return _unknown_choice(link)
-        if isinstance(link, InstantiationException):  # what was called says more
+        if isinstance(link, InstantiationException):  # its cause says more
             return _one_line(str(link.__cause__ if isinstance(link.__cause__, OURS) else link))
         if isinstance(link, InterpolationResolutionError) and link is not chain[-1]:
-            continue  # what the resolver raised says more
+            continue  # the error of the resolver says more
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
         if isinstance(link, OmegaConfBaseException) and link.msg:
@@ -109,7 +127,7 @@ def explain(error: BaseException) -> str:
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
-        return f"there is no configuration {name}; --config-dir says where else to look"
+        return f"there is no configuration {name}; use --config-dir to search another folder"
     return f"{group}={name} is unknown; {_cure(name, error.options, f'{group}=')}"
 
 
@@ -119,9 +137,12 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
         return _one_line(str(error))
     key, path = str(error.key), str(error.full_key or error.key).rpartition(".")[0]
     valid = [str(k) for k in node if str(k) not in ("hydra", key)]
-    if not path:  # groups stand beside keys
-        valid += [group.name for group in sorted(files("sddlskd.conf").iterdir(), key=lambda g: g.name)
-                  if group.is_dir() and group.name not in (*valid, *NO_CHOICES)]  # fmt: skip
+    if not path:  # at the top level, groups are valid besides keys
+        valid += [
+            group.name
+            for group in sorted(files("sddlskd.conf").iterdir(), key=lambda g: g.name)
+            if group.is_dir() and group.name not in (*valid, *NO_CHOICES)
+        ]
     prefix = f"{path}." if path else ""
     return f"{prefix}{key} is unknown; {_cure(key, valid, prefix)}"
 
@@ -151,7 +172,7 @@ def _one_line(text: str) -> str:
 
 
 def log_to_terminal() -> None:
-    """Send the package's log to stderr: coloured on a terminal, plain lines elsewhere."""
+    """Send the package's log to stderr: coloured on a terminal, else as plain lines."""
     from rich.console import Console
     from rich.logging import RichHandler
 

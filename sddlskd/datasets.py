@@ -1,9 +1,13 @@
-"""The data sets: each loader gives `Splits`, as uint8 images in host memory (`Images`, which `sddlskd.data.DeviceData`
-takes on) or as names of image files (`Files`, which `sddlskd.streaming.StreamedData` reads batch by batch).
+"""Load data sets: each loader returns `Splits`, either as pixels or as paths of image files.
 
-Shapes: N images, H W C pixel rows, columns and channels. A new data set is a function that returns `Splits`, picked in
-its conf/dataset/<name>.yaml by `_target_`. The md5 vouches for what was fetched; a file put in place by hand is taken
-whatever its md5 (archives get repacked), since reading it can run no code and shapes and labels are checked.
+Pixels are `Images`, uint8 in host memory, which `sddlskd.data.DeviceData` copies to the device.
+Paths are `Files`, which `sddlskd.streaming.StreamedData` reads batch by batch.
+
+Shapes: N images, H W C pixel rows, columns and channels. A new data set is a function that returns
+`Splits`; its conf/dataset/<name>.yaml selects the function with `_target_`. Only downloaded files
+must have the known md5. A file that the user puts in place is accepted whatever its md5, because
+archives get repacked. That is safe: reading the file can run no code, and shapes and labels are
+checked.
 """
 
 import gzip
@@ -29,12 +33,14 @@ from torch import Tensor
 from sddlskd.archive import DAMAGE, Member, unpack_folder
 from sddlskd.download import fetch_into
 
-# A bit an image, set for the test split: as drawn once by scikit-learn's train_test_split(test_size=360,
-# random_state=0, stratify=labels), so that no later version draws another.
+# One bit per image, set for images of the test split. The bits were drawn once with scikit-learn's
+# train_test_split(test_size=360, random_state=0, stratify=labels). They are stored here so that a
+# later version of scikit-learn cannot draw another split.
 DIGITS_TEST = (
-    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgCAASAXEABBA"
-    "CKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABAQqCkGApQAIQLhWHGCBCA"
-    "CABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipkAsJAQhCKhggJCBoAwCggJCEgE4pBUA"
+    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgC"
+    "AASAXEABBACKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABA"
+    "QqCkGApQAIQLhWHGCBCACABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipk"
+    "AsJAQhCKhggJCBoAwCggJCEgE4pBUA"
 )
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -62,6 +68,7 @@ FASHION_MNIST_MD5 = {
 STL10_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 STL10_MD5 = "91f7769df0f17e558f3565bffb0c7dfb"
 STL10_FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
+# The extensions that torchvision accepts.
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
@@ -72,44 +79,58 @@ EXTENSIONS = (
     ".tif",
     ".tiff",
     ".webp",
-)  # torchvision's
-LARGEST = 1 << 30  # bytes of an archive, and of what is unpacked; CIFAR-100 has 169 MB
-LARGEST_MEMBER = (
-    1 << 28
-)  # bytes of a file that is read into memory; Fashion-MNIST's largest has 47 MB, CIFAR-100's 155
-DEBIAN_FASHION_MNIST = (
-    "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 )
+# Largest size in bytes of an archive, and of the unpacked files; CIFAR-100 has 169 MB.
+LARGEST = 1 << 30
+# Largest size in bytes of a file that is read into memory. The largest file of Fashion-MNIST has
+# 47 MB, that of CIFAR-100 155 MB.
+LARGEST_MEMBER = 1 << 28
+# The folder of Debian's package dataset-fashion-mnist.
+DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
 _log = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
-    """One split: pixels 0..255 and classes counted from 0."""
+    """One split of a data set in memory.
 
-    images_NHWC: Tensor  # uint8
-    labels_N: Tensor  # int64
+    Attributes:
+        images_NHWC: pixels 0..255, uint8.
+        labels_N: classes counted from 0, int64.
+    """
+
+    images_NHWC: Tensor
+    labels_N: Tensor
 
 
 class Files(NamedTuple):
-    """One split that stays on the disk: image files and classes counted from 0. Nothing of a file is read here."""
+    """One split of a data set that stays on the disk; no file is opened to make it.
 
-    paths: Sequence[str]  # absolute
-    labels_N: Tensor  # int64
+    Attributes:
+        paths: absolute paths of the image files.
+        labels_N: classes counted from 0, int64.
+    """
+
+    paths: Sequence[str]
+    labels_N: Tensor
 
 
 class Splits(NamedTuple):
-    """The official training and test split of a data set, both of one kind."""
+    """The official training and test split of a data set, both `Images` or both `Files`."""
 
     train: Images | Files
     test: Images | Files
 
 
 def cifar100(root: str) -> Splits:
-    """CIFAR-100 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 100 classes (the fine labels).
+    """Return CIFAR-100 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 100 classes.
 
-    Read from `root`/cifar-100-python/{train,test}, else from `root`/cifar-100-python.tar.gz, fetched on first use.
-    Raises DownloadError where it cannot be had, ValueError naming the file where it is damaged or refused.
+    The labels are the fine labels. Read `root`/cifar-100-python/{train,test} if both exist, else
+    `root`/cifar-100-python.tar.gz. Download the archive on first use.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged or refused; the message names the file.
     """
     folder = Path(root).expanduser() / "cifar-100-python"
     return Splits(
@@ -118,10 +139,14 @@ def cifar100(root: str) -> Splits:
 
 
 def cifar10(root: str) -> Splits:
-    """CIFAR-10 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 10 classes.
+    """Return CIFAR-10 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 10 classes.
 
-    Read from the six batches in `root`/cifar-10-batches-py, else from `root`/cifar-10-python.tar.gz, fetched on first
-    use. Raises as `cifar100`.
+    Read the six batches in `root`/cifar-10-batches-py if all exist, else
+    `root`/cifar-10-python.tar.gz. Download the archive on first use.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged or refused; the message names the file.
     """
     folder = Path(root).expanduser() / "cifar-10-batches-py"
     *train, test = _cifar(folder, CIFAR10_URL, CIFAR10_MD5, CIFAR10_MEMBERS, "CIFAR-10", "labels")
@@ -130,10 +155,14 @@ def cifar10(root: str) -> Splits:
 
 
 def stl10(root: str) -> Splits:
-    """STL-10 (Coates et al. 2011): 5,000 / 8,000 labelled images 96x96x3 of 10 classes, without the unlabelled.
+    """Return STL-10 (Coates et al. 2011): 5,000 / 8,000 labelled images 96x96x3 of 10 classes.
 
-    Read from `root`/stl10_binary/{train,test}_{X,y}.bin, which come out of `root`/stl10_binary.tar.gz, fetched on first
-    use. Raises DownloadError where it cannot be had, ValueError naming the file where it is damaged.
+    The unlabelled images are left out. Read `root`/stl10_binary/{train,test}_{X,y}.bin. On first
+    use, unpack these files from `root`/stl10_binary.tar.gz, after downloading it if it is missing.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged; the message names the file.
     """
     folder = Path(root).expanduser() / "stl10_binary"
     if not all((folder / name).is_file() for name in STL10_FILES):
@@ -148,38 +177,51 @@ def stl10(root: str) -> Splits:
 
 
 def _stl10_split(images: Path, labels: Path) -> Images:
-    """Images of 3 x 96 x 96 bytes, each channel column by column; labels of a byte, from 1."""
+    """Return one split from an image file and a label file of STL-10.
+
+    An image is 3 x 96 x 96 bytes, channel by channel, each channel column by column. A label is one
+    byte, counted from 1.
+    """
     pixels, classes = _read_limited(images), _read_limited(labels)
     count = len(classes)
     if len(pixels) != count * 3 * 96 * 96 or not count:
         raise ValueError(
-            f"{images}: expected {count * 3 * 96 * 96} bytes for the {count} labels of {labels.name}, found "
-            f"{len(pixels)}; remove the folder {images.parent} to have it unpacked again"
+            f"{images}: expected {count * 3 * 96 * 96} bytes for the {count} labels of "
+            f"{labels.name}, found {len(pixels)}; "
+            f"remove the folder {images.parent} to have it unpacked again"
         )
     labels_N = torch.frombuffer(bytearray(classes), dtype=torch.uint8).long() - 1
     if not 0 <= int(labels_N.min()) <= int(labels_N.max()) < 10:
         raise ValueError(
-            f"{labels} holds labels other than 1..10; remove the folder {labels.parent} to have it again"
+            f"{labels} holds labels other than 1..10; "
+            f"remove the folder {labels.parent} to have it unpacked again"
         )
     columns_NCWH = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(count, 3, 96, 96)
     return Images(columns_NCWH.permute(0, 3, 2, 1).contiguous(), labels_N)
 
 
 def _read_limited(path: Path) -> bytes:
-    """The bytes of a file that is no larger than LARGEST_MEMBER. Raises ValueError."""
+    """Return the bytes of a file. Raise ValueError if it has more than LARGEST_MEMBER bytes."""
     if (size := path.stat().st_size) > LARGEST_MEMBER:
         raise ValueError(
-            f"{path} has {size} bytes, more than the {LARGEST_MEMBER} that are read; is it that file?"
+            f"{path} has {size} bytes, more than the limit of {LARGEST_MEMBER}; "
+            "check that it is the right file"
         )
     return path.read_bytes()
 
 
 def fashion_mnist(root: str) -> Splits:
-    """Fashion-MNIST (Xiao et al. 2017): 60,000 / 10,000 images of 10 classes, 28x28 grey made 32x32x3 by a zero border.
+    """Return Fashion-MNIST (Xiao et al. 2017): 60,000 / 10,000 images of 10 classes, made 32x32x3.
 
-    The four IDX files, plain or .gz, are read from `root`/FashionMNIST/raw (torchvision's place), `root`, or the folder
-    of Debian's package dataset-fashion-mnist, whichever holds any of them first; what is missing there is fetched.
-    Raises DownloadError where a file cannot be had, ValueError naming the file where it is damaged.
+    The original images are 28x28 grey. They get a border of zeros, and the channel is repeated
+    three times. The four IDX files, plain or .gz, are read from the first of these folders that
+    holds any of them: `root`/FashionMNIST/raw (the folder that torchvision uses), `root`, and the
+    folder of Debian's package dataset-fashion-mnist. Files that are missing in that folder are
+    downloaded.
+
+    Raises:
+        DownloadError: if a file is missing and cannot be downloaded.
+        ValueError: if a file is damaged; the message names the file.
     """
     top = Path(root).expanduser()
     places = [top / "FashionMNIST" / "raw", top, Path(DEBIAN_FASHION_MNIST)]
@@ -195,19 +237,20 @@ def fashion_mnist(root: str) -> Splits:
 
 
 def digits() -> Splits:
-    """scikit-learn's 1,797 handwritten digits, 8x8 with values 0..16, made 32x32x3 with values 0..255; needs no file.
+    """Return scikit-learn's 1,797 handwritten digits as 32x32x3 images, without any download.
 
-    Bilinear; a fixed stratified split, 1,437 for training and 360 for test.
+    The original images are 8x8 with values 0..16. They are resized bilinearly and scaled to 0..255.
+    The split is fixed and stratified: 1,437 images for training and 360 for test.
     """
-    # Its file is read as it lies: importing scikit-learn takes longer than importing torch.
+    # Read the file itself: importing scikit-learn takes longer than importing torch.
     with gzip.open(
         str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
     ) as file:
-        table_NP = torch.from_numpy(
-            np.loadtxt(file, delimiter=",", dtype=np.uint8)
-        )  # 64 pixels, then the label
+        # Columns: 64 pixels, then the label.
+        table_NP = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     small_N1HW = table_NP[:, :64].float().reshape(-1, 1, 8, 8)
-    # Resized before scaling: every value so far is exact in float32, so rounding is the same everywhere.
+    # Resize before scaling: all resized values are exact in float32, so the rounding is the same
+    # on every machine.
     large_N1HW = (
         F.interpolate(small_N1HW, size=(32, 32), mode="bilinear", align_corners=False)
         .mul_(255 / 16)
@@ -226,7 +269,20 @@ def digits() -> Splits:
 def fake(
     num_classes: int = 100, size: int = 32, train: int = 50_000, test: int = 10_000, seed: int = 0
 ) -> Splits:
-    """Random pixels with balanced labels, of CIFAR-100's size unless told: for timings and smoke tests."""
+    """Return random pixels with balanced labels, for timings and smoke tests.
+
+    The defaults have the sizes of CIFAR-100.
+
+    Args:
+        num_classes: number of classes.
+        size: side of the square images in pixels.
+        train: number of training images.
+        test: number of test images.
+        seed: seed of the pixels.
+
+    Returns:
+        Splits of uint8 images with 3 channels.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def split(count: int) -> Images:
@@ -239,12 +295,25 @@ def fake(
 
 
 def image_folder(root: str, test: str | None = None, num_classes: int | None = None) -> Splits:
-    """Any folder of class folders: `root`/train/<class>/* and `root`/val/<class>/* (or test/, or the folder named by
-    `test`), classes numbered by their sorted names.
+    """Return the images of any folder that holds class folders for a training and a test split.
 
-    Every name in a class folder that ends as an image does is taken, whatever it turns out to be when it is read.
-    Raises ValueError, in one line, for a folder that is missing or empty, for classes that the splits do not share, and
-    for others than `num_classes` where that is given.
+    The training images are `root`/train/<class>/*. The test images are `root`/val/<class>/*, or
+    `root`/test/<class>/*. Classes are numbered by their sorted names. Every file whose name has an
+    image extension is taken. Its content is not checked before it is read.
+
+    Args:
+        root: folder that holds the folders of the splits.
+        test: name of the folder of the test split; None to take the one of val and test that
+            exists.
+        num_classes: expected number of classes; None to accept any number.
+
+    Returns:
+        Splits of `Files`.
+
+    Raises:
+        ValueError: if a folder is missing or empty, both val and test exist and `test` is not
+            given, the splits have different classes, or their number is not `num_classes`. The
+            message is one line.
     """
     top = Path(root).expanduser().absolute()
     held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
@@ -257,7 +326,8 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     if differing := sorted(set(train_classes) ^ set(test_classes)):
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise ValueError(
-            f"{top}: {len(differing)} classes are in one split only ({shown}); both need the same folders"
+            f"{top}: {len(differing)} classes are in one split only ({shown}); "
+            "both need the same folders"
         )
     if num_classes is not None and len(train_classes) != num_classes:
         found = f"{top / 'train'} holds {len(train_classes)} classes"
@@ -268,7 +338,11 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
 
 
 def _class_folders(folder: Path) -> tuple[list[str], Files]:
-    """The sorted classes of a folder of class folders, and their image files in the order of (class, name)."""
+    """Return the sorted class names of a folder of class folders, and all their image files.
+
+    The files are in the order of (class, name). Raise ValueError if `folder` is missing or holds no
+    class folder, or if a class folder holds no images.
+    """
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {folder}; it should hold a folder of images for each class"
@@ -291,12 +365,15 @@ def _class_folders(folder: Path) -> tuple[list[str], Files]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """The paths of what is called an image in a folder, sorted; ValueError where there is none."""
+    """Return the sorted paths of the files in `folder` that have an image extension.
+
+    Raise ValueError if there is none.
+    """
     found = sorted(
         entry.path
         for entry in os.scandir(folder)
-        if entry.name.lower().endswith(EXTENSIONS)
-        and not entry.name.startswith(".")  # ._x.jpg: what macOS leaves
+        # Names such as ._x.jpg belong to files that macOS leaves behind.
+        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
     )
     if not found:
         raise ValueError(
@@ -310,19 +387,24 @@ def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of containers, strings, numbers and NumPy arrays; refuses any other global, so no code can run."""
+    """An unpickler of containers, strings, numbers and NumPy arrays.
 
-    # The modules of NumPy's two builders are private and were renamed in NumPy 2. An array is empty until its bytes are
-    # set, whatever shape the first one is asked for: a few bytes of a stranger must not take all memory.
+    It refuses every other global, so no code can run.
+    """
+
+    # The modules of NumPy's two functions that build arrays are private, and NumPy 2 renamed them.
+    # `_empty_array` ignores the shape that the pickle asks for, and the array stays empty until its
+    # bytes are set: a few bytes of an untrusted file must not allocate all memory.
     _frombuffer = np.empty(0).__reduce_ex__(5)[0]
     _ALLOWED: Mapping[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): object(),  # only ever handed to _reconstruct
+        ("numpy", "ndarray"): object(),  # only passed to _reconstruct
         ("numpy", "dtype"): np.dtype,
         ("numpy.core.multiarray", "_reconstruct"): _empty_array,
         ("numpy._core.multiarray", "_reconstruct"): _empty_array,
         ("numpy.core.numeric", "_frombuffer"): _frombuffer,
         ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 spells bytes
+        # Pickles of protocol 2 write bytes as a call of this function.
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -334,7 +416,25 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _cifar(
     folder: Path, url: str, md5: str, members: Mapping[str, str], what: str, labels: str
 ) -> list[Images]:
-    """The images of each pickle, of the folder or of the archive beside it. members: their names and md5."""
+    """Return the images of each pickle, read from `folder` or from the archive beside it.
+
+    Log a warning if a pickle does not have the published md5.
+
+    Args:
+        folder: folder of the unpacked pickles; the archive is in its parent.
+        url: address of the archive, which is downloaded if it is missing.
+        md5: md5 of the archive in hex.
+        members: md5 in hex of each pickle, by file name.
+        what: name of the data set, for messages.
+        labels: key of the labels in a pickle.
+
+    Returns:
+        One `Images` per pickle, in the order of `members`.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged or refused.
+    """
     if all((folder / name).is_file() for name in members):
         contents = {str(folder / name): _read_limited(folder / name) for name in members}
     else:
@@ -345,7 +445,7 @@ def _cifar(
     for (where, content), expected in zip(contents.items(), members.values(), strict=True):
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
             _log.warning(
-                "%s is not the published %s (its md5 differs): results will not compare",
+                "%s is not the published %s (its md5 differs): results will not be comparable",
                 where,
                 what,
             )
@@ -354,7 +454,12 @@ def _cifar(
 
 
 def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: str) -> Images:
-    """Images of one pickle: a dict of `data`, uint8 N x 3072 channel-major, and a list of labels."""
+    """Return the images of one pickle. Raise ValueError if it is damaged or refused.
+
+    The pickle holds a dict of `data`, uint8 N x 3072 channel-major, and of `labels_key`, a list of
+    labels. Messages use `where`, `url` and `what` as names of the pickle, its source and the data
+    set.
+    """
     try:
         loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         entries = {
@@ -366,15 +471,23 @@ def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: st
         labels = np.array(listed, dtype=np.int64)
         if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 {(len(labels), 3072)}")
-    except Exception as error:  # a damaged pickle can raise anything at all
-        reason = f"{where} is no {what} pickle ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    except Exception as error:  # a damaged pickle can raise any exception
+        reason = (
+            f"{where} is not a {what} pickle "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        )
         raise ValueError(f"{reason}: remove it to have {url} fetched again") from error
     images_NHWC = torch.from_numpy(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy())
     return Images(images_NHWC, torch.from_numpy(labels))
 
 
 def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
-    """The named files of a tar, read in memory: nothing is extracted, so no member can write outside a folder."""
+    """Return the contents of the named files of a tar archive, by name.
+
+    The files are read in memory and nothing is extracted, so no member can write outside a folder.
+    Raise ValueError if the archive is damaged, lacks a file, or a file is larger than
+    LARGEST_MEMBER.
+    """
     try:
         with tarfile.open(archive, tarinfo=Member) as tar:
             for name in names:
@@ -390,7 +503,11 @@ def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
 
 
 def _held(folder: Path, name: str) -> Path | None:
-    """The plain or the gzipped file of that .gz name in the folder, if there is one."""
+    """Return the path of a plain or gzipped file, or None if `folder` holds neither.
+
+    `name` is the name of the gzipped file. The plain file has that name without .gz, and it is
+    preferred.
+    """
     return next(
         (path for path in (folder / name.removesuffix(".gz"), folder / name) if path.is_file()),
         None,
@@ -398,12 +515,16 @@ def _held(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
-    """A uint8 tensor of `ndim` dimensions from an IDX file (http://yann.lecun.com/exdb/mnist/), plain or gzipped."""
+    """Return the uint8 tensor of `ndim` dimensions in an IDX file, plain or gzipped.
+
+    Raise ValueError if the file is damaged. Format: http://yann.lecun.com/exdb/mnist/.
+    """
     cure = "remove it to have it fetched again"
     content = _read_limited(path)
     if content[:2] == b"\x1f\x8b":
         try:
-            # Unlike gzip, it gives what a cut file still holds, and no more than it is asked for.
+            # Unlike the gzip module, zlib returns the data that a truncated file still holds, and
+            # no more bytes than it is asked for.
             content = zlib.decompressobj(wbits=31).decompress(content, LARGEST_MEMBER)
         except zlib.error as error:
             raise ValueError(
@@ -413,7 +534,8 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
     if len(content) < header or content[:4] != magic:
         found = f"{len(content)} bytes beginning {content[:4].hex()}"
         raise ValueError(
-            f"{path} is no IDX file: expected {header} bytes or more beginning {magic.hex()}, found {found}: {cure}"
+            f"{path} is not an IDX file: expected {header} bytes or more beginning {magic.hex()}, "
+            f"found {found}: {cure}"
         )
     shape = np.frombuffer(content, dtype=">u4", count=ndim, offset=4).tolist()
     expected = header + math.prod(shape)
@@ -425,6 +547,9 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
 
 
 def _grey_split(images: Path, labels: Path) -> Images:
-    """28x28 grey to 32x32x3: two black pixels on each side, the one channel three times."""
+    """Return a split of 28x28 grey images as 32x32x3.
+
+    Each image gets two black pixels on each side, and its channel is repeated three times.
+    """
     images_NHWC = F.pad(_read_idx(images, 3), (2, 2, 2, 2))[..., None].repeat(1, 1, 1, 3)
     return Images(images_NHWC, _read_idx(labels, 1).long())

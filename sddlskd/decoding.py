@@ -1,11 +1,15 @@
-"""From image files to uint8 pixels of one size, in worker processes; whatever is wrong with a file has a name.
+"""Decode image files to uint8 pixels of one size, in worker processes.
 
-Shapes: N files, B images decoded together, P places for such, H W C pixel rows, columns and channels.
+If an image cannot be decoded or is out of the ordinary, the result says why.
 
-Pillow decodes and torch resizes: a crop of 370x275 to 224x224 takes it a third of Pillow's time, and differs from
-Pillow by one level of 255, rarely two. Where a random crop of a JPEG has twice the pixels it needs even at 1/2, 1/4 or
-1/8 of the image's size, that is what is decoded. A worker is a fork by torch's DataLoader: it holds no data set, is
-told what to decode, and gives back pixels in shared memory.
+Shapes: N files, B images decoded together, P places of the ring buffer (one chunk each), H W C
+pixel rows, columns and channels.
+
+Pillow decodes and torch resizes: for a crop of 370x275 to 224x224, torch takes a third of Pillow's
+time. The result differs from Pillow's by one level of 255, rarely by two. A JPEG is decoded at 1/2,
+1/4 or 1/8 of its size if a random crop then still has at least twice as many pixels per side as it
+needs. A worker is a fork made by torch's DataLoader. It holds no data set: it is told what to
+decode, and it returns the pixels in shared memory.
 """
 
 import ctypes
@@ -45,10 +49,10 @@ __all__ = [
     "default_workers",
 ]
 
-CHUNK = 16  # images a worker is asked for at once
-RATIO = (3 / 4, 4 / 3)  # width by height of a random crop
-PIXEL_LIMIT = 100_000_000  # pixels of an image
-MOST_WORKERS = 16  # unless more are asked for
+CHUNK = 16  # images that a worker decodes per request
+RATIO = (3 / 4, 4 / 3)  # range of width / height of a random crop
+PIXEL_LIMIT = 100_000_000  # default limit of an image's pixels
+MOST_WORKERS = 16  # limit of the default number of workers
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 NAMED = {
     ".jpg": "JPEG",
@@ -66,62 +70,100 @@ KINDS = {
     "P": "palette",
     "PA": "palette",
 }
-_ORIENTATION = 0x0112  # EXIF's tag; 1: upright
+_ORIENTATION = 0x0112  # EXIF tag of the orientation; its value is 1 for upright
 _PR_SET_PDEATHSIG = 1
 
 
 class Unreadable(ValueError):
-    """An image file that gives no pixels; the text says why."""
+    """An image file that cannot be decoded; the message says why."""
 
 
 class View(NamedTuple):
-    """What is made of every image."""
+    """The crop to make of every image.
 
-    size: int  # pixels of the side
-    area: tuple[float, float] = (0.08, 1.0)  # part of the image's area that a random crop takes
-    centre: float = 0.875  # side of the centre crop, as part of the image's shorter side
-    pixel_limit: int = PIXEL_LIMIT  # pixels; a larger image is refused by its header
-    upright: bool = False  # turn as the EXIF orientation says
+    Attributes:
+        size: side of the square result in pixels.
+        area: range of the fraction of the image's area that a random crop takes.
+        centre: side of the centre crop, as a fraction of the image's shorter side.
+        pixel_limit: largest number of pixels of an image. A larger image is refused after its
+            header is read, before it is decoded.
+        upright: whether to turn the image as its EXIF orientation says.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.08, 1.0)
+    centre: float = 0.875
+    pixel_limit: int = PIXEL_LIMIT
+    upright: bool = False
 
 
 class Job(NamedTuple):
-    """One image to decode."""
+    """One image to decode.
+
+    Attributes:
+        path: path of the image file.
+        draw: text that seeds the random crop; None for the centre crop.
+    """
 
     path: str
-    draw: str | None  # what a random crop follows from; None: the centre crop
+    draw: str | None
 
 
 class Fault(NamedTuple):
-    """Something about an image of a chunk."""
+    """A fault or peculiarity of one image of a chunk.
 
-    place: int  # in the chunk
-    why: str  # what is wrong, or, where `bad` is false, out of the ordinary
-    bad: bool  # there are no pixels
+    Attributes:
+        place: index of the image in the chunk.
+        why: the fault if `bad` is true, else the peculiarity.
+        bad: whether the image has no pixels.
+    """
+
+    place: int
+    why: str
+    bad: bool
 
 
 class Chunk(NamedTuple):
-    """Images decoded together; those of bad files are black."""
+    """Images that were decoded together.
 
-    pixels_BHWC: Tensor  # uint8
+    Attributes:
+        pixels_BHWC: pixels, uint8; the images of bad files are black.
+        faults: faults and peculiarities of the images.
+    """
+
+    pixels_BHWC: Tensor
     faults: list[Fault]
 
 
 def decode(job: Job, view: View) -> tuple[Tensor, list[str]]:
-    """size x size x 3 uint8 pixels of an image file, and what is out of the ordinary about it.
+    """Return a square crop of an image file, and the peculiarities of the image.
 
-    A random crop takes `area` of the image at a width by height in RATIO, as torchvision's RandomResizedCrop; the
-    centre crop is torchvision's Resize(size / centre) and CenterCrop(size): bilinear, antialiased. Grey, palette and
-    CMYK images become RGB, alpha is dropped, 16 bits become 8, and an image is taken as it is stored, not as its EXIF
-    orientation says, unless `upright`: all but the 16 bits as torchvision's ImageFolder does. Raises Unreadable.
+    A random crop takes `view.area` of the image at a width / height in RATIO, as torchvision's
+    RandomResizedCrop does. The centre crop is torchvision's Resize(size / centre) and
+    CenterCrop(size). Both are bilinear and antialiased. Grey, palette and CMYK images become RGB,
+    alpha is dropped, and 16 bits become 8. The image is taken as it is stored, and its EXIF
+    orientation is ignored unless `view.upright` is set. All of this but the 16 bits is as in
+    torchvision's ImageFolder.
+
+    Args:
+        job: file to decode and kind of crop.
+        view: size of the crop and limits.
+
+    Returns:
+        uint8 pixels of shape (size, size, 3), and the peculiarities, each as a short text.
+
+    Raises:
+        Unreadable: if the file cannot be decoded.
     """
     with _opened(job.path) as file:
         try:
             with warnings.catch_warnings(), _without_pillows_limit():
-                warnings.simplefilter("ignore")  # of EXIF data and palettes that Pillow finds odd
+                # Pillow warns of unusual EXIF data and palettes.
+                warnings.simplefilter("ignore")
                 return _decode(file, job, view)
         except (Unreadable, MemoryError):
             raise
-        except Exception as error:  # a damaged file can raise anything at all
+        except Exception as error:  # a damaged file can raise any exception
             reason = str(error).partition("<_io")[0].strip() or "no reason given"
             raise Unreadable(f"{type(error).__name__}: {reason}") from error
 
@@ -130,7 +172,8 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
     image: Image.Image = Image.open(file, formats=FORMATS)
     if math.prod(image.size) > view.pixel_limit:
         raise Unreadable(
-            f"{image.width}x{image.height} are more than {view.pixel_limit} pixels (dataset.pixel_limit)"
+            f"{image.width}x{image.height} are more than {view.pixel_limit} pixels "
+            "(dataset.pixel_limit)"
         )
     odd = _oddities(image, job.path)
     if view.upright and image.getexif().get(_ORIENTATION, 1) != 1:
@@ -140,15 +183,12 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
             random.Random(job.draw), image.width, image.height, view.area
         )
         full = image.width
-        shrink = max(
-            1, min(width, height) // (2 * view.size)
-        )  # twice as many pixels as needed, for a fair resize
-        image.draft(
-            None, (image.width // shrink, image.height // shrink)
-        )  # JPEG alone, to 1/2, 1/4 or 1/8
-        if (
-            scale := round(full / image.width)
-        ) > 1:  # Pillow's resize takes a box between pixels, torch's does not
+        # Keep twice as many pixels per side as needed, for a good resize.
+        shrink = max(1, min(width, height) // (2 * view.size))
+        # Only JPEG files shrink here, to 1/2, 1/4 or 1/8.
+        image.draft(None, (image.width // shrink, image.height // shrink))
+        # Pillow's resize accepts a box with fractional borders; torch's does not.
+        if (scale := round(full / image.width)) > 1:
             box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
             return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box)), odd
         return _resized(
@@ -156,10 +196,11 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
         ), odd
     short = round(view.size / view.centre)
     width, height = _with_shorter_side(short, image.width, image.height)
-    if width * height > view.pixel_limit:  # a narrow strip of few pixels, such as 1x6000
+    # A narrow strip of few pixels, such as 1x6000, becomes very large.
+    if width * height > view.pixel_limit:
         raise Unreadable(
-            f"{image.width}x{image.height} become {width}x{height} for the centre crop, more than {view.pixel_limit} "
-            "pixels (dataset.pixel_limit)"
+            f"{image.width}x{image.height} become {width}x{height} for the centre crop, "
+            f"more than {view.pixel_limit} pixels (dataset.pixel_limit)"
         )
     whole_HWC = _resized(_rgb(image), width, height)
     top, left = round((height - view.size) / 2), round((width - view.size) / 2)
@@ -169,10 +210,19 @@ def _decode(file: IO[bytes], job: Job, view: View) -> tuple[Tensor, list[str]]:
 def random_crop(
     draw: random.Random, width: int, height: int, area: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a crop: ten tries to find one that fits, else the largest in the centre.
+    """Return a random crop: the first of ten tries that fits, else the largest crop in the centre.
 
-    Source: torchvision.transforms.RandomResizedCrop.get_params. Only `random()` is drawn from, whose numbers Python
-    promises to keep.
+    Source: torchvision.transforms.RandomResizedCrop.get_params. The function calls no method of
+    `draw` but `random()`, because Python guarantees that its numbers stay the same.
+
+    Args:
+        draw: source of random numbers.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        area: range of the fraction of the image's area that the crop takes.
+
+    Returns:
+        (left, top, width, height) of the crop in pixels.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -190,7 +240,10 @@ def random_crop(
 
 
 def _with_shorter_side(short: int, width: int, height: int) -> tuple[int, int]:
-    """(width, height) of the same shape, as torchvision rounds it."""
+    """Return the (width, height) of an image resized so that its shorter side is `short` pixels.
+
+    The longer side is rounded as torchvision does.
+    """
     if width <= height:
         return short, int(short * height / width)
     return int(short * width / height), short
@@ -199,9 +252,8 @@ def _with_shorter_side(short: int, width: int, height: int) -> tuple[int, int]:
 def _resized(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
     if pixels_HWC.shape[:2] == (height, width):
         return pixels_HWC
-    x_1CHW = pixels_HWC[None].permute(
-        0, 3, 1, 2
-    )  # in this order it is channels_last, and so is what comes out
+    # The permuted tensor is channels_last, and so is the resized one.
+    x_1CHW = pixels_HWC[None].permute(0, 3, 1, 2)
     return F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True).permute(
         0, 2, 3, 1
     )[0]
@@ -217,7 +269,7 @@ def _rgb(image: Image.Image) -> Tensor:
 
 
 def _oddities(image: Image.Image, path: str) -> list[str]:
-    """What sets an image apart from an ordinary RGB photograph."""
+    """Return the peculiarities that distinguish an image from an ordinary RGB photograph."""
     odd = (
         []
         if image.mode == "RGB"
@@ -229,13 +281,16 @@ def _oddities(image: Image.Image, path: str) -> list[str]:
         odd.append(f"EXIF orientation {orientation}")
     named = NAMED.get(os.path.splitext(path)[1].lower(), image.format)
     if image.format not in (named, "MPO"):
-        odd.append(f"{image.format} in the name of {named}")
+        odd.append(f"{image.format} named as {named}")
     return odd
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
-    """A regular file that is not empty; a pipe or a device is refused at once, not waited for."""
+    """Open a regular file that is not empty. Raise Unreadable for anything else.
+
+    A pipe or a device is refused at once: the call does not wait for its data.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -244,7 +299,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
     if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
         os.close(descriptor)
         raise Unreadable(
-            "the file is empty" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+            "the file is empty" if stat.S_ISREG(found.st_mode) else "it is not a regular file"
         )
     with open(descriptor, "rb") as file:
         yield file
@@ -252,7 +307,10 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """Ours is checked instead: Pillow's is one for the whole process and warns before it refuses."""
+    """Turn off Pillow's own pixel limit, because `View.pixel_limit` is checked instead.
+
+    Pillow has one limit for the whole process, and it warns before it refuses an image.
+    """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -261,7 +319,10 @@ def _without_pillows_limit() -> Iterator[None]:
 
 
 class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
-    """What a worker does: (place in the ring, jobs) -> (that place, how many, faults), the pixels left in the ring."""
+    """The work of a worker process, which writes the decoded pixels to the ring buffer.
+
+    An item is (place in the ring, jobs); its result is (that place, number of jobs, faults).
+    """
 
     def __init__(self, view: View, ring_PBHWC: Tensor) -> None:
         self.view, self.ring_PBHWC = view, ring_PBHWC
@@ -280,9 +341,11 @@ class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
 
 
 def default_workers(ranks: int = 1) -> int:
-    """Decode processes of one of so many ranks: the cores that it may use, shared by the ranks of its machine.
+    """Return the number of worker processes for one of `ranks` ranks, at least 1.
 
-    Where each rank is a task of SLURM, all cores of the task are its own.
+    The cores that this process may use (on SLURM, the cores of its task) are divided by the number
+    of ranks on its machine, with at most MOST_WORKERS per rank. If each rank is a task of SLURM,
+    the rank has all cores of its task.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -297,31 +360,35 @@ def default_workers(ranks: int = 1) -> int:
 def decoded(
     chunks: Iterable[Sequence[Job]], view: View, *, workers: int, ahead: int = 2
 ) -> Generator[Chunk]:
-    """The chunks, decoded by so many worker processes (0: by this one) and in their order.
+    """Decode chunks of images in worker processes, and yield the results in order.
 
-    `chunks`, of up to CHUNK jobs, is read in this process, `ahead` chunks a worker in advance. The pixels of a chunk
-    are good until the next one is asked for. Raises ChildProcessError where a worker dies. The workers end with the
-    iterator.
+    The iterator stops the workers when it ends.
+
+    Args:
+        chunks: jobs of each chunk, at most CHUNK. This process iterates over them.
+        view: crop to make of every image.
+        workers: number of worker processes; 0 to decode in this process.
+        ahead: number of chunks that are read in advance for each worker.
+
+    Yields:
+        Chunks. The pixels of a chunk are valid until the next chunk is asked for.
+
+    Raises:
+        ChildProcessError: if a worker process dies.
     """
-    # Memory that the workers inherit and write to, so that no pixels are sent. It is anonymous: it has no place in
-    # /dev/shm, which containers keep small, and nobody can leave it behind.
-    shape = (
-        workers * ahead + 1,
-        CHUNK,
-        view.size,
-        view.size,
-        3,
-    )  # all that are under way, and the one in use
-    with torch.inference_mode(
-        False
-    ):  # an evaluation may be what asks first, and training what writes next
+    # The workers inherit the ring buffer and write to it, so that no pixels are sent. Its memory is
+    # anonymous: it takes no space in /dev/shm, which containers keep small, and it cannot be left
+    # behind. It holds all chunks that are being decoded, and the one in use.
+    shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)
+    # The first caller may be an evaluation, in inference mode, and the next one training. A tensor
+    # made in inference mode could not be written to then.
+    with torch.inference_mode(False):
         ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(
             shape
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="This DataLoader will create"
-        )  # more workers than cores
+        # torch warns if there are more workers than cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             _Decoder(view, ring_PBHWC),
             batch_size=None,
@@ -329,35 +396,48 @@ def decoded(
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            generator=torch.Generator(),  # its own: the process's is not drawn from
+            # Its own generator, so that the loader does not advance that of the process.
+            generator=torch.Generator(),
             worker_init_fn=_Start(os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
         before = signal.getsignal(signal.SIGCHLD)
-        blocked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGTERM}
-        )  # in every thread a worker has: see _Start
+        # The workers inherit the mask, so that SIGTERM is blocked in all their threads: see _Start.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             stream = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    # torch would raise from its handler for SIGCHLD, in the middle of whatever the trainer does when a worker dies; it
-    # looks for dead workers by itself, every five seconds that it waits for one.
+    # Restore the previous handler for SIGCHLD. If a worker dies, torch's handler would raise in the
+    # middle of whatever the trainer does. Without its handler, torch still looks for dead workers
+    # every five seconds while it waits for one.
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     try:
         for place, count, faults in stream:
             yield Chunk(ring_PBHWC[place, :count], faults)
-    except (RuntimeError, OSError, EOFError) as error:  # torch's ways to say so
+    except (RuntimeError, OSError, EOFError) as error:  # torch's errors for a dead worker
         raise ChildProcessError(
-            f"a process that decodes images is lost ({error}); if memory ran out, lower dataset.workers={workers}"
+            f"a process that decodes images is lost ({error}); "
+            f"if memory ran out, lower dataset.workers={workers}"
         ) from error
 
 
 def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None = None) -> Tensor:
-    """images_NHWC, uint8, of all these files, held in memory: the centre square of each, size x size.
+    """Decode all these files to images held in memory: the centre square of each, resized.
 
-    what: what the meter calls them. Raises ValueError naming the first file that cannot be read.
+    Args:
+        paths: paths of the image files.
+        size: side of the resized square in pixels.
+        what: name of the images on the progress meter.
+        workers: number of worker processes; 0 to decode in this process, None for
+            `default_workers`.
+
+    Returns:
+        images_NHWC of shape (N, size, size, 3), uint8.
+
+    Raises:
+        ValueError: if a file cannot be decoded; the message names the first such file.
     """
     images_NHWC = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
     jobs = [Job(path, None) for path in paths]
@@ -369,7 +449,8 @@ def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None =
             for fault in chunk.faults:
                 if fault.bad:
                     raise ValueError(
-                        f"{paths[first + fault.place]}: {fault.why}; put the right file there, or remove it"
+                        f"{paths[first + fault.place]}: {fault.why}; "
+                        "put the right file there, or remove it"
                     )
             images_NHWC[first : first + CHUNK] = chunk.pixels_BHWC
             show(first + len(chunk.pixels_BHWC))
@@ -381,10 +462,12 @@ def _as_it_is(done: Any) -> Any:
 
 
 class _Start:
-    """How a worker begins: it ends with its parent or at its word, and leaves everybody else's signals to the parent.
+    """The setup of a worker process: which signals it ignores, and when it ends.
 
-    A terminal and SLURM signal all processes of a job, and the parent goes on reading until it has saved. Who sent a
-    signal only `sigwaitinfo` tells; elsewhere than on Linux anybody's SIGTERM ends a worker.
+    A worker ends if its parent dies or sends it SIGTERM. It ignores the other signals of a job and
+    leaves them to the parent: a terminal and SLURM signal all processes of a job, and the parent
+    needs the workers until it has saved. Only `sigwaitinfo` tells who sent a signal. On systems
+    other than Linux, a SIGTERM from any process ends a worker.
     """
 
     def __init__(self, parent: int) -> None:

@@ -1,8 +1,8 @@
 """Scale decoupling and logit standardisation: from two logit maps and a loss to one scalar.
 
 Shapes: B batch, K classes, H W map sides, R regions of all scales, N = B*R.
-Sources: SDD = Wei et al. 2024, "Scale Decoupled Distillation" (CVPR 2024); LSKD = Sun et al. 2024, "Logit
-Standardization in Knowledge Distillation" (CVPR 2024).
+Sources: SDD = Wei et al. 2024, "Scale Decoupled Distillation" (CVPR 2024); LSKD = Sun et al. 2024,
+"Logit Standardization in Knowledge Distillation" (CVPR 2024).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,21 +22,32 @@ __all__ = [
 ]
 
 PerSampleLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(student_NK, teacher_NK, target_N) -> loss_N"""
+"""A loss of the form (student_NK, teacher_NK, target_N) -> loss_N."""
 
 
 KNOWLEDGE = {"fusion": (1.0, 1.0), "consistent": (1.0, 0.0), "complementary": (0.0, 1.0)}
-"""Which regions teach, as factors of the consistent and of the complementary ones (SDD Table 6)."""
+"""Which regions the loss uses: (factor of consistent, factor of complementary regions), by name.
+
+See SDD Table 6.
+"""
 
 REDUCTIONS = ("mean", "sum")
-"""mean: over all B*R regions (SDD's released code). sum: over an image's regions, then mean over images (SDD Eq. 9)."""
+"""How the loss of the regions is reduced.
+
+mean: mean over all B*R regions (SDD's released code). sum: sum over the regions of an image, then
+mean over images (SDD Eq. 9).
+"""
 
 
 def check_scales(M: Sequence[int]) -> tuple[int, ...]:
-    """`M` as a tuple, or ValueError: it must hold distinct positive integers, at least one."""
+    """Return the scales `M` as a tuple.
+
+    Raise ValueError unless `M` holds at least one positive integer and no duplicates.
+    """
     if isinstance(M, (str, int)) or not len(M):
         raise ValueError(
-            f"M={M!r} is not a list of scales; give a list of distinct positive integers such as M=[1,2,4]"
+            f"M={M!r} is not a list of scales; "
+            "give a list of distinct positive integers such as M=[1,2,4]"
         )
     bad = [m for m in M if isinstance(m, bool) or not isinstance(m, int) or m < 1]
     if bad:
@@ -51,37 +62,48 @@ def check_scales(M: Sequence[int]) -> tuple[int, ...]:
 
 
 def region_logits(logit_map_BKHW: Tensor, M: Sequence[int]) -> Tensor:
-    """Logits of every region of every scale, (B, R, K) with R = sum of m*m for m in M.
+    """Return the logits of every region of every scale, (B, R, K) with R = sum of m*m for m in M.
 
-    For each m in order, the map is average-pooled to m x m cells, taken row by row (SDD Eq. 3 to 5). Pooling and the
-    linear head commute, so pooling the logit map equals classifying pooled features. Where a side is not a multiple of
-    m, adaptive pooling lets neighbouring cells overlap (7x7 at m=2) or repeats cells (mobilev2's 2x2 at m=4 gives
-    each cell four times).
+    For each scale m in order, the map is average-pooled to m x m cells, which are listed row by row
+    (SDD Eq. 3 to 5). Pooling and the linear head commute, so pooling the logit map equals
+    classifying pooled features. If a side of the map is not a multiple of m, adaptive pooling lets
+    neighbouring cells overlap (7x7 at m=2) or repeats cells (mobilev2's 2x2 at m=4 gives each cell
+    four times).
 
-    Raises ValueError for scales that are not distinct positive integers.
+    Raise ValueError if the scales are not distinct positive integers.
     """
     regions_BKm = [F.adaptive_avg_pool2d(logit_map_BKHW, m).flatten(2) for m in check_scales(M)]
     return torch.cat(regions_BKm, 2).transpose(1, 2)
 
 
 def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    """(z - mean) / (eps + std) over the last dimension, std unbiased (LSKD Eq. 13; eps and std as in its code)."""
+    """Return (z - mean) / (eps + std) over the last dimension, with the unbiased std.
+
+    The formula is LSKD Eq. 13; `eps` and the unbiased std follow LSKD's released code.
+    """
     std, mean = torch.std_mean(logits, dim=-1, keepdim=True)
     return (logits - mean) / (eps + std)
 
 
 class ScaleDecoupled:
-    """Any per-sample loss, applied to the regions of the student's and the teacher's logit map.
+    """A distillation loss that applies a per-sample loss to the regions of two logit maps.
 
-    loss: (student_NK, teacher_NK, target_N) -> loss_N, for instance `functools.partial(kd, temperature=2.0)`.
-    M: the scales; [1] is the plain loss on the logits.
-    complementary_weight: SDD's beta. A region is complementary where (its teacher prediction is the target) differs
-        from (the teacher's global prediction is the target); such regions weigh beta, the consistent ones 1.
-    standardize: LSKD, applied to each region's logits, after pooling and before the loss's temperature.
-    knowledge, reduction: one of `KNOWLEDGE` and of `REDUCTIONS`.
+    A region is consistent if the teacher's prediction for the region and the teacher's global
+    prediction are both right or both wrong. Otherwise the region is complementary.
 
-    Calling it with student_map_BKHW, teacher_map_BKHW (their sides may differ) and target_B gives a scalar, computed
-    in float32 (float64 stays float64) outside autocast. Raises ValueError for a value that is not valid.
+    Args:
+        loss: (student_NK, teacher_NK, target_N) -> loss_N, for instance
+            `functools.partial(kd, temperature=2.0)`.
+        M: the scales; [1] is the plain loss on the logits.
+        complementary_weight: SDD's beta, the weight of complementary regions. Consistent regions
+            have weight 1.
+        standardize: whether to apply LSKD to the logits of each region, after pooling and before
+            the loss divides them by its temperature.
+        knowledge: a key of `KNOWLEDGE`.
+        reduction: one of `REDUCTIONS`.
+
+    Raises:
+        ValueError: if a value is not valid.
     """
 
     def __init__(
@@ -99,7 +121,7 @@ class ScaleDecoupled:
         ):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
-        if not complementary_weight >= 0:  # NaN too
+        if not complementary_weight >= 0:  # also true for NaN
             raise ValueError(f"complementary_weight={complementary_weight} must not be negative")
         self.loss = loss
         self.M = check_scales(M)
@@ -111,6 +133,21 @@ class ScaleDecoupled:
     def __call__(
         self, student_map_BKHW: Tensor, teacher_map_BKHW: Tensor, target_B: Tensor
     ) -> Tensor:
+        """Return the loss of one batch as a scalar.
+
+        The loss is computed in float32 (float64 stays float64) outside autocast.
+
+        Args:
+            student_map_BKHW: logit map of the student.
+            teacher_map_BKHW: logit map of the teacher; its sides may differ from the student's.
+            target_B: class ids, int64.
+
+        Returns:
+            The loss, a scalar tensor.
+
+        Raises:
+            ValueError: if the per-sample loss does not return one value per region.
+        """
         with torch.autocast(student_map_BKHW.device.type, enabled=False):
             student_BRK = region_logits(_wide(student_map_BKHW), self.M)
             teacher_BRK = region_logits(_wide(teacher_map_BKHW), self.M)
@@ -124,13 +161,14 @@ class ScaleDecoupled:
             )
             if loss_N.shape != (B * R,):
                 raise ValueError(
-                    f"the loss gave {tuple(loss_N.shape)} for {B * R} regions; it must give one value each"
+                    f"the loss returned shape {tuple(loss_N.shape)} for {B * R} regions; "
+                    "it must return one value per region"
                 )
             total = (weight_BR.flatten() * loss_N).sum()
             return total / (B * R if self.reduction == "mean" else B)
 
     def _weights(self, teacher_map_BKHW: Tensor, teacher_BRK: Tensor, target_B: Tensor) -> Tensor:
-        """The weight of each region (SDD Eq. 6 to 9), from the teacher alone."""
+        """Return the weight of each region, (B, R), from the teacher alone (SDD Eq. 6 to 9)."""
         right_globally_B1 = (_wide(teacher_map_BKHW).mean((2, 3)).argmax(1) == target_B)[:, None]
         complementary_BR = (teacher_BRK.argmax(2) == target_B[:, None]) != right_globally_B1
         consistent, complementary = KNOWLEDGE[self.knowledge]

@@ -1,9 +1,15 @@
-"""Ranks: processes that share each batch of a job, how they start, find each other, agree, and end together.
+"""Ranks: the processes that share each batch of a job.
 
-They are told of each other by torch's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); `start`
-starts some on this machine, a scheduler may start them as well. Tensors of the training go through the default process
-group (nccl for CUDA, gloo else); decisions through a group of gloo of their own, so that none waits for a GPU; and
-what may take long, or must outlive a rank, through the store.
+This module starts ranks, connects them, lets them agree on decisions, and ends them together.
+The environment variables of torch (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) tell
+each rank how to find the others. `start` launches ranks on this machine; a scheduler may launch
+ranks as well.
+
+The ranks communicate in three ways:
+
+- Training tensors use the default process group (nccl for CUDA, gloo otherwise).
+- Decisions use a separate gloo process group, so that no decision waits for a GPU.
+- Messages that may take long, or that must outlive a rank, use the store (torch's TCPStore).
 
 Shapes: R ranks.
 """
@@ -40,46 +46,69 @@ __all__ = ["Cause", "RankFailed", "Ranks", "hear_signals", "joined", "looked_aft
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR2,
-)  # what a person or a scheduler sends to stop
-GRACE_S = 5.0  # seconds that ranks have to end by themselves once one of them has
-WAITED_IN_VAIN = re.compile(
-    "timed out|connection (closed|reset)", re.IGNORECASE
-)  # as gloo and nccl word it
-START_S = 300.0  # seconds that ranks may start apart: a first import from a slow disk
-RAISED, STOPPED = 1, 130  # exit codes of ranks that said why
-POLL_S = 0.02  # seconds between questions to the store
+# Signals by which a user or a scheduler stops a job.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+# Seconds that the other ranks get to end by themselves after one rank has ended.
+GRACE_S = 5.0
+# The wording of gloo and nccl for a timeout or a lost connection.
+WAITED_IN_VAIN = re.compile("timed out|connection (closed|reset)", re.IGNORECASE)
+# Largest delay in seconds between the starts of two ranks: a first import from a slow disk is slow.
+START_S = 300.0
+# Exit codes of ranks that have recorded their cause, or were asked to stop.
+RAISED, STOPPED = 1, 130
+POLL_S = 0.02  # seconds between two polls of the store
 
 
 @dataclass
 class Cause:
-    """Why ranks ended: what the first of them raised."""
+    """The reason why the ranks of a job ended: the failure of the first rank that failed.
+
+    Attributes:
+        rank: number of the rank that failed first.
+        error: the error as "Type: message", or a description of how the process ended.
+        kinds: names of the error's class and of its base classes; empty if nothing was raised.
+        trace: traceback of the error; "" if there is none.
+        folder: run directory of the run that raised the error; "" if no single run did.
+    """
 
     rank: int
-    error: str  # Type: message
-    kinds: list[str]  # names of the error's class and of its bases
+    error: str
+    kinds: list[str]
     trace: str = ""
-    folder: str = ""  # of the run that raised, where one did
+    folder: str = ""
 
     @property
     def stopped(self) -> bool:
-        """Whether it was asked to stop, before there was anything to save."""
+        """Return whether the rank was asked to stop before it had anything to save."""
         return KeyboardInterrupt.__name__ in self.kinds
 
     @classmethod
     def of(cls, rank: int, error: BaseException, folder: str = "") -> "Cause":
+        """Return the cause that describes an exception.
+
+        Args:
+            rank: number of the rank that raised the exception.
+            error: the exception. If it is a timeout or a lost connection of gloo or nccl, the
+                description adds that another rank hangs or has ended.
+            folder: run directory of the run that raised the exception; "" if no single run did.
+
+        Returns:
+            The cause, with the traceback of the exception.
+        """
         kinds = [kind.__name__ for kind in type(error).__mro__]
         trace, said = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError) and WAITED_IN_VAIN.search(said):
-            said += "; another rank hangs or is gone (trainer.timeout_s: how long it is waited for)"
+            said += "; another rank hangs or has ended (trainer.timeout_s limits the wait for it)"
         return cls(rank, said, kinds, trace, folder)
 
 
 class RankFailed(RuntimeError):
-    """A rank ended before its work was done; `cause` says why."""
+    """A rank ended before its work was done.
+
+    Args:
+        cause: why the rank ended; kept as the attribute `cause`.
+        ranks: number of ranks of the job.
+    """
 
     def __init__(self, cause: Cause, ranks: int) -> None:
         super().__init__(f"rank {cause.rank} of {ranks}: {cause.error}")
@@ -88,16 +117,26 @@ class RankFailed(RuntimeError):
 
 @dataclass
 class Ranks:
-    """This process among those that share each batch; as it stands, the only one.
+    """The position of this process among the ranks that share each batch; by default the only rank.
 
-    Every method but `blame` is called by all ranks at the same point, or they wait for each other until the timeout.
+    All ranks must call each method at the same point of the program; otherwise they wait for each
+    other until the timeout. Only `blame` and `cause` may be called by one rank alone.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of ranks.
+        device: device of this rank; None for a single rank.
+        store: torch.distributed.Store of this job; None for a single rank.
+        control: gloo process group for decisions; None for a single rank.
+        told_so_far: number of values that `told` has passed on so far.
+        sharing: whether the ranks hold different images of the current batch.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device | None = None
-    store: Any = None  # torch.distributed.Store of this job
-    control: Any = None  # process group of gloo
+    store: Any = None
+    control: Any = None
     told_so_far: int = 0
 
     def __post_init__(self) -> None:
@@ -105,11 +144,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that keeps records, logs and checkpoints."""
+        """Return whether this is rank 0, which writes records, logs and checkpoints."""
         return self.rank == 0
 
     def told(self, value: Any = None) -> Any:
-        """What rank 0 says: plain values. The others wait as long as rank 0 lives, so that it may take its time."""
+        """Return rank 0's `value` on every rank; the values of the other ranks are ignored.
+
+        The value must consist of plain values that JSON can hold. The other ranks wait without a
+        time limit as long as no rank has failed, so rank 0 may take long.
+
+        Raises:
+            KeyboardInterrupt: if a rank was asked to stop before it had anything to save.
+            RankFailed: if a rank failed.
+        """
         if self.count == 1:
             return value
         self.told_so_far += 1
@@ -124,7 +171,10 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Rank 0 goes through the block first: it fetches or writes what the others then find."""
+        """Run the block on rank 0 first, and on the other ranks after rank 0 has left the block.
+
+        Rank 0 downloads or writes files in the block, and the other ranks then find the files.
+        """
         if not self.first:
             self.told()
         yield
@@ -132,15 +182,20 @@ class Ranks:
             self.told()
 
     def take(self, own: int, whole: int) -> float:
-        """Go on to a batch of `whole` images, of which this rank has `own`: how many count as its own.
+        """Start a batch of `whole` images and return how many of them count as this rank's own.
 
-        Over the ranks they sum to `whole`, where each has all of a batch that is too small to divide, too.
+        `own` is the number of images that this rank holds. The counts of all ranks sum to `whole`.
+        If the batch is too small to divide, every rank holds all of its images; each rank then
+        counts `whole / count` images.
         """
         self.sharing.divided = own < whole
         return own if own < whole else whole / self.count
 
     def gather(self, values: Tensor) -> Tensor:
-        """values of all ranks, one more dimension in front (R, ...): on the device, in the order of the ranks."""
+        """Return the `values` of all ranks, stacked to (R, ...) in the order of the ranks.
+
+        `values` has the same shape on every rank and lies on the rank's device, as does the result.
+        """
         if self.count == 1:
             return values[None]
         rows = [torch.empty_like(values) for _ in range(self.count)]
@@ -148,10 +203,11 @@ class Ranks:
         return torch.stack(rows)
 
     def agree(self, wish: Callable[[], list[int]]) -> Callable[[], list[int]]:
-        """Ask all ranks for what they wish, and get the answer, the largest of each number, when it is called.
+        """Return a function that returns the maximum over all ranks of each number of `wish()`.
 
-        A rank is asked at once, so that the answer is on its way while a step is computed; alone it is asked when the
-        answer is called for.
+        `wish` returns a list of integers of the same length on every rank. With several ranks,
+        `wish` is called at once, and the reduction runs in the background while a step is computed.
+        A single rank calls `wish` only when the returned function is called.
         """
         if self.count == 1:
             return wish
@@ -166,7 +222,7 @@ class Ranks:
         return answer
 
     def as_first(self, value: Any) -> Any:
-        """A copy of what rank 0 holds: containers of plain values and CPU tensors."""
+        """Return a copy of rank 0's `value`: containers of plain values and CPU tensors."""
         if self.count == 1:
             return value
         box = [value]
@@ -174,37 +230,49 @@ class Ranks:
         return box[0]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` for training: all ranks begin with rank 0's weights, and `backward` averages their gradients.
+        """Return `model` wrapped for training on all ranks; a single rank gets `model` itself.
 
-        The graph is static: the same parameters get a gradient in every step, and those that get none are left alone,
-        as on one rank.
+        All ranks start with rank 0's weights, and `backward` averages the gradients over the ranks.
+        The graph is static: the same parameters get a gradient in every step. Parameters without a
+        gradient stay unchanged, as on one rank.
         """
         if self.count == 1:
             return model
-        with warnings.catch_warnings(
-            category=FutureWarning, action="ignore"
-        ):  # its new name is not in torch 2.6
+        # Newer torch deprecates `broadcast_buffers`, but torch 2.6 does not have its new name yet.
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+            # Buffers need no broadcast: `with_shared_norm` keeps those of BatchNorm equal.
             return DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-            )  # buffers: BatchNorm's, which `with_shared_norm` keeps equal
+            )
 
     def with_shared_norm(self, model: nn.Module) -> nn.Module:
-        """`model`, in place, with BatchNorm over the images of all ranks. ValueError for a kind that is not known."""
+        """Change `model` in place so that BatchNorm uses the images of all ranks, and return it.
+
+        A single rank gets `model` unchanged.
+
+        Raises:
+            ValueError: if the model has a BatchNorm of an unknown kind.
+        """
         if self.count == 1 or self.device is None:
             return model
         return share_norm(model, self.device, self.sharing)
 
     def blame(self, error: BaseException, folder: str = "") -> None:
-        """Say why this rank ends, unless another said so before: the first one ended the others."""
+        """Record `error` as the reason why the ranks end, unless a rank has recorded one before.
+
+        Only the first reason counts, because the first failure makes the other ranks end.
+        `folder` is the run directory of the run that raised the error; "" if no single run did.
+        """
         if self.count == 1:
             return
-        with suppress(RuntimeError):  # the store went with rank 0
+        # The store is unreachable if rank 0 held it and has ended.
+        with suppress(RuntimeError):
             _root_store().compare_set(
                 "cause", "", json.dumps(asdict(Cause.of(self.rank, error, folder)))
             )
 
     def cause(self) -> Cause | None:
-        """Why the first rank that ended did."""
+        """Return the recorded reason why the first rank failed, or None if there is none."""
         return _cause_in(_root_store()) if self.count > 1 else None
 
 
@@ -214,8 +282,12 @@ def _cause_in(store: Any) -> Cause | None:
 
 @functools.cache
 def _root_store() -> Any:
-    """The store that the ranks find each other by; it lives as long as the process that holds it."""
-    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by `start`, or by torchrun
+    """Return the store through which the ranks find each other.
+
+    The store lives as long as the process that holds it.
+    """
+    # True if `start` or torchrun holds the store; otherwise rank 0 holds it.
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -223,30 +295,45 @@ def _root_store() -> Any:
         wait_for_workers=False,
         timeout=timedelta(seconds=START_S),
     )
-    # The ranks of another job of SLURM, that came to this port by mistake, are not taken for ours.
+    # The prefix keeps out ranks of another SLURM job that connect to this port by mistake.
     return store if held else PrefixStore(f"job {os.environ.get('SLURM_JOB_ID')}", store)
 
 
 def looked_after() -> bool:
-    """Whether this is a rank that `start` started, in a process that marks what becomes of the job."""
+    """Return whether this process is a rank that `start` launched.
+
+    The launching process then records the outcome of the job.
+    """
     return "SDDLSKD_STARTED_BY" in os.environ
 
 
 def _local_place() -> tuple[int, int]:
-    """This process among those of its machine, and how many these are, at least."""
+    """Return (index of this process on its machine, lower bound of the number of ranks there)."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     return place, int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
 
 
-joins = 0  # of this process; a later one must not find what was told in an earlier one
+# Number of times that this process has joined ranks. The number prefixes the keys of the store, so
+# that a later join cannot read the messages of an earlier one.
+joins = 0
 
 
 @contextmanager
 def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
-    """Join the ranks that the environment names; alone, and with no device yet, where it names none.
+    """Join the ranks that the environment names, for the duration of the context.
 
-    device_name: as `pick_device` takes it; timeout_s: seconds after which a rank that waits for another gives up. What
-    is raised inside is told to the others.
+    If the environment names no other rank, yield a single rank without a device. An exception that
+    is raised inside the context is recorded for the other ranks.
+
+    Args:
+        device_name: name of the device, as `pick_device` accepts it.
+        timeout_s: seconds after which a rank that waits for another rank gives up.
+
+    Yields:
+        The position of this process among the ranks.
+
+    Raises:
+        KeyboardInterrupt: if the ranks end because one of them was asked to stop.
     """
     global joins
     count = int(os.environ.get("WORLD_SIZE", 1))
@@ -255,7 +342,7 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
         return
     ranks = Ranks(int(os.environ["RANK"]), count)
     if ranks.rank:
-        logging.getLogger("sddlskd").setLevel(logging.ERROR)  # rank 0 says the rest
+        logging.getLogger("sddlskd").setLevel(logging.ERROR)  # rank 0 logs everything else
     joins += 1
     try:
         ranks.store = PrefixStore(f"join {joins}", _root_store())
@@ -278,7 +365,8 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
         )
         ranks.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         yield ranks
-        dist.barrier(ranks.control)  # nobody asks rank 0 for anything any more
+        # Rank 0 must stay until no other rank needs anything from it.
+        dist.barrier(ranks.control)
     except (Exception, KeyboardInterrupt) as error:
         ranks.blame(error)
         if isinstance(error, Exception) and (cause := ranks.cause()) and cause.stopped:
@@ -288,7 +376,7 @@ def joined(device_name: str, timeout_s: float) -> Iterator[Ranks]:
 
 
 def hear_signals() -> None:
-    """From here on a rank hears what `start` held back while it had no handler for it."""
+    """Unblock the signals that `start` blocked while this rank had no signal handlers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -300,16 +388,28 @@ def start(
     threads: int,
     stop: Callable[[], int],
 ) -> None:
-    """Run work(*arguments) in `count` processes on this machine, as ranks of one job; wait until all have ended.
+    """Run work(*arguments) in `count` processes on this machine and wait until all have ended.
 
-    threads: CPU threads of each; stop: the number of a signal to send to all of them, 0 for none, asked now and then.
-    work and its arguments can be pickled. Raises RankFailed with what the first rank that ended raised, or the signal
-    that killed it; the others are then ended. They end with this process too.
+    The processes are the ranks of one job. If one rank fails, the other ranks are ended. All ranks
+    end if this process ends.
+
+    Args:
+        work: function that every rank calls; it must be picklable.
+        arguments: arguments of `work`; they must be picklable.
+        count: number of ranks.
+        threads: CPU threads of each rank.
+        stop: function that returns the number of a signal to send to all ranks, or 0 for none. It
+            is called repeatedly.
+
+    Raises:
+        RankFailed: if a rank failed; it carries the error of the first rank that raised, or the
+            signal that killed a rank.
+        KeyboardInterrupt: if the ranks were asked to stop before they had anything to save, or if
+            this process was interrupted.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, SIGNALS
-    )  # inherited; each hears them when it can handle them
+    # The ranks inherit the blocked signals. Each rank unblocks them once it has signal handlers.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         processes = torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
             _be_a_rank,
@@ -329,9 +429,8 @@ def start(
                 sent = stop()
                 _send(running, sent)
     except KeyboardInterrupt:
-        _send(
-            processes, sent or signal.SIGINT
-        )  # a second one: they end at once, and say that they were stopped
+        # After a second signal the ranks end at once and report that they were stopped.
+        _send(processes, sent or signal.SIGINT)
         raise
     finally:
         codes = [process.exitcode for process in processes]
@@ -349,12 +448,13 @@ def _send(processes: Sequence[Any], number: int) -> None:
 
 
 def _end(processes: Sequence[Any]) -> None:
-    """Let them end; those that do not are made to, and show where they hang."""
+    """Wait GRACE_S seconds for the processes to end, then print their stacks and kill them."""
     end = time.monotonic() + GRACE_S
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     if any(process.exitcode is None for process in processes):
-        _send(processes, signal.SIGUSR1)  # faulthandler's: the stack of each thread
+        # faulthandler prints the stack of each thread on this signal.
+        _send(processes, signal.SIGUSR1)
         time.sleep(0.2)
         _send(processes, signal.SIGKILL)
     for process in processes:
@@ -362,7 +462,7 @@ def _end(processes: Sequence[Any]) -> None:
 
 
 def _why(codes: Sequence[int | None], store: Any) -> Cause:
-    """The rank that ended without a word, or else the first that raised."""
+    """Return the cause of a rank that died without recording one, or else the recorded cause."""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
@@ -383,8 +483,12 @@ def _be_a_rank(
     threads: int,
     parent: int,
 ) -> None:
-    """What a started process does. torch has told it to end (SIGINT) when its parent does."""
-    os.setsid()  # Ctrl-C reaches it through its parent, once
+    """Run `work` as one rank in a process that `start` has launched.
+
+    torch has arranged that the process receives SIGINT when its parent ends.
+    """
+    # In a session of its own, the rank receives Ctrl-C once, through its parent.
+    os.setsid()
     if os.getppid() != parent:
         os._exit(143)
     faulthandler.register(signal.SIGUSR1)
@@ -393,9 +497,8 @@ def _be_a_rank(
     told = {**here, **there, "SDDLSKD_STARTED_BY": parent}
     os.environ.update({key: str(value) for key, value in told.items()})
     if loopback := next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None):
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", loopback
-        )  # else gloo asks what address the machine's name has
+        # Without this, gloo looks up the address of the machine's host name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     torch.set_num_threads(threads)
     try:
         work(*arguments)
@@ -407,4 +510,5 @@ def _be_a_rank(
         code = RAISED
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(code)  # at once: threads of a process group may wait for the others
+    # End at once: threads of a process group may still wait for other ranks.
+    os._exit(code)

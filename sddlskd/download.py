@@ -1,6 +1,7 @@
-"""Files from the web: whole or not at all, resumed, tried again, and never larger than was agreed.
+"""Download files: completely or not at all, with resume, retries and a size limit.
 
-What is under way stands in <file>.partial, and in <file>.partial.json which file of the server it is a part of.
+An unfinished download is in <file>.partial. The note <file>.partial.json says which version of
+which file on the server it is a part of.
 """
 
 import hashlib
@@ -25,25 +26,31 @@ from sddlskd.meter import meter
 
 __all__ = ["DownloadError", "fetch", "fetch_into"]
 
-ATTEMPTS = 5  # in a row that bring less than GAIN bytes; then the address is given up
+# Give up after this many attempts in a row that each bring less than GAIN bytes.
+ATTEMPTS = 5
 GAIN = 1 << 20  # bytes
-STALLED_S = 30.0  # seconds without an answer, or with less than SLOWEST bytes a second
-SLOWEST = 100  # bytes a second
-BACKOFF_S = 1.0  # seconds before the second attempt; twice as long before each one after it
-LONGEST_S = 60.0  # seconds between attempts, whatever the server asks for
-LATER = (408, 425, 429, 500, 502, 503, 504)  # answers that say: try again later
+# An attempt has failed after this many seconds without an answer, or below SLOWEST.
+STALLED_S = 30.0
+SLOWEST = 100  # bytes per second
+BACKOFF_S = 1.0  # seconds before the second attempt; doubled before each later one
+LONGEST_S = 60.0  # longest pause between attempts, even if the server asks for a longer one
+LATER = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that mean: try again later
 
 log = logging.getLogger(__name__)
 
 
 class DownloadError(RuntimeError):
-    """A file cannot be had from its address; the message says why."""
+    """A file that cannot be downloaded; the message says why."""
 
 
 class _TryAgain(Exception):
-    """An attempt failed in a way that the next one may not.
+    """An attempt failed, but the next one may succeed.
 
-    after_s: seconds that the server asks for; reached: whether there was a server; anew: what is held is of no use.
+    Args:
+        reason: why the attempt failed.
+        after_s: seconds that the server asks to wait.
+        reached: whether a server was reached.
+        anew: whether the bytes of earlier attempts are useless.
     """
 
     def __init__(
@@ -54,23 +61,44 @@ class _TryAgain(Exception):
 
 
 class _GiveUp(Exception):
-    """An attempt failed in a way that every other one would."""
+    """An attempt failed in a way in which every other attempt would fail."""
 
 
 class _Answer(NamedTuple):
+    """A server's answer.
+
+    Attributes:
+        body: the response to read from.
+        start: number of bytes at the beginning of the file that the answer leaves out.
+        total: number of bytes of the whole file, if known.
+        version: text that identifies this version of the file to the server (a strong ETag or a
+            date).
+    """
+
     body: HTTPResponse
-    start: int  # bytes that the answer leaves out
-    total: int | None  # bytes of the whole file
-    version: (
-        str | None
-    )  # what names this version of the file to the server: a strong ETag or a date
+    start: int
+    total: int | None
+    version: str | None
 
 
 def fetch(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
-    """Have the file of `url` at `path`: fetched unless it is there, by one process while others wait.
+    """Download `url` to `path` unless `path` exists.
 
-    limit: largest size in bytes; md5: in hex, where it is known. An interrupted download goes on where it stopped if
-    the server still has the same version of the file. Raises DownloadError; nothing is at `path` then.
+    If several processes call the function at once, one downloads and the others wait. An
+    interrupted download continues at the byte it reached if the server still has the same version
+    of the file.
+
+    Args:
+        url: address of the file, http or https.
+        path: file to write.
+        limit: largest size in bytes.
+        md5: md5 of the file in hex, if known.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DownloadError: if the file cannot be downloaded; `path` does not exist then.
     """
     if path.is_file():
         return path
@@ -84,8 +112,9 @@ def fetch(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
                 _persist(url, partial, limit)
                 if md5 and (came := _md5(partial)) != md5:
                     _forget(partial)
-                    raise _GiveUp(f"what came has md5 {came}")
-                os.replace(partial, path)  # nobody ever sees part of a file under its name
+                    raise _GiveUp(f"the downloaded file has md5 {came}, expected {md5}")
+                # Rename at the end, so that no process ever sees part of a file at `path`.
+                os.replace(partial, path)
                 _forget(partial)
     except (OSError, _GiveUp) as error:
         raise DownloadError(f"cannot fetch {url} ({_reason(error)})") from error
@@ -93,7 +122,23 @@ def fetch(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
 
 
 def fetch_into(url: str, md5: str, folder: Path, *, limit: int) -> Path:
-    """The file of `url` in `folder`, fetched if it is not there: once, whole and with this md5, or DownloadError."""
+    """Download `url` into `folder` under its own name, unless the file exists there.
+
+    If several processes call the function at once, the file is downloaded once.
+
+    Args:
+        url: address of the file, http or https; its last part is the file name.
+        md5: md5 of the file in hex.
+        folder: folder of the file.
+        limit: largest size in bytes.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        DownloadError: if the file cannot be downloaded or has another md5. The message says which
+            file to put into which folder.
+    """
     name = url.rsplit("/", 1)[-1]
     try:
         return fetch(url, folder / name, limit=limit, md5=md5)
@@ -108,11 +153,14 @@ def _check_address(url: str) -> None:
     except ValueError:
         valid = False
     if not valid or not url.isascii() or not url.isprintable() or " " in url:
-        raise _GiveUp("it is no address: expected http://host/path or https://host/path")
+        raise _GiveUp("it is not a valid address: expected http://host/path or https://host/path")
 
 
 def _persist(url: str, partial: Path, limit: int) -> None:
-    """Attempt after attempt until the whole file stands in `partial`. Raises _GiveUp, or OSError of the disk."""
+    """Repeat attempts until the whole file is in `partial`.
+
+    Raise _GiveUp if the attempts are used up or pointless, or OSError if the disk fails.
+    """
     failures, furthest, reached = 0, 0, False
     while True:
         try:
@@ -123,9 +171,8 @@ def _persist(url: str, partial: Path, limit: int) -> None:
             held = partial.stat().st_size if partial.exists() else 0
             failures = 1 if held >= furthest + GAIN else failures + 1
             furthest, reached = max(furthest, held), reached or error.reached
-            if (
-                failures >= ATTEMPTS or not reached
-            ):  # where nobody ever answered, waiting is of little use
+            # If no server ever answered, waiting is of little use.
+            if failures >= ATTEMPTS or not reached:
                 raise _GiveUp(str(error)) from error
             if error.anew:
                 _forget(partial)
@@ -138,13 +185,15 @@ def _persist(url: str, partial: Path, limit: int) -> None:
                 failures + 1,
                 ATTEMPTS,
             )
-            time.sleep(
-                pause * random.SystemRandom().uniform(0.75, 1.0)
-            )  # those who failed together do not come back together
+            # A random pause spreads clients that failed at the same moment.
+            time.sleep(pause * random.SystemRandom().uniform(0.75, 1.0))
 
 
 def _held(url: str, partial: Path) -> tuple[int, str | None]:
-    """How many bytes of which version an earlier attempt left; 0 where they cannot be told from another file's."""
+    """Return how many bytes of which version an earlier attempt left.
+
+    The result is (0, None) if these bytes cannot be told from those of another file.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(_note(partial).read_text())
         size = partial.stat().st_size
@@ -154,7 +203,7 @@ def _held(url: str, partial: Path) -> tuple[int, str | None]:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from https to http, nor from the web to anything else."""
+    """A handler that follows redirects within http and https, but not from https to http."""
 
     def redirect_request(
         self,
@@ -183,9 +232,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _open(request: urllib.request.Request) -> HTTPResponse:
-    opener = urllib.request.OpenerDirector()  # build_opener would add file: and ftp:
-    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, _Redirects,
-                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):  # fmt: skip
+    opener = urllib.request.OpenerDirector()  # build_opener would allow file: and ftp: too
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        _Redirects,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
         opener.add_handler(handler())
     answer = opener.open(request, timeout=STALLED_S)
     assert isinstance(answer, HTTPResponse)
@@ -194,19 +249,29 @@ def _open(request: urllib.request.Request) -> HTTPResponse:
 
 @contextmanager
 def _opened(url: str, held: int, version: str | None) -> Iterator[_Answer]:
-    """The server's answer to a request for what is missing. Raises _TryAgain or _GiveUp."""
+    """Request the missing bytes of a file and yield the server's answer.
+
+    Args:
+        url: address of the file.
+        held: number of bytes that an earlier attempt left.
+        version: version of the file that these bytes belong to; None to request the whole file.
+
+    Raises:
+        _TryAgain: if the next attempt may succeed.
+        _GiveUp: if every other attempt would fail.
+    """
     request = urllib.request.Request(
         url, headers={"User-Agent": "sddlskd", "Accept-Encoding": "identity"}
     )
     if version:
         request.add_header("Range", f"bytes={held}-")
-        request.add_header("If-Range", version)  # another version is sent as a whole
+        request.add_header("If-Range", version)  # the server sends another version as a whole
     try:
         with _open(request) as body:
             yield _read_headers(body, held, version)
     except urllib.error.HTTPError as error:
-        with error:  # it is the open answer as well
-            if error.code == 416:  # the file ends before what is missing
+        with error:  # the error holds the open response
+            if error.code == 416:  # the file ends before the requested bytes
                 raise _TryAgain("the file has changed on the server", anew=True) from error
             if error.code in LATER:
                 raise _TryAgain(
@@ -217,17 +282,20 @@ def _opened(url: str, held: int, version: str | None) -> Iterator[_Answer]:
         raise _TryAgain(_reason(error), reached=False) from error
     except (HTTPException, TimeoutError, ConnectionError) as error:
         raise _TryAgain(_reason(error)) from error
-    except ValueError as error:  # a redirect to what is no address
+    except ValueError as error:  # a redirect to an invalid address
         raise _GiveUp(_reason(error)) from error
 
 
 def _read_headers(body: HTTPResponse, held: int, expected: str | None) -> _Answer:
+    """Return the answer that the headers of a response describe.
+
+    Raise _TryAgain or _GiveUp if the response does not fit the request.
+    """
     if (encoding := body.headers.get("Content-Encoding", "identity")) != "identity":
-        raise _GiveUp(f"it comes encoded as {encoding:.40}")
+        raise _GiveUp(f"the server sends it encoded as {encoding:.40}")
     tag, date = body.headers.get("ETag", ""), body.headers.get("Last-Modified", "")
-    version: str | None = (
-        tag if tag.startswith('"') else date
-    )  # a weak ETag does not vouch for every byte
+    # A weak ETag does not guarantee that every byte is the same.
+    version: str | None = tag if tag.startswith('"') else date
     if not (version and version.isascii() and version.isprintable() and len(version) < 200):
         version = None
     length = body.headers.get("Content-Length")
@@ -238,13 +306,18 @@ def _read_headers(body: HTTPResponse, held: int, expected: str | None) -> _Answe
     if body.status == 206 and version not in (None, expected):
         raise _TryAgain("the file has changed on the server", anew=True)
     if body.status != 206 or not held or not span.startswith(f"bytes {held}-"):
-        raise _GiveUp(f"it answers {body.status} {span:.80} to a request for all from byte {held}")
+        raise _GiveUp(
+            f"the server answers {body.status} {span:.80} to a request for the bytes from {held} on"
+        )
     total = span.rpartition("/")[2]
     return _Answer(body, held, int(total) if total.isdecimal() else None, version)
 
 
 def _store(url: str, answer: _Answer, partial: Path, limit: int) -> None:
-    """Write an answer into `partial` at its place. Raises _TryAgain where it is cut or stalls, _GiveUp if too large."""
+    """Append an answer to `partial`, or write it anew if the answer holds the whole file.
+
+    Raise _TryAgain if the answer is cut off or stalls, _GiveUp if the file is larger than `limit`.
+    """
     body, start, total, version = answer
     _check_size(total or 0, limit, partial)
     if not start:
@@ -269,17 +342,17 @@ def _store(url: str, answer: _Answer, partial: Path, limit: int) -> None:
 
 
 def _chunk(body: HTTPResponse) -> bytes:
-    """What has come, without waiting for more."""
+    """Return the bytes that have arrived, without waiting for more; empty at the end."""
     try:
         return body.read1(1 << 16)
-    except (HTTPException, OSError, ValueError) as error:  # ValueError: a chunk's bad length
+    except (HTTPException, OSError, ValueError) as error:  # ValueError: invalid chunk length
         raise _TryAgain(_reason(error)) from error
 
 
 def _check_size(size: int, limit: int, partial: Path) -> None:
     if size > limit:
         _forget(partial)
-        raise _GiveUp(f"{size} bytes or more, and at most {limit} are taken")
+        raise _GiveUp(f"it has {size} bytes or more, and the limit is {limit}")
 
 
 def _note(partial: Path) -> Path:
@@ -297,7 +370,7 @@ def _md5(path: Path) -> str:
 
 
 def _seconds(text: Any) -> float:
-    """A Retry-After header; 0 where there is none, or it is a date."""
+    """Return the seconds of a Retry-After header; 0 if the header is missing or a date."""
     return float(text) if isinstance(text, str) and text.isdecimal() and len(text) < 6 else 0.0
 
 

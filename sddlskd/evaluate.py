@@ -1,12 +1,14 @@
-"""`python -m sddlskd.evaluate RUN_DIR | FILE [key=value ...]`: how good a trained network is on a test split.
+"""Evaluate a network on a test split: `python -m sddlskd.evaluate RUN_DIR | FILE [key=value ...]`.
 
-RUN_DIR: the best epoch of a run, on its own data set unless dataset=... says another. FILE: what sddlskd.export wrote
-(.safetensors), or weights of ours, RepDistiller's or mdistiller's together with student=NAME dataset=NAME. An
-exported network and that of a run keep the mean and std that they were trained with. teacher=NAME (of a run: its own)
-is asked for the agreement.
+RUN_DIR: evaluate the best epoch of a run, on the run's data set unless dataset=... gives another.
+FILE: evaluate a .safetensors file written by sddlskd.export, or a weights file of this package,
+RepDistiller or mdistiller; a weights file requires student=NAME dataset=NAME as well. The networks
+of runs and of exported files keep the mean and std that they were trained with. The agreement is
+measured against teacher=NAME; for a run the default is the run's own teacher.
 
-Answers with top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%, 15 bins, Guo et al. 2017),
-the part of the images where student and teacher predict the same class (%), and the images a second of the network.
+The results are top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%,
+15 bins, Guo et al. 2017), the share of images for which student and teacher predict the same
+class (%), and the throughput of the network in images per second.
 """
 
 import argparse
@@ -39,24 +41,22 @@ from sddlskd.teacher import Teacher, missing
 
 __all__ = ["main", "measure", "throughput"]
 
-TIMED_S = 1.0  # seconds that the network is timed for, after as many batches as it takes to warm up
+TIMED_S = 1.0  # seconds of timing, after the warm-up
 WARM_UP = 2  # batches
-ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    ValueError,
-    OSError,
-    RuntimeError,
-)  # what a user can mend
-WHOLE = ("dataset", "teacher", "trainer")  # groups that a choice on the command line replaces
+# Errors that a user can fix.
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)
+# Config groups that are replaced as a whole if the command line chooses another option.
+WHOLE = ("dataset", "teacher", "trainer")
 
 
 def measure(job: Config, weights: Path) -> dict[str, Any]:
-    """What the module's docstring lists, of the job's student with these weights."""
-    job, device = (
-        replace(job, M=[1]),
-        pick_device(job.trainer.device),
-    )  # whatever the size of the maps
+    """Return the results that the module's docstring lists, for the job's student with `weights`.
+
+    The result also holds the device under "environment". Raise FileNotFoundError if the teacher's
+    file is missing, and ValueError if the weights or the images do not fit the network.
+    """
+    # M=[1] fits logit maps of any size.
+    job, device = (replace(job, M=[1]), pick_device(job.trainer.device))
     network = build_network(
         without_weights(job.student.model), job.dataset.num_classes, job.seed, device
     )
@@ -118,7 +118,16 @@ def _shown(data: Data, what: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precision: str) -> float:
-    """Images a second of the forward pass on a batch that lies on the device already."""
+    """Return the throughput of the forward pass in images per second.
+
+    Args:
+        network: The network, on the device of the images.
+        images_BCHW: The batch that is passed repeatedly; copying it to the device is not timed.
+        precision: The precision of the forward pass, as in trainer.precision.
+
+    Returns:
+        Images per second, over at least TIMED_S seconds after WARM_UP batches.
+    """
     wait: Callable[[], Any] = torch.cuda.synchronize if images_BCHW.is_cuda else lambda: None
     batches, started = -WARM_UP, 0.0
     while True:
@@ -140,7 +149,7 @@ def _composed(overrides: Sequence[str]) -> Config:
 
 
 def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
-    """The job whose student is evaluated, and the file of its weights."""
+    """Return the job whose student is evaluated, and the file of its weights."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
         return _overridden(load_run(source, TRUST in overrides), overrides), source / "best.ckpt"
@@ -150,14 +159,16 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
         )
     if source.suffix == ".onnx":
         raise ValueError(
-            f"{source} is for other programs to run; evaluate its run, or what --to safetensors exports of it"
+            f"{source} is an ONNX model, which cannot be evaluated here; "
+            "evaluate its run directory, or the file that --to safetensors exports"
         )
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
         if absent:
             raise ValueError(
-                f"{source} does not say what it is; add {' '.join(f'{key}=NAME' for key in absent)}"
+                f"{source} has no metadata that describes its network; "
+                f"add {' '.join(f'{key}=NAME' for key in absent)}"
             )
         job = _composed(overrides)
     else:
@@ -169,12 +180,12 @@ def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
             if f"dataset.{key}" not in given:
                 setattr(job.dataset, key, facts[key])
     if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
-        job.distiller.loss = {}  # nobody to agree with
+        job.distiller.loss = {}  # no teacher to compare with
     return job, source
 
 
 def _overridden(job: Config, overrides: Sequence[str]) -> Config:
-    """A run's frozen configuration with other data, teacher, device or the like."""
+    """Return a run's frozen configuration with the overrides (data set, teacher, device, ...)."""
     words = [word.lstrip("+") for word in overrides]
     chosen = [word.partition("=")[0] for word in words]
     plain = OmegaConf.structured(job)
@@ -198,6 +209,7 @@ def _overridden(job: Config, overrides: Sequence[str]) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line of this module; exit with 1 on an error, or 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.evaluate",
         description=__doc__,
@@ -205,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", type=Path, metavar="RUN_DIR | FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_intermixed_args(arguments)
     cfg.frame()
     log_to_terminal()

@@ -1,11 +1,12 @@
-"""`python -m sddlskd.export RUN_DIR`: take the best student of a run out of here.
+"""Export the best student of a run: `python -m sddlskd.export RUN_DIR`.
 
-    --to safetensors    its plain state dict, best.safetensors, with what it is in the header
-    --to onnx           best.onnx: images (B, C, H, W), float32 in 0..1, -> logits (B, K); normalising is inside
-    --to mlflow         mlflow_model/: the ONNX model with its signature, for `mlflow models serve`; MLflow gets it too,
-                        where it has the run
+    --to safetensors    best.safetensors: the plain state dict; the header describes the network
+    --to onnx           best.onnx: images (B, C, H, W), float32 in 0..1, -> logits (B, K); the model
+                        normalises the images itself
+    --to mlflow         mlflow_model/: the ONNX model with its signature, for `mlflow models serve`;
+                        it is also uploaded to MLflow if MLflow has the run
 
-Each is checked against the network here before it is kept.
+The ONNX model is saved only if its logits agree with those of the PyTorch network.
 """
 
 import argparse
@@ -44,16 +45,21 @@ __all__ = [
 ]
 __all__ += ["to_onnx", "to_safetensors", "without_weights"]
 
-TOLERANCE = 1e-4  # of the logits' size, or of 1 where they are smaller
-TRUST = (
-    "allow_foreign_targets=true"  # on the command line, for code that is not of targets.PACKAGES
-)
+TOLERANCE = 1e-4  # relative to the largest absolute logit or to 1, whichever is larger
+# The command line argument that allows code from outside targets.PACKAGES.
+TRUST = "allow_foreign_targets=true"
 NEEDS = "pip install 'sddlskd[export]'"
 FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "mlflow_model"}
 
 
 class Classifier(nn.Module):
-    """A logit-map model as others want it: images (B, C, H, W) with values 0..1 -> logits (B, K)."""
+    """A logit-map model with normalisation and pooling: images in 0..1 -> logits.
+
+    Args:
+        network: The logit-map model: normalised images (B, C, H, W) -> logit map (B, K, H, W).
+        mean: The mean of each of the C channels, for images in 0..1.
+        std: The standard deviation of each of the C channels.
+    """
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -62,28 +68,38 @@ class Classifier(nn.Module):
         self.std = nn.Buffer(torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the logits (B, K) of images (B, C, H, W) with values in 0..1."""
         logits_BK: Tensor = self.network((images_BCHW - self.mean) / self.std).mean((2, 3))
         return logits_BK
 
 
 def load_run(folder: Path, allow_foreign: bool) -> Config:
-    """The frozen configuration of a run. Raises ValueError where the folder is none, or no epoch has ended yet.
+    """Return the frozen configuration of a run.
 
-    allow_foreign: whether the user lets it name code of others (TRUST); a run directory may be anybody's, and what its
-    own file says of that does not count.
+    Args:
+        folder: The run directory.
+        allow_foreign: Whether the user allows the configuration to name code from outside
+            targets.PACKAGES (TRUST). The configuration's own allow_foreign_targets is ignored,
+            because the run directory may come from anybody.
+
+    Raises:
+        ValueError: `folder` is not a run directory, or the run has not finished an epoch yet.
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(
-            f"{folder} is no run directory: it has no config.yaml; runs are in <home>/runs/<dataset>/"
+            f"{folder} is not a run directory: it has no config.yaml; "
+            "runs are in <home>/runs/<dataset>/"
         )
     if not (folder / "best.ckpt").is_file():
         status = record.read_result(folder).get("status", "not started")
-        raise ValueError(f"{folder} has no best.ckpt ({status}); let the run end its first epoch")
+        raise ValueError(
+            f"{folder} has no best.ckpt ({status}); wait until the run has finished an epoch"
+        )
     return cfg.load(folder / "config.yaml", allow_foreign_targets=allow_foreign)
 
 
 def best_student(job: Config, folder: Path) -> nn.Module:
-    """The student of the run's best epoch, in eval mode on the CPU."""
+    """Return the student of the run's best epoch, in eval mode on the CPU."""
     network = build_network(
         without_weights(job.student.model), job.dataset.num_classes, job.seed, torch.device("cpu")
     )
@@ -92,7 +108,7 @@ def best_student(job: Config, folder: Path) -> nn.Module:
 
 
 def about(job: Config, folder: Path) -> dict[str, str]:
-    """What an exported file says of itself, as text: all that building the network and feeding it needs."""
+    """Return the metadata of an exported file: all that is needed to build and use the network."""
     d, result = job.dataset, record.read_result(folder)
     facts = {
         "network": job.student.name,
@@ -109,9 +125,10 @@ def about(job: Config, folder: Path) -> dict[str, str]:
 
 
 def described(path: Path) -> dict[str, Any] | None:
-    """What an exported .safetensors file says of itself (`about`); None for a file that says nothing.
+    """Return the metadata that `about` wrote into a .safetensors file, or None if there is none.
 
-    Raises ValueError for a description that is not ours, or that names code which is not ours: a file is data.
+    Raise ValueError if the metadata does not have the format of `about`, or names code that is not
+    a network of this package: reading a data file must not run other code.
     """
     text = read_safetensors(path)[1].get("sddlskd") if path.suffix == ".safetensors" else None
     if text is None:
@@ -126,25 +143,38 @@ def described(path: Path) -> dict[str, Any] | None:
         named = {key: facts[key] for key in ("network", "dataset", "num_classes", "mean", "std")}
         refuse_interpolations(facts, "")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", named["dataset"]):
-            raise ValueError(f"dataset={named['dataset']!a} is no plain name")
+            raise ValueError(f"dataset={named['dataset']!a} is not a plain name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} describes itself in a way that cannot be read ({error}); export it again"
+            f"{path} contains metadata that cannot be read ({error}); export it again"
         ) from error
     if not str(target).startswith("sddlskd.models.") or "_target_" in json.dumps(rest):
         raise ValueError(
-            f"{path} names {target!r:.80}, which is no network of sddlskd; evaluate its run directory instead"
+            f"{path} names {target!r:.80}, which is not a network of sddlskd; "
+            "evaluate its run directory instead"
         )
     return {**named, "model": without_weights(model)}
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """A network's configuration without what would fetch published weights, for one that gets weights of its own."""
+    """Return a network's configuration without the keys that download published weights.
+
+    Use it for networks that get their weights from a file.
+    """
     return {key: value for key, value in model.items() if key not in ("pretrained", "weights")}
 
 
 def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """The state dict, key by key as torch has it."""
+    """Write a network's state dict, with torch's keys, to a .safetensors file.
+
+    Args:
+        network: The network.
+        path: The file to write.
+        metadata: Text values by key, for the file's header.
+
+    Raises:
+        ValueError: safetensors is not installed.
+    """
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -161,21 +191,35 @@ def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> 
 def to_onnx(
     classifier: Classifier, path: Path, image_CHW: Sequence[int], metadata: dict[str, str]
 ) -> None:
-    """The classifier for batches of any size. Raises ValueError where ONNX Runtime gives other logits than torch."""
+    """Write a classifier as an ONNX model for batches of any size, after checking its logits.
+
+    Args:
+        classifier: The classifier; it is left in eval mode.
+        path: The file to write.
+        image_CHW: The shape of one image: channels, height and width in pixels.
+        metadata: Text values by key, for the model's properties.
+
+    Raises:
+        ValueError: A package needed for the export is not installed, or the logits of ONNX Runtime
+            differ from torch's by more than TOLERANCE; nothing is written then.
+    """
     try:
         import onnx
         import onnxruntime  # type: ignore[import-untyped, unused-ignore]
-        import onnxscript  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  (torch's exporter needs it)
+
+        # torch's exporter needs onnxscript.
+        import onnxscript  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: {NEEDS}") from error
 
     generator = torch.Generator().manual_seed(0)
     images_BCHW, others_BCHW = (torch.rand(B, *image_CHW, generator=generator) for B in (2, 3))
     with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
+        warnings.simplefilter("ignore")  # the exporter warns about its own parts
         program = torch.onnx.export(
             classifier.eval(), (images_BCHW,), dynamo=True, verbose=False,
-            input_names=["images"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"], output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
         )  # fmt: skip
         assert program is not None
         program.save(str(Path(folder, "best.onnx")))
@@ -189,14 +233,22 @@ def to_onnx(
     size = max(1.0, expected_BK.abs().max().item())
     if not apart <= TOLERANCE * size:
         raise ValueError(
-            f"ONNX Runtime's logits differ from torch's by {apart:.2g} of {size:.2g}; nothing is written"
+            f"ONNX Runtime's logits differ from torch's by {apart:.2g} of {size:.2g}; "
+            "nothing is written"
         )
     with write_atomically(path) as file:
         file.write(content)
 
 
 def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_classes: int) -> None:
-    """A folder with the ONNX model, its signature and what it needs; what was there before is replaced."""
+    """Write an MLflow model: a folder with the ONNX model, its signature and its requirements.
+
+    Args:
+        onnx_file: The ONNX model.
+        folder: The folder to write; an existing one is replaced.
+        image_CHW: The shape of one image: channels, height and width in pixels.
+        num_classes: K, the number of classes.
+    """
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         tracking.save_model(
             onnx_file, Path(scratch, "model"), image_CHW=image_CHW, num_classes=num_classes
@@ -213,7 +265,9 @@ def _image_shape(job: Config) -> tuple[int, ...]:
 
 def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str:
     if to == "mlflow" and out and out.exists() and not (out / "MLmodel").exists():
-        raise ValueError(f"{out} is there and is no MLflow model; give --out a path that is free")
+        raise ValueError(
+            f"{out} exists and is not an MLflow model; give --out a path that does not exist"
+        )
     job = load_run(folder, allow_foreign)
     network, target, facts = (
         best_student(job, folder),
@@ -236,6 +290,7 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line of this module; exit with 1 on an error, or 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.export",
         description=__doc__,
@@ -246,10 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "trust",
         nargs="?",
         choices=[TRUST],
-        help="where the run's _target_ name code that you trust",
+        help="allow the run's _target_ values to name code of other packages; only if you trust it",
     )
     parser.add_argument("--to", choices=list(FORMATS), default="safetensors")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="instead of a place in RUN_DIR")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="the output path (default: inside RUN_DIR)"
+    )
     chosen = parser.parse_intermixed_args(arguments)
     cfg.frame()
     log_to_terminal()
@@ -258,9 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_line(_export(chosen.folder.absolute(), chosen.to, chosen.out, bool(chosen.trust)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (
-        Exception
-    ) as error:  # a network of the user's own may raise anything while it is exported
+    except Exception as error:  # a user's own network may raise any type during the export
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Writing that a crash cannot tear, and that says what a full disk lacks."""
+"""Write files so that a crash leaves no partial file, and report the space a full disk lacks."""
 
 import errno
 import os
@@ -16,10 +16,23 @@ __all__ = ["append", "put", "rotate", "write_atomically"]
 def write_atomically(
     path: Path, size: int | None = None, *, replace: bool = True
 ) -> Iterator[IO[bytes]]:
-    """A file to write to that becomes `path` as a whole or not at all (temporary file, fsync, rename).
+    """Open a temporary file for writing that becomes `path` completely or not at all.
 
-    size: bytes that will be written, where that is known. Raises OSError naming `path` and what is needed, its old
-    content untouched, where the disk is full or not writable; FileExistsError where it is there and not to be replaced.
+    When the `with` block ends, the file is flushed to the disk with fsync and renamed to `path`.
+
+    Args:
+        path: file to write; its folder is made if it is missing.
+        size: number of bytes that will be written, if known; it is shown in the error of a full
+            disk.
+        replace: whether to replace an existing `path`.
+
+    Yields:
+        The temporary file, opened for binary writing.
+
+    Raises:
+        OSError: if the disk is full or not writable. The message names `path` and the space needed,
+            and the old content of `path` is untouched.
+        FileExistsError: if `path` exists and `replace` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -36,7 +49,7 @@ def write_atomically(
         raise
     except OSError as error:
         with suppress(OSError):
-            temporary.unlink()  # before the free space is measured
+            temporary.unlink()  # before `_unsaved` measures the free space
         raise _unsaved(path, size, error) from error
     finally:
         with suppress(OSError):
@@ -49,14 +62,17 @@ def write_atomically(
 
 
 def put(new: Path, path: Path) -> None:
-    """Give a finished file a name that nothing has, however many try at once. FileExistsError where one has."""
+    """Rename the finished file `new` to `path`, which must not exist.
+
+    If several processes try this at once, one of them succeeds. Raise FileExistsError if `path`
+    exists.
+    """
     try:
         os.link(new, path)
     except FileExistsError:
         raise
-    except (
-        OSError
-    ) as error:  # a file system that knows no links: two at the same moment are not told apart
+    except OSError as error:
+        # The file system has no hard links. Two processes at the same moment may both succeed.
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         os.replace(new, path)
@@ -65,7 +81,10 @@ def put(new: Path, path: Path) -> None:
 
 
 def rotate(new: Path) -> None:
-    """x.ckpt.new becomes x.ckpt, which becomes x.previous.ckpt; cut short anywhere, it can be done again."""
+    """Rename x.ckpt, if it exists, to x.previous.ckpt, and then `new`, x.ckpt.new, to x.ckpt.
+
+    If the function is interrupted at any point, it can be called again.
+    """
     path = new.with_suffix("")
     if path.exists():
         os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
@@ -73,11 +92,13 @@ def rotate(new: Path) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add to a file and wait until the disk has it. Raises OSError as `write_atomically`, the file as it was."""
+    """Append `content` to a file, and return when the disk has it.
+
+    Raise OSError as `write_atomically` does; the file then keeps its old content.
+    """
     try:
-        with open(
-            path, "ab", buffering=0
-        ) as file:  # no buffer that would be tried again when the file is closed
+        # Unbuffered: after a failed write, closing the file would try to write a buffer again.
+        with open(path, "ab", buffering=0) as file:
             before, left = file.tell(), memoryview(content)
             try:
                 while left:
@@ -92,6 +113,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def _unsaved(path: Path, size: int | None, error: OSError) -> OSError:
+    """Return the error for a file that cannot be saved, with the space if the disk is full."""
     lack = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         there = next(place for place in path.absolute().parents if place.exists())
@@ -100,5 +122,6 @@ def _unsaved(path: Path, size: int | None, error: OSError) -> OSError:
     reason = error.strerror or error
     return OSError(
         error.errno,
-        f"cannot save {path}: {reason}{lack}; free some space or choose another folder with home=...",
+        f"cannot save {path}: {reason}{lack}; "
+        "free some space or choose another folder with home=...",
     )

@@ -1,7 +1,8 @@
-"""Data sets whose images stay files: CUB-200-2011, ImageNet and Tiny ImageNet, in the layouts they are published in.
+"""Load data sets whose images stay files: CUB-200-2011, ImageNet and Tiny ImageNet.
 
-Each loader gives `Splits` of `Files`, whose images `sddlskd.streaming` reads. Text files are read line by line, and
-what does not fit together is named with its file and line. Nothing of an image is looked at here.
+Each loader reads the layout in which the data set is published. It returns `Splits` of `Files`,
+whose images `sddlskd.streaming` reads. Text files are read line by line, and an error names the
+file and the line that do not fit together. No image is opened here.
 """
 
 import os
@@ -30,23 +31,33 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 LARGEST_ARCHIVE = 2 << 30  # bytes; CUB-200-2011 has 1.2 GB
 LARGEST_UNPACKED = 4 << 30  # bytes
-LARGEST_TEXT = 1 << 24  # bytes; CUB-200-2011's largest of those that are read has 1 MB
+# Largest size of a text file in bytes; the largest one read from CUB-200-2011 has 1 MB.
+LARGEST_TEXT = 1 << 24
 
 
 def cub200(root: str) -> Splits:
-    """CUB-200-2011 (Wah et al. 2011): 5,994 / 5,794 images of 200 birds.
+    """Return CUB-200-2011 (Wah et al. 2011): 5,994 / 5,794 images of 200 bird classes.
 
-    Read from the official folder `root`/CUB_200_2011 (images.txt, image_class_labels.txt, train_test_split.txt,
-    images/), which comes out of `root`/CUB_200_2011.tgz, fetched on first use. Images are in the order of images.txt.
-    Raises DownloadError where it cannot be had, ValueError naming file and line where the texts do not fit together.
+    Read the official folder `root`/CUB_200_2011 (images.txt, image_class_labels.txt,
+    train_test_split.txt, images/). If the folder is missing, unpack it from
+    `root`/CUB_200_2011.tgz, which is downloaded on first use. Images are in the order of
+    images.txt.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if the text files do not fit together; the message names the file and the line.
     """
     folder = Path(root).expanduser().absolute() / "CUB_200_2011"
     if not folder.is_dir():
         archive = fetch_into(CUB200_URL, CUB200_MD5, folder.parent, limit=LARGEST_ARCHIVE)
         unpack_folder(
-            archive, folder, limit=LARGEST_UNPACKED,
-            wanted=lambda p: p.parts[1:2] == ("images",) or (len(p.parts) == 2 and p.name in CUB200_TEXTS),
-        )  # fmt: skip
+            archive,
+            folder,
+            limit=LARGEST_UNPACKED,
+            wanted=lambda p: (
+                p.parts[1:2] == ("images",) or (len(p.parts) == 2 and p.name in CUB200_TEXTS)
+            ),
+        )
     tables = [_cub_table(folder / name) for name in CUB200_TEXTS[:3]]
     names, labels, in_train = tables
     for table, name in zip(tables, CUB200_TEXTS[:3], strict=True):
@@ -54,7 +65,8 @@ def cub200(root: str) -> Splits:
             image = min(odd)
             line = (names | table)[image][1]
             raise ValueError(
-                f"{folder / name} {'lacks' if image in names else 'has'} image {image}, which images.txt "
+                f"{folder / name} {'lacks' if image in names else 'has'} image {image}, "
+                "which images.txt "
                 f"{f'has in line {line}' if image in names else f'lacks (line {line})'}; {_AGAIN}"
             )
     there = _Present(folder / "images")
@@ -68,7 +80,8 @@ def cub200(root: str) -> Splits:
         label, line = labels[image]
         if not (number := _number(label)) or number > CUB200_CLASSES:
             raise ValueError(
-                f"{folder / CUB200_TEXTS[1]}:{line}: class {label[:40]!a} is none of 1..{CUB200_CLASSES}; {_AGAIN}"
+                f"{folder / CUB200_TEXTS[1]}:{line}: "
+                f"class {label[:40]!a} is not in 1..{CUB200_CLASSES}; {_AGAIN}"
             )
         flag, line = in_train[image]
         if flag not in splits:
@@ -85,34 +98,43 @@ def cub200(root: str) -> Splits:
 
 
 def imagenet(root: str, num_classes: int = 1000) -> Splits:
-    """ImageNet (ILSVRC 2012; Russakovsky et al. 2015): 1,281,167 / 50,000 images of 1,000 classes.
+    """Return ImageNet (ILSVRC 2012): 1,281,167 / 50,000 images of 1,000 classes.
 
-    Read from `root`/train/<synset>/* and `root`/val/<synset>/*; classes are numbered by their sorted synsets, as
-    published weights have them. It cannot be fetched: its licence asks for an account. Raises ValueError, in one line,
-    for a folder that is missing or laid out in another way, and for other classes than `num_classes`.
+    Citation: Russakovsky et al. 2015. Read `root`/train/<synset>/* and `root`/val/<synset>/*.
+    Classes are numbered by their sorted synsets, as published weights expect. The data set cannot
+    be downloaded here: its licence requires an account.
+
+    Raises:
+        ValueError: if a folder is missing or has another layout, or if the number of classes is not
+            `num_classes`. The message is one line.
     """
     top = Path(root).expanduser().absolute()
     if (top / "val").is_dir() and not any(path.is_dir() for path in (top / "val").iterdir()):
         raise ValueError(
-            f"{top / 'val'} holds no folders: move its images into a folder for each synset, as train/ has them "
+            f"{top / 'val'} holds no folders: move its images into a folder for each synset, "
+            "as train/ has them "
             "(the devkit's ILSVRC2012_validation_ground_truth.txt says which)"
         )
     splits = image_folder(root, "val")
     if (found := int(splits.train[1].max()) + 1) != num_classes:
         raise ValueError(
-            f"{top / 'train'} holds {found} classes, and ImageNet has {num_classes}; for others take "
-            f"dataset=image_folder dataset.num_classes={found}"
+            f"{top / 'train'} holds {found} classes, and ImageNet has {num_classes}; "
+            f"for another data set use dataset=image_folder dataset.num_classes={found}"
         )
     return splits
 
 
 def tiny_imagenet(root: str) -> Splits:
-    """Tiny ImageNet (CS231n): 100,000 / 10,000 images 64x64 of 200 classes; its test images have no labels, so that the
-    test split is its val.
+    """Return Tiny ImageNet (CS231n): 100,000 / 10,000 images 64x64 of 200 classes.
 
-    Read from `root`/tiny-imagenet-200 (wnids.txt, train/<wnid>/images/*, val/val_annotations.txt, val/images/*), which
-    comes out of `root`/tiny-imagenet-200.zip, fetched on first use. Classes are numbered by their sorted wnids. Raises
-    DownloadError where it cannot be had, ValueError naming file and line where something does not fit.
+    The test split is the published val split, because the published test images have no labels.
+    Read `root`/tiny-imagenet-200 (wnids.txt, train/<wnid>/images/*, val/val_annotations.txt,
+    val/images/*). If the folder is missing, unpack it from `root`/tiny-imagenet-200.zip, which is
+    downloaded on first use. Classes are numbered by their sorted wnids.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if the files do not fit together; the message names the file and the line.
     """
     folder = Path(root).expanduser().absolute() / "tiny-imagenet-200"
     if not folder.is_dir():
@@ -131,7 +153,7 @@ def tiny_imagenet(root: str) -> Splits:
     for name, line in sorted((text.strip(), line) for line, text in _lines(wnids)):
         if not _plain(name) or name in classes:
             raise ValueError(
-                f"{wnids}:{line}: {name[:40]!a} is no folder's name, or there twice; {_AGAIN}"
+                f"{wnids}:{line}: {name[:40]!a} is not a folder name, or is listed twice; {_AGAIN}"
             )
         classes[name] = len(classes)
     paths: list[str] = []
@@ -149,18 +171,22 @@ def tiny_imagenet(root: str) -> Splits:
 
 
 def _tiny_imagenet_val(folder: Path, classes: dict[str, int]) -> Files:
-    """Each line: the image, its wnid and a box, separated by tabs."""
+    """Return the split that val_annotations.txt lists.
+
+    Each line holds an image name, its wnid and a box, separated by tabs.
+    """
     annotations, there, lines = folder / "val_annotations.txt", _Present(folder), dict[str, int]()
     for line, text in _lines(annotations):
         name, _, rest = text.partition("\t")
         wnid = rest.partition("\t")[0].strip()
         if wnid not in classes:
             raise ValueError(
-                f"{annotations}:{line}: {wnid[:40]!a} is none of the classes in wnids.txt; {_AGAIN}"
+                f"{annotations}:{line}: {wnid[:40]!a} is not a class of wnids.txt; {_AGAIN}"
             )
         if name in lines or not there(f"images/{name}"):
             raise ValueError(
-                f"{annotations}:{line}: {name[:100]!a} is there twice, or no image in {folder / 'images'}; {_AGAIN}"
+                f"{annotations}:{line}: {name[:100]!a} is listed twice, "
+                f"or is not an image in {folder / 'images'}; {_AGAIN}"
             )
         lines[name] = classes[wnid]
     return Files(
@@ -168,11 +194,14 @@ def _tiny_imagenet_val(folder: Path, classes: dict[str, int]) -> Files:
     )
 
 
-_AGAIN = "remove the folder to have it unpacked again, or get it again"
+_AGAIN = "remove the folder to have it unpacked again, or download it again"
 
 
 class _Present:
-    """Whether a folder/name is a file below `top`; each folder is read once."""
+    """A function that returns whether <folder>/<name> is a file below `top`.
+
+    It lists each folder only once.
+    """
 
     def __init__(self, top: Path) -> None:
         self.top, self.seen = top, dict[str, set[str]]()
@@ -190,7 +219,7 @@ class _Present:
 
 
 def _plain(name: str) -> bool:
-    """Whether it is the name of a file or folder, and leads nowhere else."""
+    """Return whether `name` is the name of a file or folder that cannot lead to another folder."""
     return (
         0 < len(name.encode(errors="replace")) < 256
         and name not in (".", "..")
@@ -199,19 +228,24 @@ def _plain(name: str) -> bool:
 
 
 def _number(text: str) -> int:
-    """A positive number in plain digits; 0 for anything else."""
+    """Return the positive number that `text` gives in plain digits, or 0 for any other text."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 def _cub_table(path: Path) -> dict[int, tuple[str, int]]:
-    """{image id: (what stands after it, line)}. Raises ValueError naming the line."""
+    """Return {image id: (rest of the line, line number)} for a text file of CUB-200-2011.
+
+    Raise ValueError, naming the line, if a line has no valid image id or no value, or if an id
+    occurs twice.
+    """
     table: dict[int, tuple[str, int]] = {}
     for line, text in _lines(path):
         first, _, rest = text.partition(" ")
         image = _number(first)
         if not image or not rest.strip():
             raise ValueError(
-                f"{path}:{line}: expected an image's number and a value, found {text[:60]!a}; {_AGAIN}"
+                f"{path}:{line}: expected an image's number and a value, "
+                f"found {text[:60]!a}; {_AGAIN}"
             )
         if image in table:
             raise ValueError(
@@ -222,12 +256,16 @@ def _cub_table(path: Path) -> dict[int, tuple[str, int]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, counted from 1. Raises ValueError naming file and line."""
+    """Yield (line number, text) for each line of a text file that is not blank, counted from 1.
+
+    Raise ValueError, naming the file and the line, if the file is missing, empty, too large, or not
+    UTF-8.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; {_AGAIN}")
     if (size := path.stat().st_size) > LARGEST_TEXT:
         raise ValueError(
-            f"{path} has {size} bytes, more than the {LARGEST_TEXT} that are read; {_AGAIN}"
+            f"{path} has {size} bytes, more than the limit of {LARGEST_TEXT}; {_AGAIN}"
         )
     blank = True
     for number, content in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -235,7 +273,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             text = content.decode().rstrip("\r")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}:{number}: {content[:40]!r} is no text in UTF-8; {_AGAIN}"
+                f"{path}:{number}: {content[:40]!r} is not text in UTF-8; {_AGAIN}"
             ) from error
         if text.strip():
             blank = False

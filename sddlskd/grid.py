@@ -1,7 +1,9 @@
-"""A grid of overrides as jobs, as Hydra would compose each, in milliseconds a job instead of a quarter second.
+"""Turn a grid of overrides into jobs: the same jobs that Hydra would compose, but much faster.
 
-Hydra composes once for each set of choices and of values that others refer to; the values that nothing refers to are
-then set on copies, through the typed frame, so that their types are checked as Hydra checks them.
+Hydra needs a quarter of a second per job; this module needs milliseconds. It lets Hydra compose
+once for each set of choices and of values that other values refer to. It then sets the remaining
+values, to which nothing refers, on copies of the composed job. These values pass through the typed
+frame of the configuration, so their types are checked as Hydra checks them.
 """
 
 import copy
@@ -21,13 +23,24 @@ from sddlskd.console import explain
 
 __all__ = ["InvalidJobs", "compose_grid", "reasons_together"]
 
-NEEDED = (  # where the job that values are set on may not be valid without them, or its other values follow from them
-    "run_dir", "home", "teacher.cache", "teacher.cache_dtype", "allow_foreign_targets", "dataset.num_classes"
-)  # fmt: skip
+# Keys that must go through Hydra: other values depend on them, or the base job may be invalid
+# without them.
+NEEDED = (
+    "run_dir",
+    "home",
+    "teacher.cache",
+    "teacher.cache_dtype",
+    "allow_foreign_targets",
+    "dataset.num_classes",
+)
 
 
 class InvalidJobs(ValueError):
-    """Some jobs of a grid are not valid: every one of them, with its reason."""
+    """An error that names every invalid job of a grid with its reason.
+
+    Args:
+        reasons: (name, reason) of each invalid job; kept as the attribute `reasons`.
+    """
 
     def __init__(self, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
@@ -38,12 +51,16 @@ class InvalidJobs(ValueError):
 
 
 def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each reason, with the jobs that have it."""
+    """Return one line per reason, with the names of up to three jobs that have this reason.
+
+    `reasons` holds (name, reason) of each job.
+    """
     together: dict[str, list[str]] = {}
     for label, reason in reasons:
         together.setdefault(reason, []).append(label)
     return [
-        f"{', '.join(labels[:3])}{f' and {len(labels) - 3} more' if len(labels) > 3 else ''}: {reason}"
+        f"{', '.join(labels[:3])}{f' and {len(labels) - 3} more' if len(labels) > 3 else ''}: "
+        f"{reason}"
         for reason, labels in together.items()
     ]
 
@@ -51,10 +68,18 @@ def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
 def compose_grid(
     loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequence[str]]
 ) -> list[Config]:
-    """Each job of the grid, typed and checked, in order.
+    """Return the jobs of the grid in order, typed and checked.
 
-    sweep: the composed configuration that the grid's overrides stand beside. Raises InvalidJobs naming every job that
-    is not valid.
+    Args:
+        loader: Hydra's loader of configurations.
+        sweep: the composed configuration of the sweep, to which the overrides are added.
+        grid: the overrides of each job.
+
+    Returns:
+        One configuration per element of `grid`.
+
+    Raises:
+        InvalidJobs: if jobs are invalid; the error names all of them.
     """
     parser, groups = OverridesParser.create(), set(loader.list_groups(""))
 
@@ -78,9 +103,8 @@ def compose_grid(
         plain = not (
             override.is_add() or override.is_delete() or key in groups or "/" in key or "@" in key
         )
-        plain = (
-            plain and "${" not in text and not isinstance(override.value(), dict)
-        )  # these are Hydra's to merge
+        # Only Hydra can resolve interpolations and merge dictionaries.
+        plain = plain and "${" not in text and not isinstance(override.value(), dict)
         related = any(
             key == r or key.startswith(f"{r}.") or r.startswith(f"{key}.") for r in referred
         )
@@ -96,7 +120,8 @@ def compose_grid(
                 tuple(text for text in overrides if text not in alone)
             )
             alone_here = [text for text in alone if stands_alone(text, referred)]
-            if alone_here != alone:  # this choice refers to a value that the others do not
+            # Some chosen options refer to one of these values, so Hydra must compose all of them.
+            if alone_here != alone:
                 base, _, names_itself = composed(tuple(overrides))
                 alone_here = []
             job = copy.deepcopy(base)
@@ -125,16 +150,14 @@ def _set(job: Config, frame: DictConfig, override: Override) -> None:
     value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     if isinstance(node, dict):
         if name not in node:
-            raise ValueError(
-                f"{key} is not there; valid are {', '.join(node)} (+{key}=... adds it)"
-            )
+            raise ValueError(f"{key} is unknown; valid are {', '.join(node)} (+{key}=... adds it)")
         node[name] = override.value()
     else:
         setattr(node, name, value)
 
 
 def _referred_to(job: DictConfig) -> Iterator[str]:
-    """Every key that an interpolation mentions."""
+    """Yield every key that an interpolation in the job refers to."""
     bare = OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
     for text in _strings(OmegaConf.to_container(bare, resolve=False)):
         yield from re.findall(r"\$\{([A-Za-z_][\w.]*)\}", text)

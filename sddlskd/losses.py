@@ -1,9 +1,12 @@
 """Distillation losses: pure, unreduced functions of (student, teacher, target).
 
-Shapes: N samples (or regions of samples), K classes. Every loss takes `student_NK` and `teacher_NK` (logits) and
-`target_N` (int64 class ids) and gives `loss_N`; whoever calls it weighs and reduces. They are computed in float32
-(float64 stays float64) outside autocast, from log-probabilities throughout, so that no probability is ever
-logarithmed after it has underflowed. A loss of one's own is any callable of that form.
+Shapes: N samples (or regions of samples), K classes.
+
+Every loss takes `student_NK` and `teacher_NK` (logits) and `target_N` (int64 class ids) and returns
+`loss_N`; the caller weights and reduces `loss_N`. A custom loss is any callable of that form.
+
+Losses are computed in float32 (float64 stays float64) outside autocast. They use log-probabilities
+throughout, so that no loss takes the logarithm of a probability that has underflowed.
 """
 
 import torch
@@ -14,27 +17,32 @@ __all__ = ["dkd", "kd", "nkd"]
 
 
 def _log_probabilities(logits_NK: Tensor, temperature: float) -> Tensor:
-    """log softmax(z / T) in at least float32, whatever autocast says."""
+    """Return log softmax(z / T) in at least float32, with autocast disabled."""
     with torch.autocast(logits_NK.device.type, enabled=False):
         wide = torch.promote_types(logits_NK.dtype, torch.float32)
         return F.log_softmax(logits_NK.to(wide) / temperature, dim=-1)
 
 
 def _kl_divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
-    """KL(p || q) per row, from log-probabilities."""
+    """Return KL(p || q) of each row, (N,), from log-probabilities."""
     return F.kl_div(log_q_NK, log_p_NK, reduction="none", log_target=True).sum(-1)
 
 
 def _split_off_target(
     logits_NK: Tensor, target_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p_target (N), log(1 - p_target) (N) and the log-distribution over the K-1 other classes (N, K-1)."""
+    """Split the softmax at `temperature` into the target class and the other classes.
+
+    Returns log p_target (N,), log(1 - p_target) (N,), and the log-probabilities of the K-1 other
+    classes, renormalised without the target (N, K-1).
+    """
     log_p_NK = _log_probabilities(logits_NK, temperature)
     N, K = log_p_NK.shape
     others_NK1 = torch.arange(K - 1, device=target_N.device).expand(N, K - 1)
     others_NK1 = others_NK1 + (others_NK1 >= target_N[:, None])  # class ids without the target
     log_others_NK1 = log_p_NK.gather(1, others_NK1)
-    log_rest_N = log_others_NK1.logsumexp(1)  # exact where 1 - p would cancel
+    # Computing 1 - p_target would cancel if p_target is close to 1; this sum stays exact.
+    log_rest_N = log_others_NK1.logsumexp(1)
     return (
         log_p_NK.gather(1, target_N[:, None])[:, 0],
         log_rest_N,
@@ -43,10 +51,18 @@ def _split_off_target(
 
 
 def kd(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
-    """Knowledge distillation: T^2 * KL(teacher || student) at temperature T. Returns (N,).
+    """Return the knowledge distillation loss T^2 * KL(teacher || student) at temperature T.
 
-    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". `target_N` is not used; it is taken so
-    that every loss has one form.
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
+
+    Args:
+        student_NK: logits of the student, (N, K).
+        teacher_NK: logits of the teacher, (N, K).
+        target_N: unused; a parameter only so that all losses have the same signature.
+        temperature: T, by which the logits are divided.
+
+    Returns:
+        The loss of each sample, (N,).
     """
     log_teacher_NK = _log_probabilities(teacher_NK, temperature)
     log_student_NK = _log_probabilities(student_NK, temperature)
@@ -62,11 +78,24 @@ def dkd(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """Decoupled knowledge distillation: T^2 * (alpha * TCKD + beta * NCKD). Returns (N,).
+    """Return the decoupled knowledge distillation loss T^2 * (alpha * TCKD + beta * NCKD).
 
-    TCKD is the KL divergence of the binary (target, rest) distributions, NCKD that of the distributions over the other
-    classes. Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", Eq. 7. The released code takes the target out
-    of NCKD by subtracting 1000 from its logit; here it is left out exactly.
+    TCKD is the KL divergence of the binary distributions (target, rest). NCKD is the KL divergence
+    of the distributions over the other classes. The released code removes the target from NCKD by
+    subtracting 1000 from its logit; this function excludes the target exactly.
+
+    Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", Eq. 7.
+
+    Args:
+        student_NK: logits of the student, (N, K).
+        teacher_NK: logits of the teacher, (N, K).
+        target_N: class ids, int64, (N,).
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: T, by which the logits are divided.
+
+    Returns:
+        The loss of each sample, (N,).
     """
     s_target_N, s_rest_N, s_others_NK1 = _split_off_target(student_NK, target_N, temperature)
     t_target_N, t_rest_N, t_others_NK1 = _split_off_target(teacher_NK, target_N, temperature)
@@ -86,12 +115,26 @@ def nkd(
     temperature: float,
     exclude_target: bool = True,
 ) -> Tensor:
-    """Normalised knowledge distillation. Returns (N,).
+    """Return the normalised knowledge distillation (NKD) loss.
 
-    -p_t log p_s of the target at T = 1, plus gamma * T^2 * cross-entropy of the distributions over the other classes.
+    The first term is -p_t * log p_s of the target class at T = 1, with p_t the teacher's and p_s
+    the student's probability. The second term is gamma * T^2 * cross-entropy of the distributions
+    over the other classes.
+
     Source: Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation", Eq. 8.
-    `exclude_target=False` reproduces the released SDD and NKD code, whose mask masks nothing: there the second term is
-    the cross-entropy over all K classes.
+
+    Args:
+        student_NK: logits of the student, (N, K).
+        teacher_NK: logits of the teacher, (N, K).
+        target_N: class ids, int64, (N,).
+        gamma: weight of the second term.
+        temperature: T of the second term, by which the logits are divided.
+        exclude_target: whether the second term excludes the target class, as in the paper. False
+            reproduces the released SDD and NKD code, in which the mask has no effect: the second
+            term is then the cross-entropy over all K classes.
+
+    Returns:
+        The loss of each sample, (N,).
     """
     log_s_NK, log_t_NK = _log_probabilities(student_NK, 1.0), _log_probabilities(teacher_NK, 1.0)
     index_N1 = target_N[:, None]

@@ -1,4 +1,4 @@
-"""How far something long has come: a bar on a terminal, a line of the log every ten seconds elsewhere."""
+"""Progress of a long task: a bar on a terminal, else a log line every ten seconds."""
 
 import logging
 import time
@@ -9,20 +9,23 @@ __all__ = ["meter"]
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 10.0  # seconds between lines of the log
+EVERY_S = 10.0  # seconds between log lines
 
 
 @contextmanager
 def meter(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with how much is done; total: how much there is to do, None where nobody knows.
+    """Yield a function that takes the amount done so far and shows it.
 
-    unit: "bytes", which are shown in MB, or the plural of what is counted.
+    Args:
+        what: The task, as shown in front of the amounts.
+        total: The whole amount, or None if it is unknown.
+        unit: "bytes", which are shown in MB, or the plural name of the counted things.
     """
     from rich.console import Console  # slow to import
     from rich.logging import RichHandler
 
     handlers = logging.getLogger("sddlskd").handlers
-    # The log's own console where it has one: what it prints then stands above the bar, not in it.
+    # The log's own console, if it has one, prints log lines above the bar and not into it.
     console = next((h.console for h in handlers if isinstance(h, RichHandler)), None) or Console(
         stderr=True
     )

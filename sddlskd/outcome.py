@@ -1,4 +1,4 @@
-"""What became of a sweep's jobs, as their run directories tell it, and how a job that cannot tell it is settled."""
+"""Outcomes of a sweep's jobs: read them from the run directories, and record those of dead jobs."""
 
 import json
 import logging
@@ -13,12 +13,13 @@ __all__ = ["LOCK", "STATES", "read_manifest", "result_of", "settle", "state_of"]
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # in the sweep's folder: two launches may add jobs to its lists at once
+# File in the sweep's folder. It guards the lists of jobs, which two launches may extend at once.
+LOCK = ".lock"
 STATES = ("finished", "running", "queued", "interrupted", "failed", "new")
 
 
 def state_of(folder: Path) -> str:
-    """finished, running, interrupted, failed or new (never started)."""
+    """Return the state of a run: finished, running, interrupted, failed or new (never started)."""
     status = record.read_result(folder).get("status")
     if status == RUNNING:
         return "interrupted" if record.abandoned(folder) else "running"
@@ -26,7 +27,7 @@ def state_of(folder: Path) -> str:
 
 
 def result_of(job: Config) -> dict[str, Any]:
-    """result.json, or what stands for it where the job has not started."""
+    """Return the content of the job's result.json, or a placeholder if the job has not started."""
     nothing = {
         "status": "NEW",
         "reason": "",
@@ -39,10 +40,18 @@ def result_of(job: Config) -> dict[str, Any]:
 
 
 def settle(job: Config, status: str, reason: str) -> None:
-    """Write the outcome of a job that was killed without a word; who has it open is left alone."""
+    """Write the outcome of a job that was killed before it could write an outcome itself.
+
+    If another process has the job open, log a warning and leave the record unchanged.
+
+    Args:
+        job: the job.
+        status: FAILED or KILLED, for result.json.
+        reason: why the job ended, for result.json.
+    """
     try:
         opened = record.Record(job)
-    except record.InUse as error:  # it lives on elsewhere
+    except record.InUse as error:  # another process still trains the job
         log.warning("%s", error)
         return
     opened.settle(status, reason)
@@ -54,6 +63,6 @@ def settle(job: Config, status: str, reason: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """{name, command, folder, time, jobs}."""
+    """Return the content of a sweep's sweep.json: {name, command, folder, time, jobs}."""
     content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
     return content

@@ -1,4 +1,8 @@
-"""The lock file of a home's teachers: what a file was when it first came, so that another one is refused afterwards."""
+"""Read and write the lock file of a home's teachers.
+
+The lock file pins the sha256 of each teacher file on first use, so that a different file is refused
+later.
+"""
 
 import json
 from datetime import UTC, datetime
@@ -13,17 +17,21 @@ __all__ = ["check", "key_of", "lock_path", "pin", "pinned"]
 
 
 def lock_path(home: str) -> Path:
-    """{"pins": {key: {"sha256", "source", "first_seen"}}}; keys: <dataset>/<network>, and addresses of archives."""
+    """Return the path of the lock file.
+
+    Its content is {"pins": {key: {"sha256", "source", "first_seen"}}}. A key is <dataset>/<network>
+    or the URL of an archive.
+    """
     return Path(home, "teachers", "lock.json")
 
 
 def key_of(dataset: str, network: str) -> str:
-    """What a teacher's pin is called."""
+    """Return the key of a teacher's pin: <dataset>/<network>."""
     return f"{dataset}/{network}"
 
 
 def pinned(home: str) -> dict[str, dict[str, str]]:
-    """All pins of a home. Raises ValueError where the file is damaged."""
+    """Return all pins of a home by key. Raise ValueError if the lock file is damaged."""
     path = lock_path(home)
     if not path.exists():
         return {}
@@ -33,27 +41,51 @@ def pinned(home: str) -> dict[str, dict[str, str]]:
             isinstance(pin["sha256"], str) and isinstance(pin["source"], str)
             for pin in pins.values()
         ):
-            raise TypeError("a pin is no text")
+            raise TypeError("a pin is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}): put a copy back, or remove it to trust the files here"
+            f"{path} is damaged ({type(error).__name__}): put a copy back, "
+            "or remove it to trust the files that are present"
         ) from error
     return dict(pins)
 
 
 def check(home: str, key: str, sha256: str) -> bool:
-    """Whether something is pinned under this key. Raises ValueError where it is another file."""
+    """Return whether a file is pinned under a key, and check that the file is the pinned one.
+
+    Args:
+        home: The folder that holds data/, teachers/ and runs/.
+        key: The pin's key: <dataset>/<network>, or the URL of an archive.
+        sha256: The file's sha256 in hexadecimal.
+
+    Returns:
+        False if nothing is pinned under the key.
+
+    Raises:
+        ValueError: A file with another sha256 is pinned, or the lock file is damaged.
+    """
     pin = pinned(home).get(key)
     if pin and pin["sha256"] != sha256:
         raise ValueError(
-            f"{key} has changed: its sha256 is {sha256[:16]}..., pinned is {pin['sha256'][:16]}... of {pin['source']}. "
-            f"Put that file back, or, if the change is meant, remove the entry {key} from {lock_path(home)}"
+            f"{key} has changed: its sha256 is {sha256[:16]}..., but the pinned sha256 is "
+            f"{pin['sha256'][:16]}... (from {pin['source']}). Put the pinned file back or, if the "
+            f"change is intended, remove the entry {key} from {lock_path(home)}"
         )
     return pin is not None
 
 
 def pin(home: str, key: str, sha256: str, source: str) -> None:
-    """Pin a file on first use. Raises ValueError where another one is pinned already."""
+    """Pin a file on first use; do nothing if the same file is already pinned.
+
+    Args:
+        home: The folder that holds data/, teachers/ and runs/.
+        key: The pin's key: <dataset>/<network>, or the URL of an archive.
+        sha256: The file's sha256 in hexadecimal.
+        source: The URL or path that the file came from.
+
+    Raises:
+        ValueError: Another file is already pinned under the key, or the lock file is damaged.
+    """
     path = lock_path(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):

@@ -1,4 +1,4 @@
-"""Worker processes on this machine, which take the groups of a sweep one after the other."""
+"""Worker processes on this machine that train the groups of a sweep one after the other."""
 
 import logging
 import os
@@ -25,27 +25,38 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Task:
-    """A group to run, and how many workers died of it."""
+    """A group of jobs to run.
+
+    Attributes:
+        jobs: the jobs, which are trained side by side.
+        deaths: number of workers that died while they ran these jobs.
+    """
 
     jobs: list[Config]
     deaths: int = 0
 
 
 class Pool:
-    """Worker processes, one a device, that take groups from a queue.
+    """Worker processes, one per device, that take groups of jobs from a queue.
 
-    devices: auto (the jobs' trainer.device; where that is auto too, every visible GPU, else one CPU worker) or a list
-    of trainer.device values; CPU workers share the cores. A group whose worker dies is run again from its checkpoints,
-    once; the next time it is split into single jobs, to find the one that kills. A group that is too large for the
-    device's memory is halved.
+    If a worker dies, its group runs again from its checkpoints. If a worker dies of the same group
+    again, the group is split into single jobs, to find the job that kills workers. A group that is
+    too large for the device's memory is halved.
+
+    Args:
+        devices: a list of trainer.device values, one per worker; CPU workers share the cores. The
+            value auto uses the jobs' trainer.device; if that is auto too, there is one worker per
+            visible GPU, or one CPU worker if there is no GPU.
+        fail_fast: whether to stop the sweep at the first job that fails.
     """
 
-    here = True  # the jobs run on this machine
+    here = True  # whether the jobs run on this machine
 
     def __init__(self, devices: Any, *, fail_fast: bool) -> None:
         if not devices:
             raise ValueError(
-                "hydra.launcher.devices=[] has no device; give auto or a list such as [cuda:0,cuda:1] or [cpu,cpu]"
+                "hydra.launcher.devices=[] has no device; give auto or a list such as "
+                "[cuda:0,cuda:1] or [cpu,cpu]"
             )
         self.auto = devices == "auto"
         listed = [devices] if isinstance(devices, str) else devices
@@ -53,13 +64,23 @@ class Pool:
         self.fail_fast = fail_fast
         self.queue: deque[Task] = deque()
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
-        self.asked_to_stop, self.signal = 0, 0  # how often, and by which signal the last time
+        # The number of stop signals received so far, and the last of these signals.
+        self.asked_to_stop, self.signal = 0, 0
 
     def check(self, jobs: Sequence[Config]) -> None:
-        """Called before anything is written."""
+        """Accept all jobs; a pool has nothing to check before the sweep writes its files."""
 
     def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
-        """Run every group; gives KILLED where a person stopped it, else FINISHED. visible: this machine's devices."""
+        """Run every group and wait until all of them have ended.
+
+        Args:
+            groups: jobs to run; the jobs of a group are trained side by side.
+            sweep: folder of the sweep; not used.
+            visible: devices of this machine, for jobs and pools whose device is auto.
+
+        Returns:
+            KILLED if a signal stopped the sweep, otherwise FINISHED.
+        """
         self.queue.extend(Task(list(group)) for group in groups)
         if self.auto:
             asked = {task.jobs[0].trainer.device for task in self.queue}
@@ -72,7 +93,7 @@ class Pool:
                 for slot in range(len(self.devices)):
                     if slot not in self.busy and (task := self._next(self.devices[slot])):
                         self.busy[slot] = self._start(slot, task)
-                        if self.asked_to_stop:  # while the worker was being started
+                        if self.asked_to_stop:  # the signal came while the worker was starting
                             self.busy[slot][0].send_signal(self.signal)
                 for slot, (worker, task) in list(self.busy.items()):
                     if worker.poll() is not None:
@@ -93,9 +114,10 @@ class Pool:
         return KILLED if self.asked_to_stop else FINISHED
 
     def _next(self, device: str) -> Task | None:
-        """The first group for this device: a job's own trainer.device counts, unless the sweep lists devices.
+        """Return the next group for this device, or None if no group may start now.
 
-        One whose jobs take several devices each (trainer.devices) has them all to itself.
+        A job's own trainer.device counts, unless the sweep lists devices. A group whose jobs take
+        several devices each (trainer.devices) runs only while no other group does.
         """
         if self.asked_to_stop or any(
             task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()
@@ -116,7 +138,8 @@ class Pool:
             numbers = [
                 name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")
             ]
-            if numbers:  # of the GPUs that we see
+            # The numbers count the GPUs visible to this process, which may be a subset already.
+            if numbers:
                 seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(
                     seen[int(n)] if seen != [""] else n for n in numbers
@@ -132,8 +155,8 @@ class Pool:
         ]
         command += ["--threads", str(self.threads)] if self.threads and device == "cpu" else []
         command += ["--progress", "plain"] if len(self.devices) > 1 else []
-        # A session of its own: Ctrl-C reaches the workers through us, once.
         command += [job.run_dir for job in task.jobs]
+        # In a session of its own, the worker receives Ctrl-C once, through this process.
         return subprocess.Popen(command, env=environment, start_new_session=True), task
 
     def _ended(self, code: int, task: Task) -> None:
@@ -145,7 +168,7 @@ class Pool:
         if code == BUSY:
             free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
             log.warning(
-                "%d jobs are run by another process and are left to it", len(left) - len(free)
+                "%d jobs are left to another process, which is running them", len(left) - len(free)
             )
             if free and (len(free) < len(left) or task.deaths == 0):
                 self.queue.append(Task(free, task.deaths + (len(free) == len(left))))
@@ -153,7 +176,7 @@ class Pool:
         if code == TOO_LARGE and len(left) > 1:
             half = len(left) // 2
             log.warning(
-                "%d jobs do not fit side by side: going on with %d and %d",
+                "%d jobs do not fit side by side: continuing with groups of %d and %d",
                 len(left),
                 half,
                 len(left) - half,
@@ -163,7 +186,7 @@ class Pool:
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if task.deaths == 0:
             log.warning(
-                "a worker died (%s): its %d jobs go on from their checkpoints", why, len(left)
+                "a worker died (%s): its %d jobs continue from their checkpoints", why, len(left)
             )
             self.queue.appendleft(Task(left, 1))
         elif len(left) > 1:
@@ -196,7 +219,7 @@ class Pool:
             worker.send_signal(number) if self.asked_to_stop == 1 else worker.kill()
         log.warning(
             "%s",
-            "stopping after this step with all checkpoints saved; once more stops at once"
+            "stopping after this step with all checkpoints saved; a second signal stops at once"
             if self.asked_to_stop == 1
             else "stopped",
         )

@@ -1,6 +1,7 @@
-"""What can be known to be wrong with a job before it starts: no weights are made and nothing is written.
+"""Checks that find invalid jobs before they start, without creating weights or writing files.
 
-A sweep runs it in a process of its own, so that the one that waits for hours holds neither torch nor images.
+A sweep runs these checks in a separate process. The process that then waits for hours holds neither
+torch nor images.
 """
 
 import json
@@ -26,13 +27,14 @@ __all__ = ["look", "main", "problems"]
 
 
 def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
-    """The jobs that cannot run, each with the reason in one line."""
+    """Return (job, reason) for each job that cannot run; each reason is one line."""
 
     @cache
     def shape(load: str) -> tuple[int, ...] | Exception:
         try:
             splits: Splits = instantiate(by_key[load].dataset.load)
-        except Exception as error:  # kept, so that what cannot be fetched is asked for once
+        except Exception as error:
+            # Return the error, so that the cache prevents a second attempt to download.
             return error
         if isinstance(splits.train, Files):
             of_files.add(load)
@@ -46,7 +48,8 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         N, H, W, C = found
         if batch_size > N:
             raise ValueError(
-                f"trainer.batch_size={batch_size} is larger than the {N} images of dataset={job.dataset.name}"
+                f"trainer.batch_size={batch_size} is larger than the {N} images of "
+                f"dataset={job.dataset.name}"
             )
         return C, H, W
 
@@ -58,7 +61,7 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         return int(min(logit_map.shape[2:]))
 
     by_key: dict[str, Any] = {}
-    of_files: set[str] = set()  # the keys of data sets that stay on the disk
+    of_files: set[str] = set()  # keys of data sets whose images stay on disk
     found = []
     for job in jobs:
         seen = [job.dataset.load, job.dataset.size]
@@ -66,7 +69,8 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
         by_key.update(zip(keys, (job, job.student.model, job.teacher.model), strict=True))
         try:
             check_places(job.trainer.device, job.trainer.devices)
-            if job.teacher.checkpoint:  # a mistyped path shows before any data is fetched
+            # Report a mistyped path before any data is downloaded.
+            if job.teacher.checkpoint:
                 check_teacher(job)
             image = data(keys[0], job.trainer.batch_size)
             check_teacher(job)
@@ -85,8 +89,15 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
 
 
 def look(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
-    """problems: of the jobs to run, each as (place, reason); changed: the places of finished jobs that learnt from
-    another teacher file than is there now; devices: of this machine."""
+    """Return the problems of the jobs to run and facts that the sweep needs, as a dictionary.
+
+    The dictionary has the keys
+
+    - problems: (index in `todo`, reason) of each job that cannot run;
+    - changed: indices in `finished` of the jobs that learnt from another teacher file than the
+      current one;
+    - devices: devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
+    """
     place = {id(job): i for i, job in enumerate(todo)}
     cuda = (
         [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -103,9 +114,10 @@ def look(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """From (jobs to run, finished jobs), pickled on stdin, to what `look` finds, as JSON on stdout."""
+    """Read (jobs to run, finished jobs) as pickle from stdin; write what `look` returns as JSON."""
     todo, finished = pickle.load(sys.stdin.buffer)
-    answers, sys.stdout = sys.stdout, sys.stderr  # a user's network or data set may print
+    # A user's network or data set may print, which must not mix with the JSON.
+    answers, sys.stdout = sys.stdout, sys.stderr
     answers.write(json.dumps(look(todo, finished)))
 
 

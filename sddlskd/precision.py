@@ -1,4 +1,4 @@
-"""Devices and number formats: what `trainer.device` and `trainer.precision` mean."""
+"""Resolve `trainer.device` and `trainer.precision` to torch devices and autocast contexts."""
 
 import torch
 
@@ -8,13 +8,17 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context for the networks' forward pass; losses leave it and are computed in float32."""
+    """Return the autocast context for the networks' forward pass.
+
+    `precision` is "fp32" (autocast disabled), "bf16" or "fp16". Losses are computed outside this
+    context, in float32.
+    """
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def describe(device: torch.device) -> str:
-    """The device in words: its name, or how many CPU threads are used."""
+    """Return the GPU's name, or the device type and the number of CPU threads."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -23,9 +27,21 @@ def describe(device: torch.device) -> str:
 
 
 def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
-    """auto, cpu, cuda, cuda:<n> or mps as a device that is here. Raises ValueError naming the value and the cure.
+    """Return the torch device that `trainer.device` names, after checking that it is available.
 
-    place: of this process among the `places` that share a batch on this machine; each takes a GPU of its own.
+    Args:
+        name: "auto", "cpu", "cuda", "cuda:<n>" or "mps". "auto" prefers CUDA, then MPS, then the
+            CPU.
+        place: index of this process among the processes that share a batch on this machine
+            (the local rank).
+        places: number of those processes. Each takes its own GPU.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        ValueError: if the device is unknown or unavailable, or if `places` processes cannot share
+            it. The message names the value and what to use instead.
     """
     device = _device(name)
     if places == 1 or device.type == "cpu":
@@ -35,9 +51,9 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
             f"trainer.device={name} is one device for {places} processes; use cuda or cpu"
         )
     count = torch.cuda.device_count()
-    if (
-        count == 1
-    ):  # a scheduler shows each process its own GPU; nccl refuses one that two processes share
+    # A scheduler may show each process its own GPU only, as cuda:0. If two processes do share one
+    # GPU, nccl refuses it.
+    if count == 1:
         return torch.device("cuda", 0)
     if place >= count:
         raise ValueError(
@@ -47,7 +63,10 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
 
 
 def check_places(name: str, places: int) -> None:
-    """Raises ValueError unless `places` processes that are started here can share a batch on this device."""
+    """Raise ValueError unless `places` processes on this machine can share a batch.
+
+    `name` is a device as `pick_device` takes it; CUDA requires one GPU per process.
+    """
     device = pick_device(name, 0, places)
     count = torch.cuda.device_count() if device.type == "cuda" else places
     if places > count:
@@ -75,11 +94,12 @@ def _device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
             raise ValueError(
-                f"trainer.device={name} needs CUDA, and none is available here; use trainer.device=cpu or auto"
+                f"trainer.device={name} needs CUDA, and none is available here; "
+                "use trainer.device=cpu or auto"
             )
         if (device.index or 0) >= count:
             raise ValueError(
-                f"trainer.device={name} is not here; this machine has cuda:0 to cuda:{count - 1}"
+                f"trainer.device={name} does not exist; this machine has cuda:0 to cuda:{count - 1}"
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():

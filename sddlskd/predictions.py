@@ -1,6 +1,9 @@
-"""What figures need beyond metrics: logits, region predictions and features on the test split, in one small file.
+"""Data for figures beyond metrics: test-split logits, region predictions and features.
 
-Shapes: N test images, n the first of them, k examples, K classes, R = m*m regions of the finest scale m, C channels.
+Each run stores these arrays in one small file.
+
+Shapes: N test images, n the first of them, k examples, K classes, R = m*m regions of the finest
+scale m, C channels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,8 +19,10 @@ from sddlskd.files import write_atomically
 
 __all__ = ["EXAMPLES", "FEATURES", "collect", "write"]
 
-FEATURES = 1000  # images whose features are kept
-EXAMPLES = 24  # images kept where a region and the whole map disagree
+FEATURES = 1000  # number of images whose features are kept
+
+# Number of example images kept, on which a region and the whole map of the teacher disagree.
+EXAMPLES = 24
 
 Arrays = dict[str, np.ndarray]
 
@@ -29,10 +34,32 @@ def collect(
     batches: Iterable[tuple[Tensor, Tensor]],
     M: Sequence[int],
 ) -> Arrays:
-    """target (N,); logits (N,K) and features (n,C) of the student, with teacher_ before them those of the teacher; with
-    a teacher also scale (m), student_regions and regions (N,R), the classes that student and teacher predict for
-    each region of the finest scale, row by row, and sample (k,), the first test images where a region of the teacher
-    and its whole map disagree. Logits and features are spatial means, in float16; networks are left in eval mode.
+    """Run the networks on the test batches and return the arrays that figures need.
+
+    Logits and features are spatial means in float16. Features are present only if the network has
+    a `features` method. Both networks are left in eval mode.
+
+    Args:
+        student: network from images_BCHW to a logit map (B, K, H, W).
+        teacher: network of the same form, or None for a student trained without a teacher.
+        batches: (images_BCHW, target_B) of the test split.
+        M: the scales; regions are predicted at the finest scale m = max(M).
+
+    Returns:
+        The arrays by name:
+
+        - target: class ids, (N,).
+        - logits: logits of the student, (N, K).
+        - features: features of the student, (n, C), with n at most `FEATURES`.
+
+        With a teacher also:
+
+        - teacher_logits, teacher_features: the same for the teacher.
+        - scale: m, a scalar.
+        - student_regions, regions: classes that the student and the teacher predict for each
+          region of the finest scale, row by row, (N, R).
+        - sample: indices of the first test images for which the class of any region of the teacher
+          differs from the class of its whole map, (k,), with k at most `EXAMPLES`.
     """
     networks = {"": student} if teacher is None else {"": student, "teacher_": teacher}
     parts: dict[str, list[Tensor]] = {"target": []}
@@ -58,8 +85,9 @@ def collect(
 
 
 def write(path: Path, arrays: Arrays) -> None:
-    """Write the arrays as a compressed .npz, whole or not at all."""
-    buffer = BytesIO()  # so that a full disk is met by one plain write, whose size is known
+    """Write the arrays to a compressed .npz file atomically: the whole file or none of it."""
+    # Compress in memory first, so that only one plain write of known size can meet a full disk.
+    buffer = BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     content = buffer.getbuffer()
     with write_atomically(path, content.nbytes) as file:

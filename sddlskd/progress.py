@@ -1,4 +1,4 @@
-"""What a person sees while runs train: a live table on a terminal, plain lines elsewhere."""
+"""Progress display of training: a live table on a terminal, else plain lines."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Seen(Protocol):
-    """What the view reads of a run."""
+    """The attributes of a run that the view reads."""
 
     label: str
     epoch: int
@@ -30,13 +30,20 @@ class Seen(Protocol):
     state: str
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether the run has neither ended nor failed."""
+        ...
 
 
 class View:
-    """Epoch, loss, top-1, images/s and time left of each run.
+    """A display of epoch, loss, top-1 (%), images/s and time left of each run.
 
-    mode: auto (live on a terminal, plain lines elsewhere), plain or off. steps: batches of an epoch; batch: images.
+    Args:
+        runs: The runs to show.
+        mode: "auto" (live table on a terminal, else plain lines), "plain" or "off".
+        epochs: Number of epochs of each run.
+        steps: Batches per epoch.
+        batch: Images per batch.
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class View:
     ) -> None:
         self.runs, self.epochs, self.steps, self.batch = runs, epochs, steps, batch
         handlers = logging.getLogger("sddlskd").handlers
-        # The log's own console where it has one: what it prints then stands above the table, not in it.
+        # The log's own console, if it has one, prints log lines above the table and not into it.
         self.console = next(
             (h.console for h in handlers if isinstance(h, RichHandler)), None
         ) or Console(file=sys.stderr)
@@ -71,6 +78,7 @@ class View:
             self.live.stop()
 
     def _done(self) -> int:
+        """Return the steps that the slowest active run has done, or all steps if none is active."""
         running = (run for run in self.runs if run.alive)
         return min(
             ((run.epoch - 1) * self.steps + run.step for run in running),
@@ -78,7 +86,7 @@ class View:
         )
 
     def _rate(self) -> float:
-        """Steps a second since the view was opened."""
+        """Return the steps per second since the view was opened."""
         return (self._done() - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
 
     def _left(self) -> str:
@@ -86,17 +94,23 @@ class View:
         return duration((self.epochs * self.steps - self._done()) / rate) if rate > 0 else "?"
 
     def look(self) -> None:
-        """Called at the steps where the losses were read."""
+        """Update the live table; called at the steps at which the losses were read."""
         if self.live:
             self.live.update(self._table(), refresh=True)
 
     def epoch(self, run: Seen) -> None:
-        """Called when a run ended an epoch."""
+        """Report that `run` has ended an epoch: a plain line, or an update of the live table."""
         if self.plain:
             log.info(
                 "%s  epoch %d/%d  loss %.4f  top-1 %.2f  %.0f images/s  %s left",
-                run.label, run.epoch - 1, self.epochs, run.loss, run.val_top1, self._rate() * self.batch, self._left(),
-            )  # fmt: skip
+                run.label,
+                run.epoch - 1,
+                self.epochs,
+                run.loss,
+                run.val_top1,
+                self._rate() * self.batch,
+                self._left(),
+            )
         self.look()
 
     def _table(self) -> Table:

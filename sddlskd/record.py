@@ -1,4 +1,7 @@
-"""The run directory: a run's frozen configuration, its metrics and its result. It is the record; MLflow mirrors it."""
+"""The run directory: a run's frozen configuration, its metrics and its result.
+
+The run directory is the authoritative record; MLflow mirrors it.
+"""
 
 import json
 import logging
@@ -37,34 +40,40 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file, or leave it as it was."""
+    """Write a text file atomically: if the write fails, the old file stays as it was."""
     content = text.encode()
     with write_atomically(path, len(content)) as file:
         file.write(content)
 
 
 class LogFile(logging.FileHandler):
-    """train.log: where it cannot be written, the run goes on without what it would have said."""
+    """The file train.log of a run. If a line cannot be written, the run continues without it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called by logging, which would print a traceback for every line."""
+        """Ignore the error, for which logging would print a traceback per line."""
 
     def close(self) -> None:
-        """Called at the end, when what a full disk did not take would be tried again."""
+        """Close the file, and ignore an error of the final flush, such as a full disk."""
         with suppress(OSError):
             super().close()
 
 
 class InUse(ValueError):
-    """Another process has the run directory open."""
+    """Raised if another process has the run directory open."""
 
 
 class Damaged(ValueError):
-    """A file of a record that a disk or a person spoilt: every one is written whole."""
+    """Raised if a file of a run directory is damaged.
+
+    All these files are written as a whole, so only a disk or a person can have damaged the file.
+    """
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """The content of result.json; {} where the run has not started."""
+    """Return the content of result.json, or {} if the run has not started.
+
+    Raises Damaged, with a way to repair the run.
+    """
     try:
         content = _read_json(folder / "result.json")
         if content and content.get("status") not in (RUNNING, FINISHED, FAILED, KILLED):
@@ -75,11 +84,11 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file. Raises Damaged."""
+    """Return the content of a JSON file, or {} if it is missing. Raises Damaged."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError("no object")
+            raise ValueError("not a JSON object")
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -88,7 +97,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def note_requeues(folder: Path, job: str, times: int) -> None:
-    """Note how often SLURM put this job back into its queue so far."""
+    """Write down how often SLURM has requeued this job so far.
+
+    Args:
+        folder: The run directory.
+        job: The id of the SLURM job.
+        times: The number of requeues of the job.
+    """
     write_text(folder / "requeues.json", json.dumps({**_requeues(folder), job: times}))
 
 
@@ -98,7 +113,10 @@ def _requeues(folder: Path) -> dict[str, int]:
 
 
 def queue_again(folder: Path) -> None:
-    """Let a failed run count as interrupted: its old outcome must not be taken for that of the run to come."""
+    """Mark a FAILED run as KILLED, that is, as interrupted.
+
+    Otherwise its old outcome could be mistaken for the outcome of the next attempt.
+    """
     result = read_result(folder)
     if result.get("status") == FAILED:
         result |= {"status": KILLED, "reason": f"queued again after: {result['reason']}"}
@@ -106,10 +124,12 @@ def queue_again(folder: Path) -> None:
 
 
 def freeze(config: Config) -> Path:
-    """Write the resolved configuration and the code's state into the run directory; the job reads them from there.
+    """Write the resolved configuration and the code's state into the run directory, and return it.
 
-    A directory that holds this job already takes over where and how it runs this time (tracking, device, folders), and
-    keeps the state of the code that began it. Raises ValueError where it holds another job.
+    The job reads the configuration from the run directory. If the directory already holds this job,
+    its settings that do not identify the job (tracking, device, folders) are updated, unless
+    another process has the run open. The state of the code that started the job stays. Raises
+    ValueError if the directory holds another job.
     """
     folder = Path(config.run_dir)
     if holds(config):
@@ -123,14 +143,16 @@ def freeze(config: Config) -> Path:
     )
     if code["diff"]:
         write_text(folder / "code.diff", code["diff"])
-    write_text(
-        folder / "config.yaml", cfg.to_yaml(config)
-    )  # last: its presence says that the record is whole
+    # Last, because the presence of config.yaml says that the record is complete.
+    write_text(folder / "config.yaml", cfg.to_yaml(config))
     return folder
 
 
 def holds(config: Config) -> bool:
-    """Whether the job's run directory was frozen for it already; ValueError where it holds another job."""
+    """Return whether the run directory already holds the frozen configuration of this job.
+
+    Raises ValueError, with the keys that differ, if the directory holds another job.
+    """
     path = Path(config.run_dir, "config.yaml")
     if not path.exists():
         return False
@@ -143,14 +165,19 @@ def holds(config: Config) -> bool:
             if k in cfg.identity_keys() and old[k] != new[k]
         ]
         raise ValueError(
-            f"run_dir={path.parent} holds another job ({'; '.join(differing[:3])}); choose another run_dir"
+            f"run_dir={path.parent} holds another job ({'; '.join(differing[:3])}); choose "
+            "another run_dir"
         )
     return True
 
 
 @cache
 def code_state() -> dict[str, str]:
-    """Version, git revision and uncommitted changes of this package's checkout ("" where it is not in one)."""
+    """Return version, git revision and uncommitted changes of this package.
+
+    The keys are "version", "git_sha" and "diff". The last two are "" if the package is not part of
+    a git checkout.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -163,9 +190,8 @@ def code_state() -> dict[str, str]:
             return ""
         return done.stdout if done.returncode == 0 else ""
 
-    if not git(
-        "ls-files", "--", __file__
-    ):  # installed into a venv inside some other project's checkout
+    # Without this check, a package in a venv inside another project's checkout gets its revision.
+    if not git("ls-files", "--", __file__):
         return {"version": version("sddlskd"), "git_sha": "", "diff": ""}
     return {
         "version": version("sddlskd"),
@@ -175,15 +201,17 @@ def code_state() -> dict[str, str]:
 
 
 def versions() -> str:
-    """What a run's numbers may depend on, in a line."""
+    """Return the versions that a run's numbers may depend on, as one line."""
     names = ", ".join(f"{name} {version(name)}" for name in ("sddlskd", "torch"))
     return f"{names}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
 class Record:
-    """One run's directory, opened for writing by one process alone.
+    """A run directory opened for writing by one process.
 
-    Raises ValueError naming the process that has it open.
+    Opening it freezes the configuration (`freeze`) and repairs the traces of a killed process.
+    Raises InUse, naming the process, if another process has the directory open. Raises ValueError
+    if the directory holds another job.
     """
 
     def __init__(self, config: Config) -> None:
@@ -192,22 +220,21 @@ class Record:
         self._lock = FileLock(self.folder / ".lock")
         holder = self.folder / ".holder"
         try:
-            self._lock.acquire(
-                timeout=2
-            )  # seconds: `tracking.sync` takes it for a moment, to see whether a run lives
+            # In seconds. `tracking.sync` holds the lock briefly, to see whether a run is active.
+            self._lock.acquire(timeout=2)
         except Timeout:
             who = holder.read_text() if holder.exists() else "another process"
             raise InUse(
                 f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir"
             ) from None
-        with suppress(OSError):  # a full disk
+        with suppress(OSError):  # the disk may be full
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        holds(config)  # again, now that nobody else can freeze another job here
-        for left_over in self.folder.glob(
-            ".*.ckpt*.tmp"
-        ):  # of a process that was killed inside a write
+        holds(config)  # checked again: no other process can freeze another job here from now on
+        # Left by a process that was killed during a write.
+        for left_over in self.folder.glob(".*.ckpt*.tmp"):
             left_over.unlink()
-        for whole in self.folder.glob("*.ckpt.new"):  # of one that was killed right after a write
+        # Left by a process that was killed right after a write.
+        for whole in self.folder.glob("*.ckpt.new"):
             rotate(whole)
         self._log_file = LogFile(self.folder / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -217,55 +244,74 @@ class Record:
         self._mend_torn_line()
 
     def close(self) -> None:
+        """Close train.log and release the lock."""
         self.log.removeHandler(self._log_file)
         self._log_file.close()
         self._lock.release()
 
     def _mend_torn_line(self) -> None:
+        """Drop an incomplete last line of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:  # the machine went down inside a write
+            if whole != content:  # the machine crashed during a write
                 with write_atomically(path) as file:
                     file.write(whole)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics of every finished epoch."""
+        """Return the metrics of every finished epoch. Raises Damaged."""
         return read_rows(self.folder)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add an epoch's metrics, once: an epoch that is there already (a resumed run repeats it) is left alone."""
+        """Append the metrics of an epoch to metrics.jsonl.
+
+        An epoch that is already in the file is ignored: a resumed run can repeat an epoch.
+        """
         rows = self.rows()
         if rows and rows[-1]["epoch"] >= row["epoch"]:
             return
         append(self.folder / "metrics.jsonl", json.dumps(row).encode() + b"\n")
 
     def note_run_id(self) -> None:
-        """Add to result.json the id of the run's mirror in MLflow, which may have come after the outcome."""
+        """Write the id of the run's MLflow mirror into result.json.
+
+        MLflow can create the mirror after the outcome has been written.
+        """
         content, run_id = read_result(self.folder), self._run_id()
         if content and content["run_id"] != run_id:
-            with suppress(OSError):  # a full disk, which ended the run and was named then
+            with suppress(OSError):  # a full disk: it ended the run and was reported then
                 write_text(
                     self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1)
                 )
 
     def _run_id(self) -> str | None:
-        with suppress(Damaged):  # `tracking.sync` mends it
+        with suppress(Damaged):  # `tracking.sync` repairs mlflow.json
             return read_mirror(self.folder).get("run_id")
         return None
 
     def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
-        """Write result.json."""
+        """Write result.json and return its content.
+
+        Args:
+            status: RUNNING, FINISHED, FAILED or KILLED.
+            reason: Why the run ended, in one line; "" if there is nothing to explain.
+            **values: Further entries, such as best_top1 (%) or seconds.
+
+        Returns:
+            The content of result.json.
+
+        Raises:
+            OSError: If the file cannot be written. For FAILED the error is only logged.
+        """
         content = {
             "run_id": self._run_id(),
             "status": status,
             "reason": reason,
             "config_hash": self.config_hash,
             **values,
-            "requeues": sum(
-                _requeues(self.folder).values()
-            ),  # by SLURM, over the whole life of the run
+            # By SLURM, over all jobs of the run.
+            "requeues": sum(_requeues(self.folder).values()),
             "time": time.time(),
         }
         try:
@@ -273,14 +319,16 @@ class Record:
         except OSError as error:
             if status != FAILED:
                 raise
-            self.log.error(
-                "%s", error
-            )  # what made it fail was said before: the full disk, most likely
+            # The run's own error was logged before; most likely it is the same full disk.
+            self.log.error("%s", error)
         return content
 
     def settle(self, status: str, reason: str) -> dict[str, Any]:
-        """Write result.json for a run that is not there to report: its rows say how far it came, and who taught it
-        and where stays as it was."""
+        """Write result.json on behalf of a run that cannot report itself, and return its content.
+
+        Scores, epochs and seconds come from metrics.jsonl. The entries about the teacher, the
+        environment and the group size stay as they were.
+        """
         rows, earlier = self.rows(), read_result(self.folder)
         best = max(rows, key=lambda row: row["val/top1"], default=None)
         return self.result(
@@ -300,7 +348,10 @@ class Record:
 
 
 class Onlooker:
-    """What a process has in place of the record that another process keeps: it reads the folder and writes nothing."""
+    """A substitute for `Record` in a process that must not write, because rank 0 keeps the record.
+
+    It has the folder and a silent log. Its methods do nothing.
+    """
 
     def __init__(self, config: Config) -> None:
         self.folder = Path(config.run_dir)
@@ -308,17 +359,25 @@ class Onlooker:
         self.log.disabled = True
 
     def append(self, row: Mapping[str, Any]) -> None:
-        pass
+        """Do nothing; rank 0 appends the row."""
 
     def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
+        """Return {} and write nothing.
+
+        Args:
+            status: Ignored.
+            reason: Ignored.
+            **values: Ignored.
+        """
         return {}
 
     def settle(self, status: str, reason: str) -> dict[str, Any]:
+        """Return {} and write nothing."""
         return {}
 
 
 def abandoned(folder: Path) -> bool:
-    """Whether no process has this run open."""
+    """Return whether no process has this run directory open."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -329,7 +388,10 @@ def abandoned(folder: Path) -> bool:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of metrics.jsonl."""
+    """Return every complete line of metrics.jsonl as a dict, or [] if the file is missing.
+
+    Raises Damaged, naming the line.
+    """
     try:
         content = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
@@ -341,18 +403,22 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
             if not isinstance(row["epoch"], int) or not all(
                 isinstance(value, int | float) for value in row.values()
             ):
-                raise ValueError("no row of metrics")
+                raise ValueError("not a row of metrics")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Damaged(
-                f"{folder / 'metrics.jsonl'}, line {number} is damaged ({error!r:.80}); mend that line, or delete "
-                f"{folder} to start this run anew"
+                f"{folder / 'metrics.jsonl'}, line {number} is damaged ({error!r:.80}); repair "
+                f"that line, or delete {folder} to start this run anew"
             ) from None
         rows.append(row)
     return rows
 
 
 def read_mirror(folder: Path) -> dict[str, Any]:
-    """What is known of the run's mirror in MLflow: {key, uri, run_id, rows, status}. Raises Damaged."""
+    """Return the content of mlflow.json, the state of the run's mirror in MLflow.
+
+    The keys are key, uri, run_id, rows and status. The dict is empty if the file is missing. Raises
+    Damaged.
+    """
     content = _read_json(folder / "mlflow.json")
     if content.pop("checksum", _checksum(content)) != _checksum(content):
         raise Damaged(f"{folder / 'mlflow.json'} is damaged (its checksum differs)")
@@ -360,7 +426,7 @@ def read_mirror(folder: Path) -> dict[str, Any]:
 
 
 def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write mlflow.json."""
+    """Write mlflow.json with a checksum of its content."""
     write_text(folder / "mlflow.json", json.dumps({**content, "checksum": _checksum(content)}))
 
 

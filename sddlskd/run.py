@@ -1,4 +1,4 @@
-"""One student in training: its step, its state, its record.
+"""Training of one student: the training step, the state and the record of a run.
 
 Shapes: B batch, C channels, H W sides, K classes.
 """
@@ -25,17 +25,39 @@ CURE = "lower optimizer.lr or set optimizer.clip_norm"
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a run became infinite or not a number."""
+    """The error for a loss that became infinite or NaN."""
 
 
 class Run:
-    """All state of one student.
+    """The complete training state of one student.
 
-    model: the student; distill: the composed distillation loss, None for a student alone; learning_rate: epochs of
-    progress -> lr; seed: of random layers such as dropout, which draw from (seed, epoch, step) alone;
-    steps: batches of an epoch. The position is (epoch, step): epoch from 1, step = batches of it already done.
-    ranks: that share each batch; images and batch_size: of an epoch and of a batch, over all of them. Every rank has
-    the same weights and position; sums are of its own images, and rank 0 alone writes.
+    The position of a run is (epoch, step): `epoch` counts from 1, and `step` is the number of
+    batches of that epoch that are done. If the run directory holds a checkpoint, the run resumes
+    from the checkpoint.
+
+    Every rank has the same weights and position. The sums of the metrics cover the rank's own
+    images only, and only rank 0 writes files.
+
+    Args:
+        record: the run directory, opened for writing on rank 0 and for reading on other ranks.
+        label: name of the run in logs.
+        model: the student.
+        optimizer: optimizer of the student's parameters.
+        distill: the composed distillation loss; None for a student without a teacher.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of the distillation loss.
+        warmup_epochs: epochs over which the weight of the distillation loss rises linearly.
+        learning_rate: function from progress in epochs to the learning rate.
+        clip_norm: largest gradient norm; None for no clipping.
+        device: device of this rank.
+        precision: precision of the forward pass: "fp32", "bf16" or "fp16".
+        compile: whether to apply torch.compile to the student.
+        seed: seed of random layers such as dropout, which depend on (seed, epoch, step) alone, and
+            on the rank if several ranks share a batch.
+        steps: batches per epoch.
+        ranks: the ranks that share each batch.
+        images: images per epoch, over all ranks.
+        batch_size: images per batch, over all ranks.
     """
 
     def __init__(
@@ -78,16 +100,14 @@ class Run:
         self.ranks, self.images, self.batch_size = ranks, images, batch_size
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.epoch, self.step, self.seen = 1, 0, 0
-        self.sums = torch.zeros(
-            4, device=device
-        )  # over the images of this epoch: loss, ce, kd, right
-        self.bad = torch.full(
-            (2,), -1.0, device=device
-        )  # step and value of the first non-finite loss
+        # Sums over this epoch's images on this rank: loss, cross-entropy, KD loss, correct answers.
+        self.sums = torch.zeros(4, device=device)
+        # Step and value of the first non-finite loss; the step is -1 if there is none.
+        self.bad = torch.full((2,), -1.0, device=device)
         self.best_top1, self.best_epoch, self.last_top1, self.seconds = -1.0, 0, -1.0, 0.0
-        self.spent = 0.0  # seconds on this epoch by processes before this one
-        self.info: dict[str, Any] = {}  # about the teacher, for result.json
-        self.crowded = False  # whether other runs train beside it
+        self.spent = 0.0  # seconds that earlier processes spent on this epoch
+        self.info: dict[str, Any] = {}  # facts for result.json: teacher, group, environment
+        self.crowded = False  # whether other runs share the device
         self.state, self.reason = RUNNING, ""
         self.loss, self.val_top1 = float("nan"), float("nan")
         self._resume()
@@ -97,11 +117,20 @@ class Run:
     def train_step(
         self, images_BCHW: Tensor, target_B: Tensor, teacher_map_BKHW: Tensor | None
     ) -> None:
-        """One step of training on one batch. No value is read back to the host: `look` does that, now and then."""
-        own = (self.ranks.rank,) if self.ranks.count > 1 else ()  # ranks drop differently
-        torch.manual_seed(
-            hash((self.seed, self.epoch, self.step, *own)) % 2**63
-        )  # the same alone, grouped, resumed
+        """Train the student for one step on one batch.
+
+        The method does not read any value back to the host, so it does not wait for the device.
+        `look` reads the loss from time to time.
+
+        Args:
+            images_BCHW: this rank's images, float32.
+            target_B: class ids of the images, int64.
+            teacher_map_BKHW: logit map of the teacher; None for a student without a teacher.
+        """
+        # Include the rank, so that dropout differs between ranks.
+        own = (self.ranks.rank,) if self.ranks.count > 1 else ()
+        # Seed each step, so that a run draws the same numbers alone, in a group and after a resume.
+        torch.manual_seed(hash((self.seed, self.epoch, self.step, *own)) % 2**63)
         progress = self.epoch - 1 + self.step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress)
@@ -120,7 +149,8 @@ class Run:
             loss = loss + self.kd_weight * min(self.epoch / self.warmup_epochs, 1.0) * loss_kd
 
         self.optimizer.zero_grad(set_to_none=True)
-        # The ranks' gradients are averaged: weighed by their shares, that is the gradient of the whole batch.
+        # The gradients are averaged over the ranks. Weighting each rank's loss by its share of the
+        # images makes that average the gradient of the whole batch.
         self.scaler.scale(loss * (count * self.ranks.count / whole)).backward()  # type: ignore[no-untyped-call]
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -140,7 +170,11 @@ class Run:
         self.step, self.seen = self.step + 1, self.seen + whole
 
     def look(self) -> None:
-        """Read the loss (this waits for the device). Raises NonFiniteLoss with the step and the value, on all ranks."""
+        """Update `loss` with the mean training loss of the epoch so far, over all ranks.
+
+        Reading the loss waits for the device. Raise NonFiniteLoss on all ranks, with the step and
+        the value, if the loss of any rank became non-finite.
+        """
         found_R6 = self.ranks.gather(torch.cat((self.sums, self.bad)))
         bad = [(int(step), value) for step, value in found_R6[:, 4:].tolist() if step >= 0]
         if bad:
@@ -149,9 +183,18 @@ class Run:
         self.loss = (found_R6[:, 0].sum() / max(self.seen, 1)).item()
 
     def end_epoch(self, val: dict[str, float], seconds: float) -> None:
-        """Close an epoch: its row of metrics, the best weights, the checkpoint, and only then the record.
+        """End an epoch: save the best weights and the checkpoint, then append the metrics.
 
-        seconds: since this process took the epoch up. Raises NonFiniteLoss for weights that were broken by its end.
+        The metrics are appended to the record last; the checkpoint holds a copy of them in case the
+        process dies in between.
+
+        Args:
+            val: validation metrics by name, with "loss" and "top1" (%).
+            seconds: time since this process started or resumed the epoch.
+
+        Raises:
+            NonFiniteLoss: if the validation loss is not finite, which means that the last steps of
+                the epoch made the weights unusable.
         """
         if not math.isfinite(val["loss"]):
             raise NonFiniteLoss(
@@ -188,8 +231,13 @@ class Run:
         self.record.append(row)
 
     def save(self, row: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
-        """Checkpoint everything that continuing needs. `row`: the metrics of the epoch that just ended, so that a
-        process that dies before they are in the record leaves them here. `seconds`: on an epoch that has not ended."""
+        """Write a checkpoint with everything that resuming requires; only rank 0 writes.
+
+        Args:
+            row: metrics of the epoch that just ended. If the process dies before the metrics are in
+                the record, resuming recovers them from the checkpoint.
+            seconds: time that this process spent on an epoch that has not ended.
+        """
         sums_R4 = self.ranks.gather(self.sums) if self.step else self.sums[None]
         if not self.ranks.first:
             return
@@ -216,9 +264,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         sums_R4 = state["sums"].view(-1, 4)
-        if (
-            len(sums_R4) != self.ranks.count
-        ):  # begun by more ranks or fewer: the first takes over what they had
+        # If another number of ranks wrote the checkpoint, rank 0 takes over the sums of all ranks.
+        if len(sums_R4) != self.ranks.count:
             sums_R4 = torch.cat(
                 (sums_R4.sum(0, keepdim=True), sums_R4.new_zeros(self.ranks.count - 1, 4))
             )
@@ -231,7 +278,10 @@ class Run:
         self.record.log.info("continuing at epoch %d, step %d", self.epoch, self.step)
 
     def report(self, status: str, reason: str = "") -> dict[str, Any]:
-        """Write result.json: RUNNING at the start, FINISHED, FAILED or KILLED at the end."""
+        """Write result.json and return its content; return {} on ranks other than 0.
+
+        `status` is RUNNING at the start, and FINISHED, FAILED or KILLED at the end.
+        """
         self.state, self.reason = status, reason
         log = self.record.log.error if status == FAILED else self.record.log.info
         log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
@@ -248,5 +298,5 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Neither failed nor done."""
+        """Whether the run is still training: not finished, failed or killed."""
         return self.state not in (FINISHED, FAILED, KILLED)

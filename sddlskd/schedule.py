@@ -1,4 +1,7 @@
-"""The learning rate as a function of progress: no state, so nothing of it needs saving to resume."""
+"""Learning-rate schedules as a stateless function of progress.
+
+Because the schedule has no state, checkpoints need not store anything for it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +19,31 @@ def learning_rate(
     decay: float,
     warmup_epochs: float,
 ) -> float:
-    """The learning rate after `progress` epochs (0 at the start, fractions inside an epoch).
+    """Return the learning rate after `progress` epochs.
 
-    step: peak * decay^(milestones passed), milestones being parts of `epochs` (0.625 of 240 is epoch 150).
-    cosine: half a cosine from peak to 0 over the epochs after the warm-up. constant: peak.
-    During the first `warmup_epochs` it rises linearly, reaching the schedule's value at their end.
+    The schedules are:
+
+    - step: peak * decay^(number of milestones passed).
+    - cosine: half a cosine from `peak` to 0 over the epochs after the warm-up.
+    - constant: `peak`.
+
+    During the warm-up the learning rate rises linearly and reaches the schedule's value at its end.
+
+    Args:
+        progress: epochs done so far: 0 at the start, fractional inside an epoch.
+        peak: highest learning rate of the schedule.
+        epochs: length of the training in epochs.
+        schedule: "step", "cosine" or "constant".
+        milestones: fractions of `epochs` at which the step schedule decays (0.625 of 240 is epoch
+            150).
+        decay: factor applied at each milestone.
+        warmup_epochs: length of the linear warm-up in epochs; 0 for none.
+
+    Returns:
+        The learning rate.
+
+    Raises:
+        ValueError: if `schedule` is none of the three names.
     """
     if schedule == "step":
         value = peak * decay ** sum(progress >= round(part * epochs) for part in milestones)

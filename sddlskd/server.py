@@ -1,9 +1,11 @@
-"""A tracking server of one's own: MLflow on PostgreSQL, on loopback, its data in one folder.
+"""Run a private tracking server: MLflow on PostgreSQL, on loopback, with all data in one folder.
 
-    python -m sddlskd.server [--folder FOLDER] [--port PORT] [--name NAME ...] [-- OPTIONS OF mlflow server]
+    python -m sddlskd.server [--folder FOLDER] [--port PORT] [--name NAME ...]
+                             [-- OPTIONS OF mlflow server]
 
-PostgreSQL listens on a socket that its own user alone can open, and asks for a password that is made here and kept in
-FOLDER/password. What makes the server safe to reach from other machines: docs/tracking.md.
+PostgreSQL listens on a Unix socket that only its own user can open. It requires a password, which
+this module generates and stores in FOLDER/password. docs/tracking.md explains how to make the
+server safe to reach from other machines.
 """
 
 import argparse
@@ -32,27 +34,37 @@ from sddlskd.console import write_line
 
 __all__ = ["main"]
 
-USER = "sddlskd"  # of the database
-START_S = 120.0  # seconds that each of the two has to start
-STOP_S = 30.0  # seconds that each of the two has to stop
-# uvicorn kills a worker that is silent for 5 s, as one is that imports MLflow on a busy machine: then none ever starts.
+USER = "sddlskd"  # the database user
+START_S = 120.0  # time limit in seconds for the start of PostgreSQL, and for that of MLflow
+STOP_S = 30.0  # time limit in seconds for the stop of PostgreSQL, and for that of MLflow
+# By default uvicorn kills a worker that does not respond for 5 s. On a busy machine the import of
+# MLflow takes longer, so that no worker would ever start.
 _UVICORN = f"--timeout-graceful-shutdown 5 --timeout-worker-healthcheck {START_S:.0f}"
 _PR_SET_PDEATHSIG = 1
 
 
 class Stopped(Exception):
-    """A person or the system asked to stop."""
+    """A request to stop, by SIGINT (Ctrl-C) or SIGTERM."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run MLflow on PostgreSQL on loopback until it is stopped. The same command goes on with the same data."""
+    """Run MLflow on PostgreSQL on loopback until stopped.
+
+    Running the same command again continues with the same data.
+    """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.server", description=main.__doc__)
     parser.add_argument(
-        "--folder", type=Path, default=Path("tracking-server"), help="where everything is kept"
+        "--folder",
+        type=Path,
+        default=Path("tracking-server"),
+        help="folder for the database, artifacts, password and log",
     )
     parser.add_argument("--port", type=int, default=5000)
     parser.add_argument(
-        "--name", action="append", default=[], help="a host name that a proxy passes on"
+        "--name",
+        action="append",
+        default=[],
+        help="a host name that a proxy passes on; may be given several times",
     )
     parser.add_argument(
         "options", nargs="*", help="after --: options of `mlflow server`, such as --workers 8"
@@ -61,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in before:
-            signal.signal(each, signal.SIG_IGN)  # once is enough: both are being stopped
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the stop
         raise Stopped
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _serve(chosen.folder.absolute(), chosen.port, chosen.name, chosen.options)
     except Stopped:
-        write_line("stopped; the same command goes on with the same data")
+        write_line("stopped; the same command continues with the same data")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     finally:
@@ -92,7 +104,8 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
             stack.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
             raise ValueError(
-                f"{folder} is served already; stop that server, or choose another --folder"
+                f"{folder} is already in use by a server; "
+                "stop that server, or choose another --folder"
             ) from None
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sddlskd-")))
         owner = _owner(folder, sockets)
@@ -105,7 +118,8 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
             "listen_addresses=",
             "-c",
         ]
-        # In a recovery PostgreSQL may take no notice of SIGINT, its orderly end; SIGQUIT leaves it a recovery to do.
+        # SIGINT is PostgreSQL's orderly shutdown, but PostgreSQL may ignore it during a recovery.
+        # SIGQUIT ends it without an orderly shutdown, so that the next start has to do a recovery.
         database = _start(
             stack,
             [*postgres, f"unix_socket_directories={sockets}"],
@@ -134,7 +148,7 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         mlflow += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", _UVICORN, *options]
         environment = os.environ | {
             "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://{USER}@/postgres?host={sockets}",
-            "PGPASSFILE": str(password),  # a command line is for everybody to see
+            "PGPASSFILE": str(password),  # every user can read a command line
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
@@ -159,7 +173,10 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
 
 
 def _programs() -> Path:
-    """The folder of PostgreSQL's programs."""
+    """Return the folder of PostgreSQL's programs; raise ValueError if PostgreSQL is not installed.
+
+    Raise ValueError as well if psycopg2 is not installed.
+    """
     if not find_spec("psycopg2"):
         raise ValueError("MLflow needs psycopg2 to reach PostgreSQL: pip install 'sddlskd[server]'")
     debian = sorted(
@@ -168,41 +185,48 @@ def _programs() -> Path:
     found = shutil.which("initdb") or next(map(str, reversed(debian)), None)
     if found is None:
         raise ValueError(
-            "there is no PostgreSQL on this machine; install it, as with: apt-get install postgresql"
+            "PostgreSQL is not installed on this machine; "
+            "install it, for example with: apt-get install postgresql"
         )
     return Path(found).resolve().parent
 
 
 def _owner(folder: Path, sockets: Path) -> dict[str, Any]:
-    """Arguments of Popen for PostgreSQL, which refuses root: it then runs as the user postgres."""
+    """Return the Popen arguments that set PostgreSQL's user: the user postgres if this is root.
+
+    PostgreSQL refuses to run as root. Raise ValueError if this process is root and the user
+    postgres does not exist or cannot reach `folder`.
+    """
     if os.geteuid() != 0:
         return {}
     try:
         user = pwd.getpwnam("postgres")
     except KeyError:
         raise ValueError(
-            "PostgreSQL does not run as root, and there is no user postgres; run this as a user"
+            "PostgreSQL does not run as root, and the user postgres does not exist; "
+            "run this command as a user other than root"
         ) from None
     os.chown(sockets, user.pw_uid, user.pw_gid)
     owner: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     if subprocess.run(["test", "-x", folder], check=False, cwd="/", **owner).returncode:
         raise ValueError(
-            f"the user postgres cannot reach {folder}; open its parents (chmod o+x), or choose another --folder"
+            f"the user postgres cannot reach {folder}; "
+            "open its parents (chmod o+x), or choose another --folder"
         )
     return owner
 
 
 def _database(folder: Path, programs: Path, owner: dict[str, Any]) -> Path:
-    """Make the database where there is none; gives the file of its password, in libpq's form."""
+    """Create the database if missing, and return its password file (in libpq's format)."""
     password, data, new = folder / "password", folder / "postgres", folder / "postgres.new"
     if not data.exists():
-        shutil.rmtree(new, ignore_errors=True)  # of a start that was cut short
+        shutil.rmtree(new, ignore_errors=True)  # left by an interrupted start
         new.mkdir(mode=0o700)
         os.chown(new, owner.get("user", -1), owner.get("group", -1))
         word = secrets.token_urlsafe(32)
         with open(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(f"*:*:*:{USER}:{word}\n")
-        with tempfile.NamedTemporaryFile("w") as once:  # for initdb alone, and 0600 too
+        with tempfile.NamedTemporaryFile("w") as once:  # only for initdb; its mode is 0600 as well
             once.write(word)
             once.flush()
             os.chown(once.name, owner.get("user", -1), owner.get("group", -1))
@@ -237,7 +261,22 @@ def _start(
     orphan: signal.Signals,
     **options: Any,
 ) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, so that Ctrl-C stops it through us, by `ending`; by `orphan` where we die."""
+    """Start a process in its own session and register its stop on `stack`.
+
+    Because of the separate session, Ctrl-C reaches only this process, which then stops the child.
+
+    Args:
+        stack: The exit stack that stops the process; processes still running after STOP_S seconds
+            are killed.
+        command: The program and its arguments.
+        folder: The folder of server.log, which receives the process's output.
+        ending: The signal that stops the process in the normal case.
+        orphan: The signal that the process receives if this process dies (on Linux only).
+        **options: Further arguments of Popen.
+
+    Returns:
+        The process.
+    """
 
     def end_with_parent() -> None:
         if sys.platform == "linux":
@@ -260,7 +299,7 @@ def _start(
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+            os.killpg(process.pid, signal.SIGKILL)  # the group, so that worker processes end too
         process.wait()
 
     stack.callback(end)
@@ -285,7 +324,10 @@ def _answers(address: str) -> bool:
 
 def _end_of_log(folder: Path) -> str:
     lines = (folder / "server.log").read_text(errors="replace").split("\n")
-    return f"{folder / 'server.log'} ends: {' | '.join(line.strip() for line in lines if line.strip())[-300:]}"
+    return (
+        f"{folder / 'server.log'} ends: "
+        f"{' | '.join(line.strip() for line in lines if line.strip())[-300:]}"
+    )
 
 
 if __name__ == "__main__":

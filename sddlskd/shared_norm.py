@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all ranks.
+"""BatchNorm whose statistics cover the images of all ranks.
 
 Shapes: B batch, C channels.
 """
@@ -18,23 +18,42 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass
 class Sharing:
-    """Whether the ranks hold different images of the batch at hand."""
+    """State that the trainer shares with the BatchNorm layers.
+
+    Attributes:
+        divided: whether the ranks hold different images of the current batch. If False, every rank
+            holds the whole batch.
+    """
 
     divided: bool = True
 
 
 def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
-    """`model` with BatchNorm over the images of all ranks: the same parameters, buffers and names, in place.
+    """Replace every BatchNorm of `model`, in place, by one over the images of all ranks.
 
-    On CUDA it is torch's SyncBatchNorm, which takes no CPU tensors; else `SharedBatchNorm`. Where each rank has the
-    whole of a batch, torch's counts its images once a rank, so that its running_var is a little smaller. Raises
-    ValueError for a kind of BatchNorm that does something else beside.
+    Parameters, buffers and their names stay the same. On CUDA the replacement is torch's
+    SyncBatchNorm, which accepts no CPU tensors; on other devices it is `SharedBatchNorm`. If each
+    rank holds the whole batch, SyncBatchNorm counts every image once per rank, so its running_var
+    becomes slightly smaller.
+
+    Args:
+        model: the network.
+        device: device that the network is trained on.
+        sharing: tells `SharedBatchNorm` whether the ranks hold different images of a batch.
+
+    Returns:
+        The network with the replaced layers.
+
+    Raises:
+        ValueError: if the network has a subclass of BatchNorm, because it may compute something
+            else as well.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and type(module) not in KINDS:
             raise ValueError(
-                f"{name} is a {type(module).__name__}, which is not known to share its statistics over processes; "
-                f"use trainer.devices=1, or a network with {', '.join(kind.__name__ for kind in KINDS)}"
+                f"{name} is a {type(module).__name__}, which is not known to share its statistics "
+                "over processes; use trainer.devices=1, or a network with "
+                f"{', '.join(kind.__name__ for kind in KINDS)}"
             )
     if device.type == "cuda":
         shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -49,18 +68,21 @@ def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.M
 
 
 class SharedBatchNorm(_BatchNorm):
-    """BatchNorm over the values of all ranks, whose counts may differ; plain BatchNorm where each has the whole batch.
+    """BatchNorm over the values of all ranks; the ranks may hold different numbers of values.
 
-    running_var takes the unbiased variance, as BatchNorm's does. Source: Ioffe and Szegedy 2015 (arXiv:1502.03167),
-    algorithms 1 and 2; gradients flow through the sums of all ranks.
+    If each rank holds the whole batch, the layer is plain BatchNorm. running_var is updated with
+    the unbiased variance, as in BatchNorm. Gradients flow through the sums over all ranks.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """
 
     sharing: Sharing
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Checked by the kind that it stands for, on one rank."""
+        """Accept any shape: on one rank, the layer that this one replaces checks its input."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised `input`, (B, C, ...), in the dtype of `input`."""
         if not self.training or not self.sharing.divided:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -88,12 +110,15 @@ class SharedBatchNorm(_BatchNorm):
 
 
 def _along(values_C: Tensor, x: Tensor) -> Tensor:
-    """values_C for the channels of x, (B, C, ...)."""
+    """Return values_C as a view that broadcasts over x, (B, C, ...)."""
     return values_C.view(1, -1, *[1] * (x.dim() - 2))
 
 
 class _Sum(Function):
-    """The sum over all ranks. So is its gradient: the loss is the sum of the ranks' losses."""
+    """The sum over all ranks.
+
+    Its gradient is summed over all ranks too, because the loss is the sum of the ranks' losses.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:

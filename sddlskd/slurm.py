@@ -1,6 +1,7 @@
-"""SLURM runs the groups of a sweep: what is submitted, and what is asked of the queue later.
+"""Sweeps on SLURM: submit the groups of jobs, query the queue, and cancel.
 
-Run directories stay the only truth about runs; runs/sweeps/<name>/slurm.json adds which SLURM job has which of them.
+The run directories stay the only record of the runs. runs/sweeps/<name>/slurm.json lists only which
+SLURM job trains which run directories.
 """
 
 import json
@@ -36,9 +37,10 @@ __all__ = ["Slurm", "Submission", "cancel", "causes_of_death", "queue", "submiss
 log = logging.getLogger(__name__)
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
-MANIFEST = "slurm.json"  # in the sweep's folder
+MANIFEST = "slurm.json"  # file in the sweep's folder
 SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
-POLL = 5.0  # seconds between looks at the queue
+POLL = 5.0  # seconds between two queries of the queue
+# Options that submitit knows for every kind of cluster. It prefixes SLURM's own with slurm_.
 SUBMITTED_FOR_ALL = {
     "name",
     "timeout_min",
@@ -48,14 +50,21 @@ SUBMITTED_FOR_ALL = {
     "mem_gb",
     "nodes",
 }
-"""What submitit knows of every cluster; its SLURM options are prefixed with slurm_."""
-NO_INDEX = "4294967294"  # what scontrol shows of tasks that never started, once they are cancelled
-UNSURE = "sbatch: allocation failure: Requested node configuration is not available"  # nodes may be down for a moment
+# The task index that scontrol shows for tasks that were cancelled before they started.
+NO_INDEX = "4294967294"
+# This refusal may be temporary: nodes may be down for a moment.
+UNSURE = "sbatch: allocation failure: Requested node configuration is not available"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """job: as squeue names it, 17_3; run_dirs: of the jobs that it trains side by side; log: what it says."""
+    """One submitted task of a SLURM job array.
+
+    Attributes:
+        job: id of the task as squeue shows it, such as 17_3.
+        run_dirs: run directories of the jobs that the task trains side by side.
+        log: path of the task's log file.
+    """
 
     job: str
     run_dirs: list[str]
@@ -63,7 +72,7 @@ class Submission:
 
 
 def submissions(sweep: Path) -> list[Submission]:
-    """Everything of this sweep that was ever submitted, oldest first."""
+    """Return all tasks that were ever submitted for the sweep in folder `sweep`, oldest first."""
     path = sweep / MANIFEST
     return [Submission(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
@@ -75,7 +84,11 @@ def _add(sweep: Path, new: Iterable[Submission]) -> None:
 
 
 def queue(sweep: Path) -> dict[str, tuple[str, str]]:
-    """{job: (state, reason)} of the sweep's submissions that SLURM has not ended. Raises ConnectionError."""
+    """Return {job: (state, reason)} for the sweep's tasks that are in SLURM's queue.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
     mine = {one.job for one in submissions(sweep)}
     if not mine:
         return {}
@@ -85,7 +98,11 @@ def queue(sweep: Path) -> dict[str, tuple[str, str]]:
 
 
 def states(sweep: Path) -> dict[str, str]:
-    """queued or running, for each run directory that a live SLURM job has. Raises ConnectionError."""
+    """Return {run directory: "queued" or "running"} for the sweep's tasks in SLURM's queue.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
     live = queue(sweep)
     return {
         run_dir: "running" if live[one.job][0] in ("RUNNING", "COMPLETING") else "queued"
@@ -96,7 +113,13 @@ def states(sweep: Path) -> dict[str, str]:
 
 
 def cancel(sweep: Path) -> list[str]:
-    """Cancel what is queued or running; gives the jobs. Tasks that run save their checkpoints first."""
+    """Cancel the sweep's queued and running tasks and return their ids.
+
+    Running tasks save their checkpoints before they end.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
     live = sorted(queue(sweep))
     if live:
         _ask("scancel", *live)
@@ -104,14 +127,16 @@ def cancel(sweep: Path) -> list[str]:
 
 
 def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
-    """Why each job is over, as SLURM tells it: TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, CANCELLED ..."""
+    """Return {job: the state in which SLURM ended it}, such as TIMEOUT, OUT_OF_MEMORY or NODE_FAIL.
+
+    The state of a failed job includes its exit code. If SLURM does not know a job any more, or
+    cannot be asked, the text says so instead.
+    """
     arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
-    found: dict[
-        str, str
-    ] = {}  # by task; by array for its tasks that never started, which share a record
-    with suppress(
-        ConnectionError
-    ):  # long after their end, where the cluster keeps accounts; it lags
+    # Keys are task ids; an array id stands for its tasks that never started, which share a record.
+    found: dict[str, str] = {}
+    # sacct knows jobs long after their end, if the cluster keeps accounts, but it lags behind.
+    with suppress(ConnectionError):
         told = (
             _ask("sacct", "-nXP", "-j", ",".join(arrays), "-o", "JobID,State,ExitCode")
             if arrays
@@ -122,7 +147,7 @@ def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
                 state.split()[0], code
             )
     for array in arrays:
-        with suppress(ConnectionError):  # for some minutes
+        with suppress(ConnectionError):  # scontrol forgets a job some minutes after its end
             for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
                 told_of = dict(word.split("=", 1) for word in text.split() if "=" in word)
                 index = told_of.get("ArrayTaskId", "")
@@ -137,14 +162,26 @@ def _worded(state: str, code: str) -> str:
 
 
 def _ask(*command: str, text: str | None = None) -> str:
-    """What a SLURM command prints. Raises ConnectionError with its own words."""
+    """Run a SLURM command and return its stdout.
+
+    Args:
+        *command: the command and its arguments.
+        text: text for the command's stdin.
+
+    Returns:
+        The stdout of the command.
+
+    Raises:
+        ConnectionError: if the command is missing, does not answer within 60 seconds, or fails;
+            the message quotes the command's error message.
+    """
     try:
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, check=False, timeout=60
         )
     except FileNotFoundError:
         raise ConnectionError(
-            f"{command[0]} is not on PATH: run this where SLURM's commands are"
+            f"{command[0]} is not on PATH: run this on a machine with SLURM's commands"
         ) from None
     except subprocess.TimeoutExpired:
         raise ConnectionError(f"{command[0]} does not answer") from None
@@ -155,7 +192,11 @@ def _ask(*command: str, text: str | None = None) -> str:
 
 @contextmanager
 def _outside_of_a_job() -> Iterator[None]:
-    """For launching from inside an allocation, whose sizes would go over to what is submitted."""
+    """Remove SLURM's variables from the environment for the duration of the context.
+
+    A sweep may be launched from inside an allocation, whose sizes would otherwise carry over to the
+    submitted jobs.
+    """
     inherited = [
         name
         for name in os.environ
@@ -170,10 +211,12 @@ def _outside_of_a_job() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C and the end of the terminal wait, for sbatch too: what it has submitted must be noted down."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python tells no other of signals
+    """Delay SIGINT, SIGTERM and SIGHUP to the end of the context, for this process and sbatch.
+
+    Every submitted job must be written to slurm.json before a signal can end this process.
+    """
+    # Python delivers signals to the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), list[int]()
@@ -181,9 +224,9 @@ def _undisturbed() -> Iterator[None]:
         number: signal.signal(number, lambda number, frame: came.append(number))
         for number in numbers
     }
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, numbers
-    )  # sbatch inherits it; other threads still hear
+    # sbatch inherits the mask. Other threads of this process can still receive the signals, hence
+    # the handlers above.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -195,17 +238,26 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.sub(r"(?m)^s\w+: (error: )?", "", text).split()) or "it says nothing"
+    return " ".join(re.sub(r"(?m)^s\w+: (error: )?", "", text).split()) or "no error message"
 
 
 class Slurm:
-    """Submits groups as job arrays and waits for them, in the place of a `Pool`.
+    """A launcher that submits the groups of a sweep as SLURM job arrays and waits for them.
 
-    wait: False submits and returns; max_requeues: how often a warned task goes back into the queue; container,
-    python, srun_args: how a task's Python is started; options: what submitit takes.
+    The launcher has the interface of `Pool`.
+
+    Args:
+        wait: whether `run` waits for the jobs; if False, it submits them and returns.
+        max_requeues: how often a task that was warned or preempted goes back into the queue.
+        fail_fast: whether to cancel the sweep's jobs as soon as one of them fails.
+        python: command that starts Python on a node; None for the Python of this process.
+        container: image for `srun --container-image`; None for no container.
+        srun_args: further arguments of srun.
+        array_parallelism: largest number of tasks that run at once.
+        **options: options of submitit, without the prefix slurm_.
     """
 
-    here = False  # the jobs run on other machines
+    here = False  # whether the jobs run on this machine
 
     def __init__(
         self,
@@ -224,24 +276,32 @@ class Slurm:
         self.srun_args = [*([f"--container-image={container}"] if container else []), *srun_args]
 
     def check(self, jobs: Sequence[Config]) -> None:
-        """Called before anything is written. Raises ValueError for what SLURM will refuse, with its own words."""
+        """Check, before anything is written, that SLURM would accept the jobs.
+
+        Raises:
+            ValueError: if SLURM would refuse the jobs, with sbatch's own error message, or if the
+                options cannot work.
+            ConnectionError: if SLURM cannot list its nodes.
+        """
         if missing := [command for command in COMMANDS if shutil.which(command) is None]:
             raise ValueError(
-                f"hydra/launcher=slurm needs {', '.join(missing)}: launch on a login node of the cluster, or leave "
-                "hydra/launcher out to train on this machine"
+                f"hydra/launcher=slurm needs {', '.join(missing)}: launch on a login node of the "
+                "cluster, or leave hydra/launcher out to train on this machine"
             )
         warned, limit = self.options["signal_delay_s"], 60 * self.options["timeout_min"]
         if warned >= limit:
             raise ValueError(
-                f"hydra.launcher.signal_delay_s={warned} warns a job before it begins: "
-                f"hydra.launcher.timeout_min={limit // 60} is no longer than that"
+                f"hydra.launcher.signal_delay_s={warned} must be less than the time limit, "
+                f"hydra.launcher.timeout_min={limit // 60}, or a job is warned before it starts; "
+                "lower signal_delay_s or raise timeout_min"
             )
         if secret := next(
             (line for line in self.options.get("setup") or [] if SECRET.search(line)), None
         ):
             raise ValueError(
-                f"hydra.launcher.setup would write {secret.partition('=')[0]} into files that others may read; export "
-                "it in the shell that you launch from, whose environment sbatch passes on"
+                f"hydra.launcher.setup would write {secret.partition('=')[0]} into files that "
+                "others may read; export it in the shell that you launch from, whose environment "
+                "sbatch passes on"
             )
         self._check_shared(jobs)
         for ranks in {_ranks(job) for job in jobs}:
@@ -255,11 +315,15 @@ class Slurm:
                     log.warning("no node can take the jobs now: %s", error)
                 else:
                     raise ValueError(
-                        f"{error}; see hydra.launcher.partition, account, qos and what it asks for"
+                        f"{error}; see hydra.launcher.partition, account, qos and the resources "
+                        "that it requests"
                     ) from None
 
     def _check_shared(self, jobs: Sequence[Config]) -> None:
-        """What one host alone may write: a SQLite file, and the memory-mapped cache of a teacher's maps."""
+        """Raise ValueError if jobs on several hosts would write a file that allows only one host.
+
+        Such files are a SQLite database and the memory-mapped cache of a teacher's logit maps.
+        """
         cached = {
             str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache
         }
@@ -279,16 +343,27 @@ class Slurm:
         tracking.check_shared(jobs, hosts)
         if cached and len(hosts) > 1:
             raise ValueError(
-                f"teacher.cache={min(cached)} is written to by one host alone and the jobs run on {len(hosts)}; set "
-                "teacher.cache=null"
+                f"teacher.cache={min(cached)} can be written by one host only, but the jobs run "
+                f"on {len(hosts)} hosts; set teacher.cache=null"
             )
 
     def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
-        """Submit every group and wait for all that the sweep has in the queue. Gives RUNNING where it did not wait to
-        the end, else FINISHED."""
-        with FileLock(
-            sweep / ".submit.lock"
-        ):  # another launch may have submitted them since this one looked
+        """Submit every group, and wait for all of the sweep's tasks in SLURM's queue.
+
+        Args:
+            groups: jobs to run; the jobs of a group are trained side by side in one task.
+            sweep: folder of the sweep.
+            visible: devices of this machine; not used.
+
+        Returns:
+            RUNNING if this launcher does not wait for its jobs, otherwise FINISHED.
+
+        Raises:
+            ConnectionError: if SLURM cannot be asked.
+            ValueError: if sbatch refuses a job.
+        """
+        # The lock guards against another launch that submits the same jobs at the same time.
+        with FileLock(sweep / ".submit.lock"):
             live = states(sweep)
             groups = [
                 left
@@ -312,7 +387,8 @@ class Slurm:
             self._wait(sweep)
         except KeyboardInterrupt:
             write_line(
-                f"the jobs stay with SLURM; to take them back: python -m sddlskd.sweeps cancel {sweep}"
+                "the jobs stay in SLURM's queue; to cancel them: "
+                f"python -m sddlskd.sweeps cancel {sweep}"
             )
             raise
         _settle(sweep)
@@ -341,7 +417,10 @@ class Slurm:
                     submitit.core.utils.FailedJobError,
                     submitit.core.utils.FailedSubmissionError,
                 ) as error:
-                    so_far = f"{len(submissions(sweep))} tasks are submitted, the same command submits the others"
+                    so_far = (
+                        f"{len(submissions(sweep))} tasks are submitted, "
+                        "the same command submits the others"
+                    )
                     raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
                 _add(
                     sweep,
@@ -354,7 +433,16 @@ class Slurm:
                 )
 
     def _executor(self, folder: Path, ranks: int, parallelism: int) -> Any:
-        """submitit's, with every option set. Raises ValueError for one that it does not take."""
+        """Return submitit's executor with every option set.
+
+        Args:
+            folder: folder for the batch scripts and logs.
+            ranks: processes per task.
+            parallelism: largest number of tasks of the array that run at once.
+
+        Raises:
+            ValueError: if `ranks` is not a multiple of the number of nodes.
+        """
         import submitit
 
         nodes = self.options["nodes"]
@@ -365,11 +453,11 @@ class Slurm:
         options = {name: value for name, value in self.options.items() if value is not None}
         options["tasks_per_node"] = ranks // nodes
         srun_args = list(self.srun_args)
-        if "cpus_per_task" in options:  # srun does not take it over from sbatch (since 22.05)
+        if "cpus_per_task" in options:  # srun does not inherit it from sbatch since SLURM 22.05
             srun_args.append(f"--cpus-per-task={options['cpus_per_task']}")
-        if (
-            ranks > 1
-        ):  # where one is gone the others wait for it in vain; time for rank 0 to deliver its last words
+        # If one rank is gone, the others wait for it in vain, so srun must end them. The delay of
+        # 120 seconds gives rank 0 time to finish its records.
+        if ranks > 1:
             srun_args.append("--wait=120")
         options |= {
             "array_parallelism": parallelism,
@@ -394,12 +482,15 @@ class Slurm:
         return executor
 
     def _wait(self, sweep: Path) -> None:
-        """Until nothing of the sweep is in the queue: one question for all of it, every few seconds."""
+        """Wait until no task of the sweep is in the queue.
+
+        One squeue call every few seconds asks for all tasks at once.
+        """
         told, empty, away = "", 0, False
         earlier = _failed(sweep)
-        while (
-            empty < 2
-        ):  # a job that is being requeued, or a record on a slow file system, may be missed once
+        # Require two empty answers: one query may miss a job that is being requeued, or a record on
+        # a slow file system.
+        while empty < 2:
             try:
                 live = queue(sweep)
                 if self.fail_fast and live and _failed(sweep) - earlier:
@@ -407,12 +498,12 @@ class Slurm:
                     _ask("scancel", *live)
             except ConnectionError as error:
                 if not away:
-                    log.warning("SLURM is away (%s); its jobs go on and so does the waiting", error)
+                    log.warning("SLURM cannot be asked (%s); still waiting for its jobs", error)
                 away = True
                 time.sleep(POLL)
                 continue
             if away:
-                log.warning("SLURM is back")
+                log.warning("SLURM answers again")
             away, empty = False, 0 if live else empty + 1
             counts = Counter(
                 f"{state.lower()}{f' ({why})' if why != 'None' else ''}"
@@ -432,12 +523,12 @@ def _failed(sweep: Path) -> set[str]:
 
 
 def _ranks(job: Config) -> int:
-    """Processes that share each batch of a job."""
+    """Return the number of processes that share each batch of the job."""
     return job.trainer.devices
 
 
 def _settle(sweep: Path) -> None:
-    """Note in the records why SLURM ended jobs before they were done."""
+    """Write into the records of unfinished jobs why SLURM ended them."""
     latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
     results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
     left = {

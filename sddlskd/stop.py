@@ -1,4 +1,4 @@
-"""Whether a person or the scheduler asked to stop."""
+"""Signal handling: detect that a user or the scheduler asked the training to stop."""
 
 import logging
 import signal
@@ -11,17 +11,17 @@ __all__ = ["Stop"]
 
 log = logging.getLogger(__name__)
 
-ASKING = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR2,
-)  # SIGUSR2: SLURM's warning before a time limit
+# SLURM sends SIGUSR2 as its warning before a time limit.
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Stop:
-    """The first SIGINT, SIGTERM or SIGUSR2 sets `signal`; each step of training looks at it.
+    """A stop request: the first SIGINT, SIGTERM or SIGUSR2 received is kept in `signal`.
 
-    warned: what the reason adds to SIGUSR2.
+    The training loop checks `signal` at each step.
+
+    Args:
+        warned: text that `reason` appends if the signal is SIGUSR2.
     """
 
     def __init__(self, warned: str = "") -> None:
@@ -31,12 +31,16 @@ class Stop:
 
     @property
     def reason(self) -> str:
-        """Why runs are stopped, for their records."""
+        """Return why the runs are stopped, as text for their records."""
         added = self.warned if self.signal is signal.SIGUSR2 else ""
         return f"stopped by {self.signal.name}{added}" if self.signal else "stopped"
 
     def listen(self) -> dict[signal.Signals, Any]:
-        """Take the signals over, in the main thread; elsewhere whoever called us handles them. Gives their handlers."""
+        """Install the signal handlers and return the previous handlers by signal number.
+
+        Python allows this in the main thread only. In any other thread, install nothing and return
+        an empty dict: the calling program then handles the signals.
+        """
         try:
             return {number: signal.signal(number, self._ask) for number in ASKING}
         except ValueError:
@@ -44,7 +48,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals over, and give them back."""
+        """Install the signal handlers for the block, then restore the previous handlers."""
         before = self.listen()
         try:
             yield
@@ -54,7 +58,12 @@ class Stop:
 
     @contextmanager
     def acting(self, *, at_once: bool) -> Iterator[None]:
-        """at_once: the signal raises KeyboardInterrupt, since nothing is under way yet that a step would save."""
+        """Set for the block whether a signal raises KeyboardInterrupt at once.
+
+        With `at_once` true, a signal raises KeyboardInterrupt immediately, also one received before
+        the block. Use it while there is no training progress that could be saved. With `at_once`
+        false, a signal only sets `signal`, and the training loop saves checkpoints before it stops.
+        """
         before, self._at_once = self._at_once, at_once
         try:
             if at_once and self.signal:
@@ -66,11 +75,12 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         asked, again = signal.Signals(number), self.signal is not None
         self.signal = self.signal or asked
-        # Only a person ends it by asking twice: a scheduler that asks again kills when it has waited long enough.
+        # A second signal stops at once only if it is a user's SIGINT. A scheduler that signals
+        # again kills the process by itself when it has waited long enough.
         if self._at_once or (again and asked is signal.SIGINT):
             raise KeyboardInterrupt
         if not again:
-            once_more = "; once more stops at once" if asked is signal.SIGINT else ""
+            once_more = "; send it again to stop at once" if asked is signal.SIGINT else ""
             log.warning(
                 "%s: stopping after this step with all checkpoints saved%s", asked.name, once_more
             )

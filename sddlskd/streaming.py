@@ -1,7 +1,8 @@
-"""A data set that stays on the disk: its images are decoded by worker processes as batches are asked for.
+"""Stream a data set from the disk: worker processes decode its images when batches need them.
 
-Shapes: N images of a split, B of a batch, H W C pixel rows, columns and channels. Order, crops and flips of an image
-follow from (seed, epoch, its index) alone: not from the number of workers, the batch size or the ranks.
+Shapes: N images of a split, B images of a batch, H W C pixel rows, columns and channels. The order,
+crop and flip of an image depend on (seed, epoch, image index) alone. They do not depend on the
+number of workers, the batch size or the number of ranks.
 """
 
 import logging
@@ -30,25 +31,38 @@ from sddlskd.decoding import CHUNK, Chunk, Job, Unreadable, View, decode, decode
 
 __all__ = ["Data", "StreamedData"]
 
-IN_A_ROW = 100  # bad files one after the other that say that it is not the files that are bad
-NAMED = 20  # bad files, and odd ones of a kind, that the log names; all are counted
+# Give up after this many unusable files in a row: the cause is then not the files themselves.
+IN_A_ROW = 100
+# The log names this many files of each kind of fault; all are counted.
+NAMED = 20
 log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Images that are decoded together: a piece of a batch."""
+    """One piece of a batch: images that are decoded together.
 
-    split: str  # train, val or test
-    epoch: int  # 0 but in training
+    Attributes:
+        split: "train", "val" or "test".
+        epoch: number of the training epoch; 0 for validation and test.
+        batch: index of the batch in its epoch or split.
+        piece: index of the piece in the batch.
+    """
+
+    split: str
+    epoch: int
     batch: int
     piece: int
 
 
 class _Plan:
-    """What is decoded next, without end: the rest of an epoch, and then what is likely to be asked for, so that no
-    border between epochs and evaluations has to wait for the workers.
+    """An endless plan of the images to decode: it predicts what will be asked for next.
 
-    Iterating gives the jobs of `next` and moves it on; `sent` holds the places that are under way, with the images.
+    After the rest of an epoch, the plan goes on with the validation batches and the next epoch. The
+    workers therefore have images ready at each change between training and evaluation.
+
+    Iterating yields the jobs of the place `next` and moves `next` on. `sent` holds the places that
+    the workers have been told to decode and that are not yet received, with the image indices of
+    each.
     """
 
     def __init__(
@@ -66,11 +80,12 @@ class _Plan:
             split: math.ceil(len(files.paths) / self.sizes[split])
             for split, files in splits.items()
         }
-        self.instead: dict[int, int] = {}  # training images that stand for others
+        # Index of an unusable training image -> index of the image that replaces it.
+        self.instead: dict[int, int] = {}
         self.next, self.sent = Place("train", 1, 0, 0), deque[tuple[Place, list[int]]]()
-        self.epoch = 0  # the last one in training
+        self.epoch = 0  # the last training epoch that the plan went through
 
-        @lru_cache(maxsize=2)  # the epoch and the one after it
+        @lru_cache(maxsize=2)  # the current epoch and the next one
         def drawn(epoch: int) -> Draws:
             return draw_epoch(seed, epoch, len(splits["train"].paths), padding=0)
 
@@ -87,7 +102,7 @@ class _Plan:
             yield [self.job(place, image) for image in images]
 
     def ids(self, split: str, epoch: int, batch: int) -> list[int]:
-        """The images of this rank's share of a batch."""
+        """Return the image indices of this rank's share of a batch."""
         first = batch * self.sizes[split]
         images = range(len(self.splits[split].paths))[first : first + self.sizes[split]]
         if split != "train":
@@ -96,15 +111,15 @@ class _Plan:
         return self.drawn(epoch).order_N[images.start : images.stop][share].tolist()
 
     def pieces(self, split: str, epoch: int, batch: int) -> int:
-        """Into how many places a batch is cut."""
+        """Return the number of pieces of a batch."""
         return math.ceil(len(self.ids(split, epoch, batch)) / CHUNK)
 
     def piece(self, place: Place) -> list[int]:
-        """The images of a place."""
+        """Return the image indices of a place."""
         return self.ids(place.split, place.epoch, place.batch)[place.piece * CHUNK :][:CHUNK]
 
     def job(self, place: Place, image: int) -> Job:
-        """How an image of a place is made."""
+        """Return the job that decodes an image of a place, or the image that replaces it."""
         paths = self.splits[place.split].paths
         if place.split != "train":
             return Job(paths[image], None)
@@ -112,6 +127,7 @@ class _Plan:
         return Job(paths[self.instead.get(image, image)], draw)
 
     def _after(self, place: Place) -> Place:
+        """Return the place to decode next: validation follows training, and training evaluation."""
         split, epoch, batch, piece = place
         if piece + 1 < self.pieces(split, epoch, batch):
             return place._replace(piece=piece + 1)
@@ -124,19 +140,47 @@ class _Plan:
 
 
 class StreamedData:
-    """Training, validation and test batches from `splits` of image files, as `DeviceData` gives them from pixels.
+    """Training, validation and test batches of image files, with the interface of `DeviceData`.
 
-    A training image is a random crop (`decoding.decode`) of `view.size`, mirrored with probability 1/2 if `flip`; of
-    others the centre is shown. Flips and normalising happen on `device`, everything before in `workers` processes
-    (None: as many as there are cores; 0: in this one). `val_fraction` is as in DeviceData; of `ranks` processes that
-    share each batch of `batch_size` images this one, `rank`, reads its share of them and of the validation images.
+    A training image is a random crop (see `decoding.decode`) of `view.size` x `view.size` pixels,
+    mirrored with probability 1/2 if `flip` is set. A validation or test image is the centre crop.
+    Images are mirrored and normalised on `device`; all earlier steps run in worker processes.
 
-    bad: "fail" raises ValueError, naming the file and what is wrong, when its batch comes; "skip" puts the next image
-    of the split that can be read in the place of a bad training image, so that batches keep their size, and leaves a
-    bad image out of evaluation. irregular: the same for images that are not upright RGB as stored, or "convert" takes
-    them as ImageFolder of torchvision does.
+    Args:
+        splits: training and test split, as files.
+        num_classes: number of classes; labels are 0..num_classes-1.
+        batch_size: training images per batch, over all ranks.
+        seed: seed of the order, crops and flips.
+        device: device of the batches.
+        mean: mean per channel, for pixels scaled to 0..1.
+        std: standard deviation per channel, for pixels scaled to 0..1.
+        view: size and kind of the crops.
+        flip: whether training images are mirrored at random.
+        val_fraction: fraction of each class of the training split that is held out for validation,
+            the same images for every seed. With 0, the test split serves as validation split.
+        eval_batch_size: images per batch of validation and test.
+        workers: number of worker processes; 0 to decode in this process, None for
+            `decoding.default_workers`, which counts the cores.
+        bad: what to do with an image that cannot be read. "fail" raises ValueError when its batch
+            is asked for; the message names the file and the fault. "skip" replaces a training image
+            by the next image of the split that can be read, so that batches keep their size, and
+            leaves a validation or test image out.
+        irregular: what to do with an image that is not upright RGB as stored. "fail" and "skip" do
+            the same as for `bad`. "convert" takes the image as torchvision's ImageFolder does.
+        rank: number of this rank, from 0.
+        ranks: number of ranks that share each batch. A rank reads only its share of the training
+            batches and of the validation images.
 
-    Raises ValueError for labels that are not int64 in 0..num_classes-1, an empty split, and settings out of range.
+    Attributes:
+        train_size: number of training images, without the held-out ones.
+        val_size: number of validation images, over all ranks.
+        test_size: number of test images.
+        image_shape: (C, H, W) of an image.
+        steps_per_epoch: number of training batches per epoch.
+
+    Raises:
+        ValueError: if labels are not int64 in 0..num_classes-1, a split is empty, the splits are
+            pixels, or a setting is out of range.
     """
 
     def __init__(
@@ -144,7 +188,7 @@ class StreamedData:
         splits: Splits,
         *,
         num_classes: int,
-        batch_size: int,  # images
+        batch_size: int,
         seed: int,
         device: torch.device | str,
         mean: Sequence[float],
@@ -152,7 +196,7 @@ class StreamedData:
         view: View,
         flip: bool = True,
         val_fraction: float = 0.0,
-        eval_batch_size: int = 500,  # images
+        eval_batch_size: int = 500,
         workers: int | None = None,
         bad: str = "fail",
         irregular: str = "convert",
@@ -166,8 +210,9 @@ class StreamedData:
             check_labels(name, files.labels_N, len(files.paths), num_classes)
         if eval_batch_size < 1 or not view.centre <= 1 or view.size < 1:
             raise ValueError(
-                f"eval_batch_size is {eval_batch_size}, at least 1; size is {view.size}, at least 1; "
-                f"centre is {view.centre}, above 0 and at most 1: correct it"
+                f"eval_batch_size is {eval_batch_size}, must be at least 1; "
+                f"size is {view.size}, must be at least 1; "
+                f"centre is {view.centre}, must be above 0 and at most 1"
             )
         val = test
         if val_fraction:
@@ -180,7 +225,8 @@ class StreamedData:
         )
         if not 1 <= batch_size <= self.train_size:
             raise ValueError(
-                f"batch_size is {batch_size}; give 1..{self.train_size}, the number of training images"
+                f"batch_size is {batch_size}; "
+                f"give 1..{self.train_size}, the number of training images"
             )
         self.image_shape = (3, view.size, view.size)
         self.steps_per_epoch = math.ceil(self.train_size / batch_size)
@@ -195,47 +241,67 @@ class StreamedData:
         }
         self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks)
         self._workers = default_workers(ranks) if workers is None else workers
-        self._ahead = max(
-            2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1))
-        )  # two batches at least
+        # Decode at least two batches ahead.
+        self._ahead = max(2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1)))
         self._stream: Generator[Chunk] | None = None
-        self._faults: dict[str, set[str]] = {}  # what is wrong -> the files
-        self._unusable: set[str] = set()  # files that are left out
+        self._faults: dict[str, set[str]] = {}  # fault -> paths of the files that have it
+        self._unusable: set[str] = set()  # paths of the files that are left out
         self._counted = ""
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Augmented batches of one epoch, every training image once, without the first `start` batches (to resume).
+        """Return an iterator over the augmented training batches of one epoch.
 
-        x_BCHW float32 channels_last, y_B int64; the last batch is the rest. ValueError for a start past the epoch.
+        Each training image is in one batch of the epoch.
+
+        Args:
+            epoch: number of the epoch.
+            start: number of batches to skip at the beginning of the epoch, to resume it.
+
+        Returns:
+            Batches (x_BCHW, y_B): normalised float32 images in channels_last layout, and int64
+            labels. The last batch holds the remaining images.
+
+        Raises:
+            ValueError: at once, if `start` is outside 0..steps_per_epoch; during iteration, if an
+                image cannot be used and `bad` or `irregular` is "fail".
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
-                f"start is {start}; give 0..{self.steps_per_epoch}, the batches of an epoch already done"
+                f"start is {start}; give 0..{self.steps_per_epoch}, "
+                "the number of batches of the epoch that are already done"
             )
         return self._augmented(epoch, start)
 
     def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """For each batch of `batches`: the images that it shows, int64 on the CPU."""
+        """Yield the image indices of each batch of `batches(epoch, start)`, int64 on the CPU."""
         for batch in range(start, self.steps_per_epoch):
             yield torch.tensor(self._plan.ids("train", epoch, batch))
 
     def val_batches(self) -> Iterator[Batch]:
-        """Plain batches of this rank's validation images, in order: the test split unless val_fraction is set."""
+        """Return an iterator over this rank's validation batches, in order, not augmented.
+
+        The images come from the test split unless `val_fraction` is set.
+        """
         return self._plain("val")
 
     def test_batches(self) -> Iterator[Batch]:
-        """Plain batches of the official test split, in its order."""
+        """Return an iterator over the official test split's batches, in order, not augmented."""
         return self._plain("test")
 
     def test_images(self, indices: Sequence[int]) -> Tensor:
-        """The raw pixels of test images, uint8 N H W C on the CPU; counted among those that the test batches show."""
+        """Return the raw pixels of test images, uint8 NHWC on the CPU.
+
+        An index counts the images that the test batches show: images that are left out do not
+        count.
+        """
         shown = [path for path in self._splits["test"].paths if path not in self._unusable]
         return torch.stack([decode(Job(shown[n], None), self._view)[0] for n in indices])
 
     def close(self) -> None:
-        """End the worker processes; the next batch starts others."""
+        """Stop the worker processes. The next batch starts new ones."""
         if self._stream is not None:
-            self._stream.close()  # at once, though an error's traceback may hold it
+            # Do not wait for the garbage collector: the traceback of an error may hold the stream.
+            self._stream.close()
         self._stream = None
         self._plan.sent.clear()
 
@@ -257,21 +323,23 @@ class StreamedData:
                 yield self._normalise(x_BHWC), labels_B
             shown += len(labels_B)
         self._count()
-        if not shown and (
-            self._plan.ranks == 1 or split == "test"
-        ):  # a rank's share of val is not the whole
+        # A rank has only a share of the validation images: other ranks may have usable ones.
+        if not shown and (self._plan.ranks == 1 or split == "test"):
             raise ValueError(
-                f"none of the {len(self._splits[split].paths)} {split} images can be used: look at the log"
+                f"none of the {len(self._splits[split].paths)} {split} images can be used: "
+                "look at the log"
             )
 
     def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        """uint8 x_BHWC and labels_B of a batch, on the device, faults dealt with."""
+        """Return uint8 x_BHWC and labels_B of a batch, on the device, with bad images handled."""
         parts, labels = [], []
         for piece in range(self._plan.pieces(split, epoch, batch)):
             try:
                 pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
             except BaseException:
-                self.close()  # what is under way is not known any more, or nobody will ask for it
+                # The plan may no longer match the images that the workers are decoding, or nobody
+                # will ask for these images.
+                self.close()
                 raise
             if self._device.type == "cuda":
                 parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
@@ -281,10 +349,10 @@ class StreamedData:
         return torch.cat(parts), torch.cat(labels).to(self._device)
 
     def _received(self, place: Place) -> tuple[Place, list[int], Chunk]:
-        """The place, which images the workers were told to decode there, and what they made of them."""
+        """Return the place, the image indices that the workers decoded for it, and their chunk."""
         plan = self._plan
         if place != plan.next and all(place != sent for sent, _ in plan.sent):
-            plan.next = place  # what is under way was guessed wrong
+            plan.next = place  # the plan predicted other images: drop those
         if self._stream is None:
             self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead)
         while True:
@@ -294,7 +362,11 @@ class StreamedData:
                 return place, ids, chunk
 
     def _mended(self, place: Place, ids: list[int], chunk: Chunk) -> tuple[Tensor, list[int]]:
-        """The pixels and the images they show, faults dealt with as `bad` and `irregular` say."""
+        """Return the pixels and indices of a place's images, with faulty images handled.
+
+        The settings `bad` and `irregular` decide: an image is kept, replaced (training) or left
+        out.
+        """
         pixels_BHWC, paths = chunk.pixels_BHWC, self._splits[place.split].paths
         out = {f.place for f in chunk.faults if self._left_out(paths[ids[f.place]], f.why, f.bad)}
         if place.split == "train":
@@ -305,7 +377,10 @@ class StreamedData:
         return (pixels_BHWC[kept], [ids[n] for n in kept]) if out else (pixels_BHWC, ids)
 
     def _replacement(self, place: Place, image: int) -> tuple[Tensor, int]:
-        """The next image that can be used in the place of this one, cropped as this one would be: pixels, which."""
+        """Return (pixels, index) of the next usable image, cropped as `image` would have been.
+
+        Raise ValueError if none of the next IN_A_ROW images is usable.
+        """
         job = self._plan.job(place, image)
         paths = self._splits[place.split].paths
         for other in range(image + 1, image + 1 + IN_A_ROW):
@@ -321,15 +396,19 @@ class StreamedData:
                 self._plan.instead[image] = other
                 return pixels_HWC, other
         raise ValueError(
-            f"{paths[image]} and the {IN_A_ROW} images after it cannot be used: look at the disk, and the log"
+            f"{paths[image]} and the {IN_A_ROW} images after it cannot be used: "
+            "look at the disk and the log"
         )
 
     def _left_out(self, path: str, why: str, bad: bool) -> bool:
-        """Take note of a fault: whether the image is left out. ValueError where that is not allowed."""
+        """Record a fault of an image, and return whether the image is left out.
+
+        Raise ValueError if the setting for this kind of fault is "fail".
+        """
         key, policy = ("bad_images", self._bad) if bad else ("irregular_images", self._irregular)
         if policy == "fail":
             cure = (
-                "mend or remove it"
+                "repair or remove it"
                 if bad
                 else "convert it, or set dataset.irregular_images=convert"
             )
@@ -347,7 +426,7 @@ class StreamedData:
         return policy == "skip"
 
     def _count(self) -> None:
-        """Tell how many images had which fault so far, whenever that has changed by the end of an epoch."""
+        """Log how many images have each fault so far, if a number changed since the last report."""
         counted = ", ".join(f"{len(paths)} {why}" for why, paths in self._faults.items())
         if counted != self._counted:
             self._counted = counted

@@ -1,11 +1,12 @@
-"""A sweep: planned, frozen, run by worker processes here or by SLURM, continued where it stopped.
+"""Sweeps: plan, freeze and run many jobs, on this machine or on SLURM, and resume stopped sweeps.
 
-    python -m sddlskd.sweeps status NAME     what is finished, running, queued, failed or missing, and how to go on
-    python -m sddlskd.sweeps logs NAME       the ends of the logs of what SLURM runs or ran
-    python -m sddlskd.sweeps cancel NAME     cancel what SLURM has of it
+    python -m sddlskd.sweeps status NAME   print the state of every job and the command to continue
+    python -m sddlskd.sweeps logs NAME     print the last lines of the logs of the SLURM tasks
+    python -m sddlskd.sweeps cancel NAME   cancel the sweep's SLURM jobs
 
-A sweep is its jobs' run directories and a list of them in runs/sweeps/<name>/sweep.json; what SLURM has of it is
-listed beside that, in slurm.json. Nothing else has a state.
+The state of a sweep consists of the run directories of its jobs and a list of these directories in
+runs/sweeps/<name>/sweep.json. The file slurm.json in the same folder lists the submitted SLURM
+jobs. There is no other state.
 """
 
 import argparse
@@ -44,7 +45,11 @@ log = logging.getLogger(__name__)
 
 
 def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list[list[Config]]:
-    """Jobs that can share batches and teacher, together; a job that stands in the grid twice is taken once."""
+    """Return groups of jobs that can share batches and teacher, each of at most `max_group_size`.
+
+    A job that occurs twice in `jobs` is taken once. Without `max_group_size`, the groups are as
+    large as possible.
+    """
     together: dict[str, dict[str, Config]] = {}
     for job in jobs:
         together.setdefault(cfg.sharing_key(job), {})[job.run_dir] = job
@@ -60,16 +65,32 @@ def run_sweep(
     pool: Pool | Slurm,
     max_group_size: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Run what of the sweep is not done, by `pool`; gives every job's result.json, in order.
+    """Run the unfinished jobs of a sweep and return the result of every job.
 
-    Jobs that are FINISHED are left alone, interrupted ones continue, FAILED ones run again (`sweep.rerun`), those that
-    SLURM has already stay there. Exits with 1 where a job failed, 130 where the sweep was stopped. Raises ValueError,
-    before anything starts, naming every job that is not valid.
+    FINISHED jobs stay untouched, interrupted jobs continue, and FAILED jobs run again (see
+    `sweep.rerun`). Jobs in SLURM's queue stay there. If `sweep.plan` is set, only print the plan.
+
+    Args:
+        jobs: the jobs of the sweep; duplicates run once.
+        name: name of the sweep.
+        pool: launcher that runs the jobs.
+        max_group_size: largest number of jobs that train side by side; None for no limit.
+
+    Returns:
+        The content of every job's result.json, in the order of `jobs`.
+
+    Raises:
+        ValueError: before anything starts, if jobs are invalid (all of them are named) or if
+            several jobs have the same run directory.
+        ConnectionError: if the tracking server or SLURM does not answer.
+        SystemExit: with code 1 if a job failed or a planned job is invalid, 130 if the sweep was
+            stopped, and 0 after printing a valid plan.
     """
     unique = list({job.run_dir: job for job in jobs}.values())
     if len(unique) < len({cfg.config_hash(job) for job in jobs}):
         raise ValueError(
-            "several jobs of the sweep have one run_dir; leave run_dir out, so that each gets its own"
+            "several jobs of the sweep have one run_dir; "
+            "leave run_dir out, so that each job gets its own"
         )
     folder = Path(unique[0].home, "runs", "sweeps", name)
     states = _states(folder, [job.run_dir for job in unique])
@@ -90,7 +111,7 @@ def run_sweep(
         raise InvalidJobs(seen.invalid)
     if seen.changed:
         log.warning(
-            "%d finished jobs learnt from another teacher file than is there now (%s ...); "
+            "%d finished jobs learnt from another teacher file than the current one (%s ...); "
             "sweep.rerun=all runs them again",
             len(seen.changed),
             ", ".join(map(cfg.run_name, seen.changed[:3])),
@@ -102,7 +123,7 @@ def run_sweep(
             write_line(line)
         sys.exit(1 if seen.invalid else 0)
     log.info("%s", "; ".join(plan))
-    if todo:  # before anything is written
+    if todo:  # these checks come before anything is written
         tracking.check_reachable(todo)
         pool.check(todo)
     _write_manifest(name, unique)
@@ -129,16 +150,20 @@ def run_sweep(
     digest(unique, results)
     if any(result["status"] != FINISHED for result in results):
         write_line(
-            f"to go on: {_command(unique[0].home)}    (state: python -m sddlskd.sweeps status {folder})"
+            f"to go on: {_command(unique[0].home)}    "
+            f"(state: python -m sddlskd.sweeps status {folder})"
         )
         if not pool.here:
-            write_line(f"what the tasks said: python -m sddlskd.sweeps logs {folder}")
+            write_line(f"logs of the tasks: python -m sddlskd.sweeps logs {folder}")
     outcomes(unique, results, stopped=ended == KILLED)
     return [result_of(job) for job in jobs]
 
 
 def _states(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
-    """Of each run directory of the sweep in that folder; what SLURM has counts as queued or running."""
+    """Return {run directory: state} for the sweep in `folder`.
+
+    An unfinished job in SLURM's queue counts as queued or running.
+    """
     own, live = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}, slurm.states(folder)
     return {
         run_dir: state if state == "finished" else live.get(run_dir, state)
@@ -151,7 +176,10 @@ def _outcome(jobs: Iterable[Config]) -> str:
 
 
 def _register_what_others_ran(folder: Path, name: str, jobs: Sequence[Config]) -> None:
-    """Let MLflow know a sweep of which every job was run by another; nothing is lost where it is away."""
+    """Register in MLflow a sweep whose jobs were all run by other sweeps.
+
+    If MLflow does not answer, only log a warning: the run directories hold all results.
+    """
     try:
         tracking.check_reachable(jobs)
         first = tracking.register(jobs[:1], sweep=name)[0]
@@ -164,11 +192,17 @@ def _register_what_others_ran(folder: Path, name: str, jobs: Sequence[Config]) -
 
 @dataclass
 class Seen:
-    """What is known before anything starts."""
+    """Facts about a sweep that are known before any job starts.
 
-    invalid: list[tuple[str, str]]  # jobs that cannot run, each with the reason
-    changed: list[Config]  # finished jobs whose teacher file was replaced since
-    devices: list[str]  # of this machine
+    Attributes:
+        invalid: (name, reason) of each job that cannot run.
+        changed: finished jobs whose teacher file has been replaced since.
+        devices: devices of this machine.
+    """
+
+    invalid: list[tuple[str, str]]
+    changed: list[Config]
+    devices: list[str]
 
 
 def _look_ahead(todo: Sequence[Config], finished: Sequence[Config]) -> Seen:
@@ -183,7 +217,13 @@ def _look_ahead(todo: Sequence[Config], finished: Sequence[Config]) -> Seen:
 
 
 def _ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
-    """Asked in a process of its own: this one stays small while it waits for the workers."""
+    """Return the answer of `sddlskd.precheck`, run in a separate process.
+
+    The separate process keeps this process small while it waits for the workers.
+
+    Raises:
+        ChildProcessError: if the separate process dies.
+    """
     command = [sys.executable, "-m", "sddlskd.precheck"]
     done = subprocess.run(
         command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=False
@@ -195,7 +235,7 @@ def _ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
             else f"exit code {done.returncode}"
         )
         raise ChildProcessError(
-            f"the check of the jobs died ({why}), so none was started; what it said stands above"
+            f"the check of the jobs died ({why}), so none was started; see its output above"
         )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -224,15 +264,20 @@ def _plan(
     known = [_seconds(job) for group in groups for job in group]
     if todo and all(s is not None for s in known):
         lines.append(
-            f"about {duration(sum(s for s in known if s is not None))} on one device, from runs like these"
+            f"about {duration(sum(s for s in known if s is not None))} on one device, "
+            "estimated from similar runs"
         )
     elif todo:
-        lines.append("no runs like these are here yet, so the time is not known")
+        lines.append("there are no similar runs yet, so the time is not known")
     return lines
 
 
 def _seconds(job: Config) -> float | None:
-    """What the job adds to a sweep: from runs of its pair and data set, which shared their time with their group."""
+    """Return the estimated seconds that the job adds to a sweep, or None if there are no past runs.
+
+    The estimate is the mean time per epoch of past runs of the same student, teacher and data set.
+    The time of a run is divided by its group size, because the runs of a group share their time.
+    """
     label = (
         f"{job.teacher.name}-{job.student.name}-*"
         if job.distiller.loss
@@ -247,16 +292,18 @@ def _seconds(job: Config) -> float | None:
 
 
 def _command(home: str) -> str:
-    """What was typed, with the home that it had from the environment or the current folder."""
-    again = [
-        word for word in sys.argv[1:] if word not in ("sweep.rerun=all", "sweep.plan=true")
-    ]  # meant for once
+    """Return the command that was typed, with its home added if the command does not name one.
+
+    The home may come from the environment or the current folder.
+    """
+    # The user meant these two overrides for one launch only.
+    again = [word for word in sys.argv[1:] if word not in ("sweep.rerun=all", "sweep.plan=true")]
     again += [] if any(word.startswith("home=") for word in again) else [f"home={home}"]
     return shlex.join(["python", "-m", "sddlskd.train", *again])
 
 
 def _write_manifest(name: str, jobs: Sequence[Config]) -> Path:
-    """Add these jobs to the sweep's list; gives its folder."""
+    """Add the jobs to the sweep's sweep.json and return the sweep's folder."""
     folder = Path(jobs[0].home, "runs", "sweeps", name)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
@@ -274,7 +321,11 @@ def _write_manifest(name: str, jobs: Sequence[Config]) -> Path:
 
 
 def _write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
-    """Every job that the sweep means to run, in MLflow's words: what all have in common once, then what differs."""
+    """Write plan.json, which lists all jobs of the sweep with their MLflow parameters, for MLflow.
+
+    Parameters that all jobs have in common are written once. Each job then lists the parameters in
+    which it differs. Return the path of the file.
+    """
     with FileLock(folder / LOCK):
         return _add_to_plan(folder / "plan.json", name, jobs)
 
@@ -284,7 +335,8 @@ def _add_to_plan(path: Path, name: str, jobs: Sequence[Config]) -> Path:
         job.run_dir: {key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs
     }
     hashes = {job.run_dir: (cfg.config_hash(job), cfg.settings_hash(job)) for job in jobs}
-    if path.exists():  # of an earlier start, with other jobs
+    # An earlier launch, which may have had other jobs, may have written the file.
+    if path.exists():
         earlier = json.loads(path.read_text())
         for job in earlier["jobs"]:
             params.setdefault(job["run_dir"], earlier["common"] | job["params"])
@@ -311,7 +363,7 @@ def _add_to_plan(path: Path, name: str, jobs: Sequence[Config]) -> Path:
 
 
 def _planned(folder: Path) -> set[str]:
-    """The run directories of the jobs in the plan."""
+    """Return the run directories of the jobs in the sweep's plan.json."""
     path = folder / "plan.json"
     return (
         {job["run_dir"] for job in json.loads(path.read_text())["jobs"]} if path.exists() else set()
@@ -319,7 +371,7 @@ def _planned(folder: Path) -> set[str]:
 
 
 def cause_of(reason: str) -> str:
-    """The kind of failure, to group by."""
+    """Return the kind of a failure, by which failures are grouped, for the `reason` of a result."""
     if "worker died" in reason:
         return "killed"
     if "OutOfMemory" in reason:
@@ -330,7 +382,7 @@ def cause_of(reason: str) -> str:
 
 
 def digest(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
-    """Print the failures by cause, each with the end of its log and the command that runs it again."""
+    """Print the failures by cause, each with the end of its log and the command that repeats it."""
     by_cause: dict[str, list[tuple[Config, str]]] = defaultdict(list)
     for job, result in zip(jobs, results, strict=True):
         if result["status"] == FAILED:
@@ -346,14 +398,14 @@ def digest(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
 
 
 def status(folder: Path) -> None:
-    """Print where a sweep stands."""
+    """Print the state of every job of a sweep, the time left, and the command to continue."""
     manifest = read_manifest(folder)
     folders = [Path(path) for path in manifest["jobs"]]
     try:
         live = slurm.queue(folder)
         found = _states(folder, manifest["jobs"])
     except ConnectionError as error:
-        write_line(f"SLURM does not say what it has of this sweep: {error}")
+        write_line(f"cannot ask SLURM about the jobs of this sweep: {error}")
         live, found = {}, {path: state_of(Path(path)) for path in manifest["jobs"]}
     states = {path: found[str(path)] for path in folders}
     counts = Counter(states.values())
@@ -368,8 +420,11 @@ def status(folder: Path) -> None:
         for row in some[-3:]
     ]
     submitted = {run_dir: one.job for one in slurm.submissions(folder) for run_dir in one.run_dirs}
-    open_still = {path: submitted[str(path)] for path in folders
-                  if states[path] not in ("finished", "failed") and str(path) in submitted}  # fmt: skip
+    open_still = {
+        path: submitted[str(path)]
+        for path in folders
+        if states[path] not in ("finished", "failed") and str(path) in submitted
+    }
     where = slurm.causes_of_death([job for job in open_still.values() if job not in live])
     where |= {job: f"{state} ({why})" for job, (state, why) in live.items()}
     left = 0.0
@@ -403,13 +458,13 @@ def status(folder: Path) -> None:
 
 
 def cancel(folder: Path) -> None:
-    """Cancel what SLURM has of a sweep."""
+    """Cancel the sweep's jobs in SLURM's queue and print their ids."""
     jobs = slurm.cancel(folder)
-    write_line(f"cancelled: {' '.join(jobs)}" if jobs else "SLURM has nothing of this sweep")
+    write_line(f"cancelled: {' '.join(jobs)}" if jobs else "SLURM has no job of this sweep")
 
 
 def logs(folder: Path, lines: int = 5) -> None:
-    """Print the end of the log of everything that SLURM runs or ran for a sweep, and where each is."""
+    """Print the path and the last `lines` lines of the log of every SLURM task of a sweep."""
     for one in slurm.submissions(folder):
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
         write_line(f"{one.log}  ({names})")
@@ -423,12 +478,12 @@ def logs(folder: Path, lines: int = 5) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Where a sweep stands, what its jobs say, and how to take it back from SLURM."""
+    """Print the state of a sweep or the logs of its SLURM jobs, or cancel its SLURM jobs."""
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps", description=main.__doc__)
     parser.add_argument("command", choices=["status", "logs", "cancel"])
-    parser.add_argument("sweep", help="its name, or its folder")
+    parser.add_argument("sweep", help="name or folder of the sweep")
     parser.add_argument(
-        "--home", default=os.environ.get("SDDLSKD_HOME", "."), help="where runs/ is"
+        "--home", default=os.environ.get("SDDLSKD_HOME", "."), help="folder that holds runs/"
     )
     chosen = parser.parse_args(arguments)
     cfg.frame()
@@ -445,7 +500,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = sorted(path.parent.name for path in sweeps.glob("*/sweep.json"))
         there = ", ".join(known) or "none"
         sys.exit(
-            f"error: no sweep {chosen.sweep} in {sweeps}; there are: {there}; elsewhere: --home HOME"
+            f"error: no sweep {chosen.sweep} in {sweeps}; known sweeps: {there}; "
+            "give another folder with --home HOME"
         )
     try:
         {"status": status, "logs": logs, "cancel": cancel}[chosen.command](folder)

@@ -1,8 +1,9 @@
-"""Which code a configuration may name by `_target_`, and the one place that calls it.
+"""Checks of the code that a configuration names by `_target_`, and the only place that calls it.
 
-A configuration is data: it comes from files, sweeps and other people's run directories. Its targets are of this
-package, torch, torchvision or timm, and of these only what makes networks, losses, optimizers and data sets. A dotted
-path leads through attributes (`sddlskd.files.os.remove`), so what counts is the object that is found.
+A configuration is data: it comes from files, sweeps and other people's run directories. Its targets
+must belong to this package, torch, torchvision or timm. Of these packages, only networks, losses,
+optimizers and data sets are allowed. A dotted path leads through attributes
+(`sddlskd.files.os.remove`), so the check looks at the object that the path resolves to.
 """
 
 import inspect
@@ -15,43 +16,58 @@ from hydra.utils import instantiate as hydra_instantiate
 __all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
+# Modules that an allowed subclass of nn.Module may come from.
 NETWORKS = (
     "sddlskd.models.",
     "torch.nn.",
     "torchvision.",
     "timm.",
-)  # where a subclass of nn.Module may be from
+)
+# Modules that an allowed public function may come from.
 FUNCTIONS = (
     "sddlskd.datasets.",
     "sddlskd.folders.",
     "sddlskd.losses.",
     "sddlskd.models.",
-)  # ... and public functions
+)
 
 
 class ForeignTarget(ValueError):
-    """A target is of code that nobody has said to trust."""
+    """A target outside of `PACKAGES` that `allow_foreign_targets` does not allow."""
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
-    """ValueError, in one line, for a target anywhere in `node` that is not of PACKAGES, and for what could still become
-    one (`refuse_interpolations`); key: where the node stands."""
+    """Raise ValueError if a `_target_` anywhere in `node` is not from `PACKAGES`.
+
+    Args:
+        node: Values of a configuration: nested dicts, lists and plain values.
+        key: Dotted key of `node`, for the message.
+        allow_foreign: Whether targets may name code outside of `PACKAGES`.
+
+    Raises:
+        ForeignTarget: If a target is not from `PACKAGES` and `allow_foreign` is false.
+        ValueError: If a target is not a dotted name, or if a text could still become a target
+            (`refuse_interpolations`). The message is one line.
+    """
     refuse_interpolations(node, key)
     for place, target in _targets(node, key):
         if not isinstance(target, str) or not target:
             raise ValueError(
-                f"{place}={target!r} is no dotted name; give one such as sddlskd.models.create"
+                f"{place}={target!r} is not a dotted name; give one such as sddlskd.models.create"
             )
         if not allow_foreign and not _is_ours(target):
             raise ForeignTarget(
-                f"{place}={target!a} is not of {', '.join(PACKAGES)}; if it is code of yours, or code that you trust, "
-                "allow_foreign_targets=true runs it"
+                f"{place}={target!a} is not from {', '.join(PACKAGES)}; if it is your own code, or "
+                "code that you trust, set allow_foreign_targets=true to run it"
             )
 
 
 def refuse_interpolations(node: Any, key: str) -> None:
-    """ValueError, in one line, for a "${" anywhere in values that are filled in: it would be filled in once more, and
-    could then be a target that nobody has looked at."""
+    """Raise ValueError if resolved values still contain a "${" anywhere.
+
+    Hydra would resolve the text a second time, and the result could be a target that has not been
+    checked. The message is one line; `key` is the dotted key of `node`.
+    """
     if isinstance(node, dict):
         for name, value in node.items():
             refuse_interpolations(name, key)
@@ -61,16 +77,23 @@ def refuse_interpolations(node: Any, key: str) -> None:
             refuse_interpolations(value, f"{key}[{i}]")
     elif isinstance(node, str) and "${" in node:
         raise ValueError(
-            f"{key}={node[:200]!a} holds a '${{', which values that are filled in must not; take it out"
+            f"{key}={node[:200]!a} holds a '${{', which a resolved value must not hold; take it out"
         )
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
-    """hydra.utils.instantiate, for targets that a configuration may name.
+    """Call `hydra.utils.instantiate` if all targets of `node` are allowed, and return its result.
 
-    Foreign ones passed `check_names` when the job was composed. Raises ValueError, before anything is called, for one
-    of PACKAGES that is neither a network, an optimizer, nor a public function of FUNCTIONS. Hydra fills in "${...}"
-    itself, after that check, so that there must be none.
+    Targets outside of `PACKAGES` are not checked here: they passed `check_names` when the job was
+    composed. Values must not contain "${", because Hydra would resolve it after the check.
+
+    Args:
+        node: Values of a configuration with a `_target_`.
+        **arguments: Further arguments of `hydra.utils.instantiate`.
+
+    Raises:
+        ValueError: If a target from `PACKAGES` is neither a network, nor an optimizer, nor a public
+            function of `FUNCTIONS`, or if a value contains "${". Nothing is called before.
     """
     refuse_interpolations(node, "")
     for _, target in _targets(node, ""):
@@ -80,7 +103,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every `_target_` in nested dicts and lists, with its dotted key."""
+    """Yield the dotted key and the value of every `_target_` in nested dicts and lists."""
     if isinstance(node, dict):
         for name, value in node.items():
             place = f"{key}.{name}".lstrip(".")
@@ -95,14 +118,18 @@ def _is_ours(target: str) -> bool:
 
 
 def _check_kind(target: str) -> None:
-    from torch import nn, optim  # slow to import, and a configuration is checked without it
+    """Raise ValueError unless `target` is an allowed network, optimizer or function."""
+    from torch import nn, optim  # slow to import, and `check_names` does not need it
 
-    cure = "name a network, an optimizer, or a function of sddlskd.models, sddlskd.losses or sddlskd.datasets"
+    cure = (
+        "name a network, an optimizer, or a function of sddlskd.models, sddlskd.losses or "
+        "sddlskd.datasets"
+    )
     if any(part.startswith("_") for part in target.split(".")):
         raise ValueError(f"_target_={target} is private; {cure}")
     try:
         found = get_object(target)
-    except Exception as error:  # importing a module on the way may raise anything
+    except Exception as error:  # an import along the path may raise anything
         raise ValueError(
             f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}"
         ) from error
@@ -113,4 +140,4 @@ def _check_kind(target: str) -> None:
     else:
         allowed = origin.startswith(FUNCTIONS)
     if not allowed:
-        raise ValueError(f"_target_={target} is not what a configuration may call; {cure}")
+        raise ValueError(f"_target_={target} is not allowed in a configuration; {cure}")

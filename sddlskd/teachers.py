@@ -1,13 +1,18 @@
-"""`python -m sddlskd.teachers`: bring home the teachers that others trained, safely.
+"""Fetch, verify and import trained teachers: `python -m sddlskd.teachers COMMAND`.
 
-    list                        what is published and what is here
-    fetch NAME ... | all        leave published teachers where teacher=NAME finds them, for dataset=cifar100 unless
-                                another is given; imagenet_... are for dataset=imagenet
-    verify NAME ...             measure top-1 on the test split and compare it with what is published
-    import FILE --as NAME       the same place for a file of one's own (ours, RepDistiller's or mdistiller's)
+Commands:
+    list                        show the published teachers and the local ones
+    fetch NAME ... | all        download published teachers to the place that teacher=NAME reads;
+                                for dataset=cifar100 unless another dataset is given; the names
+                                imagenet_... are for dataset=imagenet
+    verify NAME ...             measure top-1 on the test split and compare it with the published
+                                value
+    import FILE --as NAME       copy your own weights file to the same place (a file written by
+                                this package, RepDistiller or mdistiller)
 
-Files are taken byte for byte (safetensors: rewritten as .pt), after a check of every key and shape, and pinned by their
-sha256 on first use. key=value words override the configuration, such as home=, dataset= or trainer.device=.
+Files are copied byte for byte (safetensors files are rewritten as .pt) after a check of every key
+and shape. Their sha256 is pinned on first use. Arguments of the form key=value override the
+configuration, for example home=, dataset= or trainer.device=.
 """
 
 import argparse
@@ -50,12 +55,15 @@ __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 class Published(NamedTuple):
     """A teacher that the papers use."""
 
-    top1: float  # % on the test split, as its publisher gives it
-    file: str  # in every place; torchvision's have the first digits of their sha256 in the name
+    top1: float  # % on the test split, as published
+    # The path below each of PLACES, or inside its archive. The names of torchvision's files contain
+    # the first digits of their sha256.
+    file: str
 
 
-PUBLISHED = {  # by data set and name
-    "cifar100": {  # Tian et al. (2020), whose README gives the top-1; mdistiller and the papers after it use them
+PUBLISHED = {  # by data set and network name
+    # Tian et al. (2020). Their README gives the top-1. mdistiller and later papers use these files.
+    "cifar100": {
         "resnet32x4": Published(79.42, "resnet32x4_vanilla/ckpt_epoch_240.pth"),
         "wrn_40_2": Published(75.61, "wrn_40_2_vanilla/ckpt_epoch_240.pth"),
         "vgg13": Published(74.64, "vgg13_vanilla/ckpt_epoch_240.pth"),
@@ -63,36 +71,45 @@ PUBLISHED = {  # by data set and name
         "resnet56": Published(72.34, "resnet56_vanilla/ckpt_epoch_240.pth"),
         "resnet110": Published(74.31, "resnet110_vanilla/ckpt_epoch_240.pth"),
     },
-    "imagenet": {  # torchvision's IMAGENET1K_V1, which both papers use
+    "imagenet": {  # torchvision's IMAGENET1K_V1 weights, which both papers use
         "resnet18": Published(69.76, "resnet18-f37072fd.pth"),
         "resnet34": Published(73.31, "resnet34-b627a593.pth"),
         "resnet50": Published(76.13, "resnet50-0676ba61.pth"),
     },
 }
-PLACES = {  # an archive with all files of the data set, or an address that /<file> is put behind
+# By data set: either an archive with all files of the data set, or a base URL to append /<file> to.
+PLACES = {
     "cifar100": (
-        "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar",
-        "http://shape2prog.csail.mit.edu/repo",  # RepDistiller's scripts/fetch_pretrained_teachers.sh
+        "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
+        "cifar_teachers.tar",
+        # from RepDistiller's scripts/fetch_pretrained_teachers.sh
+        "http://shape2prog.csail.mit.edu/repo",
     ),
     "imagenet": ("https://download.pytorch.org/models",),
 }
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_ARCHIVE = 2 << 30  # bytes
-LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer's state has 190 MB
-TOLERANCE = 0.1  # points of top-1: 10 of 10,000 images, more than another device's rounding or JPEG decoder moves
-ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    ValueError,
-    OSError,
-    DownloadError,
-)  # what a user can mend
+LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer state has 190 MB
+# In percentage points of top-1: 10 of 10,000 images. This is more than the rounding or the JPEG
+# decoder of another device changes.
+TOLERANCE = 0.1
+# Errors that a user can fix.
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, DownloadError)
 
 
 def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
-    """Leave the published teacher of the job where `teacher=<name>` finds it; the answer says where it came from.
+    """Download the job's published teacher to the place that `teacher=<name>` reads.
 
-    mirrors: asked before PLACES, each of either kind. Raises ValueError naming every place and what is wrong with it.
+    Args:
+        job: The configuration; its teacher and data set name the published teacher.
+        mirrors: Archives or base URLs, as in PLACES, to try before PLACES.
+
+    Returns:
+        A line for the user that says where the teacher came from and where it is now.
+
+    Raises:
+        ValueError: No such teacher is published, another file has its place or its pin, or no place
+            delivered it; in the last case the message lists each place and its error.
     """
     name = job.teacher.name
     dataset = job.dataset.name
@@ -101,19 +118,20 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
             f"valid for {known} are {', '.join(of_it)}" for known, of_it in PUBLISHED.items()
         )
         raise ValueError(
-            f"no {name} for {dataset} is published; {valid}. "
-            f"Train it with `python -m sddlskd.train distiller=vanilla student={name} dataset={dataset}`"
+            f"no {name} for {dataset} is published; {valid}. Train it with "
+            f"`python -m sddlskd.train distiller=vanilla student={name} dataset={dataset}`"
         )
     target = path_of(job.home, dataset, name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # the same as for training it
+    with FileLock(f"{target}.lock"):  # the training of a missing teacher uses the same lock
         if target.exists():
             if not pins.check(job.home, _key(job), file_hash(target)):
                 raise ValueError(
-                    f"{target} is there already and was not fetched: it was trained or put there, and runs may have "
-                    "learnt from it. Move it away to fetch the published one, or choose another home=..."
+                    f"{target} already exists but was not fetched: it was trained here or copied "
+                    "there, and runs may have learnt from it. Move it away to fetch the published "
+                    "one, or choose another home=..."
                 )
-            return f"{name} is there already: {target}"
+            return f"{name} already exists: {target}"
         reasons = []
         for place in (*mirrors, *PLACES[dataset]):
             try:
@@ -121,13 +139,17 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
             except (DownloadError, ValueError) as error:
                 reasons.append(explain(error))
         raise ValueError(
-            f"{name} is not to be had: {'; '.join(reasons)}. Name another place with --mirror URL, "
-            f"or get the file and `python -m sddlskd.teachers import FILE --as {name}`"
+            f"{name} could not be fetched: {'; '.join(reasons)}. "
+            "Give another place with --mirror URL, or get the file yourself and run "
+            f"`python -m sddlskd.teachers import FILE --as {name}`"
         )
 
 
 def _fetch_from(place: str, job: Config, target: Path) -> str:
-    """Have the teacher at `target` from one place; gives the address."""
+    """Download the job's teacher from one place to `target`, and return the address used.
+
+    Raise DownloadError or ValueError if this place does not deliver the teacher.
+    """
     file, downloads = (
         PUBLISHED[job.dataset.name][job.teacher.name].file,
         target.parent / "downloads",
@@ -147,7 +169,7 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
                 )
             _install(job, kept, target, address)
         finally:
-            kept.unlink(missing_ok=True)  # what was refused is asked for anew next time
+            kept.unlink(missing_ok=True)  # so that the next try downloads a rejected file again
         return address
     download.fetch(address, kept, limit=LARGEST_ARCHIVE)
     try:
@@ -166,13 +188,17 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
     except ValueError:
         kept.unlink()
         raise
-    return address  # the archive stays for the other five
+    return address  # keep the archive: it contains the data set's other teachers as well
 
 
 def import_file(job: Config, path: Path) -> str:
-    """Leave a copy of someone's file where `teacher=<name>` finds it. Raises ValueError if it is not such weights."""
+    """Copy a weights file to the place that `teacher=<name>` reads, and return a line for the user.
+
+    Raise ValueError if the file does not hold the teacher's weights, or if another file has the
+    teacher's place or pin.
+    """
     if not path.is_file():
-        raise ValueError(f"{path} is no file; give a file of weights of {job.teacher.name}")
+        raise ValueError(f"{path} is not a file; give a weights file of {job.teacher.name}")
     _check_size(path)
     target = path_of(job.home, job.dataset.name, job.teacher.name)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,16 +211,29 @@ def import_file(job: Config, path: Path) -> str:
         if target.exists():
             if file_hash(target) != file_hash(copy):
                 raise ValueError(
-                    f"{target} is there already and is another file; runs may have learnt from it. "
+                    f"{target} already exists and is another file; runs may have learnt from it. "
                     "Move it away first, or choose another home=..."
                 )
-            return f"{job.teacher.name} is there already: {target}"
+            return f"{job.teacher.name} already exists: {target}"
         _install(job, copy, target, str(path.absolute()))
     return f"{job.teacher.name} from {path}: {target}"
 
 
 def _install(job: Config, came: Path, target: Path, source: str) -> None:
-    """Move a file to `target` if it holds the job's teacher and is what was pinned, and pin it if nothing was."""
+    """Check that a file holds the job's teacher and matches its pin, then move it to `target`.
+
+    Pin the file if the teacher has no pin yet.
+
+    Args:
+        job: The configuration of the teacher.
+        came: The file.
+        target: The path that `teacher=<name>` reads.
+        source: The file's origin (address or path), for error messages and the pin.
+
+    Raises:
+        ValueError: The file holds other weights or values that are not finite, differs from the
+            pin, or a training run has written `target` meanwhile.
+    """
     network = build_network(job.teacher.model, job.dataset.num_classes, 0, torch.device("cpu"))
     try:
         _check_size(came)
@@ -211,22 +250,24 @@ def _install(job: Config, came: Path, target: Path, source: str) -> None:
         put(came, target)
     except FileExistsError:
         raise ValueError(
-            f"{target} has come meanwhile from a run that trained it; move it away to have the one from {source}"
+            f"{target} was written meanwhile by a run that trained this teacher; "
+            f"move it away to install the one from {source}"
         ) from None
 
 
 def _check_size(path: Path) -> None:
-    """ValueError for a file larger than any teacher, also once a zip is inflated."""
+    """Raise ValueError if the file, or the content of a zip file, is larger than any teacher."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 size = max(size, sum(member.file_size for member in archive.infolist()))
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError):
-            return  # whoever reads it says what is wrong
+            return  # the code that reads the file reports the error
     if size > LARGEST_FILE:
         raise ValueError(
-            f"{path} has {size} bytes, and a teacher has at most {LARGEST_FILE}; save its state_dict alone"
+            f"{path} has {size} bytes, and a teacher has at most {LARGEST_FILE}; "
+            "save its state_dict alone"
         )
 
 
@@ -235,7 +276,15 @@ def _key(job: Config) -> str:
 
 
 def verify(job: Config, test_split: Callable[[], Data]) -> str:
-    """The top-1 of the job's teacher beside what is published; ValueError where they differ by more than TOLERANCE."""
+    """Measure the top-1 of the job's teacher (%) and compare it with the published value.
+
+    `test_split` returns the data; it is called after the checks of the teacher's file. The returned
+    line for the user gives both values.
+
+    Raises:
+        FileNotFoundError: The teacher's file is missing.
+        ValueError: The values differ by more than TOLERANCE, or the file does not match its pin.
+    """
     path, name = teacher_path(job), job.teacher.name
     if not path.exists():
         raise missing(path, name, job.dataset.name)
@@ -263,15 +312,16 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         )
     if round(abs(top1 - published.top1), 4) > TOLERANCE:
         raise ValueError(
-            f"{name}: top-1 {top1:.2f} on {job.dataset.name}, published is {published.top1:.2f}: {path} was trained "
-            f"otherwise, or the data differs. Remove it and its entry {_key(job)} in {pins.lock_path(job.home)}, "
+            f"{name}: top-1 {top1:.2f} on {job.dataset.name}, but the published value is "
+            f"{published.top1:.2f}: {path} was trained differently, or the data differs. Remove "
+            f"this file and its entry {_key(job)} in {pins.lock_path(job.home)}, "
             "and fetch it again"
         )
     return f"{name}: top-1 {top1:.2f} on {job.dataset.name}, as published ({published.top1:.2f})"
 
 
 def table(home: str) -> str:
-    """The published teachers, and those that are here, as a table."""
+    """Return a table of the published teachers and of the teachers in `home`, as text."""
     from rich.console import Console
     from rich.table import Table
 
@@ -288,14 +338,14 @@ def table(home: str) -> str:
         published = PUBLISHED.get(dataset, {}).get(name)
         source = known[key]["source"] if key in known else ""
         if key not in here:
-            state = "not here"
+            state = "missing"
         elif key not in known:
-            state, source = "here", "trained here, or put there"
+            state, source = "present", "trained here, or copied there"
         else:
             state = (
-                "here, as pinned"
+                "present, as pinned"
                 if file_hash(here[key]) == known[key]["sha256"]
-                else "here, CHANGED"
+                else "present, CHANGED"
             )
         rows.add_row(dataset, name, f"{published.top1:.2f}" if published else "", state, source)
     console = Console()
@@ -305,7 +355,7 @@ def table(home: str) -> str:
 
 
 def _job(name: str, overrides: Sequence[str]) -> Config:
-    """The configuration of one teacher, as a training would compose it."""
+    """Compose the configuration of one teacher in the same way as a training run does."""
     if name.startswith("imagenet_"):
         overrides = ["dataset=imagenet", *overrides]
     with hydra.initialize_config_module("sddlskd.conf", version_base="1.3"):
@@ -319,6 +369,7 @@ def _data(job: Config) -> Data:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line of this module; exit with 0, 1 on an error, or 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.teachers",
         description=__doc__,
@@ -327,18 +378,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=["list", "fetch", "verify", "import"])
     parser.add_argument("words", nargs="*", metavar="NAME | FILE | key=value")
     parser.add_argument(
-        "--as", dest="name", metavar="NAME", help="import: the network whose weights they are"
+        "--as",
+        dest="name",
+        metavar="NAME",
+        help="import: the network that the weights belong to",
     )
     parser.add_argument(
         "--mirror", action="append", default=[], metavar="URL",
-        help="fetch: a place to ask first, an archive or a folder as RepDistiller's; also in SDDLSKD_TEACHER_MIRRORS",
+        help="fetch: a URL to try first, of an archive or of a folder laid out like "
+        "RepDistiller's; more can be listed in SDDLSKD_TEACHER_MIRRORS",
     )  # fmt: skip
     chosen = parser.parse_intermixed_args(arguments)
     words = [word for word in chosen.words if "=" not in word]
     overrides = [word for word in chosen.words if "=" in word]
     file = ""
     if chosen.command == "list":
-        words = ["resnet32x4"]  # any: the home is that of the configuration
+        words = ["resnet32x4"]  # any name works: only the configuration's home is needed
     elif chosen.command == "import":
         if len(words) != 1 or not chosen.name:
             parser.error("give one file and its network: import FILE --as NAME")
@@ -347,12 +402,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{chosen.command} what? Give names, such as {chosen.command} resnet32x4")
     if chosen.command == "fetch" and words == ["all"]:
         dataset = dict(word.split("=", 1) for word in overrides).get("dataset", "cifar100")
-        prefix = "imagenet_" if dataset == "imagenet" else ""  # as conf/teacher calls them
+        prefix = "imagenet_" if dataset == "imagenet" else ""  # the names in conf/teacher
         words = [prefix + name for name in PUBLISHED.get(dataset, PUBLISHED["cifar100"])]
     cfg.frame()
     log_to_terminal()
     mirrors = [*chosen.mirror, *os.environ.get("SDDLSKD_TEACHER_MIRRORS", "").split()]
-    splits: dict[str, Data] = {}  # one for all that are verified on a data set
+    splits: dict[str, Data] = {}  # shared by all teachers that are verified on a data set
 
     def split(job: Config) -> Data:
         if job.dataset.name not in splits:

@@ -1,7 +1,9 @@
-"""The only writer to MLflow. The run directory is the record; `sync` brings MLflow up to it, as often as it is called.
+"""Copy run directories to MLflow; no other module writes to MLflow.
 
-Training never waits for MLflow: `Mirror` calls `sync` from a background thread and goes on trying while a server is
-away. What is left undelivered is delivered by `python -m sddlskd.tracking sync DIR [DIR ...]`.
+The run directory is the record of a run. `sync` updates MLflow from the run directory and may be
+called any number of times. Training never waits for MLflow: `Mirror` calls `sync` from a background
+thread and retries while the server is unreachable. To deliver records that are still undelivered
+when a job ends, run `python -m sddlskd.tracking sync DIR [DIR ...]`.
 """
 
 import argparse
@@ -45,17 +47,12 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = (
-    6000,
-    250,
-    8000,
-    100,
-    1000,
-)  # MLflow's limits: characters, entries
+# MLflow's limits: the first three in characters, the last two in entries per request.
+PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = (6000, 250, 8000, 100, 1000)
 CUT = " ... (cut)"
 MIRROR_LOCK = ".mlflow.lock"
 SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
-SUPERSEDED = ".superseded"  # a file that marks a record as set aside
+SUPERSEDED = ".superseded"  # a file that marks a record as replaced
 OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 
 
@@ -65,10 +62,17 @@ def _cut(value: Any, limit: int) -> str:
 
 
 def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
-    """Create database, experiment and (for a sweep) the parent run, and hand their ids on in the configurations.
+    """Create the database, the experiment and a sweep's parent run; return configs with their ids.
 
-    Called by the launching process. Where MLflow does not take runs it raises ConnectionError, within seconds of a
-    server; with tracking.offline it says so and gives no ids: `sync` then creates what is missing.
+    The launching process calls this function. The first of the configurations with tracking enabled
+    names the MLflow address and the experiment; the parent run is created only if `sweep` is given.
+    If MLflow does not accept runs and `tracking.offline` is set, log a warning and return
+    configurations without ids: `sync` creates the missing experiment and runs later.
+
+    Raises:
+        ConnectionError: MLflow does not accept runs and `tracking.offline` is not set. For a server
+            this error comes within seconds.
+        ValueError: `tracking.uri` is not a valid address, or the experiment was deleted in MLflow.
     """
     tracked = next((c for c in configs if c.tracking.enabled), None)
     if tracked is None:
@@ -76,24 +80,24 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
     uri, experiment_id, parent = str(tracked.tracking.uri), None, None
     try:
         tracking_uri.check(uri)
-        seconds = (
-            None if sqlite_file(uri) else tracking_uri.ANSWER_S
-        )  # making a database takes what it takes
+        # No time limit for a file: the time to create a database is not known beforehand.
+        seconds = None if sqlite_file(uri) else tracking_uri.ANSWER_S
         experiment_id, parent = within(seconds, lambda: _ids(tracked, sweep))
     except ValueError:
         raise
-    except Exception as error:  # whatever MLflow and the database under it raise
+    except Exception as error:  # MLflow and its database may raise any type
         known = isinstance(error, ConnectionError)
         said = (
             str(error)
             if known
-            else f"tracking.uri={uri} does not take runs ({first_line(error)}); {CURE}"
+            else f"tracking.uri={uri} does not accept runs ({first_line(error)}); {CURE}"
         )
         if not tracked.tracking.offline:
             raise ConnectionError(said) from error
         runs = Path(tracked.home, "runs")
         log.warning(
-            "%s; going on without it, deliver later with: python -m sddlskd.tracking sync %s",
+            "%s; continuing without MLflow. Deliver the records later with: "
+            "python -m sddlskd.tracking sync %s",
             said.removesuffix(f"; {CURE}"),
             runs,
         )
@@ -108,14 +112,17 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
 
 
 def _ids(config: Config, sweep: str | None) -> tuple[str, str | None]:
-    """Experiment and parent run, created where they are missing; any number of processes may do so at once."""
+    """Return (experiment id, parent run id), creating the experiment and the run if missing.
+
+    The parent run id is None without a sweep. Any number of processes may call this function at the
+    same time.
+    """
     uri = str(config.tracking.uri)
     path = sqlite_file(uri)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(f"{path}.lock") if path else nullcontext()
-    ):  # MLflow's making of a database races (its issue 12259)
+    # MLflow's creation of a database has a race condition (MLflow issue 12259).
+    with FileLock(f"{path}.lock") if path else nullcontext():
         client = tracking_uri.client(uri)
         experiment_id = _experiment(client, config)
         parent = _parent_run(client, experiment_id, sweep) if sweep else None
@@ -136,22 +143,29 @@ def _experiment(client: Any, config: Config) -> str:
         try:
             client.create_experiment(name, artifact_location=place)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was quicker
+            # Another process may have created the experiment in the meantime.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage == "deleted":
         raise ValueError(
-            f"tracking.experiment={name} was deleted in MLflow; restore it there or choose another name"
+            f"tracking.experiment={name} was deleted in MLflow; "
+            "restore it there or choose another name"
         )
     experiment_id: str = experiment.experiment_id
     return experiment_id
 
 
 def check_reachable(configs: Sequence[Config]) -> None:
-    """Raises ConnectionError naming the server that does not answer, ValueError for an address that is none.
+    """Check that the MLflow server of every job that is about to start answers.
 
-    Jobs that their launch registered may start without the server, as they may lose it later; so may all with
-    tracking.offline.
+    Jobs that the launching process already registered (`tracking.experiment_id` is set) may start
+    without the server, because any running job may lose its server. The same holds for jobs with
+    `tracking.offline`.
+
+    Raises:
+        ConnectionError: A server does not answer; the message names its address.
+        ValueError: A `tracking.uri` is not a valid address.
     """
     starting = [
         c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None
@@ -165,14 +179,15 @@ def check_reachable(configs: Sequence[Config]) -> None:
 
 
 def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
-    """Raises ValueError where jobs on other hosts than this one would write to a SQLite file."""
+    """Raise ValueError if jobs on hosts other than this one would write to a SQLite file."""
     here = {"localhost", socket.gethostname().split(".")[0]}
     others = sorted({host for host in hosts if host.split(".")[0] not in here})
     for uri in {str(c.tracking.uri) for c in configs if c.tracking.enabled}:
         if others and sqlite_file(uri):
             raise ValueError(
-                f"tracking.uri={uri} is a file and jobs would write to it from {', '.join(others)}; {ONE_HOST}, or "
-                "launch with tracking=none and deliver later: python -m sddlskd.tracking sync runs"
+                f"tracking.uri={uri} is a file and jobs would write to it from "
+                f"{', '.join(others)}; {ONE_HOST}, or launch with tracking=none and deliver the "
+                "records later with: python -m sddlskd.tracking sync runs"
             )
 
 
@@ -187,9 +202,9 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
     if not found:
         tags = {"sweep": sweep, "kind": "sweep", "git_sha": record.code_state()["git_sha"]}
         own = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
-        found = (
-            all_there()
-        )  # those of other launches at the same moment too: the earliest is the sweep's
+        # Search again: another launch may have created a parent run at the same moment. All
+        # launches choose the earliest one.
+        found = all_there()
     parent_id: str = found[0].info.run_id
     if own and own != parent_id:
         client.delete_run(own)
@@ -198,17 +213,23 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
 
 
 def log_plan(config: Config, path: Path) -> None:
-    """Put the sweep's plan beside its run, so that what never started can be told from what was never meant to."""
+    """Upload the sweep's plan to its parent run, so that jobs that never started remain visible.
+
+    Without the plan, a planned job that never started looks like a job that was never planned.
+    """
     _tell(config, "plan", status=record.RUNNING)
 
 
 def finish_sweep(config: Config, status: str) -> None:
-    """Close the sweep's parent run; a server that is away is named in the log."""
+    """Set the final status of the sweep's parent run; log a warning if MLflow is unreachable."""
     _tell(config, "outcome", status=status)
 
 
 def _tell(config: Config, what: str, status: str) -> None:
-    """Note in the sweep's folder what MLflow should know, and deliver it now if possible."""
+    """Write the sweep's status to its folder, then try to deliver the status and plan to MLflow.
+
+    `what` names the delivered part in the warning that is logged if the delivery fails.
+    """
     if not config.tracking.enabled:
         return
     folder = _sweep_folder(config)
@@ -216,11 +237,13 @@ def _tell(config: Config, what: str, status: str) -> None:
         with FileLock(folder / MIRROR_LOCK):
             state = _sweep_state(folder, config) | {"status": status}
             record.write_mirror(folder, state)
-        tracking_uri.check(str(config.tracking.uri))  # in bounded time: the launch waits for it
+        # The launching process waits here, so check first: the check takes bounded time.
+        tracking_uri.check(str(config.tracking.uri))
         sync_sweep(folder)
-    except Exception as error:  # a server may be away, or take numbers and no files
+    except Exception as error:  # a server may be unreachable, or accept metrics but no files
         log.warning(
-            "MLflow at %s did not take the sweep's %s: %s; later: python -m sddlskd.tracking sync %s",
+            "MLflow at %s did not accept the sweep's %s: %s; "
+            "deliver it later with: python -m sddlskd.tracking sync %s",
             config.tracking.uri,
             what,
             first_line(error),
@@ -233,7 +256,12 @@ def _sweep_folder(config: Config) -> Path:
 
 
 def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
-    """The content of the sweep's mlflow.json: its run, what MLflow should know of it, and what it knows."""
+    """Return the content of the sweep's mlflow.json.
+
+    It holds the parent run's id, the values that MLflow should have, and those that MLflow already
+    has. Start from an empty state if the file is damaged or is about another MLflow address,
+    experiment, home or parent run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         state = record.read_mirror(folder)
@@ -259,7 +287,10 @@ def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def sync_sweep(folder: Path, *, again: bool = False) -> None:
-    """Bring MLflow up to a sweep: its run, its outcome, its plan. Idempotent; `again` as for `sync`."""
+    """Update MLflow from a sweep's folder: its parent run, its status and its plan.
+
+    The function is idempotent. `again` means the same as in `sync`.
+    """
     with FileLock(folder / MIRROR_LOCK):
         state = record.read_mirror(folder)
         if not state:
@@ -277,13 +308,17 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
             state["told"] = state["status"]
             record.write_mirror(folder, state)
         digest = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.exists() else None
-        if digest != state.get("plan"):  # last: a server may take numbers and no files
+        # The plan comes last because a server may accept metrics but no files.
+        if digest != state.get("plan"):
             client.log_artifact(state["run_id"], str(plan))
             record.write_mirror(folder, {**state, "plan": digest})
 
 
 def _run_of_sweep(folder: Path, state: dict[str, Any]) -> str:
-    """The id of the sweep's run, made where it is missing; the caller holds the sweep's lock."""
+    """Return the id of the sweep's parent run, creating the run if missing.
+
+    The caller must hold the sweep's lock.
+    """
     if not state["run_id"]:
         tracking = TrackingConfig(uri=state["uri"], experiment=state["experiment"])
         _, state["run_id"] = _ids(Config(tracking=tracking, home=state["home"]), state["sweep"])
@@ -294,7 +329,10 @@ def _run_of_sweep(folder: Path, state: dict[str, Any]) -> str:
 
 
 def _parent_of(config: Config) -> str | None:
-    """The run of the sweep that planned this job: its launch knew it, unless MLflow was away then."""
+    """Return the id of the parent run of the sweep that planned this job, or None if no sweep did.
+
+    The configuration holds the id unless MLflow was unreachable when the sweep was launched.
+    """
     folder = _sweep_folder(config)
     if config.tracking.parent_run_id or not _planned(folder, config):
         return config.tracking.parent_run_id
@@ -310,8 +348,11 @@ def _planned(folder: Path, config: Config) -> bool:
 
 
 def supersede(folder: Path) -> None:
-    """Tag the run of a record that is set aside, so that it does not stand beside the one that replaces it."""
-    (folder / SUPERSEDED).touch()  # what MLflow does not hear now, `sync` tells it
+    """Tag the MLflow run of a replaced record as superseded, so that it is not counted twice.
+
+    If MLflow is unreachable now, log a warning; `sync` sets the tag later.
+    """
+    (folder / SUPERSEDED).touch()
     try:
         state = record.read_mirror(folder)
         if "run_id" in state:
@@ -321,29 +362,35 @@ def supersede(folder: Path) -> None:
 
 
 class _StillAway(ConnectionError):
-    """MLflow was away when the job was launched, which said so, and is not back."""
+    """MLflow was unreachable at launch, which was logged then, and is still unreachable."""
 
 
 def sync(folder: Path, *, again: bool = False) -> None:
-    """Bring MLflow up to a run directory: run, parameters, every metric not yet there, outcome. Idempotent.
+    """Update MLflow from a run directory: the run, its parameters, all new metrics and its outcome.
 
-    again: also what was delivered before, as for a server that was restored from a backup. A run whose process is gone
-    without an outcome ends as KILLED; one that has not started yet is left out. Raises what MLflow raises.
+    The function is idempotent. A run whose process ended without writing an outcome gets the status
+    KILLED. A run that has not started yet is skipped. Errors of MLflow propagate to the caller.
+
+    Args:
+        folder: The run directory.
+        again: Deliver everything again, including what was delivered before; for example for a
+            server that was restored from a backup.
     """
-    folder = folder.absolute()  # as MLflow is told of it
+    folder = folder.absolute()  # MLflow records the absolute path
     with FileLock(folder / MIRROR_LOCK):
-        # In this order, so that an outcome is never newer than what is known of the process, nor than the rows.
+        # Check the process before reading the result: otherwise a run that finishes in between
+        # would count as KILLED. Read the rows after the result, so that no outcome is delivered
+        # without its last rows.
         abandoned = record.abandoned(folder)
         result = record.read_result(folder)
         if not result:
             return
         status = result["status"]
         if status == record.RUNNING and abandoned:
-            status, result["reason"] = record.KILLED, "the process ended without a word"
+            status, result["reason"] = record.KILLED, "the process ended without writing a result"
         config = cfg.load(folder / "config.yaml")
-        if (
-            config.tracking.experiment_id is None
-        ):  # launched without tracking, or while MLflow was away
+        # The id is None if the job was launched without tracking or while MLflow was unreachable.
+        if config.tracking.experiment_id is None:
             try:
                 config = replace(
                     config, tracking=replace(config.tracking, experiment_id=_ids(config, None)[0])
@@ -373,7 +420,11 @@ def sync(folder: Path, *, again: bool = False) -> None:
 
 
 def _state(client: Any, folder: Path, config: Config) -> dict[str, Any]:
-    """What MLflow has of a run directory: as noted there; where the note is lost, as found by what the run is."""
+    """Return what MLflow already has of a run directory.
+
+    The directory's mlflow.json says so. If that file is damaged, search MLflow for a run with the
+    same configuration hash and run directory.
+    """
     try:
         state = record.read_mirror(folder)
         noted = {"key", "run_id", "rows", "status"} if "run_id" in state else {"key"}
@@ -388,11 +439,11 @@ def _state(client: Any, folder: Path, config: Config) -> dict[str, Any]:
             run.data.tags["record"] for run in runs if run.data.tags.get("run_dir") == str(folder)
         ]
         log.warning(
-            "%s; %s", error, "its run was found in MLflow" if keys else "MLflow has no run of it"
+            "%s; %s", error, "its run was found in MLflow" if keys else "MLflow has no run for it"
         )
         return {"key": keys[0], "uri": config.tracking.uri} if keys else {}
     if state.get("uri", config.tracking.uri) != config.tracking.uri:
-        return {}  # another MLflow than before: it gets the whole run
+        return {}  # the address has changed: deliver the whole run to the new one
     return state
 
 
@@ -402,14 +453,22 @@ def _runs_of(client: Any, config: Config, key: str) -> list[Any]:
 
 
 def _delete_twins(client: Any, config: Config, state: dict[str, Any]) -> None:
-    """A server that was too busy to answer in time may still have made a run that was asked for twice."""
+    """Delete all MLflow runs of this record except the one noted in `state`.
+
+    A server that was too busy to answer in time may still have created the run, so that the retry
+    created a second one.
+    """
     for run in _runs_of(client, config, state["key"]):
         if run.info.run_id != state["run_id"]:
             client.delete_run(run.info.run_id)
 
 
 def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]) -> dict[str, Any]:
-    """The run of this directory: its key is on disk before the run is made, so that a crash between leaves no twin."""
+    """Create the MLflow run of this directory, or find it if it exists, and return its state.
+
+    Write the record's key to disk before creating the run: after a crash in between, the next call
+    finds the run by its key and does not create a second one.
+    """
     known = bool(state)
     key = state.get("key") or uuid.uuid4().hex
     record.write_mirror(folder, {"key": key, "uri": config.tracking.uri})
@@ -438,7 +497,8 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
         run_id, sent = run.info.run_id, {}
     from mlflow.entities import Param
 
-    # A value cannot be sent again once it differs, as where a job runs may.
+    # Send no parameter twice: MLflow refuses a changed value, and some values may change between
+    # two starts of a job, such as the folder or the device.
     params = [
         Param(_cut(k, KEY), _cut(v, PARAM))
         for k, v in cfg.flatten(config).items()
@@ -460,7 +520,7 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
 def _send_rows(client: Any, run_id: str, rows: Iterable[dict[str, Any]]) -> None:
     from mlflow.entities import Metric
 
-    # Key, value, time and step come from the file: MLflow drops a point that it has already.
+    # Key, value, time and step come from the file, so MLflow drops a point that it already has.
     points = [
         Metric(key, float(value), int(row["time"] * 1000), row["epoch"])
         for row in rows
@@ -479,7 +539,7 @@ def _send_outcome(
     result: dict[str, Any],
     rows: Sequence[dict[str, Any]],
 ) -> None:
-    if status not in OUTCOMES:  # resumed: what stopped it is over
+    if status not in OUTCOMES:  # the run was resumed, so the old reason no longer applies
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)
         return
@@ -489,17 +549,12 @@ def _send_outcome(
             client.set_tag(run_id, tag, _cut(result[tag], TAG))
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
     for row in rows:
-        if row["epoch"] == result.get(
-            "epochs"
-        ):  # with the epoch's own time, for a run may stop at an epoch twice
+        # Use the epoch's own time, because a run may stop at the same epoch twice.
+        if row["epoch"] == result.get("epochs"):
             _send_rows(client, run_id, [{**summary, "epoch": row["epoch"], "time": row["time"]}])
     client.set_terminated(run_id, status)
-    for name in (
-        "config.yaml",
-        "code.diff",
-        "result.json",
-        "predictions.npz",
-    ):  # last: a server may take numbers and no files
+    # The files come last because a server may accept metrics but no files.
+    for name in ("config.yaml", "code.diff", "result.json", "predictions.npz"):
         if (folder / name).exists():
             client.log_artifact(run_id, str(folder / name))
 
@@ -507,9 +562,18 @@ def _send_outcome(
 def save_model(
     onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_classes: int
 ) -> None:
-    """Write an ONNX model (images in 0..1 -> logits) as an MLflow model with its signature."""
+    """Write an ONNX model (images -> logits) as an MLflow model with its signature.
+
+    Args:
+        onnx_file: The ONNX model. It takes float32 images (B, C, H, W) with values in 0..1 and
+            returns float32 logits (B, K).
+        folder: The folder to write the MLflow model to.
+        image_CHW: The shape of one image: channels, height and width in pixels.
+        num_classes: K, the number of classes.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of MLflow's own type hints, while it is imported
+        # The import of MLflow warns about MLflow's own type hints.
+        warnings.simplefilter("ignore")
         import mlflow.onnx
         import numpy as np
         import onnx
@@ -534,7 +598,11 @@ def save_model(
 
 
 def log_model(folder: Path, model: Path) -> str | None:
-    """Give MLflow the model of a run; its address there, or None where MLflow lacks the run or does not take it."""
+    """Upload the model of a run to MLflow and return its URI (runs:/RUN_ID/NAME).
+
+    Return None if MLflow does not have the run. Log a warning and return None if MLflow does not
+    accept the model.
+    """
     state = record.read_mirror(folder)
     if "run_id" not in state:
         return None
@@ -542,21 +610,20 @@ def log_model(folder: Path, model: Path) -> str | None:
         tracking_uri.client(str(state["uri"])).log_artifacts(
             state["run_id"], str(model), model.name
         )
-    except Exception as error:  # a server may be away, or take numbers and no files
-        log.warning("MLflow at %s did not take the model: %s", state["uri"], first_line(error))
+    except Exception as error:  # a server may be unreachable, or accept metrics but no files
+        log.warning("MLflow at %s did not accept the model: %s", state["uri"], first_line(error))
         return None
     return f"runs:/{state['run_id']}/{model.name}"
 
 
 class Mirror:
-    """A background thread that keeps MLflow up to the run directories it is told of."""
+    """A background thread that delivers changed run directories to MLflow."""
 
     def __init__(self) -> None:
-        self._dirty: set[Path] = set()  # to be delivered
-        self._busy: set[Path] = set()  # being delivered
-        self._give_up = (
-            math.inf
-        )  # time.monotonic() after which a failed delivery is not tried again
+        self._dirty: set[Path] = set()  # folders waiting for delivery
+        self._busy: set[Path] = set()  # folders being delivered
+        # The time.monotonic() after which a failed delivery is not retried.
+        self._give_up = math.inf
         self._wake = threading.Condition()
         self._closing = False
         self._away = False
@@ -564,14 +631,18 @@ class Mirror:
         self._thread.start()
 
     def update(self, folder: Path) -> None:
-        """Something changed in this run directory."""
+        """Schedule the delivery of this run directory, which has changed."""
         with self._wake:
             self._dirty.add(folder)
             self._wake.notify()
 
     def close(self, timeout: float = 60.0, retry: float = 10.0) -> None:
-        """Deliver what is left, for at most `timeout` seconds, of which `retry` are spent on MLflow that does not take
-        it; name in the log what could not be delivered."""
+        """Deliver the remaining run directories, then stop; log the undelivered ones.
+
+        Args:
+            timeout: The longest time to wait, in seconds, if MLflow accepts metrics.
+            retry: The longest time to retry failed deliveries, in seconds.
+        """
         with self._wake:
             self._closing, self._give_up = True, time.monotonic() + retry
             self._wake.notify()
@@ -579,7 +650,8 @@ class Mirror:
         if left := self._dirty | self._busy:
             folders = " ".join(sorted(map(str, left)))
             log.warning(
-                "MLflow has not got everything; when it is back: python -m sddlskd.tracking sync %s",
+                "MLflow did not receive everything; once it is reachable, run: "
+                "python -m sddlskd.tracking sync %s",
                 folders,
             )
 
@@ -605,27 +677,27 @@ class Mirror:
     def _try(self, folder: Path) -> bool:
         try:
             sync(folder)
-        except Exception as error:  # whatever MLflow raises: training must not see it
+        except Exception as error:  # an error of MLflow must not end the training
             if not self._away and not isinstance(error, _StillAway):
                 reason = f"{type(error).__name__}: {first_line(error)}"
-                log.warning("MLflow does not take metrics (%s); training goes on", reason)
+                log.warning("MLflow does not accept metrics (%s); training continues", reason)
             self._away = True
             return False
         if self._away:
-            log.warning("MLflow is back; what it missed is being delivered")
+            log.warning("MLflow is reachable again; delivering the metrics that it missed")
         self._away = False
         return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m sddlskd.tracking sync DIR ...`: bring MLflow up to run directories, or to folders of them."""
+    """Deliver run directories, or all run directories inside folders, to MLflow."""
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument(
         "--again",
         action="store_true",
-        help="also what was delivered before: a server lost it since",
+        help="deliver everything again, for example after the server lost its data",
     )
     chosen = parser.parse_args(arguments)
     cfg.frame()
@@ -648,7 +720,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sweeps.add(_sweep_folder(config))
         except ConnectionError as error:
             sys.exit(f"error: {run} could not be delivered: {error}")
-        except Exception as error:  # whatever MLflow raises; the others are delivered all the same
+        except Exception as error:  # one damaged run must not block the delivery of the others
             problems.append(f"error: {run} could not be delivered: {first_line(error)}")
     for sweep in sorted(sweeps):
         try:

@@ -1,4 +1,4 @@
-"""What a tracking.uri names: whether MLflow is there and takes runs, and the client that talks to it."""
+"""Check that a tracking.uri leads to an MLflow that accepts runs, and create the client for it."""
 
 import logging
 import os
@@ -32,25 +32,35 @@ __all__ = [
 
 Answer = TypeVar("Answer")
 
-CURE = "start it, name another with tracking.uri=..., go on with tracking.offline=true, or use tracking=none"
+CURE = (
+    "start it, choose another with tracking.uri=..., "
+    "continue without it with tracking.offline=true, or use tracking=none"
+)
 SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-ONE_HOST = "SQLite takes writers of one host alone: start a server (make tracking-server) and give its tracking.uri"
-ANSWER_S = 6.0  # seconds that a server has, to answer when a job is launched
+ONE_HOST = (
+    "SQLite accepts writers on one host only: "
+    "start a server (make tracking-server) and give its tracking.uri"
+)
+ANSWER_S = 6.0  # time limit in seconds for a server's answer at launch
 
 
 def client(uri: str) -> Any:
-    """MLflow's client of that address. Raises ConnectionError for a SQLite file that this host may not write."""
+    """Return an MLflow client for `uri`; create the SQLite file if `uri` names a missing one.
+
+    Raise ConnectionError if `uri` names a SQLite file that this host may not write.
+    """
     if path := sqlite_file(uri):
-        _check_file(path)  # MLflow would try for minutes
+        _check_file(path)  # without this check MLflow would retry for minutes
         _claim(path)
-    # A vanished server must not hold the mirror for the client's default of four minutes a call; it tries again itself,
-    # and looks first whether what it asked for was made.
+    # With MLflow's defaults a call to a vanished server blocks for four minutes, which is too long
+    # for the mirror thread. The mirror retries by itself, and first checks whether the server has
+    # already created the requested run.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow.tracking import MlflowClient  # heavy: only when a job runs
+    from mlflow.tracking import MlflowClient  # slow to import, so imported only if needed
 
-    # MLflow's own use of SQLAlchemy; nothing that a user can change.
+    # MLflow itself uses this deprecated SQLAlchemy feature; users cannot change that.
     warnings.filterwarnings(
         "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
     )
@@ -62,7 +72,7 @@ def client(uri: str) -> Any:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file that an address names; None where it names a server."""
+    """Return the SQLite file that `uri` names, or None if `uri` does not name one."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
@@ -73,10 +83,10 @@ def _check_file(path: Path) -> None:
 
 
 def _claim(path: Path) -> None:
-    """Note beside a SQLite file which host writes to it; ConnectionError on any other host.
+    """Record next to a SQLite file which host writes to it; raise ConnectionError on other hosts.
 
-    A network file system does not keep two hosts apart. A host is known by its name or by its boot, which containers
-    have in common.
+    File locks on a network file system do not keep two hosts apart. A host is identified by its
+    name or by its boot id. Containers on one machine share the boot id.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     here = [socket.gethostname(), *([boot.read_text().strip()] if boot.exists() else [])]
@@ -84,42 +94,47 @@ def _claim(path: Path) -> None:
     if not owner.exists():
         claim = owner.with_name(f"{owner.name}.{here[0]}.{os.getpid()}")
         record.write_text(claim, " ".join(here))
-        with suppress(FileExistsError):  # another host was quicker
+        with suppress(FileExistsError):  # another host or process was faster
             put(claim, owner)
         claim.unlink(missing_ok=True)
     there = owner.read_text().split()
     if not set(here) & set(there):
         raise ConnectionError(
-            f"tracking.uri=sqlite:///{path} is written by host {there[0]}, this is {here[0]}; {ONE_HOST}, or delete "
-            f"{owner} if that host is done with it"
+            f"tracking.uri=sqlite:///{path} is written by host {there[0]}, but this host is "
+            f"{here[0]}; {ONE_HOST}, or delete {owner} if that host no longer uses the file"
         )
 
 
 def _create(path: Path) -> None:
-    """Make the database beside its place and link it there whole: MLflow migrates a new one step by step, and refuses
-    one whose making was cut short by a kill."""
+    """Create the database in a temporary folder, then link the finished file to `path`.
+
+    MLflow migrates a new database step by step, and refuses a database whose creation was cut short
+    by a kill.
+    """
     from mlflow.tracking import MlflowClient
 
     making = path.with_name(f".{path.name}.new")
     with FileLock(making / "lock"):
         try:
-            for left in making.glob("*.db*"):  # by a process that was killed
+            for left in making.glob("*.db*"):  # left by a killed process
                 left.unlink()
             if not path.exists():
-                new = (
-                    making / f"{uuid4()}.db"
-                )  # never twice the same: MLflow remembers what it has made
+                # A new name each time, because MLflow remembers the databases that it has created.
+                new = making / f"{uuid4()}.db"
                 MlflowClient(tracking_uri=f"sqlite:///{new}")
-                with suppress(FileExistsError):  # another program was quicker
+                with suppress(FileExistsError):  # another program was faster
                     put(new, path)
         finally:
-            shutil.rmtree(
-                making, ignore_errors=True
-            )  # whoever waits for the lock sees that the file is there
+            # Safe while others wait for the lock: they then find that `path` exists.
+            shutil.rmtree(making, ignore_errors=True)
 
 
 def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
-    """The answer, or TimeoutError: looking a name up and a server that drips have no limit of their own."""
+    """Return `ask()`, or raise TimeoutError if it takes longer than `seconds` (None: no limit).
+
+    A name lookup has no time limit of its own, nor has a server that answers byte by byte. Errors
+    of `ask` propagate.
+    """
     answers: list[Answer] = []
     errors: list[Exception] = []
 
@@ -140,7 +155,12 @@ def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
 
 
 def check(uri: str) -> None:
-    """Raises ConnectionError for what takes no runs, with the cure; ValueError for what is no address."""
+    """Check that `uri` is an MLflow server or SQLite file that accepts runs.
+
+    Raises:
+        ConnectionError: The server or file does not accept runs; the message says what to do.
+        ValueError: `uri` is neither an http(s) address nor a sqlite:/// path.
+    """
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
     elif path := sqlite_file(uri):
@@ -149,12 +169,16 @@ def check(uri: str) -> None:
             _claim(path)
     else:
         raise ValueError(
-            f"tracking.uri={uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
+            f"tracking.uri={uri} is not valid; "
+            "give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
         )
 
 
 def _check_server(uri: str) -> None:
-    """Ask for something that needs the database and permission; /health needs neither."""
+    """Raise ConnectionError if the server does not answer a search for experiments.
+
+    The search requires the database and permission, which the server's /health does not.
+    """
     client(uri)
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -171,34 +195,36 @@ def _check_server(uri: str) -> None:
 
     try:
         answer = within(ANSWER_S, ask)
-    except Exception as error:  # a wrong address can raise anything at all
+    except Exception as error:  # a wrong address may raise any type
         raise ConnectionError(
             f"tracking.uri={uri} does not answer ({root_of(error)}); {CURE}"
         ) from None
     host = urlsplit(uri).netloc
     if answer.status_code == 401:
-        raise ConnectionError(f"tracking.uri={uri} wants to know who asks; {SIGN_IN}")
+        raise ConnectionError(f"tracking.uri={uri} requires a login; {SIGN_IN}")
     if answer.status_code == 403 and "Host header" in answer.text:
         names = ",".join(dict.fromkeys((host.rsplit(":", 1)[0], host)))
         raise ConnectionError(
-            f"tracking.uri={uri} is not known to its server by that name; start it with --allowed-hosts {names}"
+            f"tracking.uri={uri} is refused because its server does not accept this host name; "
+            f"start the server with --allowed-hosts {names}"
         )
     if answer.status_code == 403:
-        raise ConnectionError(f"tracking.uri={uri} does not let this user in; {SIGN_IN}")
+        raise ConnectionError(f"tracking.uri={uri} denies access to this user; {SIGN_IN}")
     if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
         said = " ".join(answer.text.split())[:80]
         raise ConnectionError(
-            f"tracking.uri={uri} answers as no MLflow does ({answer.status_code} {said}); {CURE}"
+            f"tracking.uri={uri} does not answer like an MLflow server "
+            f"({answer.status_code} {said}); {CURE}"
         )
 
 
 def root_of(error: BaseException) -> str:
-    """What an HTTP library has wrapped thrice."""
+    """Return the first line of an error's root cause, because HTTP libraries nest their errors."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, shortly."""
+    """Return the first line of an error's message (at most 200 characters), or its type's name."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

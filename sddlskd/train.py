@@ -1,6 +1,6 @@
-"""`python -m sddlskd.train`: compose, check, fit.
+"""`python -m sddlskd.train`: compose and check a job, then train it.
 
-Everything heavy is imported when a job runs, so that --help, --cfg and planning stay fast.
+Heavy modules are imported only when a job runs, so that --help, --cfg and planning stay fast.
 """
 
 import os
@@ -23,24 +23,25 @@ from sddlskd.console import explain, log_to_terminal, outcomes
 
 __all__ = ["main"]
 
-ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # what a user can mend
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # that a user can fix
 cfg.frame()
 
 
 class _Refused(SystemExit):
-    """Carries an error of a job past Hydra, which adds lines of its own to an Exception."""
+    """Carrier of a job's error through Hydra, which adds its own lines to an Exception."""
 
 
 @hydra.main(version_base="1.3", config_path=str(files("sddlskd.conf")), config_name="config")
 def _job(composed: DictConfig) -> dict[str, Any]:
-    folder = Path(HydraConfig.get().runtime.output_dir)  # Hydra has made it
+    folder = Path(HydraConfig.get().runtime.output_dir)  # created by Hydra
     if HydraConfig.get().mode is RunMode.RUN:
-        composed.run_dir = str(folder)  # hydra.run.dir=... says where, too
+        composed.run_dir = str(folder)  # so that hydra.run.dir=... sets run_dir, too
     try:
         job = cfg.resolve(composed)
         if job.sweep.plan:
             raise ValueError(
-                "sweep.plan=true is about a sweep; put -m before the overrides: -m sweep.plan=true seed=0,1"
+                "sweep.plan=true requires a sweep; put -m before the overrides: "
+                "-m sweep.plan=true seed=0,1"
             )
         from sddlskd.trainer import fit
 
@@ -54,8 +55,11 @@ def _job(composed: DictConfig) -> dict[str, Any]:
 
 
 def _remove_empty(folder: Path, home: Path) -> None:
-    """Take away what Hydra made for a job that was refused: the run directory, and the folders down from home to it."""
-    with suppress(OSError):  # not empty: there is a record
+    """Remove the folders that Hydra created for a refused job, if they are empty.
+
+    These folders are the run directory and its parents below `home`.
+    """
+    with suppress(OSError):  # a folder with a record is not empty
         folder.rmdir()
         for parent in folder.parents:
             if home in parent.parents:
@@ -63,23 +67,28 @@ def _remove_empty(folder: Path, home: Path) -> None:
 
 
 def _mend_arguments() -> None:
-    """Take -m wherever it stands, and refuse numbers where a choice is asked for: argparse and Hydra fail on both."""
+    """Move -m to the front of the arguments, and refuse numbers for the group `scales`.
+
+    argparse fails on -m after the overrides, and Hydra fails on scales=1,2.
+    """
     flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
     for word in sys.argv[1:]:
         if match := re.fullmatch(r"scales=\[?([\d, ]+)\]?", word):
             sys.stderr.write(
-                f"error: {word} is no choice; give M=[{match[1]}], or scales=global|two|three|skip\n"
+                f"error: {word} is not a choice; give M=[{match[1]}], or "
+                "scales=global|two|three|skip\n"
             )
             sys.exit(1)
 
 
 def main() -> None:
-    """The console entry: errors that a user can mend take one line and exit code 1."""
+    """Run the command line: an error that a user can fix prints one line and exits with 1."""
     log_to_terminal()
     _mend_arguments()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and one place words the errors
+    # Hydra then raises its errors, and only this function prints them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     failed: BaseException | None = None
     try:
         _job()

@@ -1,6 +1,7 @@
-"""From a list of jobs to trained students: one teacher forward a batch, shared by all of them.
+"""Train the students of a list of jobs; all students share one teacher forward pass per batch.
 
-`fit` builds data, teacher and runs from the configurations, then `train` loops; below it nothing sees a configuration.
+`fit` builds data, teacher and runs from the configurations. `train` is the training loop; `train`
+and the code that it calls never see a configuration.
 """
 
 import logging
@@ -47,25 +48,26 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    runs: Sequence[Run],
+    runs: Sequence[Run],  # runs of one group
     data: Data,
-    teacher: Teacher | TeacherCache | None,
+    teacher: Teacher | TeacherCache | None,  # shared by all runs; None without distillation
     *,
-    epochs: int,
-    steps: int,
-    log_every: int,
-    save_every_s: float,
-    precision: str,
-    ranks: Ranks,
-    view: View,
+    epochs: int,  # number of the last epoch, counted from 1
+    steps: int,  # batches per epoch
+    log_every: int,  # steps between two reads of the losses
+    save_every_s: float,  # seconds between two checkpoints inside an epoch
+    precision: str,  # of the validation pass: "fp32", "bf16" or "fp16"
+    ranks: Ranks,  # the ranks that share each batch
+    view: View,  # progress display
     stop: Stop,
-    changed: Callable[[Run], None],
+    changed: Callable[[Run], None],  # called with each run whose record changed
 ) -> None:
-    """Train all runs to the end of the last epoch, side by side.
+    """Train all runs to the end of the last epoch, all of them on the same batches.
 
-    A run takes part from its own position on, so that interrupted and new runs can stand in one group. A run that
-    raises is marked FAILED and left out; the others go on. `changed` is told of every run whose record changed.
-    Ranks stop and save together, after a step that all of them have done.
+    Each run joins at its own position, so a group can hold interrupted and new runs. A run that
+    raises an error is marked FAILED and the other runs continue, except as in `failures_of`. The
+    ranks stop and save together, after a step that all have completed. A signal ends the training
+    after that step, with all live runs saved. Errors of the data or the teacher are not caught.
     """
     saved = time.monotonic()
 
@@ -126,19 +128,23 @@ def train(
 
 @contextmanager
 def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
-    """What this run raises ends this run alone; but where runs share a device, its memory is everybody's matter.
+    """Confine an error to the run that raised it: mark the run FAILED and let the others continue.
 
-    Where ranks share the run, what one of them raises ends them all: the others may be waiting for its gradients.
+    Raise the error again in two cases. If several runs share the device, an out-of-memory error
+    concerns all of them. If several ranks share the run, an error of one rank must end all ranks,
+    because the other ranks may be waiting for its gradients; NonFiniteLoss is excepted, because all
+    ranks raise it together.
     """
     try:
         yield
     except Exception as error:
         if run.crowded and isinstance(error, torch.OutOfMemoryError):
             raise
-        if run.ranks.count > 1 and not isinstance(error, NonFiniteLoss):  # which all ranks see
+        if run.ranks.count > 1 and not isinstance(error, NonFiniteLoss):
             run.ranks.blame(error, str(run.record.folder))
             raise
-        if not isinstance(error, NonFiniteLoss):  # which says all in one line
+        # NonFiniteLoss needs no traceback: its one-line message is complete.
+        if not isinstance(error, NonFiniteLoss):
             run.record.log.exception("%s raised", run.label)
         run.report(FAILED, f"{type(error).__name__}: {error}")
         changed(run)
@@ -147,13 +153,31 @@ def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
 def fit(
     configs: Sequence[Config | DictConfig], *, sweep: str | None = None, stop: Stop | None = None
 ) -> list[dict[str, Any]]:
-    """Train one student per configuration; all of them must share batches and teacher (`config.sharing_key`).
+    """Train one student per configuration; all of them must share batches and teacher.
 
-    A job that is FINISHED already is not run again. Gives each job's result.json, in order. Raises ValueError or
-    OSError, in one line, for what is wrong before training starts; jobs that were frozen already are then FAILED.
-    Where the environment names other ranks they train together; else `trainer.devices` ranks are started for it.
-    Raises RankFailed where one of them ended early for a reason that is no run's, KeyboardInterrupt where it was asked
-    to stop before training starts. stop: of a caller that listens to signals longer.
+    A job that is already FINISHED is not run again. If the environment describes a group of ranks
+    (`WORLD_SIZE`), this process joins the group; otherwise the function starts `trainer.devices`
+    ranks by itself.
+
+    If an error occurs before training starts, jobs whose run directory was already frozen are
+    marked FAILED.
+
+    Args:
+        configs: the jobs, with equal `config.sharing_key`.
+        sweep: name of the sweep in MLflow; None for jobs without a sweep.
+        stop: stop request of a caller that handles signals beyond this call; None to handle signals
+            during this call only.
+
+    Returns:
+        The content of each job's result.json, in the order of `configs`.
+
+    Raises:
+        ValueError, OSError: if something is wrong before training starts. The message is one line.
+        InUse: if another process has a run directory open.
+        torch.OutOfMemoryError: if the runs of a group do not fit on the device together; fewer
+            runs may fit.
+        RankFailed: if a rank ended early for a reason that does not lie in one of the runs.
+        KeyboardInterrupt: if a signal asked to stop before training started.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
     how, stop, begun = jobs[0].trainer, stop or Stop(), time.time()
@@ -167,23 +191,26 @@ def fit(
         todo = list({job.run_dir: job for job in jobs if job not in done}.values())
         for job in done:
             log.info(
-                "%s is finished already; delete it, or choose another seed or run_dir, to run again",
+                "%s is finished already; to run again, delete it or choose another seed or run_dir",
                 job.run_dir,
             )
             if teacher_changed(job, _result(job)):
-                log.warning("%s learnt from another teacher file than is there now", job.run_dir)
+                log.warning(
+                    "%s was trained with another teacher file than the current one", job.run_dir
+                )
         try:
             if todo and ranks.count == 1 and how.devices > 1:
                 _fit_on_ranks(todo, stop, sweep)
             elif todo:
-                with stop.acting(at_once=ranks.first):  # the others hear of it
+                # Only rank 0 reacts at once; the other ranks learn from rank 0 that it stopped.
+                with stop.acting(at_once=ranks.first):
                     _fit_group(todo, stop, sweep, ranks)
         except record.InUse:
-            raise  # whoever has it open writes its record
+            raise  # the process that has the run directory open writes its record
         except Exception as error:
             ranks.blame(error)
             if len(todo) > 1 and isinstance(error, torch.OutOfMemoryError):
-                raise  # fewer side by side may fit
+                raise  # the caller may retry with fewer runs
             if ranks.first and not distributed.looked_after():
                 _mark_failed(
                     todo,
@@ -200,7 +227,10 @@ def _result(job: Config) -> dict[str, Any]:
 
 
 def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None:
-    """Let ranks on this machine fit the jobs; what they raise is raised here."""
+    """Start ranks on this machine to fit the jobs, and raise a failed rank's error in this process.
+
+    Do not raise if a single run caused the failure: the records of the jobs then tell the outcome.
+    """
     how = jobs[0].trainer
     check_places(how.device, how.devices)
     threads = max(torch.get_num_threads() // how.devices, 1)
@@ -224,6 +254,7 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
 
 
 def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -> None:
+    """Fit the jobs in a rank's process; `to_terminal` says whether to log to the terminal."""
     cfg.frame()
     if to_terminal:
         log_to_terminal()
@@ -231,9 +262,12 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
 
 
 def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
-    """Mark the jobs that are frozen and have not started as FAILED, and those that are RUNNING since then (a time).
+    """Mark the frozen jobs that have no outcome yet as FAILED.
 
-    Where one of the runs is the cause, it alone is FAILED and those beside it are KILLED.
+    A job has no outcome if it has not started, or if its record says RUNNING with a time of `since`
+    or later (Unix time in seconds; infinity to leave RUNNING jobs alone). If one of the runs caused
+    the failure, only that run is FAILED, and the other runs of the group are KILLED. The job that
+    trains the teacher is included if `since` is finite.
     """
 
     def open_ended(job: Config) -> bool:
@@ -241,25 +275,24 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
         return not result or (result["status"] == RUNNING and result["time"] >= since)
 
     marked, beside = [], cause.folder in {job.run_dir for job in jobs}
-    taught = (
-        jobs[0].distiller.loss and since < math.inf
-    )  # the ranks may have been training the teacher
+    # The ranks may have been training the teacher when they failed.
+    taught = jobs[0].distiller.loss and since < math.inf
     for job in [*([cfg.teacher_job(jobs[0])] if taught else []), *jobs]:
         if Path(job.run_dir, "config.yaml").exists() and open_ended(job):
-            with suppress(
-                ValueError, OSError
-            ):  # another process has it, or the disk is full: the first error counts
+            # Ignore a run directory in use or a full disk: the error that led here counts.
+            with suppress(ValueError, OSError):
                 opened = Record(job)
                 earlier = _result(job)
-                if open_ended(job):  # again, now that nobody else can start it
+                # Check again: only now does the lock keep other processes from starting the job.
+                if open_ended(job):
                     status, reason = FAILED, cause.error
                     if beside and cause.folder != job.run_dir:
                         status, reason = (
                             KILLED,
-                            f"{Path(cause.folder).name} failed beside it: {cause.error}",
+                            f"{Path(cause.folder).name} failed in the same group: {cause.error}",
                         )
                     elif earlier:
-                        opened.log.propagate = False  # the terminal has seen it
+                        opened.log.propagate = False  # the terminal has shown the error already
                         opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
                     opened.settle(status, reason)
                     marked.append(job)
@@ -272,32 +305,42 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
 
 
 def _check_same_teacher(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError if a run with a checkpoint was begun with another teacher file."""
     earlier, now = record.read_result(folder).get("teacher_sha256"), facts.get("teacher_sha256")
     if earlier and earlier != now and (folder / "last.ckpt").exists():
         raise ValueError(
-            f"run_dir={folder} was begun with another teacher file (sha256 {earlier!s:.12}, now {now!s:.12}); "
+            f"run_dir={folder} was begun with another teacher file "
+            f"(sha256 {earlier!s:.12}, now {now!s:.12}); "
             "put that file back, or delete the folder to start anew"
         )
 
 
 def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> None:
+    """Build data, teacher and runs of one group of jobs, train the runs, and finish their records.
+
+    Train the teacher first, by a recursive call, if the teacher's file is missing and the jobs
+    allow it.
+    """
     first = jobs[0]
     if len({cfg.sharing_key(job) for job in jobs}) > 1:
         raise ValueError(
-            "these jobs cannot share batches and teacher; call fit once for each group of config.sharing_key"
+            "these jobs cannot share batches and teacher; "
+            "call fit once for each value of config.sharing_key"
         )
     if first.trainer.batch_size < 2 * ranks.count:
         raise ValueError(
-            f"trainer.batch_size={first.trainer.batch_size} is too small for {ranks.count} processes to share; "
-            f"give at least {2 * ranks.count}, two images each"
+            f"trainer.batch_size={first.trainer.batch_size} is too small for {ranks.count} "
+            f"processes to share; give at least {2 * ranks.count}, two images each"
         )
     device = ranks.device or pick_device(first.trainer.device)
     if ranks.first:
         tracking.check_reachable(jobs)
-    if first.teacher.checkpoint:  # a mistyped path shows before any data is fetched
+    # Check a given path early, so that a mistyped path fails before any data is downloaded.
+    if first.teacher.checkpoint:
         check_teacher(first)
     torch.backends.cudnn.benchmark = True
-    with ranks.first_before_others():  # what is fetched on first use is fetched once
+    # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
+    with ranks.first_before_others():
         data = build_data(first, device, rank=ranks.rank, ranks=ranks.count)
         networks = [
             build_network(job.student.model, job.dataset.num_classes, job.seed, device)
@@ -312,7 +355,8 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
         result = ranks.told(_result(job))
         if result["status"] != FINISHED:
             raise ValueError(
-                f"training teacher={job.student.name} ended as {result['status']}: {result['reason']}"
+                f"training teacher={job.student.name} ended as {result['status']}: "
+                f"{result['reason']}"
             )
 
     teacher, teacher_network = None, None
@@ -331,7 +375,8 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
     with ExitStack() as stack:
         stack.enter_context(stop.acting(at_once=False))
         runs: list[Run] = []
-        refused: dict[str, Exception] = {}  # of runs that cannot go on from where they are
+        # Errors of runs that cannot be built or resumed, by run_dir.
+        refused: dict[str, Exception] = {}
         steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
         for job, network in zip(jobs, networks, strict=True):
             opened = Record(job) if ranks.first else Onlooker(job)
@@ -356,9 +401,8 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
             tracking.Mirror() if ranks.first and any(job.tracking.enabled for job in jobs) else None
         )
         if mirror:
-            stack.callback(
-                mirror.close
-            )  # the first thing to happen at the end, while the records are still held
+            # Registered last, so that the mirror closes first, while the records are still locked.
+            stack.callback(mirror.close)
             for run_dir in refused:
                 mirror.update(Path(run_dir))
         if not runs:
@@ -401,21 +445,24 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
                 )
         except KeyboardInterrupt:
             stop.signal = stop.signal or signal.SIGINT
-            if ranks.count > 1:  # the others may be elsewhere: no more words with them
+            # The other ranks may be at another point of the program, so do not communicate with
+            # them any more.
+            if ranks.count > 1:
                 for run in runs:
                     if run.alive:
                         run.report(KILLED, stop.reason)
                         changed(run)
                 raise
-        except Exception as error:  # what all runs stand on: the data, the teacher
+        except Exception as error:  # concerns all runs: an error of the data or the teacher
+            # With several ranks, the records are written after all ranks have ended: only then is
+            # it known which rank failed first.
             if ranks.count > 1:
-                raise  # the record says it when all ranks have ended, and which was the first
-            crowded = len(runs) > 1 and isinstance(
-                error, torch.OutOfMemoryError
-            )  # fewer side by side may fit
+                raise
+            # After out-of-memory the caller may retry with fewer runs, so the runs are KILLED.
+            crowded = len(runs) > 1 and isinstance(error, torch.OutOfMemoryError)
             for run in runs:
                 if run.alive:
-                    with suppress(OSError):  # the disk may be what is full
+                    with suppress(OSError):  # a full disk may be the error itself
                         run.report(
                             KILLED if crowded else FAILED, f"{type(error).__name__}: {error}"
                         )
@@ -432,16 +479,19 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
 
 
 def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data) -> None:
-    """What a trained student leaves, before it counts as finished and is not run again."""
+    """Write the final files of a trained student, then mark the run FINISHED.
+
+    FINISHED comes last, because a finished run is never run again.
+    """
     leave_as_teacher(job, run)
     if job.tracking.predictions:
         arrays = predictions.collect(run.model, teacher_network, data.test_batches(), job.M)
         if "sample" in arrays:
             arrays["images"] = data.test_images(arrays["sample"].tolist()).numpy()
         predictions.write(run.record.folder / "predictions.npz", arrays)
-    if (
-        job.dataset.val_fraction
-    ):  # the honest number: on the test split, at the epoch that the held-out images chose
+    # The unbiased number: the accuracy on the test split at the epoch that the held-out validation
+    # images selected.
+    if job.dataset.val_fraction:
         run.model.load_state_dict(checkpoint.read(run.record.folder / "best.ckpt")["model"])
         run.model.eval()
         run.info["test_top1"] = evaluate(run.forward, data.test_batches(), run.precision)["top1"]

@@ -1,4 +1,6 @@
-"""One worker process of a sweep: fits one group of frozen jobs on one device. Also the way to run a frozen job again.
+"""One worker process of a sweep: train one group of frozen jobs on one device.
+
+The same command runs a frozen job again:
 
 python -m sddlskd.worker RUN_DIR [RUN_DIR ...]
 """
@@ -20,13 +22,17 @@ from sddlskd.stop import Stop
 
 __all__ = ["BUSY", "STOPPED", "TOO_LARGE", "main", "run"]
 
-# Exit codes: the group does not fit into the device's memory; another process has a job open; asked to stop.
+# Exit codes: the group does not fit into the device's memory; another process has a job open; the
+# worker was asked to stop.
 TOO_LARGE, BUSY, STOPPED = 75, 76, 130
 _PR_SET_PDEATHSIG = 1
 
 
 def _end_with(parent: int) -> None:
-    """Stop (with checkpoints saved) when the launching process dies, so that no orphan holds a run directory."""
+    """Stop this process, with checkpoints saved, when the launching process `parent` dies.
+
+    Otherwise an orphaned worker would keep its run directories locked.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -34,13 +40,13 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Fit the jobs in the given run directories, from where they are."""
+    """Train the frozen jobs of the given run directories, each from its last checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m sddlskd.worker", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--device", help="instead of the jobs' trainer.device")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--progress", help="instead of the jobs' trainer.progress")
-    parser.add_argument("--parent", type=int, help="stop when this process is gone")
+    parser.add_argument("--device", help="device to use instead of the jobs' trainer.device")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
+    parser.add_argument("--progress", help="used instead of the jobs' trainer.progress")
+    parser.add_argument("--parent", type=int, help="process id; stop when that process ends")
     chosen = parser.parse_args()
     if chosen.parent:
         _end_with(chosen.parent)
@@ -57,7 +63,21 @@ def run(
     progress: str | None = None,
     stop: Stop | None = None,
 ) -> int:
-    """Fit the frozen jobs of these run directories side by side; gives the exit code."""
+    """Train the frozen jobs of the run directories side by side and return the exit code.
+
+    Args:
+        folders: run directories of the jobs.
+        device: device to use instead of the jobs' trainer.device; None to keep it.
+        threads: number of CPU threads; None for torch's default.
+        progress: value to use instead of the jobs' trainer.progress; None to keep it.
+        stop: the caller's signal handler, if the caller handles the stop signals itself; None for
+            a new one.
+
+    Returns:
+        TOO_LARGE if the jobs do not fit into the device's memory together; BUSY if another process
+        has a job open; STOPPED if the worker was asked to stop; 1 if an invalid value or a file
+        error prevents the training, which is printed to stderr; otherwise 0, even if a job failed.
+    """
     log_to_terminal()
     cfg.frame()
     jobs = []

@@ -4,9 +4,10 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
+from tests.each import check_each
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sddlskd"
@@ -60,6 +61,7 @@ def module_of(path: Path) -> str:
     return parts[0]
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -90,23 +92,27 @@ def test_every_module_has_a_layer() -> None:
     assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    module = module_of(path)
-    if module == "__init__":
-        assert not own(path)
-        return
-    height = next(i for i, layer in enumerate(LAYERS) if module in layer)
-    below = set().union(*LAYERS[:height])
-    assert own(path) <= below | ({"models"} if module == "models" else set())
+def test_imports_point_one_way() -> None:
+    def check(path: Path) -> None:
+        module = module_of(path)
+        if module == "__init__":
+            assert not own(path)
+            return
+        height = next(i for i, layer in enumerate(LAYERS) if module in layer)
+        below = set().union(*LAYERS[:height])
+        assert own(path) <= below | ({"models"} if module == "models" else set())
+
+    check_each(FILES, check)
 
 
-@pytest.mark.parametrize("module", sorted(ALONE))
-def test_config_losses_models_and_data_know_nothing_above(module: str) -> None:
-    files = [path for path in FILES if module_of(path) == module]
-    assert files
-    for path in files:
-        assert own(path) <= BENEATH.get(module, set())
+def test_config_losses_models_and_data_know_nothing_above() -> None:
+    def check(module: str) -> None:
+        files = [path for path in FILES if module_of(path) == module]
+        assert files
+        for path in files:
+            assert own(path) <= BENEATH.get(module, set())
+
+    check_each(sorted(ALONE), check)
 
 
 def test_who_sees_a_config() -> None:
@@ -139,22 +145,26 @@ def test_who_uses_what() -> None:
     } <= torchless
 
 
-@pytest.mark.parametrize("path", [*LAUNCHERS, PACKAGE / "train.py", PACKAGE / "config.py",
-                                  PACKAGE / "console.py", PACKAGE / "targets.py"],
-                         ids=lambda path: path.stem)  # fmt: skip
-def test_what_hydra_imports_at_start_is_light(path: Path) -> None:
-    at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}
-    assert not at_module_level & {
-        "torch",
-        "torchvision",
-        "mlflow",
-        "pandas",
-        "numpy",
-        "sklearn",
-        "submitit",
-    }
-    ours = {name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")}
-    assert ours <= {"config", "console", "targets"}
+def test_what_hydra_imports_at_start_is_light() -> None:
+    def check(path: Path) -> None:
+        at_module_level = {name.split(".")[0] for name in imports(tree(path).body)}
+        assert not at_module_level & {
+            "torch",
+            "torchvision",
+            "mlflow",
+            "pandas",
+            "numpy",
+            "sklearn",
+            "submitit",
+        }
+        ours = {
+            name.split(".")[1] for name in imports(tree(path).body) if name.startswith("sddlskd.")
+        }
+        assert ours <= {"config", "console", "targets"}
+
+    light = [*LAUNCHERS, PACKAGE / "train.py", PACKAGE / "config.py",
+             PACKAGE / "console.py", PACKAGE / "targets.py"]  # fmt: skip
+    check_each(light, check)
 
 
 def test_the_process_that_waits_for_a_sweep_holds_no_torch() -> None:
@@ -173,34 +183,40 @@ def test_analysis_and_the_package_do_not_know_each_other() -> None:
                for path in (ROOT / "analysis").rglob("*.py"))  # fmt: skip
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_style_turns_away(path: Path) -> None:
-    for node in ast.walk(tree(path)):
-        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"bare except at {where}"
-        if isinstance(node, ast.Attribute):
-            assert not (
-                node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"
-            ), where
-        if isinstance(node, ast.Call):
-            called = node.func
-            assert not (isinstance(called, ast.Name) and called.id == "print"), f"print at {where}"
-            assert not (isinstance(called, ast.Attribute) and called.attr == "cuda"), (
-                f".cuda() at {where}"
-            )
-            assert not (isinstance(called, ast.Attribute) and called.attr == "nan_to_num"), (
-                f"NaN hidden at {where}"
-            )
-            if (
-                isinstance(called, ast.Name)
-                and called.id == "getattr"
-                and isinstance(node.args[0], ast.Name)
-            ):
-                assert not (len(node.args) == 3 and node.args[0].id in ("cfg", "config", "job")), (
-                    where
+def test_what_style_turns_away() -> None:
+    def check(path: Path) -> None:
+        for node in ast.walk(tree(path)):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"bare except at {where}"
+            if isinstance(node, ast.Attribute):
+                assert not (
+                    node.attr == "path"
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id == "sys"
+                ), where
+            if isinstance(node, ast.Call):
+                called = node.func
+                assert not (isinstance(called, ast.Name) and called.id == "print"), (
+                    f"print at {where}"
                 )
-    assert path.stem not in ("utils", "common", "helpers", "misc")
+                assert not (isinstance(called, ast.Attribute) and called.attr == "cuda"), (
+                    f".cuda() at {where}"
+                )
+                assert not (isinstance(called, ast.Attribute) and called.attr == "nan_to_num"), (
+                    f"NaN hidden at {where}"
+                )
+                if (
+                    isinstance(called, ast.Name)
+                    and called.id == "getattr"
+                    and isinstance(node.args[0], ast.Name)
+                ):
+                    assert not (
+                        len(node.args) == 3 and node.args[0].id in ("cfg", "config", "job")
+                    ), where
+        assert path.stem not in ("utils", "common", "helpers", "misc")
+
+    check_each(FILES, check)
 
 
 def test_the_training_loop_fits_two_screens() -> None:

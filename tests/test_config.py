@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.targets import instantiate
 from tests.conftest import Compose, compose_in
+from tests.each import check_each
 from tests.tiny import CONF
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -270,18 +271,24 @@ RECIPES: dict[str, tuple[str, list[int], bool, float, float, float, int, dict[st
 UNTUNED = ("teacher=resnet32x4", "student=vgg8")  # a pair that no tuned file is about
 
 
+@cache
 def effective(recipe: str, pair: str) -> Config:
-    """What recipe and pair come to: the recipe's job with the tuned file of the two, if there is one."""
+    """The job of the recipe with the tuned file of the pair, if there is one; it is not changed."""
     job, path = (
         job_of(f"recipe={recipe}", *UNTUNED),
         CONF / "tuned" / f"cifar100-{recipe}-{pair}.yaml",
     )
     if not path.exists():
         return job
-    merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job), OmegaConf.load(path)))
-    assert isinstance(merged, Config)
-    merged.distiller.loss["temperature"] = merged.distiller.temperature
-    return merged
+    tuned = OmegaConf.load(path)
+    assert isinstance(tuned, DictConfig)
+    assert set(tuned) <= {"M", "distiller"}, path
+    distiller = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(job.distiller), tuned.get("distiller", {}))
+    )
+    assert isinstance(distiller, cfg.DistillerConfig)
+    distiller.loss["temperature"] = distiller.temperature
+    return replace(job, distiller=distiller, M=list(tuned.get("M", job.M)))
 
 
 @pytest.mark.parametrize(
@@ -329,18 +336,20 @@ def test_the_default_is_the_main_method() -> None:
     assert cfg.config_hash(job_of()) == cfg.config_hash(job_of("recipe=sd_kd_ls"))
 
 
-@pytest.mark.parametrize("row", reference("lskd_logs"), ids=lambda row: row["file"].split("/")[-1])
-def test_lskd_pairs_have_the_values_of_the_authors_logs(row: dict[str, str]) -> None:
-    job = effective(row["method"], f"{row['teacher']}_{row['student']}")
-    assert job.distiller.temperature == float(row["temperature"])
-    assert job.distiller.kd_weight == float(row["kd_weight"])
-    assert job.distiller.loss.get("beta") == (
-        float(row["beta"] or 8.0) if row["method"] == "dkd_ls" else None
-    )
-    assert job_of(f"student={row['student']}", f"teacher={row['student']}").optimizer.lr == float(
-        row["lr_first_epoch"]
-    )
-    assert (job.M, job.standardize) == ([1], True)
+def test_lskd_pairs_have_the_values_of_the_authors_logs() -> None:
+    def check(row: dict[str, str]) -> None:
+        job = effective(row["method"], f"{row['teacher']}_{row['student']}")
+        assert job.distiller.temperature == float(row["temperature"])
+        assert job.distiller.kd_weight == float(row["kd_weight"])
+        assert job.distiller.loss.get("beta") == (
+            float(row["beta"] or 8.0) if row["method"] == "dkd_ls" else None
+        )
+        assert job_of(
+            f"student={row['student']}", f"teacher={row['student']}"
+        ).optimizer.lr == float(row["lr_first_epoch"])
+        assert (job.M, job.standardize) == ([1], True)
+
+    check_each(reference("lskd_logs"), check, lambda row: row["file"])
 
 
 SUITES = {
@@ -357,55 +366,61 @@ ALIKE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "row", reference("experiments_seed"), ids=lambda row: row["config"].removeprefix("configs/")
-)
-def test_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
-    recipe, pair = SUITES[row["distiller"]], f"{row['teacher']}_{row['student']}"
-    job = effective(recipe, pair)
-    d, loss = job.distiller, job.distiller.loss
-    assert (d.temperature, d.ce_weight) == (float(row["temperature"]), float(row["ce_weight"]))
-    if row["kd_weight"]:
-        assert d.kd_weight == float(row["kd_weight"])
-    if row["dkd_alpha"]:
-        assert d.kd_weight * loss["alpha"] == float(row["dkd_alpha"])
-    if row["dkd_beta"]:
-        assert d.kd_weight * loss["gamma" if recipe == "sd_nkd" else "beta"] == float(
-            row["dkd_beta"]
+def test_pairs_have_the_values_of_the_released_configurations() -> None:
+    def check(row: dict[str, str]) -> None:
+        recipe, pair = SUITES[row["distiller"]], f"{row['teacher']}_{row['student']}"
+        job = effective(recipe, pair)
+        d, loss = job.distiller, job.distiller.loss
+        assert (d.temperature, d.ce_weight) == (float(row["temperature"]), float(row["ce_weight"]))
+        if row["kd_weight"]:
+            assert d.kd_weight == float(row["kd_weight"])
+        if row["dkd_alpha"]:
+            assert d.kd_weight * loss["alpha"] == float(row["dkd_alpha"])
+        if row["dkd_beta"]:
+            assert d.kd_weight * loss["gamma" if recipe == "sd_nkd" else "beta"] == float(
+                row["dkd_beta"]
+            )
+        assert d.warmup_epochs == int((re.match(r"\d+", row["warmup_effective"]) or ["1"])[0])
+        expected_M = [1, 2] if pair in ALIKE and row["repo"] == "sdd" else [1, 2, 4]
+        assert expected_M == job.M
+        if (
+            row["repo"] == "sdd"
+        ):  # the seed trained every student at 0.05, against both papers (checks.md D6)
+            assert job_of(
+                f"student={row['student']}", f"teacher={row['student']}"
+            ).optimizer.lr == float(row["lr"])
+        steps = [part * job.trainer.epochs for part in job.optimizer.milestones]
+        assert (job.trainer.epochs, job.trainer.batch_size) == (
+            int(row["epochs"]),
+            int(row["batch_size"]),
         )
-    assert d.warmup_epochs == int((re.match(r"\d+", row["warmup_effective"]) or ["1"])[0])
-    expected_M = [1, 2] if pair in ALIKE and row["repo"] == "sdd" else [1, 2, 4]
-    assert expected_M == job.M
-    if (
-        row["repo"] == "sdd"
-    ):  # the seed trained every student at 0.05, against both papers (checks.md D6)
-        assert job_of(
-            f"student={row['student']}", f"teacher={row['student']}"
-        ).optimizer.lr == float(row["lr"])
-    steps = [part * job.trainer.epochs for part in job.optimizer.milestones]
-    assert (job.trainer.epochs, job.trainer.batch_size) == (
-        int(row["epochs"]),
-        int(row["batch_size"]),
-    )
-    assert (steps, job.optimizer.decay) == (
-        yaml.safe_load(row["lr_decay_stages"]),
-        float(row["lr_decay_rate"]),
-    )
-    momentum, weight_decay = float(row["momentum"]), float(row["weight_decay"])
-    sgd = {"_target_": "torch.optim.SGD", "momentum": momentum, "weight_decay": weight_decay}
-    assert job.optimizer.algorithm == sgd
+        assert (steps, job.optimizer.decay) == (
+            yaml.safe_load(row["lr_decay_stages"]),
+            float(row["lr_decay_rate"]),
+        )
+        momentum, weight_decay = float(row["momentum"]), float(row["weight_decay"])
+        sgd = {"_target_": "torch.optim.SGD", "momentum": momentum, "weight_decay": weight_decay}
+        assert job.optimizer.algorithm == sgd
+
+    check_each(reference("experiments_seed"), check, lambda row: row["config"])
 
 
-@pytest.mark.parametrize("row", [row for row in reference("experiments_seed") if row["distiller"] == "SDD_DKD"],
-                         ids=lambda row: f"{row['teacher']}_{row['student']}")  # fmt: skip
-def test_plain_dkd_takes_the_pairs_beta_too(row: dict[str, str]) -> None:
-    job = effective("dkd", f"{row['teacher']}_{row['student']}")
-    assert (job.distiller.loss["beta"], job.M) == (float(row["dkd_beta"]), [1])
+def test_plain_dkd_takes_the_pairs_beta_too() -> None:
+    def check(row: dict[str, str]) -> None:
+        job = effective("dkd", f"{row['teacher']}_{row['student']}")
+        assert (job.distiller.loss["beta"], job.M) == (float(row["dkd_beta"]), [1])
+
+    rows = [row for row in reference("experiments_seed") if row["distiller"] == "SDD_DKD"]
+    check_each(rows, check, lambda row: f"{row['teacher']}_{row['student']}")
 
 
-@pytest.mark.parametrize("pair", sorted(ALIKE))
-def test_pairs_of_one_architecture_take_two_scales(pair: str) -> None:
-    assert [effective(recipe, pair).M for recipe in ("sd_kd", "sd_dkd", "sd_nkd")] == [[1, 2]] * 3
+def test_pairs_of_one_architecture_take_two_scales() -> None:
+    def check(pair: str) -> None:
+        assert [effective(recipe, pair).M for recipe in ("sd_kd", "sd_dkd", "sd_nkd")] == [
+            [1, 2]
+        ] * 3
+
+    check_each(sorted(ALIKE), check)
 
 
 def test_every_published_pair_is_a_choice_and_sets_its_two_networks() -> None:
@@ -499,7 +514,7 @@ def test_a_teacher_trained_on_the_spot_has_the_data_sets_settings() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_two_networks_of_one_name_do_not_share_a_file_on_imagenet(group: str, name: str) -> None:
     with pytest.raises(
-        Exception, match=f"take {group}=imagenet_{name}, or another {group}.name"
+        Exception, match=f"use {group}=imagenet_{name}, or set another {group}.name"
     ) as caught:
         job_of("dataset=imagenet", "recipe=kd", f"{group}={name}")
     assert "\n" not in explain(caught.value)
@@ -547,37 +562,39 @@ def test_the_command_line_wins_over_a_data_sets_learning_rate() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "row", reference("experiments_large"), ids=lambda row: row["config"].removeprefix("configs/")
-)
-def test_large_pairs_have_the_values_of_the_released_configurations(row: dict[str, str]) -> None:
-    prefix = (
-        {"resnet34": "imagenet_", "resnet50": "imagenet_"} if row["dataset"] == "imagenet" else {}
-    )
-    pair = (
-        prefix.get(row["teacher"], "")
-        + row["teacher"]
-        + "_"
-        + prefix.get(row["teacher"], "")
-        + row["student"]
-    )
-    pair = pair.replace("imagenet_mobilev1", "mobilev1")
-    job = job_of(f"dataset={row['dataset']}", f"pair={pair}", f"recipe={row['recipe']}")
-    d, o = job.distiller, job.optimizer
-    assert (d.temperature, d.ce_weight, job.M) == (
-        float(row["temperature"]),
-        float(row["ce_weight"]),
-        yaml.safe_load(row["M"]),
-    )
-    for key, value in ((d.kd_weight, row["kd_weight"]), (d.loss.get("alpha"), row["alpha"]),
-                       (d.loss.get("gamma" if "nkd" in row["recipe"] else "beta"), row["beta"])):  # fmt: skip
-        assert key == float(value) if value else True
-    assert (d.warmup_epochs, o.lr, o.algorithm["weight_decay"]) == (
-        int(row["warmup"]), float(row["lr"]), float(row["weight_decay"]),
-    )  # fmt: skip
-    assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(
-        row["lr_decay_stages"]
-    )
+def test_large_pairs_have_the_values_of_the_released_configurations() -> None:
+    def check(row: dict[str, str]) -> None:
+        prefix = (
+            {"resnet34": "imagenet_", "resnet50": "imagenet_"}
+            if row["dataset"] == "imagenet"
+            else {}
+        )
+        pair = (
+            prefix.get(row["teacher"], "")
+            + row["teacher"]
+            + "_"
+            + prefix.get(row["teacher"], "")
+            + row["student"]
+        )
+        pair = pair.replace("imagenet_mobilev1", "mobilev1")
+        job = job_of(f"dataset={row['dataset']}", f"pair={pair}", f"recipe={row['recipe']}")
+        d, o = job.distiller, job.optimizer
+        assert (d.temperature, d.ce_weight, job.M) == (
+            float(row["temperature"]),
+            float(row["ce_weight"]),
+            yaml.safe_load(row["M"]),
+        )
+        for key, value in ((d.kd_weight, row["kd_weight"]), (d.loss.get("alpha"), row["alpha"]),
+                           (d.loss.get("gamma" if "nkd" in row["recipe"] else "beta"), row["beta"])):  # fmt: skip
+            assert key == float(value) if value else True
+        assert (d.warmup_epochs, o.lr, o.algorithm["weight_decay"]) == (
+            int(row["warmup"]), float(row["lr"]), float(row["weight_decay"]),
+        )  # fmt: skip
+        assert [round(part * job.trainer.epochs) for part in o.milestones] == yaml.safe_load(
+            row["lr_decay_stages"]
+        )
+
+    check_each(reference("experiments_large"), check, lambda row: row["config"])
 
 
 @pytest.mark.parametrize("pair", ["resnet32x4_mobilev2", "resnet32x4_shufflev1", "resnet50_shufflev1", "vgg13_mobilev2",
@@ -853,7 +870,7 @@ def test_a_single_job_belongs_to_no_sweep() -> None:
     [
         ("M=[]", r"M=\[\]"), ("M=[0]", r"M=\[0\]"), ("M=[1,1]", r"M=\[1, 1\]"), ("M=[-1,2]", r"M=\[-1, 2\]"),
         ("trainer.epochs=0", r"trainer.epochs=0 must be greater"), ("optimizer.lr=-1", "optimizer.lr=-1"),
-        ("optimizer.milestones=[150]", "parts of trainer.epochs"), ("dataset.val_fraction=1", "dataset.val_fraction=1"),
+        ("optimizer.milestones=[150]", "fractions of trainer.epochs"), ("dataset.val_fraction=1", "dataset.val_fraction=1"),
         ("seed=-1", "seed=-1"), ("complementary_weight=-1", "complementary_weight=-1"),
         ("optimizer.lr=nan", "optimizer.lr=nan"),
         ("distiller.temperature=0", "temperature=0"), ("optimizer.clip_norm=0", "clip_norm=0"),

@@ -264,8 +264,8 @@ def test_the_gpu_makes_the_same_batches() -> None:
         ({"mean": (0.5,)}, r"mean has 1 and std 3 entries for 3 channels"),
         ({"std": (0.5, 0.5)}, r"mean has 3 and std 2 entries for 3 channels"),
         ({"std": (0.5, 0.0, 0.5)}, r"std is \[0\.5, 0\.0, 0\.5\]"),
-        ({"padding": -1}, r"padding is -1, at least 0"),
-        ({"eval_batch_size": 0}, r"eval_batch_size is 0, at least 1"),
+        ({"padding": -1}, r"padding is -1, must be at least 0"),
+        ({"eval_batch_size": 0}, r"eval_batch_size is 0, must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
@@ -448,7 +448,7 @@ def test_a_malicious_cifar_pickle_is_refused_and_runs_nothing(
     pickles = cifar_pickles()[0] | {"train": pickle.dumps({"data": Malicious(trap)}, protocol)}
     write_cifar_tar(tmp_path / "cifar-100-python.tar.gz", pickles)
     with pytest.raises(
-        ValueError, match=r"cifar-100-python/train is no CIFAR-100 pickle .* asks for .*open"
+        ValueError, match=r"cifar-100-python/train is not a CIFAR-100 pickle .* asks for .*open"
     ):
         cifar100(str(tmp_path))
     assert not trap.exists()
@@ -473,15 +473,15 @@ def test_a_tar_with_outside_members_writes_nothing(tmp_path: Path) -> None:
         (lambda pickles: tar_bytes({"train": pickles["train"]}), "cifar-100-python/test"),
         (
             lambda pickles: tar_bytes(pickles | {"test": pickles["test"][:-900]}),
-            "cifar-100-python/test is no CIFAR-100",
+            "cifar-100-python/test is not a CIFAR-100",
         ),
         (
             lambda pickles: tar_bytes(pickles | {"test": b""}),
-            "cifar-100-python/test is no CIFAR-100",
+            "cifar-100-python/test is not a CIFAR-100",
         ),
         (
             lambda pickles: tar_bytes(pickles | {"test": pickle.dumps([1])}),
-            "cifar-100-python/test is no CIFAR-100",
+            "cifar-100-python/test is not a CIFAR-100",
         ),
         (
             lambda pickles: tar_bytes(
@@ -572,7 +572,7 @@ def test_a_fetched_file_with_another_md5_is_not_kept(
 ) -> None:
     serve_cifar(server, monkeypatch)
     monkeypatch.setattr(datasets, "CIFAR100_MD5", "0" * 32)
-    with pytest.raises(DownloadError, match=r"what came has md5 [0-9a-f]{32}"):
+    with pytest.raises(DownloadError, match=r"the downloaded file has md5 [0-9a-f]{32}"):
         cifar100(str(tmp_path / "root"))
     assert not [path for path in (tmp_path / "root").iterdir() if path.suffix != ".lock"]
 

@@ -781,7 +781,7 @@ def test_the_weight_must_not_be_negative(weight: float):
 
 def test_a_loss_that_reduces_is_refused():
     composed = ScaleDecoupled(lambda s, t, y: F.mse_loss(s, t), [1, 2])
-    with pytest.raises(ValueError, match=r"the loss gave \(\) for 10 regions"):
+    with pytest.raises(ValueError, match=r"the loss returned shape \(\) for 10 regions"):
         composed(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))
 
 

@@ -454,7 +454,7 @@ def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
         ("raises", "RuntimeError: no good on one rank"),
         ("is killed", "killed by SIGKILL; out of memory?"),
         ("leaves", "ended with exit code 3"),
-        ("hangs", "another rank hangs or is gone (trainer.timeout_s: how long it is waited for)"),
+        ("hangs", "another rank hangs or has ended (trainer.timeout_s limits the wait for it)"),
     ],
 )
 def test_a_rank_that_ends_ends_the_job(
@@ -466,7 +466,7 @@ def test_a_rank_that_ends_ends_the_job(
         results = fit([job, beside])
         assert results[1]["status"] == "KILLED"
         assert results[1]["reason"].startswith(
-            f"{Path(job.run_dir).name} failed beside it: RuntimeError: "
+            f"{Path(job.run_dir).name} failed in the same group: RuntimeError: "
         )
         assert "in misbehave" in Path(job.run_dir, "train.log").read_text() + capfd.readouterr().err
     else:

@@ -238,7 +238,8 @@ def test_redirects_from_https_to_http_are_refused() -> None:
                                  "http://h/a b", "http://h/\n", "http://[::1/x", "http://ü/x"])  # fmt: skip
 def test_what_is_no_address(path: Path, url: str) -> None:
     with pytest.raises(
-        DownloadError, match="it is no address: expected http://host/path or https://host/path"
+        DownloadError,
+        match="it is not a valid address: expected http://host/path or https://host/path",
     ):
         fetch(url, path, limit=LIMIT)
 
@@ -254,7 +255,7 @@ def test_nobody_there_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_announced_size_above_the_limit(web: Site, path: Path) -> None:
-    assert "300000 bytes or more, and at most 299999 are taken" in refused(
+    assert "300000 bytes or more, and the limit is 299999" in refused(
         web.file("file.bin", CONTENT), path, limit=299_999
     )
     assert len(web.asked) == 1
@@ -265,7 +266,7 @@ def test_an_announced_size_above_the_limit(web: Site, path: Path) -> None:
 @pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n\r\n",
                                   b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n"])  # fmt: skip
 def test_a_size_above_the_limit_that_nobody_announced(web: Site, path: Path, head: bytes) -> None:
-    assert "at most 1000 are taken" in refused(
+    assert "the limit is 1000" in refused(
         web.page("file.bin", raw(head + CONTENT)), path, limit=1000
     )
     assert left(path) == []
@@ -277,7 +278,9 @@ def test_more_than_was_announced_is_not_read(web: Site, path: Path) -> None:
 
 
 def test_another_md5_is_not_kept(web: Site, path: Path) -> None:
-    assert f"what came has md5 {MD5}" in refused(web.file("file.bin", CONTENT), path, md5="0" * 32)
+    assert f"the downloaded file has md5 {MD5}" in refused(
+        web.file("file.bin", CONTENT), path, md5="0" * 32
+    )
     assert left(path) == []
 
 

@@ -172,9 +172,15 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
     ("words", "why"),
     [
         (["nowhere"], "nowhere is neither a run directory nor a file"),
-        (["{folder}/best.ckpt"], "does not say what it is; add student=NAME dataset=NAME"),
+        (
+            ["{folder}/best.ckpt"],
+            "has no metadata that describes its network; add student=NAME dataset=NAME",
+        ),
         (["{folder}/best.ckpt", "student=resnet14", *ASKED], "does not hold weights of resnet14"),
-        (["{folder}/best.onnx"], "evaluate its run, or what --to safetensors exports of it"),
+        (
+            ["{folder}/best.onnx"],
+            "evaluate its run directory, or the file that --to safetensors exports",
+        ),
         (["{folder}", "trainer.device=tpu"], "trainer.device=tpu is unknown"),
         (["{folder}", "teacher=vgg8"], "teacher=vgg8 for fake is missing"),
         (["{folder}", "datset=fake"], "datset is unknown"),

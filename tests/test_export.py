@@ -131,7 +131,7 @@ def test_a_model_for_mlflow_replaces_nothing_else(
     with pytest.raises(SystemExit, match="1"):
         export.main([trained.run_dir, "--to", "mlflow", "--out", str(out)])
     assert (
-        f"{out} is there and is no MLflow model; give --out a path that is free"
+        f"{out} exists and is not an MLflow model; give --out a path that does not exist"
         in capsys.readouterr().err
     )
     assert before == sorted((path, path.stat().st_mtime_ns) for path in [out, *out.rglob("*")])
@@ -156,7 +156,7 @@ def test_errors_take_one_line(
     Path(begun.run_dir).mkdir(parents=True)
     Path(begun.run_dir, "config.yaml").write_text(Path(trained.run_dir, "config.yaml").read_text())
     for folder, why in (
-        (tmp_path, "is no run directory"),
+        (tmp_path, "is not a run directory"),
         (begun.run_dir, r"has no best.ckpt (not started)"),
     ):
         with pytest.raises(SystemExit, match="1"):
@@ -173,11 +173,11 @@ def test_errors_take_one_line(
         ("[]", "cannot be read"),
         (
             {"model": {"_target_": "os.system", "command": "true"}},
-            "names 'os.system', which is no network of sddlskd",
+            "names 'os.system', which is not a network of sddlskd",
         ),
         (
             {"model": {"_target_": "sddlskd.models.create", "name": {"_target_": "os.getcwd"}}},
-            "is no network of sddlskd",
+            "is not a network of sddlskd",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
     for content in (b"", b"no safetensors at all", b"\xff" * 64):
         (tmp_path / "x.safetensors").write_bytes(content)
         with pytest.raises(
-            checkpoint.UnreadableFile, match=r"damaged or no safetensors file \(\d+ bytes"
+            checkpoint.UnreadableFile, match=r"damaged or not a safetensors file \(\d+ bytes"
         ):
             checkpoint.read_weights(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no file"):

@@ -117,7 +117,7 @@ def test_cub200_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "image_class_labels.txt",
             "3 1\n",
             "3 201\n",
-            r"image_class_labels\.txt:3: class '201' is none of 1\.\.200",
+            r"image_class_labels\.txt:3: class '201' is not in 1\.\.200",
         ),
         ("image_class_labels.txt", "3 1\n", "3 0\n", r"image_class_labels\.txt:3: class '0'"),
         ("image_class_labels.txt", "3 1\n", "3\n", r"image_class_labels\.txt:3: expected"),
@@ -247,33 +247,33 @@ def test_tiny_imagenet_from_its_folder_or_archive(
             "wnids.txt",
             "n02124075",
             "n01443537",
-            r"wnids\.txt:\d: 'n01443537' is no folder's name, or there twice",
+            r"wnids\.txt:\d: 'n01443537' is not a folder name, or is listed twice",
         ),
-        ("wnids.txt", "n02124075", "../../x", r"wnids\.txt:1: '\.\./\.\./x' is no folder's name"),
+        ("wnids.txt", "n02124075", "../../x", r"wnids\.txt:1: '\.\./\.\./x' is not a folder name"),
         ("wnids.txt", "n02124075", "n99999999", r"names 'n99999999', and there is no folder"),
         (
             "val/val_annotations.txt",
             "n02124075",
             "n99999999",
-            r"val_annotations\.txt:1: 'n99999999' is none of the classes",
+            r"val_annotations\.txt:1: 'n99999999' is not a class of",
         ),
         (
             "val/val_annotations.txt",
             "val_1",
             "val_0",
-            r"val_annotations\.txt:2: 'val_0\.JPEG' is there twice",
+            r"val_annotations\.txt:2: 'val_0\.JPEG' is listed twice",
         ),
         (
             "val/val_annotations.txt",
             "val_1",
             "../val_1",
-            r"val_annotations\.txt:2: '\.\./val_1\.JPEG' is there twice, or no",
+            r"val_annotations\.txt:2: '\.\./val_1\.JPEG' is listed twice, or is not",
         ),
         (
             "val/val_annotations.txt",
             "\t",
             " ",
-            r"val_annotations\.txt:1: '' is none of the classes",
+            r"val_annotations\.txt:1: '' is not a class of",
         ),
     ],
 )
@@ -356,7 +356,7 @@ def test_cifar10_that_is_damaged_names_the_batch(tmp_path: Path) -> None:
         layouts.write(tmp_path / "cifar-10-batches-py" / name, content)
     with pytest.raises(
         ValueError,
-        match=r"data_batch_3 is no CIFAR-10 pickle .*cifar-10-python\.tar\.gz fetched again",
+        match=r"data_batch_3 is not a CIFAR-10 pickle .*cifar-10-python\.tar\.gz fetched again",
     ):
         cifar10(str(tmp_path))
 

@@ -114,7 +114,7 @@ def test_each_family_of_ours_gives_the_same_map_as_a_strangers_network(name: str
     [
         (
             lambda: of_timm("vit_tiny_patch16_224", **VIT),
-            "stands the choice of the class token .*global_pool=avg",
+            "stands the selection of the class token .*global_pool=avg",
         ),
         (
             lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="avg"),
@@ -137,12 +137,12 @@ def test_each_family_of_ours_gives_the_same_map_as_a_strangers_network(name: str
         (lambda: of_torchvision("mobilenet_v3_small"), "stands hardswish in `classifier.1`"),
         (
             lambda: of_torchvision("squeezenet1_0"),
-            "come from no nn.Linear, but from adaptive_avg_pool2d",
+            "do not come from an nn.Linear, but from adaptive_avg_pool2d",
         ),
         (lambda: create("resnet8", 7), "a logit map already: use it as it is"),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 7)),
-            "between map and head `1` stands nothing",
+            "between map and head `1` stands a value whose computation was not recorded",
         ),
         (nn.Identity, "has no parameters"),
         (
@@ -189,7 +189,7 @@ def test_scaled_logits_are_refused() -> None:
         def forward(self, images_BCHW: Tensor) -> Tensor:
             return super().forward(images_BCHW) * 3
 
-    with pytest.raises(ValueError, match=r"its logits come from no nn.Linear, but from mul"):
+    with pytest.raises(ValueError, match=r"its logits do not come from an nn.Linear, but from mul"):
         from_network(Scaled(nn.Identity()))
 
 

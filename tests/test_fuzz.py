@@ -276,7 +276,7 @@ def test_cifar_pickles(data: Data) -> None:
             ),
             ValueError,
         )
-        assert ("the/file is no CIFAR-10 pickle" in message) or found.images_NHWC.shape[1:] == (
+        assert ("the/file is not a CIFAR-10 pickle" in message) or found.images_NHWC.shape[1:] == (
             32,
             32,
             3,
@@ -371,7 +371,7 @@ def test_a_pickle_cannot_ask_for_an_array_of_any_size(builder: str) -> None:
             lambda: datasets._cifar_split(content, "f", "http://x", "CIFAR-10", "labels"),
             ValueError,
         )
-    assert "f is no CIFAR-10 pickle" in message
+    assert "f is not a CIFAR-10 pickle" in message
 
 
 def test_a_zip_that_says_less_than_it_holds(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_resuming_decodes_nothing_of_what_is_done(own_folder: Path) -> None:
     assert len(list(data.batches(1, 1))) == 2
     with pytest.raises(
         ValueError,
-        match=r"\.jpg: No such file or directory; mend or remove it, or set dataset.bad_im",
+        match=r"\.jpg: No such file or directory; repair or remove it, or set dataset.bad_im",
     ):
         next(data.batches(1))
 
@@ -306,7 +306,7 @@ def test_a_bad_image_stops_by_its_name_and_only_when_its_batch_comes(own_folder:
     next(batches)
     with pytest.raises(
         ValueError,
-        match=rf"^{bad}: UnidentifiedImageError: cannot identify image file; mend or remove",
+        match=rf"^{bad}: UnidentifiedImageError: cannot identify image file; repair or remove",
     ) as e:
         next(batches)
     assert "\n" not in str(e.value)
@@ -316,7 +316,7 @@ def test_workers_end_where_a_bad_image_stops_the_reading(own_folder: Path) -> No
     before = children()
     spoil(own_folder, ["val/class_1/0001.jpg"])
     data = streamed(own_folder, workers=2)
-    with pytest.raises(ValueError, match="mend or remove") as held:
+    with pytest.raises(ValueError, match="repair or remove") as held:
         list(data.val_batches())
     assert held.value.__traceback__ is not None
     assert gone(children() - before)
@@ -455,9 +455,9 @@ def test_of_very_many_bad_files_the_log_names_the_first(
         ({"num_classes": 2}, r"train label 2 at index 38 is outside 0..1"),
         ({"batch_size": 58}, r"batch_size is 58; give 1..57"),
         ({"batch_size": 0}, r"batch_size is 0; give 1..57"),
-        ({"eval_batch_size": 0}, "eval_batch_size is 0, at least 1"),
-        ({"view": View(8, centre=1.5)}, "centre is 1.5, above 0 and at most 1"),
-        ({"view": View(0)}, "size is 0, at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size is 0, must be at least 1"),
+        ({"view": View(8, centre=1.5)}, "centre is 1.5, must be above 0 and at most 1"),
+        ({"view": View(0)}, "size is 0, must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0; it must lie in"),
         ({"mean": (0.5,)}, "mean has 1 and std 3 entries for 3 channels"),
     ],
@@ -578,7 +578,7 @@ def test_workers_end_with_an_evaluation_that_fails(job_of: Jobs, own_folder: Pat
     fit([job := job_of("distiller=vanilla", "trainer.epochs=1", root=own_folder)])
     before = children()
     spoil(own_folder, ["val/class_1/0001.jpg"])
-    with pytest.raises(ValueError, match="mend or remove"):
+    with pytest.raises(ValueError, match="repair or remove"):
         measure(job, Path(job.run_dir, "best.ckpt"))
     assert gone(children() - before)
 
@@ -627,12 +627,12 @@ def test_another_number_of_classes_than_the_folders_is_refused_before_the_start(
     ("override", "message"),
     [
         ("dataset.size=0", "dataset.size=0 must be greater than 0"),
-        ("dataset.centre=1.2", "dataset.centre=1.2 is a part of an image's side"),
+        ("dataset.centre=1.2", "dataset.centre=1.2 is not valid; give a fraction"),
         ("dataset.centre=0", "dataset.centre=0.0 must be greater than 0"),
         ("dataset.workers=-1", "dataset.workers=-1 must not be negative"),
-        ("dataset.crop_area=[0.5]", r"dataset.crop_area=\[0.5\] are two parts"),
-        ("dataset.crop_area=[0.5,0.4]", r"dataset.crop_area=\[0.5, 0.4\] are two parts"),
-        ("dataset.crop_area=[0,1]", r"dataset.crop_area=\[0.0, 1.0\] are two parts"),
+        ("dataset.crop_area=[0.5]", r"dataset.crop_area=\[0.5\] is not valid; give"),
+        ("dataset.crop_area=[0.5,0.4]", r"dataset.crop_area=\[0.5, 0.4\] is not valid; give"),
+        ("dataset.crop_area=[0,1]", r"dataset.crop_area=\[0.0, 1.0\] is not valid; give"),
         ("dataset.pixel_limit=0", "dataset.pixel_limit=0 must be greater than 0"),
     ],
 )

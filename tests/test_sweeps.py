@@ -475,7 +475,7 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
     monkeypatch.setattr(Pool, "run", run)
     sweep(jobs_of(home, network("Tiny"), common=("tracking=mlflow",)))
     assert "to go on: " in capsys.readouterr().out
-    assert "did not take the sweep's outcome: the server is away" in caplog.text
+    assert "did not accept the sweep's outcome: the server is away" in caplog.text
 
 
 def checkpoints(home: Path) -> set[tuple[str, int]]:

@@ -65,7 +65,7 @@ def test_foreign_targets_are_refused_when_the_job_is_composed(tmp_path: Path, ta
     said = explain(caught.value)
     assert "\n" not in said
     assert said.startswith(
-        f"student.model._target_='{target}' is not of sddlskd, torch, torchvision, timm"
+        f"student.model._target_='{target}' is not from sddlskd, torch, torchvision, timm"
     )
     assert "allow_foreign_targets=true" in said
     job = compose_in(tmp_path, f"student.model._target_={target}", "allow_foreign_targets=true")
@@ -84,12 +84,12 @@ def test_wherever_the_target_stands(tmp_path: Path, override: str) -> None:
         compose_in(tmp_path, *override.split())
     key = override.split()[-1].lstrip("+").split("=")[0].removesuffix("._target_")
     assert explain(caught.value).startswith(key)
-    assert "_target_='os.system' is not of" in explain(caught.value)
+    assert "_target_='os.system' is not from" in explain(caught.value)
 
 
 @pytest.mark.parametrize("value", [3, None, ["os.system"], {"_target_": "os.system"}, ""])
 def test_what_is_no_name(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"student\.model\._target_=.* is no dotted name"):
+    with pytest.raises(ValueError, match=r"student\.model\._target_=.* is not a dotted name"):
         check_names({"_target_": value}, "student.model", allow_foreign=True)
 
 
@@ -148,7 +148,7 @@ def test_a_foreign_target_that_was_allowed_is_called_and_stays_allowed_in_the_fr
     assert cfg.teacher_job(job).allow_foreign_targets
     text = (tmp_path / "config.yaml").read_text().replace("allow_foreign_targets: true", "")
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"student\.model\._target_='tests\.tiny\.Net' is not of"):
+    with pytest.raises(ValueError, match=r"model\._target_='tests\.tiny\.Net' is not from"):
         cfg.load(tmp_path / "config.yaml")
 
 
@@ -249,8 +249,8 @@ def test_a_strangers_run_directory_does_not_allow_itself_foreign_targets(
         with pytest.raises(SystemExit, match="1"):
             main([str(folder)])
         said = capsys.readouterr().err.splitlines()[-1]
-        assert "student.model._target_='tests.test_targets.known_network' is not of" in said
-        assert "allow_foreign_targets=true runs it" in said
+        assert "student.model._target_='tests.test_targets.known_network' is not from" in said
+        assert "set allow_foreign_targets=true to run it" in said
         assert "damaged" not in said
         assert not CALLED
         main([str(folder), "allow_foreign_targets=true"])

@@ -127,7 +127,7 @@ def holds(path: Path, expected: dict[str, Tensor]) -> bool:
 
 
 def refused(job: Config, *mirrors: str) -> str:
-    with pytest.raises(ValueError, match=f"{NAME} is not to be had: ") as caught:
+    with pytest.raises(ValueError, match=f"{NAME} could not be fetched: ") as caught:
         fetch(job, mirrors)
     message = str(caught.value)
     assert "\n" not in message
@@ -191,7 +191,7 @@ def test_an_imagenet_teacher_is_fetched_and_loads_strictly(
         dict(network.state_dict()), dict(torch.load(io.BytesIO(content), weights_only=True))
     )
     assert pins.check(str(tmp_path), "imagenet/resnet18", file_hash(path))
-    assert run(capsys, *words)[:2] == (0, f"resnet18 is there already: {path}\n")
+    assert run(capsys, *words)[:2] == (0, f"resnet18 already exists: {path}\n")
 
 
 def test_an_imagenet_file_that_is_not_the_one_in_its_name_is_refused(
@@ -223,7 +223,7 @@ def test_fetched_is_found_and_pinned(web: Site, job: Config, place: Any) -> None
     assert pin["sha256"] == file_hash(target(job))
     assert pin["source"].startswith(address)
     asked = len(web.asked)
-    assert "is there already" in fetch(job, [address])
+    assert "already exists" in fetch(job, [address])
     assert len(web.asked) == asked
 
 
@@ -261,7 +261,7 @@ def test_the_next_place_is_asked(web: Site, job: Config) -> None:
 def test_every_place_is_named_with_its_fault(web: Site, job: Config) -> None:
     said = refused(job, web.url + "gone", "file:///etc")
     assert f"cannot fetch {web.url}gone/{FOLDER}/{FILE} (HTTP Error 404" in said
-    assert f"cannot fetch file:///etc/{FOLDER}/{FILE} (it is no address" in said
+    assert f"cannot fetch file:///etc/{FOLDER}/{FILE} (it is not a valid address" in said
     web.page(f"loop/{FOLDER}/{FILE}", status(302, Location=f"/loop/{FOLDER}/{FILE}"))
     assert "redirect" in refused(job, web.url + "loop")
 
@@ -279,7 +279,7 @@ def test_names_without_a_published_file(web: Site, compose: Compose) -> None:
 def test_a_teacher_of_ones_own_is_not_replaced(web: Site, job: Config) -> None:
     publish(target(job), weights(seed=1), network=NAME, dataset="cifar100", top1=1.0)
     before = target(job).read_bytes()
-    with pytest.raises(ValueError, match=r"is there already and was not fetched.*Move it away"):
+    with pytest.raises(ValueError, match=r"already exists but was not fetched.*Move it away"):
         fetch(job, [repdistiller(web, GOOD)])
     assert target(job).read_bytes() == before
 
@@ -488,9 +488,9 @@ def test_a_file_of_ones_own(job: Config, tmp_path: Path, content: bytes) -> None
     assert path.read_bytes() == target(job).read_bytes() == content
     assert holds(target(job), weights())
     assert pins.pinned(job.home)["cifar100/resnet56"]["source"] == str(path)
-    assert "is there already" in import_file(job, path)
+    assert "already exists" in import_file(job, path)
     path.write_bytes(saved(weights(seed=1)))
-    with pytest.raises(ValueError, match="is there already and is another file"):
+    with pytest.raises(ValueError, match="already exists and is another file"):
         import_file(job, path)
     target(job).unlink()
     with pytest.raises(ValueError, match="has changed"):
@@ -514,9 +514,9 @@ def test_an_exported_student(compose: Compose, tmp_path: Path) -> None:
     network = create("resnet8", num_classes=10)
     load_weights(network, target(job), "resnet8")
     assert same(dict(network.state_dict()), PLAIN)
-    assert "is there already" in import_file(job, path)
+    assert "already exists" in import_file(job, path)
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         import_file(compose("teacher=resnet14", "dataset=digits"), path)
 
 
@@ -526,7 +526,7 @@ def test_what_is_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
-    with pytest.raises(ValueError, match=f"{path} is no file; give a file of weights of resnet56"):
+    with pytest.raises(ValueError, match=f"{path} is not a file; give a weights file of resnet56"):
         import_file(job, Path(path))
 
 
@@ -563,9 +563,9 @@ def test_list(
     assert (code, err) == (0, "")
     lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in lines}
-    assert rows["resnet56"] == ["72.34", "here, as pinned", f"{web.url}repo/{FOLDER}/{FILE}"]
-    assert rows["vgg13"] == ["74.64", "not here", ""]
-    assert rows["resnet8"] == ["", "here", "trained here, or put there"]
+    assert rows["resnet56"] == ["72.34", "present, as pinned", f"{web.url}repo/{FOLDER}/{FILE}"]
+    assert rows["vgg13"] == ["74.64", "missing", ""]
+    assert rows["resnet8"] == ["", "present", "trained here, or copied there"]
     assert set(rows) == {*PUBLISHED["cifar100"], *PUBLISHED["imagenet"], "resnet8"}
 
 
@@ -612,7 +612,7 @@ def test_what_was_imported_teaches(tmp_path: Path, capsys: pytest.CaptureFixture
         (("verify", "../x"), "error: teacher/..=x is unknown; valid"),
         (("verify", NAME, "homme=x"), "error: homme is unknown; did you mean home?"),
         (("verify", NAME), "error: teacher=resnet56 for cifar100 is missing: no file"),
-        (("import", "gone", "--as", NAME), "error: gone is no file"),
+        (("import", "gone", "--as", NAME), "error: gone is not a file"),
     ],
 )
 def test_errors_take_one_line(

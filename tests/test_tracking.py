@@ -278,7 +278,7 @@ def test_process_that_died_is_killed_and_one_not_started_is_left_out(home: Path)
     assert run.data.params["seed"] == "0"
     assert (run.info.status, run.data.tags["status_reason"]) == (
         "KILLED",
-        "the process ended without a word",
+        "the process ended without writing a result",
     )
     opened = Record(died)  # taken up again
     opened.result(RUNNING, best_top1=10.0, last_top1=10.0, epochs=1, seconds=1.0)
@@ -384,7 +384,8 @@ def test_database_whose_making_was_killed_is_made_anew(tmp_path: Path, size: int
 def test_database_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database" * 100)
     with pytest.raises(
-        ConnectionError, match=r"tracking.uri=sqlite:.*mlflow.db does not take runs .*tracking=none"
+        ConnectionError,
+        match=r"tracking.uri=sqlite:.*mlflow.db does not accept runs .*tracking=none",
     ):
         register([tracked(tmp_path, teacher=False)])
 
@@ -466,8 +467,8 @@ def test_mirror_tries_again(
         mirror.close()
     assert calls == [Path("a")] * 3
     assert [r.getMessage() for r in caplog.records] == [
-        "MLflow does not take metrics (ConnectionError: gone); training goes on",
-        "MLflow is back; what it missed is being delivered",
+        "MLflow does not accept metrics (ConnectionError: gone); training continues",
+        "MLflow is reachable again; delivering the metrics that it missed",
     ]
 
 
@@ -488,15 +489,22 @@ def test_mirror_gives_up_at_the_end_and_says_what_to_do(
 def test_mirror_that_hangs_does_not_hold_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "sync", lambda folder: time.sleep(8))
+    hangs, ended = threading.Event(), threading.Event()
+
+    def hang(folder: Path) -> None:
+        hangs.set()
+        assert ended.wait(60)
+
+    monkeypatch.setattr(tracking, "sync", hang)
     mirror = Mirror()
     mirror.update(Path("a"))
-    time.sleep(0.2)
+    assert hangs.wait(60)
     started = time.monotonic()
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         mirror.close(timeout=0.2)
     assert time.monotonic() - started < 6
     assert caplog.records[-1].getMessage().endswith("python -m sddlskd.tracking sync a")
+    ended.set()
     mirror._thread.join()
 
 
@@ -560,22 +568,22 @@ ASKED = "api/2.0/mlflow/experiments/search?max_results=1"
 NOT_MLFLOW = {
     "not MLflow": (
         answer(b"<html>hello", Content_Type="text/html"),
-        r"answers as no MLflow does \(200 <html>hello\)",
+        r"does not answer like an MLflow server \(200 <html>hello\)",
     ),
     "broken": (
         answer(b"no database", 500),
-        r"answers as no MLflow does \(500 no database\); start it",
+        r"does not answer like an MLflow server \(500 no database\); start it",
     ),
-    "unknown": (code(404), r"answers as no MLflow does \(404"),
+    "unknown": (code(404), r"does not answer like an MLflow server \(404"),
     "host": (
         answer(b"Invalid Host header - x", 403),
         r"--allowed-hosts 127\.0\.0\.1,127\.0\.0\.1:\d+$",
     ),
     "stranger": (
         code(401),
-        "wants to know who asks; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        "requires a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     ),
-    "forbidden": (code(403), "does not let this user in; set MLFLOW_TRACKING_USERNAME"),
+    "forbidden": (code(403), "denies access to this user; set MLFLOW_TRACKING_USERNAME"),
 }
 
 
@@ -665,7 +673,7 @@ def test_a_black_hole_does_not_hold_training(
     assert len(said) == 2  # at the start and in the end
     later = f"python -m sddlskd.tracking sync {tmp_path}/runs"
     assert said[0].startswith(
-        f"tracking.uri={silent['mute']} does not answer (no answer in 0.5 s); going on without"
+        f"tracking.uri={silent['mute']} does not answer (no answer in 0.5 s); continuing without"
     )
     assert all(later in each for each in said)
 
@@ -983,7 +991,9 @@ def test_server_that_dies_and_comes_back(
         (result,) = fit([job])
     assert result["status"] == "FINISHED"
     assert len(record.read_rows(Path(job.run_dir))) == 6
-    assert f"when it is back: python -m sddlskd.tracking sync {job.run_dir}" in caplog.text
+    assert (
+        f"once it is reachable, run: python -m sddlskd.tracking sync {job.run_dir}" in caplog.text
+    )
     server.start()
     tracking.main(["sync", job.run_dir])
     (run,) = runs_of(job)

@@ -245,6 +245,7 @@ def test_dropout_is_the_same_alone_grouped_and_resumed(
     assert rows(without) != rows(alone)
 
 
+@pytest.mark.long
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """Moments are drawn in checkpoints seen, not in seconds: a fast machine would be done, a slow one not begun."""
     overrides = ("trainer.epochs=24", "checkpoint.every_minutes=0.0001")

@@ -1,8 +1,10 @@
-"""A sweep on this machine: jobs that see the same batches and ask the same teacher are trained side by side.
+"""Hydra plugins for a sweep on this machine: a launcher and a sweeper.
 
-A launcher that takes the whole grid, and Hydra's own sweeper without composing a large grid twice, which takes minutes.
+The launcher takes the whole grid. It trains jobs side by side if they see the same batches and
+have the same teacher. The sweeper is Hydra's own, but it does not compose a large grid twice, which
+would take minutes.
 
-Hydra imports every launcher at start, so nothing heavy is imported here.
+Hydra imports every launcher at start, so this module imports nothing heavy.
 """
 
 from collections.abc import Sequence
@@ -21,8 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 @dataclass
 class SharedTeacherConfig:
+    """Options of the launcher for this machine."""
+
     _target_: str = "hydra_plugins.shared_teacher.SharedTeacherLauncher"
-    devices: Any = "auto"  # auto: every visible GPU, else one CPU worker; or a list such as [cuda:0,cuda:1] or [cpu,cpu]
+    # auto: the jobs' trainer.device; if that is auto too, every visible GPU, or one CPU worker if
+    # there is no GPU. Otherwise a list such as [cuda:0,cuda:1] or [cpu,cpu].
+    devices: Any = "auto"
     max_group_size: int | None = None  # jobs that train side by side; null: as many as fit
     fail_fast: bool = False  # stop the sweep at the first job that fails
 
@@ -34,28 +40,42 @@ ConfigStore.instance().store(
 
 @dataclass
 class GridConfig:
+    """Options of the sweeper."""
+
     _target_: str = "hydra_plugins.shared_teacher.GridSweeper"
-    max_batch_size: int | None = (
-        None  # jobs handed over at once; null: all, so that they can be grouped
-    )
-    params: dict[str, str] = field(default_factory=dict)  # what is swept, as on the command line
+    # Jobs that the launcher receives at once; null: all of them, so that it can group them.
+    max_batch_size: int | None = None
+    # The swept keys and their values, written as on the command line.
+    params: dict[str, str] = field(default_factory=dict)
 
 
 ConfigStore.instance().store("grid", GridConfig, group="hydra/sweeper", provider="sddlskd")
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's sweeper. It composes every job once to check it, a quarter second each; our launcher does so itself."""
+    """Hydra's sweeper, without its check of every job.
+
+    Hydra's sweeper composes every job once to check it, which takes a quarter of a second each. Our
+    launchers check the jobs themselves.
+    """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Called by Hydra."""
+        """Check the jobs as Hydra does, unless the launcher checks them; called by Hydra."""
         if not isinstance(self.launcher, SharedTeacherLauncher):
             super().validate_batch_is_legal(batch)
 
 
 @dataclass
 class SharedTeacherLauncher(Launcher):
-    """Freezes every job of the sweep when it is launched, then fits group after group on every device."""
+    """A launcher that freezes every job of the sweep, then trains group after group on each device.
+
+    Attributes:
+        devices: "auto" or a list of devices, as in `SharedTeacherConfig`.
+        max_group_size: largest number of jobs that train side by side; None for no limit.
+        fail_fast: whether to stop the sweep at the first job that fails.
+        config: configuration of the sweep; set by `setup`.
+        hydra_context: Hydra's loaders; set by `setup`.
+    """
 
     devices: Any = "auto"
     max_group_size: int | None = None
@@ -66,20 +86,25 @@ class SharedTeacherLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Called by Hydra."""
+        """Keep what `launch` needs; called by Hydra.
+
+        Args:
+            hydra_context: Hydra's loaders.
+            task_function: function that Hydra would run for each job; not used.
+            config: configuration of the sweep.
+        """
         self.config, self.hydra_context = config, hydra_context
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Called by Hydra with the whole grid."""
+        """Run the sweep of the whole grid and return every job's result; called by Hydra."""
         try:
             return self._launch(job_overrides)
         finally:
             folder = Path(self.config.hydra.sweep.dir)
-            if not (
-                folder / "sweep.json"
-            ).exists():  # a plan or a refusal leaves no trace; Hydra wrote this before us
+            # A plan or a refused sweep must leave no files, but Hydra has written multirun.yaml.
+            if not (folder / "sweep.json").exists():
                 (folder / "multirun.yaml").unlink(missing_ok=True)
                 for empty in (folder, folder.parent, folder.parent.parent):
                     with suppress(OSError):
@@ -96,7 +121,9 @@ class SharedTeacherLauncher(Launcher):
         results = run_sweep(
             jobs, str(self.config.sweep.name), pool=self._pool(), max_group_size=self.max_group_size
         )
-        return [  # run_sweep has exited where a job failed; any other status would make Hydra raise what is no error
+        # If a job failed, run_sweep has already exited. Any other status than COMPLETED would make
+        # Hydra raise an error although nothing is wrong.
+        return [
             JobReturn(
                 overrides=list(overrides),
                 working_dir=job.run_dir,

@@ -1,6 +1,7 @@
-"""A sweep on a SLURM cluster: hydra-submitit-launcher's options, our way of running jobs.
+"""Hydra plugin for a sweep on a SLURM cluster.
 
-Jobs are composed, checked and frozen once, where the sweep is launched; the nodes read what was frozen.
+The launcher has the options of hydra-submitit-launcher, but runs jobs as this package does. The
+launching process composes, checks and freezes the jobs once; the nodes read the frozen jobs.
 """
 
 from dataclasses import dataclass, field
@@ -14,27 +15,34 @@ from omegaconf import OmegaConf
 
 @dataclass
 class SlurmConfig(SlurmQueueConf):
+    """Options of the launcher for SLURM, in addition to those of hydra-submitit-launcher."""
+
     _target_: str = "hydra_plugins.slurm.SlurmLauncher"
-    max_group_size: int | None = (
-        1  # jobs that an array task trains side by side; null: as many as share a teacher
-    )
-    wait: bool = True  # until the sweep is done; false: submit, print the job ids and return
+    # Jobs that one array task trains side by side; null: all jobs that share batches and teacher.
+    max_group_size: int | None = 1
+    # true: wait until the sweep is done; false: submit, print the job ids and return
+    wait: bool = True
     fail_fast: bool = False  # cancel the sweep at the first job that fails
-    max_requeues: int = (
-        100  # times that a warned task goes back into the queue before it is left as it is
-    )
-    python: str | None = (
-        None  # what starts Python on a node; null: this Python, which every node must see
-    )
+    # How often a warned task goes back into the queue before it stays interrupted.
+    max_requeues: int = 100
+    # Command that starts Python on a node; null: this Python, whose path every node must see.
+    python: str | None = None
     container: str | None = None  # image for srun --container-image (pyxis)
-    srun_args: list[str] = field(default_factory=list)  # more words for srun
+    srun_args: list[str] = field(default_factory=list)  # further arguments of srun
 
 
 ConfigStore.instance().store("slurm_frame", SlurmConfig, group="hydra/launcher", provider="sddlskd")
 
 
 class SlurmLauncher(SharedTeacherLauncher):
-    """Submits every group of the sweep as a task of a job array."""
+    """A launcher that submits every group of the sweep as a task of a job array.
+
+    Args:
+        max_group_size: largest number of jobs that a task trains side by side; None for no limit.
+        submitit_folder: not used; hydra-submitit-launcher's own launcher has this option.
+        max_num_timeout: not used; hydra-submitit-launcher's own launcher has this option.
+        **options: options of `sddlskd.slurm.Slurm`.
+    """
 
     def __init__(
         self,

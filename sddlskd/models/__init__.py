@@ -1,6 +1,8 @@
-"""The networks, one file per family; each gives the logit map, `model(x_BCHW).mean((2, 3))` are its logits.
+"""The networks, one file per family.
 
-Parameter names are those of the published CIFAR checkpoints (RepDistiller, mdistiller), which load with strict=True.
+Each network returns a logit map, and `model(x_BCHW).mean((2, 3))` are its logits. The parameters
+have the names of the published CIFAR checkpoints (RepDistiller, mdistiller), which therefore load
+with strict=True.
 """
 
 from collections.abc import Callable
@@ -51,16 +53,24 @@ _ONE_STEM = ("vgg", "mobilev1")
 
 
 def names() -> tuple[str, ...]:
-    """The name of every network, family by family and small to large."""
+    """Return the names of all networks, family by family, from small to large."""
     return tuple(_NETWORKS)
 
 
 def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
-    """The network `name`, freshly initialised from torch's global generator: images B 3 H W -> logit map B K H W.
+    """Return a freshly initialised network: images B 3 H W -> logit map B K H W.
 
-    K is `num_classes`. stem: "small" for images of 32 pixels, "large" for images of 224 (a 7x7 convolution of stride 2;
-    the VGGs and mobilev1 have one stem for all). Raises ValueError for a name that is not in `names()`, a stem that the
-    network does not have, and for fewer than 2 classes.
+    The weights are drawn from torch's global generator.
+
+    Args:
+        name: One of `names()`.
+        num_classes: K, the number of classes, at least 2.
+        stem: "small" for images of 32 pixels or "large" for images of 224 pixels (a 7x7 convolution
+            of stride 2). The VGGs and mobilev1 have only one stem, which is used with "small".
+
+    Raises:
+        ValueError: The name is unknown, the network does not have the stem, or there are fewer than
+            2 classes.
     """
     if name not in _NETWORKS:
         close = get_close_matches(name, _NETWORKS, n=1)
@@ -74,6 +84,7 @@ def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
         return _NETWORKS[name](num_classes=num_classes)
     if name.startswith(_ONE_STEM):
         raise ValueError(
-            f"{name} has no {stem} stem: it is the same network for images of every size; leave stem out"
+            f"{name} has no {stem} stem: it is the same network for images of every size; "
+            "leave stem out"
         )
     return _NETWORKS[name](num_classes=num_classes, stem=stem)

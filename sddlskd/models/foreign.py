@@ -1,10 +1,13 @@
-"""Any network with a feature map and a linear head, as a logit-map model, without touching its code.
+"""Turn any network with a feature map and a linear head into a logit-map model.
 
-The network runs once on random images while every call is written down; from its logits back, the head, then whatever
-led to the head's input, has to be a global average of a map (or of patch tokens). What else stands there is refused by
-name, since then the mean of the logit map would not be the network's logits.
+The code of the network need not change. The network runs once on random images while every function
+call is recorded. The search starts at the logits and goes back to the linear head, and from the
+head's input back to a global average of a feature map (or of patch tokens). If another operation
+lies in between, the network is rejected with an error that names the operation: the mean of the
+logit map would not be the network's logits.
 
-Shapes: B batch, C channels, H W sides (of the image or of a map, in cells), N tokens, K classes.
+Shapes: B batch, C channels, H W height and width (of an image in pixels, of a map in cells),
+N tokens, K classes.
 """
 
 import inspect
@@ -22,27 +25,18 @@ from sddlskd.models.base import LogitMapModel
 
 __all__ = ["ForeignNetwork", "from_network"]
 
-SIDES = (
-    64,
-    224,
-    32,
-    96,
-    128,
-    256,
-    288,
-    299,
-    320,
-    384,
-    448,
-    512,
-)  # pixels; tried until the network takes one
-TOLERANCE = 1e-4  # of the logits' size, or of 1 where they are smaller
-CURES = "Build the network without it, or write it as a module that gives the logit map (B, K, H, W) itself"
+# Image sides in pixels, tried in this order until the network accepts one.
+SIDES = (64, 224, 32, 96, 128, 256, 288, 299, 320, 384, 448, 512)
+TOLERANCE = 1e-4  # relative to the largest absolute logit or to 1, whichever is larger
+CURES = (
+    "Build the network without it, or write it as a module that gives the logit map (B, K, H, W) "
+    "itself"
+)
 CLASS_TOKEN = "an average of the patch tokens is needed (timm: global_pool=avg fc_norm=false)"
 
 
 class _Step(NamedTuple):
-    """A call of a function, inside module `owner`."""
+    """A recorded function call inside the module named `owner`."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -62,23 +56,29 @@ class _Step(NamedTuple):
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
 
     def __str__(self) -> str:
-        return f"{self.name} in {f'`{self.owner}`' if self.owner else 'the forward of the network itself'}"
+        return (
+            f"{self.name} in "
+            f"{f'`{self.owner}`' if self.owner else 'the forward of the network itself'}"
+        )
 
 
 class _Trace(TorchFunctionMode):
-    """Writes down which function made which tensor, and what each module took and gave last."""
+    """A recorder of the function that computed each tensor, and of each module's input and output.
+
+    For a module that runs more than once, the record keeps the last input and the last output.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.names = {module: name for name, module in network.named_modules()}
         self.inside: list[str] = []
         self.made: dict[int, _Step] = {}  # by id of the tensor
-        self.kept: list[Tensor] = []  # so that no id is given twice
-        self.touched: dict[
-            int, list[_Step]
-        ] = {}  # what changed a tensor in place, and dropout, which in eval mode
-        self.took: dict[str, Tensor] = {}  #         gives what it takes
-        self.gave: dict[str, Tensor] = {}
+        self.kept: list[Tensor] = []  # a freed tensor's id could be used again
+        # By id of the tensor: the calls that changed the tensor in place, and dropout calls, which
+        # return their input in eval mode.
+        self.touched: dict[int, list[_Step]] = {}
+        self.took: dict[str, Tensor] = {}  # each module's input, by module name
+        self.gave: dict[str, Tensor] = {}  # each module's output, by module name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         step = _Step(func, tuple(args), dict(kwargs or {}), self.inside[-1] if self.inside else "")
@@ -96,38 +96,45 @@ class _Trace(TorchFunctionMode):
         return result
 
     def enter(self, module: nn.Module, args: Any) -> None:
+        """Record a module's input, if the module has one tensor as its only positional argument."""
         self.inside.append(self.names[module])
         if len(args) == 1 and isinstance(args[0], Tensor):
             self.took[self.names[module]] = args[0]
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        """Record a module's output, if the output is a tensor."""
         self.inside.pop()
         if isinstance(result, Tensor):
             self.gave[self.names[module]] = result
 
 
 class _Tap(NamedTuple):
-    """Where the map is taken, and what makes it the one that the head's input is the mean of."""
+    """The point at which a network's feature map is taken.
 
-    module: str  # name of a module
-    output: bool  # what it gives; else what it takes
-    steps: tuple[_Step, ...]  # functions of one tensor, applied one after the other
-    layout: str  # of the result: BCHW, BHWC, BNC or BCN
-    dropout: float  # probability, between pooling and head
+    The head's input is the mean of this map.
+    """
+
+    module: str  # the name of the module whose output or input is taken
+    output: bool  # True: the module's output; False: its input
+    steps: tuple[_Step, ...]  # functions of one tensor, applied to it one after the other
+    layout: str  # the layout of the result: BCHW, BHWC, BNC or BCN
+    dropout: float  # the dropout probability between pooling and head
 
 
-LAYOUTS = {
-    "BCHW": (2, 3),
-    "BHWC": (1, 2),
-    "BNC": (1,),
-    "BCN": (2,),
-}  # the dimensions that are averaged
+# The dimensions that global pooling averages, by layout.
+LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BNC": (1,), "BCN": (2,)}
 
 
 class ForeignNetwork(LogitMapModel):
-    """A network as it came, whose map is tapped while it runs; made by `from_network`.
+    """An unchanged network whose feature map is taken by a hook while it runs.
 
-    Its state dict is that of the network, key by key, so published files load and what is saved loads elsewhere.
+    Use `from_network` to create one. The state dict has the same keys as that of the wrapped
+    network, so published files load here and saved files load elsewhere.
+
+    Args:
+        network: The network to wrap.
+        head: The name of the network's linear head.
+        tap: The point at which the feature map is taken.
     """
 
     def __init__(self, network: nn.Module, head: str, tap: _Tap) -> None:
@@ -144,6 +151,7 @@ class ForeignNetwork(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the wrapped network's linear head C -> K."""
         linear = self.network.get_submodule(self._head)
         assert isinstance(linear, nn.Linear)
         return linear
@@ -155,15 +163,20 @@ class ForeignNetwork(LogitMapModel):
         self._taken = args[0]
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """The last feature map, B C H W; tokens lie row by row in a grid as wide and high as the image is.
+        """Return the last feature map, B C H W, of a batch of images.
 
-        Dropout between pooling and head leaves out the same channels in every cell, as it does after pooling.
+        Tokens are placed row by row on a grid that has the aspect ratio of the image. Dropout
+        between pooling and head becomes dropout of whole channels, that is of the same channels in
+        every cell, which has the same effect as dropout after pooling.
+
+        Raise RuntimeError if the module that gives the map did not run.
         """
         self.network(x_BCHW)
         taken, self._taken = self._taken, None
         if taken is None:
             raise RuntimeError(
-                f"{self._tap.module} did not run: the network takes another way than when it was built"
+                f"{self._tap.module} did not run: "
+                "the forward pass takes another path than when the model was built"
             )
         for step in self._tap.steps:
             taken = _again(step, taken)
@@ -187,7 +200,7 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 
 def _again(step: _Step, value: Tensor) -> Tensor:
-    """Call a step's function on another tensor than the one that it was written down with."""
+    """Call a recorded function on another tensor than the recorded one."""
     args = [value if isinstance(a, Tensor) else a for a in step.args]
     result: Tensor = step.function(
         *args, **{k: value if isinstance(a, Tensor) else a for k, a in step.kwargs.items()}
@@ -206,27 +219,39 @@ def _as_map(value: Tensor, layout: str, image_BCHW: torch.Size) -> Tensor:
 
 
 def _grid(tokens: int, image_BCHW: torch.Size) -> tuple[int, int]:
-    """Rows and columns of square patches."""
+    """Return the numbers of rows and columns of a grid of square patches.
+
+    Raise ValueError if the tokens do not form such a grid on the image.
+    """
     height, width = image_BCHW[-2:]
     rows = isqrt(tokens * height // width)
     if not rows or rows * (tokens // rows) != tokens or rows * width != tokens // rows * height:
         raise ValueError(
-            f"{tokens} tokens are no grid of square patches of an image {height}x{width}; prefix tokens that are "
-            "averaged with the patches make no map. Build the network so that patch tokens alone are averaged"
+            f"{tokens} tokens do not form a grid of square patches of an image {height}x{width}; "
+            "prefix tokens that are averaged with the patches have no place in a map. "
+            "Build the network so that only patch tokens are averaged"
         )
     return rows, tokens // rows
 
 
 def from_network(network: nn.Module, image_BCHW: Tensor | None = None) -> ForeignNetwork:
-    """The logit-map model of a network (timm's, torchvision's, one's own): images -> logit map B K H W.
+    """Return the logit-map model (images -> logit map B K H W) of a network.
 
-    The network has to take a batch of images, average a feature map or patch tokens globally, and end in one nn.Linear;
-    dropout in between is kept. It is used, not copied: its parameters are those of the model. image_BCHW: images as it
-    takes them, one or more; without it random RGB images are tried, of 64 pixels, then of the usual sizes. On the
-    meta device shapes alone are looked at.
+    The network may come from timm, torchvision or your own code. It must accept a batch of images,
+    average a feature map or patch tokens globally, and end in one nn.Linear; dropout in between is
+    kept. The network is not copied: the model shares its parameters. On the meta device only the
+    shapes are checked.
 
-    Raises ValueError, naming what stands in between, unless the mean of the map is the network's own logits to 1e-4 (of
-    their size).
+    Args:
+        network: The network.
+        image_BCHW: One or more images that the network accepts. By default random RGB images are
+            tried, first with sides of 64 pixels, then of the usual sizes.
+
+    Raises:
+        ValueError: The network accepts none of the images; it has no such map or head; another
+            operation lies between map and head (the message names the operation); or the mean of
+            the logit map differs from the network's logits by more than 1e-4 (relative to the
+            largest absolute logit or to 1, whichever is larger).
     """
     training = {module: module.training for module in network.modules()}
     try:
@@ -249,13 +274,13 @@ def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
         try:
             with _listening(network, trace), trace:
                 logits = network(images_BCHW)
-        except Exception as error:  # a network may raise anything for a size that it does not take
+        except Exception as error:  # a network may raise any type for an unsupported image size
             not_taken.append(f"{tuple(images_BCHW.shape)}: {' '.join(str(error).split())[:200]}")
             continue
         try:
             head = _head_of(network, trace, logits, what)
             tap = _tap_of(trace, trace.took[head], images_BCHW, what, head)
-        except _OneCell as error:  # nothing to average: a larger image may tell
+        except _OneCell as error:  # nothing is averaged here: try a larger image
             refusals.append(error)
             if len(refusals) == 2:
                 break
@@ -266,12 +291,13 @@ def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
     if refusals:
         raise ValueError(str(refusals[-1]))
     raise ValueError(
-        f"{what} takes none of the images tried ({not_taken[0]}); give some with from_network(network, image_BCHW)"
+        f"{what} takes none of the images tried ({not_taken[0]}); "
+        "give some with from_network(network, image_BCHW)"
     )
 
 
 class _OneCell(ValueError):
-    """A refusal that a map of a single cell may be the reason of."""
+    """A rejection that may be caused by a feature map of a single cell."""
 
 
 def _noise(like: Tensor, side: int) -> Tensor:
@@ -290,7 +316,10 @@ def _listening(network: nn.Module, trace: _Trace) -> Iterator[None]:
 
 
 def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
-    """The name of the linear layer that gives the logits."""
+    """Return the name of the linear layer that computes the logits.
+
+    Raise ValueError if no linear layer does.
+    """
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"{what} gives {type(logits).__name__}, not logits; wrap it so that it gives (B, K)"
@@ -310,7 +339,7 @@ def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
             if isinstance(module, nn.Linear) and _equal(
                 F.linear(trace.took[name], module.weight, module.bias), value
             ):
-                return name  # also a subclass with a forward of its own, as timm has one
+                return name  # also for a subclass with its own forward, as timm has one
         changed = trace.touched.get(id(value))
         step = changed[-1] if changed else trace.made.get(id(value))
         before = _same_values(step, value) if step else None
@@ -321,13 +350,18 @@ def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
                 else ""
             )
             raise ValueError(
-                f"{what}: its logits come from no nn.Linear, but from {step or 'what was not seen'}{two}. {CURES}"
+                f"{what}: its logits do not come from an nn.Linear, but from "
+                f"{step or 'an operation that was not recorded'}{two}. {CURES}"
             )
         value = before
 
 
 def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head: str) -> _Tap:
-    """From the head's input back to the map that it is the mean of, and on to a module that takes or gives it."""
+    """Return the tap for the feature map whose mean is the head's input `pooled`.
+
+    Go back from the head's input to the map, and on to a module that has the map as its input or
+    output. Raise ValueError if the head's input is not the global average of a map.
+    """
     value, dropout, one_cell = pooled, 0.0, False
     while True:
         changed = [step for step in trace.touched.get(id(value), ()) if step.name != "dropout"]
@@ -345,7 +379,8 @@ def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head:
         if before is None:
             kind = _OneCell if one_cell else ValueError
             raise kind(
-                f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. {CURES}"
+                f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. "
+                f"{CURES}"
             )
         value, one_cell = before, one_cell or before.ndim > 2
     if layout in ("BNC", "BCN"):
@@ -356,16 +391,21 @@ def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head:
 
 def _why(step: _Step | None, value: Tensor, sources: list[Tensor]) -> str:
     if step is None:
-        return "nothing that was seen being computed"
+        return "a value whose computation was not recorded"
     if any(s.ndim == 3 and s.shape[1] > 1 and _equal(s[:, 0], value) for s in sources):
-        return f"the choice of the class token ({step}); {CLASS_TOKEN}"
+        return f"the selection of the class token ({step}); {CLASS_TOKEN}"
     return f"{step}, which is neither a global average nor a change of shape"
 
 
 def _place(
     trace: _Trace, value: Tensor, images_BCHW: Tensor, what: str
 ) -> tuple[str, bool, tuple[_Step, ...]]:
-    """The outermost module that gives or takes the value, or what it is computed from by functions of one tensor."""
+    """Return (module, whether it is the module's output, steps) from which to compute `value`.
+
+    Choose the outermost module that has the value as its output or input, and prefer outputs. If
+    there is no such module, go back through functions of one tensor; the returned steps repeat
+    these functions.
+    """
     steps: list[_Step] = []
     while True:
         places = [(name, True) for name, gave in trace.gave.items() if gave is value and name]
@@ -381,14 +421,15 @@ def _place(
             or id(value) in trace.touched
         ):
             raise ValueError(
-                f"{what}: its map comes out of no module, but of {step}; put that into a module of its own"
+                f"{what}: its map is not the output of a module, but of {step}; "
+                "put that step into a module of its own"
             )
         steps.append(_emptied(step))
         value = step.sources[0]
 
 
 def _emptied(step: _Step) -> _Step:
-    """The step without the tensor that it took, which would be kept in memory."""
+    """Return the step without its tensors, which would otherwise stay in memory."""
     hole = torch.empty(0)
     args = tuple(hole if isinstance(a, Tensor) else a for a in step.args)
     return step._replace(
@@ -397,7 +438,10 @@ def _emptied(step: _Step) -> _Step:
 
 
 def _same_values(step: _Step, value: Tensor) -> Tensor | None:
-    """The one tensor that the step took, if it did no more than shape it anew (as dropout does in eval mode)."""
+    """Return the step's input tensor if the step only reshaped it or left it unchanged, else None.
+
+    Dropout in eval mode leaves its input unchanged.
+    """
     sources = step.sources
     if len(sources) != 1 or sources[0].numel() != value.numel() or len(sources[0]) != len(value):
         return None
@@ -405,7 +449,10 @@ def _same_values(step: _Step, value: Tensor) -> Tensor | None:
 
 
 def _layout(source: Tensor, pooled: Tensor) -> str | None:
-    """How the source lies if the other is its global average, with or without sides of 1."""
+    """Return the layout of `source` if `pooled` is its global average, else None.
+
+    `pooled` may keep the averaged dimensions with size 1.
+    """
     for layout, dims in LAYOUTS.items():
         if (
             source.ndim == len(layout)
@@ -425,14 +472,17 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _probability(step: _Step) -> float:
-    """The p of a call of F.dropout."""
+    """Return the probability p of a recorded call of F.dropout."""
     return float(
         inspect.signature(F.dropout).bind(*step.args, **step.kwargs).arguments.get("p", 0.5)
     )
 
 
 def _check(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:
-    """ValueError unless the mean of the map is the logits, for another number of images too."""
+    """Raise ValueError if the mean of the logit map differs from the network's logits.
+
+    The check uses one image more than `images_BCHW` has, so that it covers another batch size too.
+    """
     more_BCHW = torch.cat((images_BCHW, images_BCHW.flip(-1)))[: len(images_BCHW) + 1]
     logits_BK, map_BKHW = model.network(more_BCHW), model(more_BCHW)
     if map_BKHW.is_meta:
@@ -441,6 +491,6 @@ def _check(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:
     size = max(1.0, logits_BK.abs().max().item())
     if not error <= TOLERANCE * size:
         raise ValueError(
-            f"{what}: the mean of its logit map differs from its logits by {error:.2g}, more than {TOLERANCE:g} of "
-            f"{size:.2g}. {CURES}"
+            f"{what}: the mean of its logit map differs from its logits by {error:.2g}, "
+            f"more than {TOLERANCE:g} of {size:.2g}. {CURES}"
         )

@@ -1,4 +1,7 @@
-"""Networks of timm and torchvision as logit-map models: what conf/student/timm.yaml and torchvision.yaml name."""
+"""Create networks of timm and torchvision as logit-map models.
+
+conf/student/timm.yaml and conf/student/torchvision.yaml use these functions.
+"""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -16,9 +19,17 @@ __all__ = ["from_timm", "from_torchvision"]
 def from_timm(
     name: str, num_classes: int, pretrained: bool = False, **options: Any
 ) -> LogitMapModel:
-    """timm's network `name`, with timm's weights and a fresh head if `pretrained`; options go to timm.create_model.
+    """Return a timm network as a logit-map model.
 
-    Raises ValueError for a name or an option that timm does not know, and what `from_network` raises.
+    Args:
+        name: The network's name in timm.
+        num_classes: K, the number of classes.
+        pretrained: Whether to load timm's published weights; the head is then initialised freshly.
+        **options: Further arguments of timm.create_model.
+
+    Raises:
+        ValueError: timm is not installed or does not know the name or an option, or `from_network`
+            rejects the network.
     """
     try:
         import timm
@@ -29,7 +40,8 @@ def from_timm(
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}{_close(name, timm.list_models())}")
-    with torch.device("cpu"):  # planning builds on the meta device, where nothing could be checked
+    # Planning builds networks on the meta device, on which `from_network` cannot check values.
+    with torch.device("cpu"):
         try:
             network = timm.create_model(
                 name, num_classes=num_classes, pretrained=pretrained and not _meta(), **options
@@ -44,10 +56,18 @@ def from_timm(
 def from_torchvision(
     name: str, num_classes: int, weights: str | None = None, **options: Any
 ) -> LogitMapModel:
-    """torchvision's network `name`; weights: such as DEFAULT or IMAGENET1K_V1, with a fresh head for other classes.
+    """Return a torchvision network as a logit-map model.
 
-    Options go to torchvision.models.get_model. Raises ValueError for a name, weights or an option that torchvision does
-    not know, and what `from_network` raises.
+    Args:
+        name: The network's name in torchvision.
+        num_classes: K, the number of classes.
+        weights: The name of published weights to load, such as DEFAULT or IMAGENET1K_V1. The head
+            is initialised freshly if the weights have another number of classes.
+        **options: Further arguments of torchvision.models.get_model.
+
+    Raises:
+        ValueError: torchvision does not know the name, the weights or an option, or `from_network`
+            rejects the network.
     """
     from torchvision.models import get_model, get_model_weights, list_models  # slow to import
 
@@ -56,7 +76,8 @@ def from_torchvision(
     published = get_model_weights(name)
     if weights is not None and weights not in published.__members__:
         raise ValueError(
-            f"torchvision has no weights {weights!r} of {name}; valid are {', '.join(published.__members__)}"
+            f"torchvision has no weights {weights!r} of {name}; "
+            f"valid are {', '.join(published.__members__)}"
         )
     with torch.device("cpu"):
         try:
@@ -74,7 +95,7 @@ def from_torchvision(
 
 
 def _load_but_other_heads(model: LogitMapModel, weights: dict[str, Tensor]) -> None:
-    """Load published weights; the head's are left out where they are of other classes."""
+    """Load published weights, except those of the head if they have another number of classes."""
     own, names = model.state_dict(), dict(model.named_parameters())
     heads = {
         name.removeprefix("network.")
@@ -91,7 +112,10 @@ def _meta() -> bool:
 
 
 def _placed(network: nn.Module, size: int | Sequence[int] | None = None) -> LogitMapModel:
-    """The checked model, on the meta device where planning builds there; size: in pixels, if it takes one size only."""
+    """Return the checked logit-map model of a network, on the meta device if planning uses it.
+
+    `size` is the image size in pixels (height, width), for networks that accept only one size.
+    """
     with torch.device("cpu"):
         sides = (size, size) if isinstance(size, int) else size
         noise_BCHW = (

@@ -1,8 +1,8 @@
 """MobileNetV1 for ImageNet; the map is 7x7 for 224x224 images.
 
-Source: Howard et al. 2017 (arXiv:1704.04861), table 1, at width 1. mdistiller and both papers train it as a student of
-resnet50 on ImageNet, under the name MobileNetV2 in their configurations; parameters are called as there. Initialised by
-torch's defaults, as there.
+Source: Howard et al. 2017 (arXiv:1704.04861), table 1, at width 1. mdistiller and both papers train
+this network as a student of resnet50 on ImageNet; their configurations call it MobileNetV2. The
+parameter names and the initialisation (torch's defaults) are the same as in mdistiller.
 """
 
 from itertools import pairwise
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from sddlskd.models.base import LogitMapModel, conv_bn_relu
 
-_CHANNELS = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)  # of the stem, then of each unit
-_STRIDED = (2, 4, 6, 12)  # units, counted from 1
+# The output channels of the stem, then of each unit.
+_CHANNELS = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)
+_STRIDED = (2, 4, 6, 12)  # the units with stride 2, counted from 1
 
 
 class MobileNetV1(LogitMapModel):
-    """A stem and 13 depthwise-separable units: B 3 H W -> logit map B K H/32 W/32."""
+    """A stem and 13 depthwise-separable units: B 3 H W -> logit map B K H/32 W/32.
+
+    K is `num_classes`.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -30,8 +34,10 @@ class MobileNetV1(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 1024 -> K."""
         return self.fc
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 1024 H/32 W/32 of normalised images B 3 H W."""
         out: Tensor = self.model(x_BCHW)
         return out

@@ -1,16 +1,18 @@
-"""MobileNetV2 of expansion 6 and width 0.5; the map is 2x2 for 32x32 images, and 7x7 for 224x224
-with the large stem.
+"""MobileNetV2 with expansion 6 and width 0.5.
 
-Source: Sandler et al. 2018 (arXiv:1801.04381), table 2. Deviations, those of the published checkpoints: ReLU in place
-of ReLU6; the first block keeps its 1x1 convolution though it expands nothing; the stride of the 24-channel blocks is 1
-(2 in the paper). Channels are int(0.5 * c), as the paper has it; later code rounds them to multiples of 8.
+The map is 2x2 for 32x32 images, and 7x7 for 224x224 images with the large stem.
+
+Source: Sandler et al. 2018 (arXiv:1801.04381), table 2. The deviations are those of the published
+checkpoints: ReLU instead of ReLU6; the first block keeps its 1x1 convolution although its expansion
+is 1; the 24-channel blocks have stride 1 (2 in the paper). Channels are int(0.5 * c), as in the
+paper; later code rounds them to multiples of 8.
 """
 
 from torch import Tensor, nn
 
 from sddlskd.models.base import LogitMapModel, conv_bn, conv_bn_relu, init_convs, stem_conv
 
-# (expansion, channels at width 1, number of blocks, stride of the first), as in table 2
+# (expansion, channels at width 1, number of blocks, stride of the first block), as in table 2
 _STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -23,9 +25,16 @@ _STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """Expand (1x1), depthwise 3x3(stride), project (1x1, linear): B in H W -> B out H/stride W/stride.
+    """An inverted residual block: B in_channels H W -> B channels H/stride W/stride.
 
-    Its input is added where the shape stays.
+    The block expands (1x1), convolves depthwise (3x3 with the stride) and projects (1x1, linear).
+    It adds its input to its output if both have the same shape.
+
+    Args:
+        in_channels: The number of input channels.
+        channels: The number of output channels.
+        stride: The stride of the depthwise convolution.
+        expansion: The factor by which the first convolution multiplies the channels.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
@@ -39,6 +48,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
         out: Tensor = self.conv(x_BCHW)
         if self.residual:
             out += x_BCHW
@@ -48,8 +58,9 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(LogitMapModel):
     """MobileNetV2 at width 0.5: B 3 H W -> logit map B K H/16 W/16.
 
-    The large stem, conv7x7(stride 2)-BN-ReLU-max-pool 2, gives H/32 W/32. Its parameters are called as those of the
-    small one: a guess, since no such checkpoint is published.
+    K is `num_classes`. With the large stem, conv7x7(stride 2)-BN-ReLU-max-pool 2, the map is H/32
+    W/32. The parameters of the large stem have the same names as those of the small stem; these
+    names are a guess, since no checkpoint with a large stem is published.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -75,10 +86,15 @@ class MobileNetV2(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 1280 -> K."""
         linear = self.classifier[0]
         assert isinstance(linear, nn.Linear)
         return linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 1280 H/16 W/16 of normalised images B 3 H W.
+
+        With the large stem the map is H/32 W/32.
+        """
         out: Tensor = self.conv2(self.blocks(self.conv1(x_BCHW)))
         return out

@@ -1,9 +1,11 @@
-"""ResNet for CIFAR, depth 6n+2: three stages of n basic blocks; the map is 8x8 for 32x32 images, and
-28x28 for 224x224 images with the large stem.
+"""ResNet for CIFAR with depth 6n+2: three stages of n basic blocks.
 
-Source: He et al. 2016 (arXiv:1512.03385), section 4.2. Deviations, those of the published checkpoints: the shortcut is
-conv1x1-BN where the shape changes (option B; the paper pads with zeros on CIFAR); the x4 networks double the stem and
-quadruple the stages.
+The map is 8x8 for 32x32 images, and 28x28 for 224x224 images with the large stem.
+
+Source: He et al. 2016 (arXiv:1512.03385), section 4.2. The deviations are those of the published
+checkpoints: the shortcut is conv1x1-BN if the shape changes (option B; on CIFAR the paper pads with
+zeros); the x4 networks have twice the channels in the stem and four times the channels in the
+stages.
 """
 
 import torch.nn.functional as F
@@ -13,7 +15,15 @@ from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs, stem_c
 
 
 class BasicBlock(nn.Module):
-    """conv3x3(stride)-BN-ReLU-conv3x3-BN, add the shortcut, ReLU: B in H W -> B out H/stride W/stride."""
+    """A basic block: B in_channels H W -> B channels H/stride W/stride.
+
+    The block computes conv3x3(stride)-BN-ReLU-conv3x3-BN, adds the shortcut, and applies ReLU.
+
+    Args:
+        in_channels: The number of input channels.
+        channels: The number of output channels.
+        stride: The stride of the first convolution.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -25,6 +35,7 @@ class BasicBlock(nn.Module):
         self.downsample = conv_bn(in_channels, channels, 1, stride) if reshapes else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
         out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.downsample(x_BCHW)
@@ -32,9 +43,16 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(LogitMapModel):
-    """ResNet of depth 6 * blocks + 2: B 3 H W -> logit map B K H/4 W/4 (H/8 W/8 with the large stem).
+    """A ResNet of depth 6 * blocks + 2: B 3 H W -> logit map B K H/4 W/4.
 
-    `blocks` per stage; `first` (of the stem) and `channels` (one per stage) in channels. Initialised as RepDistiller.
+    With the large stem the map is H/8 W/8. The initialisation is that of RepDistiller.
+
+    Args:
+        blocks: The number of blocks in each stage.
+        num_classes: K, the number of classes.
+        first: The number of channels of the stem.
+        channels: The numbers of channels of the three stages.
+        stem: "small" or "large".
     """
 
     def __init__(
@@ -56,9 +74,14 @@ class ResNet(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer from the last stage's channels to the K classes."""
         return self.fc
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B channels[2] H/4 W/4 of normalised images B 3 H W.
+
+        With the large stem the map is H/8 W/8.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
             out = stage(out)

@@ -1,8 +1,10 @@
-"""ResNet-18 and ResNet-50, the four-stage networks for ImageNet, fitted to small images; the map is 4x4 for 32x32,
-and 14x14 for 224x224 with the large stem.
+"""ResNet-18 and ResNet-50, the four-stage networks for ImageNet, adapted to small images.
 
-Source: He et al. 2016 (arXiv:1512.03385), table 1. Deviations, those of the published checkpoints: the stem is conv3x3
-with stride 1 and no max-pool; the bottleneck's stride is on its 3x3 convolution (the paper's is on the first 1x1).
+The map is 4x4 for 32x32 images, and 14x14 for 224x224 images with the large stem.
+
+Source: He et al. 2016 (arXiv:1512.03385), table 1. The deviations are those of the published
+checkpoints: the stem is conv3x3 with stride 1 and without max-pool; the stride of the bottleneck is
+on its 3x3 convolution (in the paper it is on the first 1x1 convolution).
 """
 
 import torch.nn.functional as F
@@ -12,7 +14,15 @@ from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs, stem_c
 
 
 class BasicBlock(nn.Module):
-    """conv3x3(stride)-BN-ReLU-conv3x3-BN, add the shortcut, ReLU: B in H W -> B width H/stride W/stride."""
+    """A basic block: B in_channels H W -> B width H/stride W/stride.
+
+    The block computes conv3x3(stride)-BN-ReLU-conv3x3-BN, adds the shortcut, and applies ReLU.
+
+    Args:
+        in_channels: The number of input channels.
+        width: The number of output channels.
+        stride: The stride of the first convolution.
+    """
 
     expansion = 1
 
@@ -25,6 +35,7 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, width, stride)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B width H/stride W/stride of a map B in_channels H W."""
         out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x_BCHW)
@@ -32,7 +43,16 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """conv1x1-BN-ReLU-conv3x3(stride)-BN-ReLU-conv1x1-BN, add, ReLU: B in H W -> B 4*width H/stride W/stride."""
+    """A bottleneck block: B in_channels H W -> B 4*width H/stride W/stride.
+
+    The block computes conv1x1-BN-ReLU-conv3x3(stride)-BN-ReLU-conv1x1-BN, adds the shortcut, and
+    applies ReLU.
+
+    Args:
+        in_channels: The number of input channels.
+        width: The number of channels of the first two convolutions.
+        stride: The stride of the 3x3 convolution.
+    """
 
     expansion = 4
 
@@ -47,6 +67,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(in_channels, 4 * width, stride)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B 4*width H/stride W/stride of a map B in_channels H W."""
         out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
@@ -55,9 +76,15 @@ class Bottleneck(nn.Module):
 
 
 class ResNet4Stage(LogitMapModel):
-    """Four stages of widths 64, 128, 256, 512: B 3 H W -> logit map B K H/8 W/8 (/16 with the large stem).
+    """A ResNet of four stages with widths 64, 128, 256, 512: B 3 H W -> logit map B K H/8 W/8.
 
-    `blocks` is the number of blocks in each stage. Initialised as mdistiller's resnetv2.
+    With the large stem the map is H/16 W/16. The initialisation is that of mdistiller's resnetv2.
+
+    Args:
+        block: The class of the blocks.
+        blocks: The number of blocks in each stage.
+        num_classes: K, the number of classes.
+        stem: "small" or "large".
     """
 
     def __init__(
@@ -79,9 +106,14 @@ class ResNet4Stage(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 512 * block.expansion -> K."""
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 512*block.expansion H/8 W/8 of normalised images B 3 H W.
+
+        With the large stem the map is H/16 W/16.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             out = stage(out)

@@ -1,9 +1,11 @@
-"""ShuffleNet V1 with 3 groups; the map is 4x4 for 32x32 images, and 14x14 for 224x224 with the large
-stem.
+"""ShuffleNet V1 with 3 groups.
 
-Source: Zhang et al. 2018 (arXiv:1707.01083), table 1, g = 3. Deviations, those of the published checkpoints: the stem
-is conv1x1 with stride 1 and no max-pool; a ReLU follows the depthwise convolution; stride 2 appends the pooled input
-after the branch. Initialised by torch's defaults, as in RepDistiller.
+The map is 4x4 for 32x32 images, and 14x14 for 224x224 images with the large stem.
+
+Source: Zhang et al. 2018 (arXiv:1707.01083), table 1, g = 3. The deviations are those of the
+published checkpoints: the stem is conv1x1 with stride 1 and without max-pool; a ReLU follows the
+depthwise convolution; units with stride 2 append the pooled input after the branch. The
+initialisation is torch's default, as in RepDistiller.
 """
 
 import torch
@@ -17,15 +19,24 @@ _STEM = 24
 
 
 class Unit(nn.Module):
-    """1x1-BN-ReLU, shuffle, depthwise 3x3(stride)-BN-ReLU, 1x1-BN, join, ReLU: B in H W -> B out H/stride W/stride.
+    """A ShuffleNet V1 unit: B in_channels H W -> B channels H/stride W/stride.
 
-    Stride 1 adds the input; stride 2 appends the average-pooled input, so the branch makes out - in channels.
+    The branch computes conv1x1-BN-ReLU, channel shuffle, depthwise 3x3(stride)-BN-ReLU, conv1x1-BN.
+    Then the unit joins the branch with the input and applies ReLU. With stride 1 the input is
+    added. With stride 2 the average-pooled input is appended, so the branch computes only
+    channels - in_channels channels.
+
+    Args:
+        in_channels: The number of input channels.
+        channels: The number of output channels.
+        stride: 1 or 2.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        # Section 3.2: no groups on the stem's few channels, and with one group the shuffle is the identity.
+        # Section 3.2: the first convolution after the stem has no groups, because the stem has few
+        # channels. With one group the shuffle is the identity.
         self.groups = 1 if in_channels == _STEM else _GROUPS
         out_channels = channels - in_channels if stride == 2 else channels
         mid_channels = out_channels // 4
@@ -37,6 +48,7 @@ class Unit(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
         out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         if self.groups > 1:
             out = channel_shuffle(out, self.groups)
@@ -50,9 +62,10 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV1(LogitMapModel):
-    """Stages of 240, 480 and 960 channels with 4, 8 and 4 units: B 3 H W -> logit map B K H/8 W/8.
+    """ShuffleNet V1: B 3 H W -> logit map B K H/8 W/8.
 
-    With the large stem H/16 W/16.
+    The stages have 240, 480 and 960 channels and 4, 8 and 4 units. K is `num_classes`. With the
+    large stem the map is H/16 W/16.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -66,9 +79,14 @@ class ShuffleNetV1(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 960 -> K."""
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 960 H/8 W/8 of normalised images B 3 H W.
+
+        With the large stem the map is H/16 W/16.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
             out = stage(out)
@@ -76,10 +94,11 @@ class ShuffleNetV1(LogitMapModel):
 
 
 def channel_shuffle(x_BCHW: Tensor, groups: int) -> Tensor:
-    """Channels (group, i) -> (i, group), the shape stays; the result is in channels_last.
+    """Return a map B C H W with its channels permuted from (group, i) to (i, group) order.
 
-    Moved as B H W C: on channels_last maps this is one copy that stays channels_last, which `F.channel_shuffle` is
-    slower at (CPU, 3 groups) or gives up (CUDA).
+    The result is in channels_last. The channels are permuted as B H W C: on a channels_last map
+    this is one copy that stays channels_last. `F.channel_shuffle` is slower at this (CPU, 3 groups)
+    or loses channels_last (CUDA).
     """
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     return torch.unflatten(x_BHWC, 3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)

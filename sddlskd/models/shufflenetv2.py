@@ -1,8 +1,10 @@
-"""ShuffleNet V2 of size 1; the map is 4x4 for 32x32 images, and 14x14 for 224x224 with the large
-stem.
+"""ShuffleNet V2 of size 1x.
 
-Source: Ma et al. 2018 (arXiv:1807.11164), table 5, 1x. Deviation, that of the published checkpoints: the stem is
-conv1x1 with stride 1 and no max-pool. Initialised by torch's defaults, as in RepDistiller.
+The map is 4x4 for 32x32 images, and 14x14 for 224x224 images with the large stem.
+
+Source: Ma et al. 2018 (arXiv:1807.11164), table 5, 1x. The deviation is that of the published
+checkpoints: the stem is conv1x1 with stride 1 and without max-pool. The initialisation is torch's
+default, as in RepDistiller.
 """
 
 import torch
@@ -13,7 +15,11 @@ from sddlskd.models.base import LogitMapModel, conv, stem_conv
 
 
 class BasicUnit(nn.Module):
-    """Half of the channels pass; the others go through 1x1-BN-ReLU, depthwise 3x3-BN, 1x1-BN-ReLU: B C H W -> same."""
+    """A unit that keeps the shape: B channels H W -> B channels H W.
+
+    One half of the channels passes unchanged. The other half goes through conv1x1-BN-ReLU,
+    depthwise 3x3-BN and conv1x1-BN-ReLU. Then the channels of both halves are interleaved.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,6 +32,7 @@ class BasicUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return a map of the same shape as the input B channels H W."""
         left, right = x_BCHW.chunk(2, dim=1)
         right = F.relu(self.bn1(self.conv1(right)), inplace=True)
         right = self.bn2(self.conv2(right))
@@ -34,7 +41,10 @@ class BasicUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """Two strided branches of the whole input, each making half of the channels: B in H W -> B out H/2 W/2."""
+    """A downsampling unit: B in_channels H W -> B channels H/2 W/2.
+
+    Two branches with stride 2 take the whole input, and each computes half of the output channels.
+    """
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -51,6 +61,7 @@ class DownUnit(nn.Module):
         self.bn5 = nn.BatchNorm2d(half)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/2 W/2 of a map B in_channels H W."""
         left = self.bn1(self.conv1(x_BCHW))
         left = F.relu(self.bn2(self.conv2(left)), inplace=True)
         right = F.relu(self.bn3(self.conv3(x_BCHW)), inplace=True)
@@ -60,9 +71,10 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(LogitMapModel):
-    """Stages of 116, 232 and 464 channels with 4, 8 and 4 units, then 1024: B 3 H W -> logit map B K H/8 W/8.
+    """ShuffleNet V2: B 3 H W -> logit map B K H/8 W/8.
 
-    With the large stem H/16 W/16.
+    The stages have 116, 232 and 464 channels and 4, 8 and 4 units; a 1x1 convolution to 1024
+    channels follows. K is `num_classes`. With the large stem the map is H/16 W/16.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -78,9 +90,14 @@ class ShuffleNetV2(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 1024 -> K."""
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 1024 H/8 W/8 of normalised images B 3 H W.
+
+        With the large stem the map is H/16 W/16.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
             out = stage(out)
@@ -88,9 +105,10 @@ class ShuffleNetV2(LogitMapModel):
 
 
 def interleave(left_BCHW: Tensor, right_BCHW: Tensor) -> Tensor:
-    """Concatenate, then shuffle in 2 groups: twice B C H W -> B 2C H W, left and right channels in turn.
+    """Return a map B 2C H W with the channels of two maps B C H W in turn (left, right, left, ...).
 
-    One copy, made as B H W C so that channels_last maps stay channels_last.
+    This equals concatenation and a channel shuffle with 2 groups, but needs only one copy. The copy
+    is made as B H W C, so that channels_last maps stay channels_last.
     """
     pair_BHWC2 = torch.stack((left_BCHW.permute(0, 2, 3, 1), right_BCHW.permute(0, 2, 3, 1)), dim=4)
     return pair_BHWC2.flatten(3).permute(0, 3, 1, 2)

@@ -1,8 +1,11 @@
-"""VGG with batch normalisation: five blocks of 3x3 convolutions; the map is 4x4 for 32x32 images (and for 64x64).
+"""VGG with batch normalisation: five blocks of 3x3 convolutions.
 
-Source: Simonyan and Zisserman 2015 (arXiv:1409.1556). Deviations, those of the published checkpoints: BN after every
-convolution, one linear layer in place of three, max-pool after blocks 0, 1, 2 only (after block 3 too for 64x64
-images), and vgg8, which has one convolution a block.
+The map is 4x4 for 32x32 images and for 64x64 images.
+
+Source: Simonyan and Zisserman 2015 (arXiv:1409.1556). The deviations are those of the published
+checkpoints: BN after every convolution; one linear layer instead of three; max-pool only after
+blocks 0, 1 and 2 (for 64x64 images after block 3 as well); and vgg8, which has one convolution per
+block.
 """
 
 import torch.fx
@@ -13,7 +16,10 @@ from sddlskd.models.base import LogitMapModel, init_convs
 
 
 class VGG(LogitMapModel):
-    """VGG with `convs` convolutions in each of its blocks: B 3 H W -> logit map B K H/8 W/8 (B K 4 4 where H is 64)."""
+    """A VGG: B 3 H W -> logit map B K H/8 W/8 (B K 4 4 if H is 64).
+
+    `convs` gives the number of convolutions in each block, and K is `num_classes`.
+    """
 
     def __init__(self, convs: tuple[int, int, int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -29,9 +35,14 @@ class VGG(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 512 -> K."""
         return self.classifier
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 512 H/8 W/8 of normalised images B 3 H W.
+
+        The map is 4x4 if H is 64.
+        """
         out = x_BCHW
         for block in (self.block0, self.block1, self.block2):
             out = F.max_pool2d(F.relu(block(out), inplace=True), 2)
@@ -41,13 +52,12 @@ class VGG(LogitMapModel):
 
 
 def max_pool_where_64(map_BCHW: Tensor, side: int) -> Tensor:
-    """The map B C H W, max-pooled to B C H/2 W/2 where the image's `side` is 64 pixels."""
+    """Return the map B C H W, max-pooled to B C H/2 W/2 if the image's `side` is 64 pixels."""
     return F.max_pool2d(map_BCHW, 2) if side == 64 else map_BCHW
 
 
-torch.fx.wrap(
-    "max_pool_where_64"
-)  # traced as one call, so that a traced network still adapts to its input
+# torch.fx traces this function as one call, so that a traced network still adapts to its input.
+torch.fx.wrap("max_pool_where_64")
 
 
 def _block(in_channels: int, channels: int, convs: int) -> nn.Sequential:
@@ -58,6 +68,5 @@ def _block(in_channels: int, channels: int, convs: int) -> nn.Sequential:
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         ]
-    return nn.Sequential(
-        *layers[:-1]
-    )  # the last ReLU is in `features`: the published blocks end before it
+    # The last ReLU is in `features`, because the published blocks end before their last ReLU.
+    return nn.Sequential(*layers[:-1])

@@ -1,6 +1,9 @@
-"""Wide ResNet, depth 6n+4 and width k: three blocks of n pre-activation units; the map is 8x8 for 32x32 images.
+"""Wide ResNet with depth 6n+4 and width k: three blocks of n pre-activation units.
 
-Source: Zagoruyko and Komodakis 2016 (arXiv:1605.07146). No deviation: dropout is 0, as in the published checkpoints.
+The map is 8x8 for 32x32 images.
+
+Source: Zagoruyko and Komodakis 2016 (arXiv:1605.07146). There is no deviation; dropout is 0, as in
+the published checkpoints.
 """
 
 import torch.nn.functional as F
@@ -10,7 +13,15 @@ from sddlskd.models.base import LogitMapModel, conv, init_convs, stem_conv
 
 
 class Unit(nn.Module):
-    """BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3, add the shortcut: B in H W -> B out H/stride W/stride."""
+    """A pre-activation unit: B in_channels H W -> B channels H/stride W/stride.
+
+    The unit computes BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3 and adds the shortcut.
+
+    Args:
+        in_channels: The number of input channels.
+        channels: The number of output channels.
+        stride: The stride of the first convolution.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -23,16 +34,25 @@ class Unit(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
         active = F.relu(self.bn1(x_BCHW), inplace=True)
         out: Tensor = F.relu(self.bn2(self.conv1(active)), inplace=True)
         out = self.conv2(out)
-        # The shortcut is of the activated input where channels change, else the raw input itself.
+        # If the number of channels changes, the shortcut convolves the activated input; otherwise
+        # it is the raw input.
         out += x_BCHW if self.convShortcut is None else self.convShortcut(active)
         return out
 
 
 class Block(nn.Module):
-    """`units` units, the first one with the stride: B in H W -> B out H/stride W/stride."""
+    """A sequence of units: B in_channels H W -> B channels H/stride W/stride.
+
+    Args:
+        units: The number of units.
+        in_channels: The number of input channels.
+        channels: The number of output channels.
+        stride: The stride of the first unit; the other units have stride 1.
+    """
 
     def __init__(self, units: int, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -40,14 +60,22 @@ class Block(nn.Module):
         self.layer = nn.Sequential(first, *(Unit(channels, channels, 1) for _ in range(units - 1)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
         out: Tensor = self.layer(x_BCHW)
         return out
 
 
 class WideResNet(LogitMapModel):
-    """Wide ResNet of depth 6 * units + 4, `width` times the channels 16, 32, 64: B 3 H W -> logit map B K H/4 W/4.
+    """A Wide ResNet of depth 6 * units + 4: B 3 H W -> logit map B K H/4 W/4.
 
-    With the large stem H/8 W/8; nobody has published such a network, it is there so that all can be compared.
+    With the large stem the map is H/8 W/8. No Wide ResNet with a large stem is published; it exists
+    here so that all networks can be compared.
+
+    Args:
+        units: The number of units in each of the three blocks.
+        width: The factor for the blocks' channels 16, 32 and 64.
+        num_classes: K, the number of classes.
+        stem: "small" or "large".
     """
 
     def __init__(self, units: int, width: int, num_classes: int, stem: str = "small") -> None:
@@ -63,8 +91,13 @@ class WideResNet(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
+        """Return the linear layer 64 * width -> K."""
         return self.fc
 
     def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the feature map B 64*width H/4 W/4 of normalised images B 3 H W.
+
+        With the large stem the map is H/8 W/8.
+        """
         out = self.block3(self.block2(self.block1(self.conv1(x_BCHW))))
         return F.relu(self.bn1(out), inplace=True)

@@ -162,7 +162,7 @@ def test_large_sweeps_stay_readable_and_name_the_rest(
         assert max(len(axis.get_lines()) for axis in drawing.axes) <= 3 * 12 + 1
         assert len(drawing.legends[0].get_texts()) <= 12
         assert drawing.get_figheight() < 11
-        assert "Not drawn for want of room: " in figure.caption
+        assert "Not drawn for lack of space: " in figure.caption
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_seed_counts_once() -> None:
         "KD": [70.0, 71.0],
         "SD-KD {1,2}": [72.0],
     }
-    assert left_out == " Runs left out: 3 of a seed that is there already."
+    assert left_out == " Runs left out: 3 repeated with the same seed."
 
 
 def test_settings_that_no_column_shows_are_not_averaged() -> None:

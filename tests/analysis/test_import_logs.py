@@ -424,7 +424,7 @@ def test_options_that_mdistiller_glues_to_the_name_have_to_be_told(uri: str, log
         logs / "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.02/worklog.txt", worklog([50.0])
     )
     assert (
-        "'res8x4SOLVER.LR:0.02' is no name of a network; give --set teacher.name=... student"
+        "'res8x4SOLVER.LR:0.02' is not a network name; give --set teacher.name=... student"
         in refusal(path)
     )
     assert only(uri, [path], {"student.name": "res8x4"}).data.params["student.name"] == "resnet8x4"
@@ -432,14 +432,14 @@ def test_options_that_mdistiller_glues_to_the_name_have_to_be_told(uri: str, log
 
 def test_scales_of_an_sdd_log_are_not_guessed(uri: str, logs: Path) -> None:
     path = written(logs / "cifar100/SDD_KD,res32x4_sdd,shuv1_sdd/worklog.txt", worklog([50.0]))
-    assert refusal(path) == ": says nothing of M; give --set M=..."
+    assert refusal(path) == ": does not state M; give --set M=..."
     assert only(uri, [path], {"M": "[1,2,4]"}).data.params["M"] == "[1,2,4]"
 
 
 def test_a_name_that_says_nothing_names_what_to_give(logs: Path) -> None:
     path = written(logs / "run7.log", worklog([50.0]))
     assert refusal(path) == (
-        ": says nothing of dataset.name, teacher.name, student.name, distiller.name, M, standardize;"
+        ": does not state dataset.name, teacher.name, student.name, distiller.name, M, standardize;"
         " give --set dataset.name=... teacher.name=... student.name=... distiller.name=... M=... standardize=..."
     )
 
@@ -449,14 +449,14 @@ def test_a_name_that_says_nothing_names_what_to_give(logs: Path) -> None:
     [
         (
             {"teacher": "vgg13"},
-            "teacher is no param that a table uses; there are dataset.name, teacher.name",
+            "teacher is not a param that a table uses; choose from dataset.name, teacher.name",
         ),
-        ({"seed": "one"}, "seed=one is no number"),
-        ({"seed": "1.5"}, "seed=1.5 is no whole number"),
-        ({"M": "1,2"}, r"M=1,2 is no list of scales; give \[1,2,4\]"),
-        ({"M": "[0]"}, "no list of scales"),
-        ({"standardize": "yes"}, "standardize=yes is none of true, false"),
-        ({"student.name": "../x"}, "'../x' is no name of a network"),
+        ({"seed": "one"}, "seed=one is not a number"),
+        ({"seed": "1.5"}, "seed=1.5 is not a whole number"),
+        ({"M": "1,2"}, r"M=1,2 is not a list of scales; give a list such as \[1,2,4\]"),
+        ({"M": "[0]"}, "not a list of scales"),
+        ({"standardize": "yes"}, "standardize=yes is not valid; give true or false"),
+        ({"student.name": "../x"}, "'../x' is not a network name"),
     ],
 )
 def test_wrong_params_are_refused_before_anything_is_read(
@@ -477,7 +477,7 @@ def test_the_same_content_is_imported_once(uri: str, logs: Path) -> None:
     (run_id,) = import_logs([path, copy, path], uri, say=said.append)
     assert import_logs([logs], uri, say=said.append) == []
     assert len(runs_of(uri)) == 1
-    assert [f"is there as run {run_id}" in line for line in said] == [False, True, True, True]
+    assert [f"imported as run {run_id}" in line for line in said] == [False, True, True, True]
     assert said[0] == f"{path}: kd,vgg13,vgg8,3,9 is run {run_id}, FINISHED"
 
 
@@ -535,7 +535,7 @@ def test_an_experiment_and_a_database_are_made(
 
 def test_nothing_to_import_makes_no_database(tmp_path: Path, logs: Path) -> None:
     path = written(logs / "notes.txt", "no log at all")
-    with pytest.raises(ValueError, match="is of no known format"):
+    with pytest.raises(ValueError, match="has an unknown format"):
         import_logs([path], f"sqlite:///{tmp_path / 'new.db'}")
     assert not (tmp_path / "new.db").exists()
 
@@ -617,7 +617,7 @@ def test_a_loss_that_is_nan_is_a_failure(uri: str, logs: Path) -> None:
     assert math.isnan(run.data.metrics["train/loss"])
 
 
-KNOWN = r"is of no known format; known are worklog\.txt of mdistiller.*CSV with the columns"
+KNOWN = r"has an unknown format; known formats are worklog\.txt of mdistiller.*CSV with the columns"
 
 
 @pytest.mark.parametrize(
@@ -630,7 +630,7 @@ KNOWN = r"is of no known format; known are worklog\.txt of mdistiller.*CSV with 
         ("name,value\na,1\n", KNOWN),
         ("x" * 200_000, KNOWN),
         ("\x00" * 50, KNOWN),
-        (b"epoch: 1\n\xff\xfe", "byte 9 is no UTF-8"),
+        (b"epoch: 1\n\xff\xfe", "byte 9 is not UTF-8"),
         (block(2) + "best_acc\t50.00", "epoch 2 follows epoch 0; epochs must run 1, 2, 3"),
         (block(1) + block(3), "epoch 3 follows epoch 1"),
         (block(1) + block(2) + block(2), "epoch 2 follows epoch 2"),
@@ -642,29 +642,29 @@ KNOWN = r"is of no known format; known are worklog\.txt of mdistiller.*CSV with 
             block(1).replace("test_loss: 2.20\n", "") + block(2),
             "line 8: the block of epoch 1 lacks test_loss",
         ),
-        (block(1).replace("epoch: 1", "epoch: one"), "line 9: epoch: one is no whole number"),
-        (block(1, test_acc="high"), "line 9: 'high' is no number"),
+        (block(1).replace("epoch: 1", "epoch: one"), "line 9: epoch: one is not a whole number"),
+        (block(1, test_acc="high"), "line 9: 'high' is not a number"),
         (
             block(1) + "Traceback (most recent call last):\n" + block(2),
-            "line 10: 'Traceback .* is no line of a worklog",
+            "line 10: 'Traceback .* is not a line of a worklog",
         ),
         (
             block(1).replace(f"2.20\n{DASHES}\n", "2.20\n") + block(2)[26:],
-            "line 9: epoch stands twice in the block of epoch 1",
+            "line 9: epoch appears twice in the block of epoch 1",
         ),
-        (block(1)[:90], "no epoch in it is whole"),
-        (block(1, 101.0) + "best_acc\t101.00", r"val/top1 101\.0 is no percentage"),
+        (block(1)[:90], "has no complete epoch"),
+        (block(1, 101.0) + "best_acc\t101.00", r"val/top1 101\.0 is not a percentage"),
         (
             ctkd([70.0]).replace('"epoch"', '"era"'),
-            r"the object at line 1 is no epoch of CTKD's \(KeyError\('epoch'\)\)",
+            r"the object at line 1 is not a CTKD epoch \(KeyError\('epoch'\)\)",
         ),
         (ctkd([70.0])[:-1] + "]" + ctkd([71.0]), "line 8: "),
-        (ctkd([70.0])[:20], "is of no known format|line "),
+        (ctkd([70.0])[:20], "has an unknown format|line "),
         (
             json_stats([30.0, 29.0], 2).replace('"epoch": "1/2"', '"epoch": "1"'),
-            "line 2 is no epoch of tiny-tr",
+            "line 2 is not a tiny-transformers epoch",
         ),
-        ('json_stats: {"_type": "train_iter"}\n', "no epoch in it is whole"),
+        ('json_stats: {"_type": "train_iter"}\n', "has no complete epoch"),
     ],
 )
 def test_what_cannot_be_read_is_refused(logs: Path, content: str | bytes, message: str) -> None:
@@ -675,19 +675,19 @@ def test_what_cannot_be_read_is_refused(logs: Path, content: str | bytes, messag
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("cifar100,vgg13,vgg8,kd,one,72.0,", "seed=one is no number"),
-        ('cifar100,vgg13,vgg8,kd,1,"72,5",', "best/top1=72,5 is no number"),
+        ("cifar100,vgg13,vgg8,kd,one,72.0,", "seed=one is not a number"),
+        ('cifar100,vgg13,vgg8,kd,1,"72,5",', "best/top1=72,5 is not a number"),
         ("cifar100,vgg13,vgg8,kd,1,0.7298,", r"top-1 0\.7298 looks like a fraction; give percent"),
-        ("cifar100,vgg13,vgg8,kd,1,-3,", "best/top1 -3.0 is no percentage"),
+        ("cifar100,vgg13,vgg8,kd,1,-3,", "best/top1 -3.0 is not a percentage"),
         ("cifar100,vgg13,vgg8,kd,1,,", "a finished run has best, last or both; this has neither"),
         (
             "cifar100,vgg13,vgg8,kd,1,nan,finished",
             "a finished run has best, last or both; this has neither",
         ),
-        ("cifar100,vgg13,vgg8,kd,1,72.0,odd", "status odd is none of finished"),
-        ("cifar100,vgg13,,kd,1,72.0,", r"says nothing of student\.name"),
-        ("cifar100,vgg13,vgg8,sd_kd,1,72.0,", "says nothing of M"),
-        ("cifar100,vgg13,vgg8,kd,1", "5 cells under 7 names"),
+        ("cifar100,vgg13,vgg8,kd,1,72.0,odd", "status odd is not one of finished"),
+        ("cifar100,vgg13,,kd,1,72.0,", r"does not state student\.name"),
+        ("cifar100,vgg13,vgg8,sd_kd,1,72.0,", "does not state M"),
+        ("cifar100,vgg13,vgg8,kd,1", "5 cells for 7 columns"),
     ],
 )
 def test_a_row_that_is_wrong_is_refused_and_the_others_are_taken(
@@ -728,7 +728,10 @@ def test_a_huge_file_is_refused_unread(logs: Path, monkeypatch: pytest.MonkeyPat
     with path.open("wb") as file:
         file.truncate(module.MAX_BYTES + 1)
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("was read"))
-    assert refusal(path) == ": 64 MiB are more than 64; keep the lines of whole epochs"
+    assert (
+        refusal(path)
+        == ": 64 MiB exceed the limit of 64 MiB; keep only the lines of complete epochs"
+    )
 
 
 @pytest.mark.parametrize(
@@ -749,8 +752,8 @@ def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, logs: Path) -> Non
     )
     for uri, message in (
         ("mysql://host/db", "mysql://host/db is not valid; give http"),
-        (f"sqlite:///{other}", "is no database"),
-        (f"sqlite:///{path}/mlflow.db", "cannot be made"),
+        (f"sqlite:///{other}", "is not an MLflow database"),
+        (f"sqlite:///{path}/mlflow.db", "cannot be created"),
         ("http://127.0.0.1:9", "does not answer"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -149,7 +149,7 @@ def test_what_is_missing_and_failed_has_its_command_and_reason(page: Page) -> No
     text = " ".join(page.text.split())
     assert "1 planned run has not been started." in text
     assert "python -m sddlskd.train student=resnet8x4 seed=5 M='[1]'" in text
-    failures = text[text.index("Failures run") : text.index("Configurations The same")]
+    failures = text[text.index("Failures run") : text.index("Configurations Settings")]
     assert "loss is nan" in failures
     assert "not known" in failures
     assert "an older try" not in failures
@@ -157,8 +157,8 @@ def test_what_is_missing_and_failed_has_its_command_and_reason(page: Page) -> No
 
 def test_params_stand_once_where_they_are_common_and_in_a_row_where_they_differ(page: Page) -> None:
     text = " ".join(page.text.split())
-    common = text[text.index("The same in all runs:") : text.index("What differs")]
-    differing = text[text.index("What differs") : text.index("Environment and revisions")]
+    common = text[text.index("Settings with the same value") : text.index("Settings that differ")]
+    differing = text[text.index("Settings that differ") : text.index("Environment and revisions")]
     assert "trainer.batch_size64" in common.replace(" ", "")
     for key in ("student.name", "distiller.name", "M", "standardize"):
         assert f" {key} " in differing
@@ -172,7 +172,7 @@ def test_an_empty_selection_is_a_page_too(tmp_path: Path) -> None:
     report.write(tmp_path / "report.html", Standin([], name="", command=""), [], [], metric="last")
     text = Page((tmp_path / "report.html").read_text()).text
     assert "all runs" in text
-    assert "None: there are no finished runs for one." in text
+    assert "None: there are no finished runs to show." in text
 
 
 # In a browser

@@ -205,17 +205,17 @@ def test_wrong_types_are_blank_and_said(path: Path) -> None:
     make_store(path, rows)
     frame = load("s", uri_of(path)).frame
     assert frame.loc[0, "seed"] is pd.NA
-    assert frame.loc[0, "reason"] == "seed=x is no int64"
+    assert frame.loc[0, "reason"] == "seed=x is not a valid int64"
     assert list(frame.loc[1:2, "M"]) == ["", ""]
     assert list(frame["method"]) == ["kd", "", "", "", "kd"]
     assert list(frame.loc[1:2, "reason"]) == [
-        "M=abc is no list of scales",
-        "M=[1,0] is no list of scales",
+        "M=abc is not a valid list of scales",
+        "M=[1,0] is not a valid list of scales",
     ]
     assert frame.loc[3, "temperature"] is pd.NA
     assert (
-        frame.loc[3, "reason"]
-        == "stopped; standardize=maybe is no bool; distiller.temperature=hot is no float64"
+        frame.loc[3, "reason"] == "stopped; standardize=maybe is not a valid bool; "
+        "distiller.temperature=hot is not a valid float64"
     )
     assert frame.loc[4, "group_size"] is pd.NA
 
@@ -396,7 +396,7 @@ def test_predictions(path: Path) -> None:
     assert found.predictions(none) is None
     file = path.parent / f"mlartifacts/{kept}/artifacts/predictions.npz"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"predictions.npz of run {kept} is no whole file"):
+    with pytest.raises(ValueError, match=f"predictions.npz of run {kept} is not a complete file"):
         found.predictions(kept)
 
 
@@ -450,7 +450,7 @@ def test_no_database_is_said_and_none_is_made(path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no database at all, only text" * 50])
 def test_file_that_is_no_database_of_mlflows_is_left_alone(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    assert "is no database of MLflow's" in error_of("s", uri_of(path))
+    assert "is not an MLflow database" in error_of("s", uri_of(path))
     assert path.read_bytes() == content
 
 

@@ -459,10 +459,12 @@ def test_it_is_refused_twice_and_keeps_its_data(server: Server, gate: Gate) -> N
     assert f"port {server.port} cannot be used" in refused(
         "--folder", elsewhere, "--port", str(server.port)
     )
-    assert f"{folder} is served already" in refused("--folder", folder, "--port", str(free_port()))
+    assert f"{folder} is already in use by a server" in refused(
+        "--folder", folder, "--port", str(free_port())
+    )
     before = server.sql("select count(*) from metrics")
     children = server.children()
-    assert "stopped; the same command goes on with the same data" in server.stop()
+    assert "stopped; the same command continues with the same data" in server.stop()
     assert not [pid for pid in children.values() if Path(f"/proc/{pid}").exists()]
     server.start()
     assert server.sql("select count(*) from metrics") == before

@@ -293,7 +293,7 @@ def test_a_queued_sweep_is_seen_cancelled_and_never_submitted_twice(
     main(["cancel", "test", "--home", str(home)])
     main(["status", "test", "--home", str(home)])
     told = capsys.readouterr().out
-    assert "SLURM has nothing of this sweep" in told
+    assert "SLURM has no job of this sweep" in told
     assert "8 jobs: 8 new" in told
     assert told.count("CANCELLED") == 8
 
@@ -316,7 +316,7 @@ def test_what_kills_one_job_is_told_and_its_siblings_finish(
     assert code == 130
     told = capsys.readouterr().out
     assert "1 failed: RuntimeError" in told
-    assert f"what the tasks said: python -m sddlskd.sweeps logs {home}/runs/sweeps/test" in told
+    assert f"logs of the tasks: python -m sddlskd.sweeps logs {home}/runs/sweeps/test" in told
     states = {
         job: cluster.ask("scontrol", "show", "job", job)
         for job in (one.job for one in all_of(home))
@@ -478,7 +478,7 @@ def test_what_slurm_will_refuse_is_told_before_anything_is_written(
         sweep(tracked, partition="wide")
     cached = jobs_of(home, f"{network('Tiny')} teacher.cache={home}/maps")
     with pytest.raises(
-        ValueError, match=r"teacher\.cache=\S+maps is written to by one host alone .* run on 2; set"
+        ValueError, match=r"teacher\.cache=\S+maps can be written by one host only, .* on 2 hosts; set"
     ):
         sweep(cached, partition="wide")
     monkeypatch.setenv("PATH", "/nowhere")
@@ -507,7 +507,7 @@ def test_without_slurm_nobody_guesses_what_is_queued(
     cfg.frame()
     main(["status", "test", "--home", str(home)])
     told = capsys.readouterr().out
-    assert "SLURM does not say what it has of this sweep: squeue is not on PATH" in told
+    assert "cannot ask SLURM about the jobs of this sweep: squeue is not on PATH" in told
     assert "1 jobs: 1 new" in told
 
 

@@ -16,7 +16,7 @@ from sddlskd.config import Config
 from tests.crashing import Crash, ended, fit_again, forked, ready
 from tests.tiny import net, processes, rows, same, same_outcome, tiny
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 RUNS, KILLS = 8, 25
 
 
