@@ -29,7 +29,8 @@ test: setup
 # installed are skipped, with the reason.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(BIN)/python -m pytest -m services --numprocesses 3 --dist worksteal --durations 12
+	$(BIN)/python -m pytest -m services tests/services --durations 12
+	$(BIN)/python -m pytest -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
 
 # Hundreds of kills at random moments: about ten minutes. Nothing runs it by itself.
 test-long: setup

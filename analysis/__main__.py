@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from analysis.runs import Runs
+    from .runs import Runs
 
 __all__ = ["main"]
 
 FORMATS = ("md", "tex", "html", "csv")
 SHOWN = 20  # unfinished runs to list one by one
+# `analysis` in a checkout, `sddlskd.analysis` in a wheel.
+COMMAND = f"python -m {__package__}"
 USAGE = """
   %(prog)s                        list the sweeps and experiments
   %(prog)s NAME [options]         write each table and figure that has runs, runs.csv, report.html
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _analyse(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        "python -m analysis", USAGE, "Write the papers' tables, figures and a report from MLflow."
+        COMMAND, USAGE, "Write the papers' tables, figures and a report from MLflow."
     )
     parser.add_argument("name", nargs="?", help="a sweep or an MLflow experiment")
     parser.add_argument(
@@ -67,7 +69,7 @@ def _analyse(given: Sequence[str]) -> None:
     if chosen.name is None:
         _list(uri)
         return
-    from analysis.runs import load
+    from .runs import load
 
     _say(f"reading {chosen.name} from {uri}")
     runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
@@ -77,7 +79,7 @@ def _analyse(given: Sequence[str]) -> None:
 
 
 def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None:
-    from analysis import figures, render, report, tables
+    from . import figures, render, report, tables
 
     as_text = {"md": render.markdown, "tex": render.latex, "html": render.html, "csv": render.csv}
     (out / "tables").mkdir(parents=True, exist_ok=True)
@@ -129,19 +131,19 @@ def _by_status(runs: "Runs") -> str:
 
 
 def _list(uri: str) -> None:
-    from analysis.runs import MAKE_RUNS, listing
+    from .runs import MAKE_RUNS, listing
 
     found = listing(uri)
     _say(found.rename(columns=str.lower).to_string(index=False))
     if found["runs"].sum():
-        _say("python -m analysis NAME writes the tables, figures and report of one of them")
+        _say(f"{COMMAND} NAME writes the tables, figures and report of one of them")
     else:
         _say(f"there are no runs at {uri}; {MAKE_RUNS}")
 
 
 def _import_logs(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        "python -m analysis import-logs",
+        f"{COMMAND} import-logs",
         description="Import results of other projects as runs, marked source=imported.",
     )
     parser.add_argument(
@@ -163,7 +165,7 @@ def _import_logs(given: Sequence[str]) -> None:
         raise ValueError(
             f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"
         )
-    from analysis.import_logs import import_logs
+    from .import_logs import import_logs
 
     uri = _uri(chosen)
     given_params = dict(text.split("=", 1) for text in chosen.set)

@@ -24,8 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from scipy.stats import t as student_t
 
-from analysis import stats
-from analysis.tables import BUDGET, METRICS
+from . import stats
+from .tables import BUDGET, METRICS
 
 __all__ = [
     "Figure",

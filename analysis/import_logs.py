@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.runs import reading
-from analysis.schema import COLUMNS, METRICS, PARAMS, canonical_M
+from .runs import reading
+from .schema import COLUMNS, METRICS, PARAMS, canonical_M
 
 __all__ = ["FORMATS", "import_logs"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from analysis.tables import Cell, Table
+from .tables import Cell, Table
 
 __all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
 

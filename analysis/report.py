@@ -16,10 +16,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis import render
-from analysis.figures import Figure
-from analysis.schema import PARAMS, STATUSES
-from analysis.tables import METRICS, PAPERS_METRIC, Table
+from . import render
+from .figures import Figure
+from .schema import PARAMS, STATUSES
+from .tables import METRICS, PAPERS_METRIC, Table
 
 __all__ = ["write"]
 

@@ -30,7 +30,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
-from analysis.schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, frame_of
+from .schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, frame_of
 
 __all__ = ["MAKE_RUNS", "Runs", "listing", "load", "reading"]
 
@@ -559,7 +559,7 @@ def _refuse_strangers(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     raise ValueError(
         f"{where}: none of its {len(rows)} runs has the params of sddlskd's runs; "
         f"missing are {counted}; "
-        "name an sddlskd experiment, or import results with python -m analysis import-logs"
+        f"name an sddlskd experiment, or import results with python -m {__package__} import-logs"
     )
 
 

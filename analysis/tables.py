@@ -17,9 +17,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import published, stats
-from analysis.published import PrintedGain, Published
-from analysis.schema import STATUSES, method_of
+from . import published, stats
+from .published import PrintedGain, Published
+from .schema import STATUSES, method_of
 
 __all__ = ["METRICS", "Cell", "Gain", "Table", "build"]
 

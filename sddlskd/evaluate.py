@@ -28,16 +28,23 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
-from sddlskd.build import build_data, build_network, check_maps, check_teacher, teacher_path
-from sddlskd.checkpoint import load_weights
 from sddlskd.config import Config
-from sddlskd.console import explain, log_to_terminal, write_line
-from sddlskd.evaluation import answers, scores
+from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.export import TRUST, described, load_run, without_weights
-from sddlskd.meter import meter
-from sddlskd.precision import autocast, describe, pick_device
-from sddlskd.streaming import Data, StreamedData
-from sddlskd.teacher import Teacher, missing
+from sddlskd.files.checkpoint import load_weights
+from sddlskd.terminal.console import explain, log_to_terminal, write_line
+from sddlskd.terminal.meter import meter
+from sddlskd.training.build import (
+    build_data,
+    build_network,
+    check_maps,
+    check_teacher,
+    teacher_path,
+)
+from sddlskd.training.devices import autocast, describe, pick_device
+from sddlskd.training.evaluation import answers, scores
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_files import missing
 
 __all__ = ["main", "measure", "throughput"]
 
@@ -144,11 +151,11 @@ def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precisi
 
 
 def _composed(overrides: Sequence[str]) -> Config:
-    with hydra.initialize_config_module("sddlskd.conf", version_base="1.3"):
+    with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
         return cfg.resolve(hydra.compose("config", overrides=["tracking=none", *overrides]))
 
 
-def _job(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
+def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
     """Return the job whose student is evaluated, and the file of its weights."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
@@ -222,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg.frame()
     log_to_terminal()
     try:
-        found = measure(*_job(chosen.source, chosen.overrides))
+        found = measure(*_job_and_weights(chosen.source, chosen.overrides))
     except KeyboardInterrupt:
         sys.exit(130)
     except ERRORS as error:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd import record, tracking
-from sddlskd.build import build_network, shape_of
-from sddlskd.checkpoint import load_weights, read_safetensors
 from sddlskd.config import Config
-from sddlskd.console import explain, log_to_terminal, write_line
-from sddlskd.files import write_atomically
-from sddlskd.targets import instantiate, refuse_interpolations
+from sddlskd.config.targets import instantiate, refuse_interpolations
+from sddlskd.files.atomic import write_atomically
+from sddlskd.files.checkpoint import load_weights, read_safetensors
+from sddlskd.terminal.console import explain, log_to_terminal, write_line
+from sddlskd.training.build import build_network, shape_of
 
 __all__ = [
     "FORMATS",

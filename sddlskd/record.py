@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.files import append, rotate, write_atomically
+from sddlskd.files.atomic import append, rotate, write_atomically
 
 __all__ = [
     "FAILED",
@@ -323,7 +323,7 @@ class Record:
             self.log.error("%s", error)
         return content
 
-    def settle(self, status: str, reason: str) -> dict[str, Any]:
+    def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
         """Write result.json on behalf of a run that cannot report itself, and return its content.
 
         Scores, epochs and seconds come from metrics.jsonl. The entries about the teacher, the
@@ -371,7 +371,7 @@ class Onlooker:
         """
         return {}
 
-    def settle(self, status: str, reason: str) -> dict[str, Any]:
+    def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
         """Return {} and write nothing."""
         return {}
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sddlskd.console import write_line
+from sddlskd.terminal.console import write_line
 
 __all__ = ["main"]
 

@@ -35,19 +35,21 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from sddlskd import config as cfg
-from sddlskd import download, pins
-from sddlskd.archive import unpack
-from sddlskd.build import build_data, build_network, teacher_path
-from sddlskd.checkpoint import load_weights, read_weights, write
 from sddlskd.config import Config
-from sddlskd.console import explain, log_to_terminal, write_line
-from sddlskd.download import DownloadError
-from sddlskd.evaluation import evaluate
-from sddlskd.files import put
-from sddlskd.meter import meter
-from sddlskd.precision import pick_device
-from sddlskd.streaming import Data
-from sddlskd.teacher import Teacher, file_hash, missing, path_of
+from sddlskd.data.streaming import Data
+from sddlskd.files import download
+from sddlskd.files.archive import unpack
+from sddlskd.files.atomic import put
+from sddlskd.files.checkpoint import load_weights, read_weights, write
+from sddlskd.files.download import DownloadError
+from sddlskd.terminal.console import explain, log_to_terminal, write_line
+from sddlskd.terminal.meter import meter
+from sddlskd.training import teacher_files
+from sddlskd.training.build import build_data, build_network, teacher_path
+from sddlskd.training.devices import pick_device
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_files import file_hash, missing, path_of
 
 __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 
@@ -125,7 +127,7 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the training of a missing teacher uses the same lock
         if target.exists():
-            if not pins.check(job.home, _key(job), file_hash(target)):
+            if not teacher_files.check_pin(job.home, _key(job), file_hash(target)):
                 raise ValueError(
                     f"{target} already exists but was not fetched: it was trained here or copied "
                     "there, and runs may have learnt from it. Move it away to fetch the published "
@@ -160,7 +162,7 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
         / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{address.rpartition('/')[2]}"
     )
     if address != place:
-        download.fetch(address, kept, limit=LARGEST_FILE)
+        download.download_file(address, kept, limit=LARGEST_FILE)
         named = re.search(r"-([0-9a-f]{8})\.pth$", file)
         try:
             if named and not file_hash(kept).startswith(named[1]):
@@ -171,10 +173,10 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
         finally:
             kept.unlink(missing_ok=True)  # so that the next try downloads a rejected file again
         return address
-    download.fetch(address, kept, limit=LARGEST_ARCHIVE)
+    download.download_file(address, kept, limit=LARGEST_ARCHIVE)
     try:
         sha256 = file_hash(kept)
-        pins.check(job.home, address, sha256)
+        teacher_files.check_pin(job.home, address, sha256)
         with TemporaryDirectory(dir=downloads) as folder:
             unpacked = Path(folder, "unpacked")
             unpack(
@@ -184,7 +186,7 @@ def _fetch_from(place: str, job: Config, target: Path) -> str:
             if len(found) != 1:
                 raise ValueError(f"{address} has {len(found)} files {file}, expected one")
             _install(job, found[0], target, address)
-        pins.pin(job.home, address, sha256, address)
+        teacher_files.pin(job.home, address, sha256, address)
     except ValueError:
         kept.unlink()
         raise
@@ -245,7 +247,7 @@ def _install(job: Config, came: Path, target: Path, source: str) -> None:
         raise ValueError(
             f"{source} holds values that are not finite, in {', '.join(spoilt[:3])}; get it again"
         )
-    pins.pin(job.home, _key(job), file_hash(came), source)
+    teacher_files.pin(job.home, _key(job), file_hash(came), source)
     try:
         put(came, target)
     except FileExistsError:
@@ -272,7 +274,7 @@ def _check_size(path: Path) -> None:
 
 
 def _key(job: Config) -> str:
-    return pins.key_of(job.dataset.name, job.teacher.name)
+    return teacher_files.pin_key(job.dataset.name, job.teacher.name)
 
 
 def verify(job: Config, test_split: Callable[[], Data]) -> str:
@@ -289,7 +291,7 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
     if not path.exists():
         raise missing(path, name, job.dataset.name)
     if not job.teacher.checkpoint:
-        pins.check(job.home, _key(job), file_hash(path))
+        teacher_files.check_pin(job.home, _key(job), file_hash(path))
     device = pick_device(job.trainer.device)
     network = build_network(job.teacher.model, job.dataset.num_classes, 0, device)
     teacher = Teacher(
@@ -314,7 +316,7 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         raise ValueError(
             f"{name}: top-1 {top1:.2f} on {job.dataset.name}, but the published value is "
             f"{published.top1:.2f}: {path} was trained differently, or the data differs. Remove "
-            f"this file and its entry {_key(job)} in {pins.lock_path(job.home)}, "
+            f"this file and its entry {_key(job)} in {teacher_files.lock_path(job.home)}, "
             "and fetch it again"
         )
     return f"{name}: top-1 {top1:.2f} on {job.dataset.name}, as published ({published.top1:.2f})"
@@ -328,7 +330,7 @@ def table(home: str) -> str:
     rows = Table(title=f"teachers of {home}", title_justify="left")
     for column in ("data set", "network", "published top-1", "file", "source"):
         rows.add_column(column, overflow="fold")
-    known = pins.pinned(home)
+    known = teacher_files.pinned(home)
     here = {
         f"{path.parent.name}/{path.stem}": path for path in Path(home, "teachers").glob("*/*.pt")
     }
@@ -354,11 +356,11 @@ def table(home: str) -> str:
     return text.get().rstrip()
 
 
-def _job(name: str, overrides: Sequence[str]) -> Config:
+def _compose_job(name: str, overrides: Sequence[str]) -> Config:
     """Compose the configuration of one teacher in the same way as a training run does."""
     if name.startswith("imagenet_"):
         overrides = ["dataset=imagenet", *overrides]
-    with hydra.initialize_config_module("sddlskd.conf", version_base="1.3"):
+    with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
         return cfg.resolve(
             hydra.compose("config", overrides=["tracking=none", f"teacher={name}", *overrides])
         )
@@ -424,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for name in words:
             try:
-                write_line(acts[chosen.command](_job(name, overrides)))
+                write_line(acts[chosen.command](_compose_job(name, overrides)))
             except ERRORS as error:
                 failed = True
                 sys.stderr.write(f"error: {explain(error)}\n")

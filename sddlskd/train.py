@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd import config as cfg
-from sddlskd.console import explain, log_to_terminal, outcomes
+from sddlskd.terminal.console import explain, log_to_terminal, outcomes
 
 __all__ = ["main"]
 
@@ -31,8 +30,8 @@ class _Refused(SystemExit):
     """Carrier of a job's error through Hydra, which adds its own lines to an Exception."""
 
 
-@hydra.main(version_base="1.3", config_path=str(files("sddlskd.conf")), config_name="config")
-def _job(composed: DictConfig) -> dict[str, Any]:
+@hydra.main(version_base="1.3", config_path=str(cfg.conf_folder()), config_name="config")
+def _run_job(composed: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)  # created by Hydra
     if HydraConfig.get().mode is RunMode.RUN:
         composed.run_dir = str(folder)  # so that hydra.run.dir=... sets run_dir, too
@@ -43,7 +42,7 @@ def _job(composed: DictConfig) -> dict[str, Any]:
                 "sweep.plan=true requires a sweep; put -m before the overrides: "
                 "-m sweep.plan=true seed=0,1"
             )
-        from sddlskd.trainer import fit
+        from sddlskd.training.fit import fit
 
         (result,) = fit([job])
     except ERRORS as error:
@@ -82,16 +81,34 @@ def _mend_arguments() -> None:
             sys.exit(1)
 
 
+def _refuse_another_checkout() -> None:
+    """Exit with one line if Hydra's launchers come from another checkout than this code.
+
+    Python takes the code from the current folder, and Hydra takes the launchers from the checkout
+    that the environment was installed from. A sweep would then mix two revisions.
+    """
+    import hydra_plugins.shared_teacher as launchers
+
+    package, found = Path(__file__).resolve().parent, Path(launchers.__file__).resolve().parent
+    if found not in (package / "hydra_plugins", package.parent / "hydra_plugins"):
+        sys.stderr.write(
+            f"error: the code is that of {package}, but this environment was installed from "
+            f"{found.parent}; run `make setup` in {package.parent} and use its .venv/bin/python\n"
+        )
+        sys.exit(1)
+
+
 def main() -> None:
     """Run the command line: an error that a user can fix prints one line and exits with 1."""
     log_to_terminal()
+    _refuse_another_checkout()
     _mend_arguments()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then raises its errors, and only this function prints them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failed: BaseException | None = None
     try:
-        _job()
+        _run_job()
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command continues where it stopped\n")
         sys.exit(130)

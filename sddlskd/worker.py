@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sddlskd import config as cfg
-from sddlskd.console import explain, log_to_terminal
 from sddlskd.record import KILLED, InUse
-from sddlskd.stop import Stop
+from sddlskd.terminal.console import explain, log_to_terminal
+from sddlskd.training.stop import Stop
 
 __all__ = ["BUSY", "STOPPED", "TOO_LARGE", "main", "run"]
 
@@ -92,7 +92,7 @@ def run(
 
     import torch
 
-    from sddlskd.trainer import fit
+    from sddlskd.training.fit import fit
 
     if threads:
         torch.set_num_threads(threads)

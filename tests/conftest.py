@@ -62,7 +62,7 @@ def compose(tmp_path: Path) -> Iterator[Compose]:
 @pytest.fixture(scope="session")
 def _trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home where a resnet8 has seen the digits once and can teach; its top-1 is measured."""
-    from sddlskd.trainer import fit
+    from sddlskd.training.fit import fit
 
     home = tmp_path_factory.mktemp("trained")
     overrides = (

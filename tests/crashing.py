@@ -50,7 +50,7 @@ def ready() -> None:
 
 
 def fit_again(job: Config) -> None:
-    from sddlskd.trainer import fit
+    from sddlskd.training.fit import fit
 
     fit([job])
 

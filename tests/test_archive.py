@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sddlskd.archive import UnsafeArchive, unpack, unpack_folder
+from sddlskd.files.archive import UnsafeArchive, unpack, unpack_folder
 from tests.tiny import processes
 
 LIMIT = 1 << 20
@@ -203,7 +203,7 @@ WHOLE = tar(*GOOD, member("z", b"3" * 700, pax_headers={"comment": "hello"}))
 
 
 def unpack_and_hang(archive: Path, folder: Path) -> None:
-    from sddlskd import archive as module
+    from sddlskd.files import archive as module
 
     module.os.replace = lambda *_: signal.pause()  # type: ignore[assignment]
     unpack_folder(archive, folder, limit=LIMIT)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sddlskd import record
-from sddlskd.array_task import ArrayTask, _fit
-from sddlskd.stop import Stop
+from sddlskd.sweeps.array_task import ArrayTask, _fit
+from sddlskd.training.stop import Stop
 from sddlskd.worker import BUSY, STOPPED
 from tests.test_sweeps import home, jobs_of, network
 
@@ -45,7 +45,7 @@ def test_what_nobody_foresaw_ends_in_a_log_and_an_exit_code(
     def lost(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("sddlskd.array_task.run", lost)
+    monkeypatch.setattr("sddlskd.sweeps.array_task.run", lost)
     assert _fit([record.freeze(job)], Stop()) == 1
 
 
@@ -73,8 +73,8 @@ def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
 
     slurm = SimpleNamespace(num_tasks=1, num_nodes=1, global_rank=rank, job_id="7_0")
     monkeypatch.setattr("submitit.JobEnvironment", lambda: slurm)
-    monkeypatch.setattr("sddlskd.array_task._fit", stopped)
-    monkeypatch.setattr("sddlskd.array_task._close_sweep", lambda *_: None)
+    monkeypatch.setattr("sddlskd.sweeps.array_task._fit", stopped)
+    monkeypatch.setattr("sddlskd.sweeps.array_task._close_sweep", lambda *_: None)
     before = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)

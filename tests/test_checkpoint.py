@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sddlskd.checkpoint import (
+from sddlskd.files.atomic import write_atomically
+from sddlskd.files.checkpoint import (
     UnreadableFile,
     load_weights,
     read,
@@ -30,9 +31,8 @@ from sddlskd.checkpoint import (
     write,
     write_latest,
 )
-from sddlskd.files import write_atomically
 from sddlskd.models import create
-from sddlskd.trainer import fit
+from sddlskd.training.fit import fit
 from tests.tiny import final, processes, rows, same, tiny
 
 STATE = {

@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import sddlskd
 from sddlskd import config as cfg
-from sddlskd import datasets, folders
+from sddlskd import datasets
 from sddlskd.config import Config
-from sddlskd.console import explain
+from sddlskd.config.targets import instantiate
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
-from sddlskd.targets import instantiate
+from sddlskd.terminal.console import explain
 from tests.conftest import Compose, compose_in
 from tests.each import check_each
 from tests.tiny import CONF
@@ -193,9 +193,8 @@ def test_every_optimizer_builds(compose: Compose, name: str) -> None:
 def test_every_data_set_names_a_loader_that_takes_its_arguments(name: str) -> None:
     job = job_of(f"dataset={name}", *UNSAID.get(f"dataset={name}", ()))
     arguments = {key: value for key, value in job.dataset.load.items() if key != "_target_"}
-    module = folders if name in folders.__all__ else datasets
-    inspect.signature(getattr(module, name)).bind(**arguments)
-    assert job.dataset.load["_target_"] == f"{module.__name__}.{name}"
+    inspect.signature(getattr(datasets, name)).bind(**arguments)
+    assert job.dataset.load["_target_"] == f"sddlskd.datasets.{name}"
     assert len(job.dataset.mean) == len(job.dataset.std) == 3
 
 
@@ -893,7 +892,7 @@ def test_a_distiller_without_a_teacher_is_refused(compose: Compose) -> None:
         ValueError,
         match=r"distiller=kd needs a teacher; choose one with teacher=.*distiller=vanilla",
     ):
-        cfg.settle(job)
+        cfg.normalise(job)
 
 
 @pytest.mark.parametrize("override", ["+foo=1", "+trainer.foo=1", "+student.foo=1"])

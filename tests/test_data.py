@@ -20,19 +20,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from sddlskd import datasets, download
-from sddlskd.data import (
-    DeviceData,
-    DownloadError,
-    Images,
-    Splits,
-    cifar100,
-    digits,
-    draw_epoch,
-    fake,
-    fashion_mnist,
-    share_of,
-)
+from sddlskd.data.device import DeviceData, draw_epoch, share_of
+from sddlskd.datasets import arrays
+from sddlskd.datasets.arrays import Images, Splits, cifar100, digits, fake, fashion_mnist
+from sddlskd.files import download
+from sddlskd.files.download import DownloadError
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CLOSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
@@ -540,8 +532,8 @@ def serve_cifar(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> No
     url, folder = server
     write_cifar_tar(folder / "cifar-100-python.tar.gz", cifar_pickles()[0])
     md5 = hashlib.md5((folder / "cifar-100-python.tar.gz").read_bytes()).hexdigest()
-    monkeypatch.setattr(datasets, "CIFAR100_URL", url + "cifar-100-python.tar.gz")
-    monkeypatch.setattr(datasets, "CIFAR100_MD5", md5)
+    monkeypatch.setattr(arrays, "CIFAR100_URL", url + "cifar-100-python.tar.gz")
+    monkeypatch.setattr(arrays, "CIFAR100_MD5", md5)
 
 
 def test_cifar100_is_fetched_once(
@@ -550,7 +542,7 @@ def test_cifar100_is_fetched_once(
     serve_cifar(server, monkeypatch)
     root = tmp_path / "new" / "root"
     assert len(cifar100(str(root)).train.labels_N) == 12
-    monkeypatch.setattr(datasets, "CIFAR100_URL", CLOSED + "cifar-100-python.tar.gz")
+    monkeypatch.setattr(arrays, "CIFAR100_URL", CLOSED + "cifar-100-python.tar.gz")
     assert len(cifar100(str(root)).train.labels_N) == 12
     assert not list(root.glob("*.partial"))
 
@@ -560,9 +552,11 @@ def test_two_processes_may_fetch_at_once(
 ) -> None:
     serve_cifar(server, monkeypatch)
     root = tmp_path / "root"
-    task = (datasets.CIFAR100_URL, datasets.CIFAR100_MD5, root)
+    task = (arrays.CIFAR100_URL, arrays.CIFAR100_MD5, root)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        paths = pool.starmap(partial(download.fetch_into, limit=1 << 20), [task] * 4, chunksize=1)
+        paths = pool.starmap(
+            partial(download.download_into, limit=1 << 20), [task] * 4, chunksize=1
+        )
     assert set(paths) == {root / "cifar-100-python.tar.gz"}
     assert len(cifar100(str(root)).test.labels_N) == 5
 
@@ -571,7 +565,7 @@ def test_a_fetched_file_with_another_md5_is_not_kept(
     tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_cifar(server, monkeypatch)
-    monkeypatch.setattr(datasets, "CIFAR100_MD5", "0" * 32)
+    monkeypatch.setattr(arrays, "CIFAR100_MD5", "0" * 32)
     with pytest.raises(DownloadError, match=r"the downloaded file has md5 [0-9a-f]{32}"):
         cifar100(str(tmp_path / "root"))
     assert not [path for path in (tmp_path / "root").iterdir() if path.suffix != ".lock"]
@@ -582,9 +576,9 @@ def test_a_failed_fetch_says_what_to_put_where(
     tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     base = server[0] if address == "served" else address  # a 404, a refused connection
-    monkeypatch.setattr(datasets, "CIFAR100_URL", base + "cifar-100-python.tar.gz")
-    monkeypatch.setattr(datasets, "FASHION_MNIST_URL", base)
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", str(tmp_path / "nothing"))
+    monkeypatch.setattr(arrays, "CIFAR100_URL", base + "cifar-100-python.tar.gz")
+    monkeypatch.setattr(arrays, "FASHION_MNIST_URL", base)
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", str(tmp_path / "nothing"))
     for load, name, md5, folder in (
         (cifar100, "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", tmp_path),
         (
@@ -639,7 +633,7 @@ def test_fashion_mnist_is_found_padded_and_tripled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, compressed: bool
 ) -> None:
     root = tmp_path / "root"
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
     truth = write_fashion(tmp_path / "debian" if place == "debian" else root / place, compressed)
     for split, part in zip(("train", "t10k"), fashion_mnist(str(root)), strict=True):
         images_NHWC = part.images_NHWC.numpy()
@@ -691,7 +685,7 @@ def test_cut_and_broken_gzip_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not Path(datasets.DEBIAN_FASHION_MNIST).is_dir(), reason="needs Debian's dataset-fashion-mnist"
+    not Path(arrays.DEBIAN_FASHION_MNIST).is_dir(), reason="needs Debian's dataset-fashion-mnist"
 )
 def test_debians_fashion_mnist(tmp_path: Path) -> None:
     splits = fashion_mnist(str(tmp_path))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sddlskd import datasets, folders
+from sddlskd.datasets import arrays, folders
 from sddlskd.teachers import PUBLISHED
 from tests.test_readme import composed
 from tests.tiny import CONF
@@ -28,7 +28,7 @@ def test_every_data_set_has_its_section_and_row() -> None:
 
 def test_its_sums_and_accuracies_are_the_codes() -> None:
     sums = {
-        "cifar10": datasets.CIFAR10_MD5, "cifar100": datasets.CIFAR100_MD5, "stl10": datasets.STL10_MD5,
+        "cifar10": arrays.CIFAR10_MD5, "cifar100": arrays.CIFAR100_MD5, "stl10": arrays.STL10_MD5,
         "cub200": folders.CUB200_MD5, "tiny_imagenet": folders.TINY_IMAGENET_MD5,
     }  # fmt: skip
     for name, md5 in sums.items():

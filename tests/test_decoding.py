@@ -17,12 +17,12 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resized_crop
 
-from sddlskd.decoding import (
+from sddlskd.data.decoding import (
     CHUNK,
     Chunk,
+    ImageTransform,
     Job,
     Unreadable,
-    View,
     decode,
     decode_all,
     decoded,
@@ -34,7 +34,7 @@ from tests.photographs import photograph
 SIZE = 32
 KEPT: list[Iterator[Chunk]] = []  # iterators that are there until their process ends
 processes = multiprocessing.get_context("fork")
-VIEW = View(SIZE)
+VIEW = ImageTransform(SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_random_crop_is_torchvisions(jpegs: list[str]) -> None:
 def test_the_centre_crop_is_torchvisions(jpegs: list[str], centre: float) -> None:
     transform = v2.Compose([v2.Resize(round(SIZE / centre), antialias=True), v2.CenterCrop(SIZE)])
     for path in jpegs:
-        ours_HWC, _ = decode(Job(path, None), View(SIZE, centre=centre))
+        ours_HWC, _ = decode(Job(path, None), ImageTransform(SIZE, centre=centre))
         assert torch.equal(ours_HWC, transform(as_tensor(path)).permute(1, 2, 0))
         pil = np.array(transform(Image.open(path)), dtype=int)
         apart = abs(pil - ours_HWC.numpy())
@@ -168,13 +168,13 @@ def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(
     with pytest.raises(
         Unreadable, match=f"{size[0]}x{size[1]} become {there} .* more than 100000000 pixels"
     ):
-        decode(Job(str(tmp_path / "strip.png"), None), View(224))
-    assert decode(Job(str(tmp_path / "strip.png"), "0"), View(224))[0].shape == (
+        decode(Job(str(tmp_path / "strip.png"), None), ImageTransform(224))
+    assert decode(Job(str(tmp_path / "strip.png"), "0"), ImageTransform(224))[0].shape == (
         224,
         224,
         3,
     )  # a crop is no larger
-    assert decode(Job(str(tmp_path / "strip.png"), None), View(4))[0].shape == (4, 4, 3)
+    assert decode(Job(str(tmp_path / "strip.png"), None), ImageTransform(4))[0].shape == (4, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_an_image_is_turned_only_where_that_is_asked_for(tmp_path: Path) -> None
     exif[0x0112] = 6  # the first row of what is stored is the right side
     image = photograph(3, 64, 64)
     image.save(path, quality=95, exif=exif)
-    stored, odd = decode(Job(path, None), View(64, centre=1.0))
-    upright, odd_too = decode(Job(path, None), View(64, centre=1.0, upright=True))
+    stored, odd = decode(Job(path, None), ImageTransform(64, centre=1.0))
+    upright, odd_too = decode(Job(path, None), ImageTransform(64, centre=1.0, upright=True))
     assert odd == odd_too == ["EXIF orientation 6"]
     assert torch.equal(stored, torch.from_numpy(np.array(Image.open(path))))
     assert torch.equal(upright, stored.rot90(-1))
     image.save(path, quality=95, exif=Image.Exif())
-    assert decode(Job(path, None), View(64, upright=True))[1] == []
+    assert decode(Job(path, None), ImageTransform(64, upright=True))[1] == []
 
 
 # What cannot be read.
@@ -421,9 +421,9 @@ def test_pillows_own_limit_neither_warns_nor_is_changed(
     for width in (40, 60):
         path = str(tmp_path / f"{width}.png")
         Image.new("RGB", (width, 40)).save(path)
-        assert decode(Job(path, None), View(8))[0].shape == (8, 8, 3)
+        assert decode(Job(path, None), ImageTransform(8))[0].shape == (8, 8, 3)
     with pytest.raises(Unreadable, match="60x40 are more than 2399 pixels"):
-        decode(Job(path, None), View(8, pixel_limit=2399))
+        decode(Job(path, None), ImageTransform(8, pixel_limit=2399))
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
@@ -431,7 +431,9 @@ def test_all_files_at_once(jpegs: list[str], tmp_path: Path) -> None:
     images_NHWC = decode_all(jpegs, 32, "photographs", workers=2)
     assert images_NHWC.shape == (20, 32, 32, 3)
     for n, path in enumerate(jpegs):
-        assert torch.equal(images_NHWC[n], decode(Job(path, None), View(32, centre=1.0))[0])
+        assert torch.equal(
+            images_NHWC[n], decode(Job(path, None), ImageTransform(32, centre=1.0))[0]
+        )
     exact = tmp_path / "exact.jpg"
     photograph(1, 32, 32).save(exact)
     assert torch.equal(

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sddlskd import config as cfg
-from sddlskd.build import build_data, build_network, build_run
 from sddlskd.config import Config
-from sddlskd.data import DeviceData, Images, Splits, share_of
-from sddlskd.distributed import RankFailed, Ranks, joined
-from sddlskd.evaluation import evaluate
-from sddlskd.precision import check_places, pick_device
+from sddlskd.data.device import DeviceData, share_of
+from sddlskd.datasets.arrays import Images, Splits
 from sddlskd.record import Onlooker, abandoned, read_result
-from sddlskd.run import Run
-from sddlskd.teacher import path_of
-from sddlskd.trainer import fit
+from sddlskd.training.build import build_data, build_network, build_run
+from sddlskd.training.devices import check_places, pick_device
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.fit import fit
+from sddlskd.training.ranks import RankFailed, Ranks, joined
+from sddlskd.training.run import Run
+from sddlskd.training.teacher_files import path_of
 from tests.tiny import Net, child, final, net, processes, rows, same, same_outcome, tiny
 
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def case(home: Path, name: str) -> Config:
 
 def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
     """Of every step of an epoch, in float64 but for the cross-entropy, at the weights of the start."""
-    data = build_data(job, CPU, rank=ranks.rank, ranks=ranks.count)
+    data = build_data(job, CPU, rank=ranks.rank, ranks=ranks.world_size)
     student = ranks.with_shared_norm(build_network(job.student.model, 10, 0, CPU).double())
     teacher = (
         build_network(job.teacher.model, 10, 1, CPU).double().eval() if job.distiller.loss else None
@@ -174,8 +175,8 @@ def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
             ]
         )
         statistics.append({name: value.clone() for name, value in student.named_buffers()})
-    run.look()
-    sums = ranks.gather(run.sums).sum(0) / run.seen
+    run.check_loss()
+    sums = ranks.all_gather(run.sums).sum(0) / run.seen
     val = evaluate(student.eval().float(), data.val_batches(), ranks=ranks)
     names = list(student.state_dict())
     return {"steps": steps, "buffers": statistics, "sums": sums, "seen": run.seen, "loss": run.loss, "val": val,
@@ -185,7 +186,9 @@ def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
 def keep_gradients(home: Path, jobs: dict[str, Config]) -> None:
     with joined("cpu", 60) as ranks:
         for name, job in jobs.items():
-            torch.save(gradients_of(job, ranks), home / f"{name}-{ranks.rank}-of-{ranks.count}.pt")
+            torch.save(
+                gradients_of(job, ranks), home / f"{name}-{ranks.rank}-of-{ranks.world_size}.pt"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +273,7 @@ def test_a_batchnorm_that_does_more_is_refused() -> None:
         """Which might do anything."""
 
     with pytest.raises(ValueError, match="1 is a Loud, which is not known to share"):
-        Ranks(count=2, device=CPU).with_shared_norm(nn.Sequential(nn.Conv2d(3, 8, 1), Loud(8)))
+        Ranks(world_size=2, device=CPU).with_shared_norm(nn.Sequential(nn.Conv2d(3, 8, 1), Loud(8)))
 
 
 # Whole jobs

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sddlskd import download
-from sddlskd.download import DownloadError, fetch
+from sddlskd.files import download
+from sddlskd.files.download import DownloadError, download_file
 from tests.loopback import Page, Site, answer, raw, site, status
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -46,7 +46,7 @@ def left(path: Path) -> list[str]:
 
 def refused(url: str, path: Path, limit: int = LIMIT, md5: str | None = None) -> str:
     with pytest.raises(DownloadError) as caught:
-        fetch(url, path, limit=limit, md5=md5)
+        download_file(url, path, limit=limit, md5=md5)
     message = str(caught.value)
     assert message.startswith(f"cannot fetch {url} (")
     assert "\n" not in message
@@ -57,14 +57,14 @@ def refused(url: str, path: Path, limit: int = LIMIT, md5: str | None = None) ->
 def test_a_file_is_fetched_once(web: Site, path: Path) -> None:
     url = web.file("file.bin", CONTENT)
     for _ in range(2):
-        assert fetch(url, path, limit=LIMIT, md5=MD5) == path
+        assert download_file(url, path, limit=LIMIT, md5=MD5) == path
         assert path.read_bytes() == CONTENT
     assert web.asked == [("/file.bin", None)]
     assert left(path) == ["file.bin"]
 
 
 def test_an_empty_file(web: Site, path: Path) -> None:
-    assert fetch(web.file("file.bin", b""), path, limit=LIMIT).read_bytes() == b""
+    assert download_file(web.file("file.bin", b""), path, limit=LIMIT).read_bytes() == b""
 
 
 # Cut off
@@ -72,7 +72,7 @@ def test_an_empty_file(web: Site, path: Path) -> None:
 
 def test_what_is_cut_off_goes_on_where_it_stopped(web: Site, path: Path) -> None:
     url = web.file("file.bin", CONTENT, cuts=[100_000, 50_000])
-    fetch(url, path, limit=LIMIT, md5=MD5)
+    download_file(url, path, limit=LIMIT, md5=MD5)
     assert [wanted for _, wanted in web.asked] == [None, "bytes=100000-", "bytes=150000-"]
     assert path.read_bytes() == CONTENT
     assert left(path) == ["file.bin"]
@@ -84,20 +84,22 @@ def test_a_later_process_goes_on_where_an_earlier_one_gave_up(web: Site, path: P
     assert left(path) == ["file.bin.partial", "file.bin.partial.json"]
     web.file("file.bin", CONTENT)
     web.asked.clear()
-    assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT
+    assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT
     assert web.asked == [("/file.bin", "bytes=100000-")]
 
 
 @pytest.mark.parametrize("tag", [None, 'W/"1"'])
 def test_without_a_version_to_name_it_starts_anew(web: Site, path: Path, tag: str | None) -> None:
     url = web.file("file.bin", CONTENT, tag=tag, cuts=[100_000])
-    assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT
+    assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT
     assert web.asked == [("/file.bin", None)] * 2
 
 
 def test_a_server_without_ranges_sends_it_all_again(web: Site, path: Path) -> None:
     assert (
-        fetch(web.file("file.bin", CONTENT, ranges=False, cuts=[9]), path, limit=LIMIT).read_bytes()
+        download_file(
+            web.file("file.bin", CONTENT, ranges=False, cuts=[9]), path, limit=LIMIT
+        ).read_bytes()
         == CONTENT
     )
 
@@ -106,7 +108,7 @@ def test_a_file_that_changed_in_between_is_not_glued_together(web: Site, path: P
     url = web.file("file.bin", CONTENT, cuts=[100_000] + [0] * 9)
     refused(url, path)
     web.file("file.bin", CONTENT[::-1], tag='"2"')
-    assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT[::-1]
+    assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT[::-1]
     assert web.asked[-1] == ("/file.bin", "bytes=100000-")
 
 
@@ -120,7 +122,7 @@ def test_a_server_that_does_not_look_at_the_version(web: Site, path: Path) -> No
     }
     whole = answer(CONTENT[::-1], ETag='"2"', Content_Length="300000")
     web.page("file.bin", answer(CONTENT[::-1][100_000:], 206, **span), whole)
-    assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT[::-1]
+    assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT[::-1]
 
 
 def test_a_whole_file_that_was_never_renamed(web: Site, path: Path) -> None:
@@ -128,7 +130,7 @@ def test_a_whole_file_that_was_never_renamed(web: Site, path: Path) -> None:
     path.parent.mkdir()
     path.with_name("file.bin.partial").write_bytes(CONTENT)
     path.with_name("file.bin.partial.json").write_text(json.dumps({"url": url, "version": '"1"'}))
-    assert fetch(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
+    assert download_file(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("note", ["", "{", "[]", "null", '{"url": 1}', '{"url": "http://other/", "version": "\\"1\\""}',
@@ -138,7 +140,7 @@ def test_a_part_of_who_knows_what_is_not_built_upon(web: Site, path: Path, note:
     path.parent.mkdir()
     path.with_name("file.bin.partial").write_bytes(b"something else")
     path.with_name("file.bin.partial.json").write_text(note.replace("URL", url))
-    assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT
+    assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT
     assert web.asked == [("/file.bin", None)]
 
 
@@ -147,7 +149,7 @@ def test_attempts_that_bring_enough_do_not_count(
 ) -> None:
     monkeypatch.setattr(download, "GAIN", 10_000)
     url = web.file("file.bin", CONTENT, cuts=[10_000] * 20)
-    assert fetch(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
+    assert download_file(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
     web.file(
         "file.bin", CONTENT, tag=None, cuts=[20_000] * 100
     )  # brings them again and again: no progress
@@ -166,7 +168,7 @@ def test_cut_chunks(web: Site, path: Path) -> None:
         raw(head + b"zz\r\n"),
         whole,
     )
-    assert fetch(url, path, limit=LIMIT).read_bytes() == b"hello"
+    assert download_file(url, path, limit=LIMIT).read_bytes() == b"hello"
 
 
 # Refusals
@@ -182,7 +184,7 @@ def test_what_is_not_there_is_not_asked_for_again(web: Site, path: Path, code: i
 @pytest.mark.parametrize("code", download.LATER)
 def test_what_may_come_later_is_asked_for_again(web: Site, path: Path, code: int) -> None:
     url = web.page("file.bin", status(code), status(code, Retry_After="0"), answer(b"here"))
-    assert fetch(url, path, limit=LIMIT).read_bytes() == b"here"
+    assert download_file(url, path, limit=LIMIT).read_bytes() == b"here"
     url = web.page("never", status(code))
     web.asked.clear()
     assert str(code) in refused(url, path.with_name("never"))
@@ -207,7 +209,7 @@ def test_pauses_grow_and_follow_the_server(
 def test_redirects_are_followed(web: Site, path: Path) -> None:
     url = web.page("a", status(302, Location="/b"))
     web.page("b", status(307, Location=web.file("file.bin", CONTENT)))
-    assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT
+    assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT
 
 
 def test_redirect_loops_end(web: Site, path: Path) -> None:
@@ -241,7 +243,7 @@ def test_what_is_no_address(path: Path, url: str) -> None:
         DownloadError,
         match="it is not a valid address: expected http://host/path or https://host/path",
     ):
-        fetch(url, path, limit=LIMIT)
+        download_file(url, path, limit=LIMIT)
 
 
 def test_nobody_there_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +262,7 @@ def test_an_announced_size_above_the_limit(web: Site, path: Path) -> None:
     )
     assert len(web.asked) == 1
     assert left(path) == []
-    fetch(web.url + "file.bin", path, limit=300_000)
+    download_file(web.url + "file.bin", path, limit=300_000)
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n\r\n",
@@ -274,7 +276,7 @@ def test_a_size_above_the_limit_that_nobody_announced(web: Site, path: Path, hea
 
 def test_more_than_was_announced_is_not_read(web: Site, path: Path) -> None:
     url = web.page("file.bin", raw(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello and more"))
-    assert fetch(url, path, limit=LIMIT).read_bytes() == b"hello"
+    assert download_file(url, path, limit=LIMIT).read_bytes() == b"hello"
 
 
 def test_another_md5_is_not_kept(web: Site, path: Path) -> None:
@@ -311,7 +313,7 @@ def test_a_stalled_socket_is_given_up_and_asked_again(
 ) -> None:
     url = web.page("file.bin", stall(web), stall(web), answer(CONTENT))
     with caplog.at_level(logging.INFO, logger="sddlskd"):
-        assert fetch(url, path, limit=LIMIT).read_bytes() == CONTENT
+        assert download_file(url, path, limit=LIMIT).read_bytes() == CONTENT
     assert len(web.asked) == 3
     assert "no answer within 0.5 s" in caplog.text or "stalled: " in caplog.text
 
@@ -343,7 +345,7 @@ def test_a_full_disk_is_said_and_not_tried_again(
 def test_processes_that_start_together_fetch_it_once(web: Site, path: Path) -> None:
     url = web.file("file.bin", CONTENT)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        jobs = [pool.apply_async(fetch, (url, path), {"limit": LIMIT}) for _ in range(4)]
+        jobs = [pool.apply_async(download_file, (url, path), {"limit": LIMIT}) for _ in range(4)]
         assert {job.get() for job in jobs} == {path}
     assert len(web.asked) == 1
 
@@ -381,7 +383,7 @@ def test_whatever_a_server_says(
     target = tmp_path / "fuzz" / "file"
     target.unlink(missing_ok=True)
     try:
-        fetch(web.page("fuzz", page), target, limit=1000)
+        download_file(web.page("fuzz", page), target, limit=1000)
     except DownloadError as error:
         said = str(error)
     else:

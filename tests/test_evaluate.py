@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sddlskd import evaluate, export
-from sddlskd.build import build_data, check_maps
 from sddlskd.config import Config
-from sddlskd.evaluation import answers, calibration_error, scores
-from sddlskd.evaluation import evaluate as stream
 from sddlskd.models import create
-from sddlskd.teacher import path_of
-from sddlskd.trainer import fit
+from sddlskd.training.build import build_data, check_maps
+from sddlskd.training.evaluation import answers, calibration_error, scores
+from sddlskd.training.evaluation import evaluate as stream
+from sddlskd.training.fit import fit
+from sddlskd.training.teacher_files import path_of
 from tests.tiny import tiny
 
 ASKED = ("dataset=fake", "dataset.num_classes=10", "+dataset.load.train=192", "+dataset.load.test=64",

@@ -12,10 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from sddlskd import checkpoint, export
+from sddlskd import export
 from sddlskd.config import Config
+from sddlskd.files import checkpoint
 from sddlskd.models import create, from_network, names
-from sddlskd.trainer import fit
+from sddlskd.training.fit import fit
 from tests.test_foreign import Late
 from tests.tiny import same, tiny
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from sddlskd import checkpoint, files, record
-from sddlskd.checkpoint import UnreadableFile
+from sddlskd import record
 from sddlskd.config import Config
-from sddlskd.trainer import fit
+from sddlskd.files import atomic as files
+from sddlskd.files import checkpoint
+from sddlskd.files.checkpoint import UnreadableFile
+from sddlskd.training.fit import fit
 from tests.crashing import Crash, ended, fit_again, forked, ready
 from tests.tiny import processes, rows, same, same_outcome, tiny  # noqa: F401
 
@@ -217,12 +219,12 @@ FULL = "No space left on device"
 @pytest.mark.parametrize(
     ("method", "named", "room"),  # what is left takes a result.json, or nothing
     [
-        ("sddlskd.run.Run.end_epoch", "best.ckpt", 4096),
-        ("sddlskd.checkpoint.write_latest", "last.ckpt.new", 4096),
-        ("sddlskd.checkpoint.write_latest", "last.ckpt.new", 0),
+        ("sddlskd.training.run.Run.end_epoch", "best.ckpt", 4096),
+        ("sddlskd.files.checkpoint.write_latest", "last.ckpt.new", 4096),
+        ("sddlskd.files.checkpoint.write_latest", "last.ckpt.new", 0),
         ("sddlskd.record.Record.append", "metrics.jsonl", 0),
-        ("sddlskd.trainer.leave_as_teacher", "resnet8.pt", 4096),
-        ("sddlskd.predictions.write", "predictions.npz", 0),
+        ("sddlskd.training.fit.leave_as_teacher", "resnet8.pt", 4096),
+        ("sddlskd.training.predictions.write", "predictions.npz", 0),
     ],
 )
 def test_full_disk(

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from sddlskd import build, datasets, download, folders
-from sddlskd.datasets import Files, cifar10, stl10
-from sddlskd.download import DownloadError
-from sddlskd.folders import cub200, imagenet, tiny_imagenet
+from sddlskd.datasets import arrays, folders
+from sddlskd.datasets.arrays import Files, cifar10, stl10
+from sddlskd.datasets.folders import cub200, imagenet, tiny_imagenet
+from sddlskd.files import download
+from sddlskd.files.download import DownloadError
+from sddlskd.training import build
 from tests import layouts
 from tests.conftest import compose_in
 from tests.layouts import WNIDS
@@ -299,7 +301,7 @@ def test_stl10_from_its_folder_or_archive(
     for layout in ("folder", "archive"):
         if layout == "archive":
             layouts.packed(folder, archive)
-            published(web, monkeypatch, datasets, "STL10", archive)
+            published(web, monkeypatch, arrays, "STL10", archive)
         for name, split in zip(("train", "test"), stl10(str(tmp_path)), strict=True):
             pixels_NHWC, labels_N = truth[name]
             assert np.array_equal(split.images_NHWC.numpy(), pixels_NHWC)
@@ -328,7 +330,7 @@ def cifar10_batches(count: int = 3) -> dict[str, bytes]:
             {b"data": rng.integers(256, size=(count, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(count)],
              b"batch_label": b"x", b"filenames": [b"a.png"] * count}, 2,
         )
-        for name in datasets.CIFAR10_MEMBERS
+        for name in arrays.CIFAR10_MEMBERS
     }  # fmt: skip
 
 

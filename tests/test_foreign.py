@@ -16,10 +16,11 @@ import torchvision
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from sddlskd import checkpoint, precheck
+from sddlskd.files import checkpoint
 from sddlskd.models import LogitMapModel, create, from_network, from_timm, from_torchvision, names
-from sddlskd.teacher import Teacher
-from sddlskd.trainer import fit
+from sddlskd.sweeps import precheck
+from sddlskd.training.fit import fit
+from sddlskd.training.teacher import Teacher
 from tests.conftest import compose_in
 from tests.tiny import tiny
 

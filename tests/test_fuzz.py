@@ -23,10 +23,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sddlskd import archive, datasets
-from sddlskd.archive import UnsafeArchive, unpack
-from sddlskd.checkpoint import UnreadableFile, read_weights
-from sddlskd.folders import cub200, tiny_imagenet
+from sddlskd.datasets import arrays
+from sddlskd.datasets.folders import cub200, tiny_imagenet
+from sddlskd.files import archive
+from sddlskd.files.archive import UnsafeArchive, unpack
+from sddlskd.files.checkpoint import UnreadableFile, read_weights
 from sddlskd.models import create
 from tests import layouts
 
@@ -252,7 +253,7 @@ def test_idx_files(data: Data) -> None:
     with place() as folder:
         path = folder / "train-images-idx3-ubyte"
         path.write_bytes(content)
-        message, pixels = said(lambda: datasets._read_idx(path, 3), ValueError)
+        message, pixels = said(lambda: arrays._read_idx(path, 3), ValueError)
         assert (str(path) in message) or pixels.numel() <= len(content)
 
 
@@ -271,7 +272,7 @@ def test_cifar_pickles(data: Data) -> None:
             cifar_pickle(data=np.zeros((2, 3072), object)), pickle.dumps([1]),
         ]))  # fmt: skip
         message, found = said(
-            lambda: datasets._cifar_split(
+            lambda: arrays._cifar_split(
                 mutated(data, content), "the/file", "http://x", "CIFAR-10", "labels"
             ),
             ValueError,
@@ -339,9 +340,9 @@ def test_a_gzip_of_a_gigabyte_of_zeros_is_not_inflated(
         file.write(b"\0\0\x08\x03" + struct.pack(">III", 1 << 20, 8, 8))
         for _ in range(64):
             file.write(bytes(1 << 20))
-    monkeypatch.setattr(datasets, "LARGEST_MEMBER", 1 << 20)
+    monkeypatch.setattr(arrays, "LARGEST_MEMBER", 1 << 20)
     with little_memory(8 << 20), pytest.raises(ValueError, match="expected 67108880 bytes"):
-        datasets._read_idx(path, 3)
+        arrays._read_idx(path, 3)
 
 
 def test_a_member_of_a_tar_that_is_too_large_is_not_read(
@@ -351,9 +352,9 @@ def test_a_member_of_a_tar_that_is_too_large_is_not_read(
     member.size = 32 << 20
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         tar.addfile(member, io.BytesIO(bytes(member.size)))
-    monkeypatch.setattr(datasets, "LARGEST_MEMBER", 1 << 20)
+    monkeypatch.setattr(arrays, "LARGEST_MEMBER", 1 << 20)
     with little_memory(8 << 20), pytest.raises(ValueError, match=r"f/train has 33554432 bytes"):
-        datasets._tar_members(path, ["f/train"], "http://x")
+        arrays._tar_members(path, ["f/train"], "http://x")
 
 
 @pytest.mark.parametrize("builder", ["numpy.core.multiarray _reconstruct", "numpy ndarray"])
@@ -368,7 +369,7 @@ def test_a_pickle_cannot_ask_for_an_array_of_any_size(builder: str) -> None:
     content = b"\x80\x02}U\x04datac" + f"{module}\n{name}\n".encode() + arguments + b"Rs."
     with little_memory(8 << 20):
         message, _ = said(
-            lambda: datasets._cifar_split(content, "f", "http://x", "CIFAR-10", "labels"),
+            lambda: arrays._cifar_split(content, "f", "http://x", "CIFAR-10", "labels"),
             ValueError,
         )
     assert "f is not a CIFAR-10 pickle" in message

@@ -17,8 +17,8 @@ from hydra.utils import instantiate
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.pool import Pool
-from sddlskd.slurm import Slurm, submissions
+from sddlskd.sweeps.pool import Pool
+from sddlskd.sweeps.slurm import Slurm, submissions
 
 
 def chosen(folder: Path, *overrides: str) -> Any:
@@ -85,7 +85,7 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
         raise KeyboardInterrupt
 
     before = signal.signal(number, interrupted)
-    monkeypatch.setattr("sddlskd.slurm._ask", lambda *command: "MaxArraySize = 1001\n")
+    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", lambda *command: "MaxArraySize = 1001\n")
     pool = chosen(tmp_path, "hydra/launcher=slurm")._pool()
     monkeypatch.setattr(pool, "_executor", lambda *_: Executor())
     try:
@@ -104,7 +104,7 @@ def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
     submitted: list[Any] = []
     pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.wait=false")._pool()
     monkeypatch.setattr(
-        "sddlskd.slurm.states", lambda sweep: {"/runs/0": "queued", "/runs/2": "running"}
+        "sddlskd.sweeps.slurm.states", lambda sweep: {"/runs/0": "queued", "/runs/2": "running"}
     )
     monkeypatch.setattr(pool, "_submit", lambda groups, sweep, ranks: submitted.extend(groups))
     jobs = [Config(run_dir=f"/runs/{n}") for n in range(4)]
@@ -132,9 +132,9 @@ def test_fail_fast_counts_the_failures_of_this_launch(
     def sleep(seconds: float) -> None:
         failed.update(["/runs/1"] if fails else [])
 
-    monkeypatch.setattr("sddlskd.slurm.queue", look)
-    monkeypatch.setattr("sddlskd.slurm._failed", lambda sweep: set(failed))
-    monkeypatch.setattr("sddlskd.slurm._ask", lambda *command: asked.append(command))
-    monkeypatch.setattr("sddlskd.slurm.time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("sddlskd.sweeps.slurm.queue", look)
+    monkeypatch.setattr("sddlskd.sweeps.slurm._failed", lambda sweep: set(failed))
+    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", lambda *command: asked.append(command))
+    monkeypatch.setattr("sddlskd.sweeps.slurm.time", SimpleNamespace(sleep=sleep))
     pool._wait(tmp_path)
     assert asked == ([("scancel", "17_0")] if fails else [])

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from sddlskd import meter as module
-from sddlskd.meter import meter
+from sddlskd.terminal import meter as module
+from sddlskd.terminal.meter import meter
 
 
 def test_lines_of_the_log(
@@ -37,7 +37,7 @@ def test_lines_are_rare(caplog: pytest.LogCaptureFixture) -> None:
     ("unit", "shown"), [("bytes", "2.0/2.0 MB"), ("images", "2000000/2000000")]
 )
 def test_a_bar_on_a_terminal(unit: str, shown: str) -> None:
-    code = f"from sddlskd.meter import meter\nwith meter('what', 2_000_000, {unit!r}) as show: show(2_000_000)"
+    code = f"from sddlskd.terminal.meter import meter\nwith meter('what', 2_000_000, {unit!r}) as show: show(2_000_000)"
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)

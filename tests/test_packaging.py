@@ -93,10 +93,13 @@ def test_the_wheel_holds_what_a_job_needs_and_no_more(wheel: Path) -> None:
     assert {"hydra_plugins/shared_teacher.py", "sddlskd/py.typed"} <= names
     assert "hydra_plugins/__init__.py" not in names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops <= {"sddlskd", "hydra_plugins", "analysis"}
-    assert {f"analysis/{p.name}" for p in (ROOT / "analysis").iterdir() if p.is_file()} <= names
+    assert tops == {"sddlskd", "hydra_plugins"}
+    assert {
+        f"sddlskd/analysis/{p.name}" for p in (ROOT / "analysis").iterdir() if p.is_file()
+    } <= names
     assert {name for name in names if name.endswith(".csv")} == {
-        f"analysis/reference/{p.name}" for p in (ROOT / "analysis" / "reference").glob("*.csv")
+        f"sddlskd/analysis/reference/{p.name}"
+        for p in (ROOT / "analysis" / "reference").glob("*.csv")
     }
     assert not [name for name in names if "test" in name.lower()]
 
@@ -123,6 +126,15 @@ def test_the_installed_copy_runs_from_an_empty_directory(installed: Path, tmp_pa
     assert "lr: 0.0123" in done.stdout
     assert f"home: {tmp_path}" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_copy_writes_tables(installed: Path, tmp_path: Path) -> None:
+    done = run(installed, tmp_path, "-m", "sddlskd.analysis", "--home", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: there is no database {tmp_path / 'mlflow.db'}")
+    shown = run(installed, tmp_path, "-m", "sddlskd.analysis", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "python -m sddlskd.analysis" in shown.stdout
 
 
 def test_hydra_finds_the_launcher_of_the_installed_copy(installed: Path, tmp_path: Path) -> None:

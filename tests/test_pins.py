@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sddlskd.pins import check, key_of, lock_path, pin, pinned
+from sddlskd.training.teacher_files import check_pin as check
+from sddlskd.training.teacher_files import lock_path, pin, pinned
+from sddlskd.training.teacher_files import pin_key as key_of
 
 OLD, NEW = "a" * 64, "b" * 64
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sddlskd import predictions
-from sddlskd.build import build_data, build_network
 from sddlskd.config import Config
-from sddlskd.data import DeviceData
-from sddlskd.evaluation import evaluate
-from sddlskd.trainer import fit
+from sddlskd.data.device import DeviceData
+from sddlskd.training import predictions
+from sddlskd.training.build import build_data, build_network
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.fit import fit
 from tests.tiny import final, tiny
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from rich.logging import RichHandler
 
-from sddlskd import progress
-from sddlskd.progress import View
+from sddlskd.terminal import progress
+from sddlskd.terminal.progress import ProgressDisplay
 
 
 @dataclass
@@ -34,8 +34,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def view(*runs: Seen, mode: str = "plain") -> View:
-    return View(runs, mode=mode, epochs=4, steps=10, batch=64)
+def view(*runs: Seen, mode: str = "plain") -> ProgressDisplay:
+    return ProgressDisplay(runs, mode=mode, epochs=4, steps=10, batch=64)
 
 
 @pytest.mark.parametrize(

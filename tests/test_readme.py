@@ -15,11 +15,12 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from sddlskd import checkpoint, record
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config
-from sddlskd.grid import compose_grid
+from sddlskd.files import checkpoint
 from sddlskd.models import create, names
+from sddlskd.sweeps.grid import compose_grid
 from tests.tiny import ForkedCommand
 
 REPO = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sddlskd.config import Schedule
-from sddlskd.schedule import learning_rate
+from sddlskd.training.schedule import learning_rate
 
 PAPER = {"peak": 0.05, "epochs": 240, "milestones": (0.625, 0.75, 0.875), "decay": 0.1}
 step = partial(learning_rate, **PAPER, schedule="step", warmup_epochs=0.0)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sddlskd import trainer
-from sddlskd.stop import Stop
+from sddlskd.training import fit as trainer
+from sddlskd.training.stop import Stop
 from tests.tiny import leave_teacher, tiny
 
 

@@ -22,17 +22,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
 from sddlskd import config as cfg
-from sddlskd.build import build_data
-from sddlskd.data import DeviceData, Files, Splits, fake
-from sddlskd.datasets import image_folder
-from sddlskd.decoding import CHUNK, View, random_crop
-from sddlskd.distributed import Ranks
+from sddlskd.data.decoding import CHUNK, ImageTransform, random_crop
+from sddlskd.data.device import DeviceData
+from sddlskd.data.streaming import StreamedData
+from sddlskd.datasets.arrays import Files, Splits, fake
+from sddlskd.datasets.folders import image_folder
 from sddlskd.evaluate import measure
-from sddlskd.evaluation import evaluate
 from sddlskd.models import create
-from sddlskd.precheck import problems
-from sddlskd.streaming import StreamedData
-from sddlskd.trainer import fit
+from sddlskd.sweeps.precheck import problems
+from sddlskd.training.build import build_data
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.fit import fit
+from sddlskd.training.ranks import Ranks
 from tests.conftest import Compose
 from tests.photographs import class_folders, photograph
 from tests.test_decoding import alive, children, gone
@@ -58,7 +59,7 @@ def own_folder(folder: Path, tmp_path: Path) -> Path:
 
 def streamed(root: Path, **changes: Any) -> StreamedData:
     options: dict[str, Any] = {
-        "num_classes": 3, "batch_size": 20, "seed": 5, "device": "cpu", "mean": MEAN, "std": STD, "view": View(SIZE),
+        "num_classes": 3, "batch_size": 20, "seed": 5, "device": "cpu", "mean": MEAN, "std": STD, "view": ImageTransform(SIZE),
         "eval_batch_size": 7, "workers": 0,
     }  # fmt: skip
     return StreamedData(image_folder(str(root)), **(options | changes))
@@ -206,7 +207,9 @@ def test_sizes_and_shapes(folder: Path) -> None:
 
 
 def test_held_out_images_are_those_of_the_memory_data_set(folder: Path) -> None:
-    data = streamed(folder, val_fraction=0.2, flip=False, view=View(SIZE, area=(1.0, 1.0)))
+    data = streamed(
+        folder, val_fraction=0.2, flip=False, view=ImageTransform(SIZE, area=(1.0, 1.0))
+    )
     again = streamed(folder, val_fraction=0.2, seed=99)
     assert equal(list(data.val_batches()), list(again.val_batches()))
     assert not equal(list(data.batches(1)), list(again.batches(1)))
@@ -456,8 +459,8 @@ def test_of_very_many_bad_files_the_log_names_the_first(
         ({"batch_size": 58}, r"batch_size is 58; give 1..57"),
         ({"batch_size": 0}, r"batch_size is 0; give 1..57"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0, must be at least 1"),
-        ({"view": View(8, centre=1.5)}, "centre is 1.5, must be above 0 and at most 1"),
-        ({"view": View(0)}, "size is 0, must be at least 1"),
+        ({"view": ImageTransform(8, centre=1.5)}, "centre is 1.5, must be above 0 and at most 1"),
+        ({"view": ImageTransform(0)}, "size is 0, must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0; it must lie in"),
         ({"mean": (0.5,)}, "mean has 1 and std 3 entries for 3 channels"),
     ],
@@ -473,7 +476,7 @@ def test_each_kind_of_split_has_its_data_object(folder: Path) -> None:
         "num_classes": 3, "batch_size": 2, "seed": 0, "device": "cpu", "mean": MEAN, "std": STD
     }  # fmt: skip
     with pytest.raises(ValueError, match="hold pixels"):
-        StreamedData(pixels, view=View(8), **options)
+        StreamedData(pixels, view=ImageTransform(8), **options)
     with pytest.raises(ValueError, match="are files"):
         DeviceData(files, **options)
     with pytest.raises(ValueError, match="are files"):

@@ -14,10 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 from sddlskd import config as cfg
-from sddlskd.build import teacher_path
 from sddlskd.config import Config
-from sddlskd.grid import compose_grid
 from sddlskd.sweeps import groups_of
+from sddlskd.sweeps.grid import compose_grid
+from sddlskd.training.build import teacher_path
 
 REPO = Path(__file__).parent.parent
 SUITES = sorted(path.stem for path in (REPO / "sweeps").glob("*.yaml"))

@@ -23,24 +23,27 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sddlskd import checkpoint, precheck, record, tracking_uri
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config
-from sddlskd.grid import InvalidJobs, compose_grid
+from sddlskd.files import checkpoint
 from sddlskd.models import create
-from sddlskd.outcome import read_manifest, state_of
-from sddlskd.pool import Pool, Task
 from sddlskd.sweeps import (
-    _ask_precheck,
     _command,
     _write_manifest,
     _write_plan,
+    ask_precheck,
     cause_of,
     groups_of,
-    main,
+    precheck,
     run_sweep,
 )
-from sddlskd.trainer import fit
+from sddlskd.sweeps.__main__ import main
+from sddlskd.sweeps.grid import InvalidJobs, compose_grid
+from sddlskd.sweeps.outcome import read_manifest, state_of
+from sddlskd.sweeps.pool import Pool, Task
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.training.fit import fit
 from tests.tiny import ForkedCommand, ForkedWorker
 
 REPO = Path(__file__).parent.parent
@@ -63,8 +66,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.chdir(REPO)
     # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
-    monkeypatch.setattr("sddlskd.sweeps._ask_precheck", precheck.look)
-    monkeypatch.setattr("sddlskd.pool.subprocess", SimpleNamespace(Popen=ForkedWorker))
+    monkeypatch.setattr("sddlskd.sweeps.ask_precheck", precheck.report)
+    monkeypatch.setattr("sddlskd.sweeps.pool.subprocess", SimpleNamespace(Popen=ForkedWorker))
     return tmp_path
 
 
@@ -360,9 +363,9 @@ def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         process.communicate(timeout=180)
-    process = start(home, *LONG, "tracking=mlflow")
-    told, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, told
+    words = ("-m", *COMMON, f"home={home}", "sweep.name=test", *LONG, "tracking=mlflow")
+    code, out, err = ForkedCommand(home, "sddlskd.train", *words, cwd=REPO).end()
+    assert code == 0, out + err
     manifest = json.loads((home / "runs/sweeps/test/sweep.json").read_text())
     assert len(manifest["jobs"]) == 2
     for path in manifest["jobs"]:
@@ -443,7 +446,7 @@ def test_a_check_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(
             OSError, match=f"check of the jobs died \\({why}\\), so none was started"
         ):
-            _ask_precheck([], [])
+            ask_precheck([], [])
 
 
 def test_mlflow_knows_a_sweep_whose_jobs_another_ran(home: Path) -> None:
@@ -468,7 +471,7 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
         raise ConnectionError("the server is away")
 
     def run(self: Pool, *arguments: Any) -> str:
-        monkeypatch.setattr(tracking_uri, "check", away)
+        monkeypatch.setattr(tracking_uri, "check_answers", away)
         monkeypatch.setattr(tracking_uri, "client", away)
         return "KILLED"
 
@@ -535,7 +538,7 @@ def test_a_stop_while_a_worker_starts_reaches_it(
             super().__init__(command, **how)
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("sddlskd.pool.subprocess", SimpleNamespace(Popen=Starting))
+    monkeypatch.setattr("sddlskd.sweeps.pool.subprocess", SimpleNamespace(Popen=Starting))
     jobs = jobs_of(home, network("Slow", seconds=0.2), network("Slow", seconds=0.2) + " seed=1",
                    common=("trainer.max_steps=null", "trainer.epochs=50"))  # fmt: skip
     before = time.monotonic()
@@ -632,7 +635,7 @@ def test_a_job_of_several_devices_has_the_pool_to_itself(
     pool, started = Pool(["cuda:1", "cuda:2"], fail_fast=False), []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setattr(
-        "sddlskd.pool.subprocess.Popen",
+        "sddlskd.sweeps.pool.subprocess.Popen",
         lambda command, **how: started.append((command, how["env"])),
     )
     pool.threads = None

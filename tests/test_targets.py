@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sddlskd import config as cfg
-from sddlskd import evaluate, export, targets, worker
-from sddlskd.config import Config
-from sddlskd.console import explain
+from sddlskd import evaluate, export, worker
+from sddlskd.config import Config, targets
+from sddlskd.config.targets import check_names, instantiate
 from sddlskd.models import create
-from sddlskd.targets import check_names, instantiate
-from sddlskd.trainer import fit
+from sddlskd.terminal.console import explain
+from sddlskd.training.fit import fit
 from tests.conftest import Compose, compose_in
 from tests.tiny import tiny
 
@@ -31,10 +31,10 @@ FOREIGN = [
     "sddlskd_.models.create",
 ]
 MISUSED = [
-    "sddlskd.files.os.remove",  # through a module's imports
-    "sddlskd.datasets.os.system",
-    "sddlskd.datasets.download.fetch",
-    "sddlskd.datasets.fetch_into",
+    "sddlskd.files.atomic.os.remove",  # through a module's imports
+    "sddlskd.datasets.arrays.os.system",
+    "sddlskd.datasets.arrays.download.download_file",
+    "sddlskd.datasets.arrays.download_into",
     "torch.os.system",
     "torch.hub.load",
     "torch.load",
@@ -46,9 +46,9 @@ MISUSED = [
     "torchvision.datasets.MNIST",
     "timm.create_model",
     "sddlskd.train.main",
-    "sddlskd.checkpoint.read",
+    "sddlskd.files.checkpoint.read",
     "sddlskd.models._NETWORKS.get",
-    "sddlskd.datasets._log.warning",
+    "sddlskd.datasets.arrays._log.warning",
     "sddlskd.models.create.__globals__",
     "sddlskd.models.create.__class__",
     "sddlskd.models.LogitMapModel.register_forward_hook",

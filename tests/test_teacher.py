@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sddlskd import build
 from sddlskd import config as cfg
-from sddlskd.build import build_data, build_network, build_teacher
-from sddlskd.checkpoint import UnreadableFile, read, write
 from sddlskd.config import Config
-from sddlskd.evaluation import evaluate
+from sddlskd.files.checkpoint import UnreadableFile, read, write
 from sddlskd.models import create
-from sddlskd.teacher import Teacher, file_hash, measured_top1, path_of, publish
-from sddlskd.trainer import fit
+from sddlskd.training import build
+from sddlskd.training.build import build_data, build_network, build_teacher
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.fit import fit
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_files import file_hash, measured_top1, path_of, publish
 from tests.tiny import leave_teacher, same, tiny
 
 CPU = torch.device("cpu")
@@ -225,7 +226,7 @@ def test_of_two_that_publish_at_once_one_is_kept(
         assert publish(path, second, **options)
         write(place, state, replace=replace)
 
-    monkeypatch.setattr("sddlskd.teacher.write", overtaken)
+    monkeypatch.setattr("sddlskd.training.teacher_files.write", overtaken)
     assert not publish(path, first, **options)
     assert same(read(path)["model"], second)
     assert list(path.parent.iterdir()) == [path]

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sddlskd import checkpoint, record
-from sddlskd.data import DeviceData, fake
+from sddlskd import record
+from sddlskd.data.device import DeviceData
+from sddlskd.datasets.arrays import fake
+from sddlskd.files import checkpoint
 from sddlskd.models import create
-from sddlskd.teacher import Teacher
-from sddlskd.teacher_cache import TeacherCache, cache_path
-from sddlskd.trainer import fit
+from sddlskd.training.fit import fit
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_cache import TeacherCache, cache_path
 from tests.conftest import Compose
 
 CPU = torch.device("cpu")

@@ -23,13 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sddlskd import build, download, pins, teachers
-from sddlskd.checkpoint import load_weights
+from sddlskd import teachers
 from sddlskd.config import Config
+from sddlskd.files import download
+from sddlskd.files.checkpoint import load_weights
 from sddlskd.models import create
-from sddlskd.teacher import file_hash, path_of, publish
 from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
-from sddlskd.trainer import fit
+from sddlskd.training import build, teacher_files
+from sddlskd.training.fit import fit
+from sddlskd.training.teacher_files import file_hash, path_of, publish
 from tests.conftest import Compose, compose_in
 from tests.loopback import Site, site, status
 from tests.tiny import same, tiny
@@ -133,7 +135,7 @@ def refused(job: Config, *mirrors: str) -> str:
     assert "\n" not in message
     assert f"python -m sddlskd.teachers import FILE --as {NAME}" in message
     assert not target(job).exists()
-    assert pins.pinned(job.home) == {}
+    assert teacher_files.pinned(job.home) == {}
     kept = [
         path
         for path in Path(job.home, "teachers").rglob("*")
@@ -190,7 +192,7 @@ def test_an_imagenet_teacher_is_fetched_and_loads_strictly(
     assert same(
         dict(network.state_dict()), dict(torch.load(io.BytesIO(content), weights_only=True))
     )
-    assert pins.check(str(tmp_path), "imagenet/resnet18", file_hash(path))
+    assert teacher_files.check_pin(str(tmp_path), "imagenet/resnet18", file_hash(path))
     assert run(capsys, *words)[:2] == (0, f"resnet18 already exists: {path}\n")
 
 
@@ -208,7 +210,7 @@ def test_an_imagenet_file_that_is_not_the_one_in_its_name_is_refused(
         if path.is_file() and path.suffix != ".lock"
     ]
     assert kept == []
-    assert pins.pinned(str(tmp_path)) == {}
+    assert teacher_files.pinned(str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("place", [repdistiller, mdistiller])
@@ -219,7 +221,7 @@ def test_fetched_is_found_and_pinned(web: Site, job: Config, place: Any) -> None
     assert target(job) == Path(job.home, "teachers", "cifar100", "resnet56.pt")
     assert target(job).read_bytes() == GOOD  # byte for byte, so that it has one sha256 everywhere
     assert holds(target(job), weights())
-    pin = pins.pinned(job.home)["cifar100/resnet56"]
+    pin = teacher_files.pinned(job.home)["cifar100/resnet56"]
     assert pin["sha256"] == file_hash(target(job))
     assert pin["source"].startswith(address)
     asked = len(web.asked)
@@ -240,7 +242,11 @@ def test_an_archive_is_fetched_once_for_all_its_teachers(
     fetch(vgg13, [address])
     assert target(vgg13).read_bytes() == other
     assert len(web.asked) == 1
-    assert sorted(pins.pinned(job.home)) == ["cifar100/resnet56", "cifar100/vgg13", address]
+    assert sorted(teacher_files.pinned(job.home)) == [
+        "cifar100/resnet56",
+        "cifar100/vgg13",
+        address,
+    ]
 
 
 def test_resumed_after_a_cut(web: Site, job: Config) -> None:
@@ -339,7 +345,7 @@ def test_a_pinned_file_that_changed_here_is_refused_everywhere(
 def test_a_training_does_not_learn_from_a_changed_teacher(tmp_path: Path) -> None:
     job = tiny(tmp_path)
     path = path_of(job.home, "fake", "resnet8")
-    pins.pin(job.home, "fake/resnet8", file_hash(path), "http://place/x")
+    teacher_files.pin(job.home, "fake/resnet8", file_hash(path), "http://place/x")
     assert fit([job])[0]["status"] == "FINISHED"
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(ValueError, match="fake/resnet8 has changed"):
@@ -487,7 +493,7 @@ def test_a_file_of_ones_own(job: Config, tmp_path: Path, content: bytes) -> None
     assert str(target(job)) in import_file(job, path)
     assert path.read_bytes() == target(job).read_bytes() == content
     assert holds(target(job), weights())
-    assert pins.pinned(job.home)["cifar100/resnet56"]["source"] == str(path)
+    assert teacher_files.pinned(job.home)["cifar100/resnet56"]["source"] == str(path)
     assert "already exists" in import_file(job, path)
     path.write_bytes(saved(weights(seed=1)))
     with pytest.raises(ValueError, match="already exists and is another file"):
@@ -745,8 +751,10 @@ def test_whatever_stands_in_a_file(compose: Compose, tmp_path: Path, data: st.Da
         said = str(error)
     else:
         said = ""
-        assert json.loads(pins.lock_path(job.home).read_text())["pins"].pop("digits/resnet8")
-        pins.lock_path(job.home).unlink()
+        assert json.loads(teacher_files.lock_path(job.home).read_text())["pins"].pop(
+            "digits/resnet8"
+        )
+        teacher_files.lock_path(job.home).unlink()
         target(job).unlink()
     assert "\n" not in said
     assert not target(job).exists()

@@ -25,13 +25,16 @@ import pytest
 
 from analysis.runs import load
 from sddlskd import config as cfg
-from sddlskd import record, tracking, tracking_uri
+from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, RUNNING, Record
-from sddlskd.run import Run
 from sddlskd.sweeps import _write_manifest, _write_plan
-from sddlskd.tracking import CUT, Mirror, register, sync
-from sddlskd.trainer import fit
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking.mirror import Mirror
+from sddlskd.tracking.runs import CUT, sync
+from sddlskd.tracking.sweeps import register
+from sddlskd.training.fit import fit
+from sddlskd.training.run import Run
 from tests.loopback import answer, site
 from tests.loopback import status as code
 from tests.tiny import net, processes, tiny

@@ -17,8 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from sddlskd import config as cfg
-from sddlskd import console, record, train
+from sddlskd import record, train
 from sddlskd.models import create
+from sddlskd.terminal import console
 from tests.conftest import compose_in
 from tests.tiny import CONF, ForkedCommand
 
@@ -204,7 +205,7 @@ def test_data_that_cannot_be_fetched(
     here: Command, monkeypatch: pytest.MonkeyPatch, teacher_home: Path
 ) -> None:
     monkeypatch.setattr(
-        "sddlskd.datasets.CIFAR100_URL", "http://127.0.0.1:1/cifar-100-python.tar.gz"
+        "sddlskd.datasets.arrays.CIFAR100_URL", "http://127.0.0.1:1/cifar-100-python.tar.gz"
     )
     done = here("dataset=cifar100")
     assert (done.code, done.out) == (1, "")
@@ -324,7 +325,7 @@ def test_a_run_directory_of_another_job(here: Command, teacher_home: Path) -> No
 def test_an_error_that_is_nobodys_fault_keeps_its_traceback(
     here: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sddlskd.trainer.build_data", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("sddlskd.training.fit.build_data", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here()
 

@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sddlskd import checkpoint, trainer
 from sddlskd import config as cfg
-from sddlskd.build import build_data, build_network
 from sddlskd.config import Config
-from sddlskd.evaluation import evaluate
-from sddlskd.run import Run
-from sddlskd.teacher import Teacher, path_of
-from sddlskd.trainer import fit
+from sddlskd.files import checkpoint
+from sddlskd.training import fit as trainer
+from sddlskd.training.build import build_data, build_network
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.fit import fit
+from sddlskd.training.run import Run
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_files import path_of
 from tests.test_tracking import runs_of
 from tests.tiny import (
     BASE,
@@ -309,7 +311,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def start() -> ForkedCommand:
-        words = (*BASE, "trainer.epochs=40", f"hydra.run.dir={folder}", f"home={tmp_path}")
+        words = (*BASE, "trainer.epochs=20", f"hydra.run.dir={folder}", f"home={tmp_path}")
         return ForkedCommand(tmp_path, "sddlskd.train", *words, cwd=ROOT)
 
     process = start()
@@ -322,12 +324,12 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGINT")
     position = torch.load(folder / "last.ckpt", weights_only=True)["position"]
-    assert position[0] <= 40
+    assert position[0] <= 20
     code, _, errors = start().end()
     assert code == 0, errors
     assert json.loads((folder / "result.json").read_text())["status"] == "FINISHED"
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 41))
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 21))
 
 
 # Refusals

@@ -24,11 +24,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
-from sddlskd import grid, pool, precheck, sweeps, worker
+from sddlskd import sweeps, worker
 from sddlskd.config import Config
-from sddlskd.grid import _referred_to
 from sddlskd.models import create
-from sddlskd.teacher import path_of, publish
+from sddlskd.sweeps import grid, pool, precheck
+from sddlskd.sweeps.grid import _referred_to
+from sddlskd.training.teacher_files import path_of, publish
 
 CONF = Path(__file__).parents[1] / "conf"
 STEPS = 3  # batches of an epoch
@@ -51,7 +52,7 @@ TIMES = ("time", "time/epoch_s", "time/images_per_s")
 # Children fork from a process that has imported torch and computed nothing: they start in no time.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["sddlskd.trainer", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"]
+    ["sddlskd.training.fit", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"]
 )
 
 
@@ -113,7 +114,7 @@ class Remembering:
 
     def job(self, overrides: Sequence[str]) -> Config | None:
         """Return the job of these overrides, or None where Hydra must say what is wrong."""
-        remembered = SimpleNamespace(resolve=self.resolve, settle=cfg.settle, run_name=cfg.run_name)
+        remembered = SimpleNamespace(**{**vars(cfg), "resolve": self.resolve})
         with mock.patch.multiple(grid, cfg=remembered, _referred_to=self.referred_to):
             try:
                 (job,) = grid.compose_grid(self, self._sweep, [[f"home={NOWHERE}", *overrides]])
@@ -188,7 +189,7 @@ def fit_in_child(jobs: Sequence[Config]) -> None:
     """What a child process runs."""
     cfg.frame()
     torch.set_num_threads(1)
-    from sddlskd.trainer import fit
+    from sddlskd.training.fit import fit
 
     fit(jobs)
 
@@ -251,7 +252,7 @@ def _be_command(
     os.environ.update(environment)
     sys.path[:0] = [str(cwd)]
     sys.argv = [module, *words]
-    sweeps._ask_precheck = precheck.look
+    sweeps.ask_precheck = precheck.report
     pool.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[assignment]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

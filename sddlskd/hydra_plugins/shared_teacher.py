@@ -111,8 +111,8 @@ class SharedTeacherLauncher(Launcher):
                         empty.rmdir()
 
     def _launch(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        from sddlskd.grid import compose_grid
         from sddlskd.sweeps import run_sweep
+        from sddlskd.sweeps.grid import compose_grid
 
         if self.config.sweep.jobs:
             lines = [line.split() for line in self.config.sweep.jobs]
@@ -134,7 +134,7 @@ class SharedTeacherLauncher(Launcher):
         ]
 
     def _pool(self) -> Any:
-        from sddlskd.pool import Pool
+        from sddlskd.sweeps.pool import Pool
 
         devices = (
             OmegaConf.to_container(self.devices)

@@ -41,7 +41,7 @@ class SlurmLauncher(SharedTeacherLauncher):
         max_group_size: largest number of jobs that a task trains side by side; None for no limit.
         submitit_folder: not used; hydra-submitit-launcher's own launcher has this option.
         max_num_timeout: not used; hydra-submitit-launcher's own launcher has this option.
-        **options: options of `sddlskd.slurm.Slurm`.
+        **options: options of `sddlskd.sweeps.slurm.Slurm`.
     """
 
     def __init__(
@@ -59,6 +59,6 @@ class SlurmLauncher(SharedTeacherLauncher):
         }
 
     def _pool(self) -> Any:
-        from sddlskd.slurm import Slurm
+        from sddlskd.sweeps.slurm import Slurm
 
         return Slurm(**self.options)

@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from sddlskd.data import DeviceData, Images, fake
+from sddlskd.data.device import DeviceData
+from sddlskd.datasets.arrays import Images, fake
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 REPEATS = 5

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
-from sddlskd.build import build_network, build_run
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.losses import kd
 from sddlskd.record import Record
-from sddlskd.run import Run
-from sddlskd.teacher import Teacher
+from sddlskd.training.build import build_network, build_run
+from sddlskd.training.run import Run
+from sddlskd.training.teacher import Teacher
 
 REPEATS = 7
 BATCH_SIZE = 64
@@ -70,7 +70,7 @@ def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
 def setting(folder: Path) -> tuple[Teacher, Run, nn.Module, Tensor, Tensor]:
     """Teacher, run, a student alone, images and labels."""
     cfg.frame()
-    with initialize_config_module("sddlskd.conf", version_base="1.3"):
+    with initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
         overrides = ["dataset=fake", "tracking=none", f"home={folder}", "trainer=cpu"]
         job = cfg.resolve(compose("config", overrides))
     device = torch.device("cpu")

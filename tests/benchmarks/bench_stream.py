@@ -31,9 +31,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from sddlskd.datasets import Files, image_folder
-from sddlskd.decoding import Job, View, decode
-from sddlskd.streaming import StreamedData
+from sddlskd.data.decoding import ImageTransform, Job, decode
+from sddlskd.data.streaming import StreamedData
+from sddlskd.datasets.arrays import Files
+from sddlskd.datasets.folders import image_folder
 from tests.photographs import class_folders
 
 IMAGES, BATCH_SIZE, SIZE, REPEATS = 256, 64, 224, 5
@@ -46,7 +47,7 @@ def jpeg_alone(job: Job) -> None:
 
 
 def whole_job(job: Job) -> None:
-    decode(job, View(SIZE))
+    decode(job, ImageTransform(SIZE))
 
 
 def serve(work: Callable[[Job], None], connection: Connection) -> None:
@@ -138,7 +139,7 @@ def measure(folder: Path, workers: int) -> None:
     assert isinstance(files, Files)
     data = StreamedData(
         image_folder(str(folder)), num_classes=1, batch_size=BATCH_SIZE, seed=0, device="cpu", mean=MEAN, std=STD,
-        view=View(SIZE), workers=workers,
+        view=ImageTransform(SIZE), workers=workers,
     )  # fmt: skip
     stream, steps = steady(data), IMAGES // BATCH_SIZE
     usual: Any = transforms.Compose(

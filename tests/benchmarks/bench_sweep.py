@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 
 from sddlskd import config as cfg
-from sddlskd.build import build_data, build_network, build_run
-from sddlskd.checkpoint import load_weights
 from sddlskd.config import Config
+from sddlskd.files.checkpoint import load_weights
 from sddlskd.record import Record, freeze, write_text
-from sddlskd.run import Run
-from sddlskd.teacher import Teacher
-from sddlskd.teacher_cache import TeacherCache
-from sddlskd.trainer import fit
+from sddlskd.training.build import build_data, build_network, build_run
+from sddlskd.training.fit import fit
+from sddlskd.training.run import Run
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_cache import TeacherCache
 from tests.benchmarks.bench_step import in_turn, ratio
 
 BATCH_SIZE = 64
@@ -58,7 +58,7 @@ def sharing() -> None:
     device = torch.device("cpu")
     with (
         tempfile.TemporaryDirectory() as folder,
-        initialize_config_module("sddlskd.conf", version_base="1.3"),
+        initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"),
     ):
         jobs = [
             job_of(Path(folder), student, M, seed) for seed in range(4) for student, M in STUDENTS
@@ -121,18 +121,17 @@ def sharing() -> None:
 
 PLANNING = """
 import json, sys, time, resource
-from importlib.resources import files
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from sddlskd import config as cfg
-from sddlskd.grid import compose_grid
-from sddlskd.outcome import state_of
+from sddlskd.sweeps.grid import compose_grid
+from sddlskd.sweeps.outcome import state_of
 from sddlskd.sweeps import _look_ahead, groups_of
 from pathlib import Path
 started = time.perf_counter()
 cfg.frame()
-loader = ConfigLoaderImpl(create_config_search_path(str(files("sddlskd.conf"))))
+loader = ConfigLoaderImpl(create_config_search_path(str(cfg.conf_folder())))
 sweep = loader.load_configuration("config", ["dataset=fake"], RunMode.MULTIRUN)
 students = ("shufflev1", "mobilev2")
 grid = [["dataset=fake", f"home={sys.argv[1]}", f"student={s}", f"M={M}", f"seed={n}"]
@@ -179,7 +178,7 @@ def restart() -> None:
     """Print how long a sweep of a thousand finished jobs takes to find that nothing is to do."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sddlskd.train", "-m", *RESTARTED, f"home={folder}"]
-        with initialize_config_module("sddlskd.conf", version_base="1.3"):
+        with initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
             for student in ("shufflev1", "mobilev2"):
                 overrides = [
                     "dataset=fake",
@@ -189,7 +188,7 @@ def restart() -> None:
                 ]
                 job = cfg.resolve(compose("config", overrides))
                 for M, seed in itertools.product(([1], [1, 2, 4]), range(250)):
-                    one = cfg.settle(replace(job, M=M, seed=seed))
+                    one = cfg.normalise(replace(job, M=M, seed=seed))
                     one.run_dir = str(Path(folder, "runs", cfg.run_name(one)))
                     freeze(one)
                     done = {
@@ -221,7 +220,7 @@ def rounding() -> None:
     ]
     with (
         tempfile.TemporaryDirectory() as folder,
-        initialize_config_module("sddlskd.conf", version_base="1.3"),
+        initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"),
     ):
         job = cfg.resolve(
             compose(

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from sddlskd import checkpoint, record, tracking, tracking_uri
+from sddlskd import record, tracking
 from sddlskd.config import Config
+from sddlskd.files import checkpoint
+from sddlskd.tracking import uri as tracking_uri
 from tests.crashing import Crash, ended, fit_again, forked, ready
 from tests.tiny import net, processes, rows, same, same_outcome, tiny
 

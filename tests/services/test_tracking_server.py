@@ -28,13 +28,14 @@ from typing import Any
 import pytest
 
 from sddlskd import config as cfg
-from sddlskd import record, tracking, tracking_uri
+from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FINISHED, RUNNING, Record
-from sddlskd.run import Run
 from sddlskd.sweeps import _write_manifest, _write_plan
 from sddlskd.tracking import Mirror
-from sddlskd.trainer import fit
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.training.fit import fit
+from sddlskd.training.run import Run
 from tests.tiny import processes, tiny
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]

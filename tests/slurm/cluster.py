@@ -60,6 +60,10 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
+# Two of these clusters may run at once on a slow machine: a late answer is no lost task.
+TCPTimeout=20
+MessageTimeout=30
+BatchStartTimeout=60
 MaxArraySize={max_array_size}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

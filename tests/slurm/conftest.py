@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sddlskd import checkpoint, precheck
+from sddlskd.files import checkpoint
 from sddlskd.models import create
+from sddlskd.sweeps import precheck
 from tests.slurm.cluster import Cluster, missing
 
 REPO = Path(__file__).parents[2]
@@ -65,5 +66,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with a teacher, and `tests` importable on the node."""
     monkeypatch.chdir(REPO)
     # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
-    monkeypatch.setattr("sddlskd.sweeps._ask_precheck", precheck.look)
+    monkeypatch.setattr("sddlskd.sweeps.ask_precheck", precheck.report)
+    monkeypatch.setattr("sddlskd.sweeps.slurm.POLL", 0.5)
     return leave_teacher(tmp_path)

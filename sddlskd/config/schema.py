@@ -1,0 +1,301 @@
+"""Typed configuration of a job: keys, types, defaults and units; validation; the job's identity.
+
+Only this module states defaults. The YAML files of conf/ state only what differs from these
+defaults. This module does not import torch, so that `--help` and the planning of a launcher stay
+fast.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+__all__ = ["Config"]
+
+
+NO_TEACHER = "none"
+M_CURE = "give distinct positive integers, such as M=[1,2,4]"
+
+
+def _plumbing(default: Any) -> Any:
+    """Return a field for how a job runs (paths, device, tracking), not for what it computes.
+
+    `config_hash` ignores the field.
+    """
+    return field(default=default, metadata={"identity": False})
+
+
+def _later(default: Any) -> Any:
+    """Return a field for a key that older jobs do not have.
+
+    `config_hash` ignores the field while it has its default value, so that older jobs keep their
+    names.
+    """
+    return field(default=default, metadata={"later": True})
+
+
+class Precision(StrEnum):
+    """Number format of the networks' forward pass."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate over the epochs."""
+
+    step = "step"  # times `decay` at each milestone
+    cosine = "cosine"  # half a cosine down to zero
+    constant = "constant"
+
+
+class Knowledge(StrEnum):
+    """Regions whose loss counts (SDD Table 6)."""
+
+    fusion = "fusion"
+    consistent = "consistent"
+    complementary = "complementary"
+
+
+class Reduction(StrEnum):
+    """Reduction of the distillation loss over regions."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+class CacheDtype(StrEnum):
+    """Number format of the cached teacher maps."""
+
+    # Half the disk space. The rounding error of a value is at most 2^-11 of its size, or 3e-8.
+    float16 = "float16"
+    float32 = "float32"  # the same numbers as without a cache
+
+
+class BadImages(StrEnum):
+    """Policy for image files that cannot be read."""
+
+    fail = "fail"  # stop, naming the file
+    skip = "skip"  # training uses the next image instead, evaluation leaves the image out
+
+
+class IrregularImages(StrEnum):
+    """Policy for images that are not upright RGB as stored."""
+
+    convert = "convert"  # to RGB, in the stored orientation, like torchvision's ImageFolder
+    skip = "skip"
+    fail = "fail"
+
+
+class Rerun(StrEnum):
+    """Jobs of an earlier launch of the sweep that run again."""
+
+    failed = "failed"  # failed, interrupted and new jobs
+    all = "all"  # every job from the start; the old records are set aside
+    none = "none"  # only interrupted and new jobs
+
+
+class Progress(StrEnum):
+    """Display of training progress."""
+
+    auto = "auto"  # live table on a terminal, plain lines elsewhere
+    plain = "plain"
+    off = "off"
+
+
+@dataclass
+class StudentConfig:
+    """The student network and its learning rate."""
+
+    name: str = MISSING  # name of the network in tables
+    # _target_ and its arguments; num_classes is added
+    model: dict[str, Any] = field(default_factory=dict)
+    # Peak learning rate for the papers' SGD (optimizer=sgd); conf/rates.yaml sets it to dataset.lr
+    # by default
+    lr: float = 0.05
+
+
+@dataclass
+class TeacherConfig(StudentConfig):
+    """The teacher network, its weights file, its map cache and how to train it if it is missing."""
+
+    checkpoint: str | None = None  # weights file; null: <home>/teachers/<dataset>/<name>.pt
+    # Folder that keeps the teacher's maps for this and later sweeps; null: no cache
+    cache: str | None = _plumbing(None)
+    cache_dtype: CacheDtype = CacheDtype.float16  # number format of the cached maps
+    train_if_missing: bool = _plumbing(False)  # train the teacher first if its file is missing
+    train_epochs: int = _plumbing(240)  # epochs of that training
+    train_seed: int = _plumbing(0)  # seed of that training
+
+
+@dataclass
+class DistillerConfig:
+    """The training loss of a student: distillation loss, weights and options of SDD."""
+
+    name: str = MISSING  # name of the loss in tables
+    # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: no distillation loss
+    loss: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 4.0  # divides the logits
+    ce_weight: float = 1.0  # weight of the cross-entropy with the labels
+    kd_weight: float = 1.0  # weight of the distillation loss
+    # Epochs over which kd_weight rises linearly; 1: full weight from the first epoch
+    warmup_epochs: int = 1
+    knowledge: Knowledge = Knowledge.fusion  # which regions teach (SDD Table 6)
+    # Over regions: mean as in SDD's code, sum as in its Eq. 9
+    reduction: Reduction = Reduction.mean
+
+
+@dataclass
+class DatasetConfig:
+    """The data set, its preprocessing, and the defaults that it gives to other groups."""
+
+    name: str = MISSING  # name of the data set in tables
+    # _target_ and arguments of () -> Splits. The identity ignores the argument `root` if it equals
+    # dataset.root.
+    load: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"place": "root"},
+    )
+    root: str = _plumbing("data")  # folder of the files
+    num_classes: int = MISSING  # number of classes
+    mean: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
+    std: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
+    padding: int = 4  # pixels of zero padding before the random crop; 0: no crop
+    flip: bool = True  # mirror half of the images
+    # Fraction of the training split held out for validation; 0: validate on the test split, as in
+    # the papers
+    val_fraction: float = 0.0
+    # The keys from here to pixel_limit apply only to data sets of image files
+    # (sddlskd/data/streaming.py).
+    size: int = _later(224)  # side of the networks' input, in pixels
+    # Least and largest fraction of the image area that a random crop covers
+    crop_area: list[float] = field(default_factory=lambda: [0.08, 1.0], metadata={"later": True})
+    # Side of the centre square for evaluation, as a fraction of the shorter side; 1: the full side
+    centre: float = _later(0.875)
+    # Rotate images according to their EXIF orientation; false: keep the stored orientation
+    upright: bool = _later(False)
+    # Files that cannot be read. (RUF009 is a false alarm: `_later` returns a dataclass field.)
+    bad_images: BadImages = _later(BadImages.fail)  # noqa: RUF009
+    # Images that are not upright RGB as stored
+    irregular_images: IrregularImages = _later(IrregularImages.convert)  # noqa: RUF009
+    # Pixels above which an image counts as bad, according to its header
+    pixel_limit: int = _later(100_000_000)
+    # Worker processes that decode images; 0: decode in the training process; null: one per core
+    # that this rank may use, at most 16 (decoding.default_workers)
+    workers: int | None = _plumbing(None)
+    epochs: int = 240  # default of trainer.epochs and teacher.train_epochs
+    batch_size: int = _plumbing(64)  # default of trainer.batch_size, in images
+    # Default of student.lr and teacher.lr; null: the value for CIFAR-100 (conf/rates.yaml)
+    lr: float | None = _plumbing(None)
+    weight_decay: float = _plumbing(5e-4)  # default weight decay of the papers' SGD
+    # Default milestones of the papers' SGD
+    milestones: list[float] = field(
+        default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
+    )
+    # Stem of this package's CIFAR networks: small for images of 32 pixels, large for images of 224
+    stem: str = _plumbing("small")
+    train_teachers: bool = _plumbing(False)  # default of teacher.train_if_missing
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = MISSING
+    # _target_ and its arguments, without params and lr
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.05  # peak learning rate
+    schedule: Schedule = Schedule.step  # how the learning rate falls
+    # As fractions of trainer.epochs
+    milestones: list[float] = field(default_factory=lambda: [0.625, 0.75, 0.875])
+    decay: float = 0.1  # factor at each milestone
+    warmup_epochs: float = 0.0  # epochs over which the learning rate rises linearly from zero
+    clip_norm: float | None = None  # largest gradient norm; null: no clipping
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop: length, batches, device, processes and precision."""
+
+    epochs: int = 240  # passes over the training images
+    batch_size: int = 64  # images
+    eval_batch_size: int = 500  # images
+    max_steps: int | None = None  # batches per epoch, for quick trials; null: all
+    # Seed of batches and augmentation; null: `seed`. Jobs with the same data_seed see the same
+    # batches and share the teacher, so they differ only in their initialisation.
+    data_seed: int | None = None
+    device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
+    devices: int = _plumbing(1)  # processes (one per GPU) that share each batch
+    # Seconds that one of several processes waits for another before it gives up
+    timeout_s: float = _plumbing(600.0)
+    # Of the networks' forward pass; losses are always float32
+    precision: Precision = Precision.fp32
+    compile: bool = False  # torch.compile the networks
+    log_every: int = _plumbing(50)  # steps between two readings of the loss
+    # RUF009 is a false alarm: `_plumbing` returns a dataclass field.
+    progress: Progress = _plumbing(Progress.auto)  # noqa: RUF009
+
+
+@dataclass
+class CheckpointConfig:
+    """Frequency of checkpoints."""
+
+    # Minutes between checkpoints within an epoch; every epoch ends with a checkpoint
+    every_minutes: float = _plumbing(10.0)
+
+
+@dataclass
+class TrackingConfig:
+    """Mirroring of runs to MLflow."""
+
+    enabled: bool = _plumbing(True)  # mirror runs to MLflow
+    uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path
+    experiment: str = _plumbing("sddlskd")  # MLflow experiment
+    # Continue without MLflow if it is unreachable; `sync` delivers the runs later
+    offline: bool = _plumbing(False)
+    # Keep logits, region predictions and features on the test split, for figures
+    predictions: bool = _plumbing(False)
+    experiment_id: str | None = _plumbing(None)  # set by the launching process
+    parent_run_id: str | None = _plumbing(None)  # run id of the sweep, set by the launching process
+
+
+@dataclass
+class SweepConfig:
+    """A sweep: its name, its extra jobs and which jobs run again."""
+
+    # Tag `sweep` of every run; null: named after the swept overrides
+    name: str | None = _plumbing(None)
+    # Jobs that do not form a grid: one entry per job with its overrides, such as
+    # "pair=vgg13_vgg8 scales=two". They are crossed with the swept overrides.
+    jobs: list[str] = field(default_factory=list, metadata={"identity": False})
+    plan: bool = _plumbing(False)  # print what the sweep would do, and do nothing
+    # Which jobs of an earlier launch run again. (RUF009 is a false alarm.)
+    rerun: Rerun = _plumbing(Rerun.failed)  # noqa: RUF009
+
+
+@dataclass
+class Config:
+    """All settings of a job."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    distiller: DistillerConfig = field(default_factory=DistillerConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    # Scales: each m in M divides the logit maps into m x m regions
+    M: list[int] = field(default_factory=lambda: [1])
+    standardize: bool = False  # z-score the logits of each region (LSKD)
+    complementary_weight: float = 2.0  # weight of complementary regions (SDD's beta)
+    # Seed of the initialisation, and of the batches unless trainer.data_seed is given
+    seed: int = 0
+    # Whether _target_ may name code outside of targets.PACKAGES (this package, torch, torchvision
+    # and timm)
+    allow_foreign_targets: bool = _plumbing(False)
+    home: str = _plumbing(".")  # folder of data/, teachers/, runs/ and mlflow.db
+    run_dir: str = _plumbing("")  # folder of this run's record

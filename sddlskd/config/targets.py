@@ -1,0 +1,174 @@
+"""Checks of the code that a configuration names by `_target_`, and the only place that calls it.
+
+A configuration is data: it comes from files, sweeps and other people's run directories. Its targets
+must belong to this package, torch, torchvision or timm. Of these packages, only networks, losses,
+optimizers and data sets are allowed. A dotted path leads through attributes
+(`sddlskd.files.atomic.os.remove`), so the check looks at the object that the path resolves to.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from hydra.utils import get_object
+from hydra.utils import instantiate as hydra_instantiate
+
+__all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations"]
+
+PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
+# Modules that an allowed subclass of nn.Module may come from.
+NETWORKS = (
+    "sddlskd.models.",
+    "torch.nn.",
+    "torchvision.",
+    "timm.",
+)
+FACES = ("sddlskd.datasets", "sddlskd.losses", "sddlskd.models")
+"""Modules whose public functions (`__all__`) a configuration may call."""
+
+_OF_FOLDERS = ("cub200", "imagenet", "tiny_imagenet")
+RENAMED = {f"sddlskd.folders.{name}": f"sddlskd.datasets.{name}" for name in _OF_FOLDERS}
+"""Targets that moved, first name -> name of today: frozen jobs and hashes keep first names."""
+_FIRST_NAMES = {new: old for old, new in RENAMED.items()}
+
+
+class ForeignTarget(ValueError):
+    """A target outside of `PACKAGES` that `allow_foreign_targets` does not allow."""
+
+
+def check_names(node: Any, key: str, allow_foreign: bool) -> None:
+    """Raise ValueError if a `_target_` anywhere in `node` is not from `PACKAGES`.
+
+    Args:
+        node: Values of a configuration: nested dicts, lists and plain values.
+        key: Dotted key of `node`, for the message.
+        allow_foreign: Whether targets may name code outside of `PACKAGES`.
+
+    Raises:
+        ForeignTarget: If a target is not from `PACKAGES` and `allow_foreign` is false.
+        ValueError: If a target is not a dotted name, or if a text could still become a target
+            (`refuse_interpolations`). The message is one line.
+    """
+    refuse_interpolations(node, key)
+    for place, target in _targets(node, key):
+        if not isinstance(target, str) or not target:
+            raise ValueError(
+                f"{place}={target!r} is not a dotted name; give one such as sddlskd.models.create"
+            )
+        if not allow_foreign and not _is_ours(target):
+            raise ForeignTarget(
+                f"{place}={target!a} is not from {', '.join(PACKAGES)}; if it is your own code, or "
+                "code that you trust, set allow_foreign_targets=true to run it"
+            )
+
+
+def refuse_interpolations(node: Any, key: str) -> None:
+    """Raise ValueError if resolved values still contain a "${" anywhere.
+
+    Hydra would resolve the text a second time, and the result could be a target that has not been
+    checked. The message is one line; `key` is the dotted key of `node`.
+    """
+    if isinstance(node, dict):
+        for name, value in node.items():
+            refuse_interpolations(name, key)
+            refuse_interpolations(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            refuse_interpolations(value, f"{key}[{i}]")
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(
+            f"{key}={node[:200]!a} holds a '${{', which a resolved value must not hold; take it out"
+        )
+
+
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """Call `hydra.utils.instantiate` if all targets of `node` are allowed, and return its result.
+
+    Targets outside of `PACKAGES` are not checked here: they passed `check_names` when the job was
+    composed. Values must not contain "${", because Hydra would resolve it after the check.
+
+    Args:
+        node: Values of a configuration with a `_target_`.
+        **arguments: Further arguments of `hydra.utils.instantiate`.
+
+    Raises:
+        ValueError: If a target from `PACKAGES` is neither a network, nor an optimizer, nor a public
+            function of `FACES`, or if a value contains "${". Nothing is called before.
+    """
+    refuse_interpolations(node, "")
+    for _, target in _targets(node, ""):
+        if _is_ours(target):
+            _check_kind(target)
+    return hydra_instantiate(node, **arguments)
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every `_target_` in nested dicts and lists."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            place = f"{key}.{name}".lstrip(".")
+            yield from [(place, value)] if name == "_target_" else _targets(value, place)
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from _targets(value, f"{key}[{i}]")
+
+
+def with_names_of_today(node: Any) -> Any:
+    """Return `node` with each `_target_` that moved under its name of today."""
+    return _with_targets(node, RENAMED)
+
+
+def with_first_names(node: Any) -> Any:
+    """Return `node` with each `_target_` that moved under its first name, which hashes use."""
+    return _with_targets(node, _FIRST_NAMES)
+
+
+def _with_targets(node: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(node, dict):
+        return {
+            key: names.get(value, value)
+            if key == "_target_" and isinstance(value, str)
+            else _with_targets(value, names)
+            for key, value in node.items()
+        }
+    if isinstance(node, list):
+        return [_with_targets(value, names) for value in node]
+    return node
+
+
+def _functions() -> Iterator[Any]:
+    """Yield the functions that a configuration may call."""
+    for face in FACES:
+        module = import_module(face)
+        yield from (getattr(module, name) for name in module.__all__)
+
+
+def _is_ours(target: str) -> bool:
+    return target.partition(".")[0] in PACKAGES
+
+
+def _check_kind(target: str) -> None:
+    """Raise ValueError unless `target` is an allowed network, optimizer or function."""
+    from torch import nn, optim  # slow to import, and `check_names` does not need it
+
+    cure = (
+        "name a network, an optimizer, or a function of sddlskd.models, sddlskd.losses or "
+        "sddlskd.datasets"
+    )
+    if any(part.startswith("_") for part in target.split(".")):
+        raise ValueError(f"_target_={target} is private; {cure}")
+    try:
+        found = get_object(target)
+    except Exception as error:  # an import along the path may raise anything
+        raise ValueError(
+            f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}"
+        ) from error
+    origin = f"{found.__module__}." if isinstance(found, type) or inspect.isfunction(found) else ""
+    if isinstance(found, type):
+        allowed = issubclass(found, nn.Module) and origin.startswith(NETWORKS)
+        allowed |= issubclass(found, optim.Optimizer) and origin.startswith("torch.optim.")
+    else:
+        allowed = any(found is function for function in _functions())
+    if not allowed:
+        raise ValueError(f"_target_={target} is not allowed in a configuration; {cure}")

@@ -1,0 +1,19 @@
+"""Batches: a data set that is resident on the device, or one that is streamed from image files."""
+
+from sddlskd.data.device import DeviceData
+from sddlskd.data.streaming import StreamedData
+from sddlskd.datasets import Files, Images, Splits, cifar100, digits, fake, fashion_mnist
+from sddlskd.files.download import DownloadError
+
+__all__ = [
+    "DeviceData",
+    "DownloadError",
+    "Files",
+    "Images",
+    "Splits",
+    "StreamedData",
+    "cifar100",
+    "digits",
+    "fake",
+    "fashion_mnist",
+]

@@ -1,0 +1,492 @@
+"""Decode image files to uint8 pixels of one size, in worker processes.
+
+If an image cannot be decoded or is out of the ordinary, the result says why.
+
+Shapes: N files, B images decoded together, P places of the ring buffer (one chunk each), H W C
+pixel rows, columns and channels.
+
+Pillow decodes and torch resizes: for a crop of 370x275 to 224x224, torch takes a third of Pillow's
+time. The result differs from Pillow's by one level of 255, rarely by two. A JPEG is decoded at 1/2,
+1/4 or 1/8 of its size if a random crop then still has at least twice as many pixels per side as it
+needs. A worker is a fork made by torch's DataLoader. It holds no data set: it is told what to
+decode, and it returns the pixels in shared memory.
+"""
+
+import ctypes
+import itertools
+import math
+import mmap
+import os
+import random
+import signal
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sddlskd.terminal.meter import meter
+
+__all__ = [
+    "CHUNK",
+    "Chunk",
+    "Fault",
+    "ImageTransform",
+    "Job",
+    "Unreadable",
+    "decode",
+    "decode_all",
+    "decoded",
+    "default_workers",
+]
+
+CHUNK = 16  # images that a worker decodes per request
+RATIO = (3 / 4, 4 / 3)  # range of width / height of a random crop
+PIXEL_LIMIT = 100_000_000  # default limit of an image's pixels
+MOST_WORKERS = 16  # limit of the default number of workers
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+NAMED = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+KINDS = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "alpha",
+    "RGBA": "alpha",
+    "P": "palette",
+    "PA": "palette",
+}
+_ORIENTATION = 0x0112  # EXIF tag of the orientation; its value is 1 for upright
+_PR_SET_PDEATHSIG = 1
+
+
+class Unreadable(ValueError):
+    """An image file that cannot be decoded; the message says why."""
+
+
+class ImageTransform(NamedTuple):
+    """The crop to make of every image.
+
+    Attributes:
+        size: side of the square result in pixels.
+        area: range of the fraction of the image's area that a random crop takes.
+        centre: side of the centre crop, as a fraction of the image's shorter side.
+        pixel_limit: largest number of pixels of an image. A larger image is refused after its
+            header is read, before it is decoded.
+        upright: whether to turn the image as its EXIF orientation says.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.08, 1.0)
+    centre: float = 0.875
+    pixel_limit: int = PIXEL_LIMIT
+    upright: bool = False
+
+
+class Job(NamedTuple):
+    """One image to decode.
+
+    Attributes:
+        path: path of the image file.
+        draw: text that seeds the random crop; None for the centre crop.
+    """
+
+    path: str
+    draw: str | None
+
+
+class Fault(NamedTuple):
+    """A fault or peculiarity of one image of a chunk.
+
+    Attributes:
+        place: index of the image in the chunk.
+        why: the fault if `bad` is true, else the peculiarity.
+        bad: whether the image has no pixels.
+    """
+
+    place: int
+    why: str
+    bad: bool
+
+
+class Chunk(NamedTuple):
+    """Images that were decoded together.
+
+    Attributes:
+        pixels_BHWC: pixels, uint8; the images of bad files are black.
+        faults: faults and peculiarities of the images.
+    """
+
+    pixels_BHWC: Tensor
+    faults: list[Fault]
+
+
+def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
+    """Return a square crop of an image file, and the peculiarities of the image.
+
+    A random crop takes `view.area` of the image at a width / height in RATIO, as torchvision's
+    RandomResizedCrop does. The centre crop is torchvision's Resize(size / centre) and
+    CenterCrop(size). Both are bilinear and antialiased. Grey, palette and CMYK images become RGB,
+    alpha is dropped, and 16 bits become 8. The image is taken as it is stored, and its EXIF
+    orientation is ignored unless `view.upright` is set. All of this but the 16 bits is as in
+    torchvision's ImageFolder.
+
+    Args:
+        job: file to decode and kind of crop.
+        view: size of the crop and limits.
+
+    Returns:
+        uint8 pixels of shape (size, size, 3), and the peculiarities, each as a short text.
+
+    Raises:
+        Unreadable: if the file cannot be decoded.
+    """
+    with _open_image(job.path) as file:
+        try:
+            with warnings.catch_warnings(), _without_pillows_limit():
+                # Pillow warns of unusual EXIF data and palettes.
+                warnings.simplefilter("ignore")
+                return _decode(file, job, view)
+        except (Unreadable, MemoryError):
+            raise
+        except Exception as error:  # a damaged file can raise any exception
+            reason = str(error).partition("<_io")[0].strip() or "no reason given"
+            raise Unreadable(f"{type(error).__name__}: {reason}") from error
+
+
+def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
+    image: Image.Image = Image.open(file, formats=FORMATS)
+    if math.prod(image.size) > view.pixel_limit:
+        raise Unreadable(
+            f"{image.width}x{image.height} are more than {view.pixel_limit} pixels "
+            "(dataset.pixel_limit)"
+        )
+    odd = _oddities(image, job.path)
+    if view.upright and image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if job.draw is not None:
+        left, top, width, height = random_crop(
+            random.Random(job.draw), image.width, image.height, view.area
+        )
+        full = image.width
+        # Keep twice as many pixels per side as needed, for a good resize.
+        shrink = max(1, min(width, height) // (2 * view.size))
+        # Only JPEG files shrink here, to 1/2, 1/4 or 1/8.
+        image.draft(None, (image.width // shrink, image.height // shrink))
+        # Pillow's resize accepts a box with fractional borders; torch's does not.
+        if (scale := round(full / image.width)) > 1:
+            box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+            return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box)), odd
+        return _resized(
+            _rgb(image.crop((left, top, left + width, top + height))), view.size, view.size
+        ), odd
+    short = round(view.size / view.centre)
+    width, height = _with_shorter_side(short, image.width, image.height)
+    # A narrow strip of few pixels, such as 1x6000, becomes very large.
+    if width * height > view.pixel_limit:
+        raise Unreadable(
+            f"{image.width}x{image.height} become {width}x{height} for the centre crop, "
+            f"more than {view.pixel_limit} pixels (dataset.pixel_limit)"
+        )
+    whole_HWC = _resized(_rgb(image), width, height)
+    top, left = round((height - view.size) / 2), round((width - view.size) / 2)
+    return whole_HWC[top : top + view.size, left : left + view.size], odd
+
+
+def random_crop(
+    draw: random.Random, width: int, height: int, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Return a random crop: the first of ten tries that fits, else the largest crop in the centre.
+
+    Source: torchvision.transforms.RandomResizedCrop.get_params. The function calls no method of
+    `draw` but `random()`, because Python guarantees that its numbers stay the same.
+
+    Args:
+        draw: source of random numbers.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        area: range of the fraction of the image's area that the crop takes.
+
+    Returns:
+        (left, top, width, height) of the crop in pixels.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * draw.random()
+
+    for _ in range(10):
+        pixels = width * height * uniform(*area)
+        ratio = math.exp(uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw.random() * (width - w + 1)), int(draw.random() * (height - h + 1)), w, h
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _with_shorter_side(short: int, width: int, height: int) -> tuple[int, int]:
+    """Return the (width, height) of an image resized so that its shorter side is `short` pixels.
+
+    The longer side is rounded as torchvision does.
+    """
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def _resized(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
+    if pixels_HWC.shape[:2] == (height, width):
+        return pixels_HWC
+    # The permuted tensor is channels_last, and so is the resized one.
+    x_1CHW = pixels_HWC[None].permute(0, 3, 1, 2)
+    return F.interpolate(x_1CHW, (height, width), mode="bilinear", antialias=True).permute(
+        0, 2, 3, 1
+    )[0]
+
+
+def _rgb(image: Image.Image) -> Tensor:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        grey_HW = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(grey_HW)[..., None].repeat(1, 1, 3)
+    if image.mode == "F":
+        raise Unreadable("its pixels are floating-point numbers")
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+
+
+def _oddities(image: Image.Image, path: str) -> list[str]:
+    """Return the peculiarities that distinguish an image from an ordinary RGB photograph."""
+    odd = (
+        []
+        if image.mode == "RGB"
+        else [KINDS.get(image.mode, "16 bits" if image.mode[0] == "I" else image.mode)]
+    )
+    if "transparency" in image.info and image.mode != "P":
+        odd.append("alpha")
+    if "exif" in image.info and (orientation := image.getexif().get(_ORIENTATION, 1)) != 1:
+        odd.append(f"EXIF orientation {orientation}")
+    named = NAMED.get(os.path.splitext(path)[1].lower(), image.format)
+    if image.format not in (named, "MPO"):
+        odd.append(f"{image.format} named as {named}")
+    return odd
+
+
+@contextmanager
+def _open_image(path: str) -> Iterator[IO[bytes]]:
+    """Open a regular file that is not empty. Raise Unreadable for anything else.
+
+    A pipe or a device is refused at once: the call does not wait for its data.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+        os.close(descriptor)
+        raise Unreadable(
+            "the file is empty" if stat.S_ISREG(found.st_mode) else "it is not a regular file"
+        )
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Turn off Pillow's own pixel limit, because `ImageTransform.pixel_limit` is checked instead.
+
+    Pillow has one limit for the whole process, and it warns before it refuses an image.
+    """
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
+    """The work of a worker process, which writes the decoded pixels to the ring buffer.
+
+    An item is (place in the ring, jobs); its result is (that place, number of jobs, faults).
+    """
+
+    def __init__(self, view: ImageTransform, ring_PBHWC: Tensor) -> None:
+        self.view, self.ring_PBHWC = view, ring_PBHWC
+
+    def __getitem__(self, item: tuple[int, Sequence[Job]]) -> tuple[int, int, list[Fault]]:
+        place, jobs = item
+        faults = []
+        for n, job in enumerate(jobs):
+            try:
+                self.ring_PBHWC[place, n], odd = decode(job, self.view)
+                faults += [Fault(n, why, bad=False) for why in odd]
+            except Unreadable as error:
+                self.ring_PBHWC[place, n] = 0
+                faults.append(Fault(n, str(error), bad=True))
+        return place, len(jobs), faults
+
+
+def default_workers(ranks: int = 1) -> int:
+    """Return the number of worker processes for one of `ranks` ranks, at least 1.
+
+    The cores that this process may use (on SLURM, the cores of its task) are divided by the number
+    of ranks on its machine, with at most MOST_WORKERS per rank. If each rank is a task of SLURM,
+    the rank has all cores of its task.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    sharing = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    if of_task := int(os.environ.get("SLURM_CPUS_PER_TASK", 0)):
+        cores = of_task
+        sharing = 1 if int(os.environ.get("SLURM_NTASKS", 1)) > 1 else sharing
+    return max(1, min(MOST_WORKERS, cores // sharing))
+
+
+def decoded(
+    chunks: Iterable[Sequence[Job]], view: ImageTransform, *, workers: int, ahead: int = 2
+) -> Generator[Chunk]:
+    """Decode chunks of images in worker processes, and yield the results in order.
+
+    The iterator stops the workers when it ends.
+
+    Args:
+        chunks: jobs of each chunk, at most CHUNK. This process iterates over them.
+        view: crop to make of every image.
+        workers: number of worker processes; 0 to decode in this process.
+        ahead: number of chunks that are read in advance for each worker.
+
+    Yields:
+        Chunks. The pixels of a chunk are valid until the next chunk is asked for.
+
+    Raises:
+        ChildProcessError: if a worker process dies.
+    """
+    # The workers inherit the ring buffer and write to it, so that no pixels are sent. Its memory is
+    # anonymous: it takes no space in /dev/shm, which containers keep small, and it cannot be left
+    # behind. It holds all chunks that are being decoded, and the one in use.
+    shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)
+    # The first caller may be an evaluation, in inference mode, and the next one training. A tensor
+    # made in inference mode could not be written to then.
+    with torch.inference_mode(False):
+        ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(
+            shape
+        )
+    with warnings.catch_warnings():
+        # torch warns if there are more workers than cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _Decoder(view, ring_PBHWC),
+            batch_size=None,
+            sampler=zip(itertools.cycle(range(len(ring_PBHWC))), chunks),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
+            # Its own generator, so that the loader does not advance that of the process.
+            generator=torch.Generator(),
+            worker_init_fn=_Start(os.getpid()) if workers else None,
+            multiprocessing_context="fork" if workers else None,
+        )
+        before = signal.getsignal(signal.SIGCHLD)
+        # The workers inherit the mask, so that SIGTERM is blocked in all their threads: see _Start.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            stream = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # Restore the previous handler for SIGCHLD. If a worker dies, torch's handler would raise in the
+    # middle of whatever the trainer does. Without its handler, torch still looks for dead workers
+    # every five seconds while it waits for one.
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        for place, count, faults in stream:
+            yield Chunk(ring_PBHWC[place, :count], faults)
+    except (RuntimeError, OSError, EOFError) as error:  # torch's errors for a dead worker
+        raise ChildProcessError(
+            f"a process that decodes images is lost ({error}); "
+            f"if memory ran out, lower dataset.workers={workers}"
+        ) from error
+
+
+def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None = None) -> Tensor:
+    """Decode all these files to images held in memory: the centre square of each, resized.
+
+    Args:
+        paths: paths of the image files.
+        size: side of the resized square in pixels.
+        what: name of the images on the progress meter.
+        workers: number of worker processes; 0 to decode in this process, None for
+            `default_workers`.
+
+    Returns:
+        images_NHWC of shape (N, size, size, 3), uint8.
+
+    Raises:
+        ValueError: if a file cannot be decoded; the message names the first such file.
+    """
+    images_NHWC = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
+    jobs = [Job(path, None) for path in paths]
+    firsts = range(0, len(jobs), CHUNK)
+    workers = default_workers() if workers is None else workers
+    chunks = decoded(
+        (jobs[n : n + CHUNK] for n in firsts), ImageTransform(size, centre=1.0), workers=workers
+    )
+    with meter(what, len(paths), "images") as show:
+        for first, chunk in zip(firsts, chunks, strict=True):
+            for fault in chunk.faults:
+                if fault.bad:
+                    raise ValueError(
+                        f"{paths[first + fault.place]}: {fault.why}; "
+                        "put the right file there, or remove it"
+                    )
+            images_NHWC[first : first + CHUNK] = chunk.pixels_BHWC
+            show(first + len(chunk.pixels_BHWC))
+    return images_NHWC
+
+
+def _as_it_is(done: Any) -> Any:
+    return done
+
+
+class _Start:
+    """The setup of a worker process: which signals it ignores, and when it ends.
+
+    A worker ends if its parent dies or sends it SIGTERM. It ignores the other signals of a job and
+    leaves them to the parent: a terminal and SLURM signal all processes of a job, and the parent
+    needs the workers until it has saved. Only `sigwaitinfo` tells who sent a signal. On systems
+    other than Linux, a SIGTERM from any process ends a worker.
+    """
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+
+    def __call__(self, worker: int) -> None:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            threading.Thread(target=self._heed_parent, daemon=True).start()
+        else:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if os.getppid() != self.parent:
+            os._exit(1)
+
+    def _heed_parent(self) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self.parent:
+            pass
+        os._exit(0)

@@ -1,0 +1,470 @@
+"""Hold a data set on the device as uint8 and make its batches there with tensor functions.
+
+Shapes: N images of the data set, B images of a batch, H W C pixel rows, columns and channels,
+X = W * C values of a pixel row, P positions of a crop. The order, crops and flips of an epoch
+depend on (seed, epoch) alone. Every run with the same seed therefore sees the same batches, and
+resuming a run needs no saved state.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sddlskd.datasets.arrays import Files, Images, Splits
+
+__all__ = ["Batch", "DeviceData", "Draws", "Normalise"]
+__all__ += ["check_labels", "draw_epoch", "held_out", "mirrored", "share_of"]
+
+
+# Images augmented together. Measured: 128 to 512 are equally fast; more do not fit in the cache.
+CHUNK = 256
+Batch = tuple[Tensor, Tensor]  # x_BCHW float32 normalised, y_B int64
+
+
+class Draws(NamedTuple):
+    """The random choices of one epoch: image order, crops and flips.
+
+    Crops and flips belong to the image, not to its position in the order.
+
+    Attributes:
+        order_N: image indices in the order in which the images are shown, int64.
+        top_N: first row of image n's crop in the padded image, int64, 0..2*padding.
+        left_N: first column of image n's crop in the padded image, int64, 0..2*padding.
+        flip_N: whether image n is mirrored left to right after the crop, bool.
+    """
+
+    order_N: Tensor
+    top_N: Tensor
+    left_N: Tensor
+    flip_N: Tensor
+
+
+def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
+    """Return the random choices of one epoch over `size` images.
+
+    The result is the same in every process, for every device and for every batch size.
+
+    Args:
+        seed: seed of the run.
+        epoch: number of the epoch.
+        size: number of images.
+        padding: pixels of the border on each side; a crop starts at row and column 0..2*padding.
+
+    Returns:
+        The draws, one value per image, on the CPU.
+    """
+    digest = hashlib.sha256(f"seed {seed} epoch {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    order_N = torch.randperm(size, generator=generator)
+    flip_N = torch.randint(2, (size,), generator=generator) == 1
+    top_N, left_N = torch.randint(2 * padding + 1, (2, size), generator=generator)
+    return Draws(order_N, top_N, left_N, flip_N)
+
+
+def share_of(count: int, rank: int, ranks: int) -> slice:
+    """Return the slice of a batch of `count` images that one rank trains on.
+
+    The slices of all ranks follow each other in order, and their sizes differ by at most one.
+    BatchNorm needs two images. A batch with fewer than two images per rank is therefore not shared,
+    and every rank takes all of it.
+
+    Args:
+        count: number of images in the batch.
+        rank: number of this rank, from 0.
+        ranks: number of ranks that share the batch.
+
+    Returns:
+        The slice of the batch's images.
+    """
+    if count < 2 * ranks:
+        return slice(0, count)
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
+
+
+class DeviceData:
+    """Training, validation and test batches whose pixels all stay on the device.
+
+    A training image is padded with black pixels, cropped at random to its original size, and
+    mirrored with probability 1/2 if `flip` is set. The padding comes before the normalisation, as
+    torchvision's RandomCrop pads a PIL image, so the normalised border is -mean/std. If several
+    ranks share each batch, this rank gets exactly its `share_of` each training batch, bit for bit,
+    and its share of the validation images. Test batches are not shared.
+
+    Args:
+        splits: training and test split, as pixels.
+        num_classes: number of classes; labels are 0..num_classes-1.
+        batch_size: training images per batch, over all ranks.
+        seed: seed of the order, crops and flips.
+        device: device that holds the pixels and makes the batches.
+        mean: mean per channel, for pixels scaled to 0..1.
+        std: standard deviation per channel, for pixels scaled to 0..1.
+        padding: pixels added on each side of a training image.
+        flip: whether training images are mirrored at random.
+        val_fraction: fraction of each class of the training split that is held out for validation,
+            the same images for every seed. With 0, the test split serves as validation split.
+        eval_batch_size: images per batch of validation and test.
+        rank: number of this rank, from 0.
+        ranks: number of ranks that share each batch.
+
+    Attributes:
+        train_size: number of training images, without the held-out ones.
+        val_size: number of validation images, over all ranks.
+        test_size: number of test images.
+        image_shape: (C, H, W) of an image.
+        steps_per_epoch: number of training batches per epoch.
+
+    Raises:
+        ValueError: if images are not uint8 NHWC of one size, labels are not int64 in
+            0..num_classes-1, a split is empty, the splits are files, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: int = 4,
+        flip: bool = True,
+        val_fraction: float = 0.0,
+        eval_batch_size: int = 500,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        train, test = splits
+        if isinstance(train, Files) or isinstance(test, Files):
+            raise ValueError(
+                "the splits are files; "
+                "give them to sddlskd.data.streaming.StreamedData, or load their pixels"
+            )
+        _check_split("train", train, num_classes, train.images_NHWC.shape[1:])
+        _check_split("test", test, num_classes, train.images_NHWC.shape[1:])
+        height, width, channels = train.images_NHWC.shape[1:]
+        self._device = torch.device(device)
+        self._normalise = Normalise(mean, std, channels, width, self._device)
+        if padding < 0 or eval_batch_size < 1:
+            raise ValueError(
+                f"padding is {padding}, must be at least 0; "
+                f"eval_batch_size is {eval_batch_size}, must be at least 1"
+            )
+
+        train, held_out = (
+            _hold_out(train, val_fraction, num_classes) if val_fraction else (train, test)
+        )
+        self.train_size, self.val_size = len(train.labels_N), len(held_out.labels_N)
+        self.test_size = len(test.labels_N)
+        if not 1 <= batch_size <= self.train_size:
+            raise ValueError(
+                f"batch_size is {batch_size}; "
+                f"give 1..{self.train_size}, the number of training images"
+            )
+        self.image_shape = (channels, height, width)
+        self.steps_per_epoch = math.ceil(self.train_size / batch_size)
+        self._seed, self._padding, self._flip = seed, padding, flip
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._rank, self._ranks = rank, ranks
+
+        self._train_labels_N = train.labels_N.to(self._device)
+        padded_NHWC = F.pad(
+            train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)
+        ).contiguous()
+        self._windows_PHX, self._padded_width = (
+            _windows(padded_NHWC, height, width),
+            width + 2 * padding,
+        )
+        self._padded_pixels = (height + 2 * padding) * self._padded_width
+        self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
+        val = (
+            Images(*(tensor.to(self._device) for tensor in held_out))
+            if val_fraction
+            else self._test
+        )
+        part = share_of(self.val_size, rank, ranks)
+        self._val = Images(*(tensor[part] for tensor in val))
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Return an iterator over the augmented training batches of one epoch.
+
+        Each training image is in one batch of the epoch.
+
+        Args:
+            epoch: number of the epoch.
+            start: number of batches to skip at the beginning of the epoch, to resume it.
+
+        Returns:
+            Batches (x_BCHW, y_B): normalised float32 images in channels_last layout, and int64
+            labels. The last batch holds the remaining images.
+
+        Raises:
+            ValueError: at once, if `start` is outside 0..steps_per_epoch.
+        """
+        if not 0 <= start <= self.steps_per_epoch:
+            raise ValueError(
+                f"start is {start}; give 0..{self.steps_per_epoch}, "
+                "the number of batches of the epoch that are already done"
+            )
+        order_N, top_N, left_N, flip_N = draw_epoch(
+            self._seed, epoch, self.train_size, self._padding
+        )
+        corner_N = (
+            torch.arange(self.train_size) * self._padded_pixels
+            + top_N * self._padded_width
+            + left_N
+        )
+        # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
+        place_N, sizes = self._own(start)
+        order_N = order_N[place_N].to(self._device)
+        corner_N = corner_N.to(self._device)[order_N]
+        flip_N = flip_N.to(self._device)[order_N]
+        return self._chunks(corner_N, flip_N, self._train_labels_N[order_N], sizes)
+
+    @property
+    def views(self) -> int:
+        """Return the number of different views of one image: crops times flips."""
+        return (2 * self._padding + 1) ** 2 * (2 if self._flip else 1)
+
+    def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Yield the view numbers of each batch of `batches(epoch, start)`, int64 on the CPU.
+
+        The number of a view is image * views + view: it says which image is shown, and with which
+        crop and flip.
+        """
+        order_N, top_N, left_N, flip_N = draw_epoch(
+            self._seed, epoch, self.train_size, self._padding
+        )
+        view_N = top_N * (2 * self._padding + 1) + left_N
+        if self._flip:
+            view_N = 2 * view_N + flip_N
+        place_N, sizes = self._own(start)
+        yield from torch.split(
+            (torch.arange(self.train_size) * self.views + view_N)[order_N[place_N]], sizes
+        )
+
+    def _own(self, start: int) -> tuple[Tensor, list[int]]:
+        """Return this rank's positions in the order of an epoch, and their number per batch.
+
+        Both begin at batch `start`.
+        """
+        firsts = range(start * self._batch_size, self.train_size, self._batch_size)
+        batches = [range(first, min(first + self._batch_size, self.train_size)) for first in firsts]
+        shares = [batch[share_of(len(batch), self._rank, self._ranks)] for batch in batches]
+        places = [torch.arange(share.start, share.stop) for share in shares]
+        return torch.cat([torch.arange(0), *places]), [len(share) for share in shares]
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Return an iterator over this rank's validation batches, in order, not augmented.
+
+        The images come from the test split unless `val_fraction` is set.
+        """
+        return self._plain(self._val)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Return an iterator over the official test split's batches, in order, not augmented."""
+        return self._plain(self._test)
+
+    def test_images(self, indices: Sequence[int]) -> Tensor:
+        """Return the raw pixels of the test images with these indices, uint8 NHWC on the CPU."""
+        return self._test.images_NHWC[list(indices)].cpu()
+
+    def _chunks(
+        self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, sizes: list[int]
+    ) -> Iterator[Batch]:
+        # Small batches are made several at a time, with fewer and larger operations. All operations
+        # are elementwise, so the results are the same bits.
+        together, end = max(1, CHUNK * self._ranks // self._batch_size), 0
+        for first in range(0, len(sizes), together):
+            some = sizes[first : first + together]
+            begin, end = end, end + sum(some)
+            x_BCHW = self._augment(corner_N[begin:end], flip_N[begin:end])
+            yield from zip(
+                torch.split(x_BCHW, some), torch.split(labels_N[begin:end], some), strict=True
+            )
+
+    def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
+        channels, height, width = self.image_shape
+        x_BHWC = self._windows_PHX.index_select(0, corner_B).view(-1, height, width, channels)
+        return self._normalise(mirrored(x_BHWC, flip_B) if self._flip else x_BHWC)
+
+    def _plain(self, images: Images) -> Iterator[Batch]:
+        firsts = range(0, len(images.labels_N), self._eval_batch_size)
+        parts = (slice(first, first + self._eval_batch_size) for first in firsts)
+        return (
+            (self._normalise(images.images_NHWC[part]), images.labels_N[part]) for part in parts
+        )
+
+
+def _windows(images_NHWC: Tensor, height: int, width: int) -> Tensor:
+    """Return a view (no copy) of the crops at all P positions of the padded images.
+
+    Window p is the crop, height x (width * channels), whose top left corner is pixel p, counted
+    over the pixels of all images.
+    """
+    count, padded_height, padded_width, channels = images_NHWC.shape
+    corners = count * padded_height * padded_width - (height - 1) * padded_width - width + 1
+    strides = (channels, padded_width * channels, 1)
+    return images_NHWC.as_strided((corners, height, width * channels), strides)
+
+
+def mirrored(x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
+    """Return the images; those that `flip_B` selects are mirrored left to right."""
+    # a ^ ((a ^ b) & mask) selects b under the mask. On the CPU, this selection of bytes is twice
+    # as fast as torch.where.
+    mask_B111 = flip_B.to(torch.uint8).mul_(255)[:, None, None, None]
+    return x_BHWC.flip(2).bitwise_xor_(x_BHWC).bitwise_and_(mask_B111).bitwise_xor_(x_BHWC)
+
+
+class Normalise:
+    """A function that normalises images from uint8 x_BHWC to float32 x_BCHW.
+
+    The result is (pixel / 255 - mean) / std. It is a permuted view, whose layout is channels_last
+    without a copy.
+
+    Args:
+        mean: mean per channel, for pixels scaled to 0..1.
+        std: standard deviation per channel, for pixels scaled to 0..1.
+        channels: number of channels.
+        width: width of the images in pixels.
+        device: device of the images.
+
+    Raises:
+        ValueError: if `mean` or `std` do not have one entry per channel, or if an entry of `std` is
+            not above 0 and finite.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        channels: int,
+        width: int,
+        device: torch.device,
+    ) -> None:
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: "
+                "give one of each per channel"
+            )
+        if not all(value > 0 and math.isfinite(value) for value in std):
+            raise ValueError(
+                f"std is {list(std)}; entries must be above 0: "
+                "give the standard deviation of pixels scaled to 0..1"
+            )
+        # Compute pixel * scale - offset with both repeated along a pixel row, because operations
+        # on three channels at a time are far slower.
+        mean_C, std_C = (
+            torch.tensor(mean, dtype=torch.float64),
+            torch.tensor(std, dtype=torch.float64),
+        )
+        self._scale_X = (1 / (255 * std_C)).float().repeat(width).to(device)
+        self._offset_X = (mean_C / std_C).float().repeat(width).to(device)
+
+    def __call__(self, x_BHWC: Tensor) -> Tensor:
+        """Return normalised float32 images x_BCHW, channels_last, of uint8 images x_BHWC."""
+        x_BHX = x_BHWC.flatten(2).float().mul_(self._scale_X).sub_(self._offset_X)
+        return x_BHX.view(x_BHWC.shape).permute(0, 3, 1, 2)
+
+
+def _hold_out(train: Images, fraction: float, num_classes: int) -> tuple[Images, Images]:
+    """Split `train` into (rest, held out), both in the order of `train`."""
+    held_N = held_out(train.labels_N.cpu(), fraction, num_classes)
+    rest, val = (
+        Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N)
+    )
+    return rest, val
+
+
+def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
+    """Return which training images are held out for validation.
+
+    The choice is random but fixed: it does not depend on the seed of a run.
+
+    Args:
+        labels_N: class of each training image, int64.
+        fraction: fraction of each class to hold out; the number of images is rounded.
+        num_classes: number of classes.
+
+    Returns:
+        A bool mask of shape (N,), true for validation images.
+
+    Raises:
+        ValueError: if `fraction` is outside [0, 1), or if it leaves no training images or no
+            validation images.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(
+            f"val_fraction is {fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth"
+        )
+    generator = torch.Generator().manual_seed(0)
+    held_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in range(num_classes):
+        ids = (labels_N == label).nonzero()[:, 0]
+        held_N[ids[torch.randperm(len(ids), generator=generator)[: round(fraction * len(ids))]]] = (
+            True
+        )
+    if held_N.all() or not held_N.any():
+        held = int(held_N.sum())
+        message = (
+            f"val_fraction is {fraction}, which holds out {held} of {len(held_N)} training images"
+        )
+        raise ValueError(f"{message}: give one that leaves images for training and validation")
+    return held_N
+
+
+def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.Size) -> None:
+    """Raise ValueError unless the split has labelled uint8 images of `image_shape` (H, W, C)."""
+    images, labels = split
+    if (
+        images.dtype != torch.uint8
+        or images.dim() != 4
+        or images.shape[1:] != image_shape
+        or 0 in image_shape
+    ):
+        found = f"{name} images are {images.dtype} {tuple(images.shape)}"
+        raise ValueError(
+            f"{found}; they must be torch.uint8 (N, H, W, C), one size in both splits: "
+            "convert them in the loader"
+        )
+    check_labels(name, labels, len(images), num_classes)
+
+
+def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
+    """Raise ValueError unless the split has images, and one valid label for each.
+
+    Args:
+        name: name of the split, for the message.
+        labels: class of each image; must be int64 in 0..num_classes-1.
+        count: number of images in the split.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: if the split is empty, or if a label is missing, not int64 or out of range.
+    """
+    if labels.dtype != torch.int64 or labels.shape != (count,):
+        found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(
+            f"{found}; they must be torch.int64 ({count},), one per image: "
+            "convert them in the loader"
+        )
+    if len(labels) == 0:
+        raise ValueError(
+            f"{name} holds 0 images; it must hold at least 1: check the loader's files and sizes"
+        )
+    bad = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(bad):
+        index = int(bad[0])
+        found = (
+            f"{name} label {int(labels[index])} at index {index} is outside 0..{num_classes - 1}"
+        )
+        raise ValueError(
+            f"{found}: set num_classes to the number of classes, "
+            "or number the classes from 0 in the loader"
+        )

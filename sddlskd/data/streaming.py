@@ -1,0 +1,451 @@
+"""Stream a data set from the disk: worker processes decode its images when batches need them.
+
+Shapes: N images of a split, B images of a batch, H W C pixel rows, columns and channels. The order,
+crop and flip of an image depend on (seed, epoch, image index) alone. They do not depend on the
+number of workers, the batch size or the number of ranks.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sddlskd.data.decoding import (
+    CHUNK,
+    Chunk,
+    ImageTransform,
+    Job,
+    Unreadable,
+    decode,
+    decoded,
+    default_workers,
+)
+from sddlskd.data.device import (
+    Batch,
+    DeviceData,
+    Draws,
+    Normalise,
+    check_labels,
+    draw_epoch,
+    held_out,
+    mirrored,
+    share_of,
+)
+from sddlskd.datasets.arrays import Files, Splits
+
+__all__ = ["Data", "StreamedData"]
+
+# Give up after this many unusable files in a row: the cause is then not the files themselves.
+IN_A_ROW = 100
+# The log names this many files of each kind of fault; all are counted.
+NAMED = 20
+log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """One piece of a batch: images that are decoded together.
+
+    Attributes:
+        split: "train", "val" or "test".
+        epoch: number of the training epoch; 0 for validation and test.
+        batch: index of the batch in its epoch or split.
+        piece: index of the piece in the batch.
+    """
+
+    split: str
+    epoch: int
+    batch: int
+    piece: int
+
+
+class _Plan:
+    """An endless plan of the images to decode: it predicts what will be asked for next.
+
+    After the rest of an epoch, the plan goes on with the validation batches and the next epoch. The
+    workers therefore have images ready at each change between training and evaluation.
+
+    Iterating yields the jobs of the place `next` and moves `next` on. `sent` holds the places that
+    the workers have been told to decode and that are not yet received, with the image indices of
+    each.
+    """
+
+    def __init__(
+        self,
+        splits: dict[str, Files],
+        seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.splits, self.seed, self.rank, self.ranks = splits, seed, rank, ranks
+        self.sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
+        self.batches = {
+            split: math.ceil(len(files.paths) / self.sizes[split])
+            for split, files in splits.items()
+        }
+        # Index of an unusable training image -> index of the image that replaces it.
+        self.instead: dict[int, int] = {}
+        self.next, self.sent = Place("train", 1, 0, 0), deque[tuple[Place, list[int]]]()
+        self.epoch = 0  # the last training epoch that the plan went through
+
+        @lru_cache(maxsize=2)  # the current epoch and the next one
+        def drawn(epoch: int) -> Draws:
+            return draw_epoch(seed, epoch, len(splits["train"].paths), padding=0)
+
+        self.drawn = drawn
+
+    def __iter__(self) -> Iterator[list[Job]]:
+        while True:
+            place = self.next
+            images = self.piece(place)
+            self.sent.append(
+                (place, [self.instead.get(n, n) if place.split == "train" else n for n in images])
+            )
+            self.next = self._after(place)
+            yield [self.job(place, image) for image in images]
+
+    def ids(self, split: str, epoch: int, batch: int) -> list[int]:
+        """Return the image indices of this rank's share of a batch."""
+        first = batch * self.sizes[split]
+        images = range(len(self.splits[split].paths))[first : first + self.sizes[split]]
+        if split != "train":
+            return list(images)
+        share = share_of(len(images), self.rank, self.ranks)
+        return self.drawn(epoch).order_N[images.start : images.stop][share].tolist()
+
+    def pieces(self, split: str, epoch: int, batch: int) -> int:
+        """Return the number of pieces of a batch."""
+        return math.ceil(len(self.ids(split, epoch, batch)) / CHUNK)
+
+    def piece(self, place: Place) -> list[int]:
+        """Return the image indices of a place."""
+        return self.ids(place.split, place.epoch, place.batch)[place.piece * CHUNK :][:CHUNK]
+
+    def job(self, place: Place, image: int) -> Job:
+        """Return the job that decodes an image of a place, or the image that replaces it."""
+        paths = self.splits[place.split].paths
+        if place.split != "train":
+            return Job(paths[image], None)
+        draw = f"seed {self.seed} epoch {place.epoch} image {image}"
+        return Job(paths[self.instead.get(image, image)], draw)
+
+    def _after(self, place: Place) -> Place:
+        """Return the place to decode next: validation follows training, and training evaluation."""
+        split, epoch, batch, piece = place
+        if piece + 1 < self.pieces(split, epoch, batch):
+            return place._replace(piece=piece + 1)
+        if batch + 1 < self.batches[split]:
+            return Place(split, epoch, batch + 1, 0)
+        if split == "train":
+            self.epoch = epoch
+            return Place("val", 0, 0, 0)
+        return Place("train", self.epoch + 1, 0, 0)
+
+
+class StreamedData:
+    """Training, validation and test batches of image files, with the interface of `DeviceData`.
+
+    A training image is a random crop (see `decoding.decode`) of `view.size` x `view.size` pixels,
+    mirrored with probability 1/2 if `flip` is set. A validation or test image is the centre crop.
+    Images are mirrored and normalised on `device`; all earlier steps run in worker processes.
+
+    Args:
+        splits: training and test split, as files.
+        num_classes: number of classes; labels are 0..num_classes-1.
+        batch_size: training images per batch, over all ranks.
+        seed: seed of the order, crops and flips.
+        device: device of the batches.
+        mean: mean per channel, for pixels scaled to 0..1.
+        std: standard deviation per channel, for pixels scaled to 0..1.
+        view: size and kind of the crops.
+        flip: whether training images are mirrored at random.
+        val_fraction: fraction of each class of the training split that is held out for validation,
+            the same images for every seed. With 0, the test split serves as validation split.
+        eval_batch_size: images per batch of validation and test.
+        workers: number of worker processes; 0 to decode in this process, None for
+            `decoding.default_workers`, which counts the cores.
+        bad: what to do with an image that cannot be read. "fail" raises ValueError when its batch
+            is asked for; the message names the file and the fault. "skip" replaces a training image
+            by the next image of the split that can be read, so that batches keep their size, and
+            leaves a validation or test image out.
+        irregular: what to do with an image that is not upright RGB as stored. "fail" and "skip" do
+            the same as for `bad`. "convert" takes the image as torchvision's ImageFolder does.
+        rank: number of this rank, from 0.
+        ranks: number of ranks that share each batch. A rank reads only its share of the training
+            batches and of the validation images.
+
+    Attributes:
+        train_size: number of training images, without the held-out ones.
+        val_size: number of validation images, over all ranks.
+        test_size: number of test images.
+        image_shape: (C, H, W) of an image.
+        steps_per_epoch: number of training batches per epoch.
+
+    Raises:
+        ValueError: if labels are not int64 in 0..num_classes-1, a split is empty, the splits are
+            pixels, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        view: ImageTransform,
+        flip: bool = True,
+        val_fraction: float = 0.0,
+        eval_batch_size: int = 500,
+        workers: int | None = None,
+        bad: str = "fail",
+        irregular: str = "convert",
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        train, test = splits
+        if not isinstance(train, Files) or not isinstance(test, Files):
+            raise ValueError("the splits hold pixels; give them to sddlskd.data.DeviceData")
+        for name, files in (("train", train), ("test", test)):
+            check_labels(name, files.labels_N, len(files.paths), num_classes)
+        if eval_batch_size < 1 or not view.centre <= 1 or view.size < 1:
+            raise ValueError(
+                f"eval_batch_size is {eval_batch_size}, must be at least 1; "
+                f"size is {view.size}, must be at least 1; "
+                f"centre is {view.centre}, must be above 0 and at most 1"
+            )
+        val = test
+        if val_fraction:
+            held_N = held_out(train.labels_N, val_fraction, num_classes)
+            train, val = _chosen(train, ~held_N), _chosen(train, held_N)
+        self.train_size, self.val_size, self.test_size = (
+            len(train.paths),
+            len(val.paths),
+            len(test.paths),
+        )
+        if not 1 <= batch_size <= self.train_size:
+            raise ValueError(
+                f"batch_size is {batch_size}; "
+                f"give 1..{self.train_size}, the number of training images"
+            )
+        self.image_shape = (3, view.size, view.size)
+        self.steps_per_epoch = math.ceil(self.train_size / batch_size)
+        self._view, self._flip, self._bad, self._irregular = view, flip, bad, irregular
+        self._device = torch.device(device)
+        self._normalise = Normalise(mean, std, 3, view.size, self._device)
+        part = share_of(self.val_size, rank, ranks)
+        self._splits = {
+            "train": train,
+            "val": Files(val.paths[part], val.labels_N[part]),
+            "test": test,
+        }
+        self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks)
+        self._workers = default_workers(ranks) if workers is None else workers
+        # Decode at least two batches ahead.
+        self._ahead = max(2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1)))
+        self._stream: Generator[Chunk] | None = None
+        self._faults: dict[str, set[str]] = {}  # fault -> paths of the files that have it
+        self._unusable: set[str] = set()  # paths of the files that are left out
+        self._counted = ""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Return an iterator over the augmented training batches of one epoch.
+
+        Each training image is in one batch of the epoch.
+
+        Args:
+            epoch: number of the epoch.
+            start: number of batches to skip at the beginning of the epoch, to resume it.
+
+        Returns:
+            Batches (x_BCHW, y_B): normalised float32 images in channels_last layout, and int64
+            labels. The last batch holds the remaining images.
+
+        Raises:
+            ValueError: at once, if `start` is outside 0..steps_per_epoch; during iteration, if an
+                image cannot be used and `bad` or `irregular` is "fail".
+        """
+        if not 0 <= start <= self.steps_per_epoch:
+            raise ValueError(
+                f"start is {start}; give 0..{self.steps_per_epoch}, "
+                "the number of batches of the epoch that are already done"
+            )
+        return self._augmented(epoch, start)
+
+    def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Yield the image indices of each batch of `batches(epoch, start)`, int64 on the CPU."""
+        for batch in range(start, self.steps_per_epoch):
+            yield torch.tensor(self._plan.ids("train", epoch, batch))
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Return an iterator over this rank's validation batches, in order, not augmented.
+
+        The images come from the test split unless `val_fraction` is set.
+        """
+        return self._plain("val")
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Return an iterator over the official test split's batches, in order, not augmented."""
+        return self._plain("test")
+
+    def test_images(self, indices: Sequence[int]) -> Tensor:
+        """Return the raw pixels of test images, uint8 NHWC on the CPU.
+
+        An index counts the images that the test batches show: images that are left out do not
+        count.
+        """
+        shown = [path for path in self._splits["test"].paths if path not in self._unusable]
+        return torch.stack([decode(Job(shown[n], None), self._view)[0] for n in indices])
+
+    def close(self) -> None:
+        """Stop the worker processes. The next batch starts new ones."""
+        if self._stream is not None:
+            # Do not wait for the garbage collector: the traceback of an error may hold the stream.
+            self._stream.close()
+        self._stream = None
+        self._plan.sent.clear()
+
+    def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
+        flip_N = self._plan.drawn(epoch).flip_N
+        for batch in range(start, self.steps_per_epoch):
+            x_BHWC, labels_B = self._read("train", epoch, batch)
+            if self._flip:
+                flip_B = flip_N[self._plan.ids("train", epoch, batch)]
+                x_BHWC = mirrored(x_BHWC, flip_B.to(self._device))
+            yield self._normalise(x_BHWC), labels_B
+        self._count()
+
+    def _plain(self, split: str) -> Iterator[Batch]:
+        shown = 0
+        for batch in range(self._plan.batches[split]):
+            x_BHWC, labels_B = self._read(split, 0, batch)
+            if len(labels_B):
+                yield self._normalise(x_BHWC), labels_B
+            shown += len(labels_B)
+        self._count()
+        # A rank has only a share of the validation images: other ranks may have usable ones.
+        if not shown and (self._plan.ranks == 1 or split == "test"):
+            raise ValueError(
+                f"none of the {len(self._splits[split].paths)} {split} images can be used: "
+                "look at the log"
+            )
+
+    def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Return uint8 x_BHWC and labels_B of a batch, on the device, with bad images handled."""
+        parts, labels = [], []
+        for piece in range(self._plan.pieces(split, epoch, batch)):
+            try:
+                pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
+            except BaseException:
+                # The plan may no longer match the images that the workers are decoding, or nobody
+                # will ask for these images.
+                self.close()
+                raise
+            if self._device.type == "cuda":
+                parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
+            else:
+                parts.append(pixels_BHWC.to(self._device, copy=True))
+            labels.append(self._splits[split].labels_N[ids])
+        return torch.cat(parts), torch.cat(labels).to(self._device)
+
+    def _received(self, place: Place) -> tuple[Place, list[int], Chunk]:
+        """Return the place, the image indices that the workers decoded for it, and their chunk."""
+        plan = self._plan
+        if place != plan.next and all(place != sent for sent, _ in plan.sent):
+            plan.next = place  # the plan predicted other images: drop those
+        if self._stream is None:
+            self._stream = decoded(plan, self._view, workers=self._workers, ahead=self._ahead)
+        while True:
+            chunk = next(self._stream)
+            sent, ids = plan.sent.popleft()
+            if sent == place:
+                return place, ids, chunk
+
+    def _mended(self, place: Place, ids: list[int], chunk: Chunk) -> tuple[Tensor, list[int]]:
+        """Return the pixels and indices of a place's images, with faulty images handled.
+
+        The settings `bad` and `irregular` decide: an image is kept, replaced (training) or left
+        out.
+        """
+        pixels_BHWC, paths = chunk.pixels_BHWC, self._splits[place.split].paths
+        out = {f.place for f in chunk.faults if self._left_out(paths[ids[f.place]], f.why, f.bad)}
+        if place.split == "train":
+            for n in sorted(out):
+                pixels_BHWC[n], ids[n] = self._replacement(place, self._plan.piece(place)[n])
+            return pixels_BHWC, ids
+        kept = [n for n in range(len(ids)) if n not in out]
+        return (pixels_BHWC[kept], [ids[n] for n in kept]) if out else (pixels_BHWC, ids)
+
+    def _replacement(self, place: Place, image: int) -> tuple[Tensor, int]:
+        """Return (pixels, index) of the next usable image, cropped as `image` would have been.
+
+        Raise ValueError if none of the next IN_A_ROW images is usable.
+        """
+        job = self._plan.job(place, image)
+        paths = self._splits[place.split].paths
+        for other in range(image + 1, image + 1 + IN_A_ROW):
+            other %= len(paths)
+            if paths[other] in self._unusable:
+                continue
+            try:
+                pixels_HWC, odd = decode(job._replace(path=paths[other]), self._view)
+            except Unreadable as error:
+                self._left_out(paths[other], str(error), bad=True)
+                continue
+            if not any([self._left_out(paths[other], why, bad=False) for why in odd]):
+                self._plan.instead[image] = other
+                return pixels_HWC, other
+        raise ValueError(
+            f"{paths[image]} and the {IN_A_ROW} images after it cannot be used: "
+            "look at the disk and the log"
+        )
+
+    def _left_out(self, path: str, why: str, bad: bool) -> bool:
+        """Record a fault of an image, and return whether the image is left out.
+
+        Raise ValueError if the setting for this kind of fault is "fail".
+        """
+        key, policy = ("bad_images", self._bad) if bad else ("irregular_images", self._irregular)
+        if policy == "fail":
+            cure = (
+                "repair or remove it"
+                if bad
+                else "convert it, or set dataset.irregular_images=convert"
+            )
+            cure += f", or set dataset.{key}=skip"
+            raise ValueError(f"{path}: {why}; {cure}")
+        seen = self._faults.setdefault("unreadable" if bad else why, set())
+        if path not in seen:
+            seen.add(path)
+            if len(seen) <= NAMED:
+                tell = log.warning if policy == "skip" else log.info
+                last = "; more of these are counted, not named" if len(seen) == NAMED else ""
+                tell("%s: %s (dataset.%s=%s)%s", path, why, key, policy, last)
+        if policy == "skip":
+            self._unusable.add(path)
+        return policy == "skip"
+
+    def _count(self) -> None:
+        """Log how many images have each fault so far, if a number changed since the last report."""
+        counted = ", ".join(f"{len(paths)} {why}" for why, paths in self._faults.items())
+        if counted != self._counted:
+            self._counted = counted
+            log.info("images so far: %s; %d are left out", counted, len(self._unusable))
+
+
+def _chosen(files: Files, chosen_N: Tensor) -> Files:
+    return Files(
+        [files.paths[n] for n in chosen_N.nonzero()[:, 0].tolist()], files.labels_N[chosen_N]
+    )
+
+
+Data = DeviceData | StreamedData

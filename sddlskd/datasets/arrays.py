@@ -1,0 +1,465 @@
+"""Load data sets: each loader returns `Splits`, either as pixels or as paths of image files.
+
+Pixels are `Images`, uint8 in host memory, which `sddlskd.data.DeviceData` copies to the device.
+Paths are `Files`, which `sddlskd.data.streaming.StreamedData` reads batch by batch.
+
+Shapes: N images, H W C pixel rows, columns and channels. A new data set is a function that returns
+`Splits`; its conf/dataset/<name>.yaml selects the function with `_target_`. Only downloaded files
+must have the known md5. A file that the user puts in place is accepted whatever its md5, because
+archives get repacked. That is safe: reading the file can run no code, and shapes and labels are
+checked.
+"""
+
+import gzip
+import hashlib
+import io
+import logging
+import math
+import pickle
+import tarfile
+import zlib
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sddlskd.files.archive import DAMAGE, Member, unpack_folder
+from sddlskd.files.download import download_into
+
+# One bit per image, set for images of the test split. The bits were drawn once with scikit-learn's
+# train_test_split(test_size=360, random_state=0, stratify=labels). They are stored here so that a
+# later version of scikit-learn cannot draw another split.
+DIGITS_TEST = (
+    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgC"
+    "AASAXEABBACKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABA"
+    "QqCkGApQAIQLhWHGCBCACABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipk"
+    "AsJAQhCKhggJCBoAwCggJCEgE4pBUA"
+)
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_MEMBERS = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+CIFAR100_MEMBERS = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
+FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+STL10_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
+STL10_MD5 = "91f7769df0f17e558f3565bffb0c7dfb"
+STL10_FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
+# The extensions that torchvision accepts.
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+# Largest size in bytes of an archive, and of the unpacked files; CIFAR-100 has 169 MB.
+LARGEST = 1 << 30
+# Largest size in bytes of a file that is read into memory. The largest file of Fashion-MNIST has
+# 47 MB, that of CIFAR-100 155 MB.
+LARGEST_MEMBER = 1 << 28
+# The folder of Debian's package dataset-fashion-mnist.
+DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+_log = logging.getLogger(__name__)
+
+
+class Images(NamedTuple):
+    """One split of a data set in memory.
+
+    Attributes:
+        images_NHWC: pixels 0..255, uint8.
+        labels_N: classes counted from 0, int64.
+    """
+
+    images_NHWC: Tensor
+    labels_N: Tensor
+
+
+class Files(NamedTuple):
+    """One split of a data set that stays on the disk; no file is opened to make it.
+
+    Attributes:
+        paths: absolute paths of the image files.
+        labels_N: classes counted from 0, int64.
+    """
+
+    paths: Sequence[str]
+    labels_N: Tensor
+
+
+class Splits(NamedTuple):
+    """The official training and test split of a data set, both `Images` or both `Files`."""
+
+    train: Images | Files
+    test: Images | Files
+
+
+def cifar100(root: str) -> Splits:
+    """Return CIFAR-100 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 100 classes.
+
+    The labels are the fine labels. Read `root`/cifar-100-python/{train,test} if both exist, else
+    `root`/cifar-100-python.tar.gz. Download the archive on first use.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged or refused; the message names the file.
+    """
+    folder = Path(root).expanduser() / "cifar-100-python"
+    return Splits(
+        *_cifar(folder, CIFAR100_URL, CIFAR100_MD5, CIFAR100_MEMBERS, "CIFAR-100", "fine_labels")
+    )
+
+
+def cifar10(root: str) -> Splits:
+    """Return CIFAR-10 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 10 classes.
+
+    Read the six batches in `root`/cifar-10-batches-py if all exist, else
+    `root`/cifar-10-python.tar.gz. Download the archive on first use.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged or refused; the message names the file.
+    """
+    folder = Path(root).expanduser() / "cifar-10-batches-py"
+    *train, test = _cifar(folder, CIFAR10_URL, CIFAR10_MD5, CIFAR10_MEMBERS, "CIFAR-10", "labels")
+    images, labels = zip(*train, strict=True)
+    return Splits(Images(torch.cat(images), torch.cat(labels)), test)
+
+
+def stl10(root: str) -> Splits:
+    """Return STL-10 (Coates et al. 2011): 5,000 / 8,000 labelled images 96x96x3 of 10 classes.
+
+    The unlabelled images are left out. Read `root`/stl10_binary/{train,test}_{X,y}.bin. On first
+    use, unpack these files from `root`/stl10_binary.tar.gz, after downloading it if it is missing.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged; the message names the file.
+    """
+    folder = Path(root).expanduser() / "stl10_binary"
+    if not all((folder / name).is_file() for name in STL10_FILES):
+        archive = download_into(STL10_URL, STL10_MD5, folder.parent, limit=3 << 30)
+        unpack_folder(archive, folder, limit=LARGEST, wanted=lambda path: path.name in STL10_FILES)
+    return Splits(
+        *(
+            _stl10_split(folder / f"{name}_X.bin", folder / f"{name}_y.bin")
+            for name in ("train", "test")
+        )
+    )
+
+
+def _stl10_split(images: Path, labels: Path) -> Images:
+    """Return one split from an image file and a label file of STL-10.
+
+    An image is 3 x 96 x 96 bytes, channel by channel, each channel column by column. A label is one
+    byte, counted from 1.
+    """
+    pixels, classes = _read_limited(images), _read_limited(labels)
+    count = len(classes)
+    if len(pixels) != count * 3 * 96 * 96 or not count:
+        raise ValueError(
+            f"{images}: expected {count * 3 * 96 * 96} bytes for the {count} labels of "
+            f"{labels.name}, found {len(pixels)}; "
+            f"remove the folder {images.parent} to have it unpacked again"
+        )
+    labels_N = torch.frombuffer(bytearray(classes), dtype=torch.uint8).long() - 1
+    if not 0 <= int(labels_N.min()) <= int(labels_N.max()) < 10:
+        raise ValueError(
+            f"{labels} holds labels other than 1..10; "
+            f"remove the folder {labels.parent} to have it unpacked again"
+        )
+    columns_NCWH = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(count, 3, 96, 96)
+    return Images(columns_NCWH.permute(0, 3, 2, 1).contiguous(), labels_N)
+
+
+def _read_limited(path: Path) -> bytes:
+    """Return the bytes of a file. Raise ValueError if it has more than LARGEST_MEMBER bytes."""
+    if (size := path.stat().st_size) > LARGEST_MEMBER:
+        raise ValueError(
+            f"{path} has {size} bytes, more than the limit of {LARGEST_MEMBER}; "
+            "check that it is the right file"
+        )
+    return path.read_bytes()
+
+
+def fashion_mnist(root: str) -> Splits:
+    """Return Fashion-MNIST (Xiao et al. 2017): 60,000 / 10,000 images of 10 classes, made 32x32x3.
+
+    The original images are 28x28 grey. They get a border of zeros, and the channel is repeated
+    three times. The four IDX files, plain or .gz, are read from the first of these folders that
+    holds any of them: `root`/FashionMNIST/raw (the folder that torchvision uses), `root`, and the
+    folder of Debian's package dataset-fashion-mnist. Files that are missing in that folder are
+    downloaded.
+
+    Raises:
+        DownloadError: if a file is missing and cannot be downloaded.
+        ValueError: if a file is damaged; the message names the file.
+    """
+    top = Path(root).expanduser()
+    places = [top / "FashionMNIST" / "raw", top, Path(DEBIAN_FASHION_MNIST)]
+    folder = next(
+        (place for place in places if any(_held(place, name) for name in FASHION_MNIST_MD5)),
+        places[0],
+    )
+    files = [
+        _held(folder, n) or download_into(FASHION_MNIST_URL + n, md5, folder, limit=LARGEST)
+        for n, md5 in FASHION_MNIST_MD5.items()
+    ]
+    return Splits(_grey_split(*files[:2]), _grey_split(*files[2:]))
+
+
+def digits() -> Splits:
+    """Return scikit-learn's 1,797 handwritten digits as 32x32x3 images, without any download.
+
+    The original images are 8x8 with values 0..16. They are resized bilinearly and scaled to 0..255.
+    The split is fixed and stratified: 1,437 images for training and 360 for test.
+    """
+    # Read the file itself: importing scikit-learn takes longer than importing torch.
+    with gzip.open(
+        str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
+    ) as file:
+        # Columns: 64 pixels, then the label.
+        table_NP = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    small_N1HW = table_NP[:, :64].float().reshape(-1, 1, 8, 8)
+    # Resize before scaling: all resized values are exact in float32, so the rounding is the same
+    # on every machine.
+    large_N1HW = (
+        F.interpolate(small_N1HW, size=(32, 32), mode="bilinear", align_corners=False)
+        .mul_(255 / 16)
+        .round_()
+    )
+    images_NHWC = large_N1HW.to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+    labels_N = table_NP[:, 64].long()
+    for_test_N = torch.from_numpy(
+        np.unpackbits(np.frombuffer(b64decode(DIGITS_TEST), np.uint8), count=1797)
+    ).bool()
+    return Splits(
+        *(Images(images_NHWC[part_N], labels_N[part_N]) for part_N in (~for_test_N, for_test_N))
+    )
+
+
+def fake(
+    num_classes: int = 100, size: int = 32, train: int = 50_000, test: int = 10_000, seed: int = 0
+) -> Splits:
+    """Return random pixels with balanced labels, for timings and smoke tests.
+
+    The defaults have the sizes of CIFAR-100.
+
+    Args:
+        num_classes: number of classes.
+        size: side of the square images in pixels.
+        train: number of training images.
+        test: number of test images.
+        seed: seed of the pixels.
+
+    Returns:
+        Splits of uint8 images with 3 channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(count: int) -> Images:
+        images_NHWC = torch.randint(
+            256, (count, size, size, 3), dtype=torch.uint8, generator=generator
+        )
+        return Images(images_NHWC, torch.arange(count) % num_classes)
+
+    return Splits(split(train), split(test))
+
+
+def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
+    return np.empty(0, np.uint8)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """An unpickler of containers, strings, numbers and NumPy arrays.
+
+    It refuses every other global, so no code can run.
+    """
+
+    # The modules of NumPy's two functions that build arrays are private, and NumPy 2 renamed them.
+    # `_empty_array` ignores the shape that the pickle asks for, and the array stays empty until its
+    # bytes are set: a few bytes of an untrusted file must not allocate all memory.
+    _frombuffer = np.empty(0).__reduce_ex__(5)[0]
+    _ALLOWED: Mapping[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): object(),  # only passed to _reconstruct
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+        # Pickles of protocol 2 write bytes as a call of this function.
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only NumPy arrays are read")
+        return self._ALLOWED[module, name]
+
+
+def _cifar(
+    folder: Path, url: str, md5: str, members: Mapping[str, str], what: str, labels: str
+) -> list[Images]:
+    """Return the images of each pickle, read from `folder` or from the archive beside it.
+
+    Log a warning if a pickle does not have the published md5.
+
+    Args:
+        folder: folder of the unpacked pickles; the archive is in its parent.
+        url: address of the archive, which is downloaded if it is missing.
+        md5: md5 of the archive in hex.
+        members: md5 in hex of each pickle, by file name.
+        what: name of the data set, for messages.
+        labels: key of the labels in a pickle.
+
+    Returns:
+        One `Images` per pickle, in the order of `members`.
+
+    Raises:
+        DownloadError: if the archive is missing and cannot be downloaded.
+        ValueError: if a file is damaged or refused.
+    """
+    if all((folder / name).is_file() for name in members):
+        contents = {str(folder / name): _read_limited(folder / name) for name in members}
+    else:
+        archive = download_into(url, md5, folder.parent, limit=LARGEST)
+        inside = _tar_members(archive, [f"{folder.name}/{name}" for name in members], url)
+        contents = {f"{archive}:{name}": content for name, content in inside.items()}
+    splits = []
+    for (where, content), expected in zip(contents.items(), members.values(), strict=True):
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
+            _log.warning(
+                "%s is not the published %s (its md5 differs): results will not be comparable",
+                where,
+                what,
+            )
+        splits.append(_cifar_split(content, where, url, what, labels))
+    return splits
+
+
+def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: str) -> Images:
+    """Return the images of one pickle. Raise ValueError if it is damaged or refused.
+
+    The pickle holds a dict of `data`, uint8 N x 3072 channel-major, and of `labels_key`, a list of
+    labels. Messages use `where`, `url` and `what` as names of the pickle, its source and the data
+    set.
+    """
+    try:
+        loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        entries = {
+            key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()
+        }
+        data, listed = entries["data"], entries[labels_key]
+        if len(listed) > len(content):
+            raise ValueError(f"it has {len(listed)} labels")
+        labels = np.array(listed, dtype=np.int64)
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
+            raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 {(len(labels), 3072)}")
+    except Exception as error:  # a damaged pickle can raise any exception
+        reason = (
+            f"{where} is not a {what} pickle "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        )
+        raise ValueError(f"{reason}: remove it to have {url} fetched again") from error
+    images_NHWC = torch.from_numpy(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy())
+    return Images(images_NHWC, torch.from_numpy(labels))
+
+
+def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
+    """Return the contents of the named files of a tar archive, by name.
+
+    The files are read in memory and nothing is extracted, so no member can write outside a folder.
+    Raise ValueError if the archive is damaged, lacks a file, or a file is larger than
+    LARGEST_MEMBER.
+    """
+    try:
+        with tarfile.open(archive, tarinfo=Member) as tar:
+            for name in names:
+                if (size := tar.getmember(name).size) > LARGEST_MEMBER:
+                    raise ValueError(f"{name} has {size} bytes")
+            files = {name: tar.extractfile(name) for name in names}
+            return {name: file.read() if file else b"" for name, file in files.items()}
+    except (*DAMAGE, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{archive} cannot be read ({reason}): remove it to have {url} fetched again"
+        ) from error
+
+
+def _held(folder: Path, name: str) -> Path | None:
+    """Return the path of a plain or gzipped file, or None if `folder` holds neither.
+
+    `name` is the name of the gzipped file. The plain file has that name without .gz, and it is
+    preferred.
+    """
+    return next(
+        (path for path in (folder / name.removesuffix(".gz"), folder / name) if path.is_file()),
+        None,
+    )
+
+
+def _read_idx(path: Path, ndim: int) -> Tensor:
+    """Return the uint8 tensor of `ndim` dimensions in an IDX file, plain or gzipped.
+
+    Raise ValueError if the file is damaged. Format: http://yann.lecun.com/exdb/mnist/.
+    """
+    cure = "remove it to have it fetched again"
+    content = _read_limited(path)
+    if content[:2] == b"\x1f\x8b":
+        try:
+            # Unlike the gzip module, zlib returns the data that a truncated file still holds, and
+            # no more bytes than it is asked for.
+            content = zlib.decompressobj(wbits=31).decompress(content, LARGEST_MEMBER)
+        except zlib.error as error:
+            raise ValueError(
+                f"{path} is a damaged gzip file of {len(content)} bytes ({error}): {cure}"
+            ) from error
+    magic, header = bytes((0, 0, 8, ndim)), 4 + 4 * ndim  # 8: unsigned bytes
+    if len(content) < header or content[:4] != magic:
+        found = f"{len(content)} bytes beginning {content[:4].hex()}"
+        raise ValueError(
+            f"{path} is not an IDX file: expected {header} bytes or more beginning {magic.hex()}, "
+            f"found {found}: {cure}"
+        )
+    shape = np.frombuffer(content, dtype=">u4", count=ndim, offset=4).tolist()
+    expected = header + math.prod(shape)
+    if len(content) != expected:
+        raise ValueError(
+            f"{path}: expected {expected} bytes for its shape {shape}, found {len(content)}: {cure}"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
+
+
+def _grey_split(images: Path, labels: Path) -> Images:
+    """Return a split of 28x28 grey images as 32x32x3.
+
+    Each image gets two black pixels on each side, and its channel is repeated three times.
+    """
+    images_NHWC = F.pad(_read_idx(images, 3), (2, 2, 2, 2))[..., None].repeat(1, 1, 1, 3)
+    return Images(images_NHWC, _read_idx(labels, 1).long())

@@ -1,0 +1,239 @@
+"""Unpack untrusted tar and zip archives so that no file is written outside a folder."""
+
+import errno
+import os
+import shutil
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Generator
+from contextlib import closing
+from functools import partial
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, Self
+
+from filelock import FileLock
+
+from sddlskd.terminal.meter import meter
+
+__all__ = ["DAMAGE", "Member", "UnsafeArchive", "unpack", "unpack_folder"]
+
+# Largest size in bytes of a header that holds a name. tarfile reads such a header into memory,
+# whatever size it claims.
+LONGEST_NAME = 1 << 16
+# Errors that reading a damaged archive can raise.
+DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    struct.error,
+    LZMAError,
+    zlib.error,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    RuntimeError,
+)
+# Error numbers that mean a fault of the local disk, not of the archive.
+OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+
+
+class UnsafeArchive(ValueError):
+    """An archive that is damaged, too large or unsafe to unpack; nothing of it is kept."""
+
+
+class Member(tarfile.TarInfo):
+    """A tar member that refuses headers that claim a name longer than LONGEST_NAME."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the member that a header block describes.
+
+        Args:
+            buf: the header block.
+            encoding: encoding of names, as in `tarfile.TarInfo.frombuf`.
+            errors: error handling of that encoding.
+
+        Returns:
+            The member.
+
+        Raises:
+            UnsafeArchive: if the header claims a name of more than LONGEST_NAME bytes.
+        """
+        member = super().frombuf(buf, encoding, errors)
+        names = (
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        )
+        if member.type in names and not 0 <= member.size <= LONGEST_NAME:
+            raise UnsafeArchive(
+                f"it has a header of {member.size} bytes, and the limit is {LONGEST_NAME}"
+            )
+        return member
+
+
+class _Entry(NamedTuple):
+    path: PurePosixPath
+    is_dir: bool
+    size: int  # bytes
+    open: Callable[[], IO[bytes]]
+
+
+def unpack(
+    archive: Path,
+    folder: Path,
+    *,
+    limit: int,
+    count: int = 100_000,
+    wanted: Callable[[PurePosixPath], bool] = lambda path: True,
+) -> None:
+    """Unpack the wanted files of an archive into a new folder: all of them, or make no folder.
+
+    Args:
+        archive: a tar (plain, gz, bz2 or xz) or zip file.
+        folder: folder to make.
+        limit: largest total size in bytes of the wanted files.
+        count: largest number of members of the archive, wanted or not.
+        wanted: function that returns whether to unpack the file with this path in the archive.
+
+    Raises:
+        UnsafeArchive: if the path of a member is absolute or contains "..", a member is a link or a
+            device or occurs twice, or the archive is damaged or too large.
+        FileExistsError: if `folder` exists.
+        OSError: if the local disk is full, not writable or defective.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} already exists; remove it to unpack {archive} again")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        # Look at the beginning of the file: a tar may end with a zip file, such as a weights file.
+        with open(archive, "rb") as file:
+            entries_of = _zip_entries if file.read(2) == b"PK" else _tar_entries
+        with closing(entries_of(archive)) as entries, meter(archive.name, None, "members") as show:
+            for number, entry in enumerate(entries, 1):
+                show(number)
+                if number > count:
+                    raise UnsafeArchive(f"it has more than {count} members")
+                if entry.is_dir or not wanted(entry.path):
+                    continue
+                limit -= entry.size
+                if limit < 0:
+                    raise UnsafeArchive(
+                        f"{entry.path} and the files before it are larger than the size limit"
+                    )
+                _write(entry, temporary / entry.path)
+        os.replace(temporary, folder)
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in OF_THIS_DISK:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsafeArchive(
+            f"{archive} is refused: {reason}. Get it again from where it is published"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) -> None:
+    """Unpack the folder of the same name in an archive as `folder`: completely or not at all.
+
+    Do nothing if `folder` exists. If several processes call the function at once, one unpacks and
+    the others wait.
+
+    Args:
+        archive: a tar or zip file that contains the folder at its top level.
+        folder: folder to make.
+        limit: largest total size in bytes of the wanted files.
+        **options: `count` and `wanted` of `unpack`.
+
+    Raises:
+        UnsafeArchive: as in `unpack`, or if the archive contains no such folder.
+        OSError: if the local disk is full, not writable or defective.
+    """
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if folder.exists():
+            return
+        scratch = folder.with_name(f".{folder.name}.unpacked")
+        # Remove the files of a process that was killed.
+        for left in (scratch, *folder.parent.glob(f".{scratch.name}.*.tmp")):
+            shutil.rmtree(left, ignore_errors=True)
+        unpack(archive, scratch, limit=limit, **options)
+        try:
+            if not (scratch / folder.name).is_dir():
+                raise UnsafeArchive(
+                    f"{archive} holds no folder {folder.name}. "
+                    "Get it again from where it is published"
+                )
+            os.replace(scratch / folder.name, folder)
+        finally:
+            shutil.rmtree(scratch)
+
+
+def _tar_entries(archive: Path) -> Generator[_Entry, None, None]:
+    with tarfile.open(archive, "r:*", tarinfo=Member) as tar:
+        for member in tar:
+            path = _safe(member.name)
+            if member.size < 0:  # an extended header can claim that
+                raise UnsafeArchive(f"{_shown(member.name)} has {member.size} bytes")
+            if not member.isdir() and (
+                member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()
+            ):
+                raise UnsafeArchive(
+                    f"{_shown(member.name)} is a link, a device or another special file"
+                )
+            yield _Entry(path, member.isdir(), member.size, partial(_opened, tar, member))
+
+
+def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    source = tar.extractfile(member)
+    assert source is not None, "a regular file"
+    return source
+
+
+def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            path, kind = _safe(member.orig_filename), stat.S_IFMT(member.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise UnsafeArchive(
+                    f"{_shown(member.filename)} is a link, a device or another special file"
+                )
+            # Other compression methods can take any amount of memory.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UnsafeArchive(
+                    f"{_shown(member.filename)} is compressed by method {member.compress_type}, "
+                    "which is not supported"
+                )
+            yield _Entry(
+                path, member.filename.endswith("/"), member.file_size, partial(file.open, member)
+            )
+
+
+def _safe(name: str) -> PurePosixPath:
+    """Return the path of a member. Raise UnsafeArchive if it leads out of the folder."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UnsafeArchive(f"{_shown(name)} leads out of the folder")
+    return path
+
+
+def _shown(name: str) -> str:
+    return ascii(name[:100])
+
+
+def _write(entry: _Entry, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Mode x refuses a file that occurs twice.
+    with entry.open() as source, open(path, "xb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    if path.stat().st_size != entry.size:
+        raise UnsafeArchive(f"{_shown(str(entry.path))} is cut off")

@@ -1,0 +1,249 @@
+"""Crash-safe checkpoints with a spare, and weights files read without running their code."""
+
+import argparse
+import functools
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sddlskd.files.atomic import rotate, write_atomically
+
+__all__ = [
+    "UnreadableFile",
+    "load_weights",
+    "read",
+    "read_latest",
+    "read_safetensors",
+    "read_weights",
+    "write",
+    "write_latest",
+]
+
+log = logging.getLogger(__name__)
+
+NEW, LATEST, SPARE = "last.ckpt.new", "last.ckpt", "last.previous.ckpt"
+
+
+class UnreadableFile(ValueError):
+    """Raised for a file that is truncated, is not a checkpoint, or would run code."""
+
+
+def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Save tensors and plain values atomically.
+
+    Args:
+        path: The file to write.
+        state: Tensors, containers and plain values.
+        replace: Whether an existing file is replaced.
+
+    Raises:
+        FileExistsError: If the file exists and `replace` is false.
+        OSError: If the file cannot be written, for example because the disk is full; an old file
+            stays as it was.
+    """
+    # The buffer lets a full disk fail in one plain write, and not inside the zip writer.
+    buffer = BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getbuffer()
+    with write_atomically(path, content.nbytes, replace=replace) as file:
+        file.write(content)
+
+
+def read(path: Path) -> Any:
+    """Return what `write` saved, on the CPU, without running code from the file.
+
+    The file may hold tensors, containers and plain values. It may also hold numpy scalars and
+    argparse.Namespace (only filled with attributes), because RepDistiller and mdistiller save them
+    beside the weights.
+
+    Raises:
+        UnreadableFile: If the file is damaged or would run code; the error names the file, what is
+            wrong and what to do.
+        FileNotFoundError: If there is no such file.
+    """
+    with open(path, "rb") as file:
+        try:
+            # torch.load does not verify the checksums of the zip file.
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    if broken := archive.testzip():
+                        raise ValueError(f"checksum of {broken} differs")
+            file.seek(0)
+            with torch.serialization.safe_globals([*_numpy_scalars(), argparse.Namespace]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise any exception
+            raise UnreadableFile(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    refused = None
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(
+            r"GLOBAL ([\w.]+)|import of ([\w.]+)|(?:class|type) ([\w.]+\.[\w.]+)", str(error)
+        )
+    if refused:
+        name = next(group for group in refused.groups() if group)
+        return (
+            f"{path} is refused: it would run {name} while being read. Nothing was run. Save its "
+            "state_dict alone (torch.save({'model': model.state_dict()}, file)) and use that file"
+        )
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    size = path.stat().st_size
+    return (
+        f"{path} is truncated, damaged or not a checkpoint ({size} bytes: {first_line:.120}); "
+        "get it again"
+    )
+
+
+@functools.cache
+def _numpy_scalars() -> list[Any]:
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [
+        type(np.dtype(name))
+        for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
+    ]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1 and 2
+    return [np.dtype, *dtypes, *((scalar, name) for name in names)]
+
+
+def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
+    """Save the newest checkpoint of a run, and keep the previous checkpoint as a spare."""
+    write(folder / NEW, state)
+    rotate(folder / NEW)
+
+
+def read_latest(folder: Path) -> Any | None:
+    """Return the newest readable checkpoint of a run, or None if the run has no checkpoint yet.
+
+    A damaged checkpoint is named in the log and skipped. Raises UnreadableFile if checkpoints exist
+    and none of them can be read.
+    """
+    errors = []
+    for path in (folder / NEW, folder / LATEST, folder / SPARE):
+        if path.exists():
+            try:
+                state = read(path)
+            except FileNotFoundError:  # rotated meanwhile by the process that has the run open
+                continue
+            except UnreadableFile as error:
+                errors.append(error)
+                log.warning("%s; falling back to the checkpoint before it", error)
+                continue
+            if errors:
+                log.warning("continuing from %s", path)
+            return state
+    if errors:
+        raise UnreadableFile(f"{errors[0]}, or delete {folder} to start this run anew")
+    return None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a weights file, on the CPU.
+
+    The file may be a checkpoint of this package, RepDistiller or mdistiller ({"model": ...}), a
+    bare state dict or a .safetensors file. The prefix "module." of DataParallel is removed.
+
+    Raises:
+        UnreadableFile: As for `read`, or if the file holds no state dict.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a .safetensors file is given and safetensors is not installed.
+    """
+    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(_is_weight(*item) for item in content.items())
+    ):
+        raise UnreadableFile(
+            f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict"
+        )
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a .safetensors file, on the CPU, and the metadata of its header.
+
+    Raises UnreadableFile if the file is damaged, FileNotFoundError if it is missing, and ValueError
+    if safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(
+            f"reading {path} needs safetensors: pip install 'sddlskd[export]'"
+        ) from error
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UnreadableFile(
+            f"{path} is truncated, damaged or not a safetensors file "
+            f"({path.stat().st_size} bytes: {error}); get it again"
+        ) from error
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    dense = (
+        isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    )
+    return isinstance(name, str) and dense and not value.is_quantized
+
+
+def load_weights(model: nn.Module, path: Path, network: str) -> None:
+    """Load a weights file into `model`, strictly.
+
+    Args:
+        model: The network, changed in place.
+        path: The weights file, in a format of `read_weights`.
+        network: Name of the network, for the message.
+
+    Raises:
+        ValueError: If the file holds weights of another network or number of classes; the error
+            names the first keys that differ. Also everything that `read_weights` raises.
+    """
+    own = model.state_dict()
+    # Files from before PyTorch 0.4.1 lack BatchNorm's count of batches, which this package does
+    # not read.
+    counts = {k: value for k, value in own.items() if k.endswith(".num_batches_tracked")}
+    weights = counts | read_weights(path)
+    differing = [f"{k} is missing" for k in own if k not in weights]
+    differing += [f"{_printable(k)} is not in {network}" for k in weights if k not in own]
+    differing += [
+        f"{k} is {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    differing += [
+        f"{k} is {weights[k].dtype} instead of {own[k].dtype}"
+        for k in own
+        if k in weights and weights[k].is_floating_point() != own[k].is_floating_point()
+    ]
+    if differing:
+        shown = "; ".join(differing[:3]) + (
+            f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        )
+        raise ValueError(
+            f"{path} does not hold weights of {network}: {shown}. Give the file of that network "
+            "and data set"
+        )
+    model.load_state_dict(weights)
+
+
+def _printable(name: str) -> str:
+    """Return a name from an untrusted file, shortened and without terminal control characters."""
+    return name[:80].encode("unicode_escape").decode()

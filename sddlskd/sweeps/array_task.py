@@ -1,0 +1,162 @@
+"""The program of one task of a SLURM job array: train the frozen jobs of some run directories.
+
+SLURM may interrupt a task by a warning (SIGUSR2, before the time limit) or by a preemption. The
+task then saves its checkpoints and ends. Its batch script outlives the task and puts the task back
+into the queue. A task that is killed at once resumes from its last checkpoints when it starts
+again.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from sddlskd import config as cfg
+from sddlskd import record, tracking
+from sddlskd.record import FAILED, FINISHED
+from sddlskd.sweeps.outcome import read_manifest, state_of
+from sddlskd.training.stop import Stop
+from sddlskd.worker import BUSY, STOPPED, TOO_LARGE, run
+
+__all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
+
+log = logging.getLogger(__name__)
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+REQUEUE = 85  # exit code of a task that was warned and has to be requeued
+# Exit code of a task that SIGUSR2 ended before Python had a signal handler.
+WARNED_EARLY = 128 + signal.SIGUSR2
+SETUP = [
+    "trap '' USR2  # SIGUSR2 warns the task; this script must outlive the task",
+    "export SUBMITIT_PREEMPT_SIGNAL=USR1  "
+    "# a signal that nobody sends: submitit must leave SIGUSR2 to our own handler",
+]
+TEARDOWN = f"""
+# The task is over and its records are closed: decide whether it goes back into the queue.
+code=$?
+job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+again=
+case $code in {REQUEUE}|{WARNED_EARLY}) again=warned;; esac
+if [ $code != 0 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then \
+again=preempted; fi
+if [ -n "$again" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -ge MAX_REQUEUES ]; then
+    echo "$again, but not requeued: max_requeues=MAX_REQUEUES is reached"
+elif [ -n "$again" ]; then
+    echo "$again: back into the queue"
+    for attempt in $(seq 12); do scontrol requeue "$job" && break; sleep 5; done
+fi
+exit $code
+"""
+
+
+@dataclass(frozen=True)
+class ArrayTask:
+    """A task of a job array that trains frozen jobs and ends with an exit code for `TEARDOWN`.
+
+    The task never returns. If it did, submitit would write a result that nobody reads, and a signal
+    could arrive during that write.
+
+    Args:
+        run_dirs: run directories of the jobs that the task trains side by side.
+        sweep: folder of the sweep.
+        max_requeues: how often the task may be put back into the queue.
+    """
+
+    run_dirs: tuple[str, ...]
+    sweep: str
+    max_requeues: int
+
+    def __call__(self) -> NoReturn:
+        """Train the jobs and exit; submitit calls this method in each process of the task."""
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        warned = (
+            ", continues when SLURM starts it again"
+            if restarts < self.max_requeues
+            else ", max_requeues reached"
+        )
+        stop = Stop(warned=warned)
+        stop.listen()  # until the process ends
+        folders = [Path(path) for path in self.run_dirs]
+        import submitit
+
+        task = submitit.JobEnvironment()
+        # The variables may come from the shell that launched the sweep.
+        for name in RENDEZVOUS:
+            os.environ.pop(name, None)
+        if task.num_tasks > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(
+                set_cuda_visible_devices=False, overwrite=True
+            )
+            if task.num_nodes == 1:  # SLURM's name of the node may not resolve
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
+        if task.global_rank == 0:
+            for folder in folders:
+                record.note_requeues(folder, task.job_id, restarts)
+        left = [folder for folder in folders if record.read_result(folder).get("status") != FAILED]
+        code = _fit(left, stop) if left else 1
+        statuses = {record.read_result(folder).get("status") for folder in folders}
+        if statuses <= {FINISHED, FAILED}:
+            code = 1 if FAILED in statuses else 0
+        elif stop.signal is signal.SIGUSR2:
+            code = REQUEUE
+        elif code == STOPPED and task.global_rank > 0:
+            # Rank 0 told this rank to stop. Only the code of rank 0 may count, and srun ends with
+            # the largest exit code of all ranks.
+            code = 0
+        if task.global_rank == 0:
+            try:
+                _close_sweep(Path(self.sweep), folders[0])
+            except Exception as error:
+                # Another job's record may be damaged, but this task must report its own outcome.
+                log.warning("cannot tell MLflow whether the sweep is over: %s", error)
+        # Python restores the default signal handlers when it ends. A late SIGUSR2 would then kill
+        # the process, and a finished task would be requeued.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        sys.exit(code)
+
+
+def _fit(folders: Sequence[Path], stop: Stop) -> int:
+    """Train the jobs side by side and return the exit code.
+
+    If the jobs do not fit into the device's memory, train each half of them by itself. If another
+    process has some of the jobs open, train the others.
+    """
+    threads = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or None
+    try:
+        code = run(folders, threads=threads, progress="plain", stop=stop)
+    except Exception:
+        # A device or the network may raise anything, and the sweep must continue.
+        log.exception("ended with an error: %s", ", ".join(map(str, folders)))
+        return 1
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if code == BUSY and alone:
+        free = [folder for folder in folders if state_of(folder) != "running"]
+        return max(code, _fit(free, stop)) if 0 < len(free) < len(folders) else code
+    if code != TOO_LARGE or len(folders) == 1:
+        return code
+    # The ranks of a task join each other only once, so they cannot try again in halves.
+    if not alone:
+        log.error(
+            "%d jobs do not fit into the device's memory side by side; "
+            "lower hydra.launcher.max_group_size",
+            len(folders),
+        )
+        return code
+    half = len(folders) // 2
+    return max(_fit(folders[:half], stop), _fit(folders[half:], stop))
+
+
+def _close_sweep(sweep: Path, folder: Path) -> None:
+    """Tell MLflow that the sweep is over if all its jobs have finished or failed.
+
+    The last task to end does this, because no launching process may be running any more.
+    """
+    states = {state_of(Path(run_dir)) for run_dir in read_manifest(sweep)["jobs"]}
+    if states <= {"finished", "failed"}:
+        tracking.finish_sweep(
+            cfg.load(folder / "config.yaml"), FAILED if "failed" in states else FINISHED
+        )

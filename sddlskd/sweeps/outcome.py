@@ -1,0 +1,68 @@
+"""Outcomes of a sweep's jobs: read them from the run directories, and record those of dead jobs."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from sddlskd import record, tracking
+from sddlskd.config import Config
+from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
+
+__all__ = ["LOCK", "STATES", "read_manifest", "record_outcome", "result_of", "state_of"]
+
+log = logging.getLogger(__name__)
+
+# File in the sweep's folder. It guards the lists of jobs, which two launches may extend at once.
+LOCK = ".lock"
+STATES = ("finished", "running", "queued", "interrupted", "failed", "new")
+
+
+def state_of(folder: Path) -> str:
+    """Return the state of a run: finished, running, interrupted, failed or new (never started)."""
+    status = record.read_result(folder).get("status")
+    if status == RUNNING:
+        return "interrupted" if record.abandoned(folder) else "running"
+    return {None: "new", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}[status]
+
+
+def result_of(job: Config) -> dict[str, Any]:
+    """Return the content of the job's result.json, or a placeholder if the job has not started."""
+    nothing = {
+        "status": "NEW",
+        "reason": "",
+        "best_top1": None,
+        "last_top1": None,
+        "epochs": 0,
+        "seconds": 0.0,
+    }
+    return record.read_result(Path(job.run_dir)) or nothing
+
+
+def record_outcome(job: Config, status: str, reason: str) -> None:
+    """Write the outcome of a job that was killed before it could write an outcome itself.
+
+    If another process has the job open, log a warning and leave the record unchanged.
+
+    Args:
+        job: the job.
+        status: FAILED or KILLED, for result.json.
+        reason: why the job ended, for result.json.
+    """
+    try:
+        opened = record.Record(job)
+    except record.InUse as error:  # another process still trains the job
+        log.warning("%s", error)
+        return
+    opened.write_outcome(status, reason)
+    opened.close()
+    if job.tracking.enabled:
+        mirror = tracking.Mirror()
+        mirror.update(Path(job.run_dir))
+        mirror.close()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of a sweep's sweep.json: {name, command, folder, time, jobs}."""
+    content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
+    return content

@@ -1,0 +1,546 @@
+"""Sweeps on SLURM: submit the groups of jobs, query the queue, and cancel.
+
+The run directories stay the only record of the runs. runs/sweeps/<name>/slurm.json lists only which
+SLURM job trains which run directories.
+"""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sddlskd import config as cfg
+from sddlskd import record, tracking
+from sddlskd.config import Config
+from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
+from sddlskd.sweeps.array_task import SETUP, TEARDOWN, ArrayTask
+from sddlskd.sweeps.outcome import LOCK, read_manifest, record_outcome, state_of
+from sddlskd.terminal.console import write_line
+
+__all__ = ["Slurm", "Submission", "cancel_tasks", "causes_of_death", "queue", "submissions"]
+
+log = logging.getLogger(__name__)
+
+COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
+MANIFEST = "slurm.json"  # file in the sweep's folder
+SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
+POLL = 5.0  # seconds between two queries of the queue
+# Options that submitit knows for every kind of cluster. It prefixes SLURM's own with slurm_.
+SUBMITTED_FOR_ALL = {
+    "name",
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "mem_gb",
+    "nodes",
+}
+# The task index that scontrol shows for tasks that were cancelled before they started.
+NO_INDEX = "4294967294"
+# This refusal may be temporary: nodes may be down for a moment.
+UNSURE = "sbatch: allocation failure: Requested node configuration is not available"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One submitted task of a SLURM job array.
+
+    Attributes:
+        job: id of the task as squeue shows it, such as 17_3.
+        run_dirs: run directories of the jobs that the task trains side by side.
+        log: path of the task's log file.
+    """
+
+    job: str
+    run_dirs: list[str]
+    log: str
+
+
+def submissions(sweep: Path) -> list[Submission]:
+    """Return all tasks that were ever submitted for the sweep in folder `sweep`, oldest first."""
+    path = sweep / MANIFEST
+    return [Submission(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def _add(sweep: Path, new: Iterable[Submission]) -> None:
+    with FileLock(sweep / LOCK):
+        listed = [vars(one) for one in [*submissions(sweep), *new]]
+        record.write_text(sweep / MANIFEST, json.dumps(listed, indent=1))
+
+
+def queue(sweep: Path) -> dict[str, tuple[str, str]]:
+    """Return {job: (state, reason)} for the sweep's tasks that are in SLURM's queue.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
+    mine = {one.job for one in submissions(sweep)}
+    if not mine:
+        return {}
+    lines = _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r").splitlines()
+    rows = (line.strip().split("|", 2) for line in lines)
+    return {job: (state, reason) for job, state, reason in rows if job in mine}
+
+
+def states(sweep: Path) -> dict[str, str]:
+    """Return {run directory: "queued" or "running"} for the sweep's tasks in SLURM's queue.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
+    live = queue(sweep)
+    return {
+        run_dir: "running" if live[one.job][0] in ("RUNNING", "COMPLETING") else "queued"
+        for one in submissions(sweep)
+        if one.job in live
+        for run_dir in one.run_dirs
+    }
+
+
+def cancel_tasks(sweep: Path) -> list[str]:
+    """Cancel the sweep's queued and running tasks and return their ids.
+
+    Running tasks save their checkpoints before they end.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
+    live = sorted(queue(sweep))
+    if live:
+        _ask("scancel", *live)
+    return live
+
+
+def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
+    """Return {job: the state in which SLURM ended it}, such as TIMEOUT, OUT_OF_MEMORY or NODE_FAIL.
+
+    The state of a failed job includes its exit code. If SLURM does not know a job any more, or
+    cannot be asked, the text says so instead.
+    """
+    arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
+    # Keys are task ids; an array id stands for its tasks that never started, which share a record.
+    found: dict[str, str] = {}
+    # sacct knows jobs long after their end, if the cluster keeps accounts, but it lags behind.
+    with suppress(ConnectionError):
+        told = (
+            _ask("sacct", "-nXP", "-j", ",".join(arrays), "-o", "JobID,State,ExitCode")
+            if arrays
+            else ""
+        )
+        for name, state, code in (row.split("|") for row in told.splitlines()):
+            found[name if "[" not in name else name.partition("_")[0]] = _worded(
+                state.split()[0], code
+            )
+    for array in arrays:
+        with suppress(ConnectionError):  # scontrol forgets a job some minutes after its end
+            for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
+                told_of = dict(word.split("=", 1) for word in text.split() if "=" in word)
+                index = told_of.get("ArrayTaskId", "")
+                name = f"{array}_{index}" if index.isdigit() and index != NO_INDEX else array
+                found[name] = _worded(told_of["JobState"], told_of["ExitCode"])
+    unknown = "gone, and SLURM does not know why any more"
+    return {job: found.get(job, found.get(job.partition("_")[0], unknown)) for job in jobs}
+
+
+def _worded(state: str, code: str) -> str:
+    return f"{state} (exit code {code})" if state == "FAILED" else state
+
+
+def _ask(*command: str, text: str | None = None) -> str:
+    """Run a SLURM command and return its stdout.
+
+    Args:
+        *command: the command and its arguments.
+        text: text for the command's stdin.
+
+    Returns:
+        The stdout of the command.
+
+    Raises:
+        ConnectionError: if the command is missing, does not answer within 60 seconds, or fails;
+            the message quotes the command's error message.
+    """
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, timeout=60
+        )
+    except FileNotFoundError:
+        raise ConnectionError(
+            f"{command[0]} is not on PATH: run this on a machine with SLURM's commands"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ConnectionError(f"{command[0]} does not answer") from None
+    if done.returncode:
+        raise ConnectionError(f"{command[0]}: {_words(done.stderr)}")
+    return done.stdout
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Remove SLURM's variables from the environment for the duration of the context.
+
+    A sweep may be launched from inside an allocation, whose sizes would otherwise carry over to the
+    submitted jobs.
+    """
+    inherited = [
+        name
+        for name in os.environ
+        if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"
+    ]
+    kept = {name: os.environ.pop(name) for name in inherited}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Delay SIGINT, SIGTERM and SIGHUP to the end of the context, for this process and sbatch.
+
+    Every submitted job must be written to slurm.json before a signal can end this process.
+    """
+    # Python delivers signals to the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), list[int]()
+    handlers = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in numbers
+    }
+    # sbatch inherits the mask. Other threads of this process can still receive the signals, hence
+    # the handlers above.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.sub(r"(?m)^s\w+: (error: )?", "", text).split()) or "no error message"
+
+
+class Slurm:
+    """A launcher that submits the groups of a sweep as SLURM job arrays and waits for them.
+
+    The launcher has the interface of `Pool`.
+
+    Args:
+        wait: whether `run` waits for the jobs; if False, it submits them and returns.
+        max_requeues: how often a task that was warned or preempted goes back into the queue.
+        fail_fast: whether to cancel the sweep's jobs as soon as one of them fails.
+        python: command that starts Python on a node; None for the Python of this process.
+        container: image for `srun --container-image`; None for no container.
+        srun_args: further arguments of srun.
+        array_parallelism: largest number of tasks that run at once.
+        **options: options of submitit, without the prefix slurm_.
+    """
+
+    runs_locally = False  # whether the jobs run on this machine
+
+    def __init__(
+        self,
+        *,
+        wait: bool,
+        max_requeues: int,
+        fail_fast: bool,
+        python: str | None,
+        container: str | None,
+        srun_args: Sequence[str],
+        array_parallelism: int,
+        **options: Any,
+    ) -> None:
+        self.wait, self.max_requeues, self.fail_fast = wait, max_requeues, fail_fast
+        self.python, self.array_parallelism, self.options = python, array_parallelism, options
+        self.srun_args = [*([f"--container-image={container}"] if container else []), *srun_args]
+
+    def validate(self, jobs: Sequence[Config]) -> None:
+        """Check, before anything is written, that SLURM would accept the jobs.
+
+        Raises:
+            ValueError: if SLURM would refuse the jobs, with sbatch's own error message, or if the
+                options cannot work.
+            ConnectionError: if SLURM cannot list its nodes.
+        """
+        if missing := [command for command in COMMANDS if shutil.which(command) is None]:
+            raise ValueError(
+                f"hydra/launcher=slurm needs {', '.join(missing)}: launch on a login node of the "
+                "cluster, or leave hydra/launcher out to train on this machine"
+            )
+        warned, limit = self.options["signal_delay_s"], 60 * self.options["timeout_min"]
+        if warned >= limit:
+            raise ValueError(
+                f"hydra.launcher.signal_delay_s={warned} must be less than the time limit, "
+                f"hydra.launcher.timeout_min={limit // 60}, or a job is warned before it starts; "
+                "lower signal_delay_s or raise timeout_min"
+            )
+        if secret := next(
+            (line for line in self.options.get("setup") or [] if SECRET.search(line)), None
+        ):
+            raise ValueError(
+                f"hydra.launcher.setup would write {secret.partition('=')[0]} into files that "
+                "others may read; export it in the shell that you launch from, whose environment "
+                "sbatch passes on"
+            )
+        self._check_shared(jobs)
+        for ranks in {_ranks(job) for job in jobs}:
+            executor = self._executor(Path(jobs[0].home), ranks, 1)
+            script = executor._executor._make_submission_file_text("true", "check")
+            try:
+                with _outside_of_a_job():
+                    _ask("sbatch", "--test-only", text=script)
+            except ConnectionError as error:
+                if str(error) == UNSURE:
+                    log.warning("no node can take the jobs now: %s", error)
+                else:
+                    raise ValueError(
+                        f"{error}; see hydra.launcher.partition, account, qos and the resources "
+                        "that it requests"
+                    ) from None
+
+    def _check_shared(self, jobs: Sequence[Config]) -> None:
+        """Raise ValueError if jobs on several hosts would write a file that allows only one host.
+
+        Such files are a SQLite database and the memory-mapped cache of a teacher's logit maps.
+        """
+        cached = {
+            str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache
+        }
+        if not cached and not any(
+            str(job.tracking.uri).startswith("sqlite:") for job in jobs if job.tracking.enabled
+        ):
+            return
+        rows = [
+            row.split()
+            for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()
+        ]
+        partition = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
+        names = (
+            partition.split(",") if partition else [name for _, name in rows if name.endswith("*")]
+        )
+        hosts = {host for host, name in rows if name in names or name.rstrip("*") in names}
+        tracking.check_shared(jobs, hosts)
+        if cached and len(hosts) > 1:
+            raise ValueError(
+                f"teacher.cache={min(cached)} can be written by one host only, but the jobs run "
+                f"on {len(hosts)} hosts; set teacher.cache=null"
+            )
+
+    def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
+        """Submit every group, and wait for all of the sweep's tasks in SLURM's queue.
+
+        Args:
+            groups: jobs to run; the jobs of a group are trained side by side in one task.
+            sweep: folder of the sweep.
+            visible: devices of this machine; not used.
+
+        Returns:
+            RUNNING if this launcher does not wait for its jobs, otherwise FINISHED.
+
+        Raises:
+            ConnectionError: if SLURM cannot be asked.
+            ValueError: if sbatch refuses a job.
+        """
+        # The lock guards against another launch that submits the same jobs at the same time.
+        with FileLock(sweep / ".submit.lock"):
+            live = states(sweep)
+            groups = [
+                left
+                for group in groups
+                if (left := [job for job in group if job.run_dir not in live])
+            ]
+            by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
+            for group in groups:
+                by_ranks[_ranks(group[0])].append(group)
+            for ranks, some in by_ranks.items():
+                self._submit(some, sweep, ranks)
+        if not self.wait:
+            jobs = (
+                " ".join(one.job for one in submissions(sweep)[-len(groups) :])
+                if groups
+                else "nothing new"
+            )
+            write_line(f"submitted to SLURM: {jobs}")
+            return RUNNING
+        try:
+            self._wait(sweep)
+        except KeyboardInterrupt:
+            write_line(
+                "the jobs stay in SLURM's queue; to cancel them: "
+                f"python -m sddlskd.sweeps cancel {sweep}"
+            )
+            raise
+        _record_dead_jobs(sweep)
+        return FINISHED
+
+    def _submit(self, groups: Sequence[Sequence[Config]], sweep: Path, ranks: int) -> None:
+        largest = int(
+            re.findall(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"))[0]
+        )
+        chunks = [groups[at : at + largest] for at in range(0, len(groups), largest)]
+        folder = sweep / "slurm"
+        folder.mkdir(parents=True, exist_ok=True)
+        for chunk in chunks:
+            import submitit
+
+            executor = self._executor(folder, ranks, max(self.array_parallelism // len(chunks), 1))
+            tasks = [
+                ArrayTask(tuple(job.run_dir for job in group), str(sweep), self.max_requeues)
+                for group in chunk
+            ]
+            with _undisturbed():
+                try:
+                    with _outside_of_a_job(), executor.batch():
+                        jobs = [executor.submit(task) for task in tasks]
+                except (
+                    submitit.core.utils.FailedJobError,
+                    submitit.core.utils.FailedSubmissionError,
+                ) as error:
+                    so_far = (
+                        f"{len(submissions(sweep))} tasks are submitted, "
+                        "the same command submits the others"
+                    )
+                    raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
+                _add(
+                    sweep,
+                    [
+                        Submission(
+                            job.job_id, list(task.run_dirs), str(folder / f"{job.job_id}_0_log.out")
+                        )
+                        for job, task in zip(jobs, tasks, strict=True)
+                    ],
+                )
+
+    def _executor(self, folder: Path, ranks: int, parallelism: int) -> Any:
+        """Return submitit's executor with every option set.
+
+        Args:
+            folder: folder for the batch scripts and logs.
+            ranks: processes per task.
+            parallelism: largest number of tasks of the array that run at once.
+
+        Raises:
+            ValueError: if `ranks` is not a multiple of the number of nodes.
+        """
+        import submitit
+
+        nodes = self.options["nodes"]
+        if ranks % nodes:
+            raise ValueError(
+                f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}"
+            )
+        options = {name: value for name, value in self.options.items() if value is not None}
+        options["tasks_per_node"] = ranks // nodes
+        srun_args = list(self.srun_args)
+        if "cpus_per_task" in options:  # srun does not inherit it from sbatch since SLURM 22.05
+            srun_args.append(f"--cpus-per-task={options['cpus_per_task']}")
+        # If one rank is gone, the others wait for it in vain, so srun must end them. The delay of
+        # 120 seconds gives rank 0 time to finish its records.
+        if ranks > 1:
+            srun_args.append("--wait=120")
+        options |= {
+            "array_parallelism": parallelism,
+            "srun_args": srun_args,
+            "stderr_to_stdout": True,
+            "setup": [*SETUP, *(options.get("setup") or [])],
+            "teardown": TEARDOWN.replace("MAX_REQUEUES", str(self.max_requeues)).splitlines(),
+            "additional_parameters": {
+                "requeue": True,
+                **(options.get("additional_parameters") or {}),
+            },
+        }
+        executor = submitit.AutoExecutor(
+            folder, cluster="slurm", slurm_python=self.python or shlex.quote(sys.executable)
+        )
+        executor.update_parameters(
+            **{
+                name if name in SUBMITTED_FOR_ALL else f"slurm_{name}": value
+                for name, value in options.items()
+            }
+        )
+        return executor
+
+    def _wait(self, sweep: Path) -> None:
+        """Wait until no task of the sweep is in the queue.
+
+        One squeue call every few seconds asks for all tasks at once.
+        """
+        told, empty, away = "", 0, False
+        earlier = _failed(sweep)
+        # Require two empty answers: one query may miss a job that is being requeued, or a record on
+        # a slow file system.
+        while empty < 2:
+            try:
+                live = queue(sweep)
+                if self.fail_fast and live and _failed(sweep) - earlier:
+                    log.warning("stopping the sweep: a job failed and fail_fast is on")
+                    _ask("scancel", *live)
+            except ConnectionError as error:
+                if not away:
+                    log.warning("SLURM cannot be asked (%s); still waiting for its jobs", error)
+                away = True
+                time.sleep(POLL)
+                continue
+            if away:
+                log.warning("SLURM answers again")
+            away, empty = False, 0 if live else empty + 1
+            counts = Counter(
+                f"{state.lower()}{f' ({why})' if why != 'None' else ''}"
+                for state, why in live.values()
+            )
+            line = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
+            if line != told:
+                log.info("SLURM: %s", line or "all done")
+            told = line
+            time.sleep(POLL if live else 1.0)
+
+
+def _failed(sweep: Path) -> set[str]:
+    return {
+        run_dir for run_dir in read_manifest(sweep)["jobs"] if state_of(Path(run_dir)) == "failed"
+    }
+
+
+def _ranks(job: Config) -> int:
+    """Return the number of processes that share each batch of the job."""
+    return job.trainer.devices
+
+
+def _record_dead_jobs(sweep: Path) -> None:
+    """Write into the records of unfinished jobs why SLURM ended them."""
+    latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
+    results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
+    left = {
+        run_dir: job
+        for run_dir, job in latest.items()
+        if results[run_dir].get("status") not in (FINISHED, FAILED)
+    }
+    causes = causes_of_death(left.values())
+    for run_dir, job in left.items():
+        reason, over = results[run_dir].get("reason", ""), f"SLURM job {job} is over"
+        if over not in reason:
+            settled = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
+            record_outcome(
+                settled, KILLED, f"{reason}{'; ' if reason else ''}{over}: {causes[job]}"
+            )

@@ -1,0 +1,59 @@
+"""`python -m sddlskd.tracking sync DIR [DIR ...]`: deliver run directories to MLflow."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sddlskd import config as cfg
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking.runs import sync
+from sddlskd.tracking.sweeps import is_planned, sweep_folder, sync_sweep
+from sddlskd.tracking.uri import first_line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Deliver run directories, or all run directories inside folders, to MLflow."""
+    parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
+    parser.add_argument("command", choices=["sync"])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="deliver everything again, for example after the server lost its data",
+    )
+    chosen = parser.parse_args(arguments)
+    cfg.frame()
+    runs = sorted(
+        {path.parent for folder in chosen.folders for path in folder.rglob("config.yaml")}
+    )
+    sweeps = {path.parent for folder in chosen.folders for path in folder.rglob("plan.json")}
+    if not runs and not sweeps:
+        sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")
+    problems, delivered, answering = [], 0, set()
+    for run in runs:
+        try:
+            config = cfg.load(run / "config.yaml")
+            if config.tracking.uri not in answering:
+                tracking_uri.check_answers(str(config.tracking.uri))
+                answering.add(config.tracking.uri)
+            sync(run, again=chosen.again)
+            delivered += 1
+            if is_planned(sweep_folder(config), config):
+                sweeps.add(sweep_folder(config))
+        except ConnectionError as error:
+            sys.exit(f"error: {run} could not be delivered: {error}")
+        except Exception as error:  # one damaged run must not block the delivery of the others
+            problems.append(f"error: {run} could not be delivered: {first_line(error)}")
+    for sweep in sorted(sweeps):
+        try:
+            sync_sweep(sweep, again=chosen.again)
+        except Exception as error:
+            problems.append(f"error: {sweep} could not be delivered: {first_line(error)}")
+    sys.stdout.write(f"MLflow has {delivered} runs up to date\n")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

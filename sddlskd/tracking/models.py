@@ -1,0 +1,72 @@
+"""Deliver an exported model to MLflow."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from sddlskd import record
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking.uri import first_line
+
+__all__ = ["log_model", "save_model"]
+
+log = logging.getLogger(__name__)
+
+
+def save_model(
+    onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_classes: int
+) -> None:
+    """Write an ONNX model (images -> logits) as an MLflow model with its signature.
+
+    Args:
+        onnx_file: The ONNX model. It takes float32 images (B, C, H, W) with values in 0..1 and
+            returns float32 logits (B, K).
+        folder: The folder to write the MLflow model to.
+        image_CHW: The shape of one image: channels, height and width in pixels.
+        num_classes: K, the number of classes.
+    """
+    with warnings.catch_warnings():
+        # The import of MLflow warns about MLflow's own type hints.
+        warnings.simplefilter("ignore")
+        import mlflow.onnx
+        import numpy as np
+        import onnx
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        number = np.dtype("float32")
+        images, logits = (
+            TensorSpec(number, (-1, *image_CHW), "images"),
+            TensorSpec(number, (-1, num_classes), "logits"),
+        )
+        mlflow.onnx.save_model(
+            onnx.load(str(onnx_file)),
+            str(folder),
+            signature=ModelSignature(Schema([images]), Schema([logits])),
+            pip_requirements=[
+                f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")
+            ],
+            onnx_execution_providers=["CPUExecutionProvider"],
+            save_as_external_data=False,
+        )
+
+
+def log_model(folder: Path, model: Path) -> str | None:
+    """Upload the model of a run to MLflow and return its URI (runs:/RUN_ID/NAME).
+
+    Return None if MLflow does not have the run. Log a warning and return None if MLflow does not
+    accept the model.
+    """
+    state = record.read_mirror(folder)
+    if "run_id" not in state:
+        return None
+    try:
+        tracking_uri.client(str(state["uri"])).log_artifacts(
+            state["run_id"], str(model), model.name
+        )
+    except Exception as error:  # a server may be unreachable, or accept metrics but no files
+        log.warning("MLflow at %s did not accept the model: %s", state["uri"], first_line(error))
+        return None
+    return f"runs:/{state['run_id']}/{model.name}"

@@ -1,0 +1,313 @@
+"""Deliver a sweep to MLflow: its experiment, its parent run, its plan and its outcome."""
+
+import hashlib
+import json
+import logging
+import socket
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sddlskd import record
+from sddlskd.config import Config, TrackingConfig
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking.uri import CURE, ONE_HOST, first_line, sqlite_file, within
+
+__all__ = ["check_reachable", "check_shared", "finish_sweep", "log_plan", "register", "sync_sweep"]
+
+log = logging.getLogger(__name__)
+
+
+MIRROR_LOCK = ".mlflow.lock"
+
+
+def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
+    """Create the database, the experiment and a sweep's parent run; return configs with their ids.
+
+    The launching process calls this function. The first of the configurations with tracking enabled
+    names the MLflow address and the experiment; the parent run is created only if `sweep` is given.
+    If MLflow does not accept runs and `tracking.offline` is set, log a warning and return
+    configurations without ids: `sync` creates the missing experiment and runs later.
+
+    Raises:
+        ConnectionError: MLflow does not accept runs and `tracking.offline` is not set. For a server
+            this error comes within seconds.
+        ValueError: `tracking.uri` is not a valid address, or the experiment was deleted in MLflow.
+    """
+    tracked = next((c for c in configs if c.tracking.enabled), None)
+    if tracked is None:
+        return list(configs)
+    uri, experiment_id, parent = str(tracked.tracking.uri), None, None
+    try:
+        tracking_uri.check_answers(uri)
+        # No time limit for a file: the time to create a database is not known beforehand.
+        seconds = None if sqlite_file(uri) else tracking_uri.ANSWER_S
+        experiment_id, parent = within(seconds, lambda: experiment_and_parent(tracked, sweep))
+    except ValueError:
+        raise
+    except Exception as error:  # MLflow and its database may raise any type
+        known = isinstance(error, ConnectionError)
+        said = (
+            str(error)
+            if known
+            else f"tracking.uri={uri} does not accept runs ({first_line(error)}); {CURE}"
+        )
+        if not tracked.tracking.offline:
+            raise ConnectionError(said) from error
+        runs = Path(tracked.home, "runs")
+        log.warning(
+            "%s; continuing without MLflow. Deliver the records later with: "
+            "python -m sddlskd.tracking sync %s",
+            said.removesuffix(f"; {CURE}"),
+            runs,
+        )
+    return [
+        replace(
+            c,
+            tracking=replace(c.tracking, experiment_id=experiment_id, parent_run_id=parent),
+            sweep=replace(c.sweep, name=sweep or c.sweep.name),
+        )
+        for c in configs
+    ]
+
+
+def experiment_and_parent(config: Config, sweep: str | None) -> tuple[str, str | None]:
+    """Return (experiment id, parent run id), creating the experiment and the run if missing.
+
+    The parent run id is None without a sweep. Any number of processes may call this function at the
+    same time.
+    """
+    uri = str(config.tracking.uri)
+    path = sqlite_file(uri)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # MLflow's creation of a database has a race condition (MLflow issue 12259).
+    with FileLock(f"{path}.lock") if path else nullcontext():
+        client = tracking_uri.client(uri)
+        experiment_id = _experiment(client, config)
+        parent = _parent_run(client, experiment_id, sweep) if sweep else None
+    return experiment_id, parent
+
+
+def _experiment(client: Any, config: Config) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        place = (
+            Path(config.home, "mlartifacts").as_uri()
+            if sqlite_file(str(config.tracking.uri))
+            else None
+        )
+        try:
+            client.create_experiment(name, artifact_location=place)
+        except MlflowException as error:
+            # Another process may have created the experiment in the meantime.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"tracking.experiment={name} was deleted in MLflow; "
+            "restore it there or choose another name"
+        )
+    experiment_id: str = experiment.experiment_id
+    return experiment_id
+
+
+def check_reachable(configs: Sequence[Config]) -> None:
+    """Check that the MLflow server of every job that is about to start answers.
+
+    Jobs that the launching process already registered (`tracking.experiment_id` is set) may start
+    without the server, because any running job may lose its server. The same holds for jobs with
+    `tracking.offline`.
+
+    Raises:
+        ConnectionError: A server does not answer; the message names its address.
+        ValueError: A `tracking.uri` is not a valid address.
+    """
+    starting = [
+        c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None
+    ]
+    for uri in {str(tracking.uri) for tracking in starting}:
+        try:
+            tracking_uri.check_answers(uri)
+        except ConnectionError:
+            if not all(tracking.offline for tracking in starting if tracking.uri == uri):
+                raise
+
+
+def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
+    """Raise ValueError if jobs on hosts other than this one would write to a SQLite file."""
+    here = {"localhost", socket.gethostname().split(".")[0]}
+    others = sorted({host for host in hosts if host.split(".")[0] not in here})
+    for uri in {str(c.tracking.uri) for c in configs if c.tracking.enabled}:
+        if others and sqlite_file(uri):
+            raise ValueError(
+                f"tracking.uri={uri} is a file and jobs would write to it from "
+                f"{', '.join(others)}; {ONE_HOST}, or launch with tracking=none and deliver the "
+                "records later with: python -m sddlskd.tracking sync runs"
+            )
+
+
+def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
+    def all_there() -> list[Any]:
+        return sorted(
+            client.search_runs([experiment_id], f"tags.sweep = '{sweep}' and tags.kind = 'sweep'"),
+            key=lambda run: (run.info.start_time, run.info.run_id),
+        )
+
+    found, own = all_there(), None
+    if not found:
+        tags = {"sweep": sweep, "kind": "sweep", "git_sha": record.code_state()["git_sha"]}
+        own = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
+        # Search again: another launch may have created a parent run at the same moment. All
+        # launches choose the earliest one.
+        found = all_there()
+    parent_id: str = found[0].info.run_id
+    if own and own != parent_id:
+        client.delete_run(own)
+    client.update_run(parent_id, "RUNNING")
+    return parent_id
+
+
+def log_plan(config: Config, path: Path) -> None:
+    """Upload the sweep's plan to its parent run, so that jobs that never started remain visible.
+
+    Without the plan, a planned job that never started looks like a job that was never planned.
+    """
+    _tell(config, "plan", status=record.RUNNING)
+
+
+def finish_sweep(config: Config, status: str) -> None:
+    """Set the final status of the sweep's parent run; log a warning if MLflow is unreachable."""
+    _tell(config, "outcome", status=status)
+
+
+def _tell(config: Config, what: str, status: str) -> None:
+    """Write the sweep's status to its folder, then try to deliver the status and plan to MLflow.
+
+    `what` names the delivered part in the warning that is logged if the delivery fails.
+    """
+    if not config.tracking.enabled:
+        return
+    folder = sweep_folder(config)
+    try:
+        with FileLock(folder / MIRROR_LOCK):
+            state = _sweep_state(folder, config) | {"status": status}
+            record.write_mirror(folder, state)
+        # The launching process waits here, so check first: the check takes bounded time.
+        tracking_uri.check_answers(str(config.tracking.uri))
+        sync_sweep(folder)
+    except Exception as error:  # a server may be unreachable, or accept metrics but no files
+        log.warning(
+            "MLflow at %s did not accept the sweep's %s: %s; "
+            "deliver it later with: python -m sddlskd.tracking sync %s",
+            config.tracking.uri,
+            what,
+            first_line(error),
+            folder,
+        )
+
+
+def sweep_folder(config: Config) -> Path:
+    return Path(config.home, "runs", "sweeps", str(config.sweep.name))
+
+
+def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
+    """Return the content of the sweep's mlflow.json.
+
+    It holds the parent run's id, the values that MLflow should have, and those that MLflow already
+    has. Start from an empty state if the file is damaged or is about another MLflow address,
+    experiment, home or parent run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        state = record.read_mirror(folder)
+    except record.Damaged:
+        state = {}
+    address = {
+        "uri": config.tracking.uri,
+        "experiment": config.tracking.experiment,
+        "home": config.home,
+    }
+    if any(state.get(key) != value for key, value in address.items()):
+        state = {}
+    parent = config.tracking.parent_run_id or state.get("run_id")
+    if parent != state.get("run_id"):
+        state = {}
+    return {
+        "status": record.RUNNING,
+        **state,
+        **address,
+        "sweep": config.sweep.name,
+        "run_id": parent,
+    }
+
+
+def sync_sweep(folder: Path, *, again: bool = False) -> None:
+    """Update MLflow from a sweep's folder: its parent run, its status and its plan.
+
+    The function is idempotent. `again` means the same as in `sync`.
+    """
+    with FileLock(folder / MIRROR_LOCK):
+        state = record.read_mirror(folder)
+        if not state:
+            return
+        if again:
+            state = {
+                key: state[key] for key in ("uri", "experiment", "home", "sweep", "status")
+            } | {"run_id": None}
+        client, plan = tracking_uri.client(str(state["uri"])), folder / "plan.json"
+        state["run_id"] = _run_of_sweep(folder, state)
+        if state["status"] != state.get("told"):
+            (client.update_run if state["status"] == record.RUNNING else client.set_terminated)(
+                state["run_id"], state["status"]
+            )
+            state["told"] = state["status"]
+            record.write_mirror(folder, state)
+        digest = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.exists() else None
+        # The plan comes last because a server may accept metrics but no files.
+        if digest != state.get("plan"):
+            client.log_artifact(state["run_id"], str(plan))
+            record.write_mirror(folder, {**state, "plan": digest})
+
+
+def _run_of_sweep(folder: Path, state: dict[str, Any]) -> str:
+    """Return the id of the sweep's parent run, creating the run if missing.
+
+    The caller must hold the sweep's lock.
+    """
+    if not state["run_id"]:
+        tracking = TrackingConfig(uri=state["uri"], experiment=state["experiment"])
+        _, state["run_id"] = experiment_and_parent(
+            Config(tracking=tracking, home=state["home"]), state["sweep"]
+        )
+        state["told"] = record.RUNNING
+        record.write_mirror(folder, state)
+    run_id: str = state["run_id"]
+    return run_id
+
+
+def parent_of(config: Config) -> str | None:
+    """Return the id of the parent run of the sweep that planned this job, or None if no sweep did.
+
+    The configuration holds the id unless MLflow was unreachable when the sweep was launched.
+    """
+    folder = sweep_folder(config)
+    if config.tracking.parent_run_id or not is_planned(folder, config):
+        return config.tracking.parent_run_id
+    with FileLock(folder / MIRROR_LOCK):
+        return _run_of_sweep(folder, _sweep_state(folder, config))
+
+
+def is_planned(folder: Path, config: Config) -> bool:
+    path = folder / "plan.json"
+    return path.exists() and any(
+        job["run_dir"] == config.run_dir for job in json.loads(path.read_text())["jobs"]
+    )

@@ -1,0 +1,1 @@
+"""Training: from typed jobs to trained students."""

@@ -1,0 +1,420 @@
+"""Build data, networks, teacher and runs from a configuration."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.config.targets import instantiate
+from sddlskd.data.decoding import ImageTransform
+from sddlskd.data.device import DeviceData
+from sddlskd.data.streaming import Data, StreamedData
+from sddlskd.datasets.arrays import Files, Splits
+from sddlskd.distill import ScaleDecoupled
+from sddlskd.record import Onlooker, Record
+from sddlskd.training import teacher_files
+from sddlskd.training.evaluation import evaluate
+from sddlskd.training.ranks import Ranks
+from sddlskd.training.run import Run
+from sddlskd.training.schedule import learning_rate
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_cache import TeacherCache, cache_path
+
+__all__ = [
+    "build_data",
+    "build_network",
+    "build_run",
+    "build_teacher",
+    "check_maps",
+    "leave_as_teacher",
+    "shape_of",
+]
+__all__ += ["check_cache", "check_teacher", "teacher_changed", "teacher_path"]
+
+log = logging.getLogger(__name__)
+
+
+def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Data:
+    """Load the data set of a job and return its batches for one rank.
+
+    A data set of pixel arrays is kept on the device. A data set of image files is read from disk as
+    the batches are consumed.
+
+    Args:
+        job: the job.
+        device: device of the batches.
+        rank: index of this rank.
+        ranks: number of ranks that share each batch.
+
+    Returns:
+        DeviceData or StreamedData, which yield this rank's share of each batch.
+
+    Raises:
+        ValueError: if a setting or the data is not valid, or if `teacher.cache` is set for image
+            files (see `check_cache`).
+    """
+    d, splits = job.dataset, instantiate(job.dataset.load)
+    common: dict[str, Any] = dict(
+        num_classes=d.num_classes,
+        batch_size=job.trainer.batch_size,
+        eval_batch_size=job.trainer.eval_batch_size,
+        seed=cfg.data_seed(job),
+        device=device,
+        mean=d.mean,
+        std=d.std,
+        flip=d.flip,
+        val_fraction=d.val_fraction,
+        rank=rank,
+        ranks=ranks,
+    )
+    if isinstance(splits.train, Files):
+        check_cache(job)
+        low, high = d.crop_area
+        view = ImageTransform(
+            d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright
+        )
+        choices: dict[str, Any] = {
+            "workers": d.workers,
+            "bad": d.bad_images,
+            "irregular": d.irregular_images,
+        }
+        return StreamedData(splits, view=view, **choices, **common)
+    return DeviceData(splits, padding=d.padding, **common)
+
+
+def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
+    """Return (N, H, W, C) of the training images as the networks receive them."""
+    if isinstance(splits.train, Files):
+        return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
+    return tuple(splits.train.images_NHWC.shape)
+
+
+def check_cache(job: Config) -> None:
+    """Raise ValueError if `teacher.cache` is set for a job with streamed data.
+
+    Random crops of image files never repeat, so the cache would never hit. Call this function only
+    for such data.
+    """
+    if job.teacher.cache:
+        raise ValueError(
+            f"teacher.cache={job.teacher.cache} cannot hold the crops of "
+            f"dataset={job.dataset.name}: its random crops never repeat, so the cache would never "
+            "hit; set teacher.cache=null"
+        )
+
+
+def build_network(
+    model: dict[str, Any], num_classes: int, seed: int, device: torch.device
+) -> nn.Module:
+    """Return a freshly initialised network, whose weights depend on `seed` alone.
+
+    The global random state does not affect the weights, and the call leaves it unchanged.
+
+    Args:
+        model: `_target_` and arguments of the network.
+        num_classes: number of classes, passed to the network.
+        seed: seed of the initialisation.
+        device: device of the network.
+
+    Returns:
+        The network in the channels_last memory format.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: nn.Module = instantiate(model, num_classes=num_classes)
+    return network.to(  # type: ignore[call-overload, no-any-return]
+        device=device, memory_format=torch.channels_last
+    )
+
+
+def teacher_path(job: Config) -> Path:
+    """Return the path of the weight file of the job's teacher."""
+    return Path(
+        job.teacher.checkpoint
+        or teacher_files.path_of(job.home, job.dataset.name, job.teacher.name)
+    )
+
+
+def check_teacher(job: Config) -> None:
+    """Check the teacher file of a job; do nothing for a job without a teacher.
+
+    Raise FileNotFoundError if the file is missing and will not be trained. Raise ValueError if a
+    teacher file of the home folder differs from the file that is pinned.
+    """
+    path = teacher_path(job)
+    if job.distiller.loss and path.exists() and not job.teacher.checkpoint:
+        teacher_files.check_pin(
+            job.home,
+            teacher_files.pin_key(job.dataset.name, job.teacher.name),
+            teacher_files.file_hash(path),
+        )
+    if (
+        job.distiller.loss
+        and not path.exists()
+        and (job.teacher.checkpoint or not job.teacher.train_if_missing)
+    ):
+        raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+
+
+def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
+    """Return whether a run was trained with another teacher file than its job would use now.
+
+    `result` is the content of the run's result.json. Return False for a job without a
+    teacher, and if the hash of either file is unknown.
+    """
+    earlier, path = result.get("teacher_sha256"), teacher_path(job)
+    return bool(
+        job.distiller.loss
+        and earlier
+        and path.exists()
+        and teacher_files.file_hash(path) != earlier
+    )
+
+
+def build_teacher(
+    job: Config,
+    network: nn.Module,
+    data: Data,
+    device: torch.device,
+    train: Callable[[Config], None],
+    ranks: Ranks | None = None,
+) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
+    """Return the teacher of a job, and train it first if its file is missing and the job allows it.
+
+    Log a warning if the teacher performs at chance level on the test split.
+
+    Args:
+        job: the job.
+        network: network of the teacher, whose weights are loaded from the teacher file.
+        data: data set of the job, to measure the teacher's accuracy on the test split.
+        device: device of the teacher.
+        train: function that trains the given teacher job and thereby writes the teacher file.
+        ranks: the ranks that each have a copy of the teacher and train it together. Rank 0 looks
+            for the file and measures the accuracy. None for this process alone.
+
+    Returns:
+        The teacher, with a cache if `teacher.cache` is set, and the facts for result.json:
+        {"teacher_top1": percent, "teacher_sha256": hash of the teacher file}.
+
+    Raises:
+        FileNotFoundError: if the file is missing and is not trained.
+        ValueError: if the file is not the pinned one, does not hold weights of the network, or if
+            the disk cannot hold the cache.
+    """
+    path, ranks = teacher_path(job), ranks or Ranks()
+    check_teacher(job)
+    if not ranks.broadcast(path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The first job to take the lock trains the teacher; other jobs wait for it.
+        with FileLock(f"{path}.lock") if ranks.is_rank_zero else nullcontext():
+            if not ranks.broadcast(path.exists()):
+                log.info(
+                    "teacher %s is missing: training it first (teacher.train_epochs=%d)",
+                    job.teacher.name,
+                    job.teacher.train_epochs,
+                )
+                train(cfg.teacher_job(job))
+                # A finished training leaves the file; a training that did not is an error.
+                if not ranks.broadcast(path.exists()):
+                    raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+    teacher = Teacher(
+        network,
+        path,
+        name=job.teacher.name,
+        device=device,
+        precision=job.trainer.precision,
+        compile=job.trainer.compile,
+    )
+    top1 = ranks.broadcast(
+        teacher_files.measured_top1(
+            path, job.dataset.name, lambda: evaluate(teacher, data.test_batches())["top1"]
+        )
+        if ranks.is_rank_zero
+        else None
+    )
+    chance = 100 / job.dataset.num_classes
+    if top1 < chance + 0.05 * (100 - chance):
+        log.warning(
+            "teacher %s performs at chance: top-1 %.2f on %s (%s)",
+            job.teacher.name,
+            top1,
+            job.dataset.name,
+            path,
+        )
+    sha256 = teacher_files.file_hash(path)
+    facts = {"teacher_top1": top1, "teacher_sha256": sha256}
+    # Only DeviceData has views that repeat, see `check_cache`.
+    if not (job.teacher.cache and isinstance(data, DeviceData)):
+        return teacher, facts
+    with ranks.rank_zero_first():
+        return _remembering(job, teacher, data, device, sha256), facts
+
+
+def _remembering(
+    job: Config, teacher: Teacher, data: DeviceData, device: torch.device, sha256: str
+) -> TeacherCache:
+    d = job.dataset
+    seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
+    map_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
+    about = {
+        "images": seen,
+        "map": map_KHW,
+        "dtype": job.teacher.cache_dtype,
+        "precision": job.trainer.precision,
+    }
+    path = cache_path(Path(str(job.teacher.cache)), sha256, about)
+    return TeacherCache(
+        teacher,
+        path,
+        rows=data.train_size * data.views,
+        map_KHW=map_KHW,
+        dtype=job.teacher.cache_dtype,
+    )
+
+
+@torch.inference_mode()
+def check_maps(
+    job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
+) -> None:
+    """Check that both networks accept the images and return suitable logit maps.
+
+    The check runs one image of zeros through each network. It leaves the student in training mode.
+
+    Args:
+        job: the job.
+        student: network of the student.
+        teacher: network of the teacher; None for a job without a teacher.
+        data: data set of the job.
+        device: device of the networks.
+
+    Raises:
+        ValueError: if a network cannot process the images, if its output is not a logit map
+            (B, K, H, W) with the classes of the data set, or if the largest scale of `M` is more
+            than twice the shorter side of the smaller map.
+    """
+    image = torch.zeros(1, *data.image_shape, device=device)
+    networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
+    maps = {}
+    for name, network in networks.items():
+        try:
+            if network is not None:
+                maps[name] = network.eval()(image)
+        except torch.OutOfMemoryError:  # the device is full, which says nothing about the network
+            raise
+        except RuntimeError as error:
+            channels, height, width = data.image_shape
+            raise ValueError(
+                f"{name} cannot take images of {channels}x{height}x{width} "
+                f"({' '.join(str(error).split())[:200]}); choose another network or size"
+            ) from error
+    student.train()
+    for name, logit_map in maps.items():
+        if logit_map.ndim != 4 or logit_map.shape[1] != job.dataset.num_classes:
+            raise ValueError(
+                f"{name} returns shape {tuple(logit_map.shape)}; "
+                f"it must return a logit map of shape (B, {job.dataset.num_classes}, H, W)"
+            )
+    side = min(min(logit_map.shape[2:]) for logit_map in maps.values())
+    if teacher is not None and max(job.M) > 2 * side:
+        sides = ", ".join(
+            f"{name} {tuple(logit_map.shape[2:])}" for name, logit_map in maps.items()
+        )
+        raise ValueError(
+            f"M={job.M} asks for {max(job.M)}x{max(job.M)} regions, "
+            f"more than twice the smaller map ({sides}); the largest scale here is {2 * side}"
+        )
+
+
+def build_run(
+    job: Config,
+    network: nn.Module,
+    opened: Record | Onlooker,
+    device: torch.device,
+    steps: int,
+    *,
+    images: int,
+    ranks: Ranks | None = None,
+) -> Run:
+    """Return the run of one student with optimizer and loss, resumed from its checkpoint if any.
+
+    Args:
+        job: the job.
+        network: network of the student.
+        opened: the run directory, opened for writing on rank 0 and for reading on other ranks.
+        device: device of the network.
+        steps: batches per epoch.
+        images: images per epoch, over all ranks.
+        ranks: the ranks that share each batch; None for this process alone.
+
+    Returns:
+        The run.
+    """
+    distill = None
+    if job.distiller.loss:
+        distill = ScaleDecoupled(
+            instantiate(job.distiller.loss, _partial_=True),
+            job.M,
+            complementary_weight=job.complementary_weight,
+            standardize=job.standardize,
+            knowledge=job.distiller.knowledge,
+            reduction=job.distiller.reduction,
+        )
+    o = job.optimizer
+    return Run(
+        opened,
+        Path(job.run_dir).name,
+        network,
+        instantiate(o.algorithm, _partial_=True)(network.parameters(), lr=o.lr),
+        distill=distill,
+        ce_weight=job.distiller.ce_weight,
+        kd_weight=job.distiller.kd_weight,
+        warmup_epochs=job.distiller.warmup_epochs,
+        learning_rate=lambda progress: learning_rate(
+            progress,
+            peak=o.lr,
+            epochs=job.trainer.epochs,
+            schedule=o.schedule,
+            milestones=o.milestones,
+            decay=o.decay,
+            warmup_epochs=o.warmup_epochs,
+        ),
+        clip_norm=o.clip_norm,
+        device=device,
+        precision=job.trainer.precision,
+        compile=job.trainer.compile,
+        seed=job.seed,
+        steps=steps,
+        ranks=ranks or Ranks(),
+        images=images,
+        batch_size=job.trainer.batch_size,
+    )
+
+
+def leave_as_teacher(job: Config, run: Run) -> None:
+    """Write the weights of a network trained without a teacher to the file `teacher=<name>` loads.
+
+    Do nothing for a distilled student, or if `trainer.max_steps` cut the epochs short. Keep an
+    existing teacher file.
+    """
+    if job.distiller.loss or job.trainer.max_steps is not None:
+        return
+    path = teacher_files.path_of(job.home, job.dataset.name, job.student.name)
+    left = teacher_files.publish(
+        path,
+        run.model.state_dict(),
+        network=job.student.name,
+        dataset=job.dataset.name,
+        top1=run.last_top1,
+    )
+    run.record.log.info(
+        "teacher file %s: %s",
+        path,
+        "written" if left else "kept, since the file exists already",
+    )

@@ -1,0 +1,130 @@
+"""Teacher logit maps cached on disk, so that the teacher computes each view of an image only once.
+
+A cache lasts across sweeps. Crops and flips are discrete ((2 * padding + 1)^2 * 2 views per image;
+162 on CIFAR), so the finest logit map of every (image, view) can be stored. Every scale derives
+from that map.
+
+Shapes: B batch, C channels, K classes, H W sides, V rows of the cache (images x views of an image).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from sddlskd.training.teacher import Teacher
+
+__all__ = ["TeacherCache", "cache_path"]
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float16": np.float16, "float32": np.float32}
+
+
+def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> Path:
+    """Return the path of the cache file for one teacher file and one set of settings.
+
+    Args:
+        folder: folder of the cache files.
+        teacher_sha256: hash of the teacher file.
+        about: everything else that the cached maps depend on: the data set, the augmentation, the
+            number format. Its values must be JSON-serialisable.
+
+    Returns:
+        <folder>/<hash of the arguments>.maps
+    """
+    key = hashlib.sha256(json.dumps([teacher_sha256, about], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
+    return folder / f"{key}.maps"
+
+
+class TeacherCache:
+    """A teacher whose logit maps are cached in a sparse memory-mapped file.
+
+    Several processes may fill the same file at the same time.
+
+    float16 keeps 11 significant bits, so it rounds a value by at most 2^-11 of its size. Values
+    below 6e-5 have fewer bits and are rounded by at most 2^-25. float32 does not round.
+
+    Args:
+        teacher: the teacher that computes missing maps.
+        path: the cache file, see `cache_path`.
+        rows: V, the number of images times the number of views of an image.
+        map_KHW: shape of a logit map, (K, H, W).
+        dtype: number format of the file: "float16" or "float32".
+
+    Raises:
+        ValueError: if the disk cannot hold the full file; raised before anything is written.
+    """
+
+    def __init__(
+        self, teacher: Teacher, path: Path, *, rows: int, map_KHW: tuple[int, ...], dtype: str
+    ) -> None:
+        self.teacher, self.name = teacher, teacher.name
+        cells = int(np.prod(map_KHW)) * np.dtype(DTYPES[dtype]).itemsize
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            present = path.stat().st_blocks * 512 if path.exists() else 0
+            free = shutil.disk_usage(path.parent).free
+            if rows * cells - present > free:
+                raise ValueError(
+                    f"teacher.cache={path.parent} needs {rows * cells / 1e9:.1f} GB when full "
+                    f"({rows} views of {cells} bytes), {present / 1e9:.1f} GB are already stored "
+                    f"and {free / 1e9:.1f} GB are free; "
+                    "choose another folder, teacher.cache_dtype=float16, or no cache"
+                )
+            sums = path.with_suffix(".sums")
+            for file, size in ((path, rows * cells), (sums, rows * 4)):
+                if not file.exists():
+                    # Truncating makes a sparse file: disk blocks are allocated as maps are written.
+                    with open(file, "wb") as opened:
+                        os.truncate(opened.fileno(), size)
+        self._maps: Any = np.memmap(path, DTYPES[dtype], "r+", shape=(rows, *map_KHW))
+        # Checksum of each map; 0 for a map that is not stored yet.
+        self._sums: Any = np.memmap(sums, np.uint32, "r+", shape=(rows,))
+        log.info(
+            "teacher.cache: %s holds %.1f%% of %.1f GB",
+            path,
+            100 * (self._sums != 0).mean(),
+            rows * cells / 1e9,
+        )
+
+    def __call__(self, images_BCHW: Tensor, views_B: Tensor) -> Tensor:
+        """Return the logit map (B, K, H, W) of a batch in float32, on the device of the images.
+
+        `views_B` holds the row of each sample in the cache, int64 on the CPU. Maps that are missing
+        in the file are computed and stored first. The result always has the precision of the file,
+        so that numbers do not depend on whether a view was cached.
+        """
+        rows = views_B.numpy()
+        maps_BKHW = np.array(self._maps[rows])
+        # A map can differ from its checksum: a crash of the machine may have saved the checksum
+        # without the map, or another process may be writing the map right now.
+        new = self._sums[rows] != _checksums(maps_BKHW)
+        if new.any():
+            # Compute the whole batch, not only the missing images: a map then has exactly the bits
+            # that it has without a cache.
+            asked_BKHW = self.teacher(images_BCHW).float().cpu().numpy().astype(self._maps.dtype)
+            maps_BKHW[new] = asked_BKHW[new]
+            self._maps[rows[new]] = maps_BKHW[new]
+            self._sums[rows[new]] = _checksums(maps_BKHW[new])
+        stored_BKHW = torch.from_numpy(maps_BKHW).float()
+        return stored_BKHW.to(
+            images_BCHW.device, memory_format=torch.channels_last, non_blocking=True
+        )
+
+
+def _checksums(maps_BKHW: Any) -> Any:
+    """Return the CRC-32 of each map, (B,) uint32; never 0, which marks a missing map."""
+    return np.array([zlib.crc32(map_KHW) or 1 for map_KHW in maps_BKHW], np.uint32)

@@ -1,0 +1,227 @@
+"""Files of teachers: where they lie, what is pinned of them, and what they score.
+
+A home's `teachers/lock.json` pins the sha256 that a teacher file had when it first came. A file
+that differs from its pin is refused.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torch import Tensor
+
+from sddlskd.files.atomic import write_atomically
+from sddlskd.files.checkpoint import write
+
+__all__ = [
+    "check_pin",
+    "file_hash",
+    "lock_path",
+    "measured_top1",
+    "missing",
+    "path_of",
+    "pin",
+    "pin_key",
+    "pinned",
+    "publish",
+]
+
+log = logging.getLogger(__name__)
+
+
+def path_of(home: str, dataset: str, network: str) -> Path:
+    """Return the path of the weight file that `teacher=<network>` loads by default.
+
+    A network that is trained to the end without a teacher is written to the same path.
+
+    Args:
+        home: the home folder of the experiments.
+        dataset: name of the data set.
+        network: name of the network.
+
+    Returns:
+        <home>/teachers/<dataset>/<network>.pt
+    """
+    return Path(home, "teachers", dataset, f"{network}.pt")
+
+
+def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
+    """Return the error for a missing teacher file; its message lists the ways to get one.
+
+    Args:
+        path: the missing file.
+        network: name of the teacher's network.
+        dataset: name of the data set.
+
+    Returns:
+        The FileNotFoundError, for the caller to raise.
+    """
+    return FileNotFoundError(
+        f"teacher={network} for {dataset} is missing: no file {path}. Train it with "
+        f"`python -m sddlskd.train distiller=vanilla student={network} dataset={dataset}` "
+        "(or teacher.train_if_missing=true), fetch it if it is published "
+        "(`python -m sddlskd.teachers list`), or set teacher.checkpoint=FILE to a checkpoint of "
+        "sddlskd, RepDistiller or mdistiller"
+    )
+
+
+def publish(
+    path: Path, weights: dict[str, Tensor], *, network: str, dataset: str, top1: float
+) -> bool:
+    """Write trained weights as a teacher file, unless the file exists already.
+
+    An existing teacher file is kept: replacing it would make the runs of one study incomparable.
+
+    Args:
+        path: the teacher file, see `path_of`.
+        weights: state dict of the network.
+        network: name of the network.
+        dataset: name of the data set.
+        top1: top-1 accuracy of the network in %.
+
+    Returns:
+        Whether the file was written; False if a teacher file existed already.
+    """
+    if path.exists():
+        return False
+    try:
+        write(
+            path,
+            {"model": weights, "network": network, "dataset": dataset, "top1": top1},
+            replace=False,
+        )
+    except FileExistsError:  # another run or a download wrote the file in the meantime
+        return False
+    return True
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file in hex.
+
+    The hash is cached until the file's modification time or size changes.
+    """
+    return _hash(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@cache
+def _hash(path: Path, mtime_ns: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> float:
+    """Return the top-1 accuracy of a teacher file on a data set, measured only once.
+
+    The measured value is stored in a JSON file next to the teacher file, under the data set's name
+    and the hash of the teacher file.
+
+    Args:
+        path: the teacher file.
+        dataset: name of the data set.
+        measure: function that measures the top-1 accuracy in %; called if no value is stored.
+
+    Returns:
+        The top-1 accuracy in %.
+    """
+    note, key = path.with_name(path.name + ".top1.json"), f"{dataset}:{file_hash(path)}"
+    known: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
+    if key not in known:
+        known[key] = measure()
+        try:
+            with write_atomically(note) as file:
+                file.write(json.dumps(known).encode())
+        except OSError:  # the folder of teachers may be read-only
+            log.info("cannot save the teacher's top-1 next to %s; the next run measures it", path)
+    return known[key]
+
+
+def lock_path(home: str) -> Path:
+    """Return the path of the lock file.
+
+    Its content is {"pins": {key: {"sha256", "source", "first_seen"}}}. A key is <dataset>/<network>
+    or the URL of an archive.
+    """
+    return Path(home, "teachers", "lock.json")
+
+
+def pin_key(dataset: str, network: str) -> str:
+    """Return the key of a teacher's pin: <dataset>/<network>."""
+    return f"{dataset}/{network}"
+
+
+def pinned(home: str) -> dict[str, dict[str, str]]:
+    """Return all pins of a home by key. Raise ValueError if the lock file is damaged."""
+    path = lock_path(home)
+    if not path.exists():
+        return {}
+    try:
+        pins: Any = json.loads(path.read_bytes())["pins"]
+        if not all(
+            isinstance(pin["sha256"], str) and isinstance(pin["source"], str)
+            for pin in pins.values()
+        ):
+            raise TypeError("a pin is not text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}): put a copy back, "
+            "or remove it to trust the files that are present"
+        ) from error
+    return dict(pins)
+
+
+def check_pin(home: str, key: str, sha256: str) -> bool:
+    """Return whether a file is pinned under a key, and check that the file is the pinned one.
+
+    Args:
+        home: The folder that holds data/, teachers/ and runs/.
+        key: The pin's key: <dataset>/<network>, or the URL of an archive.
+        sha256: The file's sha256 in hexadecimal.
+
+    Returns:
+        False if nothing is pinned under the key.
+
+    Raises:
+        ValueError: A file with another sha256 is pinned, or the lock file is damaged.
+    """
+    pin = pinned(home).get(key)
+    if pin and pin["sha256"] != sha256:
+        raise ValueError(
+            f"{key} has changed: its sha256 is {sha256[:16]}..., but the pinned sha256 is "
+            f"{pin['sha256'][:16]}... (from {pin['source']}). Put the pinned file back or, if the "
+            f"change is intended, remove the entry {key} from {lock_path(home)}"
+        )
+    return pin is not None
+
+
+def pin(home: str, key: str, sha256: str, source: str) -> None:
+    """Pin a file on first use; do nothing if the same file is already pinned.
+
+    Args:
+        home: The folder that holds data/, teachers/ and runs/.
+        key: The pin's key: <dataset>/<network>, or the URL of an archive.
+        sha256: The file's sha256 in hexadecimal.
+        source: The URL or path that the file came from.
+
+    Raises:
+        ValueError: Another file is already pinned under the key, or the lock file is damaged.
+    """
+    path = lock_path(home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if check_pin(home, key, sha256):
+            return
+        pins = pinned(home) | {
+            key: {
+                "sha256": sha256,
+                "source": source,
+                "first_seen": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        }
+        with write_atomically(path) as file:
+            file.write(json.dumps({"pins": dict(sorted(pins.items()))}, indent=2).encode() + b"\n")

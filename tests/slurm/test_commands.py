@@ -1,0 +1,176 @@
+"""Sweeps that the command submits, with everything that a cluster does to jobs."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sddlskd import record
+from sddlskd.sweeps.slurm import submissions
+from sddlskd.tracking import uri as tracking_uri
+from sddlskd.training.fit import fit
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.conftest import REPO, leave_teacher
+from tests.slurm.test_slurm import COMMON, jobs_of, requeues_of, same_weights, slow, training
+from tests.test_sweeps import network
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1800), pytest.mark.usefixtures("restored")]
+
+
+def launch(
+    home: Path, name: str, *overrides: str, launcher: str = "slurm"
+) -> subprocess.CompletedProcess[str]:
+    """The command, submitting without waiting."""
+    command = [
+        sys.executable,
+        "-m",
+        "sddlskd.train",
+        "-m",
+        f"hydra/launcher={launcher}",
+        *COMMON,
+        f"home={home}",
+    ]
+    command += [
+        f"sweep.name={name}",
+        "hydra.launcher.cpus_per_task=1",
+        "hydra.launcher.wait=false",
+        *overrides,
+    ]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_dirs(home: Path, name: str) -> list[Path]:
+    return [
+        Path(path)
+        for path in json.loads((home / "runs/sweeps" / name / "sweep.json").read_text())["jobs"]
+    ]
+
+
+GRID = ["M=[1],[1,2]", "seed=0,1"]
+
+
+@pytest.fixture(scope="module")
+def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same four jobs twice, the second time with everything that a cluster does to jobs, beside one job that needs
+    longer than its time limit; all at once, since most of it is waiting."""
+    homes = {
+        name: leave_teacher(tmp_path_factory.mktemp(name))
+        for name in ("calm", "rough", "long", "twin")
+    }
+    mlflow = ["tracking=mlflow"]
+    long = ["trainer.epochs=3", "trainer.max_steps=20", "checkpoint.every_minutes=0.02"]
+    launch(homes["long"], "long", *network("Slow", seconds=1.0).split(), *long, *mlflow, "hydra.launcher.timeout_min=1",
+           "hydra.launcher.signal_delay_s=10")  # fmt: skip
+    launch(homes["rough"], "rough", *slow(0.4, *GRID, *mlflow, "checkpoint.every_minutes=0.01"))
+    told: list[BaseException] = []
+
+    def disturb(job: str, run_dir: Path, blows: list[str]) -> None:
+        try:
+            for blow in blows:
+                if blow == "early":  # before Python listens, as likely as not
+                    wait_for(lambda: cluster.queue().get(job) == "RUNNING")
+                    time.sleep(0.3)
+                else:
+                    wait_for(lambda: training(run_dir))
+                    time.sleep(1.0)
+                before = requeues_of(cluster, job)
+                if blow == "requeue":
+                    cluster.ask("scontrol", "requeue", job)
+                while requeues_of(cluster, job) == before:
+                    if blow != "requeue":
+                        cluster.ask("scancel", "--signal=USR2", f"{job}.0")
+                    time.sleep(2.0)
+        except BaseException as error:
+            told.append(error)
+
+    blows = [
+        ["warn", "warn", "warn"],
+        ["early", "warn", "warn"],
+        ["warn", "requeue", "warn"],
+        ["warn", "early", "warn"],
+    ]
+    threads = [
+        threading.Thread(target=disturb, args=(one.job, Path(one.run_dirs[0]), some))
+        for one, some in zip(submissions(homes["rough"] / "runs/sweeps/rough"), blows, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(3)
+    cluster.end("slurmd")  # its jobs live on, and are found again
+    time.sleep(3)
+    cluster.start_slurmd()
+    launch(homes["calm"], "calm", *slow(0.4, *GRID, *mlflow))
+    for thread in threads:
+        thread.join()
+    assert not told, told
+    wait_for(lambda: not cluster.queue(), 600)
+    return homes
+
+
+def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(
+    story: dict[str, Path], tmp_path: Path
+) -> None:
+    home = story["calm"]
+    folders = run_dirs(home, "calm")
+    assert [record.read_result(folder)["status"] for folder in folders] == ["FINISHED"] * 4
+    client = tracking_uri.client(f"sqlite:///{home}/mlflow.db")
+    (parent,) = client.search_runs(["1"], "tags.kind = 'sweep'")
+    assert parent.info.status == "FINISHED"  # nobody waited for it
+    assert len(client.search_runs(["1"], "tags.kind = 'job'")) == 4
+    command = [
+        sys.executable,
+        "-m",
+        "analysis",
+        "calm",
+        "--home",
+        str(home),
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    assert "(2)" in (tmp_path / "tables/overview_digits.md").read_text()  # two seeds a cell
+
+
+def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str, Path]) -> None:
+    home = story["rough"]
+    client = tracking_uri.client(f"sqlite:///{home}/mlflow.db")
+    in_mlflow = {
+        run.data.tags["run_dir"]: run for run in client.search_runs(["1"], "tags.kind = 'job'")
+    }
+    assert len(in_mlflow) == 4
+    for folder in run_dirs(home, "rough"):
+        result = record.read_result(folder)
+        assert result["status"] == "FINISHED"
+        assert result["requeues"] >= 3
+        assert [row["epoch"] for row in record.read_rows(folder)] == [1, 2, 3]
+        assert same_weights(folder, story["calm"] / "runs/digits" / folder.name)
+        run = in_mlflow[str(folder)]
+        assert (run.info.run_id, run.info.status) == (result["run_id"], "FINISHED")
+        assert run.data.tags["requeues"] == str(result["requeues"])
+    logs = [Path(one.log).read_text() for one in submissions(home / "runs/sweeps/rough")]
+    assert sum(text.count("warned: back into the queue") for text in logs) >= 11  # one was requeued
+    assert all(
+        "continuing at epoch" in (folder / "train.log").read_text()
+        for folder in run_dirs(home, "rough")
+    )
+
+
+def test_a_job_longer_than_its_time_limit_goes_on_after_it(story: dict[str, Path]) -> None:
+    (folder,) = run_dirs(story["long"], "long")
+    result = record.read_result(folder)
+    assert result["status"] == "FINISHED"
+    assert result["requeues"] >= 1
+    assert "stopped by SIGUSR2" in (folder / "train.log").read_text()
+    (twin,) = jobs_of(
+        story["twin"],
+        " ".join(network("Slow", seconds=0.0).split()),
+        common=("trainer.epochs=3", "trainer.max_steps=20"),
+    )
+    fit([twin])
+    assert same_weights(folder, Path(twin.run_dir))
