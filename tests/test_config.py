@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib
 import inspect
 import os
 import re
@@ -730,8 +731,9 @@ def test_a_job_is_typed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg.frame()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose("config", overrides=["home=/h", "seed=3"])
-    typed, real = [], cfg._typed
-    monkeypatch.setattr(cfg, "_typed", lambda root: typed.append(root) or real(root))
+    module = importlib.import_module("sddlskd.config.resolve")
+    typed, real = [], module._typed
+    monkeypatch.setattr(module, "_typed", lambda root: typed.append(root) or real(root))
     job = cfg.resolve(composed)
     assert len(typed) == 1
     assert job.run_dir == f"/h/runs/{cfg.run_name(job)}"

@@ -30,6 +30,9 @@ from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, RUNNING, Record
 from sddlskd.sweeps import _write_manifest, _write_plan
 from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking import __main__ as sync_command
+from sddlskd.tracking import mirror as mirror_module
+from sddlskd.tracking import runs as tracking_runs
 from sddlskd.tracking.mirror import Mirror
 from sddlskd.tracking.runs import CUT, sync
 from sddlskd.tracking.sweeps import register
@@ -204,7 +207,7 @@ def test_what_a_server_lost_is_delivered_again(
             assert database.execute(f"delete from {table}").rowcount > 0
         database.commit()
     for _ in range(2):
-        tracking.main(["sync", "--again", str(home / "runs")])
+        sync_command.main(["sync", "--again", str(home / "runs")])
     (run,), (parent,) = runs_of(jobs[0]), runs_of(jobs[0], kind="sweep")
     assert {key: len(found) for key, found in points(jobs[0], run.info.run_id).items()} == {
         "val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1
@@ -319,8 +322,8 @@ def test_long_values_are_cut_with_a_mark(home: Path) -> None:
 def test_more_rows_and_parameters_than_a_batch_takes(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "METRICS_A_BATCH", 7)
-    monkeypatch.setattr(tracking, "PARAMS_A_BATCH", 9)
+    monkeypatch.setattr(tracking_runs, "METRICS_A_BATCH", 7)
+    monkeypatch.setattr(tracking_runs, "PARAMS_A_BATCH", 9)
     (job,) = register([tracked(home, teacher=False)])
     sync(write_record(job, epochs=30))
     (run,) = runs_of(job)
@@ -409,13 +412,13 @@ def test_run_without_tracking_is_delivered_later(
 ) -> None:
     job = tiny(home, teacher=False)
     write_record(job)
-    tracking.main(["sync", str(home / "runs")])
+    sync_command.main(["sync", str(home / "runs")])
     assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
     job = tracked(home, teacher=False)
     (run,) = runs_of(job)
     assert len(points(job, run.info.run_id)["val/top1"]) == 3
     with pytest.raises(SystemExit, match="no run directory in"):
-        tracking.main(["sync", str(home / "nowhere")])
+        sync_command.main(["sync", str(home / "nowhere")])
 
 
 # Accidents
@@ -463,7 +466,7 @@ def test_mirror_tries_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[Path] = []
-    monkeypatch.setattr(tracking, "sync", failing(2, calls))
+    monkeypatch.setattr(mirror_module, "sync", failing(2, calls))
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         mirror = Mirror()
         mirror.update(Path("a"))
@@ -478,7 +481,7 @@ def test_mirror_tries_again(
 def test_mirror_gives_up_at_the_end_and_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "sync", failing(1000, []))
+    monkeypatch.setattr(mirror_module, "sync", failing(1000, []))
     mirror = Mirror()
     mirror.update(Path("a"))
     mirror.update(Path("b"))
@@ -498,7 +501,7 @@ def test_mirror_that_hangs_does_not_hold_the_end(
         hangs.set()
         assert ended.wait(60)
 
-    monkeypatch.setattr(tracking, "sync", hang)
+    monkeypatch.setattr(mirror_module, "sync", hang)
     mirror = Mirror()
     mirror.update(Path("a"))
     assert hangs.wait(60)
@@ -662,7 +665,7 @@ def test_a_black_hole_does_not_hold_training(
         threads.add(threading.current_thread().name)
         real(folder)
 
-    monkeypatch.setattr(tracking, "sync", watched)
+    monkeypatch.setattr(mirror_module, "sync", watched)
     job = tracked(tmp_path, f"tracking.uri={silent['mute']}", "tracking.offline=true")
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         (result,) = fit([job])
@@ -711,7 +714,7 @@ def test_a_sweep_that_began_without_mlflow_is_delivered_whole(
         process.join()
     assert [process.exitcode for process in started] == [0] * 4
     for _ in range(2):
-        tracking.main(["sync", str(tmp_path / "runs")])
+        sync_command.main(["sync", str(tmp_path / "runs")])
     (parent,) = runs_of(jobs[0], kind="sweep")
     children = runs_of(jobs[0])
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
@@ -897,7 +900,7 @@ def test_one_spoilt_run_does_not_keep_the_others(
     (folders[0] / "metrics.jsonl").write_text("nonsense\n")
     (folders[1] / "config.yaml").write_text("[")
     with pytest.raises(SystemExit) as caught:
-        tracking.main(["sync", str(home / "runs")])
+        sync_command.main(["sync", str(home / "runs")])
     assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
     first, second = str(caught.value).splitlines()
     assert f"{folders[0]}/metrics.jsonl, line 1 is damaged" in first
@@ -998,7 +1001,7 @@ def test_server_that_dies_and_comes_back(
         f"once it is reachable, run: python -m sddlskd.tracking sync {job.run_dir}" in caplog.text
     )
     server.start()
-    tracking.main(["sync", job.run_dir])
+    sync_command.main(["sync", job.run_dir])
     (run,) = runs_of(job)
     assert (run.info.status, run.info.run_id) == ("FINISHED", result["run_id"])
     history = points(job, run.info.run_id)
