@@ -6,7 +6,6 @@ Heavy modules are imported only when a job runs, so that --help, --cfg and plann
 import os
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd import config as cfg
-from sddlskd.terminal.console import explain, log_to_terminal, outcomes
+from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.terminal.console import choices, explain, log_to_terminal, outcomes
 
 __all__ = ["main"]
 
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # that a user can fix
 cfg.frame()
+OmegaConf.register_new_resolver("choices", choices, replace=True)  # for conf/hydra/help
 
 
 class _Refused(SystemExit):
@@ -32,9 +33,10 @@ class _Refused(SystemExit):
 
 @hydra.main(version_base="1.3", config_path=str(cfg.conf_folder()), config_name="config")
 def _run_job(composed: DictConfig) -> dict[str, Any]:
-    folder = Path(HydraConfig.get().runtime.output_dir)  # created by Hydra
-    if HydraConfig.get().mode is RunMode.RUN:
-        composed.run_dir = str(folder)  # so that hydra.run.dir=... sets run_dir, too
+    hydra_config = HydraConfig.get()
+    # A file has set hydra.run.dir; on the command line, run_dir has taken its place.
+    if hydra_config.mode is RunMode.RUN and hydra_config.run.dir != ".":
+        composed.run_dir = hydra_config.run.dir
     try:
         job = cfg.resolve(composed)
         if job.sweep.plan:
@@ -47,32 +49,23 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
         (result,) = fit([job])
     except ERRORS as error:
         raise _Refused from error
-    finally:
-        _remove_empty(folder, Path(composed.home).absolute())
     outcomes([job], [result])
     return result
 
 
-def _remove_empty(folder: Path, home: Path) -> None:
-    """Remove the folders that Hydra created for a refused job, if they are empty.
-
-    These folders are the run directory and its parents below `home`.
-    """
-    with suppress(OSError):  # a folder with a record is not empty
-        folder.rmdir()
-        for parent in folder.parents:
-            if home in parent.parents:
-                parent.rmdir()
-
-
 def _mend_arguments() -> None:
-    """Move -m to the front of the arguments, and refuse numbers for the group `scales`.
+    """Mend what argparse and Hydra do not take well, and refuse numbers for the group `scales`.
 
-    argparse fails on -m after the overrides, and Hydra fails on scales=1,2.
+    argparse fails on -m after the overrides, so -m moves to the front. Hydra makes the folder
+    hydra.run.dir before a job is checked, so run_dir takes its place. Hydra fails on scales=1,2.
     """
-    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
-    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
-    for word in sys.argv[1:]:
+    words = sys.argv[1:]
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    words = [word for word in words if word not in flags]
+    if not flags:
+        words = [re.sub(r"^hydra\.run\.dir=", "run_dir=", word) for word in words]
+    sys.argv[1:] = flags + words
+    for word in words:
         if match := re.fullmatch(r"scales=\[?([\d, ]+)\]?", word):
             sys.stderr.write(
                 f"error: {word} is not a choice; give M=[{match[1]}], or "
@@ -111,7 +104,7 @@ def main() -> None:
         _run_job()
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command continues where it stopped\n")
-        sys.exit(130)
+        sys.exit(ExitCode.STOPPED)
     except _Refused as refused:
         failed = refused.__cause__
     except ERRORS as error:

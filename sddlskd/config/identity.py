@@ -8,19 +8,21 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from sddlskd.config.schema import Config, DatasetConfig
-from sddlskd.config.targets import (
-    with_first_names,
-)
+from sddlskd.config.targets import with_first_names
 
 __all__ = [
     "canonical",
     "config_hash",
     "flatten",
     "identity_keys",
+    "method_name",
     "run_name",
     "settings_hash",
     "sharing_key",
 ]
+
+# The papers' names of the losses in conf/distiller.
+LOSS_NAMES = {"kd": "KD", "dkd": "DKD", "nkd": "NKD"}
 
 
 def _identity(node: Any) -> Iterator[tuple[str, Any]]:
@@ -30,16 +32,24 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
     repeats `dataset.root`, and the default `stem` of this package's networks.
     """
     for f in fields(node):
-        if f.metadata.get("identity", True):
-            value = getattr(node, f.name)
-            if f.metadata.get("later") and value == getattr(type(node)(), f.name):
-                continue
-            if place := f.metadata.get("place"):
-                value = {k: v for k, v in value.items() if (k, v) != (place, getattr(node, place))}
-            if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):
-                value = {k: v for k, v in value.items() if (k, v) != ("stem", DatasetConfig.stem)}
-            plain_value = dict(_identity(value)) if is_dataclass(value) else _same_numbers(value)
-            yield f.name, with_first_names(plain_value)
+        if not f.metadata.get("identity", True):
+            continue
+        value = getattr(node, f.name)
+        if f.metadata.get("later") and value == getattr(type(node)(), f.name):
+            continue
+        if place := f.metadata.get("place"):
+            value = _without(value, place, getattr(node, place))
+        if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):
+            value = _without(value, "stem", DatasetConfig.stem)
+        if is_dataclass(value):
+            yield f.name, dict(_identity(value))
+        else:
+            yield f.name, with_first_names(_same_numbers(value))
+
+
+def _without(arguments: dict[str, Any], name: str, default: Any) -> dict[str, Any]:
+    """Return the arguments without the one of this name if it has this value."""
+    return {k: v for k, v in arguments.items() if (k, v) != (name, default)}
 
 
 def _same_numbers(value: Any) -> Any:
@@ -48,7 +58,9 @@ def _same_numbers(value: Any) -> Any:
         return {key: _same_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_same_numbers(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def identity_keys() -> set[str]:
@@ -56,11 +68,13 @@ def identity_keys() -> set[str]:
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
         for f in fields(node):
-            if f.metadata.get("identity", True):
-                value = getattr(node, f.name, None)
-                yield from (
-                    walk(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
-                )
+            if not f.metadata.get("identity", True):
+                continue
+            value = getattr(node, f.name, None)
+            if is_dataclass(value):
+                yield from walk(value, f"{prefix}{f.name}.")
+            else:
+                yield prefix + f.name
 
     return set(walk(Config(), ""))
 
@@ -100,15 +114,17 @@ def sharing_key(config: Config) -> str:
 
     Jobs with equal keys can be trained side by side.
     """
-    where = {"device": config.trainer.device, "devices": config.trainer.devices}
-    trainer = dict(_identity(config.trainer)) | {"data_seed": data_seed(config), **where}
-    asked = config.teacher
+    trainer = dict(_identity(config.trainer)) | {
+        "data_seed": data_seed(config),
+        "device": config.trainer.device,
+        "devices": config.trainer.devices,
+    }
     teacher = [
-        asked.name,
-        asked.model,
-        asked.checkpoint,
-        asked.cache,
-        asked.cache_dtype,
+        config.teacher.name,
+        config.teacher.model,
+        config.teacher.checkpoint,
+        config.teacher.cache,
+        config.teacher.cache_dtype,
         config.home,
     ]
     return digest([trainer, teacher, dict(_identity(config.dataset)), config.dataset.root])
@@ -121,15 +137,27 @@ def run_name(config: Config) -> str:
     """
     parts = [config.student.name, config.distiller.name]
     if config.distiller.loss:
-        parts = [
-            config.teacher.name,
-            *parts,
-            *(["ls"] if config.standardize else []),
-            "M",
-            *map(str, config.M),
-        ]
+        parts.insert(0, config.teacher.name)
+        if config.standardize:
+            parts.append("ls")
+        parts += ["M", *map(str, config.M)]
     label = "-".join([*parts, f"s{config.seed}", config_hash(config)])
     return f"{plain(config.dataset.name)}/{plain(label)}"
+
+
+def method_name(config: Config) -> str:
+    """Return the papers' name of the job's method without its scales, such as SD-KD+LS.
+
+    A loss of the user's own keeps its name as the user wrote it.
+    """
+    if not config.distiller.loss:
+        return "student alone"
+    name = LOSS_NAMES.get(config.distiller.name, config.distiller.name)
+    if config.M != [1]:
+        name = f"SD-{name}"
+    if config.standardize:
+        name = f"{name}+LS"
+    return name
 
 
 def plain(text: str) -> str:

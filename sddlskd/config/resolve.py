@@ -1,11 +1,12 @@
 """From a composed configuration to a typed, checked job, and from a frozen file back to it."""
 
 import os
-from contextvars import ContextVar
+import re
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -16,6 +17,7 @@ from sddlskd.config.identity import digest, plain, run_name
 from sddlskd.config.schema import (
     M_CURE,
     NO_TEACHER,
+    Bounds,
     CacheDtype,
     Config,
     DistillerConfig,
@@ -31,13 +33,21 @@ from sddlskd.config.targets import (
     with_names_of_today,
 )
 
-__all__ = ["conf_folder", "frame", "load", "normalise", "resolve", "teacher_job", "to_yaml"]
+__all__ = [
+    "conf_folder",
+    "default_run_dir",
+    "frame",
+    "load",
+    "normalise",
+    "resolve",
+    "sqlite_file",
+    "sqlite_uri",
+    "teacher_job",
+    "to_yaml",
+]
 
 
-# The name of the job that `resolve` is working on, so that `run_name` does not type it once more.
-_RUN_NAME: ContextVar[str | None] = ContextVar("run_name", default=None)
-
-
+SQLITE = "sqlite:///"  # what an address of a SQLite file begins with
 TARGETS = (
     ("student", "model"),
     ("teacher", "model"),
@@ -67,18 +77,39 @@ def frame() -> None:
     ConfigStore.instance().repo["hydra"]["launcher"].pop("submitit_local.yaml", None)
     ConfigStore.instance().store("frame", node=Config)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
+    OmegaConf.register_new_resolver("default", _default, replace=True)
+    OmegaConf.register_new_resolver("sqlite_uri", sqlite_uri, replace=True)
     OmegaConf.register_new_resolver("given", _given, replace=True)
-    OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)
     OmegaConf.register_new_resolver("sweep_name", _sweep_name_of_root, replace=True)
+
+
+def sqlite_uri(path: str) -> str:
+    """Return the address of a SQLite file, as MLflow reads it.
+
+    In an address, "?" begins options, and "%41" is an "A": a path with these is quoted. Every other
+    path stays as it is, so that the addresses in earlier records stay valid.
+    """
+    if re.search(r"[?\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}", path):
+        # Slashes are quoted as well: otherwise MLflow makes a folder that is named as the address.
+        path = quote(path, safe="", errors="surrogateescape")
+    return SQLITE + path
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the SQLite file that `uri` names, or None if `uri` does not name one."""
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(SQLITE), errors="surrogateescape"))
+
+
+def _default(key: str) -> Any:
+    """Return the default of a dotted key."""
+    return OmegaConf.select(_empty(), key)
 
 
 def _given(*values: Any) -> Any:
     """Return the first value that is not null, or None if all are null."""
     return next((value for value in values if value is not None), None)
-
-
-def _run_name_of_root(*, _root_: DictConfig) -> str:
-    return _RUN_NAME.get() or run_name(_typed(_root_))
 
 
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
@@ -90,7 +121,7 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
     """
     if "hydra" not in _root_ or _root_.hydra.mode is not RunMode.MULTIRUN:
         return None
-    how = (
+    changing_no_result = (
         "tracking",
         "home=",
         "dataset.root=",
@@ -100,49 +131,41 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
         "trainer.progress=",
     )
     overrides = sorted(
-        text for text in _root_.hydra.overrides.task if not text.lstrip("+").startswith(how)
+        text
+        for text in _root_.hydra.overrides.task
+        if not text.lstrip("+").startswith(changing_no_result)
     )
-    name, file = "-".join(overrides), str(_root_.hydra.job.config_name)
-    if file != "config":
-        name = "-".join([file, *overrides])
-    return (
-        f"{plain(name)[:60].strip('-')}-{digest([file, overrides])[:6]}"
-        if overrides
-        else plain(file)
-    )
+    file = str(_root_.hydra.job.config_name)
+    if not overrides:
+        return plain(file)
+    words = overrides if file == "config" else [file, *overrides]
+    return f"{plain('-'.join(words))[:60].strip('-')}-{digest([file, overrides])[:6]}"
 
 
 def resolve(composed: DictConfig) -> Config:
     """Return the composed configuration as typed, checked values.
 
-    Interpolations are resolved and paths are absolute. Raises ValueError, naming the value and what
-    is valid, or an OmegaConf error for a value of the wrong type.
+    Interpolations are resolved, paths are absolute, and a job without a run_dir gets its default.
+    Raises ValueError, naming the value and what is valid, or an OmegaConf error for a value of the
+    wrong type.
     """
     config = _typed(composed)
-    # `in composed` would resolve run_dir, which types the whole configuration once more.
-    if "run_dir" in composed.keys():  # noqa: SIM118
-        known = _RUN_NAME.set(run_name(config))
-        try:
-            run_dir = composed["run_dir"]
-        finally:
-            _RUN_NAME.reset(known)
-        refuse_interpolations(run_dir, "run_dir")
-        if not isinstance(run_dir, str):
-            # The merge turns a number into text and raises OmegaConf's error for other types.
-            run_dir = OmegaConf.merge(_empty(), {"run_dir": run_dir}).run_dir
-        config.run_dir = os.path.abspath(run_dir) if run_dir else ""
+    if not config.run_dir:
+        config.run_dir = default_run_dir(config)
     return config
 
 
+def default_run_dir(config: Config) -> str:
+    """Return <home>/runs/<run_name>, the run directory of a job that is not given another one."""
+    return os.path.join(config.home, "runs", run_name(config))
+
+
 def _typed(composed: DictConfig) -> Config:
-    """Return the typed and checked configuration, without run_dir."""
-    bare = OmegaConf.masked_copy(
-        composed, [str(key) for key in composed if key not in ("hydra", "run_dir")]
-    )
+    job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     # Plain values, so that the merge also refuses a key added with `+`.
-    plain = OmegaConf.to_container(bare, resolve=True)
-    refuse_interpolations(plain, "")
-    config = OmegaConf.to_object(OmegaConf.merge(_empty(), plain))
+    values = OmegaConf.to_container(job, resolve=True)
+    refuse_interpolations(values, "")
+    config = OmegaConf.to_object(OmegaConf.merge(_empty(), values))
     assert isinstance(config, Config)
     return normalise(config)
 
@@ -171,13 +194,13 @@ def normalise(config: Config) -> Config:
         setattr(part, name, with_names_of_today(getattr(part, name)))
     _check(config)
     config.home = os.path.abspath(config.home)
-    if config.tracking.uri and config.tracking.uri.startswith("sqlite:///"):
-        config.tracking.uri = "sqlite:///" + os.path.abspath(
-            config.tracking.uri.removeprefix("sqlite:///")
-        )
-    root, config.dataset.root = config.dataset.root, os.path.abspath(config.dataset.root)
-    if config.dataset.load.get("root") == root:
-        config.dataset.load = {**config.dataset.load, "root": config.dataset.root}
+    database = sqlite_file(config.tracking.uri or "")
+    if database:
+        config.tracking.uri = sqlite_uri(os.path.abspath(database))
+    root = os.path.abspath(config.dataset.root)
+    if config.dataset.load.get("root") == config.dataset.root:
+        config.dataset.load = {**config.dataset.load, "root": root}
+    config.dataset.root = root
     if config.run_dir:
         config.run_dir = os.path.abspath(config.run_dir)
     if config.teacher.checkpoint:
@@ -190,30 +213,62 @@ def _drop_what_needs_a_teacher(config: Config) -> None:
 
     A student without a distillation loss is then the same job for every teacher, scale and weight.
     """
-    plain = Config()
+    default = Config()
     config.teacher = TeacherConfig(name=NO_TEACHER)
     config.distiller = DistillerConfig(
         name=config.distiller.name, ce_weight=config.distiller.ce_weight, kd_weight=0.0
     )
-    config.M, config.standardize = plain.M, plain.standardize
-    config.complementary_weight = plain.complementary_weight
+    config.M = default.M
+    config.standardize = default.standardize
+    config.complementary_weight = default.complementary_weight
 
 
 def _check(config: Config) -> None:
+    """Raise ValueError for a value that is not valid; the message names the value and the cure."""
     for group, name in TARGETS:
         key = f"{group}.{name}"
         check_names(getattr(getattr(config, group), name), key, config.allow_foreign_targets)
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
-    if "@" in urlsplit(config.tracking.uri or "").netloc:
+    _check_home(config.home)
+    _check_address(config.tracking.uri)
+    _check_scales(config.M)
+    _check_networks(config)
+    _check_bounds(config, "")
+    _check_fractions(config)
+
+
+def _check_home(home: str) -> None:
+    """Raise ValueError if files and MLflow cannot hold the path, because it is not UTF-8."""
+    path = os.path.abspath(home)
+    if any("\ud800" <= character <= "\udfff" for character in path):
+        raise ValueError(f"home={path!a} has a name that is not UTF-8; rename the folder")
+
+
+def _check_address(uri: str | None) -> None:
+    if "@" in urlsplit(uri or "").netloc:
         raise ValueError(
             "tracking.uri holds a user name or password, which every run's record and MLflow "
             "would show; take it out of the address and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD instead"
         )
-    M = config.M
+    if (uri or "").startswith("sqlite:") and "?" in str(uri):
+        raise ValueError(
+            f"tracking.uri={uri} holds a '?', after which MLflow reads options; "
+            "if the '?' belongs to the file's path, write %3F in its place"
+        )
+
+
+def _check_scales(M: list[int]) -> None:
     if not M or min(M) < 1 or len(set(M)) < len(M):
         raise ValueError(f"M={M} is not valid; {M_CURE}")
+
+
+def _check_networks(config: Config) -> None:
+    """Raise ValueError if a needed teacher is missing, or for a name that stands for two networks.
+
+    On imagenet, torchvision's resnet18 and resnet50 have the names of two networks for CIFAR-100.
+    """
     if config.distiller.loss and not config.teacher.model:
         raise ValueError(
             f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or "
@@ -227,61 +282,37 @@ def _check(config: Config) -> None:
                 f"has the same name as that of torchvision's {network.name}; use "
                 f"{group}=imagenet_{network.name}, or set another {group}.name"
             )
-    positive = {
-        "dataset.size": config.dataset.size,
-        "dataset.centre": config.dataset.centre,
-        "dataset.pixel_limit": config.dataset.pixel_limit,
-        "trainer.epochs": config.trainer.epochs,
-        "trainer.batch_size": config.trainer.batch_size,
-        "trainer.eval_batch_size": config.trainer.eval_batch_size,
-        "trainer.log_every": config.trainer.log_every,
-        "trainer.devices": config.trainer.devices,
-        "trainer.timeout_s": config.trainer.timeout_s,
-        "trainer.max_steps": 1 if config.trainer.max_steps is None else config.trainer.max_steps,
-        "teacher.train_epochs": config.teacher.train_epochs,
-        "distiller.warmup_epochs": config.distiller.warmup_epochs,
-        "distiller.temperature": config.distiller.temperature,
-        "optimizer.lr": config.optimizer.lr,
-        "optimizer.clip_norm": 1
-        if config.optimizer.clip_norm is None
-        else config.optimizer.clip_norm,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-    }
-    not_negative = {
-        "distiller.ce_weight": config.distiller.ce_weight,
-        "distiller.kd_weight": config.distiller.kd_weight,
-        "complementary_weight": config.complementary_weight,
-        "optimizer.warmup_epochs": config.optimizer.warmup_epochs,
-        "dataset.padding": config.dataset.padding,
-        "dataset.workers": config.dataset.workers or 0,
-        "seed": config.seed,
-        "trainer.data_seed": config.trainer.data_seed or 0,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{key}={value} must be greater than 0")
-    for key, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{key}={value} must not be negative")
-    if any(not 0 < part <= 1 for part in config.optimizer.milestones):
+
+
+def _check_bounds(node: Any, prefix: str) -> None:
+    """Raise ValueError for the first number that is outside of the bounds of its field.
+
+    `node` is a dataclass of the schema, and `prefix` is what stands before its fields in a dotted
+    key. All numbers of a list have the bounds of the list's field.
+    """
+    for f in fields(node):
+        key, value = f"{prefix}{f.name}", getattr(node, f.name)
+        if is_dataclass(value):
+            _check_bounds(value, f"{key}.")
+            continue
+        bounds = f.metadata.get("bounds", Bounds())
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and (fault := bounds.fault(number)):
+                raise ValueError(f"{key}={value} {fault}")
+
+
+def _check_fractions(config: Config) -> None:
+    milestones = config.optimizer.milestones
+    if any(not 0 < part <= 1 for part in milestones):
         raise ValueError(
-            f"optimizer.milestones={config.optimizer.milestones} is not valid; give fractions of "
-            "trainer.epochs, above 0 and at most 1: epoch 150 of 240 is 0.625"
-        )
-    if not config.dataset.centre <= 1:
-        raise ValueError(
-            f"dataset.centre={config.dataset.centre} is not valid; give a fraction of the image's "
-            "shorter side, at most 1"
+            f"optimizer.milestones={milestones} is not valid; give fractions of trainer.epochs, "
+            "above 0 and at most 1: epoch 150 of 240 is 0.625"
         )
     area = config.dataset.crop_area
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise ValueError(
             f"dataset.crop_area={area} is not valid; give the least and the largest fraction of "
             "the image area, above 0 and at most 1, such as [0.08,1]"
-        )
-    if not 0 <= config.dataset.val_fraction < 1:
-        raise ValueError(
-            f"dataset.val_fraction={config.dataset.val_fraction} must be at least 0 and less than 1"
         )
 
 
@@ -321,7 +352,7 @@ def teacher_job(config: Config) -> Config:
         home=config.home,
     )
     normalise(job)
-    job.run_dir = str(Path(config.home, "runs", run_name(job)))
+    job.run_dir = default_run_dir(job)
     return job
 
 
@@ -342,8 +373,9 @@ def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
         The typed configuration, with absolute paths.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ForeignTarget: If the file names code that is not allowed.
-        ValueError: If the file is missing, damaged or of another version; the error names the file.
+        ValueError: If the file is damaged or of another version; the error names the file.
     """
     try:
         frozen = OmegaConf.load(path)
@@ -351,7 +383,11 @@ def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
         job = OmegaConf.merge(_empty(), frozen)
         if allow_foreign_targets is not None:
             job.allow_foreign_targets = allow_foreign_targets
-        return resolve(job)  # type: ignore[arg-type]
+        return _typed(job)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path.parent} is not a run directory: it has no {path.name}"
+        ) from None
     except ForeignTarget as error:
         raise ForeignTarget(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can raise anything at all

@@ -5,6 +5,7 @@ defaults. This module does not import torch, so that `--help` and the planning o
 fast.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -16,6 +17,12 @@ __all__ = ["Config"]
 
 NO_TEACHER = "none"
 M_CURE = "give distinct positive integers, such as M=[1,2,4]"
+
+# The papers' training on CIFAR-100. Each of these values is the default of several keys.
+EPOCHS = 240
+BATCH_SIZE = 64  # images
+LR = 0.05  # peak learning rate of SGD
+MILESTONES = (0.625, 0.75, 0.875)  # as fractions of the epochs: epochs 150, 180 and 210
 
 
 def _plumbing(default: Any) -> Any:
@@ -33,6 +40,74 @@ def _later(default: Any) -> Any:
     names.
     """
     return field(default=default, metadata={"later": True})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a number may have.
+
+    Attributes:
+        gt: The number must be greater than this.
+        ge: The number must be at least this.
+        lt: The number must be less than this.
+        le: The number must be at most this.
+        finite: Whether infinity is refused. NaN is always refused.
+    """
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    finite: bool = True
+
+    def fault(self, number: float) -> str:
+        """Return why `number` is refused, such as "must be greater than 0", or "" if it is not."""
+        if math.isnan(number):
+            return "is not a number"
+        if self.finite and math.isinf(number):
+            return "must be finite"
+        if self.gt is not None and number <= self.gt:
+            return f"must be greater than {self.gt}"
+        if self.ge is not None and number < self.ge:
+            return "must not be negative" if self.ge == 0 else f"must be at least {self.ge}"
+        if self.lt is not None and number >= self.lt:
+            return f"must be less than {self.lt}"
+        if self.le is not None and number > self.le:
+            return f"must be at most {self.le}"
+        return ""
+
+
+def bounded(
+    default: Any,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    finite: bool = True,
+    identity: bool = True,
+    later: bool = False,
+) -> Any:
+    """Return a field for a number with bounds, which `resolve` checks.
+
+    A number without this helper must be finite and may have any other value.
+
+    Args:
+        default: The default value; None for a number that may be left out.
+        gt: The number must be greater than this.
+        ge: The number must be at least this.
+        lt: The number must be less than this.
+        le: The number must be at most this.
+        finite: Whether infinity is refused.
+        identity: Whether `config_hash` counts the field (see `_plumbing`).
+        later: Whether `config_hash` ignores the field while it has its default (see `_later`).
+
+    Returns:
+        A field of a dataclass.
+    """
+    bounds = Bounds(gt=gt, ge=ge, lt=lt, le=le, finite=finite)
+    metadata = {"identity": identity, "later": later, "bounds": bounds}
+    return field(default=default, metadata=metadata)
 
 
 class Precision(StrEnum):
@@ -114,7 +189,7 @@ class StudentConfig:
     model: dict[str, Any] = field(default_factory=dict)
     # Peak learning rate for the papers' SGD (optimizer=sgd); conf/rates.yaml sets it to dataset.lr
     # by default
-    lr: float = 0.05
+    lr: float = LR
 
 
 @dataclass
@@ -126,7 +201,7 @@ class TeacherConfig(StudentConfig):
     cache: str | None = _plumbing(None)
     cache_dtype: CacheDtype = CacheDtype.float16  # number format of the cached maps
     train_if_missing: bool = _plumbing(False)  # train the teacher first if its file is missing
-    train_epochs: int = _plumbing(240)  # epochs of that training
+    train_epochs: int = bounded(EPOCHS, gt=0, identity=False)  # epochs of that training
     train_seed: int = _plumbing(0)  # seed of that training
 
 
@@ -137,11 +212,11 @@ class DistillerConfig:
     name: str = MISSING  # name of the loss in tables
     # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: no distillation loss
     loss: dict[str, Any] = field(default_factory=dict)
-    temperature: float = 4.0  # divides the logits
-    ce_weight: float = 1.0  # weight of the cross-entropy with the labels
-    kd_weight: float = 1.0  # weight of the distillation loss
+    temperature: float = bounded(4.0, gt=0)  # divides the logits
+    ce_weight: float = bounded(1.0, ge=0)  # weight of the cross-entropy with the labels
+    kd_weight: float = bounded(1.0, ge=0)  # weight of the distillation loss
     # Epochs over which kd_weight rises linearly; 1: full weight from the first epoch
-    warmup_epochs: int = 1
+    warmup_epochs: int = bounded(1, gt=0)
     knowledge: Knowledge = Knowledge.fusion  # which regions teach (SDD Table 6)
     # Over regions: mean as in SDD's code, sum as in its Eq. 9
     reduction: Reduction = Reduction.mean
@@ -162,18 +237,18 @@ class DatasetConfig:
     num_classes: int = MISSING  # number of classes
     mean: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
     std: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
-    padding: int = 4  # pixels of zero padding before the random crop; 0: no crop
+    padding: int = bounded(4, ge=0)  # pixels of zero padding before the random crop; 0: no crop
     flip: bool = True  # mirror half of the images
     # Fraction of the training split held out for validation; 0: validate on the test split, as in
     # the papers
-    val_fraction: float = 0.0
+    val_fraction: float = bounded(0.0, ge=0, lt=1)
     # The keys from here to pixel_limit apply only to data sets of image files
     # (sddlskd/data/streaming.py).
-    size: int = _later(224)  # side of the networks' input, in pixels
+    size: int = bounded(224, gt=0, later=True)  # side of the networks' input, in pixels
     # Least and largest fraction of the image area that a random crop covers
     crop_area: list[float] = field(default_factory=lambda: [0.08, 1.0], metadata={"later": True})
     # Side of the centre square for evaluation, as a fraction of the shorter side; 1: the full side
-    centre: float = _later(0.875)
+    centre: float = bounded(0.875, gt=0, le=1, later=True)
     # Rotate images according to their EXIF orientation; false: keep the stored orientation
     upright: bool = _later(False)
     # Files that cannot be read. (RUF009 is a false alarm: `_later` returns a dataclass field.)
@@ -181,18 +256,18 @@ class DatasetConfig:
     # Images that are not upright RGB as stored
     irregular_images: IrregularImages = _later(IrregularImages.convert)  # noqa: RUF009
     # Pixels above which an image counts as bad, according to its header
-    pixel_limit: int = _later(100_000_000)
+    pixel_limit: int = bounded(100_000_000, gt=0, later=True)
     # Worker processes that decode images; 0: decode in the training process; null: one per core
     # that this rank may use, at most 16 (decoding.default_workers)
-    workers: int | None = _plumbing(None)
-    epochs: int = 240  # default of trainer.epochs and teacher.train_epochs
-    batch_size: int = _plumbing(64)  # default of trainer.batch_size, in images
+    workers: int | None = bounded(None, ge=0, identity=False)
+    epochs: int = EPOCHS  # default of trainer.epochs and teacher.train_epochs
+    batch_size: int = _plumbing(BATCH_SIZE)  # default of trainer.batch_size, in images
     # Default of student.lr and teacher.lr; null: the value for CIFAR-100 (conf/rates.yaml)
     lr: float | None = _plumbing(None)
     weight_decay: float = _plumbing(5e-4)  # default weight decay of the papers' SGD
     # Default milestones of the papers' SGD
     milestones: list[float] = field(
-        default_factory=lambda: [0.625, 0.75, 0.875], metadata={"identity": False}
+        default_factory=lambda: list(MILESTONES), metadata={"identity": False}
     )
     # Stem of this package's CIFAR networks: small for images of 32 pixels, large for images of 224
     stem: str = _plumbing("small")
@@ -206,34 +281,37 @@ class OptimizerConfig:
     name: str = MISSING
     # _target_ and its arguments, without params and lr
     algorithm: dict[str, Any] = field(default_factory=dict)
-    lr: float = 0.05  # peak learning rate
+    lr: float = bounded(LR, gt=0)  # peak learning rate
     schedule: Schedule = Schedule.step  # how the learning rate falls
     # As fractions of trainer.epochs
-    milestones: list[float] = field(default_factory=lambda: [0.625, 0.75, 0.875])
+    milestones: list[float] = field(default_factory=lambda: list(MILESTONES))
     decay: float = 0.1  # factor at each milestone
-    warmup_epochs: float = 0.0  # epochs over which the learning rate rises linearly from zero
-    clip_norm: float | None = None  # largest gradient norm; null: no clipping
+    # Epochs over which the learning rate rises linearly from zero
+    warmup_epochs: float = bounded(0.0, ge=0)
+    clip_norm: float | None = bounded(None, gt=0)  # largest gradient norm; null: no clipping
 
 
 @dataclass
 class TrainerConfig:
     """The training loop: length, batches, device, processes and precision."""
 
-    epochs: int = 240  # passes over the training images
-    batch_size: int = 64  # images
-    eval_batch_size: int = 500  # images
-    max_steps: int | None = None  # batches per epoch, for quick trials; null: all
+    epochs: int = bounded(EPOCHS, gt=0)  # passes over the training images
+    batch_size: int = bounded(BATCH_SIZE, gt=0)  # images
+    eval_batch_size: int = bounded(500, gt=0)  # images
+    # Batches per epoch, for quick trials; null: all
+    max_steps: int | None = bounded(None, gt=0)
     # Seed of batches and augmentation; null: `seed`. Jobs with the same data_seed see the same
     # batches and share the teacher, so they differ only in their initialisation.
-    data_seed: int | None = None
+    data_seed: int | None = bounded(None, ge=0)
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
-    devices: int = _plumbing(1)  # processes (one per GPU) that share each batch
+    # Processes (one per GPU) that share each batch
+    devices: int = bounded(1, gt=0, identity=False)
     # Seconds that one of several processes waits for another before it gives up
-    timeout_s: float = _plumbing(600.0)
+    timeout_s: float = bounded(600.0, gt=0, identity=False)
     # Of the networks' forward pass; losses are always float32
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile the networks
-    log_every: int = _plumbing(50)  # steps between two readings of the loss
+    log_every: int = bounded(50, gt=0, identity=False)  # steps between two readings of the loss
     # RUF009 is a false alarm: `_plumbing` returns a dataclass field.
     progress: Progress = _plumbing(Progress.auto)  # noqa: RUF009
 
@@ -242,8 +320,8 @@ class TrainerConfig:
 class CheckpointConfig:
     """Frequency of checkpoints."""
 
-    # Minutes between checkpoints within an epoch; every epoch ends with a checkpoint
-    every_minutes: float = _plumbing(10.0)
+    # Minutes between checkpoints within an epoch; inf: only at the end of each epoch
+    every_minutes: float = bounded(10.0, gt=0, finite=False, identity=False)
 
 
 @dataclass
@@ -291,9 +369,10 @@ class Config:
     # Scales: each m in M divides the logit maps into m x m regions
     M: list[int] = field(default_factory=lambda: [1])
     standardize: bool = False  # z-score the logits of each region (LSKD)
-    complementary_weight: float = 2.0  # weight of complementary regions (SDD's beta)
+    # Weight of complementary regions (SDD's beta)
+    complementary_weight: float = bounded(2.0, ge=0)
     # Seed of the initialisation, and of the batches unless trainer.data_seed is given
-    seed: int = 0
+    seed: int = bounded(0, ge=0)
     # Whether _target_ may name code outside of targets.PACKAGES (this package, torch, torchvision
     # and timm)
     allow_foreign_targets: bool = _plumbing(False)

@@ -6,7 +6,6 @@ optimizers and data sets are allowed. A dotted path leads through attributes
 (`sddlskd.files.atomic.os.remove`), so the check looks at the object that the path resolves to.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -17,20 +16,18 @@ from hydra.utils import instantiate as hydra_instantiate
 __all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations"]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
-# Modules that an allowed subclass of nn.Module may come from.
-NETWORKS = (
-    "sddlskd.models.",
-    "torch.nn.",
-    "torchvision.",
-    "timm.",
-)
-FACES = ("sddlskd.datasets", "sddlskd.losses", "sddlskd.models")
-"""Modules whose public functions (`__all__`) a configuration may call."""
-
-_OF_FOLDERS = ("cub200", "imagenet", "tiny_imagenet")
-RENAMED = {f"sddlskd.folders.{name}": f"sddlskd.datasets.{name}" for name in _OF_FOLDERS}
-"""Targets that moved, first name -> name of today: frozen jobs and hashes keep first names."""
-_FIRST_NAMES = {new: old for old, new in RENAMED.items()}
+# Where an allowed subclass of nn.Module may come from
+NETWORK_MODULES = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")
+# Modules whose public functions (`__all__`) a configuration may call
+FUNCTION_MODULES = ("sddlskd.datasets", "sddlskd.losses", "sddlskd.models")
+# First name -> name of today of each target that has moved. Old frozen jobs have the first names,
+# and hashes use them.
+RENAMED = {
+    "sddlskd.folders.cub200": "sddlskd.datasets.cub200",
+    "sddlskd.folders.imagenet": "sddlskd.datasets.imagenet",
+    "sddlskd.folders.tiny_imagenet": "sddlskd.datasets.tiny_imagenet",
+}
+_FIRST_NAMES = {new: first for first, new in RENAMED.items()}
 
 
 class ForeignTarget(ValueError):
@@ -94,7 +91,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
     Raises:
         ValueError: If a target from `PACKAGES` is neither a network, nor an optimizer, nor a public
-            function of `FACES`, or if a value contains "${". Nothing is called before.
+            function of `FUNCTION_MODULES`, or if a value contains "${". Nothing is called before.
     """
     refuse_interpolations(node, "")
     for _, target in _targets(node, ""):
@@ -108,30 +105,32 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict):
         for name, value in node.items():
             place = f"{key}.{name}".lstrip(".")
-            yield from [(place, value)] if name == "_target_" else _targets(value, place)
+            if name == "_target_":
+                yield place, value
+            else:
+                yield from _targets(value, place)
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
             yield from _targets(value, f"{key}[{i}]")
 
 
 def with_names_of_today(node: Any) -> Any:
-    """Return `node` with each `_target_` that moved under its name of today."""
+    """Return `node` with its name of today for each `_target_` that has moved."""
     return _with_targets(node, RENAMED)
 
 
 def with_first_names(node: Any) -> Any:
-    """Return `node` with each `_target_` that moved under its first name, which hashes use."""
+    """Return `node` with its first name, which hashes use, for each `_target_` that has moved."""
     return _with_targets(node, _FIRST_NAMES)
 
 
 def _with_targets(node: Any, names: Mapping[str, str]) -> Any:
     if isinstance(node, dict):
-        return {
-            key: names.get(value, value)
-            if key == "_target_" and isinstance(value, str)
-            else _with_targets(value, names)
-            for key, value in node.items()
-        }
+        renamed = {key: _with_targets(value, names) for key, value in node.items()}
+        target = renamed.get("_target_")
+        if isinstance(target, str):
+            renamed["_target_"] = names.get(target, target)
+        return renamed
     if isinstance(node, list):
         return [_with_targets(value, names) for value in node]
     return node
@@ -139,9 +138,9 @@ def _with_targets(node: Any, names: Mapping[str, str]) -> Any:
 
 def _functions() -> Iterator[Any]:
     """Yield the functions that a configuration may call."""
-    for face in FACES:
-        module = import_module(face)
-        yield from (getattr(module, name) for name in module.__all__)
+    for name in FUNCTION_MODULES:
+        module = import_module(name)
+        yield from (getattr(module, function) for function in module.__all__)
 
 
 def _is_ours(target: str) -> bool:
@@ -164,10 +163,11 @@ def _check_kind(target: str) -> None:
         raise ValueError(
             f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}"
         ) from error
-    origin = f"{found.__module__}." if isinstance(found, type) or inspect.isfunction(found) else ""
     if isinstance(found, type):
-        allowed = issubclass(found, nn.Module) and origin.startswith(NETWORKS)
-        allowed |= issubclass(found, optim.Optimizer) and origin.startswith("torch.optim.")
+        origin = f"{found.__module__}."
+        network = issubclass(found, nn.Module) and origin.startswith(NETWORK_MODULES)
+        optimizer = issubclass(found, optim.Optimizer) and origin.startswith("torch.optim.")
+        allowed = network or optimizer
     else:
         allowed = any(found is function for function in _functions())
     if not allowed:

@@ -2,12 +2,15 @@
 
 import logging
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     HydraException,
     InstantiationException,
@@ -24,18 +27,22 @@ from omegaconf.errors import (
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.config.schema import M_CURE
+from sddlskd.processes.exit_codes import ExitCode
 
-__all__ = ["duration", "explain", "log_to_terminal", "outcomes", "write_line"]
+__all__ = [
+    "choices",
+    "duration",
+    "explain",
+    "log_to_terminal",
+    "outcomes",
+    "run_title",
+    "write_line",
+]
 
 # Errors of this package's own checks, with messages for users.
-OURS = (ValueError, OSError, RuntimeError)
-# Folders of conf/ that are not groups for users to choose from.
-NO_CHOICES = (
-    "hydra",
-    "tuned",
-    "adapted",
-    "__pycache__",
-)
+OWN_ERRORS = (ValueError, OSError, RuntimeError)
+# Folders of conf/ from which a user does not choose.
+NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
 
 
 def write_line(text: str) -> None:
@@ -48,7 +55,29 @@ def duration(seconds: float) -> str:
     """Return a duration in seconds as h:mm:ss or m:ss: 3725 becomes 1:02:05."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    if hours:
+        return f"{hours}:{m:02d}:{s:02d}"
+    return f"{m}:{s:02d}"
+
+
+def choices() -> str:
+    """Return the groups that a user chooses from with their choices, as --help shows them."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = [group for group in loader.list_groups("") if group not in NO_CHOICES]
+    options = {group: loader.get_group_options(group) for group in groups}
+    indent = max(map(len, groups)) + 4
+    paragraphs = [
+        textwrap.fill(
+            ", ".join(names),
+            width=min(shutil.get_terminal_size().columns, 100),
+            initial_indent=f"  {group}: ".ljust(indent),
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
+        for group, names in options.items()
+        if names
+    ]
+    return "\n".join(paragraphs)
 
 
 def outcomes(
@@ -62,8 +91,8 @@ def outcomes(
         stopped: Whether the sweep as a whole was stopped.
 
     Raises:
-        SystemExit: With 130 if a run or the sweep was stopped, else with 1 if a run is not
-            FINISHED.
+        SystemExit: With ExitCode.STOPPED if a run or the sweep was stopped, else with 1 if a run is
+            not FINISHED.
     """
     from rich.console import Console
     from rich.table import Table
@@ -72,26 +101,44 @@ def outcomes(
     for column in ("pair", "method", "M", "seed", "status", "best", "last", "time"):
         table.add_column(column, overflow="fold", no_wrap=column not in ("pair", "status"))
     for job, result in zip(jobs, results, strict=True):
-        scores = (result.get(name) for name in ("best_top1", "last_top1"))
+        pair = job.student.name
+        if job.distiller.loss:
+            pair = f"{job.teacher.name} {job.student.name}"
+        status = result["status"]
+        if result["reason"]:
+            status = f"{status}: {result['reason']}"
         table.add_row(
-            f"{job.teacher.name} {job.student.name}" if job.distiller.loss else job.student.name,
-            job.distiller.name + ("+ls" if job.standardize else ""),
+            pair,
+            cfg.method_name(job),
             ",".join(map(str, job.M)),
             str(job.seed),
-            result["status"] + (f": {result['reason']}" if result["reason"] else ""),
-            *("-" if score is None else f"{score:.2f}" for score in scores),
+            status,
+            _score(result.get("best_top1")),
+            _score(result.get("last_top1")),
             duration(result["seconds"]),
         )
-    console = Console()
+    console = Console(markup=False)  # a reason may contain brackets
     console.print(table)
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
         console.print(f"records in {folder}", soft_wrap=True)
     statuses = {result["status"] for result in results}
     if "KILLED" in statuses or stopped:
         console.print("stopped; the same command continues where it stopped")
-        sys.exit(130)
+        sys.exit(ExitCode.STOPPED)
     if statuses - {"FINISHED"}:
         sys.exit(1)
+
+
+def _score(top1: float | None) -> str:
+    return "-" if top1 is None else f"{top1:.2f}"
+
+
+def run_title(job: Config) -> str:
+    """Return what the progress display calls the run of a job: student, method, M and seed."""
+    words = [job.student.name, cfg.method_name(job)]
+    if job.distiller.loss:
+        words.append(f"[{','.join(map(str, job.M))}]")
+    return " ".join([*words, f"seed {job.seed}"])
 
 
 def explain(error: BaseException) -> str:
@@ -99,11 +146,11 @@ def explain(error: BaseException) -> str:
 
     The message comes from the first error in the chain of causes that was written for users.
     """
-    chain: list[BaseException] = [error]
-    while (
-        cause := chain[-1].__cause__ or chain[-1].__context__
-    ) is not None and cause not in chain:
+    chain = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
         chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
     for link in chain:
         if isinstance(link, OverrideParseException):
             return (
@@ -112,15 +159,17 @@ def explain(error: BaseException) -> str:
             )
         if isinstance(link, MissingConfigException):
             return _unknown_choice(link)
-        if isinstance(link, InstantiationException):  # its cause says more
-            return _one_line(str(link.__cause__ if isinstance(link.__cause__, OURS) else link))
+        if isinstance(link, InstantiationException):
+            if isinstance(link.__cause__, OWN_ERRORS):
+                return _one_line(str(link.__cause__))
+            return _one_line(str(link))
         if isinstance(link, InterpolationResolutionError) and link is not chain[-1]:
             continue  # the error of the resolver says more
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
         if isinstance(link, OmegaConfBaseException) and link.msg:
             return _bad_value(str(link.full_key or ""), _one_line(link.msg), str(error))
-        if isinstance(link, OURS) and not isinstance(link, HydraException):
+        if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
             return _one_line(str(link))
     return _one_line(str(error))
 
@@ -129,14 +178,15 @@ def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         return f"there is no configuration {name}; use --config-dir to search another folder"
-    return f"{group}={name} is unknown; {_cure(name, error.options, f'{group}=')}"
+    return f"{group}={name} is unknown; {_valid_names(name, error.options, f'{group}=')}"
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
     node = error.parent_node
     if node is None or not hasattr(node, "keys"):
         return _one_line(str(error))
-    key, path = str(error.key), str(error.full_key or error.key).rpartition(".")[0]
+    key = str(error.key)
+    path = str(error.full_key or error.key).rpartition(".")[0]
     valid = [str(k) for k in node if str(k) not in ("hydra", key)]
     if not path:  # at the top level, groups are valid besides keys
         valid += [
@@ -145,24 +195,24 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             if group.is_dir() and group.name not in (*valid, *NO_CHOICES)
         ]
     prefix = f"{path}." if path else ""
-    return f"{prefix}{key} is unknown; {_cure(key, valid, prefix)}"
+    return f"{prefix}{key} is unknown; {_valid_names(key, valid, prefix)}"
 
 
-def _cure(bad: str, valid: Sequence[str], prefix: str) -> str:
+def _valid_names(bad: str, valid: Sequence[str], prefix: str) -> str:
+    """Return the valid names as the end of a message, after the one that is most like `bad`."""
+    names = f"are {', '.join(valid)}"
     close = get_close_matches(bad, valid, n=1)
-    return (
-        f"did you mean {prefix}{close[0]}? Valid" if close else "valid"
-    ) + f" are {', '.join(valid)}"
+    if close:
+        return f"did you mean {prefix}{close[0]}? Valid {names}"
+    return f"valid {names}"
 
 
 def _bad_value(key: str, message: str, whole: str) -> str:
     override = re.match(r"Error merging override (\S+)", whole)
     shown = override[1] if override else key
-    return (
-        f"{shown} is not valid; {M_CURE}"
-        if re.fullmatch(r"M(\[\d+\])?", key)
-        else f"{shown}: {message}"
-    )
+    if re.fullmatch(r"M(\[\d+\])?", key):
+        return f"{shown} is not valid; {M_CURE}"
+    return f"{shown}: {message}"
 
 
 def _one_line(text: str) -> str:
