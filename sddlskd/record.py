@@ -326,8 +326,8 @@ class Record:
     def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
         """Write result.json on behalf of a run that cannot report itself, and return its content.
 
-        Scores, epochs and seconds come from metrics.jsonl. The entries about the teacher, the
-        environment and the group size stay as they were.
+        Scores, epochs and seconds come from metrics.jsonl. The entries about the data, the teacher,
+        the environment and the group size stay as they were.
         """
         rows, earlier = self.rows(), read_result(self.folder)
         best = max(rows, key=lambda row: row["val/top1"], default=None)
@@ -342,7 +342,7 @@ class Record:
             **{
                 k: v
                 for k, v in earlier.items()
-                if k.startswith("teacher_") or k in ("environment", "group_size")
+                if k.startswith("teacher_") or k in ("data", "environment", "group_size")
             },
         )
 

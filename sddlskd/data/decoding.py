@@ -12,7 +12,6 @@ needs. A worker is a fork made by torch's DataLoader. It holds no data set: it i
 decode, and it returns the pixels in shared memory.
 """
 
-import ctypes
 import itertools
 import math
 import mmap
@@ -34,6 +33,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.meter import meter
 
 __all__ = [
@@ -71,7 +71,6 @@ KINDS = {
     "PA": "palette",
 }
 _ORIENTATION = 0x0112  # EXIF tag of the orientation; its value is 1 for upright
-_PR_SET_PDEATHSIG = 1
 
 
 class Unreadable(ValueError):
@@ -479,12 +478,10 @@ class _Start:
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             threading.Thread(target=self._heed_parent, daemon=True).start()
         else:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        if os.getppid() != self.parent:
-            os._exit(1)
+        end_with_parent(self.parent)
 
     def _heed_parent(self) -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self.parent:

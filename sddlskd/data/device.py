@@ -17,13 +17,39 @@ from torch import Tensor
 
 from sddlskd.datasets.arrays import Files, Images, Splits
 
-__all__ = ["Batch", "DeviceData", "Draws", "Normalise"]
-__all__ += ["check_labels", "draw_epoch", "held_out", "mirrored", "share_of"]
-
+__all__ = [
+    "Batch",
+    "DeviceData",
+    "Draws",
+    "Normalise",
+    "check_labels",
+    "draw_epoch",
+    "held_out",
+    "mirrored",
+    "seed_of",
+    "share_of",
+]
 
 # Images augmented together. Measured: 128 to 512 are equally fast; more do not fit in the cache.
 CHUNK = 256
-Batch = tuple[Tensor, Tensor]  # x_BCHW float32 normalised, y_B int64
+
+
+class Batch(NamedTuple):
+    """Training images, on the device, and which images they are, on the CPU.
+
+    Attributes:
+        images: x_BCHW, normalised float32 in channels_last layout.
+        labels: y_B, class ids, int64.
+        index: index_B, index of each image in the training split without the held-out images,
+            int64.
+        views: views_B, which says image, crop and flip: image index * `DeviceData.views` + number
+            of the view, int64. None for streamed images, whose crops never repeat.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which has no use here
+    views: Tensor | None
 
 
 class Draws(NamedTuple):
@@ -44,6 +70,16 @@ class Draws(NamedTuple):
     flip_N: Tensor
 
 
+def seed_of(*parts: object) -> int:
+    """Return a seed of 63 bits that depends on the text of all parts, joined by spaces.
+
+    It is the same in every process and on every machine. Name the parts, as in
+    `seed_of("seed", 1, "epoch", 2)`, so that no two uses have the same text.
+    """
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63
+
+
 def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
     """Return the random choices of one epoch over `size` images.
 
@@ -58,8 +94,7 @@ def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
     Returns:
         The draws, one value per image, on the CPU.
     """
-    digest = hashlib.sha256(f"seed {seed} epoch {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    generator = torch.Generator().manual_seed(seed_of("seed", seed, "epoch", epoch))
     order_N = torch.randperm(size, generator=generator)
     flip_N = torch.randint(2, (size,), generator=generator) == 1
     top_N, left_N = torch.randint(2 * padding + 1, (2, size), generator=generator)
@@ -201,8 +236,7 @@ class DeviceData:
             start: number of batches to skip at the beginning of the epoch, to resume it.
 
         Returns:
-            Batches (x_BCHW, y_B): normalised float32 images in channels_last layout, and int64
-            labels. The last batch holds the remaining images.
+            The batches; the last one holds the remaining images.
 
         Raises:
             ValueError: at once, if `start` is outside 0..steps_per_epoch.
@@ -215,39 +249,31 @@ class DeviceData:
         order_N, top_N, left_N, flip_N = draw_epoch(
             self._seed, epoch, self.train_size, self._padding
         )
+        place_N, sizes = self._own(start)
+        index_N = order_N[place_N]
         corner_N = (
             torch.arange(self.train_size) * self._padded_pixels
             + top_N * self._padded_width
             + left_N
         )
+        view_N = top_N * (2 * self._padding + 1) + left_N
+        if self._flip:
+            view_N = 2 * view_N + flip_N
+        views_N = index_N * self.views + view_N[index_N]
         # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
-        place_N, sizes = self._own(start)
-        order_N = order_N[place_N].to(self._device)
-        corner_N = corner_N.to(self._device)[order_N]
-        flip_N = flip_N.to(self._device)[order_N]
-        return self._chunks(corner_N, flip_N, self._train_labels_N[order_N], sizes)
+        return self._chunks(
+            corner_N[index_N].to(self._device),
+            flip_N[index_N].to(self._device),
+            self._train_labels_N[index_N.to(self._device)],
+            index_N,
+            views_N,
+            sizes,
+        )
 
     @property
     def views(self) -> int:
         """Return the number of different views of one image: crops times flips."""
         return (2 * self._padding + 1) ** 2 * (2 if self._flip else 1)
-
-    def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """Yield the view numbers of each batch of `batches(epoch, start)`, int64 on the CPU.
-
-        The number of a view is image * views + view: it says which image is shown, and with which
-        crop and flip.
-        """
-        order_N, top_N, left_N, flip_N = draw_epoch(
-            self._seed, epoch, self.train_size, self._padding
-        )
-        view_N = top_N * (2 * self._padding + 1) + left_N
-        if self._flip:
-            view_N = 2 * view_N + flip_N
-        place_N, sizes = self._own(start)
-        yield from torch.split(
-            (torch.arange(self.train_size) * self.views + view_N)[order_N[place_N]], sizes
-        )
 
     def _own(self, start: int) -> tuple[Tensor, list[int]]:
         """Return this rank's positions in the order of an epoch, and their number per batch.
@@ -260,14 +286,14 @@ class DeviceData:
         places = [torch.arange(share.start, share.stop) for share in shares]
         return torch.cat([torch.arange(0), *places]), [len(share) for share in shares]
 
-    def val_batches(self) -> Iterator[Batch]:
+    def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
         The images come from the test split unless `val_fraction` is set.
         """
         return self._plain(self._val)
 
-    def test_batches(self) -> Iterator[Batch]:
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the official test split's batches, in order, not augmented."""
         return self._plain(self._test)
 
@@ -276,17 +302,29 @@ class DeviceData:
         return self._test.images_NHWC[list(indices)].cpu()
 
     def _chunks(
-        self, corner_N: Tensor, flip_N: Tensor, labels_N: Tensor, sizes: list[int]
+        self,
+        corner_N: Tensor,
+        flip_N: Tensor,
+        labels_N: Tensor,
+        index_N: Tensor,
+        views_N: Tensor,
+        sizes: list[int],
     ) -> Iterator[Batch]:
         # Small batches are made several at a time, with fewer and larger operations. All operations
         # are elementwise, so the results are the same bits.
-        together, end = max(1, CHUNK * self._ranks // self._batch_size), 0
+        together = max(1, CHUNK * self._ranks // self._batch_size)
+        end = 0
         for first in range(0, len(sizes), together):
             some = sizes[first : first + together]
-            begin, end = end, end + sum(some)
-            x_BCHW = self._augment(corner_N[begin:end], flip_N[begin:end])
-            yield from zip(
-                torch.split(x_BCHW, some), torch.split(labels_N[begin:end], some), strict=True
+            part = slice(end, end + sum(some))
+            end = part.stop
+            x_BCHW = self._augment(corner_N[part], flip_N[part])
+            yield from map(
+                Batch,
+                torch.split(x_BCHW, some),
+                torch.split(labels_N[part], some),
+                torch.split(index_N[part], some),
+                torch.split(views_N[part], some),
             )
 
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
@@ -294,7 +332,7 @@ class DeviceData:
         x_BHWC = self._windows_PHX.index_select(0, corner_B).view(-1, height, width, channels)
         return self._normalise(mirrored(x_BHWC, flip_B) if self._flip else x_BHWC)
 
-    def _plain(self, images: Images) -> Iterator[Batch]:
+    def _plain(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         firsts = range(0, len(images.labels_N), self._eval_batch_size)
         parts = (slice(first, first + self._eval_batch_size) for first in firsts)
         return (

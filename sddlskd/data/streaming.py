@@ -267,8 +267,8 @@ class StreamedData:
             start: number of batches to skip at the beginning of the epoch, to resume it.
 
         Returns:
-            Batches (x_BCHW, y_B): normalised float32 images in channels_last layout, and int64
-            labels. The last batch holds the remaining images.
+            The batches; the last one holds the remaining images. The index of an image that
+            replaces another one is its own.
 
         Raises:
             ValueError: at once, if `start` is outside 0..steps_per_epoch; during iteration, if an
@@ -281,19 +281,14 @@ class StreamedData:
             )
         return self._augmented(epoch, start)
 
-    def view_batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """Yield the image indices of each batch of `batches(epoch, start)`, int64 on the CPU."""
-        for batch in range(start, self.steps_per_epoch):
-            yield torch.tensor(self._plan.ids("train", epoch, batch))
-
-    def val_batches(self) -> Iterator[Batch]:
+    def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
         The images come from the test split unless `val_fraction` is set.
         """
         return self._plain("val")
 
-    def test_batches(self) -> Iterator[Batch]:
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the official test split's batches, in order, not augmented."""
         return self._plain("test")
 
@@ -317,17 +312,18 @@ class StreamedData:
     def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
         flip_N = self._plan.drawn(epoch).flip_N
         for batch in range(start, self.steps_per_epoch):
-            x_BHWC, labels_B = self._read("train", epoch, batch)
+            x_BHWC, labels_B, index_B = self._read("train", epoch, batch)
             if self._flip:
+                # An image that replaces another one is mirrored as that one would have been.
                 flip_B = flip_N[self._plan.ids("train", epoch, batch)]
                 x_BHWC = mirrored(x_BHWC, flip_B.to(self._device))
-            yield self._normalise(x_BHWC), labels_B
+            yield Batch(self._normalise(x_BHWC), labels_B, index_B, views=None)
         self._count()
 
-    def _plain(self, split: str) -> Iterator[Batch]:
+    def _plain(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         shown = 0
         for batch in range(self._plan.batches[split]):
-            x_BHWC, labels_B = self._read(split, 0, batch)
+            x_BHWC, labels_B, _ = self._read(split, 0, batch)
             if len(labels_B):
                 yield self._normalise(x_BHWC), labels_B
             shown += len(labels_B)
@@ -339,9 +335,13 @@ class StreamedData:
                 "look at the log"
             )
 
-    def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Return uint8 x_BHWC and labels_B of a batch, on the device, with bad images handled."""
-        parts, labels = [], []
+    def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return uint8 x_BHWC, labels_B and index_B of a batch, with bad images handled.
+
+        The pixels and the labels are on the device, the indices on the CPU.
+        """
+        parts: list[Tensor] = []
+        index: list[int] = []
         for piece in range(self._plan.pieces(split, epoch, batch)):
             try:
                 pixels_BHWC, ids = self._mended(*self._received(Place(split, epoch, batch, piece)))
@@ -354,8 +354,10 @@ class StreamedData:
                 parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
             else:
                 parts.append(pixels_BHWC.to(self._device, copy=True))
-            labels.append(self._splits[split].labels_N[ids])
-        return torch.cat(parts), torch.cat(labels).to(self._device)
+            index += ids
+        index_B = torch.tensor(index, dtype=torch.int64)
+        labels_B = self._splits[split].labels_N[index_B]
+        return torch.cat(parts), labels_B.to(self._device), index_B
 
     def _received(self, place: Place) -> tuple[Place, list[int], Chunk]:
         """Return the place, the image indices that the workers decoded for it, and their chunk."""

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.config.targets import instantiate
 from sddlskd.data.decoding import ImageTransform
-from sddlskd.data.device import DeviceData
+from sddlskd.data.device import DeviceData, share_of
 from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.datasets.arrays import Files, Splits
+from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
+from sddlskd.datasets.places import without_downloads
 from sddlskd.distill import ScaleDecoupled
-from sddlskd.record import Onlooker, Record
+from sddlskd.processes.cores import check_processes
+from sddlskd.record import FINISHED, Onlooker, Record, read_result
+from sddlskd.terminal.console import explain
 from sddlskd.training import teacher_files
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.ranks import Ranks
-from sddlskd.training.run import Run
+from sddlskd.training.run import Objective, Optimisation, Run
 from sddlskd.training.schedule import learning_rate
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache, cache_path
@@ -32,17 +37,115 @@ __all__ = [
     "build_network",
     "build_run",
     "build_teacher",
+    "check_batches",
+    "check_cache",
     "check_maps",
+    "check_same_data",
+    "check_teacher",
+    "check_teacher_data",
+    "check_workers",
+    "data_changed",
     "leave_as_teacher",
+    "load_splits",
+    "present_fingerprint",
     "shape_of",
+    "teacher_changed",
+    "teacher_path",
 ]
-__all__ += ["check_cache", "check_teacher", "teacher_changed", "teacher_path"]
 
 log = logging.getLogger(__name__)
 
+WORKER_MB = 30  # memory of a process that decodes images, in megabytes
 
-def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Data:
-    """Load the data set of a job and return its batches for one rank.
+
+def load_splits(job: Config) -> Splits:
+    """Load the data set of a job, without reading image files."""
+    splits: Splits = instantiate(job.dataset.load)
+    return splits
+
+
+def present_fingerprint(job: Config) -> dict[str, Any] | None:
+    """Return the fingerprint of the data that a job would use now.
+
+    Nothing is downloaded. Return None, and log the reason, if the data cannot be loaded.
+    """
+    try:
+        with without_downloads():
+            return fingerprint(load_splits(job))
+    except Exception as error:  # a data set may raise anything
+        log.warning(
+            "dataset=%s cannot be compared with earlier runs: %s", job.dataset.name, explain(error)
+        )
+        return None
+
+
+def data_changed(result: Mapping[str, Any], now: Mapping[str, Any] | None) -> str:
+    """Return in words how the data of a run differ from those that its job would use now.
+
+    Args:
+        result: content of the run's result.json.
+        now: fingerprint of the data that the job would use now; None if it is unknown.
+
+    Returns:
+        How the data differ; "" if they are the same, or if one of them is unknown.
+    """
+    earlier = result.get("data")
+    return difference(earlier, now) if earlier and now else ""
+
+
+def check_same_data(job: Config, now: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if the job's record holds epochs that were trained on other data.
+
+    `now` is the fingerprint of the data that the job would use now; None if it is unknown.
+    """
+    folder = Path(job.run_dir)
+    result = read_result(folder)
+    if result.get("status") != FINISHED and not (folder / "last.ckpt").exists():
+        return
+    if differs := data_changed(result, now):
+        raise ValueError(
+            f"run_dir={folder} was trained on other data than dataset={job.dataset.name} has now "
+            f"({differs}); choose another dataset.name or run_dir, or put the earlier data back"
+        )
+
+
+def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
+    """Return in words how the job's data differ from the data that its teacher was trained on.
+
+    Args:
+        job: the job.
+        now: fingerprint of the data that the job would use now.
+
+    Returns:
+        How the data differ; "" if they are the same or unknown, or if there is no teacher file.
+
+    Raises:
+        ValueError: if the teacher was trained on other classes.
+    """
+    path = teacher_path(job)
+    if not job.distiller.loss or not path.exists():
+        return ""
+    earlier = teacher_files.data_of(path)
+    if not earlier:
+        return ""
+    if differs := differing_classes(earlier, now):
+        raise ValueError(
+            f"teacher={job.teacher.name} was trained on other classes than "
+            f"dataset={job.dataset.name} has now ({differs}; file {path}); "
+            "choose another dataset.name, or set teacher.checkpoint=FILE"
+        )
+    return difference(earlier, now)
+
+
+def build_data(
+    job: Config,
+    device: torch.device,
+    *,
+    splits: Splits | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Data:
+    """Return the batches of a job's data set for one rank.
 
     A data set of pixel arrays is kept on the device. A data set of image files is read from disk as
     the batches are consumed.
@@ -50,6 +153,7 @@ def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int =
     Args:
         job: the job.
         device: device of the batches.
+        splits: the data set, if it is loaded already.
         rank: index of this rank.
         ranks: number of ranks that share each batch.
 
@@ -60,7 +164,8 @@ def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int =
         ValueError: if a setting or the data is not valid, or if `teacher.cache` is set for image
             files (see `check_cache`).
     """
-    d, splits = job.dataset, instantiate(job.dataset.load)
+    d = job.dataset
+    splits = splits or load_splits(job)
     common: dict[str, Any] = dict(
         num_classes=d.num_classes,
         batch_size=job.trainer.batch_size,
@@ -76,16 +181,19 @@ def build_data(job: Config, device: torch.device, *, rank: int = 0, ranks: int =
     )
     if isinstance(splits.train, Files):
         check_cache(job)
+        check_workers(job)
         low, high = d.crop_area
         view = ImageTransform(
             d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright
         )
-        choices: dict[str, Any] = {
-            "workers": d.workers,
-            "bad": d.bad_images,
-            "irregular": d.irregular_images,
-        }
-        return StreamedData(splits, view=view, **choices, **common)
+        return StreamedData(
+            splits,
+            view=view,
+            workers=d.workers,
+            bad=d.bad_images,
+            irregular=d.irregular_images,
+            **common,
+        )
     return DeviceData(splits, padding=d.padding, **common)
 
 
@@ -94,6 +202,11 @@ def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
     if isinstance(splits.train, Files):
         return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
     return tuple(splits.train.images_NHWC.shape)
+
+
+def check_workers(job: Config) -> None:
+    """Raise ValueError if `dataset.workers` asks for more processes than this machine has cores."""
+    check_processes("dataset.workers", job.dataset.workers or 0, WORKER_MB)
 
 
 def check_cache(job: Config) -> None:
@@ -148,19 +261,15 @@ def check_teacher(job: Config) -> None:
     Raise FileNotFoundError if the file is missing and will not be trained. Raise ValueError if a
     teacher file of the home folder differs from the file that is pinned.
     """
+    if not job.distiller.loss:
+        return
     path = teacher_path(job)
-    if job.distiller.loss and path.exists() and not job.teacher.checkpoint:
-        teacher_files.check_pin(
-            job.home,
-            teacher_files.pin_key(job.dataset.name, job.teacher.name),
-            teacher_files.file_hash(path),
-        )
-    if (
-        job.distiller.loss
-        and not path.exists()
-        and (job.teacher.checkpoint or not job.teacher.train_if_missing)
-    ):
-        raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+    if not path.exists():
+        if job.teacher.checkpoint or not job.teacher.train_if_missing:
+            raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+    elif not job.teacher.checkpoint:
+        key = teacher_files.pin_key(job.dataset.name, job.teacher.name)
+        teacher_files.check_pin(job.home, key, teacher_files.file_hash(path))
 
 
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
@@ -169,13 +278,11 @@ def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
     `result` is the content of the run's result.json. Return False for a job without a
     teacher, and if the hash of either file is unknown.
     """
-    earlier, path = result.get("teacher_sha256"), teacher_path(job)
-    return bool(
-        job.distiller.loss
-        and earlier
-        and path.exists()
-        and teacher_files.file_hash(path) != earlier
-    )
+    earlier = result.get("teacher_sha256")
+    path = teacher_path(job)
+    if not job.distiller.loss or not path.exists():
+        return False
+    return earlier not in (None, teacher_files.file_hash(path))
 
 
 def build_teacher(
@@ -185,6 +292,7 @@ def build_teacher(
     device: torch.device,
     train: Callable[[Config], None],
     ranks: Ranks | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
     """Return the teacher of a job, and train it first if its file is missing and the job allows it.
 
@@ -198,6 +306,7 @@ def build_teacher(
         train: function that trains the given teacher job and thereby writes the teacher file.
         ranks: the ranks that each have a copy of the teacher and train it together. Rank 0 looks
             for the file and measures the accuracy. None for this process alone.
+        noted: fingerprint of the data set; None if it is unknown.
 
     Returns:
         The teacher, with a cache if `teacher.cache` is set, and the facts for result.json:
@@ -205,25 +314,21 @@ def build_teacher(
 
     Raises:
         FileNotFoundError: if the file is missing and is not trained.
-        ValueError: if the file is not the pinned one, does not hold weights of the network, or if
-            the disk cannot hold the cache.
+        ValueError: if the file is not the pinned one, does not hold weights of the network, was
+            trained on other classes, or if the disk cannot hold the cache.
     """
-    path, ranks = teacher_path(job), ranks or Ranks()
+    path = teacher_path(job)
+    ranks = ranks or Ranks()
     check_teacher(job)
-    if not ranks.broadcast(path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The first job to take the lock trains the teacher; other jobs wait for it.
-        with FileLock(f"{path}.lock") if ranks.is_rank_zero else nullcontext():
-            if not ranks.broadcast(path.exists()):
-                log.info(
-                    "teacher %s is missing: training it first (teacher.train_epochs=%d)",
-                    job.teacher.name,
-                    job.teacher.train_epochs,
-                )
-                train(cfg.teacher_job(job))
-                # A finished training leaves the file; a training that did not is an error.
-                if not ranks.broadcast(path.exists()):
-                    raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+    _train_if_missing(job, train, ranks)
+    # Measured accuracies and cached maps are those of one data set.
+    data_hash = ""
+    measured_on = job.dataset.name
+    if noted:
+        data_hash = noted["sha256"]
+        measured_on += f":{data_hash}"
+        if (differs := check_teacher_data(job, noted)) and ranks.is_rank_zero:
+            log.warning("teacher=%s learnt from other data (%s)", job.teacher.name, differs)
     teacher = Teacher(
         network,
         path,
@@ -232,13 +337,49 @@ def build_teacher(
         precision=job.trainer.precision,
         compile=job.trainer.compile,
     )
-    top1 = ranks.broadcast(
-        teacher_files.measured_top1(
-            path, job.dataset.name, lambda: evaluate(teacher, data.test_batches())["top1"]
+    top1 = None
+    if ranks.is_rank_zero:
+        top1 = teacher_files.measured_top1(
+            path,
+            measured_on,
+            lambda: evaluate(teacher, data.test_batches())["top1"],
         )
-        if ranks.is_rank_zero
-        else None
-    )
+    top1 = ranks.broadcast(top1)
+    _warn_at_chance(job, top1)
+    sha256 = teacher_files.file_hash(path)
+    facts = {"teacher_top1": top1, "teacher_sha256": sha256}
+    # Only DeviceData has views that repeat, see `check_cache`.
+    if not (job.teacher.cache and isinstance(data, DeviceData)):
+        return teacher, facts
+    with ranks.rank_zero_first():
+        return _cached(job, teacher, data, device, sha256, data_hash), facts
+
+
+def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks) -> None:
+    """Train the teacher of a job if its file is missing; see `build_teacher` for the arguments."""
+    path = teacher_path(job)
+    if ranks.broadcast(path.exists()):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        # The first job to take the lock trains the teacher; other jobs wait for it.
+        if ranks.is_rank_zero:
+            stack.enter_context(FileLock(f"{path}.lock"))
+        if ranks.broadcast(path.exists()):
+            return
+        log.info(
+            "teacher %s is missing: training it first (teacher.train_epochs=%d)",
+            job.teacher.name,
+            job.teacher.train_epochs,
+        )
+        train(cfg.teacher_job(job))
+        # A finished training leaves the file; a training that did not is an error.
+        if not ranks.broadcast(path.exists()):
+            raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+
+
+def _warn_at_chance(job: Config, top1: float) -> None:
+    """Log a warning if a teacher with this top-1 in % is hardly better than guessing."""
     chance = 100 / job.dataset.num_classes
     if top1 < chance + 0.05 * (100 - chance):
         log.warning(
@@ -246,25 +387,37 @@ def build_teacher(
             job.teacher.name,
             top1,
             job.dataset.name,
-            path,
+            teacher_path(job),
         )
-    sha256 = teacher_files.file_hash(path)
-    facts = {"teacher_top1": top1, "teacher_sha256": sha256}
-    # Only DeviceData has views that repeat, see `check_cache`.
-    if not (job.teacher.cache and isinstance(data, DeviceData)):
-        return teacher, facts
-    with ranks.rank_zero_first():
-        return _remembering(job, teacher, data, device, sha256), facts
 
 
-def _remembering(
-    job: Config, teacher: Teacher, data: DeviceData, device: torch.device, sha256: str
+def _cached(
+    job: Config,
+    teacher: Teacher,
+    data: DeviceData,
+    device: torch.device,
+    sha256: str,
+    data_hash: str,
 ) -> TeacherCache:
+    """Return the teacher with a cache of its logit maps.
+
+    Args:
+        job: the job.
+        teacher: the teacher.
+        data: the batches of the data set.
+        device: device of the teacher.
+        sha256: hash of the teacher file.
+        data_hash: hash of the data set; "" if it is unknown.
+
+    Returns:
+        The teacher, whose maps are in one file for each of these.
+    """
     d = job.dataset
     seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
     map_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
     about = {
         "images": seen,
+        "data": data_hash,
         "map": map_KHW,
         "dtype": job.teacher.cache_dtype,
         "precision": job.trainer.precision,
@@ -332,6 +485,60 @@ def check_maps(
         )
 
 
+def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> None:
+    """Check that the student can train on a batch of one image, if an epoch has such a batch.
+
+    A BatchNorm that sees a single value of a channel cannot train. The check runs one image of
+    zeros through the network in training mode and leaves the network as it was.
+
+    Args:
+        job: the job.
+        student: network of the student, ready for training on these ranks.
+        data: data set of the job.
+        ranks: the ranks that share each batch.
+
+    Raises:
+        ValueError: if a rank gets a batch of one image, on which the network cannot train.
+    """
+    size, images = job.trainer.batch_size, data.train_size
+    most_steps = job.trainer.max_steps or data.steps_per_epoch
+    steps = min(data.steps_per_epoch, most_steps)
+    sizes = {min(size, images - step * size) for step in {0, steps - 1}}
+    if not any(1 in _shares(batch, ranks.world_size) for batch in sizes):
+        return
+    # Tells SharedBatchNorm, too, that every rank holds the whole batch.
+    ranks.images_of_step(1, 1)
+    device = next(student.parameters()).device
+    image = torch.zeros(1, *data.image_shape, device=device)
+    before = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            student.train()(image)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        fitting = next(n for n in range(size + 1, images + 1) if images % n != 1)
+        cure = f"set trainer.batch_size={fitting}"
+        # A teacher that is trained on the spot has the batch size of the data set.
+        if size == job.dataset.batch_size:
+            cure = f"set dataset.batch_size={fitting}, which trainer.batch_size follows unless set"
+        raise ValueError(
+            f"student={job.student.name} cannot train on a batch of one image "
+            f"({' '.join(str(error).split())[:200]}), and the last batch of an epoch has one: "
+            f"{images} images in batches of {size}; {cure}"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for name, buffer in student.named_buffers():
+                buffer.copy_(before[name])
+
+
+def _shares(batch: int, ranks: int) -> set[int]:
+    """Return the numbers of images that the ranks hold of a batch of `batch` images."""
+    parts = (share_of(batch, rank, ranks) for rank in range(ranks))
+    return {part.stop - part.start for part in parts}
+
+
 def build_run(
     job: Config,
     network: nn.Module,
@@ -366,18 +573,35 @@ def build_run(
             knowledge=job.distiller.knowledge,
             reduction=job.distiller.reduction,
         )
-    o = job.optimizer
-    return Run(
-        opened,
-        Path(job.run_dir).name,
-        network,
-        instantiate(o.algorithm, _partial_=True)(network.parameters(), lr=o.lr),
-        distill=distill,
+    objective = Objective(
+        distill,
         ce_weight=job.distiller.ce_weight,
         kd_weight=job.distiller.kd_weight,
         warmup_epochs=job.distiller.warmup_epochs,
-        learning_rate=lambda progress: learning_rate(
-            progress,
+    )
+    return Run(
+        opened,
+        network,
+        objective,
+        _optimisation(job, network, device),
+        device=device,
+        precision=job.trainer.precision,
+        compile=job.trainer.compile,
+        seed=job.seed,
+        steps=steps,
+        images=images,
+        batch_size=job.trainer.batch_size,
+        ranks=ranks or Ranks(),
+    )
+
+
+def _optimisation(job: Config, network: nn.Module, device: torch.device) -> Optimisation:
+    """Return how the parameters of a student's network are updated on `device`."""
+    o = job.optimizer
+    return Optimisation(
+        instantiate(o.algorithm, _partial_=True)(network.parameters(), lr=o.lr),
+        learning_rate=partial(
+            learning_rate,
             peak=o.lr,
             epochs=job.trainer.epochs,
             schedule=o.schedule,
@@ -386,14 +610,7 @@ def build_run(
             warmup_epochs=o.warmup_epochs,
         ),
         clip_norm=o.clip_norm,
-        device=device,
-        precision=job.trainer.precision,
-        compile=job.trainer.compile,
-        seed=job.seed,
-        steps=steps,
-        ranks=ranks or Ranks(),
-        images=images,
-        batch_size=job.trainer.batch_size,
+        scaler=torch.amp.GradScaler(device.type, enabled=job.trainer.precision == "fp16"),
     )
 
 
@@ -406,15 +623,13 @@ def leave_as_teacher(job: Config, run: Run) -> None:
     if job.distiller.loss or job.trainer.max_steps is not None:
         return
     path = teacher_files.path_of(job.home, job.dataset.name, job.student.name)
-    left = teacher_files.publish(
+    written = teacher_files.publish(
         path,
         run.model.state_dict(),
         network=job.student.name,
         dataset=job.dataset.name,
-        top1=run.last_top1,
+        top1=run.progress.last_top1,
+        data=run.info.get("data"),
     )
-    run.record.log.info(
-        "teacher file %s: %s",
-        path,
-        "written" if left else "kept, since the file exists already",
-    )
+    outcome = "written" if written else "kept, since the file exists already"
+    run.record.log.info("teacher file %s: %s", path, outcome)

@@ -2,8 +2,11 @@
 
 import torch
 
+from sddlskd.processes.cores import check_processes
+
 __all__ = ["autocast", "check_places", "describe", "pick_device"]
 
+RANK_MB = 200  # memory of a process that has imported torch, in megabytes
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,11 +68,13 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
 def check_places(name: str, places: int) -> None:
     """Raise ValueError unless `places` processes on this machine can share a batch.
 
-    `name` is a device as `pick_device` takes it; CUDA requires one GPU per process.
+    `name` is a device as `pick_device` takes it; CUDA requires one GPU per process, the CPU one
+    core per process.
     """
     device = pick_device(name, 0, places)
-    count = torch.cuda.device_count() if device.type == "cuda" else places
-    if places > count:
+    if device.type == "cpu":
+        check_processes("trainer.devices", places, RANK_MB)
+    elif device.type == "cuda" and places > (count := torch.cuda.device_count()):
         raise ValueError(
             f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}"
         )

@@ -3,16 +3,18 @@
 Shapes: B batch, N images, C channels, K classes, H W sides.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sddlskd.data.streaming import Data
+from sddlskd.terminal.meter import meter
 from sddlskd.training.devices import autocast
 from sddlskd.training.ranks import Ranks
 
-__all__ = ["answers", "calibration_error", "evaluate", "scores"]
+__all__ = ["answers", "calibration_error", "evaluate", "metered_test_batches", "scores"]
 
 
 @torch.inference_mode()
@@ -119,3 +121,13 @@ def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> fl
     gap_N = (class_N == target_N).double() - confidence_N
     gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_N, gap_N)
     return 100 * (gaps.abs().sum() / len(target_N)).item()
+
+
+def metered_test_batches(data: Data, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images_BCHW, target_B) of a test split, and show the progress under `title`."""
+    done = 0
+    with meter(title, data.test_size, "images") as show:
+        for images_BCHW, target_B in data.test_batches():
+            yield images_BCHW, target_B
+            done += len(target_B)
+            show(done)

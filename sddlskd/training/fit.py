@@ -1,15 +1,17 @@
 """Train the students of a list of jobs; all students share one teacher forward pass per batch.
 
-`fit` builds data, teacher and runs from the configurations. `train` is the training loop; `train`
-and the code that it calls never see a configuration.
+`fit` takes the configurations. `_fit_group` prepares data, teacher and networks, opens the runs,
+trains them and closes them. The training loop and the code that it calls never see a configuration.
 """
 
 import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +23,42 @@ from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.data.streaming import Data
+from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.files import checkpoint
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
-from sddlskd.terminal.console import log_to_terminal
+from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, InUse, Onlooker, Record
+from sddlskd.terminal.console import log_to_terminal, run_title
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training import predictions
-from sddlskd.training import ranks as distributed
 from sddlskd.training.build import (
     build_data,
     build_network,
     build_run,
     build_teacher,
+    check_batches,
     check_maps,
+    check_same_data,
     check_teacher,
     leave_as_teacher,
+    load_splits,
+    present_fingerprint,
     teacher_changed,
 )
 from sddlskd.training.devices import check_places, describe, pick_device
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.loop import failures_of, train
-from sddlskd.training.ranks import Cause, RankFailed, Ranks
+from sddlskd.training.ranks import (
+    Cause,
+    RankFailed,
+    Ranks,
+    has_launcher,
+    process_group,
+    spawn,
+    unblock_signals,
+)
 from sddlskd.training.run import Run
 from sddlskd.training.stop import Stop
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_cache import TeacherCache
 
 __all__ = ["fit"]
 
@@ -79,43 +95,30 @@ def fit(
         KeyboardInterrupt: if a signal asked to stop before training started.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
-    how, stop, begun = jobs[0].trainer, stop or Stop(), time.time()
-    with stop.listening(), distributed.process_group(how.device, how.timeout_s) as ranks:
-        distributed.unblock_signals()
-        finished = [
-            job for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED
-        ]
-        known = ranks.broadcast([job.run_dir for job in finished])
-        done = [job for job in jobs if job.run_dir in known]
-        todo = list({job.run_dir: job for job in jobs if job not in done}.values())
-        for job in done:
-            log.info(
-                "%s is finished already; to run again, delete it or choose another seed or run_dir",
-                job.run_dir,
-            )
-            if teacher_changed(job, _result(job)):
-                log.warning(
-                    "%s was trained with another teacher file than the current one", job.run_dir
-                )
+    trainer = jobs[0].trainer
+    stop = stop or Stop()
+    begun = time.time()
+    with stop.listening(), process_group(trainer.device, trainer.timeout_s) as ranks:
+        unblock_signals()
+        finished = _finished(jobs, ranks)
+        todo = list({job.run_dir: job for job in jobs if job not in finished}.values())
         try:
-            if todo and ranks.world_size == 1 and how.devices > 1:
+            if todo and ranks.world_size == 1 and trainer.devices > 1:
                 _fit_on_ranks(todo, stop, sweep)
             elif todo:
                 # Only rank 0 reacts at once; the other ranks learn from rank 0 that it stopped.
                 with stop.acting(at_once=ranks.is_rank_zero):
                     _fit_group(todo, stop, sweep, ranks)
-        except record.InUse:
+        except InUse:
             raise  # the process that has the run directory open writes its record
         except Exception as error:
             ranks.report_failure(error)
-            if len(todo) > 1 and isinstance(error, torch.OutOfMemoryError):
-                raise  # the caller may retry with fewer runs
-            if ranks.is_rank_zero and not distributed.has_launcher():
-                _mark_failed(
-                    todo,
-                    ranks.first_failure() or Cause.of(0, error),
-                    begun if ranks.world_size > 1 else math.inf,
-                )
+            # After out-of-memory the caller may retry with fewer runs.
+            may_retry = len(todo) > 1 and isinstance(error, torch.OutOfMemoryError)
+            if ranks.is_rank_zero and not has_launcher() and not may_retry:
+                # A single process has written the outcome of each run that had started.
+                since = begun if ranks.world_size > 1 else math.inf
+                _mark_failed(todo, ranks.first_failure() or Cause.of(0, error), since)
             raise
         results: dict[str, Any] = ranks.broadcast({job.run_dir: _result(job) for job in jobs})
     return [results[job.run_dir] for job in jobs]
@@ -125,28 +128,77 @@ def _result(job: Config) -> dict[str, Any]:
     return record.read_result(Path(job.run_dir))
 
 
+def _finished(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
+    """Return the jobs that rank 0 finds FINISHED, and log that they are not run again."""
+    found = [
+        job.run_dir for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED
+    ]
+    run_dirs = ranks.broadcast(found)
+    finished = [job for job in jobs if job.run_dir in run_dirs]
+    refusal = ""
+    if ranks.is_rank_zero:
+        refusal = _why_other_data(finished)
+    if refusal := ranks.broadcast(refusal):
+        raise ValueError(refusal)
+    for job in finished:
+        log.info(
+            "%s is finished already; to run again, delete it or choose another seed or run_dir",
+            job.run_dir,
+        )
+        if teacher_changed(job, _result(job)):
+            log.warning(
+                "%s was trained with another teacher file than the current one", job.run_dir
+            )
+    return finished
+
+
+def _why_other_data(finished: Sequence[Config]) -> str:
+    """Return why one of these finished jobs was trained on other data than its data set has now.
+
+    Return "" if there is no such job. The jobs share one data set, which is loaded only if a record
+    tells what its data were.
+    """
+    if not any(_result(job).get("data") for job in finished):
+        return ""
+    now = present_fingerprint(finished[0])
+    try:
+        for job in finished:
+            check_same_data(job, now)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# Ranks that this process starts
+
+
 def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None:
     """Start ranks on this machine to fit the jobs, and raise a failed rank's error in this process.
 
     Do not raise if a single run caused the failure: the records of the jobs then tell the outcome.
     """
-    how = jobs[0].trainer
-    check_places(how.device, how.devices)
-    threads = max(torch.get_num_threads() // how.devices, 1)
-    arguments, begun = (jobs, sweep, bool(logging.getLogger("sddlskd").handlers)), time.time()
+    trainer = jobs[0].trainer
+    check_places(trainer.device, trainer.devices)
+    to_terminal = bool(logging.getLogger("sddlskd").handlers)
+    begun = time.time()
     try:
-        distributed.spawn(
-            _fit_as_rank, arguments, how.devices, threads=threads, stop=lambda: stop.signal or 0
+        spawn(
+            _fit_as_rank,
+            (jobs, sweep, to_terminal),
+            trainer.devices,
+            threads=max(torch.get_num_threads() // trainer.devices, 1),
+            stop=lambda: stop.signal or 0,
         )
     except RankFailed as failed:
-        cause, says = failed.cause, failed.cause.error.partition(": ")[2]
-        for elsewhere in (record.InUse, torch.OutOfMemoryError):
-            if elsewhere.__name__ in cause.kinds and not cause.folder:
-                raise elsewhere(says) from None
+        cause = failed.cause
+        message = cause.error.partition(": ")[2]
+        for not_recorded in (InUse, torch.OutOfMemoryError):
+            if not_recorded.__name__ in cause.kinds and not cause.folder:
+                raise not_recorded(message) from None
         _mark_failed(jobs, cause, begun)
         for refusal in (ValueError, OSError):
             if refusal.__name__ in cause.kinds and not cause.folder:
-                raise refusal(says) from None
+                raise refusal(message) from None
         log.error("%s\n%s", failed, cause.trace)
         if not cause.folder:
             raise
@@ -160,77 +212,177 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
     fit(jobs, sweep=sweep)
 
 
+# Failures that no run has recorded
+
+
 def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
     """Mark the frozen jobs that have no outcome yet as FAILED.
 
-    A job has no outcome if it has not started, or if its record says RUNNING with a time of `since`
-    or later (Unix time in seconds; infinity to leave RUNNING jobs alone). If one of the runs caused
-    the failure, only that run is FAILED, and the other runs of the group are KILLED. The job that
-    trains the teacher is included if `since` is finite.
+    If one of the runs caused the failure, only that run is FAILED, and the other runs of the group
+    are KILLED. The job that trains the teacher is included if `since` is finite.
+
+    Args:
+        jobs: the jobs of the group that failed.
+        cause: why the group failed.
+        since: Unix time in seconds; a job whose record says RUNNING since then or later has no
+            outcome. Infinity to leave RUNNING jobs alone.
+    """
+    frozen = [job for job in jobs if Path(job.run_dir, "config.yaml").exists()]
+    # The ranks may have been training the teacher when they failed.
+    if jobs[0].distiller.loss and since < math.inf:
+        teacher_job = cfg.teacher_job(jobs[0])
+        if Path(teacher_job.run_dir, "config.yaml").exists():
+            frozen.insert(0, teacher_job)
+    culprit = ""
+    if cause.folder in {job.run_dir for job in jobs}:
+        culprit = cause.folder
+    marked = []
+    for job in frozen:
+        # Ignore a run directory in use or a full disk: the error that led here counts.
+        with suppress(ValueError, OSError):
+            if _is_open_ended(_result(job), since) and _write_failure(job, cause, since, culprit):
+                marked.append(job)
+    if any(job.tracking.enabled for job in marked):
+        with closing(tracking.Mirror()) as mirror:
+            for job in marked:
+                mirror.update(Path(job.run_dir))
+
+
+def _is_open_ended(result: dict[str, Any], since: float) -> bool:
+    """Return whether a result.json tells no outcome; see `_mark_failed` for `since`."""
+    return not result or (result["status"] == RUNNING and result["time"] >= since)
+
+
+def _write_failure(job: Config, cause: Cause, since: float, culprit: str) -> bool:
+    """Write the outcome of a job whose group failed, unless another process has written one.
+
+    Args:
+        job: a frozen job.
+        cause: why the group failed.
+        since: as for `_mark_failed`.
+        culprit: run directory of the run that caused the failure; "" if no run of the group did.
+
+    Returns:
+        Whether the outcome was written.
+
+    Raises:
+        InUse: if another process has the run directory open.
+        ValueError, OSError: if the record cannot be read or written.
+    """
+    with closing(Record(job)) as opened:
+        earlier = _result(job)
+        # Checked again: only now does the lock keep other processes from starting the job.
+        if not _is_open_ended(earlier, since):
+            return False
+        if culprit and culprit != job.run_dir:
+            name = Path(culprit).name
+            opened.write_outcome(KILLED, f"{name} failed in the same group: {cause.error}")
+            return True
+        if earlier:
+            opened.log.propagate = False  # the terminal has shown the error already
+            opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
+        opened.write_outcome(FAILED, cause.error)
+        return True
+
+
+# One group of jobs: prepare, open, train, close
+
+
+@dataclass
+class _Group:
+    """Jobs that share batches and teacher, with everything that is built before their runs open.
+
+    Attributes:
+        jobs: the jobs.
+        students: network of each job's student, in the order of `jobs`.
+        data: the batches of this rank.
+        teacher: the shared teacher; None without distillation.
+        teacher_network: network of the teacher with its BatchNorm; None without distillation.
+        facts: facts about the data and the teacher, for result.json.
+        device: device of this rank.
+        ranks: the ranks that share each batch.
+        steps: batches per epoch.
     """
 
-    def open_ended(job: Config) -> bool:
-        result = _result(job)
-        return not result or (result["status"] == RUNNING and result["time"] >= since)
-
-    marked, beside = [], cause.folder in {job.run_dir for job in jobs}
-    # The ranks may have been training the teacher when they failed.
-    taught = jobs[0].distiller.loss and since < math.inf
-    for job in [*([cfg.teacher_job(jobs[0])] if taught else []), *jobs]:
-        if Path(job.run_dir, "config.yaml").exists() and open_ended(job):
-            # Ignore a run directory in use or a full disk: the error that led here counts.
-            with suppress(ValueError, OSError):
-                opened = Record(job)
-                earlier = _result(job)
-                # Check again: only now does the lock keep other processes from starting the job.
-                if open_ended(job):
-                    status, reason = FAILED, cause.error
-                    if beside and cause.folder != job.run_dir:
-                        status, reason = (
-                            KILLED,
-                            f"{Path(cause.folder).name} failed in the same group: {cause.error}",
-                        )
-                    elif earlier:
-                        opened.log.propagate = False  # the terminal has shown the error already
-                        opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
-                    opened.write_outcome(status, reason)
-                    marked.append(job)
-                opened.close()
-    if any(job.tracking.enabled for job in marked):
-        mirror = tracking.Mirror()
-        for job in marked:
-            mirror.update(Path(job.run_dir))
-        mirror.close()
+    jobs: Sequence[Config]
+    students: Sequence[nn.Module]
+    data: Data
+    teacher: Teacher | TeacherCache | None
+    teacher_network: nn.Module | None
+    facts: dict[str, Any]
+    device: torch.device
+    ranks: Ranks
+    steps: int
 
 
-def _check_same_teacher(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise ValueError if a run with a checkpoint was begun with another teacher file."""
-    earlier, now = record.read_result(folder).get("teacher_sha256"), facts.get("teacher_sha256")
-    if earlier and earlier != now and (folder / "last.ckpt").exists():
-        raise ValueError(
-            f"run_dir={folder} was begun with another teacher file "
-            f"(sha256 {earlier!s:.12}, now {now!s:.12}); "
-            "put that file back, or delete the folder to start anew"
-        )
+@dataclass
+class _OpenRuns:
+    """The runs of a group whose run directories are open.
+
+    Attributes:
+        jobs: the jobs whose runs could be built or resumed.
+        runs: the run of each of these jobs.
+        mirror: the mirror of the runs in MLflow; None without tracking and on ranks other than 0.
+    """
+
+    jobs: list[Config]
+    runs: list[Run]
+    mirror: tracking.Mirror | None
+
+    def on_change(self, run: Run) -> None:
+        """Bring the changed record of a run to MLflow."""
+        if self.mirror:
+            self.mirror.update(run.record.folder)
+
+    def report_unfinished(self, status: str, reason: str) -> None:
+        """Report the outcome of all runs that have none yet; ignore a full disk."""
+        for run in self.runs:
+            if run.alive:
+                with suppress(OSError):
+                    run.report(status, reason)
+                    self.on_change(run)
 
 
 def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> None:
-    """Build data, teacher and runs of one group of jobs, train the runs, and finish their records.
+    """Train the students of one group of jobs and finish their records."""
+    _check_group(jobs, ranks)
+    group = _prepare(jobs, stop, sweep, ranks)
+    with stop.acting(at_once=False), _open_runs(group) as opened:
+        _train_runs(group, opened, stop)
+        _close_runs(group, opened, stop)
 
-    Train the teacher first, by a recursive call, if the teacher's file is missing and the jobs
-    allow it.
-    """
-    first = jobs[0]
+
+def _check_group(jobs: Sequence[Config], ranks: Ranks) -> None:
+    """Raise ValueError if the jobs cannot be trained as one group by these ranks."""
     if len({cfg.sharing_key(job) for job in jobs}) > 1:
         raise ValueError(
             "these jobs cannot share batches and teacher; "
             "call fit once for each value of config.sharing_key"
         )
-    if first.trainer.batch_size < 2 * ranks.world_size:
+    batch_size = jobs[0].trainer.batch_size
+    if batch_size < 2 * ranks.world_size:
         raise ValueError(
-            f"trainer.batch_size={first.trainer.batch_size} is too small for {ranks.world_size} "
+            f"trainer.batch_size={batch_size} is too small for {ranks.world_size} "
             f"processes to share; give at least {2 * ranks.world_size}, two images each"
         )
+
+
+def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> _Group:
+    """Build data, networks and teacher of a group of jobs, and register the jobs in MLflow.
+
+    Train the teacher first if its file is missing and the jobs allow it.
+
+    Args:
+        jobs: the jobs.
+        stop: the stop request, which also ends the training of a teacher.
+        sweep: name of the sweep in MLflow; None for jobs without a sweep.
+        ranks: the ranks that share each batch.
+
+    Returns:
+        The group, before any of its run directories is opened.
+    """
+    first = jobs[0]
+    classes = first.dataset.num_classes
     device = ranks.device or pick_device(first.trainer.device)
     if ranks.is_rank_zero:
         tracking.check_reachable(jobs)
@@ -240,143 +392,215 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
     torch.backends.cudnn.benchmark = True
     # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
     with ranks.rank_zero_first():
-        data = build_data(first, device, rank=ranks.rank, ranks=ranks.world_size)
-        networks = [
-            build_network(job.student.model, job.dataset.num_classes, job.seed, device)
-            for job in jobs
-        ]
-    networks = [ranks.with_shared_norm(network) for network in networks]
-
-    def train_teacher(job: Config) -> None:
-        _fit_group([job], stop, None, ranks)
-        if ranks.all_reduce_max(lambda: [stop.signal or 0])()[0]:
-            raise KeyboardInterrupt
-        result = ranks.broadcast(_result(job))
-        if result["status"] != FINISHED:
-            raise ValueError(
-                f"training teacher={job.student.name} ended as {result['status']}: "
-                f"{result['reason']}"
-            )
-
-    teacher, teacher_network = None, None
-    facts: dict[str, Any] = {}
+        data, noted = _load_data(first, device, ranks)
+        students = [build_network(job.student.model, classes, job.seed, device) for job in jobs]
+    noted = ranks.broadcast(noted)
+    students = [ranks.with_shared_norm(student) for student in students]
+    teacher_network = None
     if first.distiller.loss:
-        teacher_network = build_network(first.teacher.model, first.dataset.num_classes, 0, device)
-    for job, network in zip(jobs, networks, strict=True):
-        check_maps(job, network, teacher_network, data, device)
+        teacher_network = build_network(first.teacher.model, classes, 0, device)
+    for job, student in zip(jobs, students, strict=True):
+        check_maps(job, student, teacher_network, data, device)
+        check_batches(job, student, data, ranks)
+    teacher: Teacher | TeacherCache | None = None
+    facts: dict[str, Any] = {"data": noted}
     if teacher_network is not None:
-        teacher, facts = build_teacher(first, teacher_network, data, device, train_teacher, ranks)
-    if ranks.is_rank_zero and any(
-        job.tracking.enabled and job.tracking.experiment_id is None for job in jobs
-    ):
+        train_teacher = partial(_train_teacher, stop=stop, ranks=ranks)
+        teacher, of_teacher = build_teacher(
+            first, teacher_network, data, device, train_teacher, ranks, noted
+        )
+        facts |= of_teacher
+    if ranks.is_rank_zero and any(_is_unregistered(job) for job in jobs):
         jobs = tracking.register(jobs, sweep)
+    steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
+    return _Group(jobs, students, data, teacher, teacher_network, facts, device, ranks, steps)
 
+
+def _load_data(
+    job: Config, device: torch.device, ranks: Ranks
+) -> tuple[Data, dict[str, Any] | None]:
+    """Return the batches of a job for this rank, and on rank 0 the fingerprint of its data set."""
+    splits = load_splits(job)
+    noted = None
+    if ranks.is_rank_zero:
+        noted = fingerprint(splits)
+    data = build_data(job, device, splits=splits, rank=ranks.rank, ranks=ranks.world_size)
+    return data, noted
+
+
+def _is_unregistered(job: Config) -> bool:
+    return job.tracking.enabled and job.tracking.experiment_id is None
+
+
+def _train_teacher(job: Config, stop: Stop, ranks: Ranks) -> None:
+    """Train the network of a teacher to the end, as a group of one job.
+
+    Args:
+        job: the job of the teacher, see `config.teacher_job`.
+        stop: the stop request.
+        ranks: the ranks that train the teacher together.
+
+    Raises:
+        KeyboardInterrupt: if a signal stopped the training.
+        ValueError: if the training did not finish.
+    """
+    _fit_group([job], stop, None, ranks)
+    if ranks.all_reduce_max(lambda: [stop.signal or 0])()[0]:
+        raise KeyboardInterrupt
+    result = ranks.broadcast(_result(job))
+    if result["status"] != FINISHED:
+        raise ValueError(
+            f"training teacher={job.student.name} ended as {result['status']}: {result['reason']}"
+        )
+
+
+@contextmanager
+def _open_runs(group: _Group) -> Iterator[_OpenRuns]:
+    """Open the run directories of a group for a block, and build or resume the runs in them.
+
+    A run that cannot be built or resumed is marked FAILED, and the other runs go on. Its error is
+    raised if no run is left, if several ranks share the run, or if the device is full.
+
+    Args:
+        group: the group.
+
+    Yields:
+        The runs, which are reported as RUNNING.
+    """
+    opened = _OpenRuns([], [], None)
+    refused: list[tuple[Path, Exception]] = []
     with ExitStack() as stack:
-        stack.enter_context(stop.acting(at_once=False))
-        runs: list[Run] = []
-        # Errors of runs that cannot be built or resumed, by run_dir.
-        refused: dict[str, Exception] = {}
-        steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
-        for job, network in zip(jobs, networks, strict=True):
-            opened = Record(job) if ranks.is_rank_zero else Onlooker(job)
-            if isinstance(opened, Record):
-                stack.callback(opened.close)
-                stack.callback(opened.note_run_id)
+        for job, student in zip(group.jobs, group.students, strict=True):
+            directory = _open_directory(job, group.ranks, stack)
             try:
-                if ranks.is_rank_zero:
-                    _check_same_teacher(opened.folder, facts)
-                runs.append(
-                    build_run(
-                        job, network, opened, device, steps, images=data.train_size, ranks=ranks
-                    )
-                )
+                run = _build_run(job, student, directory, group)
             except Exception as error:
-                if ranks.world_size > 1 or isinstance(error, torch.OutOfMemoryError):
+                if group.ranks.world_size > 1 or isinstance(error, torch.OutOfMemoryError):
                     raise
-                opened.log.error("%s: %s: %s", Path(job.run_dir).name, type(error).__name__, error)
-                opened.write_outcome(FAILED, f"{type(error).__name__}: {error}")
-                refused[job.run_dir] = error
-        mirror = (
-            tracking.Mirror()
-            if ranks.is_rank_zero and any(job.tracking.enabled for job in jobs)
-            else None
-        )
-        if mirror:
-            # Registered last, so that the mirror closes first, while the records are still locked.
-            stack.callback(mirror.close)
-            for run_dir in refused:
-                mirror.update(Path(run_dir))
-        if not runs:
-            raise next(iter(refused.values()))
-        jobs = [job for job in jobs if job.run_dir not in refused]
+                reason = f"{type(error).__name__}: {error}"
+                directory.log.error("%s: %s", directory.folder.name, reason)
+                directory.write_outcome(FAILED, reason)
+                refused.append((directory.folder, error))
+            else:
+                opened.jobs.append(job)
+                opened.runs.append(run)
+        if group.ranks.is_rank_zero and any(job.tracking.enabled for job in group.jobs):
+            # Entered last, so that the mirror closes first, while the records are still locked.
+            opened.mirror = stack.enter_context(closing(tracking.Mirror()))
+            for folder, _ in refused:
+                opened.mirror.update(folder)
+        if not opened.runs:
+            raise refused[0][1]
+        _report_running(group, opened)
+        yield opened
 
-        def changed(run: Run) -> None:
-            if mirror:
-                mirror.update(run.record.folder)
 
-        for run in runs:
-            environment = f"{record.versions()}, {describe(device)}"
-            environment += f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-            run.info = {**facts, "group_size": len(runs), "environment": environment}
-            run.crowded = len(runs) > 1
-            run.report(RUNNING)
-            changed(run)
-        view = ProgressDisplay(
-            runs,
-            mode=first.trainer.progress if ranks.is_rank_zero else "off",
-            epochs=first.trainer.epochs,
-            steps=steps,
-            batch=first.trainer.batch_size,
+def _open_directory(job: Config, ranks: Ranks, stack: ExitStack) -> Record | Onlooker:
+    """Open the run directory of a job, on rank 0 for writing; `stack` closes it."""
+    if not ranks.is_rank_zero:
+        return Onlooker(job)
+    opened = stack.enter_context(closing(Record(job)))
+    stack.callback(opened.note_run_id)
+    return opened
+
+
+def _build_run(job: Config, student: nn.Module, directory: Record | Onlooker, group: _Group) -> Run:
+    """Build the run of a job, or resume it with the data and teacher file of its checkpoint."""
+    if group.ranks.is_rank_zero:
+        check_same_data(job, group.facts["data"])
+        _check_same_teacher(directory.folder, group.facts)
+    return build_run(
+        job,
+        student,
+        directory,
+        group.device,
+        group.steps,
+        images=group.data.train_size,
+        ranks=group.ranks,
+    )
+
+
+def _check_same_teacher(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError if a run with a checkpoint was begun with another teacher file."""
+    earlier = record.read_result(folder).get("teacher_sha256")
+    now = facts.get("teacher_sha256")
+    if earlier and earlier != now and (folder / "last.ckpt").exists():
+        raise ValueError(
+            f"run_dir={folder} was begun with another teacher file "
+            f"(sha256 {earlier!s:.12}, now {now!s:.12}); "
+            "put that file back, or delete the folder to start anew"
         )
-        try:
-            with view:
-                train(
-                    runs,
-                    data,
-                    teacher,
-                    epochs=first.trainer.epochs,
-                    steps=steps,
-                    log_every=first.trainer.log_every,
-                    save_every_s=60 * first.checkpoint.every_minutes,
-                    precision=first.trainer.precision,
-                    ranks=ranks,
-                    view=view,
-                    stop=stop,
-                    changed=changed,
-                )
-        except KeyboardInterrupt:
-            stop.signal = stop.signal or signal.SIGINT
-            # The other ranks may be at another point of the program, so do not communicate with
-            # them any more.
-            if ranks.world_size > 1:
-                for run in runs:
-                    if run.alive:
-                        run.report(KILLED, stop.reason)
-                        changed(run)
-                raise
-        except Exception as error:  # concerns all runs: an error of the data or the teacher
-            # With several ranks, the records are written after all ranks have ended: only then is
-            # it known which rank failed first.
-            if ranks.world_size > 1:
-                raise
-            # After out-of-memory the caller may retry with fewer runs, so the runs are KILLED.
-            crowded = len(runs) > 1 and isinstance(error, torch.OutOfMemoryError)
-            for run in runs:
-                if run.alive:
-                    with suppress(OSError):  # a full disk may be the error itself
-                        run.report(
-                            KILLED if crowded else FAILED, f"{type(error).__name__}: {error}"
-                        )
-                        changed(run)
+
+
+def _report_running(group: _Group, opened: _OpenRuns) -> None:
+    """Write down what the runs are computed with, and report them as RUNNING."""
+    environment = f"{record.versions()}, {describe(group.device)}"
+    if group.ranks.world_size > 1:
+        environment += f", {group.ranks.world_size} ranks"
+    info = {**group.facts, "group_size": len(opened.runs), "environment": environment}
+    for run in opened.runs:
+        run.start(info, crowded=len(opened.runs) > 1)
+        opened.on_change(run)
+
+
+def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
+    """Train the runs until the last epoch is done, all runs have failed, or a signal stops them.
+
+    Raise an error that concerns all runs, such as an error of the data or the teacher. On one rank,
+    its outcome is written for all runs; with several ranks, only when all ranks have ended is it
+    known which rank failed first.
+    """
+    first = group.jobs[0]
+    view = ProgressDisplay(
+        opened.runs,
+        [run_title(job) for job in opened.jobs],
+        mode=first.trainer.progress if group.ranks.is_rank_zero else "off",
+        epochs=first.trainer.epochs,
+        steps=group.steps,
+        batch=first.trainer.batch_size,
+    )
+    try:
+        with view:
+            train(
+                opened.runs,
+                group.data,
+                group.teacher,
+                epochs=first.trainer.epochs,
+                steps=group.steps,
+                log_every=first.trainer.log_every,
+                save_every_s=60 * first.checkpoint.every_minutes,
+                precision=first.trainer.precision,
+                ranks=group.ranks,
+                view=view,
+                stop=stop,
+                on_change=opened.on_change,
+            )
+    except KeyboardInterrupt:
+        stop.signal = stop.signal or signal.SIGINT
+        # The other ranks may be at another point of the program, so do not communicate with them
+        # any more. A single rank goes on to close the runs.
+        if group.ranks.world_size > 1:
+            opened.report_unfinished(KILLED, stop.reason)
             raise
-        for job, run in zip(jobs, runs, strict=True):
-            if run.alive:
-                with failures_of(run, changed):
-                    if run.epoch <= first.trainer.epochs:
-                        run.report(KILLED, stop.reason)
-                    elif ranks.is_rank_zero:
-                        _finish(job, run, teacher_network, data)
-                    changed(run)
+    except Exception as error:
+        if group.ranks.world_size == 1:
+            # After out-of-memory the caller may retry with fewer runs.
+            may_retry = len(opened.runs) > 1 and isinstance(error, torch.OutOfMemoryError)
+            status = KILLED if may_retry else FAILED
+            opened.report_unfinished(status, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _close_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
+    """Finish the runs that are trained to the end, and report the runs that were stopped."""
+    for job, run in zip(opened.jobs, opened.runs, strict=True):
+        if run.alive:
+            with failures_of(run, opened.on_change):
+                if run.epoch <= job.trainer.epochs:
+                    run.report(KILLED, stop.reason)
+                elif group.ranks.is_rank_zero:
+                    _finish(job, run, group.teacher_network, group.data)
+                opened.on_change(run)
 
 
 def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data) -> None:

@@ -18,25 +18,25 @@ from sddlskd.training.stop import Stop
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
 
-__all__ = ["train"]
+__all__ = ["failures_of", "train"]
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    runs: Sequence[Run],  # runs of one group
+    runs: Sequence[Run],
     data: Data,
-    teacher: Teacher | TeacherCache | None,  # shared by all runs; None without distillation
+    teacher: Teacher | TeacherCache | None,
     *,
-    epochs: int,  # number of the last epoch, counted from 1
-    steps: int,  # batches per epoch
-    log_every: int,  # steps between two reads of the losses
-    save_every_s: float,  # seconds between two checkpoints inside an epoch
-    precision: str,  # of the validation pass: "fp32", "bf16" or "fp16"
-    ranks: Ranks,  # the ranks that share each batch
-    view: ProgressDisplay,  # progress display
+    epochs: int,
+    steps: int,
+    log_every: int,
+    save_every_s: float,
+    precision: str,
+    ranks: Ranks,
+    view: ProgressDisplay,
     stop: Stop,
-    changed: Callable[[Run], None],  # called with each run whose record changed
+    on_change: Callable[[Run], None],
 ) -> None:
     """Train all runs to the end of the last epoch, all of them on the same batches.
 
@@ -44,66 +44,87 @@ def train(
     raises an error is marked FAILED and the other runs continue, except as in `failures_of`. The
     ranks stop and save together, after a step that all have completed. A signal ends the training
     after that step, with all live runs saved. Errors of the data or the teacher are not caught.
+
+    Args:
+        runs: the runs of one group.
+        data: the batches of this rank.
+        teacher: the teacher that all runs share; None without distillation.
+        epochs: number of the last epoch, counted from 1.
+        steps: batches per epoch.
+        log_every: steps between two reads of the losses.
+        save_every_s: seconds between two checkpoints inside an epoch.
+        precision: precision of the validation pass: "fp32", "bf16" or "fp16".
+        ranks: the ranks that share each batch.
+        view: the progress display.
+        stop: the stop request, checked after each step; set on every rank if any rank has one.
+        on_change: called with each run whose record has changed.
     """
     saved = time.monotonic()
 
-    def wishes() -> list[int]:
-        return [stop.signal or 0, ranks.is_rank_zero and time.monotonic() - saved > save_every_s]
+    def stop_or_save() -> list[int]:
+        save = ranks.is_rank_zero and time.monotonic() - saved > save_every_s
+        return [stop.signal or 0, save]
 
     for epoch in range(min(run.epoch for run in runs), epochs + 1):
-        here = [run for run in runs if run.alive and run.epoch == epoch]
-        if not here:
+        runs_in_epoch = [run for run in runs if run.alive and run.epoch == epoch]
+        if not runs_in_epoch:
             continue
-        started, first = time.monotonic(), min(run.step for run in here)
-        batches = zip(data.batches(epoch, first), data.view_batches(epoch, first), strict=True)
-        for step, ((images_BCHW, target_B), views_B) in enumerate(batches, first):
-            if step == steps or not any(run.alive for run in here):
+        started = dict.fromkeys(runs_in_epoch, time.monotonic())
+        first = min(run.step for run in runs_in_epoch)
+        for step, batch in enumerate(data.batches(epoch, first), first):
+            if step == steps or not any(run.alive for run in runs_in_epoch):
                 break
-            agreed = ranks.all_reduce_max(wishes)
-            due = [run for run in here if run.alive and run.step == step]
-            teacher_map_BKHW = teacher(images_BCHW, views_B) if teacher and due else None
-            for run in due:
-                with failures_of(run, changed):
-                    run.train_step(images_BCHW, target_B, teacher_map_BKHW)
+            agreed = ranks.all_reduce_max(stop_or_save)
+            runs_at_step = [run for run in runs_in_epoch if run.alive and run.step == step]
+            teacher_map_BKHW = None
+            if teacher and runs_at_step:
+                teacher_map_BKHW = teacher(batch.images, batch.views)
+            for run in runs_at_step:
+                with failures_of(run, on_change):
+                    run.train_step(batch, teacher_map_BKHW)
                     if run.step % log_every == 0:
                         run.check_loss()
+            # A run that did this step before it was interrupted waits for its next step: its time
+            # begins then.
+            waiting = [run for run in runs_in_epoch if run not in runs_at_step]
+            started |= dict.fromkeys(waiting, time.monotonic())
             if (step + 1) % log_every == 0:
                 view.refresh()
             signalled, save = agreed()
             if signalled or save:
                 saved = time.monotonic()
-                for run in due:
+                for run in runs_at_step:
                     if run.alive:
-                        with failures_of(run, changed):
+                        with failures_of(run, on_change):
                             run.check_loss()
-                            run.save(seconds=saved - started)
+                            run.save(seconds=saved - started[run])
             if signalled:
                 stop.signal = signal.Signals(signalled)
                 return
 
         scores = {}
-        for run in here:
+        for run in runs_in_epoch:
             if run.alive:
-                with failures_of(run, changed):
+                with failures_of(run, on_change):
                     run.check_loss()
                     run.model.eval()
                     scores[run] = evaluate(run.forward, data.val_batches(), precision, ranks)
                     run.model.train()
-        seconds = time.monotonic() - started
+        ended = time.monotonic()
         for run, score in scores.items():
-            with failures_of(run, changed):
-                run.end_epoch(score, seconds)
+            with failures_of(run, on_change):
+                run.end_epoch(score, ended - started[run])
             if run.alive:
                 view.epoch(run)
-                changed(run)
-        signalled, _ = ranks.all_reduce_max(wishes)()
+                on_change(run)
+        signalled, _ = ranks.all_reduce_max(stop_or_save)()
         if signalled:
             stop.signal = signal.Signals(signalled)
             return
 
 
 @contextmanager
-def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
+def failures_of(run: Run, on_change: Callable[[Run], None]) -> Iterator[None]:
     """Confine an error to the run that raised it: mark the run FAILED and let the others continue.
 
     Raise the error again in two cases. If several runs share the device, an out-of-memory error
@@ -123,4 +144,4 @@ def failures_of(run: Run, changed: Callable[[Run], None]) -> Iterator[None]:
         if not isinstance(error, NonFiniteLoss):
             run.record.log.exception("%s raised", run.label)
         run.report(FAILED, f"{type(error).__name__}: {error}")
-        changed(run)
+        on_change(run)

@@ -20,6 +20,7 @@ import json
 import logging
 import multiprocessing.connection
 import os
+import pickle
 import re
 import signal
 import socket
@@ -39,6 +40,8 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.processes.parent import run_pickled, save_and_end_with_parent
 from sddlskd.training.batch_norm import Sharing, share_norm
 from sddlskd.training.devices import pick_device
 
@@ -62,8 +65,7 @@ GRACE_S = 5.0
 WAITED_IN_VAIN = re.compile("timed out|connection (closed|reset)", re.IGNORECASE)
 # Largest delay in seconds between the starts of two ranks: a first import from a slow disk is slow.
 START_S = 300.0
-# Exit codes of ranks that have recorded their cause, or were asked to stop.
-RAISED, STOPPED = 1, 130
+RAISED = 1  # exit code of a rank that has recorded its cause
 POLL_S = 0.02  # seconds between two polls of the store
 
 
@@ -416,15 +418,21 @@ def spawn(
             this process was interrupted.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    parent, processes = os.getpid(), []
     # The ranks inherit the blocked signals. Each rank unblocks them once it has signal handlers.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        processes = torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-            _be_a_rank,
-            (work, arguments, count, store.port, threads, os.getpid()),
-            count,
-            join=False,
-        ).processes
+        for rank in range(count):
+            rest = (work, arguments, count, store.port, threads, parent)
+            pickled = pickle.dumps(functools.partial(_be_a_rank, rank, *rest))
+            process = multiprocessing.get_context("spawn").Process(
+                target=run_pickled, args=(pickled, parent)
+            )
+            process.start()
+            processes.append(process)
+    except BaseException:  # for example, if the machine cannot hold more processes
+        _send(processes, signal.SIGKILL)
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sent = 0
@@ -443,7 +451,7 @@ def spawn(
     finally:
         codes = [process.exitcode for process in processes]
         _end(processes)
-    if any(code not in (0, STOPPED) for code in codes if code is not None):
+    if any(code not in (0, ExitCode.STOPPED) for code in codes if code is not None):
         raise RankFailed(_why(codes, store), count)
     if any(codes):
         raise KeyboardInterrupt
@@ -477,7 +485,7 @@ def _why(codes: Sequence[int | None], store: Any) -> Cause:
             return Cause(
                 rank, f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else ""), []
             )
-        if code not in (None, 0, RAISED, STOPPED):
+        if code not in (None, 0, RAISED, ExitCode.STOPPED):
             return Cause(rank, f"ended with exit code {code}", [])
     return _cause_in(store) or Cause(codes.index(RAISED), f"ended with exit code {RAISED}", [])
 
@@ -491,14 +499,10 @@ def _be_a_rank(
     threads: int,
     parent: int,
 ) -> None:
-    """Run `work` as one rank in a process that `spawn` has launched.
-
-    torch has arranged that the process receives SIGINT when its parent ends.
-    """
+    """Run `work` as one rank in a process that `spawn` has launched."""
     # In a session of its own, the rank receives Ctrl-C once, through its parent.
     os.setsid()
-    if os.getppid() != parent:
-        os._exit(143)
+    save_and_end_with_parent(parent, signal.SIGINT)
     faulthandler.register(signal.SIGUSR1)
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
@@ -512,7 +516,7 @@ def _be_a_rank(
         work(*arguments)
         return
     except KeyboardInterrupt:
-        code = STOPPED
+        code: int = ExitCode.STOPPED
     except BaseException as error:
         Ranks(rank, count).report_failure(error)
         code = RAISED

@@ -1,173 +1,299 @@
-"""Training of one student: the training step, the state and the record of a run.
+"""Training of one student: the objective, the training step, the progress and the record of a run.
 
-Shapes: B batch, C channels, H W sides, K classes.
+Shapes: B batch, C channels, H W sides, K classes, R ranks, S sums of an epoch.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sddlskd.data.device import Batch, seed_of
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.files import checkpoint
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
 from sddlskd.training.devices import autocast
 from sddlskd.training.ranks import Ranks
 
-__all__ = ["NonFiniteLoss", "Run"]
+__all__ = ["NonFiniteLoss", "Objective", "Optimisation", "Progress", "Run"]
 
 
 CURE = "lower optimizer.lr or set optimizer.clip_norm"
+# Names of the losses that `Objective.losses` returns and that a run logs as train/<name>.
+LOSSES = ("loss", "loss_ce", "loss_kd")
 
 
 class NonFiniteLoss(ArithmeticError):
     """The error for a loss that became infinite or NaN."""
 
 
+@dataclass
+class Progress:
+    """How far a run is and what it has reached; a checkpoint holds these values by name.
+
+    Attributes:
+        epoch: the current epoch, from 1.
+        step: number of batches of the current epoch that are done.
+        seen: number of images of the current epoch that are done, over all ranks.
+        best_top1: highest validation top-1 of an epoch in %; -1 before the first epoch has ended.
+        best_epoch: epoch of the highest validation top-1; 0 before the first epoch has ended.
+        last_top1: validation top-1 of the last epoch in %; -1 before the first epoch has ended.
+        seconds: time spent on all epochs that have ended.
+        spent: seconds that earlier processes spent on the current epoch.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    seen: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = 0
+    last_top1: float = -1.0
+    seconds: float = 0.0
+    spent: float = 0.0
+
+    @classmethod
+    def saved_in(cls, state: Mapping[str, Any]) -> "Progress":
+        """Return the progress in a checkpoint; older checkpoints hold it as lists without names."""
+        if "progress" in state:
+            return cls(**state["progress"])
+        # The older lists hold the values in the order of the attributes.
+        return cls(*state["position"], *state["scores"], *state["seconds"])
+
+
+@dataclass
+class Objective:
+    """The loss that a student is trained with.
+
+    The loss is ce_weight * cross-entropy + kd_weight * warm-up * distillation loss. The warm-up
+    factor rises linearly to 1 over the first `warmup_epochs` epochs.
+
+    Attributes:
+        distill: the distillation loss of two logit maps; None for a student without a teacher.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of the distillation loss.
+        warmup_epochs: number of epochs of the warm-up.
+    """
+
+    distill: ScaleDecoupled | None
+    ce_weight: float
+    kd_weight: float
+    warmup_epochs: int
+
+    def losses(
+        self,
+        student_map_BKHW: Tensor,
+        teacher_map_BKHW: Tensor | None,
+        target_B: Tensor,
+        epoch: int,
+    ) -> dict[str, Tensor]:
+        """Return the losses of a batch by the names in `LOSSES`.
+
+        Args:
+            student_map_BKHW: logit map of the student.
+            teacher_map_BKHW: logit map of the teacher; None for a student without a teacher.
+            target_B: class ids, int64.
+            epoch: number of the epoch, from 1, which determines the warm-up.
+
+        Returns:
+            Scalars: "loss", which is to be minimised, and its parts without their weights:
+            "loss_ce" and "loss_kd" (0 without a teacher).
+        """
+        loss_ce = F.cross_entropy(student_map_BKHW.float().mean((2, 3)), target_B)
+        loss_kd = torch.zeros_like(loss_ce)
+        loss = self.ce_weight * loss_ce
+        if self.distill is not None and teacher_map_BKHW is not None:
+            loss_kd = self.distill(student_map_BKHW, teacher_map_BKHW, target_B)
+            warmup = min(epoch / self.warmup_epochs, 1.0)
+            loss = loss + self.kd_weight * warmup * loss_kd
+        return {"loss": loss, "loss_ce": loss_ce, "loss_kd": loss_kd}
+
+
+@dataclass
+class Optimisation:
+    """How the student's parameters are updated.
+
+    Attributes:
+        optimizer: optimizer of the parameters.
+        learning_rate: function from the number of epochs done, with fractions, to the learning
+            rate.
+        clip_norm: largest gradient norm; None for no clipping.
+        scaler: scaler of the loss, which is enabled for fp16 alone.
+    """
+
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[float], float]
+    clip_norm: float | None
+    scaler: torch.amp.GradScaler
+
+    def step(self, loss: Tensor, epochs_done: float) -> None:
+        """Update the parameters by one step against the gradient of `loss`.
+
+        `epochs_done` is the number of epochs done so far, with fractions.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(epochs_done)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
 class Run:
     """The complete training state of one student.
 
-    The position of a run is (epoch, step): `epoch` counts from 1, and `step` is the number of
-    batches of that epoch that are done. If the run directory holds a checkpoint, the run resumes
-    from the checkpoint.
+    If the run directory holds a checkpoint, the run resumes from the checkpoint.
 
-    Every rank has the same weights and position. The sums of the metrics cover the rank's own
+    Every rank has the same weights and progress. The sums of the metrics cover the rank's own
     images only, and only rank 0 writes files.
 
     Args:
         record: the run directory, opened for writing on rank 0 and for reading on other ranks.
-        label: name of the run in logs.
         model: the student.
-        optimizer: optimizer of the student's parameters.
-        distill: the composed distillation loss; None for a student without a teacher.
-        ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the distillation loss.
-        warmup_epochs: epochs over which the weight of the distillation loss rises linearly.
-        learning_rate: function from progress in epochs to the learning rate.
-        clip_norm: largest gradient norm; None for no clipping.
+        objective: the loss that the student is trained with.
+        optimisation: how the student's parameters are updated.
         device: device of this rank.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile to the student.
         seed: seed of random layers such as dropout, which depend on (seed, epoch, step) alone, and
             on the rank if several ranks share a batch.
         steps: batches per epoch.
-        ranks: the ranks that share each batch.
         images: images per epoch, over all ranks.
         batch_size: images per batch, over all ranks.
+        ranks: the ranks that share each batch.
+
+    Attributes:
+        label: name of the run in logs.
+        progress: how far the run is.
+        state: the status of the run, as in result.json.
+        loss: mean training loss of the epoch so far, when it was last read; NaN before.
+        val_top1: validation top-1 of the last epoch in %; NaN before the first epoch has ended.
+        info: facts for result.json about the teacher, the group and the environment.
+        crowded: whether other runs share the device.
     """
 
     def __init__(
         self,
         record: Record | Onlooker,
-        label: str,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        optimisation: Optimisation,
         *,
-        distill: ScaleDecoupled | None,
-        ce_weight: float,
-        kd_weight: float,
-        warmup_epochs: int,
-        learning_rate: Callable[[float], float],
-        clip_norm: float | None,
         device: torch.device,
         precision: str,
         compile: bool,
         seed: int,
         steps: int,
-        ranks: Ranks,
         images: int,
         batch_size: int,
+        ranks: Ranks,
     ) -> None:
-        self.record, self.label, self.model, self.optimizer = record, label, model, optimizer
-        self.distill, self.ce_weight, self.kd_weight, self.warmup_epochs = (
-            distill,
-            ce_weight,
-            kd_weight,
-            warmup_epochs,
-        )
-        self.learning_rate, self.clip_norm, self.precision, self.seed, self.steps = (
-            learning_rate,
-            clip_norm,
-            precision,
-            seed,
-            steps,
-        )
+        self.record = record
+        self.label = record.folder.name
+        self.model = model
+        self.objective = objective
+        self.optimisation = optimisation
         self.device = device
-        self.ranks, self.images, self.batch_size = ranks, images, batch_size
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.epoch, self.step, self.seen = 1, 0, 0
-        # Sums over this epoch's images on this rank: loss, cross-entropy, KD loss, correct answers.
-        self.sums = torch.zeros(4, device=device)
+        self.precision = precision
+        self.seed = seed
+        self.steps = steps
+        self.images = images
+        self.batch_size = batch_size
+        self.ranks = ranks
+        self.progress = Progress()
+        # Sums over this epoch's images on this rank: the losses and the correct answers.
+        self.sums = torch.zeros(len(LOSSES) + 1, device=device)
         # Step and value of the first non-finite loss; the step is -1 if there is none.
-        self.bad = torch.full((2,), -1.0, device=device)
-        self.best_top1, self.best_epoch, self.last_top1, self.seconds = -1.0, 0, -1.0, 0.0
-        self.spent = 0.0  # seconds that earlier processes spent on this epoch
-        self.info: dict[str, Any] = {}  # facts for result.json: teacher, group, environment
-        self.crowded = False  # whether other runs share the device
-        self.state, self.reason = RUNNING, ""
-        self.loss, self.val_top1 = float("nan"), float("nan")
+        self.first_bad = torch.full((2,), -1.0, device=device)
+        self.state = RUNNING
+        self.loss = math.nan
+        self.val_top1 = math.nan
+        self.info: dict[str, Any] = {}
+        self.crowded = False
         self._resume()
         shared = ranks.wrap(model)
         self.forward = torch.compile(shared) if compile else shared
 
-    def train_step(
-        self, images_BCHW: Tensor, target_B: Tensor, teacher_map_BKHW: Tensor | None
-    ) -> None:
+    @property
+    def epoch(self) -> int:
+        """Return the number of the current epoch, from 1."""
+        return self.progress.epoch
+
+    @property
+    def step(self) -> int:
+        """Return the number of batches of the current epoch that are done."""
+        return self.progress.step
+
+    @property
+    def alive(self) -> bool:
+        """Return whether the run is still training: not finished, failed or killed."""
+        return self.state not in (FINISHED, FAILED, KILLED)
+
+    def start(self, info: Mapping[str, Any], *, crowded: bool) -> None:
+        """Report the run as RUNNING.
+
+        Args:
+            info: facts for result.json about the teacher, the group and the environment.
+            crowded: whether other runs share the device.
+        """
+        self.info = dict(info)
+        self.crowded = crowded
+        self.report(RUNNING)
+
+    def train_step(self, batch: Batch, teacher_map_BKHW: Tensor | None) -> None:
         """Train the student for one step on one batch.
 
         The method does not read any value back to the host, so it does not wait for the device.
         `check_loss` reads the loss from time to time.
 
         Args:
-            images_BCHW: this rank's images, float32.
-            target_B: class ids of the images, int64.
+            batch: this rank's share of the batch.
             teacher_map_BKHW: logit map of the teacher; None for a student without a teacher.
         """
-        # Include the rank, so that dropout differs between ranks.
-        own = (self.ranks.rank,) if self.ranks.world_size > 1 else ()
+        own = len(batch.labels)
+        whole = self._images_of_step(own)
+        count = self.ranks.images_of_step(own, whole)
         # Seed each step, so that a run draws the same numbers alone, in a group and after a resume.
-        torch.manual_seed(hash((self.seed, self.epoch, self.step, *own)) % 2**63)
-        progress = self.epoch - 1 + self.step / self.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(progress)
-
-        whole = len(target_B)
-        if self.ranks.world_size > 1:
-            whole = min(self.batch_size, self.images - self.step * self.batch_size)
-        count = self.ranks.images_of_step(len(target_B), whole)
+        torch.manual_seed(self._seed_of_step())
         with autocast(self.device, self.precision):
-            student_map_BKHW = self.forward(images_BCHW)
-        logits_BK = student_map_BKHW.float().mean((2, 3))
-        loss_ce = F.cross_entropy(logits_BK, target_B)
-        loss, loss_kd = self.ce_weight * loss_ce, torch.zeros_like(loss_ce)
-        if self.distill is not None and teacher_map_BKHW is not None:
-            loss_kd = self.distill(student_map_BKHW, teacher_map_BKHW, target_B)
-            loss = loss + self.kd_weight * min(self.epoch / self.warmup_epochs, 1.0) * loss_kd
-
-        self.optimizer.zero_grad(set_to_none=True)
+            student_map_BKHW = self.forward(batch.images)
+        losses = self.objective.losses(student_map_BKHW, teacher_map_BKHW, batch.labels, self.epoch)
+        loss = losses["loss"]
         # The gradients are averaged over the ranks. Weighting each rank's loss by its share of the
         # images makes that average the gradient of the whole batch.
-        self.scaler.scale(loss * (count * self.ranks.world_size / whole)).backward()  # type: ignore[no-untyped-call]
-        if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        share = count * self.ranks.world_size / whole
+        self.optimisation.step(loss * share, self.epoch - 1 + self.step / self.steps)
 
         with torch.no_grad():
-            right = (logits_BK.argmax(1) == target_B).sum() * (count / len(target_B))
-            self.sums += torch.stack(
-                (loss * count, loss_ce * count, loss_kd * count, right.to(loss.dtype))
-            )
-            first_bad = ~torch.isfinite(loss) & (self.bad[0] < 0)
-            self.bad = torch.where(
-                first_bad, torch.stack((loss.new_full((), self.step + 1.0), loss)), self.bad
-            )
-        self.step, self.seen = self.step + 1, self.seen + whole
+            class_B = student_map_BKHW.float().mean((2, 3)).argmax(1)
+            right = (class_B == batch.labels).sum() * (count / own)
+            counted = [value * count for value in losses.values()]
+            self.sums += torch.stack([*counted, right.to(loss.dtype)])
+            is_first = ~torch.isfinite(loss) & (self.first_bad[0] < 0)
+            found = torch.stack((loss.new_full((), self.step + 1.0), loss))
+            self.first_bad = torch.where(is_first, found, self.first_bad)
+        self.progress.step += 1
+        self.progress.seen += whole
+
+    def _images_of_step(self, own: int) -> int:
+        """Return the images of the current step over all ranks; `own` of them are this rank's."""
+        if self.ranks.world_size == 1:
+            return own
+        return min(self.batch_size, self.images - self.step * self.batch_size)
+
+    def _seed_of_step(self) -> int:
+        parts = ["seed", self.seed, "epoch", self.epoch, "step", self.step]
+        if self.ranks.world_size > 1:
+            parts += ["rank", self.ranks.rank]  # so that dropout differs between ranks
+        return seed_of(*parts)
 
     def check_loss(self) -> None:
         """Update `loss` with the mean training loss of the epoch so far, over all ranks.
@@ -175,12 +301,12 @@ class Run:
         Reading the loss waits for the device. Raise NonFiniteLoss on all ranks, with the step and
         the value, if the loss of any rank became non-finite.
         """
-        found_R6 = self.ranks.all_gather(torch.cat((self.sums, self.bad)))
-        bad = [(int(step), value) for step, value in found_R6[:, 4:].tolist() if step >= 0]
+        found = self.ranks.all_gather(torch.cat((self.sums, self.first_bad)))
+        bad = [(int(step), value) for step, value in found[:, -2:].tolist() if step >= 0]
         if bad:
-            step, value = min(bad, key=lambda found: found[0])
+            step, value = min(bad, key=lambda one: one[0])
             raise NonFiniteLoss(f"loss became {value} at epoch {self.epoch}, step {step}; {CURE}")
-        self.loss = (found_R6[:, 0].sum() / max(self.seen, 1)).item()
+        self.loss = (found[:, 0].sum() / max(self.progress.seen, 1)).item()
 
     def end_epoch(self, val: dict[str, float], seconds: float) -> None:
         """End an epoch: save the best weights and the checkpoint, then append the metrics.
@@ -200,37 +326,47 @@ class Run:
             raise NonFiniteLoss(
                 f"val/loss became {val['loss']} at epoch {self.epoch}, step {self.step}; {CURE}"
             )
-        seconds, self.spent = self.spent + seconds, 0.0
-        loss, loss_ce, loss_kd, right = (
-            self.ranks.all_gather(self.sums).sum(0) / self.seen
-        ).tolist()
-        self.seconds += seconds
-        self.loss, self.val_top1, self.last_top1 = loss, val["top1"], val["top1"]
-        row = {
-            "epoch": self.epoch,
-            "time": time.time(),
-            "train/loss": loss,
-            "train/loss_ce": loss_ce,
-            "train/loss_kd": loss_kd,
-            "train/top1": 100 * right,
-            **{f"val/{name}": value for name, value in val.items()},
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "time/epoch_s": seconds,
-            "time/images_per_s": self.seen / seconds,
-        }
-        if val["top1"] > self.best_top1:
-            self.best_top1, self.best_epoch = val["top1"], self.epoch
-            if self.ranks.is_rank_zero:
-                best = {
-                    "model": self.model.state_dict(),
-                    "epoch": self.epoch,
-                    "top1": self.best_top1,
-                }
-                checkpoint.write(self.record.folder / "best.ckpt", best)
-        self.epoch, self.step, self.seen = self.epoch + 1, 0, 0
+        progress = self.progress
+        row = self._metrics(val, progress.spent + seconds)
+        self.loss = row["train/loss"]
+        self.val_top1 = val["top1"]
+        progress.seconds += row["time/epoch_s"]
+        progress.last_top1 = val["top1"]
+        if val["top1"] > progress.best_top1:
+            progress.best_top1 = val["top1"]
+            progress.best_epoch = progress.epoch
+            self._save_best()
+        progress.epoch += 1
+        progress.step = 0
+        progress.seen = 0
+        progress.spent = 0.0
         self.sums.zero_()
         self.save(row)
         self.record.append(row)
+
+    def _metrics(self, val: dict[str, float], epoch_s: float) -> dict[str, Any]:
+        """Return the metrics of the epoch that ends, which took `epoch_s` seconds in all."""
+        means = self.ranks.all_gather(self.sums).sum(0) / self.progress.seen
+        *losses, right = means.tolist()
+        return {
+            "epoch": self.epoch,
+            "time": time.time(),
+            **{f"train/{name}": value for name, value in zip(LOSSES, losses, strict=True)},
+            "train/top1": 100 * right,
+            **{f"val/{name}": value for name, value in val.items()},
+            "lr": self.optimisation.optimizer.param_groups[0]["lr"],
+            "time/epoch_s": epoch_s,
+            "time/images_per_s": self.progress.seen / epoch_s,
+        }
+
+    def _save_best(self) -> None:
+        if self.ranks.is_rank_zero:
+            best = {
+                "model": self.model.state_dict(),
+                "epoch": self.progress.best_epoch,
+                "top1": self.progress.best_top1,
+            }
+            checkpoint.write(self.record.folder / "best.ckpt", best)
 
     def save(self, row: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
         """Write a checkpoint with everything that resuming requires; only rank 0 writes.
@@ -240,41 +376,35 @@ class Run:
                 the record, resuming recovers them from the checkpoint.
             seconds: time that this process spent on an epoch that has not ended.
         """
-        sums_R4 = self.ranks.all_gather(self.sums) if self.step else self.sums[None]
+        sums_RS = self.ranks.all_gather(self.sums) if self.step else self.sums[None]
         if not self.ranks.is_rank_zero:
             return
         state = {
-            "position": [self.epoch, self.step, self.seen],
+            "progress": asdict(replace(self.progress, spent=self.progress.spent + seconds)),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sums": sums_R4.squeeze(0),
-            "scores": [self.best_top1, self.best_epoch, self.last_top1],
-            "seconds": [self.seconds, self.spent + seconds],
+            "optimizer": self.optimisation.optimizer.state_dict(),
+            "scaler": self.optimisation.scaler.state_dict(),
+            "sums": sums_RS.squeeze(0),
             "row": row,
         }
         checkpoint.write_latest(self.record.folder, state)
 
     def _resume(self) -> None:
-        state = self.ranks.broadcast_tensors(
-            checkpoint.read_latest(self.record.folder) if self.ranks.is_rank_zero else None
-        )
+        newest = checkpoint.read_latest(self.record.folder) if self.ranks.is_rank_zero else None
+        state = self.ranks.broadcast_tensors(newest)
         if state is None:
             return
-        self.epoch, self.step, self.seen = state["position"]
+        self.progress = Progress.saved_in(state)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        sums_R4 = state["sums"].view(-1, 4)
-        # If another number of ranks wrote the checkpoint, rank 0 takes over the sums of all ranks.
-        if len(sums_R4) != self.ranks.world_size:
-            sums_R4 = torch.cat(
-                (sums_R4.sum(0, keepdim=True), sums_R4.new_zeros(self.ranks.world_size - 1, 4))
-            )
-        self.sums.copy_(sums_R4[self.ranks.rank])
-        self.best_top1, self.best_epoch, self.last_top1 = state["scores"]
-        self.seconds, self.spent = state["seconds"]
-        self.val_top1 = self.last_top1
+        self.optimisation.optimizer.load_state_dict(state["optimizer"])
+        self.optimisation.scaler.load_state_dict(state["scaler"])
+        sums_RS = state["sums"].view(-1, len(self.sums))
+        if len(sums_RS) == self.ranks.world_size:
+            self.sums.copy_(sums_RS[self.ranks.rank])
+        elif self.ranks.is_rank_zero:
+            # Another number of ranks wrote the checkpoint: rank 0 takes over the sums of all ranks.
+            self.sums.copy_(sums_RS.sum(0))
+        self.val_top1 = self.progress.last_top1
         if state["row"] is not None:
             self.record.append(state["row"])
         self.record.log.info("continuing at epoch %d, step %d", self.epoch, self.step)
@@ -284,21 +414,18 @@ class Run:
 
         `status` is RUNNING at the start, and FINISHED, FAILED or KILLED at the end.
         """
-        self.state, self.reason = status, reason
+        self.state = status
         log = self.record.log.error if status == FAILED else self.record.log.info
         log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
+        progress = self.progress
+        has_scores = progress.best_epoch > 0
         return self.record.result(
             status,
             reason,
-            best_top1=self.best_top1 if self.best_epoch else None,
-            best_epoch=self.best_epoch or None,
-            last_top1=self.last_top1 if self.best_epoch else None,
-            epochs=self.epoch - 1,
-            seconds=round(self.seconds, 3),
+            best_top1=progress.best_top1 if has_scores else None,
+            best_epoch=progress.best_epoch if has_scores else None,
+            last_top1=progress.last_top1 if has_scores else None,
+            epochs=progress.epoch - 1,
+            seconds=round(progress.seconds, 3),
             **self.info,
         )
-
-    @property
-    def alive(self) -> bool:
-        """Whether the run is still training: not finished, failed or killed."""
-        return self.state not in (FINISHED, FAILED, KILLED)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from sddlskd.files.checkpoint import load_weights
+from sddlskd.files.checkpoint import check_finite, load_weights
 from sddlskd.training.devices import autocast
 
 __all__ = ["Teacher"]
@@ -31,8 +31,8 @@ class Teacher:
         compile: whether to apply torch.compile.
 
     Raises:
-        ValueError: if the file does not hold weights of this network, or is unreadable
-            (see `load_weights`).
+        ValueError: if the file does not hold weights of this network, is unreadable
+            (see `load_weights`), or holds NaN or infinity.
         FileNotFoundError: if the file is missing.
     """
 
@@ -48,6 +48,7 @@ class Teacher:
     ) -> None:
         if path is not None:
             load_weights(network, path, name)
+            check_finite(network, path)
         self.name = name
         self.network = _folded(network.eval().requires_grad_(False), name).eval()
         self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

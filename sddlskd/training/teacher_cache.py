@@ -71,7 +71,7 @@ class TeacherCache:
     def __init__(
         self, teacher: Teacher, path: Path, *, rows: int, map_KHW: tuple[int, ...], dtype: str
     ) -> None:
-        self.teacher, self.name = teacher, teacher.name
+        self.teacher = teacher
         cells = int(np.prod(map_KHW)) * np.dtype(DTYPES[dtype]).itemsize
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -100,13 +100,14 @@ class TeacherCache:
             rows * cells / 1e9,
         )
 
-    def __call__(self, images_BCHW: Tensor, views_B: Tensor) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, views_B: Tensor | None) -> Tensor:
         """Return the logit map (B, K, H, W) of a batch in float32, on the device of the images.
 
         `views_B` holds the row of each sample in the cache, int64 on the CPU. Maps that are missing
         in the file are computed and stored first. The result always has the precision of the file,
         so that numbers do not depend on whether a view was cached.
         """
+        assert views_B is not None, "only batches of DeviceData are cached"
         rows = views_B.numpy()
         maps_BKHW = np.array(self._maps[rows])
         # A map can differ from its checksum: a crash of the machine may have saved the checksum

@@ -7,21 +7,27 @@ that differs from its pin is refused.
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
-from sddlskd.files.atomic import write_atomically
-from sddlskd.files.checkpoint import write
+from sddlskd.datasets.fingerprint import KEYS
+from sddlskd.files.atomic import put, write_atomically
+from sddlskd.files.checkpoint import UnreadableFile, check_finite, load_weights, read, write
 
 __all__ = [
+    "LARGEST_FILE",
     "check_pin",
+    "check_size",
+    "data_of",
     "file_hash",
+    "install",
     "lock_path",
     "measured_top1",
     "missing",
@@ -33,6 +39,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer state has 190 MB
 
 
 def path_of(home: str, dataset: str, network: str) -> Path:
@@ -72,7 +80,13 @@ def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
 
 
 def publish(
-    path: Path, weights: dict[str, Tensor], *, network: str, dataset: str, top1: float
+    path: Path,
+    weights: dict[str, Tensor],
+    *,
+    network: str,
+    dataset: str,
+    top1: float,
+    data: Mapping[str, Any] | None = None,
 ) -> bool:
     """Write trained weights as a teacher file, unless the file exists already.
 
@@ -84,21 +98,73 @@ def publish(
         network: name of the network.
         dataset: name of the data set.
         top1: top-1 accuracy of the network in %.
+        data: fingerprint of the data that the network was trained on; None if it is unknown.
 
     Returns:
         Whether the file was written; False if a teacher file existed already.
     """
     if path.exists():
         return False
+    content = {"model": weights, "network": network, "dataset": dataset, "top1": top1}
+    if data:
+        content["data"] = dict(data)
     try:
-        write(
-            path,
-            {"model": weights, "network": network, "dataset": dataset, "top1": top1},
-            replace=False,
-        )
+        write(path, content, replace=False)
     except FileExistsError:  # another run or a download wrote the file in the meantime
         return False
     return True
+
+
+def install(
+    file: Path, model: nn.Module, *, home: str, dataset: str, network: str, source: str
+) -> None:
+    """Check that a file holds a teacher and matches its pin, then move it to the teacher's path.
+
+    Pin the file if the teacher has no pin yet.
+
+    Args:
+        file: the file, on the file system of the teacher's path.
+        model: a network of the teacher's architecture; it gets the weights.
+        home: the home folder of the experiments.
+        dataset: name of the data set.
+        network: name of the network.
+        source: the file's origin (address or path), for error messages and the pin.
+
+    Raises:
+        ValueError: if the file is too large, holds other weights or values that are not finite, or
+            differs from the pin, or if a training run has written the teacher's path meanwhile.
+    """
+    try:
+        check_size(file)
+        load_weights(model, file, network)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(file), source)) from error
+    check_finite(model, source)
+    pin(home, pin_key(dataset, network), file_hash(file), source)
+    target = path_of(home, dataset, network)
+    try:
+        put(file, target)
+    except FileExistsError:
+        raise ValueError(
+            f"{target} was written meanwhile by a run that trained this teacher; "
+            f"move it away to install the one from {source}"
+        ) from None
+
+
+def check_size(path: Path) -> None:
+    """Raise ValueError if the file, or the content of a zip file, is larger than LARGEST_FILE."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(member.file_size for member in archive.infolist()))
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError):
+            return  # the code that reads the file reports the error
+    if size > LARGEST_FILE:
+        raise ValueError(
+            f"{path} has {size} bytes, and a teacher has at most {LARGEST_FILE}; "
+            "save its state_dict alone"
+        )
 
 
 def file_hash(path: Path) -> str:
@@ -113,6 +179,27 @@ def file_hash(path: Path) -> str:
 def _hash(path: Path, mtime_ns: int, size: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_of(path: Path) -> dict[str, Any] | None:
+    """Return the fingerprint of the data that a teacher was trained on, if its file tells.
+
+    Return None for files from elsewhere and for files from before fingerprints were noted. The
+    answer is cached until the file's modification time or size changes.
+    """
+    return _data_of(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@cache
+def _data_of(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
+    try:
+        content = read(path)
+    except UnreadableFile:  # damaged, which loading the weights reports, or a .safetensors file
+        return None
+    found = None
+    if isinstance(content, dict):
+        found = content.get("data")
+    return found if isinstance(found, dict) and found.keys() >= set(KEYS) else None
 
 
 def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> float:
