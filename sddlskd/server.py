@@ -9,7 +9,6 @@ server safe to reach from other machines.
 """
 
 import argparse
-import ctypes
 import os
 import pwd
 import secrets
@@ -30,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import write_line
 
 __all__ = ["main"]
@@ -40,7 +40,6 @@ STOP_S = 30.0  # time limit in seconds for the stop of PostgreSQL, and for that 
 # By default uvicorn kills a worker that does not respond for 5 s. On a busy machine the import of
 # MLflow takes longer, so that no worker would ever start.
 _UVICORN = f"--timeout-graceful-shutdown 5 --timeout-worker-healthcheck {START_S:.0f}"
-_PR_SET_PDEATHSIG = 1
 
 
 class Stopped(Exception):
@@ -110,19 +109,13 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sddlskd-")))
         owner = _owner(folder, sockets)
         password = _database(folder, programs, owner)
-        postgres = [
-            programs / "postgres",
-            "-D",
-            folder / "postgres",
-            "-c",
-            "listen_addresses=",
-            "-c",
-        ]
+        postgres = [programs / "postgres", "-D", folder / "postgres"]
+        postgres += ["-c", "listen_addresses=", "-c", f"unix_socket_directories={sockets}"]
         # SIGINT is PostgreSQL's orderly shutdown, but PostgreSQL may ignore it during a recovery.
         # SIGQUIT ends it without an orderly shutdown, so that the next start has to do a recovery.
         database = _start(
             stack,
-            [*postgres, f"unix_socket_directories={sockets}"],
+            postgres,
             folder,
             ending=signal.SIGINT,
             orphan=signal.SIGQUIT,
@@ -131,19 +124,10 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         ready: list[str | Path] = [programs / "pg_isready", "-q", "-h", sockets, "-U", USER]
         _wait(database, folder, lambda: subprocess.run(ready, check=False).returncode == 0)
 
-        hosts = [
-            name for host in ("127.0.0.1", "localhost", *names) for name in (host, f"{host}:{port}")
-        ]
-        mlflow: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
+        hosts = ["127.0.0.1", "localhost", *names]
+        hosts += [f"{host}:{port}" for host in hosts]
+        mlflow: list[str | Path] = [sys.executable, "-m", "mlflow", "server"]
+        mlflow += ["--host", "127.0.0.1", "--port", str(port)]
         mlflow += ["--serve-artifacts", "--artifacts-destination", folder / "artifacts"]
         mlflow += ["--allowed-hosts", ",".join(hosts), "--uvicorn-opts", _UVICORN, *options]
         environment = os.environ | {
@@ -167,9 +151,8 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
         )
         while server.poll() is None and database.poll() is None:
             time.sleep(0.5)
-        raise OSError(
-            f"{'PostgreSQL' if server.poll() is None else 'MLflow'} died; {_end_of_log(folder)}"
-        )
+        dead = "PostgreSQL" if server.poll() is None else "MLflow"
+        raise OSError(f"{dead} died; {_end_of_log(folder)}")
 
 
 def _programs() -> Path:
@@ -179,16 +162,16 @@ def _programs() -> Path:
     """
     if not find_spec("psycopg2"):
         raise ValueError("MLflow needs psycopg2 to reach PostgreSQL: pip install 'sddlskd[server]'")
-    debian = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
-    )
-    found = shutil.which("initdb") or next(map(str, reversed(debian)), None)
-    if found is None:
+    if initdb := shutil.which("initdb"):
+        return Path(initdb).resolve().parent
+    # Debian keeps the programs of each version in a folder that is not on PATH.
+    versions = list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not versions:
         raise ValueError(
             "PostgreSQL is not installed on this machine; "
             "install it, for example with: apt-get install postgresql"
         )
-    return Path(found).resolve().parent
+    return max(versions, key=lambda path: int(path.parts[-3])).resolve().parent
 
 
 def _owner(folder: Path, sockets: Path) -> dict[str, Any]:
@@ -218,36 +201,43 @@ def _owner(folder: Path, sockets: Path) -> dict[str, Any]:
 
 def _database(folder: Path, programs: Path, owner: dict[str, Any]) -> Path:
     """Create the database if missing, and return its password file (in libpq's format)."""
-    password, data, new = folder / "password", folder / "postgres", folder / "postgres.new"
-    if not data.exists():
-        shutil.rmtree(new, ignore_errors=True)  # left by an interrupted start
-        new.mkdir(mode=0o700)
-        os.chown(new, owner.get("user", -1), owner.get("group", -1))
-        word = secrets.token_urlsafe(32)
-        with open(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(f"*:*:*:{USER}:{word}\n")
-        with tempfile.NamedTemporaryFile("w") as once:  # only for initdb; its mode is 0600 as well
-            once.write(word)
-            once.flush()
-            os.chown(once.name, owner.get("user", -1), owner.get("group", -1))
-            command = [
-                programs / "initdb",
-                "-D",
-                new,
-                "-U",
-                USER,
-                f"--pwfile={once.name}",
-                "-A",
-                "scram-sha-256",
-            ]
-            _run([*command, "-E", "UTF8", "--locale=C.UTF-8"], folder, owner)
-        new.rename(data)
-    return password
+    password_file = folder / "password"
+    data = folder / "postgres"
+    if data.exists():
+        return password_file
+    new = folder / "postgres.new"
+    shutil.rmtree(new, ignore_errors=True)  # left by an interrupted start
+    new.mkdir(mode=0o700)
+    user = owner.get("user", -1)  # -1 keeps the user and the group
+    group = owner.get("group", -1)
+    os.chown(new, user, group)
+    password = secrets.token_urlsafe(32)
+    private = os.open(password_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(private, "w") as file:
+        file.write(f"*:*:*:{USER}:{password}\n")
+    with tempfile.NamedTemporaryFile("w") as once:  # only for initdb; its mode is 0600 as well
+        once.write(password)
+        once.flush()
+        os.chown(once.name, user, group)
+        command = [programs / "initdb", "-D", new, "-U", USER, f"--pwfile={once.name}"]
+        command += ["-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8"]
+        _run(command, folder, owner)
+    new.rename(data)
+    return password_file
 
 
 def _run(command: Sequence[Any], folder: Path, owner: dict[str, Any]) -> None:
+    parent = os.getpid()
     with open(folder / "server.log", "ab") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, check=False, cwd="/", **owner)
+        done = subprocess.run(
+            command,
+            stdout=log,
+            stderr=log,
+            check=False,
+            cwd="/",
+            preexec_fn=lambda: end_with_parent(parent),
+            **owner,
+        )
     if done.returncode:
         raise OSError(f"{Path(command[0]).name} failed; {_end_of_log(folder)}")
 
@@ -277,11 +267,7 @@ def _start(
     Returns:
         The process.
     """
-
-    def end_with_parent() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, orphan)
-
+    parent = os.getpid()
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(
             command,
@@ -289,7 +275,7 @@ def _start(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=lambda: end_with_parent(parent, orphan),
             **{"cwd": "/", **options},
         )
 
@@ -323,11 +309,10 @@ def _answers(address: str) -> bool:
 
 
 def _end_of_log(folder: Path) -> str:
-    lines = (folder / "server.log").read_text(errors="replace").split("\n")
-    return (
-        f"{folder / 'server.log'} ends: "
-        f"{' | '.join(line.strip() for line in lines if line.strip())[-300:]}"
-    )
+    log_file = folder / "server.log"
+    lines = log_file.read_text(errors="replace").split("\n")
+    text = " | ".join(line.strip() for line in lines if line.strip())
+    return f"{log_file} ends: {text[-300:]}"
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ python -m sddlskd.worker RUN_DIR [RUN_DIR ...]
 """
 
 import argparse
-import ctypes
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,27 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from sddlskd import config as cfg
+from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.processes.parent import save_and_end_with_parent
 from sddlskd.record import KILLED, InUse
 from sddlskd.terminal.console import explain, log_to_terminal
 from sddlskd.training.stop import Stop
 
-__all__ = ["BUSY", "STOPPED", "TOO_LARGE", "main", "run"]
-
-# Exit codes: the group does not fit into the device's memory; another process has a job open; the
-# worker was asked to stop.
-TOO_LARGE, BUSY, STOPPED = 75, 76, 130
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with(parent: int) -> None:
-    """Stop this process, with checkpoints saved, when the launching process `parent` dies.
-
-    Otherwise an orphaned worker would keep its run directories locked.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit(143)
+__all__ = ["main", "run"]
 
 
 def main() -> None:
@@ -49,10 +33,12 @@ def main() -> None:
     parser.add_argument("--parent", type=int, help="process id; stop when that process ends")
     chosen = parser.parse_args()
     if chosen.parent:
-        _end_with(chosen.parent)
-    sys.exit(
-        run(chosen.folders, device=chosen.device, threads=chosen.threads, progress=chosen.progress)
+        # An orphaned worker would keep its run directories locked.
+        save_and_end_with_parent(chosen.parent, signal.SIGTERM)
+    code = run(
+        chosen.folders, device=chosen.device, threads=chosen.threads, progress=chosen.progress
     )
+    sys.exit(code)
 
 
 def run(
@@ -74,9 +60,10 @@ def run(
             a new one.
 
     Returns:
-        TOO_LARGE if the jobs do not fit into the device's memory together; BUSY if another process
-        has a job open; STOPPED if the worker was asked to stop; 1 if an invalid value or a file
-        error prevents the training, which is printed to stderr; otherwise 0, even if a job failed.
+        ExitCode.TOO_LARGE if the jobs do not fit into the device's memory together; ExitCode.BUSY
+        if another process has a job open; ExitCode.STOPPED if the worker was asked to stop; 1 if an
+        invalid value or a file error prevents the training, which is printed to stderr; otherwise
+        0, even if a job failed.
     """
     log_to_terminal()
     cfg.frame()
@@ -102,16 +89,18 @@ def run(
         logging.getLogger("sddlskd").warning(
             "%d jobs do not fit side by side: %s", len(jobs), explain(error)
         )
-        return TOO_LARGE
+        return ExitCode.TOO_LARGE
     except KeyboardInterrupt:
-        return STOPPED
+        return ExitCode.STOPPED
     except InUse as error:
         logging.getLogger("sddlskd").warning("%s", explain(error))
-        return BUSY
+        return ExitCode.BUSY
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         return 1
-    return STOPPED if any(result["status"] == KILLED for result in results) else 0
+    if any(result["status"] == KILLED for result in results):
+        return ExitCode.STOPPED
+    return 0
 
 
 if __name__ == "__main__":

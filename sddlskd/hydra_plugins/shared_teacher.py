@@ -77,9 +77,9 @@ class SharedTeacherLauncher(Launcher):
         hydra_context: Hydra's loaders; set by `setup`.
     """
 
-    devices: Any = "auto"
-    max_group_size: int | None = None
-    fail_fast: bool = False
+    devices: Any
+    max_group_size: int | None
+    fail_fast: bool
     config: DictConfig = field(init=False)
     hydra_context: HydraContext = field(init=False)
 
@@ -93,7 +93,8 @@ class SharedTeacherLauncher(Launcher):
             task_function: function that Hydra would run for each job; not used.
             config: configuration of the sweep.
         """
-        self.config, self.hydra_context = config, hydra_context
+        self.config = config
+        self.hydra_context = hydra_context
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -119,7 +120,10 @@ class SharedTeacherLauncher(Launcher):
             job_overrides = [[*overrides, *line] for overrides in job_overrides for line in lines]
         jobs = compose_grid(self.hydra_context.config_loader, self.config, job_overrides)
         results = run_sweep(
-            jobs, str(self.config.sweep.name), pool=self._pool(), max_group_size=self.max_group_size
+            jobs,
+            str(self.config.sweep.name),
+            runner=self._runner(),
+            max_group_size=self.max_group_size,
         )
         # If a job failed, run_sweep has already exited. Any other status than COMPLETED would make
         # Hydra raise an error although nothing is wrong.
@@ -133,12 +137,10 @@ class SharedTeacherLauncher(Launcher):
             for overrides, job, result in zip(job_overrides, jobs, results, strict=True)
         ]
 
-    def _pool(self) -> Any:
+    def _runner(self) -> Any:
         from sddlskd.sweeps.pool import Pool
 
-        devices = (
-            OmegaConf.to_container(self.devices)
-            if OmegaConf.is_list(self.devices)
-            else self.devices
-        )
+        devices = self.devices
+        if OmegaConf.is_list(devices):
+            devices = OmegaConf.to_container(devices)
         return Pool(devices, fail_fast=self.fail_fast)

@@ -4,31 +4,30 @@ The launcher has the options of hydra-submitit-launcher, but runs jobs as this p
 launching process composes, checks and freezes the jobs once; the nodes read the frozen jobs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from hydra_plugins.shared_teacher import SharedTeacherLauncher
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 
 @dataclass
 class SlurmConfig(SlurmQueueConf):
-    """Options of the launcher for SLURM, in addition to those of hydra-submitit-launcher."""
+    """Options of the launcher for SLURM, in addition to those of hydra-submitit-launcher.
+
+    conf/hydra/launcher/slurm.yaml gives each option its value and explains it.
+    """
 
     _target_: str = "hydra_plugins.slurm.SlurmLauncher"
-    # Jobs that one array task trains side by side; null: all jobs that share batches and teacher.
-    max_group_size: int | None = 1
-    # true: wait until the sweep is done; false: submit, print the job ids and return
-    wait: bool = True
-    fail_fast: bool = False  # cancel the sweep at the first job that fails
-    # How often a warned task goes back into the queue before it stays interrupted.
-    max_requeues: int = 100
-    # Command that starts Python on a node; null: this Python, whose path every node must see.
-    python: str | None = None
-    container: str | None = None  # image for srun --container-image (pyxis)
-    srun_args: list[str] = field(default_factory=list)  # further arguments of srun
+    max_group_size: int | None = MISSING
+    wait: bool = MISSING
+    fail_fast: bool = MISSING
+    max_requeues: int = MISSING
+    python: str | None = MISSING
+    container: str | None = MISSING
+    srun_args: list[str] = MISSING
 
 
 ConfigStore.instance().store("slurm_frame", SlurmConfig, group="hydra/launcher", provider="sddlskd")
@@ -53,12 +52,13 @@ class SlurmLauncher(SharedTeacherLauncher):
         **options: Any,
     ) -> None:
         self.max_group_size = max_group_size
-        self.options = {
-            k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v
-            for k, v in options.items()
-        }
+        self.options = {}
+        for name, value in options.items():
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value)
+            self.options[name] = value
 
-    def _pool(self) -> Any:
+    def _runner(self) -> Any:
         from sddlskd.sweeps.slurm import Slurm
 
         return Slurm(**self.options)

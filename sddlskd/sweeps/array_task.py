@@ -17,19 +17,18 @@ from typing import NoReturn
 
 from sddlskd import config as cfg
 from sddlskd import record, tracking
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import FAILED, FINISHED
-from sddlskd.sweeps.outcome import read_manifest, state_of
+from sddlskd.sweeps.manifest import read_manifest
+from sddlskd.sweeps.outcome import state_of
 from sddlskd.training.stop import Stop
-from sddlskd.worker import BUSY, STOPPED, TOO_LARGE, run
+from sddlskd.worker import run
 
 __all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
 
 log = logging.getLogger(__name__)
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-REQUEUE = 85  # exit code of a task that was warned and has to be requeued
-# Exit code of a task that SIGUSR2 ended before Python had a signal handler.
-WARNED_EARLY = 128 + signal.SIGUSR2
 SETUP = [
     "trap '' USR2  # SIGUSR2 warns the task; this script must outlive the task",
     "export SUBMITIT_PREEMPT_SIGNAL=USR1  "
@@ -40,7 +39,7 @@ TEARDOWN = f"""
 code=$?
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 again=
-case $code in {REQUEUE}|{WARNED_EARLY}) again=warned;; esac
+case $code in {ExitCode.REQUEUE}|{ExitCode.WARNED_EARLY}) again=warned;; esac
 if [ $code != 0 ] && scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; then \
 again=preempted; fi
 if [ -n "$again" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -ge MAX_REQUEUES ]; then
@@ -73,12 +72,10 @@ class ArrayTask:
     def __call__(self) -> NoReturn:
         """Train the jobs and exit; submitit calls this method in each process of the task."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        warned = (
-            ", continues when SLURM starts it again"
-            if restarts < self.max_requeues
-            else ", max_requeues reached"
-        )
-        stop = Stop(warned=warned)
+        if restarts < self.max_requeues:
+            stop = Stop(warned=", continues when SLURM starts it again")
+        else:
+            stop = Stop(warned=", max_requeues reached")
         stop.listen()  # until the process ends
         folders = [Path(path) for path in self.run_dirs]
         import submitit
@@ -96,14 +93,14 @@ class ArrayTask:
         if task.global_rank == 0:
             for folder in folders:
                 record.note_requeues(folder, task.job_id, restarts)
-        left = [folder for folder in folders if record.read_result(folder).get("status") != FAILED]
-        code = _fit(left, stop) if left else 1
-        statuses = {record.read_result(folder).get("status") for folder in folders}
+        not_failed = [folder for folder in folders if _status(folder) != FAILED]
+        code = _fit(not_failed, stop) if not_failed else 1
+        statuses = {_status(folder) for folder in folders}
         if statuses <= {FINISHED, FAILED}:
             code = 1 if FAILED in statuses else 0
         elif stop.signal is signal.SIGUSR2:
-            code = REQUEUE
-        elif code == STOPPED and task.global_rank > 0:
+            code = ExitCode.REQUEUE
+        elif code == ExitCode.STOPPED and task.global_rank > 0:
             # Rank 0 told this rank to stop. Only the code of rank 0 may count, and srun ends with
             # the largest exit code of all ranks.
             code = 0
@@ -117,6 +114,12 @@ class ArrayTask:
         # the process, and a finished task would be requeued.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         sys.exit(code)
+
+
+def _status(folder: Path) -> str | None:
+    """Return the status in a run directory, or None if the job has not started."""
+    status: str | None = record.read_result(folder).get("status")
+    return status
 
 
 def _fit(folders: Sequence[Path], stop: Stop) -> int:
@@ -133,10 +136,12 @@ def _fit(folders: Sequence[Path], stop: Stop) -> int:
         log.exception("ended with an error: %s", ", ".join(map(str, folders)))
         return 1
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if code == BUSY and alone:
+    if code == ExitCode.BUSY and alone:
         free = [folder for folder in folders if state_of(folder) != "running"]
-        return max(code, _fit(free, stop)) if 0 < len(free) < len(folders) else code
-    if code != TOO_LARGE or len(folders) == 1:
+        if free and len(free) < len(folders):
+            return max(code, _fit(free, stop))
+        return code
+    if code != ExitCode.TOO_LARGE or len(folders) == 1:
         return code
     # The ranks of a task join each other only once, so they cannot try again in halves.
     if not alone:
@@ -147,7 +152,9 @@ def _fit(folders: Sequence[Path], stop: Stop) -> int:
         )
         return code
     half = len(folders) // 2
-    return max(_fit(folders[:half], stop), _fit(folders[half:], stop))
+    first_code = _fit(folders[:half], stop)
+    second_code = _fit(folders[half:], stop)
+    return max(first_code, second_code)
 
 
 def _close_sweep(sweep: Path, folder: Path) -> None:
@@ -157,6 +164,5 @@ def _close_sweep(sweep: Path, folder: Path) -> None:
     """
     states = {state_of(Path(run_dir)) for run_dir in read_manifest(sweep)["jobs"]}
     if states <= {"finished", "failed"}:
-        tracking.finish_sweep(
-            cfg.load(folder / "config.yaml"), FAILED if "failed" in states else FINISHED
-        )
+        status = FAILED if "failed" in states else FINISHED
+        tracking.finish_sweep(cfg.load(folder / "config.yaml"), status)

@@ -8,8 +8,8 @@ frame of the configuration, so their types are checked as Hydra checks them.
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -44,9 +44,9 @@ class InvalidJobs(ValueError):
 
     def __init__(self, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
-        told = " | ".join(reasons_together(reasons))
+        lines = " | ".join(reasons_together(reasons))
         super().__init__(
-            f"{len(reasons)} jobs of the sweep are not valid, so none was started: {told}"
+            f"{len(reasons)} jobs of the sweep are not valid, so none was started: {lines}"
         )
 
 
@@ -55,14 +55,16 @@ def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
 
     `reasons` holds (name, reason) of each job.
     """
-    together: dict[str, list[str]] = {}
-    for label, reason in reasons:
-        together.setdefault(reason, []).append(label)
-    return [
-        f"{', '.join(labels[:3])}{f' and {len(labels) - 3} more' if len(labels) > 3 else ''}: "
-        f"{reason}"
-        for reason, labels in together.items()
-    ]
+    names_of: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        names_of.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in names_of.items():
+        listed = ", ".join(names[:3])
+        if len(names) > 3:
+            listed = f"{listed} and {len(names) - 3} more"
+        lines.append(f"{listed}: {reason}")
+    return lines
 
 
 def compose_grid(
@@ -81,62 +83,102 @@ def compose_grid(
     Raises:
         InvalidJobs: if jobs are invalid; the error names all of them.
     """
-    parser, groups = OverridesParser.create(), set(loader.list_groups(""))
-
-    @cache
-    def parsed(text: str) -> Override:
-        override: Override = parser.parse_override(text)
-        return override
-
-    @cache
-    def composed(texts: tuple[str, ...]) -> tuple[Config, frozenset[str], bool]:
-        with open_dict(sweep):
-            job = loader.load_sweep_config(sweep, list(texts))
-        with open_dict(job):
-            job.sweep.name = sweep.sweep.name
-        names_itself = "run_name" in str(OmegaConf.to_container(job, resolve=False)["run_dir"])  # type: ignore[index,call-overload]
-        return cfg.resolve(job), frozenset(_referred_to(job)), names_itself
-
-    def stands_alone(text: str, referred: frozenset[str]) -> bool:
-        override = parsed(text)
-        key = override.key_or_group
-        plain = not (
-            override.is_add() or override.is_delete() or key in groups or "/" in key or "@" in key
-        )
-        # Only Hydra can resolve interpolations and merge dictionaries.
-        plain = plain and "${" not in text and not isinstance(override.value(), dict)
-        related = any(
-            key == r or key.startswith(f"{r}.") or r.startswith(f"{key}.") for r in referred
-        )
-        return plain and key not in NEEDED and not key.startswith("hydra") and not related
-
-    frame = OmegaConf.structured(Config)
-    jobs, bad = [], []
+    composer = _Composer(loader, sweep)
+    jobs: list[Config] = []
+    invalid: list[tuple[str, str]] = []
     for overrides in grid:
         try:
-            _, referred, _ = composed(())
-            alone = [text for text in overrides if stands_alone(text, referred)]
-            base, referred, names_itself = composed(
-                tuple(text for text in overrides if text not in alone)
-            )
-            alone_here = [text for text in alone if stands_alone(text, referred)]
-            # Some chosen options refer to one of these values, so Hydra must compose all of them.
-            if alone_here != alone:
-                base, _, names_itself = composed(tuple(overrides))
-                alone_here = []
-            job = copy.deepcopy(base)
-            for text in alone_here:
-                _set(job, frame, parsed(text))
-            if alone_here:
-                cfg.normalise(job)
-                if names_itself:
-                    job.run_dir = f"{job.home}/runs/{cfg.run_name(job)}"
-            jobs.append(job)
+            jobs.append(composer.job(overrides))
         except Exception as error:
-            bad.append((" ".join(overrides), explain(error)))
-    if bad:
-        raise InvalidJobs(bad)
+            invalid.append((" ".join(overrides), explain(error)))
+    if invalid:
+        raise InvalidJobs(invalid)
     return jobs
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """A job that Hydra has composed.
+
+    Attributes:
+        job: the job, typed and checked.
+        referred: every key that an interpolation in the job refers to.
+        has_default_run_dir: whether the run directory has its default name.
+    """
+
+    job: Config
+    referred: frozenset[str]
+    has_default_run_dir: bool
+
+
+class _Composer:
+    """Composes the jobs of a grid, and lets Hydra compose each set of choices only once.
+
+    Args:
+        loader: Hydra's loader of configurations.
+        sweep: the composed configuration of the sweep, to which the overrides are added.
+    """
+
+    def __init__(self, loader: ConfigLoader, sweep: DictConfig) -> None:
+        self._loader = loader
+        self._sweep = sweep
+        self._parser = OverridesParser.create()
+        self._groups = set(loader.list_groups(""))
+        self._frame = OmegaConf.structured(Config)
+        self._parsed: dict[str, Override] = {}
+        self._composed: dict[tuple[str, ...], _Composed] = {}
+
+    def job(self, overrides: Sequence[str]) -> Config:
+        """Return the job of these overrides."""
+        referred = self._compose(()).referred
+        simple = [text for text in overrides if self._is_simple(text, referred)]
+        composed = self._compose(tuple(text for text in overrides if text not in simple))
+        # Some chosen options may refer to one of these values. Hydra must then compose all of them.
+        if not all(self._is_simple(text, composed.referred) for text in simple):
+            return copy.deepcopy(self._compose(tuple(overrides)).job)
+        job = copy.deepcopy(composed.job)
+        for text in simple:
+            _set(job, self._frame, self._parse(text))
+        if simple:
+            cfg.normalise(job)
+            if composed.has_default_run_dir:
+                job.run_dir = cfg.default_run_dir(job)
+        return job
+
+    def _compose(self, overrides: tuple[str, ...]) -> _Composed:
+        if overrides not in self._composed:
+            with open_dict(self._sweep):
+                job = self._loader.load_sweep_config(self._sweep, list(overrides))
+            with open_dict(job):
+                job.sweep.name = self._sweep.sweep.name
+            has_default_run_dir = not job.run_dir
+            self._composed[overrides] = _Composed(
+                cfg.resolve(job), frozenset(_referred_to(job)), has_default_run_dir
+            )
+        return self._composed[overrides]
+
+    def _parse(self, text: str) -> Override:
+        if text not in self._parsed:
+            self._parsed[text] = self._parser.parse_override(text)
+        return self._parsed[text]
+
+    def _is_simple(self, text: str, referred: Collection[str]) -> bool:
+        """Return whether an override only sets a value to which no other value refers."""
+        override = self._parse(text)
+        key = override.key_or_group
+        if override.is_add() or override.is_delete():
+            return False
+        if key in self._groups or "/" in key or "@" in key:
+            return False
+        # Only Hydra can resolve interpolations and merge dictionaries.
+        if "${" in text or isinstance(override.value(), dict):
+            return False
+        if key in NEEDED or key.startswith("hydra"):
+            return False
+        return not any(
+            key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+            for other in referred
+        )
 
 
 def _set(job: Config, frame: DictConfig, override: Override) -> None:
@@ -147,7 +189,8 @@ def _set(job: Config, frame: DictConfig, override: Override) -> None:
     for part in path:
         node = node[part] if isinstance(node, dict) else getattr(node, part)
     value = OmegaConf.select(frame, key)
-    value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_object(value)
     if isinstance(node, dict):
         if name not in node:
             raise ValueError(f"{key} is unknown; valid are {', '.join(node)} (+{key}=... adds it)")

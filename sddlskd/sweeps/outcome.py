@@ -1,6 +1,5 @@
 """Outcomes of a sweep's jobs: read them from the run directories, and record those of dead jobs."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
 
-__all__ = ["LOCK", "STATES", "read_manifest", "record_outcome", "result_of", "state_of"]
+__all__ = ["STATES", "record_outcome", "result_of", "state_of"]
 
 log = logging.getLogger(__name__)
 
-# File in the sweep's folder. It guards the lists of jobs, which two launches may extend at once.
-LOCK = ".lock"
 STATES = ("finished", "running", "queued", "interrupted", "failed", "new")
 
 
@@ -23,7 +20,8 @@ def state_of(folder: Path) -> str:
     status = record.read_result(folder).get("status")
     if status == RUNNING:
         return "interrupted" if record.abandoned(folder) else "running"
-    return {None: "new", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}[status]
+    states = {None: "new", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}
+    return states[status]
 
 
 def result_of(job: Config) -> dict[str, Any]:
@@ -60,9 +58,3 @@ def record_outcome(job: Config, status: str, reason: str) -> None:
         mirror = tracking.Mirror()
         mirror.update(Path(job.run_dir))
         mirror.close()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the content of a sweep's sweep.json: {name, command, folder, time, jobs}."""
-    content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
-    return content

@@ -7,20 +7,24 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from sddlskd.config import Config
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import FAILED, FINISHED, KILLED
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
-from sddlskd.worker import BUSY, TOO_LARGE
+from sddlskd.sweeps.runner import GroupRunner
 
 __all__ = ["Pool", "Task"]
 
 log = logging.getLogger(__name__)
+
+POLL_S = 0.1  # seconds between two looks at the workers
+FAILED_FAST = "a job failed and fail_fast is on"
 
 
 @dataclass
@@ -35,8 +39,13 @@ class Task:
     jobs: list[Config]
     deaths: int = 0
 
+    @property
+    def devices_per_job(self) -> int:
+        """Return the number of devices that each of the jobs takes."""
+        return self.jobs[0].trainer.devices
 
-class Pool:
+
+class Pool(GroupRunner):
     """Worker processes, one per device, that take groups of jobs from a queue.
 
     If a worker dies, its group runs again from its checkpoints. If a worker dies of the same group
@@ -48,34 +57,47 @@ class Pool:
             value auto uses the jobs' trainer.device; if that is auto too, there is one worker per
             visible GPU, or one CPU worker if there is no GPU.
         fail_fast: whether to stop the sweep at the first job that fails.
+        start: starts a worker process; called like subprocess.Popen.
     """
 
-    runs_locally = True  # whether the jobs run on this machine
+    runs_locally = True
 
-    def __init__(self, devices: Any, *, fail_fast: bool) -> None:
+    def __init__(
+        self,
+        devices: Any,
+        *,
+        fail_fast: bool,
+        start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+    ) -> None:
         if not devices:
             raise ValueError(
                 "hydra.launcher.devices=[] has no device; give auto or a list such as "
                 "[cuda:0,cuda:1] or [cpu,cpu]"
             )
         self.auto = devices == "auto"
-        listed = [devices] if isinstance(devices, str) else devices
-        self.devices = [] if self.auto else [str(device) for device in listed]
+        self.devices: list[str] = []
+        if not self.auto:
+            listed = [devices] if isinstance(devices, str) else devices
+            self.devices = [str(device) for device in listed]
         self.fail_fast = fail_fast
+        self.start = start
+        self.threads: int | None = None  # of each CPU worker; None for torch's default
         self.queue: deque[Task] = deque()
+        self.queue_open = True  # whether groups may be added to the queue
+        # The running workers by the index of their device.
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
-        # The number of stop signals received so far, and the last of these signals.
-        self.asked_to_stop, self.signal = 0, 0
+        self.stop_signals = 0  # number of stop signals received so far
+        self.last_signal = 0  # the last of them
 
     def validate(self, jobs: Sequence[Config]) -> None:
         """Accept all jobs; a pool has nothing to check before the sweep writes its files."""
 
-    def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
+    def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group and wait until all of them have ended.
 
         Args:
             groups: jobs to run; the jobs of a group are trained side by side.
-            sweep: folder of the sweep; not used.
+            folder: folder of the sweep; not used.
             visible: devices of this machine, for jobs and pools whose device is auto.
 
         Returns:
@@ -83,35 +105,44 @@ class Pool:
         """
         self.queue.extend(Task(list(group)) for group in groups)
         if self.auto:
-            asked = {task.jobs[0].trainer.device for task in self.queue}
-            self.devices = sorted(asked - {"auto"} | set(visible if "auto" in asked else []))
-        on_cpu = self.devices.count("cpu")
-        self.threads = max(len(os.sched_getaffinity(0)) // on_cpu, 1) if on_cpu > 1 else None
+            asked_for = {task.jobs[0].trainer.device for task in self.queue}
+            if "auto" in asked_for:
+                asked_for.remove("auto")
+                asked_for.update(visible)
+            self.devices = sorted(asked_for)
+        cpu_workers = self.devices.count("cpu")
+        if cpu_workers > 1:
+            self.threads = max(len(os.sched_getaffinity(0)) // cpu_workers, 1)
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.busy or (self.queue and not self.asked_to_stop):
-                for slot in range(len(self.devices)):
-                    if slot not in self.busy and (task := self._next(self.devices[slot])):
-                        self.busy[slot] = self._start(slot, task)
-                        if self.asked_to_stop:  # the signal came while the worker was starting
-                            self.busy[slot][0].send_signal(self.signal)
-                for slot, (worker, task) in list(self.busy.items()):
-                    if worker.poll() is not None:
-                        del self.busy[slot]
-                        self._ended(worker.returncode, task)
-                if self.fail_fast and any(
-                    result_of(job)["status"] == FAILED
-                    for _, task in self.busy.values()
-                    for job in task.jobs
-                ):
-                    self._halt("a job failed and fail_fast is on")
-                time.sleep(0.1)
+            while self.busy or (self.queue and not self.stop_signals):
+                self._start_workers()
+                self._collect_workers()
+                running = [job for _, task in self.busy.values() for job in task.jobs]
+                if self.fail_fast and _any_failed(running):
+                    self._halt(FAILED_FAST)
+                time.sleep(POLL_S)
         finally:
             for worker, _ in self.busy.values():
                 worker.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return KILLED if self.asked_to_stop else FINISHED
+        return KILLED if self.stop_signals else FINISHED
+
+    def _start_workers(self) -> None:
+        for slot, device in enumerate(self.devices):
+            if slot in self.busy:
+                continue
+            if task := self._next(device):
+                self.busy[slot] = (self._start(device, task), task)
+                if self.stop_signals:  # the signal came while the worker was starting
+                    self.busy[slot][0].send_signal(self.last_signal)
+
+    def _collect_workers(self) -> None:
+        for slot, (worker, task) in list(self.busy.items()):
+            if worker.poll() is not None:
+                del self.busy[slot]
+                self._ended(worker.returncode, task)
 
     def _next(self, device: str) -> Task | None:
         """Return the next group for this device, or None if no group may start now.
@@ -119,61 +150,55 @@ class Pool:
         A job's own trainer.device counts, unless the sweep lists devices. A group whose jobs take
         several devices each (trainer.devices) runs only while no other group does.
         """
-        if self.asked_to_stop or any(
-            task.jobs[0].trainer.devices > 1 for _, task in self.busy.values()
-        ):
+        if self.stop_signals:
+            return None
+        if any(task.devices_per_job > 1 for _, task in self.busy.values()):
             return None
         for task in self.queue:
-            if task.jobs[0].trainer.devices > 1 and self.busy:
+            if task.devices_per_job > 1 and self.busy:
                 continue
             if not self.auto or task.jobs[0].trainer.device in ("auto", device):
                 self.queue.remove(task)
                 return task
         return None
 
-    def _start(self, slot: int, task: Task) -> tuple[subprocess.Popen[bytes], Task]:
-        device, environment = self.devices[slot], dict(os.environ)
-        if task.jobs[0].trainer.devices > 1:
+    def _start(self, device: str, task: Task) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ)
+        if task.devices_per_job > 1:
             device = device.partition(":")[0]
-            numbers = [
-                name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")
-            ]
-            # The numbers count the GPUs visible to this process, which may be a subset already.
-            if numbers:
-                seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(
-                    seen[int(n)] if seen != [""] else n for n in numbers
-                )
-        command = [
-            sys.executable,
-            "-m",
-            "sddlskd.worker",
-            "--device",
-            device,
-            "--parent",
-            str(os.getpid()),
-        ]
-        command += ["--threads", str(self.threads)] if self.threads and device == "cpu" else []
-        command += ["--progress", "plain"] if len(self.devices) > 1 else []
+            if visible := self._visible_gpus():
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+        command = [sys.executable, "-m", "sddlskd.worker", "--device", device]
+        command += ["--parent", str(os.getpid())]
+        if self.threads and device == "cpu":
+            command += ["--threads", str(self.threads)]
+        if len(self.devices) > 1:
+            command += ["--progress", "plain"]
         command += [job.run_dir for job in task.jobs]
         # In a session of its own, the worker receives Ctrl-C once, through this process.
-        return subprocess.Popen(command, env=environment, start_new_session=True), task
+        return self.start(command, env=environment, start_new_session=True)
+
+    def _visible_gpus(self) -> list[str]:
+        """Return the GPUs of all workers as CUDA_VISIBLE_DEVICES names them; [] if there is none.
+
+        The number in cuda:1 counts the GPUs visible to this process, which may be a subset already.
+        """
+        numbers = [name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")]
+        already = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if not already:
+            return numbers
+        return [already.split(",")[int(number)] for number in numbers]
 
     def _ended(self, code: int, task: Task) -> None:
+        """Put the unfinished jobs of a worker that has ended back into the queue."""
         left = [job for job in task.jobs if result_of(job)["status"] not in (FINISHED, FAILED)]
-        if self.fail_fast and any(result_of(job)["status"] == FAILED for job in task.jobs):
-            self._halt("a job failed and fail_fast is on")
-        if not left or self.asked_to_stop or not self.queue_open:
+        if self.fail_fast and _any_failed(task.jobs):
+            self._halt(FAILED_FAST)
+        if not left or self.stop_signals or not self.queue_open:
             return
-        if code == BUSY:
-            free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
-            log.warning(
-                "%d jobs are left to another process, which is running them", len(left) - len(free)
-            )
-            if free and (len(free) < len(left) or task.deaths == 0):
-                self.queue.append(Task(free, task.deaths + (len(free) == len(left))))
-            return
-        if code == TOO_LARGE and len(left) > 1:
+        if code == ExitCode.BUSY:
+            self._leave_to_others(left, task.deaths)
+        elif code == ExitCode.TOO_LARGE and len(left) > 1:
             half = len(left) // 2
             log.warning(
                 "%d jobs do not fit side by side: continuing with groups of %d and %d",
@@ -182,9 +207,24 @@ class Pool:
                 len(left) - half,
             )
             self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
-            return
+        else:
+            self._retry(left, task.deaths, code)
+
+    def _leave_to_others(self, left: list[Config], deaths: int) -> None:
+        """Leave the jobs that another process is running to that process, and run the others."""
+        free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
+        log.warning(
+            "%d jobs are left to another process, which is running them", len(left) - len(free)
+        )
+        if free and len(free) < len(left):
+            self.queue.append(Task(free, deaths))
+        elif free and deaths == 0:  # the other process has ended in the meantime
+            self.queue.append(Task(free, 1))
+
+    def _retry(self, left: list[Config], deaths: int, code: int) -> None:
+        """Run the jobs of a dead worker again, or record the job that has killed two workers."""
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if task.deaths == 0:
+        if deaths == 0:
             log.warning(
                 "a worker died (%s): its %d jobs continue from their checkpoints", why, len(left)
             )
@@ -197,29 +237,36 @@ class Pool:
             )
             self.queue.extendleft(Task([job], 1) for job in reversed(left))
         else:
-            record_outcome(
-                left[0],
-                FAILED,
-                f"its worker died twice ({why})" + ("; out of memory?" if why == "SIGKILL" else ""),
-            )
-
-    queue_open = True
+            reason = f"its worker died twice ({why})"
+            if why == "SIGKILL":
+                reason += "; out of memory?"
+            record_outcome(left[0], FAILED, reason)
 
     def _halt(self, reason: str) -> None:
-        if self.queue_open:
-            log.warning("stopping the sweep: %s", reason)
-            self.queue_open = False
-            self.queue.clear()
-            for worker, _ in self.busy.values():
-                worker.send_signal(signal.SIGTERM)
+        """Stop the workers and start no other."""
+        if not self.queue_open:
+            return
+        log.warning("stopping the sweep: %s", reason)
+        self.queue_open = False
+        self.queue.clear()
+        for worker, _ in self.busy.values():
+            worker.send_signal(signal.SIGTERM)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop, self.signal = self.asked_to_stop + 1, number
-        for worker, _ in self.busy.values():
-            worker.send_signal(number) if self.asked_to_stop == 1 else worker.kill()
-        log.warning(
-            "%s",
-            "stopping after this step with all checkpoints saved; a second signal stops at once"
-            if self.asked_to_stop == 1
-            else "stopped",
-        )
+        """Handle a stop signal: the first stops the workers, the second kills them."""
+        self.stop_signals += 1
+        self.last_signal = number
+        if self.stop_signals == 1:
+            for worker, _ in self.busy.values():
+                worker.send_signal(number)
+            log.warning(
+                "stopping after this step with all checkpoints saved; a second signal stops at once"
+            )
+        else:
+            for worker, _ in self.busy.values():
+                worker.kill()
+            log.warning("stopped")
+
+
+def _any_failed(jobs: Iterable[Config]) -> bool:
+    return any(result_of(job)["status"] == FAILED for job in jobs)

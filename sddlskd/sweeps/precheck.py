@@ -4,11 +4,12 @@ A sweep runs these checks in a separate process. The process that then waits for
 torch nor images.
 """
 
+import argparse
 import json
 import pickle
 import sys
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,73 +17,133 @@ import torch
 from torch import nn
 
 from sddlskd import record
-from sddlskd.config import Config, canonical
+from sddlskd.config import Config, Rerun, canonical
 from sddlskd.config.targets import instantiate
-from sddlskd.datasets.arrays import Files, Splits
+from sddlskd.datasets.arrays import Files
+from sddlskd.datasets.fingerprint import fingerprint
+from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import explain
-from sddlskd.training.build import check_cache, check_teacher, shape_of, teacher_changed
+from sddlskd.training.build import (
+    check_cache,
+    check_same_data,
+    check_teacher,
+    check_teacher_data,
+    check_workers,
+    data_changed,
+    load_splits,
+    present_fingerprint,
+    shape_of,
+    teacher_changed,
+)
 from sddlskd.training.devices import check_places
 
 __all__ = ["main", "problems", "report"]
 
 
-def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
-    """Return (job, reason) for each job that cannot run; each reason is one line."""
+@dataclass(frozen=True)
+class DataSet:
+    """What the checks need to know of a data set.
 
-    @cache
-    def shape(load: str) -> tuple[int, ...] | Exception:
-        try:
-            splits: Splits = instantiate(by_key[load].dataset.load)
-        except Exception as error:
-            # Return the error, so that the cache prevents a second attempt to download.
-            return error
-        if isinstance(splits.train, Files):
-            of_files.add(load)
-        return shape_of(by_key[load], splits)
+    Attributes:
+        size: number of training images.
+        image_CHW: shape of an image.
+        of_files: whether the images stay on disk.
+        noted: fingerprint of the data.
+    """
 
-    @cache
-    def data(load: str, batch_size: int) -> tuple[int, ...]:
-        job, found = by_key[load], shape(load)
+    size: int
+    image_CHW: tuple[int, int, int]
+    of_files: bool
+    noted: dict[str, Any]
+
+
+class Checker:
+    """Checks of single jobs, which load each data set and build each network only once."""
+
+    def __init__(self) -> None:
+        self._data_sets: dict[str, DataSet | Exception] = {}
+        self._fingerprints: dict[str, dict[str, Any] | None] = {}
+        self._map_sides: dict[tuple[str, int, tuple[int, ...]], int] = {}
+
+    def check(self, job: Config) -> None:
+        """Raise an error if the job cannot run; networks and data sets may raise any type."""
+        check_places(job.trainer.device, job.trainer.devices)
+        # Report a mistyped path before any data is downloaded.
+        if job.teacher.checkpoint:
+            check_teacher(job)
+        data = self._data_set(job)
+        if job.trainer.batch_size > data.size:
+            raise ValueError(
+                f"trainer.batch_size={job.trainer.batch_size} is larger than the {data.size} "
+                f"images of dataset={job.dataset.name}"
+            )
+        if job.sweep.rerun is not Rerun.all:  # which sets the earlier records aside
+            check_same_data(job, data.noted)
+        check_teacher(job)
+        check_teacher_data(job, data.noted)
+        if data.of_files:
+            check_cache(job)
+            check_workers(job)
+        classes = job.dataset.num_classes
+        side = self._map_side(job.student.model, classes, data.image_CHW)
+        if job.distiller.loss:
+            side = min(side, self._map_side(job.teacher.model, classes, data.image_CHW))
+            if max(job.M) > 2 * side:
+                raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
+
+    def data_change(self, job: Config) -> str:
+        """Return in words how the data of a finished job have changed since; "" if they have not.
+
+        Nothing is downloaded for this.
+        """
+        result = record.read_result(Path(job.run_dir))
+        if not result.get("data"):
+            return ""
+        key = canonical(job.dataset.load)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = present_fingerprint(job)
+        return data_changed(result, self._fingerprints[key])
+
+    def _data_set(self, job: Config) -> DataSet:
+        key = canonical([job.dataset.load, job.dataset.size])
+        if key not in self._data_sets:
+            # Remember an error, too, so that no other job tries the download again.
+            self._data_sets[key] = _load(job)
+        found = self._data_sets[key]
         if isinstance(found, Exception):
             raise found
-        N, H, W, C = found
-        if batch_size > N:
-            raise ValueError(
-                f"trainer.batch_size={batch_size} is larger than the {N} images of "
-                f"dataset={job.dataset.name}"
-            )
-        return C, H, W
+        return found
 
-    @cache
-    def side(model: str, num_classes: int, image_CHW: tuple[int, ...]) -> int:
-        with torch.device("meta"), torch.no_grad():
-            network: nn.Module = instantiate(by_key[model], num_classes=num_classes)
-            logit_map = network.eval()(torch.empty(1, *image_CHW))
-        return int(min(logit_map.shape[2:]))
+    def _map_side(
+        self, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
+    ) -> int:
+        """Return the shorter side of the network's logit map."""
+        key = (canonical(model), num_classes, image_CHW)
+        if key not in self._map_sides:
+            with torch.device("meta"), torch.no_grad():
+                network: nn.Module = instantiate(model, num_classes=num_classes)
+                logit_map = network.eval()(torch.empty(1, *image_CHW))
+            self._map_sides[key] = int(min(logit_map.shape[2:]))
+        return self._map_sides[key]
 
-    by_key: dict[str, Any] = {}
-    of_files: set[str] = set()  # keys of data sets whose images stay on disk
+
+def _load(job: Config) -> DataSet | Exception:
+    """Return the facts about the job's data set, or the error that its loader raises."""
+    try:
+        splits = load_splits(job)
+    except Exception as error:
+        return error
+    N, H, W, C = shape_of(job, splits)
+    return DataSet(N, (C, H, W), isinstance(splits.train, Files), fingerprint(splits))
+
+
+def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
+    """Return (job, reason) for each job that cannot run; each reason is one line."""
+    checker = Checker()
     found = []
     for job in jobs:
-        seen = [job.dataset.load, job.dataset.size]
-        keys = [canonical(x) for x in (seen, job.student.model, job.teacher.model)]
-        by_key.update(zip(keys, (job, job.student.model, job.teacher.model), strict=True))
         try:
-            check_places(job.trainer.device, job.trainer.devices)
-            # Report a mistyped path before any data is downloaded.
-            if job.teacher.checkpoint:
-                check_teacher(job)
-            image = data(keys[0], job.trainer.batch_size)
-            check_teacher(job)
-            if keys[0] in of_files:
-                check_cache(job)
-            sides = [side(keys[1], job.dataset.num_classes, image)]
-            if job.distiller.loss:
-                sides.append(side(keys[2], job.dataset.num_classes, image))
-                if max(job.M) > 2 * min(sides):
-                    raise ValueError(
-                        f"M={job.M} is too fine: the largest scale here is {2 * min(sides)}"
-                    )
+            checker.check(job)
         except Exception as error:  # a network or a data set may raise anything
             found.append((job, explain(error)))
     return found
@@ -96,28 +157,41 @@ def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]
     - problems: (index in `todo`, reason) of each job that cannot run;
     - changed: indices in `finished` of the jobs that learnt from another teacher file than the
       current one;
+    - other_data: (index in `finished`, how the data differ) of each job that was trained on other
+      data than its data set has now;
     - devices: devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
     """
-    place = {id(job): i for i, job in enumerate(todo)}
-    cuda = (
-        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
+    checker = Checker()
+    index_of = {id(job): index for index, job in enumerate(todo)}
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {
-        "problems": [(place[id(job)], reason) for job, reason in problems(todo)],
+        "problems": [(index_of[id(job)], reason) for job, reason in problems(todo)],
         "changed": [
-            i
-            for i, job in enumerate(finished)
+            index
+            for index, job in enumerate(finished)
             if teacher_changed(job, record.read_result(Path(job.run_dir)))
         ],
-        "devices": cuda or ["cpu"],
+        "other_data": [
+            (index, change)
+            for index, job in enumerate(finished)
+            if (change := checker.data_change(job))
+        ],
+        "devices": devices,
     }
 
 
 def main() -> None:
     """Read (jobs to run, finished jobs) as pickle from stdin; write their `report` as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
+    parser.add_argument("--parent", type=int, help="process id; end when that process dies")
+    if parent := parser.parse_args().parent:
+        end_with_parent(parent)
     todo, finished = pickle.load(sys.stdin.buffer)
+    answers = sys.stdout
     # A user's network or data set may print, which must not mix with the JSON.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    sys.stdout = sys.stderr
     answers.write(json.dumps(report(todo, finished)))
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,9 @@ from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
 from sddlskd.sweeps.array_task import SETUP, TEARDOWN, ArrayTask
-from sddlskd.sweeps.outcome import LOCK, read_manifest, record_outcome, state_of
+from sddlskd.sweeps.manifest import LOCK, read_manifest
+from sddlskd.sweeps.outcome import record_outcome, state_of
+from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.terminal.console import write_line
 
 __all__ = ["Slurm", "Submission", "cancel_tasks", "causes_of_death", "queue", "submissions"]
@@ -37,7 +39,7 @@ __all__ = ["Slurm", "Submission", "cancel_tasks", "causes_of_death", "queue", "s
 log = logging.getLogger(__name__)
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
-MANIFEST = "slurm.json"  # file in the sweep's folder
+SUBMISSIONS = "slurm.json"  # file in the sweep's folder
 SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
 POLL = 5.0  # seconds between two queries of the queue
 # Options that submitit knows for every kind of cluster. It prefixes SLURM's own with slurm_.
@@ -73,14 +75,16 @@ class Submission:
 
 def submissions(sweep: Path) -> list[Submission]:
     """Return all tasks that were ever submitted for the sweep in folder `sweep`, oldest first."""
-    path = sweep / MANIFEST
-    return [Submission(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    path = sweep / SUBMISSIONS
+    if not path.exists():
+        return []
+    return [Submission(**entry) for entry in json.loads(path.read_text())]
 
 
 def _add(sweep: Path, new: Iterable[Submission]) -> None:
     with FileLock(sweep / LOCK):
         listed = [vars(one) for one in [*submissions(sweep), *new]]
-        record.write_text(sweep / MANIFEST, json.dumps(listed, indent=1))
+        record.write_text(sweep / SUBMISSIONS, json.dumps(listed, indent=1))
 
 
 def queue(sweep: Path) -> dict[str, tuple[str, str]]:
@@ -104,12 +108,14 @@ def states(sweep: Path) -> dict[str, str]:
         ConnectionError: if SLURM cannot be asked.
     """
     live = queue(sweep)
-    return {
-        run_dir: "running" if live[one.job][0] in ("RUNNING", "COMPLETING") else "queued"
-        for one in submissions(sweep)
-        if one.job in live
-        for run_dir in one.run_dirs
-    }
+    found = {}
+    for one in submissions(sweep):
+        if one.job not in live:
+            continue
+        state, _ = live[one.job]
+        for run_dir in one.run_dirs:
+            found[run_dir] = "running" if state in ("RUNNING", "COMPLETING") else "queued"
+    return found
 
 
 def cancel_tasks(sweep: Path) -> list[str]:
@@ -133,32 +139,51 @@ def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
     cannot be asked, the text says so instead.
     """
     arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
-    # Keys are task ids; an array id stands for its tasks that never started, which share a record.
-    found: dict[str, str] = {}
-    # sacct knows jobs long after their end, if the cluster keeps accounts, but it lags behind.
-    with suppress(ConnectionError):
-        told = (
-            _ask("sacct", "-nXP", "-j", ",".join(arrays), "-o", "JobID,State,ExitCode")
-            if arrays
-            else ""
-        )
-        for name, state, code in (row.split("|") for row in told.splitlines()):
-            found[name if "[" not in name else name.partition("_")[0]] = _worded(
-                state.split()[0], code
-            )
-    for array in arrays:
-        with suppress(ConnectionError):  # scontrol forgets a job some minutes after its end
-            for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
-                told_of = dict(word.split("=", 1) for word in text.split() if "=" in word)
-                index = told_of.get("ArrayTaskId", "")
-                name = f"{array}_{index}" if index.isdigit() and index != NO_INDEX else array
-                found[name] = _worded(told_of["JobState"], told_of["ExitCode"])
+    found = {**_causes_in_accounts(arrays), **_causes_in_memory(arrays)}
     unknown = "gone, and SLURM does not know why any more"
     return {job: found.get(job, found.get(job.partition("_")[0], unknown)) for job in jobs}
 
 
+def _causes_in_accounts(arrays: Sequence[str]) -> dict[str, str]:
+    """Return {task: state in which it ended} from sacct, which may lag behind.
+
+    sacct knows jobs long after their end, if the cluster keeps accounts. The id of an array stands
+    for its tasks that never started, which share a record.
+    """
+    found: dict[str, str] = {}
+    if not arrays:
+        return found
+    with suppress(ConnectionError):
+        fields = ["-o", "JobID,State,ExitCode"]
+        for row in _ask("sacct", "-nXP", "-j", ",".join(arrays), *fields).splitlines():
+            task, state, code = row.split("|")
+            if "[" in task:
+                task = task.partition("_")[0]
+            found[task] = _worded(state.split()[0], code)
+    return found
+
+
+def _causes_in_memory(arrays: Sequence[str]) -> dict[str, str]:
+    """Return {task: state in which it ended} from scontrol, which forgets a job after minutes.
+
+    The id of an array stands for its tasks that never started, which share a record.
+    """
+    found: dict[str, str] = {}
+    for array in arrays:
+        with suppress(ConnectionError):
+            for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
+                fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+                index = fields.get("ArrayTaskId", "")
+                task = f"{array}_{index}" if index.isdigit() and index != NO_INDEX else array
+                found[task] = _worded(fields["JobState"], fields["ExitCode"])
+    return found
+
+
 def _worded(state: str, code: str) -> str:
-    return f"{state} (exit code {code})" if state == "FAILED" else state
+    """Return the state in which a job ended, with its exit code if it failed."""
+    if state == "FAILED":
+        return f"{state} (exit code {code})"
+    return state
 
 
 def _ask(*command: str, text: str | None = None) -> str:
@@ -186,7 +211,7 @@ def _ask(*command: str, text: str | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise ConnectionError(f"{command[0]} does not answer") from None
     if done.returncode:
-        raise ConnectionError(f"{command[0]}: {_words(done.stderr)}")
+        raise ConnectionError(f"{command[0]}: {_message(done.stderr)}")
     return done.stdout
 
 
@@ -219,9 +244,10 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers, came = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), list[int]()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    received: list[int] = []
     handlers = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
+        number: signal.signal(number, lambda number, frame: received.append(number))
         for number in numbers
     }
     # sbatch inherits the mask. Other threads of this process can still receive the signals, hence
@@ -233,18 +259,18 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for each in came:
-            signal.raise_signal(each)
+        for late in received:
+            signal.raise_signal(late)
 
 
-def _words(text: str) -> str:
-    return " ".join(re.sub(r"(?m)^s\w+: (error: )?", "", text).split()) or "no error message"
+def _message(stderr: str) -> str:
+    """Return the error message of a SLURM command in one line, without the command's name."""
+    words = re.sub(r"(?m)^s\w+: (error: )?", "", stderr).split()
+    return " ".join(words) or "no error message"
 
 
-class Slurm:
-    """A launcher that submits the groups of a sweep as SLURM job arrays and waits for them.
-
-    The launcher has the interface of `Pool`.
+class Slurm(GroupRunner):
+    """Submits the groups of a sweep as SLURM job arrays and waits for them.
 
     Args:
         wait: whether `run` waits for the jobs; if False, it submits them and returns.
@@ -257,7 +283,7 @@ class Slurm:
         **options: options of submitit, without the prefix slurm_.
     """
 
-    runs_locally = False  # whether the jobs run on this machine
+    runs_locally = False
 
     def __init__(
         self,
@@ -271,9 +297,15 @@ class Slurm:
         array_parallelism: int,
         **options: Any,
     ) -> None:
-        self.wait, self.max_requeues, self.fail_fast = wait, max_requeues, fail_fast
-        self.python, self.array_parallelism, self.options = python, array_parallelism, options
-        self.srun_args = [*([f"--container-image={container}"] if container else []), *srun_args]
+        self.wait = wait
+        self.max_requeues = max_requeues
+        self.fail_fast = fail_fast
+        self.python = python
+        self.srun_args = list(srun_args)
+        if container:
+            self.srun_args.insert(0, f"--container-image={container}")
+        self.array_parallelism = array_parallelism
+        self.options = options
 
     def validate(self, jobs: Sequence[Config]) -> None:
         """Check, before anything is written, that SLURM would accept the jobs.
@@ -288,23 +320,23 @@ class Slurm:
                 f"hydra/launcher=slurm needs {', '.join(missing)}: launch on a login node of the "
                 "cluster, or leave hydra/launcher out to train on this machine"
             )
-        warned, limit = self.options["signal_delay_s"], 60 * self.options["timeout_min"]
-        if warned >= limit:
+        signal_delay_s = self.options["signal_delay_s"]
+        timeout_min = self.options["timeout_min"]
+        if signal_delay_s >= 60 * timeout_min:
             raise ValueError(
-                f"hydra.launcher.signal_delay_s={warned} must be less than the time limit, "
-                f"hydra.launcher.timeout_min={limit // 60}, or a job is warned before it starts; "
-                "lower signal_delay_s or raise timeout_min"
+                f"hydra.launcher.signal_delay_s={signal_delay_s} must be less than the time "
+                f"limit, hydra.launcher.timeout_min={timeout_min}, or a job is warned before it "
+                "starts; lower signal_delay_s or raise timeout_min"
             )
-        if secret := next(
-            (line for line in self.options.get("setup") or [] if SECRET.search(line)), None
-        ):
-            raise ValueError(
-                f"hydra.launcher.setup would write {secret.partition('=')[0]} into files that "
-                "others may read; export it in the shell that you launch from, whose environment "
-                "sbatch passes on"
-            )
+        for line in self.options.get("setup") or []:
+            if SECRET.search(line):
+                raise ValueError(
+                    f"hydra.launcher.setup would write {line.partition('=')[0]} into files that "
+                    "others may read; export it in the shell that you launch from, whose "
+                    "environment sbatch passes on"
+                )
         self._check_shared(jobs)
-        for ranks in {_ranks(job) for job in jobs}:
+        for ranks in {job.trainer.devices for job in jobs}:
             executor = self._executor(Path(jobs[0].home), ranks, 1)
             script = executor._executor._make_submission_file_text("true", "check")
             try:
@@ -324,35 +356,41 @@ class Slurm:
 
         Such files are a SQLite database and the memory-mapped cache of a teacher's logit maps.
         """
-        cached = {
+        caches = {
             str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache
         }
-        if not cached and not any(
+        in_sqlite = any(
             str(job.tracking.uri).startswith("sqlite:") for job in jobs if job.tracking.enabled
-        ):
+        )
+        if not caches and not in_sqlite:
             return
+        hosts = self._hosts()
+        tracking.check_shared(jobs, hosts)
+        if caches and len(hosts) > 1:
+            raise ValueError(
+                f"teacher.cache={min(caches)} can be written by one host only, but the jobs run "
+                f"on {len(hosts)} hosts; set teacher.cache=null"
+            )
+
+    def _hosts(self) -> set[str]:
+        """Return the hosts of the partitions that the jobs are submitted to."""
         rows = [
             row.split()
             for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()
         ]
-        partition = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
-        names = (
-            partition.split(",") if partition else [name for _, name in rows if name.endswith("*")]
-        )
-        hosts = {host for host, name in rows if name in names or name.rstrip("*") in names}
-        tracking.check_shared(jobs, hosts)
-        if cached and len(hosts) > 1:
-            raise ValueError(
-                f"teacher.cache={min(cached)} can be written by one host only, but the jobs run "
-                f"on {len(hosts)} hosts; set teacher.cache=null"
-            )
+        chosen = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
+        if chosen:
+            names = chosen.split(",")
+            return {host for host, name in rows if name.rstrip("*") in names}
+        # SLURM marks the default partition with an asterisk.
+        return {host for host, name in rows if name.endswith("*")}
 
-    def run(self, groups: Sequence[Sequence[Config]], sweep: Path, visible: Sequence[str]) -> str:
+    def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Submit every group, and wait for all of the sweep's tasks in SLURM's queue.
 
         Args:
             groups: jobs to run; the jobs of a group are trained side by side in one task.
-            sweep: folder of the sweep.
+            folder: folder of the sweep.
             visible: devices of this machine; not used.
 
         Returns:
@@ -363,74 +401,76 @@ class Slurm:
             ValueError: if sbatch refuses a job.
         """
         # The lock guards against another launch that submits the same jobs at the same time.
-        with FileLock(sweep / ".submit.lock"):
-            live = states(sweep)
-            groups = [
-                left
-                for group in groups
-                if (left := [job for job in group if job.run_dir not in live])
-            ]
+        with FileLock(folder / ".submit.lock"):
+            in_queue = states(folder)
+            submitted = 0
             by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
             for group in groups:
-                by_ranks[_ranks(group[0])].append(group)
-            for ranks, some in by_ranks.items():
-                self._submit(some, sweep, ranks)
+                if left := [job for job in group if job.run_dir not in in_queue]:
+                    by_ranks[left[0].trainer.devices].append(left)
+                    submitted += 1
+            for ranks, groups_of_ranks in by_ranks.items():
+                self._submit(groups_of_ranks, folder, ranks)
         if not self.wait:
-            jobs = (
-                " ".join(one.job for one in submissions(sweep)[-len(groups) :])
-                if groups
-                else "nothing new"
-            )
-            write_line(f"submitted to SLURM: {jobs}")
+            tasks = [one.job for one in submissions(folder)]
+            new = " ".join(tasks[len(tasks) - submitted :])
+            write_line(f"submitted to SLURM: {new or 'nothing new'}")
             return RUNNING
         try:
-            self._wait(sweep)
+            self._wait(folder)
         except KeyboardInterrupt:
             write_line(
                 "the jobs stay in SLURM's queue; to cancel them: "
-                f"python -m sddlskd.sweeps cancel {sweep}"
+                f"python -m sddlskd.sweeps cancel {folder}"
             )
             raise
-        _record_dead_jobs(sweep)
+        _record_dead_jobs(folder)
         return FINISHED
 
     def _submit(self, groups: Sequence[Sequence[Config]], sweep: Path, ranks: int) -> None:
-        largest = int(
-            re.findall(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"))[0]
+        """Submit the groups as job arrays, and list their tasks in slurm.json.
+
+        Args:
+            groups: jobs to submit, each group as one task.
+            sweep: folder of the sweep.
+            ranks: processes per task.
+
+        Raises:
+            ConnectionError: if SLURM cannot be asked.
+            ValueError: if sbatch refuses a job.
+        """
+        import submitit
+
+        refusals = (
+            submitit.core.utils.FailedJobError,
+            submitit.core.utils.FailedSubmissionError,
         )
-        chunks = [groups[at : at + largest] for at in range(0, len(groups), largest)]
+        config = _ask("scontrol", "show", "config")
+        largest = int(re.findall(r"MaxArraySize\s*=\s*(\d+)", config)[0])
+        arrays = [groups[first : first + largest] for first in range(0, len(groups), largest)]
+        parallelism = max(self.array_parallelism // len(arrays), 1)
         folder = sweep / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
-        for chunk in chunks:
-            import submitit
-
-            executor = self._executor(folder, ranks, max(self.array_parallelism // len(chunks), 1))
+        for array in arrays:
+            executor = self._executor(folder, ranks, parallelism)
             tasks = [
                 ArrayTask(tuple(job.run_dir for job in group), str(sweep), self.max_requeues)
-                for group in chunk
+                for group in array
             ]
             with _undisturbed():
                 try:
                     with _outside_of_a_job(), executor.batch():
                         jobs = [executor.submit(task) for task in tasks]
-                except (
-                    submitit.core.utils.FailedJobError,
-                    submitit.core.utils.FailedSubmissionError,
-                ) as error:
-                    so_far = (
-                        f"{len(submissions(sweep))} tasks are submitted, "
-                        "the same command submits the others"
-                    )
-                    raise ValueError(f"sbatch: {_words(str(error))}; {so_far}") from None
-                _add(
-                    sweep,
-                    [
-                        Submission(
-                            job.job_id, list(task.run_dirs), str(folder / f"{job.job_id}_0_log.out")
-                        )
-                        for job, task in zip(jobs, tasks, strict=True)
-                    ],
-                )
+                except refusals as error:
+                    raise ValueError(
+                        f"sbatch: {_message(str(error))}; {len(submissions(sweep))} tasks are "
+                        "submitted, the same command submits the others"
+                    ) from None
+                submitted = []
+                for job, task in zip(jobs, tasks, strict=True):
+                    log_file = str(folder / f"{job.job_id}_0_log.out")
+                    submitted.append(Submission(job.job_id, list(task.run_dirs), log_file))
+                _add(sweep, submitted)
 
     def _executor(self, folder: Path, ranks: int, parallelism: int) -> Any:
         """Return submitit's executor with every option set.
@@ -451,7 +491,6 @@ class Slurm:
                 f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}"
             )
         options = {name: value for name, value in self.options.items() if value is not None}
-        options["tasks_per_node"] = ranks // nodes
         srun_args = list(self.srun_args)
         if "cpus_per_task" in options:  # srun does not inherit it from sbatch since SLURM 22.05
             srun_args.append(f"--cpus-per-task={options['cpus_per_task']}")
@@ -460,25 +499,21 @@ class Slurm:
         if ranks > 1:
             srun_args.append("--wait=120")
         options |= {
+            "tasks_per_node": ranks // nodes,
             "array_parallelism": parallelism,
             "srun_args": srun_args,
             "stderr_to_stdout": True,
-            "setup": [*SETUP, *(options.get("setup") or [])],
+            "setup": [*SETUP, *options.get("setup", [])],
             "teardown": TEARDOWN.replace("MAX_REQUEUES", str(self.max_requeues)).splitlines(),
-            "additional_parameters": {
-                "requeue": True,
-                **(options.get("additional_parameters") or {}),
-            },
+            "additional_parameters": {"requeue": True, **options.get("additional_parameters", {})},
         }
-        executor = submitit.AutoExecutor(
-            folder, cluster="slurm", slurm_python=self.python or shlex.quote(sys.executable)
-        )
-        executor.update_parameters(
-            **{
-                name if name in SUBMITTED_FOR_ALL else f"slurm_{name}": value
-                for name, value in options.items()
-            }
-        )
+        python = self.python or shlex.quote(sys.executable)
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_python=python)
+        parameters = {}
+        for name, value in options.items():
+            key = name if name in SUBMITTED_FOR_ALL else f"slurm_{name}"
+            parameters[key] = value
+        executor.update_parameters(**parameters)
         return executor
 
     def _wait(self, sweep: Path) -> None:
@@ -486,34 +521,48 @@ class Slurm:
 
         One squeue call every few seconds asks for all tasks at once.
         """
-        told, empty, away = "", 0, False
-        earlier = _failed(sweep)
+        earlier_failures = _failed(sweep)
+        reported = ""  # the last line about the queue in the log
+        empty_answers = 0
+        unreachable = False
         # Require two empty answers: one query may miss a job that is being requeued, or a record on
         # a slow file system.
-        while empty < 2:
+        while empty_answers < 2:
             try:
                 live = queue(sweep)
-                if self.fail_fast and live and _failed(sweep) - earlier:
+                if self.fail_fast and live and _failed(sweep) - earlier_failures:
                     log.warning("stopping the sweep: a job failed and fail_fast is on")
                     _ask("scancel", *live)
             except ConnectionError as error:
-                if not away:
+                if not unreachable:
                     log.warning("SLURM cannot be asked (%s); still waiting for its jobs", error)
-                away = True
+                unreachable = True
                 time.sleep(POLL)
                 continue
-            if away:
+            if unreachable:
                 log.warning("SLURM answers again")
-            away, empty = False, 0 if live else empty + 1
-            counts = Counter(
-                f"{state.lower()}{f' ({why})' if why != 'None' else ''}"
-                for state, why in live.values()
-            )
-            line = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
-            if line != told:
+            unreachable = False
+            line = _queue_line(live)
+            if line != reported:
                 log.info("SLURM: %s", line or "all done")
-            told = line
-            time.sleep(POLL if live else 1.0)
+            reported = line
+            if live:
+                empty_answers = 0
+                time.sleep(POLL)
+            else:
+                empty_answers += 1
+                time.sleep(1.0)
+
+
+def _queue_line(live: Mapping[str, tuple[str, str]]) -> str:
+    """Return how many tasks of the queue are in each state, such as `2 pending (Priority)`."""
+    counts: Counter[str] = Counter()
+    for state, reason in live.values():
+        described = state.lower()
+        if reason != "None":
+            described = f"{described} ({reason})"
+        counts[described] += 1
+    return ", ".join(f"{number} {described}" for described, number in sorted(counts.items()))
 
 
 def _failed(sweep: Path) -> set[str]:
@@ -522,25 +571,21 @@ def _failed(sweep: Path) -> set[str]:
     }
 
 
-def _ranks(job: Config) -> int:
-    """Return the number of processes that share each batch of the job."""
-    return job.trainer.devices
-
-
 def _record_dead_jobs(sweep: Path) -> None:
     """Write into the records of unfinished jobs why SLURM ended them."""
     latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
     results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
-    left = {
-        run_dir: job
-        for run_dir, job in latest.items()
+    unfinished = {
+        run_dir: task
+        for run_dir, task in latest.items()
         if results[run_dir].get("status") not in (FINISHED, FAILED)
     }
-    causes = causes_of_death(left.values())
-    for run_dir, job in left.items():
-        reason, over = results[run_dir].get("reason", ""), f"SLURM job {job} is over"
-        if over not in reason:
-            settled = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
-            record_outcome(
-                settled, KILLED, f"{reason}{'; ' if reason else ''}{over}: {causes[job]}"
-            )
+    causes = causes_of_death(unfinished.values())
+    for run_dir, task in unfinished.items():
+        reason = results[run_dir].get("reason", "")
+        over = f"SLURM job {task} is over"
+        if over in reason:
+            continue
+        job = replace(cfg.load(Path(run_dir, "config.yaml")), run_dir=run_dir)
+        reasons = [reason, f"{over}: {causes[task]}"]
+        record_outcome(job, KILLED, "; ".join(filter(None, reasons)))

@@ -4,12 +4,30 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-__all__ = ["meter"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console_of_log", "meter"]
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 10.0  # seconds between log lines
+
+
+def console_of_log() -> "Console":
+    """Return the console of the log if it has one, else a console on stderr.
+
+    The log's own console prints log lines above a bar or a table, and not into it.
+    """
+    from rich.console import Console  # slow to import
+    from rich.logging import RichHandler
+
+    for handler in logging.getLogger("sddlskd").handlers:
+        if isinstance(handler, RichHandler):
+            return handler.console
+    return Console(stderr=True)
 
 
 @contextmanager
@@ -21,14 +39,7 @@ def meter(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
         total: The whole amount, or None if it is unknown.
         unit: "bytes", which are shown in MB, or the plural name of the counted things.
     """
-    from rich.console import Console  # slow to import
-    from rich.logging import RichHandler
-
-    handlers = logging.getLogger("sddlskd").handlers
-    # The log's own console, if it has one, prints log lines above the bar and not into it.
-    console = next((h.console for h in handlers if isinstance(h, RichHandler)), None) or Console(
-        stderr=True
-    )
+    console = console_of_log()
     if console.is_terminal:
         from rich.progress import (
             BarColumn,
@@ -57,5 +68,7 @@ def meter(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
 
 
 def _amount(done: int, total: int | None, unit: str) -> str:
-    shown = [f"{n / 1e6:.1f}" if unit == "bytes" else str(n) for n in (done, total or 0)]
-    return f"{shown[0]}{f' of {shown[1]}' if total else ''} {'MB' if unit == 'bytes' else unit}"
+    numbers = [done, total] if total else [done]
+    if unit == "bytes":
+        return f"{' of '.join(f'{n / 1e6:.1f}' for n in numbers)} MB"
+    return f"{' of '.join(map(str, numbers))} {unit}"

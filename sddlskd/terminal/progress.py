@@ -1,18 +1,16 @@
 """Progress display of training: a live table on a terminal, else plain lines."""
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.table import Table
 
 from sddlskd.terminal.console import duration
+from sddlskd.terminal.meter import console_of_log
 
 __all__ = ["ProgressDisplay"]
 
@@ -23,11 +21,19 @@ class RunStatus(Protocol):
     """The attributes of a run that the view reads."""
 
     label: str
-    epoch: int
-    step: int
     loss: float
     val_top1: float
     state: str
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 1."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The number of batches of the current epoch that are done."""
+        ...
 
     @property
     def alive(self) -> bool:
@@ -40,6 +46,7 @@ class ProgressDisplay:
 
     Args:
         runs: The runs to show.
+        titles: What the live table calls each of the runs; a plain line has the run's label.
         mode: "auto" (live table on a terminal, else plain lines), "plain" or "off".
         epochs: Number of epochs of each run.
         steps: Batches per epoch.
@@ -47,21 +54,27 @@ class ProgressDisplay:
     """
 
     def __init__(
-        self, runs: Sequence[RunStatus], *, mode: str, epochs: int, steps: int, batch: int
+        self,
+        runs: Sequence[RunStatus],
+        titles: Sequence[str],
+        *,
+        mode: str,
+        epochs: int,
+        steps: int,
+        batch: int,
     ) -> None:
-        self.runs, self.epochs, self.steps, self.batch = runs, epochs, steps, batch
-        handlers = logging.getLogger("sddlskd").handlers
-        # The log's own console, if it has one, prints log lines above the table and not into it.
-        self.console = next(
-            (h.console for h in handlers if isinstance(h, RichHandler)), None
-        ) or Console(file=sys.stderr)
-        self.live = (
-            Live(console=self.console, auto_refresh=False)
-            if mode == "auto" and self.console.is_terminal
-            else None
-        )
+        self.runs = runs
+        self.titles = titles
+        self.epochs = epochs
+        self.steps = steps
+        self.batch = batch
+        self.console = console_of_log()
+        self.live: Live | None = None
+        if mode == "auto" and self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False)
         self.plain = mode != "off" and self.live is None
-        self.started, self.done_at_start = time.monotonic(), self._done()
+        self.started = time.monotonic()
+        self.done_at_start = self._done()
 
     def __enter__(self) -> Self:
         if self.live:
@@ -79,19 +92,19 @@ class ProgressDisplay:
 
     def _done(self) -> int:
         """Return the steps that the slowest active run has done, or all steps if none is active."""
-        running = (run for run in self.runs if run.alive)
-        return min(
-            ((run.epoch - 1) * self.steps + run.step for run in running),
-            default=self.epochs * self.steps,
-        )
+        done = [(run.epoch - 1) * self.steps + run.step for run in self.runs if run.alive]
+        return min(done, default=self.epochs * self.steps)
 
     def _rate(self) -> float:
-        """Return the steps per second since the view was opened."""
-        return (self._done() - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
+        """Return the steps per second since the display was opened."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return (self._done() - self.done_at_start) / seconds
 
     def _left(self) -> str:
         rate = self._rate()
-        return duration((self.epochs * self.steps - self._done()) / rate) if rate > 0 else "?"
+        if rate <= 0:
+            return "?"
+        return duration((self.epochs * self.steps - self._done()) / rate)
 
     def refresh(self) -> None:
         """Update the live table; called at the steps at which the losses were read."""
@@ -115,17 +128,15 @@ class ProgressDisplay:
 
     def _table(self) -> Table:
         table = Table("run", "epoch", "step", "loss", "top-1", "images/s", "left", "state")
-        for run in self.runs:
-            at = f"{min(run.epoch, self.epochs)}/{self.epochs}"
-            rate, left = f"{self._rate() * self.batch:.0f}", self._left()
+        for run, title in zip(self.runs, self.titles, strict=True):
             table.add_row(
-                run.label,
-                at,
+                title,
+                f"{min(run.epoch, self.epochs)}/{self.epochs}",
                 f"{run.step}/{self.steps}",
                 f"{run.loss:.4f}",
                 f"{run.val_top1:.2f}",
-                rate,
-                left,
+                f"{self._rate() * self.batch:.0f}",
+                self._left(),
                 run.state,
             )
         return table

@@ -1,0 +1,88 @@
+"""The command `sddlskd`, also `python -m sddlskd`: one name for the commands of this package.
+
+Each command does what its module does with the same arguments: `sddlskd status NAME` is
+`python -m sddlskd.sweeps status NAME`.
+"""
+
+import os
+import sys
+from difflib import get_close_matches
+from importlib.util import find_spec
+from typing import NamedTuple
+
+__all__ = ["main"]
+
+HELP = ("-h", "--help", "help")
+USAGE_ERROR = 2  # exit code of argparse, too
+
+
+class Command(NamedTuple):
+    """A command: the module that runs it, its first arguments for that module, and its help."""
+
+    module: str
+    arguments: list[str]
+    help: str
+
+
+COMMANDS = {
+    "train": Command("sddlskd.train", [], "train one student, or continue its training"),
+    "sweep": Command("sddlskd.train", ["-m"], "train a grid of students, or continue the grid"),
+    "status": Command("sddlskd.sweeps", ["status"], "show the state of every job of a sweep"),
+    "logs": Command("sddlskd.sweeps", ["logs"], "show the logs of a sweep's SLURM tasks"),
+    "cancel": Command("sddlskd.sweeps", ["cancel"], "cancel a sweep's SLURM jobs"),
+    "teachers": Command("sddlskd.teachers", [], "list, fetch, verify or import teachers"),
+    "evaluate": Command("sddlskd.evaluate", [], "measure a trained network"),
+    "export": Command("sddlskd.export", [], "export a trained student"),
+    "tables": Command("analysis", [], "write the tables, figures and report of a sweep"),
+    "sync": Command("sddlskd.tracking", ["sync"], "deliver run directories to MLflow"),
+    "server": Command("sddlskd.server", [], "run a tracking server on this machine"),
+}
+
+
+def main() -> None:
+    """Replace this process by the command that the first argument names.
+
+    Raises:
+        SystemExit: with code 0 after the help, or 2 if there is no such command.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in HELP:
+        sys.stdout.write(_help())
+        sys.exit()
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: {_unknown(name)}\n")
+        sys.exit(USAGE_ERROR)
+    command = COMMANDS[name]
+    module = command.module
+    # The analysis is beside the package in a checkout, and inside it where it is installed.
+    if module == "analysis" and find_spec("sddlskd.analysis"):
+        module = "sddlskd.analysis"
+    python = [sys.executable, "-m", module, *command.arguments, *sys.argv[2:]]
+    os.execv(sys.executable, python)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sddlskd COMMAND [ARGUMENTS]",
+            "",
+            *lines,
+            "",
+            "sddlskd COMMAND --help shows the arguments of a command.",
+            "",
+        ]
+    )
+
+
+def _unknown(name: str) -> str:
+    """Return what is wrong with `name`, which is no command, and which commands there are."""
+    wrong = f"sddlskd {name} is unknown" if name else "a command is missing"
+    if close := get_close_matches(name, COMMANDS, n=1):
+        wrong = f"{wrong} (did you mean {close[0]}?)"
+    return f"{wrong}; valid are {', '.join(COMMANDS)}"
+
+
+if __name__ == "__main__":
+    main()

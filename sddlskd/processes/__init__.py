@@ -1,0 +1,1 @@
+"""How the processes of this package end: their exit codes, and their end with their parent."""

@@ -1,0 +1,23 @@
+"""The exit codes by which the processes of this package tell each other how they ended."""
+
+import signal
+from enum import IntEnum
+
+__all__ = ["ExitCode"]
+
+
+class ExitCode(IntEnum):
+    """How a process ended, besides 0 for success and 1 for an error that its output explains."""
+
+    # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.
+    TOO_LARGE = 75
+    # Another process has the run directory of one of the jobs open.
+    BUSY = 76
+    # SLURM warned a task, which saved its checkpoints and has to go back into the queue.
+    REQUEUE = 85
+    # A person or a scheduler stopped the command; shells report the same code after Ctrl-C.
+    STOPPED = 128 + signal.SIGINT
+    # SIGUSR2, SLURM's warning, ended a task before Python had a signal handler (140 on Linux).
+    WARNED_EARLY = 128 + signal.SIGUSR2
+    # The process that started this one has died; shells report the same code after SIGTERM.
+    PARENT_GONE = 128 + signal.SIGTERM

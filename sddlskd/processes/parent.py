@@ -1,0 +1,69 @@
+"""End a process when its parent dies, so that no orphan keeps files locked or a device busy."""
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+
+from sddlskd.processes.exit_codes import ExitCode
+
+__all__ = ["end_with_parent", "run_pickled", "save_and_end_with_parent"]
+
+GRACE_S = 120.0  # seconds that an orphan gets to save its state
+POLL_S = 1.0  # seconds between two looks at the parent
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """End this process as soon as the process `parent` dies.
+
+    Call this function in the child. If the parent is dead already, the child ends at once. A later
+    death is noticed on Linux only. The arrangement survives exec, but not a fork.
+
+    Args:
+        parent: process id of the parent, which the parent itself has determined.
+        by: signal that the kernel sends to this process when the parent dies.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+    # The kernel sends no signal if the parent died before the call above.
+    if os.getppid() != parent:
+        os._exit(ExitCode.PARENT_GONE)
+
+
+def save_and_end_with_parent(parent: int, by: signal.Signals) -> None:
+    """End this process when the process `parent` dies, with GRACE_S seconds to save its state.
+
+    The process gets the signal `by` as in `end_with_parent`. If its handler of this signal does not
+    end the process in time, because a step hangs for example, the process is killed.
+
+    Args:
+        parent: process id of the parent, which the parent itself has determined.
+        by: signal whose handler saves the state and ends the process.
+    """
+    end_with_parent(parent, by)
+    threading.Thread(target=_kill_orphan, args=(parent,), name="parent", daemon=True).start()
+
+
+def run_pickled(work: bytes, parent: int) -> None:
+    """Unpickle and call a function without arguments, in a child process that `parent` started.
+
+    Unpickling imports the function's modules, which may take long. The child ends with its parent
+    during that time, too, because this module imports nothing heavy.
+
+    Args:
+        work: the pickled function.
+        parent: process id of the parent, which the parent itself has determined.
+    """
+    end_with_parent(parent)
+    pickle.loads(work)()
+
+
+def _kill_orphan(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    time.sleep(GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)

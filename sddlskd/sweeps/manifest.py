@@ -1,0 +1,133 @@
+"""The files in a sweep's folder that list its jobs: sweep.json, and plan.json for MLflow."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sddlskd import config as cfg
+from sddlskd import record
+from sddlskd.config import Config
+
+__all__ = [
+    "LOCK",
+    "command_to_continue",
+    "planned_jobs",
+    "read_manifest",
+    "write_manifest",
+    "write_plan",
+]
+
+# File in the sweep's folder. It guards the lists of jobs, which two launches may extend at once.
+LOCK = ".lock"
+MANIFEST = "sweep.json"
+PLAN = "plan.json"
+# The user meant these overrides for one launch only.
+FOR_ONE_LAUNCH = ("sweep.rerun=all", "sweep.plan=true")
+
+
+def command_to_continue(home: str) -> str:
+    """Return the command that was typed, with its home added if the command does not name one.
+
+    The home may come from the environment or the current folder.
+    """
+    words = [word for word in sys.argv[1:] if word not in FOR_ONE_LAUNCH]
+    if not any(word.startswith("home=") for word in words):
+        words.append(f"home={home}")
+    return shlex.join(["python", "-m", "sddlskd.train", *words])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of a sweep's sweep.json: {name, command, folder, time, jobs}."""
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return content
+
+
+def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
+    """Add jobs to the sweep.json in the sweep's folder, which is created if it is missing.
+
+    Args:
+        folder: folder of the sweep.
+        name: name of the sweep.
+        jobs: jobs of this launch; the jobs of earlier launches stay in the list.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        run_dirs = [job.run_dir for job in jobs]
+        if (folder / MANIFEST).exists():
+            run_dirs = [*read_manifest(folder)["jobs"], *run_dirs]
+        content = {
+            "name": name,
+            "command": command_to_continue(jobs[0].home),
+            "folder": os.getcwd(),
+            "time": time.time(),
+            "jobs": list(dict.fromkeys(run_dirs)),
+        }
+        record.write_text(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
+    """Write plan.json, which lists all jobs of the sweep with their MLflow parameters, for MLflow.
+
+    Parameters that all jobs have in common are written once. Each job then lists the parameters in
+    which it differs.
+
+    Args:
+        folder: folder of the sweep.
+        name: name of the sweep.
+        jobs: jobs of this launch; the jobs of earlier launches stay in the file.
+
+    Returns:
+        The path of the file.
+    """
+    path = folder / PLAN
+    with FileLock(folder / LOCK):
+        command = command_to_continue(jobs[0].home)
+        content = {"name": name, "command": command, **_plan_of(path, jobs)}
+        record.write_text(path, json.dumps(content, indent=1))
+    return path
+
+
+def _plan_of(path: Path, jobs: Sequence[Config]) -> dict[str, Any]:
+    """Return the common parameters and the jobs of plan.json: those of the file, and `jobs`."""
+    params: dict[str, dict[str, str]] = {}
+    hashes: dict[str, tuple[str, str]] = {}
+    for job in jobs:
+        params[job.run_dir] = {key: str(value) for key, value in cfg.flatten(job).items()}
+        hashes[job.run_dir] = (cfg.config_hash(job), cfg.settings_hash(job))
+    # An earlier launch, which may have had other jobs, may have written the file.
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        for listed in earlier["jobs"]:
+            params.setdefault(listed["run_dir"], earlier["common"] | listed["params"])
+            hashes.setdefault(listed["run_dir"], (listed["config_hash"], listed["settings_hash"]))
+    common = next(iter(params.values()))
+    for own in params.values():
+        common = {key: value for key, value in common.items() if own.get(key) == value}
+    entries = []
+    for run_dir, own in params.items():
+        config_hash, settings_hash = hashes[run_dir]
+        entries.append(
+            {
+                "config_hash": config_hash,
+                "settings_hash": settings_hash,
+                "run_dir": run_dir,
+                "command": f"python -m sddlskd.worker {shlex.quote(run_dir)}",
+                "params": {key: value for key, value in own.items() if key not in common},
+            }
+        )
+    return {"common": common, "jobs": entries}
+
+
+def planned_jobs(folder: Path) -> set[str]:
+    """Return the run directories of the jobs in the sweep's plan.json; none without the file."""
+    path = folder / PLAN
+    if not path.exists():
+        return set()
+    return {job["run_dir"] for job in json.loads(path.read_text())["jobs"]}

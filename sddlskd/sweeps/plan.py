@@ -1,0 +1,211 @@
+"""The plan of a launch: which jobs of a sweep are to do, in which groups, and which cannot run."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from sddlskd import config as cfg
+from sddlskd import record
+from sddlskd.config import Config, Rerun
+from sddlskd.sweeps.manifest import command_to_continue
+from sddlskd.sweeps.status import states_of
+
+__all__ = ["Plan", "Precheck", "ask_precheck", "groups_of", "make_plan"]
+
+# Takes the jobs to run and the finished jobs; returns what `precheck.report` returns.
+Precheck = Callable[[list[Config], list[Config]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch of a sweep does, known before anything is written or started.
+
+    Attributes:
+        name: name of the sweep.
+        folder: folder of the sweep.
+        command: command that continues the sweep.
+        jobs: jobs of the launch, each of them once.
+        states: state of every job, by its run directory.
+        todo: jobs that the launch runs.
+        groups: the same jobs in groups; the jobs of a group are trained side by side.
+        seconds: estimated seconds on one device; None if there are no similar runs yet.
+        invalid: (name, reason) of each job that cannot run.
+        changed: finished jobs whose teacher file has been replaced since.
+        other_data: (finished job, how the data differ) of each job whose data set has changed
+            since.
+        devices: devices of this machine; empty if no job was checked.
+    """
+
+    name: str
+    folder: Path
+    command: str
+    jobs: list[Config]
+    states: dict[str, str]
+    todo: list[Config]
+    groups: list[list[Config]]
+    seconds: float | None
+    invalid: list[tuple[str, str]]
+    changed: list[Config]
+    other_data: list[tuple[Config, str]]
+    devices: list[str]
+
+
+def ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
+    """Return the answer of `precheck.report`, run in a separate process.
+
+    The separate process keeps this process small while it waits for the workers.
+
+    Raises:
+        ChildProcessError: if the separate process dies.
+    """
+    command = [sys.executable, "-m", "sddlskd.sweeps.precheck", "--parent", str(os.getpid())]
+    done = subprocess.run(
+        command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        how = f"exit code {done.returncode}"
+        if done.returncode < 0:
+            how = signal.Signals(-done.returncode).name
+        raise ChildProcessError(
+            f"the check of the jobs died ({how}), so none was started; see its output above"
+        )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def make_plan(
+    jobs: Sequence[Config],
+    name: str,
+    *,
+    runs_locally: bool,
+    max_group_size: int | None = None,
+    precheck: Precheck = ask_precheck,
+) -> Plan:
+    """Return the plan of a launch; write nothing.
+
+    Args:
+        jobs: jobs of the sweep; duplicates count once.
+        name: name of the sweep.
+        runs_locally: whether the jobs are going to run on this machine.
+        max_group_size: largest number of jobs that train side by side; None for no limit.
+        precheck: check of the jobs, called unless there is nothing to check.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: if several jobs have the same run directory.
+        ConnectionError: if SLURM does not answer.
+        ChildProcessError: if the check of the jobs dies.
+    """
+    unique = list({job.run_dir: job for job in jobs}.values())
+    if len(unique) < len({cfg.config_hash(job) for job in jobs}):
+        raise ValueError(
+            "several jobs of the sweep have one run_dir; "
+            "leave run_dir out, so that each job gets its own"
+        )
+    home = unique[0].home
+    folder = Path(home, "runs", "sweeps", name)
+    states = states_of(folder, [job.run_dir for job in unique])
+    skipped = _skipped_states(unique[0].sweep.rerun)
+    todo = [job for job in unique if states[job.run_dir] not in skipped]
+    finished = [job for job in unique if states[job.run_dir] == "finished"]
+    answer: dict[str, Any] = {
+        "problems": [],
+        "changed": [],
+        "other_data": [],
+        "devices": [],
+    }
+    if todo or finished:
+        checked = todo if runs_locally else [_on_any_device(job) for job in todo]
+        answer = precheck(checked, finished)
+    groups = groups_of(todo, max_group_size)
+    return Plan(
+        name=name,
+        folder=folder,
+        command=command_to_continue(home),
+        jobs=unique,
+        states=states,
+        todo=todo,
+        groups=groups,
+        seconds=_expected_seconds(todo),
+        invalid=[(cfg.run_name(todo[index]), reason) for index, reason in answer["problems"]],
+        changed=[finished[index] for index in answer["changed"]],
+        other_data=[(finished[index], change) for index, change in answer["other_data"]],
+        devices=answer["devices"],
+    )
+
+
+def _skipped_states(rerun: Rerun) -> set[str]:
+    """Return the states of the jobs that a launch leaves alone."""
+    skipped = {"running", "queued"}
+    if rerun is not Rerun.all:
+        skipped.add("finished")
+    if rerun is Rerun.none:
+        skipped.add("failed")
+    return skipped
+
+
+def _on_any_device(job: Config) -> Config:
+    """Return the job without its devices and workers, which this machine need not have."""
+    return replace(
+        job,
+        trainer=replace(job.trainer, device="auto", devices=1),
+        dataset=replace(job.dataset, workers=None),
+    )
+
+
+def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list[list[Config]]:
+    """Return groups of jobs that can share batches and teacher, each of at most `max_group_size`.
+
+    A job that occurs twice in `jobs` is taken once. Without `max_group_size`, the groups are as
+    large as possible.
+    """
+    together: dict[str, dict[str, Config]] = {}
+    for job in jobs:
+        together.setdefault(cfg.sharing_key(job), {})[job.run_dir] = job
+    groups = []
+    for sharing in together.values():
+        group = list(sharing.values())
+        size = max_group_size or len(group)
+        groups += [group[first : first + size] for first in range(0, len(group), size)]
+    return groups
+
+
+def _expected_seconds(jobs: Iterable[Config]) -> float | None:
+    """Return the seconds that the jobs will take on one device; None if a job's are not known."""
+    total = 0.0
+    for job in jobs:
+        seconds = _expected_seconds_of(job)
+        if seconds is None:
+            return None
+        total += seconds
+    return total
+
+
+def _expected_seconds_of(job: Config) -> float | None:
+    """Return the seconds that the job will add to a sweep, or None if there are no past runs.
+
+    The estimate is the mean time per epoch of past runs of the same student, teacher and data set.
+    The time of a run is divided by its group size, because the runs of a group share their time.
+    """
+    networks = job.student.name
+    if job.distiller.loss:
+        networks = f"{job.teacher.name}-{job.student.name}"
+    epoch_seconds: list[float] = []
+    for path in Path(job.run_dir).parent.glob(f"{networks}-*/result.json"):
+        result = record.read_result(path.parent)
+        if result.get("epochs"):
+            seconds = result["seconds"] / result["epochs"]
+            epoch_seconds.append(seconds / result.get("group_size", 1))
+    if not epoch_seconds:
+        return None
+    return mean(epoch_seconds) * job.trainer.epochs

@@ -1,0 +1,139 @@
+"""What a person reads of a sweep: its plan, its status, its failures and its outcome."""
+
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.record import FAILED, FINISHED
+from sddlskd.sweeps.grid import reasons_together
+from sddlskd.sweeps.plan import Plan
+from sddlskd.sweeps.status import JobStatus, SweepStatus, count_states
+from sddlskd.terminal.console import duration, outcomes, write_line
+
+__all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
+
+LOG_LINES = 3  # last lines of the log of a failed job
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Return the lines that say how much a launch would do, and how long it would take."""
+    counts = _counts(count_states(plan.states.values()))
+    lines = [
+        f"sweep {plan.name}: {len(plan.jobs)} jobs ({counts}), "
+        f"{len(plan.todo)} to do in {len(plan.groups)} groups"
+    ]
+    with_teacher = [group for group in plan.groups if group[0].distiller.loss]
+    alone = sum(map(len, with_teacher))
+    if len(with_teacher) < alone:
+        lines.append(
+            f"the teacher goes through the data {len(with_teacher)} times an epoch "
+            f"instead of {alone}"
+        )
+    if plan.todo and plan.seconds is None:
+        lines.append("there are no similar runs yet, so the time is not known")
+    elif plan.todo and plan.seconds is not None:
+        lines.append(f"about {duration(plan.seconds)} on one device, estimated from similar runs")
+    return lines
+
+
+def print_plan(plan: Plan) -> None:
+    """Print what a launch would do, and the jobs that cannot run."""
+    for line in plan_lines(plan):
+        write_line(line)
+    for line in reasons_together(plan.invalid):
+        write_line(f"cannot run: {line}")
+
+
+def print_status(status: SweepStatus) -> None:
+    """Print the state of every job of a sweep, the time left, and the command to continue."""
+    if status.slurm_error:
+        write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")
+    write_line(f"sweep {status.sweep}: {len(status.jobs)} jobs: {_counts(status.counts)}")
+    for job in status.jobs:
+        write_line(_job_line(job))
+    if not status.command:
+        return
+    if status.seconds_left is None:
+        write_line("time left: not known yet")
+    else:
+        write_line(f"time left: about {duration(status.seconds_left)} on one device")
+    write_line(f"to finish it: {status.command}")
+
+
+def _job_line(job: JobStatus) -> str:
+    parts = [f"  {job.state:<12} {job.epochs_done}/{job.epochs} epochs"]
+    if job.top1 is not None:
+        parts.append(f"top-1 {job.top1:.2f}")
+    parts.append(job.name)
+    if job.reason:
+        parts.append(job.reason)
+    if job.slurm_job:
+        parts.append(f"SLURM job {job.slurm_job}: {job.slurm_state}")
+    if job.requeues:
+        parts.append(f"requeued {job.requeues} times")
+    return "  ".join(parts)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in counts.items())
+
+
+def print_outcome(
+    plan: Plan, results: Sequence[dict[str, Any]], *, stopped: bool, locally: bool
+) -> None:
+    """Print the failures, how to continue, and a table of the results.
+
+    Args:
+        plan: plan of the launch.
+        results: content of result.json of each job of the plan.
+        stopped: whether the sweep was stopped.
+        locally: whether the jobs ran on this machine.
+
+    Raises:
+        SystemExit: if not all jobs are FINISHED, as `console.outcomes` does.
+    """
+    print_failures(plan.jobs, results)
+    if any(result["status"] != FINISHED for result in results):
+        write_line(
+            f"to go on: {plan.command}    (state: python -m sddlskd.sweeps status {plan.folder})"
+        )
+        if not locally:
+            write_line(f"logs of the tasks: python -m sddlskd.sweeps logs {plan.folder}")
+    outcomes(plan.jobs, results, stopped=stopped)
+
+
+def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
+    """Print the failures by cause, each with the end of its log and the command that repeats it."""
+    by_cause: dict[str, list[tuple[Config, str]]] = defaultdict(list)
+    for job, result in zip(jobs, results, strict=True):
+        if result["status"] == FAILED:
+            by_cause[cause_of(result["reason"])].append((job, result["reason"]))
+    for cause, failed in by_cause.items():
+        write_line(f"{len(failed)} failed: {cause}")
+        for job, reason in failed:
+            write_line(f"  {cfg.run_name(job)}: {reason}")
+            for line in _last_lines(Path(job.run_dir, "train.log")):
+                write_line(f"    {line}")
+            write_line(f"    again: python -m sddlskd.worker {shlex.quote(job.run_dir)}")
+
+
+def _last_lines(log_file: Path) -> list[str]:
+    if not log_file.exists():
+        return []
+    return log_file.read_text().splitlines()[-LOG_LINES:]
+
+
+def cause_of(reason: str) -> str:
+    """Return the kind of a failure, by which failures are grouped, for the `reason` of a result."""
+    if "worker died" in reason:
+        return "killed"
+    if "OutOfMemory" in reason:
+        return "out of memory"
+    if found := re.search(r"NonFiniteLoss.*at epoch (\d+)", reason):
+        return f"non-finite loss at epoch {found[1]}"
+    return reason.split(":")[0]

@@ -1,0 +1,200 @@
+"""The status of a sweep: the state of each job, the time left, and the command that finishes it."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from sddlskd import config as cfg
+from sddlskd import record
+from sddlskd.sweeps import slurm
+from sddlskd.sweeps.manifest import read_manifest
+from sddlskd.sweeps.outcome import STATES, state_of
+
+__all__ = ["JobStatus", "SweepStatus", "count_states", "states_of", "status_of"]
+
+ENDED = ("finished", "failed")
+LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """The status of one job.
+
+    Attributes:
+        name: name of the run directory.
+        run_dir: path of the run directory.
+        state: one of `outcome.STATES`.
+        epochs_done: number of epochs in the record.
+        epochs: number of epochs of the job; 0 if the job has not been frozen yet.
+        top1: top-1 (%) of the best epoch so far; None before the first epoch has ended.
+        reason: why the job failed or was stopped; "" if there is no reason.
+        requeues: how often SLURM put the job back into its queue.
+        slurm_job: id of the SLURM task of an unfinished job; None if there is none.
+        slurm_state: state of that task in the queue, or how SLURM ended it; None without a task.
+    """
+
+    name: str
+    run_dir: str
+    state: str
+    epochs_done: int
+    epochs: int
+    top1: float | None
+    reason: str
+    requeues: int
+    slurm_job: str | None
+    slurm_state: str | None
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """The status of a sweep.
+
+    Attributes:
+        sweep: name of the sweep.
+        counts: number of jobs in each state; a state without jobs is left out.
+        jobs: status of every job, in the order of sweep.json.
+        seconds_left: estimated seconds on one device; None if no epoch has ended yet.
+        command: shell command that runs the unfinished jobs; "" if all jobs have finished.
+        slurm_error: why SLURM could not be asked; "" if it answered or was not needed.
+    """
+
+    sweep: str
+    counts: dict[str, int]
+    jobs: list[JobStatus]
+    seconds_left: float | None
+    command: str
+    slurm_error: str
+
+
+def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
+    """Return {run directory: state} for the sweep in `folder`.
+
+    An unfinished job in SLURM's queue counts as queued or running.
+
+    Raises:
+        ConnectionError: if SLURM cannot be asked.
+    """
+    states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
+    in_queue = slurm.states(folder)
+    for run_dir, state in states.items():
+        if state != "finished":
+            states[run_dir] = in_queue.get(run_dir, state)
+    return states
+
+
+def count_states(states: Iterable[str]) -> dict[str, int]:
+    """Return the number of jobs in each state, in the order of `outcome.STATES`."""
+    counts = Counter(states)
+    return {state: counts[state] for state in STATES if counts[state]}
+
+
+def status_of(folder: Path) -> SweepStatus:
+    """Return the status of the sweep in `folder`; if SLURM cannot be asked, say so in the status.
+
+    Raises:
+        ValueError: if the record of a job is damaged.
+    """
+    manifest = read_manifest(folder)
+    run_dirs: list[str] = manifest["jobs"]
+    slurm_error = ""
+    try:
+        queue = slurm.queue(folder)
+        states = states_of(folder, run_dirs)
+    except ConnectionError as error:
+        slurm_error = str(error)
+        queue = {}
+        states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
+    unfinished = [run_dir for run_dir in run_dirs if states[run_dir] not in ENDED]
+    tasks = _tasks_of(folder, unfinished)
+    task_states = _task_states(tasks.values(), queue)
+    jobs: list[JobStatus] = []
+    epoch_seconds: list[float] = []
+    for run_dir in run_dirs:
+        rows = record.read_rows(Path(run_dir)) if states[run_dir] != "new" else []
+        result = record.read_result(Path(run_dir))
+        task = tasks.get(run_dir)
+        jobs.append(_job_status(Path(run_dir), states[run_dir], rows, result, task, task_states))
+        # The runs of a group share their time.
+        group_size = result.get("group_size", 1)
+        epoch_seconds += [row["time/epoch_s"] / group_size for row in rows[-LAST_EPOCHS:]]
+    command = ""
+    if any(job.state != "finished" for job in jobs):
+        command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
+    return SweepStatus(
+        sweep=manifest["name"],
+        counts=count_states(states.values()),
+        jobs=jobs,
+        seconds_left=_seconds_left(jobs, epoch_seconds),
+        command=command,
+        slurm_error=slurm_error,
+    )
+
+
+def _tasks_of(folder: Path, run_dirs: Sequence[str]) -> dict[str, str]:
+    """Return {run directory: id of the latest SLURM task that trains the job}."""
+    latest = {run_dir: one.job for one in slurm.submissions(folder) for run_dir in one.run_dirs}
+    return {run_dir: latest[run_dir] for run_dir in run_dirs if run_dir in latest}
+
+
+def _task_states(tasks: Iterable[str], queue: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Return {task: its state in the queue, or how SLURM ended it}."""
+    found = slurm.causes_of_death([task for task in tasks if task not in queue])
+    for task, (state, reason) in queue.items():
+        found[task] = f"{state} ({reason})"
+    return found
+
+
+def _job_status(
+    run_dir: Path,
+    state: str,
+    rows: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    task: str | None,
+    task_states: Mapping[str, str],
+) -> JobStatus:
+    """Return the status of one job.
+
+    Args:
+        run_dir: run directory of the job.
+        state: state of the job.
+        rows: rows of its metrics.jsonl.
+        result: content of its result.json.
+        task: id of its SLURM task; None without one.
+        task_states: states of the tasks of the sweep.
+    """
+    epochs = 0
+    if (run_dir / "config.yaml").exists():
+        epochs = cfg.load(run_dir / "config.yaml").trainer.epochs
+    top1 = result.get("best_top1")
+    if top1 is None:
+        top1 = max((row["val/top1"] for row in rows), default=None)
+    reason = result.get("reason") or ""
+    if state in ("queued", "running"):  # the reason is that of an earlier attempt
+        reason = ""
+    slurm_state = task_states[task] if task else None
+    return JobStatus(
+        name=run_dir.name,
+        run_dir=str(run_dir),
+        state=state,
+        epochs_done=len(rows),
+        epochs=epochs,
+        top1=top1,
+        reason=reason,
+        requeues=result.get("requeues", 0),
+        slurm_job=task,
+        slurm_state=slurm_state,
+    )
+
+
+def _seconds_left(jobs: Sequence[JobStatus], epoch_seconds: Sequence[float]) -> float | None:
+    """Return the estimated seconds of the epochs left, from the seconds of recent epochs."""
+    unfinished = [job for job in jobs if job.state not in ENDED]
+    if not unfinished:
+        return 0.0
+    if not epoch_seconds:
+        return None
+    return mean(epoch_seconds) * sum(job.epochs - job.epochs_done for job in unfinished)
