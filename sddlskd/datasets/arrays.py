@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import math
+import os
 import pickle
 import tarfile
 import zlib
@@ -29,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sddlskd.datasets.places import check_named_root, check_root, fetch
 from sddlskd.files.archive import DAMAGE, Member, unpack_folder
-from sddlskd.files.download import download_into
 
 # One bit per image, set for images of the test split. The bits were drawn once with scikit-learn's
 # train_test_split(test_size=360, random_state=0, stratify=labels). They are stored here so that a
@@ -160,12 +161,19 @@ def stl10(root: str) -> Splits:
 
     Raises:
         DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if a file is damaged; the message names the file.
+        ValueError: if a file is damaged, or missing in the folder; the message names the file.
     """
     folder = Path(root).expanduser() / "stl10_binary"
-    if not all((folder / name).is_file() for name in STL10_FILES):
-        archive = download_into(STL10_URL, STL10_MD5, folder.parent, limit=3 << 30)
+    check_named_root(folder, STL10_FILES, "stl10_binary.tar.gz")
+    if not folder.exists():
+        archive = fetch(STL10_URL, STL10_MD5, folder.parent, limit=3 << 30)
         unpack_folder(archive, folder, limit=LARGEST, wanted=lambda path: path.name in STL10_FILES)
+    absent = [name for name in STL10_FILES if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent)} is missing in {folder}; "
+            "put it there, or remove the folder to have it unpacked again"
+        )
     return Splits(
         *(
             _stl10_split(folder / f"{name}_X.bin", folder / f"{name}_y.bin")
@@ -180,7 +188,8 @@ def _stl10_split(images: Path, labels: Path) -> Images:
     An image is 3 x 96 x 96 bytes, channel by channel, each channel column by column. A label is one
     byte, counted from 1.
     """
-    pixels, classes = _read_limited(images), _read_limited(labels)
+    pixels = _read_limited(images)
+    classes = _read_limited(labels)
     count = len(classes)
     if len(pixels) != count * 3 * 96 * 96 or not count:
         raise ValueError(
@@ -200,7 +209,8 @@ def _stl10_split(images: Path, labels: Path) -> Images:
 
 def _read_limited(path: Path) -> bytes:
     """Return the bytes of a file. Raise ValueError if it has more than LARGEST_MEMBER bytes."""
-    if (size := path.stat().st_size) > LARGEST_MEMBER:
+    size = path.stat().st_size
+    if size > LARGEST_MEMBER:
         raise ValueError(
             f"{path} has {size} bytes, more than the limit of {LARGEST_MEMBER}; "
             "check that it is the right file"
@@ -222,16 +232,31 @@ def fashion_mnist(root: str) -> Splits:
         ValueError: if a file is damaged; the message names the file.
     """
     top = Path(root).expanduser()
-    places = [top / "FashionMNIST" / "raw", top, Path(DEBIAN_FASHION_MNIST)]
-    folder = next(
-        (place for place in places if any(_held(place, name) for name in FASHION_MNIST_MD5)),
-        places[0],
-    )
+    places = [*_fashion_mnist_places(top), Path(DEBIAN_FASHION_MNIST)]
+    with_files = [place for place in places if _has_fashion_mnist(place)]
+    if not with_files:
+        check_root(
+            top,
+            lambda folder: any(map(_has_fashion_mnist, _fashion_mnist_places(folder))),
+            "FashionMNIST/raw",
+            parts=["FashionMNIST"],
+        )
+    folder = with_files[0] if with_files else places[0]
     files = [
-        _held(folder, n) or download_into(FASHION_MNIST_URL + n, md5, folder, limit=LARGEST)
-        for n, md5 in FASHION_MNIST_MD5.items()
+        _find_file(folder, name) or fetch(FASHION_MNIST_URL + name, md5, folder, limit=LARGEST)
+        for name, md5 in FASHION_MNIST_MD5.items()
     ]
     return Splits(_grey_split(*files[:2]), _grey_split(*files[2:]))
+
+
+def _fashion_mnist_places(top: Path) -> list[Path]:
+    """Return the folders below a root in which the IDX files may be."""
+    return [top / "FashionMNIST" / "raw", top]
+
+
+def _has_fashion_mnist(folder: Path) -> bool:
+    """Return whether a folder holds any of the IDX files."""
+    return any(_find_file(folder, name) for name in FASHION_MNIST_MD5)
 
 
 def digits() -> Splits:
@@ -282,14 +307,13 @@ def fake(
         Splits of uint8 images with 3 channels.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def split(count: int) -> Images:
+    splits = []
+    for count in (train, test):
         images_NHWC = torch.randint(
             256, (count, size, size, 3), dtype=torch.uint8, generator=generator
         )
-        return Images(images_NHWC, torch.arange(count) % num_classes)
-
-    return Splits(split(train), split(test))
+        splits.append(Images(images_NHWC, torch.arange(count) % num_classes))
+    return Splits(*splits)
 
 
 def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
@@ -345,10 +369,11 @@ def _cifar(
         DownloadError: if the archive is missing and cannot be downloaded.
         ValueError: if a file is damaged or refused.
     """
+    check_named_root(folder, members, url.rpartition("/")[2])
     if all((folder / name).is_file() for name in members):
         contents = {str(folder / name): _read_limited(folder / name) for name in members}
     else:
-        archive = download_into(url, md5, folder.parent, limit=LARGEST)
+        archive = fetch(url, md5, folder.parent, limit=LARGEST)
         inside = _tar_members(archive, [f"{folder.name}/{name}" for name in members], url)
         contents = {f"{archive}:{name}": content for name, content in inside.items()}
     splits = []
@@ -372,10 +397,12 @@ def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: st
     """
     try:
         loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-        entries = {
-            key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()
-        }
-        data, listed = entries["data"], entries[labels_key]
+        entries = {}
+        for key, value in loaded.items():
+            name = key.decode() if isinstance(key, bytes) else key
+            entries[name] = value
+        data = entries["data"]
+        listed = entries[labels_key]
         if len(listed) > len(content):
             raise ValueError(f"it has {len(listed)} labels")
         labels = np.array(listed, dtype=np.int64)
@@ -401,10 +428,14 @@ def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
     try:
         with tarfile.open(archive, tarinfo=Member) as tar:
             for name in names:
-                if (size := tar.getmember(name).size) > LARGEST_MEMBER:
+                size = tar.getmember(name).size
+                if size > LARGEST_MEMBER:
                     raise ValueError(f"{name} has {size} bytes")
-            files = {name: tar.extractfile(name) for name in names}
-            return {name: file.read() if file else b"" for name, file in files.items()}
+            contents = {}
+            for name in names:
+                file = tar.extractfile(name)
+                contents[name] = file.read() if file else b""
+            return contents
     except (*DAMAGE, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -412,16 +443,16 @@ def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
         ) from error
 
 
-def _held(folder: Path, name: str) -> Path | None:
+def _find_file(folder: Path, name: str) -> Path | None:
     """Return the path of a plain or gzipped file, or None if `folder` holds neither.
 
     `name` is the name of the gzipped file. The plain file has that name without .gz, and it is
     preferred.
     """
-    return next(
-        (path for path in (folder / name.removesuffix(".gz"), folder / name) if path.is_file()),
-        None,
-    )
+    for path in (folder / name.removesuffix(".gz"), folder / name):
+        if os.path.isfile(path):
+            return path
+    return None
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
@@ -440,7 +471,8 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
             raise ValueError(
                 f"{path} is a damaged gzip file of {len(content)} bytes ({error}): {cure}"
             ) from error
-    magic, header = bytes((0, 0, 8, ndim)), 4 + 4 * ndim  # 8: unsigned bytes
+    magic = bytes((0, 0, 8, ndim))  # 8: unsigned bytes
+    header = 4 + 4 * ndim  # bytes
     if len(content) < header or content[:4] != magic:
         found = f"{len(content)} bytes beginning {content[:4].hex()}"
         raise ValueError(

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from sddlskd.datasets.arrays import EXTENSIONS, Files, Splits
+from sddlskd.datasets.places import check_named_root, check_root, fetch
 from sddlskd.files.archive import unpack_folder
-from sddlskd.files.download import download_into
 
 __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 
@@ -22,8 +22,9 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     """Return the images of any folder that holds class folders for a training and a test split.
 
     The training images are `root`/train/<class>/*. The test images are `root`/val/<class>/*, or
-    `root`/test/<class>/*. Classes are numbered by their sorted names. Every file whose name has an
-    image extension is taken. Its content is not checked before it is read.
+    `root`/test/<class>/*. Classes are numbered by their sorted names. As in torchvision's
+    ImageFolder, every file whose name has an image extension is taken, in the class folder or in
+    any folder below it. Its content is not checked before it is read.
 
     Args:
         root: folder that holds the folders of the splits.
@@ -37,9 +38,17 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     Raises:
         ValueError: if a folder is missing or empty, both val and test exist and `test` is not
             given, the splits have different classes, or their number is not `num_classes`. The
-            message is one line.
+            message is one line, and names a folder around or below `root` that would do.
     """
     top = Path(root).expanduser().absolute()
+    tests = [test] if test else ["val", "test"]
+    check_root(
+        top,
+        lambda folder: (
+            os.path.isdir(folder / "train") and any(os.path.isdir(folder / name) for name in tests)
+        ),
+        f"the folders train and {' or '.join(tests)}",
+    )
     held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
     if len(held_out) > 1:
         raise ValueError(
@@ -47,8 +56,11 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
         )
     train_classes, train = _class_folders(top / "train")
     test_classes, tested = _class_folders(top / (held_out or ["val"])[0])
-    if differing := sorted(set(train_classes) ^ set(test_classes)):
-        shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+    differing = sorted(set(train_classes) ^ set(test_classes))
+    if differing:
+        shown = ", ".join(differing[:5])
+        if len(differing) > 5:
+            shown += ", ..."
         raise ValueError(
             f"{top}: {len(differing)} classes are in one split only ({shown}); "
             "both need the same folders"
@@ -64,46 +76,87 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
 def _class_folders(folder: Path) -> tuple[list[str], Files]:
     """Return the sorted class names of a folder of class folders, and all their image files.
 
-    The files are in the order of (class, name). Raise ValueError if `folder` is missing or holds no
-    class folder, or if a class folder holds no images.
+    The files are in the order of `_images_below`, class by class. Raise ValueError if `folder` is
+    missing or holds no class folder, or if a class folder holds no images.
     """
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {folder}; it should hold a folder of images for each class"
         )
-    classes = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    classes: list[str] = []
+    paths: list[str] = []
+    labels: list[int] = []
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        files = _images_below(folder / name)
+        if not files:
+            if name.startswith("."):  # such as .cache, which a program left behind
+                continue
+            raise _no_images(folder / name)
+        labels += [len(classes)] * len(files)
+        paths += files
+        classes.append(name)
     if not classes:
         raise ValueError(
             f"{folder} holds no folders; it should hold a folder of images for each class"
         )
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = image_files(folder / name)
-        paths += files
-        labels += [label] * len(files)
     return classes, Files(paths, torch.tensor(labels))
 
 
 def image_files(folder: Path) -> list[str]:
-    """Return the sorted paths of the files in `folder` that have an image extension.
+    """Return the paths of the image files below a folder, in the order of torchvision.
 
     Raise ValueError if there is none.
     """
-    found = sorted(
-        entry.path
-        for entry in os.scandir(folder)
-        # Names such as ._x.jpg belong to files that macOS leaves behind.
-        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
-    )
+    found = _images_below(folder)
     if not found:
-        raise ValueError(
-            f"{folder} holds no images ({' '.join(EXTENSIONS)}); remove the folder, or fill it"
-        )
+        raise _no_images(folder)
     return found
+
+
+def _images_below(folder: Path) -> list[str]:
+    """Return the paths of the image files in `folder` and in all folders below it.
+
+    The files and their order are those of torchvision's ImageFolder, which sorts the folders by
+    their paths and the files of a folder by their names. The one difference: names such as
+    ._x.jpg are left out. They belong to files without pixels that macOS leaves behind.
+    """
+    return [
+        os.path.join(place, name)
+        for place, names in _walk(folder)
+        for name in names
+        if name.lower().endswith(EXTENSIONS) and not name.startswith("._")
+    ]
+
+
+def _walk(folder: Path) -> list[tuple[str, list[str]]]:
+    """Return (folder, sorted names of its files) for a folder and all below it, sorted by path.
+
+    Links to folders are followed. Raise ValueError for a link to a folder that holds the link.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        for path in (Path(place, name) for name in folders):
+            if path.is_symlink() and path.resolve() in [p.resolve() for p in path.parents]:
+                raise ValueError(f"{path} is a link to a folder that holds it; remove the link")
+        found.append((place, sorted(names)))
+    return sorted(found)
+
+
+def _no_images(folder: Path) -> ValueError:
+    """Return the error for a folder without images; it names a file of another type, if any."""
+    others = [
+        os.path.join(place, name)
+        for place, names in _walk(folder)
+        for name in names
+        if not name.startswith(".")
+    ]
+    cure = "remove the folder, or fill it"
+    if others:
+        cure = (
+            f"it holds {os.path.relpath(others[0], folder)[:100]!a} (files of other types: "
+            f"{len(others)}); convert images to one of these types, or move the folder elsewhere"
+        )
+    return ValueError(f"{folder} holds no images ({' '.join(EXTENSIONS)}); {cure}")
 
 
 CUB200_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -137,8 +190,9 @@ def cub200(root: str) -> Splits:
         ValueError: if the text files do not fit together; the message names the file and the line.
     """
     folder = Path(root).expanduser().absolute() / "CUB_200_2011"
+    check_named_root(folder, CUB200_TEXTS[:3], "CUB_200_2011.tgz")
     if not folder.is_dir():
-        archive = download_into(CUB200_URL, CUB200_MD5, folder.parent, limit=LARGEST_ARCHIVE)
+        archive = fetch(CUB200_URL, CUB200_MD5, folder.parent, limit=LARGEST_ARCHIVE)
         unpack_folder(
             archive,
             folder,
@@ -150,24 +204,26 @@ def cub200(root: str) -> Splits:
     tables = [_cub_table(folder / name) for name in CUB200_TEXTS[:3]]
     names, labels, in_train = tables
     for table, name in zip(tables, CUB200_TEXTS[:3], strict=True):
-        if odd := names.keys() ^ table.keys():
-            image = min(odd)
+        differing = names.keys() ^ table.keys()
+        if differing:
+            image = min(differing)
             line = (names | table)[image][1]
-            raise ValueError(
-                f"{folder / name} {'lacks' if image in names else 'has'} image {image}, "
-                "which images.txt "
-                f"{f'has in line {line}' if image in names else f'lacks (line {line})'}; {_AGAIN}"
-            )
-    there = _Present(folder / "images")
+            if image in names:
+                found = f"lacks image {image}, which images.txt has in line {line}"
+            else:
+                found = f"has image {image}, which images.txt lacks (line {line})"
+            raise ValueError(f"{folder / name} {found}; {_AGAIN}")
+    is_present = _Present(folder / "images")
     splits: dict[str, tuple[list[str], list[int]]] = {"1": ([], []), "0": ([], [])}
     for image, (name, line) in names.items():
         where = f"{folder / CUB200_TEXTS[0]}:{line}"
-        if not there(name):
+        if not is_present(name):
             raise ValueError(
                 f"{where}: there is no image {name[:100]!a} in {folder / 'images'}; {_AGAIN}"
             )
         label, line = labels[image]
-        if not (number := _number(label)) or number > CUB200_CLASSES:
+        number = _number(label)
+        if not 1 <= number <= CUB200_CLASSES:
             raise ValueError(
                 f"{folder / CUB200_TEXTS[1]}:{line}: "
                 f"class {label[:40]!a} is not in 1..{CUB200_CLASSES}; {_AGAIN}"
@@ -205,7 +261,8 @@ def imagenet(root: str, num_classes: int = 1000) -> Splits:
             "(the devkit's ILSVRC2012_validation_ground_truth.txt says which)"
         )
     splits = image_folder(root, "val")
-    if (found := int(splits.train[1].max()) + 1) != num_classes:
+    found = int(splits.train.labels_N.max()) + 1
+    if found != num_classes:
         raise ValueError(
             f"{top / 'train'} holds {found} classes, and ImageNet has {num_classes}; "
             f"for another data set use dataset=image_folder dataset.num_classes={found}"
@@ -226,10 +283,9 @@ def tiny_imagenet(root: str) -> Splits:
         ValueError: if the files do not fit together; the message names the file and the line.
     """
     folder = Path(root).expanduser().absolute() / "tiny-imagenet-200"
+    check_named_root(folder, ["wnids.txt"], "tiny-imagenet-200.zip")
     if not folder.is_dir():
-        archive = download_into(
-            TINY_IMAGENET_URL, TINY_IMAGENET_MD5, folder.parent, limit=LARGEST_ARCHIVE
-        )
+        archive = fetch(TINY_IMAGENET_URL, TINY_IMAGENET_MD5, folder.parent, limit=LARGEST_ARCHIVE)
         unpack_folder(
             archive,
             folder,
@@ -240,7 +296,7 @@ def tiny_imagenet(root: str) -> Splits:
     wnids = folder / "wnids.txt"
     classes: dict[str, int] = {}
     for name, line in sorted((text.strip(), line) for line, text in _lines(wnids)):
-        if not _plain(name) or name in classes:
+        if not _is_plain(name) or name in classes:
             raise ValueError(
                 f"{wnids}:{line}: {name[:40]!a} is not a folder name, or is listed twice; {_AGAIN}"
             )
@@ -264,7 +320,9 @@ def _tiny_imagenet_val(folder: Path, classes: dict[str, int]) -> Files:
 
     Each line holds an image name, its wnid and a box, separated by tabs.
     """
-    annotations, there, lines = folder / "val_annotations.txt", _Present(folder), dict[str, int]()
+    annotations = folder / "val_annotations.txt"
+    is_present = _Present(folder)
+    labels: dict[str, int] = {}  # by image name
     for line, text in _lines(annotations):
         name, _, rest = text.partition("\t")
         wnid = rest.partition("\t")[0].strip()
@@ -272,15 +330,14 @@ def _tiny_imagenet_val(folder: Path, classes: dict[str, int]) -> Files:
             raise ValueError(
                 f"{annotations}:{line}: {wnid[:40]!a} is not a class of wnids.txt; {_AGAIN}"
             )
-        if name in lines or not there(f"images/{name}"):
+        if name in labels or not is_present(f"images/{name}"):
             raise ValueError(
                 f"{annotations}:{line}: {name[:100]!a} is listed twice, "
                 f"or is not an image in {folder / 'images'}; {_AGAIN}"
             )
-        lines[name] = classes[wnid]
-    return Files(
-        [str(folder / "images" / name) for name in lines], torch.tensor(list(lines.values()))
-    )
+        labels[name] = classes[wnid]
+    paths = [str(folder / "images" / name) for name in labels]
+    return Files(paths, torch.tensor(list(labels.values())))
 
 
 _AGAIN = "remove the folder to have it unpacked again, or download it again"
@@ -293,21 +350,22 @@ class _Present:
     """
 
     def __init__(self, top: Path) -> None:
-        self.top, self.seen = top, dict[str, set[str]]()
+        self.top = top
+        self.files: dict[str, set[str]] = {}  # names of the files by name of their folder
 
     def __call__(self, path: str) -> bool:
         folder, _, name = path.rpartition("/")
-        if not _plain(folder) or not _plain(name):
+        if not _is_plain(folder) or not _is_plain(name):
             return False
-        if folder not in self.seen:
-            place = self.top / folder
-            self.seen[folder] = (
-                {e.name for e in os.scandir(place) if e.is_file()} if place.is_dir() else set()
-            )
-        return name in self.seen[folder]
+        if folder not in self.files:
+            self.files[folder] = set()
+            if (self.top / folder).is_dir():
+                entries = os.scandir(self.top / folder)
+                self.files[folder].update(entry.name for entry in entries if entry.is_file())
+        return name in self.files[folder]
 
 
-def _plain(name: str) -> bool:
+def _is_plain(name: str) -> bool:
     """Return whether `name` is the name of a file or folder that cannot lead to another folder."""
     return (
         0 < len(name.encode(errors="replace")) < 256
@@ -352,7 +410,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; {_AGAIN}")
-    if (size := path.stat().st_size) > LARGEST_TEXT:
+    size = path.stat().st_size
+    if size > LARGEST_TEXT:
         raise ValueError(
             f"{path} has {size} bytes, more than the limit of {LARGEST_TEXT}; {_AGAIN}"
         )
