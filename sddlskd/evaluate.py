@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from sddlskd.config import Config
 from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.export import TRUST, described, load_run, without_weights
 from sddlskd.files.checkpoint import load_weights
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, write_line
-from sddlskd.terminal.meter import meter
 from sddlskd.training.build import (
     build_data,
     build_network,
@@ -42,7 +42,7 @@ from sddlskd.training.build import (
     teacher_path,
 )
 from sddlskd.training.devices import autocast, describe, pick_device
-from sddlskd.training.evaluation import answers, scores
+from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import missing
 
@@ -62,42 +62,44 @@ def measure(job: Config, weights: Path) -> dict[str, Any]:
     The result also holds the device under "environment". Raise FileNotFoundError if the teacher's
     file is missing, and ValueError if the weights or the images do not fit the network.
     """
-    # M=[1] fits logit maps of any size.
-    job, device = (replace(job, M=[1]), pick_device(job.trainer.device))
+    job = replace(job, M=[1])  # fits logit maps of any size
+    device = pick_device(job.trainer.device)
     network = build_network(
         without_weights(job.student.model), job.dataset.num_classes, job.seed, device
     )
     load_weights(network, weights, job.student.name)
-    teacher = _teacher(job, device)
+    teacher = _build_teacher(job, device)
+    teacher_network = teacher.network if teacher else None
     data = build_data(job, device)
     try:
-        check_maps(job, network, teacher.network if teacher else None, data, device)
-        found = _compared(job, network.eval(), teacher, data)
+        check_maps(job, network, teacher_network, data, device)
+        found = _measure_on(data, job, network.eval(), teacher)
     finally:
         if isinstance(data, StreamedData):
             data.close()
     return {**found, "environment": describe(device)}
 
 
-def _compared(
-    job: Config, network: nn.Module, teacher: Teacher | None, data: Data
+def _measure_on(
+    data: Data, job: Config, network: nn.Module, teacher: Teacher | None
 ) -> dict[str, Any]:
-    logits_NK, target_N = answers(
-        network, _shown(data, f"{job.student.name} on {job.dataset.name}"), job.trainer.precision
-    )
+    precision = job.trainer.precision
+    batches = metered_test_batches(data, f"{job.student.name} on {job.dataset.name}")
+    logits_NK, target_N = answers(network, batches, precision)
     found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
     if teacher:
-        told_NK, _ = answers(
-            teacher, _shown(data, f"teacher {teacher.name}"), job.trainer.precision
-        )
-        found["teacher_top1"] = scores(told_NK, target_N)["top1"]
-        found["agreement"] = 100 * (logits_NK.argmax(1) == told_NK.argmax(1)).double().mean().item()
-    images_BCHW = next(data.test_batches())[0]
-    found["images_per_s"] = throughput(network, images_BCHW, job.trainer.precision)
-    return {**found, "batch": len(images_BCHW)}
+        batches = metered_test_batches(data, f"teacher {teacher.name}")
+        teacher_NK, _ = answers(teacher, batches, precision)
+        found["teacher_top1"] = scores(teacher_NK, target_N)["top1"]
+        agree_N = logits_NK.argmax(1) == teacher_NK.argmax(1)
+        found["agreement"] = 100 * agree_N.double().mean().item()
+    images_BCHW, _ = next(data.test_batches())
+    found["images_per_s"] = throughput(network, images_BCHW, precision)
+    found["batch"] = len(images_BCHW)
+    return found
 
 
-def _teacher(job: Config, device: torch.device) -> Teacher | None:
+def _build_teacher(job: Config, device: torch.device) -> Teacher | None:
     if not job.distiller.loss:
         return None
     check_teacher(job)
@@ -115,14 +117,6 @@ def _teacher(job: Config, device: torch.device) -> Teacher | None:
     )
 
 
-def _shown(data: Data, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-    done = 0
-    with meter(what, data.test_size, "images") as show:
-        for images_BCHW, target_B in data.test_batches():
-            yield images_BCHW, target_B
-            show(done := done + len(target_B))
-
-
 @torch.inference_mode()
 def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precision: str) -> float:
     """Return the throughput of the forward pass in images per second.
@@ -135,22 +129,29 @@ def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precisi
     Returns:
         Images per second, over at least TIMED_S seconds after WARM_UP batches.
     """
-    wait: Callable[[], Any] = torch.cuda.synchronize if images_BCHW.is_cuda else lambda: None
-    batches, started = -WARM_UP, 0.0
+    batches = -WARM_UP
+    started = 0.0
     while True:
         if batches == 0:
-            wait()
+            _wait_for(images_BCHW.device)
             started = time.monotonic()
         with autocast(images_BCHW.device, precision):
             network(images_BCHW)
         batches += 1
         if batches > 0:
-            wait()
-            if (seconds := time.monotonic() - started) >= TIMED_S:
+            _wait_for(images_BCHW.device)
+            seconds = time.monotonic() - started
+            if seconds >= TIMED_S:
                 return batches * len(images_BCHW) / seconds
 
 
-def _composed(overrides: Sequence[str]) -> Config:
+def _wait_for(device: torch.device) -> None:
+    """Wait until the device has computed everything; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _compose_job(overrides: Sequence[str]) -> Config:
     with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
         return cfg.resolve(hydra.compose("config", overrides=["tracking=none", *overrides]))
 
@@ -159,7 +160,8 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     """Return the job whose student is evaluated, and the file of its weights."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
-        return _overridden(load_run(source, TRUST in overrides), overrides), source / "best.ckpt"
+        job = load_run(source, TRUST in overrides)
+        return _override(job, overrides), source / "best.ckpt"
     if not source.is_file():
         raise ValueError(
             f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/"
@@ -173,15 +175,12 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
         if absent:
-            raise ValueError(
-                f"{source} has no metadata that describes its network; "
-                f"add {' '.join(f'{key}=NAME' for key in absent)}"
-            )
-        job = _composed(overrides)
+            words = " ".join(f"{key}=NAME" for key in absent)
+            raise ValueError(f"{source} has no metadata that describes its network; add {words}")
+        job = _compose_job(overrides)
     else:
-        job = _composed(
-            [*([] if "dataset" in given else [f"dataset={facts['dataset']}"]), *overrides]
-        )
+        dataset = [] if "dataset" in given else [f"dataset={facts['dataset']}"]
+        job = _compose_job([*dataset, *overrides])
         job.student = replace(job.student, name=facts["network"], model=facts["model"])
         for key in ("mean", "std"):
             if f"dataset.{key}" not in given:
@@ -191,27 +190,23 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     return job, source
 
 
-def _overridden(job: Config, overrides: Sequence[str]) -> Config:
+def _override(job: Config, overrides: Sequence[str]) -> Config:
     """Return a run's frozen configuration with the overrides (data set, teacher, device, ...)."""
     words = [word.lstrip("+") for word in overrides]
     chosen = [word.partition("=")[0] for word in words]
     plain = OmegaConf.structured(job)
     if chosen:
-        composed = _composed(overrides)
+        composed = _compose_job(overrides)
         for group in WHOLE:
             if group in chosen:
-                mean, std = job.dataset.mean, job.dataset.std
                 plain[group] = OmegaConf.structured(getattr(composed, group))
-                if group == "dataset":
-                    plain.dataset.mean, plain.dataset.std = mean, std
+        if "dataset" in chosen:
+            plain.dataset.mean = job.dataset.mean
+            plain.dataset.std = job.dataset.std
         if "teacher" in chosen:
             plain.distiller.loss = plain.distiller.loss or {"_target_": "sddlskd.losses.kd"}
-        plain = OmegaConf.merge(
-            plain,
-            OmegaConf.from_dotlist(
-                [w for w, key in zip(words, chosen, strict=True) if key not in WHOLE]
-            ),
-        )
+        single = [word for word, key in zip(words, chosen, strict=True) if key not in WHOLE]
+        plain = OmegaConf.merge(plain, OmegaConf.from_dotlist(single))
     return cfg.resolve(plain)
 
 
@@ -231,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         found = measure(*_job_and_weights(chosen.source, chosen.overrides))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(ExitCode.STOPPED)
     except ERRORS as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
@@ -239,9 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_line(json.dumps(found))
         return
     for name, value in found.items():
-        write_line(
-            f"{name:>14}  {value:.4g}" if isinstance(value, float) else f"{name:>14}  {value}"
-        )
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        write_line(f"{name:>14}  {text}")
 
 
 if __name__ == "__main__":

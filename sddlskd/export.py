@@ -29,6 +29,7 @@ from sddlskd.config import Config
 from sddlskd.config.targets import instantiate, refuse_interpolations
 from sddlskd.files.atomic import write_atomically
 from sddlskd.files.checkpoint import load_weights, read_safetensors
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, write_line
 from sddlskd.training.build import build_network, shape_of
 
@@ -42,8 +43,10 @@ __all__ = [
     "load_run",
     "main",
     "to_mlflow",
+    "to_onnx",
+    "to_safetensors",
+    "without_weights",
 ]
-__all__ += ["to_onnx", "to_safetensors", "without_weights"]
 
 TOLERANCE = 1e-4  # relative to the largest absolute logit or to 1, whichever is larger
 # The command line argument that allows code from outside targets.PACKAGES.
@@ -109,14 +112,14 @@ def best_student(job: Config, folder: Path) -> nn.Module:
 
 def about(job: Config, folder: Path) -> dict[str, str]:
     """Return the metadata of an exported file: all that is needed to build and use the network."""
-    d, result = job.dataset, record.read_result(folder)
+    result = record.read_result(folder)
     facts = {
         "network": job.student.name,
         "model": without_weights(job.student.model),
-        "dataset": d.name,
-        "num_classes": d.num_classes,
-        "mean": d.mean,
-        "std": d.std,
+        "dataset": job.dataset.name,
+        "num_classes": job.dataset.num_classes,
+        "mean": job.dataset.mean,
+        "std": job.dataset.std,
         "config_hash": cfg.config_hash(job),
         "best_top1": result.get("best_top1"),
         "best_epoch": result.get("best_epoch"),
@@ -136,10 +139,8 @@ def described(path: Path) -> dict[str, Any] | None:
     try:
         facts: dict[str, Any] = json.loads(text)
         model = facts["model"]
-        target, rest = (
-            model["_target_"],
-            [value for key, value in model.items() if key != "_target_"],
-        )
+        target = model["_target_"]
+        arguments = [value for key, value in model.items() if key != "_target_"]
         named = {key: facts[key] for key in ("network", "dataset", "num_classes", "mean", "std")}
         refuse_interpolations(facts, "")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", named["dataset"]):
@@ -148,7 +149,7 @@ def described(path: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} contains metadata that cannot be read ({error}); export it again"
         ) from error
-    if not str(target).startswith("sddlskd.models.") or "_target_" in json.dumps(rest):
+    if not str(target).startswith("sddlskd.models.") or "_target_" in json.dumps(arguments):
         raise ValueError(
             f"{path} names {target!r:.80}, which is not a network of sddlskd; "
             "evaluate its run directory instead"
@@ -229,11 +230,11 @@ def to_onnx(
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"images": others_BCHW.numpy()})
-    apart = (torch.from_numpy(got) - expected_BK).abs().max().item()
+    difference = (torch.from_numpy(got) - expected_BK).abs().max().item()
     size = max(1.0, expected_BK.abs().max().item())
-    if not apart <= TOLERANCE * size:
+    if not difference <= TOLERANCE * size:  # also if the difference is not a number
         raise ValueError(
-            f"ONNX Runtime's logits differ from torch's by {apart:.2g} of {size:.2g}; "
+            f"ONNX Runtime's logits differ from torch's by {difference:.2g} of {size:.2g}; "
             "nothing is written"
         )
     with write_atomically(path) as file:
@@ -269,11 +270,9 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
             f"{out} exists and is not an MLflow model; give --out a path that does not exist"
         )
     job = load_run(folder, allow_foreign)
-    network, target, facts = (
-        best_student(job, folder),
-        out or folder / FORMATS[to],
-        about(job, folder),
-    )
+    network = best_student(job, folder)
+    target = out or folder / FORMATS[to]
+    facts = about(job, folder)
     if to == "safetensors":
         to_safetensors(network, target, facts)
         return str(target)
@@ -286,7 +285,7 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
         to_onnx(classifier, Path(scratch, "best.onnx"), image_CHW, facts)
         to_mlflow(Path(scratch, "best.onnx"), target, image_CHW, job.dataset.num_classes)
     uri = tracking.log_model(folder, target)
-    return f"{target}{f', in MLflow as {uri}' if uri else ''}"
+    return f"{target}, in MLflow as {uri}" if uri else str(target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -314,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         write_line(_export(chosen.folder.absolute(), chosen.to, chosen.out, bool(chosen.trust)))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(ExitCode.STOPPED)
     except Exception as error:  # a user's own network may raise any type during the export
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)

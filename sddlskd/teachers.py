@@ -21,8 +21,8 @@ import os
 import re
 import shutil
 import sys
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -32,24 +32,22 @@ import torch
 from filelock import FileLock
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.data.streaming import Data
 from sddlskd.files import download
 from sddlskd.files.archive import unpack
-from sddlskd.files.atomic import put
-from sddlskd.files.checkpoint import load_weights, read_weights, write
+from sddlskd.files.checkpoint import read_weights, write
 from sddlskd.files.download import DownloadError
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, write_line
-from sddlskd.terminal.meter import meter
 from sddlskd.training import teacher_files
 from sddlskd.training.build import build_data, build_network, teacher_path
 from sddlskd.training.devices import pick_device
-from sddlskd.training.evaluation import evaluate
+from sddlskd.training.evaluation import evaluate, metered_test_batches
 from sddlskd.training.teacher import Teacher
-from sddlskd.training.teacher_files import file_hash, missing, path_of
+from sddlskd.training.teacher_files import file_hash, missing, path_of, pin_key
 
 __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 
@@ -91,7 +89,6 @@ PLACES = {
 }
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_ARCHIVE = 2 << 30  # bytes
-LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer state has 190 MB
 # In percentage points of top-1: 10 of 10,000 images. This is more than the rounding or the JPEG
 # decoder of another device changes.
 TOLERANCE = 0.1
@@ -127,7 +124,7 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the training of a missing teacher uses the same lock
         if target.exists():
-            if not teacher_files.check_pin(job.home, _key(job), file_hash(target)):
+            if not teacher_files.check_pin(job.home, pin_key(dataset, name), file_hash(target)):
                 raise ValueError(
                     f"{target} already exists but was not fetched: it was trained here or copied "
                     "there, and runs may have learnt from it. Move it away to fetch the published "
@@ -137,7 +134,7 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
         reasons = []
         for place in (*mirrors, *PLACES[dataset]):
             try:
-                return f"{name} from {_fetch_from(place, job, target)}: {target}"
+                return f"{name} from {_fetch_from(place, job)}: {target}"
             except (DownloadError, ValueError) as error:
                 reasons.append(explain(error))
         raise ValueError(
@@ -147,50 +144,62 @@ def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
         )
 
 
-def _fetch_from(place: str, job: Config, target: Path) -> str:
-    """Download the job's teacher from one place to `target`, and return the address used.
+def _fetch_from(place: str, job: Config) -> str:
+    """Download the job's teacher from one place, install it, and return the address used.
 
     Raise DownloadError or ValueError if this place does not deliver the teacher.
     """
-    file, downloads = (
-        PUBLISHED[job.dataset.name][job.teacher.name].file,
-        target.parent / "downloads",
-    )
+    file = PUBLISHED[job.dataset.name][job.teacher.name].file
     address = place if place.endswith(ARCHIVES) else f"{place.rstrip('/')}/{file}"
-    kept = (
-        downloads
-        / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{address.rpartition('/')[2]}"
-    )
-    if address != place:
-        download.download_file(address, kept, limit=LARGEST_FILE)
-        named = re.search(r"-([0-9a-f]{8})\.pth$", file)
-        try:
-            if named and not file_hash(kept).startswith(named[1]):
-                raise ValueError(
-                    f"{address} has sha256 {file_hash(kept)[:16]}..., not the one in its name"
-                )
-            _install(job, kept, target, address)
-        finally:
-            kept.unlink(missing_ok=True)  # so that the next try downloads a rejected file again
-        return address
+    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    downloads = path_of(job.home, job.dataset.name, job.teacher.name).parent / "downloads"
+    kept = downloads / f"{digest}-{address.rpartition('/')[2]}"
+    if address == place:
+        _fetch_from_archive(address, file, job, kept)
+    else:
+        _fetch_file(address, job, kept)
+    return address
+
+
+def _fetch_file(address: str, job: Config, kept: Path) -> None:
+    """Download the job's teacher to `kept`, and install it from there."""
+    download.download_file(address, kept, limit=teacher_files.LARGEST_FILE)
+    named = re.search(r"-([0-9a-f]{8})\.pth$", address)
+    try:
+        if named and not file_hash(kept).startswith(named[1]):
+            raise ValueError(
+                f"{address} has sha256 {file_hash(kept)[:16]}..., not the one in its name"
+            )
+        _install(job, kept, address)
+    finally:
+        kept.unlink(missing_ok=True)  # so that the next try downloads a rejected file again
+
+
+def _fetch_from_archive(address: str, file: str, job: Config, kept: Path) -> None:
+    """Download an archive to `kept`, and install the job's teacher, `file` in the archive.
+
+    Keep the archive: it contains the data set's other teachers as well.
+    """
     download.download_file(address, kept, limit=LARGEST_ARCHIVE)
     try:
         sha256 = file_hash(kept)
         teacher_files.check_pin(job.home, address, sha256)
-        with TemporaryDirectory(dir=downloads) as folder:
+        with TemporaryDirectory(dir=kept.parent) as folder:
             unpacked = Path(folder, "unpacked")
             unpack(
-                kept, unpacked, limit=LARGEST_FILE, wanted=lambda p: f"/{p}".endswith(f"/{file}")
+                kept,
+                unpacked,
+                limit=teacher_files.LARGEST_FILE,
+                wanted=lambda path: f"/{path}".endswith(f"/{file}"),
             )
             found = [path for path in unpacked.rglob("*") if path.is_file()]
             if len(found) != 1:
                 raise ValueError(f"{address} has {len(found)} files {file}, expected one")
-            _install(job, found[0], target, address)
+            _install(job, found[0], address)
         teacher_files.pin(job.home, address, sha256, address)
     except ValueError:
         kept.unlink()
         raise
-    return address  # keep the archive: it contains the data set's other teachers as well
 
 
 def import_file(job: Config, path: Path) -> str:
@@ -201,7 +210,7 @@ def import_file(job: Config, path: Path) -> str:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a weights file of {job.teacher.name}")
-    _check_size(path)
+    teacher_files.check_size(path)
     target = path_of(job.home, job.dataset.name, job.teacher.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"), TemporaryDirectory(dir=target.parent) as folder:
@@ -217,64 +226,24 @@ def import_file(job: Config, path: Path) -> str:
                     "Move it away first, or choose another home=..."
                 )
             return f"{job.teacher.name} already exists: {target}"
-        _install(job, copy, target, str(path.absolute()))
+        _install(job, copy, str(path.absolute()))
     return f"{job.teacher.name} from {path}: {target}"
 
 
-def _install(job: Config, came: Path, target: Path, source: str) -> None:
-    """Check that a file holds the job's teacher and matches its pin, then move it to `target`.
+def _install(job: Config, file: Path, source: str) -> None:
+    """Check a file that came from `source`, and move it to the path that `teacher=<name>` reads.
 
-    Pin the file if the teacher has no pin yet.
-
-    Args:
-        job: The configuration of the teacher.
-        came: The file.
-        target: The path that `teacher=<name>` reads.
-        source: The file's origin (address or path), for error messages and the pin.
-
-    Raises:
-        ValueError: The file holds other weights or values that are not finite, differs from the
-            pin, or a training run has written `target` meanwhile.
+    Raise ValueError as `teacher_files.install` does.
     """
-    network = build_network(job.teacher.model, job.dataset.num_classes, 0, torch.device("cpu"))
-    try:
-        _check_size(came)
-        load_weights(network, came, job.teacher.name)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(came), source)) from error
-    spoilt = [name for name, value in network.state_dict().items() if not value.isfinite().all()]
-    if spoilt:
-        raise ValueError(
-            f"{source} holds values that are not finite, in {', '.join(spoilt[:3])}; get it again"
-        )
-    teacher_files.pin(job.home, _key(job), file_hash(came), source)
-    try:
-        put(came, target)
-    except FileExistsError:
-        raise ValueError(
-            f"{target} was written meanwhile by a run that trained this teacher; "
-            f"move it away to install the one from {source}"
-        ) from None
-
-
-def _check_size(path: Path) -> None:
-    """Raise ValueError if the file, or the content of a zip file, is larger than any teacher."""
-    size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                size = max(size, sum(member.file_size for member in archive.infolist()))
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError):
-            return  # the code that reads the file reports the error
-    if size > LARGEST_FILE:
-        raise ValueError(
-            f"{path} has {size} bytes, and a teacher has at most {LARGEST_FILE}; "
-            "save its state_dict alone"
-        )
-
-
-def _key(job: Config) -> str:
-    return teacher_files.pin_key(job.dataset.name, job.teacher.name)
+    model = build_network(job.teacher.model, job.dataset.num_classes, 0, torch.device("cpu"))
+    teacher_files.install(
+        file,
+        model,
+        home=job.home,
+        dataset=job.dataset.name,
+        network=job.teacher.name,
+        source=source,
+    )
 
 
 def verify(job: Config, test_split: Callable[[], Data]) -> str:
@@ -287,26 +256,20 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         FileNotFoundError: The teacher's file is missing.
         ValueError: The values differ by more than TOLERANCE, or the file does not match its pin.
     """
-    path, name = teacher_path(job), job.teacher.name
+    path = teacher_path(job)
+    name = job.teacher.name
+    key = pin_key(job.dataset.name, name)
     if not path.exists():
         raise missing(path, name, job.dataset.name)
     if not job.teacher.checkpoint:
-        teacher_files.check_pin(job.home, _key(job), file_hash(path))
+        teacher_files.check_pin(job.home, key, file_hash(path))
     device = pick_device(job.trainer.device)
     network = build_network(job.teacher.model, job.dataset.num_classes, 0, device)
     teacher = Teacher(
         network, path, name=name, device=device, precision=job.trainer.precision, compile=False
     )
-    data = test_split()
-
-    def seen() -> Iterator[tuple[Tensor, Tensor]]:
-        done = 0
-        with meter(f"{name} on {job.dataset.name}", data.test_size, "images") as show:
-            for images_BCHW, target_B in data.test_batches():
-                yield images_BCHW, target_B
-                show(done := done + len(target_B))
-
-    top1 = evaluate(teacher, seen())["top1"]
+    batches = metered_test_batches(test_split(), f"{name} on {job.dataset.name}")
+    top1 = evaluate(teacher, batches)["top1"]
     published = PUBLISHED.get(job.dataset.name, {}).get(name)
     if published is None:
         return (
@@ -316,7 +279,7 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         raise ValueError(
             f"{name}: top-1 {top1:.2f} on {job.dataset.name}, but the published value is "
             f"{published.top1:.2f}: {path} was trained differently, or the data differs. Remove "
-            f"this file and its entry {_key(job)} in {teacher_files.lock_path(job.home)}, "
+            f"this file and its entry {key} in {teacher_files.lock_path(job.home)}, "
             "and fetch it again"
         )
     return f"{name}: top-1 {top1:.2f} on {job.dataset.name}, as published ({published.top1:.2f})"
@@ -338,18 +301,18 @@ def table(home: str) -> str:
     for key in dict.fromkeys([*listed, *sorted(here)]):
         dataset, _, name = key.partition("/")
         published = PUBLISHED.get(dataset, {}).get(name)
+        top1 = f"{published.top1:.2f}" if published else ""
         source = known[key]["source"] if key in known else ""
         if key not in here:
-            state = "missing"
+            presence = "missing"
         elif key not in known:
-            state, source = "present", "trained here, or copied there"
+            presence = "present"
+            source = "trained here, or copied there"
+        elif file_hash(here[key]) == known[key]["sha256"]:
+            presence = "present, as pinned"
         else:
-            state = (
-                "present, as pinned"
-                if file_hash(here[key]) == known[key]["sha256"]
-                else "present, CHANGED"
-            )
-        rows.add_row(dataset, name, f"{published.top1:.2f}" if published else "", state, source)
+            presence = "present, CHANGED"
+        rows.add_row(dataset, name, top1, presence, source)
     console = Console()
     with console.capture() as text:
         console.print(rows)
@@ -368,6 +331,14 @@ def _compose_job(name: str, overrides: Sequence[str]) -> Config:
 
 def _data(job: Config) -> Data:
     return build_data(job, pick_device(job.trainer.device))
+
+
+def _shared_data(job: Config, built: dict[str, Data]) -> Data:
+    """Return the job's data from `built`, {name of the data set: data}, after building it once."""
+    name = job.dataset.name
+    if name not in built:
+        built[name] = _data(job)
+    return built[name]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -399,7 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif chosen.command == "import":
         if len(words) != 1 or not chosen.name:
             parser.error("give one file and its network: import FILE --as NAME")
-        file, words = words[0], [chosen.name]
+        file = words[0]
+        words = [chosen.name]
     elif not words:
         parser.error(f"{chosen.command} what? Give names, such as {chosen.command} resnet32x4")
     if chosen.command == "fetch" and words == ["all"]:
@@ -409,31 +381,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg.frame()
     log_to_terminal()
     mirrors = [*chosen.mirror, *os.environ.get("SDDLSKD_TEACHER_MIRRORS", "").split()]
-    splits: dict[str, Data] = {}  # shared by all teachers that are verified on a data set
-
-    def split(job: Config) -> Data:
-        if job.dataset.name not in splits:
-            splits[job.dataset.name] = _data(job)
-        return splits[job.dataset.name]
-
-    acts: dict[str, Callable[[Config], str]] = {
-        "list": lambda job: table(job.home),
-        "fetch": lambda job: fetch(job, mirrors),
-        "verify": lambda job: verify(job, lambda: split(job)),
-        "import": lambda job: import_file(job, Path(file)),
-    }
+    built: dict[str, Data] = {}  # by data set, for all teachers that are verified on it
     failed = False
     try:
         for name in words:
             try:
-                write_line(acts[chosen.command](_compose_job(name, overrides)))
+                job = _compose_job(name, overrides)
+                if chosen.command == "list":
+                    line = table(job.home)
+                elif chosen.command == "fetch":
+                    line = fetch(job, mirrors)
+                elif chosen.command == "verify":
+                    line = verify(job, partial(_shared_data, job, built))
+                else:
+                    line = import_file(job, Path(file))
+                write_line(line)
             except ERRORS as error:
                 failed = True
                 sys.stderr.write(f"error: {explain(error)}\n")
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command continues where it stopped\n")
-        sys.exit(130)
-    sys.exit(1 if failed else 0)
+        sys.exit(ExitCode.STOPPED)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -178,22 +178,24 @@ def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) ->
             shutil.rmtree(scratch)
 
 
+# The checks below are stricter than tarfile's filter="data", which accepts links inside the folder,
+# contiguous files, "top/.." and backslashes, and unpacks an absolute name without its first "/".
 def _tar_entries(archive: Path) -> Generator[_Entry, None, None]:
     with tarfile.open(archive, "r:*", tarinfo=Member) as tar:
         for member in tar:
-            path = _safe(member.name)
+            path = _safe_path(member.name)
             if member.size < 0:  # an extended header can claim that
-                raise UnsafeArchive(f"{_shown(member.name)} has {member.size} bytes")
+                raise UnsafeArchive(f"{_printable(member.name)} has {member.size} bytes")
             if not member.isdir() and (
                 member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse()
             ):
                 raise UnsafeArchive(
-                    f"{_shown(member.name)} is a link, a device or another special file"
+                    f"{_printable(member.name)} is a link, a device or another special file"
                 )
-            yield _Entry(path, member.isdir(), member.size, partial(_opened, tar, member))
+            yield _Entry(path, member.isdir(), member.size, partial(_open_member, tar, member))
 
 
-def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     source = tar.extractfile(member)
     assert source is not None, "a regular file"
     return source
@@ -202,31 +204,32 @@ def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
     with zipfile.ZipFile(archive) as file:
         for member in file.infolist():
-            path, kind = _safe(member.orig_filename), stat.S_IFMT(member.external_attr >> 16)
+            path = _safe_path(member.orig_filename)
+            kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise UnsafeArchive(
-                    f"{_shown(member.filename)} is a link, a device or another special file"
+                    f"{_printable(member.filename)} is a link, a device or another special file"
                 )
             # Other compression methods can take any amount of memory.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UnsafeArchive(
-                    f"{_shown(member.filename)} is compressed by method {member.compress_type}, "
-                    "which is not supported"
+                    f"{_printable(member.filename)} is compressed by method "
+                    f"{member.compress_type}, which is not supported"
                 )
             yield _Entry(
                 path, member.filename.endswith("/"), member.file_size, partial(file.open, member)
             )
 
 
-def _safe(name: str) -> PurePosixPath:
+def _safe_path(name: str) -> PurePosixPath:
     """Return the path of a member. Raise UnsafeArchive if it leads out of the folder."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise UnsafeArchive(f"{_shown(name)} leads out of the folder")
+        raise UnsafeArchive(f"{_printable(name)} leads out of the folder")
     return path
 
 
-def _shown(name: str) -> str:
+def _printable(name: str) -> str:
     return ascii(name[:100])
 
 
@@ -236,4 +239,4 @@ def _write(entry: _Entry, path: Path) -> None:
     with entry.open() as source, open(path, "xb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
     if path.stat().st_size != entry.size:
-        raise UnsafeArchive(f"{_shown(str(entry.path))} is cut off")
+        raise UnsafeArchive(f"{_printable(str(entry.path))} is cut off")

@@ -99,7 +99,8 @@ def append(path: Path, content: bytes) -> None:
     try:
         # Unbuffered: after a failed write, closing the file would try to write a buffer again.
         with open(path, "ab", buffering=0) as file:
-            before, left = file.tell(), memoryview(content)
+            before = file.tell()
+            left = memoryview(content)
             try:
                 while left:
                     left = left[file.write(left) :]
@@ -114,14 +115,14 @@ def append(path: Path, content: bytes) -> None:
 
 def _unsaved(path: Path, size: int | None, error: OSError) -> OSError:
     """Return the error for a file that cannot be saved, with the space if the disk is full."""
-    lack = ""
+    space = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         there = next(place for place in path.absolute().parents if place.exists())
         free = f"{shutil.disk_usage(there).free} free"
-        lack = f" ({free})" if size is None else f" ({size} bytes needed, {free})"
+        space = f" ({free})" if size is None else f" ({size} bytes needed, {free})"
     reason = error.strerror or error
     return OSError(
         error.errno,
-        f"cannot save {path}: {reason}{lack}; "
+        f"cannot save {path}: {reason}{space}; "
         "free some space or choose another folder with home=...",
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import logging
 import pickle
 import re
@@ -19,6 +20,7 @@ from sddlskd.files.atomic import rotate, write_atomically
 
 __all__ = [
     "UnreadableFile",
+    "check_finite",
     "load_weights",
     "read",
     "read_latest",
@@ -30,7 +32,19 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-NEW, LATEST, SPARE = "last.ckpt.new", "last.ckpt", "last.previous.ckpt"
+# Files of a run: the checkpoint that is being put in place, the newest one, and the one before it.
+NEW = "last.ckpt.new"
+LATEST = "last.ckpt"
+SPARE = "last.previous.ckpt"
+
+# Keys under which other trainers keep a state dict, the preferred key first: averages of weights
+# are taken only if the file holds no weights beside them.
+AVERAGES = {"state_dict_ema", "model_ema"}
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "state_dict_ema", "model_ema")
+# Buffers that count something and take no part in a forward pass: of torch's AveragedModel and of
+# thop.
+COUNTERS = {"n_averaged", "total_ops", "total_params"}
+MOST_NESTED = 8  # wrappers around a state dict, and prefixes of its keys
 
 
 class UnreadableFile(ValueError):
@@ -150,26 +164,62 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the state dict in a weights file, on the CPU.
 
     The file may be a checkpoint of this package, RepDistiller or mdistiller ({"model": ...}), a
-    bare state dict or a .safetensors file. The prefix "module." of DataParallel is removed.
+    state dict under another key of WRAPPERS, a bare state dict or a .safetensors file. The prefix
+    "module." of DataParallel is removed.
 
     Raises:
         UnreadableFile: As for `read`, or if the file holds no state dict.
         FileNotFoundError: If there is no such file.
         ValueError: If a .safetensors file is given and safetensors is not installed.
     """
+    return {name.removeprefix("module."): value for name, value in _state_dict(path).items()}
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a weights file as `read_weights` does, with the file's own keys."""
     content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    taken = None
+    # A limit, because a file can hold a dict that contains itself.
+    for _ in range(MOST_NESTED):
+        if not (found := _wrapped(content)):
+            break
+        taken, *unused = found
+        if unused and taken not in AVERAGES and (averages := AVERAGES.intersection(unused)):
+            log.warning(
+                "%s holds averaged weights (%s), which are not used; "
+                "to use them, save them alone: torch.save({'model': checkpoint['%s']}, FILE)",
+                path,
+                min(averages),
+                min(averages),
+            )
+        content = content[taken]
     if (
         not isinstance(content, Mapping)
         or not content
         or not all(_is_weight(*item) for item in content.items())
     ):
-        raise UnreadableFile(
-            f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict"
+        message = (
+            f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict "
+            f"({', '.join(WRAPPERS)} are known instead of model)"
         )
-    return {name.removeprefix("module."): value for name, value in content.items()}
+        if isinstance(content, Mapping) and content:
+            place = f"under {taken}" if taken else "of the file"
+            message += f"; the first keys {place} are {_first_keys(content)}"
+        raise UnreadableFile(message)
+    return dict(content)
+
+
+def _wrapped(content: Any) -> list[str]:
+    """Return the keys of WRAPPERS under which `content` holds tensors, the preferred key first."""
+    if not isinstance(content, Mapping):
+        return []
+    inner = {key: content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)}
+    # A dict of plain values is for example the configuration of a model.
+    return [
+        key
+        for key, values in inner.items()
+        if any(isinstance(value, Tensor | Mapping) for value in values.values())
+    ]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -209,7 +259,8 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
 
     Args:
         model: The network, changed in place.
-        path: The weights file, in a format of `read_weights`.
+        path: The weights file, in a format of `read_weights`. What all of its keys share in front
+            is removed, and counters that the network does not have are ignored.
         network: Name of the network, for the message.
 
     Raises:
@@ -217,12 +268,11 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             names the first keys that differ. Also everything that `read_weights` raises.
     """
     own = model.state_dict()
-    # Files from before PyTorch 0.4.1 lack BatchNorm's count of batches, which this package does
-    # not read.
-    counts = {k: value for k, value in own.items() if k.endswith(".num_batches_tracked")}
-    weights = counts | read_weights(path)
+    read_names = _state_dict(path)
+    weights = _renamed(read_names, own)
     differing = [f"{k} is missing" for k in own if k not in weights]
     differing += [f"{_printable(k)} is not in {network}" for k in weights if k not in own]
+    names_differ = bool(differing)
     differing += [
         f"{k} is {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
         for k in own
@@ -234,14 +284,84 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
         if k in weights and weights[k].is_floating_point() != own[k].is_floating_point()
     ]
     if differing:
-        shown = "; ".join(differing[:3]) + (
-            f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        )
-        raise ValueError(
+        shown = "; ".join(differing[:3])
+        if len(differing) > 3:
+            shown += f"; and {len(differing) - 3} more"
+        message = (
             f"{path} does not hold weights of {network}: {shown}. Give the file of that network "
             "and data set"
         )
+        if names_differ:
+            message += (
+                f" (the file's first keys are {_first_keys(read_names)}; "
+                f"expected are {_first_keys(own)})"
+            )
+        raise ValueError(message)
     model.load_state_dict(weights)
+
+
+def check_finite(model: nn.Module, source: Path | str) -> None:
+    """Raise ValueError if a weight or buffer of `model` is NaN or infinite.
+
+    `source` is where the weights come from, for the message, which names the first such keys.
+    """
+    spoilt = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if spoilt:
+        shown = ", ".join(spoilt[:3])
+        if len(spoilt) > 3:
+            shown += f" and {len(spoilt) - 3} more"
+        raise ValueError(
+            f"{source} holds values that are not finite, in {shown}: its training diverged, or the "
+            "file is damaged; get it again, or give another file"
+        )
+
+
+def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under the names of the network that they fit.
+
+    What all names share in front, such as "module.student.", is removed if the rest are names of
+    the network. Buffers of COUNTERS that the network does not have are left out. BatchNorm's
+    counts of batches, which files from before PyTorch 0.4.1 lack and this package does not read,
+    are taken from the network.
+
+    Args:
+        weights: The weights under the file's own names.
+        own: The state dict of the network.
+
+    Returns:
+        The weights, under names that may still differ from those of the network.
+    """
+    candidates = [dict(weights)]
+    # DataParallel may wrap a part of a network only.
+    bare = {k.removeprefix("module."): value for k, value in weights.items()}
+    if len(bare) == len(weights):
+        candidates.append(bare)
+    for _ in range(MOST_NESTED):
+        if not (prefix := _common_prefix(candidates[-1])):
+            break
+        candidates.append({k.removeprefix(prefix): v for k, v in candidates[-1].items()})
+    # `max` prefers the first of equally good candidates: the names as they are in the file.
+    best = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
+    counts = {k: value for k, value in own.items() if k.endswith(".num_batches_tracked")}
+    return counts | {k: v for k, v in best.items() if k in own or not _is_counter(k)}
+
+
+def _common_prefix(weights: Mapping[str, Tensor]) -> str:
+    """Return the first component that all names share, with its dot, or ""; ignore COUNTERS."""
+    firsts = {name.partition(".")[:2] for name in weights if not _is_counter(name)}
+    if len(firsts) != 1:
+        return ""
+    first, dot = firsts.pop()
+    return first + dot if dot else ""
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in COUNTERS
+
+
+def _first_keys(content: Mapping[Any, Any]) -> str:
+    shown = ", ".join(_printable(str(key)) for key in itertools.islice(content, 3))
+    return shown + ", ..." if len(content) > 3 else shown
 
 
 def _printable(name: str) -> str:

@@ -10,16 +10,14 @@ import logging
 import os
 import random
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPMessage, HTTPResponse
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import urljoin, urlsplit
 
+import requests
 from filelock import FileLock
+from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 
 from sddlskd.files.atomic import write_atomically
 from sddlskd.terminal.meter import meter
@@ -35,6 +33,7 @@ SLOWEST = 100  # bytes per second
 BACKOFF_S = 1.0  # seconds before the second attempt; doubled before each later one
 LONGEST_S = 60.0  # longest pause between attempts, even if the server asks for a longer one
 LATER = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that mean: try again later
+MOST_REDIRECTS = 10
 
 log = logging.getLogger(__name__)
 
@@ -57,28 +56,13 @@ class _TryAgain(Exception):
         self, reason: str, *, after_s: float = 0.0, reached: bool = True, anew: bool = False
     ) -> None:
         super().__init__(reason)
-        self.after_s, self.reached, self.anew = after_s, reached, anew
+        self.after_s = after_s
+        self.reached = reached
+        self.anew = anew
 
 
 class _GiveUp(Exception):
     """An attempt failed in a way in which every other attempt would fail."""
-
-
-class _Answer(NamedTuple):
-    """A server's answer.
-
-    Attributes:
-        body: the response to read from.
-        start: number of bytes at the beginning of the file that the answer leaves out.
-        total: number of bytes of the whole file, if known.
-        version: text that identifies this version of the file to the server (a strong ETag or a
-            date).
-    """
-
-    body: HTTPResponse
-    start: int
-    total: int | None
-    version: str | None
 
 
 def download_file(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
@@ -161,32 +145,77 @@ def _persist(url: str, partial: Path, limit: int) -> None:
 
     Raise _GiveUp if the attempts are used up or pointless, or OSError if the disk fails.
     """
-    failures, furthest, reached = 0, 0, False
-    while True:
-        try:
-            with _connection(url, *_held(url, partial)) as answer:
-                _store(url, answer, partial, limit)
-            return
-        except _TryAgain as error:
-            held = partial.stat().st_size if partial.exists() else 0
-            failures = 1 if held >= furthest + GAIN else failures + 1
-            furthest, reached = max(furthest, held), reached or error.reached
-            # If no server ever answered, waiting is of little use.
-            if failures >= ATTEMPTS or not reached:
-                raise _GiveUp(str(error)) from error
-            if error.anew:
+    failures = 0
+    furthest = 0
+    reached = False
+    with requests.Session() as session:
+        session.max_redirects = MOST_REDIRECTS
+        session.hooks["response"].append(_check_redirect)
+        while True:
+            try:
+                _attempt(session, url, partial, limit)
+                return
+            except _TryAgain as error:
+                held = partial.stat().st_size if partial.exists() else 0
+                if held >= furthest + GAIN:
+                    failures = 0
+                failures += 1
+                furthest = max(furthest, held)
+                reached = reached or error.reached
+                # If no server ever answered, waiting is of little use.
+                if failures >= ATTEMPTS or not reached:
+                    raise _GiveUp(str(error)) from error
+                if error.anew:
+                    _forget(partial)
+                pause = min(max(BACKOFF_S * 2 ** (failures - 1), error.after_s), LONGEST_S)
+                message = "%s: %s; trying again in %.0f s (%d of %d)"
+                log.info(message, url, error, pause, failures + 1, ATTEMPTS)
+                # A random pause spreads clients that failed at the same moment.
+                time.sleep(pause * random.SystemRandom().uniform(0.75, 1.0))
+
+
+def _attempt(session: requests.Session, url: str, partial: Path, limit: int) -> None:
+    """Download the bytes of a file that `partial` lacks.
+
+    Raise _TryAgain if the next attempt may succeed, and _GiveUp if every other attempt would fail.
+    """
+    held, expected = _held(url, partial)
+    headers = {"User-Agent": "sddlskd", "Accept-Encoding": "identity"}
+    if expected:
+        # The server sends another version as a whole.
+        headers |= {"Range": f"bytes={held}-", "If-Range": expected}
+    try:
+        with session.get(url, headers=headers, stream=True, timeout=STALLED_S) as response:
+            status = f"HTTP Error {response.status_code}: {response.reason}"
+            if response.status_code == 416:  # the file ends before the requested bytes
+                raise _TryAgain("the file has changed on the server", anew=True)
+            if response.status_code in LATER:
+                after_s = _number(response.headers.get("Retry-After", ""))
+                raise _TryAgain(status, after_s=after_s or 0)
+            if response.status_code >= 300:
+                raise _GiveUp(status)
+            start, total, version = _read_headers(response, held, expected)
+            _check_size(total or 0, limit, partial)
+            if not start:
                 _forget(partial)
-            pause = min(max(BACKOFF_S * 2 ** (failures - 1), error.after_s), LONGEST_S)
-            log.info(
-                "%s: %s; trying again in %.0f s (%d of %d)",
-                url,
-                error,
-                pause,
-                failures + 1,
-                ATTEMPTS,
-            )
-            # A random pause spreads clients that failed at the same moment.
-            time.sleep(pause * random.SystemRandom().uniform(0.75, 1.0))
+                with write_atomically(_note(partial)) as note:
+                    note.write(json.dumps({"url": url, "version": version}).encode())
+            _store(response, partial, start, total, limit)
+    except (requests.TooManyRedirects, ValueError) as error:  # ValueError: an invalid address
+        raise _GiveUp(_reason(error)) from error
+    except (requests.RequestException, HTTPError) as error:
+        # requests meets a MaxRetryError if it cannot connect, and in no other case.
+        reached = not isinstance(error.__context__, MaxRetryError)
+        raise _TryAgain(_reason(error), reached=reached) from error
+
+
+def _check_redirect(response: requests.Response, **_: Any) -> None:
+    """Raise _GiveUp if a response redirects from https to another scheme."""
+    if response.is_redirect:
+        response.close()  # do not read the body, however long it is
+        target = urljoin(response.url, response.headers["Location"])
+        if response.url.startswith("https:") and not target.startswith("https:"):
+            raise _GiveUp(f"it redirects from https to {target:.200}")
 
 
 def _held(url: str, partial: Path) -> tuple[int, str | None]:
@@ -202,151 +231,70 @@ def _held(url: str, partial: Path) -> tuple[int, str | None]:
     return 0, None
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A handler that follows redirects within http and https, but not from https to http."""
+def _read_headers(
+    response: requests.Response, held: int, expected: str | None
+) -> tuple[int, int | None, str | None]:
+    """Return what the headers say: (first byte of the answer, size of the whole file, version).
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        schemes = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
-        if schemes not in (("http", "http"), ("http", "https"), ("https", "https")):
-            raise _GiveUp(f"it redirects from {schemes[0]} to {newurl:.200}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    def http_error_302(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage
-    ) -> Any:
-        try:
-            return super().http_error_302(req, fp, code, msg, headers)
-        except (_GiveUp, ValueError):
-            fp.close()
-            raise
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _open(request: urllib.request.Request) -> HTTPResponse:
-    opener = urllib.request.OpenerDirector()  # build_opener would allow file: and ftp: too
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        _Redirects,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    answer = opener.open(request, timeout=STALLED_S)
-    assert isinstance(answer, HTTPResponse)
-    return answer
-
-
-@contextmanager
-def _connection(url: str, held: int, version: str | None) -> Iterator[_Answer]:
-    """Request the missing bytes of a file and yield the server's answer.
-
-    Args:
-        url: address of the file.
-        held: number of bytes that an earlier attempt left.
-        version: version of the file that these bytes belong to; None to request the whole file.
-
-    Raises:
-        _TryAgain: if the next attempt may succeed.
-        _GiveUp: if every other attempt would fail.
+    The size is None if it is unknown. The version is a strong ETag or a date, or None if there is
+    neither. Raise _TryAgain or _GiveUp if the response does not fit the request.
     """
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "sddlskd", "Accept-Encoding": "identity"}
-    )
-    if version:
-        request.add_header("Range", f"bytes={held}-")
-        request.add_header("If-Range", version)  # the server sends another version as a whole
-    try:
-        with _open(request) as body:
-            yield _read_headers(body, held, version)
-    except urllib.error.HTTPError as error:
-        with error:  # the error holds the open response
-            if error.code == 416:  # the file ends before the requested bytes
-                raise _TryAgain("the file has changed on the server", anew=True) from error
-            if error.code in LATER:
-                raise _TryAgain(
-                    _reason(error), after_s=_seconds(error.headers.get("Retry-After"))
-                ) from error
-            raise _GiveUp(_reason(error)) from error
-    except urllib.error.URLError as error:
-        raise _TryAgain(_reason(error), reached=False) from error
-    except (HTTPException, TimeoutError, ConnectionError) as error:
-        raise _TryAgain(_reason(error)) from error
-    except ValueError as error:  # a redirect to an invalid address
-        raise _GiveUp(_reason(error)) from error
-
-
-def _read_headers(body: HTTPResponse, held: int, expected: str | None) -> _Answer:
-    """Return the answer that the headers of a response describe.
-
-    Raise _TryAgain or _GiveUp if the response does not fit the request.
-    """
-    if (encoding := body.headers.get("Content-Encoding", "identity")) != "identity":
+    headers = response.headers
+    encoding = headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
         raise _GiveUp(f"the server sends it encoded as {encoding:.40}")
-    tag, date = body.headers.get("ETag", ""), body.headers.get("Last-Modified", "")
+    tag = headers.get("ETag", "")
     # A weak ETag does not guarantee that every byte is the same.
-    version: str | None = tag if tag.startswith('"') else date
+    version: str | None = tag if tag.startswith('"') else headers.get("Last-Modified", "")
     if not (version and version.isascii() and version.isprintable() and len(version) < 200):
         version = None
-    length = body.headers.get("Content-Length")
-    size = int(length) if length and length.isdecimal() else None
-    if body.status == 200:
-        return _Answer(body, 0, size, version)
-    span = body.headers.get("Content-Range", "")
-    if body.status == 206 and version not in (None, expected):
+    if response.status_code == 200:
+        return 0, _number(headers.get("Content-Length", "")), version
+    span = headers.get("Content-Range", "")
+    if response.status_code == 206 and version not in (None, expected):
         raise _TryAgain("the file has changed on the server", anew=True)
-    if body.status != 206 or not held or not span.startswith(f"bytes {held}-"):
+    if response.status_code != 206 or not held or not span.startswith(f"bytes {held}-"):
         raise _GiveUp(
-            f"the server answers {body.status} {span:.80} to a request for the bytes from {held} on"
+            f"the server answers {response.status_code} {span:.80} "
+            f"to a request for the bytes from {held} on"
         )
-    total = span.rpartition("/")[2]
-    return _Answer(body, held, int(total) if total.isdecimal() else None, version)
+    return held, _number(span.rpartition("/")[2]), version
 
 
-def _store(url: str, answer: _Answer, partial: Path, limit: int) -> None:
-    """Append an answer to `partial`, or write it anew if the answer holds the whole file.
+def _store(
+    response: requests.Response, partial: Path, start: int, total: int | None, limit: int
+) -> None:
+    """Append the body of a response to `partial`.
 
-    Raise _TryAgain if the answer is cut off or stalls, _GiveUp if the file is larger than `limit`.
+    Raise _TryAgain if the body is cut off or stalls, _GiveUp if the file is larger than `limit`.
+
+    Args:
+        response: the response.
+        partial: file to append to.
+        start: number of bytes that the file holds.
+        total: number of bytes of the whole file, if known.
+        limit: largest size in bytes.
     """
-    body, start, total, version = answer
-    _check_size(total or 0, limit, partial)
-    if not start:
-        _forget(partial)
-        with write_atomically(_note(partial)) as note:
-            note.write(json.dumps({"url": url, "version": version}).encode())
-    done, since, before = start, time.monotonic(), start
+    response.raw.enforce_content_length = False  # the check below counts the bytes of `start` too
+    done = before = start
+    since = time.monotonic()
     with open(partial, "ab") as file, meter(partial.stem, total, "bytes") as show:
-        while chunk := _chunk(body):
+        # read1 returns the bytes that have arrived, without waiting for more; empty at the end.
+        while chunk := response.raw.read1(1 << 16):
             file.write(chunk)
             done += len(chunk)
             _check_size(done, limit, partial)
             show(done)
-            if (elapsed := time.monotonic() - since) >= STALLED_S:
+            elapsed = time.monotonic() - since
+            if elapsed >= STALLED_S:
                 if done - before < SLOWEST * elapsed:
                     raise _TryAgain(f"stalled: {done - before} bytes in {elapsed:.0f} s")
-                since, before = time.monotonic(), done
+                since = time.monotonic()
+                before = done
         if total is not None and done != total:
             raise _TryAgain(f"cut off after {done} of {total} bytes", anew=done > total)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _chunk(body: HTTPResponse) -> bytes:
-    """Return the bytes that have arrived, without waiting for more; empty at the end."""
-    try:
-        return body.read1(1 << 16)
-    except (HTTPException, OSError, ValueError) as error:  # ValueError: invalid chunk length
-        raise _TryAgain(_reason(error)) from error
 
 
 def _check_size(size: int, limit: int, partial: Path) -> None:
@@ -369,14 +317,17 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _seconds(text: Any) -> float:
-    """Return the seconds of a Retry-After header; 0 if the header is missing or a date."""
-    return float(text) if isinstance(text, str) and text.isdecimal() and len(text) < 6 else 0.0
+def _number(text: str) -> int | None:
+    """Return the number that a header gives in plain digits, or None."""
+    return int(text) if text.isascii() and text.isdecimal() else None
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, TimeoutError) or (
-        isinstance(error, urllib.error.URLError) and isinstance(error.reason, TimeoutError)
-    ):
+    """Return why an attempt failed, in one line."""
+    if isinstance(error, requests.Timeout | ReadTimeoutError):
         return f"no answer within {STALLED_S:g} s"
+    if isinstance(error, requests.RequestException | HTTPError):
+        # The libraries wrap the error that says why in errors that repeat the address.
+        while cause := error.__cause__ or error.__context__:
+            error = cause
     return " ".join(str(error).split()) or type(error).__name__

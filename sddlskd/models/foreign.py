@@ -11,7 +11,7 @@ N tokens, K classes.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import isqrt
 from typing import Any, NamedTuple
@@ -45,21 +45,16 @@ class _Step(NamedTuple):
 
     @property
     def name(self) -> str:
-        return (
-            (resolve_name(self.function) or repr(self.function))
-            .removesuffix(".__get__")
-            .rpartition(".")[2]
-        )
+        full = resolve_name(self.function) or repr(self.function)
+        return full.removesuffix(".__get__").rpartition(".")[2]
 
     @property
     def sources(self) -> list[Tensor]:
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} in "
-            f"{f'`{self.owner}`' if self.owner else 'the forward of the network itself'}"
-        )
+        owner = f"`{self.owner}`" if self.owner else "the forward of the network itself"
+        return f"{self.name} in {owner}"
 
 
 class _Trace(TorchFunctionMode):
@@ -81,7 +76,8 @@ class _Trace(TorchFunctionMode):
         self.gave: dict[str, Tensor] = {}  # each module's output, by module name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        step = _Step(func, tuple(args), dict(kwargs or {}), self.inside[-1] if self.inside else "")
+        owner = self.inside[-1] if self.inside else ""
+        step = _Step(func, tuple(args), dict(kwargs or {}), owner)
         versions = [source._version for source in step.sources]
         result = func(*args, **step.kwargs)
         if not isinstance(result, Tensor):
@@ -139,7 +135,9 @@ class ForeignNetwork(LogitMapModel):
 
     def __init__(self, network: nn.Module, head: str, tap: _Tap) -> None:
         super().__init__()
-        self.network, self._head, self._tap = network, head, tap
+        self.network = network
+        self._head = head
+        self._tap = tap
         self._taken: Tensor | None = None
         tapped = network.get_submodule(tap.module)
         if tap.output:
@@ -172,7 +170,8 @@ class ForeignNetwork(LogitMapModel):
         Raise RuntimeError if the module that gives the map did not run.
         """
         self.network(x_BCHW)
-        taken, self._taken = self._taken, None
+        taken = self._taken
+        self._taken = None
         if taken is None:
             raise RuntimeError(
                 f"{self._tap.module} did not run: "
@@ -181,11 +180,9 @@ class ForeignNetwork(LogitMapModel):
         for step in self._tap.steps:
             taken = _again(step, taken)
         map_BCHW = _as_map(taken, self._tap.layout, x_BCHW.shape)
-        return (
-            F.dropout2d(map_BCHW, self._tap.dropout, self.training)
-            if self._tap.dropout
-            else map_BCHW
-        )
+        if not self._tap.dropout:
+            return map_BCHW
+        return F.dropout2d(map_BCHW, self._tap.dropout, self.training)
 
 
 def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -201,11 +198,22 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 def _again(step: _Step, value: Tensor) -> Tensor:
     """Call a recorded function on another tensor than the recorded one."""
-    args = [value if isinstance(a, Tensor) else a for a in step.args]
-    result: Tensor = step.function(
-        *args, **{k: value if isinstance(a, Tensor) else a for k, a in step.kwargs.items()}
-    )
+    step = _with_tensor(step, value)
+    result: Tensor = step.function(*step.args, **step.kwargs)
     return result
+
+
+def _with_tensor(step: _Step, tensor: Tensor) -> _Step:
+    """Return the step with `tensor` in the place of each of its tensors."""
+    args = list(step.args)
+    for index, argument in enumerate(args):
+        if isinstance(argument, Tensor):
+            args[index] = tensor
+    kwargs = dict(step.kwargs)
+    for name, argument in kwargs.items():
+        if isinstance(argument, Tensor):
+            kwargs[name] = tensor
+    return step._replace(args=tuple(args), kwargs=kwargs)
 
 
 def _as_map(value: Tensor, layout: str, image_BCHW: torch.Size) -> Tensor:
@@ -264,12 +272,16 @@ def from_network(network: nn.Module, image_BCHW: Tensor | None = None) -> Foreig
 
 @torch.no_grad()
 def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
-    what, like = type(network).__name__, next(network.parameters(), None)
+    what = type(network).__name__
+    like = next(network.parameters(), None)
     if like is None:
         raise ValueError(f"{what} has no parameters, so no linear head. {CURES}")
-    not_taken, refusals = [], []
-    for side in SIDES if image_BCHW is None else (0,):
-        images_BCHW = _noise(like, side) if image_BCHW is None else image_BCHW.to(like.device)
+    tried: Iterable[Tensor] = (_noise(like, side) for side in SIDES)
+    if image_BCHW is not None:
+        tried = (image_BCHW.to(like.device),)
+    not_taken: list[str] = []
+    refusals: list[_OneCell] = []
+    for images_BCHW in tried:
         trace = _Trace(network)
         try:
             with _listening(network, trace), trace:
@@ -286,7 +298,7 @@ def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
                 break
             continue
         model = ForeignNetwork(network, head, tap).eval()
-        _check(model, images_BCHW, what)
+        _check_logits(model, images_BCHW, what)
         return model
     if refusals:
         raise ValueError(str(refusals[-1]))
@@ -332,26 +344,21 @@ def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
         raise ValueError(f"{what} gives {tuple(logits.shape)}; logits are (B, K). {CURES}")
     value = logits
     while True:
-        for name in [
-            name for name, result in trace.gave.items() if result is value and name in trace.took
-        ]:
+        for name, result in trace.gave.items():
             module = network.get_submodule(name)
-            if isinstance(module, nn.Linear) and _equal(
-                F.linear(trace.took[name], module.weight, module.bias), value
-            ):
+            if result is not value or name not in trace.took or not isinstance(module, nn.Linear):
+                continue
+            if _equal(F.linear(trace.took[name], module.weight, module.bias), value):
                 return name  # also for a subclass with its own forward, as timm has one
         changed = trace.touched.get(id(value))
         step = changed[-1] if changed else trace.made.get(id(value))
         before = _same_values(step, value) if step else None
         if before is None:
-            two = (
-                "; it averages two heads, one of them of a distillation token"
-                if hasattr(network, "head_dist")
-                else ""
-            )
+            origin = str(step or "an operation that was not recorded")
+            if hasattr(network, "head_dist"):
+                origin += "; it averages two heads, one of them of a distillation token"
             raise ValueError(
-                f"{what}: its logits do not come from an nn.Linear, but from "
-                f"{step or 'an operation that was not recorded'}{two}. {CURES}"
+                f"{what}: its logits do not come from an nn.Linear, but from {origin}. {CURES}"
             )
         value = before
 
@@ -362,7 +369,9 @@ def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head:
     Go back from the head's input to the map, and on to a module that has the map as its input or
     output. Raise ValueError if the head's input is not the global average of a map.
     """
-    value, dropout, one_cell = pooled, 0.0, False
+    value = pooled
+    dropout = 0.0
+    one_cell = False
     while True:
         changed = [step for step in trace.touched.get(id(value), ()) if step.name != "dropout"]
         for step in trace.touched.get(id(value), ()):
@@ -371,9 +380,10 @@ def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head:
                 dropout += p - dropout * p
         made = changed[-1] if changed else trace.made.get(id(value))
         sources = [] if changed or made is None else made.sources
-        found = [(source, layout) for source in sources if (layout := _layout(source, value))]
+        layouts = [(source, _layout(source, value)) for source in sources]
+        found = [(source, layout) for source, layout in layouts if layout]
         if found:
-            (source, layout) = found[0]
+            source, layout = found[0]
             break
         before = None if changed or made is None else _same_values(made, value)
         if before is None:
@@ -382,7 +392,8 @@ def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head:
                 f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. "
                 f"{CURES}"
             )
-        value, one_cell = before, one_cell or before.ndim > 2
+        value = before
+        one_cell = one_cell or before.ndim > 2
     if layout in ("BNC", "BCN"):
         _grid(source.shape[LAYOUTS[layout][0]], images_BCHW.shape)
     module, output, steps = _place(trace, source, images_BCHW, what)
@@ -430,11 +441,7 @@ def _place(
 
 def _emptied(step: _Step) -> _Step:
     """Return the step without its tensors, which would otherwise stay in memory."""
-    hole = torch.empty(0)
-    args = tuple(hole if isinstance(a, Tensor) else a for a in step.args)
-    return step._replace(
-        args=args, kwargs={k: hole if isinstance(a, Tensor) else a for k, a in step.kwargs.items()}
-    )
+    return _with_tensor(step, torch.empty(0))
 
 
 def _same_values(step: _Step, value: Tensor) -> Tensor | None:
@@ -478,13 +485,14 @@ def _probability(step: _Step) -> float:
     )
 
 
-def _check(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:
+def _check_logits(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:
     """Raise ValueError if the mean of the logit map differs from the network's logits.
 
     The check uses one image more than `images_BCHW` has, so that it covers another batch size too.
     """
     more_BCHW = torch.cat((images_BCHW, images_BCHW.flip(-1)))[: len(images_BCHW) + 1]
-    logits_BK, map_BKHW = model.network(more_BCHW), model(more_BCHW)
+    logits_BK = model.network(more_BCHW)
+    map_BKHW = model(more_BCHW)
     if map_BKHW.is_meta:
         return
     error = (map_BKHW.float().mean((2, 3)) - logits_BK.float()).abs().max().item()

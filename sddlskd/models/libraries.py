@@ -96,15 +96,18 @@ def from_torchvision(
 
 def _load_but_other_heads(model: LogitMapModel, weights: dict[str, Tensor]) -> None:
     """Load published weights, except those of the head if they have another number of classes."""
-    own, names = model.state_dict(), dict(model.named_parameters())
+    own = model.state_dict()
+    of_head = {id(parameter) for parameter in model.head.parameters()}
     heads = {
         name.removeprefix("network.")
-        for name, p in names.items()
-        if any(p is q for q in model.head.parameters())
+        for name, parameter in model.named_parameters()
+        if id(parameter) in of_head
     }
-    model.load_state_dict(
-        {k: own[k] if k in heads and v.shape != own[k].shape else v for k, v in weights.items()}
-    )
+    loaded = dict(weights)
+    for name in heads & loaded.keys():
+        if loaded[name].shape != own[name].shape:
+            loaded[name] = own[name]
+    model.load_state_dict(loaded)
 
 
 def _meta() -> bool:
@@ -118,19 +121,15 @@ def _placed(network: nn.Module, size: int | Sequence[int] | None = None) -> Logi
     """
     with torch.device("cpu"):
         sides = (size, size) if isinstance(size, int) else size
-        noise_BCHW = (
-            None
-            if sides is None
-            else torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
-        )
+        noise_BCHW = None
+        if sides is not None:
+            noise_BCHW = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
         model = from_network(network, noise_BCHW)
     return model.to("meta") if _meta() else model
 
 
 def _close(name: str, valid: list[str]) -> str:
     close = get_close_matches(name, valid, n=3)
-    return (
-        f"; did you mean {' or '.join(close)}?"
-        if close
-        else f"; it has {len(valid)}, such as {', '.join(valid[:3])}"
-    )
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; it has {len(valid)}, such as {', '.join(valid[:3])}"

@@ -26,9 +26,8 @@ class MobileNetV1(LogitMapModel):
         super().__init__()
         self.model = nn.Sequential(conv_bn_relu(3, _CHANNELS[0], 3, stride=2))
         for unit, (in_channels, channels) in enumerate(pairwise(_CHANNELS), 1):
-            depthwise = conv_bn_relu(
-                in_channels, in_channels, 3, 2 if unit in _STRIDED else 1, groups=in_channels
-            )
+            stride = 2 if unit in _STRIDED else 1
+            depthwise = conv_bn_relu(in_channels, in_channels, 3, stride, groups=in_channels)
             self.model.append(nn.Sequential(*depthwise, *conv_bn_relu(in_channels, channels, 1)))
         self.fc = nn.Linear(_CHANNELS[-1], num_classes)
 

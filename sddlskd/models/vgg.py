@@ -62,11 +62,12 @@ torch.fx.wrap("max_pool_where_64")
 
 def _block(in_channels: int, channels: int, convs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i in range(convs):
+    for _ in range(convs):
         layers += [
-            nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1),
+            nn.Conv2d(in_channels, channels, 3, padding=1),
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         ]
+        in_channels = channels
     # The last ReLU is in `features`, because the published blocks end before their last ReLU.
     return nn.Sequential(*layers[:-1])

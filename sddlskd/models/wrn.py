@@ -40,7 +40,8 @@ class Unit(nn.Module):
         out = self.conv2(out)
         # If the number of channels changes, the shortcut convolves the activated input; otherwise
         # it is the raw input.
-        out += x_BCHW if self.convShortcut is None else self.convShortcut(active)
+        shortcut = x_BCHW if self.convShortcut is None else self.convShortcut(active)
+        out += shortcut
         return out
 
 

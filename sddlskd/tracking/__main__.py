@@ -9,7 +9,7 @@ from sddlskd import config as cfg
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.tracking.runs import sync
 from sddlskd.tracking.sweeps import is_planned, sweep_folder, sync_sweep
-from sddlskd.tracking.uri import first_line
+from sddlskd.tracking.uri import Deleted, first_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="deliver everything again, for example after the server lost its data",
+        help="deliver everything again, for example after runs were deleted in MLflow",
     )
     chosen = parser.parse_args(arguments)
     cfg.frame()
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweeps = {path.parent for folder in chosen.folders for path in folder.rglob("plan.json")}
     if not runs and not sweeps:
         sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")
-    problems, delivered, answering = [], 0, set()
+    problems: list[str] = []
+    delivered = 0  # runs
+    answering: set[str | None] = set()  # addresses of MLflow that have answered
     for run in runs:
         try:
             config = cfg.load(run / "config.yaml")
@@ -43,16 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sweeps.add(sweep_folder(config))
         except ConnectionError as error:
             sys.exit(f"error: {run} could not be delivered: {error}")
+        except Deleted as error:
+            problems.append(f"error: {error}")
         except Exception as error:  # one damaged run must not block the delivery of the others
             problems.append(f"error: {run} could not be delivered: {first_line(error)}")
     for sweep in sorted(sweeps):
         try:
             sync_sweep(sweep, again=chosen.again)
+        except Deleted as error:
+            problems.append(f"error: {error}")
         except Exception as error:
             problems.append(f"error: {sweep} could not be delivered: {first_line(error)}")
     sys.stdout.write(f"MLflow has {delivered} runs up to date\n")
     if problems:
-        sys.exit("\n".join(problems))
+        # Of a deleted experiment every run has the same problem.
+        sys.exit("\n".join(dict.fromkeys(problems)))
 
 
 if __name__ == "__main__":

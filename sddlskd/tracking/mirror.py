@@ -7,6 +7,7 @@ missing.
 
 import logging
 import math
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -47,11 +48,14 @@ class Mirror:
             retry: The longest time to retry failed deliveries, in seconds.
         """
         with self._wake:
-            self._closing, self._give_up = True, time.monotonic() + retry
+            self._closing = True
+            self._give_up = time.monotonic() + retry
             self._wake.notify()
-        self._thread.join(retry if self._away else timeout)
-        if left := self._dirty | self._busy:
-            folders = " ".join(sorted(map(str, left)))
+        longest = retry if self._away else timeout
+        self._thread.join(longest)
+        left = self._dirty | self._busy
+        if left:
+            folders = shlex.join(sorted(map(str, left)))
             log.warning(
                 "MLflow did not receive everything; once it is reachable, run: "
                 "python -m sddlskd.tracking sync %s",
@@ -66,18 +70,21 @@ class Mirror:
                     self._wake.wait()
                 if not self._dirty:
                     return
-                self._busy, self._dirty = self._dirty, set()
-            failed = {folder for folder in self._busy if not self._try(folder)}
+                self._busy = self._dirty
+                self._dirty = set()
+            failed = {folder for folder in self._busy if not self._deliver(folder)}
             with self._wake:
                 self._dirty |= failed
                 self._busy = set()
                 if failed and time.monotonic() > self._give_up:
                     return
                 if failed:
-                    self._wake.wait(min(pause, 4.0) if self._closing else pause)
+                    longest = 4.0 if self._closing else pause
+                    self._wake.wait(min(pause, longest))
             pause = min(pause * 2, 60.0) if failed else 1.0
 
-    def _try(self, folder: Path) -> bool:
+    def _deliver(self, folder: Path) -> bool:
+        """Deliver a run directory, and return whether MLflow has accepted it."""
         try:
             sync(folder)
         except Exception as error:  # an error of MLflow must not end the training

@@ -37,10 +37,8 @@ def save_model(
         from mlflow.types import Schema, TensorSpec
 
         number = np.dtype("float32")
-        images, logits = (
-            TensorSpec(number, (-1, *image_CHW), "images"),
-            TensorSpec(number, (-1, num_classes), "logits"),
-        )
+        images = TensorSpec(number, (-1, *image_CHW), "images")
+        logits = TensorSpec(number, (-1, num_classes), "logits")
         mlflow.onnx.save_model(
             onnx.load(str(onnx_file)),
             str(folder),
@@ -59,14 +57,14 @@ def log_model(folder: Path, model: Path) -> str | None:
     Return None if MLflow does not have the run. Log a warning and return None if MLflow does not
     accept the model.
     """
-    state = record.read_mirror(folder)
-    if "run_id" not in state:
+    delivery = record.read_mirror(folder)
+    if "run_id" not in delivery:
         return None
+    uri = str(delivery["uri"])
+    run_id = delivery["run_id"]
     try:
-        tracking_uri.client(str(state["uri"])).log_artifacts(
-            state["run_id"], str(model), model.name
-        )
+        tracking_uri.client(uri).log_artifacts(run_id, str(model), model.name)
     except Exception as error:  # a server may be unreachable, or accept metrics but no files
-        log.warning("MLflow at %s did not accept the model: %s", state["uri"], first_line(error))
+        log.warning("MLflow at %s did not accept the model: %s", uri, first_line(error))
         return None
-    return f"runs:/{state['run_id']}/{model.name}"
+    return f"runs:/{run_id}/{model.name}"

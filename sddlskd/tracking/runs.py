@@ -18,16 +18,26 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.tracking import uri as tracking_uri
-from sddlskd.tracking.sweeps import MIRROR_LOCK, experiment_and_parent, parent_of
-from sddlskd.tracking.uri import first_line, root_of
+from sddlskd.tracking.sweeps import MIRROR_LOCK, experiment_and_parent, parent_of, search_runs
+from sddlskd.tracking.uri import (
+    Deleted,
+    first_line,
+    refuse_deleted,
+    refuse_deleted_experiment,
+    root_of,
+)
 
 __all__ = ["supersede", "sync"]
 
 log = logging.getLogger(__name__)
 
 
-# MLflow's limits: the first three in characters, the last two in entries per request.
-PARAM, KEY, TAG, PARAMS_A_BATCH, METRICS_A_BATCH = (6000, 250, 8000, 100, 1000)
+# MLflow's limits
+LONGEST_PARAM = 6000  # characters of the value of a parameter
+LONGEST_KEY = 250  # characters of the name of a parameter
+LONGEST_TAG = 8000  # characters of the value of a tag
+PARAMS_A_BATCH = 100  # parameters per request
+METRICS_A_BATCH = 1000  # metric values per request
 CUT = " ... (cut)"
 SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
 SUPERSEDED = ".superseded"  # a file that marks a record as replaced
@@ -46,9 +56,10 @@ def supersede(folder: Path) -> None:
     """
     (folder / SUPERSEDED).touch()
     try:
-        state = record.read_mirror(folder)
-        if "run_id" in state:
-            tracking_uri.client(str(state["uri"])).set_tag(state["run_id"], "superseded", "true")
+        delivery = record.read_mirror(folder)
+        if "run_id" in delivery:
+            client = tracking_uri.client(str(delivery["uri"]))
+            client.set_tag(delivery["run_id"], "superseded", "true")
     except Exception as error:
         log.warning("MLflow was not told that %s is superseded: %s", folder, first_line(error))
 
@@ -67,6 +78,9 @@ def sync(folder: Path, *, again: bool = False) -> None:
         folder: The run directory.
         again: Deliver everything again, including what was delivered before; for example for a
             server that was restored from a backup.
+
+    Raises:
+        Deleted: The run or its experiment was deleted in MLflow.
     """
     folder = folder.absolute()  # MLflow records the absolute path
     with FileLock(folder / MIRROR_LOCK):
@@ -79,54 +93,83 @@ def sync(folder: Path, *, again: bool = False) -> None:
             return
         status = result["status"]
         if status == record.RUNNING and abandoned:
-            status, result["reason"] = record.KILLED, "the process ended without writing a result"
+            status = record.KILLED
+            result["reason"] = "the process ended without writing a result"
         config = cfg.load(folder / "config.yaml")
         # The id is None if the job was launched without tracking or while MLflow was unreachable.
         if config.tracking.experiment_id is None:
             try:
-                config = replace(
-                    config,
-                    tracking=replace(
-                        config.tracking, experiment_id=experiment_and_parent(config, None)[0]
-                    ),
-                )
+                experiment_id, _ = experiment_and_parent(config, None)
             except ValueError:
                 raise
             except Exception as error:
-                raise (
-                    StillUnreachable(root_of(error)) if config.tracking.offline else error
-                ) from error
-        client = tracking_uri.client(str(config.tracking.uri))
-        state = _state(client, folder, config)
+                if not config.tracking.offline:
+                    raise
+                raise StillUnreachable(root_of(error)) from error
+            config = _in_experiment(config, experiment_id)
+        uri = str(config.tracking.uri)
+        client = tracking_uri.client(uri)
+        delivery = _read_delivery(client, folder, config)
+        superseded = (folder / SUPERSEDED).exists()
         if again:
-            state = {key: state[key] for key in ("key", "uri") if key in state}
-        if "run_id" not in state:
-            state = _create_run(client, folder, config, state)
-        if (folder / SUPERSEDED).exists():
-            client.set_tag(state["run_id"], "superseded", "true")
+            config = _in_experiment(config, _experiment_of_delivered(client, config, delivery))
+            delivery = {key: delivery[key] for key in ("key", "uri") if key in delivery}
+        elif "run_id" in delivery:
+            try:
+                refuse_deleted(uri, delivery["run_id"], folder)
+            except Deleted:
+                if superseded:  # nobody misses a run that another one has replaced
+                    return
+                raise
+        if "run_id" not in delivery:
+            delivery = _create_run(client, folder, config, delivery)
+        run_id = delivery["run_id"]
+        if superseded:
+            client.set_tag(run_id, "superseded", "true")
         rows = record.read_rows(folder)
-        sent = state["rows"] if state["rows"] <= len(rows) else 0
+        sent = delivery["rows"] if delivery["rows"] <= len(rows) else 0
         if len(rows) > sent:
-            _send_rows(client, state["run_id"], rows[sent:])
-            state["rows"] = len(rows)
-            record.write_mirror(folder, state)
-        if status != state["status"]:
-            _send_outcome(client, state["run_id"], folder, status, result, rows)
-            _delete_twins(client, config, state)
-            record.write_mirror(folder, {**state, "status": status})
+            _send_rows(client, run_id, rows[sent:])
+            delivery["rows"] = len(rows)
+            record.write_mirror(folder, delivery)
+        if status != delivery["status"]:
+            _send_outcome(client, run_id, folder, status, result, rows)
+            _delete_twins(client, config, delivery)
+            record.write_mirror(folder, {**delivery, "status": status})
 
 
-def _state(client: Any, folder: Path, config: Config) -> dict[str, Any]:
+def _in_experiment(config: Config, experiment_id: str) -> Config:
+    return replace(config, tracking=replace(config.tracking, experiment_id=experiment_id))
+
+
+def _experiment_of_delivered(client: Any, config: Config, delivery: dict[str, Any]) -> str:
+    """Return the id of the experiment to deliver a run to again; create the experiment if missing.
+
+    If MLflow does not know the run any more, its database may be a new one, and an id may stand for
+    another experiment there. The name of the experiment counts then. Raise Deleted if the
+    experiment was deleted in MLflow.
+    """
+    uri = str(config.tracking.uri)
+    run = tracking_uri.find_run(uri, delivery["run_id"]) if "run_id" in delivery else None
+    if run is None:
+        experiment_id, _ = experiment_and_parent(config, None)
+        return experiment_id
+    experiment = client.get_experiment(run.info.experiment_id)
+    refuse_deleted_experiment(uri, experiment)
+    return str(experiment.experiment_id)
+
+
+def _read_delivery(client: Any, folder: Path, config: Config) -> dict[str, Any]:
     """Return what MLflow already has of a run directory.
 
     The directory's mlflow.json says so. If that file is damaged, search MLflow for a run with the
     same configuration hash and run directory.
     """
     try:
-        state = record.read_mirror(folder)
-        noted = {"key", "run_id", "rows", "status"} if "run_id" in state else {"key"}
-        if state and not noted <= state.keys():
-            raise record.Damaged(f"{folder / 'mlflow.json'} is damaged ({', '.join(state)})")
+        delivery = record.read_mirror(folder)
+        expected = {"key", "run_id", "rows", "status"} if "run_id" in delivery else {"key"}
+        if delivery and not expected <= delivery.keys():
+            raise record.Damaged(f"{folder / 'mlflow.json'} is damaged ({', '.join(delivery)})")
     except record.Damaged as error:
         runs = client.search_runs(
             [config.tracking.experiment_id],
@@ -135,45 +178,46 @@ def _state(client: Any, folder: Path, config: Config) -> dict[str, Any]:
         keys = [
             run.data.tags["record"] for run in runs if run.data.tags.get("run_dir") == str(folder)
         ]
-        log.warning(
-            "%s; %s", error, "its run was found in MLflow" if keys else "MLflow has no run for it"
-        )
-        return {"key": keys[0], "uri": config.tracking.uri} if keys else {}
-    if state.get("uri", config.tracking.uri) != config.tracking.uri:
+        if not keys:
+            log.warning("%s; MLflow has no run for it", error)
+            return {}
+        log.warning("%s; its run was found in MLflow", error)
+        return {"key": keys[0], "uri": config.tracking.uri}
+    if delivery.get("uri", config.tracking.uri) != config.tracking.uri:
         return {}  # the address has changed: deliver the whole run to the new one
-    return state
+    return delivery
 
 
-def _runs_of(client: Any, config: Config, key: str) -> list[Any]:
-    runs = client.search_runs([config.tracking.experiment_id], f"tags.record = '{key}'")
-    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+def _runs_with_key(client: Any, config: Config, key: str) -> list[Any]:
+    return search_runs(client, config.tracking.experiment_id, f"tags.record = '{key}'")
 
 
-def _delete_twins(client: Any, config: Config, state: dict[str, Any]) -> None:
-    """Delete all MLflow runs of this record except the one noted in `state`.
+def _delete_twins(client: Any, config: Config, delivery: dict[str, Any]) -> None:
+    """Delete all MLflow runs of this record except the one noted in `delivery`.
 
     A server that was too busy to answer in time may still have created the run, so that the retry
     created a second one.
     """
-    for run in _runs_of(client, config, state["key"]):
-        if run.info.run_id != state["run_id"]:
+    for run in _runs_with_key(client, config, delivery["key"]):
+        if run.info.run_id != delivery["run_id"]:
             client.delete_run(run.info.run_id)
 
 
-def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]) -> dict[str, Any]:
-    """Create the MLflow run of this directory, or find it if it exists, and return its state.
+def _create_run(
+    client: Any, folder: Path, config: Config, delivery: dict[str, Any]
+) -> dict[str, Any]:
+    """Create the MLflow run of this directory, or find it if it exists, and return its delivery.
 
     Write the record's key to disk before creating the run: after a crash in between, the next call
     finds the run by its key and does not create a second one.
     """
-    known = bool(state)
-    key = state.get("key") or uuid.uuid4().hex
+    key = delivery.get("key") or uuid.uuid4().hex
     record.write_mirror(folder, {"key": key, "uri": config.tracking.uri})
     config = replace(config, tracking=replace(config.tracking, parent_run_id=parent_of(config)))
-    found = _runs_of(client, config, key) if known else []
+    found = _runs_with_key(client, config, key) if delivery else []
     code = json.loads((folder / "code.json").read_text())
     if found:
-        run_id, sent = found[0].info.run_id, found[0].data.params
+        run = found[0]
     else:
         tags = {
             "record": key,
@@ -183,35 +227,33 @@ def _create_run(client: Any, folder: Path, config: Config, state: dict[str, Any]
             "git_sha": code["git_sha"],
             "sweep": config.sweep.name or "",
             "run_dir": str(folder),
-            **(
-                {"mlflow.parentRunId": config.tracking.parent_run_id}
-                if config.tracking.parent_run_id
-                else {}
-            ),
         }
-        tags = {name: _cut(value, TAG) for name, value in tags.items()}
+        if config.tracking.parent_run_id:
+            tags["mlflow.parentRunId"] = config.tracking.parent_run_id
+        tags = {name: _cut(value, LONGEST_TAG) for name, value in tags.items()}
         run = client.create_run(config.tracking.experiment_id, run_name=folder.name, tags=tags)
-        run_id, sent = run.info.run_id, {}
+    run_id = run.info.run_id
+    sent = run.data.params  # empty for a new run
     from mlflow.entities import Param
 
     # Send no parameter twice: MLflow refuses a changed value, and some values may change between
     # two starts of a job, such as the folder or the device.
     params = [
-        Param(_cut(k, KEY), _cut(v, PARAM))
-        for k, v in cfg.flatten(config).items()
-        if _cut(k, KEY) not in sent
+        Param(_cut(name, LONGEST_KEY), _cut(value, LONGEST_PARAM))
+        for name, value in cfg.flatten(config).items()
+        if _cut(name, LONGEST_KEY) not in sent
     ]
     for at in range(0, len(params), PARAMS_A_BATCH):
         client.log_batch(run_id, params=params[at : at + PARAMS_A_BATCH])
-    state = {
+    delivery = {
         "key": key,
         "uri": config.tracking.uri,
         "run_id": run_id,
         "rows": 0,
         "status": record.RUNNING,
     }
-    record.write_mirror(folder, state)
-    return state
+    record.write_mirror(folder, delivery)
+    return delivery
 
 
 def _send_rows(client: Any, run_id: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -240,10 +282,10 @@ def _send_outcome(
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)
         return
-    client.set_tag(run_id, "status_reason", _cut(result.get("reason", ""), TAG))
+    client.set_tag(run_id, "status_reason", _cut(result.get("reason", ""), LONGEST_TAG))
     for tag in ("teacher_sha256", "environment", "group_size", "requeues"):
         if result.get(tag):
-            client.set_tag(run_id, tag, _cut(result[tag], TAG))
+            client.set_tag(run_id, tag, _cut(result[tag], LONGEST_TAG))
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
     for row in rows:
         # Use the epoch's own time, because a run may stop at the same epoch twice.

@@ -3,19 +3,22 @@
 import hashlib
 import json
 import logging
+import os
+import shlex
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from sddlskd import record
-from sddlskd.config import Config, TrackingConfig
+from sddlskd.config import Config, TrackingConfig, sqlite_file
 from sddlskd.tracking import uri as tracking_uri
-from sddlskd.tracking.uri import CURE, ONE_HOST, first_line, sqlite_file, within
+from sddlskd.tracking.uri import ONE_HOST, cure_of, first_line, within
 
 __all__ = ["check_reachable", "check_shared", "finish_sweep", "log_plan", "register", "sync_sweep"]
 
@@ -41,29 +44,29 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
     tracked = next((c for c in configs if c.tracking.enabled), None)
     if tracked is None:
         return list(configs)
-    uri, experiment_id, parent = str(tracked.tracking.uri), None, None
+    uri = str(tracked.tracking.uri)
+    experiment_id = None
+    parent = None
     try:
         tracking_uri.check_answers(uri)
         # No time limit for a file: the time to create a database is not known beforehand.
         seconds = None if sqlite_file(uri) else tracking_uri.ANSWER_S
-        experiment_id, parent = within(seconds, lambda: experiment_and_parent(tracked, sweep))
+        ask = partial(experiment_and_parent, tracked, sweep)
+        experiment_id, parent = within(seconds, ask)
     except ValueError:
         raise
     except Exception as error:  # MLflow and its database may raise any type
-        known = isinstance(error, ConnectionError)
-        said = (
-            str(error)
-            if known
-            else f"tracking.uri={uri} does not accept runs ({first_line(error)}); {CURE}"
-        )
+        problem = str(error)
+        cure = cure_of(uri)
+        if not isinstance(error, ConnectionError):
+            problem = f"tracking.uri={uri} does not accept runs ({first_line(error)}); {cure}"
         if not tracked.tracking.offline:
-            raise ConnectionError(said) from error
-        runs = Path(tracked.home, "runs")
+            raise ConnectionError(problem) from error
         log.warning(
             "%s; continuing without MLflow. Deliver the records later with: "
             "python -m sddlskd.tracking sync %s",
-            said.removesuffix(f"; {CURE}"),
-            runs,
+            problem.removesuffix(f"; {cure}"),
+            shlex.quote(os.path.join(tracked.home, "runs")),
         )
     return [
         replace(
@@ -86,7 +89,8 @@ def experiment_and_parent(config: Config, sweep: str | None) -> tuple[str, str |
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
     # MLflow's creation of a database has a race condition (MLflow issue 12259).
-    with FileLock(f"{path}.lock") if path else nullcontext():
+    lock = FileLock(f"{path}.lock") if path else nullcontext()
+    with lock:
         client = tracking_uri.client(uri)
         experiment_id = _experiment(client, config)
         parent = _parent_run(client, experiment_id, sweep) if sweep else None
@@ -99,23 +103,17 @@ def _experiment(client: Any, config: Config) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        place = (
-            Path(config.home, "mlartifacts").as_uri()
-            if sqlite_file(str(config.tracking.uri))
-            else None
-        )
+        artifacts = None  # a server chooses the place itself
+        if sqlite_file(str(config.tracking.uri)):
+            artifacts = Path(config.home, "mlartifacts").as_uri()
         try:
-            client.create_experiment(name, artifact_location=place)
+            client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:
             # Another process may have created the experiment in the meantime.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(name)
-    if experiment.lifecycle_stage == "deleted":
-        raise ValueError(
-            f"tracking.experiment={name} was deleted in MLflow; "
-            "restore it there or choose another name"
-        )
+    tracking_uri.refuse_deleted_experiment(str(config.tracking.uri), experiment)
     experiment_id: str = experiment.experiment_id
     return experiment_id
 
@@ -155,20 +153,22 @@ def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
             )
 
 
-def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
-    def all_there() -> list[Any]:
-        return sorted(
-            client.search_runs([experiment_id], f"tags.sweep = '{sweep}' and tags.kind = 'sweep'"),
-            key=lambda run: (run.info.start_time, run.info.run_id),
-        )
+def search_runs(client: Any, experiment_id: str | None, condition: str) -> list[Any]:
+    """Return the MLflow runs of an experiment that fulfil a condition, the earliest first."""
+    runs = client.search_runs([experiment_id], condition)
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
-    found, own = all_there(), None
+
+def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
+    condition = f"tags.sweep = '{sweep}' and tags.kind = 'sweep'"
+    found = search_runs(client, experiment_id, condition)
+    own = None
     if not found:
         tags = {"sweep": sweep, "kind": "sweep", "git_sha": record.code_state()["git_sha"]}
         own = client.create_run(experiment_id, run_name=sweep, tags=tags).info.run_id
         # Search again: another launch may have created a parent run at the same moment. All
         # launches choose the earliest one.
-        found = all_there()
+        found = search_runs(client, experiment_id, condition)
     parent_id: str = found[0].info.run_id
     if own and own != parent_id:
         client.delete_run(own)
@@ -181,15 +181,15 @@ def log_plan(config: Config, path: Path) -> None:
 
     Without the plan, a planned job that never started looks like a job that was never planned.
     """
-    _tell(config, "plan", status=record.RUNNING)
+    _set_status(config, record.RUNNING, what="plan")
 
 
 def finish_sweep(config: Config, status: str) -> None:
     """Set the final status of the sweep's parent run; log a warning if MLflow is unreachable."""
-    _tell(config, "outcome", status=status)
+    _set_status(config, status, what="outcome")
 
 
-def _tell(config: Config, what: str, status: str) -> None:
+def _set_status(config: Config, status: str, what: str) -> None:
     """Write the sweep's status to its folder, then try to deliver the status and plan to MLflow.
 
     `what` names the delivered part in the warning that is logged if the delivery fails.
@@ -199,8 +199,8 @@ def _tell(config: Config, what: str, status: str) -> None:
     folder = sweep_folder(config)
     try:
         with FileLock(folder / MIRROR_LOCK):
-            state = _sweep_state(folder, config) | {"status": status}
-            record.write_mirror(folder, state)
+            delivery = _read_delivery(folder, config) | {"status": status}
+            record.write_mirror(folder, delivery)
         # The launching process waits here, so check first: the check takes bounded time.
         tracking_uri.check_answers(str(config.tracking.uri))
         sync_sweep(folder)
@@ -211,7 +211,7 @@ def _tell(config: Config, what: str, status: str) -> None:
             config.tracking.uri,
             what,
             first_line(error),
-            folder,
+            shlex.quote(str(folder)),
         )
 
 
@@ -219,7 +219,7 @@ def sweep_folder(config: Config) -> Path:
     return Path(config.home, "runs", "sweeps", str(config.sweep.name))
 
 
-def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
+def _read_delivery(folder: Path, config: Config) -> dict[str, Any]:
     """Return the content of the sweep's mlflow.json.
 
     It holds the parent run's id, the values that MLflow should have, and those that MLflow already
@@ -228,22 +228,22 @@ def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        state = record.read_mirror(folder)
+        delivery = record.read_mirror(folder)
     except record.Damaged:
-        state = {}
+        delivery = {}
     address = {
         "uri": config.tracking.uri,
         "experiment": config.tracking.experiment,
         "home": config.home,
     }
-    if any(state.get(key) != value for key, value in address.items()):
-        state = {}
-    parent = config.tracking.parent_run_id or state.get("run_id")
-    if parent != state.get("run_id"):
-        state = {}
+    if any(delivery.get(key) != value for key, value in address.items()):
+        delivery = {}
+    parent = config.tracking.parent_run_id or delivery.get("run_id")
+    if parent != delivery.get("run_id"):
+        delivery = {}
     return {
         "status": record.RUNNING,
-        **state,
+        **delivery,
         **address,
         "sweep": config.sweep.name,
         "run_id": parent,
@@ -253,44 +253,49 @@ def _sweep_state(folder: Path, config: Config) -> dict[str, Any]:
 def sync_sweep(folder: Path, *, again: bool = False) -> None:
     """Update MLflow from a sweep's folder: its parent run, its status and its plan.
 
-    The function is idempotent. `again` means the same as in `sync`.
+    The function is idempotent. `again` means the same as in `sync`. Raise Deleted if the parent run
+    or its experiment was deleted in MLflow.
     """
     with FileLock(folder / MIRROR_LOCK):
-        state = record.read_mirror(folder)
-        if not state:
+        delivery = record.read_mirror(folder)
+        if not delivery:
             return
         if again:
-            state = {
-                key: state[key] for key in ("uri", "experiment", "home", "sweep", "status")
-            } | {"run_id": None}
-        client, plan = tracking_uri.client(str(state["uri"])), folder / "plan.json"
-        state["run_id"] = _run_of_sweep(folder, state)
-        if state["status"] != state.get("told"):
-            (client.update_run if state["status"] == record.RUNNING else client.set_terminated)(
-                state["run_id"], state["status"]
-            )
-            state["told"] = state["status"]
-            record.write_mirror(folder, state)
+            kept = ("uri", "experiment", "home", "sweep", "status")
+            delivery = {key: delivery[key] for key in kept} | {"run_id": None}
+        uri = str(delivery["uri"])
+        if delivery["run_id"]:
+            tracking_uri.refuse_deleted(uri, delivery["run_id"], folder)
+        client = tracking_uri.client(uri)
+        plan = folder / "plan.json"
+        delivery["run_id"] = _run_of_sweep(folder, delivery)
+        if delivery["status"] != delivery.get("told"):
+            if delivery["status"] == record.RUNNING:
+                client.update_run(delivery["run_id"], delivery["status"])
+            else:
+                client.set_terminated(delivery["run_id"], delivery["status"])
+            delivery["told"] = delivery["status"]
+            record.write_mirror(folder, delivery)
         digest = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.exists() else None
         # The plan comes last because a server may accept metrics but no files.
-        if digest != state.get("plan"):
-            client.log_artifact(state["run_id"], str(plan))
-            record.write_mirror(folder, {**state, "plan": digest})
+        if digest != delivery.get("plan"):
+            client.log_artifact(delivery["run_id"], str(plan))
+            record.write_mirror(folder, {**delivery, "plan": digest})
 
 
-def _run_of_sweep(folder: Path, state: dict[str, Any]) -> str:
+def _run_of_sweep(folder: Path, delivery: dict[str, Any]) -> str:
     """Return the id of the sweep's parent run, creating the run if missing.
 
     The caller must hold the sweep's lock.
     """
-    if not state["run_id"]:
-        tracking = TrackingConfig(uri=state["uri"], experiment=state["experiment"])
-        _, state["run_id"] = experiment_and_parent(
-            Config(tracking=tracking, home=state["home"]), state["sweep"]
+    if not delivery["run_id"]:
+        tracking = TrackingConfig(uri=delivery["uri"], experiment=delivery["experiment"])
+        _, delivery["run_id"] = experiment_and_parent(
+            Config(tracking=tracking, home=delivery["home"]), delivery["sweep"]
         )
-        state["told"] = record.RUNNING
-        record.write_mirror(folder, state)
-    run_id: str = state["run_id"]
+        delivery["told"] = record.RUNNING
+        record.write_mirror(folder, delivery)
+    run_id: str = delivery["run_id"]
     return run_id
 
 
@@ -303,7 +308,7 @@ def parent_of(config: Config) -> str | None:
     if config.tracking.parent_run_id or not is_planned(folder, config):
         return config.tracking.parent_run_id
     with FileLock(folder / MIRROR_LOCK):
-        return _run_of_sweep(folder, _sweep_state(folder, config))
+        return _run_of_sweep(folder, _read_delivery(folder, config))
 
 
 def is_planned(folder: Path, config: Config) -> bool:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import shlex
 import shutil
 import socket
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -16,26 +18,26 @@ from uuid import uuid4
 from filelock import FileLock
 
 from sddlskd import record
+from sddlskd.config import sqlite_file, sqlite_uri
 from sddlskd.files.atomic import put
 
 __all__ = [
     "ANSWER_S",
-    "CURE",
     "ONE_HOST",
+    "Deleted",
     "check_answers",
     "client",
+    "cure_of",
+    "find_run",
     "first_line",
+    "refuse_deleted",
+    "refuse_deleted_experiment",
     "root_of",
-    "sqlite_file",
     "within",
 ]
 
 Answer = TypeVar("Answer")
 
-CURE = (
-    "start it, choose another with tracking.uri=..., "
-    "continue without it with tracking.offline=true, or use tracking=none"
-)
 SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 ONE_HOST = (
     "SQLite accepts writers on one host only: "
@@ -44,12 +46,17 @@ ONE_HOST = (
 ANSWER_S = 6.0  # time limit in seconds for a server's answer at launch
 
 
+class Deleted(ValueError):
+    """A run or an experiment was deleted in MLflow. The message says how to bring it back."""
+
+
 def client(uri: str) -> Any:
     """Return an MLflow client for `uri`; create the SQLite file if `uri` names a missing one.
 
     Raise ConnectionError if `uri` names a SQLite file that this host may not write.
     """
-    if path := sqlite_file(uri):
+    path = sqlite_file(uri)
+    if path:
         _check_file(path)  # without this check MLflow would retry for minutes
         _claim(path)
     # With MLflow's defaults a call to a vanished server blocks for four minutes, which is too long
@@ -71,15 +78,80 @@ def client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """Return the SQLite file that `uri` names, or None if `uri` does not name one."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+def cure_of(uri: str) -> str:
+    """Return what a user can do if the MLflow at `uri` does not accept runs."""
+    first = "start it"
+    if sqlite_file(uri):
+        first = "make it an MLflow database that you may write"
+    return (
+        f"{first}, choose another with tracking.uri=..., "
+        "continue without it with tracking.offline=true, or use tracking=none"
+    )
+
+
+def find_run(uri: str, run_id: str) -> Any | None:
+    """Return a run of MLflow, which may be deleted, or None if MLflow does not know the run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client(uri).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def refuse_deleted(uri: str, run_id: str, folder: Path) -> None:
+    """Check that MLflow still has a run that was delivered to it.
+
+    Args:
+        uri: The address of MLflow.
+        run_id: The MLflow run.
+        folder: The folder that was delivered: the directory of a run or of a sweep.
+
+    Raises:
+        Deleted: The run or its experiment was deleted in MLflow, or MLflow does not know the run.
+    """
+    run = find_run(uri, run_id)
+    again = f"python -m sddlskd.tracking sync --again {shlex.quote(str(folder))}"
+    if run is None:
+        raise Deleted(
+            f"{folder}: MLflow at {uri} does not have its run {run_id} any more; "
+            f"send it anew with: {again}"
+        )
+    if run.info.lifecycle_stage == "deleted":
+        refuse_deleted_experiment(uri, client(uri).get_experiment(run.info.experiment_id))
+        raise Deleted(
+            f"{folder}: its run {run_id} was deleted in MLflow; "
+            f"restore it with: {_command(uri)} runs restore --run-id {run_id}, "
+            f"or send it anew with: {again}"
+        )
+
+
+def refuse_deleted_experiment(uri: str, experiment: Any) -> None:
+    """Raise Deleted if an experiment was deleted in MLflow.
+
+    MLflow gives no other experiment the name of a deleted one.
+    """
+    if experiment.lifecycle_stage == "deleted":
+        raise Deleted(
+            f"tracking.experiment={experiment.name} was deleted in MLflow; "
+            "restore it and all its runs with: "
+            f"{_command(uri)} experiments restore --experiment-id {experiment.experiment_id}, "
+            "or choose another name"
+        )
+
+
+def _command(uri: str) -> str:
+    """Return how a shell starts MLflow's own command for the MLflow at `uri`."""
+    return f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow"
 
 
 def _check_file(path: Path) -> None:
+    uri = sqlite_uri(str(path))
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if path.is_dir() or not os.access(there, os.W_OK):
-        raise ConnectionError(f"tracking.uri=sqlite:///{path} cannot be written; {CURE}")
+        raise ConnectionError(f"tracking.uri={uri} cannot be written; {cure_of(uri)}")
 
 
 def _claim(path: Path) -> None:
@@ -88,8 +160,10 @@ def _claim(path: Path) -> None:
     File locks on a network file system do not keep two hosts apart. A host is identified by its
     name or by its boot id. Containers on one machine share the boot id.
     """
+    here = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
-    here = [socket.gethostname(), *([boot.read_text().strip()] if boot.exists() else [])]
+    if boot.exists():
+        here.append(boot.read_text().strip())
     owner = path.with_name(f"{path.name}.host")
     if not owner.exists():
         claim = owner.with_name(f"{owner.name}.{here[0]}.{os.getpid()}")
@@ -100,7 +174,7 @@ def _claim(path: Path) -> None:
     there = owner.read_text().split()
     if not set(here) & set(there):
         raise ConnectionError(
-            f"tracking.uri=sqlite:///{path} is written by host {there[0]}, but this host is "
+            f"tracking.uri={sqlite_uri(str(path))} is written by host {there[0]}, but this host is "
             f"{here[0]}; {ONE_HOST}, or delete {owner} if that host no longer uses the file"
         )
 
@@ -121,7 +195,7 @@ def _create(path: Path) -> None:
             if not path.exists():
                 # A new name each time, because MLflow remembers the databases that it has created.
                 new = making / f"{uuid4()}.db"
-                MlflowClient(tracking_uri=f"sqlite:///{new}")
+                MlflowClient(tracking_uri=sqlite_uri(str(new)))
                 with suppress(FileExistsError):  # another program was faster
                     put(new, path)
         finally:
@@ -137,14 +211,9 @@ def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
     """
     answers: list[Answer] = []
     errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="mlflow-start", daemon=True)
+    thread = threading.Thread(
+        target=_collect, args=(ask, answers, errors), name="mlflow-start", daemon=True
+    )
     thread.start()
     thread.join(seconds)
     if errors:
@@ -152,6 +221,14 @@ def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
     if not answers:
         raise TimeoutError(f"no answer in {seconds} s")
     return answers[0]
+
+
+def _collect(ask: Callable[[], Answer], answers: list[Answer], errors: list[Exception]) -> None:
+    """Append what `ask` returns to `answers`, or what it raises to `errors`."""
+    try:
+        answers.append(ask())
+    except Exception as error:
+        errors.append(error)
 
 
 def check_answers(uri: str) -> None:
@@ -163,15 +240,16 @@ def check_answers(uri: str) -> None:
     """
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
-    elif path := sqlite_file(uri):
-        _check_file(path)
-        if path.exists():
-            _claim(path)
-    else:
+        return
+    path = sqlite_file(uri)
+    if path is None:
         raise ValueError(
             f"tracking.uri={uri} is not valid; "
             "give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
         )
+    _check_file(path)
+    if path.exists():
+        _claim(path)
 
 
 def _check_server(uri: str) -> None:
@@ -180,24 +258,12 @@ def _check_server(uri: str) -> None:
     The search requires the database and permission, which the server's /health does not.
     """
     client(uri)
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    def ask() -> Any:
-        what = {
-            "params": {"max_results": 1},
-            "max_retries": 0,
-            "timeout": ANSWER_S,
-            "raise_on_status": False,
-        }
-        creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-        return http_request(creds, "/api/2.0/mlflow/experiments/search", "GET", **what)  # type: ignore[no-untyped-call]
-
     try:
-        answer = within(ANSWER_S, ask)
+        # `within` limits the time. MLflow's own time limit, which `client` sets, is longer.
+        answer = within(ANSWER_S, partial(_search_experiments, uri))
     except Exception as error:  # a wrong address may raise any type
         raise ConnectionError(
-            f"tracking.uri={uri} does not answer ({root_of(error)}); {CURE}"
+            f"tracking.uri={uri} does not answer ({root_of(error)}); {cure_of(uri)}"
         ) from None
     host = urlsplit(uri).netloc
     if answer.status_code == 401:
@@ -214,17 +280,35 @@ def _check_server(uri: str) -> None:
         said = " ".join(answer.text.split())[:80]
         raise ConnectionError(
             f"tracking.uri={uri} does not answer like an MLflow server "
-            f"({answer.status_code} {said}); {CURE}"
+            f"({answer.status_code} {said}); {cure_of(uri)}"
         )
+
+
+def _search_experiments(uri: str) -> Any:
+    """Return the server's HTTP response to a search for one experiment."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    return http_request(  # type: ignore[no-untyped-call]
+        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+        "/api/2.0/mlflow/experiments/search",
+        "GET",
+        params={"max_results": 1},
+        max_retries=0,
+        raise_on_status=False,
+    )
 
 
 def root_of(error: BaseException) -> str:
     """Return the first line of an error's root cause, because HTTP libraries nest their errors."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+    cause: BaseException | None = error
+    while cause is not None:
         error = cause
+        cause = error.__cause__ or error.__context__
     return first_line(error)
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message (at most 200 characters), or its type's name."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
