@@ -29,7 +29,9 @@ val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 1 after an error."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    given = list(arguments)
     try:
         if given[:1] == ["import-logs"]:
             _import_logs(given[1:])
@@ -81,14 +83,12 @@ def _analyse(given: Sequence[str]) -> None:
 def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None:
     from . import figures, render, report, tables
 
-    as_text = {"md": render.markdown, "tex": render.latex, "html": render.html, "csv": render.csv}
     (out / "tables").mkdir(parents=True, exist_ok=True)
     built = tables.build(runs.frame, metric=metric, sweep=runs.name, command=runs.command)
     for table in built:
         for suffix in formats:
-            (out / "tables" / f"{table.name}.{suffix}").write_text(
-                as_text[suffix](table), encoding="utf-8"
-            )
+            text = render.FORMATS[suffix](table)
+            (out / "tables" / f"{table.name}.{suffix}").write_text(text, encoding="utf-8")
         _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
     if not built:
         _say("no table written: there are no runs for any table")
@@ -106,13 +106,16 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
 
 def _say_what_is_missing(runs: "Runs") -> None:
     """Print the runs that are not finished, with the commands that finish them."""
-    frame = runs.frame
-    open_runs = frame[~frame["superseded"] & (frame["status"] != "FINISHED")]
-    if open_runs.empty:
+    from .schema import runs_of
+
+    standing = [run for run in runs_of(runs.frame) if not run.superseded]
+    open_runs = [run for run in standing if run.status != "FINISHED"]
+    if not open_runs:
         return
-    _say(f"{len(open_runs)} of {(~frame['superseded']).sum()} runs are not finished:")
-    for run in open_runs.head(SHOWN).itertuples():
-        _say(f"  {run.status.lower()}: {run.name}{f' ({run.reason})' if run.reason else ''}")
+    _say(f"{len(open_runs)} of {len(standing)} runs are not finished:")
+    for run in open_runs[:SHOWN]:
+        reason = f" ({run.reason})" if run.reason else ""
+        _say(f"  {run.status.lower()}: {run.name}{reason}")
         if run.command and run.status != "RUNNING":
             _say(f"    {run.command}")
     if len(open_runs) > SHOWN:
@@ -127,11 +130,14 @@ def _by_status(runs: "Runs") -> str:
         f"{count} {status.lower()}" for status, count in standing["status"].value_counts().items()
     ]
     superseded = len(runs.frame) - len(standing)
-    return ", ".join([*counts, *([f"{superseded} superseded"] if superseded else [])])
+    if superseded:
+        counts.append(f"{superseded} superseded")
+    return ", ".join(counts)
 
 
 def _list(uri: str) -> None:
-    from .runs import MAKE_RUNS, listing
+    from .runs import listing
+    from .store import MAKE_RUNS
 
     found = listing(uri)
     _say(found.rename(columns=str.lower).to_string(index=False))
@@ -181,9 +187,11 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
 
 
 def _uri(chosen: argparse.Namespace) -> str:
+    from .store import sqlite_uri
+
     server = None if chosen.home else os.environ.get("MLFLOW_TRACKING_URI")
     home = chosen.home or os.environ.get("SDDLSKD_HOME", ".")
-    return chosen.uri or server or f"sqlite:///{os.path.abspath(home)}/mlflow.db"
+    return chosen.uri or server or sqlite_uri(f"{os.path.abspath(home)}/mlflow.db")
 
 
 def _say(line: str) -> None:

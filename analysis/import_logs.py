@@ -3,7 +3,8 @@
 Imported runs are marked source=imported. There are four formats, recognised by their content:
 - worklog: worklog.txt of mdistiller and of projects built on it (SDD, LSKD). An epoch is a block
   between dashed lines; `best_acc` ends the log. The learning rate is printed with two decimals:
-  0.025 reads 0.03, and a rate that reads 0.00 is not imported.
+  0.025 reads 0.03, and a rate that reads 0.00 is not imported. A resumed training may log epochs
+  again, or append to half a block: what is logged later is imported, with a note.
 - CTKD: one JSON object per epoch, without a separator (`}{`).
 - tiny-transformers: lines `json_stats: {...}`; top-1 is 100 - top1_err.
 - CSV: one row per run, with columns named as in schema.COLUMNS; a finished run needs best, last or
@@ -11,9 +12,11 @@ Imported runs are marked source=imported. There are four formats, recognised by 
 
 A log states neither networks nor method. They are read from the name of its file or folder, in the
 authors' notation (`kd,res32x4,res8x4`; LSKD's `dkd,vgg13,vgg8,2,15,2.0`: temperature, weight, beta;
-`deit-ti_c100_KD_ours_3_10`), and from `given`, which takes precedence. A name of three parts counts
-as not standardised. LSKD's own code names its standardised runs the same way: pass
-`standardize=true` for those. Scales are never guessed.
+`deit-ti_c100_KD_ours_3_10`), and from `given`, which takes precedence. The authors' trainers append
+options of the command line to the name: `SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4],SOLVER.LR:0.01`.
+Those in log_params.OPTIONS are imported. A name of three parts counts as not standardised. LSKD's
+own code names its standardised runs the same way: pass `standardize=true` for those. Scales are
+never guessed.
 """
 
 import csv
@@ -27,12 +30,24 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runs import reading
-from .schema import COLUMNS, METRICS, PARAMS, canonical_M
+from .log_formats import Log, glued_json, json_stats, worklog
+from .log_params import (
+    LOG_SUFFIXES,
+    complete,
+    loss_name,
+    name_of,
+    number_of,
+    param,
+    params_of_method,
+    params_of_name,
+    whole_number,
+)
+from .schema import METRICS, PARAMS
+from .store import reading, sqlite_file
 
 __all__ = ["FORMATS", "import_logs"]
 
@@ -43,11 +58,10 @@ FORMATS = (
     "tiny-transformers' json_stats lines; "
     "CSV with the columns teacher, student, method, dataset, M, seed, epochs, best, last"
 )
-LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
 MAX_BYTES = 64 * 2**20  # 17 times the size of the longest log that LSKD published
 ROUNDING = 0.0051  # tolerance for values that logs print with two decimals
+MAX_NOTES = 6  # what was left out of a run, in the reason of its status
 METRICS_A_BATCH = 1000  # metrics per request; MLflow's limit
-NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 STATUS_WORDS = {
     **dict.fromkeys(("", "finished", "complete"), "FINISHED"),
     **dict.fromkeys(("killed", "partial", "running"), "KILLED"),
@@ -66,37 +80,6 @@ CSV_NAMES = {
     },
     **{name: name for name in ("method", "status", "name")},
 }
-WORKLOG = {
-    "lr": "lr",
-    "train_acc": "train/top1",
-    "train_loss": "train/loss",
-    "test_acc": "val/top1",
-    "test_acc_top5": "val/top5",
-    "test_loss": "val/loss",
-}
-DATASETS = {"c100": "cifar100"}
-NETWORKS = (
-    (r"(?:resnet|res|r)_?(\d+(?:x\d+)?)", r"resnet\1"),
-    (r"(?:mobile(?:net)?|m)_?v(\d)", r"mobilev\1"),
-    (r"shu(?:f|ff|ffle|fflenet)?_?v(\d)", r"shufflev\1"),
-    (r"wrn_?(\d+)_(\d+)", r"wrn_\1_\2"),
-    (r"vgg_?(\d+)", r"vgg\1"),
-    (r"(deit|pit|pvt)_ti", r"\1_tiny"),
-    (r"t2t_(\d+)", r"t2t_vit_\1"),
-    (r"([a-z][a-z0-9_]*)", r"\1"),
-)
-
-
-@dataclass
-class _Log:
-    """One run as read from a log."""
-
-    epochs: list[dict[str, float]] = field(default_factory=list)  # metrics of epoch 1, 2, ...
-    best: float | None = None  # best top-1 (%) that the log states
-    lr: float | None = None  # learning rate of the first epoch
-    planned: int = 0  # planned number of epochs; 0 if the log does not state it
-    torn: bool = False  # whether the log ends in the middle of an epoch
-    closed: bool | None = None  # whether the log has its last line; None: the format has none
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,7 @@ def import_logs(
         ValueError: if a file or row is refused, after all others are imported, with one line for
             each; or, before anything is read, if `given` is invalid.
     """
-    fixed = {key: _param(key, text) for key, text in (given or {}).items()}
+    fixed = {key: param(key, text) for key, text in (given or {}).items()}
     refused: list[str] = []
     found = _read_all(_files(paths, refused), fixed, refused)
     run_ids: list[str] = []
@@ -215,11 +198,11 @@ def _read(path: Path, given: Mapping[str, str], refused: list[str]) -> Iterable[
     if not text.strip():
         raise ValueError("is empty")
     if text.lstrip().startswith("{") and '"test_acc"' in text:
-        logs = _glued_json(text)
+        logs = glued_json(text)
     elif 'json_stats: {"' in text:
-        logs = _json_stats(text)
+        logs = json_stats(text)
     elif re.search(r"^epoch: ", text, re.MULTILINE) and "test_acc" in text:
-        logs = _worklog(text)
+        logs = worklog(text)
     elif {"teacher.name", "student.name"} <= set(_header(text)):
         return _rows(path, text, given, refused)
     else:
@@ -228,50 +211,46 @@ def _read(path: Path, given: Mapping[str, str], refused: list[str]) -> Iterable[
 
 
 def _runs(
-    path: Path, content: bytes, logs: Sequence[_Log], given: Mapping[str, str]
+    path: Path, content: bytes, logs: Sequence[Log], given: Mapping[str, str]
 ) -> Iterator[_Import]:
-    name, digest = _name(path), hashlib.sha256(content).hexdigest()
-    params = {**_named(name, path), **given}
+    name, digest = name_of(path), hashlib.sha256(content).hexdigest()
+    stated, notes = params_of_name(name, path, given)
+    params = {**stated, **given}
     longest = max(
-        (len(each.epochs) for each in logs if not each.torn and each.closed is not False), default=0
+        (each.done for each in logs if not each.torn and each.closed is not False), default=0
     )
     for index, each in enumerate(logs):
-        done = len(each.epochs)
+        done = each.done
         if not done:
             raise ValueError("has no complete epoch")
-        own = _complete(params)
-        planned = (
-            int(given.get("trainer.epochs", 0))
-            or each.planned
-            or (done if each.closed else longest)
-        )
+        each.notes += notes
+        own = complete(params)
+        planned = int(params.get("trainer.epochs", 0)) or each.planned
+        if not planned:
+            planned = done if each.closed else longest
         if planned >= done:
             own["trainer.epochs"] = str(planned)
-        elif "trainer.epochs" in given or each.planned:
+        elif "trainer.epochs" in params or each.planned:
             raise ValueError(
                 f"{done} epochs are more than the {planned} planned; give --set trainer.epochs=..."
             )
         if each.lr:
             own.setdefault("optimizer.lr", str(each.lr))
-        accuracies = [row["val/top1"] for row in each.epochs]
-        best = max(filter(math.isfinite, accuracies), default=math.nan)
-        final = {"best/top1": best, "last/top1": accuracies[-1]}
+        final = {"best/top1": each.best_top1(), "last/top1": each.epochs[done]["val/top1"]}
         metrics = [
-            (key, value, epoch)
-            for epoch, row in enumerate(each.epochs, 1)
-            for key, value in row.items()
+            (key, value, epoch) for epoch, row in each.epochs.items() for key, value in row.items()
         ]
         metrics += [(key, value, done) for key, value in final.items()]
         _require_percent(metrics)
-        label = name if len(logs) == 1 else f"{name} #{index + 1}"
-        yield _Import(
-            label, path, f"{digest}:{index}", own, metrics, *_outcome(each, planned, best)
-        )
+        label = name
+        if len(logs) > 1:
+            label = f"{name} #{index + 1}"
+        yield _Import(label, path, f"{digest}:{index}", own, metrics, *_outcome(each, planned))
 
 
-def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
+def _outcome(each: Log, planned: int) -> tuple[str, str]:
     """Return the status of a run, and the reason if it is not simply FINISHED."""
-    done = len(each.epochs)
+    done, best = each.done, each.best_top1()
     status, reasons = "KILLED", []
     if each.torn:
         reasons.append(f"log ends in the middle of epoch {done + 1}")
@@ -283,7 +262,12 @@ def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
         status = "FINISHED"
     if each.best is not None and not abs(each.best - best) < ROUNDING:
         reasons.append(f"log states best top-1 {each.best:.2f}, and its epochs' best is {best:.2f}")
-    for epoch, row in enumerate(each.epochs, 1):
+    missing = [epoch for epoch in range(1, done) if epoch not in each.epochs]
+    notes = [*each.notes, *(f"epoch {epoch} is missing" for epoch in missing)]
+    reasons += notes[:MAX_NOTES]
+    if len(notes) > MAX_NOTES:
+        reasons.append(f"and {len(notes) - MAX_NOTES} notes more")
+    for epoch, row in each.epochs.items():
         if broken := [key for key, value in row.items() if not math.isfinite(value)]:
             return "FAILED", "; ".join(
                 [f"{broken[0]} is {row[broken[0]]} in epoch {epoch}", *reasons]
@@ -291,130 +275,7 @@ def _outcome(each: _Log, planned: int, best: float) -> tuple[str, str]:
     return status, "; ".join(reasons)
 
 
-# Formats
-
-
-def _take(logs: list[_Log], epoch: int, metrics: dict[str, float]) -> None:
-    """Append an epoch to the last run of `logs`; epoch 1 starts a new run."""
-    if epoch == 1:
-        logs.append(_Log())
-    done = len(logs[-1].epochs) if logs else 0
-    if epoch != done + 1:
-        raise ValueError(
-            f"epoch {epoch} follows epoch {done}; "
-            "epochs must run 1, 2, 3, ..., and from 1 again for another run"
-        )
-    logs[-1].epochs.append(metrics)
-
-
-def _worklog(text: str) -> list[_Log]:
-    logs: list[_Log] = []
-    block: dict[str, str] = {}
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        if match := re.fullmatch(r"\s*(\w+):\s*(\S+)\s*", line):
-            if match[1] in block:
-                raise ValueError(
-                    f"line {number}: {match[1]} appears twice "
-                    f"in the block of epoch {block.get('epoch')}"
-                )
-            block[match[1]] = match[2]
-        elif match := re.fullmatch(r"best_acc\s+(\S+?)-*\s*", line):
-            # The dashes belong to another run, appended without a line break.
-            if block or not logs:
-                raise ValueError(f"line {number}: best_acc comes before the end of an epoch")
-            logs[-1].best, logs[-1].closed = _number(match[1], number), True
-        elif re.fullmatch(r"-+\s*", line):
-            if block:
-                _take_block(logs, block, number)
-            block = {}
-        elif line.strip() and (number < len(lines) or text.endswith("\n")):
-            # A last line without a line break may be cut off, and is not an error.
-            raise ValueError(f"line {number}: {line[:60]!r} is not a line of a worklog")
-    if block and logs and block.get("epoch") != "1":
-        logs[-1].torn = True
-    return logs or [_Log()]
-
-
-def _take_block(logs: list[_Log], block: Mapping[str, str], number: int) -> None:
-    if absent := [key for key in ("epoch", *WORKLOG) if key not in block]:
-        raise ValueError(
-            f"line {number}: the block of epoch {block.get('epoch', '?')} lacks {', '.join(absent)}"
-        )
-    if not block["epoch"].isdecimal():
-        raise ValueError(f"line {number}: epoch: {block['epoch']} is not a whole number")
-    metrics = {name: _number(block[key], number) for key, name in WORKLOG.items()}
-    if metrics["lr"] == 0:  # rounded to two decimals, so not the true rate
-        del metrics["lr"]
-    _take(logs, int(block["epoch"]), metrics)
-    logs[-1].closed = False  # until best_acc is read
-    if len(logs[-1].epochs) == 1:
-        logs[-1].lr = metrics.get("lr")
-
-
-def _glued_json(text: str) -> list[_Log]:
-    logs: list[_Log] = []
-    decoder, at = json.JSONDecoder(), 0
-    while rest := text[at : at + 1]:
-        if rest.isspace():
-            at += 1
-            continue
-        try:
-            entry, end = decoder.raw_decode(text, at)
-            accuracy = float(entry["test_acc"])
-            metrics = {"val/top1": accuracy, "val/top5": float(entry["test_acc_top5"])}
-            _take(logs, int(entry["epoch"]), metrics)
-            logs[-1].best = float(entry["best_acc"])
-        except json.JSONDecodeError as error:
-            if "}" in text[at:] or not logs:
-                raise ValueError(
-                    f"line {text.count(chr(10), 0, error.pos) + 1}: {error.msg}"
-                ) from None
-            logs[-1].torn = True
-            break
-        except (KeyError, TypeError, RecursionError) as error:
-            number = text.count("\n", 0, at) + 1
-            raise ValueError(
-                f"the object at line {number} is not a CTKD epoch ({error!r})"
-            ) from None
-        at = end
-    return logs
-
-
-def _json_stats(text: str) -> list[_Log]:
-    logs: list[_Log] = []
-    trained: dict[str, float] = {}
-    whole = True
-    lines = [
-        (number, line) for number, line in enumerate(text.splitlines(), 1) if "json_stats: " in line
-    ]
-    for number, line in lines:
-        kind = re.search(r'"_type": "(\w+)"', line)
-        whole = kind is not None and kind[1] == "test_epoch"
-        if kind is None or kind[1] not in ("train_epoch", "test_epoch"):
-            continue  # an iteration, as are 78 of the 80 lines of an epoch
-        try:
-            entry = json.loads(line.split("json_stats: ", 1)[1])
-            epoch, planned = map(int, entry["epoch"].split("/"))
-            top1, top5 = (round(100 - float(entry[name]), 4) for name in ("top1_err", "top5_err"))
-            if kind[1] == "train_epoch":
-                trained = {"train/top1": top1, "train/loss": float(entry["loss"])}
-                if lr := float(entry["lr"]):  # 0.0000 is rounded, so not the true rate
-                    trained["lr"] = lr
-                continue
-            stated = round(100 - float(entry["min_top1_err"]), 4)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if number == lines[-1][0]:
-                whole = False
-                break
-            raise ValueError(
-                f"line {number} is not a tiny-transformers epoch ({error!r})"
-            ) from None
-        _take(logs, epoch, {**trained, "val/top1": top1, "val/top5": top5})
-        logs[-1].best, logs[-1].planned, trained = stated, planned, {}
-    if logs:
-        logs[-1].torn = not whole
-    return logs or [_Log()]
+# Rows of CSV files
 
 
 def _header(text: str) -> list[str]:
@@ -457,19 +318,19 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
 def _row(
     name: str, path: Path, record: str, row: Mapping[str, str], given: Mapping[str, str]
 ) -> _Import:
-    own = _method(row["method"]) if "method" in row else {}
-    if "distiller.name" in row:
-        own |= (
-            _method(row["distiller.name"])
-            if not own
-            else {"distiller.name": row["distiller.name"].lower()}
-        )
+    own: dict[str, str] = {}
+    if "method" in row:
+        own = params_of_method(row["method"])
+        if "distiller.name" in row:
+            own["distiller.name"] = loss_name(row["distiller.name"])
+    elif "distiller.name" in row:
+        own = params_of_method(row["distiller.name"])
     told = {
-        key: _param(key, row[key])
+        key: param(key, row[key])
         for key in PARAMS.values()
         if key in row and key != "distiller.name"
     }
-    own = _complete({**own, **told, **given})
+    own = complete({**own, **told, **given})
     status = STATUS_WORDS.get(row.get("status", "").lower())
     if status is None:
         raise ValueError(
@@ -477,10 +338,10 @@ def _row(
             f"{', '.join(word for word in STATUS_WORDS if word)}"
         )
     planned = own.get("trainer.epochs", "0")
-    done = int(_whole("epochs_done", row.get("epochs_done", planned)))
+    done = int(whole_number("epochs_done", row.get("epochs_done", planned)))
     if status == "FINISHED" and done < int(planned):
         status = "KILLED"
-    values = {key: _float(key, row[key]) for key in METRICS.values() if key in row}
+    values = {key: number_of(key, row[key]) for key in METRICS.values() if key in row}
     _require_percent([(key, value, done) for key, value in values.items()])
     if best_or_last := {"best/top1", "last/top1"} & values.keys():
         if 0 < max(values[key] for key in best_or_last) <= 1:
@@ -490,7 +351,9 @@ def _row(
             )
     elif status == "FINISHED":
         raise ValueError("a finished run has best, last or both; this has neither")
-    reason = f"{done} of {planned} epochs" if status != "FINISHED" and done < int(planned) else ""
+    reason = ""
+    if status != "FINISHED" and done < int(planned):
+        reason = f"{done} of {planned} epochs"
     return _Import(
         name,
         path,
@@ -500,135 +363,6 @@ def _row(
         status,
         reason,
     )
-
-
-# Params from paths and cells
-
-
-def _name(path: Path) -> str:
-    """Return the run's name: that of the file, or of its folder if that describes the run."""
-    stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in LOG_SUFFIXES else path.name
-    folder = path.absolute().parent.name
-    return folder if stem == "worklog" or ("," in folder and "," not in stem) else stem
-
-
-def _named(name: str, path: Path) -> dict[str, str]:
-    """Return the params that the name of a log and its folders state."""
-    params: dict[str, str] = {}
-    # mdistiller writes output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt.
-    for folder in path.absolute().parts[-4:-1]:
-        if match := re.match("cifar100|imagenet|cub200", folder.lower()):
-            params["dataset.name"] = match[0]
-    parts = name.split(",")
-    if 3 <= len(parts) <= 6:
-        method, teacher, student, *numbers = parts
-        if len(parts) > 3:  # LSKD names its CIFAR-100 logs this way
-            params = {"dataset.name": "cifar100"} | params
-    elif len(parts := name.split("_")) in (4, 6) and parts[3] == "ours":  # LSKD's other logs
-        teacher, student, method, _, *numbers = parts
-        if student in DATASETS:
-            params["dataset.name"] = DATASETS[student]
-            teacher, student = "", teacher
-    else:
-        return params
-    params |= _method(method) | {"teacher.name": teacher, "student.name": student}
-    if len(parts) > 3:
-        params["standardize"] = "True"
-    # LSKD's weight multiplies both weights of DKD, alpha and beta, as kd_weight does.
-    keys = ("distiller.temperature", "distiller.kd_weight", "distiller.loss.beta")
-    return params | {key: str(_float(key, text)) for key, text in zip(keys, numbers, strict=False)}
-
-
-def _method(text: str) -> dict[str, str]:
-    """Return the params that a method name states: SDD_KD_LSKD is distiller kd, standardised.
-
-    Without SDD, the only scale is the whole map (M=[1]). With SDD, the name does not state M.
-    """
-    name = re.sub(r"[-+ ](?=ls(kd)?$)", "_", text.strip().lower())
-    match = re.fullmatch(r"(sdd?_)?(.+?)(_ls|_lskd)?", name)
-    if match is None:
-        raise ValueError(f"method {text!r} is not valid; give kd, dkd, sd_kd_ls, ...")
-    scales, loss, standardized = match.groups()
-    params = {"distiller.name": loss, "standardize": str(bool(standardized) or loss == "lskd")}
-    return params if scales else params | {"M": "[1]"}
-
-
-def _network(text: str) -> str:
-    """Return our name of a network: resnet32x4 for ResNet32x4 and res32x4.
-
-    A network that is not one of ours keeps its name.
-    """
-    name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
-    for pattern, ours in NETWORKS:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
-    raise ValueError(
-        f"{text!r} is not a network name; give --set teacher.name=... student.name=..."
-    )
-
-
-def _param(key: str, text: str) -> str:
-    """Return a param in the form that the trainer writes."""
-    column = next((column for column, param in PARAMS.items() if param == key), None)
-    if column is None:
-        raise ValueError(
-            f"{key} is not a param that a table uses; choose from {', '.join(PARAMS.values())}"
-        )
-    if column in ("teacher", "student"):
-        return _network(text)
-    if column == "M":
-        if not re.fullmatch(r"\[[1-9]\d*(,[1-9]\d*)*\]", canonical_M(text)):
-            raise ValueError(f"M={text} is not a list of scales; give a list such as [1,2,4]")
-        return canonical_M(text)
-    if COLUMNS[column] == "bool":
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{key}={text} is not valid; give true or false")
-        return text.capitalize()
-    if COLUMNS[column] == "Int64":
-        return _whole(key, text)
-    if COLUMNS[column] == "Float64":
-        return str(_float(key, text))
-    return text.strip().lower()
-
-
-def _float(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{key}={text} is not a number")
-    return value
-
-
-def _whole(key: str, text: str) -> str:
-    value = _float(key, text)  # pandas writes integers as 240.0 if values are missing
-    if value != int(value) or value < 0:
-        raise ValueError(f"{key}={text} is not a whole number")
-    return str(int(value))
-
-
-def _number(text: str, line: int) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"line {line}: {text!r} is not a number") from None
-
-
-def _complete(params: Mapping[str, str]) -> dict[str, str]:
-    """Return the params with our names of networks; raise ValueError if a required one is missing.
-
-    The log of a student that was trained alone names a teacher that takes no part in the training,
-    so the teacher, the scales and the standardisation of such a run are set here.
-    """
-    alone = {"teacher.name": "none", "M": "[1]", "standardize": "False"}
-    whole = {**params, **(alone if params.get("distiller.name") == "vanilla" else {})}
-    if absent := [key for key in NEEDED if not whole.get(key)]:
-        raise ValueError(
-            f"does not state {', '.join(absent)}; "
-            f"give --set {' '.join(f'{key}=...' for key in absent)}"
-        )
-    return {**whole, **{key: _network(whole[key]) for key in ("teacher.name", "student.name")}}
 
 
 def _require_percent(metrics: Iterable[tuple[str, float, int]]) -> None:
@@ -645,8 +379,8 @@ def _make_database(uri: str) -> None:
 
     Any other store is checked when it is opened.
     """
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or path.exists():
+    path = sqlite_file(uri)
+    if path is None or "?" in uri or path.exists():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -668,16 +402,10 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         # By default, a SQLite store would put the artifacts into the current folder.
-        here = (
-            Path(uri.removeprefix("sqlite:///")).absolute().parent
-            if uri.startswith("sqlite:")
-            else None
-        )
-        return str(
-            client.create_experiment(
-                name, artifact_location=(here / "mlartifacts").as_uri() if here else None
-            )
-        )
+        artifacts = None
+        if path := sqlite_file(uri):
+            artifacts = (path.absolute().parent / "mlartifacts").as_uri()
+        return str(client.create_experiment(name, artifact_location=artifacts))
     if found.lifecycle_stage == "deleted":
         raise ValueError(
             f"experiment {name} was deleted in MLflow; restore it there or choose another name"

@@ -29,31 +29,30 @@ KINDS = {
     "published-gain": "published gain",
 }
 CSV_COLUMNS = (
-    *(
-        "table",
-        "row",
-        "column",
-        "quantity",
-        "mean",
-        "std",
-        "n",
-        "planned",
-        "seeds",
-        "troubles",
-        "rank",
-    ),
-    *(
-        "published",
-        "published_in",
-        "flag",
-        "published_gain",
-        "gain_over",
-        "gain",
-        "gain_n",
-        "ci_low",
-        "ci_high",
-    ),
-    *("p", "p_holm", "verdict", "footnotes"),
+    "table",
+    "row",
+    "column",
+    "quantity",
+    "mean",
+    "std",
+    "n",
+    "planned",
+    "seeds",
+    "troubles",
+    "rank",
+    "published",
+    "published_in",
+    "flag",
+    "published_gain",
+    "gain_over",
+    "gain",
+    "gain_n",
+    "ci_low",
+    "ci_high",
+    "p",
+    "p_holm",
+    "verdict",
+    "footnotes",
 )
 
 
@@ -83,31 +82,33 @@ def _ours(cell: Cell, table: Table) -> str:
     if cell.n == cell.planned and not cell.troubles:
         return f"{number}{spread} ({cell.n})"
     counts = ", ".join([f"{cell.n}/{cell.planned} {table.counted}", *cell.troubles])
-    return f"{number}{spread} ({counts})" if number else counts
+    if not number:
+        return counts
+    return f"{number}{spread} ({counts})"
 
 
 def _texts(cell: Cell, table: Table) -> Iterator[Text]:
     """Yield the lines of a cell, from our result to the verdict, without those it lacks."""
 
     def text(kind: str, body: str, rank: str = "") -> Text:
-        return Text(
-            kind, body, rank, tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ()))
-        )
+        marks = tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ()))
+        return Text(kind, body, rank, marks)
 
     if cell.planned:
         yield text("ours", _ours(cell, table), cell.rank)
     if cell.published:
         yield text("published", f"{cell.published.value:.{table.decimals}f}")
     if cell.gain:
-        pairs, p = cell.gain.paired, cell.gain.p_holm
+        pairs = cell.gain.paired
+        p = cell.gain.p_holm
         yield text("gain", f"{pairs.mean:+.2f} ({pairs.n})")
         if pairs.low is not None and pairs.high is not None and p is not None:
             yield text("interval", f"[{pairs.low:+.2f}, {pairs.high:+.2f}]")
-            yield text("p", f"{p:.3f}" if p >= 0.001 else "<0.001")
+            shown_p = f"{p:.3f}" if p >= 0.001 else "<0.001"
+            yield text("p", shown_p)
         else:
-            yield text(
-                "interval", f"{'single seed' if pairs.n == 1 else 'equal differences'}: no interval"
-            )
+            reason = "single seed" if pairs.n == 1 else "equal differences"
+            yield text("interval", f"{reason}: no interval")
     if cell.published_gain:
         yield text("published-gain", f"{cell.published_gain.difference:+.2f}")
     if cell.verdict:
@@ -132,9 +133,10 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
             for column in columns
         ]
         ours = any("ours" in text for text in texts)
+        published = "published" if ours else f"{row} (published)"
         labels = {
             "ours": row,
-            "published": "published" if ours else f"{row} (published)",
+            "published": published,
             "gain": f"gain over {_over(table, row, columns)}",
             "interval": "95 % interval",
             "p": "p (Holm)",
@@ -208,7 +210,13 @@ def _latex(text: str) -> str:
 
     Characters that pdflatex does not know without further packages become question marks.
     """
-    return "".join(LATEX.get(letter, letter if ord(letter) < 0x180 else "?") for letter in text)
+    return "".join(map(_latex_letter, text))
+
+
+def _latex_letter(letter: str) -> str:
+    if letter in LATEX:
+        return LATEX[letter]
+    return letter if ord(letter) < 0x180 else "?"
 
 
 def latex(table: Table) -> str:
@@ -222,10 +230,11 @@ def latex(table: Table) -> str:
         if text is None:
             return _latex(EMPTY)
         body = _latex(text.text)
-        body = {"best": rf"\textbf{{{body}}}", "second": rf"\underline{{{body}}}"}.get(
-            text.rank, body
-        )
-        return body + (f"$^{{{','.join(map(str, text.marks))}}}$" if text.marks else "")
+        by_rank = {"best": rf"\textbf{{{body}}}", "second": rf"\underline{{{body}}}"}
+        body = by_rank.get(text.rank, body)
+        if not text.marks:
+            return body
+        return f"{body}$^{{{','.join(map(str, text.marks))}}}$"
 
     out = [
         r"\providecommand{\toprule}{\hline}\providecommand{\midrule}{\hline}\providecommand{\bottomrule}{\hline}"
@@ -282,14 +291,13 @@ def html(table: Table) -> str:
 
     def cell(row: str, column: str) -> str:
         found = table.cells[row, column]
-        number = (
-            found.mean
-            if found.mean is not None
-            else found.published.value
-            if found.published
-            else ""
-        )
-        return f'<td data-sort="{number}">{"".join(map(shown, _texts(found, table))) or EMPTY}</td>'
+        number: float | str = ""
+        if found.mean is not None:
+            number = found.mean
+        elif found.published:
+            number = found.published.value
+        lines = "".join(map(shown, _texts(found, table)))
+        return f'<td data-sort="{number}">{lines or EMPTY}</td>'
 
     out = [
         f'<table class="results" id="{escape(table.name)}">',

@@ -6,7 +6,9 @@ The report is one HTML file that holds everything it shows and loads nothing fro
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +19,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import render
+from .declarations import PAPERS_METRIC
 from .figures import Figure
-from .schema import PARAMS, STATUSES
-from .tables import METRICS, PAPERS_METRIC, Table
+from .names import method_name
+from .schema import PARAMS, STATUSES, Run, runs_of
+from .selection import METRICS
+from .tables import Table
 
 __all__ = ["write"]
 
@@ -27,25 +32,24 @@ PIXELS_AN_INCH = 125  # figures are larger on a screen than in print
 NARROWEST = 520  # smallest width of a figure in pixels; it scrolls on a smaller screen
 INLINE_BYTES = 400_000  # a figure with a larger SVG is embedded as PNG
 SETTINGS = [column for column in PARAMS if column != "seed"]
-# Headings of the table of runs, by column of the frame.
+# Headings of the table of runs, by field of the run.
 OUTCOME = {
-    **{
-        "name": "run",
-        "status": "status",
-        "dataset": "data",
-        "pair": "pair",
-        "method": "method",
-        "M": "M",
-        "seed": "seed",
-    },
-    **{
-        "best": "best",
-        "last": "last",
-        "test": "test",
-        "epochs_done": "epochs",
-        "epoch_s": "s per epoch",
-    },
-    **{"started": "started (UTC)", "reason": "reason", "source": "source", "run_dir": "folder"},
+    "name": "run",
+    "status": "status",
+    "dataset": "data",
+    "pair": "pair",
+    "method": "method",
+    "M": "M",
+    "seed": "seed",
+    "best": "best",
+    "last": "last",
+    "test": "test",
+    "epochs_done": "epochs",
+    "epoch_s": "s per epoch",
+    "started": "started (UTC)",
+    "reason": "reason",
+    "source": "source",
+    "run_dir": "folder",
 }
 NUMBERS = {
     "seed": "{:d}",
@@ -85,14 +89,16 @@ def write(
         runs: the runs to report, with their name, MLflow URI and command.
         tables: tables to show, in order.
         figures: figures to embed, in order. Their PNG and SVG files must exist.
-        metric: accuracy that the tables and figures show, a key of `analysis.tables.METRICS`.
+        metric: accuracy that the tables and figures show, a key of `analysis.selection.METRICS`.
 
     Raises:
-        KeyError: if `metric` is not in `analysis.tables.METRICS`.
+        KeyError: if `metric` is not in `analysis.selection.METRICS`.
     """
     frame = runs.frame
     standing = frame[~frame["superseded"]]
-    counts = standing["status"].value_counts()
+    every_run = runs_of(frame)
+    current = [run for run in every_run if not run.superseded]
+    counts = Counter(run.status for run in current)
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -106,22 +112,20 @@ def write(
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         uri=_without_password(runs.uri),
         command=runs.command,
-        counts={status: int(counts.get(status, 0)) for status in STATUSES},
-        superseded=len(frame) - len(standing),
+        counts={status: counts[status] for status in STATUSES},
+        superseded=len(every_run) - len(current),
         metric_label=METRICS[metric][1],
-        metric_notes=_optimism(standing, metric),
+        metric_notes=_optimism(current, metric),
         tables=[(table, Markup(_scrolling(render.html(table)))) for table in tables],
         figures=[(figure, Markup(_embedded(figure))) for figure in figures],
-        missing=standing[standing["status"] == "MISSING"].to_dict("records"),
-        failures=standing[standing["status"].isin(["FAILED", "KILLED"])].to_dict("records"),
+        missing=[run for run in current if run.status == "MISSING"],
+        failures=[run for run in current if run.status in ("FAILED", "KILLED")],
         common=_common(standing),
         configurations=_configurations(standing),
-        environments=_counted(standing, "environment"),
-        revisions=_counted(standing, "git_sha"),
+        environments=_counted(run.environment for run in current if run.status != "MISSING"),
+        revisions=_counted(run.git_sha for run in current if run.status != "MISSING"),
         headings=list(OUTCOME.values()),
-        outcomes=[
-            (run["superseded"], run["status"], _outcome(run)) for run in frame.to_dict("records")
-        ],
+        outcomes=[(run.superseded, run.status, _outcome(run)) for run in every_run],
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -132,29 +136,33 @@ def write(
 def _without_password(uri: str) -> str:
     """Return the URI without its user name and password."""
     parts = urlsplit(uri)
-    return (
-        urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        if "@" in parts.netloc
-        else uri
-    )
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _optimism(frame: pd.DataFrame, metric: str) -> list[str]:
+def _optimism(runs: Iterable[Run], metric: str) -> list[str]:
     """Return sentences on how much the choice of the best epoch on the test split gains.
 
     The first sentence is on the papers. A second one is on our own finished runs without held-out
     images, if the metric is "best" and there are such runs.
     """
-    both = frame[frame["best"].notna() & frame["last"].notna() & (frame["status"] == "FINISHED")]
-    on_test_split = ~(both["val_fraction"] > 0).fillna(False)
-    both = both[on_test_split & (both["source"] == "sddlskd")]
-    if metric != "best" or both.empty:
-        return [PAPERS_METRIC]
-    gap = float((both["best"] - both["last"]).mean())
-    return [
-        PAPERS_METRIC,
-        f"In our runs it lies {gap:.2f} points above the last on average (n = {len(both)} runs).",
+    gaps = [
+        run.best - run.last
+        for run in runs
+        if run.best is not None
+        and run.last is not None
+        and run.status == "FINISHED"
+        and run.source == "sddlskd"
+        and not run.val_fraction
     ]
+    if metric != "best" or not gaps:
+        return [PAPERS_METRIC]
+    ours = (
+        f"In our runs it lies {statistics.fmean(gaps):.2f} points above the last on average "
+        f"(n = {len(gaps)} runs)."
+    )
+    return [PAPERS_METRIC, ours]
 
 
 def _scrolling(fragment: str) -> str:
@@ -207,8 +215,11 @@ def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str
     """
     differing = [column for column in SETTINGS if frame[column].nunique(dropna=False) > 1]
     headings = [*(PARAMS[column] for column in differing), "seeds", "runs"]
+    groups = [((), frame)]
+    if differing:
+        groups = list(frame.groupby(differing, dropna=False))
     rows = []
-    for key, runs in frame.groupby(differing, dropna=False) if differing else [((), frame)]:
+    for key, runs in groups:
         seeds = ", ".join(str(seed) for seed in sorted(runs["seed"].dropna().unique()))
         rows.append(
             [*map(_cell, differing, key), (seeds or "–", seeds), (str(len(runs)), str(len(runs)))]
@@ -216,19 +227,20 @@ def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str
     return headings, rows
 
 
-def _counted(frame: pd.DataFrame, column: str) -> dict[str, int]:
-    """Return the number of runs with each value of `column`, in descending order.
-
-    Missing runs do not count. The value "" stands for runs without a recorded value.
-    """
-    ran = frame[frame["status"] != "MISSING"]
-    return {str(value): int(count) for value, count in ran[column].value_counts().items()}
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    """Return how often each value occurs, in descending order."""
+    return dict(Counter(values).most_common())
 
 
-def _outcome(run: Mapping[Any, Any]) -> list[tuple[str, str]]:
+def _outcome(run: Run) -> list[tuple[str, str]]:
     """Return the cells of a run in the table of all runs, as (shown text, sort key)."""
-    status = ("superseded, " if run["superseded"] else "") + run["status"].lower()
-    return [_cell(column, status if column == "status" else run[column]) for column in OUTCOME]
+    shown: dict[str, Any] = {column: getattr(run, column) for column in OUTCOME}
+    shown["status"] = run.status.lower()
+    if run.superseded:
+        shown["status"] = f"superseded, {run.status.lower()}"
+    if run.method:
+        shown["method"] = method_name(run.method, run.M)
+    return [_cell(column, value) for column, value in shown.items()]
 
 
 def _cell(column: str, value: Any) -> tuple[str, str]:
@@ -237,13 +249,15 @@ def _cell(column: str, value: Any) -> tuple[str, str]:
     The sort key of a missing value is empty, so that the value sorts last.
     """
     text = _text(column, value)
-    return text, "" if text == "–" else str(value)
+    if text == "–":
+        return text, ""
+    return text, str(value)
 
 
 def _text(column: str, value: Any) -> str:
     if pd.isna(value) or value == "":
         return "–"
-    if isinstance(value, pd.Timestamp):
+    if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M}"
-    form = NUMBERS.get(column, "{:g}" if isinstance(value, float) else "{}")
-    return form.format(value)
+    usual = "{:g}" if isinstance(value, float) else "{}"
+    return NUMBERS.get(column, usual).format(value)

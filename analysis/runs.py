@@ -2,27 +2,15 @@
 
 Per-epoch metrics and predictions are read on demand. No run is dropped: failed, running and
 superseded runs are rows, and so is a job that a sweep planned and nobody ran (status MISSING).
-Nothing is written: a missing database is not created, and a database with another schema is not
-migrated. Errors are ValueErrors with a one-line message.
+Errors are ValueErrors with a one-line message.
 """
 
 import difflib
-import gc
 import json
-import logging
 import math
-import os
-import sqlite3
-import tempfile
-import urllib.error
-import urllib.request
-import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -31,19 +19,13 @@ import numpy as np
 import pandas as pd
 
 from .schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, frame_of
+from .store import MAKE_RUNS, artifact, experiments_of, points_of, quoted, reading, search
 
-__all__ = ["MAKE_RUNS", "Runs", "listing", "load", "reading"]
+__all__ = ["Runs", "listing", "load"]
 
-PAGE = 1000  # runs per request; MLflow's limit is 50,000
-RUNS_A_REQUEST = 100  # runs per request for metric histories
-ALL_POINTS = 10**9  # points per request for metric histories: no limit in practice
-REQUESTS_AT_ONCE = 8  # concurrent requests to a server
-LOCKED_S = 10.0  # seconds to wait for a process that writes to the database
-ANSWER_S = 5.0  # seconds within which a server must answer
 NAMES_SHOWN = 10  # names that an error message lists
 # The fields that a plan stores for a job, besides its params.
 PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
-MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev2 M="[1],[1,2,4]"'
 CONTRACT = ("dataset", "teacher", "student", "distiller")
 """Columns that select a run's table cell. If every run lacks one of them, none is sddlskd's."""
 NEEDED = (*CONTRACT, "M", "standardize", "epochs", "seed")
@@ -72,12 +54,11 @@ class Runs:
             A frame with the columns run_id, metric, epoch and value. If an epoch has several
             points of a metric, the frame holds the latest.
         """
-        ids = [
-            run_id for run_id in (self.frame["run_id"] if run_ids is None else run_ids) if run_id
-        ]
+        asked = self.frame["run_id"] if run_ids is None else run_ids
+        ids = [run_id for run_id in asked if run_id]
         with reading(self.uri) as client:
             points = [
-                point for metric in metrics for point in _points(client, self.uri, ids, metric)
+                point for metric in metrics for point in points_of(client, self.uri, ids, metric)
             ]
         types = {
             "run_id": "str",
@@ -96,7 +77,7 @@ class Runs:
 
         The arrays are those of the artifact predictions.npz. Raise ValueError if it is damaged.
         """
-        with reading(self.uri) as client, _artifact(client, run_id, "predictions.npz") as path:
+        with reading(self.uri) as client, artifact(client, run_id, "predictions.npz") as path:
             if path is None:
                 return None
             try:
@@ -124,25 +105,26 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
             runs is sddlskd's, or if their numbers of epochs differ and `mixed_epochs` is False.
     """
     with reading(uri) as client:
-        experiments = _experiments(client)
+        experiments = experiments_of(client)
         if name is None:
             plans, rows = _select(client, experiments, experiments)
         else:
-            plans, rows = _select(client, experiments, experiments, f"tags.sweep = {_quoted(name)}")
+            plans, rows = _select(client, experiments, experiments, f"tags.sweep = {quoted(name)}")
             if not rows and name in experiments:
                 plans, rows = _select(client, experiments, {name: experiments[name]})
             elif not rows:
                 raise ValueError(_no_such(client, experiments, name, uri))
     if not rows:
-        raise ValueError(
-            f"{uri} has no runs{f' in experiment {name}' if name else ''}; {MAKE_RUNS}"
-        )
-    _refuse_strangers(rows, f"experiment {name}" if name else uri)
+        where = f" in experiment {name}" if name else ""
+        raise ValueError(f"{uri} has no runs{where}; {MAKE_RUNS}")
+    where = f"experiment {name}" if name else uri
+    _refuse_strangers(rows, where)
     frame = _frame(rows)
     if not mixed_epochs:
         _refuse_mixed_epochs(frame)
     commands = {plan["command"] for plan in plans}
-    return Runs(frame, name or "", uri, commands.pop() if len(commands) == 1 else "")
+    command = commands.pop() if len(commands) == 1 else ""
+    return Runs(frame, name or "", uri, command)
 
 
 def listing(uri: str) -> pd.DataFrame:
@@ -152,7 +134,7 @@ def listing(uri: str) -> pd.DataFrame:
     status. Superseded runs are not counted.
     """
     with reading(uri) as client:
-        scans = {name: _scan(client, {name: key}) for name, key in _experiments(client).items()}
+        scans = {name: _scan(client, {name: key}) for name, key in experiments_of(client).items()}
     sweeps: dict[str, set[str]] = {}  # names of the sweeps that planned a job, by its config_hash
     for plan in (plan for plans, _ in scans.values() for plan in plans):
         for job in plan["jobs"]:
@@ -180,202 +162,9 @@ def listing(uri: str) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["kind", "name", "runs", *STATUSES])
 
 
-# The store
-
-
-@contextmanager
-def reading(uri: str) -> Iterator[Any]:
-    """Yield an MlflowClient for the store at `uri`.
-
-    Raise ValueError with a one-line message if the store is unusable, or if MLflow, the database
-    or the network fails within the context.
-    """
-    _check(uri)
-    # By default, each call takes the client four minutes if the server has gone away.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow.exceptions import MlflowException  # imported late, because it is slow
-    from mlflow.tracking import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
-
-    # MLflow's own use of SQLAlchemy causes this warning: a user cannot change it.
-    warnings.filterwarnings(
-        "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # MLflow logs tracebacks of errors that are raised here as ValueErrors.
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-    # Garbage collection would traverse SQLAlchemy's million objects again and again and free
-    # nothing: reading 10,000 runs takes 28 s with it and 10 s without.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield MlflowClient(tracking_uri=uri)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise ValueError(f"{uri} cannot be read ({_first_line(error)})") from error
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _check(uri: str) -> None:
-    """Raise ValueError if MLflow would wait for minutes, create a database or migrate one."""
-    if uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()
-        except urllib.error.HTTPError:
-            pass  # the server answers; a proxy may protect /health
-        except (OSError, ValueError, HTTPException) as error:
-            raise ValueError(
-                f"{uri} does not answer ({error}); start it, or name another store with --uri"
-            ) from None
-    elif uri.startswith("sqlite:///"):
-        _check_database(Path(uri.removeprefix("sqlite:///")), uri)
-    else:
-        raise ValueError(
-            f"{uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
-        )
-
-
-def _check_database(path: Path, uri: str) -> None:
-    if not path.is_file():
-        raise ValueError(
-            f"there is no database {path}; name another with --home or --uri, or {MAKE_RUNS}"
-        )
-    try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_S)
-        ) as database:
-            tables = {
-                name
-                for (name,) in database.execute(
-                    "SELECT name FROM sqlite_master WHERE type = 'table'"
-                )
-            }
-            if not {"alembic_version", "runs"} <= tables:
-                raise ValueError(
-                    f"{path} is not an MLflow database; name another with --home or --uri"
-                )
-            (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or (
-                "none",
-            )
-    except sqlite3.OperationalError as error:
-        if "locked" not in str(error):
-            raise ValueError(f"{path} cannot be read ({error})") from None
-        raise ValueError(
-            f"{path} was locked for {LOCKED_S:.0f} s by a process that writes to it; "
-            "try again when that process is done"
-        ) from None
-    except sqlite3.DatabaseError as error:
-        raise ValueError(
-            f"{path} is not an MLflow database ({error}); name another with --home or --uri"
-        ) from None
-    _check_schema(path, uri, found)
-
-
-def _check_schema(path: Path, uri: str, found: str) -> None:
-    # MLflow checks the schema too, but only after it has added tables that an older database lacks.
-    import mlflow
-    from alembic.script import ScriptDirectory
-
-    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
-    wanted = script.get_current_head()
-    if found == wanted:
-        return
-    have = f"{path} has the schema {found}, and MLflow {mlflow.__version__} here reads {wanted}"
-    if found in {revision.revision for revision in script.walk_revisions()}:
-        raise ValueError(
-            f"{have}: an older MLflow wrote it; copy the file, then run: mlflow db upgrade {uri}"
-        )
-    raise ValueError(f"{have}: a newer MLflow wrote it; run: pip install --upgrade mlflow")
-
-
-def _experiments(client: Any) -> dict[str, str]:
-    """Return the ids of all experiments by name."""
-    found: dict[str, str] = {}
-    token = None
-    while True:
-        page = client.search_experiments(max_results=PAGE, page_token=token)
-        found |= {experiment.name: experiment.experiment_id for experiment in page}
-        token = page.token
-        if not token:
-            return found
-
-
-def _search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iterator[Any]:
-    """Yield runs, oldest first, so that runs that start meanwhile do not shift the pages."""
-    token = None
-    while True:
-        page = client.search_runs(
-            list(experiments.values()),
-            query,
-            max_results=PAGE,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _quoted(text: str) -> str:
-    """Return `text` in quotes for an MLflow filter.
-
-    MLflow has no escape character, so text with both kinds of quotes raises ValueError.
-    """
-    if "'" in text and '"' in text:
-        raise ValueError(f"{text} has both kinds of quotes, and MLflow cannot search for that")
-    return f'"{text}"' if "'" in text else f"'{text}'"
-
-
-@contextmanager
-def _artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
-    """Yield the path of a run's artifact, or None if the run has none of that name.
-
-    The file is deleted when the context ends.
-    """
-    if all(entry.path != name for entry in client.list_artifacts(run_id)):
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(client.download_artifacts(run_id, name, folder))
-
-
-def _points(
-    client: Any, uri: str, run_ids: Sequence[str], metric: str
-) -> Iterator[tuple[str, str, int, int, float]]:
-    """Yield (run_id, metric, step, timestamp, value) for every logged point."""
-    if uri.startswith("sqlite:"):
-        # The client queries run by run, and each query makes SQLite scan the metric's points of
-        # all runs, which takes three times as long.
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        open_store: Any = SqlAlchemyStore  # untyped
-        store = open_store(uri, default_artifact_root="unused: nothing is written")
-        for at in range(0, len(run_ids), RUNS_A_REQUEST):
-            for found in store.get_metric_history_bulk(
-                run_ids[at : at + RUNS_A_REQUEST], metric, ALL_POINTS
-            ):
-                yield found.run_id, metric, found.step, found.timestamp, found.value
-    else:
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            histories = pool.map(lambda run_id: client.get_metric_history(run_id, metric), run_ids)
-            for run_id, points in zip(run_ids, histories, strict=True):
-                yield from (
-                    (run_id, metric, point.step, point.timestamp, point.value) for point in points
-                )
-
-
 def _no_such(client: Any, experiments: Mapping[str, str], name: str, uri: str) -> str:
     sweeps = {
-        run.data.tags.get("sweep", "")
-        for run in _search(client, experiments, "tags.kind = 'sweep'")
+        run.data.tags.get("sweep", "") for run in search(client, experiments, "tags.kind = 'sweep'")
     } - {""}
     there = sorted(sweeps | experiments.keys())
     closest = difflib.get_close_matches(name, there, n=NAMES_SHOWN, cutoff=0.0)
@@ -398,7 +187,7 @@ def _select(
     planned = {job["config_hash"]: job for plan in plans for job in plan["jobs"]}
     finished = _hashes(rows.values(), finished=True)
     for config_hash in (each for each in planned if each not in finished):
-        rows |= _scan(client, everywhere, f"tags.config_hash = {_quoted(config_hash)}")[1]
+        rows |= _scan(client, everywhere, f"tags.config_hash = {quoted(config_hash)}")[1]
     rows |= _missing(plans, _hashes(rows.values()))
     for row in rows.values():
         if row["config_hash"] in planned:
@@ -412,7 +201,7 @@ def _scan(
     """Return the plans among the runs that the query finds, and the other runs as rows by id."""
     plans: list[dict[str, Any]] = []
     rows: dict[str, dict[str, Any]] = {}
-    for run in _search(client, experiments, query):
+    for run in search(client, experiments, query):
         if run.data.tags.get("kind") == "sweep":
             plans.append(_read_plan(client, run))
         else:
@@ -440,7 +229,7 @@ def _hashes(rows: Iterable[Mapping[str, Any]], finished: bool = False) -> set[st
 def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
     """Return {name, command, jobs} from a sweep's parent run; jobs is [] if it kept no plan."""
     sweep = parent.data.tags.get("sweep", "")
-    with _artifact(client, parent.info.run_id, "plan.json") as path:
+    with artifact(client, parent.info.run_id, "plan.json") as path:
         if path is None:
             return {"name": sweep, "command": "", "jobs": []}
         try:
@@ -463,7 +252,8 @@ def _row(run: Any) -> dict[str, Any]:
 
     Values that are missing or of the wrong type are left out, and `reason` says so.
     """
-    tags, metrics = run.data.tags, run.data.metrics
+    tags = run.data.tags
+    metrics = run.data.metrics
     row, complaints = _typed(run.data.params)
     complaints += [f"{key} is NaN" for key in METRICS.values() if math.isnan(metrics.get(key, 0.0))]
     # MLflow's public attributes do not give the steps of the metrics.
@@ -471,6 +261,7 @@ def _row(run: Any) -> dict[str, Any]:
     size, size_complaints = _parsed(tags, {"group_size": TAGS["group_size"]})
     text = {column: tags.get(tag, "") for column, tag in TAGS.items() if COLUMNS[column] == "str"}
     reasons = [tags.get(TAGS["reason"], ""), *complaints, *size_complaints]
+    status = "RUNNING" if run.info.status == "SCHEDULED" else run.info.status
     return {
         **row,
         **size,
@@ -480,7 +271,7 @@ def _row(run: Any) -> dict[str, Any]:
         "reason": "; ".join(filter(None, reasons)),
         "run_id": run.info.run_id,
         "name": run.info.run_name or "",
-        "status": "RUNNING" if run.info.status == "SCHEDULED" else run.info.status,
+        "status": status,
         "superseded": tags.get(TAGS["superseded"]) == "true",
         "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
         "epochs_done": steps.get("val/top1"),
@@ -511,17 +302,20 @@ def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _parsed(texts: Mapping[str, str], keys: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    row, complaints = {}, []
+    row = {}
+    complaints = []
     for column, key in keys.items():
         text = texts.get(key, "None")
+        kind = COLUMNS[column].lower()
+        parse = _PARSERS[COLUMNS[column]]
+        if column == "M":
+            kind = "list of scales"
+            parse = _scales
         try:
             if text != "None":
-                row[column] = _scales(text) if column == "M" else _PARSERS[COLUMNS[column]](text)
+                row[column] = parse(text)
         except (ValueError, KeyError):
-            complaints.append(
-                f"{key}={text[:40]} is not a valid "
-                f"{'list of scales' if column == 'M' else COLUMNS[column].lower()}"
-            )
+            complaints.append(f"{key}={text[:40]} is not a valid {kind}")
     return row, complaints
 
 

@@ -1,12 +1,14 @@
-"""Define the columns of a frame of runs (one row per run), their types and their names in MLflow.
+"""Define what is known of a run: as a `Run`, as a row of a frame of runs, and in MLflow.
 
 The analysis depends on the trainer by these names only: `PARAMS` are flattened configuration keys,
 `METRICS` are final metrics, `TAGS` are tags of a run.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import pandas as pd
 
@@ -16,61 +18,90 @@ __all__ = [
     "PARAMS",
     "STATUSES",
     "TAGS",
+    "Run",
     "canonical_M",
     "frame_of",
     "method_of",
     "read_frame",
+    "runs_of",
 ]
 
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
 """Statuses of a run. MISSING: the sweep planned the job, but MLflow has no run of it."""
 
-COLUMNS = {
-    "run_id": "str",  # in MLflow; "" for a missing run
-    "name": "str",  # name of the run directory
-    "source": "str",  # "sddlskd" or "imported"
-    "status": "str",  # one of STATUSES
-    "reason": "str",  # why the run failed or was stopped
-    "sweep": "str",
-    "config_hash": "str",  # hash of what the job computes, including its seed
-    "settings_hash": "str",  # the same without the seed
-    "git_sha": "str",
-    "run_dir": "str",
-    "command": "str",  # runs the job (again); "" if it is unknown
-    "environment": "str",  # versions and device, in one line
-    "superseded": "bool",  # replaced by a later run of the job; left out of every table
-    "started": "datetime64[ns, UTC]",
-    "dataset": "str",
-    "teacher": "str",  # "none" for a student that is trained alone
-    "student": "str",
-    "pair": "str",  # "teacher_student"
-    "method": "str",  # the papers' name: vanilla, kd, kd_ls, sd_kd, sd_kd_ls, sd_dkd ...
-    "distiller": "str",  # loss: vanilla, kd, dkd, nkd ...
-    "M": "str",  # scales, as canonical_M writes them: "[1,2,4]"
-    "standardize": "bool",
-    "complementary_weight": "Float64",
-    "knowledge": "str",  # fusion, consistent, complementary
-    "temperature": "Float64",
-    "ce_weight": "Float64",
-    "kd_weight": "Float64",
-    "lr": "Float64",
-    "batch_size": "Int64",
-    "epochs": "Int64",  # configured number
-    "max_steps": "Int64",  # batches per epoch; missing: all batches
-    "precision": "str",  # of the networks' forward pass: fp32, bf16 or fp16
-    "compile": "bool",  # whether torch compiles the networks
-    "teacher_cache": "str",  # folder of the cached teacher maps; "": no cache
-    "epochs_done": "Int64",
-    "seed": "Int64",
-    "val_fraction": "Float64",  # fraction of the training images held out; 0: val is the test split
-    "group_size": "Int64",  # runs trained side by side, whose times are those of the group
-    "best": "Float64",  # top-1 (%), best epoch
-    "last": "Float64",  # top-1 (%), last epoch
-    "test": "Float64",  # top-1 (%) on the test split at the best epoch of a held-out val
-    "teacher_top1": "Float64",
-    "epoch_s": "Float64",  # seconds of the last epoch
-    "images_per_s": "Float64",  # in the last epoch
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: a row of the frame of runs.
+
+    The fields are the columns of the frame, in order, except the last one. A value that MLflow does
+    not have is "", False or None.
+    """
+
+    run_id: str = ""  # in MLflow; "" for a missing run
+    name: str = ""  # name of the run directory
+    source: str = "sddlskd"  # "sddlskd" or "imported"
+    status: str = ""  # one of STATUSES
+    reason: str = ""  # why the run failed or was stopped
+    sweep: str = ""
+    config_hash: str = ""  # hash of what the job computes, including its seed
+    settings_hash: str = ""  # the same without the seed
+    git_sha: str = ""
+    run_dir: str = ""
+    command: str = ""  # runs the job (again); "" if it is unknown
+    environment: str = ""  # versions and device, in one line
+    superseded: bool = False  # replaced by a later run of the job; left out of every table
+    started: datetime | None = None
+    dataset: str = ""
+    teacher: str = ""  # "none" for a student that is trained alone
+    student: str = ""
+    pair: str = ""  # "teacher_student"
+    method: str = ""  # as method_of spells it: vanilla, kd, kd_ls, sd_kd, sd_kd_ls, sd_dkd ...
+    distiller: str = ""  # loss: vanilla, kd, dkd, nkd ...
+    M: str = "[1]"  # scales, as canonical_M writes them: "[1,2,4]"
+    standardize: bool = False
+    complementary_weight: float | None = None
+    knowledge: str = "fusion"  # fusion, consistent, complementary
+    temperature: float | None = None
+    ce_weight: float | None = None
+    kd_weight: float | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    epochs: int | None = None  # configured number
+    # Batches per epoch. None means all batches in a run of ours (analysis.selection replaces it by
+    # "all"), and unknown in an imported run.
+    max_steps: int | Literal["all"] | None = None
+    precision: str = ""  # of the networks' forward pass: fp32, bf16 or fp16
+    compile: bool = False  # whether torch compiles the networks
+    teacher_cache: str = ""  # folder of the cached teacher maps; "": no cache
+    epochs_done: int | None = None
+    seed: int | None = None
+    # Fraction of the training images held out; 0: val is the test split.
+    val_fraction: float | None = None
+    group_size: int | None = None  # runs trained side by side, whose times are those of the group
+    best: float | None = None  # top-1 (%), best epoch
+    last: float | None = None  # top-1 (%), last epoch
+    test: float | None = None  # top-1 (%) on the test split at the best epoch of a held-out val
+    teacher_top1: float | None = None
+    epoch_s: float | None = None  # seconds of the last epoch
+    images_per_s: float | None = None  # in the last epoch
+    # Recorded values of the settings that the loss does not read. analysis.selection sets this
+    # field; it is no column of the frame.
+    unread: tuple[object, ...] = ()
+
+
+PANDAS_TYPES: dict[Any, str] = {
+    str: "str",
+    bool: "bool",
+    int | None: "Int64",
+    int | Literal["all"] | None: "Int64",
+    float | None: "Float64",
+    datetime | None: "datetime64[ns, UTC]",
 }
+COLUMNS = {
+    field: PANDAS_TYPES[kind] for field, kind in get_type_hints(Run).items() if field != "unread"
+}
+"""Columns of the frame and their pandas types."""
 
 PARAMS = {
     "dataset": "dataset.name",
@@ -136,24 +167,23 @@ def method_of(distiller: str, M: str, standardize: bool) -> str:
     """
     if distiller == "vanilla":
         return distiller
-    return ("" if M == "[1]" else "sd_") + distiller + ("_ls" if standardize else "")
+    prefix = "" if M == "[1]" else "sd_"
+    suffix = "_ls" if standardize else ""
+    return f"{prefix}{distiller}{suffix}"
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the rows as a typed frame with all columns.
 
-    A value that a row lacks becomes "", False or missing, except `source` ("sddlskd"), `knowledge`
-    ("fusion") and `M` ("[1]"). `pair` and `method` are derived from other columns if a row lacks
-    them. Raise KeyError for an unknown column.
+    A value that a row lacks is the default of `Run`. `pair` and `method` are derived from other
+    columns if a row lacks them. Raise KeyError for an unknown column.
     """
+    defaults = {field.name: field.default for field in fields(Run) if field.name in COLUMNS}
     whole = []
     for row in rows:
         if unknown := row.keys() - COLUMNS.keys():
             raise KeyError(f"unknown columns {sorted(unknown)}; choose from {list(COLUMNS)}")
-        empty: dict[str, Any] = {
-            name: {"str": "", "bool": False}.get(kind) for name, kind in COLUMNS.items()
-        }
-        filled = {**empty, "source": "sddlskd", "knowledge": "fusion", "M": "[1]", **row}
+        filled = {**defaults, **row}
         filled["M"] = canonical_M(filled["M"])
         filled["pair"] = filled["pair"] or f"{filled['teacher']}_{filled['student']}"
         filled["method"] = filled["method"] or method_of(
@@ -161,6 +191,13 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         )
         whole.append(filled)
     return pd.DataFrame(whole, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def runs_of(frame: pd.DataFrame) -> list[Run]:
+    """Return the rows of a frame of runs, in order. A missing value is None."""
+    columns = frame[list(COLUMNS)].astype(object)
+    rows = columns.where(frame[list(COLUMNS)].notna(), None)
+    return [Run(*row) for row in rows.itertuples(index=False, name=None)]
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -176,8 +213,10 @@ def _value(kind: str, text: str) -> Any:
         return text
     if kind == "bool":
         return text == "True"
-    return (
-        (float(text) if kind == "Float64" else int(text) if kind == "Int64" else text)
-        if text
-        else None
-    )
+    if not text:
+        return None
+    if kind == "Float64":
+        return float(text)
+    if kind == "Int64":
+        return int(text)
+    return text

@@ -1,6 +1,7 @@
 """Compute the statistics over seeds.
 
-These are means, gains paired by seed, Holm's correction and the reproduction verdict.
+These are means and their intervals, gains paired by seed, Holm's correction and the verdict on a
+published number. The t tests and their intervals are scipy's.
 """
 
 import math
@@ -15,6 +16,7 @@ __all__ = [
     "WIDEST",
     "Paired",
     "holm",
+    "interval",
     "mean_std",
     "paired",
     "prediction_half_width",
@@ -45,12 +47,29 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
     The standard deviation is None for a single value.
     """
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), std
 
 
-def _t(n: int) -> float:
-    """Return the two-sided quantile of Student's t at `LEVEL` for n values."""
-    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+def _is_zero(spread: float) -> bool:
+    """Return whether a standard deviation is zero but for rounding.
+
+    Accuracies come in steps: equal values mean that the spread is finer than a step. They do not
+    mean that there is no spread.
+    """
+    return math.isclose(spread, 0, abs_tol=1e-9)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the ends of the 95 % t interval of the mean of `values`.
+
+    The result is None for one value and for equal values.
+    """
+    _, std = mean_std(values)
+    if std is None or _is_zero(std):
+        return None
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return float(low), float(high)
 
 
 def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Paired | None:
@@ -62,17 +81,14 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Paired | N
     if not shared:
         return None
     left_out = len(values.keys() ^ base.keys())
-    differences = [values[seed] - base[seed] for seed in shared]
-    mean, std = mean_std(differences)
-    # Accuracies come in steps: equal differences mean that the spread is finer than a step. They do
-    # not mean that there is no spread.
-    if std is None or math.isclose(std, 0, abs_tol=1e-9):
+    ours = [values[seed] for seed in shared]
+    theirs = [base[seed] for seed in shared]
+    mean, std = mean_std([our - their for our, their in zip(ours, theirs, strict=True)])
+    if std is None or _is_zero(std):
         return Paired(mean, len(shared), left_out, None, None, None)
-    half = _t(len(shared)) * std / math.sqrt(len(shared))
-    p = float(
-        stats.ttest_rel([values[seed] for seed in shared], [base[seed] for seed in shared]).pvalue
-    )
-    return Paired(mean, len(shared), left_out, mean - half, mean + half, p)
+    test = stats.ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(LEVEL)
+    return Paired(mean, len(shared), left_out, float(low), float(high), float(test.pvalue))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -91,7 +107,10 @@ def prediction_half_width(values: Sequence[float]) -> float | None:
     The result has the unit of `values`. It is None for a single run.
     """
     _, std = mean_std(values)
-    return None if std is None else _t(len(values)) * std * math.sqrt(1 + 1 / len(values))
+    if std is None:
+        return None
+    quantile = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return quantile * std * math.sqrt(1 + 1 / len(values))
 
 
 def verdict(values: Sequence[float], published: float) -> str:
@@ -107,7 +126,6 @@ def verdict(values: Sequence[float], published: float) -> str:
     gap = statistics.fmean(values) - published
     if abs(gap) <= half + 1e-9:
         return "within"
-    # As in `paired`, equal accuracies do not mean that there is no spread.
-    if math.isclose(half, 0, abs_tol=1e-9):
+    if _is_zero(half):
         return "undecided"
     return "above" if gap > 0 else "below"

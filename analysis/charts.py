@@ -1,0 +1,268 @@
+"""Lay out the charts: colours and markers, panels, legends, charts of dots, captions.
+
+The colours are those of Okabe and Ito. Markers differ as well, so that the figures can be printed
+in grey.
+"""
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.lines import Line2D
+
+from .points import Point
+
+__all__ = [
+    "CELLS",
+    "GREY",
+    "LINES",
+    "NO_ROOM",
+    "PANELS",
+    "STYLE",
+    "WIDE",
+    "Chart",
+    "Dot",
+    "count_seeds",
+    "dots",
+    "few",
+    "half_width",
+    "legend",
+    "listed",
+    "panels_of",
+    "settings_in_dots",
+    "style_of",
+]
+
+PANELS = 12  # largest number of panels in a figure
+LINES = 12  # largest number of lines in a figure
+CELLS = 60  # largest number of panels x settings in a dot chart
+NAMED = 15  # names that a caption lists; it counts the rest
+NO_ROOM = "Not drawn for lack of space"
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+GREY = "#bbbbbb"
+# 5 dash patterns and 7 colours make 35 different lines.
+DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (6, 1, 1, 1, 1, 1)),
+)
+MARKERS = "osD^vPX<>*hp"
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "sddlskd",  # gives the same ids in every run
+    "text.parse_math": False,  # shows a $ in a name as it is
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "figure.constrained_layout.h_pad": 0.08,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+}
+WIDE = 7.0  # inches: both columns of a page; a single panel takes one column
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its text, before it is written to files."""
+
+    name: str  # stem of its file names
+    title: str
+    caption: str
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A mark of a dot chart: a mean and its interval."""
+
+    panel: str
+    setting: str
+    mean: float
+    half: float  # half the width of the interval; 0 without one
+
+
+def half_width(interval: tuple[float, float] | None) -> float:
+    """Return half the width of an interval, or 0 without one."""
+    if interval is None:
+        return 0.0
+    low, high = interval
+    return (high - low) / 2
+
+
+def few(
+    points: Sequence[Point],
+    name: Callable[[Point], str],
+    lines: int = LINES,
+) -> tuple[list[Point], list[str], str]:
+    """Keep as many panels and lines as a reader can tell apart: those with the most runs.
+
+    Args:
+        points: the points to draw.
+        name: returns the name of the line of a point.
+        lines: largest number of lines.
+
+    Returns:
+        The points that are kept, the names of the lines in order of `rank`, and a sentence that
+        names the panels and lines that are not drawn ("" if all are).
+    """
+    left: list[str] = []
+    kept = list(points)
+    for name_of, most in ((lambda point: point.panel, PANELS), (name, lines)):
+        runs: Counter[str] = Counter()
+        for point in kept:
+            runs[name_of(point)] += point.n
+        names = [one for one, _ in runs.most_common()]
+        left += names[most:]
+        kept = [point for point in kept if name_of(point) in names[:most]]
+    ranked = sorted(kept, key=lambda point: point.rank)
+    return kept, list(dict.fromkeys(name(point) for point in ranked)), listed(NO_ROOM, left)
+
+
+def settings_in_dots(panels: int) -> int:
+    """Return the largest number of settings in a dot chart with so many panels."""
+    return max(4, min(LINES, CELLS // min(panels, PANELS)))
+
+
+def listed(what: str, names: Sequence[str]) -> str:
+    """Return a sentence that starts with `what` and lists the names; "" if there are none.
+
+    The sentence starts with a space, lists at most `NAMED` names and counts the rest.
+    """
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f" {what}: {'; '.join(names[:NAMED])}{more}.".replace("\n", ", ")
+
+
+def count_seeds(counts: Iterable[int]) -> str:
+    """Return how many seeds the marks of a figure stand for, such as "n = 2 to 3 seeds"."""
+    counts = list(counts)
+    low = min(counts)
+    high = max(counts)
+    if low < high:
+        return f"n = {low} to {high} seeds"
+    if low == 1:
+        return "n = 1 seed"
+    return f"n = {low} seeds"
+
+
+def style_of(index: int) -> dict[str, Any]:
+    """Return the colour, dashes and marker of the line with this number."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def panels_of(
+    panels: Sequence[str], x: str, y: str, height: float = 2.0, letters: int = 34
+) -> tuple[Drawing, dict[str, Axes]]:
+    """Return a drawing with one pair of axes per panel, and the axes by panel.
+
+    Args:
+        panels: names of the panels, which become their titles.
+        x: label of the horizontal axes.
+        y: label of the vertical axes.
+        height: height of a row of panels in inches.
+        letters: longest line of a title; a longer line is broken at blanks.
+
+    Returns:
+        The drawing and the axes.
+    """
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    width = 3.5 if columns == 1 else WIDE
+    drawing = Drawing(figsize=(width, height * rows + 0.6), layout="constrained")
+    wrap = textwrap.TextWrapper(letters, break_long_words=False, break_on_hyphens=False)
+    axes = {}
+    for index, panel in enumerate(panels):
+        axis = axes[panel] = drawing.add_subplot(rows, columns, index + 1)
+        axis.set_title("\n".join(wrap.fill(line) for line in panel.splitlines()))
+        if index % columns == 0:
+            axis.set_ylabel(y)
+        if index + columns >= len(panels):
+            axis.set_xlabel(x)
+    return drawing, axes
+
+
+def legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
+    """Add a legend below the panels, in as many columns as fit.
+
+    Args:
+        drawing: the drawing, which grows by the height of the legend.
+        labels: one label per line, in the order of `style_of`.
+        **marks: properties of matplotlib's lines that replace those of `style_of`.
+    """
+    handles = [
+        Line2D([], [], label=label, **(style_of(index) | marks))
+        for index, label in enumerate(labels)
+    ]
+    inches = 0.055 * max(map(len, labels)) + 0.55
+    columns = max(1, min(len(labels), int(drawing.get_figwidth() / inches)))
+    rows = -(-len(labels) // columns)
+    drawing.set_figheight(drawing.get_figheight() + 0.15 * rows)
+    drawing.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6
+    )
+
+
+def dots(
+    columns: Sequence[tuple[str, Sequence[Dot]]],
+    panels: Sequence[str],
+    settings: Sequence[str],
+    shaded: Mapping[str, str],
+) -> Drawing:
+    """Draw dot charts of means and intervals side by side.
+
+    Each panel is a band of rows, with one row per setting.
+
+    Args:
+        columns: label and dots of each chart.
+        panels: names of the panels, from top to bottom.
+        settings: names of the settings, from top to bottom.
+        shaded: panels to shade, with the text to put after their names.
+
+    Returns:
+        The drawing, with a legend.
+    """
+    height = 0.12 * len(panels) * (len(settings) + 1.2) + 0.7
+    width = WIDE if len(columns) > 1 else 5.0
+    drawing = Drawing(figsize=(width, max(1.8, height)), layout="constrained")
+    axes = drawing.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axis, (label, drawn) in zip(axes, columns, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+        for row, panel in enumerate(panels):
+            if panel in shaded:
+                axis.axhspan(row - 0.5, row + 0.5, color="#f1f1f1", linewidth=0)
+        for index, setting in enumerate(settings):
+            of_setting = [dot for dot in drawn if dot.setting == setting]
+            shift = (index + 0.5) / len(settings) * 0.8 - 0.4
+            axis.errorbar(
+                [dot.mean for dot in of_setting],
+                [panels.index(dot.panel) + shift for dot in of_setting],
+                xerr=[dot.half for dot in of_setting],
+                **style_of(index) | {"linestyle": "none"},
+                elinewidth=0.8,
+                capsize=1.5,
+            )
+    axes[0].set_ylim(len(panels) - 0.5, -0.5)
+    labels = [f"{panel}{shaded.get(panel, '')}" for panel in panels]
+    axes[0].set_yticks(range(len(panels)), labels)
+    legend(drawing, settings, linestyle="none")
+    return drawing

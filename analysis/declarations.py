@@ -1,0 +1,520 @@
+"""Declare the tables: which runs each shows, in which rows, beside which published numbers.
+
+`analysis.tables` builds them. Every table has the pairs of teacher and student as columns.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from . import published, selection
+from .names import method_name, row_key, row_name, value_name
+from .protocol import PAPERS_WEIGHT, SIMILAR, other_method
+from .published import Published
+from .schema import Run, method_of
+from .selection import BUDGET, COMPARABLE, METRICS, SETTINGS, agree, beside_pairs
+
+__all__ = ["PAPERS_METRIC", "Declaration", "Quantity", "declare"]
+
+PLAIN_SAME = (
+    "source",
+    "pair",
+    "distiller",
+    "standardize",
+    "temperature",
+    "ce_weight",
+    "kd_weight",
+    "lr",
+    *BUDGET,
+)
+"""Settings that runs with regions share with their baseline on the whole map (M=[1])."""
+
+SEED_PAIRS = (
+    "resnet32x4_resnet8x4",
+    "resnet32x4_shufflev1",
+    "wrn_40_2_shufflev1",
+    "resnet32x4_mobilev2",
+    "wrn_40_2_vgg8",
+    "wrn_40_2_mobilev2",
+)
+# Subject of each table, and whether its gains are over the method without standardisation. If not,
+# they are over the method on the whole map (M=[1]).
+PAPERS_TABLES = {
+    "SDD Table 1": ("different layers and structure, CIFAR-100", False),
+    "SDD Table 2": ("different structure, CIFAR-100", False),
+    "SDD Table 3": ("ImageNet, ResNet34 and ResNet18", False),
+    "SDD Table 4": ("ImageNet, ResNet50 and MobileNetV1", False),
+    "SDD Table 5": ("CUB-200", False),
+    "LSKD Table 1": ("distinct architectures, CIFAR-100", True),
+    "LSKD Table 2": ("identical architectures, CIFAR-100", True),
+    "LSKD Table 3": ("ImageNet", True),
+    "LSKD Table 5": ("teachers of one student, CIFAR-100", True),
+}
+# Baseline of each plain method in an overview.
+ALONE = dict.fromkeys(("kd", "dkd", "nkd"), "vanilla")
+PAPERS_METRIC = (
+    "The papers report the best epoch on the test set, which lay 0.3 points above the last on "
+    "average in the LSKD authors' own logs."
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that is read from each run, with the conditions under which runs are comparable."""
+
+    label: str
+    read: Callable[[Run], float | str]  # returns the number, or the reason why there is none
+    note: str
+    decimals: int = 2
+    settings: tuple[str, ...] = SETTINGS  # runs that differ in one are never averaged
+    # Settings that are equal among the cells that are ranked together.
+    comparable: tuple[str, ...] = ("source", *BUDGET)
+    lower_is_better: bool = False
+    counted: str = "seeds"  # "seeds": each seed counts once; "runs": every run counts
+    refusal: str = ""  # why no published number is comparable; "" if some may be
+    footnote: Callable[[Run], str] = lambda run: ""  # returns the footnote on a run, or ""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The description of one table."""
+
+    name: str
+    title: str
+    quantity: Quantity
+    runs: Sequence[Run]
+    row: Callable[[Run], str]  # returns the name of the row of a run
+    label: Callable[[str], str]  # returns the label of a row name
+    published: Sequence[Published] = ()
+    # Returns the name of the row of a published number.
+    published_row: Callable[[Published], str] = lambda number: number.method
+    # Names of the first rows. Published rows follow, then the others, short names first.
+    order: Sequence[str] = ()
+    # Returns the name of the baseline row of a row, or None if the row has no baseline.
+    baseline: Callable[[str], str | None] = lambda row: None
+    # Settings that a cell and its baseline must share.
+    same: tuple[str, ...] = COMPARABLE
+
+
+def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
+    """Return the declarations of all tables that have runs.
+
+    The tables of SDD come first and those of LSKD follow, each in the order of the paper. Overviews
+    come last.
+
+    Args:
+        runs: the runs that count, as `selection.standing` returns them.
+        metric: accuracy to show, a key of `selection.METRICS`.
+    """
+    quantity = _accuracy(metric)
+    of_papers = [_paper_table(runs, quantity, table) for table in PAPERS_TABLES]
+    declared = [
+        *(declaration for declaration in of_papers if declaration.name.startswith("sdd")),
+        *_by_family(_knowledge, runs, quantity),
+        *_by_family(_scales, runs, quantity),
+        *_by_family(_weights, runs, quantity),
+        *_times(runs),
+        _seed_suite(runs, quantity),
+        *(declaration for declaration in of_papers if declaration.name.startswith("lskd")),
+    ]
+    placed = {
+        run.config_hash for table in declared if table.quantity is quantity for run in table.runs
+    }
+    declared += _overviews(runs, quantity, placed)
+    return [declaration for declaration in declared if declaration.runs]
+
+
+# The quantities that are read from a run
+
+
+def _accuracy(metric: str) -> Quantity:
+    """Return the quantity top-1 accuracy (%) by `metric`, a key of `METRICS`."""
+    accuracy_of_student = selection.accuracy(metric)
+
+    def read(run: Run) -> float | str:
+        if run.method != "teacher":
+            return accuracy_of_student(run)
+        if run.teacher_top1 is None:
+            return "several teachers"
+        return run.teacher_top1
+
+    def footnote(run: Run) -> str:
+        if not run.val_fraction or metric == "val":
+            return ""
+        return f"on held-out training images (val_fraction={run.val_fraction}), not on the test set"
+
+    refusal = "" if metric == "best" else "the papers report the best epoch"
+    _, label = METRICS[metric]
+    return Quantity(label, read, PAPERS_METRIC, refusal=refusal, footnote=footnote)
+
+
+def _time() -> Quantity:
+    """Return the quantity training time (ms per batch) of runs that trained alone."""
+
+    def read(run: Run) -> float | str:
+        if not run.images_per_s or not run.batch_size or run.group_size is None:
+            return "without a time"
+        if run.group_size > 1:
+            return "trained side by side"
+        return 1000 * run.batch_size / run.images_per_s
+
+    machine = ("batch_size", "precision", "compile", "teacher_cache", "environment")
+    return Quantity(
+        label="training time (ms per batch)",
+        read=read,
+        note="1000 * batch size / images per second of the last epoch. Runs trained side by side "
+        "are left out, because their time is that of the group. Machines are not mixed: each "
+        "environment, precision and teacher cache has a row of its own.",
+        decimals=1,
+        settings=("M", *machine),
+        comparable=("source", *machine),
+        lower_is_better=True,
+        counted="runs",
+        refusal="other hardware",
+    )
+
+
+# The tables of the papers
+
+
+def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declaration:
+    """Declare a paper's table with all its methods and pairs.
+
+    Our runs in it are those of its methods, at its scales and weights.
+    """
+    numbers = published.of_table(table)
+    about, over_plain = PAPERS_TABLES[table]
+    known = {(number.dataset, number.pair, number.method): number for number in numbers}
+    pairs = {number.pair: number.student for number in numbers}
+
+    def belongs(run: Run) -> bool:
+        number = known.get((run.dataset, run.pair, run.method))
+        return number is not None and run.knowledge == "fusion" and not other_method(run, number)
+
+    baseline = _plain if over_plain else _one_scale
+    ours = [run for run in beside_pairs(runs, pairs) if belongs(run)]
+    # Runs of students alone are not enough for a table of distillation methods.
+    if all(run.method == "vanilla" for run in ours):
+        ours = []
+    return Declaration(
+        name=table.lower().replace(" ", "_"),
+        title=f"{table}: {about}",
+        quantity=quantity,
+        runs=[*_teachers(ours), *ours],
+        row=lambda run: run.method,
+        label=method_name,
+        published=numbers,
+        baseline=baseline,
+    )
+
+
+def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
+    """Declare the ablation of the decoupled knowledge, with M=[1] as its baseline."""
+
+    def row(run: Run) -> str:
+        return "none" if run.M == "[1]" else run.knowledge
+
+    several = _controlled([run for run in runs if run.M != "[1]"], "knowledge")
+    plain = [
+        run
+        for run in runs
+        if run.M == "[1]"
+        and run.knowledge == "fusion"
+        and any(agree(run, other, PLAIN_SAME) for other in several)
+    ]
+    return Declaration(
+        name=f"knowledge_{dataset}_{family}",
+        title=f"Decoupled knowledge (form of SDD Table 6): {method_name(family)} on {dataset}",
+        quantity=quantity,
+        runs=several + plain,
+        row=row,
+        label=lambda row: f"none ({method_name(family)})" if row == "none" else row,
+        published=_of_plain_kd("SDD Table 6", dataset, family),
+        published_row=lambda number: number.variant,
+        order=("none", "consistent", "complementary", "fusion"),
+        baseline=_always("none"),
+        same=PLAIN_SAME,
+    )
+
+
+def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
+    """Declare the ablation of the scales M, with M=[1] as its baseline."""
+    ours = _scale_runs(runs)
+    in_seed_suite = {run.pair for run in ours} <= set(SEED_PAIRS)
+    if (dataset, family) == ("cifar100", "kd_ls") and in_seed_suite:
+        ours = []  # the table of the seed suite shows the same
+    return Declaration(
+        name=f"scales_{dataset}_{family}",
+        title=f"Scales (form of SDD Table 7): {method_name(family)} on {dataset}",
+        quantity=quantity,
+        runs=ours,
+        row=lambda run: run.M,
+        label=lambda row: f"M = {row}",
+        published=_of_plain_kd("SDD Table 7", dataset, family),
+        published_row=lambda number: number.M,
+        baseline=_always("[1]"),
+        same=_all_but("M"),
+    )
+
+
+def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
+    """Declare the ablation of the weight of complementary regions, with weight 1 as baseline."""
+    fused = [run for run in runs if run.M != "[1]" and run.knowledge == "fusion"]
+    return Declaration(
+        name=f"weights_{dataset}_{family}",
+        title="Weight of complementary regions (form of SDD Table 8): "
+        f"{method_name('sd_' + family)} on {dataset}",
+        quantity=quantity,
+        runs=_controlled(fused, "complementary_weight"),
+        row=lambda run: value_name(run.complementary_weight),
+        label=lambda row: f"weight {row}",
+        published=_of_plain_kd("SDD Table 8", dataset, family),
+        published_row=lambda number: number.beta,
+        baseline=_always("1"),
+        same=_all_but("complementary_weight"),
+    )
+
+
+def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
+    """Declare a table of training times for each data set with a run that trained alone."""
+    quantity = _time()
+    finished = [run for run in runs if run.status == "FINISHED"]
+    for dataset in sorted({run.dataset for run in finished if _is_number(quantity.read(run))}):
+        numbers = []
+        if dataset == "cifar100":
+            numbers = published.of_table("SDD Table 9", "ms_per_batch")
+        yield Declaration(
+            name=f"time_{dataset}",
+            title=f"Training time (form of SDD Table 9) on {dataset}",
+            quantity=quantity,
+            runs=[run for run in finished if run.dataset == dataset],
+            row=lambda run: run.method or "unknown",
+            label=method_name,
+            published=numbers,
+        )
+
+
+def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
+    """Declare the table of the main method, SD-KD+LS, over the scales.
+
+    There is no published number for this method, so the published numbers of its parts (KD+LS and
+    SD-KD) have rows of their own.
+    """
+
+    def label(row: str) -> str:
+        return f"M = {row}" if row.startswith("[") else f"{method_name(row)}, of the papers"
+
+    family = [
+        run for run in runs if run.dataset == "cifar100" and run.method in ("kd_ls", "sd_kd_ls")
+    ]
+    parts = [
+        number
+        for table, method in (
+            ("LSKD Table 1", "kd_ls"),
+            ("LSKD Table 2", "kd_ls"),
+            ("SDD Table 1", "sd_kd"),
+            ("SDD Table 2", "sd_kd"),
+            ("SDD Table 7", "sd_kd"),
+        )
+        for number in published.of_table(table)
+        if number.method == method and number.pair in SEED_PAIRS
+        if table != "SDD Table 7" or (number.pair in SIMILAR and number.M == "[1,2]")
+    ]
+    return Declaration(
+        name="seed_suite",
+        title="Seed suite: SD-KD+LS over scales, CIFAR-100",
+        quantity=quantity,
+        runs=[run for run in _scale_runs(family) if run.pair in SEED_PAIRS],
+        row=lambda run: run.M,
+        label=label,
+        published=sorted(parts, key=lambda number: SEED_PAIRS.index(number.pair)),
+        order=("[1]", "[1,2]", "[1,4]", "[1,2,4]", "kd_ls", "sd_kd"),
+        baseline=lambda row: "[1]" if row.startswith("[") and row != "[1]" else None,
+        same=_all_but("M"),
+    )
+
+
+# The overviews
+
+
+def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Iterator[Declaration]:
+    """Declare an overview of each data set, with all runs of the pairs it shows.
+
+    The pairs are those with a run that no other table shows. A data set that no paper reports is
+    shown with all its pairs.
+
+    Args:
+        runs: all runs.
+        quantity: the accuracy to show.
+        placed: config_hashes of the runs that other tables of accuracy show.
+
+    Yields:
+        One declaration per data set, without runs if there is no such pair.
+    """
+    reported = {number.dataset for number in published.numbers()}
+    for dataset in sorted({run.dataset for run in runs}):
+        here = [run for run in runs if run.dataset == dataset]
+        pairs = {run.pair: run.student for run in here if run.teacher != "none"}
+        here = beside_pairs(here, pairs)
+        shown = {
+            run.pair for run in here if dataset not in reported or run.config_hash not in placed
+        }
+        here = [run for run in here if run.pair in shown]
+        yield Declaration(
+            name=f"overview_{dataset}",
+            title=f"Methods and scales on {dataset}",
+            quantity=quantity,
+            runs=[*_teachers(here), *here],
+            row=lambda run: row_key(run.method, run.M),
+            label=row_name,
+            order=("teacher",),
+            baseline=_overview_baseline,
+        )
+
+
+def _overview_baseline(row: str) -> str | None:
+    method = row.split(" [")[0]
+    return _one_scale(method) or _plain(method) or ALONE.get(method)
+
+
+# Groups of runs
+
+
+def _by_family(
+    declare: Callable[[Sequence[Run], Quantity, str, str], Declaration],
+    runs: Sequence[Run],
+    quantity: Quantity,
+) -> Iterator[Declaration]:
+    """Declare one table for each data set and family of methods.
+
+    A family is a loss, either with or without standardisation. Runs of an unknown method and of
+    students alone belong to no family.
+
+    Args:
+        declare: makes the declaration of one data set and family.
+        runs: all runs.
+        quantity: the number that the tables show.
+
+    Yields:
+        The declarations, by data set and family.
+    """
+    families = defaultdict(list)
+    for run in runs:
+        if run.method not in ("", "vanilla"):
+            family = method_of(run.distiller, "[1]", run.standardize)
+            families[run.dataset, family].append(run)
+    for (dataset, family), members in sorted(families.items()):
+        yield declare(members, quantity, dataset, family)
+
+
+def _groups(runs: Iterable[Run], but: tuple[str, ...]) -> list[list[Run]]:
+    """Group the runs that share source, pair and every setting except those in `but`."""
+    names = [name for name in ("source", "pair", *SETTINGS) if name not in but]
+    groups = defaultdict(list)
+    for run in runs:
+        groups[tuple(getattr(run, name) for name in names)].append(run)
+    return list(groups.values())
+
+
+def _controlled(runs: Iterable[Run], factor: str) -> list[Run]:
+    """Return the runs for which another run differs in `factor` and in no other setting."""
+    return [
+        run
+        for group in _groups(runs, (factor,))
+        if len({getattr(run, factor) for run in group}) > 1
+        for run in group
+    ]
+
+
+def _scale_runs(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs for which another run differs in M and in no other setting.
+
+    If a group has several weights of complementary regions, only the weight with the most scales is
+    kept. A tie goes to the papers' weight.
+    """
+
+    def count(group: Iterable[Run]) -> int:
+        return len({run.M for run in group})
+
+    fused = [run for run in runs if run.knowledge == "fusion"]
+    kept = []
+    for group in _groups(fused, ("M", "complementary_weight")):
+        plain = [run for run in group if run.M == "[1]"]
+        by_weight = defaultdict(list)
+        for run in group:
+            if run.M != "[1]":
+                by_weight[run.complementary_weight].append(run)
+        ranks = {
+            weight: (count(members), weight == PAPERS_WEIGHT)
+            for weight, members in by_weight.items()
+        }
+        most = [
+            run
+            for weight, members in by_weight.items()
+            if ranks[weight] == max(ranks.values())
+            for run in members
+        ]
+        if count(plain + most) > 1:
+            kept += plain + most
+    return kept
+
+
+def _teachers(runs: Iterable[Run]) -> list[Run]:
+    """Return one entry per pair, with the accuracy of its teacher on the test set.
+
+    A pair whose teacher has no recorded accuracy has no entry. The accuracy is None if the runs
+    of a pair had teachers of different accuracies. Runs with held-out images do not count.
+    """
+    found: dict[str, dict[float, Run]] = defaultdict(dict)  # by pair and accuracy of the teacher
+    for run in runs:
+        if run.teacher_top1 is not None and not run.val_fraction:
+            found[run.pair][run.teacher_top1] = run
+    teachers = []
+    for pair, by_top1 in found.items():
+        run = next(iter(by_top1.values()))
+        top1 = run.teacher_top1 if len(by_top1) == 1 else None
+        teachers.append(
+            Run(
+                source=run.source,
+                dataset=run.dataset,
+                teacher=run.teacher,
+                student=run.student,
+                pair=pair,
+                method="teacher",
+                status="FINISHED",
+                config_hash=f"teacher {pair}",
+                teacher_top1=top1,
+            )
+        )
+    return teachers
+
+
+def _is_number(value: float | str) -> bool:
+    return not isinstance(value, str)
+
+
+def _of_plain_kd(table: str, dataset: str, family: str) -> Sequence[Published]:
+    """Return the numbers of a table of SDD's ablations, which are of KD on CIFAR-100."""
+    if (dataset, family) != ("cifar100", "kd"):
+        return ()
+    return published.of_table(table)
+
+
+def _all_but(setting: str) -> tuple[str, ...]:
+    """Return the settings that a cell and its baseline share if only `setting` is varied."""
+    return ("source", *(name for name in SETTINGS if name != setting))
+
+
+def _always(baseline: str) -> Callable[[str], str | None]:
+    """Return the function that gives every other row this baseline."""
+    return lambda row: None if row == baseline else baseline
+
+
+def _plain(method: str) -> str | None:
+    """Return the method without standardisation, or None if it has none."""
+    return method.removesuffix("_ls") if method.endswith("_ls") else None
+
+
+def _one_scale(method: str) -> str | None:
+    """Return the method on the whole map only, or None if it has no other scales."""
+    return method.removeprefix("sd_") if method.startswith("sd_") else None

@@ -1,0 +1,285 @@
+"""Read the params of a run from the name of its log, or from a cell of a table.
+
+The names are in the authors' notation: `kd,res32x4,res8x4`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from .names import PAPERS_LOSSES
+from .schema import COLUMNS, PARAMS, canonical_M
+
+__all__ = [
+    "LOG_SUFFIXES",
+    "complete",
+    "loss_name",
+    "name_of",
+    "network",
+    "number_of",
+    "param",
+    "params_of_method",
+    "params_of_name",
+    "whole_number",
+]
+
+LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
+NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
+DATASETS = {"c100": "cifar100"}
+OPTION = re.compile(r",? *-*([A-Z]+(?:\.[A-Z0-9_]+)+|M):")  # in a name: M: or SOLVER.LR:
+OPTIONS = {
+    "M": "M",
+    "SOLVER.LR": "optimizer.lr",
+    "SOLVER.EPOCHS": "trainer.epochs",
+    "SOLVER.BATCH_SIZE": "trainer.batch_size",
+    "DATASET.TYPE": "dataset.name",
+    "DISTILLER.TEACHER": "teacher.name",
+    "DISTILLER.STUDENT": "student.name",
+    "EXPERIMENT.LOGIT_STAND": "standardize",
+    "KD.TEMPERATURE": "distiller.temperature",
+    "KD.LOSS.CE_WEIGHT": "distiller.ce_weight",
+    "KD.LOSS.KD_WEIGHT": "distiller.kd_weight",
+    "DKD.T": "distiller.temperature",
+    "DKD.CE_WEIGHT": "distiller.ce_weight",
+    "DKD.BETA": "distiller.loss.beta",
+}
+# The section of options that the authors' code reads for a loss.
+SECTIONS = {"kd": "KD", "mlkd": "KD", "dkd": "DKD", "nkd": "DKD"}
+# Options with these beginnings do not change what a run computes.
+IRRELEVANT_OPTIONS = (
+    "DISTILLER.TYPE",
+    "EXPERIMENT.",
+    "LOG.",
+    "DATASET.NUM_WORKERS",
+    "DATASET.TEST.",
+)
+NETWORKS = (
+    (r"(?:resnet|res|r)_?(\d+(?:x\d+)?)", r"resnet\1"),
+    (r"(?:mobile(?:net)?|m)_?v(\d)", r"mobilev\1"),
+    (r"sh(?:u(?:f|ff|ffle|fflenet)?)?_?v(\d)", r"shufflev\1"),
+    (r"wrn_?(\d+)_(\d+)", r"wrn_\1_\2"),
+    (r"vgg_?(\d+)", r"vgg\1"),
+    (r"(deit|pit|pvt)_ti", r"\1_tiny"),
+    (r"t2t_(\d+)", r"t2t_vit_\1"),
+    (r"([a-z][a-z0-9_]*)", r"\1"),
+)
+LOSSES = {*PAPERS_LOSSES, "vanilla"}  # losses that people write in capitals too
+
+
+def name_of(path: Path) -> str:
+    """Return the run's name: that of the file, or of its folder if that describes the run."""
+    name = path.name
+    if path.suffix.lower() in LOG_SUFFIXES:
+        name = path.stem
+    folder = path.absolute().parent.name
+    if name == "worklog" or ("," in folder and "," not in name):
+        return folder
+    return name
+
+
+def params_of_name(
+    name: str, path: Path, given: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return what the name of a log and its folders state.
+
+    Args:
+        name: name of the run.
+        path: path of the log.
+        given: params that take precedence over the name.
+
+    Returns:
+        The params, and a note on each option that is not imported.
+
+    Raises:
+        ValueError: if an option has no valid value and the name is needed.
+    """
+    params: dict[str, str] = {}
+    # mdistiller writes output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt.
+    for folder in path.absolute().parts[-4:-1]:
+        if match := re.match("cifar100|imagenet|cub200", folder.lower()):
+            params["dataset.name"] = match[0]
+    tag, *rest = OPTION.split(name)
+    options = {key: value.strip(" ,'\"") for key, value in zip(rest[::2], rest[1::2], strict=True)}
+    if kind := options.get("DISTILLER.TYPE"):
+        method = "vanilla" if kind == "NONE" else kind
+        tag = re.sub("^[^,]+(?=,)", lambda _: method, tag)
+    tagged = _params_of_tag(tag)
+    if "," in tag and "distiller.temperature" in tagged:  # LSKD names its CIFAR-100 logs so
+        params.setdefault("dataset.name", "cifar100")
+    params |= tagged
+    loss = given.get("distiller.name", params.get("distiller.name", ""))
+    stated, notes = _params_of_options(options, loss, given)
+    return params | stated, notes
+
+
+def _params_of_tag(tag: str) -> dict[str, str]:
+    """Return the params that a name without options states; none if it has another notation."""
+    params: dict[str, str] = {}
+    parts = [part.strip() for part in tag.split(",")]
+    numbers = [part for part in parts[3:] if _is_number(part)]
+    if 3 <= len(parts) <= 6 and len(parts) == 3 + len(numbers) and parts[0]:
+        method, teacher, student = parts[:3]
+        standardized = bool(numbers)
+    elif len(parts := tag.split("_")) in (4, 6) and parts[3] == "ours" and parts[2]:
+        # LSKD's other logs.
+        teacher, student, method, _, *numbers = parts
+        if not all(map(_is_number, numbers)):
+            return {}
+        standardized = True
+        if student in DATASETS:
+            params["dataset.name"] = DATASETS[student]
+            teacher, student = "", teacher
+    else:
+        return {}
+    params |= params_of_method(method) | {"teacher.name": teacher, "student.name": student}
+    if standardized:
+        params["standardize"] = "True"
+    # LSKD's weight multiplies both weights of DKD, alpha and beta, as kd_weight does.
+    keys = ("distiller.temperature", "distiller.kd_weight", "distiller.loss.beta")
+    return params | {
+        key: str(number_of(key, text)) for key, text in zip(keys, numbers, strict=False)
+    }
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d*)?", text) is not None
+
+
+def _params_of_options(
+    options: Mapping[str, str], loss: str, given: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return the params that options state, and a note on each option that is not imported.
+
+    Args:
+        options: options of the authors' command line, such as SOLVER.LR.
+        loss: name of the distiller, which decides on the section of options that counts.
+        given: params that take precedence over the options.
+
+    Returns:
+        The params and the notes.
+
+    Raises:
+        ValueError: if an option has no valid value, unless `given` has the param, or all params
+            that a run needs.
+    """
+    params: dict[str, str] = {}
+    notes: list[str] = []
+    for option, text in options.items():
+        key, section = OPTIONS.get(option), option.partition(".")[0]
+        if key in given or (key is None and option.startswith(IRRELEVANT_OPTIONS)):
+            continue
+        if key is None or (section in SECTIONS.values() and section != SECTIONS.get(loss.lower())):
+            notes.append(f"{option}:{text} in the name is not imported")
+            continue
+        try:
+            if key in PARAMS.values():
+                params[key] = param(key, text)
+            else:
+                params[key] = str(number_of(key, text))
+        except ValueError as error:
+            if not given.keys() >= set(NEEDED):
+                raise ValueError(f"{option} in the name: {error}; give --set {key}=...") from None
+            notes.append(f"{option}:{text} in the name is not valid and not imported")
+    return params, notes
+
+
+def params_of_method(text: str) -> dict[str, str]:
+    """Return the params that a method name states: SDD_KD_LSKD is distiller kd, standardised.
+
+    Without SDD, the only scale is the whole map (M=[1]). With SDD, the name does not state M.
+    """
+    name = re.sub(r"[-+ ](?=ls(kd)?$)", "_", text.strip(), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(sdd?_)?(.+?)(_ls|_lskd)?", name, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"method {text!r} is not valid; give kd, dkd, sd_kd_ls, ...")
+    scales, loss, standardized = match.groups()
+    loss = loss_name(loss)
+    params = {"distiller.name": loss, "standardize": str(bool(standardized) or loss == "lskd")}
+    if not scales:
+        params["M"] = "[1]"
+    return params
+
+
+def loss_name(text: str) -> str:
+    """Return our name of a loss: kd for KD. A loss that is not one of ours keeps its spelling."""
+    name = text.strip()
+    if name.lower() in LOSSES:
+        return name.lower()
+    return name
+
+
+def network(text: str) -> str:
+    """Return our name of a network: resnet32x4 for ResNet32x4 and res32x4.
+
+    A network that is not one of ours keeps its name.
+    """
+    name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
+    for pattern, ours in NETWORKS:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(ours)
+    raise ValueError(
+        f"{text!r} is not a network name; give --set teacher.name=... student.name=..."
+    )
+
+
+def param(key: str, text: str) -> str:
+    """Return a param in the form that the trainer writes."""
+    column = next((column for column, param in PARAMS.items() if param == key), None)
+    if column is None:
+        raise ValueError(
+            f"{key} is not a param that a table uses; choose from {', '.join(PARAMS.values())}"
+        )
+    if column in ("teacher", "student"):
+        return network(text)
+    if column == "distiller":
+        return loss_name(text)
+    if column == "M":
+        if not re.fullmatch(r"\[[1-9]\d*(,[1-9]\d*)*\]", canonical_M(text)):
+            raise ValueError(f"M={text} is not a list of scales; give a list such as [1,2,4]")
+        return canonical_M(text)
+    if COLUMNS[column] == "bool":
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{key}={text} is not valid; give true or false")
+        return text.capitalize()
+    if COLUMNS[column] == "Int64":
+        return whole_number(key, text)
+    if COLUMNS[column] == "Float64":
+        return str(number_of(key, text))
+    return text.strip().lower()
+
+
+def number_of(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{key}={text} is not a number")
+    return value
+
+
+def whole_number(key: str, text: str) -> str:
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", text):  # 1,200
+        text = text.replace(",", "")
+    value = number_of(key, text)  # pandas writes integers as 240.0 if values are missing
+    if value != int(value) or value < 0:
+        raise ValueError(f"{key}={text} is not a whole number")
+    return str(int(value))
+
+
+def complete(params: Mapping[str, str]) -> dict[str, str]:
+    """Return the params with our names of networks; raise ValueError if a required one is missing.
+
+    The log of a student that was trained alone names a teacher that takes no part in the training,
+    so the teacher, the scales and the standardisation of such a run are set here.
+    """
+    whole = dict(params)
+    if params.get("distiller.name") == "vanilla":
+        whole |= {"teacher.name": "none", "M": "[1]", "standardize": "False"}
+    if absent := [key for key in NEEDED if not whole.get(key)]:
+        raise ValueError(
+            f"does not state {', '.join(absent)}; "
+            f"give --set {' '.join(f'{key}=...' for key in absent)}"
+        )
+    return {**whole, **{key: network(whole[key]) for key in ("teacher.name", "student.name")}}

@@ -1,0 +1,107 @@
+"""Give each thing that a person reads its one name, in tables, figures and report alike.
+
+A method has the papers' name, followed by its scales: SD-KD+LS [1,2,4].
+"""
+
+from typing import Any
+
+__all__ = [
+    "PAPERS_LOSSES",
+    "method_name",
+    "pair_name",
+    "row_key",
+    "row_name",
+    "setting_name",
+    "value_name",
+]
+
+PAPERS_LOSSES = {
+    "ab": "AB",
+    "at": "AT",
+    "cat_kd": "CAT-KD",
+    "cc": "CC",
+    "crd": "CRD",
+    "ctkd": "CTKD",
+    "dkd": "DKD",
+    "fitnet": "FitNet",
+    "fsp": "FSP",
+    "ft": "FT",
+    "kd": "KD",
+    "lskd": "LSKD",
+    "mgd": "MGD",
+    "mlkd": "MLKD",
+    "nkd": "NKD",
+    "nst": "NST",
+    "ofd": "OFD",
+    "pkt": "PKT",
+    "reviewkd": "ReviewKD",
+    "rkd": "RKD",
+    "semckd": "SemCKD",
+    "simkd": "SimKD",
+    "sp": "SP",
+    "vid": "VID",
+    "wcord": "WCoRD",
+}
+"""Names of the losses that the papers compare, as the papers spell them."""
+
+NO_LOSS = {
+    "": "method not known",
+    "unknown": "method not known",
+    "teacher": "teacher",
+    "vanilla": "student alone",
+}
+
+
+def method_name(method: str, M: str = "[1]") -> str:
+    """Return the papers' name of a method, such as SD-KD+LS [1,2,4].
+
+    Args:
+        method: method as `schema.method_of` spells it, such as `sd_kd_ls`. A loss that is not in
+            `PAPERS_LOSSES` keeps its spelling.
+        M: scales, such as "[1,2,4]". The whole map, "[1]", is not named.
+    """
+    if method in NO_LOSS:
+        return NO_LOSS[method]
+    loss = method.removeprefix("sd_").removesuffix("_ls")
+    name = "+".join(PAPERS_LOSSES.get(part, part) for part in loss.split("+"))
+    if method.startswith("sd_"):
+        name = f"SD-{name}"
+    if method.endswith("_ls"):
+        name = f"{name}+LS"
+    if M in ("", "[1]"):
+        return name
+    return f"{name} {M}"
+
+
+def row_key(method: str, M: str) -> str:
+    """Return the key of the row of a method and its scales, such as "sd_kd [1,2]" or "kd"."""
+    return f"{method or 'unknown'} {M or '[1]'}".removesuffix(" [1]")
+
+
+def row_name(key: str) -> str:
+    """Return the name of the row with this `row_key`."""
+    method, blank, scales = key.partition(" [")
+    if not blank:
+        return method_name(method)
+    return method_name(method, f"[{scales}")
+
+
+def pair_name(teacher: str, student: str) -> str:
+    """Return the name of a pair. The teacher of a student alone is "none"."""
+    if teacher == "none":
+        return f"{student} alone"
+    return f"{teacher} → {student}"
+
+
+def value_name(value: Any) -> str:
+    """Return the value of a setting as text, such as 4 for 4.0."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return str(value)
+
+
+def setting_name(setting: str, value: Any) -> str:
+    """Return a setting with its value, such as temperature=4."""
+    return f"{setting}={value_name(value)}"

@@ -1,0 +1,230 @@
+"""Make the points that figures draw: the result of one setting in one panel.
+
+A *setting* is what one line or marker stands for; it has the name of the row of the tables that
+holds the same runs. A *panel* is a pair on a data set.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pandas as pd
+
+from .names import method_name, pair_name, row_key, row_name
+from .schema import Run
+from .selection import Gain, Result, Row, accuracy, gain_over, result_of, rows, standing
+from .stats import mean_std
+
+__all__ = ["Comparison", "Point", "beside_panels", "comparisons", "points_of", "same_family"]
+
+
+class Rank(NamedTuple):
+    """The place of a setting among others: students alone first, few scales before many."""
+
+    distilled: bool
+    distiller: str
+    standardize: bool
+    number_of_scales: int
+    scales: tuple[int, ...]
+    setting: str
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """The result of one setting in one panel."""
+
+    panel: str
+    setting: str
+    # The setting without its scales, and without parts that tell it from settings of other panels.
+    line: str
+    rank: Rank
+    run: Run  # one of the runs, for the settings that all of them share
+    runs: Sequence[Run]  # those that count, one per seed; at least one
+    result: Result  # with at least one number
+
+    @property
+    def mean(self) -> float:
+        """Return the mean over the runs that count."""
+        mean, _ = mean_std(self.values)
+        return mean
+
+    @property
+    def n(self) -> int:
+        """Return the number of runs that count."""
+        return len(self.runs)
+
+    @property
+    def values(self) -> list[float]:
+        """Return the numbers of the runs that count."""
+        return list(self.result.values.values())
+
+    @property
+    def alone(self) -> bool:
+        """Return whether the runs train a student alone, without distillation."""
+        return self.run.distiller == "vanilla"
+
+    @property
+    def plain(self) -> bool:
+        """Return whether the method is its loss alone, without scales and standardisation."""
+        return self.run.method == self.run.distiller
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The gain of a point over a baseline in the same panel."""
+
+    point: Point
+    over: str  # "plain" for the plain form of the same loss, "vanilla" for the student alone
+    gain: Gain
+
+
+def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
+    """Return the points of all finished runs that have the metric, a student and a method.
+
+    Args:
+        frame: runs, one per row, with the columns of `analysis.schema`.
+        metric: accuracy to show, a key of `analysis.selection.METRICS`.
+
+    Returns:
+        The points by data set and pair, and a sentence that counts the runs without a point.
+
+    Raises:
+        ValueError: if `metric` is not in `analysis.selection.METRICS`.
+    """
+    read = accuracy(metric)
+    runs = standing(frame)
+    found: list[Point] = []
+    for dataset in sorted({run.dataset for run in runs}):
+        here = [run for run in runs if run.dataset == dataset and run.student and run.method]
+        variants: dict[tuple[str, str, str], list[tuple[Row, Result]]] = defaultdict(list)
+        for row in rows(here, lambda run: row_key(run.method, run.M)):
+            for pair, cell in row.cells.items():
+                result = result_of(cell, read)
+                if result.counted:
+                    variants[pair, row.name, row.source].append((row, result))
+        for of_method in variants.values():
+            found += _points(of_method)
+    found.sort(key=lambda point: (point.run.dataset, point.run.pair))
+    if len({point.run.dataset for point in found}) > 1:
+        found = [replace(point, panel=f"{point.panel}\n{point.run.dataset}") for point in found]
+    drawn = sum(point.n for point in found)
+    return found, _left_out(frame, runs, metric, drawn)
+
+
+def _points(variants: Sequence[tuple[Row, Result]]) -> Iterator[Point]:
+    """Yield the points of one method and source in one panel.
+
+    Args:
+        variants: rows of the method, with their results in the panel.
+    """
+    split = variants[0][0].split
+    varying = {name for name in split if len({row.split[name] for row, _ in variants}) > 1}
+    for row, result in variants:
+        run = result.runs[0]
+        setting = row.label(row_name(row.name))
+        scales = tuple(json.loads(run.M or "[]"))
+        yield Point(
+            panel=pair_name(run.teacher, run.student),
+            setting=setting,
+            line=row.label(method_name(run.method.removeprefix("sd_")), varying),
+            rank=Rank(
+                distilled=run.distiller != "vanilla",
+                distiller=run.distiller,
+                standardize=run.standardize,
+                number_of_scales=len(scales),
+                scales=scales,
+                setting=setting,
+            ),
+            run=run,
+            runs=[counted for counted, _ in result.counted.values()],
+            result=result,
+        )
+
+
+def _left_out(frame: pd.DataFrame, runs: Sequence[Run], metric: str, drawn: int) -> str:
+    """Return a sentence that counts the runs without a point, by reason; "" if there are none.
+
+    Args:
+        frame: all runs.
+        runs: those that are not superseded.
+        metric: accuracy to show.
+        drawn: number of runs that count in a point.
+    """
+    read = accuracy(metric)
+    unfinished = Counter(run.status.lower() for run in runs if run.status != "FINISHED")
+    finished = [run for run in runs if run.status == "FINISHED"]
+    known = [run for run in finished if run.student and run.method]
+    measured = [run for run in known if not isinstance(read(run), str)]
+    counts = {
+        **dict(unfinished.most_common()),
+        "superseded": len(frame) - len(runs),
+        f"without {metric} accuracy": len(known) - len(measured),
+        "without student or method": len(finished) - len(known),
+        "repeated with the same seed": len(measured) - drawn,
+    }
+    counted = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    if not counted:
+        return ""
+    return f" Runs left out: {counted}."
+
+
+def beside_panels(points: Iterable[Point]) -> list[Point]:
+    """Repeat the points of students alone in the panel of every pair with that student."""
+    alone = [point for point in points if point.run.teacher == "none"]
+    paired = [point for point in points if point.run.teacher != "none"]
+    repeated = []
+    lonely = []
+    for point in alone:
+        panels = dict.fromkeys(
+            other.panel
+            for other in paired
+            if (other.run.dataset, other.run.student) == (point.run.dataset, point.run.student)
+        )
+        repeated += [replace(point, panel=panel) for panel in panels]
+        if not panels:
+            lonely.append(point)
+    return [*paired, *repeated, *lonely]
+
+
+def comparisons(points: Sequence[Point]) -> tuple[list[Comparison], list[str]]:
+    """Return the gain of every point over its baselines, as the tables take them.
+
+    The baselines are the plain form of the same loss ("plain") and the student alone ("vanilla").
+
+    Returns:
+        The gains, and a text for each point that has a baseline in its panel and no gain over it.
+    """
+    found = []
+    without = []
+    points = beside_panels(points)
+    for point in points:
+        if point.alone:
+            continue
+        here = [other for other in points if other.panel == point.panel]
+        baselines = {"vanilla": [other for other in here if other.alone]}
+        if not point.plain:
+            loss = point.run.distiller
+            baselines["plain"] = [other for other in here if other.run.method == loss]
+        for over, others in baselines.items():
+            if others:
+                gain = gain_over(point.result, {other.setting: other.result for other in others})
+                if isinstance(gain, str):
+                    without.append(f"{point.setting} ({gain})")
+                else:
+                    found.append(Comparison(point, over, gain))
+    return found, without
+
+
+def same_family(teacher: str, student: str) -> bool:
+    """Return whether two networks are of one family, for example resnet32x4 and resnet8x4.
+
+    The family is the part of the name before the first digit or underscore.
+    """
+    return _family(teacher) == _family(student)
+
+
+def _family(network: str) -> str:
+    return re.split(r"[\d_]", network, maxsplit=1)[0]

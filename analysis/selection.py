@@ -1,0 +1,392 @@
+"""Select the runs behind every number of the tables and figures.
+
+`standing` takes the runs that count from the frame. `rows` puts them into rows of one method each,
+and splits a row if the runs of a cell differ in a setting. `result_of` takes one number per seed
+from the runs of a cell, and `gain_over` compares two cells. Tables and figures use the same
+functions, so a mark in a figure and the cell of a table that it stands for have the same numbers.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from . import stats
+from .names import setting_name
+from .schema import STATUSES, Run, runs_of
+
+__all__ = [
+    "BUDGET",
+    "METRICS",
+    "SETTINGS",
+    "Gain",
+    "Result",
+    "Row",
+    "accuracy",
+    "agree",
+    "beside_pairs",
+    "gain_over",
+    "latest",
+    "result_of",
+    "rows",
+    "standing",
+]
+
+METRICS = {
+    "best": ("best", "top-1 (%), best epoch"),
+    "last": ("last", "top-1 (%), last epoch"),
+    "val": ("test", "top-1 (%) on the test set, at the epoch that held-out images chose"),
+}
+"""Column of the frame that holds each metric, and its label."""
+
+RECIPE = (
+    "distiller",
+    "M",
+    "standardize",
+    "knowledge",
+    "complementary_weight",
+    "temperature",
+    "ce_weight",
+    "kd_weight",
+)
+BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction")
+SETTINGS = (*RECIPE, "lr", *BUDGET)
+"""Settings that distinguish runs, without the seed. Runs that differ in one are not averaged."""
+
+COMPARABLE = ("source", "lr", *BUDGET)
+"""Settings that a cell and its baseline share, unless a table names others."""
+TUNED = ("temperature", "ce_weight", "kd_weight")
+
+Read = Callable[[Run], float | str]
+"""Returns a number of a run, or the reason why there is none."""
+
+
+def accuracy(metric: str) -> Read:
+    """Return the function that reads the top-1 accuracy (%) of a run.
+
+    Raise ValueError if `metric` is not in `METRICS`.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric} is not valid; give one of {', '.join(METRICS)}")
+    column, _ = METRICS[metric]
+
+    def read(run: Run) -> float | str:
+        if metric == "val" and not run.val_fraction:
+            return "without held-out images"
+        value: float | None = getattr(run, column)
+        if value is None or math.isnan(value):
+            return "without a number (NaN)"
+        return value
+
+    return read
+
+
+# The runs that count
+
+
+def standing(frame: pd.DataFrame) -> list[Run]:
+    """Return the runs of the frame, oldest first and without superseded runs.
+
+    The result does not depend on the order of the frame. A run without a config_hash takes its id
+    as hash, or the number of its row, so that `config_hash` identifies a configuration.
+    """
+    runs = runs_of(frame[~frame["superseded"]])
+    runs.sort(key=lambda run: (str(run.started), repr(run)))
+    return [_as_trained(run, number) for number, run in enumerate(runs)]
+
+
+def _as_trained(run: Run, number: int) -> Run:
+    """Return the run with a config_hash, and with fixed values for the settings it does not read.
+
+    Runs that differ only in settings that their loss does not read are the same run. The field
+    `unread` keeps the recorded values.
+
+    Args:
+        run: the run as it is recorded.
+        number: number of the run, which identifies it if nothing else does.
+    """
+    fixed: dict[str, Any] = {}
+    # With M=[1] the only region is the whole map, which always agrees with itself.
+    if run.M == "[1]":
+        fixed = {"complementary_weight": None}
+    if run.distiller == "vanilla":
+        fixed = {"complementary_weight": None, "temperature": None, "kd_weight": None}
+        fixed |= {"M": "[1]", "standardize": False, "knowledge": "fusion"}
+    recorded = tuple(getattr(run, setting) for setting in fixed)
+    if run.max_steps is None and run.source == "sddlskd":
+        fixed["max_steps"] = "all"
+    config_hash = run.config_hash or run.run_id or f"row {number}"
+    return replace(run, **fixed, config_hash=config_hash, unread=recorded)
+
+
+def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
+    """Repeat the runs of students alone in every pair with that student.
+
+    `pairs` maps a pair to its student. The runs of a student of no pair stay as they are.
+    """
+    moved = []
+    for run in runs:
+        own = [pair for pair, student in pairs.items() if student == run.student]
+        if run.teacher == "none" and own:
+            moved += [replace(run, pair=pair) for pair in own]
+        else:
+            moved.append(run)
+    return moved
+
+
+def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
+    """Return whether two runs agree in the given settings.
+
+    None means that a setting is unknown or not read by the loss, and agrees with any value.
+    """
+    for setting in settings:
+        ours = getattr(one, setting)
+        theirs = getattr(other, setting)
+        if ours is not None and theirs is not None and ours != theirs:
+            return False
+    return True
+
+
+def latest(attempts: Sequence[Run]) -> Run:
+    """Return the run that counts among the runs of one configuration, oldest first.
+
+    The status decides in the order of `STATUSES`, so a finished run precedes all others. Of several
+    runs with the same status, the latest counts.
+    """
+    return min(reversed(attempts), key=lambda run: STATUSES.index(run.status))
+
+
+# Rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one method and source whose cells hold runs of equal settings."""
+
+    name: str  # what the caller calls the method
+    source: str
+    split: Mapping[str, Any]  # settings that tell the row from others of its name, with its values
+    cells: Mapping[str, Sequence[Run]]  # runs by pair
+
+    def label(self, name: str, settings: Container[str] | None = None) -> str:
+        """Return the label of the row, such as "KD, imported, temperature=4".
+
+        Args:
+            name: text for the row's name.
+            settings: settings to show; None for all that the row is split by.
+        """
+        origin = [] if self.source == "sddlskd" else [self.source]
+        parts = [
+            setting_name(setting, value)
+            for setting, value in self.split.items()
+            if settings is None or setting in settings
+        ]
+        return ", ".join([name, *origin, *parts])
+
+
+def rows(
+    runs: Iterable[Run], name: Callable[[Run], str], settings: Sequence[str] = SETTINGS
+) -> list[Row]:
+    """Return the runs in rows: split by name, by source, and by settings that differ in a cell.
+
+    Args:
+        runs: runs on one data set, oldest first.
+        name: returns the name of the row of a run.
+        settings: settings that runs of one cell must share.
+
+    Returns:
+        The rows. Those of one name stand together: our own runs first, then by value of the
+        settings in which they differ.
+    """
+    found: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        found[name(run), run.source][run.pair].append(run)
+    # Our own runs come before those of other sources.
+    ordered = sorted(found, key=lambda key: (key[0], key[1] != "sddlskd", key[1]))
+    split_rows = []
+    for row, source in ordered:
+        cells = found[row, source]
+        split = _differing(cells.values(), settings)
+        variants: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for pair, members in cells.items():
+            for run in members:
+                variants[_values(run, split)][pair].append(run)
+        for values in sorted(variants, key=lambda values: [_place(value) for value in values]):
+            by_setting = dict(zip(split, values, strict=True))
+            split_rows.append(Row(row, source, by_setting, variants[values]))
+    return split_rows
+
+
+def _values(run: Run, settings: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(getattr(run, setting) for setting in settings)
+
+
+def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[str]:
+    """Return the settings in which the runs of one of the cells differ.
+
+    If runs differ in settings that no column shows, `settings_hash` is one of them.
+    """
+    cells = list(cells)
+    split = [
+        setting
+        for setting in settings
+        if any(len({getattr(run, setting) for run in runs}) > 1 for runs in cells)
+    ]
+    if settings == SETTINGS and any(_differ_unseen(runs) for runs in cells):
+        split.append("settings_hash")
+    return split
+
+
+def _differ_unseen(runs: Sequence[Run]) -> bool:
+    """Return whether runs with equal settings in all columns have different settings hashes.
+
+    Such runs were trained with different settings that no column shows.
+    """
+    alike: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for run in runs:
+        if run.settings_hash:
+            alike[(*_values(run, SETTINGS), run.unread)].add(run.settings_hash)
+    return any(len(hashes) > 1 for hashes in alike.values())
+
+
+def _place(value: Any) -> tuple[float, int, str]:
+    """Return a sort key: numbers first, by size, then texts, short ones first."""
+    if isinstance(value, int | float):
+        return value, 0, ""
+    return math.inf, len(str(value)), str(value)
+
+
+# Numbers
+
+
+@dataclass(frozen=True)
+class Result:
+    """The numbers of the runs of one cell: one per seed."""
+
+    runs: Sequence[Run]  # all runs of the cell, also those that do not count
+    # The run that counts and its number, by seed, or by config_hash if runs are counted or the run
+    # has no seed.
+    counted: Mapping[int | str, tuple[Run, float]]
+    planned: int  # number of seeds (or runs) of any status, planned ones included
+    troubles: tuple[str, ...]  # why numbers are missing, as "1 failed"
+    left_out: tuple[str, ...]  # sentences on seeds that are left out
+
+    @cached_property
+    def values(self) -> dict[int | str, float]:
+        """Return the numbers by seed (or config_hash)."""
+        return {key: value for key, (_, value) in self.counted.items()}
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Return the numbers by seed, without those of runs that have no seed."""
+        return {key: value for key, value in self.values.items() if isinstance(key, int)}
+
+    @property
+    def mean(self) -> float | None:
+        """Return the mean, or None without a number."""
+        return self._mean_std[0]
+
+    @property
+    def std(self) -> float | None:
+        """Return the sample standard deviation, or None for fewer than two numbers."""
+        return self._mean_std[1]
+
+    @cached_property
+    def _mean_std(self) -> tuple[float | None, float | None]:
+        if not self.values:
+            return None, None
+        return stats.mean_std(list(self.values.values()))
+
+
+def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result:
+    """Return the result of a cell.
+
+    Args:
+        runs: runs of the cell, oldest first. They agree in every setting that a column shows.
+        read: returns the number of a finished run.
+        counted: "seeds" to count each seed once, "runs" to count every run.
+
+    Returns:
+        The numbers of the runs that count. Of the runs of one configuration, `latest` counts. A
+        seed that ran in several configurations that no column tells apart is left out.
+    """
+    numbers: dict[int | str, tuple[Run, float]] = {}
+    troubles: Counter[str] = Counter()
+    left_out = []
+    slots: dict[int | str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if counted == "seeds" and run.seed is not None:
+            slots[run.seed][run.config_hash].append(run)
+        else:
+            slots[run.config_hash][run.config_hash].append(run)
+    for slot, configurations in slots.items():
+        last = [latest(attempts) for attempts in configurations.values()]
+        finished = [run for run in last if run.status == "FINISHED"]
+        troubles.update(run.status.lower() for run in last if run.status != "FINISHED")
+        if not finished:
+            continue
+        if len({run.unread for run in finished}) < len(finished):
+            hashes = ", ".join(sorted(run.config_hash for run in finished))
+            troubles["in several configurations"] += 1
+            left_out.append(
+                f"seed {slot} is left out: it ran in several configurations that no column here "
+                f"tells apart ({hashes})"
+            )
+            continue
+        value = read(finished[-1])
+        if isinstance(value, str):
+            troubles[value] += 1
+        else:
+            numbers[slot] = finished[-1], value
+    return Result(
+        runs=runs,
+        counted=numbers,
+        planned=len(slots),
+        troubles=tuple(f"{count} {trouble}" for trouble, count in sorted(troubles.items())),
+        left_out=tuple(left_out),
+    )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain of a cell over its baseline on the same pair, paired by seed."""
+
+    over: str  # label of the row of the baseline
+    paired: stats.Paired
+    p_holm: float | None = None  # p corrected over all comparisons of the table
+
+
+def gain_over(
+    result: Result, bases: Mapping[str, Result], same: Sequence[str] = COMPARABLE
+) -> Gain | str:
+    """Return the gain of a result over its baseline, or a sentence on why there is none.
+
+    Args:
+        result: the result to compare, with at least one number.
+        bases: candidates for the baseline on the same pair, by the label of their row. Each has at
+            least one number.
+        same: settings that a result and its baseline must share.
+    """
+    run = result.runs[0]
+    fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}
+    # If the baseline ran at several temperatures or weights, take the row with those of this cell.
+    if len(fitting) > 1:
+        fitting = {
+            label: base for label, base in fitting.items() if agree(run, base.runs[0], TUNED)
+        }
+    over = " or ".join(bases)
+    if not fitting:
+        return f"no gain over {over}: its runs differ in source or settings"
+    if len(fitting) > 1:
+        return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
+    ((over, base),) = fitting.items()
+    paired = stats.paired(result.by_seed, base.by_seed)
+    if paired is None:
+        return f"no gain over {over}: no seed in common"
+    return Gain(over, paired)

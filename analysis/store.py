@@ -1,0 +1,257 @@
+"""Open an MLflow store for reading, and read its runs, artifacts and metrics page by page.
+
+Nothing is written: a missing database is not created, and a database with another schema is not
+migrated. Errors are ValueErrors with a one-line message.
+"""
+
+import gc
+import logging
+import os
+import re
+import shlex
+import sqlite3
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+__all__ = [
+    "MAKE_RUNS",
+    "artifact",
+    "experiments_of",
+    "points_of",
+    "quoted",
+    "reading",
+    "search",
+    "sqlite_file",
+    "sqlite_uri",
+]
+
+PAGE = 1000  # runs per request; MLflow's limit is 50,000
+RUNS_A_REQUEST = 100  # runs per request for metric histories
+ALL_POINTS = 10**9  # points per request for metric histories: no limit in practice
+REQUESTS_AT_ONCE = 8  # concurrent requests to a server
+LOCKED_S = 10.0  # seconds to wait for a process that writes to the database
+ANSWER_S = 5.0  # seconds within which a server must answer
+MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev2 M="[1],[1,2,4]"'
+
+
+def sqlite_uri(path: str) -> str:
+    """Return the address of a SQLite file, as MLflow reads it and sddlskd records it.
+
+    In an address, "?" begins options, and "%41" is an "A": a path with these is quoted.
+    """
+    if re.search(r"[?\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}", path):
+        # Slashes are quoted as well: otherwise MLflow makes a folder that is named as the address.
+        path = quote(path, safe="", errors="surrogateescape")
+    return f"sqlite:///{path}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the SQLite file that `uri` names, or None if `uri` does not name one."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///"), errors="surrogateescape"))
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[Any]:
+    """Yield an MlflowClient for the store at `uri`.
+
+    Raise ValueError with a one-line message if the store is unusable, or if MLflow, the database
+    or the network fails within the context.
+    """
+    _check(uri)
+    # By default, each call takes the client four minutes if the server has gone away.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.exceptions import MlflowException  # imported late, because it is slow
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # MLflow's own use of SQLAlchemy causes this warning: a user cannot change it.
+    warnings.filterwarnings(
+        "ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # MLflow logs tracebacks of errors that are raised here as ValueErrors.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    # Garbage collection would traverse SQLAlchemy's million objects again and again and free
+    # nothing: reading 10,000 runs takes 28 s with it and 10 s without.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield MlflowClient(tracking_uri=uri)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise ValueError(f"{uri} cannot be read ({_first_line(error)})") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _check(uri: str) -> None:
+    """Raise ValueError if MLflow would wait for minutes, create a database or migrate one."""
+    if uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()
+        except urllib.error.HTTPError:
+            pass  # the server answers; a proxy may protect /health
+        except (OSError, ValueError, HTTPException) as error:
+            raise ValueError(
+                f"{uri} does not answer ({error}); start it, or name another store with --uri"
+            ) from None
+        return
+    path = sqlite_file(uri)
+    if path is None:
+        raise ValueError(
+            f"{uri} is not valid; give http(s)://host:port or sqlite:////absolute/path/mlflow.db"
+        )
+    if "?" in uri:
+        raise ValueError(
+            f"{uri} holds a '?', after which MLflow reads options; "
+            "if the '?' belongs to the file's path, write %3F in its place"
+        )
+    _check_database(path, uri)
+
+
+def _check_database(path: Path, uri: str) -> None:
+    if not path.is_file():
+        raise ValueError(
+            f"there is no database {path}; name another with --home or --uri, or {MAKE_RUNS}"
+        )
+    try:
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_S)
+        ) as database:
+            tables = {
+                name
+                for (name,) in database.execute(
+                    "SELECT name FROM sqlite_master WHERE type = 'table'"
+                )
+            }
+            if not {"alembic_version", "runs"} <= tables:
+                raise ValueError(
+                    f"{path} is not an MLflow database; name another with --home or --uri"
+                )
+            (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or (
+                "none",
+            )
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise ValueError(f"{path} cannot be read ({error})") from None
+        raise ValueError(
+            f"{path} was locked for {LOCKED_S:.0f} s by a process that writes to it; "
+            "try again when that process is done"
+        ) from None
+    except sqlite3.DatabaseError as error:
+        raise ValueError(
+            f"{path} is not an MLflow database ({error}); name another with --home or --uri"
+        ) from None
+    _check_schema(path, uri, found)
+
+
+def _check_schema(path: Path, uri: str, found: str) -> None:
+    # MLflow checks the schema too, but only after it has added tables that an older database lacks.
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
+    wanted = script.get_current_head()
+    if found == wanted:
+        return
+    have = f"{path} has the schema {found}, and MLflow {mlflow.__version__} here reads {wanted}"
+    if found in {revision.revision for revision in script.walk_revisions()}:
+        raise ValueError(
+            f"{have}: an older MLflow wrote it; copy the file, then run: "
+            f"mlflow db upgrade {shlex.quote(uri)}"
+        )
+    raise ValueError(f"{have}: a newer MLflow wrote it; run: pip install --upgrade mlflow")
+
+
+def experiments_of(client: Any) -> dict[str, str]:
+    """Return the ids of all experiments by name."""
+    found: dict[str, str] = {}
+    token = None
+    while True:
+        page = client.search_experiments(max_results=PAGE, page_token=token)
+        found |= {experiment.name: experiment.experiment_id for experiment in page}
+        token = page.token
+        if not token:
+            return found
+
+
+def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iterator[Any]:
+    """Yield runs, oldest first, so that runs that start meanwhile do not shift the pages."""
+    token = None
+    while True:
+        page = client.search_runs(
+            list(experiments.values()),
+            query,
+            max_results=PAGE,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def quoted(text: str) -> str:
+    """Return `text` in quotes for an MLflow filter.
+
+    MLflow has no escape character, so text with both kinds of quotes raises ValueError.
+    """
+    if "'" in text and '"' in text:
+        raise ValueError(f"{text} has both kinds of quotes, and MLflow cannot search for that")
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
+@contextmanager
+def artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
+    """Yield the path of a run's artifact, or None if the run has none of that name.
+
+    The file is deleted when the context ends.
+    """
+    if all(entry.path != name for entry in client.list_artifacts(run_id)):
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(client.download_artifacts(run_id, name, folder))
+
+
+def points_of(
+    client: Any, uri: str, run_ids: Sequence[str], metric: str
+) -> Iterator[tuple[str, str, int, int, float]]:
+    """Yield (run_id, metric, step, timestamp, value) for every logged point."""
+    if uri.startswith("sqlite:"):
+        # The client queries run by run, and each query makes SQLite scan the metric's points of
+        # all runs, which takes three times as long.
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        open_store: Any = SqlAlchemyStore  # untyped
+        store = open_store(uri, default_artifact_root="unused: nothing is written")
+        for at in range(0, len(run_ids), RUNS_A_REQUEST):
+            for found in store.get_metric_history_bulk(
+                run_ids[at : at + RUNS_A_REQUEST], metric, ALL_POINTS
+            ):
+                yield found.run_id, metric, found.step, found.timestamp, found.value
+    else:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            histories = pool.map(lambda run_id: client.get_metric_history(run_id, metric), run_ids)
+            for run_id, points in zip(run_ids, histories, strict=True):
+                yield from (
+                    (run_id, metric, point.step, point.timestamp, point.value) for point in points
+                )
