@@ -1,4 +1,4 @@
-"""What the tests share: composing a job as the command line does, and a teacher that is there already."""
+"""Fixtures that many tests share: composed jobs, and a home with a trained teacher."""
 
 import gc
 import logging
@@ -19,7 +19,11 @@ Compose = Callable[..., Config]
 
 @pytest.fixture(scope="session", autouse=True)
 def what_is_imported_is_no_garbage() -> None:
-    """A fifth of the time that Hydra takes is the collector's, which goes through all of torch each time."""
+    """Keep the garbage collector away from the imported modules.
+
+    Otherwise it goes through all of torch each time, which takes a fifth of the time that Hydra
+    needs.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -27,16 +31,24 @@ def what_is_imported_is_no_garbage() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Here and in every process that a test starts, since bits are equal for the same number of threads alone; and so
-    little work is done sooner by one than by two that wait for each other."""
+    """Use one thread in this process and in every process that a test starts.
+
+    Numbers are equal bit for bit only for the same number of threads. For such small jobs, one
+    thread is also faster than two that wait for each other.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Some tests start two ranks, on any machine.
+    os.environ.setdefault("SDDLSKD_MOST_PROCESSES", str(max(4, os.cpu_count() or 1)))
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """A command called in this process sets the log up, and MLflow keeps an address in the environment: the next test
-    must see neither."""
+    """Restore the logging and MLFLOW_TRACKING_URI after each test.
+
+    A command that runs in this process sets up logging, and MLflow keeps an address in the
+    environment.
+    """
     package, address = logging.getLogger("sddlskd"), os.environ.get("MLFLOW_TRACKING_URI")
     handlers, level, propagate = package.handlers[:], package.level, package.propagate
     yield
@@ -47,21 +59,21 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 def compose_in(home: Path, *overrides: str) -> Config:
-    """The job that `python -m sddlskd.train home=HOME OVERRIDES` runs."""
+    """Return the job that `python -m sddlskd.train home=HOME OVERRIDES` runs."""
     GlobalHydra.instance().clear()
     return composed(home, *overrides)
 
 
 @pytest.fixture
 def compose(tmp_path: Path) -> Iterator[Compose]:
-    """compose(*overrides) -> Config, with tmp_path as its home."""
+    """Yield compose(*overrides) -> Config, with tmp_path as the home."""
     yield lambda *overrides: compose_in(tmp_path, *overrides)
     GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="session")
 def _trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home where a resnet8 has seen the digits once and can teach; its top-1 is measured."""
+    """Return a home with a resnet8 teacher, trained for one epoch on the digits and measured."""
     from sddlskd.training.fit import fit
 
     home = tmp_path_factory.mktemp("trained")
@@ -79,7 +91,7 @@ def _trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher_home(_trained_home: Path, tmp_path: Path) -> Path:
-    """A home of this test's own that holds teachers/digits/resnet8.pt and nothing else."""
+    """Return a home for this test alone that holds only teachers/digits/resnet8.pt."""
     home = tmp_path / "home"
     shutil.copytree(
         _trained_home / "teachers", home / "teachers", ignore=shutil.ignore_patterns("*.lock")

@@ -1,4 +1,4 @@
-"""Processes that end at a chosen point of their writing, as by SIGKILL or by a power cut."""
+"""Processes that die at a chosen file operation, as after SIGKILL or in a power cut."""
 
 import builtins
 import io
@@ -17,7 +17,11 @@ from sddlskd.config import Config
 
 
 def forked(work: Callable[[], Any]) -> int:
-    """The id of a new process that does this and ends with 0, or with 1 where it raises; ours must have no threads."""
+    """Fork a process that calls `work`, and return its id.
+
+    The process exits with 0, or with 1 if `work` raises. The calling process must have no other
+    threads.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -32,17 +36,16 @@ def forked(work: Callable[[], Any]) -> int:
 
 
 def ended(pid: int) -> int:
-    """The exit code of a process, once it ended; minus the signal that killed it."""
+    """Wait for a process and return its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def ready() -> None:
-    """What every process would do for itself: forked ones then start in no time."""
+    """Do in advance what every process would do itself, so that forked processes start at once."""
     cfg.frame()
     torch.set_num_threads(1)
-    torch.optim.SGD(
-        [torch.zeros(1, requires_grad=True)], lr=0.1
-    ).step()  # imports hundreds of modules
+    # The first step imports hundreds of modules.
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()
     import rich.progress  # noqa: F401
 
     record.code_state()
@@ -56,22 +59,26 @@ def fit_again(job: Config) -> None:
 
 
 class Crash:
-    """Ends this process right before its `at`-th file operation below `folder` (open for writing, fsync, rename,
-    link).
+    """End this process right before its `at`-th file operation below `folder`.
 
-    What was not fsynced by then is cut at a random length, as a power cut would leave it.
+    The operations are open for writing, fsync, rename and link. Content that was not fsynced by
+    then is cut at a random length, as in a power cut.
     """
 
     def __init__(self, folder: Path, at: int) -> None:
         self.folder, self.left, self.draw = str(folder), at, random.Random(at)
-        self.unsynced: dict[str, int] = {}  # file -> its size when it was opened
+        self.unsynced: dict[str, int] = {}  # {file: size when it was opened}
         self.fsync, self.replace, self.link, self.open = (
             os.fsync,
             os.replace,
             os.link,
             builtins.open,
         )
-        os.fsync, os.replace, os.link = self._fsync, self._replace, self._link  # type: ignore[assignment]
+        os.fsync, os.replace, os.link = (  # type: ignore[assignment]
+            self._fsync,
+            self._replace,
+            self._link,
+        )
         builtins.open = io.open = self._open  # type: ignore[assignment]
 
     def step(self) -> None:

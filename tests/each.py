@@ -1,4 +1,4 @@
-"""Checks of many cases in one test, which name every case that fails."""
+"""Check many cases in one test, and name every case that fails."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -12,9 +12,9 @@ def check_each(
     """Call `check` for every case, and fail at the end with the names of those that failed.
 
     Args:
-        cases: At least one.
-        check: Raises where a case is wrong.
-        name: What a case is called in the message.
+        cases: The cases, at least one.
+        check: A function that raises if a case is wrong.
+        name: A function that returns the name of a case for the message.
     """
     cases, failed = list(cases), []
     assert cases, "there is no case to check"

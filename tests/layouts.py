@@ -1,4 +1,4 @@
-"""Small data sets in the layouts that the large ones are published in, of real JPEG files."""
+"""Make small data sets of real JPEG files in the layouts of the published data sets."""
 
 import io
 import tarfile
@@ -15,7 +15,7 @@ WNIDS = ("n02124075", "n01443537", "n04067472")  # not sorted, as in wnids.txt
 
 @cache
 def jpeg(shade: int, size: tuple[int, int] = (40, 30)) -> bytes:
-    """A photograph's bytes: a colour with a gradient, as large as said (width, height)."""
+    """Return a JPEG file of one colour with a gradient; `size` is (width, height)."""
     width, height = size
     pixels_HWC = np.full((height, width, 3), shade, np.uint8)
     pixels_HWC[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
@@ -30,7 +30,10 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def cub200(root: Path, per_class: int = 4) -> dict[str, tuple[int, int]]:
-    """root/CUB_200_2011 as it is unpacked; {path below images/: (class from 0, whether it is for training)}."""
+    """Make root/CUB_200_2011 as the archive unpacks it.
+
+    Return {path below images/: (class from 0, whether the image is for training)}.
+    """
     folder, truth = root / "CUB_200_2011", {}
     images, labels, split = [], [], []
     for name in CUB_CLASSES:
@@ -52,7 +55,7 @@ def cub200(root: Path, per_class: int = 4) -> dict[str, tuple[int, int]]:
 
 
 def imagenet(root: Path, classes: int = 3, per_class: int = 2) -> None:
-    """root/train and root/val as torchvision's ImageFolder wants them."""
+    """Make root/train and root/val in the layout of torchvision's ImageFolder."""
     for split in ("train", "val"):
         for label in range(classes):
             for i in range(per_class):
@@ -65,7 +68,7 @@ def imagenet(root: Path, classes: int = 3, per_class: int = 2) -> None:
 
 
 def tiny_imagenet(root: Path, per_class: int = 2) -> dict[str, str]:
-    """root/tiny-imagenet-200 as it is unpacked; {image of val: wnid}."""
+    """Make root/tiny-imagenet-200 as the archive unpacks it; return {image of val: wnid}."""
     folder = root / "tiny-imagenet-200"
     write(folder / "wnids.txt", "".join(f"{name}\n" for name in WNIDS))
     truth, lines = {}, []
@@ -85,7 +88,7 @@ def tiny_imagenet(root: Path, per_class: int = 2) -> dict[str, str]:
 
 
 def stl10(folder: Path, train: int = 6, test: int = 4) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """folder/{train,test}_{X,y}.bin; {split: (pixels N H W C, classes from 0)}."""
+    """Make folder/{train,test}_{X,y}.bin; return {split: (pixels N H W C, classes from 0)}."""
     rng, truth = np.random.default_rng(0), {}
     for name, count in (("train", train), ("test", test)):
         pixels_NHWC, labels_N = (
@@ -103,7 +106,7 @@ def stl10(folder: Path, train: int = 6, test: int = 4) -> dict[str, tuple[np.nda
 
 
 def packed(folder: Path, archive: Path) -> None:
-    """The folder as a .tgz or .zip, its name on top; the folder is taken away."""
+    """Pack the folder into a .tgz or .zip that contains its name, then remove the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:

@@ -1,4 +1,4 @@
-"""A web site on loopback that answers as it is told, also as no decent server would."""
+"""A web server on loopback whose answers the tests choose, wrong answers included."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,13 @@ Page = Callable[["BaseHTTPRequestHandler"], None]
 
 
 class Site:
-    """pages: what answers a path; asked: (path, Range header) of every request so far; url: of the root, ends in /."""
+    """A web site on loopback.
+
+    Attributes:
+        pages: the function that answers each path.
+        asked: (path, Range header) of every request so far.
+        url: address of the root, with a final slash.
+    """
 
     def __init__(self, port: int, over: threading.Event) -> None:
         self.url, self.over = f"http://127.0.0.1:{port}/", over
@@ -26,7 +32,15 @@ class Site:
         ranges: bool = True,
         cuts: Sequence[int] = (),
     ) -> str:
-        """Serve a file; the connection is cut after so many bytes of the first, second, ... answer."""
+        """Serve a file and return its address.
+
+        Args:
+            path: path of the file.
+            content: content of the file.
+            tag: ETag of the file; None for no ETag.
+            ranges: whether requests for a range are answered with the range.
+            cuts: number of bytes after which the first, second, ... answer is cut off.
+        """
         left = list(cuts)
 
         def page(handler: BaseHTTPRequestHandler) -> None:
@@ -51,7 +65,7 @@ class Site:
         return self.url + path
 
     def page(self, path: str, *answers: Page) -> str:
-        """Answer a path with these pages, one after the other, and then with the last one."""
+        """Answer a path with these pages in turn, then always with the last one; return its URL."""
         left = list(answers)
         self.pages[f"/{path}"] = lambda handler: (left.pop(0) if len(left) > 1 else left[0])(
             handler
@@ -59,7 +73,7 @@ class Site:
         return self.url + path
 
     def stalls(self, after: bytes = b"", length: int = 1000) -> Page:
-        """Sends the start of a body of that length, and then nothing until the test is over."""
+        """Return a page that sends `after` of a body of `length` bytes, then nothing more."""
 
         def page(handler: BaseHTTPRequestHandler) -> None:
             if after:
@@ -70,7 +84,7 @@ class Site:
         return page
 
     def drips(self, pause_s: float) -> Page:
-        """Sends a byte every so often for as long as anyone listens."""
+        """Return a page that sends a byte every `pause_s` seconds until the client leaves."""
 
         def page(handler: BaseHTTPRequestHandler) -> None:
             answer(b"", Content_Length="100000")(handler)
@@ -86,7 +100,7 @@ def status(code: int, **headers: str) -> Page:
 
 
 def answer(body: bytes, code: int = 200, **headers: str) -> Page:
-    """An answer with exactly these headers; _ in a name stands for -."""
+    """Return a page with exactly these headers; `_` in a name stands for `-`."""
 
     def page(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
@@ -99,7 +113,7 @@ def answer(body: bytes, code: int = 200, **headers: str) -> Page:
 
 
 def raw(content: bytes) -> Page:
-    """Bytes on the wire, headers and all."""
+    """Return a page that sends these bytes, which include the headers."""
     return lambda handler: void(handler.wfile.write(content))
 
 

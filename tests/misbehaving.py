@@ -1,4 +1,4 @@
-"""Networks that fail in the ways that networks and machines fail, for the tests of sweeps."""
+"""Networks that fail as networks and machines do, for the tests of sweeps."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Tiny(nn.Module):
-    """A small sound network: images B 3 32 32 -> logit map B K 8 8."""
+    """A small network without faults: images B 3 32 32 -> logit map B K 8 8."""
 
     instances = 0
 
@@ -29,18 +29,18 @@ class Tiny(nn.Module):
         return logit_map
 
     def misbehave(self) -> None:
-        """What this network does wrong in training."""
+        """Do what is wrong with this network; called in each training step."""
 
 
 class Raises(Tiny):
-    """Raises at its first training step."""
+    """A network that raises in its first training step."""
 
     def misbehave(self) -> None:
         raise RuntimeError("this network does not like its images")
 
 
 class Kills(Tiny):
-    """Kills its process, `times` times in all, counted in a folder."""
+    """A network that kills its process, `times` times in all; files in `folder` count the kills."""
 
     def __init__(self, num_classes: int, folder: str, times: int, after: int = 0) -> None:
         super().__init__(num_classes)
@@ -55,7 +55,7 @@ class Kills(Tiny):
 
 
 class Large(Tiny):
-    """Does not fit beside more than one other network."""
+    """A network that runs out of memory if more than two others were made in this process."""
 
     def misbehave(self) -> None:
         if Tiny.instances > 3:  # a teacher and two students
@@ -63,7 +63,7 @@ class Large(Tiny):
 
 
 class Slow(Tiny):
-    """Takes its time for every training step; what it computes does not depend on how long."""
+    """A network whose training steps take `seconds` longer and give the same numbers."""
 
     def __init__(self, num_classes: int, seconds: float) -> None:
         super().__init__(num_classes)
@@ -74,7 +74,7 @@ class Slow(Tiny):
 
 
 class Heavy(Tiny):
-    """Does not fit beside more than one other network that is still in memory."""
+    """A network that runs out of memory beside more than one other that is still in memory."""
 
     here: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 
@@ -86,3 +86,11 @@ class Heavy(Tiny):
     def misbehave(self) -> None:
         if len(Heavy.here) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+class Waits(Tiny):
+    """Takes its time to be built."""
+
+    def __init__(self, num_classes: int, seconds: float) -> None:
+        super().__init__(num_classes)
+        time.sleep(seconds)

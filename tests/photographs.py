@@ -1,4 +1,4 @@
-"""Small real image files with the spectrum of photographs, made on the spot."""
+"""Make small JPEG files with the spectrum of photographs."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ __all__ = ["class_folders", "photograph"]
 
 
 def photograph(seed: int, width: int, height: int) -> Image.Image:
-    """Noise whose amplitude falls as 1/frequency, as that of natural images does (Field 1987), mostly in brightness."""
+    """Return an image of noise whose amplitude falls as 1/frequency, mostly in brightness.
+
+    The amplitude of natural images falls in the same way (Field 1987).
+    """
     random = np.random.default_rng(seed)
     down, right = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     frequency = np.maximum(np.hypot(down, right), 1 / max(height, width))
@@ -23,7 +26,16 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
 def class_folders(
     root: Path, classes: int, each: int, *, test: int = 1, width: int = 60, height: int = 44
 ) -> Path:
-    """root/train/<class>/ and root/val/<class>/ with so many JPEGs each."""
+    """Make root/train/<class>/ and root/val/<class>/ of JPEG files, and return `root`.
+
+    Args:
+        root: folder of the data set.
+        classes: number of classes.
+        each: training images of a class.
+        test: images of a class in val.
+        width: width of the images.
+        height: height of the images.
+    """
     seed = 0
     for split, count in (("train", each), ("val", test)):
         for label in range(classes):

@@ -1,4 +1,4 @@
-"""Tar archives, decent and not."""
+"""Test the unpacking of tar archives, harmless and harmful ones."""
 
 import gzip
 import io
@@ -30,7 +30,9 @@ def member(name: str, content: bytes = b"", **fields: Any) -> tuple[tarfile.TarI
 
 def tar(*members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.PAX_FORMAT) as target:  # type: ignore[call-overload]
+    with tarfile.open(  # type: ignore[call-overload]
+        fileobj=buffer, mode=mode, format=tarfile.PAX_FORMAT
+    ) as target:
         for info, content in members:
             target.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
@@ -38,7 +40,7 @@ def tar(*members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> bytes:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """A folder with x.tar to be; nothing may come to be beside it, or anywhere above."""
+    """Yield a folder for x.tar; afterwards check that nothing was written outside of it."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     yield inner
@@ -119,9 +121,8 @@ def test_links_and_devices(place: Path, kind: bytes) -> None:
     )
     content = tar(GOOD[1], member("top/x", type=kind, **fields))
     assert "is a link, a device or another special file" in refused(place, content)
-    assert "is a link" in refused(
-        place, content, wanted=lambda path: path.name == "a.txt"
-    )  # also where nobody asks
+    # The archive is refused although nobody asked for that member.
+    assert "is a link" in refused(place, content, wanted=lambda path: path.name == "a.txt")
 
 
 def test_a_link_that_a_later_file_would_go_through(place: Path) -> None:
@@ -236,9 +237,8 @@ def test_whatever_stands_in_it(place: Path, data: st.DataObject) -> None:
             )
         )
         content[at : at + len(patch)] = patch
-        content[148:156] = b"%06o\0 " % (
-            sum(content[:148]) + 8 * 32 + sum(content[156:512])
-        )  # a checksum that fits
+        # Write the checksum of the changed header.
+        content[148:156] = b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:512]))
     path = written(place, bytes(content))
     out = place / "out"
     try:

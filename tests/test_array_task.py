@@ -1,4 +1,4 @@
-"""What a task of a job array does, as far as it needs no SLURM (tests/slurm has the rest)."""
+"""Test the task of a job array without SLURM; tests/slurm tests the rest."""
 
 import signal
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sddlskd import record
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.sweeps.array_task import ArrayTask, _fit
 from sddlskd.training.stop import Stop
-from sddlskd.worker import BUSY, STOPPED
 from tests.test_sweeps import home, jobs_of, network
 
 __all__ = ["home"]
@@ -31,7 +31,7 @@ def test_a_job_that_another_process_has_does_not_keep_the_others_of_its_group(ho
     elsewhere = record.Record(jobs[0])
     elsewhere.result(record.RUNNING, best_top1=None, last_top1=None, epochs=0, seconds=0.0)
     record.freeze(jobs[1])
-    assert _fit([Path(job.run_dir) for job in jobs], Stop()) == BUSY
+    assert _fit([Path(job.run_dir) for job in jobs], Stop()) == ExitCode.BUSY
     elsewhere.close()
     assert record.read_result(Path(jobs[1].run_dir))["status"] == "FINISHED"
 
@@ -39,7 +39,7 @@ def test_a_job_that_another_process_has_does_not_keep_the_others_of_its_group(ho
 def test_what_nobody_foresaw_ends_in_a_log_and_an_exit_code(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The task has still to say whether its sweep is over."""
+    """The task must still report whether its sweep is over."""
     (job,) = jobs_of(home, network("Tiny"))
 
     def lost(*arguments: Any, **options: Any) -> None:
@@ -64,12 +64,16 @@ def test_requeues_are_counted_over_all_submissions(home: Path) -> None:
 def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
     home: Path, monkeypatch: pytest.MonkeyPatch, rank: int, stopped_by: str, code: int
 ) -> None:
-    """srun ends with the largest code of the ranks, and another rank may hear of the warning from the first alone."""
+    """Only the exit code of rank 0 may decide.
+
+    srun ends with the largest code of all ranks, and another rank may learn of the warning only
+    from rank 0.
+    """
     (job,) = jobs_of(home, network("Tiny"))
 
     def stopped(folders: list[Path], stop: Stop) -> int:
         stop.signal = signal.Signals[stopped_by]
-        return STOPPED
+        return ExitCode.STOPPED
 
     slurm = SimpleNamespace(num_tasks=1, num_nodes=1, global_rank=rank, job_id="7_0")
     monkeypatch.setattr("submitit.JobEnvironment", lambda: slurm)

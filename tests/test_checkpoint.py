@@ -1,4 +1,4 @@
-"""Files that survive a full disk, a cut and a stranger."""
+"""Test checkpoints: full disks, damaged files, and files that come from strangers."""
 
 import argparse
 import errno
@@ -108,7 +108,7 @@ def write_over_the_limit(folder: Path, queue: Any) -> None:
 
 
 def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
-    """A real failing write in the middle of the file, as on a full disk or past a quota."""
+    """A write fails in the middle of the file, as on a full disk or beyond a quota."""
     write_latest(tmp_path, STATE)
     queue = processes.SimpleQueue()
     process = processes.Process(target=write_over_the_limit, args=(tmp_path, queue))
@@ -143,7 +143,8 @@ def test_dead_between_the_renames(
 ) -> None:
     for epoch in (1, 2):
         write_latest(tmp_path, {"epoch": epoch})
-    real, left = os.replace, [None] * (1 + replaced)  # the first is the write's own
+    # The first rename belongs to the write itself.
+    real, left = os.replace, [None] * (1 + replaced)
 
     def dying(*paths: Any) -> None:
         if not left:
@@ -169,7 +170,7 @@ def test_truncated_checkpoint_falls_back_and_the_run_goes_on(
     fit([cut])
     latest = Path(cut.run_dir, "last.ckpt")
     latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
-    Path(cut.run_dir, "result.json").unlink()  # as if the machine had gone down
+    Path(cut.run_dir, "result.json").unlink()  # as after a crash of the machine
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         fit([cut])
     assert f"{latest} is truncated, damaged or not a checkpoint" in caplog.text
@@ -186,13 +187,20 @@ def test_truncated_checkpoint_falls_back_and_the_run_goes_on(
         fit([cut])
 
 
-# Files of others
+# Files from other programs
 
 
 def saved(
     content: Any, *, legacy: bool = False, rename: tuple[bytes, bytes] | None = None
 ) -> bytes:
-    """A file of torch.save; `rename` gives the module of NumPy's scalars the name that another NumPy gives it."""
+    """Return the bytes that torch.save writes.
+
+    Args:
+        content: the object to save.
+        legacy: whether to use the format before torch 1.6.
+        rename: (name, other name) of the module of NumPy's scalars, whose name depends on the
+            version of NumPy; None to rename nothing.
+    """
 
     def renamed(content: bytes) -> bytes:
         return content.replace(*rename) if rename else content
@@ -202,9 +210,8 @@ def saved(
     if not rename:
         return buffer.getvalue()
     if legacy:
-        return renamed(
-            buffer.getvalue()
-        )  # protocol 2 names globals in lines of text, without lengths
+        # Protocol 2 names globals in lines of text without lengths, so they can be replaced.
+        return renamed(buffer.getvalue())
     reader = torch._C.PyTorchFileReader(BytesIO(buffer.getvalue()))
     out = BytesIO()
     writer = torch._C.PyTorchFileWriter(out)
@@ -319,9 +326,8 @@ def test_object_beside_the_weights_is_named_with_a_cure(tmp_path: Path, legacy: 
         match=r"refused: it would run fractions.Fraction .*Save its state_dict alone",
     ):
         read(path)
-    options = argparse.Namespace(
-        lr=1, milestones=[150, 180]
-    )  # RepDistiller's <network>_last.pth has them
+    # RepDistiller's <network>_last.pth holds its options.
+    options = argparse.Namespace(lr=1, milestones=[150, 180])
     path.write_bytes(saved({"model": {"w": torch.zeros(3)}, "opt": options}, legacy=legacy))
     assert read(path)["opt"] == options
 
@@ -340,7 +346,7 @@ def test_missing_file(tmp_path: Path) -> None:
         read(tmp_path / "x.pth")
 
 
-# Damage
+# Damaged files
 
 
 def outcome(path: Path) -> Any:
@@ -375,12 +381,12 @@ def test_flipped_bits(tmp_path: Path, legacy: bool) -> None:
         path.write_bytes(damaged)
         got = outcome(path)
         noticed += got is None
-        # The old format has no checksum: numbers may come out wrong there, but nothing else may happen.
+        # The old format has no checksum, so its numbers may be wrong. Nothing else may happen.
         assert got is None or legacy or same(got, STATE)
     assert noticed > 20
 
 
-# The wrong weights
+# Weights of another network
 
 
 def test_weights_of_another_network(tmp_path: Path) -> None:
@@ -428,3 +434,119 @@ def test_weights_from_before_batches_were_counted(tmp_path: Path) -> None:
     other = create("resnet8", num_classes=10)
     load_weights(other, path, "resnet8")
     assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+# Layouts of other trainers
+
+PREFIXES = (
+    "module.",
+    "module.student.",
+    "_orig_mod.",
+    "student.",
+    "model.",
+    "net.",
+    "module._orig_mod.",
+    "model.net._orig_mod.",
+)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefix_that_all_keys_share(tmp_path: Path, prefix: str, legacy: bool) -> None:
+    weights = create("resnet8", num_classes=10).state_dict()
+    path = tmp_path / "x.pth"
+    content = {"state_dict": {prefix + k: v for k, v in weights.items()}}
+    path.write_bytes(saved(content, legacy=legacy))
+    other = create("resnet8", num_classes=10)
+    load_weights(other, path, "resnet8")
+    assert same(dict(other.state_dict()), dict(weights))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"net": w, "acc": 91.5, "epoch": 3},
+        lambda w: {"model_state_dict": w, "optimizer_state_dict": {"state": {}}},
+        lambda w: {"state_dict_ema": w},
+        lambda w: {"model_ema": w},
+        lambda w: {"state_dict": w, "hyper_parameters": {"lr": 0.1}, "loops": {"fit_loop": {}}},
+        lambda w: {"model": {"state_dict": w}},
+        lambda w: {"model": {"depth": 8}, "state_dict": w},
+    ],
+)
+def test_key_that_holds_the_state_dict(tmp_path: Path, wrap: Any) -> None:
+    weights = create("resnet8", num_classes=10).state_dict()
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(wrap(weights)))
+    other = create("resnet8", num_classes=10)
+    load_weights(other, path, "resnet8")
+    assert same(dict(other.state_dict()), dict(weights))
+
+
+def test_weights_beside_their_averages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, model = tmp_path / "x.pth", create("resnet8", num_classes=10)
+    weights = model.state_dict()
+    averages = {k: torch.zeros_like(v) for k, v in weights.items()}
+    path.write_bytes(saved({"state_dict_ema": averages, "state_dict": weights}))
+    other = create("resnet8", num_classes=10)
+    load_weights(other, path, "resnet8")
+    assert same(dict(other.state_dict()), dict(weights))
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} holds averaged weights (state_dict_ema), which are not used")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_counters_are_ignored(tmp_path: Path, prefix: str) -> None:
+    weights = create("resnet8", num_classes=10).state_dict()
+    counters = {
+        "n_averaged": torch.tensor(3),
+        f"{prefix}conv1.total_ops": torch.zeros(1, dtype=torch.float64),
+        f"{prefix}total_params": torch.zeros(1, dtype=torch.float64),
+    }
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved({**counters, **{prefix + k: v for k, v in weights.items()}}))
+    other = create("resnet8", num_classes=10)
+    load_weights(other, path, "resnet8")
+    assert same(dict(other.state_dict()), dict(weights))
+
+
+def test_counter_of_the_network_itself_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    model = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 3))
+    model.update_parameters(nn.Linear(2, 3))
+    write(path, {"model": model.state_dict()})
+    other = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 3))
+    load_weights(other, path, "linear")
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    assert other.n_averaged == 1
+
+
+def test_prefix_that_some_keys_lack_is_shown_beside_what_is_expected(tmp_path: Path) -> None:
+    path, model = tmp_path / "x.pth", create("resnet8", num_classes=10)
+    weights = {f"student.{k}": v for k, v in model.state_dict().items()}
+    path.write_bytes(saved({"model": {**weights, "teacher.conv1.weight": torch.ones(1)}}))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not hold weights of resnet8") as caught:
+        load_weights(model, path, "resnet8")
+    assert str(caught.value).endswith(
+        "(the file's first keys are student.conv1.weight, student.bn1.weight, student.bn1.bias, "
+        "...; expected are conv1.weight, bn1.weight, bn1.bias, ...)"
+    )
+    assert "\n" not in str(caught.value)
+    assert same(dict(model.state_dict()), before)
+
+
+def test_unknown_wrapper_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved({"ours": create("resnet8", num_classes=10).state_dict(), "epoch": 1}))
+    with pytest.raises(UnreadableFile, match=r"first keys of the file are ours, epoch$"):
+        read_weights(path)
+
+
+def test_file_that_contains_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    content: dict[str, Any] = {}
+    content["model"] = content
+    path.write_bytes(saved(content))
+    with pytest.raises(UnreadableFile, match="holds no state dict"):
+        read_weights(path)

@@ -1,21 +1,29 @@
-"""The configuration: every choice composes and builds, says what its source says, and names its job."""
+"""Test the configuration: its choices, their values in the papers, and the identity of a job.
+
+Every choice must compose and build. Every recipe, pair and data set must have the values of its
+source.
+"""
 
 import ast
+import copy
 import csv
 import importlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
-from functools import cache
+from dataclasses import Field, fields, is_dataclass, replace
+from functools import cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import hydra
 import pytest
 import torch
 import yaml
+from hydra_plugins.shared_teacher import SharedTeacherConfig
+from hydra_plugins.slurm import SlurmConfig
 from omegaconf import DictConfig, OmegaConf
 
 import sddlskd
@@ -23,6 +31,7 @@ from sddlskd import config as cfg
 from sddlskd import datasets
 from sddlskd.config import Config
 from sddlskd.config.targets import instantiate
+from sddlskd.data.decoding import ImageTransform
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.terminal.console import explain
@@ -45,17 +54,12 @@ GROUPS = (
 )
 
 
-LIBRARIES = {
-    "timm",
-    "torchvision",
-}  # choices of student and teacher that take the network's name as an argument
-IMAGENET = {
-    "imagenet_resnet18",
-    "imagenet_resnet34",
-    "imagenet_resnet50",
-    "mobilev1",
-}  # for images of 224 pixels
-UNSAID = {"dataset=image_folder": ("dataset.num_classes=37",)}  # what a choice asks its user for
+# Choices of student and teacher that take the network's name as an argument
+LIBRARIES = {"timm", "torchvision"}
+# Networks for images of 224 pixels
+IMAGENET = {"imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50", "mobilev1"}
+# Values that a choice requires from its user
+UNSAID = {"dataset=image_folder": ("dataset.num_classes=37",)}
 
 
 def choices(group: str) -> list[str]:
@@ -69,12 +73,15 @@ def reference(name: str) -> list[dict[str, str]]:
 
 @cache
 def job_of(*overrides: str) -> Config:
-    """A composed job that no test changes: composing costs a quarter second."""
+    """Return a composed job, which no test may change.
+
+    The job is cached, because composing takes a quarter of a second.
+    """
     return compose_in(Path("/home/of/tests"), *overrides)
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of nested dicts or dataclasses, with their values."""
+    """Yield the dotted keys of nested dicts or dataclasses, with their values."""
     items = (
         node.items()
         if isinstance(node, dict)
@@ -87,17 +94,11 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-# Every choice composes, resolves and builds.
+# Every choice composes, resolves and builds
 
 
-PLAIN = (
-    "distiller",
-    "scales",
-    "dataset",
-    "optimizer",
-    "trainer",
-    "tracking",
-)  # the other groups have tests of their own
+# Groups whose choices are all tested here; the other groups have tests of their own.
+PLAIN = ("distiller", "scales", "dataset", "optimizer", "trainer", "tracking")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,8 @@ def test_the_choices_are_those_that_the_project_promises() -> None:
     }
     assert set(choices("trainer")) == {"default", "debug", "cpu"}
     assert set(choices("recipe")) == set(RECIPES)
-    wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}  # LSKD Table 5's teachers, built by class
+    # The teachers of LSKD Table 5. They are built by their class and are not in models.names().
+    wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}
     assert (
         set(choices("student"))
         == set(choices("teacher"))
@@ -137,7 +139,7 @@ def test_every_network_is_built_as_student_and_as_teacher(name: str) -> None:
     job = job_of(f"student={name}", f"teacher={name}")
     assert (job.student.name, job.teacher.name) == (name, name)
     assert job.teacher.model == job.student.model
-    # architectures.md: 0.05; 0.01 for mobilev2, shufflev1, shufflev2 (SDD, LSKD, CRD, DKD)
+    # Source: architectures.md. SDD, LSKD, CRD and DKD use 0.01 for these three, else 0.05.
     assert job.optimizer.lr == (0.01 if name in ("mobilev2", "shufflev1", "shufflev2") else 0.05)
     assert job.teacher.lr == job.student.lr
     with torch.device("meta"), torch.no_grad():
@@ -210,26 +212,21 @@ def test_the_data_sets_that_need_no_file_load(compose: Compose, name: str) -> No
     assert int(splits.train.labels_N.max()) < job.dataset.num_classes
 
 
-# Precedence: recipe < adapted < pair < tuned < scales < the command line.
+# Precedence: recipe < adapted < pair < tuned < scales < the command line
 
 
 def test_precedence() -> None:
     main = job_of()
-    assert (main.M, main.standardize, main.distiller.kd_weight) == (
-        [1, 2, 4],
-        True,
-        9.0,
-    )  # the default recipe
+    # The values of the default recipe
+    assert (main.M, main.standardize, main.distiller.kd_weight) == ([1, 2, 4], True, 9.0)
     recipe = job_of("recipe=sd_kd")
     assert (recipe.teacher.name, recipe.student.name) == ("resnet32x4", "resnet8x4")
     pair = job_of("recipe=sd_kd", "pair=resnet32x4_shufflev1")
     assert (pair.student.name, pair.optimizer.lr, pair.M) == ("shufflev1", 0.01, [1, 2, 4])
     tuned = job_of("recipe=sd_kd", "pair=vgg13_vgg8")
-    assert tuned.M == [1, 2]  # the tuned file over the recipe's [1,2,4]
-    assert job_of("recipe=sd_kd", "teacher=vgg13", "student=vgg8").M == [
-        1,
-        2,
-    ]  # a pair by its two names
+    assert tuned.M == [1, 2]  # the tuned file replaces the recipe's [1,2,4]
+    # The tuned file also applies if teacher and student are named one by one.
+    assert job_of("recipe=sd_kd", "teacher=vgg13", "student=vgg8").M == [1, 2]
     assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "scales=skip").M == [1, 4]
     assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "scales=skip", "M=[3]").M == [3]
     assert job_of("recipe=sd_kd", "pair=vgg13_vgg8", "student=resnet8").student.name == "resnet8"
@@ -237,46 +234,53 @@ def test_precedence() -> None:
     assert job_of("recipe=kd_ls", "M=[1,2]").M == [1, 2]
     assert job_of("recipe=kd", "distiller=dkd").distiller.name == "dkd"
     weights = job_of("recipe=kd_ls", "pair=resnet50_mobilev2", "distiller.kd_weight=5").distiller
-    assert (weights.temperature, weights.kd_weight) == (
-        3.0,
-        5.0,
-    )  # T from tuned/, the weight from the command line
-    assert (
-        job_of("recipe=kd_ls", "pair=vgg13_vgg8", "dataset=digits").distiller.temperature == 2.0
-    )  # tuned elsewhere
+    # The temperature comes from tuned/, the weight from the command line.
+    assert (weights.temperature, weights.kd_weight) == (3.0, 5.0)
+    # The values that are tuned for a pair on CIFAR-100 do not apply to another data set.
+    assert job_of("recipe=kd_ls", "pair=vgg13_vgg8", "dataset=digits").distiller.temperature == 2.0
 
 
-# What the papers say. Sources: shared/reference, cited by file; the rows that are needed are copied to tests/reference.
+# The values of the papers
+#
+# The comments cite the files of shared/reference; the needed rows are copied to tests/reference.
 
-# recipe: distiller, M, standardize, T, ce_weight, kd_weight, warm-up epochs, arguments of the loss
+# {recipe: (distiller, M, standardize, T, ce_weight, kd_weight, warm-up epochs, loss arguments)}
 RECIPES: dict[str, tuple[str, list[int], bool, float, float, float, int, dict[str, Any]]] = {
-    # experiments_seed.csv, SDD's SDD_KD rows (T 4, 0.1, 0.9, no warm-up); checks.md A9: M={1,2,4} for unlike pairs
+    # experiments_seed.csv, SDD's rows SDD_KD: T 4, ce 0.1, kd 0.9, no warm-up. checks.md A9:
+    # M={1,2,4} for pairs of different architectures
     "kd": ("kd", [1], False, 4.0, 0.1, 0.9, 1, {}),
     "sd_kd": ("kd", [1, 2, 4], False, 4.0, 0.1, 0.9, 1, {}),
-    # experiments_seed.csv, SDD_DKD rows: T 4, 1.0, alpha 1, beta 8 unless the pair says less, warm-up 20
+    # experiments_seed.csv, rows SDD_DKD: T 4, ce 1.0, alpha 1, beta 8 (less for some pairs),
+    # warm-up 20
     "dkd": ("dkd", [1], False, 4.0, 1.0, 1.0, 20, {"alpha": 1.0, "beta": 8.0}),
     "sd_dkd": ("dkd", [1, 2, 4], False, 4.0, 1.0, 1.0, 20, {"alpha": 1.0, "beta": 8.0}),
-    # checks.md A10: nkd.py has T 1 and gamma 1.5; SDD_nkd.py takes T 4 and gamma 8 (or less) from DKD's block
+    # checks.md A10: nkd.py has T 1 and gamma 1.5; SDD_nkd.py takes T 4 and gamma 8 (less for some
+    # pairs) from DKD's block
     "nkd": ("nkd", [1], False, 1.0, 1.0, 1.0, 1, {"gamma": 1.5, "exclude_target": False}),
     "sd_nkd": ("nkd", [1, 2, 4], False, 4.0, 1.0, 1.0, 20, {"gamma": 8.0, "exclude_target": False}),
-    # checks.md A6, D6: LSKD's README command is T 2, weight 9, with ce 0.1 for KD
+    # checks.md A6, D6: the command in LSKD's README has T 2 and kd 9, and ce 0.1 for KD
     "kd_ls": ("kd", [1], True, 2.0, 0.1, 9.0, 1, {}),
     "dkd_ls": ("dkd", [1], True, 2.0, 1.0, 9.0, 20, {"alpha": 1.0, "beta": 8.0}),
-    # experiments_seed.csv, the seed's rows: T 2, ce 1.0, kd 9; alpha 9, beta 72. DESIGN.md, the main method
+    # experiments_seed.csv, rows of the seed project: T 2, ce 1.0, kd 9; alpha 9, beta 72.
+    # DESIGN.md: the main method
     "sd_kd_ls": ("kd", [1, 2, 4], True, 2.0, 1.0, 9.0, 1, {}),
     "sd_dkd_ls": ("dkd", [1, 2, 4], True, 2.0, 1.0, 9.0, 20, {"alpha": 1.0, "beta": 8.0}),
     "vanilla": ("vanilla", [1], False, 4.0, 1.0, 0.0, 1, {}),
-    "none": ("kd", [1], False, 4.0, 0.1, 0.9, 1, {}),  # no paper's: what the distiller's file says
+    # From no paper: the values of the distiller's file
+    "none": ("kd", [1], False, 4.0, 0.1, 0.9, 1, {}),
 }
-UNTUNED = ("teacher=resnet32x4", "student=vgg8")  # a pair that no tuned file is about
+UNTUNED = ("teacher=resnet32x4", "student=vgg8")  # a pair without a tuned file
 
 
 @cache
 def effective(recipe: str, pair: str) -> Config:
-    """The job of the recipe with the tuned file of the pair, if there is one; it is not changed."""
+    """Return the job of a recipe with the tuned file of a pair, if there is one.
+
+    The job is cached, so no test may change it.
+    """
     job, path = (
         job_of(f"recipe={recipe}", *UNTUNED),
-        CONF / "tuned" / f"cifar100-{recipe}-{pair}.yaml",
+        CONF / "tuned" / "cifar100" / recipe / f"{pair}.yaml",
     )
     if not path.exists():
         return job
@@ -295,7 +299,8 @@ def effective(recipe: str, pair: str) -> Config:
     ("recipe", "pair"),
     [("kd_ls", "resnet110_resnet20"), ("dkd_ls", "resnet56_resnet20"), ("sd_kd", "vgg13_vgg8"),
      ("sd_dkd", "resnet110_resnet32"),
-     ("sd_nkd", "vgg13_shufflev1"), ("dkd", "vgg13_mobilev2"), ("sd_kd_ls", "vgg13_vgg8"), ("kd", "vgg13_vgg8")],
+     ("sd_nkd", "vgg13_shufflev1"), ("dkd", "vgg13_mobilev2"), ("sd_kd_ls", "vgg13_vgg8"),
+     ("kd", "vgg13_vgg8")],
 )  # fmt: skip
 def test_hydra_composes_recipe_pair_and_tuned_file_to_that(recipe: str, pair: str) -> None:
     job, expected = job_of(f"recipe={recipe}", f"pair={pair}"), effective(recipe, pair)
@@ -325,11 +330,8 @@ def test_every_recipe_has_its_sources_values(name: str) -> None:
         else {"_target_": f"sddlskd.losses.{distiller}", "temperature": temperature}
     )
     assert d.loss == loss | arguments
-    assert (job.complementary_weight, d.knowledge, d.reduction) == (
-        2.0,
-        "fusion",
-        "mean",
-    )  # SDD Sec. 3.2, its code
+    # Source: SDD Sec. 3.2 and SDD's released code
+    assert (job.complementary_weight, d.knowledge, d.reduction) == (2.0, "fusion", "mean")
 
 
 def test_the_default_is_the_main_method() -> None:
@@ -359,10 +361,11 @@ SUITES = {
     "SDD_KD_LSKD": "sd_kd_ls",
     "SDD_DKD_LSKD": "sd_dkd_ls",
 }
-# SDD.md Sec. 4.1: {1,2} where teacher and student are of one architecture, {1,2,4} elsewhere
+# Pairs of one architecture, which have M={1,2}; other pairs have {1,2,4} (SDD.md Sec. 4.1)
 ALIKE = {
-    "resnet110_resnet20", "resnet110_resnet32", "resnet56_resnet20", "resnet32x4_resnet8x4", "vgg13_vgg8",
-    "wrn_40_2_wrn_16_2", "wrn_40_2_wrn_40_1", "wrn_16_4_wrn_16_2", "wrn_28_2_wrn_16_2", "wrn_28_4_wrn_16_2",
+    "resnet110_resnet20", "resnet110_resnet32", "resnet56_resnet20", "resnet32x4_resnet8x4",
+    "vgg13_vgg8", "wrn_40_2_wrn_16_2", "wrn_40_2_wrn_40_1", "wrn_16_4_wrn_16_2",
+    "wrn_28_2_wrn_16_2", "wrn_28_4_wrn_16_2",
 }  # fmt: skip
 
 
@@ -383,9 +386,8 @@ def test_pairs_have_the_values_of_the_released_configurations() -> None:
         assert d.warmup_epochs == int((re.match(r"\d+", row["warmup_effective"]) or ["1"])[0])
         expected_M = [1, 2] if pair in ALIKE and row["repo"] == "sdd" else [1, 2, 4]
         assert expected_M == job.M
-        if (
-            row["repo"] == "sdd"
-        ):  # the seed trained every student at 0.05, against both papers (checks.md D6)
+        # The seed project trained every student at 0.05, unlike both papers (checks.md D6).
+        if row["repo"] == "sdd":
             assert job_of(
                 f"student={row['student']}", f"teacher={row['student']}"
             ).optimizer.lr == float(row["lr"])
@@ -439,7 +441,8 @@ def test_every_published_pair_is_a_choice_and_sets_its_two_networks() -> None:
         ]
 
 
-IMAGENET_PAIRS = {  # SDD Tables 3 and 4, LSKD Table 3
+# Source: SDD Tables 3 and 4, LSKD Table 3
+IMAGENET_PAIRS = {
     "imagenet_resnet34_imagenet_resnet18": ("resnet34", "resnet18"),
     "imagenet_resnet50_mobilev1": ("resnet50", "mobilev1"),
 }
@@ -451,8 +454,10 @@ def test_the_pairs_of_imagenet(pair: str) -> None:
     assert (job.teacher.name, job.student.name) == IMAGENET_PAIRS[pair]
 
 
-# The data sets' own settings. Sources: architectures.md's table of recipes, and experiments_seed.csv, whose rows for
-# ImageNet and CUB-200 are copied to tests/reference/experiments_large.csv with SDD's configs/cub200 beside them.
+# The settings of the data sets
+#
+# Sources: the table of recipes in architectures.md, and experiments_seed.csv. Its rows for ImageNet
+# and CUB-200, with SDD's configs/cub200, are copied to tests/reference/experiments_large.csv.
 
 
 def test_imagenet_brings_its_papers_training() -> None:
@@ -483,10 +488,8 @@ def test_imagenet_brings_its_papers_training() -> None:
         [0.5],
     )
     adamw = job_of("dataset=imagenet", "optimizer=adamw").optimizer
-    assert (adamw.lr, adamw.algorithm["weight_decay"]) == (
-        1e-3,
-        0.05,
-    )  # another optimizer keeps its own settings
+    # Another optimizer keeps its own settings.
+    assert (adamw.lr, adamw.algorithm["weight_decay"]) == (1e-3, 0.05)
 
 
 def test_cub200_brings_its_papers_training() -> None:
@@ -585,7 +588,8 @@ def test_large_pairs_have_the_values_of_the_released_configurations() -> None:
             yaml.safe_load(row["M"]),
         )
         for key, value in ((d.kd_weight, row["kd_weight"]), (d.loss.get("alpha"), row["alpha"]),
-                           (d.loss.get("gamma" if "nkd" in row["recipe"] else "beta"), row["beta"])):  # fmt: skip
+                           (d.loss.get("gamma" if "nkd" in row["recipe"] else "beta"),
+                            row["beta"])):  # fmt: skip
             assert key == float(value) if value else True
         assert (d.warmup_epochs, o.lr, o.algorithm["weight_decay"]) == (
             int(row["warmup"]), float(row["lr"]), float(row["weight_decay"]),
@@ -597,7 +601,8 @@ def test_large_pairs_have_the_values_of_the_released_configurations() -> None:
     check_each(reference("experiments_large"), check, lambda row: row["config"])
 
 
-@pytest.mark.parametrize("pair", ["resnet32x4_mobilev2", "resnet32x4_shufflev1", "resnet50_shufflev1", "vgg13_mobilev2",
+@pytest.mark.parametrize("pair", ["resnet32x4_mobilev2", "resnet32x4_shufflev1",
+                                  "resnet50_shufflev1", "vgg13_mobilev2",
                                   "vgg13_vgg8"])  # fmt: skip
 @pytest.mark.parametrize("method", ["kd", "dkd", "nkd"])
 def test_the_plain_rows_of_cub200_are_the_scale_decoupled_ones_with_one_scale(
@@ -607,12 +612,10 @@ def test_the_plain_rows_of_cub200_are_the_scale_decoupled_ones_with_one_scale(
         job_of("dataset=cub200", f"pair={pair}", f"recipe={recipe}")
         for recipe in (method, f"sd_{method}")
     )
-    assert (plain.M, scaled.M) == (
-        [1],
-        [1, 2, 4],
-    )  # checks.md A8, sdd_run_notes.csv: train_cub_*.sh
+    # Source: checks.md A8, and the rows train_cub_*.sh of sdd_run_notes.csv
+    assert (plain.M, scaled.M) == ([1], [1, 2, 4])
     assert (plain.distiller, plain.optimizer) == (scaled.distiller, scaled.optimizer)
-    if method == "nkd":  # SDD's configs/cub200/sdd_nkd
+    if method == "nkd":  # source: SDD's configs/cub200/sdd_nkd
         d = plain.distiller
         gamma = 6.0 if pair.startswith("vgg13") else 8.0
         assert (d.temperature, d.loss["temperature"], d.warmup_epochs, d.loss["gamma"]) == (
@@ -638,10 +641,12 @@ def test_both_kinds_of_dkd_with_lskd_take_imagenets_warm_up_and_beta(pair: str) 
 
 
 def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> None:
-    for name in choices("adapted"):
-        dataset, recipe = name.split("-")
+    paths = sorted((CONF / "adapted").rglob("*.yaml"))
+    assert paths
+    for path in paths:
+        dataset, recipe = path.relative_to(CONF / "adapted").with_suffix("").parts
         assert (dataset in choices("dataset"), recipe in choices("recipe")) == (True, True)
-        unlike = ("teacher=vgg13", "student=resnet8")  # no tuned file is about these
+        unlike = ("teacher=vgg13", "student=resnet8")  # a pair without a tuned file
         assert (
             job_of(f"dataset={dataset}", f"recipe={recipe}", *unlike).distiller
             != job_of(f"recipe={recipe}", *unlike).distiller
@@ -651,7 +656,7 @@ def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> No
 def test_a_stem_that_is_the_default_leaves_jobs_their_names() -> None:
     job = job_of()
     assert job.student.model["stem"] == job.dataset.stem == "small"
-    assert cfg.config_hash(job) == "3755aa485b69"  # from before there were stems
+    assert cfg.config_hash(job) == "3755aa485b69"  # the hash before the key `stem` existed
     assert cfg.config_hash(job_of("recipe=vanilla")) == "dd34a98191fb"
     large = job_of("dataset.stem=large")
     assert large.student.model["stem"] == large.teacher.model["stem"] == "large"
@@ -659,20 +664,20 @@ def test_a_stem_that_is_the_default_leaves_jobs_their_names() -> None:
 
 
 def test_every_tuned_file_is_for_choices_that_exist_and_changes_something() -> None:
-    pattern = re.compile(rf"({'|'.join(choices('dataset'))})-({'|'.join(choices('recipe'))})-(.+)")
-    for name in choices("tuned"):
-        match = pattern.fullmatch(name)
-        assert match, name
-        dataset, recipe, pair = match.groups()
-        assert pair in choices("pair"), name
-        tuned = OmegaConf.load(CONF / "tuned" / f"{name}.yaml")
+    paths = sorted((CONF / "tuned").rglob("*.yaml"))
+    assert paths
+    for path in paths:
+        dataset, recipe, pair = path.relative_to(CONF / "tuned").with_suffix("").parts
+        assert recipe in choices("recipe"), path
+        assert pair in choices("pair"), path
+        tuned = OmegaConf.load(path)
         plain = {"M": RECIPES[recipe][1], "distiller": {"temperature": RECIPES[recipe][3]}}
         plain["distiller"] |= {"kd_weight": RECIPES[recipe][5], "loss": RECIPES[recipe][7]}
-        assert OmegaConf.merge(plain, tuned) != OmegaConf.create(plain), name
+        assert OmegaConf.merge(plain, tuned) != OmegaConf.create(plain), path
         assert dataset in ("cifar100", "cub200", "imagenet")
 
 
-# The job's identity.
+# The identity of a job
 
 
 SMALL = ("dataset=fashion_mnist", "teacher=resnet8", "student=resnet8")
@@ -684,7 +689,8 @@ SMALL = ("dataset=fashion_mnist", "teacher=resnet8", "student=resnet8")
         "home=/elsewhere", "run_dir=/elsewhere/run", "trainer.device=cuda:1", "tracking=none",
         "tracking.uri=sqlite:////a/b", "tracking.experiment=other", "trainer.log_every=7",
         "trainer.progress=off", "checkpoint.every_minutes=3",
-        "dataset.root=/other/data", "dataset.root=data", "teacher.train_if_missing=true", "allow_foreign_targets=true",
+        "dataset.root=/other/data", "dataset.root=data", "teacher.train_if_missing=true",
+        "allow_foreign_targets=true",
         "sweep.name=mine", "trainer=cpu",
     ],
 )  # fmt: skip
@@ -695,12 +701,15 @@ def test_the_hash_does_not_depend_on_where_and_how(same: str) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        "M=[1]", "M=[1,4,2]", "seed=1", "optimizer.lr=0.02", "trainer.epochs=7", "standardize=false",
+        "M=[1]", "M=[1,4,2]", "seed=1", "optimizer.lr=0.02", "trainer.epochs=7",
+        "standardize=false",
         "student=resnet14", "teacher=resnet14", "complementary_weight=1", "distiller.temperature=3",
         "trainer.batch_size=32",
-        "distiller.loss.temperature=3", "trainer.precision=bf16", "trainer.data_seed=5", "dataset=digits",
+        "distiller.loss.temperature=3", "trainer.precision=bf16", "trainer.data_seed=5",
+        "dataset=digits",
         "dataset.val_fraction=0.1", "recipe=dkd",
-        "optimizer=sgd_cosine", "distiller.knowledge=consistent", "trainer.max_steps=3", "teacher.checkpoint=a.pt",
+        "optimizer=sgd_cosine", "distiller.knowledge=consistent", "trainer.max_steps=3",
+        "teacher.checkpoint=a.pt",
     ],
 )  # fmt: skip
 def test_the_hash_depends_on_what_is_computed(other: str) -> None:
@@ -717,9 +726,8 @@ def test_scales_as_a_list_and_as_text_are_one_job(compose: Compose) -> None:
     jobs = [compose(*SMALL, spelling) for spelling in spellings[:2]]
     assert {cfg.config_hash(job) for job in jobs} == {cfg.config_hash(jobs[0])}
     assert all(job.M == [1, 2] for job in jobs)
-    for quoted in spellings[
-        2:
-    ]:  # the grammar makes a string of it, and the type refuses that: never a silent other M
+    # Hydra's grammar makes a string of a quoted list, and the type of M refuses a string.
+    for quoted in spellings[2:]:
         with pytest.raises(
             hydra.errors.ConfigCompositionException, match="Error merging override M="
         ):
@@ -727,7 +735,7 @@ def test_scales_as_a_list_and_as_text_are_one_job(compose: Compose) -> None:
 
 
 def test_a_job_is_typed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name, which run_dir has in it, comes of the typed job and not of another one."""
+    """run_dir contains the name of the job, which must not need a second typing."""
     cfg.frame()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose("config", overrides=["home=/h", "seed=3"])
@@ -781,6 +789,15 @@ def test_a_frozen_job_reads_back_as_it_was(
     assert "${" not in path.read_text()
 
 
+def test_a_missing_file_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        cfg.load(tmp_path / "config.yaml")
+    assert explain(caught.value) == f"{tmp_path} is not a run directory: it has no config.yaml"
+    (tmp_path / "config.yaml").write_text("seed: [")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged, or of another version"):
+        cfg.load(tmp_path / "config.yaml")
+
+
 def test_a_relative_folder_is_frozen_as_an_absolute_one(
     compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -796,8 +813,8 @@ def test_a_relative_folder_is_frozen_as_an_absolute_one(
 
 def test_vanilla_is_one_job_whatever_stands_beside_it(compose: Compose) -> None:
     jobs = [compose("distiller=vanilla", *beside) for beside in (
-        (), ("teacher=vgg13",), ("M=[1,4]",), ("standardize=true",), ("complementary_weight=7",), ("scales=two",),
-        ("distiller.temperature=9",), ("teacher.checkpoint=x.pt",))]  # fmt: skip
+        (), ("teacher=vgg13",), ("M=[1,4]",), ("standardize=true",), ("complementary_weight=7",),
+        ("scales=two",), ("distiller.temperature=9",), ("teacher.checkpoint=x.pt",))]  # fmt: skip
     jobs.append(compose("recipe=vanilla"))
     assert len({cfg.config_hash(job) for job in jobs}) == 1
     assert len({job.run_dir for job in jobs}) == 1
@@ -805,8 +822,14 @@ def test_vanilla_is_one_job_whatever_stands_beside_it(compose: Compose) -> None:
 
 
 def test_the_teachers_own_job_does_not_depend_on_the_student(compose: Compose) -> None:
-    jobs = [cfg.teacher_job(compose("dataset=digits", "teacher=resnet14", *student)) for student in (
-        ("student=resnet8",), ("student=shufflev1", "M=[1]", "seed=4"), ("recipe=dkd", "optimizer.lr=1"))]  # fmt: skip
+    jobs = [
+        cfg.teacher_job(compose("dataset=digits", "teacher=resnet14", *student))
+        for student in (
+            ("student=resnet8",),
+            ("student=shufflev1", "M=[1]", "seed=4"),
+            ("recipe=dkd", "optimizer.lr=1"),
+        )
+    ]
     assert len({job.run_dir for job in jobs}) == 1
     assert (jobs[0].student.name, jobs[0].distiller.name, jobs[0].trainer.epochs) == (
         "resnet14",
@@ -846,9 +869,8 @@ def test_sweep_names_are_deterministic_and_safe() -> None:
     name = sweep_name("student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1")
     assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
     assert "M-1-2-4" in name
-    assert name == sweep_name(
-        "optimizer.lr=0.1", "student=resnet8", "M=[1,2,4]"
-    )  # in whatever order
+    # The order of the overrides does not matter.
+    assert name == sweep_name("optimizer.lr=0.1", "student=resnet8", "M=[1,2,4]")
     assert name == sweep_name(
         "student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1", "tracking=none", "home=/elsewhere"
     )
@@ -863,15 +885,18 @@ def test_a_single_job_belongs_to_no_sweep() -> None:
     assert job_of().sweep.name is None
 
 
-# What is refused when the configuration is composed, beyond what types refuse.
+# Values that are refused although their type is right
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("M=[]", r"M=\[\]"), ("M=[0]", r"M=\[0\]"), ("M=[1,1]", r"M=\[1, 1\]"), ("M=[-1,2]", r"M=\[-1, 2\]"),
-        ("trainer.epochs=0", r"trainer.epochs=0 must be greater"), ("optimizer.lr=-1", "optimizer.lr=-1"),
-        ("optimizer.milestones=[150]", "fractions of trainer.epochs"), ("dataset.val_fraction=1", "dataset.val_fraction=1"),
+        ("M=[]", r"M=\[\]"), ("M=[0]", r"M=\[0\]"), ("M=[1,1]", r"M=\[1, 1\]"),
+        ("M=[-1,2]", r"M=\[-1, 2\]"),
+        ("trainer.epochs=0", r"trainer.epochs=0 must be greater"),
+        ("optimizer.lr=-1", "optimizer.lr=-1"),
+        ("optimizer.milestones=[150]", "fractions of trainer.epochs"),
+        ("dataset.val_fraction=1", "dataset.val_fraction=1"),
         ("seed=-1", "seed=-1"), ("complementary_weight=-1", "complementary_weight=-1"),
         ("optimizer.lr=nan", "optimizer.lr=nan"),
         ("distiller.temperature=0", "temperature=0"), ("optimizer.clip_norm=0", "clip_norm=0"),
@@ -885,6 +910,74 @@ def test_values_out_of_range_are_refused(tmp_path: Path, override: str, says: st
         composed.run_dir = str(tmp_path / "run")
         with pytest.raises(ValueError, match=says):
             cfg.resolve(composed)
+
+
+POSITIVE = {
+    "teacher.train_epochs", "distiller.temperature", "distiller.warmup_epochs", "dataset.size",
+    "dataset.centre", "dataset.pixel_limit", "optimizer.lr", "optimizer.clip_norm",
+    "trainer.epochs", "trainer.batch_size", "trainer.eval_batch_size", "trainer.max_steps",
+    "trainer.devices", "trainer.timeout_s", "trainer.log_every", "checkpoint.every_minutes",
+}  # fmt: skip
+NOT_NEGATIVE = {
+    "distiller.ce_weight", "distiller.kd_weight", "dataset.padding", "dataset.val_fraction",
+    "dataset.workers", "optimizer.warmup_epochs", "trainer.data_seed", "complementary_weight",
+    "seed",
+}  # fmt: skip
+# "inf" minutes between checkpoints: only at the end of each epoch
+MAY_BE_INFINITE = {"checkpoint.every_minutes"}
+
+
+def number_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Yield the dotted key and the field of every number, and of every list of numbers."""
+    for f in fields(schema):
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            yield from number_fields(f.type, f"{prefix}{f.name}.")
+        elif {int, float} & {f.type, *get_args(f.type)}:
+            yield prefix + f.name, f
+
+
+NUMBERS = dict(number_fields(Config))
+
+
+def refusal(key: str, number: float) -> str:
+    """Return the message if a job with this value is refused, or "" if it is not."""
+    job, (*path, name) = copy.deepcopy(job_of()), key.split(".")
+    value = [number] if get_origin(NUMBERS[key].type) is list else number
+    setattr(reduce(getattr, path, job), name, value)
+    try:
+        cfg.normalise(job)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_every_number_is_finite() -> None:
+    def check(key: str) -> None:
+        shown = "[{}]" if get_origin(NUMBERS[key].type) is list else "{}"
+        assert refusal(key, math.nan) == f"{key}={shown.format('nan')} is not a number"
+        for number in (math.inf, -math.inf) if key not in MAY_BE_INFINITE else ():
+            assert refusal(key, number) == f"{key}={shown.format(number)} must be finite"
+
+    floats = [key for key, f in NUMBERS.items() if float in {f.type, *get_args(f.type)}]
+    assert len(floats) > 15
+    check_each(floats, check, str)
+    assert refusal("checkpoint.every_minutes", math.inf) == ""
+
+
+def test_every_number_keeps_within_its_bounds() -> None:
+    def check(key: str) -> None:
+        if key in POSITIVE:
+            assert refusal(key, 0) == f"{key}=0 must be greater than 0"
+            assert refusal(key, 1) == ""
+        else:
+            assert refusal(key, -1) == f"{key}=-1 must not be negative"
+            assert refusal(key, 0) == ""
+
+    check_each(sorted(POSITIVE | NOT_NEGATIVE), check, str)
+    assert refusal("dataset.centre", 1.5) == "dataset.centre=1.5 must be at most 1"
+    assert refusal("dataset.val_fraction", 1.0) == "dataset.val_fraction=1.0 must be less than 1"
+    bounded = {key for key, f in NUMBERS.items() if "bounds" in f.metadata}
+    assert bounded == POSITIVE | NOT_NEGATIVE
 
 
 def test_a_distiller_without_a_teacher_is_refused(compose: Compose) -> None:
@@ -908,7 +1001,7 @@ def test_a_key_that_nothing_reads_is_refused_even_when_it_is_added(
             cfg.resolve(composed)
 
 
-# How the configuration is written (STYLE.md).
+# How the configuration is written (STYLE.md)
 
 
 def test_every_key_is_read_somewhere() -> None:
@@ -920,12 +1013,13 @@ def test_every_key_is_read_somewhere() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    # dataset.epochs is read by conf/ alone: trainer.epochs and teacher.train_epochs are set from it
-    by_conf = {f.name for f in fields(cfg.DatasetConfig)} & {"train_teachers", "epochs"}
-    keys = {key.rpartition(".")[2] for key, _ in leaves(Config())}
-    assert not keys - read - by_conf
+    # Only conf/ reads these keys: it sets trainer.epochs, teacher.train_epochs,
+    # teacher.train_if_missing and the argument `temperature` of the losses.
+    by_conf = {"dataset.epochs", "dataset.train_teachers", "distiller.temperature"}
+    keys = {key for key, _ in leaves(Config())}
+    assert {key for key in keys - by_conf if key.rpartition(".")[2] not in read} == set()
     yamls = "".join(path.read_text() for path in CONF.rglob("*.yaml"))
-    assert all(f"${{dataset.{key}}}" in yamls for key in by_conf)
+    assert all(f"${{{key}}}" in yamls for key in by_conf)
 
 
 def test_no_default_is_stated_twice() -> None:
@@ -937,9 +1031,8 @@ def test_no_default_is_stated_twice() -> None:
     ]:
         text = path.read_text()
         group = "" if path.name == "config.yaml" else f"{path.parent.name}."
-        if text.startswith(
-            "# @package _global_"
-        ):  # recipes, scales and pairs say in full what they choose
+        # Recipes, scales and pairs state all their values, defaults included.
+        if text.startswith("# @package _global_"):
             continue
         content = {k: v for k, v in yaml.safe_load(text).items() if k not in ("defaults", "hydra")}
         twice += [
@@ -950,15 +1043,41 @@ def test_no_default_is_stated_twice() -> None:
     assert not twice
 
 
+@pytest.mark.parametrize(
+    ("name", "schema"), [("slurm", SlurmConfig), ("submitit_local", SharedTeacherConfig)]
+)
+def test_no_default_of_a_launcher_is_stated_twice(name: str, schema: type) -> None:
+    stated = yaml.safe_load((CONF / "hydra" / "launcher" / f"{name}.yaml").read_text())
+    own = [f for f in fields(schema) if f.name in schema.__annotations__ and f.name in stated]
+    assert own
+    assert [f.name for f in own if f.default == stated[f.name]] == []
+
+
+def test_the_crops_of_the_decoder_have_the_defaults_of_a_data_set() -> None:
+    default, crops = cfg.DatasetConfig(), ImageTransform(size=8)
+    assert crops.area == tuple(default.crop_area)
+    assert crops.centre == default.centre
+    assert crops.pixel_limit == default.pixel_limit
+    assert crops.upright == default.upright
+
+
 def test_every_field_has_a_comment() -> None:
-    source = Path(cfg.__file__).read_text().splitlines()
-    classes = [node for node in ast.parse("\n".join(source)).body if isinstance(node, ast.ClassDef)]
+    path = inspect.getsourcefile(Config)
+    assert path
+    source = Path(path).read_text().splitlines()
+    classes = [
+        node
+        for node in ast.parse("\n".join(source)).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+    ]
+    assert len(classes) == 10
     without = [
         f"{c.name}.{statement.target.id}"
         for c in classes
         for statement in c.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
         and c.name != "Config" and statement.target.id != "name"
+        and not source[statement.lineno - 2].lstrip().startswith("#")
         and not any("#" in line for line in source[statement.lineno - 1 : statement.end_lineno])
     ]  # fmt: skip
     assert not without
@@ -987,7 +1106,8 @@ def test_a_composed_config_is_typed() -> None:
 
 def test_a_teacher_is_trained_the_same_whatever_its_student(compose):
     plain = cfg.teacher_job(compose("dataset=digits", "teacher=resnet8"))
-    assert plain.optimizer.algorithm == compose().optimizer.algorithm  # conf/optimizer/sgd.yaml
+    # `compose()` takes its optimizer from conf/optimizer/sgd.yaml.
+    assert plain.optimizer.algorithm == compose().optimizer.algorithm
     for other in (
         "optimizer=adamw",
         "optimizer.algorithm.weight_decay=0.1",

@@ -1,4 +1,8 @@
-"""The data sets and the batches made of them: against a slow oracle, against damaged files, and against themselves."""
+"""Test the data sets and their batches.
+
+The batches are compared with a slow second implementation and with each other. Damaged files must
+give clear errors.
+"""
 
 import gzip
 import hashlib
@@ -20,20 +24,16 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from sddlskd.data.device import DeviceData, draw_epoch, share_of
+from sddlskd.data.device import Batch, DeviceData, draw_epoch, seed_of, share_of
 from sddlskd.datasets import arrays
 from sddlskd.datasets.arrays import Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.files import download
 from sddlskd.files.download import DownloadError
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-CLOSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
-PINNED = (
-    [5, 0, 4, 3, 2, 1],
-    [1, 0, 0, 1, 0, 0],
-    [1, 3, 5, 3, 2, 3],
-    [3, 5, 0, 2, 4, 1],
-)  # order, flips, rows, columns
+CLOSED = "http://127.0.0.1:9/"  # the discard port, where no server listens
+# Order, flips, rows and columns that the first epoch of seed 0 draws for six images
+PINNED = ([5, 0, 4, 3, 2, 1], [1, 0, 0, 1, 0, 0], [1, 3, 5, 3, 2, 3], [3, 5, 0, 2, 4, 1])
 
 
 def small(train: int = 150, test: int = 30, classes: int = 10, size: int = 32) -> Splits:
@@ -52,21 +52,24 @@ def device_data(splits: Splits | None = None, **changes: Any) -> DeviceData:
     return DeviceData(splits or small(), **(options | changes))
 
 
-def joined(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    x, y = zip(*batches, strict=True)
+def joined(batches: Iterator[Batch] | Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y, *_ = zip(*batches, strict=True)
     return torch.cat(x), torch.cat(y)
 
 
-def same(ours: Iterator[tuple[Tensor, Tensor]], theirs: Iterator[tuple[Tensor, Tensor]]) -> bool:
-    pairs = zip(ours, theirs, strict=True)
-    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
+def same(ours: Iterator[tuple[Tensor, ...]], theirs: Iterator[tuple[Tensor, ...]]) -> bool:
+    return all(
+        torch.equal(our, their)
+        for pair in zip(ours, theirs, strict=True)
+        for our, their in zip(*pair, strict=True)
+    )
 
 
 def plain(image_HWC: Tensor) -> Tensor:
     return tv.normalize(image_HWC.permute(2, 0, 1).float() / 255, list(MEAN), list(STD))
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# Batches
 
 
 @pytest.mark.parametrize(
@@ -102,8 +105,13 @@ def test_batches_have_the_promised_form() -> None:
         (3, 32, 32),
     )
     batches = list(data.batches(0))
-    assert [len(y) for _, y in batches] == [64, 64, 22]
-    for x, y in [*batches, *data.val_batches()]:
+    assert [len(batch.labels) for batch in batches] == [64, 64, 22]
+    for batch in batches:
+        assert batch.views is not None
+        for numbers_B in (batch.index, batch.views):
+            assert numbers_B.dtype == torch.int64
+            assert numbers_B.shape == batch.labels.shape
+    for x, y, *_ in [*batches, *data.val_batches()]:
         assert x.dtype == torch.float32
         assert y.dtype == torch.int64
         assert x.shape[1:] == (3, 32, 32)
@@ -117,7 +125,7 @@ def test_epochs_follow_from_seed_and_epoch_alone() -> None:
     assert same(data.batches(2), data.batches(2))
     assert not same(data.batches(2), data.batches(3))
     assert not same(data.batches(2), device_data(seed=1).batches(2))
-    # (seed, epoch) are not added or glued together
+    # Two pairs (seed, epoch) with the same sum or the same digits give different orders.
     assert not torch.equal(draw_epoch(1, 12, 99, 4).order_N, draw_epoch(11, 2, 99, 4).order_N)
 
 
@@ -125,6 +133,21 @@ def test_draws_are_the_same_on_every_machine_and_version() -> None:
     order_N, top_N, left_N, flip_N = draw_epoch(seed=0, epoch=1, size=6, padding=4)
     assert (order_N.tolist(), flip_N.int().tolist()) == PINNED[:2]
     assert (top_N.tolist(), left_N.tolist()) == PINNED[2:]
+
+
+def test_seeds_follow_from_the_text_of_their_parts() -> None:
+    assert seed_of("seed", 0, "epoch", 1) == seed_of("seed 0 epoch 1") == 7509575632138063048
+    assert len({seed_of("seed", s, "epoch", e) for s in range(9) for e in range(9)}) == 81
+    assert all(0 <= seed_of(n) < 2**63 for n in range(99))
+
+
+def test_draws_are_those_of_the_whole_hash() -> None:
+    """Epochs drawn with 64 bits of the hash must stay the same, also where bit 63 is set."""
+    digest = hashlib.sha256(b"seed 0 epoch 2").digest()
+    earlier = int.from_bytes(digest[:8], "little")
+    assert earlier >= 2**63
+    order_N = torch.randperm(99, generator=torch.Generator().manual_seed(earlier))
+    assert torch.equal(draw_epoch(seed=0, epoch=2, size=99, padding=4).order_N, order_N)
 
 
 def test_interleaved_epochs_do_not_disturb_each_other() -> None:
@@ -167,7 +190,7 @@ def test_crops_reach_every_offset_and_half_are_mirrored() -> None:
     assert len(counts) == 81
     assert counts.min() > 20_000 / 81 * 0.7
     assert abs(flip_N.float().mean().item() - 0.5) < 0.02
-    # drawn apart: neither tells the other
+    # The draws are independent of each other.
     assert (
         abs(torch.corrcoef(torch.stack([order_N, top_N, left_N, flip_N]).float()).triu(1)).max()
         < 0.04
@@ -192,7 +215,10 @@ def plain_by_order(splits: Splits, epoch: int, seed: int) -> Tensor:
 def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(5)
     np.random.seed(5)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    state, numpy_state = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].tolist(),  # type: ignore[index, union-attr]
+    )
     data = device_data(val_fraction=0.2)
     for batches in (data.batches(0), data.val_batches(), data.test_batches()):
         joined(batches)
@@ -237,8 +263,9 @@ def whole_of(splits: Splits) -> Tensor:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_makes_the_same_batches() -> None:
-    theirs = ((x.cpu(), y.cpu()) for x, y in device_data(device="cuda").batches(1))
-    assert same(theirs, device_data().batches(1))
+    theirs = list(device_data(device="cuda").batches(1))
+    assert {tensor.device.type for batch in theirs for tensor in batch[2:]} == {"cpu"}
+    assert same((tuple(t.cpu() for t in batch) for batch in theirs), device_data().batches(1))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +346,7 @@ def test_a_start_outside_the_epoch_is_refused_at_once(start: int) -> None:
         device_data().batches(0, start=start)
 
 
-# --- loaders that need no file ---------------------------------------------------------------------------------------
+# Loaders that need no file
 
 
 def test_digits() -> None:
@@ -349,7 +376,7 @@ def test_digits_are_scikit_learns_enlarged_and_split() -> None:
     for part, rows in zip(digits(), map(np.sort, drawn), strict=True):
         assert np.array_equal(part.labels_N, labels_N[rows])
         means_NHW = part.images_NHWC[..., 0].float().reshape(-1, 8, 4, 8, 4).mean(dim=(2, 4))
-        # The middle of a 4x4 block lies around one old pixel: together its values are near to it.
+        # Each pixel was enlarged to a block of 4x4 pixels, whose mean is close to the old value.
         assert np.corrcoef(means_NHW.flatten(), small_NP[rows].flatten())[0, 1] > 0.95
 
 
@@ -362,7 +389,7 @@ def test_fake_is_balanced_and_seeded() -> None:
     assert not torch.equal(splits.train.images_NHWC, other.train.images_NHWC)
 
 
-# --- CIFAR-100 -------------------------------------------------------------------------------------------------------
+# CIFAR-100
 
 
 def cifar_pickles(
@@ -410,7 +437,7 @@ def test_cifar100_reads_torchvisions_layouts(
         data, labels = truth[name]
         assert part.labels_N.tolist() == labels
         assert part.images_NHWC.is_contiguous()
-        # torchvision.datasets.CIFAR10: vstack, reshape(-1, 3, 32, 32), transpose((0, 2, 3, 1))
+        # As torchvision.datasets.CIFAR10 does: reshape(-1, 3, 32, 32), transpose((0, 2, 3, 1))
         assert np.array_equal(
             part.images_NHWC.numpy(), data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         )
@@ -507,7 +534,7 @@ def tar_bytes(pickles: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# --- fetching --------------------------------------------------------------------------------------------------------
+# Downloads
 
 
 @pytest.fixture
@@ -575,7 +602,8 @@ def test_a_fetched_file_with_another_md5_is_not_kept(
 def test_a_failed_fetch_says_what_to_put_where(
     tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    base = server[0] if address == "served" else address  # a 404, a refused connection
+    # The server answers with 404; the closed port refuses the connection.
+    base = server[0] if address == "served" else address
     monkeypatch.setattr(arrays, "CIFAR100_URL", base + "cifar-100-python.tar.gz")
     monkeypatch.setattr(arrays, "FASHION_MNIST_URL", base)
     monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", str(tmp_path / "nothing"))
@@ -602,7 +630,7 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         cifar100(str(tmp_path / "file" / "root"))
 
 
-# --- Fashion-MNIST ---------------------------------------------------------------------------------------------------
+# Fashion-MNIST
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""docs/data.md: a section for each data set, figures as in the code, commands that compose."""
+"""Test docs/data.md: its sections, its numbers and its commands agree with the code."""
 
 import re
 import shlex

@@ -1,4 +1,8 @@
-"""Image files to pixels: like torchvision, in workers like alone, and with a name for whatever is wrong with a file."""
+"""Test the decoding of image files.
+
+The pixels must be those of torchvision, with and without workers, and every fault of a file must
+be named.
+"""
 
 import multiprocessing
 import os
@@ -32,14 +36,14 @@ from sddlskd.data.decoding import (
 from tests.photographs import photograph
 
 SIZE = 32
-KEPT: list[Iterator[Chunk]] = []  # iterators that are there until their process ends
+KEPT: list[Iterator[Chunk]] = []  # iterators that exist until their process ends
 processes = multiprocessing.get_context("fork")
 VIEW = ImageTransform(SIZE)
 
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Small photographs, wide and high."""
+    """Return paths of small photographs, of which half are wide and half are tall."""
     folder = tmp_path_factory.mktemp("jpegs")
     paths = []
     for seed in range(20):
@@ -66,8 +70,11 @@ def as_tensor(path: str) -> torch.Tensor:
 
 
 def test_a_random_crop_is_torchvisions(jpegs: list[str]) -> None:
-    """The same crop of the whole image, resized by torchvision's v2 on uint8 tensors: bit for bit where nothing was
-    decoded at a smaller scale, and by one level, rarely two, from its result on PIL images."""
+    """Compare with the same crop of the whole image, resized by torchvision's v2.
+
+    The result must equal that of uint8 tensors bit for bit, because no file is decoded at a smaller
+    scale here. It may differ from the result of PIL images by two levels of 255.
+    """
     for job in jobs(jpegs):
         image = Image.open(job.path)
         assert job.draw
@@ -97,7 +104,10 @@ def test_the_centre_crop_is_torchvisions(jpegs: list[str], centre: float) -> Non
 
 
 def test_large_jpegs_are_decoded_at_a_smaller_scale_and_look_the_same(tmp_path: Path) -> None:
-    """Against torchvision at full scale: on average less than 2 of 255 levels apart, on a photograph's spectrum."""
+    """Compare with torchvision at full scale, on an image with the spectrum of a photograph.
+
+    The mean difference must be less than 2 of 255 levels.
+    """
     path = str(tmp_path / "large.jpg")
     photograph(1, 601, 403).save(path, quality=90)
     shrunk = 0
@@ -116,8 +126,11 @@ def test_large_jpegs_are_decoded_at_a_smaller_scale_and_look_the_same(tmp_path: 
 
 
 def test_crops_are_drawn_as_torchvision_draws_them() -> None:
-    """Areas are uniform in 0.08..1, ratios log-uniform in 3/4..4/3, corners uniform, for a square image where few
-    tries fail; compared with torchvision's own draws by their means and extremes."""
+    """Compare means and extremes of our crops with those of torchvision's.
+
+    Areas are uniform in 0.08..1, ratios log-uniform in 3/4..4/3, and corners uniform. The image is
+    square, so that few tries fail.
+    """
     image = torch.zeros(3, 400, 400)
     ours = np.array(
         [random_crop(random.Random(f"image {n}"), 400, 400, (0.08, 1.0)) for n in range(4000)],
@@ -169,11 +182,12 @@ def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(
         Unreadable, match=f"{size[0]}x{size[1]} become {there} .* more than 100000000 pixels"
     ):
         decode(Job(str(tmp_path / "strip.png"), None), ImageTransform(224))
+    # A random crop is never enlarged to more than the output.
     assert decode(Job(str(tmp_path / "strip.png"), "0"), ImageTransform(224))[0].shape == (
         224,
         224,
         3,
-    )  # a crop is no larger
+    )
     assert decode(Job(str(tmp_path / "strip.png"), None), ImageTransform(4))[0].shape == (4, 4, 3)
 
 
@@ -182,15 +196,12 @@ def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(
     [
         ({}, 1, 12),
         ({}, 4, 3),
-        ({"LOCAL_WORLD_SIZE": "4"}, 16, 3),  # of four machines
+        ({"LOCAL_WORLD_SIZE": "4"}, 16, 3),  # 16 ranks on four machines
         ({"LOCAL_WORLD_SIZE": "4"}, 1, 12),
         ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "6", "SLURM_NTASKS": "16"}, 16, 6),
         ({"SLURM_CPUS_PER_TASK": "8"}, 1, 8),
-        (
-            {"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "LOCAL_WORLD_SIZE": "4"},
-            4,
-            2,
-        ),  # ranks inside one task
+        # Four ranks inside one task
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "LOCAL_WORLD_SIZE": "4"}, 4, 2),
         ({"LOCAL_WORLD_SIZE": "40"}, 40, 1),
     ],
 )
@@ -222,7 +233,7 @@ def test_what_an_evaluation_began_to_read_is_read_on_without_it(jpegs: list[str]
     )
 
 
-# What may be out of the ordinary with an image that can be read.
+# Images that can be read but are unusual
 
 COLOUR = (200, 100, 50)
 
@@ -249,9 +260,8 @@ def deep(path: Path) -> None:
     )
 
 
-def cmyk(
-    path: Path,
-) -> None:  # Pillow writes an Adobe marker and inverted values, as Photoshop does
+def cmyk(path: Path) -> None:
+    # Pillow writes an Adobe marker and inverted values, as Photoshop does.
     Image.new("CMYK", (40, 40), (55, 155, 205, 0)).save(path.with_suffix(".jpg"), quality=100)
 
 
@@ -285,14 +295,15 @@ def test_unusual_images_are_converted_and_named(
         pixels_HWC, found = decode(Job(str(path), draw), VIEW)
         assert found == [odd]
         assert (pixels_HWC.int() - torch.tensor(colour)).abs().max() <= 2
-    if make is not deep:  # of which Pillow's conversion keeps the highest values only
+    # Pillow converts 16 bits differently: it clips large values.
+    if make is not deep:
         theirs = np.array(Image.open(path).convert("RGB").resize((SIZE, SIZE)), dtype=int)
         assert abs(theirs - pixels_HWC.numpy()).max() <= 1
 
 
 def test_an_image_is_turned_only_where_that_is_asked_for(tmp_path: Path) -> None:
     path, exif = str(tmp_path / "turned.jpg"), Image.Exif()
-    exif[0x0112] = 6  # the first row of what is stored is the right side
+    exif[0x0112] = 6  # orientation: the first stored row is the right side of the image
     image = photograph(3, 64, 64)
     image.save(path, quality=95, exif=exif)
     stored, odd = decode(Job(path, None), ImageTransform(64, centre=1.0))
@@ -304,7 +315,7 @@ def test_an_image_is_turned_only_where_that_is_asked_for(tmp_path: Path) -> None
     assert decode(Job(path, None), ImageTransform(64, upright=True))[1] == []
 
 
-# What cannot be read.
+# Files that cannot be read
 
 
 def garbage(path: Path) -> None:
@@ -353,7 +364,7 @@ def floats(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A PNG of 68 bytes whose header claims 60,000 x 60,000 pixels."""
+    """Write a PNG of 68 bytes whose header claims 60,000 x 60,000 pixels."""
     Image.new("L", (1, 1)).save(path, format="PNG")
     content = bytearray(path.read_bytes())
     content[16:24] = (60_000).to_bytes(4) * 2
@@ -402,7 +413,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, jpegs: list[str]) -
     def look() -> None:
         os.chdir(tmp_path)
         if os.getuid() == 0:
-            os.setuid(65534)  # root may read everything
+            os.setuid(65534)  # give up root, who may read every file
         with pytest.raises(Unreadable, match=r"^Permission denied$"):
             decode(Job("closed.jpg", None), VIEW)
 
@@ -415,9 +426,8 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, jpegs: list[str]) -
 def test_pillows_own_limit_neither_warns_nor_is_changed(
     jpegs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 1000
-    )  # Pillow refuses twice as many, and warns of more
+    # Pillow warns above this limit and refuses images above twice the limit.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for width in (40, 60):
         path = str(tmp_path / f"{width}.png")
         Image.new("RGB", (width, 40)).save(path)
@@ -446,11 +456,11 @@ def test_all_files_at_once(jpegs: list[str], tmp_path: Path) -> None:
         decode_all([*jpegs, str(tmp_path / "empty.jpg")], 32, "photographs", workers=1)
 
 
-# Workers and signals.
+# Workers and signals
 
 
 def state_and_parent(pid: int | str) -> tuple[str, int]:
-    """Of a process; ("Z", 0) where it has ended."""
+    """Return the state and the parent of a process, or ("Z", 0) if the process has ended."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
@@ -459,7 +469,7 @@ def state_and_parent(pid: int | str) -> tuple[str, int]:
 
 
 def children() -> set[int]:
-    """This process's, whichever of its threads started them."""
+    """Return the ids of the child processes of this process, started by any of its threads."""
     pids = [path.name for path in Path("/proc").glob("[0-9]*")]
     return {int(pid) for pid in pids if state_and_parent(pid)[1] == os.getpid()}
 
@@ -469,7 +479,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: set[int]) -> bool:
-    """Whether these processes end within half a minute."""
+    """Return whether these processes end within half a minute."""
     for _ in range(600):
         if not any(map(alive, pids)):
             return True
@@ -488,9 +498,9 @@ def test_a_killed_worker_is_an_error_and_the_others_end(jpegs: list[str]) -> Non
     next(stream)
     workers = children() - before
     assert len(workers) == 2
-    with pytest.raises(
+    with pytest.raises(  # noqa: PT012
         ChildProcessError, match=r"is lost \(.+\); if memory ran out, lower dataset\.workers=2$"
-    ):  # noqa: PT012
+    ):
         os.kill(min(workers), signal.SIGKILL)
         for _ in range(1000):
             next(stream)
@@ -505,11 +515,12 @@ def test_signals_for_everybody_are_left_to_the_parent(jpegs: list[str]) -> None:
     (worker,) = children() - before
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(worker, number)
-    subprocess.run(["kill", "-TERM", str(worker)], check=True)  # from somebody else, as SLURM does
+    # The signal comes from another process than the parent, as from SLURM.
+    subprocess.run(["kill", "-TERM", str(worker)], check=True)
     for _ in range(20):
         next(stream)
     assert alive(worker)
-    os.kill(worker, signal.SIGTERM)  # at its parent's word it goes
+    os.kill(worker, signal.SIGTERM)  # from its parent, which the worker obeys
     with pytest.raises(ChildProcessError, match="is lost"):  # noqa: PT012
         for _ in range(1000):
             next(stream)
@@ -525,13 +536,14 @@ def test_workers_end_with_the_iterator_and_with_their_parent(jpegs: list[str]) -
     assert gone(workers)
 
     def read(last_s: float) -> None:
-        torch.set_num_threads(1)  # a fork cannot use the threads of its parent
+        torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
         KEPT.append(decoded(endless(jpegs), VIEW, workers=2))
         next(KEPT[0])
         send.send(children())
         time.sleep(last_s)
 
-    for last_s in (600, 0):  # it is killed, or comes to its end with the iterator still there
+    # The parent is killed, or it ends by itself while the iterator still exists.
+    for last_s in (600, 0):
         receive, send = processes.Pipe(duplex=False)
         parent = processes.Process(target=read, args=(last_s,))
         parent.start()

@@ -1,4 +1,4 @@
-"""The composer against numbers worked by hand, against a slow oracle, and by the identities it must keep.
+"""Test the composer with numbers computed by hand, a slow second implementation and identities.
 
 Shapes: B batch, K classes, H W map sides, R regions of all scales, N = B*R.
 """
@@ -26,9 +26,8 @@ LOSSES = {
     "dkd": partial(dkd, alpha=1.0, beta=8.0, temperature=4.0),
     "nkd": partial(nkd, gamma=1.5, temperature=2.0),
     "nkd_released": partial(nkd, gamma=1.5, temperature=2.0, exclude_target=False),
-    "mse": lambda student_NK, teacher_NK, target_N: ((student_NK - teacher_NK) ** 2).mean(
-        1
-    ),  # one of the user's own
+    # A loss of a user
+    "mse": lambda student_NK, teacher_NK, target_N: ((student_NK - teacher_NK) ** 2).mean(1),
 }
 SCALES = ([1], [1, 2], [1, 4], [1, 2, 4])
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -39,7 +38,7 @@ raw_and_standardized = pytest.mark.parametrize(
 some = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 Maps = tuple[Tensor, Tensor, Tensor]
-"""student_map_BKHW, teacher_map_BKHW, target_B"""
+"""(student_map_BKHW, teacher_map_BKHW, target_B)."""
 
 
 def some_maps(
@@ -49,7 +48,10 @@ def some_maps(
     K: int = 4,
     seed: int = 0,
 ):
-    """Maps in float64; every second target is the teacher's global prediction, so that both kinds of regions occur."""
+    """Return random maps in float64 with targets.
+
+    Every second target is the teacher's global prediction, so that both kinds of regions occur.
+    """
     generator = torch.Generator().manual_seed(seed)
     student_map = 2 * torch.randn(B, K, *student_sides, generator=generator, dtype=torch.float64)
     teacher_map = 2 * torch.randn(B, K, *teacher_sides, generator=generator, dtype=torch.float64)
@@ -79,25 +81,27 @@ def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-12) ->
     torch.testing.assert_close(actual, expected.expand_as(actual), rtol=tolerance, atol=tolerance)
 
 
-# Numbers worked by hand
+# Numbers computed by hand
 
 
 def test_regions_by_hand():
-    # class 0 counts the 16 cells row by row, class 1 is ten times its negative
+    # Class 0 counts the 16 cells row by row; class 1 is -10 times class 0.
     count_HW = torch.arange(16.0).reshape(4, 4)
     logit_map = torch.stack((count_HW, -10 * count_HW))[None]
-    # the mean; the means of the 2 x 2 blocks, (0 + 1 + 4 + 5) / 4 = 2.5 first, then to the right; the cells
+    # The mean of all cells, then the means of the blocks of 2 x 2 cells, row by row (the first is
+    # (0 + 1 + 4 + 5) / 4 = 2.5), then the cells
     expected_R = torch.tensor([7.5, 2.5, 4.5, 10.5, 12.5, *range(16)])
     assert torch.equal(
         region_logits(logit_map, [1, 2, 4]), torch.stack((expected_R, -10 * expected_R), 1)[None]
     )
-    # scales in the order given
+    # The regions come in the order of the scales.
     assert region_logits(logit_map, [4, 1])[0, :, 0].tolist() == [*range(16), 7.5]
 
 
 def test_cells_overlap_where_the_side_is_not_a_multiple():
     logit_map = torch.arange(49.0, dtype=torch.float64).reshape(1, 1, 7, 7)
-    # 7 at m=2: rows and columns 0 to 3 and 3 to 6, so the middle ones count in both. Row 3 is 3 * 7.
+    # A side of 7 at m=2 is divided into 0 to 3 and 3 to 6, so the middle row and column count in
+    # both halves.
     assert region_logits(logit_map, [2])[0, :, 0].tolist() == [
         1.5 * 8,
         1.5 * 8 + 3,
@@ -116,31 +120,32 @@ def test_cells_repeat_where_the_scale_is_larger_than_the_side():
 
 
 def test_standardize_by_hand():
-    # (z - mean) / (eps + std), LSKD: mean 3, unbiased variance (4 + 1 + 0 + 9) / 3
+    # LSKD: (z - mean) / (eps + std), here with mean 3 and unbiased variance (4 + 1 + 0 + 9) / 3
     std = math.sqrt(14 / 3)
     z = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)
     close(standardize(z), torch.tensor([[-2.0, -1.0, 0.0, 3.0]]).double() / (1e-7 + std), 1e-15)
-    # at a millionth of the size eps shows: it is 5 % of the std
+    # For logits a million times smaller, eps matters: it is 5 % of the std.
     close(standardize(1e-6 * z)[0, 3], 3e-6 / (1e-7 + 1e-6 * std), 1e-11)
-    # mean and std over the classes alone
+    # Mean and std are over the classes only.
     assert torch.equal(
         standardize(torch.stack((z, 5 * z))), torch.stack((standardize(z), standardize(5 * z)))
     )
 
 
 def confident(winners: list[int], K: int = 3) -> Tensor:
-    """A teacher's 2 x 2 map whose cells, row by row, have logit 3 at these classes and 0 elsewhere."""
+    """Return a map of 2 x 2 cells; row by row, each has logit 3 for its winner and else 0."""
     return 3 * F.one_hot(torch.tensor(winners), K).T.reshape(K, 2, 2).double()
 
 
-# Image A, target 0. Its mean logits are (9, 3, 0) / 4, so the global prediction 0 is right; so are cells 0 to 2
-#   (consistent), and cell 3 says 1 (complementary).
-# Image B, target 2. Its mean logits are (6, 3, 3) / 4, so the global prediction 0 is wrong; so are cells 0 and 3
-#   (consistent) and cell 1, which says 1 (consistent too: wrong as well, though another class); cell 2 is right
-#   (complementary).
+# Image A, target 0: the mean logits are (9, 3, 0) / 4, so the global prediction 0 is right. Cells 0
+#   to 2 are right as well (consistent). Cell 3 predicts 1, which is wrong (complementary).
+# Image B, target 2: the mean logits are (6, 3, 3) / 4, so the global prediction 0 is wrong. Cells
+#   0, 1 and 3 are wrong as well (consistent), although cell 1 predicts another class. Cell 2 is
+#   right (complementary).
 TEACHER_2322 = torch.stack((confident([0, 0, 0, 1]), confident([0, 1, 2, 0])))
 TARGET_2 = torch.tensor([0, 2])
-# The student's class 0: regions of M=[1,2] are 2.5, 1, 2, 3, 4 for A and 6.5, 5, 6, 7, 8 for B.
+# Class 0 of the student has, for M=[1,2], the regions 2.5, 1, 2, 3, 4 for A and 6.5, 5, 6, 7, 8
+# for B.
 STUDENT_2322 = torch.zeros(2, 3, 2, 2, dtype=torch.float64)
 STUDENT_2322[:, 0] = torch.arange(1.0, 9.0).reshape(2, 2, 2)
 CONSISTENT, COMPLEMENTARY = (2.5 + 1 + 2 + 3) + (6.5 + 5 + 6 + 8), 4 + 7
@@ -149,17 +154,16 @@ CONSISTENT, COMPLEMENTARY = (2.5 + 1 + 2 + 3) + (6.5 + 5 + 6 + 8), 4 + 7
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (CONSISTENT + 2 * COMPLEMENTARY) / 10),  # mean over B*R = 2 * 5, beta 2
+        # The mean over B*R = 2 * 5 regions, with beta 2
+        ({}, (CONSISTENT + 2 * COMPLEMENTARY) / 10),
         ({"complementary_weight": 1.0}, (CONSISTENT + COMPLEMENTARY) / 10),
         ({"complementary_weight": 0.1}, (CONSISTENT + 0.1 * COMPLEMENTARY) / 10),
         ({"complementary_weight": 0.0}, CONSISTENT / 10),
         ({"knowledge": "consistent"}, CONSISTENT / 10),
         ({"knowledge": "complementary"}, 2 * COMPLEMENTARY / 10),
         ({"knowledge": "complementary", "complementary_weight": 5.0}, 5 * COMPLEMENTARY / 10),
-        (
-            {"reduction": "sum"},
-            (CONSISTENT + 2 * COMPLEMENTARY) / 2,
-        ),  # SDD Eq. 9: over regions; then the mean of B = 2
+        # SDD Eq. 9: the sum over the regions, then the mean over B = 2 images
+        ({"reduction": "sum"}, (CONSISTENT + 2 * COMPLEMENTARY) / 2),
         ({"reduction": "sum", "knowledge": "complementary"}, 2 * COMPLEMENTARY / 2),
     ],
     ids=str,
@@ -172,7 +176,7 @@ def test_regions_are_weighed_by_hand(options, expected: float):
 
 
 def test_the_global_prediction_needs_no_scale_of_one():
-    # without m=1 the kinds of the cells stay as they are
+    # Without m=1 in M, each cell is of the same kind as before.
     composer = ScaleDecoupled(lambda student_NK, teacher_NK, target_N: student_NK[:, 0], [2])
     close(
         composer(STUDENT_2322, TEACHER_2322, TARGET_2), (1 + 2 + 3 + 2 * 4 + 5 + 6 + 2 * 7 + 8) / 8
@@ -180,7 +184,7 @@ def test_the_global_prediction_needs_no_scale_of_one():
 
 
 def kl_by_hand(teacher_z: list[float], student_z: list[float], T: float) -> float:
-    """sum_k p_k ln(p_k / q_k), p and q the softmax of z / T."""
+    """Return sum_k p_k ln(p_k / q_k), where p and q are the softmax of z / T."""
     p, q = [
         [math.exp(z / T) / sum(math.exp(y / T) for y in zs) for z in zs]
         for zs in (teacher_z, student_z)
@@ -209,13 +213,12 @@ def test_scale_decoupled_kd_by_hand():
 
 
 def test_logits_are_pooled_then_standardized_then_divided_by_the_temperature_by_hand():
-    # three cells hold nothing, one holds four times the region: the mean is (1, 2, 3), standardised (-1, 0, 1)
+    # Three cells are zero and one is four times the mean of the map. The student's mean is
+    # (1, 2, 3), standardised (-1, 0, 1). The teacher's mean is (6, 2, 4), standardised (1, -1, 0).
     student_map, teacher_map = torch.zeros(2, 1, 3, 2, 2, dtype=torch.float64)
     student_map[0, :, 1, 1] = torch.tensor([4.0, 8.0, 12.0])
-    teacher_map[0, :, 0, 1] = torch.tensor(
-        [24.0, 8.0, 16.0]
-    )  # mean (6, 2, 4), standardised (1, -1, 0)
-    shrink = 1 + 1e-7  # eps + std of (1, 2, 3)
+    teacher_map[0, :, 0, 1] = torch.tensor([24.0, 8.0, 16.0])
+    shrink = 1 + 1e-7  # eps + std, where the std of (1, 2, 3) is 1
     expected = 4 * kl_by_hand(
         [1 / (1 + 0.5e-7), -1 / (1 + 0.5e-7), 0], [-1 / shrink, 0, 1 / shrink], 2.0
     )
@@ -223,8 +226,11 @@ def test_logits_are_pooled_then_standardized_then_divided_by_the_temperature_by_
     close(composer(student_map, teacher_map, torch.tensor([0])), expected)
 
 
-# A slow oracle, written from the design: loops over images, scales, regions and classes, and no code of the library.
-# The student may be complex, so that a gradient's product with v is the imaginary part of f(s + i h v) / h, exactly.
+# A slow second implementation ("oracle"), written from the papers
+#
+# It loops over images, scales, regions and classes and uses no code of the library. The student's
+# map may be complex: the product of the gradient with v is then the imaginary part of
+# f(s + i h v) / h, without rounding errors.
 
 
 def oracle_regions(map_KHW: np.ndarray, M: list[int]) -> list[list[complex]]:
@@ -232,7 +238,8 @@ def oracle_regions(map_KHW: np.ndarray, M: list[int]) -> list[list[complex]]:
     regions = []
     for m in M:
         for row, column in itertools.product(range(m), range(m)):
-            rows = range(row * H // m, -(-(row + 1) * H // m))  # from the floor to the ceiling
+            # The first row is rounded down, the end is rounded up.
+            rows = range(row * H // m, -(-(row + 1) * H // m))
             columns = range(column * W // m, -(-(column + 1) * W // m))
             cells = list(itertools.product(rows, columns))
             regions.append([sum(map_KHW[k, i, j] for i, j in cells) / len(cells) for k in range(K)])
@@ -300,7 +307,7 @@ ORACLES = {
 
 
 def oracle(name, student_map, teacher_map, target_B, M, beta, standardized, knowledge, reduction):
-    """The scalar, and how many regions were consistent and complementary."""
+    """Return the loss and the number of regions of each kind."""
     total, kinds = 0j, {"consistent": 0, "complementary": 0}
     for student_KHW, teacher_KHW, target in zip(student_map, teacher_map, target_B, strict=True):
         right_globally = int(np.argmax(teacher_KHW.mean((1, 2)))) == target
@@ -347,14 +354,15 @@ def test_against_the_oracle(name: str, M: list[int], standardized: bool):
         for kind, count in check_against_oracle(name, batch, M, standardized=standardized).items():
             seen[kind] += count
     assert seen["consistent"] > 0
-    assert (seen["complementary"] > 0) == (M != [1])  # the global region is consistent with itself
+    # The global region is always consistent.
+    assert (seen["complementary"] > 0) == (M != [1])
 
 
 @pytest.mark.parametrize("knowledge", KNOWLEDGE)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0, 3.7])
 def test_options_against_the_oracle(knowledge: str, reduction: str, beta: float):
-    # odd, oblong and tiny sides; scales out of order and without 1
+    # Odd, unequal and tiny sides; scales without 1 and not in ascending order
     for seed, sides in enumerate(
         [((7, 7), (4, 4)), ((2, 3), (5, 7)), ((1, 1), (3, 3)), ((3, 3), (1, 1))]
     ):
@@ -384,7 +392,7 @@ def test_scale_one_is_the_plain_loss(batch: Maps, name: str, reduction: str, wei
 def test_the_global_region_is_consistent_even_where_classes_are_close(
     dtype: torch.dtype, layout: torch.memory_format
 ):
-    # pooling to 1 x 1 and the mean of the map must break near-ties in the same way
+    # If two classes are almost equal, pooling to 1 x 1 and the mean of the map must still agree.
     generator = torch.Generator().manual_seed(0)
     for side in (2, 3, 4, 7, 8):
         base = torch.randn(256, 1, side, side, generator=generator)
@@ -415,7 +423,7 @@ def test_weight_one_is_the_mean_over_regions(batch: Maps, name: str, M: list[int
 @some
 @given(maps(), st.integers(1, 4))
 def test_equal_regions_average_to_the_global_logits(batch: Maps, m: int):
-    logit_map = F.interpolate(batch[0], scale_factor=m)  # a side that m divides
+    logit_map = F.interpolate(batch[0], scale_factor=m)  # sides that are multiples of m
     close(region_logits(logit_map, [m]).mean(1), logit_map.mean((2, 3)))
 
 
@@ -474,7 +482,7 @@ def test_sum_is_mean_times_regions(batch: Maps, name: str, M: list[int]):
 def test_standardize_ignores_scale_and_shift(batch: Maps, a: float, b: float):
     z = batch[0].movedim(1, -1)
     close(standardize(a * z + b, eps=0.0), standardize(z, eps=0.0), 1e-9)
-    close(standardize(a * z + b), standardize(z), 1e-4)  # up to eps
+    close(standardize(a * z + b), standardize(z), 1e-4)  # eps causes a small difference
     close(standardize(z, eps=0.0).mean(-1), 0.0)
     close(standardize(z, eps=0.0).std(-1), 1.0)
 
@@ -487,7 +495,8 @@ def test_standardized_distillation_ignores_scale_and_shift(
     student_map, teacher_map, target_B = batch
     composer = ScaleDecoupled(LOSSES[name], M, 3.0, standardize=True)
     close(composer(a * student_map + b, teacher_map / a - b, target_B), composer(*batch), 1e-4)
-    if name != "mse":  # without it the scale matters, which shows that the option does something
+    # Without standardisation the scale matters, which shows that the option has an effect.
+    if name != "mse":
         raw = ScaleDecoupled(LOSSES[name], M, 3.0)
         assert abs(raw(20 * student_map, teacher_map, target_B) - raw(*batch)) > 1e-3
 
@@ -555,7 +564,7 @@ def test_any_callable_composes(batch: Maps, M: list[int], weight: float):
     expected = F.mse_loss(region_logits(student_map, M), region_logits(teacher_map, M))
     close(ScaleDecoupled(loss, M, 1.0)(*batch), expected, 1e-10)
     assert [tuple(argument.shape) for argument in seen] == [(B * R, K), (B * R, K), (B * R,)]
-    # the target belongs to the row's image
+    # Each row has the target of its image.
     assert torch.equal(seen[2].reshape(B, R), target_B[:, None].expand(B, R))
     assert torch.equal(seen[0].reshape(B, R, K), region_logits(student_map, M))
     constant = ScaleDecoupled(lambda s, t, y: torch.ones(B * R), M, weight)(*batch)
@@ -588,7 +597,7 @@ def test_minus_infinity_is_never_a_zero(name: str, standardized: bool):
         batch[side][1, k, 0, 0] = -math.inf
         value = ScaleDecoupled(LOSSES[name], [1, 2], standardize=standardized)(*batch)
         assert value != 0
-        # a class that the teacher rules out: nkd's 0 log q is 0, which is right, and the rest of its sum stays
+        # If the teacher excludes a class, its term 0 log q of nkd is 0, and the sum stays finite.
         assert not value.isfinite() or (side == 1 and name.startswith("nkd") and not standardized)
 
 
@@ -665,7 +674,7 @@ def test_float64_maps_are_computed_in_float64(loss):
 def test_extreme_and_constant_logits_stay_finite(loss, standardized: bool, K: int):
     student_map, teacher_map, target_B = some_maps((4, 4), (4, 4), K=K)
     extreme = (1e4 * student_map.sign()).float(), (1e4 * teacher_map.sign()).float(), target_B
-    # what a head initialised with zeros gives: its logits have no spread
+    # The logits of a head that is initialised with zeros all have the same value.
     constant = torch.zeros(4, K, 4, 4), teacher_map.float(), target_B
     for student_map, teacher_map, _ in (extreme, constant, (constant[1], constant[0], target_B)):
         leaf = student_map.clone().requires_grad_()
@@ -677,7 +686,7 @@ def test_extreme_and_constant_logits_stay_finite(loss, standardized: bool, K: in
         assert leaf.grad.isfinite().all()
 
 
-# How it runs
+# Speed and compilation
 
 
 class CountOperations(TorchDispatchMode):
@@ -701,14 +710,14 @@ def test_no_loop_over_images_classes_or_regions(loss, standardized: bool):
 
     assert 10 < operations([1, 2], 2, 3) == operations([1, 2], 32, 3) == operations([1, 2], 2, 17)
     assert operations([1, 2], 2, 3) == operations([1, 4], 2, 3) == operations([3, 1], 2, 3)
-    assert operations([1, 2], 2, 3) < operations([1, 2, 4], 2, 3)  # scales are looped over
+    assert operations([1, 2], 2, 3) < operations([1, 2, 4], 2, 3)  # there is a loop over scales
 
 
 @each_loss
 @each_scales
 @raw_and_standardized
 def test_no_value_is_read_back_to_the_host(loss, M: list[int], standardized: bool):
-    # fake tensors have a shape and a device and no values: .item(), bool(), tolist(), x[mask] raise
+    # Fake tensors have no values, so .item(), bool(), tolist() and x[mask] raise.
     with FakeTensorMode():
         student_map, teacher_map = torch.randn(2, 8, 5, 4, 4).unbind()
         target_B = torch.randint(5, (8,))

@@ -1,14 +1,20 @@
-"""Ranks that share each batch: what they compute is what one process computes, and none outlives or waits for the dead.
+"""Test ranks that share each batch.
 
-Most tests let a function run in several forked processes that find each other by torch's environment, as a scheduler's
-would; the last ones let `fit` start the ranks.
+They must compute the same as one process. No rank may outlive the others or wait for a rank that
+has ended.
+
+Most tests run a function in several forked processes, which find each other by the environment
+variables of torch, as the processes of a scheduler do. In the last tests, `fit` starts the ranks.
 """
 
 import faulthandler
 import functools
+import importlib
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,20 +31,21 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.data.device import DeviceData, share_of
+from sddlskd.data.device import DeviceData, seed_of, share_of
 from sddlskd.datasets.arrays import Images, Splits
 from sddlskd.record import Onlooker, abandoned, read_result
+from sddlskd.sweeps.precheck import problems
 from sddlskd.training.build import build_data, build_network, build_run
 from sddlskd.training.devices import check_places, pick_device
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
-from sddlskd.training.ranks import RankFailed, Ranks, joined
+from sddlskd.training.ranks import RankFailed, Ranks, process_group, spawn
 from sddlskd.training.run import Run
 from sddlskd.training.teacher_files import path_of
 from tests.tiny import Net, child, final, net, processes, rows, same, same_outcome, tiny
 
 CPU = torch.device("cpu")
-PATIENCE = 240  # seconds: a loaded machine is slow, a hang is for ever
+PATIENCE = 240  # seconds until a rank counts as hanging; a loaded machine is slow
 
 
 def _be(
@@ -49,7 +56,7 @@ def _be(
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    faulthandler.register(signal.SIGUSR1)  # where it hangs
+    faulthandler.register(signal.SIGUSR1)  # prints the place where the rank hangs
     cfg.frame()
     torch.set_num_threads(1)
     there = {
@@ -63,12 +70,20 @@ def _be(
 
 
 class Started:
-    """Ranks that run work(*arguments)."""
+    """Started ranks that run work(*arguments)."""
 
     def __init__(
         self, count: int, work: Callable[..., Any], *arguments: Any, hosted: bool = True
     ) -> None:
-        """hosted: this process holds the store; else rank 0 does, at a port that was free a moment ago."""
+        """Start `count` ranks.
+
+        Args:
+            count: number of ranks.
+            work: function that each rank calls.
+            *arguments: arguments of `work`.
+            hosted: whether this process holds the store. If not, rank 0 holds it, at a port that
+                was free a moment ago.
+        """
         self.store = TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
@@ -82,7 +97,7 @@ class Started:
             process.start()
 
     def end(self) -> list[int | None]:
-        """Their exit codes, once all have ended by themselves."""
+        """Wait until all ranks end by themselves, and return their exit codes."""
         end = time.monotonic() + PATIENCE
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -104,7 +119,7 @@ def result_of(job: Config) -> dict[str, Any]:
     return read_result(Path(job.run_dir))
 
 
-# A batch's shares
+# Shares of a batch
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -115,18 +130,18 @@ def test_shares_are_slices_of_the_batches(batch_size: int, ranks: int) -> None:
     )
     split = Images(images, torch.arange(604) % 10)
     made = functools.partial(
-        DeviceData, Splits(split, Images(*(t[:37] for t in split))), num_classes=10, batch_size=batch_size, seed=3,
-        device="cpu", mean=[0.5] * 3, std=[0.2] * 3, eval_batch_size=10,
+        DeviceData, Splits(split, Images(*(t[:37] for t in split))), num_classes=10,
+        batch_size=batch_size, seed=3, device="cpu", mean=[0.5] * 3, std=[0.2] * 3,
+        eval_batch_size=10,
     )  # fmt: skip
     whole, shares = made(), [made(rank=rank, ranks=ranks) for rank in range(ranks)]
     for start in (0, 1, whole.steps_per_epoch - 1, whole.steps_per_epoch):
-        expected = list(zip(whole.batches(2, start), whole.view_batches(2, start), strict=True))
+        expected = list(whole.batches(2, start))
         assert len(expected) == whole.steps_per_epoch - start
         for rank, data in enumerate(shares):
-            found = list(zip(data.batches(2, start), data.view_batches(2, start), strict=True))
-            for ((x, y), views), ((own_x, own_y), own_views) in zip(expected, found, strict=True):
-                part = share_of(len(y), rank, ranks)
-                assert same((own_x, own_y, own_views), (x[part], y[part], views[part]))
+            for batch, own in zip(expected, data.batches(2, start), strict=True):
+                part = share_of(len(batch.labels), rank, ranks)
+                assert same(own, [tensor[part] for tensor in batch])
     labels = torch.cat([y for data in shares for _, y in data.val_batches()])
     assert same(labels, torch.cat([y for _, y in whole.val_batches()]))
     assert [sum(len(y) for _, y in data.test_batches()) for data in shares] == [37] * ranks
@@ -145,13 +160,19 @@ CASES: dict[str, tuple[Sequence[str], dict[str, Any] | None]] = {
 
 
 def case(home: Path, name: str) -> Config:
-    """Batches of 63, 63, 63 and 3: shares of 31 and 32, and a rest that two ranks cannot share."""
+    """Return a job with batches of 63, 63, 63 and 3 images.
+
+    Two ranks get shares of 31 and 32 images, and cannot share the last batch.
+    """
     overrides, model = CASES[name]
     return tiny(home, "trainer.batch_size=63", *overrides, model=model)
 
 
 def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
-    """Of every step of an epoch, in float64 but for the cross-entropy, at the weights of the start."""
+    """Return gradients, statistics and metrics of every step of an epoch, at the initial weights.
+
+    All is computed in float64 except the cross-entropy, which is float32.
+    """
     data = build_data(job, CPU, rank=ranks.rank, ranks=ranks.world_size)
     student = ranks.with_shared_norm(build_network(job.student.model, 10, 0, CPU).double())
     teacher = (
@@ -160,12 +181,13 @@ def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
     run = build_run(
         job, student, Onlooker(job), CPU, data.steps_per_epoch, images=data.train_size, ranks=ranks
     )
-    run.learning_rate = lambda progress: 0.0
+    run.optimisation.learning_rate = lambda epochs_done: 0.0
     steps, statistics, seeds = [], [], []
-    for images, target in data.batches(1):
+    for batch in data.batches(1):
+        batch = batch._replace(images=batch.images.double())
         with torch.no_grad():
-            teacher_map = teacher(images.double()) if teacher else None
-        run.train_step(images.double(), target, teacher_map)
+            teacher_map = teacher(batch.images) if teacher else None
+        run.train_step(batch, teacher_map)
         seeds.append(torch.initial_seed())
         steps.append(
             [
@@ -176,15 +198,16 @@ def gradients_of(job: Config, ranks: Ranks) -> dict[str, Any]:
         )
         statistics.append({name: value.clone() for name, value in student.named_buffers()})
     run.check_loss()
-    sums = ranks.all_gather(run.sums).sum(0) / run.seen
+    seen = run.progress.seen
+    sums = ranks.all_gather(run.sums).sum(0) / seen
     val = evaluate(student.eval().float(), data.val_batches(), ranks=ranks)
     names = list(student.state_dict())
-    return {"steps": steps, "buffers": statistics, "sums": sums, "seen": run.seen, "loss": run.loss, "val": val,
-            "names": names, "seeds": seeds}  # fmt: skip
+    return {"steps": steps, "buffers": statistics, "sums": sums, "seen": seen, "loss": run.loss,
+            "val": val, "names": names, "seeds": seeds}  # fmt: skip
 
 
 def keep_gradients(home: Path, jobs: dict[str, Config]) -> None:
-    with joined("cpu", 60) as ranks:
+    with process_group("cpu", 60) as ranks:
         for name, job in jobs.items():
             torch.save(
                 gradients_of(job, ranks), home / f"{name}-{ranks.rank}-of-{ranks.world_size}.pt"
@@ -195,7 +218,7 @@ def keep_gradients(home: Path, jobs: dict[str, Config]) -> None:
 def gradients(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, int, int], dict[str, Any]]:
-    """gradients(case, rank, ranks): of one process, of two and of three."""
+    """Return a function (case, rank, ranks) -> what `gradients_of` returned on that rank."""
     home = tmp_path_factory.mktemp("gradients")
     jobs = {name: case(home, name) for name in CASES}
     for name, job in jobs.items():
@@ -213,7 +236,7 @@ def gradients(
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_whole_batch(gradients: Any, name: str, ranks: int) -> None:
-    """Up to the order of sums: the cross-entropy is float32, the rest float64."""
+    """Gradients may differ by rounding, because the cross-entropy is computed in float32."""
     one, some = gradients(name, 0, 1), [gradients(name, rank, ranks) for rank in range(ranks)]
     assert len(one["steps"]) == 4
     for step, expected in enumerate(one["steps"]):
@@ -221,9 +244,8 @@ def test_gradients_are_those_of_the_whole_batch(gradients: Any, name: str, ranks
         assert scale > 0
         for rank in range(ranks):
             found = some[rank]["steps"][step]
-            assert same(
-                found, some[0]["steps"][step]
-            )  # bit for bit on all ranks, or their weights would drift apart
+            # All ranks must agree bit for bit; otherwise their weights would drift apart.
+            assert same(found, some[0]["steps"][step])
             for ours, theirs in zip(found, expected, strict=True):
                 assert (ours - theirs).abs().max() <= 2e-6 * scale
     assert all(part["names"] == one["names"] for part in some)
@@ -265,12 +287,12 @@ def test_ranks_drop_differently(gradients: Any) -> None:
     one, some = gradients("plain", 0, 1), [gradients("plain", rank, 3) for rank in range(3)]
     seeds = [seed for found in (one, *some) for seed in found["seeds"]]
     assert len(seeds) == len(set(seeds)) == 4 * 4
-    assert one["seeds"] == [hash((0, 1, step)) % 2**63 for step in range(4)]
+    assert one["seeds"] == [seed_of("seed", 0, "epoch", 1, "step", step) for step in range(4)]
 
 
 def test_a_batchnorm_that_does_more_is_refused() -> None:
     class Loud(nn.BatchNorm2d):
-        """Which might do anything."""
+        """A BatchNorm of a user, which may compute anything."""
 
     with pytest.raises(ValueError, match="1 is a Loud, which is not known to share"):
         Ranks(world_size=2, device=CPU).with_shared_norm(nn.Sequential(nn.Conv2d(3, 8, 1), Loud(8)))
@@ -284,7 +306,7 @@ KEPT = ("tracking.predictions=true", "dataset.val_fraction=0.25", "teacher.cache
 
 
 def signal_at(epoch: int, step: int, rank: int) -> Any:
-    """Send this process SIGTERM after the step, if it is that rank, and once."""
+    """Send SIGTERM to this process once, after the given step, if it is the given rank."""
     original = Run.train_step
 
     def watched(run: Run, *arguments: Any) -> None:
@@ -297,22 +319,22 @@ def signal_at(epoch: int, step: int, rank: int) -> Any:
 
 
 def fit_the_house(home: Path) -> None:
-    """What the tests below look at, one after the other in the same ranks."""
+    """Run the jobs that the tests below check, one after the other on the same ranks."""
     fit([tiny(home / "undisturbed")])
     fit([tiny(home / "grouped", *overrides) for overrides in GROUP])
     fit([tiny(home / "alone", *GROUP[1])])
     fit([tiny(home / "diverged", "optimizer.lr=1e30"), tiny(home / "diverged")])
     fit([tiny(home / "half", "trainer.precision=fp16", "trainer.epochs=1")])
     fit([tiny(home / "kept", *KEPT, f"teacher.cache={home / 'maps'}")])
-    fit([tiny(home / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1", "student=wrn_16_1",
-              teacher=False)])  # fmt: skip
+    fit([tiny(home / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1",
+              "student=wrn_16_1", teacher=False)])  # fmt: skip
     for place, epoch, step, rank in STOPS:
         signal_at(epoch, step, rank)
         (result,) = fit([tiny(home / place)])
         assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGTERM")
     for place in [place for place, *_ in STOPS[:2]] + ["more ranks"]:
         fit([tiny(home / place)])
-    # The rank that comes second hears it from the first.
+    # One rank raises ValueError itself; the other may learn of it from that rank (RankFailed).
     refusal = r"batch_size=3 is too small for 2 processes to share; give at least 4"
     with pytest.raises((ValueError, RankFailed), match=refusal):
         fit([tiny(home / "small", "trainer.batch_size=3")])
@@ -331,7 +353,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def close(a: Config, b: Config, epochs: int = 2) -> bool:
-    """The same outcome up to rounding: of another number of ranks."""
+    """Return whether the metrics of two jobs are equal up to rounding."""
     metrics = [[list(row.values()) for row in rows(job)] for job in (a, b)]
     return len(metrics[0]) == epochs and all(
         ours == pytest.approx(theirs, rel=2e-2, abs=1e-4)
@@ -343,8 +365,9 @@ def test_two_ranks_train_as_one(house: Path, tmp_path: Path) -> None:
     alone, shared = tiny(tmp_path), tiny(house / "undisturbed")
     fit([alone])
     assert close(alone, shared)
-    assert final(shared)["position"] == final(alone)["position"]
     ours, theirs = final(shared), final(alone)
+    for name in ("epoch", "step", "seen"):
+        assert ours["progress"][name] == theirs["progress"][name]
     assert ours["model"].keys() == theirs["model"].keys()
     assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
     assert result_of(shared)["environment"].endswith("cpu, 1 threads, 2 ranks")
@@ -394,25 +417,24 @@ def test_what_a_student_leaves(house: Path) -> None:
     with np.load(Path(job.run_dir, "predictions.npz")) as arrays:
         assert arrays["logits"].shape == (64, 10)
     (sums,) = (house / "maps").glob("*.sums")
-    assert (
-        np.count_nonzero(np.fromfile(sums, np.uint32)) > 142
-    )  # all training images of an epoch, not a rank's share
+    # The cache holds the maps of all training images of an epoch, not only of a rank's share.
+    assert np.count_nonzero(np.fromfile(sums, np.uint32)) > 142
 
 
 def test_a_teacher_is_trained_by_all_ranks(house: Path) -> None:
-    job = tiny(house / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1", "student=wrn_16_1",
-               teacher=False)  # fmt: skip
+    job = tiny(house / "taught", "teacher.train_if_missing=true", "teacher.train_epochs=1",
+               "student=wrn_16_1", teacher=False)  # fmt: skip
     assert result_of(job)["status"] == "FINISHED"
     teacher = cfg.teacher_job(job)
     assert result_of(teacher)["environment"].endswith("2 ranks")
     assert path_of(job.home, "fake", "resnet8").exists()
 
 
-# Ends
+# Ranks that fail, end or are stopped
 
 
 class Bad(Net):
-    """Does something at its second training step on one rank, which `how` names."""
+    """A network that misbehaves as `how` says, in its second training step on one rank."""
 
     def __init__(self, num_classes: int, how: str, rank: int) -> None:
         super().__init__(num_classes)
@@ -443,7 +465,10 @@ def bad(home: Path, how: str, rank: int, *overrides: str) -> Config:
 
 
 def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
-    """Where nobody looks after the ranks, as under a scheduler: rank 0 holds the store and writes the record."""
+    """No process watches over the ranks, as under a scheduler.
+
+    Rank 0 holds the store and writes the record.
+    """
     job = bad(tmp_path, "raises", 1)
     assert Started(2, fit, [job], hosted=False).end() == [1, 1]
     result = result_of(job)
@@ -498,7 +523,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
 def test_a_signal_to_the_first_process_stops_all_ranks(
     tmp_path: Path, number: int, reason: str
 ) -> None:
-    """SIGKILL too: the ranks then end as after Ctrl-C, with all checkpoints saved."""
+    """After SIGKILL, the ranks end as after Ctrl-C, with all checkpoints saved."""
     job = tiny(tmp_path, "trainer.devices=2", "trainer.epochs=400")
     process = child(job)
     wait_for(lambda: rows_so_far(job))
@@ -507,11 +532,14 @@ def test_a_signal_to_the_first_process_stops_all_ranks(
     process.join()
     assert process.exitcode == (0 if number == signal.SIGTERM else -number)
     assert result_of(job)["reason"] == f"stopped by {reason}"
-    assert final(job)["position"][0] <= 400
+    assert final(job)["progress"]["epoch"] <= 400
 
 
 def test_ranks_that_wait_for_a_teacher_stop_at_once(tmp_path: Path) -> None:
-    """Another job trains it: at a time limit there is nothing to save, and no step after which they would stop."""
+    """The ranks wait while another job trains their teacher.
+
+    They have nothing to save, and there is no step after which they could stop.
+    """
     job = tiny(tmp_path, "trainer.devices=2", "teacher.train_if_missing=true", teacher=False)
     path = path_of(job.home, job.dataset.name, job.teacher.name)
     path.parent.mkdir(parents=True)
@@ -520,13 +548,13 @@ def test_ranks_that_wait_for_a_teacher_stop_at_once(tmp_path: Path) -> None:
         wait_for_quiet(process.pid, children=2)
         os.kill(process.pid, signal.SIGTERM)
         process.join(PATIENCE / 4)
-        assert process.exitcode == 1  # KeyboardInterrupt
+        assert process.exitcode == 1  # the process raised KeyboardInterrupt
     assert not path.exists()
     assert not result_of(job)
 
 
 def ticks_of_children(parent: int) -> list[int]:
-    """The processor time of each process that this one started, in hundredths of a second."""
+    """Return the processor time of each child process of `parent`, in hundredths of a second."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -537,7 +565,7 @@ def ticks_of_children(parent: int) -> list[int]:
 
 
 def wait_for_quiet(parent: int, children: int) -> None:
-    """Until these processes are there and do next to nothing but wait."""
+    """Wait until `parent` has so many child processes and they use almost no processor time."""
 
     def quiet() -> bool:
         before = ticks_of_children(parent)
@@ -556,6 +584,83 @@ def test_refused_in_one_line_by_the_ranks(tmp_path: Path) -> None:
         fit([tiny(tmp_path, "M=[1,32]", "trainer.devices=2")])
     with pytest.raises(ValueError, match=r"trainer\.device=cuda needs CUDA"):
         fit([tiny(tmp_path, "trainer.device=cuda", "trainer.devices=2")])
+    # Every rank takes a batch of one image as a whole: BatchNorm sees it once, not twice.
+    words = ("student=mobilev2", "M=[1]", "trainer.batch_size=191", "trainer.devices=2")
+    with pytest.raises(ValueError, match=r"mobilev2 cannot train on .* set trainer.batch_size=192"):
+        fit([tiny(tmp_path, *words)])
+
+
+def test_more_ranks_than_cores_are_refused_before_any_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SDDLSKD_MOST_PROCESSES")
+    cores = len(os.sched_getaffinity(0))
+    check_places("cpu", cores)
+    job = tiny(tmp_path, "trainer.devices=1000")
+    said = (
+        f"^trainer.devices=1000 asks for more processes than the {cores} cores here, .* 200000 MB"
+    )
+    with pytest.raises(ValueError, match=said):
+        fit([job])
+    assert not Path(job.run_dir).exists()
+    ((_, reason),) = problems([job])
+    assert re.search(said, reason)
+
+
+def test_the_environment_overrides_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDDLSKD_MOST_PROCESSES", "2000")
+    check_places("cpu", 2000)
+    with pytest.raises(ValueError, match="give at most 2000"):
+        check_places("cpu", 2001)
+    for wrong in ("-1", "0", "many"):
+        monkeypatch.setenv("SDDLSKD_MOST_PROCESSES", wrong)
+        with pytest.raises(ValueError, match=f"^SDDLSKD_MOST_PROCESSES={wrong} is not valid"):
+            check_places("cpu", 2)
+
+
+SLOW_MODULE = """
+import os, time
+from pathlib import Path
+
+folder = Path(__file__).parent
+if (folder / "slow").exists():
+    (folder / f"{os.getpid()}.importing").touch()
+    time.sleep(600)
+
+
+def work():
+    raise AssertionError("never called")
+"""
+
+
+def spawn_slowly(folder: Path) -> None:
+    sys.path.insert(0, str(folder))
+    work = importlib.import_module("slow_module").work
+    (folder / "slow").touch()
+    spawn(work, (), 2, threads=1, stop=lambda: 0)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def test_ranks_that_still_import_end_with_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    parent = processes.Process(target=spawn_slowly, args=(tmp_path,))
+    parent.start()
+    wait_for(lambda: len(list(tmp_path.glob("*.importing"))) == 2)
+    ranks = [int(path.stem) for path in tmp_path.glob("*.importing")]
+    assert all(is_running(rank) for rank in ranks)
+    parent.kill()
+    parent.join()
+    end = time.monotonic() + 5
+    while any(is_running(rank) for rank in ranks):
+        assert time.monotonic() < end, "the ranks outlive their parent"
+        time.sleep(0.02)
 
 
 def test_pick_device_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,9 +674,8 @@ def test_pick_device_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         check_places("cuda", 3)
     check_places("cuda", 2)
-    monkeypatch.setattr(
-        torch.cuda, "device_count", lambda: 1
-    )  # what a scheduler shows to each of two
+    # A scheduler shows one GPU to each of two processes.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device("cuda", 1, 2) == torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(

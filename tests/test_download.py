@@ -1,18 +1,22 @@
-"""Downloads from a real server on loopback, good and bad."""
+"""Test downloads from a web server on loopback, with good and bad answers."""
 
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
 import random
 import socket
-import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from requests.adapters import HTTPAdapter
 
 from sddlskd.files import download
 from sddlskd.files.download import DownloadError, download_file
@@ -67,7 +71,7 @@ def test_an_empty_file(web: Site, path: Path) -> None:
     assert download_file(web.file("file.bin", b""), path, limit=LIMIT).read_bytes() == b""
 
 
-# Cut off
+# Downloads that are cut off
 
 
 def test_what_is_cut_off_goes_on_where_it_stopped(web: Site, path: Path) -> None:
@@ -133,7 +137,8 @@ def test_a_whole_file_that_was_never_renamed(web: Site, path: Path) -> None:
     assert download_file(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", "null", '{"url": 1}', '{"url": "http://other/", "version": "\\"1\\""}',
+@pytest.mark.parametrize("note", ["", "{", "[]", "null", '{"url": 1}',
+                                  '{"url": "http://other/", "version": "\\"1\\""}',
                                   '{"url": "URL", "version": 3}'])  # fmt: skip
 def test_a_part_of_who_knows_what_is_not_built_upon(web: Site, path: Path, note: str) -> None:
     url = web.file("file.bin", CONTENT)
@@ -150,9 +155,8 @@ def test_attempts_that_bring_enough_do_not_count(
     monkeypatch.setattr(download, "GAIN", 10_000)
     url = web.file("file.bin", CONTENT, cuts=[10_000] * 20)
     assert download_file(url, path, limit=LIMIT, md5=MD5).read_bytes() == CONTENT
-    web.file(
-        "file.bin", CONTENT, tag=None, cuts=[20_000] * 100
-    )  # brings them again and again: no progress
+    # Without an ETag every attempt starts from the beginning, so there is no progress.
+    web.file("file.bin", CONTENT, tag=None, cuts=[20_000] * 100)
     web.asked.clear()
     refused(url, path.with_name("other"))
     assert len(web.asked) == download.ATTEMPTS
@@ -230,14 +234,38 @@ def test_redirects_out_of_the_web_are_refused(web: Site, path: Path, target: str
     assert len(web.asked) == 1
 
 
-def test_redirects_from_https_to_http_are_refused() -> None:
-    request = urllib.request.Request("https://host/x")
-    with pytest.raises(download._GiveUp, match="redirects from https to http://host/x"):
-        download._Redirects().redirect_request(request, None, 302, "", None, "http://host/x")  # type: ignore[arg-type]
+def test_redirects_from_https_to_http_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def send(_: HTTPAdapter, request: requests.PreparedRequest, **options: Any) -> Any:
+        asked.append(request.url)
+        response = requests.Response()
+        response.request, response.url = request, str(request.url)
+        response.status_code, response.headers["Location"] = 302, "http://host/x"
+        response.raw = io.BytesIO(b"moved")
+        return response
+
+    monkeypatch.setattr(HTTPAdapter, "send", send)
+    assert "(it redirects from https to http://host/x)" in refused("https://host/x", path)
+    assert asked == ["https://host/x"]
 
 
-@pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://h/x", "http://", "http:///x", "http://h:99999/x", "x",
-                                 "http://h/a b", "http://h/\n", "http://[::1/x", "http://ü/x"])  # fmt: skip
+def test_the_body_of_a_redirect_is_not_waited_for(web: Site, path: Path) -> None:
+    def page(handler: BaseHTTPRequestHandler) -> None:
+        status(302, Location="/b", Content_Length="1000")(handler)
+        handler.wfile.flush()
+        web.over.wait()
+
+    web.page("b", answer(b"here"))
+    assert download_file(web.page("a", page), path, limit=LIMIT).read_bytes() == b"here"
+    assert web.asked == [("/a", None), ("/b", None)]
+
+
+@pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://h/x", "http://", "http:///x",
+                                 "http://h:99999/x", "x", "http://h/a b", "http://h/\n",
+                                 "http://[::1/x", "http://ü/x"])  # fmt: skip
 def test_what_is_no_address(path: Path, url: str) -> None:
     with pytest.raises(
         DownloadError,
@@ -249,7 +277,7 @@ def test_what_is_no_address(path: Path, url: str) -> None:
 def test_nobody_there_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        taken.bind(("127.0.0.1", 0))  # the socket does not listen, so connections are refused
         refused(f"http://127.0.0.1:{taken.getsockname()[1]}/x", path)
 
 
@@ -274,6 +302,14 @@ def test_a_size_above_the_limit_that_nobody_announced(web: Site, path: Path, hea
     assert left(path) == []
 
 
+@pytest.mark.parametrize("digits", [30, 5000])
+def test_a_size_beyond_any_file(web: Site, path: Path, digits: int) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {'9' * digits}\r\n\r\n"
+    refused(web.page("file.bin", raw(head.encode() + b"short")), path)
+    assert len(web.asked) == 1
+    assert left(path) == []
+
+
 def test_more_than_was_announced_is_not_read(web: Site, path: Path) -> None:
     url = web.page("file.bin", raw(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello and more"))
     assert download_file(url, path, limit=LIMIT).read_bytes() == b"hello"
@@ -292,7 +328,7 @@ def test_an_encoded_answer_is_refused(web: Site, path: Path) -> None:
     )
 
 
-# Stalled
+# Downloads that stall
 
 
 def stalled_at_once(web: Site) -> Page:
@@ -326,7 +362,7 @@ def test_a_socket_that_always_stalls(
     assert len(web.asked) == download.ATTEMPTS
 
 
-# This machine
+# Errors of this machine
 
 
 def test_a_full_disk_is_said_and_not_tried_again(
@@ -350,7 +386,7 @@ def test_processes_that_start_together_fetch_it_once(web: Site, path: Path) -> N
     assert len(web.asked) == 1
 
 
-# Fuzz
+# Random answers
 
 
 @settings(
@@ -371,7 +407,8 @@ def test_whatever_a_server_says(
         "Retry-After",
         "Transfer-Encoding",
     ]
-    values = st.one_of(st.sampled_from(["0", "5", "-1", "9" * 30, '"1"', "chunked", "bytes 0-1/2", "/x", "²"]),
+    values = st.one_of(st.sampled_from(["0", "5", "-1", "9" * 30, '"1"', "chunked", "bytes 0-1/2",
+                                        "/x", "²"]),
                        st.text(st.characters(max_codepoint=255), max_size=20))  # fmt: skip
     lines = data.draw(st.lists(st.tuples(st.sampled_from(names), values), max_size=4))
     code = data.draw(st.sampled_from([200, 206, 301, 404, 416, 503, 99, 1000]))

@@ -1,4 +1,4 @@
-"""The command that judges a network, and the calibration error against a slow second writing."""
+"""Test the command `evaluate`, and the calibration error against a slow implementation."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from sddlskd.training.fit import fit
 from sddlskd.training.teacher_files import path_of
 from tests.tiny import tiny
 
-ASKED = ("dataset=fake", "dataset.num_classes=10", "+dataset.load.train=192", "+dataset.load.test=64",
-         "+dataset.load.size=16", "trainer.device=cpu")  # fmt: skip
+ASKED = ("dataset=fake", "dataset.num_classes=10", "+dataset.load.train=192",
+         "+dataset.load.test=64", "+dataset.load.size=16", "trainer.device=cpu")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def without_clock(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def slow_ece(logits_NK: Tensor, target_N: Tensor, bins: int) -> float:
-    """Guo et al. 2017, section 2, image by image in plain Python."""
+    """Return the ECE of Guo et al. 2017, section 2, computed image by image in plain Python."""
     members: dict[int, list[tuple[float, bool]]] = {}
     for logits, target in zip(logits_NK.tolist(), target_N.tolist(), strict=True):
         largest = max(logits)
@@ -49,7 +49,8 @@ def slow_ece(logits_NK: Tensor, target_N: Tensor, bins: int) -> float:
         m = next(m for m in range(1, bins + 1) if confidence <= m / bins or m == bins)
         members.setdefault(m, []).append((confidence, logits.index(largest) == target))
     return 100 * sum(
-        abs(sum(right for _, right in inside) / len(inside) - sum(c for c, _ in inside) / len(inside)) * len(inside)
+        abs(sum(right for _, right in inside) / len(inside)
+            - sum(c for c, _ in inside) / len(inside)) * len(inside)
         for inside in members.values()
     ) / len(target_N)  # fmt: skip
 
@@ -132,7 +133,8 @@ def test_a_run_on_other_data_keeps_its_normalisation(
 ) -> None:
     more = [word.replace("load.test=64", "load.test=32") for word in ASKED]
     assert judged(capsys, trained.run_dir, *more)["images"] == 32
-    job, _ = evaluate._job(Path(trained.run_dir), ["dataset=fashion_mnist", "dataset.root=/x"])
+    overrides = ["dataset=fashion_mnist", "dataset.root=/x"]
+    job, _ = evaluate._job_and_weights(Path(trained.run_dir), overrides)
     assert (job.dataset.name, job.dataset.mean, job.dataset.root) == (
         "fashion_mnist",
         trained.dataset.mean,
@@ -148,7 +150,7 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
 ) -> None:
     class Narrow(torch.nn.Conv2d):
         def __init__(self) -> None:
-            super().__init__(3, 10, 17)  # of images of 16 pixels
+            super().__init__(3, 10, 17)  # a kernel of 17 pixels, larger than the images of 16
 
     class Full(torch.nn.Module):
         def forward(self, _: Tensor) -> Tensor:
@@ -162,7 +164,8 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
     ) as caught:
         check_maps(trained, *pair, data, cpu)
     assert "\n" not in str(caught.value)
-    with pytest.raises(torch.OutOfMemoryError):  # jobs are then fitted by halves
+    # The error must come through unchanged: the caller then halves the group of jobs.
+    with pytest.raises(torch.OutOfMemoryError):
         check_maps(trained, Full(), None, data, cpu)
     check_maps(trained, good, good, data, cpu)
     assert good.training

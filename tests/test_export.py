@@ -1,4 +1,4 @@
-"""What leaves a run: the same numbers as in it, in other people's formats."""
+"""Test exported models: every format must give the numbers of the run."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A finished run that is in MLflow too."""
+    """Return the job of a finished run that MLflow has, too."""
     home = tmp_path_factory.mktemp("home")
     job = tiny(
         home, "tracking=mlflow", f"tracking.uri=sqlite:///{home}/mlflow.db", "trainer.epochs=1"
@@ -51,7 +51,7 @@ def expected_of(job: Config) -> torch.Tensor:
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """What the command says on stdout; it must succeed."""
+    """Run the command, which must succeed, and return its stdout."""
     export.main([str(word) for word in words])
     return capsys.readouterr().out.strip()
 
@@ -73,7 +73,10 @@ def test_safetensors_is_the_plain_state_dict(
 
 @pytest.mark.parametrize("name", names())
 def test_safetensors_round_trip_of_every_network(tmp_path: Path, name: str) -> None:
-    network, twin = create(name, 10).to(memory_format=torch.channels_last), create(name, 10)  # type: ignore[call-overload]
+    network, twin = (
+        create(name, 10).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        create(name, 10),
+    )
     export.to_safetensors(network, tmp_path / "x.safetensors", {})
     checkpoint.load_weights(twin, tmp_path / "x.safetensors", name)
     assert same(dict(twin.state_dict()), dict(network.state_dict()))
@@ -117,7 +120,8 @@ def test_a_model_for_mlflow_has_a_signature_and_stands_beside_its_run(
         ]
         got = model.predict({"images": images().numpy()})["logits"]
         assert np.abs(got - expected_of(trained).numpy()).max() < 1e-4
-    assert answer(capsys, trained.run_dir, "--to", "mlflow") == said  # again, in place of the first
+    # A second export replaces the first.
+    assert answer(capsys, trained.run_dir, "--to", "mlflow") == said
 
 
 @pytest.mark.parametrize("where", ["thesis", "run", "file"])

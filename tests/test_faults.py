@@ -1,4 +1,4 @@
-"""What machines do to a run: it ends anywhere, its files are cut and spoilt, its disk is full."""
+"""Test what machines do to runs: crashes at any point, damaged files and full disks."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ from tests.tiny import processes, rows, same, same_outcome, tiny  # noqa: F401
 
 
 def small(home: Path, *overrides: str) -> Config:
-    """A training of a third of a second."""
+    """Return a job that trains for a third of a second."""
     return tiny(
         home,
         "distiller=vanilla",
@@ -45,15 +45,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def moved(job: Config, home: Path) -> Config:
-    """The same job in another place."""
+    """Return the same job with another home."""
     return replace(job, home=str(home), run_dir=str(home / "runs" / Path(job.run_dir).name))
 
 
-# Ending anywhere
+# Crashes at any point
 
 
 def crash_everywhere(job: Config, undisturbed: Config, home: Path, queue: Any) -> None:
-    """Tells of what went wrong, and how many points there are."""
+    """Crash the job at each file operation in turn, and let it finish afterwards.
+
+    Put into `queue` what went wrong ("" if nothing) and the number of operations.
+    """
     ready()
     wrong, at = "", 0
     while not wrong:
@@ -90,14 +93,18 @@ def test_crash_at_every_file_operation(tmp_path: Path, undisturbed: Config) -> N
     process.join()
     wrong, points = queue.get()
     assert not wrong
-    assert points > 40  # freezing, four checkpoints, two rows, three results, a teacher
+    # They freeze the job and write four checkpoints, two rows, three results and a teacher.
+    assert points > 40
 
 
-# Files that are cut and spoilt
+# Damaged files
 
 
 def damages(content: bytes, seed: int) -> Iterator[bytes]:
-    """A hundred cuts and a hundred changed bytes, also in what no checksum covers."""
+    """Yield a hundred truncated copies and a hundred copies with one changed byte.
+
+    The changed bytes include those that no checksum covers.
+    """
     draw = random.Random(seed)
     for _ in range(100):
         yield content[: draw.randrange(len(content))]
@@ -125,9 +132,8 @@ def test_no_spoilt_checkpoint_is_taken_for_a_good_one(undisturbed: Config, tmp_p
                 match=rf"{tmp_path / checkpoint.LATEST} is .*or delete {tmp_path} to",
             ):
                 checkpoint.read_latest(tmp_path)
-    assert (
-        harmless < 40
-    )  # bytes that say nothing: padding, times and the like; a cut is never among them
+    # Some bytes, such as padding and times, have no meaning. A truncated file is never harmless.
+    assert harmless < 40
 
 
 def test_a_cut_checkpoint_is_never_read(undisturbed: Config, tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ READERS: dict[str, Callable[[Config], Any]] = {
 def test_a_spoilt_record_is_named_or_harmless(
     undisturbed: Config, tmp_path: Path, name: str
 ) -> None:
-    """No traceback: a ValueError of one line that names the file."""
+    """Every error must be a ValueError of one line that names the file."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed.run_dir, folder)
     job, path, said = replace(undisturbed, run_dir=str(folder)), folder / name, []
@@ -191,7 +197,7 @@ def test_a_spoilt_result_is_deleted_and_the_run_goes_on(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """Yield a file system of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(
@@ -206,7 +212,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, room: int = 0) -> None:
-    """Leave `room` bytes of the disk."""
+    """Fill the disk except for `room` bytes."""
     with suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -217,7 +223,8 @@ FULL = "No space left on device"
 
 
 @pytest.mark.parametrize(
-    ("method", "named", "room"),  # what is left takes a result.json, or nothing
+    # A room of 4096 bytes is enough for result.json.
+    ("method", "named", "room"),
     [
         ("sddlskd.training.run.Run.end_epoch", "best.ckpt", 4096),
         ("sddlskd.files.checkpoint.write_latest", "last.ckpt.new", 4096),
@@ -237,7 +244,11 @@ def test_full_disk(
     named: str,
     room: int,
 ) -> None:
-    """The run stops and says what it could not save and what that needs; with space again, it goes on to the same."""
+    """The disk is full when `method` is called.
+
+    The run must stop and name the file and the bytes needed. With space again, the run must
+    continue and have the same outcome as an undisturbed run.
+    """
     job, calls = small(disk, "tracking.predictions=true"), [0]
     real, at = pkgutil.resolve_name(method), 2 if named in ("best.ckpt", "last.ckpt.new") else 1
 
@@ -245,7 +256,7 @@ def test_full_disk(
         calls[0] += 1
         if calls[0] == at:
             if named == "best.ckpt":
-                arguments[0].best_top1 = -1.0  # so that it is written now
+                arguments[0].progress.best_top1 = -1.0  # then this epoch writes best.ckpt
             fill(disk, room)
         return real(*arguments, **options)
 
@@ -263,10 +274,12 @@ def test_full_disk(
         assert result["status"] == "FAILED"
         assert f"{named}: {FULL}" in result["reason"]
     else:
-        assert result["status"] == "RUNNING"  # as far as its record knows: the process is gone
+        # The outcome could not be written, so the record still says RUNNING.
+        assert result["status"] == "RUNNING"
         assert record.abandoned(Path(job.run_dir))
     assert not list(Path(job.run_dir).glob(".*.tmp"))
-    assert checkpoint.read_latest(Path(job.run_dir))["position"][0] >= 2  # the checkpoint before
+    # The previous checkpoint is still there.
+    assert checkpoint.read_latest(Path(job.run_dir))["progress"]["epoch"] >= 2
     (disk / "filler").unlink()
     (result,) = fit([job])
     assert result["status"] == "FINISHED"

@@ -1,19 +1,23 @@
-"""CUB-200-2011, ImageNet, Tiny ImageNet, STL-10 and CIFAR-10, from small folders and archives in their layouts."""
+"""Test the loaders of CUB-200-2011, ImageNet, Tiny ImageNet, STL-10 and CIFAR-10.
+
+The data sets are small folders and archives in the published layouts.
+"""
 
 import hashlib
 import io
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import ImageFolder
 
 from sddlskd.datasets import arrays, folders
-from sddlskd.datasets.arrays import Files, cifar10, stl10
-from sddlskd.datasets.folders import cub200, imagenet, tiny_imagenet
+from sddlskd.datasets.arrays import Files, Splits, cifar10, fashion_mnist, stl10
+from sddlskd.datasets.folders import cub200, image_folder, imagenet, tiny_imagenet
 from sddlskd.files import download
 from sddlskd.files.download import DownloadError
 from sddlskd.training import build
@@ -33,7 +37,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def published(
     web: Site, monkeypatch: pytest.MonkeyPatch, module: object, name: str, archive: Path
 ) -> None:
-    """Serve an archive where `module` asks for it."""
+    """Move an archive to the web server, and let `module` download it from there."""
     content = archive.read_bytes()
     archive.unlink()
     monkeypatch.setattr(module, f"{name}_URL", web.file(f"files/{archive.name}", content))
@@ -65,7 +69,7 @@ def test_cub200_out_of_its_archive_given_or_fetched(
     folder, archive = tmp_path / "CUB_200_2011", tmp_path / "CUB_200_2011.tgz"
     layouts.packed(folder, archive)
     assert sum(len(split.paths) for split in cub200(str(tmp_path))) == len(expected)
-    assert not (folder / "parts").exists()  # nothing that is not read
+    assert not (folder / "parts").exists()  # files that are not read are not unpacked
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "CUB_200_2011",
         "CUB_200_2011.lock",
@@ -77,7 +81,8 @@ def test_cub200_out_of_its_archive_given_or_fetched(
         cub200(str(there)).train.labels_N.tolist() == cub200(str(tmp_path)).train.labels_N.tolist()
     )
     monkeypatch.setattr(folders, "CUB200_URL", "http://127.0.0.1:1/CUB_200_2011.tgz")
-    assert len(cub200(str(there)).test.paths) == 6  # unpacked once and for all
+    # The archive stays unpacked, so no download is needed.
+    assert len(cub200(str(there)).test.paths) == 6
 
 
 def test_cub200_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +191,70 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
         "CUB_200_2011.lock",
         "CUB_200_2011.tgz",
     ]
+
+
+# Any folder of class folders
+
+
+def both(root: Path, *names: str) -> None:
+    """Make image files of these names below root/train and root/val."""
+    for split in ("train", "val"):
+        for name in names:
+            layouts.write(root / split / name, layouts.jpeg(len(name)))
+
+
+def check_as_torchvision(root: Path) -> None:
+    """Check that both splits hold torchvision's images and classes in torchvision's order."""
+    for split, name in zip(image_folder(str(root)), ("train", "val"), strict=True):
+        expected = ImageFolder(str(root / name)).samples
+        assert list(zip(split.paths, split.labels_N.tolist(), strict=True)) == expected
+
+
+def test_images_below_a_class_folder_are_torchvisions(tmp_path: Path) -> None:
+    both(tmp_path / "mixed", "a/2.png", "a/more/1.png", "a/more/deep/0.JPG", "b/x.png")
+    both(tmp_path / "deep", "a/x/1.png", "b/y/z/1.png")
+    # "a-b" sorts before "a/": torchvision sorts the whole paths of the folders.
+    both(
+        tmp_path / "order",
+        "k/a/1.png",
+        "k/a-b/1.png",
+        "k/a/c/1.png",
+        "k/10.png",
+        "k/9.png",
+        "l/1.png",
+    )
+    both(tmp_path / "hidden", "a/.thumbs/1.png", "a/.x.png", ".b/1.png", "c/notes.txt", "c/1.png")
+    for name in ("mixed", "deep", "order", "hidden"):
+        check_as_torchvision(tmp_path / name)
+
+
+def test_links_below_a_class_folder_are_followed(tmp_path: Path) -> None:
+    both(tmp_path, "a/1.png", "b/1.png")
+    layouts.write(tmp_path / "more/2.png", layouts.jpeg(2))
+    (tmp_path / "train/a/linked").symlink_to(tmp_path / "more")
+    (tmp_path / "train/a/3.png").symlink_to(tmp_path / "more/2.png")
+    check_as_torchvision(tmp_path)
+    (tmp_path / "train/b/whole").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="train/b/whole is a link to a folder that holds it"):
+        image_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["c/x.heic", "c/y/z.gif"], r"it holds 'x\.heic' \(files of other types: 2\); convert"),
+        (["c/y/z.gif"], r"it holds 'y/z\.gif' \(files of other types: 1\); convert"),
+        ([], "remove the folder, or fill it"),
+    ],
+)
+def test_a_class_folder_is_to_be_removed_only_if_nothing_is_in_it(
+    tmp_path: Path, files: list[str], says: str
+) -> None:
+    both(tmp_path, "a/1.png", "b/1.png", *files)
+    (tmp_path / "train/c").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=rf"train/c holds no images \(.jpg .*\); {says}") as caught:
+        image_folder(str(tmp_path))
+    assert ("remove" in str(caught.value)) == (not files)
 
 
 # ImageNet
@@ -312,10 +381,17 @@ def test_stl10_from_its_folder_or_archive(
 
 @pytest.mark.parametrize(
     ("file", "content", "says"),
-    [("train_X.bin", b"x" * 5, r"train_X\.bin: expected 165888 bytes for the 6 labels of train_y\.bin, found 5"),
-     ("train_y.bin", b"", r"expected 0 bytes"), ("train_y.bin", bytes([1, 2, 3, 4, 5, 0]), "labels other than"),
-     ("train_y.bin", bytes([1, 2, 3, 4, 5, 11]), "labels other than")],
-)  # fmt: skip
+    [
+        (
+            "train_X.bin",
+            b"x" * 5,
+            r"train_X\.bin: expected 165888 bytes for the 6 labels of train_y\.bin, found 5",
+        ),
+        ("train_y.bin", b"", r"expected 0 bytes"),
+        ("train_y.bin", bytes([1, 2, 3, 4, 5, 0]), "labels other than"),
+        ("train_y.bin", bytes([1, 2, 3, 4, 5, 11]), "labels other than"),
+    ],
+)
 def test_stl10_that_is_damaged(tmp_path: Path, file: str, content: bytes, says: str) -> None:
     layouts.stl10(tmp_path / "stl10_binary")
     (tmp_path / "stl10_binary" / file).write_bytes(content)
@@ -323,11 +399,37 @@ def test_stl10_that_is_damaged(tmp_path: Path, file: str, content: bytes, says: 
         stl10(str(tmp_path))
 
 
+@pytest.mark.parametrize("absent", [["test_y.bin"], list(arrays.STL10_FILES)])
+def test_stl10_whose_folder_lacks_files_is_not_downloaded(
+    tmp_path: Path, absent: list[str], web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stl10_binary"
+    layouts.stl10(folder)
+    for name in absent:
+        (folder / name).unlink()
+    monkeypatch.setattr(arrays, "STL10_URL", web.url + "stl10_binary.tar.gz")
+    with pytest.raises(ValueError, match="remove the folder to have it unpacked again") as caught:
+        stl10(str(tmp_path))
+    assert str(caught.value).startswith(f"{', '.join(absent)} is missing in {folder}; put it there")
+    assert "\n" not in str(caught.value)
+    assert web.asked == []
+
+
+def test_stl10_whose_archive_lacks_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "stl10_binary"
+    layouts.stl10(folder)
+    (folder / "train_y.bin").unlink()
+    layouts.packed(folder, tmp_path / "stl10_binary.tar.gz")
+    with pytest.raises(ValueError, match=f"train_y.bin is missing in {folder}; put it there"):
+        stl10(str(tmp_path))
+
+
 def cifar10_batches(count: int = 3) -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     return {
         name: pickle.dumps(
-            {b"data": rng.integers(256, size=(count, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(count)],
+            {b"data": rng.integers(256, size=(count, 3072), dtype=np.uint8),
+             b"labels": [i % 10 for i in range(count)],
              b"batch_label": b"x", b"filenames": [b"a.png"] * count}, 2,
         )
         for name in arrays.CIFAR10_MEMBERS
@@ -363,7 +465,117 @@ def test_cifar10_that_is_damaged_names_the_batch(tmp_path: Path) -> None:
         cifar10(str(tmp_path))
 
 
-# As data of a job
+# A root that is a level off
+
+
+def put_cifar10(root: Path) -> None:
+    for name, content in cifar10_batches().items():
+        layouts.write(root / "cifar-10-batches-py" / name, content)
+
+
+def put_cifar10_archive(root: Path) -> None:
+    layouts.write(root / "cifar-10-python.tar.gz", b"never read")
+
+
+def put_stl10(root: Path) -> None:
+    layouts.stl10(root / "stl10_binary")
+
+
+def put_fashion_mnist(root: Path) -> None:
+    for name in arrays.FASHION_MNIST_MD5:
+        layouts.write(root / "FashionMNIST/raw" / name, b"never read")
+
+
+def put_image_folder(root: Path) -> None:
+    both(root, "a/1.png", "b/1.png")
+
+
+def put_image_folder_with_test(root: Path) -> None:
+    put_image_folder(root)
+    (root / "val").rename(root / "test")
+
+
+LOADERS = [
+    (put_image_folder, image_folder, ["train", "val/a", "notes"]),
+    (put_image_folder_with_test, image_folder, ["test", "train/a"]),
+    (layouts.imagenet, imagenet, ["train", "val"]),
+    (layouts.cub200, cub200, ["CUB_200_2011", "CUB_200_2011/images"]),
+    (layouts.tiny_imagenet, tiny_imagenet, ["tiny-imagenet-200", "tiny-imagenet-200/val"]),
+    (put_cifar10, cifar10, ["cifar-10-batches-py"]),
+    (put_stl10, stl10, ["stl10_binary"]),
+    (put_fashion_mnist, fashion_mnist, ["FashionMNIST"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("put", "load", "inside"),
+    [(put, load, place) for put, load, places in LOADERS for place in places],
+)
+def test_a_root_too_deep_names_the_folder_that_would_do(
+    tmp_path: Path,
+    web: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    put: Callable[[Path], object],
+    load: Callable[[str], Splits],
+    inside: str,
+) -> None:
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    put(tmp_path / "data")
+    root = tmp_path / "data" / inside
+    before = sorted(tmp_path.rglob("*"))
+    says = rf"root={root} is too deep: .*; set dataset\.root={tmp_path / 'data'}$"
+    with pytest.raises(ValueError, match=says) as caught:
+        load(str(root))
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("between", ["x", "x/y", "ILSVRC/Data/CLS-LOC"])
+@pytest.mark.parametrize(
+    ("put", "load"),
+    [
+        *((put, load) for put, load, _ in LOADERS if put is not put_fashion_mnist),
+        (put_cifar10_archive, cifar10),
+    ],
+)
+def test_a_root_too_shallow_names_the_folder_that_would_do(
+    tmp_path: Path, put: Callable[[Path], object], load: Callable[[str], Splits], between: str
+) -> None:
+    put(tmp_path / "data" / between)
+    (tmp_path / "data/other").mkdir()
+    right = tmp_path / "data" / between
+    says = rf"root={tmp_path / 'data'} is too shallow: .*; set dataset\.root={right}$"
+    with pytest.raises(ValueError, match=says):
+        load(str(tmp_path / "data"))
+
+
+def test_a_root_too_shallow_for_fashion_mnist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    put_fashion_mnist(tmp_path / "data/torch")
+    with pytest.raises(ValueError, match=rf"shallow: .*; set dataset\.root={tmp_path}/data/torch$"):
+        fashion_mnist(str(tmp_path / "data"))
+
+
+def test_several_folders_that_would_do_are_all_named(tmp_path: Path) -> None:
+    put_image_folder(tmp_path / "pets")
+    put_image_folder(tmp_path / "cars")
+    choices = f"dataset.root={tmp_path}/cars or dataset.root={tmp_path}/pets"
+    with pytest.raises(ValueError, match=f"; set {choices}$"):
+        image_folder(str(tmp_path))
+
+
+def test_a_data_set_beside_the_root_does_not_stop_a_download(
+    tmp_path: Path, web: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts.cub200(tmp_path)
+    monkeypatch.setattr(folders, "CUB200_URL", web.url + "CUB_200_2011.tgz")
+    with pytest.raises(DownloadError):
+        cub200(str(tmp_path / "elsewhere"))
+
+
+# The data sets in a job
 
 
 @pytest.mark.parametrize(
@@ -377,7 +589,7 @@ def test_batches_of_a_job(tmp_path: Path, name: str, size: int) -> None:
         tmp_path, f"dataset={name}", "trainer.batch_size=4", "dataset.workers=0", *more
     )
     data = build.build_data(job, torch.device("cpu"))
-    x_BCHW, y_B = next(iter(data.batches(1)))
+    x_BCHW, y_B, *_ = next(data.batches(1))
     assert x_BCHW.shape == (4, 3, size, size)
     assert len(y_B) == 4
     assert data.test_size == {"cub200": 6, "imagenet": 6, "tiny_imagenet": 3}[name]

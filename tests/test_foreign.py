@@ -1,4 +1,7 @@
-"""Networks of others as logit-map models: the mean of the map is their own logits, or they are refused by name.
+"""Test logit-map models that are made of other people's networks.
+
+The mean of the map must equal the network's own logits. Other networks must be refused, with the
+operation that does not fit.
 
 Shapes: B batch, C channels, H W sides, N tokens, K classes.
 """
@@ -49,25 +52,26 @@ def assert_mean_is_logits(network: nn.Module, model: LogitMapModel, images_BCHW:
         1.0, logits_BK.abs().max().item()
     )
     with torch.no_grad():
-        assert (
-            model.features(images_BCHW).std((2, 3)).max() > 0
-        )  # a map, not the same in every cell
+        # The cells of the map must differ.
+        assert model.features(images_BCHW).std((2, 3)).max() > 0
     return map_BKHW
 
 
 @pytest.mark.parametrize(
     ("make", "side", "map_side"),
     [
-        (lambda: of_torchvision("resnet18"), 96, 3),  # module, flatten, fc
-        (lambda: of_torchvision("mobilenet_v2"), 64, 2),  # F.adaptive_avg_pool2d, dropout
+        (lambda: of_torchvision("resnet18"), 96, 3),  # pools with a module, then flattens
+        (lambda: of_torchvision("mobilenet_v2"), 64, 2),  # F.adaptive_avg_pool2d
         (lambda: of_torchvision("shufflenet_v2_x0_5"), 64, 2),  # x.mean([2, 3])
         (lambda: of_torchvision("densenet121"), 64, 2),  # F.relu in place on the features
         (lambda: of_timm("resnet18", drop_rate=0.2), 96, 3),
         (lambda: of_timm("mobilenetv2_050"), 64, 2),
         (lambda: of_timm("convnext_atto", head_norm_first=True), 64, 2),
-        (lambda: of_timm("swin_tiny_patch4_window7_224", img_size=64, embed_dim=12, depths=(1, 1, 1, 1),
-                         num_heads=(1, 1, 1, 1), window_size=2), 64, 2),  # B H W C
-        (lambda: of_timm("vit_tiny_patch16_224", **VIT, **PATCHES), 32, 4),  # prefix tokens left out
+        # Swin's features are B H W C.
+        (lambda: of_timm("swin_tiny_patch4_window7_224", img_size=64, embed_dim=12,
+                         depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2), 64, 2),
+        # The prefix tokens are left out of the map.
+        (lambda: of_timm("vit_tiny_patch16_224", **VIT, **PATCHES), 32, 4),
         (lambda: of_timm("deit_tiny_patch16_224", **VIT, **PATCHES), 32, 4),
         (lambda: of_timm("mixer_s32_224", img_size=64), 64, 2),
     ],
@@ -87,7 +91,7 @@ def test_mean_of_the_map_is_the_networks_logits(
 
 
 class Flat(nn.Module):
-    """One of our networks as somebody else has it: images -> logits."""
+    """One of our networks in the usual form: images -> logits."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -158,7 +162,7 @@ def test_what_stands_between_map_and_head_is_named(make: Callable[[], nn.Module]
 
 
 class Late(nn.Module):
-    """Pools, then does something that does not commute with pooling, in place or not."""
+    """A network that pools, then applies `act`, which does not commute with pooling."""
 
     def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -293,7 +297,10 @@ def test_bad_names_options_and_weights() -> None:
 def test_published_weights_load_but_a_head_of_other_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights come from torch's own cache, where a file with the right name and checksum stands already."""
+    """torchvision reads the weights from torch's cache.
+
+    The test puts a file with the right name and checksum there.
+    """
     import hashlib
 
     from torchvision.models import ResNet18_Weights

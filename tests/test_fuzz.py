@@ -1,6 +1,7 @@
-"""Files of strangers, mutated: a clear error in one line or a sound result; no code run, nothing written elsewhere.
+"""Test the readers of untrusted files with damaged and hostile files.
 
-Bounded and repeatable: the same examples every time.
+The outcome must be a valid result or an error of one line. No code of a file may run, and nothing
+may be written outside of the given folder. The examples are the same every time.
 """
 
 import gzip
@@ -40,7 +41,7 @@ Data = st.DataObject
 
 @contextmanager
 def place() -> Iterator[Path]:
-    """A folder of an example's own, in one that nothing else may come into."""
+    """Yield an empty folder; afterwards check that nothing was written beside it."""
     with tempfile.TemporaryDirectory() as outer:
         inner = Path(outer, "inner")
         inner.mkdir()
@@ -49,7 +50,10 @@ def place() -> Iterator[Path]:
 
 
 def said(act: Callable[[], Any], *kinds: type[Exception]) -> tuple[str, Any]:
-    """("", what the act gives) or (its error in one line, None). Any other error than these kinds is a crash."""
+    """Call `act` and return ("", its result), or (its error in one line, None).
+
+    An error of other kinds than `kinds` is raised, and fails the test.
+    """
     try:
         return "", act()
     except kinds as error:
@@ -60,7 +64,7 @@ def said(act: Callable[[], Any], *kinds: type[Exception]) -> tuple[str, Any]:
 
 
 def mutated(data: Data, content: bytes, most: int = 6) -> bytes:
-    """Some bytes changed, taken away or put in, perhaps cut off."""
+    """Return `content` with up to `most` changes of bytes, perhaps truncated."""
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(0, most))):
         at = data.draw(st.integers(0, max(0, len(changed) - 1)))
@@ -75,7 +79,7 @@ def mutated(data: Data, content: bytes, most: int = 6) -> bytes:
 
 
 class Canary:
-    """A pickle that makes a file when it is loaded by plain pickle."""
+    """An object whose pickle creates a file if plain pickle loads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,8 +92,8 @@ class Canary:
 
 
 NAMES = st.one_of(
-    st.sampled_from(["top/a", "top/b/c", "../x", "/etc/x", "top/../../x", "a\\..\\b", "C:x", "top", "top/", "", ".",
-                     "a\0b", "é" * 200, "x" * 300, "top/a/under"]),
+    st.sampled_from(["top/a", "top/b/c", "../x", "/etc/x", "top/../../x", "a\\..\\b", "C:x", "top",
+                     "top/", "", ".", "a\0b", "é" * 200, "x" * 300, "top/a/under"]),
     st.text(max_size=12),
 )  # fmt: skip
 
@@ -109,11 +113,10 @@ def test_zips(data: Data) -> None:
             info.compress_type = data.draw(st.sampled_from([0, 8, 12, 14]))
             content = data.draw(st.sampled_from([b"", b"abc", b"\0" * 5000]))
             try:
-                with (
-                    pytest.warns() if info.filename in target.namelist() else place()
-                ):  # a name that is there twice
+                # zipfile warns if a name occurs twice.
+                with pytest.warns() if info.filename in target.namelist() else place():
                     target.writestr(info, content)
-            except (ValueError, UnicodeError, struct.error):  # the writer's own limits
+            except (ValueError, UnicodeError, struct.error):  # zipfile cannot write this name
                 return
     with place() as folder:
         path = folder / "x.zip"
@@ -176,7 +179,7 @@ WORDS = st.one_of(
 
 
 def edited(data: Data, text: str) -> bytes:
-    """A text file whose lines were changed, doubled, swapped, cut or spoilt."""
+    """Return a text file with changed, duplicated, deleted or damaged lines."""
     lines = text.splitlines(keepends=True)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(lines) - 1))
@@ -267,9 +270,11 @@ def test_cifar_pickles(data: Data) -> None:
     with place() as folder:
         canary = folder / "canary"
         content = data.draw(st.sampled_from([
-            cifar_pickle(), pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [3]}, 5),
-            cifar_pickle(extra=Canary(canary)), cifar_pickle(labels=np.zeros(2, "S0")), cifar_pickle(labels="xx"),
-            cifar_pickle(data=np.zeros((2, 3072), object)), pickle.dumps([1]),
+            cifar_pickle(),
+            pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [3]}, 5),
+            cifar_pickle(extra=Canary(canary)), cifar_pickle(labels=np.zeros(2, "S0")),
+            cifar_pickle(labels="xx"), cifar_pickle(data=np.zeros((2, 3072), object)),
+            pickle.dumps([1]),
         ]))  # fmt: skip
         message, found = said(
             lambda: arrays._cifar_split(
@@ -313,13 +318,13 @@ def test_files_of_weights(data: Data) -> None:
 
 
 def test_the_canary_sings() -> None:
-    """What the tests above rely on."""
+    """Check that a canary creates its file, on which the tests above rely."""
     with place() as folder:
         pickle.loads(pickle.dumps(Canary(folder / "canary"))).close()
         assert (folder / "canary").exists()
 
 
-# Memory: what a few bytes can ask for
+# Small files that claim much memory
 
 
 @contextmanager
@@ -360,7 +365,7 @@ def test_a_member_of_a_tar_that_is_too_large_is_not_read(
 @pytest.mark.parametrize("builder", ["numpy.core.multiarray _reconstruct", "numpy ndarray"])
 def test_a_pickle_cannot_ask_for_an_array_of_any_size(builder: str) -> None:
     module, name = builder.split()
-    shape = b"(J" + struct.pack("<i", 1 << 28) + b"t"  # 256 million bytes
+    shape = b"(J" + struct.pack("<i", 1 << 28) + b"t"  # 2^28 bytes
     arguments = (
         b"(cnumpy\nndarray\n" + shape + b"U\x01bt"
         if name == "_reconstruct"

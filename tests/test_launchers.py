@@ -1,4 +1,4 @@
-"""The launchers that can be chosen: what each makes of its configuration, without a cluster."""
+"""Test how the launchers use their configuration, without a cluster."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def test_how_large_groups_are_and_who_runs_them(
 ) -> None:
     launcher = chosen(tmp_path, f"hydra/launcher={choice}")
     assert launcher.max_group_size == group_size
-    assert isinstance(launcher._pool(), kind)
+    assert isinstance(launcher._runner(), kind)
 
 
 def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
         "hydra.launcher.container=image.sqsh",
         "hydra.launcher.wait=false",
     )
-    pool = launcher._pool()
+    pool = launcher._runner()
     assert launcher.max_group_size is None
     assert pool.options["partition"] == "gpu"
     assert pool.options["setup"] == ["module load cuda"]
@@ -76,7 +76,7 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
         @contextmanager
         def batch(self) -> Iterator[None]:
             yield
-            os.kill(os.getpid(), number)  # sbatch has just answered
+            os.kill(os.getpid(), number)  # the signal comes right after the answer of sbatch
 
         def submit(self, task: Any) -> Any:
             return SimpleNamespace(job_id=f"17_{task.run_dirs[0][-1]}")
@@ -86,7 +86,7 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
 
     before = signal.signal(number, interrupted)
     monkeypatch.setattr("sddlskd.sweeps.slurm._ask", lambda *command: "MaxArraySize = 1001\n")
-    pool = chosen(tmp_path, "hydra/launcher=slurm")._pool()
+    pool = chosen(tmp_path, "hydra/launcher=slurm")._runner()
     monkeypatch.setattr(pool, "_executor", lambda *_: Executor())
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -102,7 +102,7 @@ def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted: list[Any] = []
-    pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.wait=false")._pool()
+    pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.wait=false")._runner()
     monkeypatch.setattr(
         "sddlskd.sweeps.slurm.states", lambda sweep: {"/runs/0": "queued", "/runs/2": "running"}
     )
@@ -120,8 +120,11 @@ def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
 def test_fail_fast_counts_the_failures_of_this_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Looks at the queue: a job runs, then the other one has failed or not, then it is empty."""
-    pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.fail_fast=true")._pool()
+    """The launcher looks at the queue several times.
+
+    First a job is running. Then another job may have failed. In the end the queue is empty.
+    """
+    pool = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.fail_fast=true")._runner()
     looks = iter([{"17_0": ("RUNNING", "None")}] * 2 + [{}] * 2)
     failed = {"/runs/long ago"}
     asked: list[tuple[str, ...]] = []

@@ -1,4 +1,4 @@
-"""The losses against numbers worked by hand, and the identities that tie them together.
+"""Test the losses with numbers computed by hand and with identities.
 
 Shapes: N samples, K classes.
 """
@@ -24,7 +24,7 @@ LOSSES = {
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 some = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
-# The worked example: at temperature 2 these logits are these probabilities (softmax(2 ln p / 2) = p).
+# The example: at temperature 2 the logits 2 ln p have the probabilities p = softmax(2 ln p / 2).
 STUDENT_P, TEACHER_P = (0.2, 0.3, 0.5), (0.6, 0.3, 0.1)
 STUDENT_13 = torch.tensor([[2 * math.log(p) for p in STUDENT_P]], dtype=torch.float64)
 TEACHER_13 = torch.tensor([[2 * math.log(p) for p in TEACHER_P]], dtype=torch.float64)
@@ -33,7 +33,7 @@ TARGET_1 = torch.tensor([0])
 
 @st.composite
 def batches(draw: st.DrawFn, K_min: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """student_NK, teacher_NK (float64) and target_N."""
+    """Draw student_NK, teacher_NK (both float64) and target_N."""
     N, K = draw(st.integers(1, 5)), draw(st.integers(K_min, 7))
     spread = draw(st.sampled_from([0.1, 1.0, 10.0]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -52,11 +52,11 @@ def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-12) ->
     torch.testing.assert_close(actual, expected.expand_as(actual), rtol=tolerance, atol=tolerance)
 
 
-# Numbers worked by hand
+# Numbers computed by hand
 
 
 def test_kd_by_hand():
-    # T^2 sum_k p^T_k ln(p^T_k / p^S_k), Hinton et al. 2015
+    # Hinton et al. 2015: T^2 sum_k p^T_k ln(p^T_k / p^S_k)
     expected = 2**2 * (
         0.6 * math.log(0.6 / 0.2) + 0.3 * math.log(0.3 / 0.3) + 0.1 * math.log(0.1 / 0.5)
     )
@@ -65,7 +65,8 @@ def test_kd_by_hand():
 
 
 def test_kd_at_another_temperature_by_hand():
-    # At T = 1 the same logits give p_k^2 / sum p^2: (0.04, 0.09, 0.25) / 0.38 and (0.36, 0.09, 0.01) / 0.46
+    # At T = 1 the same logits have the probabilities p_k^2 / sum p^2: (0.04, 0.09, 0.25) / 0.38 for
+    # the student and (0.36, 0.09, 0.01) / 0.46 for the teacher.
     ratio = 0.38 / 0.46
     expected = (
         0.36 * math.log(9 * ratio) + 0.09 * math.log(ratio) + 0.01 * math.log(0.04 * ratio)
@@ -75,22 +76,24 @@ def test_kd_at_another_temperature_by_hand():
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0), (1.0, 8.0), (0.5, 2.0)])
 def test_dkd_by_hand(alpha: float, beta: float):
-    # DKD Eq. 5: TCKD = b^T_t ln(b^T_t / b^S_t) + b^T_rest ln(b^T_rest / b^S_rest), target 0
+    # DKD Eq. 5, with target 0: TCKD = b^T_t ln(b^T_t / b^S_t) + b^T_rest ln(b^T_rest / b^S_rest)
     tckd = 0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8)
-    # NCKD over the others, renormalised: teacher (0.3, 0.1) / 0.4, student (0.3, 0.5) / 0.8
+    # NCKD is over the other classes, renormalised: (0.3, 0.1) / 0.4 for the teacher and
+    # (0.3, 0.5) / 0.8 for the student.
     nckd = 0.75 * math.log(0.75 / 0.375) + 0.25 * math.log(0.25 / 0.625)
-    # DKD Eq. 7: alpha TCKD + beta NCKD, times T^2
+    # DKD Eq. 7, times T^2: alpha TCKD + beta NCKD
     expected = 2**2 * (alpha * tckd + beta * nckd)
     close(dkd(STUDENT_13, TEACHER_13, TARGET_1, alpha=alpha, beta=beta, temperature=2.0), expected)
 
 
 @pytest.mark.parametrize("exclude_target", [True, False])
 def test_nkd_by_hand(exclude_target: bool):
-    # The target's term is at T = 1, where the probabilities are p_k^2 / sum p^2: -p^T_t ln p^S_t
+    # The term of the target, -p^T_t ln p^S_t, is at T = 1, where the probabilities are
+    # p_k^2 / sum p^2.
     target_term = -(0.36 / 0.46) * math.log(0.04 / 0.38)
-    if exclude_target:  # -sum_{k != t} N(p^T)_k ln N(p^S)_k at T = 2
+    if exclude_target:  # the paper's term: -sum_{k != t} N(p^T)_k ln N(p^S)_k at T = 2
         other_term = -(0.75 * math.log(0.375) + 0.25 * math.log(0.625))
-    else:  # the released code's mask masks nothing: all K classes
+    else:  # the released code, whose mask masks nothing: the sum is over all K classes
         other_term = -(0.6 * math.log(0.2) + 0.3 * math.log(0.3) + 0.1 * math.log(0.5))
     expected = target_term + 1.5 * 2**2 * other_term
     close(
@@ -116,7 +119,8 @@ def test_nkd_excludes_the_target_unless_told_otherwise():
 
 
 def test_targets_are_taken_row_by_row():
-    # The same pair of logits with each of the three targets: one row per target equals three single calls.
+    # One call with three rows, which have the same logits and different targets, must equal three
+    # calls with one row each.
     student_NK, teacher_NK, target_N = (
         STUDENT_13.expand(3, 3),
         TEACHER_13.expand(3, 3),
@@ -207,9 +211,9 @@ def test_samples_do_not_mix(batch: tuple[Tensor, Tensor, Tensor], name: str):
 def test_with_two_classes_no_distribution_over_others_is_left(batch: tuple[Tensor, Tensor, Tensor]):
     student_NK, teacher_NK, target_N = batch[0][:, :2], batch[1][:, :2], batch[2] % 2
     binary = student_NK, teacher_NK, target_N
-    # NCKD is 0 and TCKD is the whole divergence
+    # NCKD is 0, so TCKD is the whole divergence.
     close(dkd(*binary, alpha=1.0, beta=8.0, temperature=2.0), kd(*binary, temperature=2.0), 1e-10)
-    # the others' distribution is (1), its cross-entropy 0, so gamma does not matter
+    # One other class is left, whose cross-entropy is 0, so gamma has no effect.
     close(nkd(*binary, gamma=1.5, temperature=2.0), nkd(*binary, gamma=0.0, temperature=2.0))
 
 
@@ -257,7 +261,8 @@ def test_extreme_logits_stay_finite(loss, K: int):
 
 def test_extreme_logits_keep_their_value():
     student_NK, teacher_NK = torch.tensor([[1e4, 0.0, 0.0]]), torch.tensor([[0.0, 1e4, 0.0]])
-    # the teacher is sure of class 1, whose log-probability is -1e4 for the student: no epsilon caps it
+    # The teacher is certain of class 1, whose log-probability is -1e4 for the student. No epsilon
+    # may limit this value.
     close(kd(student_NK, teacher_NK, torch.tensor([1]), temperature=1.0), 1e4)
     close(dkd(student_NK, teacher_NK, torch.tensor([1]), alpha=1.0, beta=0.0, temperature=1.0), 1e4)
     close(nkd(student_NK, teacher_NK, torch.tensor([1]), gamma=0.0, temperature=1.0), 1e4)

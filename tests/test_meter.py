@@ -1,4 +1,4 @@
-"""The meter, off and on a terminal."""
+"""Test the meter in the log and on a terminal."""
 
 import logging
 import os
@@ -37,7 +37,10 @@ def test_lines_are_rare(caplog: pytest.LogCaptureFixture) -> None:
     ("unit", "shown"), [("bytes", "2.0/2.0 MB"), ("images", "2000000/2000000")]
 )
 def test_a_bar_on_a_terminal(unit: str, shown: str) -> None:
-    code = f"from sddlskd.terminal.meter import meter\nwith meter('what', 2_000_000, {unit!r}) as show: show(2_000_000)"
+    code = (
+        "from sddlskd.terminal.meter import meter\n"
+        f"with meter('what', 2_000_000, {unit!r}) as show: show(2_000_000)"
+    )
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
@@ -46,7 +49,7 @@ def test_a_bar_on_a_terminal(unit: str, shown: str) -> None:
     while True:
         try:
             part = os.read(ours, 1 << 16)
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # Linux raises this error if the other side is closed
             break
         if not part:
             break

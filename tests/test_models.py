@@ -1,4 +1,6 @@
-"""The networks against the published checkpoints' names, and against a second writing of them in plain functions.
+"""Test the networks with a second implementation in plain functions.
+
+Their parameters must have the names of the published checkpoints.
 
 Shapes: B batch, C channels, H W sides, K classes.
 """
@@ -34,7 +36,10 @@ each_family = pytest.mark.parametrize("name", FAMILY_HEADS)
 
 
 def random_checkpoint(name: str, seed: int = 0) -> dict[str, Tensor]:
-    """What a published file for `name` holds, drawn at random in float64, with BN statistics far from 0 and 1."""
+    """Return random weights with the names and shapes of the published file of a network.
+
+    They are float64. The statistics of BatchNorm are far from 0 and 1.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(shape: list[int], low: float, high: float) -> Tensor:
@@ -47,9 +52,8 @@ def random_checkpoint(name: str, seed: int = 0) -> dict[str, Tensor]:
         elif key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
             state[key] = uniform(shape, 0.5, 1.3)
         elif key.endswith("weight"):
-            scale = (
-                6 / torch.tensor(shape[1:]).prod().item()
-            ) ** 0.5  # keeps the variance through conv-ReLU
+            # This scale keeps the variance of the signal through convolution and ReLU.
+            scale = (6 / torch.tensor(shape[1:]).prod().item()) ** 0.5
             state[key] = uniform(shape, -scale, scale)
         else:
             state[key] = uniform(shape, -0.3, 0.3)
@@ -57,7 +61,7 @@ def random_checkpoint(name: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def loaded(name: str, dtype: torch.dtype = torch.float32) -> LogitMapModel:
-    """`name` with `random_checkpoint(name)` in it, in eval mode."""
+    """Return the network with the weights of `random_checkpoint(name)`, in eval mode."""
     model = create(name, num_classes=100).to(dtype)
     model.load_state_dict(random_checkpoint(name), strict=True)
     return model.eval()
@@ -78,17 +82,25 @@ def map_side(name: str, image_side: int) -> int:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal within `tolerance` of the largest expected entry, which must not be a dead or exploded signal."""
+    """Assert that the values differ by at most `tolerance` times the largest expected value.
+
+    The expected values must have neither vanished nor exploded.
+    """
     scale = expected.abs().max().item()
     assert 1e-9 < scale < 1e12
     assert (actual - expected).abs().max().item() <= tolerance * scale
 
 
-# --- the second writing: architectures.md, on a state dict, sharing nothing with sddlskd.models ---
+# The second implementation, written from architectures.md
+#
+# It computes with a state dict and shares no code with sddlskd.models.
 
 
 class Functional:
-    """Layers by name: `f.conv("layer1.0.conv1", x)` reads `layer1.0.conv1.weight` and so on."""
+    """Layers of a state dict by name.
+
+    For example, `f.conv("layer1.0.conv1", x)` uses `layer1.0.conv1.weight`.
+    """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
@@ -182,7 +194,7 @@ def oracle_mobilev2(f: Functional, x: Tensor) -> Tensor:
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Channel `g * (C / groups) + i` goes to place `i * groups + g`."""
+    """Move channel `g * (C / groups) + i` to position `i * groups + g`."""
     size = x.shape[1] // groups
     return torch.stack([x[:, g * size + i] for i in range(size) for g in range(groups)], dim=1)
 
@@ -258,7 +270,7 @@ def oracle_mobilev1(f: Functional, x: Tensor) -> Tensor:
     return f.linear("fc", x)
 
 
-# --- names ---
+# Names
 
 
 def test_names_are_the_checkpoints():
@@ -288,16 +300,15 @@ def test_too_few_classes():
         create("resnet8", num_classes=1)
 
 
-# --- numbers ---
+# Numbers
 
 
 @all_networks
 def test_logits_and_gradients_equal_the_second_writing(name):
     state = random_checkpoint(name)
     model = loaded(name, torch.float64)
-    x = images(
-        batch=1, side=16, dtype=torch.float64
-    )  # small: float64 has no fast depthwise convolution
+    # The image is small because torch has no fast depthwise convolution for float64.
+    x = images(batch=1, side=16, dtype=torch.float64)
     parameters = dict(model.named_parameters())
     state |= {key: state[key].requires_grad_() for key in parameters}
 
@@ -337,7 +348,8 @@ def test_training_gradients(name):
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
-        # A convolution's bias before BN has no gradient but rounding: BN takes the mean away.
+        # BatchNorm subtracts the mean, so the bias of a convolution before it has a gradient of
+        # zero, up to rounding.
         convolution_bias = (
             key.endswith("bias") and model.get_parameter(key[:-4] + "weight").ndim == 4
         )
@@ -378,13 +390,13 @@ def test_vgg_pools_once_more_at_64():
         )
 
 
-# --- images of 224 pixels: mobilev1, and the stems of the SDD authors for CUB-200 ---
+# Images of 224 pixels: mobilev1, and the stems that the SDD authors use for CUB-200
 
 LARGE = [name for name in CIFAR if not name.startswith("vgg")]
 
 
 def state_of(model: LogitMapModel) -> dict[str, Tensor]:
-    """Its state in float64, with BN statistics that are not those of a fresh network."""
+    """Return the state of a network in float64, with random statistics of BatchNorm."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -463,12 +475,11 @@ def test_mobilev1_is_as_large_as_published():
     with torch.device("meta"):
         model = create("mobilev1", num_classes=1000)
         assert model.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 1000, 7, 7)
-    assert (
-        round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.2
-    )  # Howard et al. 2017, table 4
+    # Source: Howard et al. 2017, table 4
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 4.2
 
 
-# --- what others do with a network ---
+# Folding, tracing, compiling and initialisation
 
 
 @all_networks
@@ -482,7 +493,8 @@ def test_batch_norm_folds_into_convolutions(name):
         for n in folded.graph.nodes
         if n.op == "call_module" and type(modules[n.target]) is nn.BatchNorm2d
     ]
-    if name.startswith("wrn"):  # pre-activation: a sum cannot take the BN that follows it
+    # In a pre-activation network, some BatchNorms follow a sum and cannot be folded into it.
+    if name.startswith("wrn"):
         assert all(str(target).endswith("bn1") for target in kept)
     else:
         assert kept == []
@@ -502,7 +514,8 @@ def test_a_traced_vgg_still_adapts_to_64():
 @each_family
 def test_compiles_without_a_graph_break(name):
     model, x = loaded(name), images(batch=1)
-    torch.compiler.reset()  # what other tests compiled of the same code counts towards its limit
+    # Compilations of the same code by other tests count towards the limit of recompilations.
+    torch.compiler.reset()
     with torch.no_grad():
         assert_near(torch.compile(model, backend="eager", fullgraph=True)(x), model(x), 1e-5)
 
@@ -523,7 +536,7 @@ def test_initialisation():
     assert std(mobile, "blocks.5.1.conv.3.weight") == pytest.approx(
         (2 / (9 * 480)) ** 0.5, rel=0.05
     )
-    # torch's default: uniform, 1 / sqrt(3 fan_in)
+    # The default of torch is uniform, with a std of 1 / sqrt(3 fan_in).
     assert std(shuffle_net, "layer3.1.conv1.weight") == pytest.approx(
         (1 / (3 * 320)) ** 0.5, rel=0.05
     )

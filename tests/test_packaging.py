@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that it runs where nothing of this checkout is."""
+"""Test the wheel: its content, and that it runs without this checkout."""
 
 import os
 import subprocess
@@ -17,7 +17,10 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of what is in the repository, so that no build folder is left here."""
+    """Return the wheel.
+
+    It is built from a copy of the repository's files, so that no build folder is left here.
+    """
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -46,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the wheel was installed into, alone."""
+    """Return a folder with only the installed wheel."""
     target = tmp_path_factory.mktemp("installed")
     command = [
         sys.executable,
@@ -69,7 +72,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, empty: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the installed copy and the dependencies, without the checkout (-S: no editable install)."""
+    """Run Python with the installed copy and the dependencies, but without the checkout.
+
+    The option -S of Python leaves out the editable installation.
+    """
     paths = os.pathsep.join(
         [str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     )
@@ -110,15 +116,20 @@ def test_the_wheel_says_how_to_call_it(wheel: Path) -> None:
     assert "sddlskd-train = sddlskd.train:main" in archive.read(entry).decode()
     (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
     text = archive.read(metadata).decode()
-    for needed in ("torch", "torchvision", "hydra-core", "omegaconf", "hydra-submitit-launcher", "mlflow", "pandas",
+    for needed in ("torch", "torchvision", "hydra-core", "omegaconf", "hydra-submitit-launcher",
+                   "mlflow", "pandas",
                    "scikit-learn", "rich"):  # fmt: skip
-        assert any(line.startswith(f"Requires-Dist: {needed}>=") or line.startswith(f"Requires-Dist: {needed}<")
-                   for line in text.splitlines()), needed  # fmt: skip
+        assert any(
+            line.startswith(f"Requires-Dist: {needed}>=")
+            or line.startswith(f"Requires-Dist: {needed}<")
+            for line in text.splitlines()
+        ), needed
 
 
 def test_the_installed_copy_runs_from_an_empty_directory(installed: Path, tmp_path: Path) -> None:
     yaml = installed / "sddlskd" / "conf" / "student" / "shufflev1.yaml"
-    yaml.write_text(yaml.read_text().replace("0.01", "0.0123"))  # seen only where this copy is read
+    # The changed value shows that the command reads this copy.
+    yaml.write_text(yaml.read_text().replace("0.01", "0.0123"))
     done = run(
         installed, tmp_path, "-m", "sddlskd.train", "--cfg", "job", "--resolve", "student=shufflev1"
     )
@@ -138,7 +149,10 @@ def test_the_installed_copy_writes_tables(installed: Path, tmp_path: Path) -> No
 
 
 def test_hydra_finds_the_launcher_of_the_installed_copy(installed: Path, tmp_path: Path) -> None:
-    code = "import hydra_plugins.shared_teacher as plugin, sddlskd.train as train; print(plugin.__file__, train.__file__)"
+    code = (
+        "import hydra_plugins.shared_teacher as plugin, sddlskd.train as train; "
+        "print(plugin.__file__, train.__file__)"
+    )
     done = run(installed, tmp_path, "-c", code)
     expected = [
         str(installed / "hydra_plugins" / "shared_teacher.py"),

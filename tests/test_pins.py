@@ -1,4 +1,4 @@
-"""The lock file of teachers."""
+"""Test the lock file of teachers."""
 
 import json
 import multiprocessing
@@ -6,38 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from sddlskd.training.teacher_files import check_pin as check
-from sddlskd.training.teacher_files import lock_path, pin, pinned
-from sddlskd.training.teacher_files import pin_key as key_of
+from sddlskd.training.teacher_files import check_pin, lock_path, pin, pin_key, pinned
 
 OLD, NEW = "a" * 64, "b" * 64
 
 
 def test_the_first_use_pins_and_another_file_is_refused(tmp_path: Path) -> None:
-    home, key = str(tmp_path), key_of("cifar100", "resnet56")
-    assert not check(home, key, OLD)
+    home, key = str(tmp_path), pin_key("cifar100", "resnet56")
+    assert not check_pin(home, key, OLD)
     pin(home, key, OLD, "http://place/x")
-    assert check(home, key, OLD)
-    pin(home, key, OLD, "http://elsewhere/x")  # the same file from elsewhere: nothing to say
+    assert check_pin(home, key, OLD)
+    pin(home, key, OLD, "http://elsewhere/x")  # the same file from another address is accepted
     assert pinned(home)[key]["source"] == "http://place/x"
     before = lock_path(home).read_bytes()
-    for use in (lambda: check(home, key, NEW), lambda: pin(home, key, NEW, "http://place/x")):
+    for use in (lambda: check_pin(home, key, NEW), lambda: pin(home, key, NEW, "http://place/x")):
         with pytest.raises(
             ValueError, match=r"cifar100/resnet56 has changed: .*http://place/x.*remove the entry"
         ) as error:
             use()
         assert str(lock_path(home)) in str(error.value)
     assert lock_path(home).read_bytes() == before
-    assert not check(home, "cifar100/other", NEW)
+    assert not check_pin(home, "cifar100/other", NEW)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"pins": []}', '{"pins": {"a": 1}}', '{"pins": {"a": {}}}',
-                                     '{"pins": {"a": {"sha256": 1, "source": "x"}}}', "\xff"])  # fmt: skip
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"pins": []}', '{"pins": {"a": 1}}',
+                                     '{"pins": {"a": {}}}',
+                                     '{"pins": {"a": {"sha256": 1, "source": "x"}}}',
+                                     "\xff"])  # fmt: skip
 def test_a_damaged_lock_file_is_no_permission(tmp_path: Path, content: str) -> None:
     path = lock_path(str(tmp_path))
     path.parent.mkdir()
     path.write_bytes(content.encode("latin-1"))
-    for use in (lambda: check(str(tmp_path), "a", OLD), lambda: pin(str(tmp_path), "a", OLD, "x")):
+    for use in (
+        lambda: check_pin(str(tmp_path), "a", OLD),
+        lambda: pin(str(tmp_path), "a", OLD, "x"),
+    ):
         with pytest.raises(
             ValueError, match=rf"{path} is damaged .*: put a copy back, or remove it"
         ):

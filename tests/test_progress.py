@@ -1,4 +1,4 @@
-"""What a person sees."""
+"""Test the progress display."""
 
 import io
 import logging
@@ -28,14 +28,15 @@ class Seen:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the view sees, to be set."""
+    """Return a list whose only entry is the time of the display, for a test to set."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
 def view(*runs: Seen, mode: str = "plain") -> ProgressDisplay:
-    return ProgressDisplay(runs, mode=mode, epochs=4, steps=10, batch=64)
+    titles = [f"title of {run.label}" for run in runs]
+    return ProgressDisplay(runs, titles, mode=mode, epochs=4, steps=10, batch=64)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_run_that_failed_does_not_slow_the_others(clock: list[float]) -> None:
 def test_plain_lines(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     run = Seen()
     with caplog.at_level(logging.INFO, logger="sddlskd"), view(run) as seen:
-        seen.look()
+        seen.refresh()
         run.epoch, run.loss, run.val_top1, clock[0] = 2, 1.23456, 67.891, 105.0
         seen.epoch(run)
     assert [r.getMessage() for r in caplog.records] == [
@@ -87,7 +88,7 @@ def test_off_says_nothing(
 ) -> None:
     run = Seen()
     with caplog.at_level(logging.INFO), view(run, mode="off") as seen:
-        seen.look()
+        seen.refresh()
         seen.epoch(run)
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
@@ -98,30 +99,30 @@ def test_live_table(
 ) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(progress, "console_of_log", lambda: console)
     runs = [Seen(), Seen(label="wrn_16_1-vanilla", state="FAILED")]
     with caplog.at_level(logging.INFO), view(*runs, mode="auto") as seen:
         runs[0].epoch, runs[0].loss, clock[0] = 2, 1.5, 105.0
         seen.epoch(runs[0])
         runs[0].step = 3
-        seen.look()
+        seen.refresh()
     shown = out.getvalue()
     for part in (
-        "resnet8-kd-M-1-2",
+        "title of resnet8-kd-M-1-2",
         "2/4",
         "3/10",
         "1.5000",
         "images/s",
-        "wrn_16_1-vanilla",
+        "title of wrn_16_1-vanilla",
         "FAILED",
         "nan",
     ):
         assert part in shown
-    assert not caplog.records  # the table says it
+    assert not caplog.records  # the table replaces the lines of the log
 
 
 def test_log_and_table_share_a_console() -> None:
-    """Two consoles on one terminal write into each other's lines."""
+    """Two consoles on one terminal would write into each other's lines."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     handler, package = RichHandler(console=console), logging.getLogger("sddlskd")
     package.addHandler(handler)

@@ -1,4 +1,4 @@
-"""What the README says is so: links, commands, and the examples of one's own loss, network and data set."""
+"""Test what the README says: its links, its commands and its examples of own code."""
 
 import re
 import shlex
@@ -36,7 +36,7 @@ COMMANDS = [
 
 
 def example(name: str) -> dict[str, str]:
-    """{language: text} of the three blocks of an example."""
+    """Return {language: text} of the three blocks of an example."""
     return dict(FENCE.findall(README.split(f"<!-- example: {name} -->")[1])[:3])
 
 
@@ -57,18 +57,16 @@ def test_make_targets_exist() -> None:
 
 
 def test_it_counts_the_networks_right() -> None:
-    libraries = {"timm", "torchvision"}  # any network of theirs
-    libraries |= {
-        "mobilev1",
-        *(f"imagenet_resnet{depth}" for depth in (18, 34, 50)),
-    }  # for images of 224 pixels
+    libraries = {"timm", "torchvision"}  # choices that stand for any network of a library
+    # Networks for images of 224 pixels
+    libraries |= {"mobilev1", *(f"imagenet_resnet{depth}" for depth in (18, 34, 50))}
     choices = len({path.stem for path in (REPO / "conf/student").glob("*.yaml")} - libraries)
     assert f"any of {choices} networks" in README
     assert set(names()) <= {path.stem for path in (REPO / "conf/student").glob("*.yaml")}
 
 
 def composed(command: str) -> list[Config]:
-    """The jobs of a training command."""
+    """Return the jobs of a training command."""
     cfg.frame()
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "sddlskd.train"]

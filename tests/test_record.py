@@ -1,4 +1,4 @@
-"""The run directory: frozen once, opened by one, appended to whole."""
+"""Test the run directory: freezing, one writer at a time, and whole lines of metrics."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository that holds the package's record.py, as far as record.py can see."""
+    """Return a git repository that record.py takes for the repository of this package."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     git(folder, "init", "-q")
@@ -55,7 +55,7 @@ def test_freeze(tmp_path: Path, checkout: Path) -> None:
     assert cfg.load(folder / "config.yaml") == job
     code = json.loads((folder / "code.json").read_text())
     assert code == {"version": code["version"], "git_sha": git(checkout, "rev-parse", "HEAD")}
-    assert not (folder / "code.diff").exists()  # nothing was changed
+    assert not (folder / "code.diff").exists()  # the checkout has no uncommitted changes
 
 
 def test_freeze_keeps_uncommitted_changes(tmp_path: Path, checkout: Path) -> None:
@@ -79,13 +79,13 @@ def test_freeze_again_takes_where_it_runs_and_keeps_the_rest(tmp_path: Path) -> 
     job = tiny(tmp_path, teacher=False)
     folder = freeze(job)
     code = (folder / "code.json").stat().st_mtime_ns
-    job.trainer.device = "cuda"  # where, not what
+    job.trainer.device = "cuda"  # a setting that does not identify the job
     freeze(job)
     assert cfg.load(folder / "config.yaml").trainer.device == "cuda"
     assert (folder / "code.json").stat().st_mtime_ns == code
     opened = Record(job)
     job.trainer.device = "cpu"
-    freeze(job)  # a running job's record is its own
+    freeze(job)  # changes nothing, because a process has the run open
     opened.close()
     assert cfg.load(folder / "config.yaml").trainer.device == "cuda"
 
@@ -105,13 +105,13 @@ def test_another_job_is_refused_with_what_differs(tmp_path: Path) -> None:
         assert part in str(caught.value)
     with pytest.raises(ValueError, match="holds another job"):
         Record(other)
-    Record(job).close()  # the refused one left no lock
+    Record(job).close()  # the refused job left no lock behind
 
 
 def test_dead_inside_freezing_is_not_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """config.yaml comes last, so what it stands beside is whole."""
+    """config.yaml is written last: if it exists, the other files are complete."""
     job = tiny(tmp_path, teacher=False)
     real = record.write_text
 
@@ -172,7 +172,8 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_logs_of_two_runs_stay_apart(tmp_path: Path) -> None:
-    jobs = [tiny(tmp_path / place, teacher=False) for place in ("a", "b")]  # one job, two places
+    # The same job in two homes
+    jobs = [tiny(tmp_path / place, teacher=False) for place in ("a", "b")]
     opened = [Record(job) for job in jobs]
     for number, each in enumerate(opened):
         each.log.info("this is run %d", number)
@@ -207,7 +208,7 @@ def test_torn_last_line_is_mended(tmp_path: Path, torn: bytes) -> None:
     opened.close()
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
-    assert read_rows(opened.folder) == [ROW]  # a reader beside it is not disturbed either
+    assert read_rows(opened.folder) == [ROW]  # a reader ignores the incomplete line, too
     opened = Record(job)
     assert path.read_bytes() == whole
     opened.append({**ROW, "epoch": 2})

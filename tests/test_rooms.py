@@ -1,4 +1,4 @@
-"""Check what must not change while code moves: public names, hashes, runs that began before."""
+"""Check what stays the same if code moves: public names, hashes, and runs that began before."""
 
 import importlib
 import json
@@ -78,7 +78,7 @@ PUBLIC = {
     "sddlskd.server": ["main"],
 }
 
-# (overrides, config_hash, settings_hash, run name), as the commit before the rooms gave them.
+# (overrides, config_hash, settings_hash, run name) at the commit before modules moved into rooms
 HASHES = [
     ("", "3755aa485b69", "3755aa485b69", "cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0"),
     (
@@ -167,7 +167,7 @@ def test_a_function_that_is_no_loader_is_refused() -> None:
             instantiate({"_target_": target})
 
 
-# A run that the commit before the rooms began and stopped inside its second epoch
+# A run that the commit before the rooms began, and stopped in the second epoch
 
 
 @pytest.fixture

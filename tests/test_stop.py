@@ -1,4 +1,4 @@
-"""Requests to stop: noted while something would be lost, obeyed at once while nothing would."""
+"""Test stop requests: obeyed at once if nothing would be lost, otherwise after the step."""
 
 import signal
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_only_a_person_ends_it_by_asking_twice() -> None:
     with stop.listening():
         for number in (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
             signal.raise_signal(number)
-        assert stop.reason == "stopped by SIGUSR2, to go on later"  # the first one counts
+        assert stop.reason == "stopped by SIGUSR2, to go on later"  # the first signal counts
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

@@ -1,4 +1,8 @@
-"""Batches from image files: the same bits whatever reads them, faults named and dealt with, and whole trainings."""
+"""Test batches that are streamed from image files.
+
+The bits must not depend on workers, batch size or ranks. Bad files must be named and treated as the
+settings say. The last tests train whole jobs.
+"""
 
 import json
 import logging
@@ -40,27 +44,28 @@ from tests.test_decoding import alive, children, gone
 from tests.tiny import same, same_outcome
 
 SIZE, MEAN, STD = 24, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-EACH = 19  # images of a class; 3 classes: no multiple of a batch or a chunk
-assert CHUNK < 20  # or no batch would be cut
+# Images of each of the 3 classes; their number is no multiple of a batch or a chunk.
+EACH = 19
+assert CHUNK < 20  # otherwise no batch would be divided into chunks
 Batches = list[tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """57 training and 9 test images of 3 classes, which no test changes."""
+    """Return a folder of 57 training and 9 test images of 3 classes; no test may change it."""
     return class_folders(tmp_path_factory.mktemp("folder"), 3, EACH, test=3)
 
 
 @pytest.fixture
 def own_folder(folder: Path, tmp_path: Path) -> Path:
-    """The same, for a test to change."""
+    """Return a copy of `folder` that a test may change."""
     return Path(shutil.copytree(folder, tmp_path / "folder"))
 
 
 def streamed(root: Path, **changes: Any) -> StreamedData:
     options: dict[str, Any] = {
-        "num_classes": 3, "batch_size": 20, "seed": 5, "device": "cpu", "mean": MEAN, "std": STD, "view": ImageTransform(SIZE),
-        "eval_batch_size": 7, "workers": 0,
+        "num_classes": 3, "batch_size": 20, "seed": 5, "device": "cpu", "mean": MEAN, "std": STD,
+        "view": ImageTransform(SIZE), "eval_batch_size": 7, "workers": 0,
     }  # fmt: skip
     return StreamedData(image_folder(str(root)), **(options | changes))
 
@@ -69,7 +74,7 @@ def equal(a: Batches, b: Batches) -> bool:
     return same(a, b)
 
 
-# Folders.
+# Folders of class folders
 
 
 def test_a_folder_of_class_folders(folder: Path) -> None:
@@ -139,17 +144,21 @@ def test_a_folder_that_is_not_as_it_should_be(
     assert "\n" not in str(raised.value)
 
 
-# Batches.
+# Batches
 
 
 def test_a_training_batch_is_torchvisions_by_hand(folder: Path) -> None:
-    """Each image: its crop by torchvision on PIL images, mirrored or not, ToTensor and Normalize; pixels may differ by
-    two levels of 255 (Pillow rounds in between), and about half of the images are mirrored."""
+    """Compare each image with torchvision's crop of the PIL image, mirrored or not.
+
+    Pixels may differ by two levels of 255, because Pillow rounds in between. About half of the
+    images must be mirrored.
+    """
     data, paths = streamed(folder), image_folder(str(folder)).train
     assert isinstance(paths, Files)
     shown, mirrored = [], 0
-    for (x_BCHW, labels_B), ids_B in zip(data.batches(2), data.view_batches(2), strict=True):
-        for x_CHW, label, n in zip(x_BCHW, labels_B.tolist(), ids_B.tolist(), strict=True):
+    for x_BCHW, labels_B, index_B, views_B in data.batches(2):
+        assert views_B is None
+        for x_CHW, label, n in zip(x_BCHW, labels_B.tolist(), index_B.tolist(), strict=True):
             image = Image.open(paths.paths[n])
             left, top, width, height = random_crop(
                 random.Random(f"seed 5 epoch 2 image {n}"), *image.size, (0.08, 1.0)
@@ -173,7 +182,8 @@ def test_a_test_batch_is_torchvisions(folder: Path) -> None:
     data, paths = streamed(folder), image_folder(str(folder)).test
     assert isinstance(paths, Files)
     transform = v2.Compose([v2.Resize(round(SIZE / 0.875)), v2.CenterCrop(SIZE), v2.ToImage(),
-                            v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])  # fmt: skip
+                            v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize(MEAN, STD)])  # fmt: skip
     theirs = torch.stack([transform(Image.open(path)) for path in paths.paths])
     for batches in (list(data.test_batches()), list(data.val_batches())):
         assert [len(y) for _, y in batches] == [7, 2]
@@ -193,12 +203,13 @@ def test_sizes_and_shapes(folder: Path) -> None:
         (3, SIZE, SIZE),
     )
     assert data.steps_per_epoch == 3
-    assert [len(y) for _, y in data.batches(1)] == [20, 20, 5]
+    assert [len(batch.labels) for batch in data.batches(1)] == [20, 20, 5]
     assert torch.bincount(torch.cat([y for _, y in data.val_batches()])).tolist() == [4, 4, 4]
     in_memory = DeviceData(
         fake(3, 8, 57, 9), num_classes=3, batch_size=20, seed=5, device="cpu", mean=MEAN, std=STD
     )
-    for order in (data.batches, data.view_batches, in_memory.batches):  # who resumes where
+    # Both can start at any batch.
+    for order in (data.batches, in_memory.batches):
         assert len(list(order(1, 2))) == 1
         assert list(order(1, 3)) == []
     for start in (-1, 4):
@@ -224,9 +235,9 @@ def test_neither_workers_nor_batch_sizes_change_a_bit(folder: Path, workers: int
         same([*data.batches(epoch), *data.val_batches()], epochs[epoch - 1]) for epoch in (1, 2)
     ] == [True, True]
     other = streamed(folder, workers=workers, batch_size=7, eval_batch_size=100)
-    x_NCHW = torch.cat([x for x, _ in epochs[1][:3]])
-    assert torch.equal(torch.cat([x for x, _ in other.batches(2)]), x_NCHW)
-    assert not torch.equal(torch.cat([x for x, _ in other.batches(1)]), x_NCHW)
+    x_NCHW = torch.cat([batch[0] for batch in epochs[1][:3]])
+    assert torch.equal(torch.cat([batch.images for batch in other.batches(2)]), x_NCHW)
+    assert not torch.equal(torch.cat([batch.images for batch in other.batches(1)]), x_NCHW)
 
 
 def test_a_resumed_epoch_is_the_rest_of_an_uninterrupted_one(folder: Path) -> None:
@@ -241,7 +252,7 @@ def test_resuming_decodes_nothing_of_what_is_done(own_folder: Path) -> None:
     data = streamed(own_folder)
     paths = image_folder(str(own_folder)).train
     assert isinstance(paths, Files)
-    (done, *_) = data.view_batches(1)
+    done = next(streamed(own_folder).batches(1)).index
     for n in done.tolist():
         Path(paths.paths[n]).unlink()
     assert len(list(data.batches(1, 1))) == 2
@@ -259,7 +270,8 @@ def test_the_ranks_shares_are_the_whole(folder: Path, ranks: int) -> None:
     for batch, shares in zip(
         whole.batches(3), zip(*(part.batches(3) for part in parts), strict=True), strict=True
     ):
-        assert same([torch.cat(tensors) for tensors in zip(*shares, strict=True)], list(batch))
+        joined = [torch.cat(tensors) for tensors in zip(*(s[:3] for s in shares), strict=True)]
+        assert same(joined, list(batch[:3]))
     val = [torch.cat(tensors) for tensors in zip(*whole.val_batches(), strict=True)]
     shares = [
         torch.cat(tensors)
@@ -270,7 +282,11 @@ def test_the_ranks_shares_are_the_whole(folder: Path, ranks: int) -> None:
 
 
 def test_what_is_asked_for_unexpectedly_comes_all_the_same(folder: Path) -> None:
-    """Workers guess what comes next; epochs left early, evaluations in between and two iterators at once are not."""
+    """The workers decode in advance what usually comes next.
+
+    They do not expect an epoch that is left early, an evaluation in between, or two iterators at
+    once.
+    """
     data, alone = streamed(folder, workers=2), streamed(folder)
     first, test = next(data.batches(1)), next(data.test_batches())
     assert same([first, test], [next(alone.batches(1)), next(alone.test_batches())])
@@ -292,7 +308,7 @@ def test_the_next_epoch_is_under_way_before_the_last_batch_is_taken(folder: Path
     assert [place.epoch for place, _ in data._plan.sent if place.split == "train"][:1] == [2]
 
 
-# Faults.
+# Bad and unusual files
 
 
 def spoil(root: Path, names: list[str]) -> None:
@@ -303,7 +319,7 @@ def spoil(root: Path, names: list[str]) -> None:
 def test_a_bad_image_stops_by_its_name_and_only_when_its_batch_comes(own_folder: Path) -> None:
     data, paths = streamed(own_folder, workers=1), image_folder(str(own_folder)).train
     assert isinstance(paths, Files)
-    bad = paths.paths[list(data.view_batches(1))[1][3]]
+    bad = paths.paths[list(streamed(own_folder).batches(1))[1].index[3]]
     spoil(Path("/"), [bad])
     batches = data.batches(1)
     next(batches)
@@ -330,17 +346,16 @@ def test_workers_end_where_a_bad_image_stops_the_reading(own_folder: Path) -> No
 def test_a_skipped_training_image_is_replaced_by_the_next(
     own_folder: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if the files behind the bad names were those of the next good ones, labels included; in every epoch, resumed
-    or not."""
+    """The outcome must be as if each bad file were a copy of the next good file, with its label.
+
+    This must hold in every epoch, also in a resumed one.
+    """
     untouched = own_folder.with_name("untouched")
     shutil.copytree(own_folder, untouched)
     bad = ["train/class_0/0018.jpg", "train/class_1/0000.jpg", "train/class_2/0018.jpg"]
     spoil(own_folder, bad)
-    good = [
-        "train/class_1/0001.jpg",
-        "train/class_1/0001.jpg",
-        "train/class_0/0000.jpg",
-    ]  # round the end, too
+    # After the last image comes the first.
+    good = ["train/class_1/0001.jpg", "train/class_1/0001.jpg", "train/class_0/0000.jpg"]
     for name, by in zip(bad, good, strict=True):
         shutil.copy(untouched / by, untouched / name)
     data, expected = streamed(own_folder, workers=workers, bad="skip"), streamed(untouched)
@@ -350,10 +365,13 @@ def test_a_skipped_training_image_is_replaced_by_the_next(
     labels[[18, 56]] = torch.tensor([1, 0])
     with caplog.at_level(logging.INFO, "sddlskd"):
         for epoch in (1, 2):
-            ids = torch.cat(list(data.view_batches(epoch)))
             ours, theirs = list(data.batches(epoch)), list(expected.batches(epoch))
-            assert same([x for x, _ in ours], [x for x, _ in theirs])
-            assert torch.equal(torch.cat([y for _, y in ours]), labels[ids])
+            assert same([batch.images for batch in ours], [batch.images for batch in theirs])
+            labels_N = torch.cat([batch.labels for batch in ours])
+            assert torch.equal(labels_N, labels[torch.cat([batch.index for batch in theirs])])
+            index_N = torch.cat([batch.index for batch in ours])
+            assert torch.equal(labels_N, train.labels_N[index_N])
+            assert not {18, 19, 56} & set(index_N.tolist())
     told = [record.getMessage() for record in caplog.records]
     assert equal(list(streamed(own_folder, bad="skip").batches(2, 1)), ours[1:])
     assert sum("(dataset.bad_images=skip)" in line for line in told) == 3
@@ -368,10 +386,8 @@ def test_a_skipped_test_image_is_left_out(own_folder: Path) -> None:
     spoil(own_folder, ["val/class_0/0001.jpg", *(f"val/class_1/{n:04}.jpg" for n in range(3))])
     data = streamed(own_folder, eval_batch_size=3, bad="skip", workers=1)
     batches = list(data.test_batches())
-    assert [y.tolist() for _, y in batches] == [
-        [0, 0],
-        [2, 2, 2],
-    ]  # a batch without any image is none
+    # A batch without any image is left out.
+    assert [y.tolist() for _, y in batches] == [[0, 0], [2, 2, 2]]
     assert torch.equal(batches[0][0], before[0][0][[0, 2]])
     assert torch.equal(batches[1][0], before[2][0])
     shown = torch.cat([x for x, _ in batches])[2]
@@ -391,9 +407,8 @@ def test_where_nothing_can_be_read_that_is_said(own_folder: Path) -> None:
 
 
 def test_a_rank_whose_share_of_val_cannot_be_read_goes_on(own_folder: Path) -> None:
-    spoil(
-        own_folder, [f"val/class_0/{n:04}.jpg" for n in range(3)]
-    )  # all that the first of three ranks has
+    # These are all images of the first of three ranks.
+    spoil(own_folder, [f"val/class_0/{n:04}.jpg" for n in range(3)])
     assert list(streamed(own_folder, bad="skip", rank=0, ranks=3).val_batches()) == []
     whole = [
         list(streamed(own_folder, bad="skip", rank=rank, ranks=3).val_batches()) for rank in (1, 2)
@@ -401,14 +416,14 @@ def test_a_rank_whose_share_of_val_cannot_be_read_goes_on(own_folder: Path) -> N
     assert [y.tolist() for batches in whole for _, y in batches] == [[1, 1, 1], [2, 2, 2]]
 
     class Gathered(Ranks):
-        """The first rank, with what the others have."""
+        """The first of several ranks, whose other ranks always contribute the same values."""
 
-        def gather(self, values: Tensor) -> Tensor:
+        def all_gather(self, values: Tensor) -> Tensor:
             assert values.tolist() == [0, 0, 0, 0]
             return torch.stack([values, values.new_tensor([1, 2, 3, 4])])
 
     nothing = streamed(own_folder, bad="skip", rank=0, ranks=3)
-    found = evaluate(create("resnet8", 3), nothing.val_batches(), ranks=Gathered(count=2))
+    found = evaluate(create("resnet8", 3), nothing.val_batches(), ranks=Gathered(world_size=2))
     assert found == {"top1": 25, "top5": 50, "loss": 0.75}
     with pytest.raises(ValueError, match="none of the images can be used"):
         evaluate(create("resnet8", 3), nothing.val_batches(), ranks=Ranks())
@@ -420,7 +435,7 @@ def test_irregular_images_are_converted_skipped_or_refused(
     photograph(0, 40, 40).convert("L").save(own_folder / "train/class_0/0003.jpg")
     photograph(0, 40, 40).convert("CMYK").save(own_folder / "train/class_2/0003.jpg")
     with caplog.at_level(logging.INFO, "sddlskd"):
-        converted = torch.cat([y for _, y in streamed(own_folder).batches(1)])
+        converted = torch.cat([batch.labels for batch in streamed(own_folder).batches(1)])
     assert torch.bincount(converted).tolist() == [EACH] * 3
     told = [record.getMessage() for record in caplog.records]
     assert f"{own_folder}/train/class_0/0003.jpg: grey (dataset.irregular_images=convert)" in told
@@ -429,7 +444,7 @@ def test_irregular_images_are_converted_skipped_or_refused(
         "1 grey",
     ]
     skipped = torch.cat(
-        [y for _, y in streamed(own_folder, irregular="skip", workers=1).batches(1)]
+        [batch.labels for batch in streamed(own_folder, irregular="skip", workers=1).batches(1)]
     )
     assert torch.bincount(skipped).tolist() == [EACH] * 3
     with pytest.raises(
@@ -446,7 +461,7 @@ def test_of_very_many_bad_files_the_log_names_the_first(
     for path in sorted((tmp_path / "train/class_0").iterdir())[5:]:
         path.write_bytes(b"")
     data = streamed(tmp_path, num_classes=1, bad="skip")
-    assert [len(y) for _, y in data.batches(1)] == [20, 10]
+    assert [len(batch.labels) for batch in data.batches(1)] == [20, 10]
     named = [r.getMessage() for r in caplog.records if "the file is empty" in r.getMessage()]
     assert len(named) == 20
     assert named[-1].endswith("; more of these are counted, not named")
@@ -488,7 +503,9 @@ def test_a_lost_worker_is_an_error_after_which_others_can_be_started(folder: Pat
     next(data.batches(1))
     workers = children() - before
     os.kill(max(workers), signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match="a process that decodes images is lost"):  # noqa: PT012
+    with pytest.raises(  # noqa: PT012
+        ChildProcessError, match="a process that decodes images is lost"
+    ):
         for epoch in range(1, 50):
             list(data.batches(epoch))
     assert gone(workers)
@@ -499,18 +516,19 @@ def test_a_lost_worker_is_an_error_after_which_others_can_be_started(folder: Pat
     assert gone(workers)
 
 
-# Trainings.
+# Whole trainings
 
 
 @pytest.fixture
 def job_of(compose: Compose, folder: Path) -> Callable[..., cfg.Config]:
-    """A student and its teacher on the folder's images at 16x16, by a worker process."""
+    """Return a function that composes jobs on images of 16x16 with one decoding process."""
 
     def of(*overrides: str, root: Path = folder) -> cfg.Config:
         return compose(
-            "dataset=image_folder", f"dataset.root={root}", "dataset.num_classes=3", "dataset.size=16",
-            "dataset.workers=1", "teacher=resnet8", "student=resnet8", "tracking=none", "trainer=cpu",
-            "trainer.batch_size=20", "trainer.epochs=2", "trainer.progress=off", *overrides,
+            "dataset=image_folder", f"dataset.root={root}", "dataset.num_classes=3",
+            "dataset.size=16", "dataset.workers=1", "teacher=resnet8", "student=resnet8",
+            "tracking=none", "trainer=cpu", "trainer.batch_size=20", "trainer.epochs=2",
+            "trainer.progress=off", *overrides,
         )  # fmt: skip
 
     return of
@@ -542,7 +560,10 @@ def test_a_teacher_and_its_student_train_on_files(job_of: Jobs) -> None:
 
 
 def test_a_run_that_is_stopped_goes_on_with_the_same_bits(job_of: Jobs, tmp_path: Path) -> None:
-    """Stopped by SIGTERM to the trainer and to its worker, as SLURM sends it, in the first step of the second epoch."""
+    """The run is stopped in the first step of the second epoch.
+
+    SIGTERM goes to the training process and to its decoding process, as SLURM sends it.
+    """
     whole, stopped = (
         job_of("distiller=vanilla", f"home={tmp_path / name}") for name in ("whole", "stopped")
     )
@@ -604,7 +625,8 @@ def test_a_job_is_checked_without_a_look_into_any_file(job_of: Jobs, own_folder:
     ]
     ill = [
         job_of("distiller=vanilla", "trainer.batch_size=58", root=own_folder),
-        job_of("teacher.train_if_missing=true", "M=[1,16]", root=own_folder),  # maps of 4x4
+        # The logit maps have 4x4 cells.
+        job_of("teacher.train_if_missing=true", "M=[1,16]", root=own_folder),
         job_of("distiller=vanilla", root=own_folder / "nowhere"),
     ]
     reasons = [reason for _, reason in problems([*well, *ill])]
@@ -630,7 +652,7 @@ def test_another_number_of_classes_than_the_folders_is_refused_before_the_start(
     ("override", "message"),
     [
         ("dataset.size=0", "dataset.size=0 must be greater than 0"),
-        ("dataset.centre=1.2", "dataset.centre=1.2 is not valid; give a fraction"),
+        ("dataset.centre=1.2", "dataset.centre=1.2 must be at most 1"),
         ("dataset.centre=0", "dataset.centre=0.0 must be greater than 0"),
         ("dataset.workers=-1", "dataset.workers=-1 must not be negative"),
         ("dataset.crop_area=[0.5]", r"dataset.crop_area=\[0.5\] is not valid; give"),
@@ -653,6 +675,8 @@ def test_keys_of_files_count_in_a_job_once_they_differ(job_of: Jobs) -> None:
         "dataset.workers=7",
     ):
         assert cfg.config_hash(job_of("dataset.size=224", override)) == default
-    for override in ("dataset.size=64", "dataset.centre=1", "dataset.bad_images=skip", "dataset.crop_area=[0.2,1]",
-                     "dataset.irregular_images=skip", "dataset.upright=true", "dataset.pixel_limit=1000"):  # fmt: skip
+    for override in ("dataset.size=64", "dataset.centre=1", "dataset.bad_images=skip",
+                     "dataset.crop_area=[0.2,1]", "dataset.irregular_images=skip",
+                     "dataset.upright=true",
+                     "dataset.pixel_limit=1000"):  # fmt: skip
         assert cfg.config_hash(job_of("dataset.size=224", override)) != default

@@ -1,4 +1,4 @@
-"""Every file of sweeps/: the jobs that it composes, their number and their content."""
+"""Test every file of sweeps/: the number and the values of its jobs."""
 
 import csv
 import re
@@ -25,7 +25,7 @@ SUITES = sorted(path.stem for path in (REPO / "sweeps").glob("*.yaml"))
 
 @cache
 def jobs_of(suite: str) -> list[Config]:
-    """The jobs that `python -m sddlskd.train -m -cd sweeps -cn SUITE` runs."""
+    """Return the jobs that `python -m sddlskd.train -m -cd sweeps -cn SUITE` runs."""
     cfg.frame()
     search = create_config_search_path(str(files("sddlskd.conf")))
     search.prepend("command-line", f"file://{REPO / 'sweeps'}")
@@ -99,9 +99,8 @@ def test_the_seed_suite_is_the_seeds() -> None:
         assert d.loss["temperature"] == 2.0
         assert (t.epochs, t.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
         assert [part * t.epochs for part in o.milestones] == [150, 180, 210]
-        assert o.lr == (
-            0.01 if job.student.name in ("mobilev2", "shufflev1") else float(row["lr"])
-        )  # the papers' rates
+        # The suite has the papers' rates, where the seed project had 0.05 for every student.
+        assert o.lr == (0.01 if job.student.name in ("mobilev2", "shufflev1") else float(row["lr"]))
 
 
 def test_the_papers_tables() -> None:
@@ -142,9 +141,10 @@ def method(job: Config) -> str:
     [
         ("sdd_table3", "imagenet", SDD, {"resnet34_resnet18"}),
         ("sdd_table4", "imagenet", SDD, {"resnet50_mobilev1"}),
-        ("lskd_table3", "imagenet", {"kd", "kd_ls", "dkd", "dkd_ls"}, {"resnet34_resnet18", "resnet50_mobilev1"}),
-        ("sdd_table5", "cub200", SDD, {"resnet32x4_mobilev2", "resnet32x4_shufflev1", "vgg13_mobilev2", "vgg13_vgg8",
-                                       "resnet50_shufflev1"}),
+        ("lskd_table3", "imagenet", {"kd", "kd_ls", "dkd", "dkd_ls"},
+         {"resnet34_resnet18", "resnet50_mobilev1"}),
+        ("sdd_table5", "cub200", SDD, {"resnet32x4_mobilev2", "resnet32x4_shufflev1",
+                                       "vgg13_mobilev2", "vgg13_vgg8", "resnet50_shufflev1"}),
     ],
 )  # fmt: skip
 def test_the_tables_of_large_images(
@@ -173,7 +173,8 @@ def test_the_header_expects_the_published_numbers(suite: str) -> None:
     table = suite.replace("sdd_table", "SDD Table ").replace("lskd_table", "LSKD Table ")
     with open(REPO / "analysis/reference/published.csv", newline="") as file:
         printed = {(f"{r['teacher']}_{r['student']}", r["method"]): r["value"]
-                   for r in csv.DictReader(file) if (r["table"], r["metric"]) == (table, "top1")}  # fmt: skip
+                   for r in csv.DictReader(file)
+                   if (r["table"], r["metric"]) == (table, "top1")}  # fmt: skip
     header = (REPO / "sweeps" / f"{suite}.yaml").read_text().split("defaults:")[0]
     said = {
         pair: line
@@ -198,7 +199,7 @@ def test_the_seeds_cub200_suite() -> None:
     )
     cells = {(f"{job.teacher.name}_{job.student.name}", tuple(job.M)) for job in jobs}
     assert cells == {(pair, M) for pair in pairs for M in ((1,), (1, 2), (1, 2, 4))}
-    for job in jobs:  # experiments_seed.csv, part cub
+    for job in jobs:  # source: experiments_seed.csv, part cub
         d = job.distiller
         assert (d.temperature, d.ce_weight, d.kd_weight, job.standardize, job.optimizer.lr) == (
             2.0,

@@ -1,4 +1,4 @@
-"""Sweeps: grouped, failures kept local, workers that die, what is done kept."""
+"""Test sweeps: groups, jobs that fail, workers that die, and sweeps that are continued."""
 
 import json
 import logging
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,20 +27,19 @@ from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.files import checkpoint
 from sddlskd.models import create
-from sddlskd.sweeps import (
-    _command,
-    _write_manifest,
-    _write_plan,
-    ask_precheck,
-    cause_of,
-    groups_of,
-    precheck,
-    run_sweep,
-)
+from sddlskd.sweeps import groups_of, precheck, run_sweep
 from sddlskd.sweeps.__main__ import main
 from sddlskd.sweeps.grid import InvalidJobs, compose_grid
-from sddlskd.sweeps.outcome import read_manifest, state_of
+from sddlskd.sweeps.manifest import (
+    command_to_continue,
+    read_manifest,
+    write_manifest,
+    write_plan,
+)
+from sddlskd.sweeps.outcome import state_of
+from sddlskd.sweeps.plan import ask_precheck
 from sddlskd.sweeps.pool import Pool, Task
+from sddlskd.sweeps.report import cause_of
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
 from tests.tiny import ForkedCommand, ForkedWorker
@@ -59,15 +57,12 @@ COMMON = [
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a teacher, and `tests` importable in the workers."""
+    """Return a home with a teacher; the workers can import `tests`."""
     torch.manual_seed(0)
     checkpoint.write(
         tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
     )
     monkeypatch.chdir(REPO)
-    # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
-    monkeypatch.setattr("sddlskd.sweeps.ask_precheck", precheck.report)
-    monkeypatch.setattr("sddlskd.sweeps.pool.subprocess", SimpleNamespace(Popen=ForkedWorker))
     return tmp_path
 
 
@@ -93,14 +88,22 @@ def network(kind: str, **arguments: Any) -> str:
     return choice + "".join(f" +student.model.{key}={value}" for key, value in arguments.items())
 
 
-def pool(devices: Any = "auto", fail_fast: bool = False) -> Pool:
-    return Pool(devices, fail_fast=fail_fast)
+def pool(devices: Any = "auto", fail_fast: bool = False, start: Any = ForkedWorker) -> Pool:
+    return Pool(devices, fail_fast=fail_fast, start=start)
+
+
+def run(jobs: list[Config], name: str = "test", **options: Any) -> list[dict[str, Any]]:
+    """Run a sweep, and check its jobs in this process, because another one would take longer.
+
+    The commands that tests start check them in another process.
+    """
+    return run_sweep(jobs, name, runner=pool(**options), precheck=precheck.report)
 
 
 def sweep(jobs: list[Config], **options: Any) -> tuple[list[dict[str, Any]], int]:
-    """Results and exit code."""
+    """Run a sweep and return the results and the exit code."""
     try:
-        run_sweep(jobs, "test", pool=pool(**options))
+        run(jobs, **options)
         code = 0
     except SystemExit as exit:
         code = int(exit.code or 0)
@@ -157,7 +160,7 @@ def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
         "teacher=resnet14 teacher.train_if_missing=false",
     )
     with pytest.raises(InvalidJobs) as caught:
-        run_sweep(jobs, "test", pool=pool())
+        run(jobs)
     assert [name for name, _ in caught.value.reasons] == [cfg.run_name(job) for job in jobs[1:]]
     assert not (home / "runs" / "digits").exists()
 
@@ -278,7 +281,7 @@ def test_the_job_that_kills_workers_is_found(home: Path) -> None:
     assert statuses(results) == ["FINISHED", "FAILED", "FINISHED"]
     assert code == 1
     assert "SIGKILL" in results[1]["reason"]
-    assert len(list((home / "kills").iterdir())) == 3  # the group twice, the job alone once
+    assert len(list((home / "kills").iterdir())) == 3  # twice in the group, once alone
 
 
 def test_a_group_that_is_too_large_is_halved(home: Path) -> None:
@@ -346,7 +349,10 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) 
 
 
 def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
-    """Weights equal, every epoch once in the record, every job and epoch once in MLflow."""
+    """The weights must be those of undisturbed sweeps.
+
+    The record must have every epoch once, and MLflow must have every job and epoch once.
+    """
     draw = random.Random(1)
     undisturbed = home / "undisturbed"
     checkpoint.write(
@@ -391,7 +397,7 @@ def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
 
 
 def saves_again(home: Path, process: subprocess.Popen[str]) -> Callable[[], bool]:
-    """Whether a checkpoint was written since now, or none will be."""
+    """Return a function: whether a checkpoint was written since, or the process has ended."""
     before = checkpoints(home)
     return lambda: process.poll() is not None or bool(checkpoints(home) - before)
 
@@ -420,7 +426,8 @@ def test_the_plan_names_every_job_of_every_start(home: Path) -> None:
 def add_jobs(home: Path, seeds: range) -> None:
     for seed in seeds:
         job = Config(home=str(home), seed=seed, run_dir=str(home / f"runs/{seed}"))
-        _write_plan(_write_manifest("test", [job]), "test", [job])
+        write_manifest(home / "runs/sweeps/test", "test", [job])
+        write_plan(home / "runs/sweeps/test", "test", [job])
 
 
 def test_two_launches_of_one_sweep_lose_no_job(tmp_path: Path) -> None:
@@ -452,7 +459,7 @@ def test_a_check_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_mlflow_knows_a_sweep_whose_jobs_another_ran(home: Path) -> None:
     jobs = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
     sweep(jobs)
-    run_sweep(jobs, "other", pool=pool())
+    run(jobs, "other")
     parents = client_of(home).search_runs(["1"], "tags.kind = 'sweep' and tags.sweep = 'other'")
     assert [parent.info.status for parent in parents] == ["FINISHED"]
     assert [file.path for file in client_of(home).list_artifacts(parents[0].info.run_id)] == [
@@ -482,7 +489,7 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
 
 
 def checkpoints(home: Path) -> set[tuple[str, int]]:
-    """Every job's last checkpoint, with its time."""
+    """Return the path and the time of every job's last checkpoint."""
     found = set()
     for path in (home / "runs" / "digits").glob("*/last.ckpt"):
         with suppress(FileNotFoundError):
@@ -518,7 +525,7 @@ def test_causes() -> None:
 def test_a_sweep_without_its_tracking_server_leaves_no_trace(home: Path) -> None:
     jobs = jobs_of(home, "tracking=mlflow tracking.uri=http://127.0.0.1:1")
     with pytest.raises(ConnectionError, match=r"tracking\.uri=http"):
-        run_sweep(jobs, "test", pool=pool())
+        run(jobs)
     assert not (home / "runs").exists()
 
 
@@ -530,29 +537,26 @@ def test_a_refused_sweep_leaves_no_trace(home: Path) -> None:
     assert not (home / "runs").exists()
 
 
-def test_a_stop_while_a_worker_starts_reaches_it(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_while_a_worker_starts_reaches_it(home: Path) -> None:
     class Starting(subprocess.Popen[bytes]):
         def __init__(self, command: list[str], **how: Any) -> None:
             super().__init__(command, **how)
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("sddlskd.sweeps.pool.subprocess", SimpleNamespace(Popen=Starting))
     jobs = jobs_of(home, network("Slow", seconds=0.2), network("Slow", seconds=0.2) + " seed=1",
                    common=("trainer.max_steps=null", "trainer.epochs=50"))  # fmt: skip
     before = time.monotonic()
-    results, code = sweep(jobs)
+    results, code = sweep(jobs, start=Starting)
     assert code == 130
     assert statuses(results)[1] == "NEW"
     assert statuses(results)[0] in ("NEW", "KILLED")
-    assert time.monotonic() - before < 60  # it would train for minutes
+    assert time.monotonic() - before < 60  # without the stop, it would train for minutes
 
 
 def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
     jobs = jobs_of(home, "M=[1]", "M=[2]", common=(f"run_dir={home}/same",))
     with pytest.raises(ValueError, match="one run_dir"):
-        run_sweep(jobs, "test", pool=pool())
+        run(jobs)
 
 
 def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
@@ -591,7 +595,7 @@ def test_a_new_launch_takes_its_own_plumbing(home: Path) -> None:
 
 def test_the_command_to_go_on_does_not_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train", "-m", "M=[1],[2]", "sweep.rerun=all"])
-    assert _command("/h") == "python -m sddlskd.train -m 'M=[1],[2]' home=/h"
+    assert command_to_continue("/h") == "python -m sddlskd.train -m 'M=[1],[2]' home=/h"
 
 
 def test_a_teacher_file_that_was_replaced_is_named(
@@ -632,21 +636,19 @@ def test_a_job_of_several_devices_has_the_pool_to_itself(
     assert code == 0
     assert [" 2 ranks" in result["environment"] for result in results] == [True, False]
 
-    pool, started = Pool(["cuda:1", "cuda:2"], fail_fast=False), []
+    started: list[Any] = []
+
+    def note(command: list[str], *, env: dict[str, str], start_new_session: bool) -> None:
+        started.append((command, env))
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    monkeypatch.setattr(
-        "sddlskd.sweeps.pool.subprocess.Popen",
-        lambda command, **how: started.append((command, how["env"])),
-    )
-    pool.threads = None
-    pool.queue.extend([Task([wide]), Task([narrow])])
-    first = pool._next("cuda:1")
-    assert first is not None
-    pool.busy[0] = pool._start(0, first)
-    assert pool._next("cuda:2") is None
+    two = pool(["cuda:1", "cuda:2"], start=note)
+    two.queue.extend([Task([wide]), Task([narrow])])
+    two._start_workers()
+    assert [task.jobs for _, task in two.busy.values()] == [[wide]]
     command, environment = started[0]
     assert command[command.index("--device") + 1] == "cuda"
     assert environment["CUDA_VISIBLE_DEVICES"] == "5,6"
-    pool.busy = {0: (pool.busy[0][0], Task([narrow]))}
-    pool.queue.extend([Task([wide])])
-    assert [task.jobs for task in iter(lambda: pool._next("cuda:2"), None)] == [[narrow]]
+    two.busy = {0: (two.busy[0][0], Task([narrow]))}
+    two.queue.extend([Task([wide])])
+    assert [task.jobs for task in iter(lambda: two._next("cuda:2"), None)] == [[narrow]]

@@ -1,4 +1,4 @@
-"""Which code a configuration may name."""
+"""Test which code a configuration may name."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ FOREIGN = [
     "sddlskd_.models.create",
 ]
 MISUSED = [
-    "sddlskd.files.atomic.os.remove",  # through a module's imports
+    "sddlskd.files.atomic.os.remove",  # an import of the module
     "sddlskd.datasets.arrays.os.system",
     "sddlskd.datasets.arrays.download.download_file",
     "sddlskd.datasets.arrays.download_into",
@@ -74,9 +74,11 @@ def test_foreign_targets_are_refused_when_the_job_is_composed(tmp_path: Path, ta
 
 @pytest.mark.parametrize(
     "override",
-    ["teacher.model._target_=os.system", "distiller.loss._target_=os.system", "dataset.load._target_=os.system",
-     "optimizer.algorithm._target_=os.system", "+student.model.norm={_target_:os.system}",
-     "+student.model.norms=[1,{a:{_target_:os.system}}]", "+student.model._args_=[{_target_:os.system}]",
+    ["teacher.model._target_=os.system", "distiller.loss._target_=os.system",
+     "dataset.load._target_=os.system", "optimizer.algorithm._target_=os.system",
+     "+student.model.norm={_target_:os.system}",
+     "+student.model.norms=[1,{a:{_target_:os.system}}]",
+     "+student.model._args_=[{_target_:os.system}]",
      "+optimizer.algorithm._partial_=true optimizer.algorithm._target_=os.system"],
 )  # fmt: skip
 def test_wherever_the_target_stands(tmp_path: Path, override: str) -> None:
@@ -113,7 +115,8 @@ def test_what_a_configuration_is_for_is_called(compose: Compose) -> None:
         ({"_target_": "torch.nn.Conv2d", "_args_": [3, 8, 1]}, torch.nn.Conv2d),
         ({"_target_": "torchvision.models.resnet.ResNet", "layers": [1, 1, 1, 1],
           "block": {"_target_": "torchvision.models.resnet.BasicBlock", "_partial_": True}}, None),
-        ({"_target_": "sddlskd.models.wrn.WideResNet", "units": 1, "width": 1, "num_classes": 3}, torch.nn.Module),
+        ({"_target_": "sddlskd.models.wrn.WideResNet", "units": 1, "width": 1, "num_classes": 3},
+         torch.nn.Module),
         ({"_target_": "timm.layers.LayerNorm2d", "num_channels": 4}, torch.nn.Module),
     ):  # fmt: skip
         if kind is None:
@@ -156,7 +159,7 @@ INSIDE = "_tar${oc.decode:g}et_: torch.load, f: CANARY, weights_only: false"
 
 
 class Bomb:
-    """What runs when it is unpickled."""
+    """An object whose unpickling creates the file `canary`."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -166,7 +169,7 @@ class Bomb:
 
 
 def bomb(folder: Path) -> tuple[Path, Path]:
-    """A file whose unpickling leaves the other file behind."""
+    """Return a file and the canary that its unpickling would create."""
     torch.save(Bomb(folder / "canary"), folder / "evil.pth")
     return folder / "evil.pth", folder / "canary"
 
@@ -255,7 +258,8 @@ def test_a_strangers_run_directory_does_not_allow_itself_foreign_targets(
         assert not CALLED
         main([str(folder), "allow_foreign_targets=true"])
         assert CALLED
-    assert cfg.load(folder / "config.yaml").allow_foreign_targets  # the user's own jobs go on
+    # A user's own frozen jobs keep the permission.
+    assert cfg.load(folder / "config.yaml").allow_foreign_targets
 
 
 CALLED: list[int] = []
@@ -266,8 +270,8 @@ def known_network(num_classes: int) -> torch.nn.Module:
     return create("resnet8", num_classes)
 
 
-WORDS = ["torch", "sddlskd", "nn", "os", "system", "hub", "load", "models", "create", "_C", "__dict__", "datasets",
-         "optim", "SGD", "functional", "timm", "", " ", "é"]  # fmt: skip
+WORDS = ["torch", "sddlskd", "nn", "os", "system", "hub", "load", "models", "create", "_C",
+         "__dict__", "datasets", "optim", "SGD", "functional", "timm", "", " ", "é"]  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

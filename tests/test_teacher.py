@@ -1,4 +1,4 @@
-"""The teacher: folded without a difference, measured once, left and found."""
+"""Test the teacher: folding, measuring its accuracy, and its files."""
 
 import json
 import logging
@@ -27,14 +27,21 @@ NETWORKS = ("resnet8x4", "wrn_16_2", "vgg8", "mobilev2", "shufflev1", "shufflev2
 
 
 def lived(network: nn.Module) -> nn.Module:
-    """The network with BatchNorms that have seen something: fresh ones fold without an effect."""
+    """Return the network with random BatchNorm layers.
+
+    Folding fresh BatchNorm layers would have no effect.
+    """
     generator = torch.Generator().manual_seed(0)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             for tensor in (layer.running_mean, layer.bias):
-                tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)  # type: ignore[union-attr]
+                tensor.data.copy_(  # type: ignore[union-attr]
+                    torch.randn(tensor.shape, generator=generator) * 0.1
+                )
             for tensor in (layer.running_var, layer.weight):
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)  # type: ignore[union-attr]
+                tensor.data.copy_(  # type: ignore[union-attr]
+                    torch.rand(tensor.shape, generator=generator) + 0.5
+                )
     return network
 
 
@@ -81,7 +88,7 @@ def test_teacher_does_not_learn(tmp_path: Path) -> None:
 
 
 class Twice(nn.Module):
-    """One convolution used twice, each time with a BatchNorm of its own."""
+    """A network that uses a convolution twice, each time with another BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +99,9 @@ class Twice(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.conv(self.first(self.conv(x)).relu()))  # type: ignore[no-any-return]
+        return self.second(  # type: ignore[no-any-return]
+            self.conv(self.first(self.conv(x)).relu())
+        )
 
 
 class Untraceable(Twice):
@@ -101,7 +110,7 @@ class Untraceable(Twice):
 
 
 class Fussy(Twice):
-    """Its own check fails on the stand-ins that tracing passes."""
+    """A network that checks its input, which fails for the proxies of a tracer."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -118,7 +127,7 @@ def test_network_that_cannot_be_folded_stays_right(kind: type[nn.Module]) -> Non
     assert torch.allclose(teacher_of(network)(x), expected, atol=1e-6)
 
 
-# Measured once
+# Measuring the accuracy once
 
 
 def test_top1_is_measured_once_a_file(tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_chance(
     assert ("performs at chance" in caplog.text) is warns
 
 
-# Left and found
+# Teacher files that are written and found
 
 
 def never(job: Config) -> None:
@@ -250,7 +259,8 @@ def test_missing_teacher_says_both_ways(tmp_path: Path) -> None:
         "teacher.train_if_missing=true",
         teacher=False,
     )
-    with pytest.raises(FileNotFoundError, match=r"x\.pth"):  # a named file is never made up
+    # A file that the user names is never trained.
+    with pytest.raises(FileNotFoundError, match=r"x\.pth"):
         build_teacher(job, network, build_data(job, CPU), CPU, never)
 
 
@@ -277,6 +287,19 @@ def put_another(path: Path) -> None:
 
 def put_more_classes(path: Path) -> None:
     write(path, {"model": create("resnet8", num_classes=100).state_dict()})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["fc.bias", "bn1.running_var"])
+def test_teacher_file_with_nan_or_infinity_is_named(tmp_path: Path, key: str, value: float) -> None:
+    weights = read(leave_teacher(tmp_path))["model"]
+    weights[key][1] = value
+    path = tmp_path / "diverged.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, path)
+    job = tiny(tmp_path / "home", f"teacher.checkpoint={path}", teacher=False)
+    with pytest.raises(ValueError, match=f"^{path} holds values that are not finite, in {key}: "):
+        fit([job])
+    assert not Path(job.run_dir).exists()
 
 
 @pytest.mark.parametrize(
@@ -327,7 +350,8 @@ def test_missing_teacher_is_trained_first(tmp_path: Path) -> None:
     assert json.loads(Path(teacher.run_dir, "result.json").read_text())["status"] == "FINISHED"
     path = path_of(job.home, "fake", "resnet8")
     assert same(read(path)["model"], read(Path(teacher.run_dir, "last.ckpt"))["model"])
-    path.unlink()  # the run is finished, its file was taken away: it is left again
+    # The teacher's run is finished, but its file is gone. The next job must write the file again.
+    path.unlink()
     other = tiny(
         tmp_path, "teacher.train_if_missing=true", "teacher.train_epochs=1", "seed=1", teacher=False
     )

@@ -1,4 +1,7 @@
-"""Published teachers: listed, fetched, verified, imported; from a real server on loopback, with every bad file."""
+"""Test the command for published teachers: list, fetch, verify and import.
+
+The files come from a web server on loopback. Every kind of bad file must be refused.
+"""
 
 import argparse
 import hashlib
@@ -38,12 +41,12 @@ from tests.tiny import same, tiny
 
 NAME = "resnet56"
 FOLDER, FILE = "resnet56_vanilla", "ckpt_epoch_240.pth"
-SMALLER = 1 << 25  # bytes of the largest file, where a larger one must be made
+SMALLER = 1 << 25  # largest file in bytes, for tests that write a larger file
 
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """Loopback alone: the published places are not asked."""
+    """Yield a web server; the addresses of published teachers are removed."""
     monkeypatch.setattr(download, "BACKOFF_S", 0.001)
     monkeypatch.setattr(download, "STALLED_S", 0.5)
     monkeypatch.setattr(teachers, "PLACES", {"cifar100": (), "imagenet": ()})
@@ -59,7 +62,7 @@ def composed(*overrides: str) -> Config:
 
 @pytest.fixture
 def compose(tmp_path: Path) -> Compose:
-    """As everywhere, but each configuration is composed once."""
+    """Return the function `compose` with a cache, so that nothing is composed twice."""
     return lambda *overrides: replace(composed(*overrides), home=str(tmp_path))
 
 
@@ -75,7 +78,7 @@ def weights(name: str = NAME, classes: int = 100, seed: int = 0) -> dict[str, Te
 
 
 def saved(state: Any, **others: Any) -> bytes:
-    """A file as RepDistiller writes them."""
+    """Return a file in the layout of RepDistiller."""
     buffer = io.BytesIO()
     beside = {
         "epoch": 240,
@@ -145,14 +148,14 @@ def refused(job: Config, *mirrors: str) -> str:
     return message
 
 
-# Fetching
+# The command fetch
 
 
 def test_what_is_published() -> None:
     top1 = {name: published.top1 for name, published in PUBLISHED["cifar100"].items()}
     assert top1 == {
-        "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "resnet50": 79.34, "resnet56": 72.34,
-        "resnet110": 74.31,
+        "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "resnet50": 79.34,
+        "resnet56": 72.34, "resnet110": 74.31,
     }  # fmt: skip
     assert [address.split("/")[2] for address in PLACES["cifar100"]] == [
         "github.com",
@@ -169,7 +172,7 @@ def test_the_imagenet_teachers_are_torchvisions() -> None:
 
 
 def torchvisions(seed: int = 0) -> tuple[bytes, str]:
-    """A file as torchvision publishes them, a bare state dict, and its name."""
+    """Return a state dict in a file as torchvision publishes them, and the file's name."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         buffer = io.BytesIO()
@@ -219,7 +222,8 @@ def test_fetched_is_found_and_pinned(web: Site, job: Config, place: Any) -> None
     said = fetch(job, [address])
     assert str(target(job)) in said
     assert target(job) == Path(job.home, "teachers", "cifar100", "resnet56.pt")
-    assert target(job).read_bytes() == GOOD  # byte for byte, so that it has one sha256 everywhere
+    # The file is the same byte for byte, so that its sha256 is the same everywhere.
+    assert target(job).read_bytes() == GOOD
     assert holds(target(job), weights())
     pin = teacher_files.pinned(job.home)["cifar100/resnet56"]
     assert pin["sha256"] == file_hash(target(job))
@@ -290,7 +294,7 @@ def test_a_teacher_of_ones_own_is_not_replaced(web: Site, job: Config) -> None:
     assert target(job).read_bytes() == before
 
 
-# Changed files
+# Files that have changed
 
 
 def test_a_file_that_changed_at_its_place_is_refused(web: Site, job: Config) -> None:
@@ -304,9 +308,8 @@ def test_a_file_that_changed_at_its_place_is_refused(web: Site, job: Config) -> 
     ):
         fetch(job, [address])
     assert not target(job).exists()
-    assert "cifar_teachers.tar" in fetch(
-        job, [address, mdistiller(web)]
-    )  # the same file from another place is as good
+    # The same file from another address is accepted.
+    assert "cifar_teachers.tar" in fetch(job, [address, mdistiller(web)])
     assert target(job).read_bytes() == GOOD
 
 
@@ -364,7 +367,7 @@ class Malicious:
 
 
 def bad_files(proof: Path) -> dict[str, tuple[bytes, str]]:
-    """Each with a part of what is said of it."""
+    """Return {kind: (a bad file, a part of the error message)}."""
     good = weights()
     missing, first = dict(list(good.items())[1:]), next(iter(good))
     bomb = io.BytesIO()
@@ -420,7 +423,7 @@ def test_bad_files_are_refused_from_everywhere(
     kind: str,
 ) -> None:
     content, fault = bad[kind]
-    monkeypatch.setattr(teachers, "LARGEST_FILE", SMALLER)
+    monkeypatch.setattr(teacher_files, "LARGEST_FILE", SMALLER)
     for address in (
         repdistiller(web, content),
         mdistiller(web, tar((f"x/{FOLDER}/{FILE}", content))),
@@ -435,7 +438,8 @@ def test_bad_files_are_refused_from_everywhere(
     assert fault in str(caught.value)
     assert not target(job).exists()
     assert list(target(job).parent.glob("*.pt")) == []
-    fetch(job, [repdistiller(web, GOOD, tag='"2"')])  # nothing of it is left in the way
+    # Nothing of the bad file is left that would prevent the next attempt.
+    fetch(job, [repdistiller(web, GOOD, tag='"2"')])
     assert target(job).read_bytes() == GOOD
 
 
@@ -469,9 +473,9 @@ def test_files_larger_than_a_teacher_can_be(
     web: Site, job: Config, monkeypatch: pytest.MonkeyPatch, place: Any
 ) -> None:
     address = place(web, GOOD) if place is repdistiller else place(web)
-    monkeypatch.setattr(teachers, "LARGEST_FILE", len(GOOD) - 1)
+    monkeypatch.setattr(teacher_files, "LARGEST_FILE", len(GOOD) - 1)
     refused(job, address)
-    monkeypatch.setattr(teachers, "LARGEST_FILE", len(GOOD))
+    monkeypatch.setattr(teacher_files, "LARGEST_FILE", len(GOOD))
     fetch(job, [address])
 
 
@@ -483,7 +487,7 @@ def test_a_stalled_place_is_left_for_the_next(
     assert "repo" in fetch(job, [web.url + "slow", repdistiller(web, GOOD)])
 
 
-# Importing
+# The command import
 
 
 @pytest.mark.parametrize("content", [GOOD, saved({f"module.{k}": v for k, v in weights().items()})])
@@ -536,11 +540,11 @@ def test_what_is_no_file(
         import_file(job, Path(path))
 
 
-# The command
+# The command line
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m sddlskd.teachers WORDS`."""
+    """Return exit code, stdout and stderr of `python -m sddlskd.teachers WORDS`."""
     package = logging.getLogger("sddlskd")
     before = package.handlers[:], package.level, package.propagate
     try:
@@ -582,18 +586,16 @@ def test_fetch_with_a_mirror(
     code, out, err = run(capsys, "fetch", NAME, "--mirror", address, f"home={tmp_path}/one")
     assert code == 0
     assert f"fetching {address}" in err
-    assert (
-        out
-        == f"resnet56 from {address}/{FOLDER}/{FILE}: {tmp_path}/one/teachers/cifar100/resnet56.pt\n"
+    assert out == (
+        f"resnet56 from {address}/{FOLDER}/{FILE}: {tmp_path}/one/teachers/cifar100/resnet56.pt\n"
     )
     monkeypatch.setenv("SDDLSKD_TEACHER_MIRRORS", f"{web.url}gone {address}")
     code, out, err = run(capsys, "fetch", "all", f"home={tmp_path}/two")
     assert code == 1
     assert out.startswith("resnet56 from ")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (
-        len(errors) == len(PUBLISHED["cifar100"]) - 1
-    )  # the others are tried all the same, and each is named
+    # The command tries all teachers and names each that fails.
+    assert len(errors) == len(PUBLISHED["cifar100"]) - 1
     assert "Traceback" not in err
 
 
@@ -654,14 +656,14 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert (code, err) == (130, "stopped; the same command continues where it stopped\n")
 
 
-# Verifying
+# The command verify
 
-SMALL = ("dataset=fake", "dataset.num_classes=10", "++dataset.load.train=64", "++dataset.load.test=200",
-         "++dataset.load.size=16", "trainer.device=cpu")  # fmt: skip
+SMALL = ("dataset=fake", "dataset.num_classes=10", "++dataset.load.train=64",
+         "++dataset.load.test=200", "++dataset.load.size=16", "trainer.device=cpu")  # fmt: skip
 
 
 def known_top1(home: Path) -> float:
-    """The top-1 of a resnet8 left in a home, by a plain loop."""
+    """Put a resnet8 into a home, and return its top-1, computed without the package's code."""
     job = tiny(home, *SMALL[2:5], teacher=False)
     state = weights("resnet8", 10)
     publish(
@@ -712,7 +714,7 @@ def test_each_is_verified_on_its_own_data_set(
     assert opened == ["cifar100", "imagenet"]
 
 
-# Fuzz
+# Random files
 
 
 PLAIN = weights("resnet8", 10)

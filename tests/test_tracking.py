@@ -1,4 +1,4 @@
-"""MLflow as a mirror of the record: whole, once, and never in the way."""
+"""Test the mirror in MLflow: complete, without duplicates, and never delaying a training."""
 
 import json
 import logging
@@ -21,18 +21,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 
+from analysis.__main__ import main as analyse
 from analysis.runs import load
 from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, RUNNING, Record
-from sddlskd.sweeps import _write_manifest, _write_plan
-from sddlskd.tracking import uri as tracking_uri
+from sddlskd.sweeps.manifest import write_manifest, write_plan
 from sddlskd.tracking import __main__ as sync_command
 from sddlskd.tracking import mirror as mirror_module
 from sddlskd.tracking import runs as tracking_runs
+from sddlskd.tracking import uri as tracking_uri
 from sddlskd.tracking.mirror import Mirror
 from sddlskd.tracking.runs import CUT, sync
 from sddlskd.tracking.sweeps import register
@@ -40,7 +42,7 @@ from sddlskd.training.fit import fit
 from sddlskd.training.run import Run
 from tests.loopback import answer, site
 from tests.loopback import status as code
-from tests.tiny import net, processes, tiny
+from tests.tiny import BASE, CONF, net, processes, tiny
 
 METRICS = {
     *(
@@ -60,7 +62,7 @@ FINAL = {"best/top1", "last/top1", "teacher/top1"}
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow's, made once since that takes seconds."""
+    """Return an empty database of MLflow, created once because that takes seconds."""
     home = tmp_path_factory.mktemp("database")
     register([tiny(home, "tracking=mlflow", "tracking.experiment=other", teacher=False)])
     return home / "mlflow.db"
@@ -88,7 +90,7 @@ def runs_of(job: Config, kind: str = "job") -> list[Any]:
 
 
 def points(job: Config, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """{metric: [(step, value), ...]}, every point that MLflow holds."""
+    """Return {metric: [(step, value), ...]} of a run in MLflow."""
     client = client_of(job)
     keys = client.get_run(run_id).data.metrics
     return {
@@ -97,7 +99,7 @@ def points(job: Config, run_id: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def write_record(job: Config, epochs: int = 3, status: str = FINISHED, reason: str = "") -> Path:
-    """A run directory as a training leaves it."""
+    """Write a run directory as a training does, and return it."""
     opened = Record(job)
     for epoch in range(1, epochs + 1):
         opened.append(
@@ -185,9 +187,8 @@ def test_sync_is_idempotent(home: Path) -> None:
         sync(folder)
         (run,) = runs_of(job)
         counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
-    (folder / "mlflow.json").write_text(
-        json.dumps({"key": run.data.tags["record"]})
-    )  # forgotten what was delivered
+    # The note of what was delivered is lost.
+    (folder / "mlflow.json").write_text(json.dumps({"key": run.data.tags["record"]}))
     sync(folder)
     (run,) = runs_of(job)
     counts.append({key: len(found) for key, found in points(job, run.info.run_id).items()})
@@ -200,7 +201,9 @@ def test_what_a_server_lost_is_delivered_again(
     jobs = register(
         [tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)], sweep="table-1"
     )
-    tracking.log_plan(jobs[0], _write_plan(_write_manifest("table-1", jobs), "table-1", jobs))
+    sweep_folder = Path(jobs[0].home, "runs/sweeps/table-1")
+    write_manifest(sweep_folder, "table-1", jobs)
+    tracking.log_plan(jobs[0], write_plan(sweep_folder, "table-1", jobs))
     sync(write_record(jobs[0]))
     with closing(sqlite3.connect(home / "mlflow.db")) as database:
         for table in ("metrics", "latest_metrics"):
@@ -215,6 +218,121 @@ def test_what_a_server_lost_is_delivered_again(
     assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == [
         "plan.json"
     ]
+
+
+def problems_of_sync(folder: Path, *options: str) -> list[str]:
+    """Return the errors that `sync` ends with."""
+    with pytest.raises(SystemExit) as caught:
+        sync_command.main(["sync", *options, str(folder)])
+    return str(caught.value).splitlines()
+
+
+def restore(cure: str) -> None:
+    """Run the command of MLflow that a message names."""
+    found = re.search("restore .*with: (MLFLOW_TRACKING_URI=.*?-id [0-9a-f]+)", cure)
+    assert found, cure
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(found[1], shell=True, check=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_was_deleted_in_mlflow_is_named_and_comes_back(
+    home: Path, capsys: pytest.CaptureFixture[str], again: bool
+) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)])
+    folders = [write_record(job) for job in jobs]
+    sync_command.main(["sync", str(home / "runs")])
+    assert capsys.readouterr().out == "MLflow has 2 runs up to date\n"
+    run_id = record.read_mirror(folders[0])["run_id"]
+    client_of(jobs[0]).delete_run(run_id)
+    (problem,) = problems_of_sync(home / "runs")
+    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    assert problem.startswith(f"error: {folders[0]}: its run {run_id} was deleted in MLflow; ")
+    assert problem.endswith(f"python -m sddlskd.tracking sync --again {folders[0]}")
+    if again:
+        sync_command.main(["sync", "--again", str(folders[0])])
+        assert run_id not in {run.info.run_id for run in runs_of(jobs[0])}
+    else:
+        restore(problem)
+        assert run_id in {run.info.run_id for run in runs_of(jobs[0])}
+    for run in runs_of(jobs[0]):
+        assert {key: len(found) for key, found in points(jobs[0], run.info.run_id).items()} == {
+            "val/top1": 3, "train/loss": 3, "best/top1": 1, "last/top1": 1
+        }  # fmt: skip
+    assert len(runs_of(jobs[0])) == 2
+    capsys.readouterr()
+    sync_command.main(["sync", str(home / "runs")])
+    assert capsys.readouterr().out == "MLflow has 2 runs up to date\n"
+
+
+def test_a_deleted_experiment_is_named_once_for_all_its_runs(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in (0, 1)])
+    for job in jobs:
+        sync(write_record(job))
+    client_of(jobs[0]).delete_experiment(jobs[0].tracking.experiment_id)
+    for options in ([], ["--again"]):
+        (problem,) = problems_of_sync(home / "runs", *options)
+        assert problem.startswith("error: tracking.experiment=sddlskd was deleted in MLflow; ")
+    restore(problem)
+    assert len(runs_of(jobs[0])) == 2
+    capsys.readouterr()
+    sync_command.main(["sync", str(home / "runs")])
+    assert capsys.readouterr().out == "MLflow has 2 runs up to date\n"
+
+
+def test_a_deleted_parent_run_of_a_sweep_is_named_and_comes_back(home: Path) -> None:
+    jobs = register([tracked(home, teacher=False)], sweep="table-1")
+    folder = Path(jobs[0].home, "runs/sweeps/table-1")
+    write_manifest(folder, "table-1", jobs)
+    tracking.log_plan(jobs[0], write_plan(folder, "table-1", jobs))
+    (parent,) = runs_of(jobs[0], kind="sweep")
+    client_of(jobs[0]).delete_run(parent.info.run_id)
+    (problem,) = problems_of_sync(home / "runs")
+    assert problem.startswith(f"error: {folder}: its run {parent.info.run_id} was deleted")
+    sync_command.main(["sync", "--again", str(home / "runs")])
+    (parent,) = runs_of(jobs[0], kind="sweep")
+    assert [file.path for file in client_of(jobs[0]).list_artifacts(parent.info.run_id)] == [
+        "plan.json"
+    ]
+
+
+def test_runs_of_a_database_that_is_gone_are_delivered_to_a_new_one(
+    home: Path, empty_database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a new database the ids of the experiments are others."""
+    jobs = [
+        register([tracked(home, f"tracking.experiment={name}", f"seed={seed}", teacher=False)])[0]
+        for seed, name in enumerate(("second", "first"))
+    ]
+    folders = [write_record(job) for job in jobs]
+    for folder in folders:
+        sync(folder)
+    shutil.copy(empty_database, home / "mlflow.db")
+    problems = problems_of_sync(home / "runs")
+    assert capsys.readouterr().out == "MLflow has 0 runs up to date\n"
+    for problem, folder in zip(problems, sorted(folders), strict=True):
+        assert problem.startswith(f"error: {folder}: MLflow at sqlite:///{home}/mlflow.db does not")
+        assert problem.endswith(
+            f"send it anew with: python -m sddlskd.tracking sync --again {folder}"
+        )
+    for folder in reversed(folders):
+        sync_command.main(["sync", "--again", str(folder)])
+    for job, folder in zip(jobs, folders, strict=True):
+        assert [run.info.run_id for run in runs_of(job)] == [record.read_mirror(folder)["run_id"]]
+
+
+def test_a_superseded_run_may_be_deleted_in_mlflow(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    folder = write_record(job)
+    sync(folder)
+    tracking.supersede(folder)
+    client_of(job).delete_run(record.read_mirror(folder)["run_id"])
+    sync_command.main(["sync", str(folder)])
+    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
 
 
 def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +404,7 @@ def test_process_that_died_is_killed_and_one_not_started_is_left_out(home: Path)
         "KILLED",
         "the process ended without writing a result",
     )
-    opened = Record(died)  # taken up again
+    opened = Record(died)  # the run is resumed
     opened.result(RUNNING, best_top1=10.0, last_top1=10.0, epochs=1, seconds=1.0)
     sync(folder)
     assert runs_of(died)[0].info.status == "RUNNING"
@@ -296,7 +414,7 @@ def test_process_that_died_is_killed_and_one_not_started_is_left_out(home: Path)
 def test_a_record_that_was_set_aside_before_it_was_delivered_is_superseded(home: Path) -> None:
     (job,) = register([tracked(home)])
     folder = write_record(job, epochs=1)
-    tracking.supersede(folder)  # MLflow has not heard of it
+    tracking.supersede(folder)  # MLflow does not have the run yet
     folder = folder.rename(folder.with_name(f"{folder.name}.before"))
     sync(write_record(job, epochs=2))
     sync(folder)
@@ -347,9 +465,8 @@ def test_parent_and_children(home: Path) -> None:
     assert parent.info.status == "RUNNING"
     tracking.finish_sweep(jobs[0], "FINISHED")
     again = register([tracked(home, "seed=2", teacher=False)], sweep="table-1")
-    assert (
-        again[0].tracking.parent_run_id == parent.info.run_id
-    )  # the sweep goes on in the run it had
+    # The sweep keeps its run in MLflow.
+    assert again[0].tracking.parent_run_id == parent.info.run_id
     (parent,) = runs_of(jobs[0], kind="sweep")
     assert parent.info.status == "RUNNING"
 
@@ -358,7 +475,7 @@ def test_deleted_experiment_is_named(home: Path) -> None:
     (job,) = register([tracked(home, teacher=False)])
     client_of(job).delete_experiment(job.tracking.experiment_id)
     with pytest.raises(
-        ValueError, match=r"tracking.experiment=sddlskd was deleted in MLflow; restore it"
+        ValueError, match=r"tracking.experiment=sddlskd was deleted in MLflow; restore it.* with: "
     ):
         register([tracked(home, teacher=False)])
 
@@ -391,9 +508,57 @@ def test_database_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database" * 100)
     with pytest.raises(
         ConnectionError,
-        match=r"tracking.uri=sqlite:.*mlflow.db does not accept runs .*tracking=none",
+        match=r"tracking.uri=sqlite:.*mlflow.db does not accept runs \(.*\); make it an "
+        r"MLflow database that you may write, choose another .*tracking=none",
     ):
         register([tracked(tmp_path, teacher=False)])
+
+
+def test_a_file_that_cannot_be_written_is_named_with_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").mkdir()
+    for ask in (tracking.check_reachable, register):
+        with pytest.raises(
+            ConnectionError,
+            match=r"mlflow.db cannot be written; make it .* that you may write, choose",
+        ) as caught:
+            ask([tracked(tmp_path, teacher=False)])
+        assert "start it" not in str(caught.value)
+
+
+NAMES_OF_FOLDERS = [
+    "plain",
+    "My%20Project",
+    "run?1",
+    "50%",
+    "a b#1&c=d;",
+    "é漢'\"`$",
+    "..%2f",
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_FOLDERS)
+def test_home_of_every_name_has_its_database_and_nothing_beside_it(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    home = tmp_path / name
+    home.mkdir()
+    shutil.copy(empty_database, home / "mlflow.db")
+    monkeypatch.setenv("SDDLSKD_HOME", str(home))
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        small = [*BASE[:5], "distiller=vanilla", "recipe=vanilla", "student=resnet8"]
+        composed = cfg.resolve(hydra.compose("config", overrides=small))
+    uri = str(composed.tracking.uri)
+    assert cfg.sqlite_file(uri) == home / "mlflow.db"
+    (job,) = register([composed])
+    folder = write_record(job)
+    sync(folder)
+    (run,) = runs_of(job)
+    assert {file.path for file in client_of(job).list_artifacts(run.info.run_id)} >= {"config.yaml"}
+    assert cfg.load(folder / "config.yaml").tracking.uri == uri
+    assert analyse(["--home", str(home)]) == 0
+    assert list(load("sddlskd", uri).frame["run_id"]) == [run.info.run_id]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
@@ -405,6 +570,19 @@ def test_address_that_does_not_work_is_named(tmp_path: Path, uri: str) -> None:
     with pytest.raises((ConnectionError, ValueError), match=f"tracking.uri={shown}"):
         tracking.check_reachable([job])
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("options", ["?mode=ro", "/run?1/mlflow.db"])
+def test_an_address_with_a_question_mark_is_refused(tmp_path: Path, options: str) -> None:
+    with pytest.raises(ValueError, match=r"holds a '\?', .* write %3F in its place") as caught:
+        tracked(tmp_path, f"tracking.uri='sqlite:///{tmp_path}{options}'", teacher=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_home_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    job = tracked(tmp_path, teacher=False)
+    with pytest.raises(ValueError, match=r"home='.*\\udcff' has a name that is not UTF-8; rename"):
+        cfg.normalise(replace(job, home=os.fsdecode(b"/a/\xff")))
 
 
 def test_run_without_tracking_is_delivered_later(
@@ -421,14 +599,14 @@ def test_run_without_tracking_is_delivered_later(
         sync_command.main(["sync", str(home / "nowhere")])
 
 
-# Accidents
+# Crashes and failures
 
 
 @pytest.mark.parametrize("moment", ["create_run", "log_batch", "set_terminated", "log_artifact"])
 def test_dead_in_the_middle_leaves_no_twin(
     home: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The process dies right after MLflow took something, before that is noted."""
+    """The process dies after MLflow accepted something and before the record notes this."""
     from mlflow.tracking import MlflowClient
 
     (job,) = register([tracked(home, teacher=False)])
@@ -605,7 +783,7 @@ def test_what_answers_otherwise_is_named_with_its_cure(tmp_path: Path, kind: str
 
 @pytest.fixture
 def silent() -> Iterator[dict[str, str]]:
-    """Addresses where nobody answers, each in another way."""
+    """Yield {kind: address} of servers that do not answer, each in another way."""
     with (
         socket.socket() as mute,
         socket.socket() as full,
@@ -615,7 +793,8 @@ def silent() -> Iterator[dict[str, str]]:
         for listener, backlog in ((mute, 5), (full, 0)):
             listener.bind(("127.0.0.1", 0))
             listener.listen(backlog)
-        for _ in range(4):  # the queue is full then: packets are dropped, as by a firewall
+        # Fill the queue of connections: further packets are dropped, as by a firewall.
+        for _ in range(4):
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
@@ -632,15 +811,16 @@ def test_a_start_without_an_answer_ends_in_time(
     tmp_path: Path, silent: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tracking_uri.ANSWER_S < 10
-    if kind == "dropping":
+    if kind in ("mute", "dropping"):
         monkeypatch.setattr(tracking_uri, "ANSWER_S", 0.5)
     job = tracked(tmp_path, f"tracking.uri={silent[kind]}", teacher=False)
     for ask in (tracking.check_reachable, register):
         started = time.monotonic()
         with pytest.raises(
             ConnectionError, match=rf"tracking.uri={silent[kind]} does not answer \(.+\); start it"
-        ):
+        ) as caught:
             ask([job])
+        assert ("(no answer in 0.5 s)" in str(caught.value)) is (kind in ("mute", "dropping"))
         assert time.monotonic() - started < 15
 
 
@@ -670,13 +850,13 @@ def test_a_black_hole_does_not_hold_training(
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
         (result,) = fit([job])
     assert result["status"] == "FINISHED"
-    assert threads == {"mlflow-mirror"}  # the only thread that waits for it
+    assert threads == {"mlflow-mirror"}  # no other thread waits for MLflow
     said = [
         each.getMessage()
         for each in caplog.records
         if "MLflow" in each.getMessage() or "tracking" in each.name
     ]
-    assert len(said) == 2  # at the start and in the end
+    assert len(said) == 2  # one at the start and one at the end
     later = f"python -m sddlskd.tracking sync {tmp_path}/runs"
     assert said[0].startswith(
         f"tracking.uri={silent['mute']} does not answer (no answer in 0.5 s); continuing without"
@@ -686,7 +866,7 @@ def test_a_black_hole_does_not_hold_training(
 
 @pytest.fixture
 def away(tmp_path: Path) -> Callable[[], None]:
-    """A home whose database cannot be made before this is called."""
+    """Return a function; until it is called, the database of the home cannot be created."""
     (tmp_path / "mlflow.db").mkdir()
     return (tmp_path / "mlflow.db").rmdir
 
@@ -703,8 +883,10 @@ def test_a_sweep_that_began_without_mlflow_is_delivered_whole(
     jobs = [tracked(tmp_path, name, "tracking.offline=true", teacher=False) for name in names]
     jobs = register(jobs, sweep="table-1")
     assert {job.tracking.experiment_id for job in jobs} == {None}
-    tracking.log_plan(jobs[0], _write_plan(_write_manifest("table-1", jobs), "table-1", jobs))
-    folders = [write_record(job) for job in jobs[:5]]  # one never starts
+    sweep_folder = Path(jobs[0].home, "runs/sweeps/table-1")
+    write_manifest(sweep_folder, "table-1", jobs)
+    tracking.log_plan(jobs[0], write_plan(sweep_folder, "table-1", jobs))
+    folders = [write_record(job) for job in jobs[:5]]  # the sixth job never starts
     tracking.finish_sweep(jobs[0], FAILED)
     away()
     started = [processes.Process(target=deliver_one, args=(str(folder),)) for folder in folders[1:]]
@@ -731,7 +913,7 @@ def test_a_sweep_that_began_without_mlflow_is_delivered_whole(
         }  # fmt: skip
 
 
-# Who may write
+# Access and hosts
 
 
 def test_a_password_in_the_address_is_refused_before_it_is_written(tmp_path: Path) -> None:
@@ -777,7 +959,7 @@ def test_sqlite_is_written_by_one_host_alone(home: Path, caplog: pytest.LogCaptu
             ask([tracked(home)])
     before = {path.name: path.read_bytes() for path in home.glob("mlflow.db*")}
     with caplog.at_level(logging.WARNING, logger="sddlskd"):
-        (result,) = fit([job])  # its launch was elsewhere
+        (result,) = fit([job])  # as if it had been launched on the other host
     assert result["status"] == "FINISHED"
     assert "is written by host elsewhere" in caplog.text
     assert {path.name: path.read_bytes() for path in home.glob("mlflow.db*")} == before
@@ -818,7 +1000,7 @@ def test_sqlite_is_refused_for_other_nodes(home: Path) -> None:
         tracking.check_shared([server, file], [here, "node8", "node7"])
 
 
-# What is spoilt, strange or repeated
+# Damaged files, unusual values and repetitions
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 90, b"{", b"[]", "cut", "flipped", "other"])
@@ -866,7 +1048,7 @@ def test_strange_numbers_and_names(home: Path) -> None:
         sync(opened.folder)
     (run,) = runs_of(job)
     assert run.info.run_name == "läuft ✓ 'so'"
-    largest = sys.float_info.max  # what MLflow keeps of an infinite number
+    largest = sys.float_info.max  # MLflow stores this number instead of infinity
     kept = {math.inf: largest, -math.inf: -largest}
     found = points(job, run.info.run_id)
     for key in ("val/top1", "train/loss"):
@@ -908,11 +1090,11 @@ def test_one_spoilt_run_does_not_keep_the_others(
     assert len(runs_of(jobs[2])) >= 1
 
 
-# A server
+# A real server
 
 
 class Server:
-    """`mlflow server` on loopback, to be killed and started again on the same port and database."""
+    """`mlflow server` on loopback, which can be killed and restarted with the same data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -954,9 +1136,8 @@ class Server:
 
     def kill(self) -> None:
         if self.process:
-            os.killpg(
-                self.process.pid, signal.SIGKILL
-            )  # the server and its worker: the session that was started above
+            # Kill the session, which holds the server and its worker.
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 

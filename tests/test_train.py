@@ -1,4 +1,4 @@
-"""The command line: what it refuses and how, what it leaves behind, what it starts with."""
+"""Test the command line: what it refuses, what it leaves behind, and how it starts."""
 
 import json
 import logging
@@ -37,14 +37,17 @@ MODULE = (sys.executable, "-m", "sddlskd.train")
 
 @dataclass
 class Done:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
     def refusal(self, *patterns: str) -> str:
-        """The one line that says what is wrong, once it has been seen that there is nothing else."""
+        """Return the line of the error.
+
+        The command must have failed, printed only this line, and the line must match `patterns`.
+        """
         assert self.code == 1, (self.code, self.out, self.err)
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
@@ -59,7 +62,7 @@ Command = Callable[..., Done]
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder, empty folders too."""
+    """Return {path: content} of a folder; the content of a folder is None."""
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
@@ -69,7 +72,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
 def shell(
     *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> Done:
-    """Run a command as its own process, on one thread: two of them do not fight for the cores."""
+    """Run a command as a process of its own."""
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -84,14 +87,18 @@ def shell(
 def here(
     teacher_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Command]:
-    """here(*overrides): the command in this process, in a home that has a teacher, on the smallest job."""
+    """Yield a function of overrides that runs the command in this process.
+
+    It runs the smallest job, in a home with a teacher.
+    """
     package = logging.getLogger("sddlskd")
     before = package.handlers[:], package.level, package.propagate
 
     def run(*overrides: str, small: tuple[str, ...] = (*SMALL, "tracking=none")) -> Done:
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
-        options = [part for part in overrides if part.startswith("--")]  # argparse wants them first
+        # argparse requires the options before the overrides.
+        options = [part for part in overrides if part.startswith("--")]
         rest = [part for part in overrides if part not in options]
         monkeypatch.setattr(
             sys, "argv", ["sddlskd-train", *options, f"home={teacher_home}", *small, *rest]
@@ -112,7 +119,7 @@ def here(
 
 @pytest.fixture
 def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
-    """refused(*overrides): as `here`, and the home is afterwards what it was before."""
+    """Return the function of `here`, which also checks that the home stays unchanged."""
 
     def run(*overrides: str, **options: tuple[str, ...]) -> Done:
         before = content(teacher_home)
@@ -123,7 +130,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
     return run
 
 
-# Bad input: one line that names value and cure, exit code 1, nothing left behind.
+# Bad input: one line with the value and what to do, exit code 1, and no files left behind
 
 
 @pytest.mark.parametrize(
@@ -139,22 +146,30 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["scales=[1,2]"], [r"scales=\[1,2\]", r"M=\[1,2\]", r"scales=global\|two"]),
         (["scales=4"], ["scales=4", r"M=\[4\]"]),
         (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "teacher=resnet8"]),
-        (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4", "student=mobilev2"]),
-        (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8", "valid are .*shufflev1.*wrn_40_2"]),
-        (["teacher=resnet9"], ["teacher=resnet9", "did you mean teacher=resnet8", "valid are .*vgg13"]),
-        (["dataset=cifar11"], ["dataset=cifar11", "did you mean dataset=cifar10", "valid are .*digits"]),
-        (["distiller=kdd"], ["distiller=kdd", "did you mean distiller=", "valid are dkd, kd, nkd, vanilla"]),
+        (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4",
+                                          "student=mobilev2"]),
+        (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8",
+                               "valid are .*shufflev1.*wrn_40_2"]),
+        (["teacher=resnet9"], ["teacher=resnet9", "did you mean teacher=resnet8",
+                               "valid are .*vgg13"]),
+        (["dataset=cifar11"], ["dataset=cifar11", "did you mean dataset=cifar10",
+                               "valid are .*digits"]),
+        (["distiller=kdd"], ["distiller=kdd", "did you mean distiller=",
+                             "valid are dkd, kd, nkd, vanilla"]),
         (["recipe=sdkd"], ["recipe=sdkd", "did you mean recipe=sd_kd", "valid are .*sd_kd_ls"]),
-        (["pair=resnet32x4_resnet8x5"], ["did you mean pair=resnet32x4_resnet8x4", "valid are .*wrn_40_2_wrn_40_1"]),
+        (["pair=resnet32x4_resnet8x5"], ["did you mean pair=resnet32x4_resnet8x4",
+                                         "valid are .*wrn_40_2_wrn_40_1"]),
         (["scales=four"], ["scales=four", "valid are global, skip, three, two"]),
         (["tracking=wandb"], ["tracking=wandb", "valid are mlflow, none"]),
-        (["trainer.device=tpu"], ["trainer.device=tpu", "valid are auto, cpu, cuda, cuda:<number> or mps"]),
+        (["trainer.device=tpu"], ["trainer.device=tpu",
+                                  "valid are auto, cpu, cuda, cuda:<number> or mps"]),
         (["trainer.device=xpu"], ["trainer.device=xpu", "valid are auto, cpu, cuda"]),
         (["trainer.precision=fp8"], ["trainer.precision=fp8", r"fp32, bf16, fp16"]),
         (["optimizer.schedule=linear"], ["optimizer.schedule=linear", "step, cosine, constant"]),
         (["trainer.batch_size=2000"], ["batch_size.*2000", "1437"]),
         (["trainer.batch_size=0"], ["trainer.batch_size=0", "greater than 0"]),
-        (["trainer.epohs=3"], ["trainer.epohs", "did you mean trainer.epochs", "valid are .*batch_size"]),
+        (["trainer.epohs=3"], ["trainer.epohs", "did you mean trainer.epochs",
+                               "valid are .*batch_size"]),
         (["studnet=resnet8"], ["studnet", "did you mean student", "valid are .*recipe"]),
         (["recip=kd"], ["recip", "did you mean recipe"]),
         (["distiller.loss.temprature=3"], ["did you mean distiller.loss.temperature"]),
@@ -168,12 +183,14 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["student=resnet8,resnet14"], ["student=resnet8,resnet14", "--multirun"]),
         (["student"], ["student", "key=value"]),
         (["home="], ["home is empty", r"home=\."]),
-        (["hydra/launcher=slrum"], ["hydra/launcher=slrum", "did you mean hydra/launcher=slurm", "Valid are .*slurm"]),
+        (["hydra/launcher=slrum"], ["hydra/launcher=slrum", "did you mean hydra/launcher=slurm",
+                                    "Valid are .*slurm"]),
         (["--config-name=nope"], ["nope", "--config-dir"]),
         (["+dataset.load.size=3"], ["size"]),
-        (["teacher=resnet14", "teacher.train_if_missing=false"], ["teacher=resnet14 for digits is missing",
-            "distiller=vanilla student=resnet14 dataset=digits", "teacher.train_if_missing=true",
-            "teacher.checkpoint=FILE"]),
+        (["teacher=resnet14", "teacher.train_if_missing=false"],
+         ["teacher=resnet14 for digits is missing",
+          "distiller=vanilla student=resnet14 dataset=digits", "teacher.train_if_missing=true",
+          "teacher.checkpoint=FILE"]),
         (["teacher.checkpoint=/no/such.pt"], [r"/no/such\.pt", "teacher.checkpoint=FILE"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -220,7 +237,7 @@ def test_data_that_cannot_be_fetched(
 
 
 class Malicious:
-    """Would make a file if it were unpickled as pickle does by default."""
+    """An object that creates a folder if plain pickle loads it."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -254,9 +271,8 @@ def test_teacher_files_that_are_not_this_teachers(
     torch.save({"model": create("resnet8", 10).state_dict(), "extra": Malicious(ran)}, file)
     refused(override).refusal(name, "is refused: it would run .*mkdir", "Nothing was run")
     assert not ran.exists()
-    torch.load(
-        file, weights_only=False
-    )  # as careless code would: the file is what the test says it is
+    # Check that the file would indeed run code if it were loaded carelessly.
+    torch.load(file, weights_only=False)
     assert ran.exists()
 
 
@@ -354,7 +370,7 @@ def test_explain_gives_one_line_for_anything() -> None:
     assert console.explain(ValueError("a\nb")) == "a b"
 
 
-# Runs.
+# Runs
 
 
 def test_a_non_finite_loss_fails_with_step_and_value(here: Command, teacher_home: Path) -> None:
@@ -390,7 +406,7 @@ def module_home(tmp_path_factory: pytest.TempPathFactory, _trained_home: Path) -
 
 @pytest.fixture(scope="module")
 def good_run(module_home: Path) -> tuple[tuple[str | Path, ...], Done, Path]:
-    """A command as one types it, how it ended, and the run directory."""
+    """Return a command, its outcome and its run directory."""
     command = (*MODULE, f"home={module_home}", *SMALL, "tracking=none")
     done = shell(*command, cwd=module_home)
     assert done.code == 0, done.err
@@ -411,8 +427,8 @@ def test_a_run_leaves_its_record(good_run: tuple[tuple[str | Path, ...], Done, P
     assert (job.run_dir, job.M, job.dataset.name) == (str(folder), [1, 2, 4], "digits")
     (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     contract = {
-        "train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "val/top1", "val/top5", "val/loss", "lr",
-        "time/epoch_s", "time/images_per_s",
+        "train/loss", "train/loss_ce", "train/loss_kd", "train/top1", "val/top1", "val/top5",
+        "val/loss", "lr", "time/epoch_s", "time/images_per_s",
     }  # fmt: skip
     assert contract <= set(row)
     assert result["last_top1"] == row["val/top1"]
@@ -476,6 +492,26 @@ def test_the_run_directory_can_be_chosen(here: Command, teacher_home: Path, key:
     assert not (teacher_home / "runs").exists()
 
 
+def test_a_file_can_choose_the_run_directory_with_hydras_key(
+    here: Command, teacher_home: Path, tmp_path: Path
+) -> None:
+    folder = teacher_home / "mine"
+    (tmp_path / "conf").mkdir()
+    text = f"defaults: [config, _self_]\nhydra: {{run: {{dir: {folder}}}}}\n"
+    (tmp_path / "conf" / "mine.yaml").write_text(text)
+    assert here(f"--config-dir={tmp_path}/conf", "--config-name=mine").code == 0
+    assert record.read_result(folder)["status"] == "FINISHED"
+    assert not (teacher_home / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["run_dir", "hydra.run.dir"])
+def test_a_refused_job_makes_no_folder(
+    refused: Callable[..., Done], teacher_home: Path, key: str
+) -> None:
+    for override, says in (("M=[0]", "M="), ("trainer.batch_size=2000", "batch_size")):
+        refused(f"{key}={teacher_home}/not/there", override).refusal(says)
+
+
 def test_a_refused_job_keeps_what_was_in_its_directory(
     refused: Callable[..., Done], teacher_home: Path
 ) -> None:
@@ -503,7 +539,7 @@ def test_editing_yaml_later_changes_no_launched_job(
     assert (teacher_home / "run" / "config.yaml").read_text() == frozen
 
 
-# Starting.
+# Start of the command
 
 
 def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
@@ -525,7 +561,19 @@ def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
     for choice in ("shufflev1", "sd_kd_ls", "fashion_mnist", "resnet32x4_resnet8x4", "skip"):
         assert choice in done.out
     assert "_submitit" not in done.out
+    # These groups are chosen by the data set, the recipe and the pair.
+    assert "tuned" not in done.out
+    assert "adapted" not in done.out
+    assert max(map(len, done.out.splitlines())) <= 110
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_choices_of_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.yaml").write_text("name: mine\n")
+    done = shell(*MODULE, "--help", f"--config-dir={tmp_path}", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^\s*student: [^:]* mine,", done.out, re.MULTILINE)
 
 
 HEAVY = "{'torch', 'torchvision', 'mlflow', 'pandas', 'sklearn', 'numpy'}"
@@ -558,7 +606,8 @@ def test_the_whole_configuration_is_shown(tmp_path: Path) -> None:
     )
     assert (done.code, done.err) == (0, "")
     assert re.search(r"^M:\n- 1\n- 2$", done.out, re.MULTILINE)
-    assert f"run_dir: {tmp_path}/runs/cifar100/resnet32x4-shufflev1-kd-ls-M-1-2-s0-" in done.out
+    assert f"home: {tmp_path}\n" in done.out
+    assert "run_dir: ''\n" in done.out  # the default, which contains the name of the checked job
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The training loop: what must come out the same, whatever happens on the way."""
+"""Test the training loop: the outcome must be the same, whatever interrupts the training."""
 
 import functools
 import json
@@ -7,21 +7,32 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config
+from sddlskd.data.device import Batch
+from sddlskd.distill import ScaleDecoupled
 from sddlskd.files import checkpoint
+from sddlskd.losses import kd
+from sddlskd.record import Record
+from sddlskd.sweeps.precheck import problems
 from sddlskd.training import fit as trainer
-from sddlskd.training.build import build_data, build_network
+from sddlskd.training.build import build_data, build_network, check_batches
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Run
+from sddlskd.training.ranks import Ranks
+from sddlskd.training.run import Objective, Progress, Run
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import path_of
 from tests.test_tracking import runs_of
@@ -30,6 +41,7 @@ from tests.tiny import (
     STEPS,
     ForkedCommand,
     child,
+    composed,
     final,
     leave_teacher,
     net,
@@ -50,7 +62,7 @@ GROUP = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A job that ran to its end in one go."""
+    """Return a job that was trained without interruption."""
     job = tiny(tmp_path_factory.mktemp("undisturbed"))
     fit([job])
     return job
@@ -62,7 +74,7 @@ def after(
     condition: Callable[[Run], bool],
     act: Callable[[], Any],
 ) -> None:
-    """Call `act` once, after the first call of this method of Run at which `condition` holds."""
+    """Call `act` once, after the first call of a method of Run for which `condition` is true."""
     original, left = getattr(Run, method), [act]
 
     def wrapped(self: Run, *arguments: Any, **named: Any) -> None:
@@ -83,14 +95,14 @@ def result_of(job: Config) -> dict[str, Any]:
 
 
 def saved_at(job: Config) -> int:
-    """When the last checkpoint was written, in ns; 0 where there is none, for a moment or yet."""
+    """Return the time of the last checkpoint in ns, or 0 if there is none at the moment."""
     try:
         return Path(job.run_dir, "last.ckpt").stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-# Grouped = alone
+# A run in a group equals the run alone
 
 
 def test_grouped_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,9 +115,8 @@ def test_grouped_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     together = [tiny(tmp_path / "together", *overrides) for overrides in GROUP]
     assert [r["status"] for r in fit(together)] == ["FINISHED"] * 3
-    assert (
-        calls.count(64) == 2 * STEPS + 1
-    )  # once a batch, not once a student; and once over the 64 test images
+    # The teacher runs once per batch, not once per student, and once on the 64 test images.
+    assert calls.count(64) == 2 * STEPS + 1
     for overrides, grouped in zip(GROUP, together, strict=True):
         alone = tiny(tmp_path / "alone", *overrides)
         fit([alone])
@@ -164,7 +175,7 @@ def test_weights_broken_by_the_last_step_are_no_teacher(
 def test_stop_after_a_failure_keeps_the_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that fails one student and stops the others: the failed one is not saved as if it were well."""
+    """One student fails in the step after which the other is stopped; only the other is saved."""
     bad, good = (
         tiny(tmp_path, "optimizer.lr=1e30", "trainer.log_every=2"),
         tiny(tmp_path, "trainer.log_every=2"),
@@ -176,7 +187,7 @@ def test_stop_after_a_failure_keeps_the_failure(
     assert Path(good.run_dir, "last.ckpt").exists()
 
 
-# Resumed = uninterrupted
+# A resumed run equals an uninterrupted run
 
 
 @pytest.mark.parametrize(
@@ -195,7 +206,8 @@ def test_resumed_is_uninterrupted(
     stop(monkeypatch, method, lambda run: (run.epoch, run.step) == (epoch, step))
     (killed,) = fit([job])
     assert (killed["status"], killed["reason"]) == ("KILLED", "stopped by SIGTERM")
-    assert final(job)["position"][:2] == [epoch, step]
+    progress = final(job)["progress"]
+    assert (progress["epoch"], progress["step"]) == (epoch, step)
     (result,) = fit([job])
     assert result["status"] == "FINISHED"
     assert same_outcome(job, undisturbed)
@@ -214,6 +226,26 @@ def test_seconds_of_an_epoch_span_a_stop(tmp_path: Path, monkeypatch: pytest.Mon
     assert row["time/epoch_s"] >= 2.0
     assert row["time/images_per_s"] <= 192 / 2.0
     assert result["seconds"] >= 2.0
+
+
+def test_seconds_of_an_epoch_do_not_count_the_steps_of_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumes after step 2 waits while the run beside it does steps 1 and 2."""
+    resumed, new = (
+        tiny(tmp_path, "trainer.epochs=1", f"student={name}") for name in ("resnet8", "wrn_16_1")
+    )
+    with monkeypatch.context() as patch:
+        stop(patch, "train_step", lambda run: run.step == 2)
+        fit([resumed])
+    spent = checkpoint.read(Path(resumed.run_dir, "last.ckpt"))["progress"]["spent"]
+    after(monkeypatch, "train_step", lambda run: run.step == 1, lambda: time.sleep(1.0))
+    assert [result["status"] for result in fit([resumed, new])] == ["FINISHED"] * 2
+    seconds = [
+        json.loads(Path(job.run_dir, "metrics.jsonl").read_text())["time/epoch_s"]
+        for job in (resumed, new)
+    ]
+    assert spent < seconds[0] < spent + seconds[1] - 1.0
 
 
 def test_group_of_interrupted_and_new_runs(
@@ -249,7 +281,7 @@ def test_dropout_is_the_same_alone_grouped_and_resumed(
 
 @pytest.mark.long
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """Moments are drawn in checkpoints seen, not in seconds: a fast machine would be done, a slow one not begun."""
+    """Kill after a random number of checkpoints, on slow and on fast machines."""
     overrides = ("trainer.epochs=24", "checkpoint.every_minutes=0.0001")
     undisturbed, job = (
         tiny(tmp_path / "undisturbed", *overrides),
@@ -283,7 +315,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 def test_metrics_that_did_not_reach_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Config
 ) -> None:
-    """Dead between the checkpoint and metrics.jsonl: the row comes from the checkpoint."""
+    """If the process dies between both files, the row is taken from the checkpoint."""
     job = tiny(tmp_path)
 
     def die(*_: Any) -> None:
@@ -323,8 +355,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     assert "the same command continues" in output
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGINT")
-    position = torch.load(folder / "last.ckpt", weights_only=True)["position"]
-    assert position[0] <= 20
+    assert checkpoint.read(folder / "last.ckpt")["progress"]["epoch"] <= 20
     code, _, errors = start().end()
     assert code == 0, errors
     assert json.loads((folder / "result.json").read_text())["status"] == "FINISHED"
@@ -413,7 +444,7 @@ def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
     runs = {run.data.tags["run_dir"]: run.info.status for run in runs_of(spoilt)}
     assert runs == {spoilt.run_dir: "FAILED", new.run_dir: "FINISHED", begun.run_dir: "FINISHED"}
     with pytest.raises(checkpoint.UnreadableFile):
-        fit([spoilt])  # alone it is the error
+        fit([spoilt])  # without other jobs, the error is raised
 
 
 def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Path) -> None:
@@ -425,15 +456,73 @@ def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Pat
     assert "teacher=resnet14" in result_of(job)["reason"]
 
 
+class Unwritable(Record):
+    """A record whose outcome cannot be written."""
+
+    opened: ClassVar[list[Record]] = []
+
+    def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
+        self.opened.append(self)  # so that the garbage collector does not release the lock
+        raise OSError("the disk is broken")
+
+
+def test_a_record_that_cannot_be_marked_failed_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny(tmp_path, "teacher=resnet14", "teacher.train_if_missing=false")
+    trainer.record.freeze(job)
+    monkeypatch.setattr(trainer, "Record", Unwritable)
+    with pytest.raises(FileNotFoundError):
+        fit([job])
+    (opened,) = Unwritable.opened
+    assert record.abandoned(opened.folder)
+    assert opened.log.handlers == []
+
+
+def test_a_checkpoint_of_an_earlier_version_tells_the_same_progress() -> None:
+    """Earlier versions saved lists in place of names."""
+    state = {"position": [3, 2, 128], "scores": [55.5, 1, 54.0], "seconds": [12.5, 0.25]}
+    progress = Progress(
+        epoch=3,
+        step=2,
+        seen=128,
+        best_top1=55.5,
+        best_epoch=1,
+        last_top1=54.0,
+        seconds=12.5,
+        spent=0.25,
+    )
+    assert Progress.saved_in(state) == progress
+    assert Progress.saved_in({"progress": asdict(progress)}) == progress
+
+
 # The parts of a step
 
 
+def test_the_objective_weighs_and_warms_up_its_losses() -> None:
+    torch.manual_seed(0)
+    student_map, teacher_map = torch.randn(2, 8, 10, 4, 4)
+    target = torch.arange(8)
+    distill = ScaleDecoupled(functools.partial(kd, temperature=2.0), [1, 2])
+    objective = Objective(distill, ce_weight=0.5, kd_weight=3.0, warmup_epochs=4)
+    for epoch, warmup in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
+        losses = objective.losses(student_map, teacher_map, target, epoch)
+        assert losses["loss_ce"] == F.cross_entropy(student_map.mean((2, 3)), target)
+        assert losses["loss_kd"] == distill(student_map, teacher_map, target)
+        expected = 0.5 * losses["loss_ce"] + 3.0 * warmup * losses["loss_kd"]
+        assert losses["loss"] == expected
+    plain = Objective(None, ce_weight=0.5, kd_weight=3.0, warmup_epochs=4)
+    losses = plain.losses(student_map, None, target, 1)
+    assert losses["loss"] == 0.5 * losses["loss_ce"]
+    assert losses["loss_kd"] == 0
+
+
 class NoSync(TorchDispatchMode):
-    """Refuses every operation that would make the host wait for the device."""
+    """A mode in which operations that make the host wait for the device are errors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        # lift_fresh: a tensor made from Python numbers is copied to the device, and the copy waits.
+        # lift_fresh copies a tensor of Python numbers to the device, and the copy waits.
         assert name not in {
             "_local_scalar_dense",
             "nonzero",
@@ -464,7 +553,7 @@ def test_step_reads_nothing_back(
             original(self, *arguments)
         steps.append(self.step)
         with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
-            self.look()
+            self.check_loss()
 
     monkeypatch.setattr(Run, "train_step", watched)
     assert fit([tiny(tmp_path, *overrides)])[0]["status"] == "FINISHED"
@@ -481,10 +570,8 @@ def test_bf16_on_the_cpu(tmp_path: Path, undisturbed: Config) -> None:
 
 
 def test_fp16_with_its_loss_scale_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = (
-        "trainer.precision=fp16",
-        "distiller.kd_weight=900",
-    )  # so that the first steps overflow
+    # With this weight, the first steps overflow.
+    overrides = ("trainer.precision=fp16", "distiller.kd_weight=900")
     whole, resumed = (
         tiny(tmp_path / place, *overrides, model=net()) for place in ("whole", "resumed")
     )
@@ -529,7 +616,7 @@ def test_best_checkpoint_is_of_the_best_epoch_on_the_held_out_images(tmp_path: P
 
 
 def test_train_metrics_are_means_over_the_images(tmp_path: Path) -> None:
-    """192 images in batches of 80, 80 and 32: the small batch weighs less."""
+    """The batches have 80, 80 and 32 images, so the last batch must count less."""
     job = tiny(
         tmp_path,
         "trainer.batch_size=80",
@@ -540,10 +627,11 @@ def test_train_metrics_are_means_over_the_images(tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     original = Run.train_step
 
-    def watched(self: Run, images: torch.Tensor, target: torch.Tensor, teacher_map: Any) -> None:
+    def watched(self: Run, batch: Batch, teacher_map: Any) -> None:
         before = self.sums[0].item()
-        original(self, images, target, teacher_map)
-        seen.append((len(target), (self.sums[0].item() - before) / len(target)))
+        original(self, batch, teacher_map)
+        count = len(batch.labels)
+        seen.append((count, (self.sums[0].item() - before) / count))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "train_step", watched)
@@ -569,3 +657,88 @@ def test_teacher_is_trained_once_by_two_processes(tmp_path: Path) -> None:
     teacher = cfg.teacher_job(jobs[0])
     assert Path(teacher.run_dir, "train.log").read_text().count("running") == 1
     assert [row["epoch"] for row in rows(teacher)] == [1]
+
+
+# The last batch of an epoch can have one image
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "cure"),
+    [(192, 191, 192), (16, 5, 6), pytest.param(13, 3, 5, id="4 leaves one image, too")],
+)
+def test_a_last_batch_of_one_image_is_refused_before_the_first_step(
+    tmp_path: Path, images: int, size: int, cure: int
+) -> None:
+    job = tiny(tmp_path, "student=mobilev2", "recipe=vanilla", f"trainer.batch_size={size}")
+    job.dataset.load["train"] = images
+    with pytest.raises(
+        ValueError,
+        match=r"^student=mobilev2 cannot train on a batch of one image \(Expected more than 1 .*"
+        rf"{images} images in batches of {size}; set trainer\.batch_size={cure}$",
+    ):
+        fit([job])
+    assert not Path(job.run_dir).exists()
+    job.trainer.batch_size = cure
+    (result,) = fit([job])
+    assert result["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("student=resnet8", "trainer.batch_size=191"),  # its smallest map has more than one cell
+        ("student=mobilev2", "trainer.batch_size=191", "trainer.max_steps=1", "M=[1]"),
+        ("student=mobilev2", "trainer.batch_size=190", "M=[1]", "optimizer.lr=1e-4"),
+    ],
+)
+def test_batches_that_the_student_can_take_are_trained_on(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (result,) = fit([tiny(tmp_path, *words, "trainer.epochs=1")])
+    assert result["status"] == "FINISHED"
+
+
+def test_a_teacher_that_is_trained_on_the_spot_names_the_batch_size_of_the_data_set(
+    tmp_path: Path,
+) -> None:
+    words = ("teacher=mobilev2", "teacher.train_if_missing=true", "dataset.batch_size=191", "M=[1]")
+    job = tiny(tmp_path, *words, "trainer.batch_size=64", teacher=False)
+    with pytest.raises(ValueError, match=r"batches of 191; set dataset\.batch_size=192, which "):
+        fit([job])
+    assert not Path(job.run_dir).exists()
+
+
+def test_the_check_of_the_batches_changes_nothing(tmp_path: Path) -> None:
+    job = tiny(tmp_path, "trainer.batch_size=191")
+    student = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    random_state = torch.get_rng_state()
+    check_batches(job, student, build_data(job, CPU), Ranks())
+    assert same(dict(student.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_more_decoding_processes_than_cores_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SDDLSKD_MOST_PROCESSES")
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"{number}.png")
+    job = composed(
+        tmp_path, "dataset=image_folder", "dataset.name=two", "dataset.num_classes=2",
+        "dataset.size=32", "dataset.stem=small", "dataset.workers=1000",
+        f"dataset.root={tmp_path / 'images'}", "student=resnet8", "recipe=vanilla", "trainer=cpu",
+        "trainer.batch_size=4", "trainer.epochs=1", "tracking=none", "trainer.progress=off",
+    )  # fmt: skip
+    said = "^dataset.workers=1000 asks for more processes than the .* cores here, .* give at most"
+    with pytest.raises(ValueError, match=said):
+        fit([job])
+    assert not Path(job.run_dir).exists()
+    ((_, reason),) = problems([job])
+    assert re.search(said, reason)
+    job.dataset.workers = 1
+    (result,) = fit([job])
+    assert result["status"] == "FINISHED"

@@ -1,4 +1,4 @@
-"""Jobs so small that a whole training takes a second, and networks that misbehave on purpose."""
+"""Jobs that train in a second, processes that start fast, and comparisons of outcomes."""
 
 import functools
 import json
@@ -45,11 +45,12 @@ BASE = (
     "trainer=cpu",
     "trainer.epochs=2",
     "trainer.progress=off",
-    "allow_foreign_targets=true",  # networks of this folder
+    "allow_foreign_targets=true",  # the networks of tests/
 )
 TIMES = ("time", "time/epoch_s", "time/images_per_s")
 
-# Children fork from a process that has imported torch and computed nothing: they start in no time.
+# Child processes are forked from a process that has imported torch and computed nothing, so they
+# start at once.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["sddlskd.training.fit", "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"]
@@ -64,7 +65,7 @@ def _composed(overrides: tuple[str, ...], *surroundings: str | None) -> Config:
     if surroundings == SURROUNDINGS and not any(word.startswith(ALONE) for word in overrides):
         job = _remembering().job(overrides)
         if job is not None:
-            # Every sixteenth job is compared with Hydra's own.
+            # Compare one job in sixteen with the job that Hydra itself composes.
             if zlib.crc32(repr(overrides).encode()) % 16 == 0:
                 assert job == _composed_by_hydra(overrides), overrides
             return job
@@ -76,14 +77,17 @@ def _composed_by_hydra(overrides: Sequence[str]) -> Config:
         return cfg.resolve(hydra.compose("config", overrides=[f"home={NOWHERE}", *overrides]))
 
 
-SURROUNDINGS = (None, os.getcwd())  # no address of MLflow, and where pytest was started
-ALONE = ("sweep.", "run_dir", "hydra", "home")  # what a grid sets for its jobs
+# The environment in which `Remembering` may compose: no address of MLflow, pytest's own folder.
+SURROUNDINGS = (None, os.getcwd())
+# Overrides that only Hydra composes, because a grid sets these keys itself.
+ALONE = ("sweep.", "run_dir", "hydra", "home")
 
 
 class Remembering:
-    """The composer of grids, which here composes each choice once and then only sets values.
+    """A composer of jobs that composes each set of choices once and then only sets values.
 
-    Hydra takes a sixth of a second for a job, this a fiftieth where a choice is known.
+    It is the composer of grids (`sddlskd.sweeps.grid`). Hydra needs a sixth of a second for a job.
+    This class needs a fiftieth if it has composed the choices before.
     """
 
     def __init__(self) -> None:
@@ -95,13 +99,13 @@ class Remembering:
         self._referred: dict[int, list[str]] = {}
 
     def load_sweep_config(self, sweep: DictConfig, words: list[str]) -> DictConfig:
-        """Return what the loader of Hydra returns, the same object for the same words."""
+        """Return the composition by Hydra's loader, the same object for the same words."""
         if tuple(words) not in self._composed:
             self._composed[tuple(words)] = self._loader.load_sweep_config(sweep, words)
         return self._composed[tuple(words)]
 
     def resolve(self, composed: DictConfig) -> Config:
-        """Return what config.resolve returns; a grid takes copies of it."""
+        """Return the result of config.resolve; the grid copies it."""
         if id(composed) not in self._resolved:
             self._resolved[id(composed)] = cfg.resolve(composed)
         return self._resolved[id(composed)]
@@ -113,7 +117,7 @@ class Remembering:
         return self._referred[id(composed)]
 
     def job(self, overrides: Sequence[str]) -> Config | None:
-        """Return the job of these overrides, or None where Hydra must say what is wrong."""
+        """Return the job of these overrides, or None if they are wrong and Hydra must say why."""
         remembered = SimpleNamespace(**{**vars(cfg), "resolve": self.resolve})
         with mock.patch.multiple(grid, cfg=remembered, _referred_to=self.referred_to):
             try:
@@ -129,7 +133,7 @@ def _remembering() -> Remembering:
 
 
 def _moved(value: Any, home: str) -> Any:
-    """A copy that has that home."""
+    """Return a copy of `value` in which `home` replaces NOWHERE."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
             value,
@@ -143,15 +147,13 @@ def _moved(value: Any, home: str) -> Any:
 
 
 def composed(home: Path, *overrides: str) -> Config:
-    """The job that `python -m sddlskd.train home=HOME OVERRIDES` runs.
+    """Return the job that `python -m sddlskd.train home=HOME OVERRIDES` runs.
 
-    Hydra takes a sixth of a second, so that the same overrides are composed once.
+    The same overrides are composed only once, because Hydra needs a sixth of a second.
     """
     cfg.frame()
-    surroundings = (
-        os.environ.get("MLFLOW_TRACKING_URI"),
-        os.getcwd(),
-    )  # what else a configuration reads
+    # A configuration also reads the environment and the current folder.
+    surroundings = (os.environ.get("MLFLOW_TRACKING_URI"), os.getcwd())
     job: Config = _moved(_composed(overrides, *surroundings), os.path.abspath(home))
     return job
 
@@ -159,7 +161,14 @@ def composed(home: Path, *overrides: str) -> Config:
 def tiny(
     home: Path, *overrides: str, model: dict[str, Any] | None = None, teacher: bool = True
 ) -> Config:
-    """A job of 2 epochs of 3 batches on random images. model: the student's, in place of a network of ours."""
+    """Return a job of 2 epochs of 3 batches on random images.
+
+    Args:
+        home: home of the job.
+        *overrides: overrides of the configuration.
+        model: `_target_` and arguments of the student; None for resnet8.
+        teacher: whether to put a teacher into the home.
+    """
     job = composed(home, *BASE, *overrides)
     if model:
         job.student.model = model
@@ -170,7 +179,7 @@ def tiny(
 
 
 def leave_teacher(home: Path) -> Path:
-    """A teacher where jobs of that home find it: fresh weights, the same every time."""
+    """Put a teacher with fixed random weights where the jobs of `home` look for it."""
     path = path_of(str(home), "fake", "resnet8")
     if not path.exists():
         with torch.random.fork_rng():
@@ -186,7 +195,7 @@ def leave_teacher(home: Path) -> Path:
 
 
 def fit_in_child(jobs: Sequence[Config]) -> None:
-    """What a child process runs."""
+    """Run `fit` in a child process."""
     cfg.frame()
     torch.set_num_threads(1)
     from sddlskd.training.fit import fit
@@ -195,7 +204,7 @@ def fit_in_child(jobs: Sequence[Config]) -> None:
 
 
 def child(*jobs: Config) -> Any:
-    """A process that fits these jobs, started."""
+    """Start a process that fits these jobs, and return it."""
     process = processes.Process(target=fit_in_child, args=(jobs,))
     process.start()
     return process
@@ -211,9 +220,10 @@ def _work(words: list[str], environment: dict[str, str]) -> None:
 
 
 class ForkedWorker:
-    """In place of the Popen with which a pool starts its workers, whose imports would be most of a test's time.
+    """A substitute for the Popen that a pool starts its workers with.
 
-    What it leaves out, that a worker ends with its pool, is seen where tests start the command.
+    The worker is forked, because its imports would take most of a test's time. The option --parent,
+    by which a worker ends with its pool, is left out; tests that start the real command cover it.
     """
 
     def __init__(self, command: list[str], *, env: dict[str, str], start_new_session: bool) -> None:
@@ -252,21 +262,23 @@ def _be_command(
     os.environ.update(environment)
     sys.path[:0] = [str(cwd)]
     sys.argv = [module, *words]
-    sweeps.ask_precheck = precheck.report
-    pool.subprocess = SimpleNamespace(Popen=ForkedWorker)  # type: ignore[assignment]
+    # The launchers look these two up when they start a sweep.
+    sweeps.run_sweep = functools.partial(sweeps.run_sweep, precheck=precheck.report)
+    pool.Pool = functools.partial(pool.Pool, start=ForkedWorker)  # type: ignore[assignment,misc]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class ForkedCommand:
-    """`python -m MODULE WORDS` without the seconds that a start and its imports take; a sweep's workers are forked too.
+    """`python -m MODULE WORDS` as a forked process, which needs no seconds for its imports.
 
-    What it leaves out, that Python starts with nothing imported, is seen in tests/test_train.py and by the services.
+    The workers of a sweep are forked, too. Tests in tests/test_train.py and tests/services cover a
+    start of Python with nothing imported.
     """
 
     def __init__(
         self, folder: Path, module: str, *words: str, cwd: Path, env: dict[str, str] | None = None
     ) -> None:
-        """folder: where files for what it says are made."""
+        """Start the process; files in `folder` receive its output."""
         self._said = [
             Path(tempfile.mkstemp(suffix=f".{name}", dir=folder)[1]) for name in ("out", "err")
         ]
@@ -283,7 +295,7 @@ class ForkedCommand:
             os.kill(self.pid, number)
 
     def end(self, seconds: float = 300) -> tuple[int, str, str]:
-        """Its exit code and what it said, once it has ended by itself."""
+        """Wait until the process ends by itself; return its exit code, stdout and stderr."""
         self._process.join(seconds)
         code = self._process.exitcode
         self._process.kill()
@@ -293,7 +305,7 @@ class ForkedCommand:
 
 
 def rows(job: Config) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock decides."""
+    """Return the rows of metrics.jsonl without the times."""
     lines = Path(job.run_dir, "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in TIMES}
@@ -302,13 +314,14 @@ def rows(job: Config) -> list[dict[str, Any]]:
 
 
 def final(job: Config) -> dict[str, Any]:
-    """Everything of the last checkpoint but its times."""
-    state = torch.load(Path(job.run_dir, "last.ckpt"), weights_only=True)
-    return {key: value for key, value in state.items() if key not in ("row", "seconds")}
+    """Return the content of the last checkpoint without the times."""
+    state: dict[str, Any] = torch.load(Path(job.run_dir, "last.ckpt"), weights_only=True)
+    del state["row"], state["progress"]["seconds"], state["progress"]["spent"]
+    return state
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal bit for bit, through dicts and lists."""
+    """Return whether two values are equal bit for bit, through dicts and lists."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -323,7 +336,7 @@ def same_outcome(a: Config, b: Config) -> bool:
 
 
 class Net(nn.Module):
-    """A user's network: a convolution, dropout, a head; it may raise in one of its two modes."""
+    """A user's network that raises in "training" or "evaluation" if `raises` says so."""
 
     def __init__(self, num_classes: int, dropout: float = 0.0, raises: str = "") -> None:
         super().__init__()
@@ -338,5 +351,5 @@ class Net(nn.Module):
 
 
 def net(**options: Any) -> dict[str, Any]:
-    """The configuration of a `Net`."""
+    """Return the configuration of a `Net`."""
     return {"_target_": "tests.tiny.Net", **options}

@@ -1,4 +1,7 @@
-"""Runs for the tests of figures and the report, made up: the members of analysis.runs.Runs that those read."""
+"""Invented runs for the tests of figures and report.
+
+`Standin` has those members of analysis.runs.Runs that figures and report read.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +12,8 @@ import pandas as pd
 
 from analysis.schema import frame_of
 
-RECIPES = {  # distiller, standardize, M
+# {method: (distiller, standardize, M)}
+RECIPES = {
     "vanilla": ("vanilla", False, "[1]"),
     "kd": ("kd", False, "[1]"),
     "kd_ls": ("kd", True, "[1]"),
@@ -73,7 +77,10 @@ def grid(
     seeds: int = 3,
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """Every method on every pair and seed, with plausible accuracies; a student alone once for each student."""
+    """Return a run of every method, pair and seed, with plausible accuracies.
+
+    A student alone has one run for each seed, whatever the number of its pairs.
+    """
     noise = np.random.default_rng(0)
     rows, alone = [], set()
     for number, pair in enumerate(pairs):
@@ -97,7 +104,7 @@ def grid(
 @dataclass
 class Standin:
     rows: Sequence[Mapping[str, Any]]
-    kept: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)  # predictions by run id
+    kept: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)  # {run id: predictions}
     name: str = "suite"
     uri: str = "sqlite:////tmp/mlflow.db"
     command: str = "python -m sddlskd.train -m +sweep=suite"
@@ -108,7 +115,7 @@ class Standin:
     def history(
         self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None
     ) -> pd.DataFrame:
-        """A curve that climbs to the run's last accuracy, in steps as schedules make them."""
+        """Return curves that rise to each run's last accuracy, with steps as of a schedule."""
         wanted = set(self.frame["run_id"]) if run_ids is None else set(run_ids)
         points = []
         for run in self.frame.itertuples():
@@ -139,7 +146,16 @@ def predictions(
     closeness: float = 0.7,
     side: int = 32,
 ) -> dict[str, np.ndarray]:
-    """Networks that know something: class clusters, a teacher, and a student that is near it."""
+    """Return plausible predictions of a teacher and a student.
+
+    Args:
+        seed: seed of the student.
+        images: number of images.
+        classes: number of classes, which form clusters.
+        scale: regions per side of the map.
+        closeness: similarity of the student to the teacher, from 0 to 1.
+        side: side of the example images in pixels.
+    """
     same, noise = np.random.default_rng(7), np.random.default_rng(seed)
     target = same.integers(0, classes, images)
     similar = same.normal(size=(classes, classes)) / 2 + 3 * np.eye(classes)

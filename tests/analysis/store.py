@@ -1,4 +1,7 @@
-"""MLflow stores full of synthetic runs, made in bulk: MLflow makes the schema, SQL the rows."""
+"""Make MLflow stores of synthetic runs.
+
+MLflow creates the schema. SQL inserts the rows, which is much faster.
+"""
 
 import json
 import math
@@ -59,7 +62,7 @@ USUAL = {
 
 @cache
 def empty_store() -> Path:
-    """A database that MLflow made, once a process since that takes seconds."""
+    """Return an empty database of MLflow, made once per process because that takes seconds."""
     from mlflow.tracking import MlflowClient
 
     warnings.filterwarnings(
@@ -77,12 +80,22 @@ def make_store(
     command: str = "python -m sddlskd.train -m sweep=a",
     plans: bool = True,
 ) -> list[str]:
-    """Make the database `path` (and artifacts beside it) of these runs; their ids, "" for the missing.
+    """Make a database of runs, with artifacts beside it. Each sweep gets a parent run.
 
-    A row is in terms of schema.COLUMNS, what it lacks is as in USUAL. Further keys: `experiment`; `absent`, columns and
-    params not to log; `history`, {metric: values from epoch 1}; `predictions`, arrays; `planned_by`, sweeps that
-    planned it beside its own; `tags`, more of them; any key with a dot, a param. Each sweep gets a parent run, with
-    plan.json where `plans`. history: of the rows that bring none.
+    A row has the keys of schema.COLUMNS; USUAL has the values that a row lacks. Further keys are
+    `experiment`, `absent` (columns and parameters that are not logged), `history` ({metric: values
+    from epoch 1}), `predictions` (arrays), `planned_by` (other sweeps that planned the run), `tags`
+    (further tags), and parameters, whose names contain a dot.
+
+    Args:
+        path: file of the database.
+        rows: the runs.
+        history: function that returns the history of a row without `history`; None for no history.
+        command: command of the sweeps.
+        plans: whether each sweep has a plan.json.
+
+    Returns:
+        The ids of the runs; "" for a run with status MISSING.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(empty_store(), path)
@@ -132,12 +145,12 @@ def make_store(
 
 
 def command_of(row: Row) -> str:
-    """What the plan of these stores says to run a job with."""
+    """Return the command of a job in the plan of such a store."""
     return f"python -m sddlskd.worker /runs/{row['student']}-{row['M']}-{row['seed']}"
 
 
 def _plan_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """The parameters that all have in common once, then of each what differs."""
+    """Return a plan: the common parameters once, and the other parameters of each job."""
     params = [_params(row) for row in rows]
     common = dict(set.intersection(*(set(one.items()) for one in params)))
     jobs = [
@@ -167,7 +180,7 @@ def _whole(number: int, row: Row) -> dict[str, Any]:
 
 
 def _parents(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A parent run for each sweep."""
+    """Return a parent run for each sweep."""
     planned: dict[str, list[Row]] = {}
     for row in rows:
         for sweep in filter(None, (row["sweep"], *row["planned_by"])):
@@ -237,9 +250,8 @@ def _tags(row: Row) -> dict[str, str]:
 
 
 def _params(row: Row) -> dict[str, str]:
-    params = {
-        key: str(row.get(column)) for column, key in PARAMS.items()
-    }  # null as the trainer logs it
+    # A training logs null as "None", too.
+    params = {key: str(row.get(column)) for column, key in PARAMS.items()}
     params |= {key: str(value) for key, value in row.items() if "." in key}
     return {
         key: value

@@ -1,4 +1,4 @@
-"""Runs with chosen numbers, as rows for `schema.frame_of`."""
+"""Make rows of runs with chosen numbers for `schema.frame_of`."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,10 @@ STANDARDISED = {"temperature": 2.0, "ce_weight": 0.1, "kd_weight": 9.0}
 def run(
     teacher: str, student: str, seed: int | None, top1: float | None, **columns: Any
 ) -> dict[str, Any]:
-    """A finished run by the papers' protocol; its config_hash follows from what it computes."""
+    """Return a finished run by the papers' protocol.
+
+    The config_hash depends on everything except the outcome.
+    """
     row = {
         "status": "FINISHED",
         "dataset": "cifar100",
@@ -54,5 +57,5 @@ def run(
 def runs(
     teacher: str, student: str, values: Iterable[float | None], **columns: Any
 ) -> list[dict[str, Any]]:
-    """One run a value, with seeds from 0."""
+    """Return a run for each value, with seeds from 0."""
     return [run(teacher, student, seed, value, **columns) for seed, value in enumerate(values)]

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
-from analysis import figures
+from analysis import charts, figures, points, prediction_figures, stats
 from tests.analysis.standin import Standin, grid, predictions, row
 
 PAIRS = [("resnet32x4", "resnet8x4"), ("resnet32x4", "shufflev1")]
@@ -41,7 +41,7 @@ def with_predictions(rows: list[dict], **sizes: int) -> Standin:
 
 @pytest.fixture
 def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Drawing]:
-    """What is saved from here on."""
+    """Return a list that receives every figure that is saved."""
     seen: list[Drawing] = []
     save = Drawing.savefig
 
@@ -140,9 +140,9 @@ def test_the_metric_chooses_the_column(tmp_path: Path) -> None:
 
 
 def test_lines_differ_without_colour() -> None:
-    styles = [figures._style(index) for index in range(figures.LINES)]
-    assert len({style["marker"] for style in styles}) == figures.LINES
-    assert len({(style["color"], style["linestyle"]) for style in styles}) == figures.LINES
+    styles = [charts.style_of(index) for index in range(charts.LINES)]
+    assert len({style["marker"] for style in styles}) == charts.LINES
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == charts.LINES
 
 
 def test_large_sweeps_stay_readable_and_name_the_rest(
@@ -189,6 +189,11 @@ def test_panels_legends_and_labels_do_not_overlap(
                 )
 
 
+def points_of(rows: list[dict]) -> list[points.Point]:
+    found, _ = points.points_of(Standin(rows).frame, "best")
+    return found
+
+
 def test_settings_that_differ_are_never_averaged() -> None:
     rows = [
         row(seed, temperature=T, best=70.0 + T, run_id=f"{seed}-{T}")
@@ -199,12 +204,14 @@ def test_settings_that_differ_are_never_averaged() -> None:
         row(0, "sd_kd", best=72.0),
         row(0, "kd", complementary_weight=1.0, best=70.0, pair=PAIRS[1]),
     ]
-    frame, _ = figures._standing(Standin(rows).frame, "best")
-    means = frame.groupby(["panel", "setting"])["value"].agg(["mean", "count"])
-    assert means.loc[("resnet32x4 → resnet8x4", "KD, T=2")].tolist() == [72.0, 2]
-    assert means.loc[("resnet32x4 → resnet8x4", "KD, T=4")].tolist() == [74.0, 2]
-    assert means.loc[("resnet32x4 → resnet8x4", "SD-KD {1,2}")].tolist() == [72.0, 1]
-    assert means.loc[("resnet32x4 → shufflev1", "KD")].tolist() == [70.0, 1]
+    found = {(point.panel, point.setting): (point.mean, point.n) for point in points_of(rows)}
+    assert found == {
+        ("resnet32x4 → resnet8x4", "KD, temperature=2"): (72.0, 2),
+        ("resnet32x4 → resnet8x4", "KD, temperature=4"): (74.0, 2),
+        ("resnet32x4 → resnet8x4", "SD-KD [1,2]"): (72.0, 1),
+        # A setting has one name in all panels, as in the rows of a table.
+        ("resnet32x4 → shufflev1", "KD, temperature=2"): (70.0, 1),
+    }
 
 
 def test_what_has_no_effect_splits_no_setting() -> None:
@@ -213,8 +220,12 @@ def test_what_has_no_effect_splits_no_setting() -> None:
     ]
     rows += [row(0, "kd", complementary_weight=weight, best=70.0) for weight in (1.0, 2.0)]
     rows += [row(0, "sd_kd", complementary_weight=weight, best=70.0) for weight in (1.0, 2.0)]
-    found = figures._standing(Standin(rows).frame, "best")[0]["setting"]
-    assert sorted(set(found)) == ["KD", "SD-KD {1,2}, β=1", "SD-KD {1,2}, β=2", "student alone"]
+    assert sorted(point.setting for point in points_of(rows)) == [
+        "KD",
+        "SD-KD [1,2], complementary_weight=1",
+        "SD-KD [1,2], complementary_weight=2",
+        "student alone",
+    ]
 
 
 def test_a_seed_counts_once() -> None:
@@ -227,28 +238,41 @@ def test_a_seed_counts_once() -> None:
         row(0, "sd_kd", best=60.0),
         row(0, "sd_kd", best=72.0, started=pd.Timestamp("2026-03-02", tz="UTC")),
     ]
-    frame, left_out = figures._standing(Standin(rows).frame, "best")
-    assert frame.groupby("setting")["value"].apply(sorted).to_dict() == {
+    found, left_out = points.points_of(Standin(rows).frame, "best")
+    assert {point.setting: sorted(point.values) for point in found} == {
         "KD": [70.0, 71.0],
-        "SD-KD {1,2}": [72.0],
+        "SD-KD [1,2]": [72.0],
     }
     assert left_out == " Runs left out: 3 repeated with the same seed."
 
 
 def test_settings_that_no_column_shows_are_not_averaged() -> None:
-    rows = [row(seed, settings_hash=key, best=70.0) for seed in (0, 1) for key in ("aaa", "bbb")]
+    rows = [
+        row(seed, settings_hash=key, best=70.0, run_id=f"{key}{seed}")
+        for seed in (0, 1)
+        for key in ("aaa", "bbb")
+    ]
     rows += [row(0, "sd_kd", settings_hash="ccc", best=72.0)]
-    found = figures._standing(Standin(rows).frame, "best")[0]["setting"].value_counts().to_dict()
-    assert found == {"KD, settings_hash=aaa": 2, "KD, settings_hash=bbb": 2, "SD-KD {1,2}": 1}
+    found = {point.setting: point.n for point in points_of(rows)}
+    assert found == {"KD, settings_hash=aaa": 2, "KD, settings_hash=bbb": 2, "SD-KD [1,2]": 1}
 
 
 def test_imported_runs_are_named_and_stand_on_lines_of_their_own() -> None:
     rows = [row(0, "kd_ls", best=70.0, source="imported"), row(0, "sd_kd_ls", best=72.0)]
-    frame, _ = figures._standing(Standin(rows).frame, "best")
-    assert dict(zip(frame["setting"], frame["line"], strict=True)) == {
+    assert {point.setting: point.line for point in points_of(rows)} == {
         "KD+LS, imported": "KD+LS, imported",
-        "SD-KD+LS {1,2,4}": "KD+LS",
+        "SD-KD+LS [1,2,4]": "KD+LS",
     }
+
+
+def test_a_line_is_named_by_what_differs_in_its_panel() -> None:
+    rows = [row(0, "kd_ls", pair=pair, best=70.0) for pair in PAIRS]
+    rows += [row(0, "sd_kd_ls", pair=pair, best=72.0) for pair in PAIRS]
+    rows += [row(0, "sd_kd_ls", temperature=4.0, best=71.0, run_id="other")]
+    lines = {(point.panel, point.setting): point.line for point in points_of(rows)}
+    setting = "SD-KD+LS [1,2,4], temperature=2"
+    assert lines["resnet32x4 → resnet8x4", setting] == "KD+LS, temperature=2"
+    assert lines["resnet32x4 → shufflev1", setting] == "KD+LS"
 
 
 def test_captions_say_where_accuracy_is_of_held_out_images(tmp_path: Path) -> None:
@@ -261,17 +285,6 @@ def test_captions_say_where_accuracy_is_of_held_out_images(tmp_path: Path) -> No
         ]
         assert captions
         assert {"of the held-out training images" in caption for caption in captions} == {said}
-
-
-def test_interval_is_students() -> None:
-    mean, half = figures.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(
-        4.302652729749464 / math.sqrt(3)
-    )  # tables of t: 2 degrees of freedom
-    mean, half = figures.interval([5.0])
-    assert mean == 5.0
-    assert math.isnan(half)
 
 
 def test_curves_are_mean_and_sample_deviation_of_each_epoch() -> None:
@@ -290,11 +303,14 @@ def test_curves_are_mean_and_sample_deviation_of_each_epoch() -> None:
     assert found["b", 1][0] == 3.0
 
 
-def gains_of(rows: list[dict]) -> dict[tuple[str, str], tuple[int, float, float]]:
-    table = figures.gains(figures._standing(Standin(rows).frame, "best")[0])
-    return {
-        (line.setting, line.over): (line.n, line.mean, line.half) for line in table.itertuples()
-    }
+def gains_of(rows: list[dict]) -> dict[tuple[str, str], stats.Paired]:
+    found, _ = points.comparisons(points_of(rows))
+    return {(one.point.setting, one.over): one.gain.paired for one in found}
+
+
+def without_gain(rows: list[dict]) -> list[str]:
+    _, without = points.comparisons(points_of(rows))
+    return without
 
 
 def test_gains_are_paired_by_seed_over_the_plain_distiller_and_the_student_alone() -> None:
@@ -306,13 +322,14 @@ def test_gains_are_paired_by_seed_over_the_plain_distiller_and_the_student_alone
     ]
     rows.append(row(9, "sd_kd", best=99.0))  # no partner
     found = gains_of(rows)
-    assert found.keys() == {("KD", "vanilla"), ("SD-KD {1,2}", "plain"), ("SD-KD {1,2}", "vanilla")}
-    n, mean, half = found["SD-KD {1,2}", "plain"]
+    assert found.keys() == {("KD", "vanilla"), ("SD-KD [1,2]", "plain"), ("SD-KD [1,2]", "vanilla")}
+    gain = found["SD-KD [1,2]", "plain"]
     differences = [1.0, 0.5, 2.5]
     deviation = math.sqrt(sum((d - sum(differences) / 3) ** 2 for d in differences) / 2)
-    assert (n, mean) == (3, pytest.approx(sum(differences) / 3))
-    assert half == pytest.approx(4.302652729749464 * deviation / math.sqrt(3))
-    assert found["KD", "vanilla"][:2] == (3, pytest.approx((10 + 11 + 6) / 3))
+    assert (gain.n, gain.mean) == (3, pytest.approx(sum(differences) / 3))
+    assert gain.high == pytest.approx(gain.mean + 4.302652729749464 * deviation / math.sqrt(3))
+    assert found["KD", "vanilla"].n == 3
+    assert found["KD", "vanilla"].mean == pytest.approx((10 + 11 + 6) / 3)
 
 
 def test_a_gain_without_a_common_seed_or_over_another_length_is_none() -> None:
@@ -321,20 +338,41 @@ def test_a_gain_without_a_common_seed_or_over_another_length_is_none() -> None:
         row(1, "sd_kd", best=72.0),
         row(0, "vanilla", best=60.0, epochs=240),
     ]
-    assert gains_of(rows)["SD-KD {1,2}", "plain"][0] == 0
-    assert not [over for _, over in gains_of(rows) if over == "vanilla"]
+    assert gains_of(rows) == {}
+    assert set(without_gain(rows)) == {
+        "SD-KD [1,2] (no gain over KD: no seed in common)",
+        "SD-KD [1,2] (no gain over student alone: its runs differ in source or settings)",
+        "KD (no gain over student alone: its runs differ in source or settings)",
+    }
 
 
 def test_a_gain_over_another_source_is_none() -> None:
-    assert gains_of([row(0, "kd", best=70.0, source="imported"), row(0, "sd_kd", best=72.0)]) == {}
+    rows = [row(0, "kd", best=70.0, source="imported"), row(0, "sd_kd", best=72.0)]
+    assert gains_of(rows) == {}
+    assert without_gain(rows) == [
+        "SD-KD [1,2] (no gain over KD, imported: its runs differ in source or settings)"
+    ]
+
+
+def test_a_baseline_of_several_settings_is_the_one_with_the_temperature_of_the_runs() -> None:
+    rows = [row(0, "sd_kd", best=72.0)]
+    rows += [row(0, "kd", temperature=T, best=70.0 + T, run_id=f"{T}") for T in (2.0, 4.0)]
+    assert gains_of(rows)["SD-KD [1,2]", "plain"].mean == 0.0
+    several = [row(0, "sd_kd", temperature=3.0, best=72.0), *rows[1:]]
+    assert gains_of(several) == {}
+    assert "its runs differ in source or settings" in without_gain(several)[0]
 
 
 def test_a_single_seed_has_a_gain_and_no_interval() -> None:
-    n, mean, half = gains_of([row(0, "kd", best=70.0), row(0, "sd_kd", best=72.0)])[
-        "SD-KD {1,2}", "plain"
-    ]
-    assert (n, mean) == (1, 2.0)
-    assert math.isnan(half)
+    gain = gains_of([row(0, "kd", best=70.0), row(0, "sd_kd", best=72.0)])["SD-KD [1,2]", "plain"]
+    assert (gain.n, gain.mean, gain.high) == (1, 2.0, None)
+
+
+def test_a_caption_names_what_has_no_gain(tmp_path: Path) -> None:
+    rows = [*grid(PAIRS[:1], ["kd", "sd_kd"]), row(9, "sd_kd_ls", best=72.0)]
+    captions = {figure.name: figure.caption for figure in figures.build(Standin(rows), tmp_path)}
+    said = "Without a gain: SD-KD+LS [1,2,4] (no gain over KD: no seed in common)."
+    assert said in captions["gain_by_pair"]
 
 
 def test_gain_tells_pairs_of_one_family_from_the_others(
@@ -346,7 +384,7 @@ def test_gain_tells_pairs_of_one_family_from_the_others(
     )
     labels = [label.get_text() for label in drawing.axes[0].get_yticklabels()]
     assert labels == ["resnet32x4 → resnet8x4", "resnet32x4 → shufflev1  ≠"]
-    assert "SD-KD {1,2} over plain: heterogeneous" in figure.caption
+    assert "SD-KD [1,2] over plain: heterogeneous" in figure.caption
 
 
 @pytest.mark.parametrize(
@@ -373,18 +411,18 @@ def test_gain_tells_pairs_of_one_family_from_the_others(
     ],
 )
 def test_families(teacher: str, student: str, same: bool) -> None:
-    assert figures.same_family(teacher, student) is same
+    assert points.same_family(teacher, student) is same
 
 
 def test_agreement_counts_equal_predictions() -> None:
     student = np.array([[3, 1, 0], [0, 2, 1], [0, 1, 5], [9, 1, 0]], np.float16)
     teacher = np.array([[3, 1, 0], [5, 2, 1], [0, 1, 5], [1, 9, 0]], np.float16)
-    assert figures.agreement({"logits": student, "teacher_logits": teacher}) == 50.0
+    assert prediction_figures.agreement({"logits": student, "teacher_logits": teacher}) == 50.0
 
 
 def test_correlation_gap_is_of_classes_over_images() -> None:
     arrays = predictions(3, images=50, classes=4, side=8)
-    gap = figures.correlation_gap(arrays)
+    gap = prediction_figures.correlation_gap(arrays)
     assert gap.shape == (4, 4)
     for i in range(4):
         for j in range(4):

@@ -1,4 +1,7 @@
-"""Others' logs become runs in the same frame as ours; what is wrong with a file is said, and the rest is taken."""
+"""Test the import of other projects' logs.
+
+They become runs in the same frame as ours. A bad file is named, and the others are imported.
+"""
 
 import json
 import math
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from analysis import import_logs as module
+from analysis import log_formats, log_params
 from analysis.import_logs import import_logs
 from analysis.runs import load
 from tests.analysis.store import empty_store
@@ -19,7 +23,7 @@ DASHES = "-" * 25
 
 
 def block(epoch: int, top1: float = 50.0, **others: str) -> str:
-    """An epoch as mdistiller's trainer writes it."""
+    """Return the lines that mdistiller writes for an epoch."""
     fields = {
         **{
             "epoch": str(epoch),
@@ -40,7 +44,7 @@ def worklog(accuracies: Sequence[float], end: str | None = None) -> str:
 
 
 def ctkd(*runs: Sequence[float]) -> str:
-    """Each run's epochs, glued as CTKD appends them."""
+    """Return the epochs of several runs, one after the other as CTKD appends them."""
     return "".join(
         json.dumps(
             {
@@ -118,7 +122,7 @@ def client_of(uri: str) -> Any:
 
 
 def runs_of(uri: str, experiment: str = "imported") -> dict[str, Any]:
-    """Runs in MLflow by name."""
+    """Return {name: run} of the runs in MLflow."""
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     return (
@@ -129,7 +133,7 @@ def runs_of(uri: str, experiment: str = "imported") -> dict[str, Any]:
 
 
 def only(uri: str, paths: Iterable[Path], given: Mapping[str, str] | None = None) -> Any:
-    """The one run that an import makes."""
+    """Import files that hold one run, and return the run."""
     (run_id,) = import_logs(list(paths), uri, given=given)
     return client_of(uri).get_run(run_id)
 
@@ -141,7 +145,7 @@ def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
 
 
 def refusal(path: Path, given: Mapping[str, str] | None = None) -> str:
-    """Why a file is refused, of which nothing comes into MLflow."""
+    """Return why a file is refused, and check that MLflow has nothing of it."""
     database = path.parent / "none.db"
     with pytest.raises(ValueError, match=r"^1 not imported, 0 imported:\n") as caught:
         import_logs([path], f"sqlite:///{database}", given=given)
@@ -151,7 +155,7 @@ def refusal(path: Path, given: Mapping[str, str] | None = None) -> str:
     return line.removeprefix(str(path))
 
 
-# Formats
+# Formats of logs
 
 
 def test_worklog_has_every_metric_by_epoch_and_the_params_of_its_name(uri: str, logs: Path) -> None:
@@ -238,9 +242,8 @@ def test_glued_json_of_two_runs_is_two_runs(uri: str, logs: Path) -> None:
     assert (second.data.metrics["best/top1"], second.data.metrics["last/top1"]) == (76.65, 76.65)
     assert history(uri, second_id, "val/top5") == [(1, 90.0), (2, 90.0), (3, 90.0)]
     assert first.data.params == second.data.params
-    assert (
-        first.data.params["distiller.name"] == "ctkd"
-    )  # a method that is none of ours keeps the paper's name
+    # A method that this project does not have keeps its name.
+    assert first.data.params["distiller.name"] == "ctkd"
     assert first.data.params["trainer.epochs"] == "3"
     assert {first.info.status, second.info.status} == {"FINISHED"}
 
@@ -300,7 +303,8 @@ def test_csv_rows_are_runs(uri: str, logs: Path) -> None:
 def test_csv_takes_columns_by_the_names_of_others(uri: str, logs: Path) -> None:
     path = written(
         logs / "history.csv",
-        "file,distiller,dataset,teacher,student,M,epochs_configured,epochs_logged,best_top1,last_top1,status\n"
+        "file,distiller,dataset,teacher,student,M,epochs_configured,epochs_logged,best_top1,"
+        "last_top1,status\n"
         "a.log,SDD_KD_LSKD,cifar100,resnet32x4,resnet8x4,[1],240,229,76.31,76.12,partial\n"
         'b.log,SDD_KD_LSKD,cifar100,resnet32x4,shufflenetv1,"[1,4]",240,0,,,crashed\n',
     )
@@ -330,7 +334,7 @@ def test_imported_runs_stand_in_the_frame(uri: str, logs: Path) -> None:
     assert frame["seed"].isna().all()
 
 
-# Names
+# Names of files
 
 
 @pytest.mark.parametrize(
@@ -371,6 +375,35 @@ def test_names_that_people_give(
     assert params["standardize"] == str("ours" in name or name.count(",") > 2)
 
 
+@pytest.mark.parametrize(
+    ("method", "distiller", "standardize"),
+    [
+        ("DKD", "dkd", "False"),
+        ("DKD-LS", "dkd", "True"),
+        ("SD_KD_LSKD", "kd", "True"),
+        ("MyCompetitor", "MyCompetitor", "False"),
+        ("sd_MyCompetitor_ls", "MyCompetitor", "True"),
+    ],
+)
+def test_a_loss_of_others_keeps_its_spelling(
+    uri: str, logs: Path, method: str, distiller: str, standardize: str
+) -> None:
+    table = f"teacher,student,method,seed,best\nresnet32x4,shufflev1,{method},0,75.1\n"
+    given = {"dataset.name": "cifar100", "M": "[1,2]", "trainer.epochs": "240"}
+    params = only(uri, [written(logs / "theirs.csv", table)], given).data.params
+    assert params["distiller.name"] == distiller
+    assert params["standardize"] == standardize
+
+
+def test_a_loss_that_is_given_keeps_its_spelling(uri: str, logs: Path) -> None:
+    table = "teacher,student,seed,best\nresnet32x4,shufflev1,0,75.1\n"
+    given = {"dataset.name": "cifar100", "M": "[1]", "standardize": "false"}
+    for number, (name, expected) in enumerate((("MyCompetitor", "MyCompetitor"), ("KD", "kd"))):
+        log = written(logs / f"theirs{number}.csv", table.replace("75.1", f"75.{number}"))
+        params = only(uri, [log], given | {"distiller.name": name}).data.params
+        assert params["distiller.name"] == expected
+
+
 def test_networks_are_named_as_the_choices_of_conf_student() -> None:
     choices = {path.stem for path in Path("conf/student").glob("*.yaml")}
     assert choices
@@ -395,7 +428,7 @@ def test_networks_are_named_as_the_choices_of_conf_student() -> None:
         },
     }
     for spelling, choice in spellings.items():
-        assert module._network(spelling) == choice
+        assert log_params.network(spelling) == choice
         assert choice in choices
 
 
@@ -419,15 +452,143 @@ def test_what_is_given_goes_before_what_the_name_says(uri: str, logs: Path) -> N
     assert params.items() >= expected.items()
 
 
-def test_options_that_mdistiller_glues_to_the_name_have_to_be_told(uri: str, logs: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4]",
+            {
+                "distiller.name": "kd",
+                "M": "[1,2,4]",
+                "standardize": "False",
+                "optimizer.lr": "0.05",
+            },
+        ),
+        ("SDD_KD,vgg13_sdd,vgg8_sddM:[1, 2]", {"teacher.name": "vgg13", "M": "[1,2]"}),
+        (
+            "sdd_dkd,res50_sdd,shv1_sddM:[1]",
+            {"distiller.name": "dkd", "student.name": "shufflev1", "M": "[1]"},
+        ),
+        (
+            "SDD_NKD,wrn_40_2_sdd,wrn_16_2_sddSOLVER.LR:0.01,M:[1,2,4],SOLVER.BATCH_SIZE:128,"
+            "SOLVER.EPOCHS:240,DKD.T:2.0,LOG.WANDB:False",
+            {
+                "student.name": "wrn_16_2",
+                "M": "[1,2,4]",
+                "optimizer.lr": "0.01",
+                "trainer.batch_size": "128",
+                "trainer.epochs": "240",
+                "distiller.temperature": "2.0",
+            },
+        ),
+        ("kd,res32x4,res8x4SOLVER.LR:0.01", {"M": "[1]", "optimizer.lr": "0.01"}),
+        (
+            "kd,vgg13,MobileNetV2KD.TEMPERATURE:2,KD.LOSS.KD_WEIGHT:9.0,KD.LOSS.CE_WEIGHT:1e-1",
+            {
+                "student.name": "mobilev2",
+                "distiller.temperature": "2.0",
+                "distiller.kd_weight": "9.0",
+                "distiller.ce_weight": "0.1",
+            },
+        ),
+        (
+            "kd,ResNet50,ShuffleV1,2,9SOLVER.LR:0.02,DATASET.TYPE:imagenet",
+            {
+                "standardize": "True",
+                "student.name": "shufflev1",
+                "dataset.name": "imagenet",
+                "distiller.kd_weight": "9.0",
+            },
+        ),
+        (
+            "kd,vgg13,vgg8DISTILLER.TYPE:DKD,DISTILLER.STUDENT:ShuffleV2,DKD.BETA:2",
+            {
+                "distiller.name": "dkd",
+                "student.name": "shufflev2",
+                "distiller.loss.beta": "2.0",
+            },
+        ),
+        (
+            "kd,vgg13,vgg8EXPERIMENT.TAG:kd,vgg13,vgg8,SOLVER.LR:0.1",
+            {"student.name": "vgg8", "optimizer.lr": "0.1"},
+        ),
+    ],
+)
+def test_options_that_the_authors_trainers_append_to_the_name_are_read(
+    logs: Path, name: str, expected: Mapping[str, str]
+) -> None:
+    (run,) = module._read(
+        written(logs / f"cifar100_baselines/{name}/worklog.txt", worklog([50.0])), {}, []
+    )
+    assert run.params.items() >= {"dataset.name": "cifar100", **expected}.items()
+    assert "name" not in run.reason
+
+
+@pytest.mark.parametrize(
+    ("option", "note"),
+    [
+        ("SOLVER.WEIGHT_DECAY:0.001", "SOLVER.WEIGHT_DECAY:0.001 in the name is not imported"),
+        ("DKD.T:2", "DKD.T:2 in the name is not imported"),  # kd does not read it
+    ],
+)
+def test_options_that_no_param_shows_are_noted(logs: Path, option: str, note: str) -> None:
+    path = written(logs / f"cifar100/kd,vgg13,vgg8{option}/worklog.txt", worklog([50.0]))
+    (run,) = module._read(path, {}, [])
+    assert (run.status, run.reason) == ("FINISHED", note)
+    assert "distiller.temperature" not in run.params
+
+
+ALL_GIVEN = {
+    "dataset.name": "cifar100",
+    "teacher.name": "resnet32x4",
+    "student.name": "shufflev1",
+    "distiller.name": "kd",
+    "M": "[1,2]",
+    "standardize": "False",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4]",
+        "SDD_KD,res32x4_sdd,shuv1_sddM:124",
+        "kd,res32x4,res 8x4!SOLVER.LR:fast",
+        "kd,dot,res32x4,res8x4",
+        "kd,vgg13,vgg8,2,nine",
+        "a_b__ours",
+        "a_b_kd_ours_x_y",
+        ",,",
+        "SOLVER.LR:0.01",
+        "run 7",
+    ],
+)
+def test_what_is_given_goes_before_a_name_that_cannot_be_read(logs: Path, name: str) -> None:
+    path = written(logs / f"runs/{name}/worklog.txt", worklog([50.0]))
+    (run,) = module._read(path, ALL_GIVEN, [])
+    assert run.params.items() >= ALL_GIVEN.items()
+    assert run.status == "FINISHED"
+
+
+def test_an_option_that_is_not_valid_is_named(logs: Path) -> None:
     path = written(
-        logs / "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.02/worklog.txt", worklog([50.0])
+        logs / "cifar100/kd,vgg13,vgg8SOLVER.LR:0.01_new,SOLVER.EPOCHS:2/worklog.txt",
+        worklog([50.0, 51.0]),
     )
-    assert (
-        "'res8x4SOLVER.LR:0.02' is not a network name; give --set teacher.name=... student"
-        in refusal(path)
+    assert refusal(path) == (
+        ": SOLVER.LR in the name: optimizer.lr=0.01_new is not a number; "
+        "give --set optimizer.lr=..."
     )
-    assert only(uri, [path], {"student.name": "res8x4"}).data.params["student.name"] == "resnet8x4"
+    (run,) = module._read(path, {"optimizer.lr": "0.01"}, [])
+    assert (run.params["optimizer.lr"], run.reason) == ("0.01", "")
+    (run,) = module._read(path, ALL_GIVEN, [])
+    assert run.reason == "SOLVER.LR:0.01_new in the name is not valid and not imported"
+
+
+def test_epochs_of_the_name_are_planned(logs: Path) -> None:
+    path = written(logs / "cifar100/kd,vgg13,vgg8SOLVER.EPOCHS:3/worklog.txt", worklog([50.0], ""))
+    (run,) = module._read(path, {}, [])
+    assert (run.status, run.reason) == ("KILLED", "log ends after epoch 1 of 3")
 
 
 def test_scales_of_an_sdd_log_are_not_guessed(uri: str, logs: Path) -> None:
@@ -440,7 +601,8 @@ def test_a_name_that_says_nothing_names_what_to_give(logs: Path) -> None:
     path = written(logs / "run7.log", worklog([50.0]))
     assert refusal(path) == (
         ": does not state dataset.name, teacher.name, student.name, distiller.name, M, standardize;"
-        " give --set dataset.name=... teacher.name=... student.name=... distiller.name=... M=... standardize=..."
+        " give --set dataset.name=... teacher.name=... student.name=... distiller.name=... M=..."
+        " standardize=..."
     )
 
 
@@ -467,7 +629,7 @@ def test_wrong_params_are_refused_before_anything_is_read(
     assert not (tmp_path / "mlflow.db").exists()
 
 
-# Once
+# Files that are imported twice
 
 
 def test_the_same_content_is_imported_once(uri: str, logs: Path) -> None:
@@ -530,7 +692,7 @@ def test_an_experiment_and_a_database_are_made(
     uri = f"sqlite:///{tmp_path / 'new/home/mlflow.db'}"
     import_logs([logs], uri, "others")
     assert len(runs_of(uri, "others")) == 1
-    assert list(here.iterdir()) == []  # no mlruns/ where the command happens to run
+    assert list(here.iterdir()) == []  # the current folder gets no mlruns/
 
 
 def test_nothing_to_import_makes_no_database(tmp_path: Path, logs: Path) -> None:
@@ -540,19 +702,132 @@ def test_nothing_to_import_makes_no_database(tmp_path: Path, logs: Path) -> None
     assert not (tmp_path / "new.db").exists()
 
 
-# What is wrong with a file
+# Bad files
 
 
 def test_a_log_that_ends_in_an_epoch_keeps_the_whole_ones(uri: str, logs: Path) -> None:
     whole = worklog([40.0, 50.0], "")
     for cut in range(len(block(3)) - len(DASHES)):
-        found = module._worklog(whole + block(3)[:cut])
+        found = log_formats.worklog(whole + block(3)[:cut])
         assert [len(each.epochs) for each in found] == [2]
         assert found[0].torn == (cut >= len(DASHES) + len("\nepoch: 3"))
     run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", whole + block(3)[:100])])
     assert (run.info.status, run.data.metrics["last/top1"]) == ("KILLED", 50.0)
     assert run.data.tags["status_reason"] == "log ends in the middle of epoch 3"
     assert "trainer.epochs" not in run.data.params
+
+
+def resumed(text: str) -> Any:
+    """Return the one run of a worklog that a resumed training wrote."""
+    (run,) = log_formats.worklog(text)
+    return run
+
+
+def test_of_an_epoch_that_comes_again_the_later_one_is_imported(uri: str, logs: Path) -> None:
+    text = block(1, 40.0) + block(2, 70.0) + block(2, 50.0) + block(3, 51.0) + "best_acc\t51.00"
+    run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", text)])
+    assert history(uri, run.info.run_id, "val/top1") == [(1, 40.0), (2, 50.0), (3, 51.0)]
+    assert run.data.metrics["best/top1"] == 51.0
+    assert (run.info.status, run.data.tags["status_reason"]) == (
+        "FINISHED",
+        "epoch 2 comes again, and the earlier one is left out",
+    )
+
+
+def test_a_training_that_is_resumed_further_back_replaces_all_that_followed() -> None:
+    run = resumed("".join(block(epoch, 40.0 + epoch) for epoch in (1, 2, 3, 4)) + block(3, 60.0))
+    assert {epoch: row["val/top1"] for epoch, row in run.epochs.items()} == {
+        **{1: 41.0, 2: 42.0, 3: 60.0}
+    }
+    assert run.notes == ["epoch 3 comes again, and the earlier epochs 3 to 4 are left out"]
+
+
+def test_half_a_block_is_left_out_wherever_it_was_cut() -> None:
+    before, after = block(1, 40.0) + block(2, 50.0), block(4, 60.0) + "best_acc\t60.00"
+    for line_break in ("\n", "\r\n", "\r\r\n"):  # Windows writes the last one
+        for cut in range(1, len(block(3))):
+            text = before + block(3, 99.0)[:cut] + block(3, 55.0) + after
+            run = resumed(text.replace("\n", line_break))
+            assert {epoch: row["val/top1"] for epoch, row in run.epochs.items()} == {
+                **{1: 40.0, 2: 50.0, 3: 55.0, 4: 60.0}
+            }
+            assert (run.torn, run.closed) == (False, True)
+            assert bool(run.notes) == (cut > len(DASHES) + 1)
+    nuls = resumed(before + block(3)[:70] + "\0" * 500 + block(3) + after)
+    assert (list(nuls.epochs), nuls.notes) == (
+        [1, 2, 3, 4],
+        ["an incomplete epoch 3 is left out"],
+    )
+
+
+def test_the_rest_is_imported_if_half_a_block_does_not_come_again(uri: str, logs: Path) -> None:
+    text = block(1, 40.0) + block(2)[:100] + block(3, 60.0) + "best_acc\t60.00"
+    run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", text)])
+    assert history(uri, run.info.run_id, "val/top1") == [(1, 40.0), (3, 60.0)]
+    assert history(uri, run.info.run_id, "last/top1") == [(3, 60.0)]
+    assert run.data.params["trainer.epochs"] == "3"
+    assert (run.info.status, run.data.tags["status_reason"]) == (
+        "FINISHED",
+        "an incomplete epoch 2 is left out; epoch 2 is missing",
+    )
+
+
+def test_many_resumptions_have_a_short_reason(logs: Path) -> None:
+    text = "".join(block(epoch) * 2 for epoch in range(2, 100))
+    path = written(logs / "kd,vgg13,vgg8,3,9.txt", block(1) + text + "best_acc\t50.00")
+    (run,) = module._read(path, {}, [])
+    assert run.status == "FINISHED"
+    assert run.reason.startswith("epoch 2 comes again, and the earlier one is left out; epoch 3")
+    assert run.reason.endswith("; and 92 notes more")
+
+
+@pytest.mark.parametrize(
+    ("end", "torn", "closed", "best"),
+    [
+        ("best_acc\t51.0", False, True, None),
+        ("best_acc\t5", False, True, None),
+        ("best_acc", False, True, None),
+        ("best_acc\t", False, True, None),
+        ("best_acc\t52.00", False, True, 52.0),
+        ("best_acc\t51.00best_acc\t51.00", False, True, None),  # resumed after its end
+        (block(3)[:80] + "best_acc\t51.00", True, False, None),
+        (block(3)[:80] + "\n", True, False, None),
+        (block(3)[:80] + "\n" + DASHES, True, False, None),
+    ],
+)
+def test_ends_that_are_cut_off(end: str, torn: bool, closed: bool, best: float | None) -> None:
+    run = resumed(block(1, 50.0) + block(2, 51.0) + end)
+    assert (list(run.epochs), run.torn, run.closed, run.best) == ([1, 2], torn, closed, best)
+
+
+def test_glued_json_and_json_stats_may_be_resumed() -> None:
+    before = ctkd([70.0, 71.0])
+    third = ctkd([70.0, 71.0, 72.0])[len(before) :]
+    for cut in range(1, len(third) + 1):
+        (run,) = log_formats.glued_json(before + third[:cut] + third)
+        assert (list(run.epochs), len(run.notes), run.torn) == ([1, 2, 3], 1, False)
+    stats, more = json_stats([30.0, 29.0], 3), json_stats([30.0, 29.0, 28.0], 3)
+    more = more[len(stats) :]
+    for cut in range(1, len(more) + 1):
+        (run,) = log_formats.json_stats(stats + more[:cut] + more)
+        assert (list(run.epochs), run.best, run.torn) == ([1, 2, 3], 72.0, False)
+
+
+def test_thousands_of_epochs(uri: str, logs: Path) -> None:
+    accuracies = [50.0 + epoch % 7 for epoch in range(1, 2501)]
+    run = only(uri, [written(logs / "kd,vgg13,vgg8,3,9.txt", worklog(accuracies))])
+    found = history(uri, run.info.run_id, "val/top1")
+    assert sorted(found) == list(enumerate(accuracies, 1))
+    assert (run.info.status, run.data.params["trainer.epochs"]) == ("FINISHED", "2500")
+
+
+def test_thousands_may_be_separated(logs: Path) -> None:
+    path = written(
+        logs / "table.csv",
+        'teacher,student,method,dataset,epochs,best\nvgg13,vgg8,kd,cifar100,"1,200",74.0\n',
+    )
+    (run,) = module._read(path, {}, [])
+    assert run.params["trainer.epochs"] == "1200"
 
 
 def test_glued_json_and_json_stats_that_end_in_an_epoch(uri: str, logs: Path) -> None:
@@ -633,7 +908,10 @@ KNOWN = r"has an unknown format; known formats are worklog\.txt of mdistiller.*C
         (b"epoch: 1\n\xff\xfe", "byte 9 is not UTF-8"),
         (block(2) + "best_acc\t50.00", "epoch 2 follows epoch 0; epochs must run 1, 2, 3"),
         (block(1) + block(3), "epoch 3 follows epoch 1"),
-        (block(1) + block(2) + block(2), "epoch 2 follows epoch 2"),
+        (block(1) + block(2) + block(4), "epoch 4 follows epoch 2"),
+        (block(1) + block(2)[:80] + block(4), "line 1[0-9]: the block of epoch 2 lacks test_acc"),
+        (block(1)[:80] + block(2), "line [0-9]: the block of epoch 1 lacks test_acc"),
+        ("best_acc\t50.00" + block(1), "line 1: best_acc comes before the end of an epoch"),
         (
             ctkd([70.0]) + ctkd([70.0, 71.0, 72.0])[len(ctkd([70.0, 71.0])) :],
             "epoch 3 follows epoch 1",
@@ -707,9 +985,8 @@ def test_a_row_that_is_wrong_is_refused_and_the_others_are_taken(
 def test_what_is_good_is_imported_and_each_refused_file_has_its_line(uri: str, logs: Path) -> None:
     written(logs / "KD/kd,vgg13,vgg8,3,9.txt", worklog([50.0]))
     broken = written(logs / "KD/kd,vgg13,vgg8,2,9.txt", block(2))
-    written(
-        logs / "KD/student_best", b"\x80\x02}"
-    )  # a checkpoint: no log by its name, so not looked at
+    # A checkpoint does not have the name of a log, so it is not read.
+    written(logs / "KD/student_best", b"\x80\x02}")
     empty = logs / "empty"
     empty.mkdir()
     absent = logs / "absent.txt"
@@ -742,7 +1019,7 @@ def test_windows_files_are_read(uri: str, logs: Path, change: Any) -> None:
     assert run.data.metrics["best/top1"] == 51.0
 
 
-# MLflow
+# Runs in MLflow
 
 
 def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, logs: Path) -> None:

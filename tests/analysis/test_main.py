@@ -1,4 +1,4 @@
-"""The command line, on stores of synthetic runs."""
+"""Test the command line of the analysis on stores of synthetic runs."""
 
 import csv
 import os
@@ -19,7 +19,8 @@ from tests.analysis.store import make_store
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    {"sweep": "study", "M": M, "seed": seed, "best": 70.0 + gain + seed / 10, "last": 69.0 + gain, "epoch_s": 10.0,
+    {"sweep": "study", "M": M, "seed": seed, "best": 70.0 + gain + seed / 10, "last": 69.0 + gain,
+     "epoch_s": 10.0,
      "history": {"val/top1": [50.0 + gain, 69.0 + gain]}, "student": student}
     for student in ("shufflev1", "mobilev2")
     for M, gain in (("[1]", 0.0), ("[1,2]", 1.0), ("[1,2,4]", 2.0))
@@ -41,7 +42,7 @@ OPEN = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with one sweep: 18 finished runs and three that are not."""
+    """Return a home with a sweep of 18 finished and three unfinished runs."""
     folder = tmp_path_factory.mktemp("home")
     make_store(folder / "mlflow.db", [*ROWS, *OPEN], command="python -m sddlskd.train -m -cn study")
     return folder
@@ -49,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What `python -m analysis study` writes, and what it says."""
+    """Run `python -m analysis study`, and return its folder and its output."""
     out = tmp_path_factory.mktemp("out") / "results"
     command = [sys.executable, "-m", "analysis", "study", "--home", str(home), "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -125,7 +126,7 @@ def test_long_lists_of_open_runs_are_cut(
 
 
 def test_metric_and_format(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "build", lambda *_, **__: [])  # drawn above already
+    monkeypatch.setattr(figures, "build", lambda *_, **__: [])  # `written` draws them
     chosen = [
         "study",
         "--home",
@@ -267,17 +268,19 @@ def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     heavy = {"mlflow", "pandas", "numpy", "matplotlib", "sklearn", "scipy"}
-    code = f"import sys, analysis.__main__ as a\ntry: a.main(['--help'])\nfinally: assert not {heavy} & set(sys.modules)"
-    started = (
-        os.times().children_user
-    )  # the processor's seconds: those of a clock are of a busy machine too
+    code = (
+        "import sys, analysis.__main__ as a\ntry: a.main(['--help'])\n"
+        f"finally: assert not {heavy} & set(sys.modules)"
+    )
+    # Use the processor time, because the elapsed time is longer on a busy machine.
+    started = os.times().children_user
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert os.times().children_user - started < 1
     words = " ".join(done.stdout.split())
     assert (
-        "best: best epoch on the test set, as the papers report; last: last epoch; val: test accuracy"
-        in words
+        "best: best epoch on the test set, as the papers report; last: last epoch; "
+        "val: test accuracy" in words
     )
     assert "import-logs" in words

@@ -1,7 +1,7 @@
-"""The notebooks run from top to bottom on runs that the test makes, and keep no outputs.
+"""Test the notebooks: they run on synthetic runs, and hold no outputs.
 
-Their code cells are executed in order in one namespace, as a kernel does it. Of Jupyter they use the display alone, for
-which a stand-in is put: so neither IPython nor a kernel is needed.
+The code cells run in order in one namespace, as in a kernel. The test replaces Jupyter's display,
+which is all that they use of Jupyter, so neither IPython nor a kernel is needed.
 """
 
 import ast
@@ -42,7 +42,7 @@ def cells_of(name: str, kind: str = "code") -> list[str]:
 
 
 def execute(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the notebook displays."""
+    """Run a notebook and return what it displays."""
     displayed: list[Any] = []
     display = ModuleType("IPython.display")
     display.__dict__.update(HTML=HTML, Image=Image, display=lambda *shown: displayed.extend(shown))
@@ -61,7 +61,7 @@ def accuracy(pair: int, setting: int, seed: int) -> float:
 def store_of(
     home: Path, sweep: str, pairs: Sequence[str], settings: Sequence[dict[str, Any]]
 ) -> None:
-    """Three seeds of each setting of each pair, a failed and a missing run."""
+    """Make a store with three seeds of each setting and pair, a failed and a missing run."""
     rows: list[dict[str, Any]] = []
     for (i, pair), (j, setting), seed in itertools.product(
         enumerate(pairs), enumerate(settings), range(3)
@@ -138,11 +138,10 @@ def test_heterogeneous_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert has_number(displayed, mean(accuracy(pair, setting, seed) for seed in range(3)))
     assert "gain_by_pair" in {image.name for image in shown(displayed, Image)}
     _, gain = shown(displayed, pd.DataFrame)
-    assert set(gain.index) == set(
-        itertools.product(("resnet32x4_mobilev2", "wrn_40_2_vgg8"), ("kd", "dkd"))
-    )
-    assert (gain["mean"] == 1.0).all()  # settings stand one point apart
-    assert (gain["count"] == 3).all()
+    pairs = ("resnet32x4 → mobilev2", "wrn_40_2 → vgg8")
+    assert set(gain.index) == set(itertools.product(pairs, ("SD-KD [1,2,4]", "SD-DKD [1,2,4]")))
+    assert (gain["gain"] == 1.0).all()  # the settings differ by one point
+    assert (gain["seeds"] == 3).all()
 
 
 def test_logit_standardization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +159,7 @@ def test_logit_standardization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     _, curves = shown(displayed, pd.DataFrame)
     assert curves.index.tolist() == [2, 10, 20]
     last = mean(accuracy(pair, 1, seed) - 0.5 for pair in range(2) for seed in range(3))
-    assert curves["kd_ls"].tolist() == pytest.approx(
+    assert curves["KD+LS"].tolist() == pytest.approx(
         [last * part for part in (0.1, 0.5, 1.0)], abs=0.006
     )
 
@@ -180,9 +179,8 @@ def test_outputs_are_stripped(name: str) -> None:
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-    assert (
-        text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    )  # as Jupyter writes it: diffs stay small
+    # The file is written as Jupyter writes it, so that diffs stay small.
+    assert text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("name", NAMES)

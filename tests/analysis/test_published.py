@@ -1,4 +1,4 @@
-"""The published numbers are those of the files, and papers stay apart."""
+"""Test the published numbers: they are those of the files, separately for each paper."""
 
 import pandas as pd
 import pytest

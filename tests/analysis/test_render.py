@@ -1,4 +1,4 @@
-"""The four formats, parsed back and compared with numbers computed here."""
+"""Test the four formats of tables: parse them and compare the numbers."""
 
 import csv
 import io
@@ -25,14 +25,16 @@ PAIRS = {
     "resnet50 → vgg8": ("resnet50", "vgg8"),
     "vgg13 → mobilev2": ("vgg13", "mobilev2"),
 }
-OURS = {  # row, column: by seed
+# {(row, column): accuracies by seed}
+OURS = {
     ("KD", "wrn_40_2 → shufflev1"): [74.81, 74.9, 75.02],
     ("SD-KD", "wrn_40_2 → shufflev1"): [76.5, 76.61, 76.95],
     ("KD", "resnet50 → vgg8"): [73.8],
     ("SD-KD", "resnet50 → vgg8"): [75.0],
     ("KD", "vgg13 → mobilev2"): [67.1, 67.9],
 }
-PUBLISHED = {  # SDD Table 2
+# Source: SDD Table 2
+PUBLISHED = {
     ("KD", "wrn_40_2 → shufflev1"): 74.83,
     ("SD-KD", "wrn_40_2 → shufflev1"): 76.65,
     ("KD", "resnet50 → vgg8"): 73.81,
@@ -66,7 +68,7 @@ def table() -> Table:
 
 
 def expected_lines(row: str, column: str) -> dict[str, str]:
-    """What a cell says, kind by kind, from the numbers above."""
+    """Return {kind: text} of the lines of a cell, computed from the numbers above."""
     values, published = np.array(OURS[row, column]), PUBLISHED[row, column]
     std = values.std(ddof=1) if len(values) > 1 else math.nan
     spread = f" ± {std:.2f}" if len(values) > 1 else ""
@@ -81,7 +83,8 @@ def expected_lines(row: str, column: str) -> dict[str, str]:
             error = difference.std(ddof=1) / math.sqrt(3)
             t = difference.mean() / error
             lines["interval"] = (
-                f"[{difference.mean() - 4.30265 * error:+.2f}, {difference.mean() + 4.30265 * error:+.2f}]"
+                f"[{difference.mean() - 4.30265 * error:+.2f}, "
+                f"{difference.mean() + 4.30265 * error:+.2f}]"
             )
             lines["p"] = f"{1 - t / math.sqrt(t**2 + 2):.3f}"
         else:
@@ -105,7 +108,10 @@ def expected_lines(row: str, column: str) -> dict[str, str]:
 
 
 def stacked(lines: list[list[str]], header: list[str]) -> dict[tuple[str, str], dict[str, str]]:
-    """Lines of Markdown or LaTeX, label first, as kind by kind of each cell; an indented label is the row's above."""
+    """Return {(row, column): {kind: text}} of the lines of a Markdown or LaTeX table.
+
+    The first entry of a line is its label. A line with an indented label belongs to the row above.
+    """
     found: dict[tuple[str, str], dict[str, str]] = {}
     row = ""
     for label, *texts in lines:
@@ -163,7 +169,7 @@ def parse_latex(text: str) -> dict[tuple[str, str], dict[str, str]]:
 
 
 class Parser(HTMLParser):
-    """Cells of the one table, by kind; and every tag with its attributes."""
+    """A parser that collects the cells of a table by kind, and every tag with its attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +340,7 @@ def test_whatever_a_name_holds_comes_back() -> None:
 
 
 def all_tables() -> list[Table]:
-    """One of every form."""
+    """Return tables of every kind."""
     rows = rows_of_runs()
     for pair in (("resnet32x4", "shufflev1"), ("resnet32x4", "resnet8x4")):
         for M in ("[1]", "[1,2]", "[1,2,4]"):
@@ -364,9 +370,8 @@ def test_all_formats_of_all_tables_say_the_same() -> None:
         html = parse_html(render.html(table))
         assert set(html.sort) == set(table.cells)
         assert markdown == html.cells
-        if not any(
-            NASTY in row for row in table.rows
-        ):  # the LaTeX parser here knows no more than names need
+        # The LaTeX parser of this test understands only the characters of ordinary names.
+        if not any(NASTY in row for row in table.rows):
             assert latex == markdown
 
 
@@ -386,7 +391,7 @@ def compile_latex(folder: Path, body: str) -> None:
     assert (folder / "all.pdf").stat().st_size > 10_000
 
 
-# booktabs is in Debian's texlive-latex-recommended; the tables are to compile with texlive-latex-base alone.
+# The tables must compile without booktabs, which Debian's texlive-latex-base does not contain.
 PREAMBLES = {
     "plain": "",
     "booktabs where it is": r"\IfFileExists{booktabs.sty}{\usepackage{booktabs}}{}",

@@ -18,7 +18,7 @@ EVIL = "<script>document.title='owned'</script>"
 
 
 class Page(HTMLParser):
-    """A page read strictly: every tag closed in turn."""
+    """A parsed page; every tag must be closed in the right order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -175,18 +175,19 @@ def test_an_empty_selection_is_a_page_too(tmp_path: Path) -> None:
     assert "None: there are no finished runs to show." in text
 
 
-# In a browser
+# The page in a browser
 
 
 def browse(path: Path, profile: Path) -> tuple[str, str]:
-    """The page's elements once it has loaded, and what it wrote to the console."""
+    """Open a page in Chromium, and return its elements and its messages on the console."""
     if CHROMIUM is None:
         if "CI" in os.environ:
             pytest.fail("CI needs chromium: apt-get install chromium")
         pytest.skip("there is no chromium; apt-get install chromium")
     options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --window-size=1200,900 --enable-logging=stderr --v=0 --dump-dom"
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--window-size=1200,900 --enable-logging=stderr --v=0 --dump-dom"
     )
     done = subprocess.run(
         [CHROMIUM, *options.split(), f"--user-data-dir={profile}", path.as_uri()],
@@ -199,7 +200,7 @@ def browse(path: Path, profile: Path) -> tuple[str, str]:
 
 
 def answer(path: Path, folder: Path, script: str) -> str:
-    """What the script, run at the end of a copy of the page, puts into the title."""
+    """Run a script at the end of a copy of the page, and return the title that it sets."""
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text())
     copy = folder / "copy.html"
     copy.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
@@ -222,16 +223,19 @@ const click = (name) => heads[column(name)].querySelector('button').click();
 def test_chromium_opens_it_without_a_complaint(written: Path, tmp_path: Path) -> None:
     dom, console = browse(written, tmp_path / "profile")
     assert console == ""
-    assert (
-        '<th scope="col"><button type="button"' in dom
-    )  # the script passed the page's own security policy
-    assert "<title>suite: results</title>" in dom  # and nothing that a run said was run
+    # The page's security policy allowed its own script, which adds the buttons.
+    assert '<th scope="col"><button type="button"' in dom
+    # No script in the name or reason of a run was executed.
+    assert "<title>suite: results</title>" in dom
 
 
 def test_chromium_sorts_numbers_as_numbers_and_keeps_blanks_last(
     written: Path, tmp_path: Path
 ) -> None:
-    script = f"{COLUMN} click('best'); const up = values('best'); click('best'); const down = values('best');"
+    script = (
+        f"{COLUMN} click('best'); const up = values('best'); "
+        "click('best'); const down = values('best');"
+    )
     script += "document.title = [up.join(), down.join(), heads[column('best')].ariaSort].join(';');"
     up, down, state = answer(written, tmp_path, script).split(";")
     best = sorted(f"{run['best']:.2f}" for run in rows_of_all_kinds() if "best" in run)
@@ -242,9 +246,11 @@ def test_chromium_sorts_numbers_as_numbers_and_keeps_blanks_last(
 
 def test_chromium_sorts_the_papers_tables(written: Path, tmp_path: Path) -> None:
     script = """
-    const table = [...document.querySelectorAll('table.results')].find((one) => one.rows.length > 3);
+    const all = [...document.querySelectorAll('table.results')];
+    const table = all.find((one) => one.rows.length > 3);
     table.querySelectorAll('th button')[1].click();
-    document.title = [...table.tBodies[0].rows].map((row) => row.cells[1].dataset.sort).filter(Boolean).join();
+    const keys = [...table.tBodies[0].rows].map((row) => row.cells[1].dataset.sort);
+    document.title = keys.filter(Boolean).join();
     """
     values = [float(text) for text in answer(written, tmp_path, script).split(",")]
     assert len(values) > 2
@@ -260,7 +266,8 @@ def test_chromium_filters_rows_and_the_keyboard_reaches_what_sorts(
     const left = bodies().filter((row) => row.offsetParent).length;
     const button = heads[0].querySelector('button'); button.focus();
     const said = document.getElementById('shown').textContent;
-    document.title = [left, said, document.activeElement.tagName, box.offsetParent !== null].join(';');
+    const focused = document.activeElement.tagName;
+    document.title = [left, said, focused, box.offsetParent !== null].join(';');
     """
     assert answer(written, tmp_path, script) == "2;2 of 17 runs;BUTTON;true"
 
@@ -268,8 +275,8 @@ def test_chromium_filters_rows_and_the_keyboard_reaches_what_sorts(
 def test_chromium_shows_it_420_pixels_wide(written: Path, tmp_path: Path) -> None:
     script = """
     document.documentElement.style.width = '420px';
-    const wide = [...document.querySelectorAll('body *')].filter((one) => one.getBoundingClientRect().right > 421
-        && !one.closest('.scroll, pre, .paper'));
+    const wide = [...document.querySelectorAll('body *')].filter(
+        (one) => one.getBoundingClientRect().right > 421 && !one.closest('.scroll, pre, .paper'));
     document.title = wide.map((one) => one.tagName + '.' + one.className).join() || 'fits';
     """
     assert answer(written, tmp_path, script) == "fits"
@@ -283,8 +290,14 @@ def test_a_thousand_runs_stay_small_and_quick(tmp_path: Path) -> None:
     runs = Standin(rows)
     report.write(path, runs, tables.build(runs.frame), [], metric="best")
     assert path.stat().st_size < 5_000_000
-    script = f"{COLUMN} const start = performance.now(); for (const name of ['best', 'pair', 'seed']) click(name);"
-    script += "document.body.offsetHeight; document.title = [values('seed').length, performance.now() - start].join();"
+    script = (
+        f"{COLUMN} const start = performance.now(); "
+        "for (const name of ['best', 'pair', 'seed']) click(name);"
+    )
+    script += (
+        "document.body.offsetHeight; "
+        "document.title = [values('seed').length, performance.now() - start].join();"
+    )
     count, milliseconds = answer(path, tmp_path, script).split(",")
     assert count == "1000"
     assert float(milliseconds) < 3000

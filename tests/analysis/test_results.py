@@ -1,4 +1,4 @@
-"""The results that are kept: every table follows from the runs beside it, and the README shows what is there."""
+"""Test the stored results: tables follow from the runs, and the README shows them."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def body(markdown: str) -> str:
-    """The table alone."""
+    """Return only the lines of the table."""
     return "\n".join(line for line in markdown.splitlines() if line.startswith("|"))
 
 

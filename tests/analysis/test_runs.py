@@ -1,4 +1,4 @@
-"""What is read out of MLflow, against stores whose rows the tests know."""
+"""Test the reading of runs from MLflow stores whose rows are known."""
 
 import gc
 import math
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import runs
+from analysis import store
 from analysis.runs import listing, load
 from analysis.schema import COLUMNS, frame_of
 from tests.analysis.store import empty_store, make_store
@@ -32,8 +32,8 @@ def uri_of(path: Path) -> str:
 
 
 def error_of(*arguments: Any, **options: Any) -> str:
-    """The one line of the ValueError that `load` raises."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers look at the whole line)
+    """Return the line of the ValueError that `load` raises."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers check the whole line)
         load(*arguments, **options)
     (line,) = str(caught.value).splitlines()
     return line
@@ -184,14 +184,14 @@ def test_experiment_by_name_and_the_sweeps_command(path: Path) -> None:
 
 
 def test_more_runs_than_a_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "PAGE", 7)
+    monkeypatch.setattr(store, "PAGE", 7)
     ids = make_store(path, [{"sweep": "s", "seed": seed, "started": 5} for seed in range(50)])
     frame = load("s", uri_of(path)).frame
     assert sorted(frame["run_id"]) == sorted(ids)
     assert sorted(frame["seed"]) == list(range(50))
 
 
-# Runs that are not as the contract says
+# Runs that break the contract of docs/design.md
 
 
 def test_wrong_types_are_blank_and_said(path: Path) -> None:
@@ -284,7 +284,7 @@ def test_damaged_plan_is_an_error(path: Path) -> None:
         assert error_of("s", uri_of(path)).startswith("plan.json of sweep s (run ")
 
 
-# Lengths
+# Numbers of epochs
 
 
 LENGTHS = [
@@ -304,11 +304,8 @@ def test_several_lengths_are_refused_unless_asked(path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {
-            "distiller": "vanilla",
-            "teacher": "none",
-            "student": "resnet32x4",
-        },  # made the others' teacher
+        # The training of the other runs' teacher
+        {"distiller": "vanilla", "teacher": "none", "student": "resnet32x4"},
         {"superseded": True, "config_hash": "1" * 12},
         {"dataset": "imagenet"},
     ],
@@ -334,7 +331,7 @@ def test_a_student_alone_counts_as_a_length(path: Path) -> None:
     assert "1 of 30 epochs" in error_of("s", uri_of(path))
 
 
-# History, predictions, what there is
+# History, predictions and listings
 
 
 def test_history_is_one_point_an_epoch_and_the_latest(path: Path) -> None:
@@ -346,11 +343,12 @@ def test_history_is_one_point_an_epoch_and_the_latest(path: Path) -> None:
             {"sweep": "s", "seed": 1, "history": {"val/top1": [30.0]}},
         ],
     )
-    with (
-        closing(sqlite3.connect(path)) as database,
-        database,
-    ):  # the second epoch again, later and earlier
-        insert = "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES ('val/top1', ?, ?, ?, 2, 0)"
+    # Add the second epoch twice more, with a later and with an earlier time.
+    with closing(sqlite3.connect(path)) as database, database:
+        insert = (
+            "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) "
+            "VALUES ('val/top1', ?, ?, ?, 2, 0)"
+        )
         database.execute(insert, (21.0, 2_000_000_000_000, ids[0]))
         database.execute(insert, (99.0, 1, ids[0]))
     found = load("s", uri_of(path))
@@ -370,7 +368,7 @@ def test_history_is_one_point_an_epoch_and_the_latest(path: Path) -> None:
 def test_history_of_more_runs_than_a_request_takes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "RUNS_A_REQUEST", 3)
+    monkeypatch.setattr(store, "RUNS_A_REQUEST", 3)
     rows = [
         {"sweep": "s", "seed": seed, "history": {"val/top1": [float(seed)]}} for seed in range(10)
     ]
@@ -465,7 +463,7 @@ def test_empty_store(path: Path) -> None:
 
 def test_locked_database(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(path, [{"sweep": "s"}])
-    monkeypatch.setattr(runs, "LOCKED_S", 0.5)
+    monkeypatch.setattr(store, "LOCKED_S", 0.5)
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("BEGIN EXCLUSIVE")
         started = time.monotonic()
@@ -484,9 +482,8 @@ def test_other_schema_is_named_and_not_migrated(path: Path, version: str, cure: 
         (wanted,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
         found = "451aebb31d03" if version == "older" else version  # MLflow's first revision
         database.execute("UPDATE alembic_version SET version_num = ?", (found,))
-        database.execute(
-            "DROP TABLE latest_metrics"
-        )  # MLflow makes tables that are not there before it looks
+        # MLflow creates missing tables before it checks the version.
+        database.execute("DROP TABLE latest_metrics")
     before = path.read_bytes()
     line = error_of("s", uri_of(path))
     assert found in line
@@ -504,7 +501,7 @@ def test_address_that_is_none() -> None:
 def test_server_that_is_not_there_and_one_that_never_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runs, "ANSWER_S", 0.5)
+    monkeypatch.setattr(store, "ANSWER_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -538,7 +535,7 @@ def test_server_that_is_not_mlflow() -> None:
 
 @pytest.fixture
 def server(path: Path) -> Iterator[str]:
-    """The address of `mlflow server` on that store, which is empty."""
+    """Yield the address of `mlflow server` on an empty store."""
     shutil.copy(empty_store(), path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -569,7 +566,7 @@ def server(path: Path) -> Iterator[str]:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGKILL)  # with its workers: the session that was started above
+    os.killpg(process.pid, signal.SIGKILL)  # the session holds the server and its workers
     process.wait()
 
 

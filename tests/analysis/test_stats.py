@@ -1,11 +1,12 @@
-"""Statistics against formulas and tables, not against the code's own calls."""
+"""Test the statistics with formulas and printed tables."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.stats import t as student_t
 
 from analysis import stats
 
@@ -35,9 +36,37 @@ def test_a_gain_is_paired_by_seed_with_its_t_interval() -> None:
     assert gain.mean == pytest.approx(differences.mean())
     assert gain.low == pytest.approx(differences.mean() - half, abs=1e-4)
     assert gain.high == pytest.approx(differences.mean() + half, abs=1e-4)
-    # With 2 degrees of freedom the two-sided p has a closed form.
+    # With 2 degrees of freedom, the two-sided p-value has a closed form.
     t = differences.mean() / (differences.std(ddof=1) / math.sqrt(3))
     assert gain.p == pytest.approx(1 - t / math.sqrt(t**2 + 2), rel=1e-6)
+
+
+@given(st.lists(st.tuples(values, values).map(lambda lists: (lists[0][0], lists[1][0])),
+                min_size=2, max_size=8))  # fmt: skip
+def test_the_interval_of_a_gain_is_that_of_the_formula(pairs: list[tuple[float, float]]) -> None:
+    differences = np.array([ours - theirs for ours, theirs in pairs])
+    deviation = differences.std(ddof=1)
+    assume(deviation > 1e-6)
+    ours, theirs = zip(*pairs, strict=True)
+    gain = stats.paired(dict(enumerate(ours)), dict(enumerate(theirs)))
+    half = student_t.ppf(0.975, len(pairs) - 1) * deviation / math.sqrt(len(pairs))
+    expected = differences.mean() - half, differences.mean() + half
+    assert gain is not None
+    assert (gain.low, gain.high) == pytest.approx(expected, abs=1e-9)
+    assert stats.interval(differences.tolist()) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10])
+def test_the_interval_of_a_mean_is_students(n: int) -> None:
+    numbers = [75 + 0.1 * (i % 2) for i in range(n)]
+    half = T[n - 1] * np.std(numbers, ddof=1) / math.sqrt(n)
+    expected = np.mean(numbers) - half, np.mean(numbers) + half
+    assert stats.interval(numbers) == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_value_and_equal_values_have_no_interval() -> None:
+    assert stats.interval([75.0]) is None
+    assert stats.interval([75.1, 75.1, 75.1]) is None
 
 
 def test_one_pair_has_no_interval() -> None:

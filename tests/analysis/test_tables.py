@@ -1,4 +1,4 @@
-"""Tables from runs with known numbers, against numbers computed here another way."""
+"""Test the tables of runs with known numbers; the tests compute the cells in another way."""
 
 import math
 import re
@@ -42,7 +42,7 @@ def only(
     return build(rows, **options)[table].cells[row, column]
 
 
-# ---- numbers
+# Numbers
 
 
 def test_a_cell_is_the_mean_and_sample_deviation_over_seeds() -> None:
@@ -61,9 +61,8 @@ def test_a_run_of_an_unknown_method_is_averaged_with_no_other_and_marked() -> No
     rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
     lacking = run(*SHUFFLE, 9, 60.0) | {"config_hash": "lacking"}
     frame = frame_of([*rows, lacking])
-    frame.loc[frame["config_hash"] == "lacking", "method"] = (
-        ""  # as where MLflow has no param standardize
-    )
+    # The method is "" if MLflow lacks the parameter `standardize`.
+    frame.loc[frame["config_hash"] == "lacking", "method"] = ""
     built = {table.name: table for table in tables.build(frame)}
     assert built["scales_cifar100_kd"].cells["M = [1]", COLUMN].seeds == [0, 1, 2]
     assert built["overview_cifar100"].cells["method not known", COLUMN].mean == 60.0
@@ -134,7 +133,7 @@ def test_the_metric_says_which_number(metric: str, expected: float) -> None:
 
 
 def test_an_unknown_metric_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match="no metric 'top1'; choose one of best, last, val"):
+    with pytest.raises(ValueError, match="metric=top1 is not valid; give one of best, last, val"):
         tables.build(frame_of([]), metric="top1")
 
 
@@ -153,7 +152,7 @@ def test_numbers_on_held_out_images_are_marked_and_not_compared() -> None:
     assert cell.verdict == "not comparable"
 
 
-# ---- which runs make a cell
+# Runs of a cell
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,8 @@ def test_similar_architectures_take_the_papers_two_scales() -> None:
 
 
 IMAGENET = {"dataset": "imagenet", "epochs": 100, "batch_size": 512, "lr": 0.2}
-ADAPTED = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}  # conf/adapted/imagenet-kd.yaml
+# The values of conf/adapted/imagenet/kd.yaml
+ADAPTED = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}
 
 
 def test_imagenet_stands_beside_the_papers_numbers() -> None:
@@ -218,8 +218,10 @@ def test_imagenet_stands_beside_the_papers_numbers() -> None:
     ]
     built = build(rows)
     expected = {
-        ("sdd_table_3", "KD", "resnet34 → resnet18"): 70.66, ("sdd_table_3", "SD-KD", "resnet34 → resnet18"): 71.44,
-        ("sdd_table_4", "SD-KD", "resnet50 → mobilev1"): 72.24, ("lskd_table_3", "KD+LS", "resnet50 → mobilev1"): 72.18,
+        ("sdd_table_3", "KD", "resnet34 → resnet18"): 70.66,
+        ("sdd_table_3", "SD-KD", "resnet34 → resnet18"): 71.44,
+        ("sdd_table_4", "SD-KD", "resnet50 → mobilev1"): 72.24,
+        ("lskd_table_3", "KD+LS", "resnet50 → mobilev1"): 72.18,
         ("lskd_table_3", "KD", "resnet34 → resnet18"): 71.03,
     }  # fmt: skip
     for (table, row, column), value in expected.items():
@@ -248,7 +250,8 @@ def test_cub200_stands_beside_the_papers_numbers() -> None:
     )
     rows += runs("vgg13", "vgg8", [67.0, 67.5, 67.4], **sd_kd(**cub | {"lr": 0.05}))
     table = build(rows)["sdd_table_5"]
-    for row, column, value in (("KD", "vgg13 → mobilev2", 53.98), ("SD-KD", "vgg13 → mobilev2", 59.80),
+    for row, column, value in (("KD", "vgg13 → mobilev2", 53.98),
+                               ("SD-KD", "vgg13 → mobilev2", 59.80),
                                ("SD-KD", "vgg13 → vgg8", 67.32)):  # fmt: skip
         cell = table.cells[row, column]
         assert (cell.n, cell.published.value if cell.published else None) == (3, value)
@@ -346,9 +349,8 @@ def test_imported_runs_stand_in_the_same_table_in_rows_of_their_own() -> None:
     table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [75.0], source="imported"))["sdd_table_2"]
     assert table.cells["KD", COLUMN].n == 3
     assert table.cells["KD, imported", COLUMN].mean == 75.0
-    assert (
-        table.cells["KD", COLUMN].rank == table.cells["KD, imported", COLUMN].rank == ""
-    )  # not compared
+    # The two rows are not ranked against each other.
+    assert table.cells["KD", COLUMN].rank == table.cells["KD, imported", COLUMN].rank == ""
 
 
 def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
@@ -402,7 +404,7 @@ def test_a_failed_run_that_was_run_again_is_said_and_needs_no_command() -> None:
     assert any(note.startswith("1 failed or stopped run") for note in table.notes)
 
 
-# ---- comparisons
+# Comparisons
 
 
 def test_gains_are_paired_by_seed_and_corrected_by_holm() -> None:
@@ -526,7 +528,7 @@ def test_runs_of_other_budgets_are_not_ranked_together() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([74.0, 74.1, 74.2], "within"),  # published 74.07
+        ([74.0, 74.1, 74.2], "within"),  # the published number is 74.07
         ([75.0, 75.1, 75.2], "above"),
         ([73.0, 73.1, 73.2], "below"),
         ([74.0], "undecided"),
@@ -584,7 +586,7 @@ def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
         assert text in notes
 
 
-# ---- the tables
+# The tables
 
 
 def test_scales() -> None:
@@ -777,12 +779,13 @@ def test_every_run_stands_in_some_table() -> None:
     assert sum(cell.planned for table in built for cell in table.cells.values()) >= len(rows)
 
 
-# ---- properties
+# Properties
 
 some_runs = st.lists(
     st.builds(
         lambda student, M, standardize, seed, top1, epochs, status: run(
-            "resnet32x4", student, seed, None if status != "FINISHED" else top1, M=M, standardize=standardize,
+            "resnet32x4", student, seed, None if status != "FINISHED" else top1, M=M,
+            standardize=standardize,
             epochs=epochs, status=status, config_hash=f"{student}{M}{standardize}{seed}{epochs}",
         ),
         st.sampled_from(["shufflev1", "resnet8x4"]),

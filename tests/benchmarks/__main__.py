@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark in turn. They print ratios and judge nothing."""
+"""Run all benchmarks (`make bench`). They print ratios and do not judge them."""
 
 from tests.benchmarks import bench_analysis, bench_data, bench_step, bench_stream, bench_sweep
 

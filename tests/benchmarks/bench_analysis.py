@@ -1,9 +1,10 @@
-"""What reading many runs out of SQLite costs: 1,000 runs of 240 epochs with their tables and curves, 10,000 listed.
+"""Measure how long the analysis needs to read many runs from SQLite.
 
     python -m tests.benchmarks.bench_analysis
 
-Each figure is of a process of its own, imports included, with its peak of memory. Where other work shares the machine,
-the seconds on the processor say more than those on the clock.
+The stores hold 1,000 runs of 240 epochs, and 10,000 runs without epochs. Each number is from a
+process of its own, imports included, with its peak memory. If the machine is busy, the processor
+time says more than the elapsed time.
 """
 
 import json
@@ -27,9 +28,8 @@ PAIRS = (
     ("wrn_40_2", "vgg8"),
     ("vgg13", "vgg8"),
 )
-OTHER_PARAMS = {
-    f"other.param_{number}": number for number in range(55)
-}  # a run of the trainer's has about 75
+# With these, a run has about as many parameters as a real run (75).
+OTHER_PARAMS = {f"other.param_{number}": number for number in range(55)}
 
 READING = """
 import json, sys, time
@@ -48,7 +48,7 @@ print(json.dumps([time.process_time(), int(peak) / 1024]))
 
 
 def rows(seeds: int) -> Iterator[dict[str, Any]]:
-    """A suite of 20 settings by so many seeds, with accuracies near 70 %."""
+    """Yield the runs of 20 settings, each with `seeds` seeds and accuracies near 70 %."""
     random = np.random.default_rng(0)
     for seed in range(seeds):
         for teacher, student in PAIRS:
@@ -71,13 +71,13 @@ def rows(seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def history(row: Any) -> dict[str, list[float]]:
-    """Every metric that the trainer logs, rising to the run's accuracy."""
+    """Return a rising curve for every metric that a training logs."""
     curve = [row["last"] * (1 - 0.95**epoch) for epoch in range(1, EPOCHS + 1)]
     return {metric: curve for metric in EPOCH_METRICS}
 
 
 def read(path: Path, what: str) -> str:
-    """What a process that reads it takes."""
+    """Read a store in another process, and return its time and memory as text."""
     started = time.perf_counter()
     command = [sys.executable, "-c", READING, f"sqlite:///{path}", what]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -87,12 +87,13 @@ def read(path: Path, what: str) -> str:
 
 
 def main() -> None:
-    """Print everything."""
+    """Print all measurements."""
     with tempfile.TemporaryDirectory() as folder:
         deep, wide = Path(folder, "deep", "mlflow.db"), Path(folder, "wide", "mlflow.db")
         make_store(deep, rows(seeds=50), history)
         print(
-            f"1,000 runs x {EPOCHS} epochs x {len(EPOCH_METRICS)} metrics, loaded: {read(deep, 'frame')}"
+            f"1,000 runs x {EPOCHS} epochs x {len(EPOCH_METRICS)} metrics, loaded: "
+            f"{read(deep, 'frame')}"
         )
         print(f"the same with every table: {read(deep, 'tables')}")
         print(f"the same with the history of val/top1 in place of tables: {read(deep, 'history')}")

@@ -1,8 +1,10 @@
-"""One training step, resnet32x4 -> resnet8x4, M=[1,2,4], batch 64: what it costs beside the two networks alone.
+"""Compare a training step with the two networks alone.
 
     python -m tests.benchmarks.bench_step
 
-All figures are ratios of things run in turn in one process (memory: in two processes), two CPU threads; medians.
+The step is resnet32x4 -> resnet8x4 with M=[1,2,4] and batch 64, on two CPU threads. All numbers are
+medians of ratios between things that run in turn in one process. Memory is measured in separate
+processes.
 """
 
 import statistics
@@ -20,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
+from sddlskd.data.device import Batch
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.losses import kd
 from sddlskd.record import Record
@@ -32,24 +35,27 @@ BATCH_SIZE = 64
 
 
 def in_turn(*things: Callable[[], object], repeats: int = REPEATS) -> list[list[float]]:
-    """Seconds of each thing, called in turn so that a busy machine slows them alike."""
+    """Call the things in turn, so that a busy machine slows them alike; return their seconds."""
     seconds: list[list[float]] = [[] for _ in things]
     for _ in range(repeats + 1):
         for thing, taken in zip(things, seconds, strict=True):
             started = time.perf_counter()
             thing()
             taken.append(time.perf_counter() - started)
-    return [taken[1:] for taken in seconds]  # the first is a warm-up
+    return [taken[1:] for taken in seconds]  # the first call is a warm-up
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    """Median of the pairwise ratios, and their range."""
+    """Return the median of the pairwise ratios and their range, as text."""
     ratios = [x / y for x, y in zip(a, b, strict=True)]
     return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
-    """Floating point operations of a forward pass: two a multiplication-addition of convolutions and linear layers."""
+    """Return the floating-point operations of a forward pass.
+
+    They are two for each multiplication and addition of convolutions and linear layers.
+    """
     total = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -67,8 +73,8 @@ def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
     return total
 
 
-def setting(folder: Path) -> tuple[Teacher, Run, nn.Module, Tensor, Tensor]:
-    """Teacher, run, a student alone, images and labels."""
+def setting(folder: Path) -> tuple[Teacher, Run, nn.Module, Batch]:
+    """Return a teacher, a run, a student alone and a batch."""
     cfg.frame()
     with initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
         overrides = ["dataset=fake", "tracking=none", f"home={folder}", "trainer=cpu"]
@@ -85,38 +91,43 @@ def setting(folder: Path) -> tuple[Teacher, Run, nn.Module, Tensor, Tensor]:
     )
     run = build_run(job, network(job.student.model), Record(job), device, steps=782, images=50_000)
     images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)
-    return teacher, run, network(job.student.model), images, torch.randint(100, (BATCH_SIZE,))
+    labels = torch.randint(100, (BATCH_SIZE,))
+    batch = Batch(images, labels, index=torch.arange(BATCH_SIZE), views=None)
+    return teacher, run, network(job.student.model), batch
 
 
 def main() -> None:
     """Print the ratios."""
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        teacher, run, student, images, target = setting(Path(folder))
+        teacher, run, student, batch = setting(Path(folder))
 
         def alone() -> None:
-            teacher(images)
+            teacher(batch.images)
             student.zero_grad(set_to_none=True)
-            F.cross_entropy(student(images).mean((2, 3)), target).backward()
+            F.cross_entropy(student(batch.images).mean((2, 3)), batch.labels).backward()
 
         a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        forward_s, matmul_s = in_turn(lambda: teacher(images), lambda: [a @ b for _ in range(8)])
+        forward_s, matmul_s = in_turn(
+            lambda: teacher(batch.images), lambda: [a @ b for _ in range(8)]
+        )
         flops = forward_flops(
             build_network(
                 {"_target_": "sddlskd.models.create", "name": "resnet32x4"}, 100, 0, a.device
             ),
-            images,
+            batch.images,
         )
         rates = [
             flops / f / (8 * 2 * 2048**3 / m) for f, m in zip(forward_s, matmul_s, strict=True)
         ]
         print(
-            f"teacher forward: {statistics.median(rates):.1%} ({min(rates):.1%} to {max(rates):.1%}) of the FLOP rate "
-            f"of a 2048^3 float32 matmul ({flops / statistics.median(forward_s) / 1e9:.0f} GFLOP/s)"
+            f"teacher forward: {statistics.median(rates):.1%} "
+            f"({min(rates):.1%} to {max(rates):.1%}) of the FLOP rate of a 2048^3 float32 matmul "
+            f"({flops / statistics.median(forward_s) / 1e9:.0f} GFLOP/s)"
         )
 
         def step() -> None:
-            run.train_step(images, target, teacher(images))
+            run.train_step(batch, teacher(batch.images))
 
         composer = ScaleDecoupled(partial(kd, temperature=2.0), [1, 2, 4], standardize=True)
         student_map, teacher_map = (
@@ -128,10 +139,11 @@ def main() -> None:
         )
         student_map.requires_grad_()
         step_s, alone_s, composer_s = in_turn(
-            step, alone, lambda: composer(student_map, teacher_map, target).backward()
+            step, alone, lambda: composer(student_map, teacher_map, batch.labels).backward()
         )
         print(
-            f"training step / (teacher forward + student forward and backward): {ratio(step_s, alone_s)}"
+            "training step / (teacher forward + student forward and backward): "
+            f"{ratio(step_s, alone_s)}"
         )
         print(f"composer, forward and backward / training step: {ratio(composer_s, step_s)}")
     peaks = {}
@@ -143,26 +155,29 @@ def main() -> None:
         peaks[what] = statistics.median(int(one.stdout) for one in done)
     net = (peaks["step"] - peaks["nothing"]) / (peaks["alone"] - peaks["nothing"])
     print(
-        f"peak memory of the step / of the two networks alone: {net:.3f} above what the imports take, "
-        f"{peaks['step'] / peaks['alone']:.3f} of the whole process ({peaks['step'] / 1024:.0f} MiB)"
+        f"peak memory of the step / of the two networks alone: {net:.3f} above what the imports "
+        f"take, {peaks['step'] / peaks['alone']:.3f} of the whole process "
+        f"({peaks['step'] / 1024:.0f} MiB)"
     )
 
 
 def peak(what: str) -> None:
-    """Print this process's peak memory (KiB) after three steps, after the networks alone, or after neither."""
+    """Print the peak memory of this process in KiB.
+
+    `what` is "step" (three training steps), "alone" (the networks alone) or "nothing".
+    """
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        teacher, run, student, images, target = setting(Path(folder))
+        teacher, run, student, batch = setting(Path(folder))
         for _ in range(3 if what != "nothing" else 0):
-            teacher_map = teacher(images)
+            teacher_map = teacher(batch.images)
             if what == "step":
-                run.train_step(images, target, teacher_map)
+                run.train_step(batch, teacher_map)
             else:
                 student.zero_grad(set_to_none=True)
-                F.cross_entropy(student(images).mean((2, 3)), target).backward()
-    status = Path(
-        "/proc/self/status"
-    ).read_text()  # not getrusage: its peak is inherited from the parent process
+                F.cross_entropy(student(batch.images).mean((2, 3)), batch.labels).backward()
+    # getrusage would return the peak of the parent process if that is larger.
+    status = Path("/proc/self/status").read_text()
     print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 

@@ -1,19 +1,22 @@
-"""The streaming pipeline beside decoding alone (the bar: 90 %) and beside torchvision's usual loader (the bar: 1.3 x).
+"""Compare the streaming pipeline with decoding alone and with torchvision's usual loader.
 
     python -m tests.benchmarks.bench_stream
 
-256 JPEGs of 500x375 pixels at quality 90, about 110 kB each as ImageNet's are, made on the spot: noise with the
-spectrum of photographs (`tests/photographs.py`), which decodes and compresses much like them, as drawings or enlarged
-digits would not. Batches of 64 images of 224x224, by one worker process and by two, on the CPU:
+The target is 90 % of decoding alone and 1.3 times torchvision's loader. The data are 256 JPEGs of
+500x375 pixels at quality 90, about 110 kB each, as in ImageNet. They are noise with the spectrum of
+photographs (`tests/photographs.py`), which decodes and compresses much like photographs. Batches of
+64 images of 224x224 are made on the CPU by one and by two worker processes:
 
-- decoding alone: as many processes that do nothing but what a worker does (open, decode, crop, resize), told at once;
-- of that the JPEG alone: Pillow opens and decodes, nothing is cropped;
-- the pipeline: `StreamedData`, whole epochs, with the flips and the normalising done in the trainer's process;
-- torchvision: ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader.
+- decoding alone: processes that only do what a worker does (open, decode, crop, resize);
+- the JPEG alone: Pillow opens and decodes, and nothing is cropped;
+- the pipeline: whole epochs of `StreamedData`; the training process flips and normalises;
+- torchvision: ImageFolder, RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize in a
+  DataLoader.
 
-They take turns in every repeat, so that a busy machine slows all of them; ratios are of one repeat, median (least to
-most). Workers are warm before the clock runs, and the files are in the page cache. Where other work shares the machine,
-the processor time that a worker takes for an image says more than the clock: it does not count the trainer's process.
+They take turns in every repetition, so that a busy machine slows them alike. A ratio compares the
+times of one repetition; the median and the range are printed. Workers are warm before the
+measurement starts, and the files are in the page cache. If the machine is busy, the processor time
+of the workers says more than the elapsed time; it leaves out the training process.
 """
 
 import multiprocessing
@@ -32,13 +35,14 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from sddlskd.data.decoding import ImageTransform, Job, decode
+from sddlskd.data.device import Batch
 from sddlskd.data.streaming import StreamedData
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.folders import image_folder
 from tests.photographs import class_folders
 
 IMAGES, BATCH_SIZE, SIZE, REPEATS = 256, 64, 224, 5
-STILL_S = 0.05  # seconds of sleep that say that a process has nothing to do
+STILL_S = 0.05  # seconds of sleep after which a process counts as idle
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -51,7 +55,7 @@ def whole_job(job: Job) -> None:
 
 
 def serve(work: Callable[[Job], None], connection: Connection) -> None:
-    """Does the work for all jobs of a message, and says so."""
+    """Call `work` for all jobs of each message, then send an answer."""
     torch.set_num_threads(1)
     while True:
         for job in connection.recv():
@@ -60,12 +64,12 @@ def serve(work: Callable[[Job], None], connection: Connection) -> None:
 
 
 def stat(process: int) -> list[str]:
-    """proc(5): its state, and from there on."""
+    """Return the fields of /proc/PID/stat from the state on (see proc(5))."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def idle_since(processes: set[int]) -> float:
-    """Wait for all of them to sleep, and to go on doing so; since when they do."""
+    """Wait until all processes are idle, and return the time since when they are."""
     since = None
     while since is None or time.perf_counter() - since < STILL_S:
         awake = any(stat(process)[0] != "S" for process in processes)
@@ -75,13 +79,15 @@ def idle_since(processes: set[int]) -> float:
 
 
 def timed(processes: set[int], work: Callable[[], int]) -> tuple[float, float]:
-    """Images a second of the clock, and of these processes' time on the processor, from idle to idle: then as much was
-    decoded as came out, however much of it was decoded in advance."""
+    """Call `work` and return its images per second of elapsed time and of processor time.
+
+    The processes are idle before and after. Thus they decode as many images as they deliver,
+    although they decode in advance.
+    """
 
     def processor_s() -> float:
-        ticks = sum(
-            int(number) for process in processes for number in stat(process)[11:13]
-        )  # utime, stime
+        # The fields are utime and stime.
+        ticks = sum(int(number) for process in processes for number in stat(process)[11:13])
         return ticks / os.sysconf("SC_CLK_TCK")
 
     idle_since(processes)
@@ -91,7 +97,7 @@ def timed(processes: set[int], work: Callable[[], int]) -> tuple[float, float]:
 
 
 def starts(start: Callable[[], object]) -> set[int]:
-    """The processes that this starts."""
+    """Call `start` and return the ids of the processes that it started."""
     before = multiprocessing.active_children()
     start()
     return {
@@ -100,7 +106,7 @@ def starts(start: Callable[[], object]) -> set[int]:
 
 
 class Alone:
-    """Processes that decode an epoch's images, each its part, and give nothing back."""
+    """Processes that each decode a part of an epoch's images and return nothing."""
 
     def __init__(self, work: Callable[[Job], None], paths: list[str]) -> None:
         self.work, self.paths = work, paths
@@ -122,8 +128,8 @@ class Alone:
         return len(jobs)
 
 
-def steady(data: StreamedData) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Epoch after epoch, the one evaluation image of each left out."""
+def steady(data: StreamedData) -> Iterator[Batch]:
+    """Yield the batches of epoch after epoch, and drop the evaluation image of each."""
     epoch = 0
     while True:
         yield from data.batches(epoch := epoch + 1)
@@ -138,19 +144,19 @@ def measure(folder: Path, workers: int) -> None:
     files = image_folder(str(folder)).train
     assert isinstance(files, Files)
     data = StreamedData(
-        image_folder(str(folder)), num_classes=1, batch_size=BATCH_SIZE, seed=0, device="cpu", mean=MEAN, std=STD,
-        view=ImageTransform(SIZE), workers=workers,
+        image_folder(str(folder)), num_classes=1, batch_size=BATCH_SIZE, seed=0, device="cpu",
+        mean=MEAN, std=STD, view=ImageTransform(SIZE), workers=workers,
     )  # fmt: skip
     stream, steps = steady(data), IMAGES // BATCH_SIZE
     usual: Any = transforms.Compose(
         [
-            transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(MEAN, STD),
         ]
     )  # fmt: skip
     loader = DataLoader(
-        datasets.ImageFolder(str(folder / "train"), usual), batch_size=BATCH_SIZE, shuffle=True, num_workers=workers,
-        persistent_workers=True,
+        datasets.ImageFolder(str(folder / "train"), usual), batch_size=BATCH_SIZE, shuffle=True,
+        num_workers=workers, persistent_workers=True,
     )  # fmt: skip
 
     alone, jpeg = (Alone(work, list(files.paths)) for work in (whole_job, jpeg_alone))
@@ -173,11 +179,12 @@ def measure(folder: Path, workers: int) -> None:
             for name, run in runs.items()
         }  # type: ignore[misc]
         for turn in range(REPEATS + 1)
-    ][1:]  # the first warms up
+    ][1:]  # the first repetition is a warm-up
     speed, per_second = ({name: [turn[name][n] for turn in found] for name in runs} for n in (0, 1))
     for what, measured in (("the clock", speed), ("the workers' processor time", per_second)):
         ratios = ", ".join(
-            f"{shown([a / b for a, b in zip(measured['streaming'], measured[name], strict=True)])} of {name}"
+            f"{shown([a / b for a, b in zip(measured['streaming'], measured[name], strict=True)])}"
+            f" of {name}"
             for name in runs if name != "streaming"
         )  # fmt: skip
         medians = ", ".join(
@@ -187,8 +194,8 @@ def measure(folder: Path, workers: int) -> None:
 
 
 def main() -> None:
-    """Print everything."""
-    torch.set_num_threads(1)  # the trainer's; the other core is the worker's
+    """Print all measurements."""
+    torch.set_num_threads(1)  # for the training process; the other core is for the worker
     with tempfile.TemporaryDirectory() as name:
         folder = class_folders(Path(name), 1, IMAGES, width=500, height=375)
         for workers in (1, 2):

@@ -1,8 +1,9 @@
-"""What sharing the teacher saves: resnet32x4 teaching shufflev1 and mobilev2 at M=[1] and M=[1,2,4], batch 64.
+"""Measure what sharing the teacher saves, and what planning a thousand jobs costs.
 
     python -m tests.benchmarks.bench_sweep
 
-Ratios of steps run in turn in one process, two CPU threads; and the cost of planning a thousand jobs.
+The teacher is resnet32x4; the students are shufflev1 and mobilev2, each at M=[1] and M=[1,2,4],
+with batch 64. The ratios compare steps that run in turn in one process, on two CPU threads.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from hydra import compose, initialize_config_dir
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.data.device import Batch
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.record import Record, freeze, write_text
 from sddlskd.training.build import build_data, build_network, build_run
@@ -39,7 +41,7 @@ STUDENTS = [
 
 
 def job_of(home: Path, student: str, M: str, seed: int) -> Config:
-    """One job of the sweep."""
+    """Return a job of the sweep."""
     overrides = [
         "dataset=fake",
         "tracking=none",
@@ -52,7 +54,7 @@ def job_of(home: Path, student: str, M: str, seed: int) -> Config:
 
 
 def sharing() -> None:
-    """Print what a group costs beside its parts, and beside its jobs one after another."""
+    """Compare a group with its parts, and with its jobs one after another."""
     torch.set_num_threads(2)
     cfg.frame()
     device = torch.device("cpu")
@@ -72,28 +74,29 @@ def sharing() -> None:
             network, None, name="resnet32x4", device=device, precision="fp32", compile=False
         )
         images = torch.randn(BATCH_SIZE, 3, 32, 32).to(memory_format=torch.channels_last)
-        target = torch.randint(100, (BATCH_SIZE,))
+        views = torch.arange(BATCH_SIZE) * 162
+        batch = Batch(images, torch.randint(100, (BATCH_SIZE,)), torch.arange(BATCH_SIZE), views)
 
         def grouped(count: int) -> None:
             teacher_map = teacher(images)
             for run in runs[:count]:
-                run.train_step(images, target, teacher_map)
+                run.train_step(batch, teacher_map)
 
         def one_after_another(count: int) -> None:
             for run in runs[:count]:
-                run.train_step(images, target, teacher(images))
+                run.train_step(batch, teacher(images))
 
         def parts(count: int) -> None:
             teacher(images)
             for run in runs[:count]:
                 run.model.zero_grad(set_to_none=True)
-                F.cross_entropy(run.model(images).mean((2, 3)), target).backward()
+                F.cross_entropy(run.model(images).mean((2, 3)), batch.labels).backward()
 
         grouped_s, parts_s = in_turn(lambda: grouped(4), lambda: parts(4), repeats=5)
         print(
-            f"4 jobs grouped / (one teacher forward + four students alone): {ratio(grouped_s, parts_s)}"
+            "4 jobs grouped / (one teacher forward + four students alone): "
+            f"{ratio(grouped_s, parts_s)}"
         )
-        views = torch.arange(BATCH_SIZE) * 162
         cache = TeacherCache(
             teacher,
             Path(folder, "maps"),
@@ -106,7 +109,7 @@ def sharing() -> None:
         def cached() -> None:
             teacher_map = cache(images, views)
             for run in runs[:4]:
-                run.train_step(images, target, teacher_map)
+                run.train_step(batch, teacher_map)
 
         grouped_s, cached_s = in_turn(lambda: grouped(4), cached, repeats=5)
         print(
@@ -127,7 +130,8 @@ from hydra.types import RunMode
 from sddlskd import config as cfg
 from sddlskd.sweeps.grid import compose_grid
 from sddlskd.sweeps.outcome import state_of
-from sddlskd.sweeps import _look_ahead, groups_of
+from sddlskd.sweeps import groups_of
+from sddlskd.sweeps.plan import ask_precheck
 from pathlib import Path
 started = time.perf_counter()
 cfg.frame()
@@ -141,8 +145,9 @@ hashes = {cfg.config_hash(job) for job in jobs}
 states = {state_of(Path(job.run_dir)) for job in jobs}
 groups = groups_of(jobs)
 own = time.perf_counter() - started
-assert len(hashes) == 1000 and not _look_ahead(jobs, []).invalid
-status = Path("/proc/self/status").read_text()  # ru_maxrss of oneself holds what the parent had, too
+assert len(hashes) == 1000 and not ask_precheck(jobs, [])["problems"]
+# getrusage would return the peak of the parent process if that is larger.
+status = Path("/proc/self/status").read_text()
 peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 child_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 print(json.dumps([own, time.perf_counter() - started, peak, child_peak, len(groups)]))
@@ -159,8 +164,9 @@ def planning() -> None:
         whole = time.perf_counter() - started
     own, checked, peak, child_peak, groups = json.loads(done.stdout)
     print(
-        f"1,000 jobs composed, hashed and grouped ({groups} groups): {own:.1f} s; checked too: {checked:.1f} s; "
-        f"with the imports: {whole:.1f} s; peak of the launching process {peak:.0f} MiB, of the checking one, which "
+        f"1,000 jobs composed, hashed and grouped ({groups} groups): {own:.1f} s; "
+        f"checked too: {checked:.1f} s; with the imports: {whole:.1f} s; "
+        f"peak of the launching process {peak:.0f} MiB, of the checking one, which "
         f"ends before the first job starts, {child_peak:.0f} MiB"
     )
 
@@ -175,7 +181,7 @@ RESTARTED = (
 
 
 def restart() -> None:
-    """Print how long a sweep of a thousand finished jobs takes to find that nothing is to do."""
+    """Print the time in which a sweep of a thousand finished jobs finds that nothing is to do."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sddlskd.train", "-m", *RESTARTED, f"home={folder}"]
         with initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
@@ -210,7 +216,10 @@ def restart() -> None:
 
 
 def rounding() -> None:
-    """Print what half precision changes in the maps of a teacher that was trained on the digits for five epochs."""
+    """Print what float16 changes in the maps of a teacher.
+
+    The teacher is trained on the digits for five epochs.
+    """
     overrides = [
         "dataset=digits",
         "distiller=vanilla",
@@ -243,13 +252,14 @@ def rounding() -> None:
     before, after = ((logit_map.mean((2, 3)) / 4).softmax(1) for logit_map in (exact, rounded))
     changed = int((before.argmax(1) != after.argmax(1)).sum())
     print(
-        f"teacher cache in float16: {changed} of {len(exact)} predictions changed; probabilities at temperature 4 by "
-        f"at most {(before - after).abs().max().item():.1e}; values from 6e-5 on rounded by at most {relative:.2e}"
+        f"teacher cache in float16: {changed} of {len(exact)} predictions changed; "
+        f"probabilities at temperature 4 by at most {(before - after).abs().max().item():.1e}; "
+        f"values from 6e-5 on rounded by at most {relative:.2e}"
     )
 
 
 def main() -> None:
-    """Print everything."""
+    """Print all measurements."""
     sharing()
     rounding()
     planning()

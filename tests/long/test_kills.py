@@ -1,4 +1,7 @@
-"""Two hundred kills at drawn moments, also inside the writing of a checkpoint: nothing lost, spoilt or doubled."""
+"""Kill trainings two hundred times at random moments, also while they write a checkpoint.
+
+Nothing may be lost, damaged or duplicated.
+"""
 
 import os
 import random
@@ -11,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from sddlskd import record, tracking
+from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.files import checkpoint
+from sddlskd.tracking import __main__ as sync_command
 from sddlskd.tracking import uri as tracking_uri
 from tests.crashing import Crash, ended, fit_again, forked, ready
 from tests.tiny import net, processes, rows, same, same_outcome, tiny
@@ -23,7 +27,10 @@ RUNS, KILLS = 8, 25
 
 
 class Slow(Crash):
-    """Never ends by itself: makes every write take milliseconds, so that kills from outside meet it."""
+    """Make every file operation take milliseconds, so that kills can hit it.
+
+    Unlike `Crash`, it never ends the process.
+    """
 
     def step(self) -> None:
         time.sleep(self.draw.uniform(0, 0.01))
@@ -34,7 +41,10 @@ def alive(pid: int) -> bool:
 
 
 def kill_again_and_again(jobs: list[Config], queue: Any) -> None:
-    """Start each job and kill it until `KILLS` signals have ended it early; then let it end. Tells what they met."""
+    """Start and kill each job until `KILLS` signals have ended it early; then let it finish.
+
+    Put counts of what the kills hit into `queue`.
+    """
     ready()
     met: Counter[str] = Counter()
     for job in jobs:
@@ -62,7 +72,8 @@ def kill_again_and_again(jobs: list[Config], queue: Any) -> None:
                 killed += 1
                 met["stopped with its checkpoint saved" if saved else how.name] += 1
                 met["inside a checkpoint's write"] += bool(list(folder.glob(".*.ckpt*.tmp")))
-            if result.get("status") == "FINISHED":  # take a part of it back, to go on killing
+            # Undo the end of a finished run, so that it can be killed again.
+            if result.get("status") == "FINISHED":
                 for name in ("result.json", checkpoint.LATEST):
                     (folder / name).unlink()
         met["ended"] += ended(forked(lambda job=job: fit_again(job))) == 0  # type: ignore[misc]
@@ -71,7 +82,10 @@ def kill_again_and_again(jobs: list[Config], queue: Any) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Config]:
-    """Of three epochs, saved after every step, with dropout; every second one is mirrored while it trains."""
+    """Return jobs of three epochs with dropout that save a checkpoint after every step.
+
+    One job in four is mirrored to MLflow while it trains.
+    """
     home = tmp_path_factory.mktemp("kills")
     overrides = (
         "distiller=vanilla",
@@ -121,7 +135,7 @@ def test_two_hundred_kills(jobs: list[Config], tmp_path: Path) -> None:
         assert same(*(checkpoint.read(Path(each.run_dir, "best.ckpt")) for each in (job, alone)))
         assert [row["epoch"] for row in rows(job)] == [1, 2, 3]
         assert not list(Path(job.run_dir).glob(".*.ckpt*.tmp"))
-    tracking.main(["sync", str(Path(jobs[0].home, "runs"))])
+    sync_command.main(["sync", str(Path(jobs[0].home, "runs"))])
     client = tracking_uri.client(str(jobs[0].tracking.uri))
     (experiment,) = [each for each in client.search_experiments() if each.name == "sddlskd"]
     runs = {run.data.tags["run_dir"]: run for run in client.search_runs([experiment.experiment_id])}

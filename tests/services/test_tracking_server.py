@@ -1,4 +1,7 @@
-"""MLflow on PostgreSQL as `make tracking-server` starts it: many writers, outages; nothing lost, nothing twice."""
+"""Test MLflow on PostgreSQL as `make tracking-server` starts it.
+
+With many writers and outages, nothing may be lost and nothing stored twice.
+"""
 
 import json
 import math
@@ -31,8 +34,9 @@ from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FINISHED, RUNNING, Record
-from sddlskd.sweeps import _write_manifest, _write_plan
+from sddlskd.sweeps.manifest import write_manifest, write_plan
 from sddlskd.tracking import Mirror
+from sddlskd.tracking import __main__ as sync_command
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
 from sddlskd.training.run import Run
@@ -50,7 +54,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`python -m sddlskd.server`, to be stopped, killed and started again with the same data."""
+    """`python -m sddlskd.server`, which can be stopped, killed and restarted with its data."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, self.port = folder, name, free_port()
@@ -84,7 +88,7 @@ class Server:
         return said
 
     def children(self) -> dict[str, int]:
-        """The processes of PostgreSQL and of MLflow."""
+        """Return the process ids of PostgreSQL and of MLflow."""
         assert self.process
         found = (
             Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -99,10 +103,11 @@ class Server:
         }
 
     def kill(self, part: str) -> None:
-        """SIGKILL to one part; whatever stops by it is started again."""
+        """Send SIGKILL to a part of the server, then start again what has stopped."""
         assert self.process
         children = self.children()
-        if part == "connection":  # PostgreSQL drops all connections then, and recovers
+        # If one connection is killed, PostgreSQL drops all connections and recovers.
+        if part == "connection":
             (connection,) = self.sql(
                 "select min(pid) from pg_stat_activity where backend_type = 'client backend'"
             )
@@ -128,7 +133,7 @@ class Server:
         return False
 
     def points(self) -> int:
-        """How many it has; 0 while PostgreSQL recovers."""
+        """Return the number of stored points, or 0 while PostgreSQL recovers."""
         with suppress(subprocess.CalledProcessError):
             return int(self.sql("select count(*) from metrics")[0][0])
         return 0
@@ -155,7 +160,10 @@ class Server:
 
 
 class Gate(socketserver.ThreadingTCPServer):
-    """What stands between writers and server: it can be shut, and it may cut a connection inside an answer."""
+    """A proxy between writers and server.
+
+    It can be closed, and it can cut off connections in the middle of an answer.
+    """
 
     daemon_threads, request_queue_size = True, 256
 
@@ -168,9 +176,8 @@ class Gate(socketserver.ThreadingTCPServer):
 class Pump(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         gate: Any = self.server
-        left = (
-            gate.draw.randrange(400) if gate.draw.random() < gate.cuts else math.inf
-        )  # bytes of the answers
+        # Bytes of the answers until the connection is cut off
+        left = gate.draw.randrange(400) if gate.draw.random() < gate.cuts else math.inf
         with suppress(OSError), socket.create_connection(("127.0.0.1", gate.server)) as server:
             while gate.is_open:
                 for ready in select.select([self.request, server], [], [], 0.05)[0]:
@@ -199,9 +206,8 @@ def server(gate: Gate) -> Iterator[Server]:
         assert "CI" not in os.environ, reason
         pytest.skip(reason)
     place = Path(tempfile.mkdtemp(prefix="sddlskd-test-"))
-    place.chmod(
-        0o755
-    )  # the user postgres must reach it, as it cannot reach pytest's own folders of root
+    # The user postgres must be able to enter the folder. It cannot enter pytest's folders.
+    place.chmod(0o755)
     server = Server(place / "tracking-server", gate.uri.removeprefix("http://"))
     gate.server = server.port
     server.start()
@@ -212,7 +218,7 @@ def server(gate: Gate) -> Iterator[Server]:
 
 
 def write(jobs: Sequence[Config]) -> None:
-    """A process of eight writers."""
+    """Write the records of eight jobs, each in a thread of its own."""
     cfg.frame()
     threads = [threading.Thread(target=write_one, args=(job,)) for job in jobs]
     for thread in threads:
@@ -240,7 +246,7 @@ def write_one(job: Config) -> None:
 
 
 def expected(job: Config) -> Counter[tuple[Any, ...]]:
-    """The rows of the table `metrics` that a finished run has."""
+    """Return the rows that a finished run must have in the table `metrics`."""
     rows = record.read_rows(Path(job.run_dir))
     last = {
         "epoch": rows[-1]["epoch"],
@@ -251,9 +257,8 @@ def expected(job: Config) -> Counter[tuple[Any, ...]]:
     found = Counter[tuple[Any, ...]]()
     for row in [*rows, last]:
         for key in row.keys() - {"epoch", "time"}:
-            value = max(
-                min(row[key], sys.float_info.max), -sys.float_info.max
-            )  # as MLflow keeps infinite numbers
+            # MLflow stores the largest float instead of infinity.
+            value = max(min(row[key], sys.float_info.max), -sys.float_info.max)
             nan = math.isnan(row[key])
             found[
                 key,
@@ -266,7 +271,10 @@ def expected(job: Config) -> Counter[tuple[Any, ...]]:
 
 
 def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: Path) -> None:
-    """They make experiment and sweep themselves, all at once, while each part is killed and connections are cut."""
+    """The writers also create the experiment and the sweep, all at the same time.
+
+    Meanwhile each part of the server is killed, and connections are cut off.
+    """
     draw, gate.cuts = random.Random(7), 0.03
     one = tiny(
         tmp_path, "tracking=mlflow", f"tracking.uri={gate.uri}", "sweep.name=many", teacher=False
@@ -274,7 +282,9 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
     seeds = [replace(one, seed=seed) for seed in range(WRITERS)]
     jobs = [replace(job, run_dir=str(tmp_path / "runs" / cfg.run_name(job))) for job in seeds]
     gate.is_open = False
-    tracking.log_plan(one, _write_plan(_write_manifest("many", jobs), "many", jobs))
+    sweep_folder = Path(jobs[0].home, "runs/sweeps/many")
+    write_manifest(sweep_folder, "many", jobs)
+    tracking.log_plan(one, write_plan(sweep_folder, "many", jobs))
     gate.is_open = True
     for job in jobs:
         record.freeze(job)
@@ -283,22 +293,24 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
         writer.start()
     for part in ("connection", "mlflow", "all", "postgres"):
         before = server.points()
-        while server.points() <= before and any(
-            writer.is_alive() for writer in writers
-        ):  # they are at it
-            time.sleep(draw.uniform(0, 2))
+        # Wait until the writers have written something.
+        while server.points() <= before and any(writer.is_alive() for writer in writers):
+            time.sleep(draw.uniform(0, 1))
         server.kill(part)
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0] * 8
     gate.cuts = 0.0
     tracking.finish_sweep(one, FINISHED)
-    tracking.main(["sync", str(tmp_path / "runs")])
+    sync_command.main(["sync", str(tmp_path / "runs")])
 
     assert server.sql("select name, lifecycle_stage from experiments where name = 'sddlskd'") == [
         ["sddlskd", "active"]
     ]
-    active = "from runs r join tags t on t.run_uuid = r.run_uuid where r.lifecycle_stage = 'active' and t.key = "
+    active = (
+        "from runs r join tags t on t.run_uuid = r.run_uuid "
+        "where r.lifecycle_stage = 'active' and t.key = "
+    )
     parents = server.sql(f"select r.run_uuid, r.status {active} 'kind' and t.value = 'sweep'")
     assert [state for _, state in parents] == ["FINISHED"]
     runs = dict(
@@ -321,7 +333,7 @@ def test_sixty_four_writers_lose_nothing(server: Server, gate: Gate, tmp_path: P
         assert written[runs[job.run_dir]] == expected(job)
         assert params[runs[job.run_dir]] == str(len(cfg.flatten(job)))
     client = tracking_uri.client(server.uri)
-    for job in jobs[::16]:  # the same as others read it
+    for job in jobs[::16]:  # MLflow's client must read the same
         rows = record.read_rows(Path(job.run_dir))
         points = client.get_metric_history(runs[job.run_dir], "val/top1")
         assert [(point.step, point.value) for point in points] == [
@@ -340,7 +352,10 @@ def test_outages(
     monkeypatch: pytest.MonkeyPatch,
     shut: tuple[int, int],
 ) -> None:
-    """The server cannot be reached from the end of one epoch to that of another; 0: at the start; 99: in the end."""
+    """The server is unreachable from the end of one epoch to the end of another.
+
+    `shut` holds the two epochs: 0 is the start of the training, and 99 is after its end.
+    """
     monkeypatch.setattr(Mirror.close, "__defaults__", (30.0, 0.5 if shut[1] == 99 else 30.0))
     real = Run.end_epoch
 
@@ -349,16 +364,16 @@ def test_outages(
         gate.is_open = not shut[0] < self.epoch <= shut[1]
         noted = self.record.folder / "mlflow.json"
         deadline = time.monotonic() + 60
-        while gate.is_open and "rows" not in record.read_mirror(
-            noted.parent
-        ):  # so that each outage meets a run
+        # Wait until MLflow has the run, so that an outage never begins before that.
+        while gate.is_open and "rows" not in record.read_mirror(noted.parent):
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
     monkeypatch.setattr(Run, "end_epoch", ending)
     gate.is_open = shut[0] > 0
     job = tiny(
-        tmp_path, "tracking=mlflow", f"tracking.uri={gate.uri}", "tracking.offline=true", "trainer.epochs=5",
+        tmp_path, "tracking=mlflow", f"tracking.uri={gate.uri}", "tracking.offline=true",
+        "trainer.epochs=5",
         f"tracking.experiment=outage-{shut[0]}-{shut[1]}",
     )  # fmt: skip
     (result,) = fit([job])
@@ -367,11 +382,11 @@ def test_outages(
     if shut[1] == 99:
         with pytest.raises(AssertionError):
             assert history(server, job) == Counter(expected_keys(job))
-        tracking.main(["sync", job.run_dir])
+        sync_command.main(["sync", job.run_dir])
     for _ in range(2):
         assert history(server, job) == Counter(expected_keys(job))
         (Path(job.run_dir) / "mlflow.json").write_text("{")
-        tracking.main(["sync", job.run_dir])
+        sync_command.main(["sync", job.run_dir])
 
 
 def history(server: Server, job: Config) -> Counter[tuple[str, int, float]]:
@@ -433,7 +448,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_a_worker_that_is_silent_for_a_while_is_left_alone(server: Server) -> None:
-    """As one is that imports MLflow on a busy machine: uvicorn's own patience of 5 s would kill each that starts."""
+    """A worker that imports MLflow on a busy machine is silent for a while.
+
+    With uvicorn's default of 5 s, every worker would be killed while it starts.
+    """
 
     def workers() -> list[int]:
         below = descendants(server.children()["mlflow"])
@@ -482,7 +500,7 @@ class Without:
         return getattr(self.finder, name)
 sys.meta_path[:] = map(Without, sys.meta_path)
 """
-# What the package mlflow needs and mlflow-skinny does not: its requirements at the same version.
+# Packages that mlflow requires and mlflow-skinny of the same version does not.
 FULL = (
     "alembic",
     "sqlalchemy",

@@ -1,4 +1,7 @@
-"""A SLURM of one node on loopback: munged, slurmctld and slurmd, started as root and stopped by their process ids."""
+"""Run a SLURM cluster of one node on loopback.
+
+munged, slurmctld and slurmd are started as root and stopped by their process ids.
+"""
 
 import os
 import shutil
@@ -86,7 +89,7 @@ PartitionName=wide Nodes=node1,node2 PreemptMode=OFF MaxTime=60
 
 
 def missing(accounting: bool = False) -> list[str]:
-    """What is not here to run a cluster with."""
+    """Return the programs and permissions that are missing for running a cluster."""
     commands = (
         *COMMANDS,
         *(("slurmdbd", "sacct", "mariadbd", "mariadb-install-db") if accounting else ()),
@@ -121,8 +124,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 300, every: float
 
 
 class Cluster:
-    """folder: of its files, readable by everybody; conf: its slurm.conf, which the commands find by SLURM_CONF;
-    accounting: whether slurmdbd and MariaDB keep accounts, of the account `lab` alone."""
+    """A cluster of one node.
+
+    Attributes:
+        folder: folder of the cluster's files, which every user can read.
+        conf: the file slurm.conf, which the commands find by SLURM_CONF.
+        accounting: whether slurmdbd and MariaDB keep accounts; `lab` is the only account.
+    """
 
     def __init__(
         self, folder: Path, *, cpus: int, max_array_size: int = 1001, accounting: bool = False
@@ -146,8 +154,10 @@ class Cluster:
             name: f"{self.folder}/munge.{name}" for name in ("socket", "key", "pid", "log", "seed")
         }
         self._daemon(
-            "munged", "--foreground", "--force", f"--socket={munge['socket']}", f"--key-file={munge['key']}",
-            f"--pid-file={munge['pid']}", f"--log-file={munge['log']}", f"--seed-file={munge['seed']}",
+            "munged", "--foreground", "--force", f"--socket={munge['socket']}",
+            f"--key-file={munge['key']}",
+            f"--pid-file={munge['pid']}", f"--log-file={munge['log']}",
+            f"--seed-file={munge['seed']}",
         )  # fmt: skip
         wait_for(lambda: Path(munge["socket"]).exists(), 60)
         if self.accounting:
@@ -165,10 +175,12 @@ class Cluster:
             capture_output=True,
         )
         (self.folder / "users.sql").write_text(
-            "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\nGRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
+            "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\n"
+            "GRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
         )
         self._daemon(
-            "mariadbd", *database, "--bind-address=127.0.0.1", f"--port={self.sql_port}", "--skip-name-resolve",
+            "mariadbd", *database, "--bind-address=127.0.0.1", f"--port={self.sql_port}",
+            "--skip-name-resolve",
             f"--socket={self.folder}/db.socket", f"--init-file={self.folder}/users.sql",
         )  # fmt: skip
         wait_for(lambda: answers(self.sql_port), 180)
@@ -197,22 +209,22 @@ class Cluster:
             )
 
     def end(self, name: str, by: signal.Signals = signal.SIGKILL) -> None:
-        """End a daemon."""
+        """Send a signal to a daemon and wait for its end."""
         self.daemons[name].send_signal(by)
         self.daemons.pop(name).wait()
 
     def crash_node(self) -> None:
-        """What a power cut does to a node: the daemon and every process of every job are gone at once."""
+        """Kill the node's daemon and every process of every job at once, as a power cut does."""
         self.end("slurmd")
         for pid in self.job_processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def job_processes(self) -> list[int]:
-        """slurmstepd and what it started for this cluster's jobs."""
+        """Return the ids of slurmstepd and of the processes of this cluster's jobs."""
         ours, found = f"SLURM_CONF={self.conf}".encode(), []
         for path in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended since
+            with suppress(OSError):  # the process may have ended
                 environment = (path / "environ").read_bytes().split(b"\0")
                 in_job = any(value.startswith(b"SLURM_JOB_ID=") for value in environment)
                 if ours in environment and (
@@ -222,7 +234,7 @@ class Cluster:
         return found
 
     def restore(self) -> None:
-        """An empty queue and every daemon, whatever a test has left."""
+        """Start every missing daemon and empty the queue, for the next test."""
         if "slurmctld" not in self.daemons:
             self.start_slurmctld()
         if "slurmd" not in self.daemons:
@@ -250,13 +262,13 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def ask(self, *command: str) -> str:
-        """What a SLURM command prints; "" while slurmctld does not answer."""
+        """Return the output of a SLURM command, or "" if slurmctld does not answer."""
         environment = os.environ | {"SLURM_CONF": str(self.conf)}
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False
         ).stdout
 
     def queue(self) -> dict[str, str]:
-        """{job: state} of what is live."""
+        """Return {job: state} of the jobs in the queue."""
         lines = self.ask("squeue", "-h", "-r", "-o", "%i|%T").split()
         return dict(line.split("|") for line in lines)

@@ -1,4 +1,4 @@
-"""One SLURM for all tests of this folder, and homes with a teacher in them."""
+"""Fixtures of this folder: one SLURM cluster for all tests, and homes with a teacher."""
 
 import os
 import tempfile
@@ -11,19 +11,19 @@ import torch
 
 from sddlskd.files import checkpoint
 from sddlskd.models import create
-from sddlskd.sweeps import precheck
 from tests.slurm.cluster import Cluster, missing
 
 REPO = Path(__file__).parents[2]
 
 
 def cluster_of_its_own(**options: Any) -> Iterator[Cluster]:
-    """A running cluster, which every command started from here finds while it runs."""
+    """Yield a running cluster, to which SLURM's commands connect while it runs."""
     if lacking := missing(**{key: value for key, value in options.items() if key == "accounting"}):
         reason = f"SLURM cannot run here, for want of: {', '.join(lacking)}"
         assert "CI" not in os.environ, reason
         pytest.skip(reason)
-    # Not below pytest's own folders, which nobody but their owner may enter: munge wants its socket open to everybody.
+    # The folder is not below pytest's folders, which only their owner may enter: munge requires
+    # that every user can reach its socket.
     with (
         tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name,
         pytest.MonkeyPatch.context() as patch,
@@ -46,13 +46,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def restored(cluster: Cluster) -> Iterator[None]:
-    """Leave the next test an empty queue and every daemon."""
+    """Empty the queue and start missing daemons after the test."""
     yield
     cluster.restore()
 
 
 def leave_teacher(home: Path) -> Path:
-    """A home where jobs on digits find a teacher."""
+    """Put a teacher for digits into a home, and return the home."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         checkpoint.write(
@@ -63,9 +63,7 @@ def leave_teacher(home: Path) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a teacher, and `tests` importable on the node."""
+    """Return a home with a teacher; the node can import `tests`."""
     monkeypatch.chdir(REPO)
-    # The commands that tests start ask it in a process of its own; here that would be most of a test's time.
-    monkeypatch.setattr("sddlskd.sweeps.ask_precheck", precheck.report)
     monkeypatch.setattr("sddlskd.sweeps.slurm.POLL", 0.5)
     return leave_teacher(tmp_path)

@@ -1,4 +1,4 @@
-"""A cluster that keeps accounts: who may submit, and what sacct remembers."""
+"""Test a cluster with accounts: who may submit, and what sacct remembers."""
 
 import shutil
 from collections.abc import Iterator
@@ -43,10 +43,10 @@ def test_the_cause_of_death_is_known_long_afterwards(
     sacct = shutil.which("sacct")
     assert sacct
     (tmp_path / "sacct").symlink_to(sacct)
-    monkeypatch.setenv(
-        "PATH", str(tmp_path)
-    )  # without scontrol, which forgets jobs after some minutes
+    # Leave out scontrol, as if it had forgotten the jobs, which it does after some minutes.
+    monkeypatch.setenv("PATH", str(tmp_path))
     dead = [f"{failed}_0", f"{failed}_1", f"{cancelled}_0", f"{cancelled}_1", "999999"]
     gone = "gone, and SLURM does not know why any more"
     causes = ["COMPLETED", "FAILED (exit code 3:0)", "CANCELLED", "CANCELLED", gone]
-    wait_for(lambda: list(causes_of_death(dead).values()) == causes)  # sacct lags
+    # Wait, because sacct learns of the end of a job with a delay.
+    wait_for(lambda: list(causes_of_death(dead).values()) == causes)

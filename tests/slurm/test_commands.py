@@ -1,4 +1,4 @@
-"""Sweeps that the command submits, with everything that a cluster does to jobs."""
+"""Test sweeps that the command submits, with everything that a cluster does to jobs."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(1800), pytest.mark.usefi
 def launch(
     home: Path, name: str, *overrides: str, launcher: str = "slurm"
 ) -> subprocess.CompletedProcess[str]:
-    """The command, submitting without waiting."""
+    """Run the command, which submits a sweep and does not wait for it."""
     command = [
         sys.executable,
         "-m",
@@ -57,23 +57,28 @@ GRID = ["M=[1],[1,2]", "seed=0,1"]
 
 @pytest.fixture(scope="module")
 def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same four jobs twice, the second time with everything that a cluster does to jobs, beside one job that needs
-    longer than its time limit; all at once, since most of it is waiting."""
+    """Return the homes of the sweeps after all of them have ended.
+
+    The same four jobs run twice: undisturbed (calm), and with everything that a cluster does to
+    jobs (rough). Another job needs longer than its time limit (long). All run at once, since most
+    of it is waiting.
+    """
     homes = {
         name: leave_teacher(tmp_path_factory.mktemp(name))
         for name in ("calm", "rough", "long", "twin")
     }
     mlflow = ["tracking=mlflow"]
     long = ["trainer.epochs=3", "trainer.max_steps=20", "checkpoint.every_minutes=0.02"]
-    launch(homes["long"], "long", *network("Slow", seconds=1.0).split(), *long, *mlflow, "hydra.launcher.timeout_min=1",
-           "hydra.launcher.signal_delay_s=10")  # fmt: skip
+    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
+    one_second = network("Slow", seconds=1.0).split()
+    launch(homes["long"], "long", *one_second, *long, *mlflow, *limits)
     launch(homes["rough"], "rough", *slow(0.4, *GRID, *mlflow, "checkpoint.every_minutes=0.01"))
     told: list[BaseException] = []
 
     def disturb(job: str, run_dir: Path, blows: list[str]) -> None:
         try:
             for blow in blows:
-                if blow == "early":  # before Python listens, as likely as not
+                if blow == "early":  # probably before Python handles signals
                     wait_for(lambda: cluster.queue().get(job) == "RUNNING")
                     time.sleep(0.3)
                 else:
@@ -102,7 +107,8 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for thread in threads:
         thread.start()
     time.sleep(3)
-    cluster.end("slurmd")  # its jobs live on, and are found again
+    # The jobs go on without slurmd, which finds them again when it is back.
+    cluster.end("slurmd")
     time.sleep(3)
     cluster.start_slurmd()
     launch(homes["calm"], "calm", *slow(0.4, *GRID, *mlflow))
@@ -121,7 +127,7 @@ def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(
     assert [record.read_result(folder)["status"] for folder in folders] == ["FINISHED"] * 4
     client = tracking_uri.client(f"sqlite:///{home}/mlflow.db")
     (parent,) = client.search_runs(["1"], "tags.kind = 'sweep'")
-    assert parent.info.status == "FINISHED"  # nobody waited for it
+    assert parent.info.status == "FINISHED"  # although no process waited for the sweep
     assert len(client.search_runs(["1"], "tags.kind = 'job'")) == 4
     command = [
         sys.executable,
@@ -134,7 +140,7 @@ def test_a_sweep_is_submitted_finished_in_mlflow_and_in_tables(
         str(tmp_path),
     ]
     subprocess.run(command, cwd=REPO, check=True, capture_output=True)
-    assert "(2)" in (tmp_path / "tables/overview_digits.md").read_text()  # two seeds a cell
+    assert "(2)" in (tmp_path / "tables/overview_digits.md").read_text()  # two seeds per cell
 
 
 def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str, Path]) -> None:
@@ -154,7 +160,8 @@ def test_whatever_happens_to_it_a_job_ends_with_the_same_weights(story: dict[str
         assert (run.info.run_id, run.info.status) == (result["run_id"], "FINISHED")
         assert run.data.tags["requeues"] == str(result["requeues"])
     logs = [Path(one.log).read_text() for one in submissions(home / "runs/sweeps/rough")]
-    assert sum(text.count("warned: back into the queue") for text in logs) >= 11  # one was requeued
+    # Of the twelve interruptions, one is a requeue without a warning.
+    assert sum(text.count("warned: back into the queue") for text in logs) >= 11
     assert all(
         "continuing at epoch" in (folder / "train.log").read_text()
         for folder in run_dirs(home, "rough")

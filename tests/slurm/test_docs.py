@@ -1,4 +1,4 @@
-"""Every command of docs/cluster.md, one after the other, as it stands there."""
+"""Test docs/cluster.md: run all its commands, one after the other."""
 
 import os
 import re
@@ -18,10 +18,12 @@ FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
 def test_every_command_of_the_page_works(cluster: Cluster, tmp_path: Path) -> None:
     clone = tmp_path / "sddlskd"
-    (tmp_path / "gitconfig").write_text("[safe]\ndirectory = *\n")  # whoever owns the checkout
+    # Another user may own the checkout.
+    (tmp_path / "gitconfig").write_text("[safe]\ndirectory = *\n")
     environment = os.environ | {"GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig")}
     subprocess.run(["git", "clone", "--quiet", REPO, clone], env=environment, check=True)
-    (clone / ".venv").mkdir()  # `make setup` finds it done, as it was for this test to run at all
+    # Use the environment of this test, so that `make setup` has nothing to do.
+    (clone / ".venv").mkdir()
     (clone / ".venv/bin").symlink_to(REPO / ".venv/bin")
     (clone / ".venv/installed").touch()
     blocks = FENCE.findall(PAGE)
@@ -32,7 +34,11 @@ def test_every_command_of_the_page_works(cluster: Cluster, tmp_path: Path) -> No
     commands = [line for language, text in blocks if language == "sh" for line in text.splitlines()]
     assert commands[0] == "git clone REPOSITORY sddlskd"
     script = "\n".join(["set -eux", *commands[1:]])
-    environment["PYTHONPATH"] = str(clone)  # the code of the clone, not the one that is installed
+    # Use the clone's code and its launchers, not the installed ones.
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "hydra_plugins").symlink_to(clone / "sddlskd/hydra_plugins")
+    environment["PYTHONPATH"] = f"{clone}:{plugins}"
     environment.pop("SDDLSKD_HOME", None)
     done = subprocess.run(
         ["bash", "-c", script],
@@ -48,10 +54,10 @@ def test_every_command_of_the_page_works(cluster: Cluster, tmp_path: Path) -> No
         record.read_result(path.parent) for path in (clone / "runs").glob("digits/*/result.json")
     ]
     statuses = sorted(result["status"] for result in results)
-    assert (
-        statuses.count("FINISHED") == 4
-    )  # the teacher, the sweep of two, the one without a server
-    assert set(statuses) <= {"FINISHED", "KILLED"}  # of the sweep that was cancelled
+    # They are the teacher, the two jobs of the sweep, and the job without a server.
+    assert statuses.count("FINISHED") == 4
+    # The jobs of the cancelled sweep are KILLED.
+    assert set(statuses) <= {"FINISHED", "KILLED"}
     assert "submitted to SLURM" in told
     assert "MLflow has" in told
     assert (clone / "results/tables/overview_digits.md").exists()

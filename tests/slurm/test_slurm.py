@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM of one node: submitted, warned, preempted, crashed, and the same numbers in the end."""
+"""Test sweeps on a real SLURM of one node: tasks that are warned, preempted or crash."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.files import checkpoint
-from sddlskd.sweeps import run_sweep
+from sddlskd.sweeps import precheck, run_sweep
 from sddlskd.sweeps.__main__ import main
 from sddlskd.sweeps.outcome import state_of
 from sddlskd.sweeps.slurm import Slurm, Submission, submissions
@@ -53,7 +53,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def slow(seconds: float, *more: str) -> list[str]:
-    """Three epochs of eight steps that take so long each."""
+    """Return overrides for three epochs of eight steps of `seconds` each."""
     return [
         *network("Slow", seconds=seconds).split(),
         "trainer.epochs=3",
@@ -66,12 +66,21 @@ def jobs_of(home: Path, *grid: str, common: tuple[str, ...] = ()) -> list[Config
     return grid_of(home, [*COMMON, *common], [one.split() for one in grid])[2]
 
 
+def run(jobs: list[Config], name: str, max_group_size: int | None, **options: Any) -> None:
+    """Run a sweep, and check its jobs in this process, because another one would take longer.
+
+    The commands that tests start check them in another process.
+    """
+    runner = Slurm(**{**OPTIONS, **options})
+    run_sweep(jobs, name, runner=runner, max_group_size=max_group_size, precheck=precheck.report)
+
+
 def sweep(
     jobs: list[Config], name: str = "test", **options: Any
 ) -> tuple[list[dict[str, Any]], int]:
-    """Results and exit code of a launch in this process."""
+    """Run a sweep in this process and return the results and the exit code."""
     try:
-        run_sweep(jobs, name, pool=Slurm(**{**OPTIONS, **options}), max_group_size=1)
+        run(jobs, name, max_group_size=1, **options)
         code = 0
     except SystemExit as exit:
         code = int(exit.code or 0)
@@ -79,7 +88,7 @@ def sweep(
 
 
 def training(run_dir: Path) -> bool:
-    """Whether a process is at its steps."""
+    """Return whether a process trains the run at the moment."""
     return record.read_result(run_dir).get("status") == "RUNNING" and not record.abandoned(run_dir)
 
 
@@ -99,7 +108,7 @@ def requeues_of(cluster: Cluster, job: str) -> int:
 
 
 def hold(**more: Any) -> dict[str, Any]:
-    """Options of jobs that stay in the queue."""
+    """Return options with which jobs stay in the queue."""
     return {"wait": False, "additional_parameters": {"hold": True, **more}}
 
 
@@ -114,7 +123,8 @@ def test_a_queued_sweep_is_seen_cancelled_and_never_submitted_twice(
     assert (
         f"submitted to SLURM: {' '.join(one.job for one in submitted)}" in capsys.readouterr().out
     )
-    arrays = [one.job.split("_")[0] for one in submitted]  # no array is larger than MaxArraySize
+    # No array may be larger than MaxArraySize.
+    arrays = [one.job.split("_")[0] for one in submitted]
     assert [arrays.count(array) for array in dict.fromkeys(arrays)] == [5, 2]
     assert [one.run_dirs for one in submitted] == [[job.run_dir] for job in jobs]
 
@@ -173,7 +183,7 @@ def all_of(home: Path) -> list[Any]:
 
 
 def slurmctld_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let slurmctld die at the first look at the queue that finds something, and come back."""
+    """Stop slurmctld when the launcher first sees a job in the queue, and start it again."""
     import sddlskd.sweeps.slurm
 
     asked, real = [], sddlskd.sweeps.slurm.queue
@@ -192,14 +202,15 @@ def slurmctld_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Path) -> None:
-    """And a job that is cancelled has saved its checkpoint, and continues when the sweep is launched again."""
+    """The job is also cancelled, which saves a checkpoint, and continued by the next launch."""
     jobs = jobs_of(home, " ".join(slow(0.4, "checkpoint.every_minutes=0.005")))
     folder = Path(jobs[0].run_dir)
     sweep(jobs, wait=False)
     wait_for(lambda: (folder / "last.ckpt").exists())
     cluster.crash_node()
     wait_for(lambda: state_of(folder) == "interrupted")
-    wait_for(lambda: "PENDING" in cluster.queue().values())  # until then SLURM believes the node
+    # SLURM needs some time to notice the crash.
+    wait_for(lambda: "PENDING" in cluster.queue().values())
     cluster.start_slurmd()
     wait_for(lambda: training(folder) and record.read_result(folder)["requeues"] == 1)
     assert "continuing at epoch" in (folder / "train.log").read_text()
@@ -216,7 +227,7 @@ def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Pa
 
 
 def preempted(cluster: Cluster, home: Path) -> tuple[Path, Submission]:
-    """The run directory and the submission of a job that was at its steps when another job came before it."""
+    """Return run directory and submission of a training job that another job displaces."""
     jobs = jobs_of(home, " ".join(slow(0.5)))
     folder = Path(jobs[0].run_dir)
     sweep(jobs, wait=False, partition="spot")
@@ -255,7 +266,8 @@ def test_a_finished_job_is_not_requeued_however_often_it_is_warned(
     wait_for(
         lambda: record.read_result(Path(jobs[0].run_dir)).get("status") == "FINISHED", every=0.02
     )
-    while cluster.queue():  # the process still ends its threads, its imports, itself
+    # The process needs some time to end. Warn it all the while.
+    while cluster.queue():
         cluster.ask("scancel", "--signal=USR2", f"{job}.0")
     state = cluster.ask("scontrol", "show", "job", job)
     assert "JobState=COMPLETED" in state
@@ -281,9 +293,9 @@ def test_a_group_is_one_task_and_how_python_starts_is_the_users_to_say(
     jobs = jobs_of(home, "M=[1]", "M=[2]", network("Raises"), common=("trainer=debug",))
     python = f"env MARK=here {sys.executable}"
     setup = [f"touch {home}/set-up"]
-    options = {**OPTIONS, "python": python, "setup": setup, "srun_args": ["--label"]}
+    options = {"python": python, "setup": setup, "srun_args": ["--label"]}
     with pytest.raises(SystemExit):
-        run_sweep(jobs, "test", pool=Slurm(**options), max_group_size=None)
+        run(jobs, "test", max_group_size=None, **options)
     assert [
         result["status"] for result in (record.read_result(Path(job.run_dir)) for job in jobs)
     ] == [
@@ -295,7 +307,7 @@ def test_a_group_is_one_task_and_how_python_starts_is_the_users_to_say(
     assert one.run_dirs == [job.run_dir for job in jobs]
     assert record.read_result(Path(jobs[0].run_dir))["group_size"] == 3
     assert (home / "set-up").exists()
-    assert re.search(r"(?m)^0: ", Path(one.log).read_text())  # srun --label
+    assert re.search(r"(?m)^0: ", Path(one.log).read_text())  # the effect of srun --label
     assert python in Path(one.log.replace("_0_log.out", "_submission.sh")).read_text()
 
 
@@ -359,7 +371,7 @@ def test_without_slurm_nobody_guesses_what_is_queued(
 def test_ranks_that_share_each_batch_are_processes_of_one_task(
     cluster: Cluster, home: Path
 ) -> None:
-    """Warned together, they go on together, and end as ranks that SLURM left alone."""
+    """Ranks that are warned must end with the same weights as ranks that are not."""
     jobs = jobs_of(home, " ".join(slow(0.4, "trainer.devices=2")))
     folder = Path(jobs[0].run_dir)
     sweep(jobs, wait=False)

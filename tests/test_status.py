@@ -1,0 +1,200 @@
+"""Test the status of a sweep: what it holds, how it is printed, and its JSON."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sddlskd import record
+from sddlskd.sweeps.__main__ import main
+from sddlskd.sweeps.status import JobStatus, SweepStatus, status_of
+from tests.tiny import tiny
+
+EPOCHS = 8
+
+
+def leave_job(home: Path, seed: int, top1: tuple[float, ...] = (), **result: Any) -> Path:
+    """Leave the record of a job whose epochs took 10 seconds each; return its run directory."""
+    job = tiny(home, f"seed={seed}", f"trainer.epochs={EPOCHS}", teacher=False)
+    folder = record.freeze(job)
+    rows = [
+        {"epoch": epoch, "val/top1": value, "time/epoch_s": 10.0}
+        for epoch, value in enumerate(top1, start=1)
+    ]
+    if result:
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (folder / "result.json").write_text(json.dumps({"reason": "", **result}))
+    return folder
+
+
+def leave_sweep(home: Path, *folders: Path) -> Path:
+    sweep = home / "runs/sweeps/mine"
+    sweep.mkdir(parents=True)
+    content = {
+        "name": "mine",
+        "command": "python -m sddlskd.train -m seed=0,1",
+        "folder": "/some where",
+        "time": 0,
+        "jobs": [str(folder) for folder in folders],
+    }
+    (sweep / "sweep.json").write_text(json.dumps(content))
+    return sweep
+
+
+def in_slurm(sweep: Path, **tasks: Path) -> None:
+    submissions = [
+        {"job": f"17_{name[-1]}", "run_dirs": [str(folder)], "log": "/none"}
+        for name, folder in tasks.items()
+    ]
+    (sweep / "slurm.json").write_text(json.dumps(submissions))
+
+
+def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    folder.mkdir()
+    for name, program in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{program}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Return the folder of a sweep with a finished, a failed, a stopped and two new jobs."""
+    finished = leave_job(
+        tmp_path, 0, (70.0, 71.0) * 4, status="FINISHED", best_top1=71.239, epochs=8
+    )
+    failed = leave_job(tmp_path, 1, (33.3,), status="FAILED", reason="NonFiniteLoss: bad")
+    stopped = leave_job(
+        tmp_path, 2, (41.0, 43.0, 42.0), status="KILLED", reason="stopped", requeues=2
+    )
+    new = leave_job(tmp_path, 3)
+    return leave_sweep(tmp_path, finished, failed, stopped, new, tmp_path / "runs/not-frozen")
+
+
+def test_what_the_status_of_a_sweep_holds(sweep: Path) -> None:
+    found = status_of(sweep)
+    assert (found.sweep, found.slurm_error) == ("mine", "")
+    assert found.counts == {"finished": 1, "interrupted": 1, "failed": 1, "new": 2}
+    assert found.command == "cd '/some where' && python -m sddlskd.train -m seed=0,1"
+    # Five epochs of the stopped job are left, and eight of the new one; the other is not known.
+    assert found.seconds_left == pytest.approx((5 + 8) * 10.0)
+    jobs = [(job.state, job.epochs_done, job.epochs, job.top1, job.reason) for job in found.jobs]
+    assert jobs == [
+        ("finished", 8, 8, 71.239, ""),
+        ("failed", 1, 8, 33.3, "NonFiniteLoss: bad"),
+        ("interrupted", 3, 8, 43.0, "stopped"),
+        ("new", 0, 8, None, ""),
+        ("new", 0, 0, None, ""),
+    ]
+    assert [job.requeues for job in found.jobs] == [0, 0, 2, 0, 0]
+    assert {job.slurm_job for job in found.jobs} == {None}
+
+
+def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [Path(path).name for path in json.loads((sweep / "sweep.json").read_text())["jobs"]]
+    main(["status", "mine", "--home", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "sweep mine: 5 jobs: 1 finished, 1 interrupted, 1 failed, 2 new",
+        f"  finished     8/8 epochs  top-1 71.24  {names[0]}",
+        f"  failed       1/8 epochs  top-1 33.30  {names[1]}  NonFiniteLoss: bad",
+        f"  interrupted  3/8 epochs  top-1 43.00  {names[2]}  stopped  requeued 2 times",
+        f"  new          0/8 epochs  {names[3]}",
+        "  new          0/0 epochs  not-frozen",
+        "time left: about 2:10 on one device",
+        "to finish it: cd '/some where' && python -m sddlskd.train -m seed=0,1",
+    ]
+
+
+def test_the_json_holds_the_same(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["status", str(sweep), "--home", str(tmp_path / "elsewhere"), "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert content == asdict(status_of(sweep))
+    assert list(content) == list(SweepStatus.__annotations__)
+    assert [list(job) for job in content["jobs"]] == [list(JobStatus.__annotations__)] * 5
+
+
+@pytest.mark.parametrize("command", ["logs", "cancel"])
+def test_only_the_status_is_json(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "mine", "--home", str(tmp_path), "--json"])
+    assert caught.value.code == 2
+    assert f"--json belongs to status, not to {command}" in capsys.readouterr().err
+
+
+def test_the_group_shares_the_time_of_an_epoch(tmp_path: Path) -> None:
+    half = leave_job(tmp_path, 0, (1.0,) * 4, status="KILLED", group_size=2)
+    assert status_of(leave_sweep(tmp_path, half)).seconds_left == pytest.approx(4 * 5.0)
+
+
+def test_without_an_epoch_the_time_left_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = leave_sweep(tmp_path, leave_job(tmp_path, 0))
+    assert status_of(sweep).seconds_left is None
+    main(["status", str(sweep)])
+    assert "time left: not known yet\n" in capsys.readouterr().out
+
+
+def test_a_finished_sweep_needs_no_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = leave_job(tmp_path, 0, (50.0,) * 8, status="FINISHED", best_top1=50.0)
+    sweep = leave_sweep(tmp_path, done)
+    found = status_of(sweep)
+    assert (found.seconds_left, found.command) == (0.0, "")
+    main(["status", str(sweep)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_tasks_of_slurm(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, stopped, new, not_frozen = map(
+        Path, json.loads((sweep / "sweep.json").read_text())["jobs"]
+    )
+    in_slurm(sweep, task_0=stopped, task_1=new, task_2=not_frozen)
+    fake_slurm(
+        tmp_path / "bin",
+        monkeypatch,
+        squeue="printf '17_0|RUNNING|None\\n17_1|PENDING|Priority\\n'",
+        sacct="echo '17_2|TIMEOUT|0:0'",
+        scontrol="exit 1",
+    )
+    found = status_of(sweep)
+    assert [(job.state, job.slurm_job, job.slurm_state) for job in found.jobs[2:]] == [
+        ("running", "17_0", "RUNNING (None)"),
+        ("queued", "17_1", "PENDING (Priority)"),
+        ("new", "17_2", "TIMEOUT"),
+    ]
+    assert found.jobs[2].reason == ""  # that of the earlier attempt
+    main(["status", str(sweep)])
+    assert f"{new.name}  SLURM job 17_1: PENDING (Priority)\n" in capsys.readouterr().out
+
+
+def test_a_status_without_an_answer_of_slurm(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = Path(json.loads((sweep / "sweep.json").read_text())["jobs"][2])
+    in_slurm(sweep, task_0=stopped)
+    down = "echo 'squeue: error: down' >&2; exit 1"
+    fake_slurm(tmp_path / "bin", monkeypatch, squeue=down, sacct=down, scontrol=down)
+    found = status_of(sweep)
+    assert found.slurm_error == "squeue: down"
+    assert found.jobs[2].state == "interrupted"
+    assert found.jobs[2].slurm_state == "gone, and SLURM does not know why any more"
+    main(["status", str(sweep)])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "cannot ask SLURM about the jobs of this sweep: squeue: down"
+
+
+def test_a_damaged_record_is_one_line(sweep: Path) -> None:
+    job = Path(json.loads((sweep / "sweep.json").read_text())["jobs"][0])
+    (job / "config.yaml").write_text("seed: [")
+    with pytest.raises(SystemExit, match=r"^error: .*config\.yaml is damaged"):
+        main(["status", str(sweep)])
