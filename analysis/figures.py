@@ -287,7 +287,8 @@ def gain_by_pair(points: Sequence[Point], metric: str) -> Chart | None:
         point.panel: same_family(point.run.teacher, point.run.student) for point in shown
     }
     panels = sorted(homogeneous, key=lambda panel: not homogeneous[panel])
-    drawn = [comparison for comparison in gains if comparison.point in shown]
+    kept = set(shown)
+    drawn = [comparison for comparison in gains if comparison.point in kept]
     columns = [
         (label, [_dot(comparison) for comparison in drawn if comparison.over == over])
         for over, label in OVER.items()

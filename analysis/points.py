@@ -4,6 +4,7 @@ A *setting* is what one line or marker stands for; it has the name of the row of
 holds the same runs. A *panel* is a pair on a data set.
 """
 
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -199,11 +200,13 @@ def comparisons(points: Sequence[Point]) -> tuple[list[Comparison], list[str]]:
     """
     found = []
     without = []
-    points = beside_panels(points)
-    for point in points:
+    in_panel: dict[str, list[Point]] = defaultdict(list)
+    for point in beside_panels(points):
+        in_panel[point.panel].append(point)
+    for point in itertools.chain.from_iterable(in_panel.values()):
         if point.alone:
             continue
-        here = [other for other in points if other.panel == point.panel]
+        here = in_panel[point.panel]
         baselines = {"vanilla": [other for other in here if other.alone]}
         if not point.plain:
             loss = point.run.distiller
