@@ -250,6 +250,7 @@ def param(key: str, text: str) -> str:
 
 
 def number_of(key: str, text: str) -> float:
+    """Return `text` as a finite number; raise ValueError that names `key` if it is none."""
     try:
         value = float(text)
     except ValueError:
@@ -260,6 +261,7 @@ def number_of(key: str, text: str) -> float:
 
 
 def whole_number(key: str, text: str) -> str:
+    """Return `text` as an integer without commas; raise ValueError naming `key` if it is none."""
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text):  # 1,200
         text = text.replace(",", "")
     value = number_of(key, text)  # pandas writes integers as 240.0 if values are missing

@@ -57,7 +57,8 @@ Arrays = Mapping[str, np.ndarray]
 class Predictions(Protocol):
     """What the figures of predictions read; `analysis.runs.Runs` implements this protocol."""
 
-    def predictions(self, run_id: str) -> Arrays | None: ...
+    def predictions(self, run_id: str) -> Arrays | None:
+        """Return the arrays that a run saved; None if it saved none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -627,7 +627,7 @@ def test_a_job_is_checked_without_a_look_into_any_file(job_of: Jobs, own_folder:
         job_of("distiller=vanilla", "trainer.batch_size=58", root=own_folder),
         # The logit maps have 4x4 cells.
         job_of("teacher.train_if_missing=true", "M=[1,16]", root=own_folder),
-        job_of("distiller=vanilla", root=own_folder / "nowhere"),
+        job_of("distiller=vanilla", root=own_folder.with_name("nowhere")),
     ]
     reasons = [reason for _, reason in problems([*well, *ill])]
     assert len(reasons) == 3
