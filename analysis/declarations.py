@@ -97,14 +97,20 @@ class Declaration:
 
 
 def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
-    """Return the declarations of all tables that have runs.
+    """Return the descriptions of all tables that have at least one run.
 
-    The tables of SDD come first and those of LSKD follow, each in the order of the paper. Overviews
-    come last.
+    The tables of SDD and in its form come first, then those of LSKD, each in the order of the
+    paper. The overviews, one per data set, come last.
 
     Args:
         runs: the runs that count, as `selection.standing` returns them.
         metric: accuracy to show, a key of `selection.METRICS`.
+
+    Returns:
+        The descriptions, in the order in which the tables are written.
+
+    Raises:
+        ValueError: if `metric` is not such a key.
     """
     quantity = _accuracy(metric)
     of_papers = [_paper_table(runs, quantity, table) for table in PAPERS_TABLES]

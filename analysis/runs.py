@@ -248,9 +248,11 @@ def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
 
 
 def _row(run: Any) -> dict[str, Any]:
-    """Return a run as a row of the frame, without its command.
+    """Return an MLflow run as a row of the frame, {column: value}, without the column `command`.
 
-    Values that are missing or of the wrong type are left out, and `reason` says so.
+    A param or group_size that is missing or not valid has no entry. A missing metric is None, a
+    missing text tag is "". To the recorded reason, `reason` adds the params of `NEEDED` that are
+    missing, the params and group_size that are not valid, and the metrics that are NaN.
     """
     tags = run.data.tags
     metrics = run.data.metrics

@@ -100,14 +100,16 @@ def standing(frame: pd.DataFrame) -> list[Run]:
 
 
 def _as_trained(run: Run, number: int) -> Run:
-    """Return the run with a config_hash, and with fixed values for the settings it does not read.
+    """Return the run with fixed values for the settings that its loss does not read.
 
-    Runs that differ only in settings that their loss does not read are the same run. The field
-    `unread` keeps the recorded values.
+    With M=[1] this is complementary_weight; for a student alone, every setting of the method but
+    ce_weight. Runs that differ only in such settings thus agree in all settings. The field `unread`
+    keeps the recorded values. In a run of sddlskd, max_steps=None becomes "all". A run without a
+    config_hash takes its run_id, or "row <number>" if it has none.
 
     Args:
         run: the run as it is recorded.
-        number: number of the run, which identifies it if nothing else does.
+        number: position of the run among all runs, oldest first.
     """
     fixed: dict[str, Any] = {}
     # With M=[1] the only region is the whole map, which always agrees with itself.
@@ -279,7 +281,7 @@ class Result:
 
     @cached_property
     def values(self) -> dict[int | str, float]:
-        """Return the numbers by seed (or config_hash)."""
+        """Return the numbers by seed; by config_hash if a run has no seed or every run counts."""
         return {key: value for key, (_, value) in self.counted.items()}
 
     @property

@@ -102,7 +102,14 @@ def load_run(folder: Path, allow_foreign: bool) -> Config:
 
 
 def best_student(job: Config, folder: Path) -> nn.Module:
-    """Return the student of the run's best epoch, in eval mode on the CPU."""
+    """Return the student with the weights of the run's best epoch, in eval mode on the CPU.
+
+    Raise what `load_weights` raises if best.ckpt cannot be loaded.
+
+    Args:
+        job: the frozen configuration of the run, as `load_run` returns it.
+        folder: the run directory, which holds best.ckpt.
+    """
     network = build_network(
         without_weights(job.student.model), job.dataset.num_classes, job.seed, torch.device("cpu")
     )

@@ -50,7 +50,7 @@ class LogFile(logging.FileHandler):
     """The file train.log of a run. If a line cannot be written, the run continues without it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore the error, for which logging would print a traceback per line."""
+        """Ignore that a line could not be written; logging would print a traceback for each one."""
 
     def close(self) -> None:
         """Close the file, and ignore an error of the final flush, such as a full disk."""

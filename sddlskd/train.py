@@ -92,7 +92,11 @@ def _refuse_another_checkout() -> None:
 
 
 def main() -> None:
-    """Run the command line: an error that a user can fix prints one line and exits with 1."""
+    """Run the command line and exit with 1 after one line for an error that a user can fix.
+
+    With HYDRA_FULL_ERROR=1 such an error is raised instead. An interrupted job exits with
+    ExitCode.STOPPED.
+    """
     log_to_terminal()
     _refuse_another_checkout()
     _mend_arguments()

@@ -90,7 +90,7 @@ def bounded(
 ) -> Any:
     """Return a field for a number with bounds, which `resolve` checks.
 
-    A number without this helper must be finite and may have any other value.
+    A number field that is not declared with `bounded` accepts every finite value.
 
     Args:
         default: The default value; None for a number that may be left out.

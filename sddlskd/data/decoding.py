@@ -463,12 +463,16 @@ def _as_it_is(done: Any) -> Any:
 
 
 class _Start:
-    """The setup of a worker process: which signals it ignores, and when it ends.
+    """The `worker_init_fn` of a DataLoader, which sets how a worker process reacts to signals.
 
-    A worker ends if its parent dies or sends it SIGTERM. It ignores the other signals of a job and
-    leaves them to the parent: a terminal and SLURM signal all processes of a job, and the parent
-    needs the workers until it has saved. Only `sigwaitinfo` tells who sent a signal. On systems
-    other than Linux, a SIGTERM from any process ends a worker.
+    A terminal and SLURM signal all processes of a job, but the parent still needs its workers until
+    it has saved a checkpoint. A worker therefore ignores these signals, and ends only if its parent
+    dies or the parent itself sends SIGTERM. To learn who sent a SIGTERM, a thread waits for it with
+    `sigwaitinfo`; for this, the worker must start with SIGTERM blocked. On systems other than
+    Linux, a SIGTERM from any process ends a worker.
+
+    Args:
+        parent: process id of the parent.
     """
 
     def __init__(self, parent: int) -> None:

@@ -122,10 +122,10 @@ LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BNC": (1,), "BCN": (2,)}
 
 
 class ForeignNetwork(LogitMapModel):
-    """An unchanged network whose feature map is taken by a hook while it runs.
+    """A logit-map model around an unchanged network; a hook takes its feature map in each forward.
 
-    Use `from_network` to create one. The state dict has the same keys as that of the wrapped
-    network, so published files load here and saved files load elsewhere.
+    Use `from_network` to create one. The state dict has the keys of the wrapped network, so weights
+    files can be exchanged with code that uses that network directly.
 
     Args:
         network: The network to wrap.

@@ -344,7 +344,18 @@ class _OpenRuns:
 
 
 def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> None:
-    """Train the students of one group of jobs and finish their records."""
+    """Train the students of one group of jobs, and write the outcome of each run.
+
+    On a single rank, a run that fails alone is marked FAILED while the others go on, and a signal
+    during training is no error: the runs that it stopped are marked KILLED. Any error that concerns
+    all runs, such as one of the data or of the teacher, is raised.
+
+    Args:
+        jobs: jobs with the same `config.sharing_key`.
+        stop: the stop request.
+        sweep: name of the sweep in MLflow; None for jobs without a sweep.
+        ranks: the ranks that share each batch.
+    """
     _check_group(jobs, ranks)
     group = _prepare(jobs, stop, sweep, ranks)
     with stop.acting(at_once=False), _open_runs(group) as opened:

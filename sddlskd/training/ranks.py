@@ -130,11 +130,12 @@ class Ranks:
     """The position of this process among the ranks that share each batch; by default the only rank.
 
     All ranks must call each method at the same point of the program; otherwise they wait for each
-    other until the timeout. Only `report_failure` and `cause` may be called by one rank alone.
+    other until the timeout. Only `report_failure` and `first_failure` may be called by
+    one rank alone.
 
     Attributes:
         rank: number of this process, from 0.
-        count: number of ranks.
+        world_size: number of ranks.
         device: device of this rank; None for a single rank.
         store: torch.distributed.Store of this job; None for a single rank.
         control: gloo process group for decisions; None for a single rank.
@@ -196,7 +197,7 @@ class Ranks:
 
         `own` is the number of images that this rank holds. The counts of all ranks sum to `whole`.
         If the batch is too small to divide, every rank holds all of its images; each rank then
-        counts `whole / count` images.
+        counts `whole / world_size` images.
         """
         self.sharing.divided = own < whole
         return own if own < whole else whole / self.world_size
