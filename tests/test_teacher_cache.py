@@ -69,10 +69,10 @@ def test_views_name_what_is_seen(data: DeviceData) -> None:
     assert data.views == 18
     seen: dict[int, Tensor] = {}
     for epoch in range(1, 12):
-        for images, _, index, views in data.batches(epoch):
-            assert views is not None
-            assert torch.equal(views // data.views, index)
-            for image, view in zip(images, views.tolist(), strict=True):
+        for batch in data.batches(epoch):
+            assert batch.views is not None
+            assert torch.equal(batch.views // data.views, batch.index)
+            for image, view in zip(batch.images, batch.views.tolist(), strict=True):
                 assert torch.equal(seen.setdefault(view, image), image)
     assert len({image.numpy().tobytes() for image in seen.values()}) == len(seen)
     assert 40 * 18 > len(seen) > 200
@@ -103,7 +103,8 @@ def test_a_map_that_a_crash_has_lost_is_asked_again(
     teacher: Counting, data: DeviceData, tmp_path: Path
 ) -> None:
     cache = open_cache(teacher, tmp_path, data, "float32")
-    images, _, _, views = next(iter(data.batches(1)))
+    batch = next(iter(data.batches(1)))
+    images, views = batch.images, batch.views
     assert views is not None
     before = cache(images, views)
     # Two maps never reached the disk, but their checksums did. A third map is damaged.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from sddlskd.models.base import STEMS, LogitMapModel
+from sddlskd.models.base import STEMS, LogitMapModel, Taps
 from sddlskd.models.foreign import from_network
 from sddlskd.models.libraries import from_timm, from_torchvision
 from sddlskd.models.mobilenetv1 import MobileNetV1
@@ -21,7 +21,15 @@ from sddlskd.models.shufflenetv2 import ShuffleNetV2
 from sddlskd.models.vgg import VGG
 from sddlskd.models.wrn import WideResNet
 
-__all__ = ["LogitMapModel", "create", "from_network", "from_timm", "from_torchvision", "names"]
+__all__ = [
+    "LogitMapModel",
+    "Taps",
+    "create",
+    "from_network",
+    "from_timm",
+    "from_torchvision",
+    "names",
+]
 
 _NETWORKS: dict[str, Callable[..., LogitMapModel]] = {
     "resnet8": partial(ResNet, blocks=1),

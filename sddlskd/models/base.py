@@ -7,10 +7,61 @@ K classes.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 STEMS = ("small", "large")  # for images of 32 pixels, for images of 224
+
+
+class Taps(NamedTuple):
+    """What a network shows of one batch: the logit map and the maps on the way to it.
+
+    Attributes:
+        logit_map: logit map B K H W.
+        stages: map B C H W of the stem and of each stage, as the field's codes count them. () for a
+            network whose stages are unknown.
+        preacts: the same maps before their last ReLU; the first entry is `stages[0]` itself. () for
+            a network that has no such maps.
+        pooled: input of the classifier, B C: the mean of the map that the head is applied to.
+        strong_map: logit map B K H W of a second, strongly augmented view of the same images; None
+            for a batch of one view.
+        last: map B C H W that the head is applied to; None for a network without taps.
+    """
+
+    logit_map: Tensor
+    stages: tuple[Tensor, ...]
+    preacts: tuple[Tensor, ...]
+    pooled: Tensor
+    strong_map: Tensor | None = None
+    last: Tensor | None = None
+
+    @classmethod
+    def of_map(cls, logit_map_BKHW: Tensor) -> "Taps":
+        """Return taps with the logit map alone; the pooled features have no channels."""
+        return cls(logit_map_BKHW, (), (), logit_map_BKHW[:, :0, 0, 0])
+
+    def wide(self) -> "Taps":
+        """Return the taps in float32; float64 stays float64."""
+        strong_map = last = None
+        if self.strong_map is not None:
+            strong_map = _wide(self.strong_map)
+        if self.last is not None:
+            last = _wide(self.last)
+        return Taps(
+            _wide(self.logit_map),
+            tuple(map(_wide, self.stages)),
+            tuple(map(_wide, self.preacts)),
+            _wide(self.pooled),
+            strong_map,
+            last,
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LogitMapModel(nn.Module, ABC):
@@ -37,9 +88,34 @@ class LogitMapModel(nn.Module, ABC):
 
         The map has the same height and width as `features(x_BCHW)`.
         """
+        return self._logit_map(self.features(x_BCHW))
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map of normalised images B 3 H W, and the maps on the way to it.
+
+        The logit map equals `forward(x_BCHW)`. A tap is never overwritten by a later operation. A
+        network that does not override this method has no stages.
+        """
+        return self._taps((), (), self.features(x_BCHW))
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the last BatchNorm of each map in `taps(x).stages[1:]`, before the ReLU if any.
+
+        The margins of OFD come from these layers. Return () for a network of which mdistiller names
+        none.
+        """
+        return ()
+
+    def _taps(self, stages: Sequence[Tensor], preacts: Sequence[Tensor], last_BCHW: Tensor) -> Taps:
+        """Return the taps of a batch, given the map that the head is applied to."""
+        pooled_BC = last_BCHW.mean((2, 3))
+        logit_map_BKHW = self._logit_map(last_BCHW)
+        return Taps(logit_map_BKHW, tuple(stages), tuple(preacts), pooled_BC, last=last_BCHW)
+
+    def _logit_map(self, last_BCHW: Tensor) -> Tensor:
         # In channels_last both permutes are free and the head is one matrix product, as fast as a
         # 1x1 convolution. In other memory formats it is faster than a 1x1 convolution.
-        logits_BHWK: Tensor = self.head(self.features(x_BCHW).permute(0, 2, 3, 1))
+        logits_BHWK: Tensor = self.head(last_BCHW.permute(0, 2, 3, 1))
         return logits_BHWK.permute(0, 3, 1, 2)
 
 
@@ -114,6 +190,13 @@ def conv_bn_relu(
         groups: The number of channel groups.
     """
     return conv_bn(in_channels, out_channels, kernel, stride, groups).append(nn.ReLU(inplace=True))
+
+
+def last_norm(block: nn.Sequential) -> nn.BatchNorm2d:
+    """Return the last BatchNorm of a block, which ends in BN or in BN and ReLU."""
+    norm = [layer for layer in block if not isinstance(layer, nn.ReLU)][-1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    return norm
 
 
 def init_convs(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ N tokens, K classes.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import isqrt
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from sddlskd.models.base import LogitMapModel
+from sddlskd.models.base import LogitMapModel, Taps
 
 __all__ = ["ForeignNetwork", "from_network"]
 
@@ -74,6 +75,8 @@ class _Trace(TorchFunctionMode):
         self.touched: dict[int, list[_Step]] = {}
         self.took: dict[str, Tensor] = {}  # each module's input, by module name
         self.gave: dict[str, Tensor] = {}  # each module's output, by module name
+        self.given: dict[str, int] = {}  # its version then: a later change in place raises it
+        self.runs: Counter[str] = Counter()  # how often each module ran, by module name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         owner = self.inside[-1] if self.inside else ""
@@ -99,9 +102,12 @@ class _Trace(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
         """Record a module's output, if the output is a tensor."""
-        self.inside.pop()
+        name = self.inside.pop()
+        self.runs[name] += 1
         if isinstance(result, Tensor):
-            self.gave[self.names[module]] = result
+            self.gave.pop(name, None)  # the record is in the order of the last outputs
+            self.gave[name] = result
+            self.given[name] = result._version
 
 
 class _Tap(NamedTuple):
@@ -117,8 +123,18 @@ class _Tap(NamedTuple):
     dropout: float  # the dropout probability between pooling and head
 
 
+class _Stage(NamedTuple):
+    """A module whose output is the map of a stage."""
+
+    module: str  # the name of the module
+    overwritten: bool  # whether a later operation changes the output in place
+    relu: str = ""  # the name of the ReLU inside it that gives its output; "" without one
+    norm: str = ""  # the name of the BatchNorm inside it that gives the ReLU's input, or a summand
+
+
 # The dimensions that global pooling averages, by layout.
 LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BNC": (1,), "BCN": (2,)}
+NO_MAP = (0, 0)  # height and width of a value that is no map
 
 
 class ForeignNetwork(LogitMapModel):
@@ -131,19 +147,32 @@ class ForeignNetwork(LogitMapModel):
         network: The network to wrap.
         head: The name of the network's linear head.
         tap: The point at which the feature map is taken.
+        stages: The modules whose outputs are the maps of the stages.
     """
 
-    def __init__(self, network: nn.Module, head: str, tap: _Tap) -> None:
+    def __init__(
+        self, network: nn.Module, head: str, tap: _Tap, stages: tuple[_Stage, ...] = ()
+    ) -> None:
         super().__init__()
         self.network = network
         self._head = head
         self._tap = tap
+        self._stages = stages
         self._taken: Tensor | None = None
+        self._taken_stages: dict[nn.Module, Tensor] | None = None  # None if nobody asks for them
         tapped = network.get_submodule(tap.module)
         if tap.output:
             tapped.register_forward_hook(self._take_output)
         else:
             tapped.register_forward_pre_hook(self._take_input)
+        for stage in stages:
+            take = self._take_copy if stage.overwritten else self._take_stage
+            network.get_submodule(stage.module).register_forward_hook(take)
+        # A stem shows no map before its ReLU, so the first stage does not need a ReLU.
+        self._has_preacts = len(stages) > 1 and all(stage.relu for stage in stages[1:])
+        if self._has_preacts:
+            for stage in stages[1:]:
+                network.get_submodule(stage.relu).register_forward_pre_hook(self._take_preact)
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
@@ -159,6 +188,19 @@ class ForeignNetwork(LogitMapModel):
 
     def _take_input(self, module: nn.Module, args: Any) -> None:
         self._taken = args[0]
+
+    def _take_stage(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self._taken_stages is not None:
+            self._taken_stages[module] = result
+
+    def _take_copy(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self._taken_stages is not None:
+            self._taken_stages[module] = result.clone()
+
+    def _take_preact(self, module: nn.Module, args: Any) -> None:
+        # A block may use its ReLU several times; the last use counts. The ReLU may work in place.
+        if self._taken_stages is not None:
+            self._taken_stages[module] = args[0].clone()
 
     def features(self, x_BCHW: Tensor) -> Tensor:
         """Return the last feature map, B C H W, of a batch of images.
@@ -183,6 +225,50 @@ class ForeignNetwork(LogitMapModel):
         if not self._tap.dropout:
             return map_BCHW
         return F.dropout2d(map_BCHW, self._tap.dropout, self.training)
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map of a batch of images, and the maps of the stages.
+
+        The stages are those that timm names for the network. Without such names, they are the last
+        maps of each size among the network's parts. There are none if these are unknown. There are
+        maps before the last ReLU if each stage after the first ends in a ReLU.
+
+        Raise RuntimeError if a module that gives a map did not run.
+        """
+        self._taken_stages = {}
+        try:
+            last_BCHW = self.features(x_BCHW)
+            taken = self._taken_stages
+        finally:
+            self._taken_stages = None
+
+        def maps(names: Iterable[str]) -> list[Tensor]:
+            found = []
+            for name in names:
+                module = self.network.get_submodule(name)
+                if module not in taken:
+                    raise RuntimeError(f"{name} did not run, which gives the map of a stage")
+                found.append(_as_map(taken[module], self._tap.layout, x_BCHW.shape))
+            return found
+
+        stages = maps(stage.module for stage in self._stages)
+        preacts = []
+        if self._has_preacts:
+            preacts = [stages[0], *maps(stage.relu for stage in self._stages[1:])]
+        return self._taps(stages, preacts, last_BCHW)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the BatchNorm before the last ReLU of each stage after the first.
+
+        In a residual block, that is the BatchNorm of the branch to which the shortcut is added.
+        Return () if a stage has none.
+        """
+        if not self._has_preacts:
+            return ()
+        names = [stage.norm for stage in self._stages[1:]]
+        norms = (self.network.get_submodule(name) for name in names if name)
+        found = tuple(norm for norm in norms if isinstance(norm, nn.BatchNorm2d))
+        return found if len(found) == len(names) else ()
 
 
 def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -297,7 +383,8 @@ def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
             if len(refusals) == 2:
                 break
             continue
-        model = ForeignNetwork(network, head, tap).eval()
+        stages = _stages_of(network, trace, tap)
+        model = ForeignNetwork(network, head, tap, stages).eval()
         _check_logits(model, images_BCHW, what)
         return model
     if refusals:
@@ -437,6 +524,77 @@ def _place(
             )
         steps.append(_emptied(step))
         value = step.sources[0]
+
+
+def _stages_of(network: nn.Module, trace: _Trace, tap: _Tap) -> tuple[_Stage, ...]:
+    """Return the stages that timm names, or else those found by size; () if there are none."""
+    info = getattr(network, "feature_info", None)
+    named = []
+    if isinstance(info, list) and all(isinstance(entry, dict) for entry in info):
+        named = [str(entry.get("module")) for entry in info]
+    for names in (named, _last_of_each_size(trace, tap)):
+        sizes = [_size(trace.gave.get(name), tap) for name in names]
+        falling = sizes == sorted(set(sizes), reverse=True)
+        if len(names) > 1 and falling and all(trace.runs[name] == 1 for name in names):
+            return tuple(_stage(network, trace, name) for name in names)
+    return ()
+
+
+def _stage(network: nn.Module, trace: _Trace, name: str) -> _Stage:
+    """Return the stage whose map a module gives, with the ReLU and the BatchNorm at its end.
+
+    The ReLU is the last one that gave the very tensor that the module gave. In place, the tensor is
+    also the ReLU's input, to which a shortcut may have been added in place before.
+    """
+    gave = trace.gave[name]
+    overwritten = gave._version != trace.given[name]
+    inside = [other for other in trace.gave if f"{other}.".startswith(f"{name}.")]
+    relu = norm = ""
+    for other in inside:
+        module = network.get_submodule(other)
+        if isinstance(module, nn.ReLU) and trace.gave[other] is gave:
+            relu = other
+    if relu and relu in trace.took:
+        for other in inside:
+            module = network.get_submodule(other)
+            if isinstance(module, nn.BatchNorm2d) and trace.gave[other] is trace.took[relu]:
+                norm = other
+    return _Stage(name, overwritten, relu, norm)
+
+
+def _last_of_each_size(trace: _Trace, tap: _Tap) -> list[str]:
+    """Return the names of the parts of the network that gave the last map of each size."""
+    order = list(trace.gave)
+    end = order.index(tap.module) + tap.output
+    last = {}
+    for part in _parts("", trace, tap):
+        # Parts inside a module finish before it, although its input is what the head averages.
+        after = not tap.output and f"{part}.".startswith(f"{tap.module}.")
+        if order.index(part) < end and not after:
+            last[_size(trace.gave[part], tap)] = part
+    return [part for size, part in last.items() if size != NO_MAP]
+
+
+def _parts(name: str, trace: _Trace, tap: _Tap) -> list[str]:
+    """Return the names of the modules that a module consists of, in the order of their outputs.
+
+    A module is divided if it reduces the sides of its map by more than 2, or averages the map.
+    """
+    start = f"{name}." if name else ""
+    children = [n for n in trace.gave if n.startswith(start) and n and "." not in n[len(start) :]]
+    took, gave = _size(trace.took.get(name), tap), _size(trace.gave[name], tap)
+    reduces = took != NO_MAP and took[0] > 2 * gave[0]
+    if name and not (children and reduces):
+        return [name]
+    return [part for child in children for part in _parts(child, trace, tap)]
+
+
+def _size(value: Tensor | None, tap: _Tap) -> tuple[int, int]:
+    """Return the height and width of a map; `NO_MAP` if the value has another layout."""
+    if value is None or value.ndim != 4 or len(tap.layout) != 4:
+        return NO_MAP
+    height, width = (value.shape[dim] for dim in LAYOUTS[tap.layout])
+    return height, width
 
 
 def _emptied(step: _Step) -> _Step:

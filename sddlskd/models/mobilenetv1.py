@@ -7,13 +7,15 @@ parameter names and the initialisation (torch's defaults) are the same as in mdi
 
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv_bn_relu
+from sddlskd.models.base import LogitMapModel, Taps, conv_bn_relu, last_norm
 
 # The output channels of the stem, then of each unit.
 _CHANNELS = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)
 _STRIDED = (2, 4, 6, 12)  # the units with stride 2, counted from 1
+_TAPPED = (3, 5, 11, 13)  # the last unit of each side, counted from 1, as in mdistiller
 
 
 class MobileNetV1(LogitMapModel):
@@ -40,3 +42,32 @@ class MobileNetV1(LogitMapModel):
         """Return the feature map B 1024 H/32 W/32 of normalised images B 3 H W."""
         out: Tensor = self.model(x_BCHW)
         return out
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map and the maps of the stem and of the last unit of each side.
+
+        mdistiller leaves the stem out. It is here so that the maps after the first one are the same
+        stages in every network.
+        """
+        out: Tensor = self.model[0](x_BCHW)
+        stages, preacts = [out], [out]
+        for index, unit in enumerate(self.model[1:], 1):
+            if index not in _TAPPED:
+                out = unit(out)
+                continue
+            *layers, _ = _layers(unit)
+            for layer in layers:
+                out = layer(out)
+            preacts.append(out)
+            out = F.relu(out)
+            stages.append(out)
+        return self._taps(stages, preacts, out)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the last BatchNorm of each unit whose map `taps` returns."""
+        return tuple(last_norm(_layers(self.model[index])) for index in _TAPPED)
+
+
+def _layers(unit: nn.Module) -> nn.Sequential:
+    assert isinstance(unit, nn.Sequential)
+    return unit

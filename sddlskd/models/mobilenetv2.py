@@ -10,7 +10,15 @@ paper; later code rounds them to multiples of 8.
 
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv_bn, conv_bn_relu, init_convs, stem_conv
+from sddlskd.models.base import (
+    LogitMapModel,
+    Taps,
+    conv_bn,
+    conv_bn_relu,
+    init_convs,
+    last_norm,
+    stem_conv,
+)
 
 # (expansion, channels at width 1, number of blocks, stride of the first block), as in table 2
 _STAGES = (
@@ -22,6 +30,7 @@ _STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+_TAPPED = (1, 2, 4, 6)  # the blocks whose maps mdistiller compares, counted from 0
 
 
 class InvertedResidual(nn.Module):
@@ -86,7 +95,7 @@ class MobileNetV2(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 1280 -> K."""
+        """Return the classifier, a linear layer from 1280 features to K classes."""
         linear = self.classifier[0]
         assert isinstance(linear, nn.Linear)
         return linear
@@ -98,3 +107,32 @@ class MobileNetV2(LogitMapModel):
         """
         out: Tensor = self.conv2(self.blocks(self.conv1(x_BCHW)))
         return out
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map, the map of the stem, and the linear (signed) maps of four blocks.
+
+        The map of the large stem is the one before its max-pool. The blocks do not end in a ReLU,
+        so there are no maps before it.
+        """
+        out = x_BCHW
+        for layer in self.conv1[:3]:
+            out = layer(out)
+        stages = [out]
+        for layer in self.conv1[3:]:
+            out = layer(out)
+        for index, block in enumerate(self.blocks):
+            out = block(out)
+            if index in _TAPPED:
+                stages.append(out)
+        return self._taps(stages, (), self.conv2(out))
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the last BatchNorm of each block whose map `taps` returns."""
+        return tuple(last_norm(_last_unit(self.blocks[index]).conv) for index in _TAPPED)
+
+
+def _last_unit(block: nn.Module) -> InvertedResidual:
+    assert isinstance(block, nn.Sequential)
+    unit = block[-1]
+    assert isinstance(unit, InvertedResidual)
+    return unit

@@ -11,7 +11,7 @@ stages.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs, stem_conv
+from sddlskd.models.base import LogitMapModel, Taps, conv, conv_bn, init_convs, stem_conv
 
 
 class BasicBlock(nn.Module):
@@ -36,10 +36,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the map B channels H/stride W/stride of a map B in_channels H W."""
-        out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        return F.relu(self.preact(x_BCHW), inplace=True)
+
+    def preact(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride before the last ReLU."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.downsample(x_BCHW)
-        return F.relu(out, inplace=True)
+        return out
 
 
 class ResNet(LogitMapModel):
@@ -86,6 +90,28 @@ class ResNet(LogitMapModel):
         for stage in (self.layer1, self.layer2, self.layer3):
             out = stage(out)
         return out
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map and the maps after the stem and after each of the three stages."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        stages, preacts = [out], [out]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage[:-1]:
+                out = block(out)
+            preacts.append(_last_block(stage).preact(out))
+            out = F.relu(preacts[-1])
+            stages.append(out)
+        return self._taps(stages, preacts, out)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the last BatchNorm of each stage; the shortcut's BatchNorm is left out."""
+        return tuple(_last_block(stage).bn2 for stage in (self.layer1, self.layer2, self.layer3))
+
+
+def _last_block(stage: nn.Sequential) -> BasicBlock:
+    block = stage[-1]
+    assert isinstance(block, BasicBlock)
+    return block
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

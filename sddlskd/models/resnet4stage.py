@@ -10,7 +10,7 @@ on its 3x3 convolution (in the paper it is on the first 1x1 convolution).
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, conv_bn, init_convs, stem_conv
+from sddlskd.models.base import LogitMapModel, Taps, conv, conv_bn, init_convs, stem_conv
 
 
 class BasicBlock(nn.Module):
@@ -36,10 +36,19 @@ class BasicBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the map B width H/stride W/stride of a map B in_channels H W."""
-        out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        return F.relu(self.preact(x_BCHW), inplace=True)
+
+    def preact(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B width H/stride W/stride before the last ReLU."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x_BCHW)
-        return F.relu(out, inplace=True)
+        return out
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """Return the last BatchNorm before the sum with the shortcut."""
+        return self.bn2
 
 
 class Bottleneck(nn.Module):
@@ -68,11 +77,20 @@ class Bottleneck(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the map B 4*width H/stride W/stride of a map B in_channels H W."""
-        out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        return F.relu(self.preact(x_BCHW), inplace=True)
+
+    def preact(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B 4*width H/stride W/stride before the last ReLU."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
         out += self.shortcut(x_BCHW)
-        return F.relu(out, inplace=True)
+        return out
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """Return the last BatchNorm before the sum with the shortcut."""
+        return self.bn3
 
 
 class ResNet4Stage(LogitMapModel):
@@ -110,14 +128,37 @@ class ResNet4Stage(LogitMapModel):
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 512*block.expansion H/8 W/8 of normalised images B 3 H W.
+        """Return the last feature map of normalised images of shape (B, 3, H, W).
 
-        With the large stem the map is H/16 W/16.
+        Its shape is (B, 512 * block.expansion, H/8, W/8); with the large stem, H/16 and W/16.
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             out = stage(out)
         return out
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map and the maps after the stem and after each of the four stages."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        stages, preacts = [out], [out]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage[:-1]:
+                out = block(out)
+            preacts.append(_last_block(stage).preact(out))
+            out = F.relu(preacts[-1])
+            stages.append(out)
+        return self._taps(stages, preacts, out)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the last BatchNorm of each stage; the shortcut's BatchNorm is left out."""
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return tuple(_last_block(stage).last_norm for stage in stages)
+
+
+def _last_block(stage: nn.Sequential) -> BasicBlock | Bottleneck:
+    block = stage[-1]
+    assert isinstance(block, BasicBlock | Bottleneck)
+    return block
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, stem_conv
+from sddlskd.models.base import LogitMapModel, Taps, conv, stem_conv
 
 _GROUPS = 3
 _STEM = 24
@@ -49,7 +49,11 @@ class Unit(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the map B channels H/stride W/stride of a map B in_channels H W."""
-        out = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        return F.relu(self.preact(x_BCHW), inplace=True)
+
+    def preact(self, x_BCHW: Tensor) -> Tensor:
+        """Return the map B channels H/stride W/stride before the last ReLU."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         if self.groups > 1:
             out = channel_shuffle(out, self.groups)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
@@ -58,7 +62,7 @@ class Unit(nn.Module):
             out = torch.cat((out, F.avg_pool2d(x_BCHW, 3, stride=2, padding=1)), dim=1)
         else:
             out += x_BCHW
-        return F.relu(out, inplace=True)
+        return out
 
 
 class ShuffleNetV1(LogitMapModel):
@@ -91,6 +95,24 @@ class ShuffleNetV1(LogitMapModel):
         for stage in (self.layer1, self.layer2, self.layer3):
             out = stage(out)
         return out
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map and the maps after the stem and after each of the three stages."""
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        stages, preacts = [out], [out]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for unit in stage[:-1]:
+                out = unit(out)
+            preacts.append(_last_unit(stage).preact(out))
+            out = F.relu(preacts[-1])
+            stages.append(out)
+        return self._taps(stages, preacts, out)
+
+
+def _last_unit(stage: nn.Sequential) -> Unit:
+    unit = stage[-1]
+    assert isinstance(unit, Unit)
+    return unit
 
 
 def channel_shuffle(x_BCHW: Tensor, groups: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, stem_conv
+from sddlskd.models.base import LogitMapModel, Taps, conv, stem_conv
 
 
 class BasicUnit(nn.Module):
@@ -33,11 +33,15 @@ class BasicUnit(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return a map of the same shape as the input B channels H W."""
+        left, right = self.halves(x_BCHW)
+        return interleave(left, F.relu(right, inplace=True))
+
+    def halves(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unchanged half of the channels, and the other half before its last ReLU."""
         left, right = x_BCHW.chunk(2, dim=1)
         right = F.relu(self.bn1(self.conv1(right)), inplace=True)
         right = self.bn2(self.conv2(right))
-        right = F.relu(self.bn3(self.conv3(right)), inplace=True)
-        return interleave(left, right)
+        return left, self.bn3(self.conv3(right))
 
 
 class DownUnit(nn.Module):
@@ -102,6 +106,30 @@ class ShuffleNetV2(LogitMapModel):
         for stage in (self.layer1, self.layer2, self.layer3):
             out = stage(out)
         return F.relu(self.bn2(self.conv2(out)), inplace=True)
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map and the maps after the stem and after each of the three stages.
+
+        The map before the last ReLU of a stage is the concatenation of both halves of the last
+        unit, before their channels are interleaved. The left half has passed a ReLU before. So the
+        channels of `preacts[i]` and `stages[i]` differ in their order, as in mdistiller.
+        """
+        out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
+        stages, preacts = [out], [out]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for unit in stage[:-1]:
+                out = unit(out)
+            left, right = _last_unit(stage).halves(out)
+            preacts.append(torch.cat((left, right), dim=1))
+            out = interleave(left, F.relu(right, inplace=True))
+            stages.append(out)
+        return self._taps(stages, preacts, F.relu(self.bn2(self.conv2(out)), inplace=True))
+
+
+def _last_unit(stage: nn.Sequential) -> BasicUnit:
+    unit = stage[-1]
+    assert isinstance(unit, BasicUnit)
+    return unit
 
 
 def interleave(left_BCHW: Tensor, right_BCHW: Tensor) -> Tensor:

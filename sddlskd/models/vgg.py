@@ -12,7 +12,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, init_convs
+from sddlskd.models.base import LogitMapModel, Taps, init_convs, last_norm
 
 
 class VGG(LogitMapModel):
@@ -49,6 +49,25 @@ class VGG(LogitMapModel):
         out = F.relu(self.block3(out), inplace=True)
         out = max_pool_where_64(out, x_BCHW.shape[2])
         return F.relu(self.block4(out), inplace=True)
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map and the maps of the five blocks, before any max-pool."""
+        out: Tensor = F.relu(self.block0(x_BCHW), inplace=True)
+        stages, preacts = [out], [out]
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            if block is self.block4:
+                out = max_pool_where_64(out, x_BCHW.shape[2])
+            else:
+                out = F.max_pool2d(out, 2)
+            preacts.append(block(out))
+            out = F.relu(preacts[-1])
+            stages.append(out)
+        return self._taps(stages, preacts, out)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the last BatchNorm of each block but the first."""
+        blocks = (self.block1, self.block2, self.block3, self.block4)
+        return tuple(last_norm(block) for block in blocks)
 
 
 def max_pool_where_64(map_BCHW: Tensor, side: int) -> Tensor:

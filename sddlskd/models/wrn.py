@@ -9,7 +9,7 @@ the published checkpoints.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.models.base import LogitMapModel, conv, init_convs, stem_conv
+from sddlskd.models.base import LogitMapModel, Taps, conv, init_convs, stem_conv
 
 
 class Unit(nn.Module):
@@ -34,13 +34,22 @@ class Unit(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
-        active = F.relu(self.bn1(x_BCHW), inplace=True)
-        out: Tensor = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        """Return a map of shape (B, channels, H/stride, W/stride).
+
+        `x_BCHW` has the shape (B, in_channels, H, W).
+        """
+        return self.of_active(x_BCHW, F.relu(self.bn1(x_BCHW), inplace=True))
+
+    def of_active(self, x_BCHW: Tensor, active_BCHW: Tensor) -> Tensor:
+        """Return the same as `forward`, if the caller has computed the activation already.
+
+        `active_BCHW` is ReLU(bn1(x_BCHW)).
+        """
+        out: Tensor = F.relu(self.bn2(self.conv1(active_BCHW)), inplace=True)
         out = self.conv2(out)
         # If the number of channels changes, the shortcut convolves the activated input; otherwise
         # it is the raw input.
-        shortcut = x_BCHW if self.convShortcut is None else self.convShortcut(active)
+        shortcut = x_BCHW if self.convShortcut is None else self.convShortcut(active_BCHW)
         out += shortcut
         return out
 
@@ -61,9 +70,19 @@ class Block(nn.Module):
         self.layer = nn.Sequential(first, *(Unit(channels, channels, 1) for _ in range(units - 1)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
+        """Return a map of shape (B, channels, H/stride, W/stride).
+
+        `x_BCHW` has the shape (B, in_channels, H, W).
+        """
         out: Tensor = self.layer(x_BCHW)
         return out
+
+    @property
+    def first(self) -> Unit:
+        """Return the first unit."""
+        unit = self.layer[0]
+        assert isinstance(unit, Unit)
+        return unit
 
 
 class WideResNet(LogitMapModel):
@@ -102,3 +121,26 @@ class WideResNet(LogitMapModel):
         """
         out = self.block3(self.block2(self.block1(self.conv1(x_BCHW))))
         return F.relu(self.bn1(out), inplace=True)
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the logit map, the raw maps of stem and blocks, and these after the next BN.
+
+        The raw maps are sums without BN and ReLU. The BN belongs to the next block or, after the
+        last block, to the head. Each BN runs once.
+        """
+        out: Tensor = self.conv1(x_BCHW)
+        stages, preacts = [out], [out]
+        out = self.block1(out)
+        stages.append(out)
+        for block in (self.block2, self.block3):
+            preacts.append(block.first.bn1(out))
+            out = block.first.of_active(out, F.relu(preacts[-1]))
+            for unit in block.layer[1:]:
+                out = unit(out)
+            stages.append(out)
+        preacts.append(self.bn1(out))
+        return self._taps(stages, preacts, F.relu(preacts[-1]))
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
+        """Return the first BatchNorm of the second and of the third block, and the last one."""
+        return self.block2.first.bn1, self.block3.first.bn1, self.bn1

@@ -1,14 +1,20 @@
-"""The teacher network and its weight files: paths, publishing, hashes and measured accuracy."""
+"""The teacher: a frozen network that returns logit maps and taps.
 
+Shapes: B batch, C channels, K classes, H W sides.
+"""
+
+import copy
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from sddlskd.files.checkpoint import check_finite, load_weights
+from sddlskd.models import LogitMapModel, Taps
 from sddlskd.training.devices import autocast
 
 __all__ = ["Teacher"]
@@ -17,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A frozen network that returns logit maps.
+    """A frozen network that returns logit maps, or taps.
 
     The network runs in eval mode, without gradients, with BatchNorm folded into the convolutions
     if torch.fx can trace it and it uses no layer twice.
@@ -50,10 +56,20 @@ class Teacher:
             load_weights(network, path, name)
             check_finite(network, path)
         self.name = name
-        self.network = _folded(network.eval().requires_grad_(False), name).eval()
-        self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.eval().requires_grad_(False)
+        tapped: nn.Module = _Tapped(network)
+        folded = _folded(tapped, name)
+        if folded is not None:
+            tapped, network = folded, _logit_map_alone(folded)
+        for module in (tapped, network):
+            module.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network
         self.precision = precision
-        self._forward = torch.compile(self.network) if compile else self.network
+        self._forward: Callable[[Tensor], Tensor] = network
+        self._taps: Callable[[Tensor], Taps] = tapped
+        if compile:
+            # The compiler runs at the first call, so taps that nobody asks for cost nothing.
+            self._forward, self._taps = torch.compile(network), torch.compile(tapped)
 
     def __call__(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Tensor:
         """Return the logit map (B, K, H, W) of a batch, as an inference tensor.
@@ -61,16 +77,50 @@ class Teacher:
         `views_B` identifies the image and the view of each sample. Only `TeacherCache` uses it.
         """
         with torch.inference_mode(), autocast(images_BCHW.device, self.precision):
-            logit_map_BKHW: Tensor = self._forward(images_BCHW)
-        return logit_map_BKHW
+            return self._forward(images_BCHW)
+
+    def taps(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Taps:
+        """Return the taps of a batch without gradients.
+
+        The logit map equals that of `__call__`. If the network is not a `LogitMapModel`, the taps
+        hold its logit map and nothing else. Unlike the result of `__call__`, the taps are no
+        inference tensors: a loss may save them for its backward pass.
+
+        Args:
+            images_BCHW: the images.
+            views_B: image and view of each sample. Only `TeacherCache` uses it.
+
+        Returns:
+            The taps, in the number format of the forward pass.
+        """
+        # Autograd could not keep the tensors of inference mode.
+        with torch.no_grad(), autocast(images_BCHW.device, self.precision):
+            return self._taps(images_BCHW)
 
 
-def _folded(network: nn.Module, name: str) -> nn.Module:
+class _Tapped(nn.Module):
+    """A network whose forward pass returns its taps, so that torch.fx can trace them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_BCHW: Tensor) -> Taps:
+        if isinstance(self.network, LogitMapModel):
+            return self.network.taps(images_BCHW)
+        return Taps.of_map(self.network(images_BCHW))
+
+
+def _folded(network: nn.Module, name: str) -> fx.GraphModule | None:
+    """Return a copy with BatchNorm folded into the convolutions; None if it cannot be folded.
+
+    `network` returns taps. `name` is its name in messages.
+    """
     try:
-        traced = torch.fx.symbolic_trace(network)
+        traced = fx.symbolic_trace(network)
     except Exception as error:  # tracing runs the network's own code, which can raise anything
         log.info("teacher %s cannot be traced (%s); its BatchNorm stays unfolded", name, error)
-        return network
+        return None
     layers = {
         n
         for n, layer in traced.named_modules()
@@ -80,6 +130,26 @@ def _folded(network: nn.Module, name: str) -> nn.Module:
     # If a layer is used twice, `fuse` would fold the BatchNorm after one use into every use.
     if max(calls.values(), default=0) > 1:
         log.info("teacher %s uses a layer twice; its BatchNorm stays unfolded", name)
-        return network
-    folded: nn.Module = fuse(traced)
+        return None
+    folded = fuse(traced)
+    assert isinstance(folded, fx.GraphModule)
     return folded
+
+
+def _logit_map_alone(tapped: fx.GraphModule) -> fx.GraphModule:
+    """Return the network that computes nothing but the logit map; it shares all parameters.
+
+    Both networks come from one folding, because a tap can keep a BatchNorm from being folded. So
+    their logit maps have the same bits.
+    """
+    graph = copy.deepcopy(tapped.graph)
+    output = graph.output_node()
+    (taps,) = output.args
+    assert isinstance(taps, fx.Node)
+    # A call whose result nobody uses was written for its effect, such as a ReLU in place.
+    kept = {node for node in graph.nodes if not node.users}
+    output.args = (taps.args[0],)  # the first field of Taps
+    for node in reversed(graph.nodes):
+        if not node.users and node not in kept:
+            graph.erase_node(node)
+    return fx.GraphModule(tapped, graph)

@@ -1,8 +1,8 @@
 """Teacher logit maps cached on disk, so that the teacher computes each view of an image only once.
 
 A cache lasts across sweeps. Crops and flips are discrete ((2 * padding + 1)^2 * 2 views per image;
-162 on CIFAR), so the finest logit map of every (image, view) can be stored. Every scale derives
-from that map.
+162 on CIFAR), so a logit map of every (image, view) can be stored. Every scale derives from that
+map, which may be pooled: the mean of a region is the mean of its cells' means.
 
 Shapes: B batch, C channels, K classes, H W sides, V rows of the cache (images x views of an image).
 """
@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from sddlskd.models import Taps
 from sddlskd.training.teacher import Teacher
 
-__all__ = ["TeacherCache", "cache_path"]
+__all__ = ["TeacherCache", "cache_path", "stored_shape"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,18 @@ def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> P
     return folder / f"{key}.maps"
 
 
+def stored_shape(map_KHW: tuple[int, ...], side: int | None) -> tuple[int, ...]:
+    """Return the shape of a stored map: (K, side, side), or that of the full map.
+
+    The full map is stored if it is no larger, or if its sides are not multiples of `side`: cells of
+    different sizes would not give the means of the full map. `side` is None for full maps.
+    """
+    K, H, W = map_KHW
+    if side is None or H % side or W % side:
+        return map_KHW
+    return K, side, side
+
+
 class TeacherCache:
     """A teacher whose logit maps are cached in a sparse memory-mapped file.
 
@@ -61,11 +75,13 @@ class TeacherCache:
         teacher: the teacher that computes missing maps.
         path: the cache file, see `cache_path`.
         rows: V, the number of images times the number of views of an image.
-        map_KHW: shape of a logit map, (K, H, W).
+        map_KHW: shape of a stored map, (K, H, W), see `stored_shape`. The teacher's maps are pooled
+            to it.
         dtype: number format of the file: "float16" or "float32".
 
     Raises:
-        ValueError: if the disk cannot hold the full file; raised before anything is written.
+        ValueError: if the disk cannot hold the full file, or the file that is there has another
+            size; raised before anything is written.
     """
 
     def __init__(
@@ -86,7 +102,9 @@ class TeacherCache:
                 )
             sums = path.with_suffix(".sums")
             for file, size in ((path, rows * cells), (sums, rows * 4)):
-                if not file.exists():
+                if file.exists():
+                    _check_size(file, size)
+                else:
                     # Truncating makes a sparse file: disk blocks are allocated as maps are written.
                     with open(file, "wb") as opened:
                         os.truncate(opened.fileno(), size)
@@ -103,11 +121,13 @@ class TeacherCache:
     def __call__(self, images_BCHW: Tensor, views_B: Tensor | None) -> Tensor:
         """Return the logit map (B, K, H, W) of a batch in float32, on the device of the images.
 
-        `views_B` holds the row of each sample in the cache, int64 on the CPU. Maps that are missing
+        `views_B` holds the row of each sample in the cache, int64 on the CPU. None asks the teacher
+        itself and stores nothing: no view of a strong augmentation repeats. Maps that are missing
         in the file are computed and stored first. The result always has the precision of the file,
         so that numbers do not depend on whether a view was cached.
         """
-        assert views_B is not None, "only batches of DeviceData are cached"
+        if views_B is None:
+            return self.teacher(images_BCHW)
         rows = views_B.numpy()
         maps_BKHW = np.array(self._maps[rows])
         # A map can differ from its checksum: a crash of the machine may have saved the checksum
@@ -116,13 +136,32 @@ class TeacherCache:
         if new.any():
             # Compute the whole batch, not only the missing images: a map then has exactly the bits
             # that it has without a cache.
-            asked_BKHW = self.teacher(images_BCHW).float().cpu().numpy().astype(self._maps.dtype)
-            maps_BKHW[new] = asked_BKHW[new]
+            asked_BKHW = self._pooled(self.teacher(images_BCHW).float())
+            maps_BKHW[new] = asked_BKHW.cpu().numpy().astype(self._maps.dtype)[new]
             self._maps[rows[new]] = maps_BKHW[new]
             self._sums[rows[new]] = _checksums(maps_BKHW[new])
         stored_BKHW = torch.from_numpy(maps_BKHW).float()
         return stored_BKHW.to(
             images_BCHW.device, memory_format=torch.channels_last, non_blocking=True
+        )
+
+    def _pooled(self, map_BKHW: Tensor) -> Tensor:
+        sides = self._maps.shape[2:]
+        if map_BKHW.shape[2:] == sides:
+            return map_BKHW
+        return F.adaptive_avg_pool2d(map_BKHW, sides)
+
+    def taps(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Taps:
+        """Return the taps of a batch from the teacher itself: the file holds logit maps alone."""
+        return self.teacher.taps(images_BCHW, views_B)
+
+
+def _check_size(file: Path, size: int) -> None:
+    present = file.stat().st_size
+    if present != size:
+        raise ValueError(
+            f"{file} has {present} bytes instead of {size}: it is no file of this cache; "
+            "delete it, or choose another folder as teacher.cache"
         )
 
 
