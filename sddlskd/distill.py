@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "KNOWLEDGE",
+    "POOLINGS",
     "REDUCTIONS",
     "PerSampleLoss",
     "ScaleDecoupled",
@@ -21,7 +22,7 @@ __all__ = [
     "standardize",
 ]
 
-PerSampleLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+PerSampleLoss = Callable[..., Tensor]
 """A loss of the form (student_NK, teacher_NK, target_N) -> loss_N."""
 
 
@@ -37,6 +38,15 @@ REDUCTIONS = ("mean", "sum")
 mean: mean over all B*R regions (SDD's released code). sum: sum over the regions of an image, then
 mean over images (SDD Eq. 9).
 """
+
+POOLINGS = ("direct", "nested")
+"""How the regions are pooled.
+
+direct: every scale from the logit map (SDD Eq. 3 to 5). nested: every scale from the logit map that
+is pooled to 4x4 first (SDD's released code). For the scales 1, 2 and 4, both are equal if the sides
+of the map are multiples of 4.
+"""
+NESTED_SIDE = 4
 
 
 def check_scales(M: Sequence[int]) -> tuple[int, ...]:
@@ -101,6 +111,7 @@ class ScaleDecoupled:
             the loss divides them by its temperature.
         knowledge: a key of `KNOWLEDGE`.
         reduction: one of `REDUCTIONS`.
+        pooling: one of `POOLINGS`. As in SDD's code, M=[1] is the plain loss for both.
 
     Raises:
         ValueError: if a value is not valid.
@@ -114,10 +125,12 @@ class ScaleDecoupled:
         standardize: bool = False,
         knowledge: str = "fusion",
         reduction: str = "mean",
+        pooling: str = "direct",
     ) -> None:
         for name, value, valid in (
             ("knowledge", knowledge, KNOWLEDGE),
             ("reduction", reduction, REDUCTIONS),
+            ("pooling", pooling, POOLINGS),
         ):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
@@ -129,9 +142,14 @@ class ScaleDecoupled:
         self.standardize = standardize
         self.knowledge = knowledge
         self.reduction = reduction
+        self.pooling = pooling
 
     def __call__(
-        self, student_map_BKHW: Tensor, teacher_map_BKHW: Tensor, target_B: Tensor
+        self,
+        student_map_BKHW: Tensor,
+        teacher_map_BKHW: Tensor,
+        target_B: Tensor,
+        **options: Tensor,
     ) -> Tensor:
         """Return the loss of one batch as a scalar.
 
@@ -141,6 +159,7 @@ class ScaleDecoupled:
             student_map_BKHW: logit map of the student.
             teacher_map_BKHW: logit map of the teacher; its sides may differ from the student's.
             target_B: class ids, int64.
+            **options: further arguments of the per-sample loss, such as a learnt `temperature`.
 
         Returns:
             The loss, a scalar tensor.
@@ -149,15 +168,17 @@ class ScaleDecoupled:
             ValueError: if the per-sample loss does not return one value per region.
         """
         with torch.autocast(student_map_BKHW.device.type, enabled=False):
-            student_BRK = region_logits(_wide(student_map_BKHW), self.M)
-            teacher_BRK = region_logits(_wide(teacher_map_BKHW), self.M)
+            student_map_BKHW = self._to_pool(student_map_BKHW)
+            teacher_map_BKHW = self._to_pool(teacher_map_BKHW)
+            student_BRK = region_logits(student_map_BKHW, self.M)
+            teacher_BRK = region_logits(teacher_map_BKHW, self.M)
             B, R, _ = student_BRK.shape
             weight_BR = self._weights(teacher_map_BKHW, teacher_BRK, target_B)
             if self.standardize:
                 student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
             target_BR = target_B[:, None].expand(B, R)
             loss_N = self.loss(
-                student_BRK.flatten(0, 1), teacher_BRK.flatten(0, 1), target_BR.flatten()
+                student_BRK.flatten(0, 1), teacher_BRK.flatten(0, 1), target_BR.flatten(), **options
             )
             if loss_N.shape != (B * R,):
                 raise ValueError(
@@ -167,9 +188,16 @@ class ScaleDecoupled:
             total = (weight_BR.flatten() * loss_N).sum()
             return total / (B * R if self.reduction == "mean" else B)
 
+    def _to_pool(self, logit_map_BKHW: Tensor) -> Tensor:
+        """Return the map that all regions are pooled from, in float32 (float64 stays float64)."""
+        wide_BKHW = _wide(logit_map_BKHW)
+        if self.pooling == "direct" or self.M == (1,):
+            return wide_BKHW
+        return F.adaptive_avg_pool2d(wide_BKHW, NESTED_SIDE)
+
     def _weights(self, teacher_map_BKHW: Tensor, teacher_BRK: Tensor, target_B: Tensor) -> Tensor:
         """Return the weight of each region, (B, R), from the teacher alone (SDD Eq. 6 to 9)."""
-        right_globally_B1 = (_wide(teacher_map_BKHW).mean((2, 3)).argmax(1) == target_B)[:, None]
+        right_globally_B1 = (teacher_map_BKHW.mean((2, 3)).argmax(1) == target_B)[:, None]
         complementary_BR = (teacher_BRK.argmax(2) == target_B[:, None]) != right_globally_B1
         consistent, complementary = KNOWLEDGE[self.knowledge]
         weight_BR = teacher_BRK.new_full(complementary_BR.shape, consistent)

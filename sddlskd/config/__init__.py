@@ -1,6 +1,7 @@
 """Configurations: the typed schema of a job, how it is resolved, and what identifies it."""
 
 from sddlskd.config.identity import (
+    cached_side,
     canonical,
     config_hash,
     data_seed,
@@ -12,6 +13,8 @@ from sddlskd.config.identity import (
     sharing_key,
 )
 from sddlskd.config.resolve import (
+    check_choices,
+    check_launcher,
     conf_folder,
     default_run_dir,
     frame,
@@ -35,6 +38,7 @@ from sddlskd.config.schema import (
     IrregularImages,
     Knowledge,
     OptimizerConfig,
+    Pooling,
     Precision,
     Progress,
     Reduction,
@@ -45,6 +49,7 @@ from sddlskd.config.schema import (
     TeacherConfig,
     TrackingConfig,
     TrainerConfig,
+    Views,
 )
 
 __all__ = [
@@ -59,6 +64,7 @@ __all__ = [
     "IrregularImages",
     "Knowledge",
     "OptimizerConfig",
+    "Pooling",
     "Precision",
     "Progress",
     "Reduction",
@@ -69,7 +75,11 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "Views",
+    "cached_side",
     "canonical",
+    "check_choices",
+    "check_launcher",
     "conf_folder",
     "config_hash",
     "data_seed",

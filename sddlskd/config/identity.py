@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from sddlskd.config.schema import Config, DatasetConfig
+from sddlskd.config.schema import CacheDtype, Config, DatasetConfig, Pooling
 from sddlskd.config.targets import with_first_names
 
 __all__ = [
+    "cached_side",
     "canonical",
     "config_hash",
     "flatten",
@@ -21,8 +23,35 @@ __all__ = [
     "sharing_key",
 ]
 
-# The papers' names of the losses in conf/distiller.
-LOSS_NAMES = {"kd": "KD", "dkd": "DKD", "nkd": "NKD"}
+# The papers' names of the losses in conf/distiller and of the methods in conf/features.
+METHOD_NAMES = {
+    "ab": "AB",
+    "at": "AT",
+    "cat_kd": "CAT-KD",
+    "cc": "CC",
+    "crd": "CRD",
+    "dkd": "DKD",
+    "fitnet": "FitNet",
+    "fsp": "FSP",
+    "ft": "FT",
+    "kd": "KD",
+    "kdsvd": "KDSVD",
+    "mgd": "MGD",
+    "mlkd": "MLKD",
+    "nkd": "NKD",
+    "nst": "NST",
+    "ofd": "OFD",
+    "pkt": "PKT",
+    "reviewkd": "ReviewKD",
+    "rkd": "RKD",
+    "semckd": "SemCKD",
+    "simkd": "SimKD",
+    "sp": "SP",
+    "vid": "VID",
+}
+
+# SemCKD's authors train it together with KD.
+SHORT_NAMES = {"KD+SemCKD": "SemCKD"}
 
 
 def _identity(node: Any) -> Iterator[tuple[str, Any]]:
@@ -43,6 +72,8 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
             value = _without(value, "stem", DatasetConfig.stem)
         if is_dataclass(value):
             yield f.name, dict(_identity(value))
+        elif f.name == "features":
+            yield f.name, {name: dict(_identity(feature)) for name, feature in value.items()}
         else:
             yield f.name, with_first_names(_same_numbers(value))
 
@@ -64,7 +95,7 @@ def _same_numbers(value: Any) -> Any:
 
 
 def identity_keys() -> set[str]:
-    """Return the dotted keys that count in `config_hash`."""
+    """Return the dotted keys that count in `config_hash`, without those of `features`."""
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
         for f in fields(node):
@@ -73,7 +104,7 @@ def identity_keys() -> set[str]:
             value = getattr(node, f.name, None)
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
-            else:
+            elif f.name != "features":  # whose keys depend on the job
                 yield prefix + f.name
 
     return set(walk(Config(), ""))
@@ -119,7 +150,7 @@ def sharing_key(config: Config) -> str:
         "device": config.trainer.device,
         "devices": config.trainer.devices,
     }
-    teacher = [
+    teacher: list[Any] = [
         config.teacher.name,
         config.teacher.model,
         config.teacher.checkpoint,
@@ -127,7 +158,26 @@ def sharing_key(config: Config) -> str:
         config.teacher.cache_dtype,
         config.home,
     ]
-    return digest([trainer, teacher, dict(_identity(config.dataset)), config.dataset.root])
+    if config.teacher.cache:
+        # So that a job gets the same maps in every group, whatever the other jobs need.
+        teacher += [cached_side(config), bool(config.features)]
+    # The weak views are the same whether or not another job of the group needs strong ones.
+    dataset = _without(dict(_identity(config.dataset)), "views", config.dataset.views)
+    return digest([trainer, teacher, dataset, config.dataset.root])
+
+
+def cached_side(config: Config) -> int | None:
+    """Return the side to which the teacher's maps are pooled before the cache keeps them.
+
+    All scales of the job are the same pools of the pooled map as of the full map. The side is at
+    least 4, so that one cache serves all of M=[1], [1,2] and [1,2,4]. Return None for full maps,
+    which float32 keeps because it promises the numbers of a run without a cache, to the bit.
+    """
+    if config.teacher.cache_dtype == CacheDtype.float32:
+        return None
+    if config.distiller.pooling == Pooling.nested:
+        return 4  # the code pools to 4x4 before it pools to the scales
+    return math.lcm(4, *config.M)
 
 
 def run_name(config: Config) -> str:
@@ -136,28 +186,47 @@ def run_name(config: Config) -> str:
     For example cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417.
     """
     parts = [config.student.name, config.distiller.name]
-    if config.distiller.loss:
+    if config.has_teacher:
         parts.insert(0, config.teacher.name)
+    if config.distiller.loss:
+        if config.distiller.learned_temperature:
+            parts.append("ctkd")
         if config.standardize:
             parts.append("ls")
         parts += ["M", *map(str, config.M)]
+    parts += config.features
     label = "-".join([*parts, f"s{config.seed}", config_hash(config)])
     return f"{plain(config.dataset.name)}/{plain(label)}"
 
 
 def method_name(config: Config) -> str:
-    """Return the papers' name of the job's method without its scales, such as SD-KD+LS.
+    """Return the papers' name of the job's method without its scales, such as SD-KD+LS+CRD.
 
     A loss of the user's own keeps its name as the user wrote it.
     """
-    if not config.distiller.loss:
+    if not config.has_teacher:
         return "student alone"
-    name = LOSS_NAMES.get(config.distiller.name, config.distiller.name)
-    if config.M != [1]:
-        name = f"SD-{name}"
-    if config.standardize:
-        name = f"{name}+LS"
-    return name
+    names = []
+    for name, feature in config.features.items():
+        known = METHOD_NAMES.get(name, name)
+        if feature.method.get("M"):  # its loss is computed for each region of these scales
+            known = f"SD-{known}"
+        if feature.method.get("standardize"):
+            known = f"{known}+LS"
+        names.append(known)
+    if config.distiller.loss:
+        loss = METHOD_NAMES.get(config.distiller.name, config.distiller.name)
+        if config.distiller.learned_temperature:
+            loss = "CTKD" if loss == "KD" else f"{loss}+CTKD"
+        if config.M != [1]:
+            loss = f"SD-{loss}"
+        if config.standardize:
+            loss = f"{loss}+LS"
+        names.insert(0, loss)
+    if config.optimizer.name == "dot":  # it treats the losses of a method differently
+        names.append("DOT")
+    name = "+".join(names)
+    return SHORT_NAMES.get(name, name)
 
 
 def plain(text: str) -> str:
@@ -176,6 +245,9 @@ def flatten(config: Config) -> dict[str, Any]:
             value = getattr(node, f.name)
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
+            elif f.name == "features":
+                for name, feature in value.items():
+                    yield from walk(feature, f"{prefix}features.{name}.")
             elif isinstance(value, dict | list):
                 yield prefix + f.name, json.dumps(value, separators=(",", ":"))
             else:

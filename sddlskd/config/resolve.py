@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from sddlskd.config.identity import digest, plain, run_name
 from sddlskd.config.schema import (
+    ARGUMENT,
+    ARGUMENTS,
+    LAUNCHER,
     M_CURE,
     NO_TEACHER,
     Bounds,
     CacheDtype,
     Config,
+    DatasetConfig,
     DistillerConfig,
+    FeatureConfig,
     OptimizerConfig,
+    Precision,
     StudentConfig,
     TeacherConfig,
     TrainerConfig,
@@ -34,6 +41,8 @@ from sddlskd.config.targets import (
 )
 
 __all__ = [
+    "check_choices",
+    "check_launcher",
     "conf_folder",
     "default_run_dir",
     "frame",
@@ -48,14 +57,17 @@ __all__ = [
 
 
 SQLITE = "sqlite:///"  # what an address of a SQLite file begins with
+LONGEST_SHOWN = 60  # characters of a value that a message shows
 TARGETS = (
     ("student", "model"),
     ("teacher", "model"),
     ("distiller", "loss"),
+    ("distiller", "learned_temperature"),
     ("dataset", "load"),
     ("optimizer", "algorithm"),
 )
 """The keys of a job that name code by `_target_`."""
+DOT_TARGET = "sddlskd.training.dot.DOT"
 
 
 def conf_folder() -> Path:
@@ -155,6 +167,21 @@ def resolve(composed: DictConfig) -> Config:
     return config
 
 
+def check_choices(overrides: Sequence[str]) -> None:
+    """Raise ValueError if one of these overrides chooses a method of the group `features` twice."""
+    for text in overrides:
+        chosen = re.fullmatch(r"\+*features=\[(.*)\]", text)
+        names = [name.strip() for name in chosen[1].split(",")] if chosen else []
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{text} names {min(twice)} twice; name each method once")
+
+
+def check_launcher(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first number out of bounds in the options hydra.launcher.<name>."""
+    for name, bounds in LAUNCHER.items():
+        _check_number(options.get(name), f"hydra.launcher.{name}", bounds)
+
+
 def default_run_dir(config: Config) -> str:
     """Return <home>/runs/<run_name>, the run directory of a job that is not given another one."""
     return os.path.join(config.home, "runs", run_name(config))
@@ -165,9 +192,21 @@ def _typed(composed: DictConfig) -> Config:
     # Plain values, so that the merge also refuses a key added with `+`.
     values = OmegaConf.to_container(job, resolve=True)
     refuse_interpolations(values, "")
+    _check_packages(values)
     config = OmegaConf.to_object(OmegaConf.merge(_empty(), values))
     assert isinstance(config, Config)
     return normalise(config)
+
+
+def _check_packages(values: Any) -> None:
+    """Raise ValueError if values of `features` belong to no method, for lack of a package line."""
+    features = values.get("features")
+    names = [f.name for f in fields(FeatureConfig)]
+    if isinstance(features, dict) and (lost := [name for name in names if name in features]):
+        raise ValueError(
+            f"features.{lost[0]} belongs to no method; begin the file of the group features with "
+            "the line '# @package features.NAME', NAME being the name of the file"
+        )
 
 
 @cache
@@ -183,7 +222,7 @@ def normalise(config: Config) -> Config:
     Raises ValueError if a value is not valid.
     """
     if not config.distiller.loss:
-        _drop_what_needs_a_teacher(config)
+        _drop_what_needs_a_logit_loss(config)
     if config.teacher.cache is None:
         # A float32 cache does not round, so a job with such a cache equals a job without a cache.
         config.teacher.cache_dtype = CacheDtype.float32
@@ -192,6 +231,10 @@ def normalise(config: Config) -> Config:
     for group, name in TARGETS:
         part = getattr(config, group)
         setattr(part, name, with_names_of_today(getattr(part, name)))
+    # The order in which the methods are named changes nothing.
+    config.features = dict(sorted(config.features.items()))
+    for feature in config.features.values():
+        feature.method = with_names_of_today(feature.method)
     _check(config)
     config.home = os.path.abspath(config.home)
     database = sqlite_file(config.tracking.uri or "")
@@ -208,19 +251,22 @@ def normalise(config: Config) -> Config:
     return config
 
 
-def _drop_what_needs_a_teacher(config: Config) -> None:
-    """Reset all keys that only matter with a teacher.
+def _drop_what_needs_a_logit_loss(config: Config) -> None:
+    """Reset all keys that only matter with a logit loss, and the teacher if nothing asks for it.
 
     A student without a distillation loss is then the same job for every teacher, scale and weight.
     """
     default = Config()
-    config.teacher = TeacherConfig(name=NO_TEACHER)
+    if not config.has_teacher:
+        config.teacher = TeacherConfig(name=NO_TEACHER)
     config.distiller = DistillerConfig(
         name=config.distiller.name, ce_weight=config.distiller.ce_weight, kd_weight=0.0
     )
     config.M = default.M
     config.standardize = default.standardize
     config.complementary_weight = default.complementary_weight
+    if config.recipe != "vanilla" and not config.has_teacher:
+        config.recipe = default.recipe
 
 
 def _check(config: Config) -> None:
@@ -228,14 +274,53 @@ def _check(config: Config) -> None:
     for group, name in TARGETS:
         key = f"{group}.{name}"
         check_names(getattr(getattr(config, group), name), key, config.allow_foreign_targets)
+    for name, feature in config.features.items():
+        key = f"features.{name}"
+        if not feature.method.get("_target_"):
+            raise ValueError(f"{key}.method has no _target_; choose a method with features={name}")
+        check_names(feature.method, f"{key}.method", config.allow_foreign_targets)
+        _check_bounds(feature, f"{key}.")
+        _check_arguments(feature.method, f"{key}.method")
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
     _check_home(config.home)
     _check_address(config.tracking.uri)
     _check_scales(config.M)
     _check_networks(config)
+    # The data set first, because other groups take their defaults from it.
+    _check_bounds(config.dataset, "dataset.")
     _check_bounds(config, "")
+    for group, name in TARGETS:
+        _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}")
     _check_fractions(config)
+    _check_dot(config)
+
+
+def _check_dot(config: Config) -> None:
+    """Raise ValueError if a job asks for DOT in a way that the optimizer cannot serve."""
+    is_dot = config.optimizer.algorithm.get("_target_") == DOT_TARGET
+    if config.recipe == "dot" and not is_dot:
+        raise ValueError(
+            f"recipe=dot needs optimizer=dot, not optimizer={config.optimizer.name}; take "
+            "another recipe, such as recipe=kd, to train with another optimizer"
+        )
+    if not is_dot:
+        return
+    reason = "optimizer=dot takes two backward passes a step"
+    if config.optimizer.clip_norm is not None:
+        raise ValueError(
+            f"optimizer.clip_norm={config.optimizer.clip_norm} does not say which of two gradients "
+            f"to clip: {reason}; set optimizer.clip_norm=null"
+        )
+    if config.trainer.precision == Precision.fp16:
+        raise ValueError(
+            f"trainer.precision=fp16 scales one loss, but {reason}; set trainer.precision=bf16"
+        )
+    if config.trainer.devices > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} averages one gradient over the processes, "
+            f"but {reason}; set trainer.devices=1"
+        )
 
 
 def _check_home(home: str) -> None:
@@ -260,8 +345,9 @@ def _check_address(uri: str | None) -> None:
 
 
 def _check_scales(M: list[int]) -> None:
-    if not M or min(M) < 1 or len(set(M)) < len(M):
-        raise ValueError(f"M={M} is not valid; {M_CURE}")
+    # The type of the field lets nested lists pass.
+    if not all(isinstance(m, int) for m in M) or not M or min(M) < 1 or len(set(M)) < len(M):
+        raise ValueError(f"M={_shorten(M)} is not valid; {M_CURE}")
 
 
 def _check_networks(config: Config) -> None:
@@ -269,11 +355,11 @@ def _check_networks(config: Config) -> None:
 
     On imagenet, torchvision's resnet18 and resnet50 have the names of two networks for CIFAR-100.
     """
-    if config.distiller.loss and not config.teacher.model:
-        raise ValueError(
-            f"distiller={config.distiller.name} needs a teacher; choose one with teacher=..., or "
-            "distiller=vanilla"
-        )
+    if config.has_teacher and not config.teacher.model:
+        needing, other = f"distiller={config.distiller.name}", "distiller=vanilla"
+        if config.features:
+            needing, other = f"features=[{','.join(config.features)}]", "recipe=vanilla"
+        raise ValueError(f"{needing} needs a teacher; choose one with teacher=..., or {other}")
     for group, network in (("student", config.student), ("teacher", config.teacher)):
         ours = network.model.get("_target_") == "sddlskd.models.create"
         if config.dataset.name == "imagenet" and ours and network.name in ("resnet18", "resnet50"):
@@ -294,20 +380,43 @@ def _check_bounds(node: Any, prefix: str) -> None:
         key, value = f"{prefix}{f.name}", getattr(node, f.name)
         if is_dataclass(value):
             _check_bounds(value, f"{key}.")
-            continue
-        bounds = f.metadata.get("bounds", Bounds())
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and (fault := bounds.fault(number)):
-                raise ValueError(f"{key}={value} {fault}")
+        elif bounds := f.metadata.get("bounds"):
+            # The type of the field lets nested lists pass.
+            if isinstance(value, list) and not all(isinstance(n, int | float) for n in value):
+                raise ValueError(f"{key}={_shorten(value)} is not a list of numbers")
+            _check_number(value, key, bounds)
+
+
+def _check_arguments(node: Any, key: str) -> None:
+    """Raise ValueError for the first number out of bounds in nested arguments of a target."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _check_arguments(value, f"{key}.{name}")
+    elif not isinstance(node, bool):
+        _check_number(node, key, ARGUMENTS.get(key, ARGUMENT))
+
+
+def _check_number(value: Any, key: str, bounds: Bounds) -> None:
+    """Raise ValueError if a number, or one in a list of numbers, is out of its bounds."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and (fault := bounds.fault(number)):
+            raise ValueError(f"{key}={_shorten(value)} {fault}")
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as text for a message; of a long text only the beginning."""
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _check_fractions(config: Config) -> None:
-    milestones = config.optimizer.milestones
-    if any(not 0 < part <= 1 for part in milestones):
-        raise ValueError(
-            f"optimizer.milestones={milestones} is not valid; give fractions of trainer.epochs, "
-            "above 0 and at most 1: epoch 150 of 240 is 0.625"
-        )
+    for group in ("dataset", "optimizer"):
+        milestones = getattr(config, group).milestones
+        if any(not 0 < part <= 1 for part in milestones):
+            raise ValueError(
+                f"{group}.milestones={milestones} is not valid; give fractions of trainer.epochs, "
+                "above 0 and at most 1: epoch 150 of 240 is 0.625"
+            )
     area = config.dataset.crop_area
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise ValueError(
@@ -325,7 +434,7 @@ def teacher_job(config: Config) -> Config:
         teacher=TeacherConfig(name=NO_TEACHER),
         student=StudentConfig(config.teacher.name, config.teacher.model, config.teacher.lr),
         distiller=DistillerConfig(name="vanilla", kd_weight=0.0),
-        dataset=config.dataset,
+        dataset=replace(config.dataset, views=DatasetConfig.views),
         # As conf/optimizer/sgd.yaml: the teacher's training ignores the students' settings.
         optimizer=OptimizerConfig(
             name="sgd",

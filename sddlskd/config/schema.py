@@ -24,6 +24,21 @@ BATCH_SIZE = 64  # images
 LR = 0.05  # peak learning rate of SGD
 MILESTONES = (0.625, 0.75, 0.875)  # as fractions of the epochs: epochs 150, 180 and 210
 
+# Upper bounds of numbers. They lie far above every value of use, and no computation overflows below
+# them.
+MOST_EPOCHS = 1_000_000
+MOST_STEPS = 1_000_000_000
+MOST_IMAGES = 1_000_000  # of a batch
+MOST_PROCESSES = 10_000
+MOST_LR = 1000
+MOST_WEIGHT = 1_000_000  # of a loss
+MOST_WEIGHT_DECAY = 1000
+MOST_TEMPERATURE = 1000
+MOST_SEED = 2**63 - 1  # torch holds a seed in 64 bits
+# Bounds of standard deviations per channel, for pixels in 0..1. Models that expect pixels in 0..255
+# have 1/255.
+LEAST_STD, MOST_STD = 0.001, 1
+
 
 def _plumbing(default: Any) -> Any:
     """Return a field for how a job runs (paths, device, tracking), not for what it computes.
@@ -62,9 +77,9 @@ class Bounds:
 
     def fault(self, number: float) -> str:
         """Return why `number` is refused, such as "must be greater than 0", or "" if it is not."""
-        if math.isnan(number):
+        if isinstance(number, float) and math.isnan(number):
             return "is not a number"
-        if self.finite and math.isinf(number):
+        if self.finite and number in (math.inf, -math.inf):
             return "must be finite"
         if self.gt is not None and number <= self.gt:
             return f"must be greater than {self.gt}"
@@ -90,10 +105,9 @@ def bounded(
 ) -> Any:
     """Return a field for a number with bounds, which `resolve` checks.
 
-    A number field that is not declared with `bounded` accepts every finite value.
-
     Args:
-        default: The default value; None for a number that may be left out.
+        default: The default value; None for a number that may be left out, or a list. All numbers
+            of a list have the same bounds.
         gt: The number must be greater than this.
         ge: The number must be at least this.
         lt: The number must be less than this.
@@ -107,7 +121,35 @@ def bounded(
     """
     bounds = Bounds(gt=gt, ge=ge, lt=lt, le=le, finite=finite)
     metadata = {"identity": identity, "later": later, "bounds": bounds}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# Bounds of arguments of the optimizer and of the loss, by their dotted key. All other arguments are
+# finite and fit in 64 bits.
+ARGUMENTS = {
+    "optimizer.algorithm.momentum": Bounds(ge=0, lt=1),
+    "optimizer.algorithm.weight_decay": Bounds(ge=0, le=MOST_WEIGHT_DECAY),
+    "distiller.loss.temperature": Bounds(gt=0, le=MOST_TEMPERATURE),
+    "distiller.loss.alpha": Bounds(ge=0, le=MOST_WEIGHT),
+    "distiller.loss.beta": Bounds(ge=0, le=MOST_WEIGHT),
+    "distiller.loss.gamma": Bounds(ge=0, le=MOST_WEIGHT),
+}
+ARGUMENT = Bounds(ge=-(2**63), le=2**63 - 1)
+
+# Bounds of the launchers' options, hydra.launcher.<name>
+LAUNCHER = {
+    "max_group_size": Bounds(ge=1, le=MOST_PROCESSES),
+    "timeout_min": Bounds(ge=1, le=1_000_000),
+    "signal_delay_s": Bounds(ge=0, le=65_535),  # sbatch takes no more
+    "cpus_per_task": Bounds(ge=1, le=MOST_PROCESSES),
+    "gpus_per_node": Bounds(ge=0, le=MOST_PROCESSES),
+    "mem_gb": Bounds(gt=0, le=1_000_000),
+    "nodes": Bounds(ge=1, le=MOST_PROCESSES),
+    "array_parallelism": Bounds(ge=1, le=1_000_000),
+    "max_requeues": Bounds(ge=0, le=1_000_000),
+}
 
 
 class Precision(StrEnum):
@@ -141,6 +183,13 @@ class Reduction(StrEnum):
     sum = "sum"
 
 
+class Pooling(StrEnum):
+    """Pooling of the logit map to regions."""
+
+    direct = "direct"  # every scale from the map (SDD Eq. 3 to 5)
+    nested = "nested"  # every scale from the map pooled to 4x4 (SDD's code)
+
+
 class CacheDtype(StrEnum):
     """Number format of the cached teacher maps."""
 
@@ -162,6 +211,14 @@ class IrregularImages(StrEnum):
     convert = "convert"  # to RGB, in the stored orientation, like torchvision's ImageFolder
     skip = "skip"
     fail = "fail"
+
+
+class Views(StrEnum):
+    """Views of each training image."""
+
+    weak = "weak"  # one: crop and mirroring
+    # two: the second one has a crop of its own, RandAugment and Cutout, as in MLKD
+    weak_strong = "weak_strong"
 
 
 class Rerun(StrEnum):
@@ -189,7 +246,7 @@ class StudentConfig:
     model: dict[str, Any] = field(default_factory=dict)
     # Peak learning rate for the papers' SGD (optimizer=sgd); conf/rates.yaml sets it to dataset.lr
     # by default
-    lr: float = LR
+    lr: float = bounded(LR, gt=0, le=MOST_LR)
 
 
 @dataclass
@@ -201,8 +258,9 @@ class TeacherConfig(StudentConfig):
     cache: str | None = _plumbing(None)
     cache_dtype: CacheDtype = CacheDtype.float16  # number format of the cached maps
     train_if_missing: bool = _plumbing(False)  # train the teacher first if its file is missing
-    train_epochs: int = bounded(EPOCHS, gt=0, identity=False)  # epochs of that training
-    train_seed: int = _plumbing(0)  # seed of that training
+    # Epochs of that training
+    train_epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS, identity=False)
+    train_seed: int = bounded(0, ge=0, le=MOST_SEED, identity=False)  # seed of that training
 
 
 @dataclass
@@ -212,14 +270,31 @@ class DistillerConfig:
     name: str = MISSING  # name of the loss in tables
     # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: no distillation loss
     loss: dict[str, Any] = field(default_factory=dict)
-    temperature: float = bounded(4.0, gt=0)  # divides the logits
-    ce_weight: float = bounded(1.0, ge=0)  # weight of the cross-entropy with the labels
-    kd_weight: float = bounded(1.0, ge=0)  # weight of the distillation loss
+    temperature: float = bounded(4.0, gt=0, le=MOST_TEMPERATURE)  # divides the logits
+    # _target_ and arguments of a temperature that is learnt instead (CTKD); {}: the fixed one
+    learned_temperature: dict[str, Any] = field(default_factory=dict, metadata={"later": True})
+    # Weight of the cross-entropy with the labels
+    ce_weight: float = bounded(1.0, ge=0, le=MOST_WEIGHT)
+    kd_weight: float = bounded(1.0, ge=0, le=MOST_WEIGHT)  # weight of the distillation loss
     # Epochs over which kd_weight rises linearly; 1: full weight from the first epoch
-    warmup_epochs: int = bounded(1, gt=0)
+    warmup_epochs: int = bounded(1, gt=0, le=MOST_EPOCHS)
     knowledge: Knowledge = Knowledge.fusion  # which regions teach (SDD Table 6)
     # Over regions: mean as in SDD's code, sum as in its Eq. 9
     reduction: Reduction = Reduction.mean
+    # How regions are pooled; docs/methods.md says which numbers need `nested`
+    pooling: Pooling = _later(Pooling.direct)
+
+
+@dataclass
+class FeatureConfig:
+    """A feature or relation method that adds its loss to the training loss of a student."""
+
+    # Weight of the method's loss
+    weight: float = bounded(1.0, ge=0, le=MOST_WEIGHT)
+    # Epochs over which the weight rises linearly; 1: full weight from the first epoch
+    warmup_epochs: int = bounded(1, gt=0, le=MOST_EPOCHS)
+    # _target_ and options of a class of sddlskd.methods
+    method: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -234,41 +309,47 @@ class DatasetConfig:
         metadata={"place": "root"},
     )
     root: str = _plumbing("data")  # folder of the files
-    num_classes: int = MISSING  # number of classes
-    mean: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
-    std: list[float] = field(default_factory=list)  # per channel, for pixels in 0..1
-    padding: int = bounded(4, ge=0)  # pixels of zero padding before the random crop; 0: no crop
+    num_classes: int = bounded(MISSING, ge=2, le=1_000_000)  # number of classes
+    mean: list[float] = bounded([], ge=0, le=1)  # per channel, for pixels in 0..1
+    std: list[float] = bounded([], ge=LEAST_STD, le=MOST_STD)  # per channel, for pixels in 0..1
+    # Pixels of zero padding before the random crop; 0: no crop
+    padding: int = bounded(4, ge=0, le=1_000_000)
     flip: bool = True  # mirror half of the images
+    # Views of each training image; methods such as MLKD need two. Jobs with one view and jobs with
+    # two can share their batches.
+    views: Views = _later(Views.weak)
     # Fraction of the training split held out for validation; 0: validate on the test split, as in
     # the papers
     val_fraction: float = bounded(0.0, ge=0, lt=1)
     # The keys from here to pixel_limit apply only to data sets of image files
     # (sddlskd/data/streaming.py).
-    size: int = bounded(224, gt=0, later=True)  # side of the networks' input, in pixels
+    # Side of the networks' input, in pixels
+    size: int = bounded(224, gt=0, le=100_000, later=True)
     # Least and largest fraction of the image area that a random crop covers
-    crop_area: list[float] = field(default_factory=lambda: [0.08, 1.0], metadata={"later": True})
+    crop_area: list[float] = bounded([0.08, 1.0], later=True)
     # Side of the centre square for evaluation, as a fraction of the shorter side; 1: the full side
-    centre: float = bounded(0.875, gt=0, le=1, later=True)
+    centre: float = bounded(0.875, ge=0.01, le=1, later=True)
     # Rotate images according to their EXIF orientation; false: keep the stored orientation
     upright: bool = _later(False)
-    # Files that cannot be read. (RUF009 is a false alarm: `_later` returns a dataclass field.)
-    bad_images: BadImages = _later(BadImages.fail)  # noqa: RUF009
+    # Files that cannot be read
+    bad_images: BadImages = _later(BadImages.fail)
     # Images that are not upright RGB as stored
-    irregular_images: IrregularImages = _later(IrregularImages.convert)  # noqa: RUF009
+    irregular_images: IrregularImages = _later(IrregularImages.convert)
     # Pixels above which an image counts as bad, according to its header
-    pixel_limit: int = bounded(100_000_000, gt=0, later=True)
+    pixel_limit: int = bounded(100_000_000, gt=0, le=10**12, later=True)
     # Worker processes that decode images; 0: decode in the training process; null: one per core
     # that this rank may use, at most 16 (decoding.default_workers)
-    workers: int | None = bounded(None, ge=0, identity=False)
-    epochs: int = EPOCHS  # default of trainer.epochs and teacher.train_epochs
-    batch_size: int = _plumbing(BATCH_SIZE)  # default of trainer.batch_size, in images
+    workers: int | None = bounded(None, ge=0, le=MOST_PROCESSES, identity=False)
+    # Default of trainer.epochs and teacher.train_epochs
+    epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS)
+    # Default of trainer.batch_size, in images
+    batch_size: int = bounded(BATCH_SIZE, ge=2, le=MOST_IMAGES, identity=False)
     # Default of student.lr and teacher.lr; null: the value for CIFAR-100 (conf/rates.yaml)
-    lr: float | None = _plumbing(None)
-    weight_decay: float = _plumbing(5e-4)  # default weight decay of the papers' SGD
+    lr: float | None = bounded(None, gt=0, le=MOST_LR, identity=False)
+    # Default weight decay of the papers' SGD
+    weight_decay: float = bounded(5e-4, ge=0, le=MOST_WEIGHT_DECAY, identity=False)
     # Default milestones of the papers' SGD
-    milestones: list[float] = field(
-        default_factory=lambda: list(MILESTONES), metadata={"identity": False}
-    )
+    milestones: list[float] = bounded(list(MILESTONES), identity=False)
     # Stem of this package's CIFAR networks: small for images of 32 pixels, large for images of 224
     stem: str = _plumbing("small")
     train_teachers: bool = _plumbing(False)  # default of teacher.train_if_missing
@@ -281,39 +362,40 @@ class OptimizerConfig:
     name: str = MISSING
     # _target_ and its arguments, without params and lr
     algorithm: dict[str, Any] = field(default_factory=dict)
-    lr: float = bounded(LR, gt=0)  # peak learning rate
+    lr: float = bounded(LR, gt=0, le=MOST_LR)  # peak learning rate
     schedule: Schedule = Schedule.step  # how the learning rate falls
     # As fractions of trainer.epochs
-    milestones: list[float] = field(default_factory=lambda: list(MILESTONES))
-    decay: float = 0.1  # factor at each milestone
+    milestones: list[float] = bounded(list(MILESTONES))
+    decay: float = bounded(0.1, gt=0, le=1)  # factor at each milestone
     # Epochs over which the learning rate rises linearly from zero
-    warmup_epochs: float = bounded(0.0, ge=0)
-    clip_norm: float | None = bounded(None, gt=0)  # largest gradient norm; null: no clipping
+    warmup_epochs: float = bounded(0.0, ge=0, le=MOST_EPOCHS)
+    # Largest gradient norm; null: no clipping
+    clip_norm: float | None = bounded(None, gt=0, le=1_000_000)
 
 
 @dataclass
 class TrainerConfig:
     """The training loop: length, batches, device, processes and precision."""
 
-    epochs: int = bounded(EPOCHS, gt=0)  # passes over the training images
-    batch_size: int = bounded(BATCH_SIZE, gt=0)  # images
-    eval_batch_size: int = bounded(500, gt=0)  # images
+    epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS)  # passes over the training images
+    batch_size: int = bounded(BATCH_SIZE, ge=2, le=MOST_IMAGES)  # images
+    eval_batch_size: int = bounded(500, gt=0, le=MOST_IMAGES)  # images
     # Batches per epoch, for quick trials; null: all
-    max_steps: int | None = bounded(None, gt=0)
+    max_steps: int | None = bounded(None, gt=0, le=MOST_STEPS)
     # Seed of batches and augmentation; null: `seed`. Jobs with the same data_seed see the same
     # batches and share the teacher, so they differ only in their initialisation.
-    data_seed: int | None = bounded(None, ge=0)
+    data_seed: int | None = bounded(None, ge=0, le=MOST_SEED)
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
     # Processes (one per GPU) that share each batch
-    devices: int = bounded(1, gt=0, identity=False)
+    devices: int = bounded(1, gt=0, le=MOST_PROCESSES, identity=False)
     # Seconds that one of several processes waits for another before it gives up
-    timeout_s: float = bounded(600.0, gt=0, identity=False)
+    timeout_s: float = bounded(600.0, ge=1, le=7 * 24 * 3600, identity=False)
     # Of the networks' forward pass; losses are always float32
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile the networks
-    log_every: int = bounded(50, gt=0, identity=False)  # steps between two readings of the loss
-    # RUF009 is a false alarm: `_plumbing` returns a dataclass field.
-    progress: Progress = _plumbing(Progress.auto)  # noqa: RUF009
+    # Steps between two readings of the loss
+    log_every: int = bounded(50, gt=0, le=MOST_STEPS, identity=False)
+    progress: Progress = _plumbing(Progress.auto)  # how progress is shown
 
 
 @dataclass
@@ -349,8 +431,8 @@ class SweepConfig:
     # "pair=vgg13_vgg8 scales=two". They are crossed with the swept overrides.
     jobs: list[str] = field(default_factory=list, metadata={"identity": False})
     plan: bool = _plumbing(False)  # print what the sweep would do, and do nothing
-    # Which jobs of an earlier launch run again. (RUF009 is a false alarm.)
-    rerun: Rerun = _plumbing(Rerun.failed)  # noqa: RUF009
+    # Which jobs of an earlier launch run again
+    rerun: Rerun = _plumbing(Rerun.failed)
 
 
 @dataclass
@@ -360,6 +442,8 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     distiller: DistillerConfig = field(default_factory=DistillerConfig)
+    # Feature and relation methods by name; their losses are added to the distiller's
+    features: dict[str, FeatureConfig] = field(default_factory=dict, metadata={"later": True})
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -367,14 +451,21 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     # Scales: each m in M divides the logit maps into m x m regions
-    M: list[int] = field(default_factory=lambda: [1])
+    M: list[int] = bounded([1], ge=1, le=1000)
     standardize: bool = False  # z-score the logits of each region (LSKD)
     # Weight of complementary regions (SDD's beta)
-    complementary_weight: float = bounded(2.0, ge=0)
+    complementary_weight: float = bounded(2.0, ge=0, le=MOST_WEIGHT)
     # Seed of the initialisation, and of the batches unless trainer.data_seed is given
-    seed: int = bounded(0, ge=0)
+    seed: int = bounded(0, ge=0, le=MOST_SEED)
+    # Name of the choice recipe=..., which the recipe's file states; "" without one
+    recipe: str = _plumbing("")
     # Whether _target_ may name code outside of targets.PACKAGES (this package, torch, torchvision
     # and timm)
     allow_foreign_targets: bool = _plumbing(False)
     home: str = _plumbing(".")  # folder of data/, teachers/, runs/ and mlflow.db
     run_dir: str = _plumbing("")  # folder of this run's record
+
+    @property
+    def has_teacher(self) -> bool:
+        """Return whether the student learns from a teacher."""
+        return bool(self.distiller.loss or self.features)

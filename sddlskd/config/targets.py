@@ -17,7 +17,9 @@ __all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
 # Where an allowed subclass of nn.Module may come from
-NETWORK_MODULES = ("sddlskd.models.", "torch.nn.", "torchvision.", "timm.")
+NETWORK_MODULES = ("sddlskd.models.", "sddlskd.methods.", "torch.nn.", "torchvision.", "timm.")
+# Where an allowed optimizer may come from
+OPTIMIZER_MODULES = ("torch.optim.", "sddlskd.training.dot.")
 # Modules whose public functions (`__all__`) a configuration may call
 FUNCTION_MODULES = ("sddlskd.datasets", "sddlskd.losses", "sddlskd.models")
 # First name -> name of today of each target that has moved. Old frozen jobs have the first names,
@@ -152,8 +154,8 @@ def _check_kind(target: str) -> None:
     from torch import nn, optim  # slow to import, and `check_names` does not need it
 
     cure = (
-        "name a network, an optimizer, or a function of sddlskd.models, sddlskd.losses or "
-        "sddlskd.datasets"
+        "name a network, a method, an optimizer, or a function of sddlskd.models, sddlskd.losses "
+        "or sddlskd.datasets"
     )
     if any(part.startswith("_") for part in target.split(".")):
         raise ValueError(f"_target_={target} is private; {cure}")
@@ -166,7 +168,7 @@ def _check_kind(target: str) -> None:
     if isinstance(found, type):
         origin = f"{found.__module__}."
         network = issubclass(found, nn.Module) and origin.startswith(NETWORK_MODULES)
-        optimizer = issubclass(found, optim.Optimizer) and origin.startswith("torch.optim.")
+        optimizer = issubclass(found, optim.Optimizer) and origin.startswith(OPTIMIZER_MODULES)
         allowed = network or optimizer
     else:
         allowed = any(found is function for function in _functions())

@@ -109,12 +109,12 @@ class Job(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A fault or peculiarity of one image of a chunk.
+    """What is wrong with one image of a chunk, or unusual about it.
 
     Attributes:
         place: index of the image in the chunk.
-        why: the fault if `bad` is true, else the peculiarity.
-        bad: whether the image has no pixels.
+        why: what is wrong or unusual, as words of a message.
+        bad: True if the image cannot be used, False if it is only unusual.
     """
 
     place: int

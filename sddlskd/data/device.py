@@ -9,12 +9,14 @@ resuming a run needs no saved state.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Images, Splits
 
 __all__ = [
@@ -44,12 +46,17 @@ class Batch(NamedTuple):
             int64.
         views: views_B, which says image, crop and flip: image index * `DeviceData.views` + number
             of the view, int64. None for streamed images, whose crops never repeat.
+        epoch: number of the epoch, from 1; the epochs of a first stage of training are 0, -1, ....
+        strong: x_BCHW, a second, strongly augmented view of the same images; None if no run of the
+            group asks for it.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which has no use here
     views: Tensor | None
+    epoch: int = 1
+    strong: Tensor | None = None
 
 
 class Draws(NamedTuple):
@@ -145,6 +152,9 @@ class DeviceData:
         eval_batch_size: images per batch of validation and test.
         rank: number of this rank, from 0.
         ranks: number of ranks that share each batch.
+        strong: whether training batches have strong views, too. A strong view has a crop and a
+            mirroring of its own, then RandAugment and Cutout (`sddlskd.data.strong`); without
+            `flip`, it is not mirrored either. The weak views are the same with and without it.
 
     Attributes:
         train_size: number of training images, without the held-out ones.
@@ -174,6 +184,7 @@ class DeviceData:
         eval_batch_size: int = 500,
         rank: int = 0,
         ranks: int = 1,
+        strong: bool = False,
     ) -> None:
         train, test = splits
         if isinstance(train, Files) or isinstance(test, Files):
@@ -184,6 +195,11 @@ class DeviceData:
         _check_split("train", train, num_classes, train.images_NHWC.shape[1:])
         _check_split("test", test, num_classes, train.images_NHWC.shape[1:])
         height, width, channels = train.images_NHWC.shape[1:]
+        if strong and channels != 3:
+            raise ValueError(
+                f"dataset.views=weak_strong needs images of 3 channels, not {channels}: "
+                "set dataset.views=weak"
+            )
         self._device = torch.device(device)
         self._normalise = Normalise(mean, std, channels, width, self._device)
         if padding < 0 or eval_batch_size < 1:
@@ -207,6 +223,7 @@ class DeviceData:
         self._seed, self._padding, self._flip = seed, padding, flip
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._rank, self._ranks = rank, ranks
+        self._strong = strong
 
         self._train_labels_N = train.labels_N.to(self._device)
         padded_NHWC = F.pad(
@@ -251,24 +268,30 @@ class DeviceData:
         )
         place_N, sizes = self._own(start)
         index_N = order_N[place_N]
-        corner_N = (
-            torch.arange(self.train_size) * self._padded_pixels
-            + top_N * self._padded_width
-            + left_N
-        )
+        corner_N = self._corners(top_N, left_N)
         view_N = top_N * (2 * self._padding + 1) + left_N
         if self._flip:
             view_N = 2 * view_N + flip_N
         views_N = index_N * self.views + view_N[index_N]
         # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
-        return self._chunks(
+        batches = self._chunks(
             corner_N[index_N].to(self._device),
             flip_N[index_N].to(self._device),
             self._train_labels_N[index_N.to(self._device)],
             index_N,
             views_N,
             sizes,
+            epoch,
         )
+        if not self._strong:
+            return batches
+        pairs = zip(batches, self._strong_views(index_N, sizes, epoch), strict=True)
+        return (batch._replace(strong=x_BCHW) for batch, x_BCHW in pairs)
+
+    @property
+    def train_labels(self) -> Tensor:
+        """Return the class of each training image, (N,) int64 on the CPU."""
+        return self._train_labels_N.cpu()
 
     @property
     def views(self) -> int:
@@ -309,6 +332,7 @@ class DeviceData:
         index_N: Tensor,
         views_N: Tensor,
         sizes: list[int],
+        epoch: int,
     ) -> Iterator[Batch]:
         # Small batches are made several at a time, with fewer and larger operations. All operations
         # are elementwise, so the results are the same bits.
@@ -325,12 +349,46 @@ class DeviceData:
                 torch.split(labels_N[part], some),
                 torch.split(index_N[part], some),
                 torch.split(views_N[part], some),
+                repeat(epoch),
             )
 
+    def _strong_views(self, index_N: Tensor, sizes: list[int], epoch: int) -> Iterator[Tensor]:
+        """Return an iterator over the strong views of the images of an epoch, batch by batch.
+
+        Args:
+            index_N: index of each image, in the order of the batches.
+            sizes: number of images of each batch.
+            epoch: number of the epoch.
+        """
+        key = seed_of("seed", self._seed, "epoch", epoch, "view", "strong")
+        draws = draw_strong(key, self.train_size, self._padding)
+        draws = StrongDraws(*(drawn_N[index_N] for drawn_N in draws))
+        corner_N = self._corners(draws.top_N, draws.left_N, index_N).to(self._device)
+        flip_N = draws.flip_N.to(self._device)
+        together = max(1, CHUNK * self._ranks // self._batch_size)
+        end = 0
+        for first in range(0, len(sizes), together):
+            some = sizes[first : first + together]
+            part = slice(end, end + sum(some))
+            end = part.stop
+            x_BHWC = self._crops(corner_N[part], flip_N[part])
+            x_BHWC = rand_augment(x_BHWC, draws.operation_NK[part], draws.value_NK[part])
+            x_BHWC = cutout(x_BHWC, draws.cut_N3[part])
+            yield from torch.split(self._normalise(x_BHWC), some)
+
+    def _corners(self, top_N: Tensor, left_N: Tensor, index_N: Tensor | None = None) -> Tensor:
+        """Return the places in `_windows_PHX` of crops of all images, or of the given ones."""
+        if index_N is None:
+            index_N = torch.arange(self.train_size)
+        return index_N * self._padded_pixels + top_N * self._padded_width + left_N
+
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
+        return self._normalise(self._crops(corner_B, flip_B))
+
+    def _crops(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         channels, height, width = self.image_shape
         x_BHWC = self._windows_PHX.index_select(0, corner_B).view(-1, height, width, channels)
-        return self._normalise(mirrored(x_BHWC, flip_B) if self._flip else x_BHWC)
+        return mirrored(x_BHWC, flip_B) if self._flip else x_BHWC
 
     def _plain(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         firsts = range(0, len(images.labels_N), self._eval_batch_size)

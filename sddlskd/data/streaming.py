@@ -34,8 +34,10 @@ from sddlskd.data.device import (
     draw_epoch,
     held_out,
     mirrored,
+    seed_of,
     share_of,
 )
+from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Splits
 
 __all__ = ["Data", "StreamedData"]
@@ -69,9 +71,10 @@ class _Plan:
     After the rest of an epoch, the plan goes on with the validation batches and the next epoch. The
     workers therefore have images ready at each change between training and evaluation.
 
-    Iterating yields the jobs of the place `next` and moves `next` on. `sent` holds the places that
-    the workers have been told to decode and that are not yet received, with the image indices of
-    each.
+    Iterating yields the jobs of the place `next` and moves `next` on. With strong views, the jobs
+    of a training place are those of the weak views, then those of the strong ones. `sent` holds the
+    places that the workers have been told to decode and that are not yet received, with the image
+    indices of each.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class _Plan:
         eval_batch_size: int,
         rank: int,
         ranks: int,
+        strong: bool,
     ) -> None:
         self.splits, self.seed, self.rank, self.ranks = splits, seed, rank, ranks
         self.sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
@@ -89,6 +93,7 @@ class _Plan:
             split: math.ceil(len(files.paths) / self.sizes[split])
             for split, files in splits.items()
         }
+        self.strong = strong
         # Index of an unusable training image -> index of the image that replaces it.
         self.instead: dict[int, int] = {}
         self.next, self.sent = Place("train", 1, 0, 0), deque[tuple[Place, list[int]]]()
@@ -98,7 +103,12 @@ class _Plan:
         def drawn(epoch: int) -> Draws:
             return draw_epoch(seed, epoch, len(splits["train"].paths), padding=0)
 
-        self.drawn = drawn
+        @lru_cache(maxsize=1)
+        def drawn_strong(epoch: int) -> StrongDraws:
+            key = seed_of("seed", seed, "epoch", epoch, "view", "strong")
+            return draw_strong(key, len(splits["train"].paths), padding=0)
+
+        self.drawn, self.drawn_strong = drawn, drawn_strong
 
     def __iter__(self) -> Iterator[list[Job]]:
         while True:
@@ -108,7 +118,14 @@ class _Plan:
                 (place, [self.instead.get(n, n) if place.split == "train" else n for n in images])
             )
             self.next = self._after(place)
-            yield [self.job(place, image) for image in images]
+            jobs = [self.job(place, image) for image in images]
+            if self.views(place.split) == 2:
+                jobs += [self.job(place, image, strong=True) for image in images]
+            yield jobs
+
+    def views(self, split: str) -> int:
+        """Return the number of views of an image of a split."""
+        return 2 if self.strong and split == "train" else 1
 
     def ids(self, split: str, epoch: int, batch: int) -> list[int]:
         """Return the image indices of this rank's share of a batch."""
@@ -121,18 +138,21 @@ class _Plan:
 
     def pieces(self, split: str, epoch: int, batch: int) -> int:
         """Return the number of pieces of a batch."""
-        return math.ceil(len(self.ids(split, epoch, batch)) / CHUNK)
+        return math.ceil(len(self.ids(split, epoch, batch)) / (CHUNK // self.views(split)))
 
     def piece(self, place: Place) -> list[int]:
         """Return the image indices of a place."""
-        return self.ids(place.split, place.epoch, place.batch)[place.piece * CHUNK :][:CHUNK]
+        size = CHUNK // self.views(place.split)
+        return self.ids(place.split, place.epoch, place.batch)[place.piece * size :][:size]
 
-    def job(self, place: Place, image: int) -> Job:
-        """Return the job that decodes an image of a place, or the image that replaces it."""
+    def job(self, place: Place, image: int, *, strong: bool = False) -> Job:
+        """Return the job that decodes a view of an image, or of the image that replaces it."""
         paths = self.splits[place.split].paths
         if place.split != "train":
             return Job(paths[image], None)
         draw = f"seed {self.seed} epoch {place.epoch} image {image}"
+        if strong:
+            draw += " view strong"
         return Job(paths[self.instead.get(image, image)], draw)
 
     def _after(self, place: Place) -> Place:
@@ -179,6 +199,9 @@ class StreamedData:
         rank: number of this rank, from 0.
         ranks: number of ranks that share each batch. A rank reads only its share of the training
             batches and of the validation images.
+        strong: whether training batches have strong views, too. A strong view has a random crop and
+            a mirroring of its own, then RandAugment and Cutout (`sddlskd.data.strong`) on `device`.
+            The weak views are the same with and without it.
 
     Attributes:
         train_size: number of training images, without the held-out ones.
@@ -211,6 +234,7 @@ class StreamedData:
         irregular: str = "convert",
         rank: int = 0,
         ranks: int = 1,
+        strong: bool = False,
     ) -> None:
         train, test = splits
         if not isinstance(train, Files) or not isinstance(test, Files):
@@ -248,10 +272,11 @@ class StreamedData:
             "val": Files(val.paths[part], val.labels_N[part]),
             "test": test,
         }
-        self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks)
+        self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks, strong)
         self._workers = default_workers(ranks) if workers is None else workers
         # Decode at least two batches ahead.
-        self._ahead = max(2, math.ceil(2 * batch_size / ranks / CHUNK / max(self._workers, 1)))
+        decodings = self._plan.views("train") * batch_size / ranks
+        self._ahead = max(2, math.ceil(2 * decodings / CHUNK / max(self._workers, 1)))
         self._stream: Generator[Chunk] | None = None
         self._faults: dict[str, set[str]] = {}  # fault -> paths of the files that have it
         self._unusable: set[str] = set()  # paths of the files that are left out
@@ -280,6 +305,11 @@ class StreamedData:
                 "the number of batches of the epoch that are already done"
             )
         return self._augmented(epoch, start)
+
+    @property
+    def train_labels(self) -> Tensor:
+        """Return the class of each training image, (N,) int64 on the CPU."""
+        return self._splits["train"].labels_N
 
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
@@ -312,18 +342,30 @@ class StreamedData:
     def _augmented(self, epoch: int, start: int) -> Iterator[Batch]:
         flip_N = self._plan.drawn(epoch).flip_N
         for batch in range(start, self.steps_per_epoch):
-            x_BHWC, labels_B, index_B = self._read("train", epoch, batch)
-            if self._flip:
-                # An image that replaces another one is mirrored as that one would have been.
-                flip_B = flip_N[self._plan.ids("train", epoch, batch)]
-                x_BHWC = mirrored(x_BHWC, flip_B.to(self._device))
-            yield Batch(self._normalise(x_BHWC), labels_B, index_B, views=None)
+            views, labels_B, index_B = self._read("train", epoch, batch)
+            # An image that replaces another one is mirrored as that one would have been.
+            ids = self._plan.ids("train", epoch, batch)
+            x_BHWC = self._mirrored(views[0], flip_N[ids])
+            strong_BCHW = self._strong(views[1], epoch, ids) if len(views) == 2 else None
+            yield Batch(
+                self._normalise(x_BHWC), labels_B, index_B, None, epoch=epoch, strong=strong_BCHW
+            )
         self._count()
+
+    def _mirrored(self, x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
+        return mirrored(x_BHWC, flip_B.to(self._device)) if self._flip else x_BHWC
+
+    def _strong(self, x_BHWC: Tensor, epoch: int, ids: list[int]) -> Tensor:
+        """Return the strong views of the images with these indices, given their crops."""
+        draws = StrongDraws(*(drawn_N[ids] for drawn_N in self._plan.drawn_strong(epoch)))
+        x_BHWC = self._mirrored(x_BHWC, draws.flip_N)
+        x_BHWC = rand_augment(x_BHWC, draws.operation_NK, draws.value_NK)
+        return self._normalise(cutout(x_BHWC, draws.cut_N3))
 
     def _plain(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         shown = 0
         for batch in range(self._plan.batches[split]):
-            x_BHWC, labels_B, _ = self._read(split, 0, batch)
+            (x_BHWC,), labels_B, _ = self._read(split, 0, batch)
             if len(labels_B):
                 yield self._normalise(x_BHWC), labels_B
             shown += len(labels_B)
@@ -335,12 +377,12 @@ class StreamedData:
                 "look at the log"
             )
 
-    def _read(self, split: str, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return uint8 x_BHWC, labels_B and index_B of a batch, with bad images handled.
+    def _read(self, split: str, epoch: int, batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return uint8 x_BHWC of each view, labels_B and index_B of a batch.
 
-        The pixels and the labels are on the device, the indices on the CPU.
+        Bad images are handled. The pixels and the labels are on the device, the indices on the CPU.
         """
-        parts: list[Tensor] = []
+        parts: list[list[Tensor]] = [[] for _ in range(self._plan.views(split))]
         index: list[int] = []
         for piece in range(self._plan.pieces(split, epoch, batch)):
             try:
@@ -351,13 +393,16 @@ class StreamedData:
                 self.close()
                 raise
             if self._device.type == "cuda":
-                parts.append(pixels_BHWC.pin_memory().to(self._device, non_blocking=True))
+                pixels_BHWC = pixels_BHWC.pin_memory().to(self._device, non_blocking=True)
             else:
-                parts.append(pixels_BHWC.to(self._device, copy=True))
+                pixels_BHWC = pixels_BHWC.to(self._device, copy=True)
+            views = torch.split(pixels_BHWC, len(ids) or 1)
+            for part, view_BHWC in zip(parts, views, strict=True):
+                part.append(view_BHWC)
             index += ids
         index_B = torch.tensor(index, dtype=torch.int64)
         labels_B = self._splits[split].labels_N[index_B]
-        return torch.cat(parts), labels_B.to(self._device), index_B
+        return [torch.cat(part) for part in parts], labels_B.to(self._device), index_B
 
     def _received(self, place: Place) -> tuple[Place, list[int], Chunk]:
         """Return the place, the image indices that the workers decoded for it, and their chunk."""
@@ -376,13 +421,22 @@ class StreamedData:
         """Return the pixels and indices of a place's images, with faulty images handled.
 
         The settings `bad` and `irregular` decide: an image is kept, replaced (training) or left
-        out.
+        out. With two views, the pixels of the strong ones follow those of the weak ones.
         """
         pixels_BHWC, paths = chunk.pixels_BHWC, self._splits[place.split].paths
-        out = {f.place for f in chunk.faults if self._left_out(paths[ids[f.place]], f.why, f.bad)}
+        count = len(ids)
+        out = {
+            f.place % count
+            for f in chunk.faults
+            if self._left_out(paths[ids[f.place % count]], f.why, f.bad)
+        }
         if place.split == "train":
             for n in sorted(out):
-                pixels_BHWC[n], ids[n] = self._replacement(place, self._plan.piece(place)[n])
+                image = self._plan.piece(place)[n]
+                pixels_BHWC[n], ids[n] = self._replacement(place, image)
+                if len(pixels_BHWC) > count:
+                    job = self._plan.job(place, image, strong=True)
+                    pixels_BHWC[count + n] = decode(job, self._view)[0]
             return pixels_BHWC, ids
         kept = [n for n in range(len(ids)) if n not in out]
         return (pixels_BHWC[kept], [ids[n] for n in kept]) if out else (pixels_BHWC, ids)

@@ -1,7 +1,8 @@
 """Build data, networks, teacher and runs from a configuration."""
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,21 +26,27 @@ from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
 from sddlskd.training import teacher_files
+from sddlskd.training.devices import check_memory
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.ranks import Ranks
-from sddlskd.training.run import Objective, Optimisation, Run
+from sddlskd.training.run import Feature, Objective, Optimisation, Run
 from sddlskd.training.schedule import learning_rate
+from sddlskd.training.stand_ins import try_loss, try_optimizer
 from sddlskd.training.teacher import Teacher
-from sddlskd.training.teacher_cache import TeacherCache, cache_path
+from sddlskd.training.teacher_cache import TeacherCache, cache_path, stored_shape
 
 __all__ = [
+    "batch_size_cure",
     "build_data",
     "build_network",
     "build_run",
     "build_teacher",
+    "check_batch_size",
     "check_batches",
     "check_cache",
+    "check_images",
     "check_maps",
+    "check_objective",
     "check_same_data",
     "check_teacher",
     "check_teacher_data",
@@ -51,6 +58,7 @@ __all__ = [
     "shape_of",
     "teacher_changed",
     "teacher_path",
+    "without_weights",
 ]
 
 log = logging.getLogger(__name__)
@@ -123,7 +131,7 @@ def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
         ValueError: if the teacher was trained on other classes.
     """
     path = teacher_path(job)
-    if not job.distiller.loss or not path.exists():
+    if not job.has_teacher or not path.exists():
         return ""
     earlier = teacher_files.data_of(path)
     if not earlier:
@@ -144,6 +152,7 @@ def build_data(
     splits: Splits | None = None,
     rank: int = 0,
     ranks: int = 1,
+    strong: bool = False,
 ) -> Data:
     """Return the batches of a job's data set for one rank.
 
@@ -156,6 +165,7 @@ def build_data(
         splits: the data set, if it is loaded already.
         rank: index of this rank.
         ranks: number of ranks that share each batch.
+        strong: whether the training batches have strong views, too.
 
     Returns:
         DeviceData or StreamedData, which yield this rank's share of each batch.
@@ -166,6 +176,9 @@ def build_data(
     """
     d = job.dataset
     splits = splits or load_splits(job)
+    shape_NHWC = shape_of(job, splits)
+    check_batch_size(job, shape_NHWC[0])
+    check_images(job, shape_NHWC, device, of_files=isinstance(splits.train, Files))
     common: dict[str, Any] = dict(
         num_classes=d.num_classes,
         batch_size=job.trainer.batch_size,
@@ -178,6 +191,7 @@ def build_data(
         val_fraction=d.val_fraction,
         rank=rank,
         ranks=ranks,
+        strong=strong,
     )
     if isinstance(splits.train, Files):
         check_cache(job)
@@ -202,6 +216,69 @@ def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
     if isinstance(splits.train, Files):
         return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
     return tuple(splits.train.images_NHWC.shape)
+
+
+def check_images(
+    job: Config, shape_NHWC: tuple[int, ...], device: torch.device, *, of_files: bool
+) -> None:
+    """Raise ValueError if the device cannot hold the images, before memory is allocated for them.
+
+    Args:
+        job: the job.
+        shape_NHWC: (N, H, W, C) of the training images as the networks receive them.
+        device: device of the images.
+        of_files: whether only one batch of images is in memory at a time.
+
+    Raises:
+        ValueError: if the padded data set, or one batch of image files, does not fit.
+    """
+    N, H, W, C = shape_NHWC
+    if of_files:
+        batch = max(job.trainer.batch_size, job.trainer.eval_batch_size)
+        # One byte for a pixel as it is read, and four as the networks receive it
+        check_memory(f"dataset.size={job.dataset.size}", 5 * batch * H * W * C, device)
+    else:
+        padding = job.dataset.padding
+        padded = N * (H + 2 * padding) * (W + 2 * padding) * C
+        check_memory(f"dataset.padding={padding}", padded, device)
+
+
+def check_batch_size(job: Config, images: int) -> None:
+    """Raise ValueError if a batch of a job is larger than the training split of `images` images.
+
+    The same holds for the batches of its teacher if the teacher is trained first.
+    """
+    if teacher_job := trained_first(job):
+        check_batch_size(teacher_job, images)
+    size = job.trainer.batch_size
+    if size > images:
+        raise ValueError(
+            f"trainer.batch_size={size} is larger than the {images} images of "
+            f"dataset={job.dataset.name}; {batch_size_cure(job, f'{images} or less')}"
+        )
+
+
+def batch_size_cure(job: Config, size: str) -> str:
+    """Return an advice for messages: the setting that changes a job's batch size to `size`.
+
+    The setting is trainer.batch_size, or dataset.batch_size if the job has the batch size of its
+    data set: a teacher that is trained on demand reads only the latter.
+    """
+    if job.trainer.batch_size == job.dataset.batch_size:
+        return f"set dataset.batch_size={size}, which trainer.batch_size follows unless set"
+    return f"set trainer.batch_size={size}"
+
+
+def check_objective(job: Config, device: torch.device) -> None:
+    """Raise ValueError if the loss or the optimizer of a job cannot work as its arguments are.
+
+    `device` is the device of the networks.
+    """
+    if job.distiller.loss:
+        try_loss(
+            job.distiller.loss, job.dataset.num_classes, job.distiller.learned_temperature or None
+        )
+    try_optimizer(job.optimizer.algorithm, job.optimizer.lr, device)
 
 
 def check_workers(job: Config) -> None:
@@ -247,6 +324,14 @@ def build_network(
     )
 
 
+def without_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """Return a network's configuration without the keys that download published weights.
+
+    Use it for networks that get their weights from a file.
+    """
+    return {key: value for key, value in model.items() if key not in ("pretrained", "weights")}
+
+
 def teacher_path(job: Config) -> Path:
     """Return the path of the weight file of the job's teacher."""
     return Path(
@@ -255,13 +340,21 @@ def teacher_path(job: Config) -> Path:
     )
 
 
+def trained_first(job: Config) -> Config | None:
+    """Return the job that trains the teacher of `job` before `job`, or None if there is none."""
+    on_the_spot = job.teacher.train_if_missing and not job.teacher.checkpoint
+    if not job.has_teacher or not on_the_spot or teacher_path(job).exists():
+        return None
+    return cfg.teacher_job(job)
+
+
 def check_teacher(job: Config) -> None:
     """Check the teacher file of a job; do nothing for a job without a teacher.
 
     Raise FileNotFoundError if the file is missing and will not be trained. Raise ValueError if a
     teacher file of the home folder differs from the file that is pinned.
     """
-    if not job.distiller.loss:
+    if not job.has_teacher:
         return
     path = teacher_path(job)
     if not path.exists():
@@ -280,7 +373,7 @@ def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
     """
     earlier = result.get("teacher_sha256")
     path = teacher_path(job)
-    if not job.distiller.loss or not path.exists():
+    if not job.has_teacher or not path.exists():
         return False
     return earlier not in (None, teacher_files.file_hash(path))
 
@@ -309,7 +402,8 @@ def build_teacher(
         noted: fingerprint of the data set; None if it is unknown.
 
     Returns:
-        The teacher, with a cache if `teacher.cache` is set, and the facts for result.json:
+        The teacher, with a cache if `teacher.cache` is set and the job has no feature method, and
+        the facts for result.json:
         {"teacher_top1": percent, "teacher_sha256": hash of the teacher file}.
 
     Raises:
@@ -350,6 +444,14 @@ def build_teacher(
     facts = {"teacher_top1": top1, "teacher_sha256": sha256}
     # Only DeviceData has views that repeat, see `check_cache`.
     if not (job.teacher.cache and isinstance(data, DeviceData)):
+        return teacher, facts
+    if job.features:
+        log.info(
+            "teacher.cache=%s is not used: features=[%s] need more than it keeps, "
+            "so the teacher is asked for every batch",
+            job.teacher.cache,
+            ",".join(job.features),
+        )
         return teacher, facts
     with ranks.rank_zero_first():
         return _cached(job, teacher, data, device, sha256, data_hash), facts
@@ -414,7 +516,8 @@ def _cached(
     """
     d = job.dataset
     seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
-    map_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
+    full_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
+    map_KHW = stored_shape(full_KHW, cfg.cached_side(job))
     about = {
         "images": seen,
         "data": data_hash,
@@ -501,8 +604,9 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
         ValueError: if a rank gets a batch of one image, on which the network cannot train.
     """
     size, images = job.trainer.batch_size, data.train_size
-    most_steps = job.trainer.max_steps or data.steps_per_epoch
-    steps = min(data.steps_per_epoch, most_steps)
+    # Not those of `data`: the job of a teacher may have another batch size.
+    steps = math.ceil(images / size)
+    steps = min(steps, job.trainer.max_steps or steps)
     sizes = {min(size, images - step * size) for step in {0, steps - 1}}
     if not any(1 in _shares(batch, ranks.world_size) for batch in sizes):
         return
@@ -518,14 +622,10 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         fitting = next(n for n in range(size + 1, images + 1) if images % n != 1)
-        cure = f"set trainer.batch_size={fitting}"
-        # A teacher that is trained on the spot has the batch size of the data set.
-        if size == job.dataset.batch_size:
-            cure = f"set dataset.batch_size={fitting}, which trainer.batch_size follows unless set"
         raise ValueError(
             f"student={job.student.name} cannot train on a batch of one image "
             f"({' '.join(str(error).split())[:200]}), and the last batch of an epoch has one: "
-            f"{images} images in batches of {size}; {cure}"
+            f"{images} images in batches of {size}; {batch_size_cure(job, str(fitting))}"
         ) from error
     finally:
         with torch.no_grad():
@@ -548,6 +648,7 @@ def build_run(
     *,
     images: int,
     ranks: Ranks | None = None,
+    features: Mapping[str, Feature] | None = None,
 ) -> Run:
     """Return the run of one student with optimizer and loss, resumed from its checkpoint if any.
 
@@ -559,6 +660,7 @@ def build_run(
         steps: batches per epoch.
         images: images per epoch, over all ranks.
         ranks: the ranks that share each batch; None for this process alone.
+        features: the feature and relation methods of the job by name; None for none.
 
     Returns:
         The run.
@@ -572,18 +674,26 @@ def build_run(
             standardize=job.standardize,
             knowledge=job.distiller.knowledge,
             reduction=job.distiller.reduction,
+            pooling=job.distiller.pooling,
         )
     objective = Objective(
         distill,
         ce_weight=job.distiller.ce_weight,
         kd_weight=job.distiller.kd_weight,
         warmup_epochs=job.distiller.warmup_epochs,
+        features=features or {},
+        temperature=_learned_temperature(job, device),
     )
+    parameters = [
+        parameter
+        for parameter in (*network.parameters(), *objective.modules.parameters())
+        if parameter.requires_grad
+    ]
     return Run(
         opened,
         network,
         objective,
-        _optimisation(job, network, device),
+        _optimisation(job, parameters, device),
         device=device,
         precision=job.trainer.precision,
         compile=job.trainer.compile,
@@ -595,11 +705,21 @@ def build_run(
     )
 
 
-def _optimisation(job: Config, network: nn.Module, device: torch.device) -> Optimisation:
-    """Return how the parameters of a student's network are updated on `device`."""
+def _learned_temperature(job: Config, device: torch.device) -> nn.Module | None:
+    """Return the learnt temperature of a job's distillation loss; None for a fixed one."""
+    if not job.distiller.learned_temperature:
+        return None
+    temperature: nn.Module = instantiate(job.distiller.learned_temperature)
+    return temperature.to(device)
+
+
+def _optimisation(
+    job: Config, parameters: Sequence[nn.Parameter], device: torch.device
+) -> Optimisation:
+    """Return how the parameters of a student and of its methods are updated on `device`."""
     o = job.optimizer
     return Optimisation(
-        instantiate(o.algorithm, _partial_=True)(network.parameters(), lr=o.lr),
+        instantiate(o.algorithm, _partial_=True)(parameters, lr=o.lr),
         learning_rate=partial(
             learning_rate,
             peak=o.lr,
@@ -620,7 +740,7 @@ def leave_as_teacher(job: Config, run: Run) -> None:
     Do nothing for a distilled student, or if `trainer.max_steps` cut the epochs short. Keep an
     existing teacher file.
     """
-    if job.distiller.loss or job.trainer.max_steps is not None:
+    if job.has_teacher or job.trainer.max_steps is not None:
         return
     path = teacher_files.path_of(job.home, job.dataset.name, job.student.name)
     written = teacher_files.publish(

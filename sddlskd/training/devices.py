@@ -1,10 +1,12 @@
 """Resolve `trainer.device` and `trainer.precision` to torch devices and autocast contexts."""
 
+from pathlib import Path
+
 import torch
 
 from sddlskd.processes.cores import check_processes
 
-__all__ = ["autocast", "check_places", "describe", "pick_device"]
+__all__ = ["autocast", "check_memory", "check_places", "describe", "pick_device"]
 
 RANK_MB = 200  # memory of a process that has imported torch, in megabytes
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +80,37 @@ def check_places(name: str, places: int) -> None:
         raise ValueError(
             f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}"
         )
+
+
+def check_memory(setting: str, needed: float, device: torch.device) -> None:
+    """Raise ValueError if a device does not have the memory that a setting needs.
+
+    Args:
+        setting: key and value of the setting, for the message.
+        needed: bytes that the setting needs at least.
+        device: the device. Only the free memory of Linux and of CUDA is known.
+
+    Raises:
+        ValueError: if less memory is free.
+    """
+    free = _free_memory(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{setting} needs {needed / 1e9:.1f} GB of memory, and {device} has {free / 1e9:.1f} "
+            "GB free; lower it, or use a smaller data set or another device"
+        )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device, or None if that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    facts = Path("/proc/meminfo")
+    if device.type == "cpu" and facts.exists():
+        for line in facts.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def _device(name: str) -> torch.device:

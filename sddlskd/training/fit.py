@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch import nn
 
 from sddlskd import config as cfg
 from sddlskd import record, tracking
-from sddlskd.config import Config
+from sddlskd.config import Config, Views
 from sddlskd.data.streaming import Data
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.files import checkpoint
@@ -30,21 +30,25 @@ from sddlskd.terminal.console import log_to_terminal, run_title
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training import predictions
 from sddlskd.training.build import (
+    batch_size_cure,
     build_data,
     build_network,
     build_run,
     build_teacher,
     check_batches,
     check_maps,
+    check_objective,
     check_same_data,
     check_teacher,
     leave_as_teacher,
     load_splits,
     present_fingerprint,
     teacher_changed,
+    trained_first,
 )
 from sddlskd.training.devices import check_places, describe, pick_device
 from sddlskd.training.evaluation import evaluate
+from sddlskd.training.features import build_features, student_network
 from sddlskd.training.loop import failures_of, train
 from sddlskd.training.ranks import (
     Cause,
@@ -55,7 +59,7 @@ from sddlskd.training.ranks import (
     spawn,
     unblock_signals,
 )
-from sddlskd.training.run import Run
+from sddlskd.training.run import Feature, Run
 from sddlskd.training.stop import Stop
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
@@ -229,7 +233,7 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
     """
     frozen = [job for job in jobs if Path(job.run_dir, "config.yaml").exists()]
     # The ranks may have been training the teacher when they failed.
-    if jobs[0].distiller.loss and since < math.inf:
+    if jobs[0].has_teacher and since < math.inf:
         teacher_job = cfg.teacher_job(jobs[0])
         if Path(teacher_job.run_dir, "config.yaml").exists():
             frozen.insert(0, teacher_job)
@@ -295,6 +299,7 @@ class _Group:
     Attributes:
         jobs: the jobs.
         students: network of each job's student, in the order of `jobs`.
+        features: methods of each job by name, in the order of `jobs`.
         data: the batches of this rank.
         teacher: the shared teacher; None without distillation.
         teacher_network: network of the teacher with its BatchNorm; None without distillation.
@@ -306,6 +311,7 @@ class _Group:
 
     jobs: Sequence[Config]
     students: Sequence[nn.Module]
+    features: Sequence[Mapping[str, Feature]]
     data: Data
     teacher: Teacher | TeacherCache | None
     teacher_network: nn.Module | None
@@ -370,12 +376,14 @@ def _check_group(jobs: Sequence[Config], ranks: Ranks) -> None:
             "these jobs cannot share batches and teacher; "
             "call fit once for each value of config.sharing_key"
         )
-    batch_size = jobs[0].trainer.batch_size
-    if batch_size < 2 * ranks.world_size:
-        raise ValueError(
-            f"trainer.batch_size={batch_size} is too small for {ranks.world_size} "
-            f"processes to share; give at least {2 * ranks.world_size}, two images each"
-        )
+    least = 2 * ranks.world_size
+    for job in filter(None, (jobs[0], trained_first(jobs[0]))):
+        if ranks.world_size > 1 and job.trainer.batch_size < least:
+            raise ValueError(
+                f"trainer.batch_size={job.trainer.batch_size} is too small for "
+                f"{ranks.world_size} processes to share; give at least {least}, two images each: "
+                f"{batch_size_cure(job, str(least))}"
+            )
 
 
 def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> _Group:
@@ -395,6 +403,8 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     first = jobs[0]
     classes = first.dataset.num_classes
     device = ranks.device or pick_device(first.trainer.device)
+    for job in jobs:
+        check_objective(job, device)
     if ranks.is_rank_zero:
         tracking.check_reachable(jobs)
     # Check a given path early, so that a mistyped path fails before any data is downloaded.
@@ -403,16 +413,22 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     torch.backends.cudnn.benchmark = True
     # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
     with ranks.rank_zero_first():
-        data, noted = _load_data(first, device, ranks)
+        data, noted = _load_data(jobs, device, ranks)
         students = [build_network(job.student.model, classes, job.seed, device) for job in jobs]
     noted = ranks.broadcast(noted)
-    students = [ranks.with_shared_norm(student) for student in students]
+    plain_students = [ranks.with_shared_norm(student) for student in students]
     teacher_network = None
-    if first.distiller.loss:
+    if first.has_teacher:
         teacher_network = build_network(first.teacher.model, classes, 0, device)
+    students = _student_networks(jobs, plain_students, teacher_network, data, device)
     for job, student in zip(jobs, students, strict=True):
         check_maps(job, student, teacher_network, data, device)
         check_batches(job, student, data, ranks)
+        # Refuse a method before a missing teacher is trained.
+        _build_features(job, student, teacher_network, data, device)
+    if teacher_network is not None and (teacher_job := trained_first(first)):
+        check_batches(teacher_job, teacher_network, data, ranks)
+        teacher_network.eval()
     teacher: Teacher | TeacherCache | None = None
     facts: dict[str, Any] = {"data": noted}
     if teacher_network is not None:
@@ -421,21 +437,68 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
             first, teacher_network, data, device, train_teacher, ranks, noted
         )
         facts |= of_teacher
+        # Once more, because the teacher has its weights now.
+        students = _student_networks(jobs, plain_students, teacher_network, data, device)
+    features = [
+        _build_features(job, student, teacher_network, data, device)
+        for job, student in zip(jobs, students, strict=True)
+    ]
     if ranks.is_rank_zero and any(_is_unregistered(job) for job in jobs):
         jobs = tracking.register(jobs, sweep)
     steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
-    return _Group(jobs, students, data, teacher, teacher_network, facts, device, ranks, steps)
+    return _Group(
+        jobs, students, features, data, teacher, teacher_network, facts, device, ranks, steps
+    )
+
+
+def _student_networks(
+    jobs: Sequence[Config],
+    students: Sequence[nn.Module],
+    teacher: nn.Module | None,
+    data: Data,
+    device: torch.device,
+) -> list[nn.Module]:
+    """Return the network that each job trains as its student; see `student_network`."""
+    if teacher is None:
+        return list(students)
+    return [
+        student_network(job, student, teacher, image_CHW=data.image_shape, device=device)
+        for job, student in zip(jobs, students, strict=True)
+    ]
+
+
+def _build_features(
+    job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
+) -> dict[str, Feature]:
+    """Return the methods of a job by name; {} for a job without a teacher."""
+    if teacher is None:
+        return {}
+    return build_features(
+        job,
+        student,
+        teacher,
+        image_CHW=data.image_shape,
+        labels_N=data.train_labels,
+        device=device,
+    )
 
 
 def _load_data(
-    job: Config, device: torch.device, ranks: Ranks
+    jobs: Sequence[Config], device: torch.device, ranks: Ranks
 ) -> tuple[Data, dict[str, Any] | None]:
-    """Return the batches of a job for this rank, and on rank 0 the fingerprint of its data set."""
+    """Return the batches of a group for this rank, and on rank 0 the fingerprint of its data set.
+
+    The batches have strong views if a job asks for them.
+    """
+    job = jobs[0]
+    strong = any(job.dataset.views == Views.weak_strong for job in jobs)
     splits = load_splits(job)
     noted = None
     if ranks.is_rank_zero:
         noted = fingerprint(splits)
-    data = build_data(job, device, splits=splits, rank=ranks.rank, ranks=ranks.world_size)
+    data = build_data(
+        job, device, splits=splits, rank=ranks.rank, ranks=ranks.world_size, strong=strong
+    )
     return data, noted
 
 
@@ -481,10 +544,11 @@ def _open_runs(group: _Group) -> Iterator[_OpenRuns]:
     opened = _OpenRuns([], [], None)
     refused: list[tuple[Path, Exception]] = []
     with ExitStack() as stack:
-        for job, student in zip(group.jobs, group.students, strict=True):
+        parts = zip(group.jobs, group.students, group.features, strict=True)
+        for job, student, features in parts:
             directory = _open_directory(job, group.ranks, stack)
             try:
-                run = _build_run(job, student, directory, group)
+                run = _build_run(job, student, features, directory, group)
             except Exception as error:
                 if group.ranks.world_size > 1 or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -515,7 +579,13 @@ def _open_directory(job: Config, ranks: Ranks, stack: ExitStack) -> Record | Onl
     return opened
 
 
-def _build_run(job: Config, student: nn.Module, directory: Record | Onlooker, group: _Group) -> Run:
+def _build_run(
+    job: Config,
+    student: nn.Module,
+    features: Mapping[str, Feature],
+    directory: Record | Onlooker,
+    group: _Group,
+) -> Run:
     """Build the run of a job, or resume it with the data and teacher file of its checkpoint."""
     if group.ranks.is_rank_zero:
         check_same_data(job, group.facts["data"])
@@ -528,6 +598,7 @@ def _build_run(job: Config, student: nn.Module, directory: Record | Onlooker, gr
         group.steps,
         images=group.data.train_size,
         ranks=group.ranks,
+        features=features,
     )
 
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from sddlskd.data.device import Batch
 from sddlskd.data.streaming import Data
+from sddlskd.models import Taps
 from sddlskd.record import FAILED
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training.evaluation import evaluate
@@ -76,12 +78,12 @@ def train(
                 break
             agreed = ranks.all_reduce_max(stop_or_save)
             runs_at_step = [run for run in runs_in_epoch if run.alive and run.step == step]
-            teacher_map_BKHW = None
+            teacher_taps = None
             if teacher and runs_at_step:
-                teacher_map_BKHW = teacher(batch.images, batch.views)
+                teacher_taps = ask(teacher, batch, runs_at_step)
             for run in runs_at_step:
                 with failures_of(run, on_change):
-                    run.train_step(batch, teacher_map_BKHW)
+                    run.train_step(batch, teacher_taps)
                     if run.step % log_every == 0:
                         run.check_loss()
             # A run that did this step before it was interrupted waits for its next step: its time
@@ -121,6 +123,30 @@ def train(
         if signalled:
             stop.signal = signal.Signals(signalled)
             return
+
+
+def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> Taps:
+    """Return the teacher's taps that the losses of these runs read, and compute no others.
+
+    Args:
+        teacher: the teacher that the runs share.
+        batch: the images, in two views if a run needs two.
+        runs: the runs that train on the batch.
+
+    Returns:
+        Taps without gradients.
+    """
+    if any(run.objective.needs_taps for run in runs):
+        taps = teacher.taps(batch.images, batch.views)
+    else:
+        logit_map_BKHW = teacher(batch.images, batch.views)
+        if any(run.objective.features for run in runs):
+            logit_map_BKHW = logit_map_BKHW.clone()  # autograd may keep the copy
+        taps = Taps.of_map(logit_map_BKHW)
+    if any("strong_map" in run.objective.needs for run in runs):
+        assert batch.strong is not None
+        taps = taps._replace(strong_map=teacher(batch.strong, None).clone())
+    return taps
 
 
 @contextmanager

@@ -5,8 +5,8 @@ Shapes: B batch, C channels, H W sides, K classes, R ranks, S sums of an epoch.
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from sddlskd.data.device import Batch, seed_of
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.files import checkpoint
+from sddlskd.methods import Method, Taps
+from sddlskd.models import LogitMapModel
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
 from sddlskd.training.devices import autocast
+from sddlskd.training.dot import DOT
 from sddlskd.training.ranks import Ranks
 
-__all__ = ["NonFiniteLoss", "Objective", "Optimisation", "Progress", "Run"]
+__all__ = ["Feature", "NonFiniteLoss", "Objective", "Optimisation", "Progress", "Run"]
 
 
 CURE = "lower optimizer.lr or set optimizer.clip_norm"
-# Names of the losses that `Objective.losses` returns and that a run logs as train/<name>.
-LOSSES = ("loss", "loss_ce", "loss_kd")
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -37,7 +38,7 @@ class Progress:
     """How far a run is and what it has reached; a checkpoint holds these values by name.
 
     Attributes:
-        epoch: the current epoch, from 1.
+        epoch: the current epoch, from 1; the epochs of a first stage are 0, -1, ....
         step: number of batches of the current epoch that are done.
         seen: number of images of the current epoch that are done, over all ranks.
         best_top1: highest validation top-1 of an epoch in %; -1 before the first epoch has ended.
@@ -66,51 +67,145 @@ class Progress:
 
 
 @dataclass
+class Feature:
+    """A feature or relation method, and how much its loss counts.
+
+    Attributes:
+        method: the method.
+        weight: weight of its loss.
+        warmup_epochs: number of epochs over which the weight rises linearly from 0.
+    """
+
+    method: Method
+    weight: float
+    warmup_epochs: int
+
+
+@dataclass
 class Objective:
     """The loss that a student is trained with.
 
-    The loss is ce_weight * cross-entropy + kd_weight * warm-up * distillation loss. The warm-up
-    factor rises linearly to 1 over the first `warmup_epochs` epochs.
+    The loss is ce_weight * cross-entropy + kd_weight * warm-up * distillation loss, plus
+    weight * warm-up * loss of each method. A warm-up factor rises linearly to 1 over the first
+    `warmup_epochs` epochs. In the epochs of a first stage, which are numbered 0, -1, ..., the loss
+    is that of the methods' first stage alone, without weights.
 
     Attributes:
-        distill: the distillation loss of two logit maps; None for a student without a teacher.
+        distill: the distillation loss of two logit maps; None without such a loss.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the distillation loss.
-        warmup_epochs: number of epochs of the warm-up.
+        warmup_epochs: number of epochs of the warm-up of the distillation loss.
+        features: the feature and relation methods by name.
+        temperature: function from the epoch to a learnt temperature of the distillation loss; None
+            for the loss's own temperature.
     """
 
     distill: ScaleDecoupled | None
     ce_weight: float
     kd_weight: float
     warmup_epochs: int
+    features: Mapping[str, Feature] = field(default_factory=dict)
+    temperature: nn.Module | None = None
 
-    def losses(
-        self,
-        student_map_BKHW: Tensor,
-        teacher_map_BKHW: Tensor | None,
-        target_B: Tensor,
-        epoch: int,
-    ) -> dict[str, Tensor]:
-        """Return the losses of a batch by the names in `LOSSES`.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the losses and of a learnt temperature, logged as train/<name>."""
+        learnt = ["temperature"] if self.temperature is not None else []
+        return ("loss", "loss_ce", "loss_kd", *(f"loss_{name}" for name in self.features), *learnt)
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """Return what has parameters or buffers: the methods and the learnt temperature."""
+        modules: dict[str, nn.Module] = {
+            name: feature.method for name, feature in self.features.items()
+        }
+        if self.temperature is not None:
+            modules["temperature"] = self.temperature
+        return nn.ModuleDict(modules)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the methods read beside the logit maps, see `Method.needs`."""
+        return frozenset().union(*(feature.method.needs for feature in self.features.values()))
+
+    @property
+    def needs_taps(self) -> bool:
+        """Return whether a method reads maps other than the logit maps."""
+        return bool(self.needs - {"strong_map"})
+
+    @property
+    def first_epoch(self) -> int:
+        """Return the number of the first epoch: 1, or less if a method has a first stage."""
+        stages = [feature.method.first_stage_epochs for feature in self.features.values()]
+        return 1 - max(stages, default=0)
+
+    def weights(self, epoch: int) -> dict[str, float]:
+        """Return the weight of each loss in an epoch; losses that do not count are left out.
+
+        In a first stage all weights are 1: the weight of a method is for the sum with other losses.
+        """
+        weights = {f"loss_{name}": feature.weight for name, feature in self.features.items()}
+        if epoch < 1:
+            return dict.fromkeys(weights, 1.0)
+        for name, feature in self.features.items():
+            weights[f"loss_{name}"] *= min(epoch / feature.warmup_epochs, 1.0)
+        kd_weight = self.kd_weight * min(epoch / self.warmup_epochs, 1.0)
+        return {"loss_ce": self.ce_weight, "loss_kd": kd_weight, **weights}
+
+    def losses(self, student: Taps, teacher: Taps | None, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of a batch by their `names`.
 
         Args:
-            student_map_BKHW: logit map of the student.
-            teacher_map_BKHW: logit map of the teacher; None for a student without a teacher.
-            target_B: class ids, int64.
-            epoch: number of the epoch, from 1, which determines the warm-up.
+            student: taps of the student; without methods, only the logit map is read.
+            teacher: taps of the teacher; None for a student without a teacher.
+            batch: the labels, and the number of the epoch, which determines the warm-up.
 
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
-            "loss_ce" and "loss_kd" (0 without a teacher).
+            "loss_ce", "loss_kd" (0 without a distillation loss) and one loss for each method; and
+            "temperature" if it is learnt.
         """
-        loss_ce = F.cross_entropy(student_map_BKHW.float().mean((2, 3)), target_B)
-        loss_kd = torch.zeros_like(loss_ce)
-        loss = self.ce_weight * loss_ce
-        if self.distill is not None and teacher_map_BKHW is not None:
-            loss_kd = self.distill(student_map_BKHW, teacher_map_BKHW, target_B)
-            warmup = min(epoch / self.warmup_epochs, 1.0)
-            loss = loss + self.kd_weight * warmup * loss_kd
-        return {"loss": loss, "loss_ce": loss_ce, "loss_kd": loss_kd}
+        loss_ce = F.cross_entropy(_logits(student.logit_map), batch.labels)
+        values = {"loss_ce": loss_ce}
+        extra = {}
+        if teacher is not None:
+            if self.distill is not None and batch.epoch > 0:
+                options = {}
+                if self.temperature is not None:
+                    options["temperature"] = extra["temperature"] = self.temperature(batch.epoch)
+                maps = student.logit_map, teacher.logit_map
+                values["loss_kd"] = self.distill(*maps, batch.labels, **options)
+            values |= self._of_methods(student, teacher, batch)
+        weights = self.weights(batch.epoch)
+        counted = [weights[name] * value for name, value in values.items() if name in weights]
+        loss = sum(counted[1:], counted[0])
+        absent = dict.fromkeys(self.names, torch.zeros_like(loss_ce))
+        return absent | {"loss": loss} | values | extra
+
+    def parts(self, losses: Mapping[str, Tensor], epoch: int) -> list[Tensor]:
+        """Return the weighted sum of all losses but the cross-entropy, and the latter, weighted.
+
+        Args:
+            losses: the losses by name, as `losses` returns them.
+            epoch: number of the epoch, which determines the weights.
+        """
+        weights = self.weights(epoch)
+        task = weights.pop("loss_ce", 0.0) * losses["loss_ce"]
+        others = [weight * losses[name] for name, weight in weights.items()]
+        return [sum(others[1:], others[0]), task]
+
+    def _of_methods(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss of each method, computed in float32 (float64 stays) outside autocast."""
+        values = {}
+        with torch.autocast(student.logit_map.device.type, enabled=False):
+            student, teacher = student.wide(), teacher.wide()
+            for name, feature in self.features.items():
+                method = feature.method
+                if batch.epoch > 0:
+                    values[f"loss_{name}"] = method(student, teacher, batch)
+                elif batch.epoch > -method.first_stage_epochs:
+                    values[f"loss_{name}"] = method.first_stage(student, teacher, batch)
+        return values
 
 
 @dataclass
@@ -130,14 +225,28 @@ class Optimisation:
     clip_norm: float | None
     scaler: torch.amp.GradScaler
 
-    def step(self, loss: Tensor, epochs_done: float) -> None:
-        """Update the parameters by one step against the gradient of `loss`.
+    @property
+    def in_parts(self) -> bool:
+        """Return whether the optimizer takes the distillation losses and the task loss apart."""
+        return isinstance(self.optimizer, DOT)
 
-        `epochs_done` is the number of epochs done so far, with fractions.
+    def step(self, losses: Sequence[Tensor], epochs_done: float) -> None:
+        """Update the parameters by one step against the gradient of the losses.
+
+        Args:
+            losses: the loss; for an optimizer that takes it `in_parts`, the distillation losses and
+                the task loss.
+            epochs_done: number of epochs done so far, with fractions.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(epochs_done)
         self.optimizer.zero_grad(set_to_none=True)
+        *distillation, loss = losses
+        if isinstance(self.optimizer, DOT):
+            for part in distillation:
+                if part.requires_grad:  # not for a student alone
+                    part.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            self.optimizer.keep_distillation()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -208,9 +317,9 @@ class Run:
         self.images = images
         self.batch_size = batch_size
         self.ranks = ranks
-        self.progress = Progress()
+        self.progress = Progress(epoch=objective.first_epoch)
         # Sums over this epoch's images on this rank: the losses and the correct answers.
-        self.sums = torch.zeros(len(LOSSES) + 1, device=device)
+        self.sums = torch.zeros(len(objective.names) + 1, device=device)
         # Step and value of the first non-finite loss; the step is -1 if there is none.
         self.first_bad = torch.full((2,), -1.0, device=device)
         self.state = RUNNING
@@ -221,6 +330,10 @@ class Run:
         self._resume()
         shared = ranks.wrap(model)
         self.forward = torch.compile(shared) if compile else shared
+        self._taps: Callable[[Tensor], Taps] | None = None
+        if objective.needs_taps:
+            assert isinstance(model, LogitMapModel)  # as the methods have checked
+            self._taps = torch.compile(model.taps) if compile else model.taps
 
     @property
     def epoch(self) -> int:
@@ -248,7 +361,7 @@ class Run:
         self.crowded = crowded
         self.report(RUNNING)
 
-    def train_step(self, batch: Batch, teacher_map_BKHW: Tensor | None) -> None:
+    def train_step(self, batch: Batch, teacher: Taps | None) -> None:
         """Train the student for one step on one batch.
 
         The method does not read any value back to the host, so it does not wait for the device.
@@ -256,7 +369,7 @@ class Run:
 
         Args:
             batch: this rank's share of the batch.
-            teacher_map_BKHW: logit map of the teacher; None for a student without a teacher.
+            teacher: taps of the teacher; None for a student without a teacher.
         """
         own = len(batch.labels)
         whole = self._images_of_step(own)
@@ -264,24 +377,36 @@ class Run:
         # Seed each step, so that a run draws the same numbers alone, in a group and after a resume.
         torch.manual_seed(self._seed_of_step())
         with autocast(self.device, self.precision):
-            student_map_BKHW = self.forward(batch.images)
-        losses = self.objective.losses(student_map_BKHW, teacher_map_BKHW, batch.labels, self.epoch)
+            student = self._see(batch)
+        losses = self.objective.losses(student, teacher, batch)
         loss = losses["loss"]
+        parts = [loss]
+        if self.optimisation.in_parts:
+            parts = self.objective.parts(losses, self.epoch)
         # The gradients are averaged over the ranks. Weighting each rank's loss by its share of the
         # images makes that average the gradient of the whole batch.
         share = count * self.ranks.world_size / whole
-        self.optimisation.step(loss * share, self.epoch - 1 + self.step / self.steps)
+        epochs_done = self.epoch - 1 + self.step / self.steps
+        self.optimisation.step([part * share for part in parts], epochs_done)
 
         with torch.no_grad():
-            class_B = student_map_BKHW.float().mean((2, 3)).argmax(1)
+            class_B = _logits(student.logit_map).argmax(1)
             right = (class_B == batch.labels).sum() * (count / own)
-            counted = [value * count for value in losses.values()]
+            counted = [losses[name] * count for name in self.objective.names]
             self.sums += torch.stack([*counted, right.to(loss.dtype)])
             is_first = ~torch.isfinite(loss) & (self.first_bad[0] < 0)
             found = torch.stack((loss.new_full((), self.step + 1.0), loss))
             self.first_bad = torch.where(is_first, found, self.first_bad)
         self.progress.step += 1
         self.progress.seen += whole
+
+    def _see(self, batch: Batch) -> Taps:
+        """Return what the losses read of the student."""
+        taps = self._taps(batch.images) if self._taps else Taps.of_map(self.forward(batch.images))
+        if "strong_map" in self.objective.needs:
+            # A forward pass of its own: BatchNorm does not mix the two views.
+            taps = taps._replace(strong_map=self.forward(batch.strong))
+        return taps
 
     def _images_of_step(self, own: int) -> int:
         """Return the images of the current step over all ranks; `own` of them are this rank's."""
@@ -332,10 +457,13 @@ class Run:
         self.val_top1 = val["top1"]
         progress.seconds += row["time/epoch_s"]
         progress.last_top1 = val["top1"]
-        if val["top1"] > progress.best_top1:
+        # The best weights are those of an epoch after the first stage.
+        if progress.epoch > 0 and val["top1"] > progress.best_top1:
             progress.best_top1 = val["top1"]
             progress.best_epoch = progress.epoch
             self._save_best()
+        if progress.epoch == 0:
+            self.optimisation.optimizer.state.clear()  # no momentum of the first stage's loss
         progress.epoch += 1
         progress.step = 0
         progress.seen = 0
@@ -351,7 +479,10 @@ class Run:
         return {
             "epoch": self.epoch,
             "time": time.time(),
-            **{f"train/{name}": value for name, value in zip(LOSSES, losses, strict=True)},
+            **{
+                f"train/{name}": value
+                for name, value in zip(self.objective.names, losses, strict=True)
+            },
             "train/top1": 100 * right,
             **{f"val/{name}": value for name, value in val.items()},
             "lr": self.optimisation.optimizer.param_groups[0]["lr"],
@@ -382,6 +513,7 @@ class Run:
         state = {
             "progress": asdict(replace(self.progress, spent=self.progress.spent + seconds)),
             "model": self.model.state_dict(),
+            "methods": self.objective.modules.state_dict(),
             "optimizer": self.optimisation.optimizer.state_dict(),
             "scaler": self.optimisation.scaler.state_dict(),
             "sums": sums_RS.squeeze(0),
@@ -396,6 +528,8 @@ class Run:
             return
         self.progress = Progress.saved_in(state)
         self.model.load_state_dict(state["model"])
+        # Older checkpoints have no methods.
+        self.objective.modules.load_state_dict(state.get("methods", {}))
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
         self.optimisation.scaler.load_state_dict(state["scaler"])
         sums_RS = state["sums"].view(-1, len(self.sums))
@@ -425,7 +559,13 @@ class Run:
             best_top1=progress.best_top1 if has_scores else None,
             best_epoch=progress.best_epoch if has_scores else None,
             last_top1=progress.last_top1 if has_scores else None,
-            epochs=progress.epoch - 1,
+            epochs=max(progress.epoch - 1, 0),
             seconds=round(progress.seconds, 3),
             **self.info,
         )
+
+
+def _logits(logit_map_BKHW: Tensor) -> Tensor:
+    """Return the logits B K of a logit map in float32; float64 stays float64."""
+    dtype = torch.promote_types(logit_map_BKHW.dtype, torch.float32)
+    return logit_map_BKHW.to(dtype).mean((2, 3))

@@ -19,7 +19,7 @@ def learning_rate(
     decay: float,
     warmup_epochs: float,
 ) -> float:
-    """Return the learning rate after `progress` epochs.
+    """Return the learning rate after `progress` epochs; `peak` in the epochs of a first stage.
 
     The schedules are:
 
@@ -30,7 +30,8 @@ def learning_rate(
     During the warm-up the learning rate rises linearly and reaches the schedule's value at its end.
 
     Args:
-        progress: epochs done so far: 0 at the start, fractional inside an epoch.
+        progress: epochs done so far: 0 at the start, fractional inside an epoch; negative in a
+            first stage of training.
         peak: highest learning rate of the schedule.
         epochs: length of the training in epochs.
         schedule: "step", "cosine" or "constant".
@@ -45,6 +46,8 @@ def learning_rate(
     Raises:
         ValueError: if `schedule` is none of the three names.
     """
+    if progress < 0:
+        return peak
     if schedule == "step":
         value = peak * decay ** sum(progress >= round(part * epochs) for part in milestones)
     elif schedule == "cosine":

@@ -243,7 +243,10 @@ def pin_key(dataset: str, network: str) -> str:
 
 
 def pinned(home: str) -> dict[str, dict[str, str]]:
-    """Return all pins of a home by key. Raise ValueError if the lock file is damaged."""
+    """Return the pins in the lock file of a home: {<dataset>/<network>: {"sha256", "source"}}.
+
+    Raise ValueError if the lock file is damaged.
+    """
     path = lock_path(home)
     if not path.exists():
         return {}

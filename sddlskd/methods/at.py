@@ -1,0 +1,46 @@
+"""Attention transfer (AT).
+
+Source: Zagoruyko and Komodakis 2017 (arXiv:1612.03928), Eq. 2, as mdistiller computes it.
+
+Shapes: B batch, C channels, H W sides of a map, A = H * W.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sddlskd.data.device import Batch
+from sddlskd.methods.base import Method, at_smaller_side, pairs
+from sddlskd.models import Taps
+
+__all__ = ["AT"]
+
+
+class AT(Method):
+    """The distance between the attention maps of the stages: where each network is active.
+
+    An attention map is the mean over channels of x^p, normalised per image. The loss of a stage is
+    the mean squared difference over images and cells, and the stages are summed.
+
+    Args:
+        student: Taps of the student for any batch.
+        teacher: Taps of the teacher for any batch.
+        p: The power. An odd power keeps the sign of x, as in mdistiller; the paper has |x|^p.
+    """
+
+    needs = frozenset({"stages"})
+
+    def __init__(self, student: Taps, teacher: Taps, *, p: int = 2) -> None:
+        super().__init__(student, teacher)
+        self.p = p
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the sum over stages of the mean squared difference of the attention maps."""
+        losses = []
+        for maps in pairs(student, teacher):
+            own_BA, other_BA = map(self._attention, at_smaller_side(*maps))
+            losses.append((own_BA - other_BA).square().mean())
+        return sum(losses[1:], losses[0])
+
+    def _attention(self, map_BCHW: Tensor) -> Tensor:
+        attention_BA = map_BCHW.pow(self.p).mean(1).flatten(1)
+        return F.normalize(attention_BA, dim=1)

@@ -1,0 +1,54 @@
+"""Class attention transfer (CAT-KD).
+
+Source: Guo et al. 2023 (arXiv:2304.12777), as the authors' code computes it.
+
+Shapes: B batch, K classes, H W sides of a logit map.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sddlskd.data.device import Batch
+from sddlskd.methods.base import Method
+from sddlskd.models import Taps
+
+__all__ = ["CATKD"]
+
+
+class CATKD(Method):
+    """The distance between the class activation maps, which are the logit maps.
+
+    Args:
+        student: Taps of the student for any batch.
+        teacher: Taps of the teacher for any batch.
+        resolution: The side that the maps are average-pooled to.
+        normalize: Whether each pooled map of one class and image has length 1, as in the paper.
+        binarize: Whether the teacher's map is replaced by 1 if a cell is above the mean absolute
+            value of its class's map, else by 0.
+    """
+
+    def __init__(
+        self,
+        student: Taps,
+        teacher: Taps,
+        *,
+        resolution: int = 2,
+        normalize: bool = True,
+        binarize: bool = False,
+    ) -> None:
+        super().__init__(student, teacher)
+        self.resolution, self.normalize, self.binarize = resolution, normalize, binarize
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the mean squared difference of the pooled maps."""
+        target_BKHW = teacher.logit_map
+        if self.binarize:
+            mean_BK11 = target_BKHW.abs().mean((2, 3), keepdim=True)
+            target_BKHW = (target_BKHW > mean_BK11).to(target_BKHW.dtype)
+        return F.mse_loss(self._pooled(student.logit_map), self._pooled(target_BKHW))
+
+    def _pooled(self, map_BKHW: Tensor) -> Tensor:
+        pooled_BKHW = F.adaptive_avg_pool2d(map_BKHW, self.resolution)
+        if self.normalize:
+            pooled_BKHW = F.normalize(pooled_BKHW, dim=(2, 3))  # type: ignore[arg-type]
+        return pooled_BKHW

@@ -1,0 +1,58 @@
+"""Curriculum temperature (CTKD): a temperature that is learnt against the student.
+
+Source: Li et al. 2023 (arXiv:2211.16231), the global temperature, as the authors' code computes it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LearnedTemperature"]
+
+
+class LearnedTemperature(nn.Module):
+    """A temperature in (start, start + span) that is trained to increase the distillation loss.
+
+    The temperature is start + span * sigmoid(theta), with theta = 1 at the beginning. The gradient
+    of theta is multiplied by -(1 - cos(pi * min(epoch, ramp_epochs) / ramp_epochs)) / 2, which
+    falls from about 0 in the first epoch to -1: the optimizer then climbs the loss. Optimizer and
+    weight decay are those of the student.
+
+    Args:
+        start: The lowest temperature (the authors' t_start).
+        span: The distance from the lowest to the highest temperature (the authors' t_end).
+        ramp_epochs: The number of epochs until the gradient is fully reversed.
+
+    Raises:
+        ValueError: If an argument is not greater than 0.
+    """
+
+    def __init__(self, *, start: float = 1.0, span: float = 20.0, ramp_epochs: int = 10) -> None:
+        super().__init__()
+        for name, value in (("start", start), ("span", span), ("ramp_epochs", ramp_epochs)):
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be greater than 0")
+        self.start, self.span, self.ramp_epochs = start, span, ramp_epochs
+        self.global_T = nn.Parameter(torch.ones(1))  # theta, named as in the authors' code
+
+    def forward(self, epoch: int) -> Tensor:
+        """Return the temperature, a scalar, whose gradient is reversed; `epoch` counts from 1."""
+        done = min(epoch, self.ramp_epochs) / self.ramp_epochs
+        factor = -(1 - math.cos(math.pi * done)) / 2
+        theta: Tensor = _ScaledGradient.apply(self.global_T, factor)
+        return (self.start + self.span * torch.sigmoid(theta))[0]
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * gradient, None

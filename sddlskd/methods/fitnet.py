@@ -1,0 +1,47 @@
+"""Hints (FitNet).
+
+Source: Romero et al. 2015 (arXiv:1412.6550), Eq. 3, as mdistiller computes it.
+
+Shapes: B batch, C channels, H W sides of a map.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd.data.device import Batch
+from sddlskd.methods.base import Method, conv_between
+from sddlskd.models import Taps
+
+__all__ = ["FitNet"]
+
+
+class FitNet(Method):
+    """The mean squared error of a regression from a map of the student to one of the teacher.
+
+    The regressor is convolution, BatchNorm and ReLU.
+
+    Args:
+        student: Taps of the student for any batch.
+        teacher: Taps of the teacher for any batch.
+        hint_layer: Number of the stage that gives the hint in both networks; 0 is the stem.
+
+    Raises:
+        ValueError: If a network has no such stage, or if no convolution leads from the sides of the
+            student's map to those of the teacher's.
+    """
+
+    needs = frozenset({"stages"})
+
+    def __init__(self, student: Taps, teacher: Taps, *, hint_layer: int = 2) -> None:
+        super().__init__(student, teacher)
+        stages = min(len(student.stages), len(teacher.stages))
+        if hint_layer not in range(stages):
+            raise ValueError(f"hint_layer={hint_layer} must be in 0..{stages - 1}")
+        self.hint_layer = hint_layer
+        self.conv = conv_between(student.stages[hint_layer], teacher.stages[hint_layer])
+        self.bn = nn.BatchNorm2d(teacher.stages[hint_layer].shape[1])
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the mean squared error of the teacher's map, predicted from the student's."""
+        predicted_BCHW = F.relu(self.bn(self.conv(student.stages[self.hint_layer])))
+        return F.mse_loss(predicted_BCHW, teacher.stages[self.hint_layer])

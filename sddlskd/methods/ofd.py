@@ -1,0 +1,134 @@
+"""Overhaul of feature distillation (OFD).
+
+Source: Heo et al. 2019 (arXiv:1904.01866), as mdistiller computes it.
+
+Shapes: B batch, C channels, H W sides of a map.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd.data.device import Batch
+from sddlskd.methods.base import Method, check_alignment, check_flags, from_end
+from sddlskd.models import LogitMapModel, Taps
+
+__all__ = ["OFD", "margins"]
+
+MOST_KERNEL = 31  # largest side of the connectors' kernel
+
+
+class OFD(Method):
+    """The distance of pre-activations, without what the ReLU behind them would remove anyway.
+
+    A convolution and a BatchNorm lead from the student's map to the teacher's channels. The goal of
+    an entry is the teacher's value, but at least the margin of its channel, which is the mean of
+    the channel's negative values. A negative goal counts only if the student is above it. The loss
+    of a stage is the sum of the squared distances per image. The last stage has weight 1, and each
+    earlier stage half the weight of the next one.
+
+    Args:
+        student: Taps of the student for any batch.
+        teacher: Taps of the teacher for any batch.
+        teacher_network: The teacher, whose BatchNorms in front of the ReLUs give the margins.
+        alignment: Which stages are paired: always the last with the last. "strict": refuse a
+            teacher that has more stages than the student, as the released code cannot serve it.
+            "from_end": leave out the finest maps of such a teacher.
+        stages_for_preacts: Whether to read the stages of a student that has no pre-activations, as
+            mobilev2, whose stages end without a ReLU.
+        kernel: The side of the convolution's kernel, an odd number.
+
+    Raises:
+        ValueError: If the alignment is unknown or cannot serve the pair, if a network lacks what
+            the method reads, or if `kernel` is not odd.
+    """
+
+    needs = frozenset({"preacts"})
+    facts = frozenset({"teacher_network"})
+
+    def __init__(
+        self,
+        student: Taps,
+        teacher: Taps,
+        *,
+        teacher_network: nn.Module,
+        alignment: str = "strict",
+        stages_for_preacts: bool = False,
+        kernel: int = 1,
+    ) -> None:
+        student = student._replace(preacts=_preacts(student, stages_for_preacts))
+        super().__init__(student, teacher)
+        self.stages_for_preacts = stages_for_preacts
+        check_alignment(alignment)
+        check_flags(stages_for_preacts=stages_for_preacts)
+        if kernel not in range(1, MOST_KERNEL + 1, 2):
+            raise ValueError(f"kernel={kernel} must be an odd number in 1..{MOST_KERNEL}")
+        own, other = len(student.preacts) - 1, len(teacher.preacts) - 1
+        if alignment == "strict" and other > own:
+            raise ValueError(
+                f"the teacher has {other} stages after the stem and the student {own}; set "
+                "alignment=from_end to leave out the teacher's finest maps"
+            )
+        norms: tuple[nn.BatchNorm2d, ...] = ()
+        if isinstance(teacher_network, LogitMapModel):
+            norms = teacher_network.norms_before_relu()
+        if len(norms) != other:
+            raise ValueError(
+                f"the teacher names {len(norms)} BatchNorms for its {other} stages, and OFD needs "
+                "one for each; choose another teacher, such as a resnet, wrn or vgg"
+            )
+        maps = self._pairs(student, teacher)
+        self.connectors = nn.ModuleList(_connector(a.shape[1], b.shape[1], kernel) for a, b in maps)
+        for i, norm in enumerate(norms[other - len(maps) :]):
+            # The margins follow from the teacher, so checkpoints need not hold them.
+            self.register_buffer(f"margin_{i}", margins(norm), persistent=False)
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the weighted sum over stages of the distance per image."""
+        loss = student.logit_map.new_zeros(())
+        parts = zip(self._pairs(student, teacher), self.connectors, strict=True)
+        for i, ((own_BCHW, other_BCHW), connector) in enumerate(parts):
+            own_BCHW = connector(own_BCHW)
+            other_BCHW = F.adaptive_avg_pool2d(other_BCHW, own_BCHW.shape[2:])
+            margin_C11 = self.get_buffer(f"margin_{i}")[:, None, None]
+            goal_BCHW = torch.maximum(other_BCHW, margin_C11.to(other_BCHW.dtype))
+            counts_BCHW = (goal_BCHW > 0) | (own_BCHW > goal_BCHW)
+            distance_BCHW = (own_BCHW - goal_BCHW).square() * counts_BCHW
+            loss = loss / 2 + distance_BCHW.sum() / len(own_BCHW)
+        return loss
+
+    def _pairs(self, student: Taps, teacher: Taps) -> list[tuple[Tensor, Tensor]]:
+        own = _preacts(student, self.stages_for_preacts)
+        return from_end(own[1:], teacher.preacts[1:])
+
+
+def _preacts(student: Taps, stages_for_preacts: bool) -> tuple[Tensor, ...]:
+    if stages_for_preacts and not student.preacts:
+        return student.stages
+    return student.preacts
+
+
+def _connector(own: int, other: int, kernel: int) -> nn.Sequential:
+    """Return a convolution and a BatchNorm from the student's channels to the teacher's."""
+    conv = nn.Conv2d(own, other, kernel, padding=kernel // 2, bias=False)
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel**2 * other)))
+    return nn.Sequential(conv, nn.BatchNorm2d(other))
+
+
+@torch.no_grad()
+def margins(norm: nn.BatchNorm2d) -> Tensor:
+    """Return the margin of each channel, the mean of the negative values of a BatchNorm's output.
+
+    The output of a channel is taken as normal with mean `bias` and standard deviation |weight|. If
+    less than a thousandth of it is negative, the margin is -3 standard deviations.
+    """
+    mean_C = norm.bias.double()
+    # A standard deviation of zero would divide zero by zero.
+    std_C = norm.weight.double().abs().clamp(min=1e-30)
+    ratio_C = mean_C / std_C
+    negative_C = torch.special.ndtr(-ratio_C)
+    density_C = (-ratio_C.square() / 2).exp() / math.sqrt(2 * math.pi)
+    margin_C = torch.where(negative_C > 0.001, mean_C - std_C * density_C / negative_C, -3 * std_C)
+    return margin_C.float()

@@ -1,0 +1,135 @@
+"""Distillation with the teacher's classifier (SimKD).
+
+Source: Chen et al. 2022 (arXiv:2203.14001), as the authors' code computes it.
+
+Shapes: B batch, C channels, H W sides of a map, K classes.
+"""
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd.data.device import Batch
+from sddlskd.methods.base import Method, at_smaller_side
+from sddlskd.models import LogitMapModel, Taps
+
+__all__ = ["SimKD", "WithTeacherHead"]
+
+
+class WithTeacherHead(LogitMapModel):
+    """A student whose last stage is projected to the teacher's channels for the teacher's head.
+
+    The head is a copy of the teacher's and is not trained. The student's own head, and layers
+    between its last stage and that head, are not used.
+
+    Args:
+        student: The student.
+        head: The teacher's head.
+        channels: Channels of the student's last stage.
+        factor: The projector's middle layers have 1 / `factor` of the teacher's channels.
+    """
+
+    def __init__(
+        self, student: LogitMapModel, head: nn.Linear, *, channels: int, factor: int
+    ) -> None:
+        super().__init__()
+        target = head.in_features
+        middle = target // factor
+        self.student = student
+        self.transfer = nn.Sequential(
+            nn.Conv2d(channels, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, target, 1, bias=False),
+            nn.BatchNorm2d(target),
+            nn.ReLU(inplace=True),
+        )
+        self.teacher_head = copy.deepcopy(head).requires_grad_(False)
+
+    @property
+    def head(self) -> nn.Linear:
+        """Return the copy of the teacher's head."""
+        return self.teacher_head
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the projected map, which has the channels of the teacher's last map."""
+        return self._projected(self.student.taps(x_BCHW))
+
+    def taps(self, x_BCHW: Tensor) -> Taps:
+        """Return the student's stages, and the logit map that the teacher's head makes of them."""
+        shown = self.student.taps(x_BCHW)
+        return self._taps(shown.stages, shown.preacts, self._projected(shown))
+
+    def _projected(self, shown: Taps) -> Tensor:
+        projected_BCHW: Tensor = self.transfer(_last_stage(shown))
+        return projected_BCHW
+
+
+class SimKD(Method):
+    """The distance between the map that the teacher's head reads and the student's projected map.
+
+    The student is trained, evaluated and exported with a projector and the teacher's head, see
+    `WithTeacherHead`.
+
+    Args:
+        student: Taps of the student with the teacher's head, for any batch.
+        teacher: Taps of the teacher for any batch.
+        factor: The projector's middle layers have 1 / `factor` of the teacher's channels.
+    """
+
+    needs = frozenset({"last"})
+
+    def __init__(self, student: Taps, teacher: Taps, *, factor: int = 2) -> None:
+        super().__init__(student, teacher)
+        self.factor = factor
+
+    @classmethod
+    def student_network(  # type: ignore[override]
+        cls, student: nn.Module, teacher: nn.Module, shown: Taps, *, factor: int = 2
+    ) -> nn.Module:
+        """Return the student with a projector and a copy of the teacher's head.
+
+        Args:
+            student: The student.
+            teacher: The teacher.
+            shown: Taps of the student for any batch.
+            factor: See the class.
+
+        Raises:
+            ValueError: If a network has no linear head, or if the factor does not fit.
+        """
+        for who, network in (("student", student), ("teacher", teacher)):
+            if not isinstance(network, LogitMapModel):
+                raise ValueError(
+                    f"the {who}, a {type(network).__name__}, is no network with a linear head "
+                    "(a sddlskd.models.LogitMapModel), which SimKD needs"
+                )
+        assert isinstance(student, LogitMapModel)
+        assert isinstance(teacher, LogitMapModel)
+        channels = teacher.head.in_features
+        if not 1 <= factor <= channels:
+            raise ValueError(
+                f"factor={factor} does not fit the teacher's {channels} channels; "
+                f"give 1..{channels}, the paper has 2"
+            )
+        return WithTeacherHead(
+            student, teacher.head, channels=_last_stage(shown).shape[1], factor=factor
+        )
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the mean squared difference of the two maps, at the smaller side."""
+        assert student.last is not None  # as the constructor has checked
+        assert teacher.last is not None
+        return F.mse_loss(*at_smaller_side(student.last, teacher.last))
+
+
+def _last_stage(shown: Taps) -> Tensor:
+    """Return the map of the last stage, or the head's input for a network without stages."""
+    if shown.stages:
+        return shown.stages[-1]
+    assert shown.last is not None  # a LogitMapModel always shows it
+    return shown.last

@@ -1,0 +1,110 @@
+"""Variational information distillation (VID).
+
+Source: Ahn et al. 2019 (arXiv:1904.05835), Eq. 5 and 6, as RepDistiller computes it.
+
+Shapes: B batch, C channels, H W sides of a map.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sddlskd.data.device import Batch
+from sddlskd.methods.base import (
+    Method,
+    at_smaller_side,
+    check_alignment,
+    check_flags,
+    from_end,
+    pairs,
+)
+from sddlskd.models import Taps
+
+__all__ = ["VID"]
+
+
+class VID(Method):
+    """The negative log-likelihood of the teacher's maps under a Gaussian that the student predicts.
+
+    A regressor of three 1x1 convolutions predicts the mean from the student's map. Each channel has
+    one variance. The loss of a stage is the mean over images, channels and cells, without the
+    constant log(2 pi) / 2, and the stages are summed.
+
+    Args:
+        student: Taps of the student for any batch.
+        teacher: Taps of the teacher for any batch.
+        alignment: Which stages are paired. "strict": the first with the first, as in the released
+            code, which cannot serve a student that has more stages than its teacher. "from_end":
+            the last with the last, without the finest maps of the network that has more stages.
+        train_variance: Whether the variances are trained, as in the paper and in RepDistiller. In
+            mdistiller they keep their first value.
+        variance: The first value of the variances.
+        eps: The smallest variance.
+
+    Raises:
+        ValueError: If the alignment is unknown or cannot serve the pair, or if not
+            0 < `eps` < `variance`.
+    """
+
+    needs = frozenset({"stages"})
+
+    def __init__(
+        self,
+        student: Taps,
+        teacher: Taps,
+        *,
+        alignment: str = "strict",
+        train_variance: bool = True,
+        variance: float = 5.0,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__(student, teacher)
+        check_alignment(alignment)
+        check_flags(train_variance=train_variance)
+        if not 0 < eps < variance:
+            raise ValueError(f"eps={eps} must be greater than 0 and less than variance={variance}")
+        own, other = len(student.stages) - 1, len(teacher.stages) - 1
+        if alignment == "strict" and own > other:
+            raise ValueError(
+                f"the student has {own} stages after the stem and the teacher {other}; set "
+                "alignment=from_end to leave out the student's finest maps"
+            )
+        self.alignment, self.eps = alignment, eps
+        maps = self._pairs(student, teacher)
+        self.regressors = nn.ModuleList(_regressor(a.shape[1], b.shape[1]) for a, b in maps)
+        # The variance is eps + softplus(scale); this is the inverse of softplus.
+        scale = variance - eps + math.log(-math.expm1(eps - variance))
+        self.log_scales = nn.ParameterList(
+            nn.Parameter(torch.full((b.shape[1],), scale), requires_grad=train_variance)
+            for _, b in maps
+        )
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """Return the sum over stages of the negative log-likelihood of the teacher's map."""
+        losses = []
+        parts = zip(self._pairs(student, teacher), self.regressors, self.log_scales, strict=True)
+        for maps, regressor, scale_C in parts:
+            own_BCHW, other_BCHW = at_smaller_side(*maps)
+            mean_BCHW: Tensor = regressor(own_BCHW)
+            variance_C11 = F.softplus(scale_C)[:, None, None] + self.eps
+            error_BCHW = (mean_BCHW - other_BCHW).square()
+            losses.append((error_BCHW / variance_C11 + variance_C11.log()).mean() / 2)
+        return sum(losses[1:], losses[0])
+
+    def _pairs(self, student: Taps, teacher: Taps) -> list[tuple[Tensor, Tensor]]:
+        if self.alignment == "strict":
+            return pairs(student, teacher)
+        return from_end(student.stages[1:], teacher.stages[1:])
+
+
+def _regressor(own: int, other: int) -> nn.Sequential:
+    """Return three 1x1 convolutions from the student's channels to the teacher's."""
+    return nn.Sequential(
+        nn.Conv2d(own, other, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(other, other, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(other, other, 1, bias=False),
+    )

@@ -1,0 +1,192 @@
+"""Build the feature and relation methods of a job for its two networks.
+
+Shapes: B batch, C channels, H W sides, K classes, N training images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sddlskd.config import Config, Views
+from sddlskd.config.targets import instantiate
+from sddlskd.data.device import seed_of
+from sddlskd.methods import Method, Taps
+from sddlskd.models import LogitMapModel
+from sddlskd.training.build import build_network, without_weights
+from sddlskd.training.run import Feature
+
+__all__ = ["build_features", "rebuild_student", "reuses_teacher", "student_network"]
+
+PROBE_CHW = (3, 64, 64)  # an image that all networks take, from whose taps channels are read
+
+
+def reuses_teacher(job: Config) -> bool:
+    """Return whether a method of the job puts a part of the teacher into the student."""
+    return any(_wrapper(_method_of(feature.method)) for feature in job.features.values())
+
+
+def student_network(
+    job: Config,
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    image_CHW: Sequence[int],
+    device: torch.device,
+) -> nn.Module:
+    """Return the network that a job trains as its student.
+
+    It is `student` itself, unless a method of the job puts it into another network. New weights of
+    that network depend on the job's seed alone. The global random state is left unchanged.
+
+    Args:
+        job: the job.
+        student: network of the student.
+        teacher: network of the teacher with its BatchNorm.
+        image_CHW: shape of an image.
+        device: device of the networks.
+
+    Raises:
+        ValueError: if a method cannot serve these networks or options.
+    """
+    for name, feature in job.features.items():
+        build = _method_of(feature.method)
+        wrap = _wrapper(build)
+        if wrap is None:
+            continue
+        with torch.random.fork_rng(devices=[]), _refused_as(job, name):
+            torch.manual_seed(seed_of("seed", job.seed, "student of", name))
+            shown = _example(student, image_CHW, device)
+            student = wrap(student, teacher, shown, **build.keywords)
+        student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return student
+
+
+def rebuild_student(job: Config, device: torch.device) -> nn.Module:
+    """Return the network that a job trained as its student, for weights that are to be loaded.
+
+    No weights are downloaded, and the teacher's file is not needed.
+
+    Args:
+        job: the job, as it was when the student was trained.
+        device: device of the network.
+
+    Raises:
+        ValueError: if a method cannot serve the job's networks or options.
+    """
+    classes = job.dataset.num_classes
+    student = build_network(without_weights(job.student.model), classes, job.seed, device)
+    if not reuses_teacher(job):
+        return student
+    teacher = build_network(without_weights(job.teacher.model), classes, 0, device)
+    return student_network(job, student, teacher, image_CHW=PROBE_CHW, device=device)
+
+
+def build_features(
+    job: Config,
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    image_CHW: Sequence[int],
+    labels_N: Tensor,
+    device: torch.device,
+) -> dict[str, Feature]:
+    """Return the methods of a job by name, with connectors that depend on the job's seed alone.
+
+    Both networks are left in the mode that they were in. The global random state is left unchanged.
+
+    Args:
+        job: the job.
+        student: network that is trained as the student, see `student_network`.
+        teacher: network of the teacher with its BatchNorm. OFD reads its weights.
+        image_CHW: shape of an image.
+        labels_N: class of each training image, int64, on the CPU.
+        device: device of the networks and of the methods.
+
+    Returns:
+        The methods, in the order of their names.
+
+    Raises:
+        ValueError: if a method cannot serve these networks or options, if it needs two views of an
+            image and the job has one, or if several ranks share the batches.
+    """
+    if not job.features:
+        return {}
+    if job.trainer.devices > 1:
+        raise ValueError(
+            f"trainer.devices={job.trainer.devices} cannot train features="
+            f"[{','.join(job.features)}]: these losses compare all images of a batch; "
+            "set trainer.devices=1"
+        )
+    taps = [_example(network, image_CHW, device) for network in (student, teacher)]
+    facts = {
+        "labels_N": labels_N,
+        "num_classes": job.dataset.num_classes,
+        "seed": job.seed,
+        "batch_size": job.trainer.batch_size,
+        "teacher_network": teacher,
+    }
+    features = {}
+    for name, feature in job.features.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of("seed", job.seed, "method", name))
+            with _refused_as(job, name):
+                method = _build(feature.method, taps, facts)
+        if "strong_map" in method.needs and job.dataset.views == Views.weak:
+            raise ValueError(
+                f"features={name} needs two views of each image; set dataset.views=weak_strong"
+            )
+        features[name] = Feature(method.to(device), feature.weight, feature.warmup_epochs)
+    return features
+
+
+def _method_of(arguments: dict[str, Any]) -> partial[Any]:
+    """Return the class of a method, with the options that the configuration gives it."""
+    build: partial[Any] = instantiate(arguments, _partial_=True)
+    return build
+
+
+def _wrapper(build: partial[Any]) -> Callable[..., nn.Module] | None:
+    """Return the function with which a method puts the student into another network, if any."""
+    wrap: Callable[..., nn.Module] | None = getattr(build.func, "student_network", None)
+    inherited = getattr(wrap, "__func__", None) is getattr(Method.student_network, "__func__", 0)
+    if inherited:
+        return None
+    return wrap
+
+
+@contextmanager
+def _refused_as(job: Config, name: str) -> Iterator[None]:
+    """Raise a method's error as a ValueError that names the method and the two networks."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"features={name} cannot serve teacher={job.teacher.name} and "
+            f"student={job.student.name}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _build(arguments: dict[str, Any], taps: Sequence[Taps], facts: dict[str, Any]) -> Method:
+    """Return the method that `_target_` and its options describe."""
+    build = _method_of(arguments)
+    wanted: frozenset[str] = getattr(build.func, "facts", frozenset())
+    method: Method = build(*taps, **{name: facts[name] for name in wanted})
+    return method
+
+
+@torch.no_grad()
+def _example(network: nn.Module, image_CHW: Sequence[int], device: torch.device) -> Taps:
+    """Return the taps of two images of zeros; a network without taps shows its logit map alone."""
+    images_BCHW = torch.zeros(2, *image_CHW, device=device)
+    was_training = network.training
+    network.eval()
+    try:
+        if isinstance(network, LogitMapModel):
+            return network.taps(images_BCHW)
+        return Taps.of_map(network(images_BCHW))
+    finally:
+        network.train(was_training)

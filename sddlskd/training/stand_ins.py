@@ -1,0 +1,118 @@
+"""Try a loss and an optimizer on small stand-ins, before a job writes anything.
+
+A configuration names a loss and an optimizer with their arguments. Only a call shows whether they
+take these arguments, and whether they work as the training loop uses them.
+
+Shapes: B batch, K classes, H W map sides.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sddlskd.config.targets import instantiate
+from sddlskd.distill import ScaleDecoupled
+
+__all__ = ["try_loss", "try_optimizer"]
+
+IMAGES = 8  # of the batch of random logits
+
+
+def try_loss(
+    loss: Mapping[str, Any],
+    num_classes: int,
+    learned_temperature: Mapping[str, Any] | None = None,
+) -> None:
+    """Check that a loss and its gradient can be computed for random logits.
+
+    Args:
+        loss: `_target_` and arguments of the loss.
+        num_classes: number of classes.
+        learned_temperature: `_target_` and arguments of a learnt temperature, which the loss takes
+            as `temperature`; None for the loss's own temperature.
+
+    Raises:
+        ValueError: if the loss raises, has another shape than (N,), or is not finite, or if the
+            learnt temperature cannot be built.
+    """
+    options = {}
+    if learned_temperature:
+        try:
+            options["temperature"] = instantiate(learned_temperature)(1)
+        except Exception as error:  # arguments that the class does not take
+            raise ValueError(
+                f"distiller.learned_temperature={_call(learned_temperature)} cannot be built "
+                f"({_reason(error)}); give the arguments that it takes"
+            ) from error
+    generator = torch.Generator().manual_seed(0)
+    shape_BKHW = (IMAGES, num_classes, 1, 1)
+    student_BKHW = torch.randn(shape_BKHW, generator=generator).requires_grad_()
+    teacher_BKHW = torch.randn(shape_BKHW, generator=generator)
+    target_B = torch.arange(IMAGES) % num_classes
+    distill = ScaleDecoupled(instantiate(loss, _partial_=True), [1])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            value = distill(student_BKHW, teacher_BKHW, target_B, **options)
+            value.backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # code of a user may raise anything
+        raise ValueError(
+            f"distiller.loss={_call(loss)} cannot be computed ({_reason(error)}); "
+            "give the arguments that it takes, or choose another distiller"
+        ) from error
+    gradient_BKHW = student_BKHW.grad
+    if gradient_BKHW is None or not (value.isfinite() and gradient_BKHW.isfinite().all()):
+        raise ValueError(
+            f"distiller.loss={_call(loss)} is {value.item()} for random logits, or its gradient "
+            "is not finite; give it other arguments"
+        )
+
+
+def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device) -> None:
+    """Check that an optimizer can update the weights of a convolution and of a normalisation.
+
+    Args:
+        algorithm: `_target_` and arguments of the optimizer, without params and lr.
+        lr: learning rate.
+        device: device of the weights.
+
+    Raises:
+        ValueError: if the optimizer raises, makes a weight infinite or NaN, or if `algorithm` has
+            a learning rate of its own.
+    """
+    if "lr" in algorithm:
+        raise ValueError(
+            f"optimizer.algorithm.lr={algorithm['lr']} would be ignored; set optimizer.lr instead"
+        )
+    weights = [torch.ones(shape, device=device) for shape in ((2, 3, 3, 3), (2,))]
+    parameters = [nn.Parameter(weight) for weight in weights]
+    build = instantiate(algorithm, _partial_=True)
+    try:
+        optimizer = build(parameters, lr=lr)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"it is a {type(optimizer).__name__}, which is no optimizer")
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except Exception as error:  # an optimizer of a user may raise anything
+        raise ValueError(
+            f"optimizer.algorithm={_call(algorithm)} cannot update a network ({_reason(error)}); "
+            "give the arguments that it takes, or choose another optimizer"
+        ) from error
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise ValueError(
+            f"optimizer.algorithm={_call(algorithm)} makes weights infinite or NaN in one step "
+            f"with lr={lr}; give it other arguments"
+        )
+
+
+def _call(node: Mapping[str, Any]) -> str:
+    """Return a target with its arguments as a call, such as torch.optim.SGD(momentum=0.9)."""
+    arguments = [f"{name}={value!r}" for name, value in node.items() if name != "_target_"]
+    return f"{node.get('_target_')}({', '.join(arguments)})"
+
+
+def _reason(error: Exception) -> str:
+    """Return the type and the beginning of the message of an error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,92 @@
+"""Every method of conf/recipe in one group: equal to the same run alone, and after a stop."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sddlskd import methods
+from sddlskd.config import Config
+from sddlskd.record import read_result
+from sddlskd.training.fit import fit
+from sddlskd.training.run import Run
+from sddlskd.training.teacher import Teacher
+from tests.tiny import CONF, STEPS, same_outcome, tiny
+
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml") if path.stem != "none")
+# What small images, few of them and two epochs need.
+SMALL = {
+    "crd": ("features.crd.method.K=16",),
+    "sd_kd_crd": ("features.crd.method.K=16",),
+    "ab": ("features.ab.method.stage_epochs=1",),
+    "fsp": ("features.fsp.method.stage_epochs=1",),
+    "ft": ("features.ft.method.stage_epochs=1",),
+}
+VIEWS = "dataset.views=weak_strong"  # for MLKD; the weak view stays the same
+
+
+def job(folder: Path, recipe: str) -> Config:
+    return tiny(folder, f"recipe={recipe}", VIEWS, "trainer.epochs=1", *SMALL.get(recipe, ()))
+
+
+def test_every_method_has_a_choice_and_a_recipe() -> None:
+    choices = {path.stem for path in (CONF / "features").glob("*.yaml")}
+    assert choices == set(methods.names())
+    assert choices < set(RECIPES)
+
+
+def test_a_run_beside_all_other_methods_equals_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = 0
+    original = Teacher.taps
+
+    def counted(self: Teacher, *arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Teacher, "taps", counted)
+    with_teacher = [recipe for recipe in RECIPES if recipe != "vanilla"]
+    together = [job(tmp_path / "together", recipe) for recipe in with_teacher]
+    fit(together)
+    # One epoch for all methods, and before it one for all those that have a first stage.
+    assert batches == STEPS * 2
+    monkeypatch.undo()
+    different = []
+    for recipe, grouped in zip(with_teacher, together, strict=True):
+        result = read_result(Path(grouped.run_dir))
+        assert result["status"] == "FINISHED", (recipe, result["reason"])
+        alone = job(tmp_path / "alone", recipe)
+        fit([alone])
+        if not same_outcome(alone, grouped):
+            different.append(recipe)
+    assert not different
+
+
+def test_killed_and_resumed_equals_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = ("crd", "ofd", "reviewkd", "simkd", "ab", "ft", "ctkd", "dot", "mlkd")
+    undisturbed = [job(tmp_path / "undisturbed", recipe) for recipe in chosen]
+    fit(undisturbed)
+    stopped = [job(tmp_path / "stopped", recipe) for recipe in chosen]
+    original, steps = Run.train_step, 0
+
+    def interrupted(self: Run, *arguments: Any) -> None:
+        nonlocal steps
+        original(self, *arguments)
+        steps += 1
+        # In the first stage of two methods, and in the first epoch of all.
+        if steps in (2, 2 * STEPS + 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "train_step", interrupted)
+    for _ in range(2):
+        assert "KILLED" in {result["status"] for result in fit(stopped)}
+    monkeypatch.undo()
+    fit(stopped)
+    for a, b in zip(undisturbed, stopped, strict=True):
+        assert read_result(Path(b.run_dir))["status"] == "FINISHED"
+        assert same_outcome(a, b), b.run_dir
