@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
 
 .PHONY: setup demo test test-services test-long tracking-server lint bench clean
 
@@ -23,18 +24,18 @@ demo: setup
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 12
+	$(PYTEST) --numprocesses logical --maxprocesses 4 --dist worksteal --durations 12
 
 # Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
 # installed are skipped, with the reason.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(BIN)/python -m pytest -m services tests/services --durations 12
-	$(BIN)/python -m pytest -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
+	$(PYTEST) -m services tests/services --durations 12
+	$(PYTEST) -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
 
 # Hundreds of kills at random moments: about ten minutes. Nothing runs it by itself.
 test-long: setup
-	$(BIN)/python -m pytest -m long --durations 12
+	$(PYTEST) -m long --durations 12
 
 # MLflow on PostgreSQL on loopback, with its data in tracking-server/ (docs/tracking.md).
 tracking-server: setup

@@ -22,6 +22,7 @@ COMMAND = f"python -m {__package__}"
 USAGE = """
   %(prog)s                        list the sweeps and experiments
   %(prog)s NAME [options]         write each table and figure that has runs, runs.csv, report.html
+  %(prog)s coverage [options]     count the published numbers that have a recipe, a run, a verdict
   %(prog)s import-logs PATH ...   import text logs and CSV files of other projects as runs"""
 METRIC = """best: best epoch on the test set, as the papers report; last: last epoch;
 val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0). Default: best"""
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["import-logs"]:
             _import_logs(given[1:])
+        elif given[:1] == ["coverage"]:
+            _coverage(given[1:])
         else:
             _analyse(given)
     except (ValueError, OSError) as error:
@@ -145,6 +148,30 @@ def _list(uri: str) -> None:
         _say(f"{COMMAND} NAME writes the tables, figures and report of one of them")
     else:
         _say(f"there are no runs at {uri}; {MAKE_RUNS}")
+
+
+def _coverage(given: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        f"{COMMAND} coverage",
+        description="Count, for each table of the papers, the numbers that have a recipe, a run "
+        "and a verdict, and name those without a recipe.",
+    )
+    _add_store(parser)
+    chosen = parser.parse_args(given)
+    from .coverage import cover, lines
+    from .runs import load
+    from .store import sqlite_file
+    from .tables import build
+
+    uri = _uri(chosen)
+    database = sqlite_file(uri)
+    built = []
+    if database and not database.exists() and not (chosen.uri or chosen.home):
+        _say(f"there is no {database}, so no runs are counted")
+    else:
+        built = build(load(None, uri, mixed_epochs=True).frame)
+    for line in lines(cover(built)):
+        _say(line)
 
 
 def _import_logs(given: Sequence[str]) -> None:

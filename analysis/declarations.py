@@ -3,15 +3,16 @@
 `analysis.tables` builds them. Every table has the pairs of teacher and student as columns.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import published, selection
-from .names import method_name, row_key, row_name, value_name
+from .names import PAPERS_LOSSES, method_name, row_key, row_name, value_name
 from .protocol import PAPERS_WEIGHT, SIMILAR, other_method
 from .published import Published
-from .schema import Run, method_of
+from .schema import METHOD_PARTS, NO_LOGIT_LOSS, Run, method_of
 from .selection import BUDGET, COMPARABLE, METRICS, SETTINGS, agree, beside_pairs
 
 __all__ = ["PAPERS_METRIC", "Declaration", "Quantity", "declare"]
@@ -38,20 +39,38 @@ SEED_PAIRS = (
     "wrn_40_2_mobilev2",
 )
 # Subject of each table, and whether its gains are over the method without standardisation. If not,
-# they are over the method on the whole map (M=[1]).
+# they are over the method on the whole map (M=[1]). A sum of losses has its gain over the sum
+# without the last one.
 PAPERS_TABLES = {
     "SDD Table 1": ("different layers and structure, CIFAR-100", False),
     "SDD Table 2": ("different structure, CIFAR-100", False),
     "SDD Table 3": ("ImageNet, ResNet34 and ResNet18", False),
     "SDD Table 4": ("ImageNet, ResNet50 and MobileNetV1", False),
     "SDD Table 5": ("CUB-200", False),
+    "SDD Appendix 6.1a (combination with feature distillation)": ("CIFAR-100", False),
+    "SDD Appendix 6.1b (SP on pooled features)": ("CIFAR-100", False),
     "LSKD Table 1": ("distinct architectures, CIFAR-100", True),
     "LSKD Table 2": ("identical architectures, CIFAR-100", True),
     "LSKD Table 3": ("ImageNet", True),
     "LSKD Table 5": ("teachers of one student, CIFAR-100", True),
 }
+# Tables of the READMEs. They repeat many cells of the papers' tables, so they are shown only if a
+# run is of another method than KD.
+README_TABLES = {
+    "CRD README CIFAR-100 identical": ("identical architectures, CIFAR-100", True),
+    "CRD README CIFAR-100 distinct": ("distinct architectures, CIFAR-100", True),
+    "mdistiller README DKD cifar100 (1)": ("identical architectures, CIFAR-100", True),
+    "mdistiller README DKD cifar100 (2)": ("distinct architectures, CIFAR-100", True),
+    "mdistiller README DKD imagenet": ("ImageNet", True),
+    "mdistiller README DOT cifar100": ("CIFAR-100", True),
+    "mdistiller README DOT tiny_imagenet": ("Tiny-ImageNet", True),
+    "mdistiller README DOT imagenet": ("ImageNet", True),
+    "CTKD README CIFAR-100": ("CIFAR-100", True),
+    "CTKD README ImageNet": ("ImageNet", True),
+    "ReviewKD README ImageNet": ("ImageNet", True),
+}
 # Baseline of each plain method in an overview.
-ALONE = dict.fromkeys(("kd", "dkd", "nkd"), "vanilla")
+ALONE = dict.fromkeys(PAPERS_LOSSES, "vanilla")
 PAPERS_METRIC = (
     "The papers report the best epoch on the test set, which lay 0.3 points above the last on "
     "average in the LSKD authors' own logs."
@@ -100,7 +119,7 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
     """Return the descriptions of all tables that have at least one run.
 
     The tables of SDD and in its form come first, then those of LSKD, each in the order of the
-    paper. The overviews, one per data set, come last.
+    paper. The tables of the READMEs follow. The overviews, one per data set, come last.
 
     Args:
         runs: the runs that count, as `selection.standing` returns them.
@@ -122,6 +141,8 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
         *_times(runs),
         _seed_suite(runs, quantity),
         *(declaration for declaration in of_papers if declaration.name.startswith("lskd")),
+        _weights_of_lskd(runs, quantity),
+        *(_paper_table(runs, quantity, table, ("vanilla", "kd")) for table in README_TABLES),
     ]
     placed = {
         run.config_hash for table in declared if table.quantity is quantity for run in table.runs
@@ -183,13 +204,19 @@ def _time() -> Quantity:
 # The tables of the papers
 
 
-def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declaration:
+def _paper_table(
+    runs: Sequence[Run], quantity: Quantity, table: str, too_few: Sequence[str] = ("vanilla",)
+) -> Declaration:
     """Declare a paper's table with all its methods and pairs.
 
-    Our runs in it are those of its methods, at its scales and weights.
+    Args:
+        runs: all runs. Those of the methods of the table, at its scales and weights, are shown.
+        quantity: the number that the table shows.
+        table: name of the table, a key of `PAPERS_TABLES` or `README_TABLES`.
+        too_few: methods whose runs alone are not enough for the table.
     """
     numbers = published.of_table(table)
-    about, over_plain = PAPERS_TABLES[table]
+    about, over_plain = (PAPERS_TABLES | README_TABLES)[table]
     known = {(number.dataset, number.pair, number.method): number for number in numbers}
     pairs = {number.pair: number.student for number in numbers}
 
@@ -197,20 +224,53 @@ def _paper_table(runs: Sequence[Run], quantity: Quantity, table: str) -> Declara
         number = known.get((run.dataset, run.pair, run.method))
         return number is not None and run.knowledge == "fusion" and not other_method(run, number)
 
-    baseline = _plain if over_plain else _one_scale
+    own = _plain if over_plain else _one_scale
     ours = [run for run in beside_pairs(runs, pairs) if belongs(run)]
-    # Runs of students alone are not enough for a table of distillation methods.
-    if all(run.method == "vanilla" for run in ours):
+    if all(run.method in too_few for run in ours):
         ours = []
     return Declaration(
-        name=table.lower().replace(" ", "_"),
+        name=re.sub(r"[^a-z0-9.]+", "_", table.lower()).strip("_"),
         title=f"{table}: {about}",
         quantity=quantity,
         runs=[*_teachers(ours), *ours],
         row=lambda run: run.method,
         label=method_name,
         published=numbers,
-        baseline=baseline,
+        baseline=lambda row: _without_last(row) or own(row),
+    )
+
+
+def _weights_of_lskd(runs: Sequence[Run], quantity: Quantity) -> Declaration:
+    """Declare LSKD Table 4: weights of KD, with the logits z, z - mean, z / std and standardised.
+
+    Runs of ours are of z and of the standardised logits. The softmax ignores a constant that is
+    added to all logits, so z - mean is the same method as z, and z / std as the standardised one.
+    """
+    numbers = published.of_table("LSKD Table 4")
+    pairs = {number.pair for number in numbers}
+    ours = [
+        run
+        for run in runs
+        if (run.dataset, run.method) in (("cifar100", "kd"), ("cifar100", "kd_ls"))
+        and run.pair in pairs
+        and (run.temperature, run.ce_weight) == (2.0, 0.1)
+    ]
+
+    def row(run: Run) -> str:
+        variant = "(z-mean)/std" if run.standardize else "z"
+        return f"{variant}, weight {value_name(run.kd_weight)}"
+
+    return Declaration(
+        name="lskd_table_4",
+        title="LSKD Table 4: weight of the loss of KD and KD+LS at T=2, CIFAR-100",
+        quantity=quantity,
+        runs=ours,
+        row=row,
+        label=str,
+        published=numbers,
+        published_row=lambda number: f"{number.variant}, weight {value_name(number.kd_weight)}",
+        baseline=lambda name: name.replace("(z-mean)/std", "z") if name[0] == "(" else None,
+        same=_all_but("standardize"),
     )
 
 
@@ -379,7 +439,9 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
 
 
 def _overview_baseline(row: str) -> str | None:
-    method = row.split(" [")[0]
+    method, blank, scales = row.partition(" [")
+    if shorter := _without_last(method):
+        return f"{shorter}{blank}{scales}"
     return _one_scale(method) or _plain(method) or ALONE.get(method)
 
 
@@ -393,8 +455,8 @@ def _by_family(
 ) -> Iterator[Declaration]:
     """Declare one table for each data set and family of methods.
 
-    A family is a loss, either with or without standardisation. Runs of an unknown method and of
-    students alone belong to no family.
+    A family is a method without its scales, such as KD or KD+LS. Runs of an unknown method and
+    without a loss of the logits belong to no family.
 
     Args:
         declare: makes the declaration of one data set and family.
@@ -406,8 +468,9 @@ def _by_family(
     """
     families = defaultdict(list)
     for run in runs:
-        if run.method not in ("", "vanilla"):
-            family = method_of(run.distiller, "[1]", run.standardize)
+        if run.method and run.distiller not in NO_LOGIT_LOSS:
+            parts = {part: getattr(run, part) for part in METHOD_PARTS}
+            family = method_of(**{**parts, "M": "[1]"})
             families[run.dataset, family].append(run)
     for (dataset, family), members in sorted(families.items()):
         yield declare(members, quantity, dataset, family)
@@ -519,6 +582,12 @@ def _always(baseline: str) -> Callable[[str], str | None]:
 def _plain(method: str) -> str | None:
     """Return the method without standardisation, or None if it has none."""
     return method.removesuffix("_ls") if method.endswith("_ls") else None
+
+
+def _without_last(method: str) -> str | None:
+    """Return a sum of losses without the last one, or None if the method is one loss."""
+    whole = "kd+dot" if method == "kd_dot" else method
+    return whole.rpartition("+")[0] or None
 
 
 def _one_scale(method: str) -> str | None:

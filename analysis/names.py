@@ -23,10 +23,14 @@ PAPERS_LOSSES = {
     "crd": "CRD",
     "ctkd": "CTKD",
     "dkd": "DKD",
+    "dot": "DOT",
     "fitnet": "FitNet",
     "fsp": "FSP",
     "ft": "FT",
     "kd": "KD",
+    "kd_dot": "KD+DOT",
+    "kdsvd": "KDSVD",
+    "locality_guidance": "locality guidance",
     "lskd": "LSKD",
     "mgd": "MGD",
     "mlkd": "MLKD",
@@ -53,24 +57,30 @@ NO_LOSS = {
 
 
 def method_name(method: str, M: str = "[1]") -> str:
-    """Return the papers' name of a method, such as SD-KD+LS [1,2,4].
+    """Return the papers' name of a method, such as SD-KD+LS [1,2,4] or SD-KD+CRD [1,2].
 
     Args:
-        method: method as `schema.method_of` spells it, such as `sd_kd_ls`. A loss that is not in
-            `PAPERS_LOSSES` keeps its spelling.
+        method: method as `schema.method_of` spells it, such as `sd_kd_ls` or `sd_kd+crd`. A loss
+            that is not in `PAPERS_LOSSES` keeps its spelling.
         M: scales, such as "[1,2,4]". The whole map, "[1]", is not named.
     """
     if method in NO_LOSS:
         return NO_LOSS[method]
-    loss = method.removeprefix("sd_").removesuffix("_ls")
-    name = "+".join(PAPERS_LOSSES.get(part, part) for part in loss.split("+"))
-    if method.startswith("sd_"):
-        name = f"SD-{name}"
-    if method.endswith("_ls"):
-        name = f"{name}+LS"
+    name = "+".join(_part_name(part) for part in method.split("+"))
     if M in ("", "[1]"):
         return name
     return f"{name} {M}"
+
+
+def _part_name(part: str) -> str:
+    """Return the papers' name of one loss of a method, such as SD-KD+LS for `sd_kd_ls`."""
+    loss = part.removeprefix("sd_").removesuffix("_ls")
+    name = PAPERS_LOSSES.get(loss, loss)
+    if part.startswith("sd_"):
+        name = f"SD-{name}"
+    if part.endswith("_ls"):
+        name = f"{name}+LS"
+    return name
 
 
 def row_key(method: str, M: str) -> str:

@@ -14,19 +14,21 @@ from pathlib import Path
 __all__ = ["FLAGS", "PrintedGain", "Published", "gains", "numbers", "of_table"]
 
 REFERENCE = Path(__file__).parent / "reference"
+FILES = ("published.csv", "published_more.csv")
+"""Files of published numbers: those of the tables, and those that were found later."""
 FLAGS = {
     "disputed": "two sources of the same authors print different numbers",
     "suspect": "very likely a misprint, the value is kept as printed",
     "other_teacher": "the source trains with another, stronger teacher",
 }
-"""Meaning of each flag in published.csv."""
+"""Meaning of each flag in the files of published numbers."""
 STUDENTS = {
     "mobilenetv1": "mobilev1",
     "mobilenetv2": "mobilev2",
     "shufflenetv1": "shufflev1",
     "shufflenetv2": "shufflev2",
 }
-"""Students that gains.csv spells as the papers do, mapped to their names in published.csv."""
+"""Students that gains.csv spells as the papers do, mapped to their names in `FILES`."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ class Published:
     M: str  # "" if the table does not state the scales
     beta: str  # weight of complementary regions, "" if the table does not state it
     variant: str  # of knowledge, in SDD Table 6
-    metric: str  # top1 (%), top5 (%) or ms_per_batch
+    metric: str  # top1 (%), top5 (%), top1_last (%, last epoch) or ms_per_batch
     value: float
+    # Settings that the source states beside the number, or None.
+    temperature: float | None
+    kd_weight: float | None
+    ce_weight: float | None
     source: str  # line of the paper's text, and known doubts about the number
     flag: str  # "" or one of FLAGS
+    file: str  # one of FILES
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def _rows(name: str) -> Iterator[dict[str, str]]:
 
 @cache
 def numbers() -> tuple[Published, ...]:
-    """Return every row of published.csv, in the order of the file."""
+    """Return every published number, in the order of `FILES` and of the rows of each file."""
     return tuple(
         Published(
             table=row["table"],
@@ -81,20 +88,29 @@ def numbers() -> tuple[Published, ...]:
             variant=row["variant"],
             metric=row["metric"],
             value=float(row["value"]),
+            temperature=_number(row["temperature"]),
+            kd_weight=_number(row["kd_weight"]),
+            ce_weight=_number(row["ce_weight"]),
             source=row["source_note"],
             flag=row["flag"],
+            file=file,
         )
-        for row in _rows("published.csv")
+        for file in FILES
+        for row in _rows(file)
     )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
 
 
 def of_table(table: str, metric: str = "top1") -> list[Published]:
     """Return the numbers of one table for one metric, in the order of print.
 
-    Raises ValueError if published.csv has no such table.
+    Raises ValueError if no file has such a table.
     """
     if table not in (tables := dict.fromkeys(number.table for number in numbers())):
-        raise ValueError(f"no table {table!r} in published.csv; there are {', '.join(tables)}")
+        raise ValueError(f"no table {table!r} is published; there are {', '.join(tables)}")
     return [number for number in numbers() if number.table == table and number.metric == metric]
 
 

@@ -8,6 +8,7 @@ Errors are ValueErrors with a one-line message.
 import difflib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
-from .schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, frame_of
+from .protocol import trains_longer
+from .schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, feature_of, frame_of
 from .store import MAKE_RUNS, artifact, experiments_of, points_of, quoted, reading, search
 
 __all__ = ["Runs", "listing", "load"]
@@ -26,6 +28,8 @@ __all__ = ["Runs", "listing", "load"]
 NAMES_SHOWN = 10  # names that an error message lists
 # The fields that a plan stores for a job, besides its params.
 PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
+LEARNED_TEMPERATURE = "distiller.learned_temperature"
+"""Param that holds the arguments of a temperature that is learnt, or {}."""
 CONTRACT = ("dataset", "teacher", "student", "distiller")
 """Columns that select a run's table cell. If every run lacks one of them, none is sddlskd's."""
 NEEDED = (*CONTRACT, "M", "standardize", "epochs", "seed")
@@ -298,9 +302,29 @@ def _missing_row(sweep: str, job: Mapping[str, Any]) -> dict[str, Any]:
 def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Return the columns that the params give, and a message for each problem with the params."""
     row, complaints = _parsed(params, PARAMS)
+    if features := _features(params):
+        row["features"] = "+".join(features)
+    if params.get(LEARNED_TEMPERATURE, "None") not in ("None", "{}"):
+        row["learned_temperature"] = True
     if absent := [PARAMS[column] for column in NEEDED if PARAMS[column] not in params]:
         complaints.insert(0, f"no param {', '.join(absent)}")
     return row, complaints
+
+
+def _features(params: Mapping[str, str]) -> list[str]:
+    """Return the feature methods of a run, as `feature_of` spells them, by name."""
+    keys = [re.fullmatch(r"features\.(.+)\.weight", key) for key in params]
+    names = sorted(key[1] for key in keys if key)
+    return [feature_of(name, _options(params, name)) for name in names]
+
+
+def _options(params: Mapping[str, str], feature: str) -> dict[str, Any]:
+    """Return the arguments of a feature method; {} if the param is not a JSON object."""
+    try:
+        options = json.loads(params.get(f"features.{feature}.method", "{}"))
+    except ValueError:
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def _parsed(texts: Mapping[str, str], keys: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -362,9 +386,10 @@ def _refuse_strangers(rows: Sequence[Mapping[str, Any]], where: str) -> None:
 def _refuse_mixed_epochs(frame: pd.DataFrame) -> None:
     """Raise ValueError if runs on one data set differ in their number of epochs.
 
-    Runs that trained a teacher do not count.
+    Runs that trained a teacher do not count, nor do runs of methods that the papers train longer.
     """
     standing = frame[~frame["superseded"] & frame["epochs"].notna()]
+    standing = standing[~standing["method"].map(trains_longer).astype(bool)]
     for dataset, runs in standing.groupby("dataset"):
         teachers = (runs["distiller"] == "vanilla") & runs["student"].isin(set(runs["teacher"]))
         lengths = runs.loc[~teachers, "epochs"].value_counts().sort_index()

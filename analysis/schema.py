@@ -14,12 +14,15 @@ import pandas as pd
 
 __all__ = [
     "COLUMNS",
+    "METHOD_PARTS",
     "METRICS",
+    "NO_LOGIT_LOSS",
     "PARAMS",
     "STATUSES",
     "TAGS",
     "Run",
     "canonical_M",
+    "feature_of",
     "frame_of",
     "method_of",
     "read_frame",
@@ -56,8 +59,12 @@ class Run:
     teacher: str = ""  # "none" for a student that is trained alone
     student: str = ""
     pair: str = ""  # "teacher_student"
-    method: str = ""  # as method_of spells it: vanilla, kd, kd_ls, sd_kd, sd_kd_ls, sd_dkd ...
-    distiller: str = ""  # loss: vanilla, kd, dkd, nkd ...
+    method: str = ""  # as method_of spells it: vanilla, kd, sd_kd_ls, crd, sd_kd+crd ...
+    recipe: str = ""  # choice of recipe=..., "" without one; other keys may have changed its values
+    distiller: str = ""  # loss of the logits: kd, dkd, nkd ..., or one of NO_LOGIT_LOSS
+    features: str = ""  # feature methods as feature_of spells them, joined by "+": "crd+sp"
+    learned_temperature: bool = False  # whether the temperature is learnt (CTKD)
+    optimizer: str = ""
     M: str = "[1]"  # scales, as canonical_M writes them: "[1,2,4]"
     standardize: bool = False
     complementary_weight: float | None = None
@@ -115,6 +122,7 @@ PARAMS = {
     "temperature": "distiller.temperature",
     "ce_weight": "distiller.ce_weight",
     "kd_weight": "distiller.kd_weight",
+    "optimizer": "optimizer.name",
     "lr": "optimizer.lr",
     "batch_size": "trainer.batch_size",
     "epochs": "trainer.epochs",
@@ -124,6 +132,7 @@ PARAMS = {
     "teacher_cache": "teacher.cache",
     "seed": "seed",
     "val_fraction": "dataset.val_fraction",
+    "recipe": "recipe",
 }
 
 METRICS = {
@@ -154,22 +163,74 @@ def canonical_M(text: str) -> str:
     return text.replace(" ", "")
 
 
-def method_of(distiller: str, M: str, standardize: bool) -> str:
-    """Return the papers' name of a method, such as `sd_kd_ls`.
+NO_LOGIT_LOSS = ("vanilla", "features_only")
+"""Distillers without a loss of the logits."""
+METHOD_PARTS = (
+    "distiller",
+    "M",
+    "standardize",
+    "features",
+    "learned_temperature",
+    "optimizer",
+)
+"""Columns that determine the method: the arguments of `method_of`."""
+SHORT_NAMES = {
+    "kd+dot": "kd_dot",
+    "kd+semckd": "semckd",  # its authors train it together with KD
+}
+"""Methods whose name in published.csv is not the sum of their parts."""
+
+
+def feature_of(name: str, options: Mapping[str, Any]) -> str:
+    """Return a feature method as `method_of` spells it, such as `sp`, `sd_sp` or `mlkd_ls`.
 
     Args:
-        distiller: name of the loss.
+        name: name of the method, as in the key `features.NAME.weight`.
+        options: arguments of the method. Scales `M` add the prefix `sd_`, and `standardize` adds
+            the suffix `_ls`.
+    """
+    prefix = "sd_" if options.get("M") else ""
+    suffix = "_ls" if options.get("standardize") else ""
+    return f"{prefix}{name}{suffix}"
+
+
+def method_of(
+    distiller: str,
+    M: str,
+    standardize: bool,
+    features: str = "",
+    learned_temperature: bool = False,
+    optimizer: str = "",
+) -> str:
+    """Return the papers' name of a method, such as `sd_kd_ls` or `sd_kd+crd`.
+
+    Args:
+        distiller: name of the loss of the logits, or one of `NO_LOGIT_LOSS`.
         M: scales in canonical form. Anything but "[1]" (the whole map) adds the prefix `sd_`.
         standardize: whether logits are standardised, which adds the suffix `_ls`.
+        features: feature methods as `feature_of` spells them, joined by "+".
+        learned_temperature: whether the temperature of the loss is learnt. KD is then `ctkd`, and
+            another loss is `dkd+ctkd`.
+        optimizer: name of the optimizer. `dot` treats the losses of a method differently, so it is
+            a part of the method.
 
     Returns:
-        The name. `vanilla` takes neither prefix nor suffix.
+        The name; `vanilla` for a student alone.
     """
-    if distiller == "vanilla":
-        return distiller
-    prefix = "" if M == "[1]" else "sd_"
-    suffix = "_ls" if standardize else ""
-    return f"{prefix}{distiller}{suffix}"
+    parts = [features] if features else []
+    if distiller not in NO_LOGIT_LOSS:
+        loss = distiller
+        if learned_temperature:
+            loss = "ctkd" if distiller == "kd" else f"{distiller}+ctkd"
+        prefix = "" if M == "[1]" else "sd_"
+        suffix = "_ls" if standardize else ""
+        parts.insert(0, f"{prefix}{loss}{suffix}")
+    if not parts:
+        return "vanilla"
+    if optimizer == "dot":
+        parts.append(optimizer)
+    name = "+".join(parts)
+    return SHORT_NAMES.get(name, name)
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -187,7 +248,7 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         filled["M"] = canonical_M(filled["M"])
         filled["pair"] = filled["pair"] or f"{filled['teacher']}_{filled['student']}"
         filled["method"] = filled["method"] or method_of(
-            filled["distiller"], filled["M"], filled["standardize"]
+            **{part: filled[part] for part in METHOD_PARTS}
         )
         whole.append(filled)
     return pd.DataFrame(whole, columns=list(COLUMNS)).astype(COLUMNS)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import stats
 from .names import setting_name
-from .schema import STATUSES, Run, runs_of
+from .schema import NO_LOGIT_LOSS, STATUSES, Run, runs_of
 
 __all__ = [
     "BUDGET",
@@ -45,6 +45,9 @@ METRICS = {
 
 RECIPE = (
     "distiller",
+    "features",
+    "learned_temperature",
+    "optimizer",
     "M",
     "standardize",
     "knowledge",
@@ -102,8 +105,8 @@ def standing(frame: pd.DataFrame) -> list[Run]:
 def _as_trained(run: Run, number: int) -> Run:
     """Return the run with fixed values for the settings that its loss does not read.
 
-    With M=[1] this is complementary_weight; for a student alone, every setting of the method but
-    ce_weight. Runs that differ only in such settings thus agree in all settings. The field `unread`
+    With M=[1] this is complementary_weight; without a loss of the logits, every setting of that
+    loss. Runs that differ only in such settings thus agree in all settings. The field `unread`
     keeps the recorded values. In a run of sddlskd, max_steps=None becomes "all". A run without a
     config_hash takes its run_id, or "row <number>" if it has none.
 
@@ -115,7 +118,7 @@ def _as_trained(run: Run, number: int) -> Run:
     # With M=[1] the only region is the whole map, which always agrees with itself.
     if run.M == "[1]":
         fixed = {"complementary_weight": None}
-    if run.distiller == "vanilla":
+    if run.distiller in NO_LOGIT_LOSS:
         fixed = {"complementary_weight": None, "temperature": None, "kd_weight": None}
         fixed |= {"M": "[1]", "standardize": False, "knowledge": "fusion"}
     recorded = tuple(getattr(run, setting) for setting in fixed)
@@ -357,7 +360,10 @@ def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of a cell over its baseline on the same pair, paired by seed."""
+    """The gain of a cell over its baseline: the mean difference of runs with the same seed.
+
+    Cell and baseline have the same teacher and student.
+    """
 
     over: str  # label of the row of the baseline
     paired: stats.Paired

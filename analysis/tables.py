@@ -404,8 +404,7 @@ def _notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> I
     if declaration.published:
         tables = ", ".join(dict.fromkeys(number.table for number in declaration.published))
         yield (
-            f"Published: {tables} (analysis/reference/published.csv); numbers of other papers are "
-            "not mixed in."
+            f"Published: {tables} (analysis/reference); numbers of other papers are not mixed in."
         )
     if any(cell.verdict for cell in cells.values()) and not quantity.refusal:
         yield VERDICTS

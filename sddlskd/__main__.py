@@ -54,7 +54,7 @@ def main() -> None:
         sys.exit(USAGE_ERROR)
     command = COMMANDS[name]
     module = command.module
-    # The analysis is beside the package in a checkout, and inside it where it is installed.
+    # The analysis is beside the package in a checkout, and inside the package if that is installed.
     if module == "analysis" and find_spec("sddlskd.analysis"):
         module = "sddlskd.analysis"
     python = [sys.executable, "-m", module, *command.arguments, *sys.argv[2:]]

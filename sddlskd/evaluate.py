@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.config.schema import FeatureConfig
 from sddlskd.data.streaming import Data, StreamedData
-from sddlskd.export import TRUST, described, load_run, without_weights
+from sddlskd.export import TRUST, described, load_run
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, write_line
@@ -40,9 +41,11 @@ from sddlskd.training.build import (
     check_maps,
     check_teacher,
     teacher_path,
+    without_weights,
 )
 from sddlskd.training.devices import autocast, describe, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
+from sddlskd.training.features import rebuild_student
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import missing
 
@@ -56,17 +59,24 @@ ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeEr
 WHOLE = ("dataset", "teacher", "trainer")
 
 
-def measure(job: Config, weights: Path) -> dict[str, Any]:
+def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[str, Any]:
     """Return the results that the module's docstring lists, for the job's student with `weights`.
 
-    The result also holds the device under "environment". Raise FileNotFoundError if the teacher's
-    file is missing, and ValueError if the weights or the images do not fit the network.
+    Args:
+        job: the job: its student, data set, teacher to compare with, and device.
+        weights: the file of the student's weights.
+        trained: the job that the student was trained by; None if it is `job`.
+
+    Returns:
+        The results by name; the device is under "environment".
+
+    Raises:
+        FileNotFoundError: if the teacher's file is missing.
+        ValueError: if the weights or the images do not fit the network.
     """
     job = replace(job, M=[1])  # fits logit maps of any size
     device = pick_device(job.trainer.device)
-    network = build_network(
-        without_weights(job.student.model), job.dataset.num_classes, job.seed, device
-    )
+    network = rebuild_student(replace(trained or job, dataset=job.dataset), device)
     load_weights(network, weights, job.student.name)
     teacher = _build_teacher(job, device)
     teacher_network = teacher.network if teacher else None
@@ -100,7 +110,7 @@ def _measure_on(
 
 
 def _build_teacher(job: Config, device: torch.device) -> Teacher | None:
-    if not job.distiller.loss:
+    if not job.has_teacher:
         return None
     check_teacher(job)
     path = teacher_path(job)
@@ -156,12 +166,12 @@ def _compose_job(overrides: Sequence[str]) -> Config:
         return cfg.resolve(hydra.compose("config", overrides=["tracking=none", *overrides]))
 
 
-def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Path]:
-    """Return the job whose student is evaluated, and the file of its weights."""
+def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Path, Config]:
+    """Return the job that is evaluated, the file of the student's weights, and the trained job."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
-        job = load_run(source, TRUST in overrides)
-        return _override(job, overrides), source / "best.ckpt"
+        trained = load_run(source, TRUST in overrides)
+        return _override(trained, overrides), source / "best.ckpt", trained
     if not source.is_file():
         raise ValueError(
             f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/"
@@ -185,9 +195,14 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
         for key in ("mean", "std"):
             if f"dataset.{key}" not in given:
                 setattr(job.dataset, key, facts[key])
+    trained = replace(job, features={})
+    if facts and "methods" in facts:
+        features = {name: FeatureConfig(method=method) for name, method in facts["methods"].items()}
+        teacher = replace(job.teacher, model=facts["teacher"])
+        trained = replace(job, features=features, teacher=teacher)
     if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
-        job.distiller.loss = {}  # no teacher to compare with
-    return job, source
+        job.distiller.loss, job.features = {}, {}  # no teacher to compare with
+    return job, source, trained
 
 
 def _override(job: Config, overrides: Sequence[str]) -> Config:
@@ -203,8 +218,8 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
         if "dataset" in chosen:
             plain.dataset.mean = job.dataset.mean
             plain.dataset.std = job.dataset.std
-        if "teacher" in chosen:
-            plain.distiller.loss = plain.distiller.loss or {"_target_": "sddlskd.losses.kd"}
+        if "teacher" in chosen and not job.has_teacher:
+            plain.distiller.loss = {"_target_": "sddlskd.losses.kd"}
         single = [word for word, key in zip(words, chosen, strict=True) if key not in WHOLE]
         plain = OmegaConf.merge(plain, OmegaConf.from_dotlist(single))
     return cfg.resolve(plain)

@@ -31,7 +31,8 @@ from sddlskd.files.atomic import write_atomically
 from sddlskd.files.checkpoint import load_weights, read_safetensors
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, write_line
-from sddlskd.training.build import build_network, shape_of
+from sddlskd.training.build import shape_of, without_weights
+from sddlskd.training.features import rebuild_student, reuses_teacher
 
 __all__ = [
     "FORMATS",
@@ -45,7 +46,6 @@ __all__ = [
     "to_mlflow",
     "to_onnx",
     "to_safetensors",
-    "without_weights",
 ]
 
 TOLERANCE = 1e-4  # relative to the largest absolute logit or to 1, whichever is larger
@@ -110,9 +110,7 @@ def best_student(job: Config, folder: Path) -> nn.Module:
         job: the frozen configuration of the run, as `load_run` returns it.
         folder: the run directory, which holds best.ckpt.
     """
-    network = build_network(
-        without_weights(job.student.model), job.dataset.num_classes, job.seed, torch.device("cpu")
-    )
+    network = rebuild_student(job, torch.device("cpu"))
     load_weights(network, folder / "best.ckpt", job.student.name)
     return network.to(memory_format=torch.contiguous_format).eval()
 
@@ -131,24 +129,35 @@ def about(job: Config, folder: Path) -> dict[str, str]:
         "best_top1": result.get("best_top1"),
         "best_epoch": result.get("best_epoch"),
     }
+    if reuses_teacher(job):
+        facts["teacher"] = without_weights(job.teacher.model)
+        facts["methods"] = {name: feature.method for name, feature in job.features.items()}
     return {"format": "pt", "sddlskd": json.dumps(facts)}
 
 
 def described(path: Path) -> dict[str, Any] | None:
     """Return the metadata that `about` wrote into a .safetensors file, or None if there is none.
 
+    A student that holds a part of its teacher also has the keys "teacher" (the teacher's network)
+    and "methods" (the methods by name).
+
     Raise ValueError if the metadata does not have the format of `about`, or names code that is not
-    a network of this package: reading a data file must not run other code.
+    a network or a method of this package: reading a data file must not run other code.
     """
     text = read_safetensors(path)[1].get("sddlskd") if path.suffix == ".safetensors" else None
     if text is None:
         return None
     try:
         facts: dict[str, Any] = json.loads(text)
-        model = facts["model"]
-        target = model["_target_"]
-        arguments = [value for key, value in model.items() if key != "_target_"]
         named = {key: facts[key] for key in ("network", "dataset", "num_classes", "mean", "std")}
+        built = {"model": without_weights(facts["model"])}
+        foreign = _foreign_target(facts["model"], "sddlskd.models.")
+        if "methods" in facts:
+            built["teacher"] = without_weights(facts["teacher"])
+            built["methods"] = dict(facts["methods"])
+            foreign = foreign or _foreign_target(facts["teacher"], "sddlskd.models.")
+            for method in built["methods"].values():
+                foreign = foreign or _foreign_target(method, "sddlskd.methods.")
         refuse_interpolations(facts, "")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", named["dataset"]):
             raise ValueError(f"dataset={named['dataset']!a} is not a plain name")
@@ -156,20 +165,24 @@ def described(path: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} contains metadata that cannot be read ({error}); export it again"
         ) from error
-    if not str(target).startswith("sddlskd.models.") or "_target_" in json.dumps(arguments):
+    if foreign:
         raise ValueError(
-            f"{path} names {target!r:.80}, which is not a network of sddlskd; "
+            f"{path} names {foreign:.80}, which is not a network of sddlskd; "
             "evaluate its run directory instead"
         )
-    return {**named, "model": without_weights(model)}
+    return {**named, **built}
 
 
-def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """Return a network's configuration without the keys that download published weights.
+def _foreign_target(node: dict[str, Any], package: str) -> str:
+    """Return the target of a node if it is outside a package or has targets in its arguments.
 
-    Use it for networks that get their weights from a file.
+    Return "" for a node that may be built.
     """
-    return {key: value for key, value in model.items() if key not in ("pretrained", "weights")}
+    target = node["_target_"]
+    arguments = [value for key, value in node.items() if key != "_target_"]
+    if str(target).startswith(package) and "_target_" not in json.dumps(arguments):
+        return ""
+    return repr(target)
 
 
 def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:

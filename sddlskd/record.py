@@ -160,9 +160,9 @@ def holds(config: Config) -> bool:
     if cfg.config_hash(earlier) != cfg.config_hash(config):
         old, new = cfg.flatten(earlier), cfg.flatten(config)
         differing = [
-            f"{k}={old[k]} there, {new[k]} here"
-            for k in new
-            if k in cfg.identity_keys() and old[k] != new[k]
+            f"{k}={old.get(k)} there, {new.get(k)} here"
+            for k in old | new
+            if (k in cfg.identity_keys() or k.startswith("features.")) and old.get(k) != new.get(k)
         ]
         raise ValueError(
             f"run_dir={path.parent} holds another job ({'; '.join(differing[:3])}); choose "
@@ -209,7 +209,8 @@ def versions() -> str:
 class Record:
     """A run directory opened for writing by one process.
 
-    Opening it freezes the configuration (`freeze`) and repairs the traces of a killed process.
+    Opening it freezes the configuration (`freeze`) and repairs the files that a killed process left
+    unfinished.
     Raises InUse, naming the process, if another process has the directory open. Raises ValueError
     if the directory holds another job.
     """
@@ -329,7 +330,9 @@ class Record:
         Scores, epochs and seconds come from metrics.jsonl. The entries about the data, the teacher,
         the environment and the group size stay as they were.
         """
-        rows, earlier = self.rows(), read_result(self.folder)
+        # The epochs of a first stage count neither as epochs nor for the best score.
+        rows = [row for row in self.rows() if row["epoch"] > 0]
+        earlier = read_result(self.folder)
         best = max(rows, key=lambda row: row["val/top1"], default=None)
         return self.result(
             status,

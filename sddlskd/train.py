@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd import config as cfg
+from sddlskd.config import Rerun
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import choices, explain, log_to_terminal, outcomes
 
 __all__ = ["main"]
 
-ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)  # that a user can fix
+# Errors that a user can fix; OverflowError comes from a number with hundreds of digits.
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError)
 cfg.frame()
 OmegaConf.register_new_resolver("choices", choices, replace=True)  # for conf/hydra/help
 
@@ -38,11 +40,17 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
     if hydra_config.mode is RunMode.RUN and hydra_config.run.dir != ".":
         composed.run_dir = hydra_config.run.dir
     try:
+        cfg.check_choices(hydra_config.overrides.task)
         job = cfg.resolve(composed)
         if job.sweep.plan:
             raise ValueError(
                 "sweep.plan=true requires a sweep; put -m before the overrides: "
                 "-m sweep.plan=true seed=0,1"
+            )
+        if job.sweep.rerun is not Rerun.failed:
+            raise ValueError(
+                f"sweep.rerun={job.sweep.rerun} requires a sweep; put -m before the overrides, "
+                f"or delete {job.run_dir} to run this job again"
             )
         from sddlskd.training.fit import fit
 
@@ -54,10 +62,11 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
 
 
 def _mend_arguments() -> None:
-    """Mend what argparse and Hydra do not take well, and refuse numbers for the group `scales`.
+    """Mend what argparse and Hydra do not take well, and refuse what they cannot read.
 
     argparse fails on -m after the overrides, so -m moves to the front. Hydra makes the folder
-    hydra.run.dir before a job is checked, so run_dir takes its place. Hydra fails on scales=1,2.
+    hydra.run.dir before a job is checked, so run_dir takes its place. Hydra fails on scales=1,2 and
+    on a number that has more digits than Python reads.
     """
     words = sys.argv[1:]
     flags = [word for word in words if word in ("-m", "--multirun")]
@@ -66,12 +75,16 @@ def _mend_arguments() -> None:
         words = [re.sub(r"^hydra\.run\.dir=", "run_dir=", word) for word in words]
     sys.argv[1:] = flags + words
     for word in words:
+        if re.search(rf"\d{{{sys.get_int_max_str_digits() + 1}}}", word):
+            _refuse(f"{word.partition('=')[0]} is too large for a number; give a smaller one")
         if match := re.fullmatch(r"scales=\[?([\d, ]+)\]?", word):
-            sys.stderr.write(
-                f"error: {word} is not a choice; give M=[{match[1]}], or "
-                "scales=global|two|three|skip\n"
-            )
-            sys.exit(1)
+            _refuse(f"{word} is not a choice; give M=[{match[1]}], or scales=global|two|three|skip")
+
+
+def _refuse(reason: str) -> NoReturn:
+    """Exit with 1 after one line that gives the reason."""
+    sys.stderr.write(f"error: {reason}\n")
+    sys.exit(1)
 
 
 def _refuse_another_checkout() -> None:
@@ -84,11 +97,10 @@ def _refuse_another_checkout() -> None:
 
     package, found = Path(__file__).resolve().parent, Path(launchers.__file__).resolve().parent
     if found not in (package / "hydra_plugins", package.parent / "hydra_plugins"):
-        sys.stderr.write(
-            f"error: the code is that of {package}, but this environment was installed from "
-            f"{found.parent}; run `make setup` in {package.parent} and use its .venv/bin/python\n"
+        _refuse(
+            f"the code is that of {package}, but this environment was installed from "
+            f"{found.parent}; run `make setup` in {package.parent} and use its .venv/bin/python"
         )
-        sys.exit(1)
 
 
 def main() -> None:
@@ -118,8 +130,7 @@ def main() -> None:
     if failed is not None:
         if traceback_wanted:
             raise failed
-        sys.stderr.write(f"error: {explain(failed)}\n")
-        sys.exit(1)
+        _refuse(explain(failed))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from sddlskd.config import Config
+from tests.composing import files_read_once
 from tests.tiny import composed
 
 Compose = Callable[..., Config]
@@ -40,6 +41,13 @@ def one_thread() -> None:
     # Some tests start two ranks, on any machine.
     os.environ.setdefault("SDDLSKD_MOST_PROCESSES", str(max(4, os.cpu_count() or 1)))
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hydra_reads_each_file_once() -> Iterator[None]:
+    """Keep the files of conf/ and sweeps/ in memory: a composition takes half of the time."""
+    with files_read_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

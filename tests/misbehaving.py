@@ -5,7 +5,7 @@ import signal
 import time
 import weakref
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ class Tiny(nn.Module):
 
     def misbehave(self) -> None:
         """Do what is wrong with this network; called in each training step."""
+
+
+class Burst(torch.optim.SGD):
+    """An optimizer whose first step makes the weights so large that the next loss is NaN."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(1e30)
 
 
 class Raises(Tiny):

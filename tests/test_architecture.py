@@ -20,6 +20,7 @@ LAYERS = (
     {"files"},
     {"datasets", "record"},
     {"data", "tracking"},
+    {"methods"},
     {"training"},
     {"worker", "export"},
     {"sweeps"},
@@ -39,6 +40,7 @@ SEE_A_CONFIG = {
     "tracking",
     "train",
     "training/build.py",
+    "training/features.py",
     "training/fit.py",
     "worker",
 }

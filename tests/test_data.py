@@ -29,6 +29,7 @@ from sddlskd.datasets import arrays
 from sddlskd.datasets.arrays import Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.files import download
 from sddlskd.files.download import DownloadError
+from tests.tiny import same as values_are_same
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 CLOSED = "http://127.0.0.1:9/"  # the discard port, where no server listens
@@ -57,12 +58,9 @@ def joined(batches: Iterator[Batch] | Iterator[tuple[Tensor, Tensor]]) -> tuple[
     return torch.cat(x), torch.cat(y)
 
 
-def same(ours: Iterator[tuple[Tensor, ...]], theirs: Iterator[tuple[Tensor, ...]]) -> bool:
-    return all(
-        torch.equal(our, their)
-        for pair in zip(ours, theirs, strict=True)
-        for our, their in zip(*pair, strict=True)
-    )
+def same(ours: Iterator[tuple[Any, ...]], theirs: Iterator[tuple[Any, ...]]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(values_are_same(our, their) for our, their in pairs)
 
 
 def plain(image_HWC: Tensor) -> Tensor:
@@ -263,9 +261,12 @@ def whole_of(splits: Splits) -> Tensor:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_makes_the_same_batches() -> None:
-    theirs = list(device_data(device="cuda").batches(1))
-    assert {tensor.device.type for batch in theirs for tensor in batch[2:]} == {"cpu"}
-    assert same((tuple(t.cpu() for t in batch) for batch in theirs), device_data().batches(1))
+    theirs = list(device_data(device="cuda", strong=True).batches(1))
+    ours = list(device_data(strong=True).batches(1))
+    assert {part.device.type for batch in theirs for part in (batch.index, batch.views)} == {"cpu"}
+    for own, other in zip(ours, theirs, strict=True):
+        values = [value.cpu() if isinstance(value, Tensor) else value for value in other]
+        assert values_are_same(list(own), values)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_run_on_other_data_keeps_its_normalisation(
     more = [word.replace("load.test=64", "load.test=32") for word in ASKED]
     assert judged(capsys, trained.run_dir, *more)["images"] == 32
     overrides = ["dataset=fashion_mnist", "dataset.root=/x"]
-    job, _ = evaluate._job_and_weights(Path(trained.run_dir), overrides)
+    job, _, _ = evaluate._job_and_weights(Path(trained.run_dir), overrides)
     assert (job.dataset.name, job.dataset.mean, job.dataset.root) == (
         "fashion_mnist",
         trained.dataset.mean,

@@ -1,13 +1,18 @@
 """Test the papers' names of the methods, which persons read in tables of the terminal."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from analysis.names import method_name
-from analysis.schema import method_of
+from analysis.coverage import recipe_of
+from analysis.names import PAPERS_LOSSES, method_name
+from analysis.published import numbers
+from analysis.runs import _typed
+from analysis.schema import Run, frame_of, runs_of
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.config.identity import METHOD_NAMES
 from sddlskd.terminal.console import outcomes, run_title
 from tests.conftest import Compose
 
@@ -16,16 +21,35 @@ RECIPES = sorted(
 )
 
 
-def label_in_tables(job: Config) -> str:
-    """Return what the tables of the analysis call the method of the job."""
-    M = f"[{','.join(map(str, job.M))}]"
-    return method_name(method_of(job.distiller.name, M, bool(job.standardize)))
+def as_run(job: Config) -> Run:
+    """Return the run of a job as the analysis reads it from MLflow."""
+    row, problems = _typed({key: str(value) for key, value in cfg.flatten(job).items()})
+    assert problems == []
+    (run,) = runs_of(frame_of([row]))
+    return run
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_has_the_name_that_it_has_in_the_tables(compose: Compose, recipe: str) -> None:
+def test_a_recipe_has_one_name_everywhere(compose: Compose, recipe: str) -> None:
     job = compose(f"recipe={recipe}")
-    assert cfg.method_name(job) == label_in_tables(job)
+    run = as_run(job)
+    assert job.recipe == run.recipe == recipe
+    assert cfg.method_name(job) == method_name(run.method)
+    # The published numbers of a method are looked up with its recipe.
+    if run.method in {number.method for number in numbers()}:
+        assert recipe in (recipe_of(run.method), "none")
+
+
+def test_methods_have_the_same_names_in_the_program_and_in_the_tables() -> None:
+    assert METHOD_NAMES.items() <= PAPERS_LOSSES.items()
+
+
+def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose) -> None:
+    job = compose("recipe=kd")
+    other = replace(job, recipe="none")
+    assert cfg.config_hash(job) == cfg.config_hash(other)
+    assert cfg.sharing_key(job) == cfg.sharing_key(other)
+    assert cfg.run_name(job) == cfg.run_name(other)
 
 
 @pytest.mark.parametrize(
@@ -36,13 +60,16 @@ def test_a_recipe_has_the_name_that_it_has_in_the_tables(compose: Compose, recip
         ("recipe=sd_dkd M=[2]", "SD-DKD"),
         ("recipe=nkd", "NKD"),
         ("recipe=vanilla", "student alone"),
+        ("recipe=sd_kd_ls features=[crd,sp]", "SD-KD+LS+CRD+SP"),
+        ("recipe=ctkd_ls M=[1,2] optimizer=dot", "SD-CTKD+LS+DOT"),
+        ("recipe=dkd_ctkd M=[1,2] standardize=true", "SD-DKD+CTKD+LS"),
         ("distiller.name=my_Loss M=[1] standardize=false", "my_Loss"),
         ("distiller.name=my_Loss", "SD-my_Loss+LS"),
     ],
 )
 def test_the_name_of_a_method(compose: Compose, overrides: str, name: str) -> None:
     job = compose(*overrides.split())
-    assert cfg.method_name(job) == label_in_tables(job) == name
+    assert cfg.method_name(job) == method_name(as_run(job).method) == name
 
 
 def test_a_run_has_a_title(compose: Compose) -> None:

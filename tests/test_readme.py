@@ -96,14 +96,16 @@ def test_every_command_composes(command: str) -> None:
     assert (len(jobs) > 1) == ("-m" in shlex.split(command)[3:])
 
 
-@pytest.mark.parametrize("name", ["loss", "network", "dataset"])
+@pytest.mark.parametrize("name", ["loss", "method", "network", "dataset"])
 def test_examples_run(name: str, tmp_path: Path) -> None:
     blocks = example(name)
     assert set(blocks) == {"python", "yaml", "sh"}
     for language in ("python", "yaml"):
         text = blocks[language]
         assert len(text.splitlines()) < 20
-        path = tmp_path / text.splitlines()[0].removeprefix("# ")
+        # Hydra reads the line of the package only if it is the first one.
+        lines = (line for line in text.splitlines() if not line.startswith("# @"))
+        path = tmp_path / next(lines).removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     torch.manual_seed(0)
@@ -120,7 +122,7 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
         record.read_result(path.parent)
         for path in (tmp_path / "runs").glob("*/resnet8-*/result.json")
     ]
-    jobs = {"loss": 2, "network": 1, "dataset": 1}[name]
+    jobs = {"loss": 2, "method": 2, "network": 1, "dataset": 1}[name]
     assert [result["status"] for result in results if result.get("teacher_sha256")] == [
         "FINISHED"
     ] * jobs

@@ -79,6 +79,8 @@ PUBLIC = {
 }
 
 # (overrides, config_hash, settings_hash, run name) at the commit before modules moved into rooms
+# Values of two recipes from before they clipped gradients and pooled as SDD's code does.
+BEFORE = "optimizer.clip_norm=null distiller.pooling=direct"
 HASHES = [
     ("", "3755aa485b69", "3755aa485b69", "cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0"),
     (
@@ -100,13 +102,13 @@ HASHES = [
         "cifar100/vgg13-vgg8-dkd-M-1-s0",
     ),
     (
-        "recipe=sd_nkd dataset=cub200 pair=vgg13_mobilev2",
+        f"recipe=sd_nkd dataset=cub200 pair=vgg13_mobilev2 {BEFORE}",
         "e267ec0a3eaf",
         "e267ec0a3eaf",
         "cub200/vgg13-mobilev2-nkd-M-1-2-4-s0",
     ),
     (
-        "dataset=imagenet recipe=sd_dkd pair=imagenet_resnet34_imagenet_resnet18",
+        f"dataset=imagenet recipe=sd_dkd pair=imagenet_resnet34_imagenet_resnet18 {BEFORE}",
         "27e59788735f",
         "27e59788735f",
         "imagenet/resnet34-resnet18-dkd-M-1-2-s0",

@@ -156,7 +156,7 @@ def test_a_training_batch_is_torchvisions_by_hand(folder: Path) -> None:
     data, paths = streamed(folder), image_folder(str(folder)).train
     assert isinstance(paths, Files)
     shown, mirrored = [], 0
-    for x_BCHW, labels_B, index_B, views_B in data.batches(2):
+    for x_BCHW, labels_B, index_B, views_B, *_ in data.batches(2):
         assert views_B is None
         for x_CHW, label, n in zip(x_BCHW, labels_B.tolist(), index_B.tolist(), strict=True):
             image = Image.open(paths.paths[n])

@@ -42,7 +42,7 @@ from sddlskd.sweeps.pool import Pool, Task
 from sddlskd.sweeps.report import cause_of
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
-from tests.tiny import ForkedCommand, ForkedWorker
+from tests.tiny import DIVERGES, ForkedCommand, ForkedWorker
 
 REPO = Path(__file__).parent.parent
 COMMON = [
@@ -199,7 +199,7 @@ def test_failures_stay_local_and_a_sweep_continues(
         home,
         "student=resnet8",
         network("Raises"),
-        "student=resnet8 optimizer.lr=1e30",
+        f"student=resnet8 {DIVERGES}",
         network("Tiny"),
     )
     results, code = sweep(jobs)

@@ -362,7 +362,8 @@ def test_missing_teacher_is_trained_first(tmp_path: Path) -> None:
 def test_teacher_that_cannot_be_trained_is_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = tiny(tmp_path, "teacher.train_if_missing=true", "teacher.lr=1e30", teacher=False)
+    monkeypatch.setattr(build, "learning_rate", lambda *_, **__: 1e30)
+    job = tiny(tmp_path, "teacher.train_if_missing=true", teacher=False)
     with pytest.raises(
         ValueError, match="training teacher=resnet8 ended as FAILED: NonFiniteLoss: loss became nan"
     ):

@@ -42,7 +42,7 @@ from sddlskd.training.fit import fit
 from sddlskd.training.run import Run
 from tests.loopback import answer, site
 from tests.loopback import status as code
-from tests.tiny import BASE, CONF, net, processes, tiny
+from tests.tiny import BASE, CONF, DIVERGES, net, processes, tiny
 
 METRICS = {
     *(
@@ -370,7 +370,7 @@ def test_a_resumed_run_has_no_reason_left(home: Path) -> None:
 
 
 def test_failed_run(home: Path) -> None:
-    job = tracked(home, "optimizer.lr=1e30")
+    job = tracked(home, DIVERGES)
     fit([job])
     (run,) = runs_of(job)
     assert run.info.status == "FAILED"
@@ -512,6 +512,26 @@ def test_database_that_is_none_is_named(tmp_path: Path) -> None:
         r"MLflow database that you may write, choose another .*tracking=none",
     ):
         register([tracked(tmp_path, teacher=False)])
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ("ffffffffffff", r"a newer MLflow wrote it; run: pip install --upgrade mlflow"),
+        ("451aebb31d03", r"an older MLflow wrote it; copy the file, then run: mlflow db upgrade "),
+    ],
+)
+def test_database_of_another_mlflow_is_named_with_its_cure(
+    home: Path, capsys: pytest.CaptureFixture[str], schema: str, says: str
+) -> None:
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = ?", [schema])
+    for ask in (tracking.check_reachable, register):
+        with pytest.raises(ConnectionError, match=rf"mlflow.db has the schema {schema}.*: {says}"):
+            ask([tracked(home, teacher=False)])
+    # The analysis says the same.
+    assert analyse(["--home", str(home)]) == 1
+    assert re.search(rf"mlflow.db has the schema {schema}.*: {says}", capsys.readouterr().err)
 
 
 def test_a_file_that_cannot_be_written_is_named_with_its_cure(tmp_path: Path) -> None:
@@ -1094,7 +1114,11 @@ def test_one_spoilt_run_does_not_keep_the_others(
 
 
 class Server:
-    """`mlflow server` on loopback, which can be killed and restarted with the same data."""
+    """`mlflow server` on loopback, which can be killed and restarted with the same data.
+
+    It starts without its job runner, as that of `sddlskd.server`: the runner's eight processes need
+    most of the time of a start.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -1121,6 +1145,7 @@ class Server:
             self.process = subprocess.Popen(
                 command,
                 cwd=self.folder,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

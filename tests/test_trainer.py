@@ -25,6 +25,7 @@ from sddlskd.data.device import Batch
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.files import checkpoint
 from sddlskd.losses import kd
+from sddlskd.models import Taps
 from sddlskd.record import Record
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training import fit as trainer
@@ -38,6 +39,7 @@ from sddlskd.training.teacher_files import path_of
 from tests.test_tracking import runs_of
 from tests.tiny import (
     BASE,
+    DIVERGES,
     STEPS,
     ForkedCommand,
     child,
@@ -145,7 +147,7 @@ def test_student_that_raises_leaves_alone(tmp_path: Path, undisturbed: Config, r
 
 
 def test_student_that_diverges(tmp_path: Path, undisturbed: Config) -> None:
-    bad, good = tiny(tmp_path, "optimizer.lr=1e30"), tiny(tmp_path)
+    bad, good = tiny(tmp_path, DIVERGES), tiny(tmp_path)
     results = fit([bad, good])
     assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
     assert "loss became nan at epoch 1, step 2; lower optimizer.lr" in results[0]["reason"]
@@ -177,7 +179,7 @@ def test_stop_after_a_failure_keeps_the_failure(
 ) -> None:
     """One student fails in the step after which the other is stopped; only the other is saved."""
     bad, good = (
-        tiny(tmp_path, "optimizer.lr=1e30", "trainer.log_every=2"),
+        tiny(tmp_path, DIVERGES, "trainer.log_every=2"),
         tiny(tmp_path, "trainer.log_every=2"),
     )
     stop(monkeypatch, "train_step", lambda run: run.step == 2)
@@ -370,7 +372,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["M=[1,32]"], r"M=\[1, 32\] asks for 32x32 regions.*the largest scale here is 8"),
-        (["trainer.batch_size=193"], "batch_size is 193; give 1..192"),
+        (["trainer.batch_size=193"], "batch_size=193 is larger than the 192 images of"),
         (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
         (
             ["teacher=resnet14", "teacher.train_if_missing=false"],
@@ -502,17 +504,18 @@ def test_a_checkpoint_of_an_earlier_version_tells_the_same_progress() -> None:
 def test_the_objective_weighs_and_warms_up_its_losses() -> None:
     torch.manual_seed(0)
     student_map, teacher_map = torch.randn(2, 8, 10, 4, 4)
-    target = torch.arange(8)
+    images, target = torch.empty(8, 3, 4, 4), torch.arange(8)
     distill = ScaleDecoupled(functools.partial(kd, temperature=2.0), [1, 2])
     objective = Objective(distill, ce_weight=0.5, kd_weight=3.0, warmup_epochs=4)
     for epoch, warmup in ((1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
-        losses = objective.losses(student_map, teacher_map, target, epoch)
+        batch = Batch(images, target, target, views=None, epoch=epoch)
+        losses = objective.losses(Taps.of_map(student_map), Taps.of_map(teacher_map), batch)
         assert losses["loss_ce"] == F.cross_entropy(student_map.mean((2, 3)), target)
         assert losses["loss_kd"] == distill(student_map, teacher_map, target)
         expected = 0.5 * losses["loss_ce"] + 3.0 * warmup * losses["loss_kd"]
         assert losses["loss"] == expected
     plain = Objective(None, ce_weight=0.5, kd_weight=3.0, warmup_epochs=4)
-    losses = plain.losses(student_map, None, target, 1)
+    losses = plain.losses(Taps.of_map(student_map), None, batch)
     assert losses["loss"] == 0.5 * losses["loss_ce"]
     assert losses["loss_kd"] == 0
 
@@ -589,7 +592,7 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: 
     monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), real(model))[1])
     job = tiny(tmp_path, "trainer.compile=true")
     assert fit([job])[0]["status"] == "FINISHED"
-    assert len(compiled) == 2  # teacher and student
+    assert len(compiled) == 3  # the teacher's logit map, its taps, and the student
     assert rows(job)[-1]["train/loss"] == pytest.approx(
         rows(undisturbed)[-1]["train/loss"], rel=1e-3
     )

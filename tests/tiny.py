@@ -47,6 +47,7 @@ BASE = (
     "trainer.progress=off",
     "allow_foreign_targets=true",  # the networks of tests/
 )
+DIVERGES = "optimizer.algorithm._target_=tests.misbehaving.Burst"
 TIMES = ("time", "time/epoch_s", "time/images_per_s")
 
 # Child processes are forked from a process that has imported torch and computed nothing, so they

@@ -377,23 +377,22 @@ def _cifar(
         inside = _tar_members(archive, [f"{folder.name}/{name}" for name in members], url)
         contents = {f"{archive}:{name}": content for name, content in inside.items()}
     splits = []
-    for (where, content), expected in zip(contents.items(), members.values(), strict=True):
+    for (file, content), expected in zip(contents.items(), members.values(), strict=True):
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
             _log.warning(
                 "%s is not the published %s (its md5 differs): results will not be comparable",
-                where,
+                file,
                 what,
             )
-        splits.append(_cifar_split(content, where, url, what, labels))
+        splits.append(_cifar_split(content, file, url, what, labels))
     return splits
 
 
-def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: str) -> Images:
+def _cifar_split(content: bytes, file: str, url: str, what: str, labels_key: str) -> Images:
     """Return the images of one pickle. Raise ValueError if it is damaged or refused.
 
     The pickle holds a dict of `data`, uint8 N x 3072 channel-major, and of `labels_key`, a list of
-    labels. Messages use `where`, `url` and `what` as names of the pickle, its source and the data
-    set.
+    labels. In messages, `file` names the pickle, `url` its source and `what` the data set.
     """
     try:
         loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
@@ -410,7 +409,7 @@ def _cifar_split(content: bytes, where: str, url: str, what: str, labels_key: st
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 {(len(labels), 3072)}")
     except Exception as error:  # a damaged pickle can raise any exception
         reason = (
-            f"{where} is not a {what} pickle "
+            f"{file} is not a {what} pickle "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         )
         raise ValueError(f"{reason}: remove it to have {url} fetched again") from error

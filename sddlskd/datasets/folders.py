@@ -216,10 +216,10 @@ def cub200(root: str) -> Splits:
     is_present = _Present(folder / "images")
     splits: dict[str, tuple[list[str], list[int]]] = {"1": ([], []), "0": ([], [])}
     for image, (name, line) in names.items():
-        where = f"{folder / CUB200_TEXTS[0]}:{line}"
+        listed = f"{folder / CUB200_TEXTS[0]}:{line}"
         if not is_present(name):
             raise ValueError(
-                f"{where}: there is no image {name[:100]!a} in {folder / 'images'}; {_AGAIN}"
+                f"{listed}: there is no image {name[:100]!a} in {folder / 'images'}; {_AGAIN}"
             )
         label, line = labels[image]
         number = _number(label)

@@ -303,7 +303,7 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
 def check_finite(model: nn.Module, source: Path | str) -> None:
     """Raise ValueError if a weight or buffer of `model` is NaN or infinite.
 
-    `source` is where the weights come from, for the message, which names the first such keys.
+    The message names the first such keys and `source`, the file or address of the weights.
     """
     spoilt = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if spoilt:

@@ -112,9 +112,11 @@ class SharedTeacherLauncher(Launcher):
                         empty.rmdir()
 
     def _launch(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        from sddlskd import config as cfg
         from sddlskd.sweeps import run_sweep
         from sddlskd.sweeps.grid import compose_grid
 
+        cfg.check_launcher(self.config.hydra.launcher)
         if self.config.sweep.jobs:
             lines = [line.split() for line in self.config.sweep.jobs]
             job_overrides = [[*overrides, *line] for overrides in job_overrides for line in lines]

@@ -9,7 +9,7 @@ OVERRIDE = "SDDLSKD_MOST_PROCESSES"
 
 
 def check_processes(key: str, count: int, megabytes: int) -> None:
-    """Raise ValueError if a setting asks for more processes than this process may use cores.
+    """Raise ValueError if a setting asks for more processes than there are cores to use.
 
     The environment variable SDDLSKD_MOST_PROCESSES replaces the number of cores.
 

@@ -147,6 +147,7 @@ class _Composer:
 
     def _compose(self, overrides: tuple[str, ...]) -> _Composed:
         if overrides not in self._composed:
+            cfg.check_choices(overrides)
             with open_dict(self._sweep):
                 job = self._loader.load_sweep_config(self._sweep, list(overrides))
             with open_dict(job):
@@ -173,7 +174,7 @@ class _Composer:
         # Only Hydra can resolve interpolations and merge dictionaries.
         if "${" in text or isinstance(override.value(), dict):
             return False
-        if key in NEEDED or key.startswith("hydra"):
+        if key in NEEDED or key.startswith(("hydra", "features")):
             return False
         return not any(
             key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")

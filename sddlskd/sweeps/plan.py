@@ -198,7 +198,7 @@ def _expected_seconds_of(job: Config) -> float | None:
     The time of a run is divided by its group size, because the runs of a group share their time.
     """
     networks = job.student.name
-    if job.distiller.loss:
+    if job.has_teacher:
         networks = f"{job.teacher.name}-{job.student.name}"
     epoch_seconds: list[float] = []
     for path in Path(job.run_dir).parent.glob(f"{networks}-*/result.json"):

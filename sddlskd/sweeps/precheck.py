@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sddlskd import record
 from sddlskd.config import Config, Rerun, canonical
@@ -24,7 +24,11 @@ from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import explain
 from sddlskd.training.build import (
+    build_network,
+    check_batch_size,
     check_cache,
+    check_images,
+    check_objective,
     check_same_data,
     check_teacher,
     check_teacher_data,
@@ -35,7 +39,8 @@ from sddlskd.training.build import (
     shape_of,
     teacher_changed,
 )
-from sddlskd.training.devices import check_places
+from sddlskd.training.devices import check_places, pick_device
+from sddlskd.training.features import build_features, student_network
 
 __all__ = ["main", "problems", "report"]
 
@@ -49,12 +54,14 @@ class DataSet:
         image_CHW: shape of an image.
         of_files: whether the images stay on disk.
         noted: fingerprint of the data.
+        labels_N: class of each training image.
     """
 
     size: int
     image_CHW: tuple[int, int, int]
     of_files: bool
     noted: dict[str, Any]
+    labels_N: Tensor
 
 
 class Checker:
@@ -64,19 +71,20 @@ class Checker:
         self._data_sets: dict[str, DataSet | Exception] = {}
         self._fingerprints: dict[str, dict[str, Any] | None] = {}
         self._map_sides: dict[tuple[str, int, tuple[int, ...]], int] = {}
+        self._networks: dict[tuple[str, int], nn.Module] = {}
 
     def check(self, job: Config) -> None:
         """Raise an error if the job cannot run; networks and data sets may raise any type."""
         check_places(job.trainer.device, job.trainer.devices)
+        device = pick_device(job.trainer.device)
+        check_objective(job, device)
         # Report a mistyped path before any data is downloaded.
         if job.teacher.checkpoint:
             check_teacher(job)
         data = self._data_set(job)
-        if job.trainer.batch_size > data.size:
-            raise ValueError(
-                f"trainer.batch_size={job.trainer.batch_size} is larger than the {data.size} "
-                f"images of dataset={job.dataset.name}"
-            )
+        check_batch_size(job, data.size)
+        C, H, W = data.image_CHW
+        check_images(job, (data.size, H, W, C), device, of_files=data.of_files)
         if job.sweep.rerun is not Rerun.all:  # which sets the earlier records aside
             check_same_data(job, data.noted)
         check_teacher(job)
@@ -90,6 +98,24 @@ class Checker:
             side = min(side, self._map_side(job.teacher.model, classes, data.image_CHW))
             if max(job.M) > 2 * side:
                 raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
+        if job.features:
+            cpu = torch.device("cpu")
+            teacher = self._network(job.teacher.model, classes)
+            student = student_network(
+                job,
+                self._network(job.student.model, classes),
+                teacher,
+                image_CHW=data.image_CHW,
+                device=cpu,
+            )
+            build_features(
+                job,
+                student,
+                teacher,
+                image_CHW=data.image_CHW,
+                labels_N=data.labels_N,
+                device=cpu,
+            )
 
     def data_change(self, job: Config) -> str:
         """Return in words how the data of a finished job have changed since; "" if they have not.
@@ -114,6 +140,13 @@ class Checker:
             raise found
         return found
 
+    def _network(self, model: dict[str, Any], num_classes: int) -> nn.Module:
+        """Return a network of a job with methods, which read more than its logit map."""
+        key = (canonical(model), num_classes)
+        if key not in self._networks:
+            self._networks[key] = build_network(model, num_classes, 0, torch.device("cpu"))
+        return self._networks[key]
+
     def _map_side(
         self, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
     ) -> int:
@@ -134,7 +167,8 @@ def _load(job: Config) -> DataSet | Exception:
     except Exception as error:
         return error
     N, H, W, C = shape_of(job, splits)
-    return DataSet(N, (C, H, W), isinstance(splits.train, Files), fingerprint(splits))
+    of_files = isinstance(splits.train, Files)
+    return DataSet(N, (C, H, W), of_files, fingerprint(splits), splits.train.labels_N)
 
 
 def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:

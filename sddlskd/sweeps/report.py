@@ -27,7 +27,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"sweep {plan.name}: {len(plan.jobs)} jobs ({counts}), "
         f"{len(plan.todo)} to do in {len(plan.groups)} groups"
     ]
-    with_teacher = [group for group in plan.groups if group[0].distiller.loss]
+    with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
     if len(with_teacher) < alone:
         lines.append(

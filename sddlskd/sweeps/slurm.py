@@ -356,9 +356,7 @@ class Slurm(GroupRunner):
 
         Such files are a SQLite database and the memory-mapped cache of a teacher's logit maps.
         """
-        caches = {
-            str(job.teacher.cache) for job in jobs if job.distiller.loss and job.teacher.cache
-        }
+        caches = {str(job.teacher.cache) for job in jobs if job.has_teacher and job.teacher.cache}
         in_sqlite = any(
             str(job.tracking.uri).startswith("sqlite:") for job in jobs if job.tracking.enabled
         )

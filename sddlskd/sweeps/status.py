@@ -180,7 +180,7 @@ def _job_status(
         name=run_dir.name,
         run_dir=str(run_dir),
         state=state,
-        epochs_done=len(rows),
+        epochs_done=sum(row["epoch"] > 0 for row in rows),
         epochs=epochs,
         top1=top1,
         reason=reason,

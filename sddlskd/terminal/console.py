@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -41,6 +42,13 @@ __all__ = [
 
 # Errors of this package's own checks, with messages for users.
 OWN_ERRORS = (ValueError, OSError, RuntimeError)
+# What OmegaConf says of a value that is not of the type of its key
+WRONG_TYPE = re.compile(
+    r"Value '(?P<value>.*)' of type '.*' could not be converted to (?P<type>Integer|Float)"
+)
+FULL_KEY = re.compile(r"full_key: (\S+)")  # what OmegaConf appends to an error
+# Units of the numbers whose keys end like this
+UNITS = {"_min": "minutes", "_minutes": "minutes", "_s": "seconds"}
 # Folders of conf/ from which a user does not choose.
 NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
 
@@ -102,7 +110,7 @@ def outcomes(
         table.add_column(column, overflow="fold", no_wrap=column not in ("pair", "status"))
     for job, result in zip(jobs, results, strict=True):
         pair = job.student.name
-        if job.distiller.loss:
+        if job.has_teacher:
             pair = f"{job.teacher.name} {job.student.name}"
         status = result["status"]
         if result["reason"]:
@@ -153,10 +161,8 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     for link in chain:
         if isinstance(link, OverrideParseException):
-            return (
-                f"{link.override} cannot be read ({link.message.splitlines()[0]}); "
-                "give key=value, as in M=[1,2,4]"
-            )
+            reason = link.message.splitlines()[0]
+            return f"{link.override} cannot be read ({reason}); {_readable(str(link.override))}"
         if isinstance(link, MissingConfigException):
             return _unknown_choice(link)
         if isinstance(link, InstantiationException):
@@ -169,9 +175,27 @@ def explain(error: BaseException) -> str:
             return _unknown_key(link)
         if isinstance(link, OmegaConfBaseException) and link.msg:
             return _bad_value(str(link.full_key or ""), _one_line(link.msg), str(error))
+        if isinstance(link, OverflowError) and (key := FULL_KEY.search(str(link))):
+            return f"{key[1]} is too large for a number; give a smaller one"
         if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
             return _one_line(str(link))
     return _one_line(str(error))
+
+
+def _readable(override: str) -> str:
+    """Return how to write an override that Hydra cannot read."""
+    key, equals, value = _without_quotes(override).partition("=")
+    if not equals or value.startswith(("[", "{")):
+        return "give key=value, as in M=[1,2,4]"
+    text = _without_quotes(value).replace('"', '\\"')
+    quoted = shlex.quote(f'{key}="{text}"')
+    return f"put the value in quotes, and all of it in quotes for the shell: {quoted}"
+
+
+def _without_quotes(text: str) -> str:
+    """Return a text without the quotes around it, if it begins and ends with the same one."""
+    quoted = re.fullmatch(r"""(['"])(.*)\1""", text, re.DOTALL)
+    return quoted[2] if quoted else text
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
@@ -210,8 +234,21 @@ def _valid_names(bad: str, valid: Sequence[str], prefix: str) -> str:
 def _bad_value(key: str, message: str, whole: str) -> str:
     override = re.match(r"Error merging override (\S+)", whole)
     shown = override[1] if override else key
+    refused = WRONG_TYPE.search(message)
+    is_null = "is not Optional" in message
+    if not override and refused:
+        shown = f"{key}={refused['value']}"
+    elif not override and is_null:
+        shown = f"{key}=null"
     if re.fullmatch(r"M(\[\d+\])?", key):
         return f"{shown} is not valid; {M_CURE}"
+    if is_null:
+        return f"{shown} is not valid; give a value, or leave it out for the default"
+    if refused:
+        kind = "an integer" if refused["type"] == "Integer" else "a number"
+        if unit := next((UNITS[end] for end in UNITS if key.endswith(end)), ""):
+            kind = f"{kind} of {unit}"
+        return f"{shown} is not {kind}"
     return f"{shown}: {message}"
 
 

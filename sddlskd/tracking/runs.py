@@ -228,6 +228,8 @@ def _create_run(
             "sweep": config.sweep.name or "",
             "run_dir": str(folder),
         }
+        if config.recipe:
+            tags["recipe"] = config.recipe
         if config.tracking.parent_run_id:
             tags["mlflow.parentRunId"] = config.tracking.parent_run_id
         tags = {name: _cut(value, LONGEST_TAG) for name, value in tags.items()}

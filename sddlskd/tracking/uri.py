@@ -5,10 +5,11 @@ import os
 import shlex
 import shutil
 import socket
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +54,8 @@ class Deleted(ValueError):
 def client(uri: str) -> Any:
     """Return an MLflow client for `uri`; create the SQLite file if `uri` names a missing one.
 
-    Raise ConnectionError if `uri` names a SQLite file that this host may not write.
+    Raise ConnectionError if `uri` names a SQLite file that this host may not write, or that another
+    version of MLflow has written.
     """
     path = sqlite_file(uri)
     if path:
@@ -75,7 +77,12 @@ def client(uri: str) -> Any:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     if path and not path.exists():
         _create(path)
-    return MlflowClient(tracking_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except Exception:  # MLflow and its database may raise any type
+        if path:
+            _check_schema(path)
+        raise
 
 
 def cure_of(uri: str) -> str:
@@ -152,6 +159,39 @@ def _check_file(path: Path) -> None:
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if path.is_dir() or not os.access(there, os.W_OK):
         raise ConnectionError(f"tracking.uri={uri} cannot be written; {cure_of(uri)}")
+
+
+def _check_schema(path: Path) -> None:
+    """Raise ConnectionError if another version of MLflow has written a SQLite file.
+
+    MLflow itself advises to upgrade the database, even if the database is the newer one.
+    """
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            (found,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    except (sqlite3.Error, TypeError):  # not a database of MLflow, or one without a version
+        return
+    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
+    wanted = script.get_current_head()
+    if found == wanted:
+        return
+    uri = sqlite_uri(str(path))
+    have = (
+        f"tracking.uri={uri} has the schema {found}, and MLflow {mlflow.__version__} here reads "
+        f"{wanted}"
+    )
+    other = "or choose another with tracking.uri=..."
+    if found in {revision.revision for revision in script.walk_revisions()}:
+        raise ConnectionError(
+            f"{have}: an older MLflow wrote it; copy the file, then run: "
+            f"mlflow db upgrade {shlex.quote(uri)}, {other}"
+        )
+    raise ConnectionError(
+        f"{have}: a newer MLflow wrote it; run: pip install --upgrade mlflow, {other}"
+    )
 
 
 def _claim(path: Path) -> None:
@@ -249,7 +289,19 @@ def check_answers(uri: str) -> None:
         )
     _check_file(path)
     if path.exists():
-        _claim(path)
+        _check_opens(uri)
+
+
+def _check_opens(uri: str) -> None:
+    """Raise ConnectionError if MLflow cannot open the SQLite file of `uri`."""
+    try:
+        client(uri)
+    except ConnectionError:
+        raise
+    except Exception as error:  # MLflow and its database may raise any type
+        raise ConnectionError(
+            f"tracking.uri={uri} does not accept runs ({first_line(error)}); {cure_of(uri)}"
+        ) from error
 
 
 def _check_server(uri: str) -> None:

@@ -150,7 +150,7 @@ def test_logit_standardization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         {**kd, "standardize": False, "kd_weight": 0.9, "temperature": 4.0},
         {**kd, "standardize": True, "kd_weight": 9.0, "temperature": 2.0},
     ]
-    store_of(tmp_path, "lskd_identical", ["resnet32x4-resnet8x4", "vgg13-vgg8"], methods)
+    store_of(tmp_path, "lskd_table2", ["resnet32x4-resnet8x4", "vgg13-vgg8"], methods)
     displayed = execute("logit_standardization", tmp_path, monkeypatch)
     assert any("LSKD Table 2" in item.text for item in shown(displayed, HTML))
     for pair, setting in itertools.product(range(2), range(2)):

@@ -546,17 +546,26 @@ def test_runs_of_another_protocol_have_no_verdict(settings_: dict[str, Any]) -> 
     assert next(iter(settings_)) in cell.footnotes["verdict"][0]
 
 
-@pytest.mark.parametrize(("epochs", "comparable"), [(480, True), (240, False)])
-def test_mlkd_trains_480_epochs(epochs: int, comparable: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "row", "epochs", "comparable"),
+    [
+        ("mlkd", "MLKD, imported", 240, True),
+        ("mlkd", "MLKD, imported", 480, False),
+        ("mlkd_ls", "MLKD+LS, imported", 480, True),
+        ("mlkd_ls", "MLKD+LS, imported", 240, False),
+    ],
+)
+def test_mlkd_has_epochs_of_its_own(method: str, row: str, epochs: int, comparable: bool) -> None:
     rows = runs(
         *SMALL,
         [77.0, 77.1, 77.2],
-        method="mlkd",
+        method=method,
         distiller="mlkd",
         source="imported",
         epochs=epochs,
+        lr=0.025,
     )
-    verdict = only(rows, "lskd_table_2", "MLKD, imported", SMALL_COLUMN).verdict
+    verdict = only(rows, "lskd_table_2", row, SMALL_COLUMN).verdict
     assert (verdict != "not comparable") == comparable
 
 

@@ -25,6 +25,7 @@ from sddlskd import config as cfg
 from sddlskd.data.device import Batch
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.losses import kd
+from sddlskd.models import Taps
 from sddlskd.record import Record
 from sddlskd.training.build import build_network, build_run
 from sddlskd.training.run import Run
@@ -127,7 +128,7 @@ def main() -> None:
         )
 
         def step() -> None:
-            run.train_step(batch, teacher(batch.images))
+            run.train_step(batch, Taps.of_map(teacher(batch.images)))
 
         composer = ScaleDecoupled(partial(kd, temperature=2.0), [1, 2, 4], standardize=True)
         student_map, teacher_map = (
@@ -172,7 +173,7 @@ def peak(what: str) -> None:
         for _ in range(3 if what != "nothing" else 0):
             teacher_map = teacher(batch.images)
             if what == "step":
-                run.train_step(batch, teacher_map)
+                run.train_step(batch, Taps.of_map(teacher_map))
             else:
                 student.zero_grad(set_to_none=True)
                 F.cross_entropy(student(batch.images).mean((2, 3)), batch.labels).backward()

@@ -23,6 +23,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.data.device import Batch
 from sddlskd.files.checkpoint import load_weights
+from sddlskd.models import Taps
 from sddlskd.record import Record, freeze, write_text
 from sddlskd.training.build import build_data, build_network, build_run
 from sddlskd.training.fit import fit
@@ -78,13 +79,13 @@ def sharing() -> None:
         batch = Batch(images, torch.randint(100, (BATCH_SIZE,)), torch.arange(BATCH_SIZE), views)
 
         def grouped(count: int) -> None:
-            teacher_map = teacher(images)
+            taps = Taps.of_map(teacher(images))
             for run in runs[:count]:
-                run.train_step(batch, teacher_map)
+                run.train_step(batch, taps)
 
         def one_after_another(count: int) -> None:
             for run in runs[:count]:
-                run.train_step(batch, teacher(images))
+                run.train_step(batch, Taps.of_map(teacher(images)))
 
         def parts(count: int) -> None:
             teacher(images)
@@ -107,9 +108,9 @@ def sharing() -> None:
         cache(images, views)
 
         def cached() -> None:
-            teacher_map = cache(images, views)
+            taps = Taps.of_map(cache(images, views))
             for run in runs[:4]:
-                run.train_step(batch, teacher_map)
+                run.train_step(batch, taps)
 
         grouped_s, cached_s = in_turn(lambda: grouped(4), cached, repeats=5)
         print(

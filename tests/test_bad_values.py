@@ -1,0 +1,346 @@
+"""Test that a job with a bad value is refused in one line before anything is written.
+
+The table of bad values is made from the schema: each number of a job takes each of the values.
+"""
+
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from sddlskd import config as cfg
+from sddlskd import train
+from sddlskd.config import Config
+from sddlskd.config.schema import ARGUMENTS, LAUNCHER, Bounds, FeatureConfig
+from sddlskd.sweeps.precheck import problems
+from sddlskd.terminal.console import explain
+from sddlskd.training.fit import fit
+from sddlskd.training.stand_ins import try_loss, try_optimizer
+from tests.each import check_each
+from tests.tiny import BASE, leave_teacher, tiny
+
+MOST = 2**63 - 1
+LONG = "1" + 400 * "0"  # more than a float holds
+VALUES = ("nan", "inf", "-inf", "-1", "0", str(2**63), str(2**70), "1e300", LONG, "word", "null")
+# What is valid among VALUES
+VALID = {
+    "0": {
+        "complementary_weight", "dataset.mean", "dataset.padding", "dataset.val_fraction",
+        "dataset.weight_decay", "dataset.workers", "distiller.ce_weight", "distiller.kd_weight",
+        "features.at.weight", "optimizer.warmup_epochs", "seed", "teacher.train_seed",
+        "trainer.data_seed",
+    },
+    "null": {
+        "dataset.lr", "dataset.workers", "optimizer.clip_norm", "trainer.data_seed",
+        "trainer.max_steps",
+    },
+    # Infinitely many minutes between checkpoints: only at the end of each epoch
+    **{value: {"checkpoint.every_minutes"} for value in ("inf", str(2**63), str(2**70), "1e300")},
+}  # fmt: skip
+
+
+def number_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Yield the dotted key and the field of every number, and of every list of numbers."""
+    for f in fields(schema):
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            yield from number_fields(f.type, f"{prefix}{f.name}.")
+        elif {int, float} & {f.type, *get_args(f.type)}:
+            yield prefix + f.name, f
+
+
+NUMBERS = dict(number_fields(Config)) | dict(number_fields(FeatureConfig, "features.at."))
+TABLE = [(key, value) for key in NUMBERS for value in VALUES]
+LISTS = {key for key, f in NUMBERS.items() if get_origin(f.type) is list}
+
+
+def override(key: str, value: str) -> str:
+    """Return how a person gives this value; a list has the value as one of its numbers."""
+    return f"{key}=[{value}]" if key in LISTS and value != "null" else f"{key}={value}"
+
+
+@pytest.fixture(scope="module")
+def refusal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function from an override to the reason why a job refuses it, "" if it does not.
+
+    The value is set on a composed job, as a sweep sets it. Composing the job anew would take a
+    sixth of a second.
+    """
+    job = tiny(tmp_path_factory.mktemp("home"), "features=[at]")
+    frame = OmegaConf.structured(job)
+    parser = OverridesParser.create()
+
+    def why(text: str) -> str:
+        change = parser.parse_override(text)
+        key = change.key_or_group
+        before = OmegaConf.select(frame, key)
+        if OmegaConf.is_config(before):
+            before = OmegaConf.to_container(before)
+        try:
+            OmegaConf.update(frame, key, change.value(), force_add=False)
+            changed = OmegaConf.to_object(frame)
+            assert isinstance(changed, Config)
+            cfg.normalise(changed)
+        except Exception as error:
+            return explain(error)
+        finally:
+            OmegaConf.update(frame, key, before, force_add=False)
+        return ""
+
+    return why
+
+
+def test_every_number_has_bounds() -> None:
+    assert len(NUMBERS) > 40
+    assert {key for key, f in NUMBERS.items() if "bounds" not in f.metadata} == set()
+
+
+def test_every_bad_number_is_refused_in_one_line_that_names_its_key(
+    refusal: Callable[[str], str],
+) -> None:
+    def check(case: tuple[str, str]) -> None:
+        key, value = case
+        said = refusal(override(*case))
+        if key in VALID.get(value, ()):
+            assert said == ""
+            return
+        assert said.startswith((f"{key}=", f"{key}[0]", f"{key} is too large")), said
+        assert len(said.splitlines()) == 1
+        assert len(said) < 220
+
+    check_each(TABLE, check, str)
+
+
+def test_every_number_is_accepted_up_to_its_bounds(refusal: Callable[[str], str]) -> None:
+    def check(key: str) -> None:
+        bounds = NUMBERS[key].metadata["bounds"]
+        is_float = float in {NUMBERS[key].type, *get_args(NUMBERS[key].type)}
+        for edge, outside in ((bounds.ge, -math.inf), (bounds.le, math.inf)):
+            if edge is not None:
+                beyond = edge + 1 if outside > 0 else edge - 1
+                if is_float:
+                    beyond = math.nextafter(edge, outside)
+                assert refusal(override(key, repr(edge))) == ""
+                assert refusal(override(key, repr(beyond))).startswith(f"{key}=")
+
+    check_each(NUMBERS, check, str)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # The least valid numbers
+        [
+            "dataset.mean=[0,0,0]", "dataset.padding=0", "distiller.ce_weight=0",
+            "complementary_weight=0", "features.at.weight=0", "optimizer.clip_norm=null",
+            "trainer.data_seed=0", "checkpoint.every_minutes=inf", "trainer.batch_size=2",
+            "trainer.max_steps=1",
+        ],
+        # The greatest ones. With greater weights the student diverges.
+        [
+            f"seed={MOST}", f"trainer.data_seed={MOST}", "trainer.eval_batch_size=1000000",
+            "trainer.max_steps=1000000000", "optimizer.warmup_epochs=1000000",
+            "features.at.warmup_epochs=1000000", "distiller.warmup_epochs=1000000",
+            "optimizer.clip_norm=1000000", "checkpoint.every_minutes=1e300",
+            "optimizer.decay=1", "trainer.log_every=1000000000",
+        ],
+    ],
+    ids=["least", "greatest"],
+)  # fmt: skip
+def test_valid_numbers_train(tmp_path: Path, overrides: list[str]) -> None:
+    job = tiny(tmp_path, "features=[at]", "trainer.epochs=1", *overrides)
+    assert problems([job]) == []
+    (result,) = fit([job])
+    assert (result["status"], result["reason"]) == ("FINISHED", "")
+
+
+# Arguments of the loss and of the optimizer
+
+
+def test_arguments_have_bounds(refusal: Callable[[str], str]) -> None:
+    keys = ("optimizer.algorithm.momentum", "distiller.loss.temperature")
+    assert set(keys) <= set(ARGUMENTS)
+    cases = [(key, value) for key in keys for value in ("nan", "inf", "-1", "2000", str(2**70))]
+
+    def check(case: tuple[str, str]) -> None:
+        key, value = case
+        said = refusal(f"{key}={value}")
+        assert said.startswith(f"{key}="), said
+        assert len(said.splitlines()) == 1
+
+    check_each(cases, check, str)
+    # Other arguments need only be finite and fit in 64 bits.
+    assert refusal(f"features.at.method.p={2**63}").startswith("features.at.method.p=")
+    assert refusal("features.at.method.p=1") == ""
+
+
+def test_losses_are_finite_at_their_bounds() -> None:
+    losses = [
+        {"_target_": "sddlskd.losses.kd"},
+        {"_target_": "sddlskd.losses.dkd", "alpha": 10.0**6, "beta": 10.0**6},
+        {"_target_": "sddlskd.losses.nkd", "gamma": 10.0**6},
+    ]
+    for loss in losses:
+        for temperature in (0.01, 1000.0):
+            for classes in (2, 100):
+                try_loss({**loss, "temperature": temperature}, classes)
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"losses.kd\(temperature=1e-45\) is nan for random log"):
+        try_loss({"_target_": "sddlskd.losses.kd", "temperature": 1e-45}, 10)
+
+
+def test_an_optimizer_that_makes_weights_infinite_is_refused() -> None:
+    algorithm = {"_target_": "torch.optim.SGD", "weight_decay": 3e38}
+    with pytest.raises(ValueError, match="makes weights infinite or NaN in one step"):
+        try_optimizer(algorithm, 1000.0, torch.device("cpu"))
+
+
+def test_trying_leaves_the_random_numbers_alone() -> None:
+    before = torch.random.get_rng_state()
+    try_loss({"_target_": "sddlskd.losses.kd", "temperature": 4.0}, 10)
+    try_optimizer({"_target_": "torch.optim.AdamW"}, 0.1, torch.device("cpu"))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+LBFGS = "optimizer.algorithm._target_=torch.optim.LBFGS"
+UNFIT = {
+    ("+optimizer.algorithm.foo=1",): "SGD(momentum=0.9, weight_decay=0.0005, foo=1) cannot",
+    (LBFGS,): "LBFGS(momentum=0.9, weight_decay=0.0005) cannot update a network (TypeError",
+    (LBFGS, "~optimizer.algorithm.momentum", "~optimizer.algorithm.weight_decay"): "'closure'",
+    ("+optimizer.algorithm.lr=3",): "optimizer.algorithm.lr=3 would be ignored; set optimizer.lr",
+    ("+distiller.loss.foo=1",): "losses.kd(temperature=2.0, foo=1) cannot be computed (TypeError",
+    ("dataset.padding=100000",): "dataset.padding=100000 needs 23043.7 GB of memory",
+    ("trainer.batch_size=193",): "of dataset=fake; set trainer.batch_size=192 or less",
+    ("teacher=resnet14", "teacher.train_if_missing=true", "trainer.batch_size=64",
+     "dataset.batch_size=194"): "set dataset.batch_size=192 or less, which trainer.batch_size",
+    ("dataset.batch_size=193",): "set dataset.batch_size=192 or less, which trainer.batch_size",
+}  # fmt: skip
+
+
+def test_what_cannot_work_is_refused_by_the_check_and_by_training(tmp_path: Path) -> None:
+    jobs = [tiny(tmp_path, *overrides) for overrides in UNFIT]
+    for (job, reason), says in zip(problems(jobs), UNFIT.values(), strict=True):
+        assert says in reason
+        assert len(reason.splitlines()) == 1
+        # The end may tell how much memory is free, which differs from moment to moment.
+        with pytest.raises(ValueError, match=re.escape(reason[:60])):
+            fit([job])
+        assert not Path(job.run_dir).exists()
+
+
+def test_a_teacher_that_is_trained_first_is_checked_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    job = tiny(
+        tmp_path, "teacher=mobilev2", "teacher.train_if_missing=true", "M=[1]",
+        "trainer.batch_size=64", "dataset.batch_size=191", teacher=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"mobilev2 cannot train .*; set dataset.batch_size=192"):
+        fit([job])
+    assert list(tmp_path.iterdir()) == []
+
+
+# The command line
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Yield a function from overrides to the only line that the command prints.
+
+    The command must exit with 1 and leave the home as it was.
+    """
+    leave_teacher(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def line(*overrides: str) -> str:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["train", *BASE, f"home={tmp_path}", *overrides])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        with pytest.raises(SystemExit) as caught:
+            train.main()
+        printed = capsys.readouterr()
+        assert caught.value.code == 1
+        assert printed.out == ""
+        assert sorted(tmp_path.rglob("*")) == before
+        (said,) = printed.err.splitlines()
+        return said.removeprefix("error: ")
+
+    yield line
+    GlobalHydra.instance().clear()
+
+
+REFUSED = [
+    (["distiller.temperature=1e300"], "distiller.temperature=1e+300 must be at most 1000"),
+    ([LBFGS], "cannot update a network"),
+    ([f"seed={2**63}"], f"seed={2**63} must be at most {MOST}"),
+    ([f"optimizer.lr={LONG}"], "optimizer.lr is too large for a number; give a smaller one"),
+    (["seed=1" + 5000 * "0"], "seed is too large for a number; give a smaller one"),
+    (["trainer.timeout_s=10:00"], "trainer.timeout_s=10:00 is not a number of seconds"),
+    (["trainer.epochs=word"], "trainer.epochs=word is not an integer"),
+    (["trainer.epochs=null"], "trainer.epochs=null is not valid; give a value, or leave it out"),
+    (["M=null"], "M=null is not valid; give distinct positive integers, such as M=[1,2,4]"),
+    (["dataset.root=/a b=c"], """put the value in quotes, and all of it in quotes for the shell: \
+'dataset.root="/a b=c"'"""),
+    (["M=[[1]]"], "M=[[1]] is not valid; give distinct positive integers, such as M=[1,2,4]"),
+    (["dataset.mean=[[1]]"], "dataset.mean=[[1]] is not a list of numbers"),
+    (["sweep.rerun=all"], "sweep.rerun=all requires a sweep; put -m before the overrides"),
+    (["-m", "hydra/launcher=slurm", "hydra.launcher.timeout_min=24:00:00", "seed=0,1"],
+     "hydra.launcher.timeout_min=24:00:00 is not an integer of minutes"),
+    (["-m", "hydra.launcher.max_group_size=0", "seed=0,1"],
+     "hydra.launcher.max_group_size=0 must be at least 1"),
+]  # fmt: skip
+
+
+def test_command_prints_one_line_and_writes_nothing(refused: Callable[..., str]) -> None:
+    def check(case: tuple[list[str], str]) -> None:
+        overrides, says = case
+        said = refused(*overrides)
+        assert says in said, said
+        assert len(said) < 300
+
+    check_each(REFUSED, check, lambda case: " ".join(case[0])[:60])
+
+
+def test_the_advised_quotes_can_be_read() -> None:
+    parser = OverridesParser.create()
+    for value in ("/a b=c", "/a(b)", 'say "so"', "it's", "a{b", "C:\\x=y"):
+        with pytest.raises(HydraException) as caught:
+            parser.parse_overrides([f"dataset.root={value}"])
+        (advised,) = shlex.split(explain(caught.value).partition("for the shell: ")[2])
+        (read,) = parser.parse_overrides([advised])
+        assert (read.key_or_group, read.value()) == ("dataset.root", value)
+
+
+def test_launchers_options_have_bounds() -> None:
+    for name, bounds in LAUNCHER.items():
+        least = bounds.ge if bounds.ge is not None else 1
+        cfg.check_launcher({name: least})
+        for bad in (-1, 2**70, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=rf"^hydra\.launcher\.{name}={bad} "):
+                cfg.check_launcher({name: bad})
+    cfg.check_launcher({name: None for name in LAUNCHER})
+
+
+def test_bounds_say_what_is_wrong() -> None:
+    bounds = Bounds(gt=0, le=2)
+    assert bounds.fault(1) == bounds.fault(2.0) == ""
+    assert bounds.fault(0) == "must be greater than 0"
+    assert bounds.fault(10**400) == "must be at most 2"
+    assert bounds.fault(float("-inf")) == "must be finite"
+    assert Bounds(ge=0, lt=1).fault(1) == "must be less than 1"
+    assert Bounds(ge=0).fault(-1) == "must not be negative"
+    assert Bounds(gt=0, finite=False).fault(float("inf")) == ""
