@@ -607,8 +607,12 @@ def test_workers_end_with_an_evaluation_that_fails(job_of: Jobs, own_folder: Pat
     assert gone(children() - before)
 
 
+# The teacher is trained first, in batches that the few images fill.
+TAUGHT = ("teacher.train_if_missing=true", "dataset.batch_size=8")
+
+
 def test_no_cache_of_crops_that_never_come_again(job_of: Jobs, tmp_path: Path) -> None:
-    job = job_of(f"teacher.cache={tmp_path}", "teacher.train_if_missing=true")
+    job = job_of(f"teacher.cache={tmp_path}", *TAUGHT)
     with pytest.raises(
         ValueError, match=r"teacher.cache=.* cannot hold the crops of dataset=image_folder"
     ):
@@ -619,14 +623,11 @@ def test_no_cache_of_crops_that_never_come_again(job_of: Jobs, tmp_path: Path) -
 
 def test_a_job_is_checked_without_a_look_into_any_file(job_of: Jobs, own_folder: Path) -> None:
     spoil(own_folder, [str(path.relative_to(own_folder)) for path in own_folder.rglob("*.jpg")])
-    well = [
-        job_of("teacher.train_if_missing=true", f"dataset.size={size}", root=own_folder)
-        for size in (16, 64)
-    ]
+    well = [job_of(*TAUGHT, f"dataset.size={size}", root=own_folder) for size in (16, 64)]
     ill = [
         job_of("distiller=vanilla", "trainer.batch_size=58", root=own_folder),
         # The logit maps have 4x4 cells.
-        job_of("teacher.train_if_missing=true", "M=[1,16]", root=own_folder),
+        job_of(*TAUGHT, "M=[1,16]", root=own_folder),
         job_of("distiller=vanilla", root=own_folder.with_name("nowhere")),
     ]
     reasons = [reason for _, reason in problems([*well, *ill])]
@@ -653,7 +654,7 @@ def test_another_number_of_classes_than_the_folders_is_refused_before_the_start(
     [
         ("dataset.size=0", "dataset.size=0 must be greater than 0"),
         ("dataset.centre=1.2", "dataset.centre=1.2 must be at most 1"),
-        ("dataset.centre=0", "dataset.centre=0.0 must be greater than 0"),
+        ("dataset.centre=0", "dataset.centre=0.0 must be at least 0.01"),
         ("dataset.workers=-1", "dataset.workers=-1 must not be negative"),
         ("dataset.crop_area=[0.5]", r"dataset.crop_area=\[0.5\] is not valid; give"),
         ("dataset.crop_area=[0.5,0.4]", r"dataset.crop_area=\[0.5, 0.4\] is not valid; give"),
