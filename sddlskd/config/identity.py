@@ -185,7 +185,9 @@ def run_name(config: Config) -> str:
 
     For example cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417.
     """
-    parts = [config.student.name, config.distiller.name]
+    parts = [config.student.name]
+    if config.distiller.loss or not config.features:
+        parts.append(config.distiller.name)
     if config.has_teacher:
         parts.insert(0, config.teacher.name)
     if config.distiller.loss:
