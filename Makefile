@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-services test-long tracking-server lint bench clean
+.PHONY: setup demo test test-services test-long tracking-server lint bench gpu clean
 
 setup: .venv/installed
 
@@ -48,6 +48,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
+
+# Checks and measurements on one GPU (docs/measurements); DEVICE=cpu runs the checks without one.
+DEVICE ?= cuda
+gpu: setup
+	$(BIN)/python -m tests.gpu --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--only right) $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf .venv demo build *.egg-info
