@@ -25,12 +25,17 @@ class AT(Method):
         student: Taps of the student for any batch.
         teacher: Taps of the teacher for any batch.
         p: The power. An odd power keeps the sign of x, as in mdistiller; the paper has |x|^p.
+
+    Raises:
+        ValueError: If a network has no stages, or if `p` is not an integer of at least 1.
     """
 
     needs = frozenset({"stages"})
 
     def __init__(self, student: Taps, teacher: Taps, *, p: int = 2) -> None:
         super().__init__(student, teacher)
+        if not isinstance(p, int) or p < 1:
+            raise ValueError(f"p={p} is no power; give an integer of at least 1")
         self.p = p
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
