@@ -56,6 +56,7 @@ def test_momenta_that_make_no_sense_are_refused() -> None:
         (("optimizer=dot", "optimizer.clip_norm=1"), "which of two gradients"),
         (("optimizer=dot", "trainer.precision=fp16"), "set trainer.precision=bf16"),
         (("optimizer=dot", "trainer.devices=2"), "set trainer.devices=1"),
+        (("recipe=ctkd", "trainer.devices=2"), "would learn a temperature in each process"),
     ],
 )
 def test_what_dot_cannot_serve_is_refused(

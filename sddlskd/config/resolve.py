@@ -222,6 +222,9 @@ def normalise(config: Config) -> Config:
     Raises ValueError if a value is not valid.
     """
     if not config.distiller.loss:
+        # Even a value that the job does not use must be valid.
+        _check_bounds(config, "")
+        _check_scales(config.M)
         _drop_what_needs_a_logit_loss(config)
     if config.teacher.cache is None:
         # A float32 cache does not round, so a job with such a cache equals a job without a cache.
@@ -294,6 +297,11 @@ def _check(config: Config) -> None:
         _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}")
     _check_fractions(config)
     _check_dot(config)
+    if config.distiller.learned_temperature and config.trainer.devices > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} would learn a temperature in each process; "
+            "set trainer.devices=1"
+        )
 
 
 def _check_dot(config: Config) -> None:

@@ -6,7 +6,9 @@ optimizers and data sets are allowed. A dotted path leads through attributes
 (`sddlskd.files.atomic.os.remove`), so the check looks at the object that the path resolves to.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -149,6 +151,17 @@ def _is_ours(target: str) -> bool:
     return target.partition(".")[0] in PACKAGES
 
 
+@contextmanager
+def _without_messages(name: str) -> Iterator[None]:
+    """Silence a logger: Hydra logs an error of several lines before it raises it."""
+    logger = logging.getLogger(name)
+    earlier, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = earlier
+
+
 def _check_kind(target: str) -> None:
     """Raise ValueError unless `target` is an allowed network, optimizer or function."""
     from torch import nn, optim  # slow to import, and `check_names` does not need it
@@ -160,7 +173,8 @@ def _check_kind(target: str) -> None:
     if any(part.startswith("_") for part in target.split(".")):
         raise ValueError(f"_target_={target} is private; {cure}")
     try:
-        found = get_object(target)
+        with _without_messages("hydra.utils"):
+            found = get_object(target)
     except Exception as error:  # an import along the path may raise anything
         raise ValueError(
             f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}"

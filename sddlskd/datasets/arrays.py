@@ -289,6 +289,9 @@ def digits() -> Splits:
     )
 
 
+MOST_FAKE = 50_000_000_000  # bytes; more is a slip of the keyboard
+
+
 def fake(
     num_classes: int = 100, size: int = 32, train: int = 50_000, test: int = 10_000, seed: int = 0
 ) -> Splits:
@@ -305,7 +308,16 @@ def fake(
 
     Returns:
         Splits of uint8 images with 3 channels.
+
+    Raises:
+        ValueError: if the pixels would take more than `MOST_FAKE` bytes.
     """
+    needed = (train + test) * size**2 * 3
+    if needed > MOST_FAKE:
+        raise ValueError(
+            f"train={train} and test={test} images of size={size} need {needed / 1e9:.1f} GB; "
+            f"random images take at most {MOST_FAKE / 1e9:.0f} GB"
+        )
     generator = torch.Generator().manual_seed(seed)
     splits = []
     for count in (train, test):

@@ -62,8 +62,8 @@ class CRD(Method):
             released code does so on ImageNet, and for more images than the other classes have.
 
     Raises:
-        ValueError: If a network has no taps, if all images are of one class, or if the other
-            classes have fewer than K images and `replacement` is false.
+        ValueError: If a network has no taps, if all images are of one class, if `K` is less than 1,
+            or if the other classes have fewer than K images and `replacement` is false.
     """
 
     needs = frozenset({"pooled"})
@@ -91,6 +91,8 @@ class CRD(Method):
             raise ValueError(
                 "all training images are of one class, and CRD needs images of at least 2 classes"
             )
+        if isinstance(K, bool) or not isinstance(K, int) or K < 1:
+            raise ValueError(f"K={K} must be an integer of at least 1")
         if fewest < K and not replacement:
             raise ValueError(
                 f"K={K} is more than the {fewest} training images of other classes than the "

@@ -251,6 +251,10 @@ def check_batch_size(job: Config, images: int) -> None:
     if teacher_job := trained_first(job):
         check_batch_size(teacher_job, images)
     size = job.trainer.batch_size
+    if images < 2:
+        raise ValueError(
+            f"dataset={job.dataset.name} has {images} training images; BatchNorm needs at least 2"
+        )
     if size > images:
         raise ValueError(
             f"trainer.batch_size={size} is larger than the {images} images of "

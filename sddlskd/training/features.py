@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H W sides, K classes, N training images.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sddlskd.config import Config, Views
 from sddlskd.config.targets import instantiate
-from sddlskd.data.device import seed_of
+from sddlskd.data.device import Batch, seed_of
 from sddlskd.methods import Method, Taps
 from sddlskd.models import LogitMapModel
 from sddlskd.training.build import build_network, without_weights
@@ -135,6 +136,7 @@ def build_features(
             torch.manual_seed(seed_of("seed", job.seed, "method", name))
             with _refused_as(job, name):
                 method = _build(feature.method, taps, facts)
+                _try(method.to(device), taps, images_CHW=image_CHW)
         if "strong_map" in method.needs and job.dataset.views == Views.weak:
             raise ValueError(
                 f"features={name} needs two views of each image; set dataset.views=weak_strong"
@@ -163,7 +165,7 @@ def _refused_as(job: Config, name: str) -> Iterator[None]:
     """Raise a method's error as a ValueError that names the method and the two networks."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a method of a user may raise anything
         raise ValueError(
             f"features={name} cannot serve teacher={job.teacher.name} and "
             f"student={job.student.name}: {' '.join(str(error).split())[:300]}"
@@ -176,6 +178,23 @@ def _build(arguments: dict[str, Any], taps: Sequence[Taps], facts: dict[str, Any
     wanted: frozenset[str] = getattr(build.func, "facts", frozenset())
     method: Method = build(*taps, **{name: facts[name] for name in wanted})
     return method
+
+
+@torch.no_grad()
+def _try(method: Method, taps: Sequence[Taps], *, images_CHW: Sequence[int]) -> None:
+    """Compute the losses of a method for two images, so that unfit options raise an error now.
+
+    Memories and statistics of the method are left unchanged.
+    """
+    student, teacher = (one._replace(strong_map=one.logit_map).wide() for one in taps)
+    device = student.logit_map.device
+    images_BCHW = torch.zeros(2, *images_CHW, device=device)
+    labels_B = torch.zeros(2, dtype=torch.int64, device=device)
+    batch = Batch(images_BCHW, labels_B, torch.arange(2), views=None, strong=images_BCHW)
+    trial = copy.deepcopy(method)
+    if trial.first_stage_epochs:
+        trial.first_stage(student, teacher, batch._replace(epoch=0))
+    trial(student, teacher, batch)
 
 
 @torch.no_grad()
