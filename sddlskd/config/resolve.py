@@ -226,10 +226,11 @@ def normalise(config: Config) -> Config:
         _check_bounds(config, "")
         _check_scales(config.M)
         _drop_what_needs_a_logit_loss(config)
-    if config.teacher.cache is None:
+    if config.teacher.cache is None or config.features:
         # A float32 cache does not round, so a job with such a cache equals a job without a cache.
+        # Jobs with features do not read the cache.
         config.teacher.cache_dtype = CacheDtype.float32
-    else:
+    if config.teacher.cache is not None:
         config.teacher.cache = os.path.abspath(config.teacher.cache)
     for group, name in TARGETS:
         part = getattr(config, group)

@@ -137,6 +137,11 @@ def build_features(
             with _refused_as(job, name):
                 method = _build(feature.method, taps, facts)
                 _try(method.to(device), taps, images_CHW=image_CHW)
+        if method.first_stage_epochs and job.optimizer.name == "dot":
+            raise ValueError(
+                f"features={name} has a first stage without a task loss, which DOT needs; "
+                "set optimizer=sgd"
+            )
         if "strong_map" in method.needs and job.dataset.views == Views.weak:
             raise ValueError(
                 f"features={name} needs two views of each image; set dataset.views=weak_strong"
@@ -165,6 +170,8 @@ def _refused_as(job: Config, name: str) -> Iterator[None]:
     """Raise a method's error as a ValueError that names the method and the two networks."""
     try:
         yield
+    except torch.OutOfMemoryError:  # the group is tried again with fewer runs
+        raise
     except Exception as error:  # a method of a user may raise anything
         raise ValueError(
             f"features={name} cannot serve teacher={job.teacher.name} and "
