@@ -54,6 +54,7 @@ TRAINING_TOLERANCE = 1e-3
 # Of the number formats with 8 and 11 bits, relative to the norm of a tensor. Rounding errors of up
 # to 110 layers add up.
 FORMAT_TOLERANCE = {"bf16": 0.1, "fp16": 0.02}
+NARROW_LOSS_TOLERANCE = 0.02  # of the loss of a step in bf16 or fp16, relative
 # Of a whole training of a few steps whose operations may add in any order
 TRAINED_TOLERANCE = 1e-2
 SLOW_ON_CPU = 4  # recipes and networks that are checked in bf16 on the CPU
@@ -160,13 +161,19 @@ def _beside(a: Tensor, b: Tensor, largest: float) -> float:
     return apart(a, b) * max(float(b.detach().double().norm()), 1e-12) / norm
 
 
-def require(found: Sequence[tuple[float, str]], tolerance: float, what: str) -> str:
+def require(
+    found: Sequence[tuple[float, str]],
+    tolerance: float,
+    what: str,
+    unit: str = "relative difference",
+) -> str:
     """Return a line about the largest distance; raise Differs if one exceeds the tolerance.
 
     Args:
         found: (distance, name) pairs.
         tolerance: largest distance allowed.
         what: what was compared, in the plural.
+        unit: what the distances are.
     """
     wrong = [f"{name}: {distance:.1e}" for distance, name in found if not distance <= tolerance]
     if wrong:
@@ -175,7 +182,7 @@ def require(found: Sequence[tuple[float, str]], tolerance: float, what: str) -> 
             + "; ".join(wrong[:20])
         )
     distance, name = max(found)
-    return f"{len(found)} {what}, largest relative difference {distance:.1e} ({name})"
+    return f"{len(found)} {what}, largest {unit} {distance:.1e} ({name})"
 
 
 # Networks
@@ -214,7 +221,7 @@ def networks_in(device: torch.device, precision: str, some: int | None) -> str:
             allowed = max(FORMAT_TOLERANCE[precision], margin * of_cpu[kind])
             found.append((distance / allowed, f"{name} {kind}"))
             largest = max(largest, distance)
-    told = require(found, 1.0, "networks, in units of the tolerance,")
+    told = require(found, 1.0, "logit maps", "share of the tolerance")
     return f"{told}; largest distance from float64 {largest:.1e}"
 
 
@@ -289,7 +296,7 @@ def every_recipe_in_bf16(device: torch.device, folder: Path, some: int | None) -
         for (own, _), (other, _) in zip(ours, theirs, strict=True):
             distance = abs(own["loss"] - other["loss"]) / max(abs(other["loss"]), 1e-3)
             found.append((distance, recipe))
-    return require(found, FORMAT_TOLERANCE["bf16"], "losses")
+    return require(found, NARROW_LOSS_TOLERANCE, "losses")
 
 
 Step = tuple[dict[str, float], dict[str, Tensor]]
@@ -608,7 +615,7 @@ def precision(device: torch.device, folder: Path, name: str) -> str:
     distance = abs(ours - theirs) / theirs
     state = final(narrow)
     formats = {value.dtype for value in state["model"].values()}
-    if distance > 0.02 or formats != {torch.float32, torch.int64}:
+    if distance > NARROW_LOSS_TOLERANCE or formats != {torch.float32, torch.int64}:
         raise Differs(f"train/loss {ours:.4f}, in fp32 {theirs:.4f}; weights {formats}")
     told = f"train/loss {ours:.4f}, in fp32 {theirs:.4f}"
     if name == "fp16":
