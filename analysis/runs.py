@@ -268,6 +268,9 @@ def _row(run: Any) -> dict[str, Any]:
     text = {column: tags.get(tag, "") for column, tag in TAGS.items() if COLUMNS[column] == "str"}
     reasons = [tags.get(TAGS["reason"], ""), *complaints, *size_complaints]
     status = "RUNNING" if run.info.status == "SCHEDULED" else run.info.status
+    done = steps.get("val/top1")
+    if done is not None:
+        done = max(done, 0)  # the epochs of a first stage are 0, -1, ...
     return {
         **row,
         **size,
@@ -280,7 +283,7 @@ def _row(run: Any) -> dict[str, Any]:
         "status": status,
         "superseded": tags.get(TAGS["superseded"]) == "true",
         "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
-        "epochs_done": steps.get("val/top1"),
+        "epochs_done": done,
     }
 
 

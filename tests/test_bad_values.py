@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -344,3 +344,25 @@ def test_bounds_say_what_is_wrong() -> None:
     assert Bounds(ge=0, lt=1).fault(1) == "must be less than 1"
     assert Bounds(ge=0).fault(-1) == "must not be negative"
     assert Bounds(gt=0, finite=False).fault(float("inf")) == ""
+
+
+def test_a_record_may_hold_numbers_that_were_valid_when_it_was_written(tmp_path: Path) -> None:
+    job = tiny(tmp_path)
+    text = cfg.to_yaml(job)
+    path = tmp_path / "config.yaml"
+    for old, new in (("  batch_size: 64", "  batch_size: 1"), ("  lr: 0.05", "  lr: 5000.0")):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        assert cfg.load(path) != job
+    for old, new in (("  lr: 0.05", "  lr: -1.0"), ("  lr: 0.05", "  lr: .nan")):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=r"lr=(-1\.0 must be greater than 0|nan is not)"):
+            cfg.load(path)
+
+
+@pytest.mark.parametrize("name", ["ce", "kd", "temperature"])
+def test_a_method_with_the_name_of_another_metric_is_refused(tmp_path: Path, name: str) -> None:
+    job = tiny(tmp_path)
+    feature = FeatureConfig(method={"_target_": "sddlskd.methods.at.AT"})
+    with pytest.raises(ValueError, match=f"features.{name} has the name of another loss"):
+        cfg.normalise(replace(job, features={name: feature}))

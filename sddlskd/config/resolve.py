@@ -67,6 +67,8 @@ TARGETS = (
     ("optimizer", "algorithm"),
 )
 """The keys of a job that name code by `_target_`."""
+RESERVED = ("ce", "kd", "temperature")
+"""Names that no method of `features` may have: metrics and checkpoints use them."""
 DOT_TARGET = "sddlskd.training.dot.DOT"
 
 
@@ -187,7 +189,7 @@ def default_run_dir(config: Config) -> str:
     return os.path.join(config.home, "runs", run_name(config))
 
 
-def _typed(composed: DictConfig) -> Config:
+def _typed(composed: DictConfig, *, frozen: bool = False) -> Config:
     job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     # Plain values, so that the merge also refuses a key added with `+`.
     values = OmegaConf.to_container(job, resolve=True)
@@ -195,7 +197,7 @@ def _typed(composed: DictConfig) -> Config:
     _check_packages(values)
     config = OmegaConf.to_object(OmegaConf.merge(_empty(), values))
     assert isinstance(config, Config)
-    return normalise(config)
+    return normalise(config, frozen=frozen)
 
 
 def _check_packages(values: Any) -> None:
@@ -215,15 +217,25 @@ def _empty() -> DictConfig:
     return typed
 
 
-def normalise(config: Config) -> Config:
+def normalise(config: Config, *, frozen: bool = False) -> Config:
     """Check and normalise typed values in place, so that equal jobs have equal values.
 
-    Paths become absolute, and keys that a job does not use get fixed values. Returns `config`.
-    Raises ValueError if a value is not valid.
+    Paths become absolute, and keys that a job does not use get fixed values.
+
+    Args:
+        config: The values.
+        frozen: Whether the values come from a record. An earlier version may have written it, whose
+            bounds were wider; see `Bounds.in_a_record`.
+
+    Returns:
+        `config`.
+
+    Raises:
+        ValueError: If a value is not valid.
     """
     if not config.distiller.loss:
         # Even a value that the job does not use must be valid.
-        _check_bounds(config, "")
+        _check_bounds(config, "", frozen=frozen)
         _check_scales(config.M)
         _drop_what_needs_a_logit_loss(config)
     if config.teacher.cache is None or config.features:
@@ -239,7 +251,7 @@ def normalise(config: Config) -> Config:
     config.features = dict(sorted(config.features.items()))
     for feature in config.features.values():
         feature.method = with_names_of_today(feature.method)
-    _check(config)
+    _check(config, frozen=frozen)
     config.home = os.path.abspath(config.home)
     database = sqlite_file(config.tracking.uri or "")
     if database:
@@ -273,18 +285,25 @@ def _drop_what_needs_a_logit_loss(config: Config) -> None:
         config.recipe = default.recipe
 
 
-def _check(config: Config) -> None:
-    """Raise ValueError for a value that is not valid; the message names the value and the cure."""
+def _check(config: Config, *, frozen: bool) -> None:
+    """Raise ValueError for a value that is not valid; the message names the value and the cure.
+
+    `frozen` is the argument of `normalise`.
+    """
     for group, name in TARGETS:
         key = f"{group}.{name}"
         check_names(getattr(getattr(config, group), name), key, config.allow_foreign_targets)
     for name, feature in config.features.items():
         key = f"features.{name}"
+        if name in RESERVED:
+            raise ValueError(
+                f"{key} has the name of another loss, train/loss_{name}; give it another name"
+            )
         if not feature.method.get("_target_"):
             raise ValueError(f"{key}.method has no _target_; choose a method with features={name}")
         check_names(feature.method, f"{key}.method", config.allow_foreign_targets)
-        _check_bounds(feature, f"{key}.")
-        _check_arguments(feature.method, f"{key}.method")
+        _check_bounds(feature, f"{key}.", frozen=frozen)
+        _check_arguments(feature.method, f"{key}.method", frozen=frozen)
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
     _check_home(config.home)
@@ -292,10 +311,10 @@ def _check(config: Config) -> None:
     _check_scales(config.M)
     _check_networks(config)
     # The data set first, because other groups take their defaults from it.
-    _check_bounds(config.dataset, "dataset.")
-    _check_bounds(config, "")
+    _check_bounds(config.dataset, "dataset.", frozen=frozen)
+    _check_bounds(config, "", frozen=frozen)
     for group, name in TARGETS:
-        _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}")
+        _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}", frozen=frozen)
     _check_fractions(config)
     _check_dot(config)
     if config.distiller.learned_temperature and config.trainer.devices > 1:
@@ -379,34 +398,49 @@ def _check_networks(config: Config) -> None:
             )
 
 
-def _check_bounds(node: Any, prefix: str) -> None:
+def _check_bounds(node: Any, prefix: str, *, frozen: bool) -> None:
     """Raise ValueError for the first number that is outside of the bounds of its field.
 
-    `node` is a dataclass of the schema, and `prefix` is what stands before its fields in a dotted
-    key. All numbers of a list have the bounds of the list's field.
+    All numbers of a list have the bounds of the list's field.
+
+    Args:
+        node: A dataclass of the schema.
+        prefix: What stands before its fields in a dotted key.
+        frozen: The argument of `normalise`.
     """
     for f in fields(node):
         key, value = f"{prefix}{f.name}", getattr(node, f.name)
         if is_dataclass(value):
-            _check_bounds(value, f"{key}.")
+            _check_bounds(value, f"{key}.", frozen=frozen)
         elif bounds := f.metadata.get("bounds"):
             # The type of the field lets nested lists pass.
             if isinstance(value, list) and not all(isinstance(n, int | float) for n in value):
                 raise ValueError(f"{key}={_shorten(value)} is not a list of numbers")
-            _check_number(value, key, bounds)
+            _check_number(value, key, bounds, frozen=frozen)
 
 
-def _check_arguments(node: Any, key: str) -> None:
-    """Raise ValueError for the first number out of bounds in nested arguments of a target."""
+def _check_arguments(node: Any, key: str, *, frozen: bool) -> None:
+    """Raise ValueError for the first number out of bounds in nested arguments of a target.
+
+    Args:
+        node: The arguments.
+        key: Their dotted key.
+        frozen: The argument of `normalise`.
+    """
     if isinstance(node, dict):
         for name, value in node.items():
-            _check_arguments(value, f"{key}.{name}")
+            _check_arguments(value, f"{key}.{name}", frozen=frozen)
     elif not isinstance(node, bool):
-        _check_number(node, key, ARGUMENTS.get(key, ARGUMENT))
+        _check_number(node, key, ARGUMENTS.get(key, ARGUMENT), frozen=frozen)
 
 
-def _check_number(value: Any, key: str, bounds: Bounds) -> None:
-    """Raise ValueError if a number, or one in a list of numbers, is out of its bounds."""
+def _check_number(value: Any, key: str, bounds: Bounds, *, frozen: bool = False) -> None:
+    """Raise ValueError if a number, or one in a list of numbers, is out of its bounds.
+
+    `frozen` is the argument of `normalise`.
+    """
+    if frozen:
+        bounds = bounds.in_a_record()
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and (fault := bounds.fault(number)):
             raise ValueError(f"{key}={_shorten(value)} {fault}")
@@ -501,7 +535,7 @@ def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
         job = OmegaConf.merge(_empty(), frozen)
         if allow_foreign_targets is not None:
             job.allow_foreign_targets = allow_foreign_targets
-        return _typed(job)  # type: ignore[arg-type]
+        return _typed(job, frozen=True)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path.parent} is not a run directory: it has no {path.name}"

@@ -75,6 +75,15 @@ class Bounds:
     le: float | None = None
     finite: bool = True
 
+    def in_a_record(self) -> "Bounds":
+        """Return the bounds of the number in a record, which an earlier version may have written.
+
+        Earlier versions had no upper bounds, and a lower bound above 0 was "greater than 0".
+        """
+        if self.ge is not None and self.ge > 0:
+            return Bounds(gt=0, finite=self.finite)
+        return Bounds(gt=self.gt, ge=self.ge, finite=self.finite)
+
     def fault(self, number: float) -> str:
         """Return why `number` is refused, such as "must be greater than 0", or "" if it is not."""
         if isinstance(number, float) and math.isnan(number):

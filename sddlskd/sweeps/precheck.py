@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sddlskd import record
 from sddlskd.config import Config, Rerun, canonical
 from sddlskd.config.targets import instantiate
+from sddlskd.data.device import held_out
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.processes.parent import end_with_parent
@@ -113,7 +114,7 @@ class Checker:
                 student,
                 teacher,
                 image_CHW=data.image_CHW,
-                labels_N=data.labels_N,
+                labels_N=_trained_on(job, data.labels_N),
                 device=cpu,
             )
 
@@ -158,6 +159,14 @@ class Checker:
                 logit_map = network.eval()(torch.empty(1, *image_CHW))
             self._map_sides[key] = int(min(logit_map.shape[2:]))
         return self._map_sides[key]
+
+
+def _trained_on(job: Config, labels_N: Tensor) -> Tensor:
+    """Return the labels of the training images that the job does not hold out for validation."""
+    if not job.dataset.val_fraction:
+        return labels_N
+    held_N = held_out(labels_N, job.dataset.val_fraction, job.dataset.num_classes)
+    return labels_N[~held_N]
 
 
 def _load(job: Config) -> DataSet | Exception:

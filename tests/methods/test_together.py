@@ -9,6 +9,7 @@ import pytest
 from sddlskd import methods
 from sddlskd.config import Config
 from sddlskd.record import read_result
+from sddlskd.sweeps.precheck import problems
 from sddlskd.training.fit import fit
 from sddlskd.training.run import Run
 from sddlskd.training.teacher import Teacher
@@ -90,3 +91,13 @@ def test_killed_and_resumed_equals_undisturbed(
     for a, b in zip(undisturbed, stopped, strict=True):
         assert read_result(Path(b.run_dir))["status"] == "FINISHED"
         assert same_outcome(a, b), b.run_dir
+
+
+def test_the_check_of_a_sweep_counts_the_images_that_are_trained_on(tmp_path: Path) -> None:
+    """96 of 192 images are held out, so an image has fewer than 100 negatives."""
+    words = ("recipe=crd", "dataset.val_fraction=0.5", "trainer.epochs=1")
+    few = tiny(tmp_path, *words, "features.crd.method.K=80")
+    many = tiny(tmp_path, *words, "features.crd.method.K=100")
+    ((refused, reason),) = problems([few, many])
+    assert refused is many
+    assert "K=100 is more than the" in reason
