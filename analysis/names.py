@@ -41,6 +41,7 @@ PAPERS_LOSSES = {
     "reviewkd": "ReviewKD",
     "rkd": "RKD",
     "semckd": "SemCKD",
+    "semckd_without_kd": "SemCKD without KD",
     "simkd": "SimKD",
     "sp": "SP",
     "vid": "VID",

@@ -20,7 +20,17 @@ import numpy as np
 import pandas as pd
 
 from .protocol import trains_longer
-from .schema import COLUMNS, METRICS, PARAMS, STATUSES, TAGS, canonical_M, feature_of, frame_of
+from .schema import (
+    COLUMNS,
+    METRICS,
+    PARAMS,
+    STATUSES,
+    TAGS,
+    canonical_M,
+    details_of,
+    feature_of,
+    frame_of,
+)
 from .store import MAKE_RUNS, artifact, experiments_of, points_of, quoted, reading, search
 
 __all__ = ["Runs", "listing", "load"]
@@ -307,6 +317,7 @@ def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     row, complaints = _parsed(params, PARAMS)
     if features := _features(params):
         row["features"] = "+".join(features)
+    row["details"] = details_of(params)
     if params.get(LEARNED_TEMPERATURE, "None") not in ("None", "{}"):
         row["learned_temperature"] = True
     if absent := [PARAMS[column] for column in NEEDED if PARAMS[column] not in params]:

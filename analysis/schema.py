@@ -4,7 +4,8 @@ The analysis depends on the trainer by these names only: `PARAMS` are flattened 
 `METRICS` are final metrics, `TAGS` are tags of a run.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "TAGS",
     "Run",
     "canonical_M",
+    "details_of",
     "feature_of",
     "frame_of",
     "method_of",
@@ -78,6 +80,8 @@ class Run:
     # Batches per epoch. None means all batches in a run of ours (analysis.selection replaces it by
     # "all"), and unknown in an imported run.
     max_steps: int | Literal["all"] | None = None
+    # The other settings that the papers' methods set, as details_of writes them; "": unknown
+    details: str = ""
     precision: str = ""  # of the networks' forward pass: fp32, bf16 or fp16
     compile: bool = False  # whether torch compiles the networks
     teacher_cache: str = ""  # folder of the cached teacher maps; "": no cache
@@ -144,6 +148,20 @@ METRICS = {
     "images_per_s": "time/images_per_s",
 }
 
+DETAILS = (
+    "dataset.views",
+    "distiller.learned_temperature",
+    "distiller.loss",
+    "distiller.pooling",
+    "distiller.warmup_epochs",
+    "optimizer.algorithm",
+    "optimizer.clip_norm",
+    "optimizer.milestones",
+    "optimizer.schedule",
+    "optimizer.warmup_epochs",
+)
+"""Params that the column `details` holds, with those that begin with "features."."""
+
 TAGS = {
     "source": "source",
     "reason": "status_reason",
@@ -163,6 +181,52 @@ def canonical_M(text: str) -> str:
     return text.replace(" ", "")
 
 
+def details_of(params: Mapping[str, str]) -> str:
+    """Return the params `DETAILS` and those of the feature methods as canonical JSON text.
+
+    Arguments in JSON become keys of their own, such as `features.crd.method.K`. Left out are
+    `_target_`, the temperature of a loss if it is that of the distiller, and the settings of a loss
+    of the logits if there is none.
+
+    Args:
+        params: all params of a run, as MLflow keeps them.
+
+    Returns:
+        The text, or "" if the run has none of these params.
+    """
+    found: dict[str, Any] = {}
+    no_loss = params.get("distiller.name") in NO_LOGIT_LOSS
+    for key in params:
+        if no_loss and key.startswith("distiller."):
+            continue
+        if key in DETAILS or key.startswith(("features.", "distiller.loss.")):
+            found |= dict(_flat(key, _plain(params[key])))
+    temperature = _plain(params.get("distiller.temperature", ""))
+    if found.get("distiller.loss.temperature") == temperature:
+        del found["distiller.loss.temperature"]
+    return json.dumps(found, sort_keys=True) if found else ""
+
+
+def _plain(text: str) -> Any:
+    """Return the value of a param; a text that is no JSON stays as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dictionaries by dotted key, without `_target_`."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name != "_target_":
+                yield from _flat(f"{key}.{name}", inner)
+    elif isinstance(value, float) and value.is_integer():
+        yield key, int(value)
+    else:
+        yield key, value
+
+
 NO_LOGIT_LOSS = ("vanilla", "features_only")
 """Distillers without a loss of the logits."""
 METHOD_PARTS = (
@@ -177,8 +241,9 @@ METHOD_PARTS = (
 SHORT_NAMES = {
     "kd+dot": "kd_dot",
     "kd+semckd": "semckd",  # its authors train it together with KD
+    "semckd": "semckd_without_kd",
 }
-"""Methods whose name in published.csv is not the sum of their parts."""
+"""Methods whose name is not the sum of their parts."""
 
 
 def feature_of(name: str, options: Mapping[str, Any]) -> str:

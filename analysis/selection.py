@@ -6,6 +6,7 @@ from the runs of a cell, and `gain_over` compares two cells. Tables and figures 
 functions, so a mark in a figure and the cell of a table that it stands for have the same numbers.
 """
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -60,7 +61,7 @@ BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction")
 SETTINGS = (*RECIPE, "lr", *BUDGET)
 """Settings that distinguish runs, without the seed. Runs that differ in one are not averaged."""
 
-COMPARABLE = ("source", "lr", *BUDGET)
+COMPARABLE = ("source", "optimizer", "lr", *BUDGET)
 """Settings that a cell and its baseline share, unless a table names others."""
 TUNED = ("temperature", "ce_weight", "kd_weight")
 
@@ -146,14 +147,20 @@ def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
     """Return whether two runs agree in the given settings.
 
-    None means that a setting is unknown or not read by the loss, and agrees with any value.
+    None means that a setting is unknown or not read by the loss, and agrees with any value. DOT is
+    SGD with the losses treated differently, so the two agree as optimizers: DOT is a part of the
+    method.
     """
     for setting in settings:
-        ours = getattr(one, setting)
-        theirs = getattr(other, setting)
+        ours = _as_optimizer(getattr(one, setting))
+        theirs = _as_optimizer(getattr(other, setting))
         if ours is not None and theirs is not None and ours != theirs:
             return False
     return True
+
+
+def _as_optimizer(value: Any) -> Any:
+    return "sgd" if value == "dot" else value
 
 
 def latest(attempts: Sequence[Run]) -> Run:
@@ -229,13 +236,22 @@ def rows(
 
 
 def _values(run: Run, settings: Iterable[str]) -> tuple[Any, ...]:
-    return tuple(getattr(run, setting) for setting in settings)
+    return tuple(_setting(run, name) for name in settings)
+
+
+def _setting(run: Run, name: str) -> Any:
+    """Return the value of a column, or of a detail such as `features.crd.weight`."""
+    if "." not in name:
+        return getattr(run, name)
+    value = json.loads(run.details or "{}").get(name)
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[str]:
     """Return the settings in which the runs of one of the cells differ.
 
-    If runs differ in settings that no column shows, `settings_hash` is one of them.
+    If runs differ in settings that no column shows, their details are among them, and
+    `settings_hash` if no detail tells the runs apart either.
     """
     cells = list(cells)
     split = [
@@ -243,21 +259,35 @@ def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[
         for setting in settings
         if any(len({getattr(run, setting) for run in runs}) > 1 for runs in cells)
     ]
-    if settings == SETTINGS and any(_differ_unseen(runs) for runs in cells):
-        split.append("settings_hash")
+    if settings == SETTINGS:
+        unseen = [runs for cell in cells for runs in _differ_unseen(cell)]
+        split += sorted({key for runs in unseen for key in _differing_details(runs)})
+        if any(_differ_unseen(runs, split) for runs in unseen):
+            split.append("settings_hash")
     return split
 
 
-def _differ_unseen(runs: Sequence[Run]) -> bool:
-    """Return whether runs with equal settings in all columns have different settings hashes.
+def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[Run]]:
+    """Return the groups of runs with equal settings in all columns and different settings hashes.
 
-    Such runs were trained with different settings that no column shows.
+    The runs of a group were trained with different settings that no column shows.
+
+    Args:
+        runs: runs of one cell.
+        split: further settings that the runs of a group share.
     """
-    alike: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    alike: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         if run.settings_hash:
-            alike[(*_values(run, SETTINGS), run.unread)].add(run.settings_hash)
-    return any(len(hashes) > 1 for hashes in alike.values())
+            alike[(*_values(run, (*SETTINGS, *split)), run.unread)].append(run)
+    return [group for group in alike.values() if len({run.settings_hash for run in group}) > 1]
+
+
+def _differing_details(runs: Sequence[Run]) -> set[str]:
+    """Return the details in which the runs differ, among those that all of the runs have."""
+    details = [json.loads(run.details or "{}") for run in runs]
+    shared = set.intersection(*(set(one) for one in details))
+    return {key for key in shared if any(one[key] != details[0][key] for one in details)}
 
 
 def _place(value: Any) -> tuple[float, int, str]:

@@ -64,6 +64,8 @@ def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose)
         ("recipe=ctkd_ls M=[1,2] optimizer=dot", "SD-CTKD+LS+DOT"),
         ("recipe=dkd_ctkd M=[1,2] standardize=true", "SD-DKD+CTKD+LS"),
         ("distiller.name=my_Loss M=[1] standardize=false", "my_Loss"),
+        ("recipe=semckd", "SemCKD"),
+        ("recipe=semckd distiller=features_only", "SemCKD without KD"),
         ("distiller.name=my_Loss", "SD-my_Loss+LS"),
     ],
 )

@@ -51,7 +51,7 @@ METHOD_NAMES = {
 }
 
 # SemCKD's authors train it together with KD.
-SHORT_NAMES = {"KD+SemCKD": "SemCKD"}
+SHORT_NAMES = {"KD+SemCKD": "SemCKD", "SemCKD": "SemCKD without KD"}
 
 
 def _identity(node: Any) -> Iterator[tuple[str, Any]]:

@@ -103,6 +103,7 @@ def test_every_column_of_a_run_is_as_logged(path: Path) -> None:
         "method": "sd_dkd_ls",
         "features": "",
         "learned_temperature": False,
+        "details": "",
         "run_id": run_id,
         "source": "sddlskd",
     }
