@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 FORMATS = ("md", "tex", "html", "csv")
+TESTS = ("pooled", "paired")
 SHOWN = 20  # unfinished runs to list one by one
 # `analysis` in a checkout, `sddlskd.analysis` in a wheel.
 COMMAND = f"python -m {__package__}"
@@ -62,6 +63,29 @@ def _analyse(given: Sequence[str]) -> None:
         help="combine runs that differ in their number of epochs",
     )
     parser.add_argument(
+        "--test",
+        choices=TESTS,
+        default=TESTS[0],
+        help="test of the gains: pooled takes the variance that all methods of a pair have in "
+        "common, or pairs the runs by seed if Bartlett's test refuses that; paired always pairs "
+        "them. Default: %(default)s",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.3,
+        help="largest gain, in points of accuracy, that counts as none (verdict: equivalent). "
+        "Default: %(default)s",
+    )
+    parser.add_argument(
+        "--baseline",
+        default="",
+        metavar="METHOD",
+        help="method that all others are compared with, such as kd, sd_kd_ls or a loss of your "
+        "own. Default: a method without its trick (SD-, +LS, +CRD), and for plain methods the "
+        "student alone, or KD if there is none",
+    )
+    parser.add_argument(
         "--format", default=",".join(FORMATS), help="formats of the tables. Default: %(default)s"
     )
     chosen = parser.parse_args(given)
@@ -79,15 +103,20 @@ def _analyse(given: Sequence[str]) -> None:
     _say(f"reading {chosen.name} from {uri}")
     runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
     _say(f"{len(runs.frame)} runs: {_by_status(runs)}")
-    _write(runs, chosen.out, chosen.metric, formats)
+    _write(runs, chosen, formats)
     _say_what_is_missing(runs)
 
 
-def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None:
+def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> None:
     from . import figures, render, report, tables
+    from .selection import GainOptions
 
+    out, metric = chosen.out, chosen.metric
+    options = GainOptions(chosen.test, chosen.margin, chosen.baseline)
     (out / "tables").mkdir(parents=True, exist_ok=True)
-    built = tables.build(runs.frame, metric=metric, sweep=runs.name, command=runs.command)
+    built = tables.build(
+        runs.frame, metric=metric, sweep=runs.name, command=runs.command, options=options
+    )
     for table in built:
         for suffix in formats:
             text = render.FORMATS[suffix](table)
@@ -95,7 +124,7 @@ def _write(runs: "Runs", out: Path, metric: str, formats: Sequence[str]) -> None
         _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
     if not built:
         _say("no table written: there are no runs for any table")
-    drawn = figures.build(runs, out / "figures", metric=metric)
+    drawn = figures.build(runs, out / "figures", metric=metric, test=chosen.test)
     for figure in drawn:
         _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
     runs.frame.to_csv(out / "runs.csv", index=False)

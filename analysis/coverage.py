@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import published
+from .cells import Cell, Table
 from .names import method_name
 from .published import Published
-from .tables import Cell, Table
 
 __all__ = ["Cover", "available", "cover", "lines", "reason_without_recipe", "recipe_of"]
 

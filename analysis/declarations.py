@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import published, selection
-from .names import PAPERS_LOSSES, method_name, row_key, row_name, value_name
+from .names import method_name, row_key, row_name, value_name
 from .protocol import PAPERS_WEIGHT, other_method
 from .published import Published
 from .schema import METHOD_PARTS, NO_LOGIT_LOSS, Run, method_of
@@ -69,8 +69,6 @@ README_TABLES = {
     "CTKD README ImageNet": ("ImageNet", True),
     "ReviewKD README ImageNet": ("ImageNet", True),
 }
-# Baseline of each plain method in an overview.
-ALONE = dict.fromkeys(PAPERS_LOSSES, "vanilla")
 PAPERS_METRIC = (
     "The papers report the best epoch on the test set, which lay 0.3 points above the last on "
     "average in the LSKD authors' own logs."
@@ -83,11 +81,12 @@ class Quantity:
 
     label: str
     read: Callable[[Run], float | str]  # returns the number, or the reason why there is none
-    note: str
+    note: str = ""  # a sentence for under the table
     decimals: int = 2
     settings: tuple[str, ...] = SETTINGS  # runs that differ in one are never averaged
-    # Settings that are equal among the cells that are ranked together.
-    comparable: tuple[str, ...] = ("source", *BUDGET)
+    # Settings that are equal among the cells that are ranked together. Accuracies on held-out
+    # images and on the test set are not ranked together.
+    comparable: tuple[str, ...] = ("val_fraction",)
     lower_is_better: bool = False
     counted: str = "seeds"  # "seeds": each seed counts once; "runs": every run counts
     refusal: str = ""  # why no published number is comparable; "" if some may be
@@ -109,8 +108,8 @@ class Declaration:
     published_row: Callable[[Published], str] = lambda number: number.method
     # Names of the first rows. Published rows follow, then the others, short names first.
     order: Sequence[str] = ()
-    # Returns the name of the baseline row of a row, or None if the row has no baseline.
-    baseline: Callable[[str], str | None] = lambda row: None
+    # Returns the names of the rows that a row may be compared with, the first choice first.
+    baselines: Callable[[str], Sequence[str]] = lambda row: ()
     # Settings that a cell and its baseline must share.
     same: tuple[str, ...] = COMPARABLE
 
@@ -172,7 +171,7 @@ def _accuracy(metric: str) -> Quantity:
 
     refusal = "" if metric == "best" else "the papers report the best epoch"
     _, label = METRICS[metric]
-    return Quantity(label, read, PAPERS_METRIC, refusal=refusal, footnote=footnote)
+    return Quantity(label, read, refusal=refusal, footnote=footnote)
 
 
 def _time() -> Quantity:
@@ -224,7 +223,7 @@ def _paper_table(
         number = known.get((run.dataset, run.pair, run.method))
         return number is not None and run.knowledge == "fusion" and not other_method(run, number)
 
-    own = _plain if over_plain else _one_scale
+    tricks = (_plain, _one_scale) if over_plain else (_one_scale, _plain)
     ours = [run for run in beside_pairs(runs, pairs) if belongs(run)]
     if all(run.method in too_few for run in ours):
         ours = []
@@ -236,7 +235,7 @@ def _paper_table(
         row=lambda run: run.method,
         label=method_name,
         published=numbers,
-        baseline=lambda row: _without_last(row) or own(row),
+        baselines=lambda row: _counterparts(row, tricks),
     )
 
 
@@ -269,7 +268,7 @@ def _weights_of_lskd(runs: Sequence[Run], quantity: Quantity) -> Declaration:
         label=str,
         published=numbers,
         published_row=lambda number: f"{number.variant}, weight {value_name(number.kd_weight)}",
-        baseline=lambda name: name.replace("(z-mean)/std", "z") if name[0] == "(" else None,
+        baselines=lambda name: [name.replace("(z-mean)/std", "z")] if name[0] == "(" else [],
         same=_all_but("standardize"),
     )
 
@@ -298,7 +297,7 @@ def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: st
         published=_of_plain_kd("SDD Table 6", dataset, family),
         published_row=lambda number: number.variant,
         order=("none", "consistent", "complementary", "fusion"),
-        baseline=_always("none"),
+        baselines=_always("none"),
         same=PLAIN_SAME,
     )
 
@@ -318,7 +317,7 @@ def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) 
         label=lambda row: f"M = {row}",
         published=_of_plain_kd("SDD Table 7", dataset, family),
         published_row=lambda number: number.M,
-        baseline=_always("[1]"),
+        baselines=_always("[1]"),
         same=_all_but("M"),
     )
 
@@ -336,7 +335,7 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
         label=lambda row: f"weight {row}",
         published=_of_plain_kd("SDD Table 8", dataset, family),
         published_row=lambda number: number.beta,
-        baseline=_always("1"),
+        baselines=_always("1"),
         same=_all_but("complementary_weight"),
     )
 
@@ -396,7 +395,7 @@ def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
         label=label,
         published=sorted(parts, key=lambda number: SEED_PAIRS.index(number.pair)),
         order=("[1]", "[1,2]", "[1,4]", "[1,2,4]", "kd_ls", "sd_kd"),
-        baseline=lambda row: "[1]" if row.startswith("[") and row != "[1]" else None,
+        baselines=lambda row: ["[1]"] if row.startswith("[") and row != "[1]" else [],
         same=_all_but("M"),
     )
 
@@ -435,15 +434,15 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
             row=lambda run: row_key(run.method, run.M),
             label=row_name,
             order=("teacher",),
-            baseline=_overview_baseline,
+            baselines=_overview_baselines,
         )
 
 
-def _overview_baseline(row: str) -> str | None:
+def _overview_baselines(row: str) -> list[str]:
     method, blank, scales = row.partition(" [")
-    if shorter := _without_last(method):
-        return f"{shorter}{blank}{scales}"
-    return _one_scale(method) or _plain(method) or ALONE.get(method)
+    shorter = _without_last(method)
+    with_scales = [f"{shorter}{blank}{scales}"] if shorter else []
+    return [*with_scales, *_counterparts(method, (_one_scale, _plain))]
 
 
 # Groups of runs
@@ -575,9 +574,25 @@ def _all_but(setting: str) -> tuple[str, ...]:
     return ("source", *(name for name in SETTINGS if name != setting))
 
 
-def _always(baseline: str) -> Callable[[str], str | None]:
+def _always(baseline: str) -> Callable[[str], Sequence[str]]:
     """Return the function that gives every other row this baseline."""
-    return lambda row: None if row == baseline else baseline
+    return lambda row: [] if row == baseline else [baseline]
+
+
+def _counterparts(method: str, tricks: Sequence[Callable[[str], str | None]]) -> list[str]:
+    """Return the methods that a method is compared with, the first choice first.
+
+    These are the method without its last loss or without a trick. A plain method is compared with
+    the student alone, and with KD if the student was not trained alone.
+
+    Args:
+        method: the method, as `schema.method_of` spells it.
+        tricks: functions that return the method without a trick, or None, in order.
+    """
+    if method in ("vanilla", "teacher"):
+        return []
+    found = [_without_last(method), *(trick(method) for trick in tricks), "vanilla", "kd"]
+    return [one for one in dict.fromkeys(found) if one and one != method]
 
 
 def _plain(method: str) -> str | None:

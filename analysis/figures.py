@@ -39,7 +39,7 @@ from .prediction_figures import (
     regions_chart,
 )
 from .selection import BUDGET, METRICS
-from .stats import interval
+from .stats import TESTS, interval
 
 __all__ = ["Figure", "build", "curves"]
 
@@ -74,13 +74,14 @@ class Figure:
     svg: Path
 
 
-def build(runs: Source, out: Path, *, metric: str = "best") -> list[Figure]:
+def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]) -> list[Figure]:
     """Draw every figure whose data exist.
 
     Args:
         runs: the runs to draw, with their histories and predictions.
         out: folder for the PNG and SVG files, created if it is missing.
         metric: accuracy to show, a key of `analysis.selection.METRICS`.
+        test: test of the gains, one of `analysis.stats.TESTS`.
 
     Returns:
         The figures, with captions. The list is empty if no finished run has the metric.
@@ -98,7 +99,7 @@ def build(runs: Source, out: Path, *, metric: str = "best") -> list[Figure]:
         for chart in (
             learning_curves(runs, points),
             accuracy_by_scales(points, metric),
-            gain_by_pair(points, metric),
+            gain_by_pair(points, metric, test),
             agreement_chart(kept),
             correlation_chart(kept),
             features_chart(kept),
@@ -275,9 +276,9 @@ def _mixed(points: Sequence[Point]) -> list[str]:
 # Gains
 
 
-def gain_by_pair(points: Sequence[Point], metric: str) -> Chart | None:
+def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | None:
     """Draw the gain of every point over its baselines, or return None if there is no gain."""
-    gains, without = comparisons(points)
+    gains, without = comparisons(points, test)
     if not gains:
         return None
     gaining = list(dict.fromkeys(comparison.point for comparison in gains))
@@ -302,22 +303,32 @@ def gain_by_pair(points: Sequence[Point], metric: str) -> Chart | None:
     for axis in drawing.axes:
         axis.axvline(0, color="black", linewidth=0.8)
     caption = (
-        f"{_metric_label(metric, points)}: gain, paired by seed. Marks: mean; bars: 95 % interval "
-        "of the mean difference (Student's t), none for a single seed, not corrected for the "
-        f"number of intervals; {count_seeds(one.gain.paired.n for one in gains)}. Plain: the same "
-        "distiller with M=[1] and no standardisation; if a baseline ran in several settings, the "
-        "one with the temperature and weights of the row is taken, as in the tables. Shaded and "
-        "marked ≠: heterogeneous pairs (teacher and student of different families)."
+        f"{_metric_label(metric, points)}: gain. Marks: difference of the means; bars: 95 % "
+        f"interval, {_tests_said(gains)}, not corrected for the number of intervals; "
+        f"{count_seeds(one.gain.difference.n for one in gains)}. Plain: the same distiller with "
+        "M=[1] and no standardisation; if a baseline ran in several settings, the one with the "
+        "temperature and weights of the row is taken, as in the tables. Shaded and marked ≠: "
+        "heterogeneous pairs (teacher and student of different families)."
         f"{_mean_by_kind(drawn, settings, homogeneous)}"
         f"{listed('Without a gain', sorted(set(without)))}{rest}"
     )
     return Chart("gain_by_pair", "Gain by pair", caption, drawing)
 
 
+def _tests_said(gains: Iterable[Comparison]) -> str:
+    """Return how the intervals of the gains were computed."""
+    ways = {
+        "pooled": "with the variance that the methods of a pair have in common",
+        "paired": "paired by seed",
+    }
+    used = {one.gain.difference.test for one in gains}
+    return " or ".join(text for test, text in ways.items() if test in used)
+
+
 def _dot(comparison: Comparison) -> Dot:
-    paired = comparison.gain.paired
-    half = 0.0 if paired.high is None else paired.high - paired.mean
-    return Dot(comparison.point.panel, comparison.point.setting, paired.mean, half)
+    gain = comparison.gain.difference
+    half = gain.half_width() or 0.0
+    return Dot(comparison.point.panel, comparison.point.setting, gain.mean, half)
 
 
 def _mean_by_kind(
@@ -340,7 +351,7 @@ def _mean_by_kind(
         by_kind: dict[bool, list[float]] = {False: [], True: []}
         for one in gains:
             if (one.over, one.point.setting) == (over, setting):
-                by_kind[homogeneous[one.point.panel]].append(one.gain.paired.mean)
+                by_kind[homogeneous[one.point.panel]].append(one.gain.difference.mean)
         if all(by_kind.values()):
             kinds = [
                 f"{KINDS[kind]} {statistics.fmean(means):+.2f} ({len(means)})"

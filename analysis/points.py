@@ -17,7 +17,7 @@ import pandas as pd
 from .names import method_name, pair_name, row_key, row_name
 from .schema import Run
 from .selection import Gain, Result, Row, accuracy, gain_over, result_of, rows, standing
-from .stats import mean_std
+from .stats import TESTS, mean_std
 
 __all__ = ["Comparison", "Point", "beside_panels", "comparisons", "points_of", "same_family"]
 
@@ -190,10 +190,16 @@ def beside_panels(points: Iterable[Point]) -> list[Point]:
     return [*paired, *repeated, *lonely]
 
 
-def comparisons(points: Sequence[Point]) -> tuple[list[Comparison], list[str]]:
+def comparisons(
+    points: Sequence[Point], test: str = TESTS[0]
+) -> tuple[list[Comparison], list[str]]:
     """Return the gain of every point over its baselines, as the tables take them.
 
     The baselines are the plain form of the same loss ("plain") and the student alone ("vanilla").
+
+    Args:
+        points: the points to compare.
+        test: test of the gains, one of `stats.TESTS`.
 
     Returns:
         The gains, and a text for each point that has a baseline in its panel and no gain over it.
@@ -213,7 +219,9 @@ def comparisons(points: Sequence[Point]) -> tuple[list[Comparison], list[str]]:
             baselines["plain"] = [other for other in here if other.run.method == loss]
         for over, others in baselines.items():
             if others:
-                gain = gain_over(point.result, {other.setting: other.result for other in others})
+                bases = {other.setting: other.result for other in others}
+                beside = [other.result for other in here] if test == "pooled" else None
+                gain = gain_over(point.result, bases, beside=beside)
                 if isinstance(gain, str):
                     without.append(f"{point.setting} ({gain})")
                 else:

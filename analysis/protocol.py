@@ -117,9 +117,21 @@ def other_budget(run: Run, number: Published) -> list[str]:
     differing = [
         setting_name(name, getattr(run, name))
         for name, value in expected.items()
-        if getattr(run, name) not in (None, "", value)
+        if getattr(run, name) not in (None, "", value) and not _rounded(run, name, value)
     ]
     return [*differing, *_other_details(run, details)]
+
+
+def _rounded(run: Run, name: str, value: Any) -> bool:
+    """Return whether an imported run has the expected number, rounded as its log prints it.
+
+    The authors' logs print learning rates with two decimals, 0.03 for 0.025.
+    """
+    ours = getattr(run, name)
+    if run.source != "imported" or not isinstance(ours, float) or not isinstance(value, float):
+        return False
+    _, point, decimals = f"{ours}".partition(".")
+    return bool(point) and f"{value:.{len(decimals)}f}" == f"{ours:.{len(decimals)}f}"
 
 
 def _other_details(run: Run, expected: Mapping[str, Any]) -> Iterator[str]:

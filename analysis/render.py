@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .tables import Cell, Table
+from .cells import Cell, Table
+from .stats import Difference
 
 __all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
 
@@ -26,6 +27,7 @@ KINDS = {
     "gain": "gain",
     "interval": "95 %",
     "p": "Holm p",
+    "verdict": "against the published",
     "published-gain": "published gain",
 }
 CSV_COLUMNS = (
@@ -47,10 +49,14 @@ CSV_COLUMNS = (
     "gain_over",
     "gain",
     "gain_n",
+    "gain_n_base",
+    "gain_test",
     "ci_low",
     "ci_high",
     "p",
     "p_holm",
+    "gain_verdict",
+    "p_better",
     "verdict",
     "footnotes",
 )
@@ -72,7 +78,11 @@ class Line:
 
     label: str
     head: bool  # whether the line is the first of a row
-    texts: tuple[Text | None, ...]  # one per column
+    texts: tuple[Text | None, ...]  # one per column, and one for all pairs if the table has that
+
+
+ALL_PAIRS = "all pairs"
+"""Heading of the column with the aggregates."""
 
 
 def _ours(cell: Cell, table: Table) -> str:
@@ -99,20 +109,48 @@ def _texts(cell: Cell, table: Table) -> Iterator[Text]:
     if cell.published:
         yield text("published", f"{cell.published.value:.{table.decimals}f}")
     if cell.gain:
-        pairs = cell.gain.paired
+        found = cell.gain.difference
         p = cell.gain.p_holm
-        yield text("gain", f"{pairs.mean:+.2f} ({pairs.n})")
-        if pairs.low is not None and pairs.high is not None and p is not None:
-            yield text("interval", f"[{pairs.low:+.2f}, {pairs.high:+.2f}]")
+        yield text("gain", f"{found.mean:+.2f} ({_counts(found)})")
+        if found.low is not None and found.high is not None and p is not None:
+            yield text("interval", f"[{found.low:+.2f}, {found.high:+.2f}]")
             shown_p = f"{p:.3f}" if p >= 0.001 else "<0.001"
-            yield text("p", shown_p)
+            yield text("p", f"{shown_p} {cell.gain.verdict}")
         else:
-            reason = "single seed" if pairs.n == 1 else "equal differences"
+            reason = "single seed" if found.n == 1 else "no spread"
             yield text("interval", f"{reason}: no interval")
     if cell.published_gain:
         yield text("published-gain", f"{cell.published_gain.difference:+.2f}")
     if cell.verdict:
         yield text("verdict", cell.verdict)
+
+
+def _counts(found: Difference) -> str:
+    """Return the numbers of runs behind a difference: "3" for 3 on each side, else "5 and 3"."""
+    if found.n == found.n_base:
+        return str(found.n)
+    return f"{found.n} and {found.n_base}"
+
+
+def _aggregate(table: Table, row: str) -> dict[str, Text]:
+    """Return the lines of a row in the column of all pairs, by kind."""
+    found = table.aggregates.get(row)
+    if found is None:
+        return {}
+    texts = {
+        "gain": f"{found.gain:+.2f} ({found.pairs} pairs)",
+        "p": f"P(better) {found.improvement:.2f}",
+    }
+    if found.low is not None:
+        texts["interval"] = f"[{found.low:+.2f}, {found.high:+.2f}]"
+    return {kind: Text(kind, text) for kind, text in texts.items()}
+
+
+def _headings(table: Table, columns: Sequence[str]) -> list[str]:
+    """Return the headings of columns, with that of all pairs after the last column of the table."""
+    if table.aggregates and columns[-1] == table.columns[-1]:
+        return [*columns, ALL_PAIRS]
+    return list(columns)
 
 
 def _over(table: Table, row: str, columns: Sequence[str]) -> str:
@@ -132,6 +170,8 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
             {text.kind: text for text in _texts(table.cells[row, column], table)}
             for column in columns
         ]
+        if ALL_PAIRS in _headings(table, columns):
+            texts.append(_aggregate(table, row))
         ours = any("ours" in text for text in texts)
         published = "published" if ours else f"{row} (published)"
         labels = {
@@ -141,8 +181,10 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
             "interval": "95 % interval",
             "p": "p (Holm)",
             "published-gain": "published gain",
-            "verdict": "verdict",
+            "verdict": "against the published",
         }
+        if any(texts) and not any({"ours", "published"} & text.keys() for text in texts):
+            yield Line(row, head=True, texts=(None,) * len(texts))  # only the aggregate is here
         for kind, label in labels.items():
             if any(kind in text for text in texts):
                 head = kind == "ours" or (kind == "published" and not ours)
@@ -160,8 +202,9 @@ def markdown(table: Table) -> str:
         return body + "".join(f"<sup>{mark}</sup>" for mark in text.marks)
 
     out = [f"### {_markdown(table.title)}", ""]
-    out.append(f"| {' | '.join(['', *map(_markdown, table.columns)])} |")
-    out.append(f"|:--|{'--:|' * len(table.columns)}")
+    headings = _headings(table, table.columns)
+    out.append(f"| {' | '.join(['', *map(_markdown, headings)])} |")
+    out.append(f"|:--|{'--:|' * len(headings)}")
     for line in _lines(table, table.columns):
         label = _markdown(line.label) if line.head else f"&nbsp;&nbsp;{_markdown(line.label)}"
         out.append(f"| {' | '.join([label, *map(shown, line.texts)])} |")
@@ -244,8 +287,9 @@ def latex(table: Table) -> str:
         columns = table.columns[start : start + COLUMNS_A_FLOAT]
         for lines in _pages(_lines(table, columns)):
             out += [r"\begin{table*}", r"\centering\scriptsize\setlength{\tabcolsep}{3pt}", caption]
-            out += [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
-            out += [" & ".join(["", *map(_latex, columns)]) + r" \\", r"\midrule"]
+            headings = _headings(table, columns)
+            out += [rf"\begin{{tabular}}{{l{'r' * len(headings)}}}", r"\toprule"]
+            out += [" & ".join(["", *map(_latex, headings)]) + r" \\", r"\midrule"]
             for line in lines:
                 label = _latex(line.label) if line.head else rf"\quad {_latex(line.label)}"
                 out.append(" & ".join([label, *map(shown, line.texts)]) + r" \\")
@@ -306,7 +350,7 @@ def html(table: Table) -> str:
     ]
     out += [
         "<th></th>",
-        *(f'<th scope="col">{escape(column)}</th>' for column in table.columns),
+        *(f'<th scope="col">{escape(heading)}</th>' for heading in _headings(table, table.columns)),
         "</tr></thead>",
         "<tbody>",
     ]
@@ -314,7 +358,13 @@ def html(table: Table) -> str:
         over = _over(table, row, table.columns)
         under = f"<div><small>gain over {escape(over)}</small></div>" if over else ""
         out.append(f'<tr><th scope="row" data-sort="{i}">{escape(row)}{under}</th>')
-        out += [*(cell(row, column) for column in table.columns), "</tr>"]
+        out += [cell(row, column) for column in table.columns]
+        if table.aggregates:
+            found = _aggregate(table, row)
+            number = table.aggregates[row].gain if found else ""
+            lines = "".join(map(shown, found.values()))
+            out.append(f'<td data-sort="{number}">{lines or EMPTY}</td>')
+        out.append("</tr>")
     out += ["</tbody>", "</table>"]
     if table.footnotes:
         notes = (
@@ -333,7 +383,8 @@ def html(table: Table) -> str:
 def csv(table: Table) -> str:
     """Return CSV with the columns `CSV_COLUMNS` and one line per cell.
 
-    Numbers are unrounded, and a field without a value is empty.
+    Numbers are unrounded, and a field without a value is empty. The aggregates over pairs follow,
+    in lines whose column is "all pairs".
     """
     file = io.StringIO()
     writer = csv_module.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
@@ -358,14 +409,32 @@ def csv(table: Table) -> str:
                 "flag": cell.published and cell.published.flag,
                 "published_gain": cell.published_gain and cell.published_gain.difference,
                 "gain_over": gain and gain.over,
-                "gain": gain and gain.paired.mean,
-                "gain_n": gain and gain.paired.n,
-                "ci_low": gain and gain.paired.low,
-                "ci_high": gain and gain.paired.high,
-                "p": gain and gain.paired.p,
+                "gain": gain and gain.difference.mean,
+                "gain_n": gain and gain.difference.n,
+                "gain_n_base": gain and gain.difference.n_base,
+                "gain_test": gain and gain.difference.test,
+                "ci_low": gain and gain.difference.low,
+                "ci_high": gain and gain.difference.high,
+                "p": gain and gain.difference.p,
                 "p_holm": gain and gain.p_holm,
+                "gain_verdict": gain and gain.verdict,
                 "verdict": cell.verdict,
                 "footnotes": "; ".join(text for texts in cell.footnotes.values() for text in texts),
+            }
+        )
+    for row, found in table.aggregates.items():
+        writer.writerow(
+            {
+                "table": table.name,
+                "row": row,
+                "column": ALL_PAIRS,
+                "quantity": table.quantity,
+                "gain": found.gain,
+                "gain_n": found.pairs,
+                "gain_test": "bootstrap",
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "p_better": found.improvement,
             }
         )
     return file.getvalue()

@@ -19,12 +19,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import render
+from .cells import Table
 from .declarations import PAPERS_METRIC
 from .figures import Figure
 from .names import method_name
 from .schema import PARAMS, STATUSES, Run, runs_of
 from .selection import METRICS
-from .tables import Table
 
 __all__ = ["write"]
 

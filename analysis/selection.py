@@ -22,9 +22,11 @@ from .schema import NO_LOGIT_LOSS, STATUSES, Run, runs_of
 
 __all__ = [
     "BUDGET",
+    "COMPARABLE",
     "METRICS",
     "SETTINGS",
     "Gain",
+    "GainOptions",
     "Result",
     "Row",
     "accuracy",
@@ -34,6 +36,7 @@ __all__ = [
     "latest",
     "result_of",
     "rows",
+    "spread_beside",
     "standing",
 ]
 
@@ -390,18 +393,46 @@ def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of a cell over its baseline: the mean difference of runs with the same seed.
-
-    Cell and baseline have the same teacher and student.
-    """
+    """The gain of a cell over its baseline, which has the same teacher and student."""
 
     over: str  # label of the row of the baseline
-    paired: stats.Paired
+    base: Result  # its result
+    difference: stats.Difference
     p_holm: float | None = None  # p corrected over all comparisons of the table
+    verdict: str = ""  # better, worse, equivalent or undecided
+
+
+@dataclass(frozen=True)
+class GainOptions:
+    """How gains are tested.
+
+    Attributes:
+        test: "pooled" for the variance that the rows of a column have in common, and the paired
+            test if Bartlett's test refuses that; "paired" for the paired test alone.
+        margin: Largest difference, in points of accuracy, that counts as none.
+        baseline: Name of the method that every row is compared with; "" for the baseline that each
+            table gives to each row.
+
+    Raises:
+        ValueError: If `test` is not in `stats.TESTS`, or if `margin` is not a positive number.
+    """
+
+    test: str = stats.TESTS[0]
+    margin: float = stats.MARGIN
+    baseline: str = ""
+
+    def __post_init__(self) -> None:
+        if self.test not in stats.TESTS:
+            raise ValueError(f"test={self.test} is not valid; give {' or '.join(stats.TESTS)}")
+        if not 0 < self.margin < math.inf:
+            raise ValueError(f"margin={self.margin:g} is not valid; give a positive number")
 
 
 def gain_over(
-    result: Result, bases: Mapping[str, Result], same: Sequence[str] = COMPARABLE
+    result: Result,
+    bases: Mapping[str, Result],
+    same: Sequence[str] = COMPARABLE,
+    beside: Iterable[Result] | None = None,
 ) -> Gain | str:
     """Return the gain of a result over its baseline, or a sentence on why there is none.
 
@@ -410,6 +441,8 @@ def gain_over(
         bases: candidates for the baseline on the same pair, by the label of their row. Each has at
             least one number.
         same: settings that a result and its baseline must share.
+        beside: results on the same pair, whose common variance is taken if Bartlett's test permits
+            that; None to pair the runs by seed.
     """
     run = result.runs[0]
     fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}
@@ -424,7 +457,28 @@ def gain_over(
     if len(fitting) > 1:
         return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
     ((over, base),) = fitting.items()
-    paired = stats.paired(result.by_seed, base.by_seed)
-    if paired is None:
+    if beside is not None:
+        spread = spread_beside(result, beside)
+        if spread is None or spread.equal:
+            values = list(result.values.values())
+            return Gain(over, base, stats.pooled(values, list(base.values.values()), spread))
+    difference = stats.paired(result.by_seed, base.by_seed)
+    if difference is None:
         return f"no gain over {over}: no seed in common"
-    return Gain(over, paired)
+    return Gain(over, base, difference)
+
+
+def spread_beside(result: Result, beside: Iterable[Result]) -> stats.Spread | None:
+    """Return the variance that the results of a pair with the same source and budget share.
+
+    Args:
+        result: one of the results.
+        beside: all results on the pair.
+    """
+    run = result.runs[0]
+    alike = [
+        list(other.values.values())
+        for other in beside
+        if other.values and agree(run, other.runs[0], ("source", *BUDGET))
+    ]
+    return stats.spread_of(alike)

@@ -7,95 +7,48 @@ and the label of each part names the setting and its value.
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from . import published, stats
+from .cells import Cell, Key, Table
 from .declarations import Declaration, Quantity, declare
-from .names import pair_name
+from .names import pair_name, setting_name, value_name
+from .notes import notes, notes_on_gains
 from .protocol import other_budget, other_method
 from .published import PrintedGain, Published
 from .schema import Run
-from .selection import Gain, Result, Row, gain_over, latest, result_of, rows, standing
+from .selection import (
+    BUDGET,
+    COMPARABLE,
+    Gain,
+    GainOptions,
+    Result,
+    Row,
+    gain_over,
+    latest,
+    result_of,
+    rows,
+    standing,
+)
 
-__all__ = ["Cell", "Table", "build"]
+__all__ = ["build"]
 
 # A longer list of commands is replaced by the command of the sweep, if that is known.
 FEW = 3
-VERDICTS = (
-    "Verdict on a published number, from our n seeds with sample standard deviation s: within if "
-    "|ours - published| <= t(n-1) * s * sqrt(1 + 1/n), half the 95 % t prediction interval for one "
-    "more run; else above or below; undecided if n < 2, if all runs are equal and differ from the "
-    f"published number, or if that half-width is above {stats.WIDEST:.1f} point. By chance alone "
-    "one cell in twenty lies outside."
-)
-
-Key = tuple[str, str]  # labels of a row and of a column
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The results of the runs of one row and column, and the number that the paper prints there."""
-
-    # By seed, or by the config_hash if runs are counted or the run has no seed.
-    values: Mapping[int | str, float] = field(default_factory=dict)
-    mean: float | None = None
-    std: float | None = None  # sample standard deviation; None for one value
-    planned: int = 0  # number of seeds (or runs) of any status, planned ones included
-    troubles: tuple[str, ...] = ()  # why values are missing, as "1 failed"
-    rank: str = ""  # best, second or ""
-    published: Published | None = None
-    published_gain: PrintedGain | None = None
-    verdict: str = ""
-    gain: Gain | None = None
-    # By the line that they are on: ours, published, gain or verdict.
-    footnotes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # Settings that all runs of the cell share; empty for a cell without runs.
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def n(self) -> int:
-        """Return the number of values that the mean is over."""
-        return len(self.values)
-
-    @property
-    def seeds(self) -> list[int]:
-        """Return the seeds that have a value, in ascending order."""
-        return sorted(key for key in self.values if isinstance(key, int))
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its cells, notes and commands, ready to be rendered."""
-
-    name: str  # for file names and anchors
-    title: str
-    quantity: str  # label of the numbers, with their unit
-    counted: str  # what n counts: seeds or runs
-    decimals: int  # digits after the point
-    rows: tuple[str, ...]  # labels, in order
-    columns: tuple[str, ...]  # labels, in order
-    cells: Mapping[Key, Cell]  # by row and column
-    notes: tuple[str, ...]
-    commands: tuple[str, ...]  # that run the missing, failed and stopped runs
-
-    @cached_property
-    def footnotes(self) -> dict[str, int]:
-        """Return the number of each footnote text, from 1 in the order of the cells."""
-        cells = (self.cells[row, column] for row in self.rows for column in self.columns)
-        texts = dict.fromkeys(
-            text for cell in cells for texts in cell.footnotes.values() for text in texts
-        )
-        return {text: i for i, text in enumerate(texts, start=1)}
 
 
 def build(
-    frame: pd.DataFrame, *, metric: str = "best", sweep: str = "", command: str = ""
+    frame: pd.DataFrame,
+    *,
+    metric: str = "best",
+    sweep: str = "",
+    command: str = "",
+    options: GainOptions | None = None,
 ) -> list[Table]:
     """Return every table that has a run in the frame.
 
@@ -107,23 +60,40 @@ def build(
         metric: accuracy to show, a key of `analysis.selection.METRICS`.
         sweep: name of the sweep for the notes; "" for none.
         command: command that runs the whole sweep. It replaces a list of more than `FEW` commands.
+        options: how gains are tested; None for the defaults of `GainOptions`.
 
     Returns:
         The tables, with accuracies in per cent and training times in milliseconds per batch.
 
     Raises:
-        ValueError: if `metric` is not in `analysis.selection.METRICS`.
+        ValueError: if `metric` is not in `analysis.selection.METRICS`, or if no table has a row of
+            the method that `options` names as baseline.
     """
-    return [_table(declaration, sweep, command) for declaration in declare(standing(frame), metric)]
+    options = options or GainOptions()
+    declarations = declare(standing(frame), metric)
+    if options.baseline:
+        _refuse_unknown_baseline(options.baseline, declarations)
+    return [_table(declaration, sweep, command, options) for declaration in declarations]
 
 
-def _table(declaration: Declaration, sweep: str, command: str) -> Table:
+def _refuse_unknown_baseline(baseline: str, declarations: Sequence[Declaration]) -> None:
+    if declarations and not any(
+        _chosen(baseline, set(map(one.row, one.runs)), one) for one in declarations
+    ):
+        methods = dict.fromkeys(run.method for one in declarations for run in one.runs)
+        raise ValueError(
+            f"there are no runs of the baseline {baseline}; give one of {', '.join(methods)}"
+        )
+
+
+def _table(declaration: Declaration, sweep: str, command: str, options: GainOptions) -> Table:
     """Build the table of a declaration.
 
     Args:
         declaration: the table to build.
         sweep: name of the sweep for the notes; "" for none.
         command: command that runs the whole sweep; "" if unknown.
+        options: how gains are tested.
 
     Returns:
         The table, with ranks, gains and verdicts.
@@ -141,13 +111,18 @@ def _table(declaration: Declaration, sweep: str, command: str) -> Table:
         for pair, column in columns.items()
     }
     ranks = _ranks(results, labelled, quantity)
-    gains = _gains(results, labelled, declaration)
+    gains = _gains(results, labelled, declaration, options)
     cells = {}
     for label, row in labelled.items():
         for pair, column in columns.items():
             key = label, column
             number = numbers.get((row.name, pair))
             cells[key] = _cell(results[key], number, quantity, ranks.get(key, ""), gains.get(key))
+    for key, text in _trained_otherwise(results, labelled).items():
+        ours = (*cells[key].footnotes["ours"], text)
+        cells[key] = replace(cells[key], footnotes={**cells[key].footnotes, "ours": ours})
+    aggregates = _aggregates(results, gains, labelled, columns.values())
+    on_gains = notes_on_gains(cells, results, list(columns.values()), options, bool(aggregates))
     return Table(
         name=_file_name(declaration.name),
         title=declaration.title,
@@ -157,8 +132,9 @@ def _table(declaration: Declaration, sweep: str, command: str) -> Table:
         rows=tuple(labelled),
         columns=tuple(columns.values()),
         cells=cells,
-        notes=tuple(_notes(declaration, cells, sweep)),
+        notes=(*notes(declaration, cells, sweep), *on_gains),
         commands=_commands(declaration.runs, command),
+        aggregates=aggregates,
     )
 
 
@@ -215,7 +191,7 @@ def _rows(declaration: Declaration, printed: Sequence[str]) -> list[Row]:
 def _ranks(
     results: Mapping[Key, Result], labelled: Mapping[str, Row], quantity: Quantity
 ) -> dict[Key, str]:
-    """Return the best and second best cell of each column among the cells that are comparable.
+    """Return the best and second best cell of each column among the cells that can be ranked.
 
     The rounded means decide, so that cells which show the same number have the same rank. Teachers
     have no rank.
@@ -243,40 +219,118 @@ def _ranks(
     return ranks
 
 
+def _trained_otherwise(
+    results: Mapping[Key, Result], labelled: Mapping[str, Row]
+) -> dict[Key, str]:
+    """Return a footnote for each cell whose budget is not that of most cells of its column."""
+    by_column: dict[str, dict[Key, Run]] = defaultdict(dict)
+    for key, result in results.items():
+        label, column = key
+        if result.values and _is_student(labelled[label]):
+            by_column[column][key] = result.runs[0]
+    notes = {}
+    for runs in by_column.values():
+        budgets = Counter(tuple(getattr(run, name) for name in BUDGET) for run in runs.values())
+        usual = dict(zip(BUDGET, budgets.most_common(1)[0][0], strict=True))
+        for key, run in runs.items():
+            differing = [
+                f"{setting_name(name, getattr(run, name))} instead of {value_name(value)}"
+                for name, value in usual.items()
+                if None not in (value, getattr(run, name)) and value != getattr(run, name)
+            ]
+            if differing:
+                notes[key] = f"trained otherwise than most of the column: {', '.join(differing)}"
+    return notes
+
+
 def _gains(
-    results: Mapping[Key, Result], labelled: Mapping[str, Row], declaration: Declaration
+    results: Mapping[Key, Result],
+    labelled: Mapping[str, Row],
+    declaration: Declaration,
+    options: GainOptions,
 ) -> dict[Key, Gain | str]:
     """Return the gain of each cell over the baseline in its column.
 
-    The p-values are corrected over all gains of the table.
+    The p-values are corrected over all gains of the table, those of the tests of no difference and
+    those of equivalence apart.
 
     Args:
         results: results by the labels of row and column.
         labelled: rows by label.
-        declaration: the table, which names the baseline of each row.
+        declaration: the table, which names the baselines of each row.
+        options: how gains are tested.
 
     Returns:
         The gain by cell, or the sentence that says why there is none. A cell without a number is
         left out, and so is a cell whose baseline has none.
     """
     found: dict[Key, Gain | str] = {}
+    names = {row.name for row in labelled.values()}
+    chosen = _chosen(options.baseline, names, declaration)
+    same = COMPARABLE if chosen else declaration.same
     for (label, column), result in results.items():
-        baseline = declaration.baseline(labelled[label].name)
-        bases = {
-            other: base
-            for other, row in labelled.items()
-            if row.name == baseline and (base := results[other, column]).values
-        }
-        if result.values and bases:
-            found[label, column] = gain_over(result, bases, declaration.same)
+        if not result.values or not _is_student(labelled[label]):
+            continue
+        beside = [results[other, column] for other, row in labelled.items() if _is_student(row)]
+        own = labelled[label].name
+        choices = [chosen] if chosen else [[name] for name in declaration.baselines(own)]
+        for baselines in choices:
+            bases = {
+                other: base
+                for other, row in labelled.items()
+                if row.name in baselines and (base := results[other, column]).values
+            }
+            if bases and own not in baselines:
+                of_pair = None if options.test == "paired" else beside
+                found[label, column] = gain_over(result, bases, same, of_pair)
+                break
     tested = {
-        key: (gain, gain.paired.p)
+        key: (gain, p, equal)
         for key, gain in found.items()
-        if isinstance(gain, Gain) and gain.paired.p is not None
+        if isinstance(gain, Gain)
+        and (p := gain.difference.p) is not None
+        and (equal := stats.equivalence(gain.difference, options.margin)) is not None
     }
-    corrected = stats.holm([p for _, p in tested.values()])
-    for (key, (gain, _)), p in zip(tested.items(), corrected, strict=True):
-        found[key] = replace(gain, p_holm=p)
+    p_differ = stats.holm([p for _, p, _ in tested.values()])
+    p_equal = stats.holm([p for _, _, p in tested.values()])
+    for (key, (gain, _, _)), p, q in zip(tested.items(), p_differ, p_equal, strict=True):
+        found[key] = replace(gain, p_holm=p, verdict=stats.decide(gain.difference, p, q))
+    return found
+
+
+def _is_student(row: Row) -> bool:
+    return row.name != "teacher"
+
+
+def _chosen(baseline: str, names: Iterable[str], declaration: Declaration) -> list[str]:
+    """Return the names among `names` that a user means by a baseline; [] without a baseline.
+
+    A user gives the method, the name of the row, or its label: sd_kd, "sd_kd [1,2]", SD-KD [1,2].
+    """
+    return [
+        name
+        for name in names
+        if baseline in (name, name.partition(" [")[0], declaration.label(name))
+    ]
+
+
+def _aggregates(
+    results: Mapping[Key, Result],
+    gains: Mapping[Key, Gain | str],
+    labelled: Iterable[str],
+    columns: Iterable[str],
+) -> dict[str, stats.Aggregate]:
+    """Return the gain over all columns of each row that has a gain in at least two."""
+    columns = list(columns)
+    found = {}
+    for label in labelled:
+        samples = [
+            (list(results[label, column].values.values()), list(gain.base.values.values()))
+            for column in columns
+            if isinstance(gain := gains.get((label, column)), Gain)
+        ]
+        if len(samples) > 1:
+            found[label] = stats.aggregate(samples)
     return found
 
 
@@ -301,9 +355,9 @@ def _cell(
     if isinstance(gain, str):
         on_ours.append(gain)
         gain = None
-    elif gain and gain.paired.left_out:
+    elif gain and gain.difference.left_out:
         on_gain.append(
-            f"seeds that only one of the two rows has are left out: {gain.paired.left_out}"
+            f"seeds that only one of the two rows has are left out: {gain.difference.left_out}"
         )
     footnotes = {"ours": on_ours, "published": [], "verdict": [], "gain": on_gain}
     printed_gain = None
@@ -387,63 +441,3 @@ def _commands(runs: Iterable[Run], whole: str) -> tuple[str, ...]:
     if whole and len(single) > FEW:
         return (whole,)
     return tuple(single)
-
-
-def _notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
-    quantity = declaration.quantity
-    gains = [cell.gain for cell in cells.values() if cell.gain]
-    if sweep:
-        yield f"Runs of {sweep}."
-    yield f"{quantity.label}. {quantity.note}"
-    what = quantity.counted
-    yield (
-        f"Cells: mean ± sample standard deviation (n {what}); 2/3 {what}: of three planned, two "
-        "have a number. In each column the best is bold and the second underlined, among rows of "
-        f"the same {', '.join(quantity.comparable)}: an order of the means, no test."
-    )
-    if declaration.published:
-        tables = ", ".join(dict.fromkeys(number.table for number in declaration.published))
-        yield (
-            f"Published: {tables} (analysis/reference); numbers of other papers are not mixed in."
-        )
-    if any(cell.verdict for cell in cells.values()) and not quantity.refusal:
-        yield VERDICTS
-    if gains:
-        tests = sum(gain.p_holm is not None for gain in gains)
-        yield (
-            "Gains: mean difference over the seeds that both rows have (their number in brackets), "
-            "with its 95 % paired t interval, uncorrected; p: two-sided paired t test, corrected "
-            f"by Holm over the table's tests ({tests})."
-        )
-    if varying := _varying(cells, quantity):
-        yield f"Within a row these settings differ between pairs: {', '.join(varying)}."
-    if repeated := _repeated(declaration.runs):
-        yield (
-            f"{repeated} failed or stopped runs were run again in the same configuration and "
-            "finished: the finished runs count."
-        )
-
-
-def _varying(cells: Mapping[Key, Cell], quantity: Quantity) -> list[str]:
-    """Return the settings in which the cells of a row differ."""
-    by_row: dict[tuple[str, str], set[Any]] = defaultdict(set)
-    for (row, _), cell in cells.items():
-        if cell.settings:
-            for setting in quantity.settings:
-                by_row[row, setting].add(cell.settings[setting])
-    return list(
-        dict.fromkeys(setting for (_, setting), values in by_row.items() if len(values) > 1)
-    )
-
-
-def _repeated(runs: Iterable[Run]) -> int:
-    """Return the number of failed or stopped runs whose configuration also has a finished run."""
-    runs = list(runs)
-    finished = {run.config_hash for run in runs if run.status == "FINISHED"}
-    return len(
-        {
-            run.run_id
-            for run in runs
-            if run.config_hash in finished and run.status in ("FAILED", "KILLED")
-        }
-    )

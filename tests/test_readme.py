@@ -96,7 +96,7 @@ def test_every_command_composes(command: str) -> None:
     assert (len(jobs) > 1) == ("-m" in shlex.split(command)[3:])
 
 
-@pytest.mark.parametrize("name", ["loss", "method", "network", "dataset"])
+@pytest.mark.parametrize("name", ["loss", "method", "connector", "network", "dataset"])
 def test_examples_run(name: str, tmp_path: Path) -> None:
     blocks = example(name)
     assert set(blocks) == {"python", "yaml", "sh"}
@@ -108,11 +108,12 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
         path = tmp_path / next(lines).removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    words = shlex.split(blocks["sh"])
+    teacher = dict(word.split("=", 1) for word in words if "=" in word)["teacher"]
     torch.manual_seed(0)
     checkpoint.write(
-        tmp_path / "teachers/digits/resnet8.pt", {"model": create("resnet8", 10).state_dict()}
+        tmp_path / f"teachers/digits/{teacher}.pt", {"model": create(teacher, 10).state_dict()}
     )
-    words = shlex.split(blocks["sh"])
     quick = ["trainer=debug", "tracking=none"]
     assert words[:2] == ["python", "-m"]
     at_home = {"SDDLSKD_HOME": str(tmp_path)}
@@ -120,9 +121,9 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     assert code == 0, out + err
     results = [
         record.read_result(path.parent)
-        for path in (tmp_path / "runs").glob("*/resnet8-*/result.json")
+        for path in (tmp_path / "runs").glob(f"*/{teacher}-*/result.json")
     ]
-    jobs = {"loss": 2, "method": 2, "network": 1, "dataset": 1}[name]
+    jobs = {"loss": 2, "method": 2, "connector": 1, "network": 1, "dataset": 1}[name]
     assert [result["status"] for result in results if result.get("teacher_sha256")] == [
         "FINISHED"
     ] * jobs

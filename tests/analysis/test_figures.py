@@ -303,13 +303,13 @@ def test_curves_are_mean_and_sample_deviation_of_each_epoch() -> None:
     assert found["b", 1][0] == 3.0
 
 
-def gains_of(rows: list[dict]) -> dict[tuple[str, str], stats.Paired]:
-    found, _ = points.comparisons(points_of(rows))
-    return {(one.point.setting, one.over): one.gain.paired for one in found}
+def gains_of(rows: list[dict]) -> dict[tuple[str, str], stats.Difference]:
+    found, _ = points.comparisons(points_of(rows), "paired")
+    return {(one.point.setting, one.over): one.gain.difference for one in found}
 
 
 def without_gain(rows: list[dict]) -> list[str]:
-    _, without = points.comparisons(points_of(rows))
+    _, without = points.comparisons(points_of(rows), "paired")
     return without
 
 
@@ -370,7 +370,8 @@ def test_a_single_seed_has_a_gain_and_no_interval() -> None:
 
 def test_a_caption_names_what_has_no_gain(tmp_path: Path) -> None:
     rows = [*grid(PAIRS[:1], ["kd", "sd_kd"]), row(9, "sd_kd_ls", best=72.0)]
-    captions = {figure.name: figure.caption for figure in figures.build(Standin(rows), tmp_path)}
+    built = figures.build(Standin(rows), tmp_path, test="paired")
+    captions = {figure.name: figure.caption for figure in built}
     said = "Without a gain: SD-KD+LS [1,2,4] (no gain over KD: no seed in common)."
     assert said in captions["gain_by_pair"]
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import tables
+from analysis.cells import Cell, Table
 from analysis.schema import frame_of
-from analysis.tables import Cell, Table
+from analysis.selection import GainOptions
 from tests.analysis.synthetic import run, runs
 
 PUBLISHED = pd.read_csv(
@@ -349,19 +350,22 @@ def test_imported_runs_stand_in_the_same_table_in_rows_of_their_own() -> None:
     table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, [75.0], source="imported"))["sdd_table_2"]
     assert table.cells["KD", COLUMN].n == 3
     assert table.cells["KD, imported", COLUMN].mean == 75.0
-    # The two rows are not ranked against each other.
-    assert table.cells["KD", COLUMN].rank == table.cells["KD, imported", COLUMN].rank == ""
+    assert table.cells["KD", COLUMN].rank == "second"
+    assert table.cells["KD, imported", COLUMN].rank == "best"
 
 
 def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
     rows = [run(*SHUFFLE, None, value, source="imported", config_hash=f"log{value}", **columns)
             for value, columns in ((74.0, {}), (74.4, {}), (76.0, sd_kd()))]  # fmt: skip
-    table = build(rows)["sdd_table_2"]
+    table = build(rows, options=PAIRED)["sdd_table_2"]
     assert table.cells["KD, imported", COLUMN].mean == pytest.approx(74.2)
     assert table.cells["KD, imported", COLUMN].seeds == []
     cell = table.cells["SD-KD, imported", COLUMN]
     assert cell.gain is None
     assert "no seed in common" in cell.footnotes["ours"][0]
+    gain = build(rows)["sdd_table_2"].cells["SD-KD, imported", COLUMN].gain
+    assert gain is not None  # the pooled test needs no common seeds
+    assert (gain.difference.n, gain.difference.n_base) == (1, 2)
 
 
 def test_failed_stopped_missing_and_running_runs_are_counted_with_their_commands() -> None:
@@ -407,12 +411,15 @@ def test_a_failed_run_that_was_run_again_is_said_and_needs_no_command() -> None:
 # Comparisons
 
 
-def test_gains_are_paired_by_seed_and_corrected_by_holm() -> None:
+PAIRED = GainOptions("paired")
+
+
+def test_gains_can_be_paired_by_seed_and_are_corrected_by_holm() -> None:
     rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
     rows += runs("resnet32x4", "shufflev2", [74.0, 74.5, 75.0]) + runs(
         "resnet32x4", "shufflev2", [76.0, 76.1, 77.0], **sd_kd()
     )
-    table = build(rows)["sdd_table_2"]
+    table = build(rows, options=PAIRED)["sdd_table_2"]
     gains = {}
     for column, ours, base in (
         (COLUMN, SD_KD, KD),
@@ -424,8 +431,8 @@ def test_gains_are_paired_by_seed_and_corrected_by_holm() -> None:
         t = differences.mean() / (differences.std(ddof=1) / math.sqrt(3))
         assert gain is not None
         assert gain.over == "KD"
-        assert gain.paired.mean == pytest.approx(differences.mean())
-        assert (gain.paired.low, gain.paired.high) == pytest.approx(
+        assert gain.difference.mean == pytest.approx(differences.mean())
+        assert (gain.difference.low, gain.difference.high) == pytest.approx(
             (differences.mean() - half, differences.mean() + half), abs=1e-4
         )
         gains[1 - t / math.sqrt(t**2 + 2)] = gain.p_holm
@@ -440,13 +447,15 @@ def test_a_single_seed_has_a_difference_and_no_interval() -> None:
         [run(*SHUFFLE, 0, 74.0), run(*SHUFFLE, 0, 76.0, **sd_kd())], "sdd_table_2", "SD-KD"
     ).gain
     assert gain is not None
-    assert (gain.paired.mean, gain.paired.n, gain.paired.low, gain.p_holm) == (2.0, 1, None, None)
+    assert (gain.difference.mean, gain.difference.n, gain.difference.low) == (2.0, 1, None)
+    assert (gain.p_holm, gain.verdict) == (None, "")
 
 
 def test_seeds_of_one_side_alone_are_left_out_and_said() -> None:
-    cell = only(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD[:2], **sd_kd()), "sdd_table_2", "SD-KD")
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD[:2], **sd_kd())
+    cell = only(rows, "sdd_table_2", "SD-KD", options=PAIRED)
     assert cell.gain is not None
-    assert cell.gain.paired.mean == pytest.approx(((76.0 - 74.0) + (76.5 - 74.2)) / 2)
+    assert cell.gain.difference.mean == pytest.approx(((76.0 - 74.0) + (76.5 - 74.2)) / 2)
     assert cell.footnotes["gain"] == ("seeds that only one of the two rows has are left out: 1",)
 
 
@@ -466,7 +475,7 @@ def test_a_baseline_at_several_temperatures_is_the_one_at_this_temperature() -> 
     )
     gain = only(rows, "sdd_table_2", "SD-KD").gain
     assert gain is not None
-    assert (gain.over, gain.paired.mean) == (
+    assert (gain.over, gain.difference.mean) == (
         "KD, temperature=4",
         pytest.approx(np.mean(np.subtract(SD_KD, KD))),
     )
@@ -476,7 +485,7 @@ def test_lskd_gains_are_over_the_method_without_standardisation() -> None:
     rows = runs(*SMALL, [73.0, 73.5]) + runs(*SMALL, [76.5, 76.6], standardize=True)
     cell = only(rows, "lskd_table_2", "KD+LS", SMALL_COLUMN)
     assert cell.gain is not None
-    assert (cell.gain.over, cell.gain.paired.mean) == ("KD", pytest.approx(3.3))
+    assert (cell.gain.over, cell.gain.difference.mean) == ("KD", pytest.approx(3.3))
     assert cell.published_gain is not None
     assert cell.published_gain.difference == 3.29
 
@@ -511,18 +520,28 @@ def test_best_and_second_are_marked_with_ties_as_shown() -> None:
     assert ranks == {"KD": "second", "DKD": "best", "NKD": "", "SD-KD": "best"}
 
 
-def test_runs_of_other_budgets_are_not_ranked_together() -> None:
+def test_the_best_of_a_column_is_bold_and_a_row_of_another_budget_says_so() -> None:
     rows = (
         runs(*SHUFFLE, [74.0])
         + runs(*SHUFFLE, [76.0], **sd_kd())
         + runs(*SHUFFLE, [90.0], distiller="dkd", epochs=480)
     )
     table = build(rows)["sdd_table_2"]
-    assert [table.cells[row, COLUMN].rank for row in ("KD", "SD-KD", "DKD")] == [
-        "second",
-        "best",
-        "",
-    ]
+    cells = [table.cells[row, COLUMN] for row in ("KD", "SD-KD", "DKD")]
+    assert [cell.rank for cell in cells] == ["", "second", "best"]
+    assert [len(cell.footnotes["ours"]) for cell in cells] == [0, 0, 2]
+    no_gain, otherwise = cells[2].footnotes["ours"]
+    assert no_gain.startswith("no gain over KD: its runs differ")
+    assert otherwise.endswith("epochs=480 instead of 240")
+
+
+def test_accuracies_on_held_out_images_are_not_ranked_with_those_on_the_test_set() -> None:
+    rows = runs(*SHUFFLE, [74.0]) + runs(*SHUFFLE, [76.0], **sd_kd())
+    rows += runs(*SHUFFLE, [90.0], distiller="dkd", val_fraction=0.1)
+    table = build(rows)["sdd_table_2"]
+    ranks = [table.cells[row, COLUMN].rank for row in ("KD", "SD-KD", "DKD")]
+    assert ranks == ["second", "best", ""]
+    assert any("rows of the same val_fraction" in note for note in table.notes)
 
 
 @pytest.mark.parametrize(
@@ -587,8 +606,12 @@ def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
         "Runs of pilot",
         "best epoch",
         "0.3 points",
-        "sqrt(1 + 1/n)",
-        "paired t test",
+        "95 % t prediction interval",
+        "the rows of a column share",
+        "4 degrees of freedom",
+        "Bartlett's p",
+        "Equivalent: within ±0.3",
+        "Smallest gain",
         "Holm",
         "SDD Table 2",
     ):
@@ -638,7 +661,7 @@ def test_knowledge() -> None:
         assert cell.published.value == row.value
     gain = table.cells["fusion", COLUMN].gain
     assert gain is not None
-    assert gain.paired.mean == pytest.approx(77.1333 - np.mean(KD), abs=1e-3)
+    assert gain.difference.mean == pytest.approx(77.1333 - np.mean(KD), abs=1e-3)
 
 
 def test_weights() -> None:
@@ -655,7 +678,7 @@ def test_weights() -> None:
     assert table.cells["weight 8", COLUMN].mean == pytest.approx(83.15)
     gain = table.cells["weight 8", COLUMN].gain
     assert gain is not None
-    assert (gain.over, gain.paired.mean) == ("weight 1", pytest.approx(7))
+    assert (gain.over, gain.difference.mean) == ("weight 1", pytest.approx(7))
 
 
 def test_time_is_of_runs_alone_on_the_machine_and_machines_are_not_mixed() -> None:
@@ -826,15 +849,10 @@ def test_best_is_best_and_counts_add_up(rows: list[dict[str, Any]]) -> None:
             assert cell.n == cell.planned or cell.troubles
             assert (cell.mean is None) == (cell.n == 0)
         for column in table.columns:
-            for epochs in (240, 10):
-                ranked = [
-                    c
-                    for row in table.rows
-                    if (c := table.cells[row, column]).n and c.settings.get("epochs") == epochs
-                ]
-                means = [round(c.mean, 2) for c in ranked if c.mean is not None]
-                for cell, mean in zip(ranked, means, strict=True):
-                    assert (cell.rank == "best") == (mean == max(means) and len(means) > 1)
+            ranked = [c for row in table.rows if (c := table.cells[row, column]).n]
+            means = [round(c.mean, 2) for c in ranked if c.mean is not None]
+            for cell, mean in zip(ranked, means, strict=True):
+                assert (cell.rank == "best") == (mean == max(means) and len(means) > 1)
     built = {table.name: table for table in tables.build(frame_of(rows))}
     if "seed_suite" in built:
         finished = {

@@ -73,6 +73,8 @@ def settings_of(number: Published) -> Row:
     for key, column in COLUMNS.items():
         read = bool(job.distiller.loss) or key not in NEED_A_LOGIT_LOSS
         row[column] = params[key] if read else ""
+    if job.distiller.learned_temperature:
+        row["temperature"] = ""
     if job.M == [1]:
         row["complementary_weight"] = ""
     row["details"] = details_of(params)

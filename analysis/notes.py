@@ -1,0 +1,165 @@
+"""Write the sentences under a table: what its numbers are, and what its tests could show.
+
+A sentence is written only if what it explains occurs in the table.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from . import stats
+from .cells import Cell, Key
+from .declarations import PAPERS_METRIC, Declaration, Quantity
+from .schema import Run
+from .selection import Gain, GainOptions, Result, spread_beside
+
+__all__ = ["notes", "notes_on_gains"]
+
+
+def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
+    """Yield the sentences on the numbers of a table.
+
+    Args:
+        declaration: the table.
+        cells: its cells.
+        sweep: name of the sweep; "" for none.
+    """
+    quantity = declaration.quantity
+    runs = f"Runs of {sweep}: " if sweep else ""
+    yield f"{runs}{quantity.label}, mean ± sample standard deviation (n {quantity.counted})."
+    if quantity.note:
+        yield quantity.note
+    if any(cell.planned > cell.n > 0 for cell in cells.values()):
+        yield f"2/3 {quantity.counted}: of three planned, two have a number."
+    if any(cell.rank for cell in cells.values()):
+        among = _among(cells, quantity)
+        yield f"Bold and underlined: the best and the second mean of a column{among}."
+    if declaration.published:
+        tables = ", ".join(dict.fromkeys(number.table for number in declaration.published))
+        metric = "" if quantity.note else f" {PAPERS_METRIC}"
+        yield f"Published: {tables} (analysis/reference).{metric}"
+    if any(cell.verdict not in ("", "not comparable") for cell in cells.values()):
+        yield (
+            "Against the published number: within the 95 % t prediction interval for one more of "
+            "our runs, or above or below it (one in twenty by chance); undecided for a single run, "
+            "for equal runs that differ from the number, and if the interval is wider than "
+            f"±{stats.WIDEST:.1f} point."
+        )
+    if varying := _varying(cells, quantity):
+        yield f"Within a row these settings differ between pairs: {', '.join(varying)}."
+    if repeated := _repeated(declaration.runs):
+        yield (
+            f"{repeated} failed or stopped runs were run again in the same configuration and "
+            "finished: the finished runs count."
+        )
+
+
+def _among(cells: Mapping[Key, Cell], quantity: Quantity) -> str:
+    """Return which rows are ranked together, if a setting keeps some apart."""
+    settings = [cell.settings for cell in cells.values() if cell.settings]
+    apart = [
+        name
+        for name in quantity.comparable
+        if len({values[name] for values in settings if values.get(name) is not None}) > 1
+    ]
+    return f" among rows of the same {', '.join(apart)}" if apart else ""
+
+
+def notes_on_gains(
+    cells: Mapping[Key, Cell],
+    results: Mapping[Key, Result],
+    columns: Sequence[str],
+    options: GainOptions,
+    aggregated: bool,
+) -> Iterator[str]:
+    """Yield the sentences on how the gains of a table were tested, and what they could show.
+
+    Args:
+        cells: the cells of the table.
+        results: their results.
+        columns: labels of the columns, in order.
+        options: how gains are tested.
+        aggregated: whether the table has a column of all pairs.
+    """
+    gains = {key: cell.gain for key, cell in cells.items() if cell.gain}
+    if not gains:
+        return
+    tested = [key for key, gain in gains.items() if gain.p_holm is not None]
+    if not tested:
+        yield "Gains: differences of the means. They have no test: the runs give no variance."
+        return
+    pooled = "; ".join(_tests_of("pooled", columns, gains, results))
+    pairing = "; ".join(_tests_of("paired", columns, gains, results))
+    ways = []
+    if pooled:
+        ways.append(f"t tests with the variance that the rows of a column share ({pooled})")
+    if pairing:
+        reason = ", since their variances differ" if options.test == "pooled" else ""
+        ways.append(f"t tests paired by seed{reason} ({pairing})")
+    yield (
+        f"Gains: {'; '.join(ways)}. Intervals: 95 %, uncorrected. p: corrected by Holm over the "
+        f"table's {len(tested)} tests. Equivalent: within ±{options.margin:g} points, by two "
+        "one-sided tests."
+    )
+    smallest = {
+        column: statistics.median(
+            gains[key].difference.detectable(len(tested)) or 0 for key in tested if key[1] == column
+        )
+        for column in columns
+        if any(key[1] == column for key in tested)
+    }
+    shown = ", ".join(f"{gain:.2f} ({column})" for column, gain in smallest.items())
+    yield f"Smallest gain that these runs could have shown, as the only one: {shown}."
+    if aggregated:
+        yield (
+            "All pairs: mean of the gains with its 95 % interval (bootstrap of the runs within "
+            "pair and method); P(better): probability that a run of the row is better than one of "
+            "its baseline."
+        )
+
+
+def _tests_of(
+    test: str,
+    columns: Iterable[str],
+    gains: Mapping[Key, Gain],
+    results: Mapping[Key, Result],
+) -> Iterator[str]:
+    """Yield each column with gains of this test, with the test's details."""
+    for column in columns:
+        beside = [result for (_, other), result in results.items() if other == column]
+        details = set()
+        for key, gain in gains.items():
+            if key[1] == column and gain.p_holm is not None and gain.difference.test == test:
+                spread = spread_beside(results[key], beside)
+                bartlett = ""
+                if spread and spread.bartlett is not None:
+                    bartlett = f", Bartlett's p {spread.bartlett:.2f}"
+                details.add(f"{gain.difference.df} degrees of freedom{bartlett}")
+        if details:
+            yield f"{column}: {' or '.join(sorted(details))}"
+
+
+def _varying(cells: Mapping[Key, Cell], quantity: Quantity) -> list[str]:
+    """Return the settings in which the cells of a row differ."""
+    by_row: dict[tuple[str, str], set[Any]] = defaultdict(set)
+    for (row, _), cell in cells.items():
+        if cell.settings:
+            for setting in quantity.settings:
+                by_row[row, setting].add(cell.settings[setting])
+    return list(
+        dict.fromkeys(setting for (_, setting), values in by_row.items() if len(values) > 1)
+    )
+
+
+def _repeated(runs: Iterable[Run]) -> int:
+    """Return the number of failed or stopped runs whose configuration also has a finished run."""
+    runs = list(runs)
+    finished = {run.config_hash for run in runs if run.status == "FINISHED"}
+    return len(
+        {
+            run.run_id
+            for run in runs
+            if run.config_hash in finished and run.status in ("FAILED", "KILLED")
+        }
+    )
