@@ -174,15 +174,18 @@ def panels_of(
 ) -> tuple[Drawing, dict[str, Axes]]:
     """Return a drawing with one pair of axes per panel, and the axes by panel.
 
+    A row has up to three panels; four panels are drawn two by two. Only the panels of the first
+    column have the label `y`, and only the lowest panel of each column has the label `x`.
+
     Args:
-        panels: names of the panels, which become their titles.
+        panels: names of the panels, which become their titles: at least one, and all different.
         x: label of the horizontal axes.
         y: label of the vertical axes.
         height: height of a row of panels in inches.
-        letters: longest line of a title; a longer line is broken at blanks.
+        letters: largest number of letters in a line of a title; a longer line is broken at blanks.
 
     Returns:
-        The drawing and the axes.
+        The drawing, and the axes by the name of their panel.
     """
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)

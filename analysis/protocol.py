@@ -80,7 +80,15 @@ def trains_longer(method: str) -> bool:
 
 
 def other_method(run: Run, number: Published) -> list[str]:
-    """Return the scales and weights of the run that make it another method than the number's."""
+    """Return how the method of a run differs from that of a published number; [] if it does not.
+
+    For `sd_` methods with a loss of the logits, the scales and the weight of complementary regions
+    are compared; for kd_ls, the weight of cross-entropy. A weight that is None in the run is not
+    compared. On CUB-200, the scales [1,2,4] of the authors' scripts count as the number's too.
+
+    Returns:
+        The settings that differ, each as "name=value" with the value of the run, such as "M=[1,2]".
+    """
     settings = settings_of(number)
     if number.method == "kd_ls" and run.ce_weight not in (None, settings.get("ce_weight")):
         return [setting_name("ce_weight", run.ce_weight)]

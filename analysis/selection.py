@@ -434,7 +434,10 @@ def gain_over(
     same: Sequence[str] = COMPARABLE,
     beside: Iterable[Result] | None = None,
 ) -> Gain | str:
-    """Return the gain of a result over its baseline, or a sentence on why there is none.
+    """Return the gain of a cell over its baseline, or a sentence that says why there is none.
+
+    The baseline is the candidate that agrees with the cell in the settings `same`. If several
+    candidates do, it is the one that also agrees in `TUNED`, the temperature and the weights.
 
     Args:
         result: the result to compare, with at least one number.
@@ -443,6 +446,10 @@ def gain_over(
         same: settings that a result and its baseline must share.
         beside: results on the same pair, whose common variance is taken if Bartlett's test permits
             that; None to pair the runs by seed.
+
+    Returns:
+        The gain; a sentence if no candidate or more than one is left, or if runs that have to be
+        paired have no seed in common.
     """
     run = result.runs[0]
     fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}

@@ -193,7 +193,22 @@ def experiments_of(client: Any) -> dict[str, str]:
 
 
 def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iterator[Any]:
-    """Yield runs, oldest first, so that runs that start meanwhile do not shift the pages."""
+    """Yield the runs of experiments that a query finds, oldest first.
+
+    With this order, runs that start meanwhile do not shift the pages.
+
+    Args:
+        client: MlflowClient, as `reading` yields it.
+        experiments: ids of the experiments by name, as `experiments_of` returns them.
+        query: MLflow filter, such as "tags.kind = 'sweep'"; "" for all runs.
+
+    Yields:
+        Runs as MLflow returns them, with `info` and `data`.
+
+    Raises:
+        MlflowException: If the store fails or refuses the query. `reading` turns it, and errors of
+            the database and the network, into a ValueError.
+    """
     token = None
     while True:
         page = client.search_runs(

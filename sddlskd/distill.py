@@ -52,7 +52,8 @@ NESTED_SIDE = 4
 def check_scales(M: Sequence[int]) -> tuple[int, ...]:
     """Return the scales `M` as a tuple.
 
-    Raise ValueError unless `M` holds at least one positive integer and no duplicates.
+    Raise ValueError if `M` is a string or an integer, is empty, holds anything but positive
+    integers (True is refused), or holds a scale twice.
     """
     if isinstance(M, (str, int)) or not len(M):
         raise ValueError(

@@ -80,9 +80,10 @@ def dkd(
 ) -> Tensor:
     """Return the decoupled knowledge distillation loss T^2 * (alpha * TCKD + beta * NCKD).
 
-    TCKD is the KL divergence of the binary distributions (target, rest). NCKD is the KL divergence
-    of the distributions over the other classes. The released code removes the target from NCKD by
-    subtracting 1000 from its logit; this function excludes the target exactly.
+    TCKD is KL(teacher || student) of the binary distributions (target, rest). NCKD is
+    KL(teacher || student) of the distributions over the K-1 other classes, which sum to 1 without
+    the target. The released code removes the target from NCKD by subtracting 1000 from its logit;
+    this function excludes the target exactly.
 
     Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", Eq. 7.
 

@@ -409,10 +409,12 @@ def mixup(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
 
 
 def cutmix(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
-    """Return the images with a box from the partner, and the share of the image's own label.
+    """Return images with a box from each image's partner, and the weight of the image's own label.
 
-    The box has the sides sqrt(1 - share) of the image's. Where it is cut off at the edges, the
-    label's share is that of the pixels.
+    All images of the batch have the same box. Its centre is at (`mix.row`, `mix.column`). Its sides
+    are sqrt(1 - mix.share) of the image's sides, rounded down to even numbers of pixels, and the
+    box is cut off at the edges. The weight is the share of the pixels outside the box, which
+    rounding and cutting make differ from `mix.share`.
     """
     height, width = images_BCHW.shape[2:]
     part = math.sqrt(1 - mix.share)

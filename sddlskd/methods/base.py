@@ -48,8 +48,9 @@ class Method(nn.Module, ABC):
             `labels_N` (class of each training image, int64, on the CPU), `num_classes` (K), `seed`
             (of the run), `batch_size` (images per batch), `teacher_network` (the teacher with its
             BatchNorm, in eval mode).
-        first_stage_epochs: Number of epochs before the first one, in which the loss is
-            `first_stage` alone.
+        first_stage_epochs: Number of epochs of a first stage, 0 for none. The stage comes before
+            epoch 1, so its epochs have the numbers ..., -1, 0. In these epochs the loss is
+            `first_stage` without a weight; cross-entropy and distillation loss are left out.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -86,7 +86,17 @@ class OFD(Method):
             self.register_buffer(f"margin_{i}", margins(norm), persistent=False)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the weighted sum over stages of the distance per image."""
+        """Return the loss of a batch, a scalar.
+
+        The loss is the weighted sum of the stages' squared distances, which are summed over
+        channels and cells and averaged over images. If the teacher's map has other sides than the
+        student's, it is average-pooled to them.
+
+        Args:
+            student: Taps of the student.
+            teacher: Taps of the teacher, without gradients.
+            batch: Unused.
+        """
         loss = student.logit_map.new_zeros(())
         parts = zip(self._pairs(student, teacher), self.connectors, strict=True)
         for i, ((own_BCHW, other_BCHW), connector) in enumerate(parts):

@@ -65,10 +65,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class LogitMapModel(nn.Module, ABC):
-    """A classifier whose output is a logit map; its logits are `model(x_BCHW).mean((2, 3))`.
+    """A classifier whose output is a logit map: normalised images B 3 H W -> B K h w.
 
-    The head is linear, so the mean of the logit map equals the head applied to the mean feature.
-    These are the logits of the published networks.
+    The logits B K are the mean of the map, `model(x_BCHW).mean((2, 3))`. The head is linear, so
+    this mean equals the head applied to the mean feature, which gives the logits of the published
+    networks.
+
+    A subclass defines `head` and `features`. It overrides `taps` to show its stages, and
+    `norms_before_relu` to serve OFD as a teacher.
     """
 
     @property

@@ -49,14 +49,19 @@ class BasicBlock(nn.Module):
 class ResNet(LogitMapModel):
     """A ResNet of depth 6 * blocks + 2: B 3 H W -> logit map B K H/4 W/4.
 
-    With the large stem the map is H/8 W/8. The initialisation is that of RepDistiller.
+    With the large stem the map is H/8 W/8. The images are normalised. The initialisation is that of
+    RepDistiller.
 
     Args:
         blocks: The number of blocks in each stage.
         num_classes: K, the number of classes.
         first: The number of channels of the stem.
         channels: The numbers of channels of the three stages.
-        stem: "small" or "large".
+        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels, or "large" for a
+            7x7 convolution with stride 2, for images of 224.
+
+    Raises:
+        ValueError: The stem is unknown.
     """
 
     def __init__(

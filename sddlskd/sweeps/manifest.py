@@ -50,12 +50,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
-    """Add jobs to the sweep.json in the sweep's folder, which is created if it is missing.
+    """Add the jobs of a launch to sweep.json, the list of a sweep's jobs.
+
+    The folder and the file are created if they are missing. The jobs of earlier launches stay in
+    the list, and a job is listed once. The name, command, working directory and time in the file
+    become those of this launch. Two launches may write at the same time.
 
     Args:
         folder: folder of the sweep.
         name: name of the sweep.
-        jobs: jobs of this launch; the jobs of earlier launches stay in the list.
+        jobs: jobs of this launch, at least one; the file lists their run directories.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):

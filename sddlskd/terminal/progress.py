@@ -107,12 +107,20 @@ class ProgressDisplay:
         return duration((self.epochs * self.steps - self._done()) / rate)
 
     def refresh(self) -> None:
-        """Update the live table; called at the steps at which the losses were read."""
+        """Update the live table; do nothing if there is none.
+
+        The training loop calls this method after each step at which the losses of the runs were
+        copied from the device.
+        """
         if self.live:
             self.live.update(self._table(), refresh=True)
 
     def epoch(self, run: RunStatus) -> None:
-        """Report that `run` has ended an epoch: a plain line, or an update of the live table."""
+        """Report the end of a run's epoch: log a plain line, or update the live table.
+
+        In mode "off" nothing is reported. Call this method after the run has moved on to its next
+        epoch: the line is about epoch `run.epoch - 1`.
+        """
         if self.plain:
             log.info(
                 "%s  epoch %d/%d  loss %.4f  top-1 %.2f  %.0f images/s  %s left",
