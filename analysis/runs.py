@@ -216,9 +216,10 @@ def _scan(
     plans: list[dict[str, Any]] = []
     rows: dict[str, dict[str, Any]] = {}
     for run in search(client, experiments, query):
-        if run.data.tags.get("kind") == "sweep":
+        kind = run.data.tags.get("kind")
+        if kind == "sweep":
             plans.append(_read_plan(client, run))
-        else:
+        elif kind != "cell":  # a mean over runs that are rows themselves
             rows[run.info.run_id] = _row(run)
     return plans, rows
 

@@ -13,7 +13,7 @@ from analysis.schema import Run, frame_of, runs_of
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.config.identity import METHOD_NAMES
-from sddlskd.terminal.console import outcomes, run_title
+from sddlskd.terminal.console import outcomes
 from tests.conftest import Compose
 
 RECIPES = sorted(
@@ -75,9 +75,11 @@ def test_the_name_of_a_method(compose: Compose, overrides: str, name: str) -> No
 
 
 def test_a_run_has_a_title(compose: Compose) -> None:
-    assert run_title(compose("student=resnet8")) == "resnet8 SD-KD+LS [1,2,4] seed 0"
-    assert run_title(compose("recipe=vanilla", "student=resnet8", "seed=3")) == (
-        "resnet8 student alone seed 3"
+    job = compose("student=resnet8")
+    assert cfg.title(job) == "SD-KD+LS [1,2,4] seed 0, resnet8"
+    assert cfg.title(job, seed=False) == "SD-KD+LS [1,2,4], resnet8"
+    assert cfg.title(compose("recipe=vanilla", "student=resnet8", "seed=3")) == (
+        "student alone seed 3, resnet8"
     )
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_contract(home: Path) -> None:
     assert run.info.run_id == result["run_id"]
     assert json.loads(Path(job.run_dir, "result.json").read_text())["run_id"] == result["run_id"]
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == Path(job.run_dir).name
+    assert run.info.run_name == "SD-KD+LS [1,2] seed 0, wrn_16_1"
     params = run.data.params
     expected = {
         "teacher.name": "resnet8",
@@ -140,7 +140,8 @@ def test_contract(home: Path) -> None:
         "seed": "0",
     }
     assert expected.items() <= params.items()
-    assert params.keys() == cfg.flatten(job).keys()
+    assert params.keys() == cfg.flatten(job).keys() | {"method"}
+    assert params["method"] == "SD-KD+LS"
     tags = run.data.tags
     assert tags["config_hash"] == cfg.config_hash(job)
     assert tags["git_sha"] == record.code_state()["git_sha"]
@@ -160,9 +161,9 @@ def test_contract(home: Path) -> None:
     rows = record.read_rows(Path(job.run_dir))
     for key in METRICS:
         assert history[key] == [(row["epoch"], row[key]) for row in rows]
-    assert history["best/top1"] == [(2, result["best_top1"])]
-    assert history["last/top1"] == [(2, result["last_top1"])]
-    assert history["teacher/top1"] == [(2, result["teacher_top1"])]
+    assert history["best/top1"] == [(0, result["best_top1"])]
+    assert history["last/top1"] == [(0, result["last_top1"])]
+    assert history["teacher/top1"] == [(0, result["teacher_top1"])]
     artifacts = {file.path for file in client_of(job).list_artifacts(run.info.run_id)}
     assert {"config.yaml", "result.json"} <= artifacts
 
@@ -446,10 +447,86 @@ def test_more_rows_and_parameters_than_a_batch_takes(
     sync(write_record(job, epochs=30))
     (run,) = runs_of(job)
     assert [step for step, _ in points(job, run.info.run_id)["val/top1"]] == list(range(1, 31))
-    assert run.data.params.keys() == cfg.flatten(job).keys()
+    assert run.data.params.keys() == cfg.flatten(job).keys() | {"method"}
+
+
+def test_final_metrics_are_numbers_and_not_curves_of_one_point(home: Path) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    sync(write_record(job, epochs=3))
+    (run,) = runs_of(job)
+    found = points(job, run.info.run_id)
+    assert (found["best/top1"], found["last/top1"]) == ([(0, 30.0)], [(0, 30.0)])
+    assert [step for step, _ in found["val/top1"]] == [1, 2, 3]
+
+
+def test_a_run_whose_final_metrics_have_steps_keeps_them(home: Path) -> None:
+    """An earlier version stopped the run: its point of a later step would hide one of step 0."""
+    (job,) = register([tracked(home, teacher=False)])
+    folder = write_record(job, epochs=2, status="KILLED")
+    sync(folder)
+    (run,) = runs_of(job)
+    client_of(job).log_metric(run.info.run_id, "best/top1", 20.0, step=2)
+    write_record(job, epochs=5)
+    sync(folder, again=False)
+    (run,) = runs_of(job)
+    assert run.data.metrics["best/top1"] == 50.0
 
 
 # Sweeps
+
+
+def finished_sweep(home: Path, seeds: Sequence[int]) -> list[Config]:
+    """Finish a sweep of kd over seeds; the best accuracy of a seed is 70 plus the seed."""
+    jobs = register(
+        [tracked(home, "recipe=kd", f"seed={seed}", teacher=False) for seed in seeds], sweep="cells"
+    )
+    folder = home / "runs" / "sweeps" / "cells"
+    tracking.log_plan(jobs[0], write_plan(folder, "cells", jobs))
+    for job in jobs:
+        with_best = Record(job)
+        with_best.append({"epoch": 1, "time": 1.0, "val/top1": 70.0 + job.seed})
+        with_best.result(
+            FINISHED, best_top1=70.0 + job.seed, last_top1=69.0, epochs=1, seconds=1.0
+        )
+        with_best.close()
+        sync(with_best.folder)
+    tracking.finish_sweep(jobs[0], "FINISHED")
+    return jobs
+
+
+def test_a_cell_has_mean_and_deviation_over_seeds(home: Path) -> None:
+    jobs = finished_sweep(home, [0, 1, 2])
+    (cell,) = runs_of(jobs[0], kind="cell")
+    (parent,) = runs_of(jobs[0], kind="sweep")
+    assert cell.data.metrics == {
+        "seeds": 3.0,
+        "best/top1/mean": 71.0,
+        "best/top1/std": 1.0,
+        "last/top1/mean": 69.0,
+        "last/top1/std": 0.0,
+    }
+    assert cell.info.run_name == "mean: KD, resnet8"
+    assert cell.info.status == "FINISHED"
+    assert cell.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert cell.data.tags["mlflow.note.content"] == "best top-1 71.00 ± 1.00 (%, 3 seeds)"
+    assert cell.data.params["method"] == "KD"
+
+
+def test_a_cell_follows_later_seeds_and_is_there_once(home: Path) -> None:
+    finished_sweep(home, [0, 1])
+    jobs = finished_sweep(home, [2, 3, 4])
+    (cell,) = runs_of(jobs[0], kind="cell")
+    assert (cell.data.metrics["seeds"], cell.data.metrics["best/top1/mean"]) == (5.0, 72.0)
+
+
+def test_a_single_seed_makes_no_cell(home: Path) -> None:
+    assert runs_of(finished_sweep(home, [4])[0], kind="cell") == []
+
+
+def test_a_new_experiment_opens_in_the_view_for_training(home: Path) -> None:
+    (job,) = register([tracked(home, "tracking.experiment=new", teacher=False)])
+    experiment = client_of(job).get_experiment_by_name("new")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_parent_and_children(home: Path) -> None:
@@ -1067,7 +1144,7 @@ def test_strange_numbers_and_names(home: Path) -> None:
         (opened.folder / "mlflow.json").write_text("spoilt")
         sync(opened.folder)
     (run,) = runs_of(job)
-    assert run.info.run_name == "läuft ✓ 'so'"
+    assert run.data.tags["run_dir"] == str(opened.folder)
     largest = sys.float_info.max  # MLflow stores this number instead of infinity
     kept = {math.inf: largest, -math.inf: -largest}
     found = points(job, run.info.run_id)

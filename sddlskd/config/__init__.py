@@ -11,6 +11,7 @@ from sddlskd.config.identity import (
     run_name,
     settings_hash,
     sharing_key,
+    title,
 )
 from sddlskd.config.resolve import (
     check_choices,
@@ -97,5 +98,6 @@ __all__ = [
     "sqlite_file",
     "sqlite_uri",
     "teacher_job",
+    "title",
     "to_yaml",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "run_name",
     "settings_hash",
     "sharing_key",
+    "title",
 ]
 
 # The papers' names of the losses in conf/distiller and of the methods in conf/features.
@@ -229,6 +230,21 @@ def method_name(config: Config) -> str:
         names.append("DOT")
     name = "+".join(names)
     return SHORT_NAMES.get(name, name)
+
+
+def title(config: Config, *, seed: bool = True) -> str:
+    """Return what people call the run of a job, such as "SD-KD+LS [1,2,4] seed 0, resnet8".
+
+    Args:
+        config: The job.
+        seed: Whether to name the seed.
+    """
+    words = [method_name(config)]
+    if config.distiller.loss and config.M != [1]:
+        words.append(f"[{','.join(map(str, config.M))}]")
+    if seed:
+        words.append(f"seed {config.seed}")
+    return f"{' '.join(words)}, {config.student.name}"
 
 
 def plain(text: str) -> str:

@@ -36,7 +36,6 @@ __all__ = [
     "explain",
     "log_to_terminal",
     "outcomes",
-    "run_title",
     "write_line",
 ]
 
@@ -139,14 +138,6 @@ def outcomes(
 
 def _score(top1: float | None) -> str:
     return "-" if top1 is None else f"{top1:.2f}"
-
-
-def run_title(job: Config) -> str:
-    """Return what the progress display calls the run of a job: student, method, M and seed."""
-    words = [job.student.name, cfg.method_name(job)]
-    if job.distiller.loss:
-        words.append(f"[{','.join(map(str, job.M))}]")
-    return " ".join([*words, f"seed {job.seed}"])
 
 
 def explain(error: BaseException) -> str:

@@ -233,16 +233,18 @@ def _create_run(
         if config.tracking.parent_run_id:
             tags["mlflow.parentRunId"] = config.tracking.parent_run_id
         tags = {name: _cut(value, LONGEST_TAG) for name, value in tags.items()}
-        run = client.create_run(config.tracking.experiment_id, run_name=folder.name, tags=tags)
+        name = cfg.title(config)
+        run = client.create_run(config.tracking.experiment_id, run_name=name, tags=tags)
     run_id = run.info.run_id
     sent = run.data.params  # empty for a new run
     from mlflow.entities import Param
 
     # Send no parameter twice: MLflow refuses a changed value, and some values may change between
     # two starts of a job, such as the folder or the device.
+    known = {**cfg.flatten(config), "method": cfg.method_name(config)}
     params = [
         Param(_cut(name, LONGEST_KEY), _cut(value, LONGEST_PARAM))
-        for name, value in cfg.flatten(config).items()
+        for name, value in known.items()
         if _cut(name, LONGEST_KEY) not in sent
     ]
     for at in range(0, len(params), PARAMS_A_BATCH):
@@ -272,6 +274,16 @@ def _send_rows(client: Any, run_id: str, rows: Iterable[dict[str, Any]]) -> None
         client.log_batch(run_id, metrics=points[at : at + METRICS_A_BATCH])
 
 
+def _has_steps(client: Any, run_id: str) -> bool:
+    """Return whether the final metrics of a run have the step of an epoch, as they once had.
+
+    Those of a new run have step 0, so that MLflow shows them as numbers and not as curves of one
+    point. MLflow takes the point of the last step for the value of a metric.
+    """
+    history = [point for key in SUMMARY for point in client.get_metric_history(run_id, key)]
+    return any(point.step for point in history)
+
+
 def _send_outcome(
     client: Any,
     run_id: str,
@@ -289,10 +301,12 @@ def _send_outcome(
         if result.get(tag):
             client.set_tag(run_id, tag, _cut(result[tag], LONGEST_TAG))
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
+    stepped = _has_steps(client, run_id)
     for row in rows:
         # Use the epoch's own time, because a run may stop at the same epoch twice.
         if row["epoch"] == result.get("epochs"):
-            _send_rows(client, run_id, [{**summary, "epoch": row["epoch"], "time": row["time"]}])
+            step = row["epoch"] if stepped else 0
+            _send_rows(client, run_id, [{**summary, "epoch": step, "time": row["time"]}])
     client.set_terminated(run_id, status)
     # The files come last because a server may accept metrics but no files.
     for name in ("config.yaml", "code.diff", "result.json", "predictions.npz"):

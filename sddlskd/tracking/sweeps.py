@@ -18,6 +18,7 @@ from filelock import FileLock
 from sddlskd import record
 from sddlskd.config import Config, TrackingConfig, sqlite_file
 from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking.cells import send_cells
 from sddlskd.tracking.uri import ONE_HOST, cure_of, first_line, within
 
 __all__ = ["check_reachable", "check_shared", "finish_sweep", "log_plan", "register", "sync_sweep"]
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 
 MIRROR_LOCK = ".mlflow.lock"
+# MLflow 3 then shows the view for training first, not that for language models.
+TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
@@ -107,7 +110,7 @@ def _experiment(client: Any, config: Config) -> str:
         if sqlite_file(str(config.tracking.uri)):
             artifacts = Path(config.home, "mlartifacts").as_uri()
         try:
-            client.create_experiment(name, artifact_location=artifacts)
+            client.create_experiment(name, artifact_location=artifacts, tags=TRAINING_VIEW)
         except MlflowException as error:
             # Another process may have created the experiment in the meantime.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -274,6 +277,7 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
                 client.update_run(delivery["run_id"], delivery["status"])
             else:
                 client.set_terminated(delivery["run_id"], delivery["status"])
+                send_cells(folder, delivery)
             delivery["told"] = delivery["status"]
             record.write_mirror(folder, delivery)
         digest = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.exists() else None

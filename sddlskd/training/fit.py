@@ -26,7 +26,7 @@ from sddlskd.data.streaming import Data
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.files import checkpoint
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, InUse, Onlooker, Record
-from sddlskd.terminal.console import log_to_terminal, run_title
+from sddlskd.terminal.console import log_to_terminal
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training import predictions
 from sddlskd.training.build import (
@@ -635,7 +635,7 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
     first = group.jobs[0]
     view = ProgressDisplay(
         opened.runs,
-        [run_title(job) for job in opened.jobs],
+        [cfg.title(job) for job in opened.jobs],
         mode=first.trainer.progress if group.ranks.is_rank_zero else "off",
         epochs=first.trainer.epochs,
         steps=group.steps,

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 
 from analysis import store
 from analysis.runs import listing, load
@@ -620,3 +621,13 @@ def test_server_gives_what_the_database_gives(path: Path, server: str) -> None:
     assert len(here.history()) == 3
     assert there.predictions(here.frame.loc[0, "run_id"]) is None
     pd.testing.assert_frame_equal(listing(server), listing(uri_of(path)))
+
+
+def test_a_cell_of_the_tracker_is_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    make_store(path, [{"name": "one", "seed": 0, "best": 70.0, "last": 70.0}])
+    client = MlflowClient(uri_of(path))
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    client.create_run(experiment.experiment_id, tags={"kind": "cell", "settings_hash": "x"})
+    assert list(load(None, uri_of(path)).frame["name"]) == ["one"]
+    assert listing(uri_of(path))["runs"].max() == 1

@@ -1,0 +1,116 @@
+"""Deliver the cells of a sweep to MLflow: a run per setting, with mean and deviation over seeds.
+
+MLflow shows single runs. A cell is a run tagged kind=cell, below the sweep, which has the numbers
+that a table prints.
+"""
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sddlskd import config as cfg
+from sddlskd import record
+from sddlskd.tracking import uri as tracking_uri
+
+__all__ = ["send_cells"]
+
+FEWEST = 2  # finished runs, without which a mean says no more than the run itself
+NUMBERS = ("best_top1", "last_top1", "test_top1")
+PARAMS = ("dataset.name", "teacher.name", "student.name", "M", "recipe", "trainer.epochs")
+
+
+def send_cells(folder: Path, delivery: Mapping[str, Any]) -> None:
+    """Create or update the cells of a sweep in MLflow.
+
+    The function is idempotent: a cell is found again by its settings_hash.
+
+    Args:
+        folder: The sweep's folder, with its plan.
+        delivery: The content of the sweep's mlflow.json, with the id of its parent run.
+    """
+    cells = list(_cells(folder))
+    if not cells:
+        return
+    client = tracking_uri.client(str(delivery["uri"]))
+    parent = delivery["run_id"]
+    experiment_id = client.get_run(parent).info.experiment_id
+    condition = f"tags.kind = 'cell' and tags.`mlflow.parentRunId` = '{parent}'"
+    found = client.search_runs([experiment_id], condition)
+    known = {run.data.tags["settings_hash"]: run.info.run_id for run in found}
+    for settings, job, results in cells:
+        run_id = known.get(settings)
+        if run_id is None:
+            run_id = _create(client, experiment_id, delivery, settings, job)
+        _send(client, run_id, dict(_numbers(results)))
+
+
+def _send(client: Any, run_id: str, numbers: Mapping[str, float]) -> None:
+    """Log the numbers of a cell, with a sentence that MLflow shows beside the run."""
+    from mlflow.entities import Metric, RunTag
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0) for name, value in numbers.items()]
+    tags = []
+    if "best/top1/std" in numbers:
+        best, spread = numbers["best/top1/mean"], numbers["best/top1/std"]
+        said = f"best top-1 {best:.2f} ± {spread:.2f} (%, {numbers['seeds']:.0f} seeds)"
+        tags.append(RunTag("mlflow.note.content", said))
+    client.log_batch(run_id, metrics=metrics, tags=tags)
+    client.set_terminated(run_id, record.FINISHED)
+
+
+def _cells(folder: Path) -> Iterator[tuple[str, cfg.Config, list[dict[str, Any]]]]:
+    """Yield each setting with several finished runs: its hash, one of its jobs, their results."""
+    plan = folder / "plan.json"
+    if not plan.exists():
+        return
+    finished: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for job in json.loads(plan.read_text())["jobs"]:
+        try:
+            result = record.read_result(Path(job["run_dir"]))
+        except record.Damaged:
+            continue
+        if result and result["status"] == record.FINISHED:
+            finished[job["settings_hash"]].append((job["run_dir"], result))
+    for settings, runs in finished.items():
+        if len(runs) >= FEWEST:
+            job = cfg.load(Path(runs[0][0], "config.yaml"))
+            yield settings, job, [result for _, result in runs]
+
+
+def _create(
+    client: Any,
+    experiment_id: str,
+    delivery: Mapping[str, Any],
+    settings: str,
+    job: cfg.Config,
+) -> str:
+    tags = {
+        "kind": "cell",
+        "settings_hash": settings,
+        "sweep": str(delivery["sweep"]),
+        "mlflow.parentRunId": delivery["run_id"],
+    }
+    from mlflow.entities import Param
+
+    name = f"mean: {cfg.title(job, seed=False)}"
+    run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    params = {key: value for key, value in cfg.flatten(job).items() if key in PARAMS}
+    known = {**params, "method": cfg.method_name(job)}
+    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in known.items()])
+    return run_id
+
+
+def _numbers(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """Yield the metrics of a cell: mean and sample deviation (%) of each accuracy, and seeds."""
+    yield "seeds", float(len(results))
+    for name in NUMBERS:
+        values = [result[name] for result in results if result.get(name) is not None]
+        if len(values) >= FEWEST:
+            key = name.replace("_", "/")
+            yield f"{key}/mean", statistics.fmean(values)
+            yield f"{key}/std", statistics.stdev(values)
