@@ -20,7 +20,7 @@ demo: setup
 	@echo "Next:"
 	@echo "  open demo/results/report.html                                       # tables, figures, every run"
 	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # shows the runs on http://127.0.0.1:5000"
-	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=0,1 # adds a second seed; finished runs are kept"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=\"range(0,5)\" # adds two seeds; finished runs are kept"
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
 test: setup

@@ -89,6 +89,7 @@ class Run:
     seed: int | None = None
     # Fraction of the training images held out; 0: val is the test split.
     val_fraction: float | None = None
+    train_fraction: float | None = None  # of the other training images that the student learns from
     group_size: int | None = None  # runs trained side by side, whose times are those of the group
     best: float | None = None  # top-1 (%), best epoch
     last: float | None = None  # top-1 (%), last epoch
@@ -136,6 +137,7 @@ PARAMS = {
     "teacher_cache": "teacher.cache",
     "seed": "seed",
     "val_fraction": "dataset.val_fraction",
+    "train_fraction": "dataset.train_fraction",
     "recipe": "recipe",
 }
 

@@ -60,7 +60,7 @@ RECIPE = (
     "ce_weight",
     "kd_weight",
 )
-BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction")
+BUDGET = ("batch_size", "epochs", "max_steps", "precision", "val_fraction", "train_fraction")
 SETTINGS = (*RECIPE, "lr", *BUDGET)
 """Settings that distinguish runs, without the seed. Runs that differ in one are not averaged."""
 
@@ -111,8 +111,9 @@ def _as_trained(run: Run, number: int) -> Run:
 
     With M=[1] this is complementary_weight; without a loss of the logits, every setting of that
     loss. Runs that differ only in such settings thus agree in all settings. The field `unread`
-    keeps the recorded values. In a run of sddlskd, max_steps=None becomes "all". A run without a
-    config_hash takes its run_id, or "row <number>" if it has none.
+    keeps the recorded values. In a run of sddlskd, max_steps=None becomes "all" and
+    train_fraction=None becomes 1. A run without a config_hash takes its run_id, or "row <number>"
+    if it has none.
 
     Args:
         run: the run as it is recorded.
@@ -128,6 +129,8 @@ def _as_trained(run: Run, number: int) -> Run:
     recorded = tuple(getattr(run, setting) for setting in fixed)
     if run.max_steps is None and run.source == "sddlskd":
         fixed["max_steps"] = "all"
+    if run.train_fraction is None and run.source == "sddlskd":
+        fixed["train_fraction"] = 1.0  # before there was a choice
     config_hash = run.config_hash or run.run_id or f"row {number}"
     return replace(run, **fixed, config_hash=config_hash, unread=recorded)
 

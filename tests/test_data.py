@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from sddlskd.data.device import Batch, DeviceData, draw_epoch, seed_of, share_of
+from sddlskd.data.device import Batch, DeviceData, draw_epoch, seed_of, share_of, trained_on
 from sddlskd.datasets import arrays
 from sddlskd.datasets.arrays import Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.files import download
@@ -255,6 +255,36 @@ def test_held_out_validation_is_stratified_disjoint_and_fixed() -> None:
     assert same(data.test_batches(), device_data(splits).test_batches())
 
 
+@pytest.mark.parametrize(("val_fraction", "counts"), [(0.0, [22, 12, 6]), (0.1, [20, 11, 5])])
+def test_a_part_of_the_training_images_is_stratified_nested_and_fixed(
+    val_fraction: float, counts: list[int]
+) -> None:
+    splits = small(train=200)
+    labels = torch.cat([torch.full((110,), 0), torch.full((60,), 1), torch.full((30,), 2)])
+    splits = splits._replace(train=splits.train._replace(labels_N=labels))
+    options = {"val_fraction": val_fraction, "padding": 0, "flip": False}
+    data, other, larger, whole = (
+        device_data(splits, train_fraction=fraction, seed=seed, **options)
+        for fraction, seed in ((0.2, 0), (0.2, 1), (0.5, 0), (1.0, 0))
+    )
+    _, y = joined(data.batches(0))
+    assert torch.bincount(y).tolist() == counts
+    assert data.train_size == sum(counts)
+    chosen, same_part, more, every = (
+        {image.numpy().tobytes() for image in joined(one.batches(0))[0]}
+        for one in (data, other, larger, whole)
+    )
+    assert chosen == same_part
+    assert chosen < more < every
+    assert same(data.val_batches(), whole.val_batches())  # the held-out images stay the same
+
+
+def test_each_class_keeps_an_image() -> None:
+    mask_N = trained_on(torch.tensor([0, 0, 0, 1]), 0.0, 0.01, 2)
+    assert mask_N.sum() == 2
+    assert mask_N[3]
+
+
 def whole_of(splits: Splits) -> Tensor:
     return joined(device_data(splits, padding=0, flip=False).batches(0))[0]
 
@@ -276,6 +306,9 @@ def test_the_gpu_makes_the_same_batches() -> None:
         ({"batch_size": 0}, r"batch_size is 0; give 1\.\.150"),
         ({"batch_size": 140, "val_fraction": 0.1}, r"batch_size is 140; give 1\.\.130"),
         ({"num_classes": 9}, r"train label 9 at index 9 is outside 0\.\.8: set num_classes"),
+        ({"train_fraction": 0.0}, r"train_fraction is 0\.0; it must lie in \(0, 1\]"),
+        ({"train_fraction": 1.5}, r"train_fraction is 1\.5"),
+        ({"train_fraction": float("nan")}, r"train_fraction is nan"),
         ({"val_fraction": 1.0}, r"val_fraction is 1\.0; it must lie in \[0, 1\)"),
         ({"val_fraction": -0.1}, r"val_fraction is -0\.1"),
         ({"val_fraction": float("nan")}, r"val_fraction is nan"),

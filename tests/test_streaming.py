@@ -226,6 +226,16 @@ def test_held_out_images_are_those_of_the_memory_data_set(folder: Path) -> None:
     assert not equal(list(data.batches(1)), list(again.batches(1)))
 
 
+def test_a_part_of_the_images_is_that_of_the_memory_data_set(folder: Path) -> None:
+    data = streamed(folder, val_fraction=0.2, train_fraction=0.4, batch_size=6)
+    whole = streamed(folder, val_fraction=0.2)
+    assert (data.train_size, data.val_size) == (18, 12)
+    assert (
+        torch.bincount(torch.cat([batch.labels for batch in data.batches(1)])).tolist() == [6] * 3
+    )
+    assert equal(list(data.val_batches()), list(whole.val_batches()))
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_neither_workers_nor_batch_sizes_change_a_bit(folder: Path, workers: int) -> None:
     alone = streamed(folder)

@@ -485,9 +485,7 @@ def finished_sweep(home: Path, seeds: Sequence[int]) -> list[Config]:
     for job in jobs:
         with_best = Record(job)
         with_best.append({"epoch": 1, "time": 1.0, "val/top1": 70.0 + job.seed})
-        with_best.result(
-            FINISHED, best_top1=70.0 + job.seed, last_top1=69.0, epochs=1, seconds=1.0
-        )
+        with_best.result(FINISHED, best_top1=70.0 + job.seed, last_top1=69.0, epochs=1, seconds=1.0)
         with_best.close()
         sync(with_best.folder)
     tracking.finish_sweep(jobs[0], "FINISHED")

@@ -477,7 +477,7 @@ def teacher_job(config: Config) -> Config:
         teacher=TeacherConfig(name=NO_TEACHER),
         student=StudentConfig(config.teacher.name, config.teacher.model, config.teacher.lr),
         distiller=DistillerConfig(name="vanilla", kd_weight=0.0),
-        dataset=replace(config.dataset, views=DatasetConfig.views),
+        dataset=replace(config.dataset, views=DatasetConfig.views, train_fraction=1.0),
         # As conf/optimizer/sgd.yaml: the teacher's training ignores the students' settings.
         optimizer=OptimizerConfig(
             name="sgd",

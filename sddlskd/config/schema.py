@@ -330,6 +330,9 @@ class DatasetConfig:
     # Fraction of the training split held out for validation; 0: validate on the test split, as in
     # the papers
     val_fraction: float = bounded(0.0, ge=0, lt=1)
+    # Fraction of each class of the remaining training images that students learn from; 1: all.
+    # Teachers learn from all.
+    train_fraction: float = bounded(1.0, gt=0, le=1, later=True)
     # The keys from here to pixel_limit apply only to data sets of image files
     # (sddlskd/data/streaming.py).
     # Side of the networks' input, in pixels

@@ -30,6 +30,7 @@ __all__ = [
     "mirrored",
     "seed_of",
     "share_of",
+    "trained_on",
 ]
 
 # Images augmented together. Measured: 128 to 512 are equally fast; more do not fit in the cache.
@@ -149,6 +150,8 @@ class DeviceData:
         flip: whether training images are mirrored at random.
         val_fraction: fraction of each class of the training split that is held out for validation,
             the same images for every seed. With 0, the test split serves as validation split.
+        train_fraction: fraction of each class of the other training images that batches are made
+            of, the same images for every seed.
         eval_batch_size: images per batch of validation and test.
         rank: number of this rank, from 0.
         ranks: number of ranks that share each batch.
@@ -157,7 +160,7 @@ class DeviceData:
             `flip`, it is not mirrored either. The weak views are the same with and without it.
 
     Attributes:
-        train_size: number of training images, without the held-out ones.
+        train_size: number of training images, without the held-out and the unused ones.
         val_size: number of validation images, over all ranks.
         test_size: number of test images.
         image_shape: (C, H, W) of an image.
@@ -181,6 +184,7 @@ class DeviceData:
         padding: int = 4,
         flip: bool = True,
         val_fraction: float = 0.0,
+        train_fraction: float = 1.0,
         eval_batch_size: int = 500,
         rank: int = 0,
         ranks: int = 1,
@@ -208,10 +212,14 @@ class DeviceData:
                 f"eval_batch_size is {eval_batch_size}, must be at least 1"
             )
 
-        train, held_out = (
-            _hold_out(train, val_fraction, num_classes) if val_fraction else (train, test)
-        )
-        self.train_size, self.val_size = len(train.labels_N), len(held_out.labels_N)
+        val = test
+        if val_fraction:
+            val = _chosen(train, held_out(train.labels_N.cpu(), val_fraction, num_classes))
+        if val_fraction or train_fraction != 1:
+            train = _chosen(
+                train, trained_on(train.labels_N.cpu(), val_fraction, train_fraction, num_classes)
+            )
+        self.train_size, self.val_size = len(train.labels_N), len(val.labels_N)
         self.test_size = len(test.labels_N)
         if not 1 <= batch_size <= self.train_size:
             raise ValueError(
@@ -235,11 +243,7 @@ class DeviceData:
         )
         self._padded_pixels = (height + 2 * padding) * self._padded_width
         self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
-        val = (
-            Images(*(tensor.to(self._device) for tensor in held_out))
-            if val_fraction
-            else self._test
-        )
+        val = Images(*(tensor.to(self._device) for tensor in val)) if val_fraction else self._test
         part = share_of(self.val_size, rank, ranks)
         self._val = Images(*(tensor[part] for tensor in val))
 
@@ -469,13 +473,48 @@ class Normalise:
         return x_BHX.view(x_BHWC.shape).permute(0, 3, 1, 2)
 
 
-def _hold_out(train: Images, fraction: float, num_classes: int) -> tuple[Images, Images]:
-    """Split `train` into (rest, held out), both in the order of `train`."""
-    held_N = held_out(train.labels_N.cpu(), fraction, num_classes)
-    rest, val = (
-        Images(*(tensor[part.to(tensor.device)] for tensor in train)) for part in (~held_N, held_N)
-    )
-    return rest, val
+def _chosen(images: Images, mask_N: Tensor) -> Images:
+    """Return the images that the mask is true for, in their order."""
+    return Images(*(tensor[mask_N.to(tensor.device)] for tensor in images))
+
+
+def trained_on(
+    labels_N: Tensor, val_fraction: float, train_fraction: float, num_classes: int
+) -> Tensor:
+    """Return which images of the training split a student learns from.
+
+    The choice is random but fixed: it does not depend on the seed of a run. The images of a smaller
+    fraction are among those of a larger one.
+
+    Args:
+        labels_N: class of each image of the training split, int64.
+        val_fraction: fraction of each class that is held out for validation.
+        train_fraction: fraction of each class of the others to learn from. The number of images is
+            rounded, and at least one of each class.
+        num_classes: number of classes.
+
+    Returns:
+        A bool mask of shape (N,).
+
+    Raises:
+        ValueError: if a fraction is out of range, or if `val_fraction` leaves no images.
+    """
+    if not 0 < train_fraction <= 1:
+        raise ValueError(
+            f"train_fraction is {train_fraction}; it must lie in (0, 1]: give 0.1 for a tenth"
+        )
+    rest_N = torch.ones(len(labels_N), dtype=torch.bool)
+    if val_fraction:
+        rest_N = ~held_out(labels_N, val_fraction, num_classes)
+    if train_fraction == 1:
+        return rest_N
+    generator = torch.Generator().manual_seed(1)
+    chosen_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in range(num_classes):
+        ids = ((labels_N == label) & rest_N).nonzero()[:, 0]
+        count = max(1, round(train_fraction * len(ids)))
+        chosen_N[ids[torch.randperm(len(ids), generator=generator)[:count]]] = True
+    return chosen_N
 
 
 def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:

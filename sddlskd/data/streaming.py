@@ -36,6 +36,7 @@ from sddlskd.data.device import (
     mirrored,
     seed_of,
     share_of,
+    trained_on,
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Splits
@@ -228,6 +229,7 @@ class StreamedData:
         view: ImageTransform,
         flip: bool = True,
         val_fraction: float = 0.0,
+        train_fraction: float = 1.0,
         eval_batch_size: int = 500,
         workers: int | None = None,
         bad: str = "fail",
@@ -249,8 +251,10 @@ class StreamedData:
             )
         val = test
         if val_fraction:
-            held_N = held_out(train.labels_N, val_fraction, num_classes)
-            train, val = _chosen(train, ~held_N), _chosen(train, held_N)
+            val = _chosen(train, held_out(train.labels_N, val_fraction, num_classes))
+        if val_fraction or train_fraction != 1:
+            mask_N = trained_on(train.labels_N, val_fraction, train_fraction, num_classes)
+            train = _chosen(train, mask_N)
         self.train_size, self.val_size, self.test_size = (
             len(train.paths),
             len(val.paths),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sddlskd import record
 from sddlskd.config import Config, Rerun, canonical
 from sddlskd.config.targets import instantiate
-from sddlskd.data.device import held_out
+from sddlskd.data.device import trained_on
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.processes.parent import end_with_parent
@@ -83,7 +83,8 @@ class Checker:
         if job.teacher.checkpoint:
             check_teacher(job)
         data = self._data_set(job)
-        check_batch_size(job, data.size)
+        labels_N = _trained_on(job, data.labels_N)
+        check_batch_size(job, len(labels_N), data.size)
         C, H, W = data.image_CHW
         check_images(job, (data.size, H, W, C), device, of_files=data.of_files)
         if job.sweep.rerun is not Rerun.all:  # which sets the earlier records aside
@@ -114,7 +115,7 @@ class Checker:
                 student,
                 teacher,
                 image_CHW=data.image_CHW,
-                labels_N=_trained_on(job, data.labels_N),
+                labels_N=labels_N,
                 device=cpu,
             )
 
@@ -162,11 +163,11 @@ class Checker:
 
 
 def _trained_on(job: Config, labels_N: Tensor) -> Tensor:
-    """Return the labels of the training images that the job does not hold out for validation."""
-    if not job.dataset.val_fraction:
+    """Return the labels of the images that the student of a job learns from."""
+    d = job.dataset
+    if not d.val_fraction and d.train_fraction == 1:
         return labels_N
-    held_N = held_out(labels_N, job.dataset.val_fraction, job.dataset.num_classes)
-    return labels_N[~held_N]
+    return labels_N[trained_on(labels_N, d.val_fraction, d.train_fraction, d.num_classes)]
 
 
 def _load(job: Config) -> DataSet | Exception:

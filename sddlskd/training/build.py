@@ -189,6 +189,7 @@ def build_data(
         std=d.std,
         flip=d.flip,
         val_fraction=d.val_fraction,
+        train_fraction=d.train_fraction,
         rank=rank,
         ranks=ranks,
         strong=strong,
@@ -243,13 +244,18 @@ def check_images(
         check_memory(f"dataset.padding={padding}", padded, device)
 
 
-def check_batch_size(job: Config, images: int) -> None:
-    """Raise ValueError if a batch of a job is larger than the training split of `images` images.
+def check_batch_size(job: Config, images: int, of_teacher: int | None = None) -> None:
+    """Raise ValueError if a batch of a job is larger than its training images are many.
 
     The same holds for the batches of its teacher if the teacher is trained first.
+
+    Args:
+        job: the job.
+        images: number of images that the student learns from.
+        of_teacher: number of images that the teacher learns from; None for `images`.
     """
     if teacher_job := trained_first(job):
-        check_batch_size(teacher_job, images)
+        check_batch_size(teacher_job, images if of_teacher is None else of_teacher)
     size = job.trainer.batch_size
     if images < 2:
         raise ValueError(
@@ -529,6 +535,8 @@ def _cached(
         "dtype": job.teacher.cache_dtype,
         "precision": job.trainer.precision,
     }
+    if d.train_fraction < 1:
+        seen.append(d.train_fraction)
     path = cache_path(Path(str(job.teacher.cache)), sha256, about)
     return TeacherCache(
         teacher,
