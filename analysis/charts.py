@@ -203,6 +203,13 @@ def panels_of(
     return drawing, axes
 
 
+def stop_at_100(axis: Axes) -> None:
+    """End the vertical axis of an accuracy at 100 % if it goes beyond."""
+    bottom, top = axis.get_ylim()
+    if top > 100 > bottom:
+        axis.set_ylim(bottom, 100)
+
+
 def legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
     """Add a legend below the panels, in as many columns as fit.
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import matplotlib
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from .charts import (
     STYLE,
@@ -27,6 +28,7 @@ from .charts import (
     listed,
     panels_of,
     settings_in_dots,
+    stop_at_100,
     style_of,
 )
 from .points import Comparison, Point, beside_panels, comparisons, points_of, same_family
@@ -43,6 +45,7 @@ from .stats import TESTS, interval
 
 __all__ = ["Figure", "build", "curves"]
 
+MARKED_EPOCHS = 60  # with more epochs, markers would hide the curves
 KINDS = {False: "heterogeneous", True: "homogeneous"}  # whether the pair is of one family
 KINDS_SAID = 4  # largest number of settings that a caption says the mean gain of
 OVER = {
@@ -183,9 +186,12 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
     with_curve = set(table["panel"])
     panels = [panel for panel in _panels(shown) if panel in with_curve]
     drawing, axes = panels_of(panels, "epoch", "top-1 (%)")
+    longest = int(table["epoch"].max())
     for (panel, setting), line in table.groupby(["panel", "setting"]):
         index = settings.index(setting)
         style = style_of(index)
+        if longest > MARKED_EPOCHS:
+            style["marker"] = ""
         axes[panel].plot(line["epoch"], line["mean"], **style, markevery=(0.04 * (index % 5), 0.2))
         axes[panel].fill_between(
             line["epoch"],
@@ -198,7 +204,10 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
     for panel, lines in table.groupby("panel"):
         floor = lines["mean"].quantile(0.1)
         axes[panel].set_ylim(bottom=floor - 0.05 * (lines["mean"].max() - floor))
-    legend(drawing, settings)
+        stop_at_100(axes[panel])
+        axes[panel].xaxis.set_major_locator(MaxNLocator(integer=True))
+    marks = {"marker": ""} if longest > MARKED_EPOCHS else {}
+    legend(drawing, settings, **marks)
     caption = (
         "Top-1 accuracy by epoch (val/top1: on the test split, or on the held-out images for runs "
         "that hold some out). Lines: mean over seeds; bands: ± one sample standard deviation, none "
@@ -250,6 +259,7 @@ def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
                 small = {"color": style["color"], "markersize": 2.5, "alpha": 0.6}
                 axis.plot([at] * point.n, point.values, ".", **small)
         axis.margins(y=0.1)
+        stop_at_100(axis)
     legend(drawing, lines)
     mixed = ", ".join(_mixed(shown))
     also = f" These settings also differ along a line: {mixed}." if mixed else ""
@@ -368,9 +378,16 @@ def _mean_by_kind(
 
 
 def cost(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw accuracy against training time, or return None if fewer than two settings have times."""
+    """Draw accuracy against training time, or return None if fewer than two settings have times.
+
+    Runs that trained side by side are left out: their time is that of the group.
+    """
     times = {
-        point: [run.epoch_s for run in point.runs if run.epoch_s is not None]
+        point: [
+            run.epoch_s
+            for run in point.runs
+            if run.epoch_s is not None and (run.group_size or 1) == 1
+        ]
         for point in beside_panels(points)
     }
     timed = [point for point, seconds in times.items() if seconds]
@@ -380,8 +397,6 @@ def cost(points: Sequence[Point], metric: str) -> Chart | None:
     drawing, axes = panels_of(_panels(shown), "time (s per epoch)", "top-1 (%)")
     for point in shown:
         style = style_of(settings.index(point.setting))
-        if _largest_group([point]) > 1:
-            style["markerfacecolor"] = "white"
         axes[point.panel].errorbar(
             statistics.fmean(times[point]),
             point.mean,
@@ -392,28 +407,20 @@ def cost(points: Sequence[Point], metric: str) -> Chart | None:
         )
     for axis in axes.values():
         axis.margins(0.15)
+        stop_at_100(axis)
     legend(drawing, settings, linestyle="none")
-    together = _largest_group(shown)
     notes = ""
-    if together > 1:
-        notes += (
-            " Hollow marks: some of these runs trained side by side "
-            f"(up to {together} on one teacher), so their time is that of the group."
-        )
+    if left := sorted({point.setting for point in times} - {point.setting for point in timed}):
+        notes += listed("Without a time of their own, since they trained side by side", left)
     environments = {run.environment for point in shown for run in point.runs}
     if len(environments) > 1:
         notes += f" The times of {len(environments)} environments cannot be compared."
     untimed = sum(point.n - len(times[point]) for point in shown)
     if untimed:
-        notes += f" {untimed} runs without a time count for the accuracy only."
+        notes += f" {untimed} runs without a time of their own count for the accuracy only."
     caption = (
         f"{_metric_label(metric, shown)}, against training time (of the last epoch). Marks: mean "
         "of both over seeds; bars: 95 % interval of the mean accuracy (Student's t), none for a "
         f"single seed; {count_seeds(point.n for point in shown)}.{notes}{rest}"
     )
     return Chart("cost", "Accuracy against training time", caption, drawing)
-
-
-def _largest_group(points: Iterable[Point]) -> int:
-    """Return the largest number of runs that trained side by side."""
-    return max(run.group_size or 1 for point in points for run in point.runs)

@@ -115,8 +115,8 @@ def other_budget(run: Run, number: Published) -> list[str]:
     """
     if number.flag == "other_teacher":
         return ["the source trains with a stronger teacher"]
-    whole = {"val_fraction": 0.0, "train_fraction": 1.0, "max_steps": "all"}
-    expected = whole | settings_of(number)
+    whole: dict[str, Any] = {"val_fraction": 0.0, "train_fraction": 1.0, "max_steps": "all"}
+    expected = {**whole, **settings_of(number)}
     for name in ("M", "complementary_weight"):  # `other_method` compares them
         expected.pop(name, None)
     # SDD does not publish the learning rate of students alone on CUB-200.

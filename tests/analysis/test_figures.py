@@ -56,7 +56,8 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Drawing]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[figures.Figure]:
-    rows = grid(PAIRS, group_size=2)
+    rows = grid(PAIRS)
+    rows[0] |= {"group_size": 2}  # its time is that of the group
     rows += [
         row(7, status="FAILED"),
         row(8, status="MISSING"),
@@ -91,7 +92,45 @@ def test_captions_say_seeds_interval_metric_and_what_is_left_out(
         assert "95 % interval" in captions[name]
         assert "n = 3 seeds" in captions[name]
     assert "sample standard deviation" in captions["learning_curves"]
-    assert "trained side by side (up to 2 on one teacher)" in captions["cost"]
+    assert "1 runs without a time of their own count for the accuracy only" in captions["cost"]
+
+
+def test_runs_side_by_side_have_no_mark_of_cost(tmp_path: Path) -> None:
+    made = figures.build(Standin(grid(PAIRS, group_size=2)), tmp_path)
+    assert "cost" not in [figure.name for figure in made]
+
+
+def test_an_axis_of_accuracies_ends_at_100(tmp_path: Path, drawings: list[Drawing]) -> None:
+    rows = grid(PAIRS[:1], ["vanilla", "kd", "sd_kd"])
+    rows = [one | {"best": 99.5 + 0.1 * (number % 5)} for number, one in enumerate(rows)]
+    made = figures.build(Standin(rows), tmp_path)
+    tops = {
+        figure.name: drawing.axes[0].get_ylim()[1]
+        for figure, drawing in zip(made, drawings, strict=True)
+        if figure.name in ("accuracy_by_scales", "cost")
+    }
+    assert tops == {"accuracy_by_scales": 100, "cost": 100}
+
+
+@pytest.mark.parametrize(("epochs", "marked"), [(20, True), (240, False)])
+def test_long_curves_have_no_markers(
+    epochs: int, marked: bool, tmp_path: Path, drawings: list[Drawing]
+) -> None:
+    rows = grid(PAIRS[:1], ["vanilla", "kd"])
+    history = pd.DataFrame(
+        [
+            (one["run_id"], "val/top1", epoch, 50.0)
+            for one in rows
+            for epoch in range(1, epochs + 1)
+        ],
+        columns=["run_id", "metric", "epoch", "value"],
+    )
+    runs = Standin(rows)
+    runs.history = lambda *arguments: history  # type: ignore[method-assign]
+    figures.build(runs, tmp_path)
+    axis = drawings[0].axes[0]
+    assert all((line.get_marker() not in ("", "None")) == marked for line in axis.get_lines())
+    assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
 def test_drawing_twice_gives_the_same_files(tmp_path: Path) -> None:
