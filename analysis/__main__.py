@@ -220,7 +220,7 @@ def _import_logs(given: Sequence[str]) -> None:
         nargs="+",
         default=[],
         metavar="PARAM=VALUE",
-        help="params that the logs do not state, such as teacher.name=resnet32x4",
+        help="params that the logs do not state, such as teacher=resnet32x4 (docs/import.md)",
     )
     chosen = parser.parse_args(given)
     if wrong := [text for text in chosen.set if "=" not in text]:
@@ -228,11 +228,13 @@ def _import_logs(given: Sequence[str]) -> None:
             f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"
         )
     from .import_logs import import_logs
+    from .schema import PARAMS
 
     uri = _uri(chosen)
-    given_params = dict(text.split("=", 1) for text in chosen.set)
+    texts = dict(text.split("=", 1) for text in chosen.set)
+    given_params = {PARAMS.get(key, key): value for key, value in texts.items()}
     run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)
-    _say(f"{len(run_ids)} runs in experiment {chosen.experiment} at {uri}")
+    _say(f"{len(run_ids)} new runs in experiment {chosen.experiment} at {uri}")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,7 @@ Imported runs are marked source=imported. There are four formats, recognised by 
   again, or append to half a block: what is logged later is imported, with a note.
 - CTKD: one JSON object per epoch, without a separator (`}{`).
 - tiny-transformers: lines `json_stats: {...}`; top-1 is 100 - top1_err.
-- CSV: one row per run, with columns named as in schema.COLUMNS; a finished run needs best, last or
-  both.
+- CSV: one row per run; docs/import.md lists the columns.
 
 A log states neither networks nor method. They are read from the name of its file or folder, in the
 authors' notation (`kd,res32x4,res8x4`; LSKD's `dkd,vgg13,vgg8,2,15,2.0`: temperature, weight, beta;
@@ -28,7 +27,7 @@ import logging
 import math
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +55,12 @@ log = logging.getLogger(__name__)
 FORMATS = (
     "worklog.txt of mdistiller, SDD and LSKD; CTKD's JSON objects; "
     "tiny-transformers' json_stats lines; "
-    "CSV with the columns teacher, student, method, dataset, M, seed, epochs, best, last"
+    "CSV with the columns teacher, student, method, dataset, M, seed, epochs, top1 (docs/import.md)"
 )
 MAX_BYTES = 64 * 2**20  # 17 times the size of the longest log that LSKD published
 ROUNDING = 0.0051  # tolerance for values that logs print with two decimals
+NO_ACCURACY = "a finished run needs a column best (or top1), last or both"
+LINES_SAID = 3  # lines of a table that a message names
 MAX_NOTES = 6  # what was left out of a run, in the reason of its status
 METRICS_A_BATCH = 1000  # metrics per request; MLflow's limit
 STATUS_WORDS = {
@@ -72,7 +73,8 @@ CSV_NAMES = {
     **{key: key for key in PARAMS.values()},
     **{key: key for key in METRICS.values()},
     **METRICS,
-    **{"best_top1": "best/top1", "best_acc": "best/top1", "last_top1": "last/top1"},
+    **dict.fromkeys(("best_top1", "best_acc", "top1", "accuracy"), "best/top1"),
+    **dict.fromkeys(("last_top1", "last_acc"), "last/top1"),
     **{
         "epochs_configured": "trainer.epochs",
         "epochs_logged": "epochs_done",
@@ -291,6 +293,7 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
     names = _header(text)
     next(reader)
     seen: Counter[str] = Counter()
+    wrong: dict[str, list[int]] = defaultdict(list)  # lines by what is wrong with them
     try:
         for cells in reader:
             row = {name: cell.strip() for name, cell in zip(names, cells, strict=False) if name}
@@ -310,9 +313,18 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
                 name = row.get("name", f"{path.stem}:{reader.line_num}")
                 yield _row(name, path, f"{digest}:{seen[digest] - 1}", row, given)
             except ValueError as error:
-                refused.append(f"{path} line {reader.line_num}: {error}")
+                wrong[str(error)].append(reader.line_num)
     except csv.Error as error:
-        refused.append(f"{path} line {reader.line_num}: {error}")
+        wrong[str(error)].append(reader.line_num)
+    refused += [f"{path} {_lines_said(lines)}: {problem}" for problem, lines in wrong.items()]
+
+
+def _lines_said(lines: Sequence[int]) -> str:
+    """Return the numbers of lines in words, such as "lines 2, 3, 4 and 97 more"."""
+    if len(lines) == 1:
+        return f"line {lines[0]}"
+    more = f" and {len(lines) - LINES_SAID} more" if len(lines) > LINES_SAID else ""
+    return f"lines {', '.join(map(str, lines[:LINES_SAID]))}{more}"
 
 
 def _row(
@@ -330,7 +342,7 @@ def _row(
         for key in PARAMS.values()
         if key in row and key != "distiller.name"
     }
-    own = complete({**own, **told, **given})
+    own = _complete({**own, **told, **given}, row)
     status = STATUS_WORDS.get(row.get("status", "").lower())
     if status is None:
         raise ValueError(
@@ -350,7 +362,7 @@ def _row(
                 "give percent"
             )
     elif status == "FINISHED":
-        raise ValueError("a finished run has best, last or both; this has neither")
+        raise ValueError(NO_ACCURACY)
     reason = ""
     if status != "FINISHED" and done < int(planned):
         reason = f"{done} of {planned} epochs"
@@ -363,6 +375,20 @@ def _row(
         status,
         reason,
     )
+
+
+def _complete(params: Mapping[str, str], row: Mapping[str, str]) -> dict[str, str]:
+    """Return the params with our names of networks.
+
+    Raise ValueError with all that is missing: params, and the accuracy of a finished run.
+    """
+    try:
+        return complete(params)
+    except ValueError as error:
+        finished = STATUS_WORDS.get(row.get("status", "").lower()) == "FINISHED"
+        if not finished or {"best/top1", "last/top1"} & row.keys():
+            raise
+        raise ValueError(f"{error}; {NO_ACCURACY}") from None
 
 
 def _require_percent(metrics: Iterable[tuple[str, float, int]]) -> None:

@@ -17,6 +17,7 @@ from analysis import import_logs as module
 from analysis import log_formats, log_params
 from analysis.import_logs import import_logs
 from analysis.runs import load
+from analysis.schema import METRICS, PARAMS
 from tests.analysis.store import empty_store
 
 DASHES = "-" * 25
@@ -957,10 +958,10 @@ def test_what_cannot_be_read_is_refused(logs: Path, content: str | bytes, messag
         ('cifar100,vgg13,vgg8,kd,1,"72,5",', "best/top1=72,5 is not a number"),
         ("cifar100,vgg13,vgg8,kd,1,0.7298,", r"top-1 0\.7298 looks like a fraction; give percent"),
         ("cifar100,vgg13,vgg8,kd,1,-3,", "best/top1 -3.0 is not a percentage"),
-        ("cifar100,vgg13,vgg8,kd,1,,", "a finished run has best, last or both; this has neither"),
+        ("cifar100,vgg13,vgg8,kd,1,,", "a finished run needs a column best (or top1), last or both"),
         (
             "cifar100,vgg13,vgg8,kd,1,nan,finished",
-            "a finished run has best, last or both; this has neither",
+            "a finished run needs a column best (or top1), last or both",
         ),
         ("cifar100,vgg13,vgg8,kd,1,72.0,odd", "status odd is not one of finished"),
         ("cifar100,vgg13,,kd,1,72.0,", r"does not state student\.name"),
@@ -1044,3 +1045,33 @@ def test_a_deleted_experiment_is_named(uri: str, logs: Path) -> None:
     client.delete_experiment(client.create_experiment("imported"))
     with pytest.raises(ValueError, match="experiment imported was deleted in MLflow; restore it"):
         import_logs([path], uri)
+
+
+# Tables of others
+
+
+def test_a_column_top1_is_the_best_epoch(uri: str, logs: Path) -> None:
+    path = written(
+        logs / "a.csv", "dataset,teacher,student,method,top1\ncifar100,vgg13,vgg8,my_loss,73.5\n"
+    )
+    (run_id,) = import_logs([path], uri)
+    assert client_of(uri).get_run(run_id).data.metrics == {"best/top1": 73.5}
+
+
+def test_all_that_is_missing_in_a_table_is_said_once(logs: Path) -> None:
+    rows = "".join(f"vgg13,vgg8,{number}\n" for number in range(6))
+    path = written(logs / "a.csv", f"teacher,student,seed\n{rows}")
+    said = refusal(path)
+    assert "lines 2, 3, 4 and 3 more: does not state dataset.name, distiller.name" in said
+    assert said.count("does not state") == 1
+    assert "a finished run needs a column best (or top1), last or both" in said
+
+
+def test_the_page_on_tables_lists_every_column() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "import.md").read_text()
+    lacking = [
+        column
+        for column in (*PARAMS, *METRICS, "top1", "status", "name", "method", "epochs_done")
+        if f"`{column}`" not in page and column not in ("distiller", "compile", "teacher_cache")
+    ]
+    assert lacking == []

@@ -252,7 +252,7 @@ def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(["import-logs", str(log), "--home", str(tmp_path), "--experiment", "theirs", *given])
         == 0
     )
-    assert f"1 runs in experiment theirs at {uri_of(tmp_path)}" in capsys.readouterr().out
+    assert f"1 new runs in experiment theirs at {uri_of(tmp_path)}" in capsys.readouterr().out
     row = load("theirs", uri_of(tmp_path)).frame.iloc[0]
     expected = {
         "source": "imported",
