@@ -24,6 +24,7 @@ USAGE = """
   %(prog)s                        list the sweeps and experiments
   %(prog)s NAME [options]         write each table and figure that has runs, runs.csv, report.html
   %(prog)s coverage [options]     count the published numbers that have a recipe, a run, a verdict
+  %(prog)s evidence               write what the papers' own logs and numbers say as Markdown
   %(prog)s import-logs PATH ...   import text logs and CSV files of other projects as runs"""
 METRIC = """best: best epoch on the test set, as the papers report; last: last epoch;
 val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0). Default: best"""
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _import_logs(given[1:])
         elif given[:1] == ["coverage"]:
             _coverage(given[1:])
+        elif given[:1] == ["evidence"]:
+            _evidence(given[1:])
         else:
             _analyse(given)
     except (ValueError, OSError) as error:
@@ -203,6 +206,18 @@ def _coverage(given: Sequence[str]) -> None:
         _say(line)
 
 
+def _evidence(given: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        f"{COMMAND} evidence",
+        description="Write Markdown on how the papers' numbers and the authors' own logs agree.",
+    )
+    parser.parse_args(given)
+    from .evidence import lines
+
+    for line in lines():
+        _say(line)
+
+
 def _import_logs(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         f"{COMMAND} import-logs",
@@ -231,7 +246,7 @@ def _import_logs(given: Sequence[str]) -> None:
     from .schema import PARAMS
 
     uri = _uri(chosen)
-    texts = dict(text.split("=", 1) for text in chosen.set)
+    texts: dict[str, str] = dict(text.split("=", 1) for text in chosen.set)
     given_params = {PARAMS.get(key, key): value for key, value in texts.items()}
     run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)
     _say(f"{len(run_ids)} new runs in experiment {chosen.experiment} at {uri}")

@@ -59,7 +59,7 @@ FORMATS = (
 )
 MAX_BYTES = 64 * 2**20  # 17 times the size of the longest log that LSKD published
 ROUNDING = 0.0051  # tolerance for values that logs print with two decimals
-NO_ACCURACY = "a finished run needs a column best (or top1), last or both"
+NO_ACCURACY = "a finished run needs an accuracy in a column best, top1 or last"
 LINES_SAID = 3  # lines of a table that a message names
 MAX_NOTES = 6  # what was left out of a run, in the reason of its status
 METRICS_A_BATCH = 1000  # metrics per request; MLflow's limit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["FLAGS", "PrintedGain", "Published", "gains", "numbers", "of_table"]
+__all__ = ["FLAGS", "REFERENCE", "PrintedGain", "Published", "gains", "numbers", "of_table"]
 
 REFERENCE = Path(__file__).parent / "reference"
 FILES = ("published.csv", "published_more.csv")

@@ -958,10 +958,13 @@ def test_what_cannot_be_read_is_refused(logs: Path, content: str | bytes, messag
         ('cifar100,vgg13,vgg8,kd,1,"72,5",', "best/top1=72,5 is not a number"),
         ("cifar100,vgg13,vgg8,kd,1,0.7298,", r"top-1 0\.7298 looks like a fraction; give percent"),
         ("cifar100,vgg13,vgg8,kd,1,-3,", "best/top1 -3.0 is not a percentage"),
-        ("cifar100,vgg13,vgg8,kd,1,,", "a finished run needs a column best (or top1), last or both"),
+        (
+            "cifar100,vgg13,vgg8,kd,1,,",
+            "a finished run needs an accuracy in a column best, top1 or last",
+        ),
         (
             "cifar100,vgg13,vgg8,kd,1,nan,finished",
-            "a finished run needs a column best (or top1), last or both",
+            "a finished run needs an accuracy in a column best, top1 or last",
         ),
         ("cifar100,vgg13,vgg8,kd,1,72.0,odd", "status odd is not one of finished"),
         ("cifar100,vgg13,,kd,1,72.0,", r"does not state student\.name"),
@@ -1064,7 +1067,7 @@ def test_all_that_is_missing_in_a_table_is_said_once(logs: Path) -> None:
     said = refusal(path)
     assert "lines 2, 3, 4 and 3 more: does not state dataset.name, distiller.name" in said
     assert said.count("does not state") == 1
-    assert "a finished run needs a column best (or top1), last or both" in said
+    assert "a finished run needs an accuracy in a column best, top1 or last" in said
 
 
 def test_the_page_on_tables_lists_every_column() -> None:
