@@ -46,6 +46,8 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
             "for equal runs that differ from the number, and if the interval is wider than "
             f"±{stats.WIDEST:.1f} point."
         )
+    if sizes := _sizes(declaration.runs):
+        yield f"Students: {'; '.join(sizes)}."
     if varying := _varying(cells, quantity):
         yield f"Within a row these settings differ between pairs: {', '.join(varying)}."
     if repeated := _repeated(declaration.runs):
@@ -53,6 +55,19 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
             f"{repeated} failed or stopped runs were run again in the same configuration and "
             "finished: the finished runs count."
         )
+
+
+def _sizes(runs: Iterable[Run]) -> list[str]:
+    """Return parameters and operations of each student, as far as its runs say them."""
+    known = {
+        run.student: (run.parameters, run.flops)
+        for run in runs
+        if run.parameters is not None and run.flops is not None
+    }
+    return [
+        f"{student} {parameters / 1e6:.2f} M parameters, {flops / 1e6:.1f} M FLOPs an image"
+        for student, (parameters, flops) in sorted(known.items())
+    ]
 
 
 def _among(cells: Mapping[Key, Cell], quantity: Quantity) -> str:

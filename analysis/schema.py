@@ -95,6 +95,8 @@ class Run:
     last: float | None = None  # top-1 (%), last epoch
     test: float | None = None  # top-1 (%) on the test split at the best epoch of a held-out val
     teacher_top1: float | None = None
+    parameters: float | None = None  # of the student
+    flops: float | None = None  # of the student for one image
     epoch_s: float | None = None  # seconds of the last epoch
     images_per_s: float | None = None  # in the last epoch
     # Recorded values of the settings that the loss does not read. analysis.selection sets this
@@ -146,6 +148,8 @@ METRICS = {
     "last": "last/top1",
     "test": "test/top1",
     "teacher_top1": "teacher/top1",
+    "parameters": "student/parameters",
+    "flops": "student/flops",
     "epoch_s": "time/epoch_s",
     "images_per_s": "time/images_per_s",
 }

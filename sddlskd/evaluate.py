@@ -8,7 +8,8 @@ measured against teacher=NAME; for a run the default is the run's own teacher.
 
 The results are top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%,
 15 bins, Guo et al. 2017), the share of images for which student and teacher predict the same
-class (%), and the throughput of the network in images per second.
+class (%), the parameters of the network and its operations for one image (a multiplication and an
+addition are two), and its throughput in images per second.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from sddlskd.training.build import (
 from sddlskd.training.devices import autocast, describe, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
+from sddlskd.training.size import size_of
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import missing
 
@@ -104,6 +106,7 @@ def _measure_on(
         agree_N = logits_NK.argmax(1) == teacher_NK.argmax(1)
         found["agreement"] = 100 * agree_N.double().mean().item()
     images_BCHW, _ = next(data.test_batches())
+    found |= size_of(network, tuple(images_BCHW.shape[1:]))
     found["images_per_s"] = throughput(network, images_BCHW, precision)
     found["batch"] = len(images_BCHW)
     return found

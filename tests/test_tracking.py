@@ -57,7 +57,7 @@ METRICS = {
     ),
     *("time/epoch_s", "time/images_per_s"),
 }
-FINAL = {"best/top1", "last/top1", "teacher/top1"}
+FINAL = {"best/top1", "last/top1", "teacher/top1", "student/parameters", "student/flops"}
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,10 @@ LONGEST_TAG = 8000  # characters of the value of a tag
 PARAMS_A_BATCH = 100  # parameters per request
 METRICS_A_BATCH = 1000  # metric values per request
 CUT = " ... (cut)"
-SUMMARY = {f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")}
+SUMMARY = {
+    **{f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")},
+    **{f"student/{name}": name for name in ("parameters", "flops")},
+}
 SUPERSEDED = ".superseded"  # a file that marks a record as replaced
 OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
 

@@ -60,6 +60,7 @@ from sddlskd.training.ranks import (
     unblock_signals,
 )
 from sddlskd.training.run import Feature, Run
+from sddlskd.training.size import size_of
 from sddlskd.training.stop import Stop
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
@@ -621,7 +622,8 @@ def _report_running(group: _Group, opened: _OpenRuns) -> None:
         environment += f", {group.ranks.world_size} ranks"
     info = {**group.facts, "group_size": len(opened.runs), "environment": environment}
     for run in opened.runs:
-        run.start(info, crowded=len(opened.runs) > 1)
+        size = size_of(run.model, group.data.image_shape)
+        run.start({**info, **size}, crowded=len(opened.runs) > 1)
         opened.on_change(run)
 
 

@@ -859,3 +859,10 @@ def test_best_is_best_and_counts_add_up(rows: list[dict[str, Any]]) -> None:
             row["config_hash"] for row in rows if row["status"] == "FINISHED" and row["standardize"]
         }
         assert sum(cell.n for cell in built["seed_suite"].cells.values()) <= len(finished)
+
+
+def test_the_notes_say_how_large_the_students_are() -> None:
+    rows = runs(*SMALL, [73.0, 73.1], parameters=1_230_000.0, flops=354_000_000.0)
+    table = next(iter(build(rows).values()))
+    (note,) = (note for note in table.notes if "FLOPs" in note)
+    assert note == "Students: resnet8x4 1.23 M parameters, 354.0 M FLOPs an image."
