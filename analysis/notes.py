@@ -87,6 +87,7 @@ def notes_on_gains(
     columns: Sequence[str],
     options: GainOptions,
     aggregated: bool,
+    baselines: Sequence[str],
 ) -> Iterator[str]:
     """Yield the sentences on how the gains of a table were tested, and what they could show.
 
@@ -96,22 +97,30 @@ def notes_on_gains(
         columns: labels of the columns, in order.
         options: how gains are tested.
         aggregated: whether the table has a column of all pairs.
+        baselines: labels of the rows that `options.baseline` names.
     """
+    if options.baseline and not baselines:
+        yield f"There is no row of {options.baseline} here: gains are over the table's baselines."
+    if len(baselines) > 1:
+        yield f"{options.baseline} names several rows; give --baseline '{baselines[0]}' or another."
     gains = {key: cell.gain for key, cell in cells.items() if cell.gain}
     if not gains:
         return
     tested = [key for key, gain in gains.items() if gain.p_holm is not None]
     if not tested:
-        yield "Gains: differences of the means. They have no test: the runs give no variance."
+        yield "Gains: differences of the means, without a test: too few runs, or without variance."
         return
     pooled = "; ".join(_tests_of("pooled", columns, gains, results))
-    pairing = "; ".join(_tests_of("paired", columns, gains, results))
+    pairing = "; ".join(_tests_of("paired", columns, gains, results, options.test == "pooled"))
+    unpaired = "; ".join(_tests_of("welch", columns, gains, results))
     ways = []
     if pooled:
         ways.append(f"t tests with the variance that the rows of a column share ({pooled})")
     if pairing:
         reason = ", since their variances differ" if options.test == "pooled" else ""
         ways.append(f"t tests paired by seed{reason} ({pairing})")
+    if unpaired:
+        ways.append(f"Welch's tests, since variances differ and seeds are not shared ({unpaired})")
     yield (
         f"Gains: {'; '.join(ways)}. Intervals: 95 %, uncorrected. p: corrected by Holm over the "
         f"table's {len(tested)} tests. Equivalent: within ±{options.margin:g} points, by two "
@@ -139,6 +148,7 @@ def _tests_of(
     columns: Iterable[str],
     gains: Mapping[Key, Gain],
     results: Mapping[Key, Result],
+    with_bartlett: bool = True,
 ) -> Iterator[str]:
     """Yield each column with gains of this test, with the test's details."""
     for column in columns:
@@ -148,9 +158,9 @@ def _tests_of(
             if key[1] == column and gain.p_holm is not None and gain.difference.test == test:
                 spread = spread_beside(results[key], beside)
                 bartlett = ""
-                if spread and spread.bartlett is not None:
+                if with_bartlett and spread and spread.bartlett is not None:
                     bartlett = f", Bartlett's p {spread.bartlett:.2f}"
-                details.add(f"{gain.difference.df} degrees of freedom{bartlett}")
+                details.add(f"{gain.difference.df:.3g} degrees of freedom{bartlett}")
         if details:
             yield f"{column}: {' or '.join(sorted(details))}"
 

@@ -448,7 +448,8 @@ def gain_over(
             least one number.
         same: settings that a result and its baseline must share.
         beside: results on the same pair, whose common variance is taken if Bartlett's test permits
-            that; None to pair the runs by seed.
+            that. If not, the runs are paired by seed, or compared by Welch's test if they share
+            fewer than two seeds. None to pair the runs by seed in any case.
 
     Returns:
         The gain; a sentence if no candidate or more than one is left, or if runs that have to be
@@ -473,8 +474,13 @@ def gain_over(
             values = list(result.values.values())
             return Gain(over, base, stats.pooled(values, list(base.values.values()), spread))
     difference = stats.paired(result.by_seed, base.by_seed)
+    if beside is not None and (difference is None or difference.n < 2):
+        values = list(result.values.values())
+        return Gain(over, base, stats.welch(values, list(base.values.values())))
     if difference is None:
-        return f"no gain over {over}: no seed in common"
+        without = "a seed" if result.by_seed and base.by_seed else "seeds, so they are not paired"
+        lacking = "no seed in common" if without == "a seed" else f"its runs have no {without}"
+        return f"no gain over {over}: {lacking}"
     return Gain(over, base, difference)
 
 

@@ -7,8 +7,8 @@ scipy's.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ __all__ = [
     "prediction_half_width",
     "spread_of",
     "verdict",
+    "welch",
 ]
 
 LEVEL = 0.95
@@ -73,11 +74,11 @@ class Difference:
     mean: float
     n: int  # runs of the row; in a paired test, seeds that both sides have
     n_base: int  # runs of the baseline; in a paired test, `n`
-    test: str = "pooled"  # one of TESTS
+    test: str = "pooled"  # pooled, paired or welch
     left_out: int = 0  # seeds that only one side has, which a paired test leaves out
     # Standard error of `mean`, and its degrees of freedom. Both are None if the runs give none.
     error: float | None = None
-    df: int | None = None
+    df: float | None = None
 
     def half_width(self, level: float = LEVEL) -> float | None:
         """Return half the width of the t interval, or None without a standard error."""
@@ -193,6 +194,23 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference
     return Difference(mean, n, n, "paired", left_out, std / math.sqrt(n), n - 1)
 
 
+def welch(values: Sequence[float], base: Sequence[float]) -> Difference:
+    """Return the gain of `values` over `base` by Welch's test, for unequal variances.
+
+    The result has no standard error if a side has a single number, or if all numbers of both are
+    equal.
+    """
+    mean = statistics.fmean(values) - statistics.fmean(base)
+    found = Difference(mean, len(values), len(base), "welch")
+    if min(len(values), len(base)) < 2:
+        return found
+    parts = [statistics.variance(group) / len(group) for group in (values, base)]
+    if _is_zero(math.sqrt(sum(parts))):
+        return found
+    freedom = [part**2 / (len(g) - 1) for part, g in zip(parts, (values, base), strict=True)]
+    return replace(found, error=math.sqrt(sum(parts)), df=sum(parts) ** 2 / sum(freedom))
+
+
 def equivalence(difference: Difference, margin: float) -> float | None:
     """Return p of two one-sided t tests that the true difference is within ± `margin` points.
 
@@ -225,40 +243,51 @@ class Aggregate:
     """A method against its baselines over several pairs."""
 
     gain: float  # mean over the pairs of the difference of means, in points
-    low: float | None  # ends of its 95 % interval; None if every mean is of one run
+    low: float | None  # ends of its 95 % interval; None if a mean is of one run
     high: float | None
     improvement: float  # probability that a run is better than a run of the baseline, over pairs
     pairs: int
 
 
-def aggregate(samples: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Aggregate:
+def aggregate(
+    groups: Mapping[Hashable, Sequence[float]], pairs: Sequence[tuple[Hashable, Hashable]]
+) -> Aggregate:
     """Return the gain of a method over its baselines, with every pair counted equally.
 
-    The interval is a stratified percentile bootstrap: runs are drawn again within each pair and
-    method. A bootstrap of n runs is too narrow by sqrt((n - 1) / n), which is much for few seeds,
-    so each run is first moved away from its mean by the inverse factor. The probability of
-    improvement is that of Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the
-    Statistical Precipice", where ties count half.
+    The interval is a stratified percentile bootstrap: runs are drawn again within each group. Pairs
+    with the same baseline runs, such as those of a student alone, get the same draws. A bootstrap
+    of n runs is too narrow by sqrt((n - 1) / n), which is much for few seeds, so each run is first
+    moved away from its mean by the inverse factor. The probability of improvement is that of
+    Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
+    where ties count half.
 
     Args:
-        samples: for each pair, the numbers of the method and of its baseline.
+        groups: the numbers of each method on each pair.
+        pairs: for each pair, the keys of the method and of its baseline in `groups`.
 
     Returns:
-        The aggregate. The draws have a fixed seed, so equal samples have equal intervals.
+        The aggregate, without an interval if a group has a single number. The draws have a fixed
+        seed, so equal groups have equal intervals.
     """
-    gain = statistics.fmean(statistics.fmean(a) - statistics.fmean(b) for a, b in samples)
-    better = [np.subtract.outer(np.asarray(a), np.asarray(b)) for a, b in samples]
+    means = {key: statistics.fmean(group) for key, group in groups.items()}
+    gain = statistics.fmean(means[ours] - means[base] for ours, base in pairs)
+    better = [
+        np.subtract.outer(np.asarray(groups[ours]), np.asarray(groups[base]))
+        for ours, base in pairs
+    ]
     improvement = statistics.fmean(float(np.mean((d > 0) + 0.5 * (d == 0))) for d in better)
-    groups = [group for pair in samples for group in pair]
-    if all(len(group) < 2 for group in groups):
-        return Aggregate(gain, None, None, improvement, len(samples))
+    if any(len(group) < 2 for group in groups.values()):
+        return Aggregate(gain, None, None, improvement, len(pairs))
+    place = {key: number for number, key in enumerate(groups)}
 
     def mean_gain(*drawn: Any, axis: int = -1) -> Any:
-        means = [np.mean(group, axis=axis) for group in drawn]
-        return np.mean([a - b for a, b in zip(means[::2], means[1::2], strict=True)], axis=0)
+        of_group = [np.mean(group, axis=axis) for group in drawn]
+        return np.mean(
+            [of_group[place[ours]] - of_group[place[base]] for ours, base in pairs], axis=0
+        )
 
     drawn = stats.bootstrap(
-        [_widened(group) for group in groups],
+        [_widened(group) for group in groups.values()],
         mean_gain,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
@@ -266,17 +295,12 @@ def aggregate(samples: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Agg
         rng=np.random.default_rng(0),
     )
     low, high = drawn.confidence_interval
-    return Aggregate(gain, float(low), float(high), improvement, len(samples))
+    return Aggregate(gain, float(low), float(high), improvement, len(pairs))
 
 
 def _widened(group: Sequence[float]) -> Any:
-    """Return the numbers moved away from their mean by sqrt(n / (n - 1)); a single one twice.
-
-    scipy's bootstrap needs two numbers in each sample.
-    """
+    """Return the numbers moved away from their mean by sqrt(n / (n - 1))."""
     numbers = np.asarray(group, dtype=float)
-    if len(numbers) == 1:
-        return np.repeat(numbers, 2)
     mean = numbers.mean()
     return mean + (numbers - mean) * math.sqrt(len(numbers) / (len(numbers) - 1))
 

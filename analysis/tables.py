@@ -8,7 +8,7 @@ and the label of each part names the setting and its value.
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,9 @@ def _refuse_unknown_baseline(baseline: str, declarations: Sequence[Declaration])
     if declarations and not any(
         _chosen(baseline, set(map(one.row, one.runs)), one) for one in declarations
     ):
-        methods = dict.fromkeys(run.method for one in declarations for run in one.runs)
+        methods = dict.fromkeys(
+            run.method for one in declarations for run in one.runs if run.method != "teacher"
+        )
         raise ValueError(
             f"there are no runs of the baseline {baseline}; give one of {', '.join(methods)}"
         )
@@ -122,7 +124,13 @@ def _table(declaration: Declaration, sweep: str, command: str, options: GainOpti
         ours = (*cells[key].footnotes["ours"], text)
         cells[key] = replace(cells[key], footnotes={**cells[key].footnotes, "ours": ours})
     aggregates = _aggregates(results, gains, labelled, columns.values())
-    on_gains = notes_on_gains(cells, results, list(columns.values()), options, bool(aggregates))
+    baselines = [
+        declaration.label(name)
+        for name in _chosen(options.baseline, {row.name for row in labelled.values()}, declaration)
+    ]
+    on_gains = notes_on_gains(
+        cells, results, list(columns.values()), options, bool(aggregates), baselines
+    )
     return Table(
         name=_file_name(declaration.name),
         title=declaration.title,
@@ -208,7 +216,7 @@ def _ranks(
     for key, result in results.items():
         label, column = key
         if result.mean is not None and labelled[label].name != "teacher":
-            conditions = [getattr(result.runs[0], name) for name in quantity.comparable]
+            conditions = [getattr(result.runs[0], name) or 0 for name in quantity.comparable]
             groups[column, *conditions][key] = round(result.mean, quantity.decimals)
     ranks: dict[Key, str] = {}
     for means in groups.values():
@@ -265,6 +273,8 @@ def _gains(
         left out, and so is a cell whose baseline has none.
     """
     found: dict[Key, Gain | str] = {}
+    if declaration.quantity.lower_is_better:
+        return found  # a gain is an accuracy
     names = {row.name for row in labelled.values()}
     chosen = _chosen(options.baseline, names, declaration)
     same = COMPARABLE if chosen else declaration.same
@@ -310,28 +320,54 @@ def _chosen(baseline: str, names: Iterable[str], declaration: Declaration) -> li
     return [
         name
         for name in names
-        if baseline in (name, name.partition(" [")[0], declaration.label(name))
+        # A teacher is one checkpoint, not a sample of runs.
+        if name != "teacher"
+        and baseline in (name, name.partition(" [")[0], declaration.label(name))
     ]
 
 
 def _aggregates(
     results: Mapping[Key, Result],
     gains: Mapping[Key, Gain | str],
-    labelled: Iterable[str],
+    labelled: Mapping[str, Row],
     columns: Iterable[str],
 ) -> dict[str, stats.Aggregate]:
-    """Return the gain over all columns of each row that has a gain in at least two."""
+    """Return the gain over all columns of each row that has a gain in at least two.
+
+    A row whose gains are over rows of different methods has none.
+    """
     columns = list(columns)
     found = {}
     for label in labelled:
-        samples = [
-            (list(results[label, column].values.values()), list(gain.base.values.values()))
+        own = {
+            column: gain
             for column in columns
             if isinstance(gain := gains.get((label, column)), Gain)
-        ]
-        if len(samples) > 1:
-            found[label] = stats.aggregate(samples)
+        }
+        # A mean of gains over different baselines would be the gain over none.
+        if len(own) < 2 or len({labelled[gain.over].name for gain in own.values()}) > 1:
+            continue
+        groups: dict[Hashable, list[float]] = {}
+        pairs = []
+        for column, gain in own.items():
+            ours, base = _samples(results[label, column], gain)
+            # The same runs of a student alone may be the baseline on several pairs.
+            key = tuple(sorted(run.config_hash for run, _ in gain.base.counted.values()))
+            if gain.difference.test == "paired":
+                key = (*key, column)
+            groups[label, column] = ours
+            groups[key] = base
+            pairs.append(((label, column), key))
+        found[label] = stats.aggregate(groups, pairs)
     return found
+
+
+def _samples(result: Result, gain: Gain) -> tuple[list[float], list[float]]:
+    """Return the numbers of a cell and of its baseline that a gain is the difference of."""
+    if gain.difference.test == "paired":
+        shared = sorted(result.by_seed.keys() & gain.base.by_seed.keys())
+        return [result.by_seed[s] for s in shared], [gain.base.by_seed[s] for s in shared]
+    return list(result.values.values()), list(gain.base.values.values())
 
 
 def _cell(

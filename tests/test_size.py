@@ -34,6 +34,35 @@ def test_counting_changes_neither_the_network_nor_the_generators() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Odd(nn.Module):
+    """A network of somebody else that refuses tensors without values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.device.type in ("cpu", "cuda")
+        return x
+
+
+class Draws(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(1)
+
+
+def test_no_run_ends_because_its_network_cannot_be_counted() -> None:
+    assert size_of(Odd(), (3, 4, 4)) == {"parameters": 0}
+    assert size_of(nn.LazyConv2d(4, 3), (3, 4, 4)) == {}
+
+
+def test_hooks_and_generators_notice_nothing() -> None:
+    seen: list[str] = []
+    network = nn.Conv2d(3, 4, 3)
+    network.register_forward_hook(lambda *arguments: seen.append("called"))
+    size_of(network, (3, 4, 4))
+    assert seen == []
+    state = torch.get_rng_state()
+    size_of(Draws(), (3, 4, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_network_that_needs_values_has_parameters_alone() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:

@@ -37,7 +37,7 @@ from sddlskd.tracking import runs as tracking_runs
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.tracking.mirror import Mirror
 from sddlskd.tracking.runs import CUT, sync
-from sddlskd.tracking.sweeps import register
+from sddlskd.tracking.sweeps import register, sync_sweep
 from sddlskd.training.fit import fit
 from sddlskd.training.run import Run
 from tests.loopback import answer, site
@@ -515,6 +515,30 @@ def test_a_cell_follows_later_seeds_and_is_there_once(home: Path) -> None:
     jobs = finished_sweep(home, [2, 3, 4])
     (cell,) = runs_of(jobs[0], kind="cell")
     assert (cell.data.metrics["seeds"], cell.data.metrics["best/top1/mean"]) == (5.0, 72.0)
+
+
+def test_a_cell_follows_a_job_that_ran_again_by_itself(home: Path) -> None:
+    """A launch that told the outcome first must not keep later seeds out."""
+    jobs = finished_sweep(home, [0, 1, 2])
+    folder = home / "runs" / "sweeps" / "cells"
+    result = Path(jobs[2].run_dir, "result.json")
+    result.write_text(json.dumps({**json.loads(result.read_text()), "best_top1": 78.0}))
+    sync_sweep(folder)
+    (cell,) = runs_of(jobs[0], kind="cell")
+    assert cell.data.metrics["best/top1/mean"] == 73.0
+    for job in jobs[1:]:
+        shutil.rmtree(job.run_dir)
+    sync_sweep(folder)
+    assert runs_of(jobs[0], kind="cell") == []
+
+
+def test_a_damaged_record_keeps_neither_the_plan_nor_other_cells_back(home: Path) -> None:
+    jobs = finished_sweep(home, [0, 1, 2])
+    Path(jobs[0].run_dir, "config.yaml").unlink()
+    Path(jobs[0].run_dir, "result.json").write_text("{")
+    sync_sweep(home / "runs" / "sweeps" / "cells", again=True)
+    (cell,) = runs_of(jobs[0], kind="cell")
+    assert cell.data.metrics["seeds"] == 2.0
 
 
 def test_a_single_seed_makes_no_cell(home: Path) -> None:

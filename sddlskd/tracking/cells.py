@@ -16,15 +16,34 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.tracking import uri as tracking_uri
 
-__all__ = ["send_cells"]
+__all__ = ["cells_of", "send_cells"]
 
 FEWEST = 2  # finished runs, without which a mean says no more than the run itself
 NUMBERS = ("best_top1", "last_top1", "test_top1")
 PARAMS = ("dataset.name", "teacher.name", "student.name", "M", "recipe", "trainer.epochs")
 
 
+def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of the finished runs of each setting with several, by settings_hash.
+
+    Args:
+        folder: The sweep's folder, with its plan.
+    """
+    finished: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for job in _planned(folder):
+        run_dir = Path(job["run_dir"])
+        try:
+            result = record.read_result(run_dir)
+        except (record.Damaged, OSError):
+            continue
+        if result.get("status") == record.FINISHED and (run_dir / "config.yaml").exists():
+            numbers = {name: result.get(name) for name in NUMBERS}
+            finished[job["settings_hash"]].append({"run_dir": job["run_dir"], **numbers})
+    return {settings: runs for settings, runs in finished.items() if len(runs) >= FEWEST}
+
+
 def send_cells(folder: Path, delivery: Mapping[str, Any]) -> None:
-    """Create or update the cells of a sweep in MLflow.
+    """Create or update the cells of a sweep in MLflow, and delete those with too few runs now.
 
     The function is idempotent: a cell is found again by its settings_hash.
 
@@ -32,20 +51,32 @@ def send_cells(folder: Path, delivery: Mapping[str, Any]) -> None:
         folder: The sweep's folder, with its plan.
         delivery: The content of the sweep's mlflow.json, with the id of its parent run.
     """
-    cells = list(_cells(folder))
-    if not cells:
-        return
+    cells = cells_of(folder)
     client = tracking_uri.client(str(delivery["uri"]))
     parent = delivery["run_id"]
     experiment_id = client.get_run(parent).info.experiment_id
-    condition = f"tags.kind = 'cell' and tags.`mlflow.parentRunId` = '{parent}'"
-    found = client.search_runs([experiment_id], condition)
-    known = {run.data.tags["settings_hash"]: run.info.run_id for run in found}
-    for settings, job, results in cells:
+    known = _known(client, experiment_id, parent)
+    for settings in known.keys() - cells.keys():
+        client.delete_run(known[settings])
+    for settings, results in cells.items():
         run_id = known.get(settings)
         if run_id is None:
+            job = cfg.load(Path(results[0]["run_dir"], "config.yaml"))
             run_id = _create(client, experiment_id, delivery, settings, job)
         _send(client, run_id, dict(_numbers(results)))
+
+
+def _known(client: Any, experiment_id: str, parent: str) -> dict[str, str]:
+    """Return the run ids of the cells below a sweep's run, by settings_hash."""
+    condition = f"tags.kind = 'cell' and tags.`mlflow.parentRunId` = '{parent}'"
+    found: dict[str, str] = {}
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], condition, page_token=token)
+        found |= {run.data.tags["settings_hash"]: run.info.run_id for run in page}
+        token = page.token
+        if not token:
+            return found
 
 
 def _send(client: Any, run_id: str, numbers: Mapping[str, float]) -> None:
@@ -63,23 +94,13 @@ def _send(client: Any, run_id: str, numbers: Mapping[str, float]) -> None:
     client.set_terminated(run_id, record.FINISHED)
 
 
-def _cells(folder: Path) -> Iterator[tuple[str, cfg.Config, list[dict[str, Any]]]]:
-    """Yield each setting with several finished runs: its hash, one of its jobs, their results."""
-    plan = folder / "plan.json"
-    if not plan.exists():
-        return
-    finished: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for job in json.loads(plan.read_text())["jobs"]:
-        try:
-            result = record.read_result(Path(job["run_dir"]))
-        except record.Damaged:
-            continue
-        if result and result["status"] == record.FINISHED:
-            finished[job["settings_hash"]].append((job["run_dir"], result))
-    for settings, runs in finished.items():
-        if len(runs) >= FEWEST:
-            job = cfg.load(Path(runs[0][0], "config.yaml"))
-            yield settings, job, [result for _, result in runs]
+def _planned(folder: Path) -> list[dict[str, Any]]:
+    """Return the jobs of a sweep's plan; none without a plan that can be read."""
+    try:
+        jobs: list[dict[str, Any]] = json.loads((folder / "plan.json").read_text())["jobs"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return jobs
 
 
 def _create(

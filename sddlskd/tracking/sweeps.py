@@ -18,7 +18,7 @@ from filelock import FileLock
 from sddlskd import record
 from sddlskd.config import Config, TrackingConfig, sqlite_file
 from sddlskd.tracking import uri as tracking_uri
-from sddlskd.tracking.cells import send_cells
+from sddlskd.tracking.cells import cells_of, send_cells
 from sddlskd.tracking.uri import ONE_HOST, cure_of, first_line, within
 
 __all__ = ["check_reachable", "check_shared", "finish_sweep", "log_plan", "register", "sync_sweep"]
@@ -277,14 +277,21 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
                 client.update_run(delivery["run_id"], delivery["status"])
             else:
                 client.set_terminated(delivery["run_id"], delivery["status"])
-                send_cells(folder, delivery)
             delivery["told"] = delivery["status"]
             record.write_mirror(folder, delivery)
         digest = hashlib.sha256(plan.read_bytes()).hexdigest() if plan.exists() else None
         # The plan comes last because a server may accept metrics but no files.
         if digest != delivery.get("plan"):
             client.log_artifact(delivery["run_id"], str(plan))
-            record.write_mirror(folder, {**delivery, "plan": digest})
+            delivery["plan"] = digest
+            record.write_mirror(folder, delivery)
+        if delivery["status"] != record.RUNNING:
+            # A job of the sweep may have run again since, by itself or in another launch.
+            cells = json.dumps(cells_of(folder), sort_keys=True)
+            cells_digest = hashlib.sha256(cells.encode()).hexdigest()
+            if cells_digest != delivery.get("cells"):
+                send_cells(folder, delivery)
+                record.write_mirror(folder, {**delivery, "cells": cells_digest})
 
 
 def _run_of_sweep(folder: Path, delivery: dict[str, Any]) -> str:

@@ -24,15 +24,21 @@ def size_of(network: nn.Module, image_CHW: tuple[int, ...]) -> dict[str, int]:
 
     Returns:
         {"parameters": ..., "flops": ...}. A multiplication and an addition count as two operations;
-        those of convolutions and matrix products are counted, as torch's FlopCounterMode does.
-        "flops" is missing if a network of others cannot be passed an image without values.
+        those of convolutions and matrix products are counted, as torch's FlopCounterMode does. An
+        entry is missing if it cannot be counted: "flops" of a network of others that cannot be
+        passed an image without values, and "parameters" of one whose layers are not built yet.
     """
-    found = {"parameters": sum(parameter.numel() for parameter in network.parameters())}
+    found: dict[str, int] = {}
     try:
+        found["parameters"] = sum(parameter.numel() for parameter in network.parameters())
         empty = copy.deepcopy(network).to("meta").eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for module in empty.modules():  # hooks of the network write into what it belongs to
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        counter = FlopCounterMode(display=False)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), counter:
             empty(torch.empty(1, *image_CHW, device="meta"))
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+        found["flops"] = counter.get_total_flops()
+    except Exception as error:  # a network of others may raise anything, and no run ends for this
         log.debug("operations are not counted: %s", error)
-        return found
-    return {**found, "flops": counter.get_total_flops()}
+    return found

@@ -362,7 +362,7 @@ def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
     assert table.cells["KD, imported", COLUMN].seeds == []
     cell = table.cells["SD-KD, imported", COLUMN]
     assert cell.gain is None
-    assert "no seed in common" in cell.footnotes["ours"][0]
+    assert "its runs have no seeds, so they are not paired" in cell.footnotes["ours"][0]
     gain = build(rows)["sdd_table_2"].cells["SD-KD, imported", COLUMN].gain
     assert gain is not None  # the pooled test needs no common seeds
     assert (gain.difference.n, gain.difference.n_base) == (1, 2)
@@ -866,3 +866,100 @@ def test_the_notes_say_how_large_the_students_are() -> None:
     table = next(iter(build(rows).values()))
     (note,) = (note for note in table.notes if "FLOPs" in note)
     assert note == "Students: resnet8x4 1.23 M parameters, 354.0 M FLOPs an image."
+
+
+# Baselines
+
+
+def gains_of(table: Table, column: str) -> dict[str, str]:
+    """Return the row that each row of a column is compared with."""
+    return {row: cell.gain.over for row in table.rows if (cell := table.cells[row, column]).gain}
+
+
+@pytest.mark.parametrize("baseline", ["kd", "KD"])
+def test_any_method_can_be_the_baseline(baseline: str) -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    rows += runs(*SHUFFLE, [75.0, 75.1, 75.3], distiller="my_loss")
+    overview = build(rows, options=GainOptions(baseline=baseline))["overview_cifar100"]
+    assert gains_of(overview, COLUMN) == {"my_loss": "KD", "SD-KD [1,2,4]": "KD"}
+    own = build(rows, options=GainOptions(baseline="my_loss"))["overview_cifar100"]
+    assert gains_of(own, COLUMN) == {"KD": "my_loss", "SD-KD [1,2,4]": "my_loss"}
+    for cell in own.cells.values():
+        if cell.gain:
+            assert cell.gain.difference.low is not None
+            assert cell.gain.p_holm is not None
+            assert cell.gain.verdict in ("better", "worse", "equivalent", "undecided")
+
+
+@pytest.mark.parametrize("baseline", ["nonsense", "teacher"])
+def test_a_baseline_without_runs_is_refused(baseline: str) -> None:
+    rows = runs(*SHUFFLE, KD, teacher_top1=79.0) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    with pytest.raises(
+        ValueError, match=f"no runs of the baseline {baseline}; give one of (sd_kd, kd|kd, sd_kd)"
+    ):
+        build(rows, options=GainOptions(baseline=baseline))
+
+
+def test_a_table_without_the_baseline_or_with_several_says_so() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    rows += runs(*SHUFFLE, SD_KD, M="[1,2]") + runs(*SHUFFLE, KD, distiller="my_loss")
+    built = build(rows, options=GainOptions(baseline="sd_kd"))
+    assert any("no row of sd_kd here" in note for note in built["scales_cifar100_kd"].notes)
+    notes = " ".join(built["overview_cifar100"].notes)
+    assert "sd_kd names several rows; give --baseline 'SD-KD [1,2" in notes
+
+
+def test_a_plain_method_is_compared_with_the_student_alone_else_with_kd() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, distiller="my_loss")
+    assert gains_of(build(rows)["overview_cifar100"], COLUMN) == {"my_loss": "KD"}
+    rows += runs("none", "shufflev1", [70.0, 70.3, 70.1], distiller="vanilla")
+    found = gains_of(build(rows)["overview_cifar100"], COLUMN)
+    assert found == {"KD": "student alone", "my_loss": "student alone"}
+
+
+def test_gains_over_different_baselines_have_no_mean_over_pairs() -> None:
+    other = ("resnet32x4", "resnet20")
+    rows = [r for pair in (SHUFFLE, other) for r in runs(*pair, KD)]
+    rows += [r for pair in (SHUFFLE, other) for r in runs(*pair, SD_KD, distiller="my_loss")]
+    assert "my_loss" in build(rows)["overview_cifar100"].aggregates
+    rows += runs("none", "shufflev1", [70.0, 70.3, 70.1], distiller="vanilla")
+    assert "my_loss" not in build(rows)["overview_cifar100"].aggregates
+
+
+def test_training_times_have_no_gain() -> None:
+    rows = [
+        run(
+            *SMALL, seed, 73.0, images_per_s=speed, group_size=1, environment="H200", distiller=name
+        )
+        for name, speed in (("kd", 6400.0), ("dkd", 3200.0))
+        for seed in (0, 1)
+    ]
+    table = build(rows, options=GainOptions(baseline="kd"))["time_cifar100"]
+    assert not any(cell.gain for cell in table.cells.values())
+
+
+def test_rows_of_unequal_variances_are_compared_apart() -> None:
+    rows = runs(*SHUFFLE, [70.0, 70.01, 70.02]) + runs(*SHUFFLE, [72.0, 75.0, 78.0], **sd_kd())
+    table = build(rows)["sdd_table_2"]
+    gain = table.cells["SD-KD", COLUMN].gain
+    assert gain is not None
+    assert gain.difference.test == "paired"
+    assert any("paired by seed, since their variances differ" in note for note in table.notes)
+    apart = [row | {"seed": row["seed"] + 10 * (row["M"] != "[1]")} for row in rows]
+    table = build(apart)["sdd_table_2"]
+    gain = table.cells["SD-KD", COLUMN].gain
+    assert gain is not None
+    assert gain.difference.test == "welch"
+    assert gain.difference.mean == pytest.approx(4.99)
+    assert any("Welch's tests" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("lr", "comparable"), [(0.03, True), (0.025, True), (0.015, False), (0.1, False), (0.05, False)]
+)
+def test_a_logged_learning_rate_counts_with_two_decimals(lr: float, comparable: bool) -> None:
+    options = {"method": "mlkd", "distiller": "mlkd", "source": "imported", "lr": lr}
+    cell = only(
+        runs(*SMALL, [77.0, 77.1], **options), "lskd_table_2", "MLKD, imported", SMALL_COLUMN
+    )
+    assert (cell.verdict != "not comparable") == comparable
