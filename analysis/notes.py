@@ -134,7 +134,7 @@ def notes_on_gains(
         if any(key[1] == column for key in tested)
     }
     shown = ", ".join(f"{gain:.2f} ({column})" for column, gain in smallest.items())
-    yield f"Smallest gain that these runs could have shown, as the only one: {shown}."
+    yield f"Smallest gain that would be significant here if no other were: {shown}."
     if aggregated:
         yield (
             "All pairs: mean of the gains with its 95 % interval (bootstrap of the runs within "

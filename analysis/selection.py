@@ -478,9 +478,9 @@ def gain_over(
         values = list(result.values.values())
         return Gain(over, base, stats.welch(values, list(base.values.values())))
     if difference is None:
-        without = "a seed" if result.by_seed and base.by_seed else "seeds, so they are not paired"
-        lacking = "no seed in common" if without == "a seed" else f"its runs have no {without}"
-        return f"no gain over {over}: {lacking}"
+        if result.by_seed and base.by_seed:
+            return f"no gain over {over}: no seed in common"
+        return f"no gain over {over}: runs without seeds cannot be paired"
     return Gain(over, base, difference)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from analysis import evidence
 from analysis.__main__ import main
@@ -28,8 +29,9 @@ def test_the_page_is_what_the_command_writes() -> None:
     )
 
 
-def test_the_command_writes_it(capsys: object) -> None:
+def test_the_command_writes_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evidence"]) == 0
+    assert capsys.readouterr().out == PAGE
 
 
 def test_the_mean_gaps_are_those_of_the_files() -> None:

@@ -362,7 +362,7 @@ def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
     assert table.cells["KD, imported", COLUMN].seeds == []
     cell = table.cells["SD-KD, imported", COLUMN]
     assert cell.gain is None
-    assert "its runs have no seeds, so they are not paired" in cell.footnotes["ours"][0]
+    assert "runs without seeds cannot be paired" in cell.footnotes["ours"][0]
     gain = build(rows)["sdd_table_2"].cells["SD-KD, imported", COLUMN].gain
     assert gain is not None  # the pooled test needs no common seeds
     assert (gain.difference.n, gain.difference.n_base) == (1, 2)
@@ -611,7 +611,7 @@ def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
         "4 degrees of freedom",
         "Bartlett's p",
         "Equivalent: within ±0.3",
-        "Smallest gain",
+        "Smallest gain that would be significant",
         "Holm",
         "SDD Table 2",
     ):
