@@ -1,4 +1,4 @@
 """Turn runs in MLflow into a paper's tables, figures and a report.
 
-The package reads MLflow only and never imports sddlskd.
+The package knows the runs from MLflow only: it never imports the trainer, `sddlskd`.
 """

@@ -1,6 +1,8 @@
-"""Write the tables, figures and report of a sweep: `python -m analysis NAME`.
+"""Run the command line of the analysis, `python -m analysis`.
 
-Slow modules are imported only when they are needed.
+`python -m analysis NAME` writes the tables, figures and report of a sweep. Other commands count the
+published numbers that have runs, write docs/evidence.md and import logs. Modules that are slow to
+import are imported only by the commands that need them.
 """
 
 import argparse
@@ -17,7 +19,7 @@ __all__ = ["main"]
 
 FORMATS = ("md", "tex", "html", "csv")
 TESTS = ("pooled", "paired")
-SHOWN = 20  # unfinished runs to list one by one
+SHOWN = 20  # largest number of unfinished runs that are listed one by one
 # `analysis` in a checkout, `sddlskd.analysis` in a wheel.
 COMMAND = f"python -m {__package__}"
 USAGE = """
@@ -31,7 +33,17 @@ val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 1 after an error."""
+    """Run the command line and return its exit status: 0, or 1 after an error.
+
+    A ValueError or OSError is printed to stderr and gives status 1.
+
+    Args:
+        arguments: command and options, such as ["coverage", "--home", "runs"]; None takes those in
+            `sys.argv`.
+
+    Raises:
+        SystemExit: If the options ask for help (status 0), or if argparse refuses them (status 2).
+    """
     if arguments is None:
         arguments = sys.argv[1:]
     given = list(arguments)
@@ -140,7 +152,11 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
 
 
 def _say_what_is_missing(runs: "Runs") -> None:
-    """Print the runs that are not finished, with the commands that finish them."""
+    """Print the runs that are not finished, with the commands that finish them.
+
+    Superseded runs (replaced by a later run of the job) are not printed. Nothing is printed if all
+    other runs are finished.
+    """
     from .schema import runs_of
 
     standing = [run for run in runs_of(runs.frame) if not run.superseded]

@@ -1,7 +1,7 @@
-"""Lay out the charts: colours and markers, panels, legends, charts of dots, captions.
+"""Lay out the charts: colours and markers, panels, legends, dot charts, parts of captions.
 
-The colours are those of Okabe and Ito. Markers differ as well, so that the figures can be printed
-in grey.
+The colours are those of Okabe and Ito. Lines also differ in markers and dashes, so that figures
+can be printed in grey.
 """
 
 import textwrap
@@ -40,7 +40,7 @@ __all__ = [
 PANELS = 12  # largest number of panels in a figure
 LINES = 12  # largest number of lines in a figure
 CELLS = 60  # largest number of panels x settings in a dot chart
-NAMED = 15  # names that a caption lists; it counts the rest
+NAMED = 15  # largest number of names that a caption lists; the others are counted
 NO_ROOM = "Not drawn for lack of space"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 GREY = "#bbbbbb"
@@ -72,12 +72,12 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
 }
-WIDE = 7.0  # inches: both columns of a page; a single panel takes one column
+WIDE = 7.0  # inches: width of both columns of a page
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its text, before it is written to files."""
+    """Drawing with its title and caption, before it is written to files."""
 
     name: str  # stem of its file names
     title: str
@@ -87,16 +87,16 @@ class Chart:
 
 @dataclass(frozen=True)
 class Dot:
-    """A mark of a dot chart: a mean and its interval."""
+    """Mark of a dot chart: the mean of one setting in one panel, with its interval."""
 
     panel: str
     setting: str
     mean: float
-    half: float  # half the width of the interval; 0 without one
+    half: float  # half the width of the interval; 0 if there is no interval
 
 
 def half_width(interval: tuple[float, float] | None) -> float:
-    """Return half the width of an interval, or 0 without one."""
+    """Return half the width of an interval (low, high), or 0 if `interval` is None."""
     if interval is None:
         return 0.0
     low, high = interval
@@ -108,16 +108,20 @@ def few(
     name: Callable[[Point], str],
     lines: int = LINES,
 ) -> tuple[list[Point], list[str], str]:
-    """Keep as many panels and lines as a reader can tell apart: those with the most runs.
+    """Select the points of as many panels and lines as a reader can tell apart.
+
+    At most `PANELS` panels are kept, those with the most runs. Of the lines in these panels, the
+    `lines` with the most runs are kept.
 
     Args:
-        points: the points to draw.
-        name: returns the name of the line of a point.
+        points: the points that could be drawn.
+        name: returns the name of the line that a point belongs to.
         lines: largest number of lines.
 
     Returns:
-        The points that are kept, the names of the lines in order of `rank`, and a sentence that
-        names the panels and lines that are not drawn ("" if all are).
+        The points that are kept, in the given order; the names of their lines, sorted by
+        `Point.rank`; and a sentence for the caption that names the panels and lines that are left
+        out ("" if there are none).
     """
     left: list[str] = []
     kept = list(points)
@@ -133,14 +137,19 @@ def few(
 
 
 def settings_in_dots(panels: int) -> int:
-    """Return the largest number of settings in a dot chart with so many panels."""
+    """Return how many settings a dot chart with `panels` panels may have, at most `LINES`.
+
+    Panels x settings is at most `CELLS`. `panels` is at least 1; a number above `PANELS` counts as
+    `PANELS`, since no more panels are drawn.
+    """
     return max(4, min(LINES, CELLS // min(panels, PANELS)))
 
 
 def listed(what: str, names: Sequence[str]) -> str:
-    """Return a sentence that starts with `what` and lists the names; "" if there are none.
+    """Return a sentence such as " Not drawn: a; b and 3 more."; "" if there are no names.
 
-    The sentence starts with a space, lists at most `NAMED` names and counts the rest.
+    The sentence starts with a space and with `what`. It lists at most `NAMED` names and counts the
+    others. A line break in a name becomes a comma.
     """
     if not names:
         return ""
@@ -149,7 +158,10 @@ def listed(what: str, names: Sequence[str]) -> str:
 
 
 def count_seeds(counts: Iterable[int]) -> str:
-    """Return how many seeds the marks of a figure stand for, such as "n = 2 to 3 seeds"."""
+    """Return how many seeds the marks of a figure stand for, such as "n = 2 to 3 seeds".
+
+    `counts` has the number of seeds of each mark. Raises ValueError if `counts` is empty.
+    """
     counts = list(counts)
     low = min(counts)
     high = max(counts)
@@ -161,7 +173,11 @@ def count_seeds(counts: Iterable[int]) -> str:
 
 
 def style_of(index: int) -> dict[str, Any]:
-    """Return the colour, dashes and marker of the line with this number."""
+    """Return the colour, line style and marker of line number `index`, counted from 0.
+
+    The result holds keyword arguments for matplotlib's lines: color, linestyle and marker. Lines 0
+    to 34 all differ in colour or line style.
+    """
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -172,20 +188,21 @@ def style_of(index: int) -> dict[str, Any]:
 def panels_of(
     panels: Sequence[str], x: str, y: str, height: float = 2.0, letters: int = 34
 ) -> tuple[Drawing, dict[str, Axes]]:
-    """Return a drawing with one pair of axes per panel, and the axes by panel.
+    """Create a drawing with one pair of axes for each panel.
 
     A row has up to three panels; four panels are drawn two by two. Only the panels of the first
     column have the label `y`, and only the lowest panel of each column has the label `x`.
 
     Args:
-        panels: names of the panels, which become their titles: at least one, and all different.
+        panels: names of the panels, which become their titles. At least one; all different.
         x: label of the horizontal axes.
         y: label of the vertical axes.
         height: height of a row of panels in inches.
         letters: largest number of letters in a line of a title; a longer line is broken at blanks.
 
     Returns:
-        The drawing, and the axes by the name of their panel.
+        The drawing, 3.5 inches wide for one panel and `WIDE` for several; and the empty axes by
+        the name of their panel, row by row.
     """
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
@@ -204,7 +221,10 @@ def panels_of(
 
 
 def stop_at_100(axis: Axes) -> None:
-    """End the vertical axis of an accuracy at 100 % if it goes beyond."""
+    """Set the upper limit of a vertical axis of accuracies (%) to 100 if the limit is above 100.
+
+    An axis that starts at 100 or above is not changed.
+    """
     bottom, top = axis.get_ylim()
     if top > 100 > bottom:
         axis.set_ylim(bottom, 100)
@@ -214,9 +234,10 @@ def legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
     """Add a legend below the panels, in as many columns as fit.
 
     Args:
-        drawing: the drawing, which grows by the height of the legend.
-        labels: one label per line, in the order of `style_of`.
-        **marks: properties of matplotlib's lines that replace those of `style_of`.
+        drawing: the drawing. Its height grows by that of the legend.
+        labels: labels of the lines, at least one. Label number i gets the style `style_of(i)`.
+        **marks: properties of matplotlib's `Line2D` that replace those of `style_of` for every
+            label, such as `marker=""`.
     """
     handles = [
         Line2D([], [], label=label, **(style_of(index) | marks))
@@ -237,18 +258,24 @@ def dots(
     settings: Sequence[str],
     shaded: Mapping[str, str],
 ) -> Drawing:
-    """Draw dot charts of means and intervals side by side.
+    """Draw dot charts of means and intervals side by side, with a common vertical axis.
 
-    Each panel is a band of rows, with one row per setting.
+    Each panel is a horizontal band of the charts. A band has one row per setting.
 
     Args:
-        columns: label and dots of each chart.
-        panels: names of the panels, from top to bottom.
-        settings: names of the settings, from top to bottom.
-        shaded: panels to shade, with the text to put after their names.
+        columns: for each chart, the label of its horizontal axis and its dots. At least one chart.
+        panels: names of the panels from top to bottom. Every dot that is drawn is in one of them.
+        settings: names of the settings from top to bottom, at least one. Dots of other settings
+            are not drawn.
+        shaded: text to append to the name of a panel, by panel. These panels have a grey
+            background.
 
     Returns:
-        The drawing, with a legend.
+        The drawing, with a legend of the settings below the charts.
+
+    Raises:
+        ValueError: If a dot of one of the settings is in none of the panels, or if `settings` is
+            empty.
     """
     height = 0.12 * len(panels) * (len(settings) + 1.2) + 0.7
     width = WIDE if len(columns) > 1 else 5.0

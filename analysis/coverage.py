@@ -1,7 +1,7 @@
-"""Count how much of what the papers print can be run here, was run, and agrees.
+"""Count the published numbers that have a recipe here, runs of ours, and a verdict.
 
-Recipes, networks and data sets are files of `conf`. They are looked up when the coverage is
-computed.
+A recipe is a file of `conf/recipe` that configures one method. Data sets and networks are files of
+`conf` too.
 """
 
 from collections import Counter, defaultdict
@@ -19,12 +19,12 @@ __all__ = ["Cover", "available", "cover", "lines", "reason_without_recipe", "rec
 # `conf` is beside `analysis` in a checkout, and beside `sddlskd.analysis` in a wheel.
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("recipe", "dataset", "teacher", "student")
-"""Folders of `CONF` that a published number is looked up in."""
+"""Folders of `CONF` with the files that a run of a published number needs, one from each."""
 RECIPES = {
     "teacher": "vanilla",  # a teacher is a student that was trained alone
     "kd_dot": "dot",
 }
-"""Recipes whose name is not that of the published method."""
+"""Recipe of each published method, if the names of recipe and method differ."""
 DECIDED = ("within", "above", "below")
 """Verdicts that decide whether our number reproduces the published one."""
 HEADER = ("table", "cells", "recipe", "run", "verdict", *DECIDED)
@@ -32,23 +32,27 @@ HEADER = ("table", "cells", "recipe", "run", "verdict", *DECIDED)
 
 @dataclass(frozen=True)
 class Cover:
-    """A published number, and what there is of it here."""
+    """Published number, with the answers whether it has a recipe, runs of ours and a verdict."""
 
     number: Published
     lacks: str  # why no recipe can give the number; "" if one can
-    runs: int  # runs whose means stand beside the number in its table
-    verdict: str  # one of DECIDED, or ""
+    runs: int  # number of our runs in the table cells that show the number
+    verdict: str  # first verdict of these cells that is one of DECIDED; "" if there is none
 
 
 def recipe_of(method: str) -> str:
-    """Return the name of the recipe of a published method, such as `sd_kd_crd` for `sd_kd+crd`."""
+    """Return the name that the recipe of a published method has: `sd_kd_crd` for `sd_kd+crd`.
+
+    Whether `conf/recipe` has a file of this name is not checked.
+    """
     return RECIPES.get(method, method.replace("+", "_"))
 
 
 def available() -> dict[str, Collection[str]]:
-    """Return the names of the recipes, data sets, teachers and students, by group of `GROUPS`.
+    """Return the names of the recipes, data sets, teachers and students in `conf`.
 
-    Raise ValueError if there is no folder of recipes.
+    The result maps each group of `GROUPS` ("recipe", "dataset", "teacher", "student") to its names.
+    Raises ValueError if there is no folder `conf/recipe`.
     """
     if not (CONF / "recipe").is_dir():
         raise ValueError(f"no recipes in {CONF}; run the analysis of a checkout or of a wheel")
@@ -56,11 +60,14 @@ def available() -> dict[str, Collection[str]]:
 
 
 def reason_without_recipe(number: Published, names: Mapping[str, Collection[str]]) -> str:
-    """Return why no recipe can train what a number was measured on, or "" if one can.
+    """Return why no run can give a published number, such as "no recipe mgd"; "" if one can.
+
+    The text names the first missing part: the recipe of the method, the data set, the teacher or
+    the student. In `conf`, a network may have the data set as prefix: `imagenet_resnet18`.
 
     Args:
         number: the published number.
-        names: what there is, as `available` returns it.
+        names: names of what `conf` has, as `available` returns them.
     """
     if recipe_of(number.method) not in names["recipe"]:
         return f"no recipe {recipe_of(number.method)}"
@@ -73,15 +80,20 @@ def reason_without_recipe(number: Published, names: Mapping[str, Collection[str]
 
 
 def cover(built: Iterable[Table]) -> list[Cover]:
-    """Return what there is of every published number, in the order of `published.numbers`.
+    """Return the coverage of every published number, in the order of `published.numbers`.
 
     Args:
-        built: the tables of all runs, as `tables.build` makes them.
+        built: tables of our runs, as `tables.build` returns them. Without tables, no number has
+            runs or a verdict.
+
+    Raises:
+        ValueError: If there is no folder `conf/recipe`.
     """
     names = available()
     cells: dict[Published, list[Cell]] = defaultdict(list)
     for table in built:
-        if table.name != "seed_suite":  # which compares another method with the numbers
+        # The seed suite shows published numbers of other methods than its own.
+        if table.name != "seed_suite":
             for cell in table.cells.values():
                 if cell.published:
                     cells[cell.published].append(cell)
@@ -100,7 +112,14 @@ def cover(built: Iterable[Table]) -> list[Cover]:
 
 
 def lines(covers: Sequence[Cover]) -> Iterator[str]:
-    """Yield the lines of the report: a table of counts, and the numbers without a recipe."""
+    """Yield the lines of a text report on the coverage, without line breaks.
+
+    First come counts, one line per published table and one per file of published numbers. The
+    numbers without a recipe follow, grouped by the reason.
+
+    Args:
+        covers: the published numbers to count, as `cover` returns them.
+    """
     of_table: dict[str, list[Cover]] = defaultdict(list)
     of_file: dict[str, list[Cover]] = defaultdict(list)
     for one in covers:
@@ -132,7 +151,13 @@ def _counts(name: str, covers: Collection[Cover]) -> tuple[str, ...]:
 
 
 def _without_recipe(covers: Sequence[Cover]) -> Iterator[str]:
-    """Yield a line for each reason, with the tables and methods of its numbers."""
+    """Yield a heading, and a line for each reason why numbers have no recipe.
+
+    A line names the methods and the published tables of its numbers.
+
+    Args:
+        covers: the numbers without a recipe. If there are none, one line says so.
+    """
     if not covers:
         yield "Every number has a recipe."
         return

@@ -1,6 +1,6 @@
 """Declare the tables: which runs each shows, in which rows, beside which published numbers.
 
-`analysis.tables` builds them. Every table has the pairs of teacher and student as columns.
+`analysis.tables` builds the tables. The columns of every table are pairs of teacher and student.
 """
 
 import re
@@ -28,7 +28,7 @@ PLAIN_SAME = (
     "lr",
     *BUDGET,
 )
-"""Settings that runs with regions share with their baseline on the whole map (M=[1])."""
+"""Settings that a run with regions (M other than [1]) shares with its baseline (M=[1])."""
 
 SEED_PAIRS = (
     "resnet32x4_resnet8x4",
@@ -38,9 +38,9 @@ SEED_PAIRS = (
     "wrn_40_2_vgg8",
     "wrn_40_2_mobilev2",
 )
-# Subject of each table, and whether its gains are over the method without standardisation. If not,
-# they are over the method on the whole map (M=[1]). A sum of losses has its gain over the sum
-# without the last one.
+# Subject of each table, and whether the gain of a method with two tricks, regions and
+# standardisation, is over the method without standardisation (True) or without regions (False).
+# The gain of a sum of losses is over the sum without its last loss.
 PAPERS_TABLES = {
     "SDD Table 1": ("different layers and structure, CIFAR-100", False),
     "SDD Table 2": ("different structure, CIFAR-100", False),
@@ -54,8 +54,8 @@ PAPERS_TABLES = {
     "LSKD Table 3": ("ImageNet", True),
     "LSKD Table 5": ("teachers of one student, CIFAR-100", True),
 }
-# Tables of the READMEs. They repeat many cells of the papers' tables, so they are shown only if a
-# run is of another method than KD.
+# Tables of the READMEs of the authors' code. The READMEs repeat many cells of the papers' tables.
+# A README's table is therefore shown only if a run is of another method than KD.
 README_TABLES = {
     "CRD README CIFAR-100 identical": ("identical architectures, CIFAR-100", True),
     "CRD README CIFAR-100 distinct": ("distinct architectures, CIFAR-100", True),
@@ -77,15 +77,16 @@ PAPERS_METRIC = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that is read from each run, with the conditions under which runs are comparable."""
+    """Number that a table shows of each run, with the rules for averaging and ranking the runs."""
 
-    label: str
+    label: str  # with the unit, for people
     read: Callable[[Run], float | str]  # returns the number, or the reason why there is none
     note: str = ""  # a sentence for under the table
     decimals: int = 2
-    settings: tuple[str, ...] = SETTINGS  # runs that differ in one are never averaged
-    # Settings that are equal among the cells that are ranked together. Accuracies on held-out
-    # images and on the test set are not ranked together.
+    # Settings that runs must share to be averaged.
+    settings: tuple[str, ...] = SETTINGS
+    # Settings that cells must share to be ranked together. Accuracies on held-out images and on
+    # the test set, for example, are not ranked together.
     comparable: tuple[str, ...] = ("val_fraction",)
     lower_is_better: bool = False
     counted: str = "seeds"  # "seeds": each seed counts once; "runs": every run counts
@@ -95,20 +96,20 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Declaration:
-    """The description of one table."""
+    """Description of one table: its runs, its rows, its published numbers and its baselines."""
 
-    name: str
+    name: str  # for the file names of the table
     title: str
     quantity: Quantity
-    runs: Sequence[Run]
+    runs: Sequence[Run]  # all runs that the table shows
     row: Callable[[Run], str]  # returns the name of the row of a run
-    label: Callable[[str], str]  # returns the label of a row name
-    published: Sequence[Published] = ()
+    label: Callable[[str], str]  # returns the label that people read for the name of a row
+    published: Sequence[Published] = ()  # the numbers beside our runs
     # Returns the name of the row of a published number.
     published_row: Callable[[Published], str] = lambda number: number.method
-    # Names of the first rows. Published rows follow, then the others, short names first.
+    # Names of the first rows. Rows of published numbers follow, then the others, short names first.
     order: Sequence[str] = ()
-    # Returns the names of the rows that a row may be compared with, the first choice first.
+    # Returns the names of the rows that are possible baselines of a row, the first choice first.
     baselines: Callable[[str], Sequence[str]] = lambda row: ()
     # Settings that a cell and its baseline must share.
     same: tuple[str, ...] = COMPARABLE
@@ -117,18 +118,21 @@ class Declaration:
 def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
     """Return the descriptions of all tables that have at least one run.
 
-    The tables of SDD and in its form come first, then those of LSKD, each in the order of the
-    paper. The tables of the READMEs follow. The overviews, one per data set, come last.
-
     Args:
         runs: the runs that count, as `selection.standing` returns them.
         metric: accuracy to show, a key of `selection.METRICS`.
 
     Returns:
-        The descriptions, in the order in which the tables are written.
+        The descriptions, in the order in which the tables are written:
+        1. the tables of the SDD paper,
+        2. ablations and training times in the form of SDD's tables, for other methods and data
+           sets too, and the seed suite: SD-KD+LS over the scales,
+        3. the tables of the LSKD paper,
+        4. the tables of the READMEs of the authors' code,
+        5. an overview of each data set, with the pairs that have a run in none of the other tables.
 
     Raises:
-        ValueError: if `metric` is not such a key.
+        ValueError: If `metric` is not a key of `selection.METRICS`.
     """
     quantity = _accuracy(metric)
     of_papers = [_paper_table(runs, quantity, table) for table in PAPERS_TABLES]
@@ -154,7 +158,10 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
 
 
 def _accuracy(metric: str) -> Quantity:
-    """Return the quantity top-1 accuracy (%) by `metric`, a key of `METRICS`."""
+    """Return the quantity top-1 accuracy (%); of an entry of `_teachers`, the teacher's.
+
+    `metric` is a key of `METRICS`. Raises ValueError for another metric.
+    """
     accuracy_of_student = selection.accuracy(metric)
 
     def read(run: Run) -> float | str:
@@ -175,7 +182,7 @@ def _accuracy(metric: str) -> Quantity:
 
 
 def _time() -> Quantity:
-    """Return the quantity training time (ms per batch) of runs that trained alone."""
+    """Return the quantity training time (ms per batch), which only runs that train alone have."""
 
     def read(run: Run) -> float | str:
         if not run.images_per_s or not run.batch_size or run.group_size is None:
@@ -206,13 +213,18 @@ def _time() -> Quantity:
 def _paper_table(
     runs: Sequence[Run], quantity: Quantity, table: str, too_few: Sequence[str] = ("vanilla",)
 ) -> Declaration:
-    """Declare a paper's table with all its methods and pairs.
+    """Declare a published table with all its methods and pairs.
 
     Args:
-        runs: all runs. Those of the methods of the table, at its scales and weights, are shown.
+        runs: all runs. The table shows those of its data set, pairs and methods that also have the
+            scales and weights of the published number (`protocol.other_method`).
         quantity: the number that the table shows.
         table: name of the table, a key of `PAPERS_TABLES` or `README_TABLES`.
-        too_few: methods whose runs alone are not enough for the table.
+        too_few: methods that do not justify the table. If all runs are of these methods, the table
+            shows no run.
+
+    Returns:
+        The declaration. It has no runs if none belongs to the table.
     """
     numbers = published.of_table(table)
     about, over_plain = (PAPERS_TABLES | README_TABLES)[table]
@@ -240,10 +252,10 @@ def _paper_table(
 
 
 def _weights_of_lskd(runs: Sequence[Run], quantity: Quantity) -> Declaration:
-    """Declare LSKD Table 4: weights of KD, with the logits z, z - mean, z / std and standardised.
+    """Declare LSKD Table 4: KD by weight, on the logits z, z - mean, z / std and (z - mean) / std.
 
-    Runs of ours are of z and of the standardised logits. The softmax ignores a constant that is
-    added to all logits, so z - mean is the same method as z, and z / std as the standardised one.
+    Our runs have the logits z (KD) or (z - mean) / std (KD+LS). The softmax ignores a constant that
+    is added to all logits. So KD on z - mean is KD on z, and KD on z / std is KD+LS.
     """
     numbers = published.of_table("LSKD Table 4")
     pairs = {number.pair for number in numbers}
@@ -274,7 +286,11 @@ def _weights_of_lskd(runs: Sequence[Run], quantity: Quantity) -> Declaration:
 
 
 def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
-    """Declare the ablation of the decoupled knowledge, with M=[1] as its baseline."""
+    """Declare the ablation of SDD's knowledge: of consistent regions, complementary ones, or both.
+
+    The baseline is the same method on the whole map (M=[1]). The arguments are those that
+    `_by_family` passes to its `declare`.
+    """
 
     def row(run: Run) -> str:
         return "none" if run.M == "[1]" else run.knowledge
@@ -303,7 +319,10 @@ def _knowledge(runs: Sequence[Run], quantity: Quantity, dataset: str, family: st
 
 
 def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
-    """Declare the ablation of the scales M, with M=[1] as its baseline."""
+    """Declare the ablation of the scales M, with the whole map (M=[1]) as its baseline.
+
+    The arguments are those that `_by_family` passes to its `declare`.
+    """
     ours = _scale_runs(runs)
     in_seed_suite = {run.pair for run in ours} <= set(SEED_PAIRS)
     if (dataset, family) == ("cifar100", "kd_ls") and in_seed_suite:
@@ -323,7 +342,10 @@ def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) 
 
 
 def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) -> Declaration:
-    """Declare the ablation of the weight of complementary regions, with weight 1 as baseline."""
+    """Declare the ablation of the weight of complementary regions, with weight 1 as baseline.
+
+    The arguments are those that `_by_family` passes to its `declare`.
+    """
     fused = [run for run in runs if run.M != "[1]" and run.knowledge == "fusion"]
     return Declaration(
         name=f"weights_{dataset}_{family}",
@@ -360,10 +382,10 @@ def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
 
 
 def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
-    """Declare the table of the main method, SD-KD+LS, over the scales.
+    """Declare the table of SD-KD+LS over the scales, on the pairs `SEED_PAIRS` of CIFAR-100.
 
-    There is no published number for this method, so the published numbers of its parts (KD+LS and
-    SD-KD) have rows of their own.
+    No paper reports this method. The published numbers of its parts, KD+LS and SD-KD, have rows of
+    their own.
     """
 
     def label(row: str) -> str:
@@ -404,10 +426,10 @@ def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
 
 
 def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Iterator[Declaration]:
-    """Declare an overview of each data set, with all runs of the pairs it shows.
+    """Declare an overview of the runs on each data set, with one row per method and scales.
 
-    The pairs are those with a run that no other table shows. A data set that no paper reports is
-    shown with all its pairs.
+    The overview shows the pairs that have a run in none of the other tables, with all their runs.
+    If no paper reports the data set, the overview shows all pairs.
 
     Args:
         runs: all runs.
@@ -415,7 +437,7 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
         placed: config_hashes of the runs that other tables of accuracy show.
 
     Yields:
-        One declaration per data set, without runs if there is no such pair.
+        One declaration per data set. It has no runs if the overview shows no pair.
     """
     reported = {number.dataset for number in published.numbers()}
     for dataset in sorted({run.dataset for run in runs}):
@@ -455,16 +477,17 @@ def _by_family(
 ) -> Iterator[Declaration]:
     """Declare one table for each data set and family of methods.
 
-    A family is a method without its scales, such as KD or KD+LS. Runs of an unknown method and
-    without a loss of the logits belong to no family.
+    A family is a method without its scales, such as KD or KD+LS. Runs of an unknown method belong
+    to no family, nor do runs without a loss of the logits.
 
     Args:
-        declare: makes the declaration of one data set and family.
+        declare: returns the declaration of a data set and family. It receives the runs of the
+            family on the data set, `quantity`, the data set and the family.
         runs: all runs.
         quantity: the number that the tables show.
 
     Yields:
-        The declarations, by data set and family.
+        The declarations, sorted by data set and family.
     """
     families = defaultdict(list)
     for run in runs:
@@ -477,7 +500,7 @@ def _by_family(
 
 
 def _groups(runs: Iterable[Run], but: tuple[str, ...]) -> list[list[Run]]:
-    """Group the runs that share source, pair and every setting except those in `but`."""
+    """Group the runs that share source, pair and every setting of `SETTINGS` but those in `but`."""
     names = [name for name in ("source", "pair", *SETTINGS) if name not in but]
     groups = defaultdict(list)
     for run in runs:
@@ -486,7 +509,7 @@ def _groups(runs: Iterable[Run], but: tuple[str, ...]) -> list[list[Run]]:
 
 
 def _controlled(runs: Iterable[Run], factor: str) -> list[Run]:
-    """Return the runs for which another run differs in `factor` and in no other setting."""
+    """Return each run that has a counterpart: a run that differs in the setting `factor` only."""
     return [
         run
         for group in _groups(runs, (factor,))
@@ -496,10 +519,11 @@ def _controlled(runs: Iterable[Run], factor: str) -> list[Run]:
 
 
 def _scale_runs(runs: Iterable[Run]) -> list[Run]:
-    """Return the runs for which another run differs in M and in no other setting.
+    """Return each run that has a counterpart: a run that differs in the scales M only.
 
-    If a group has several weights of complementary regions, only the weight with the most scales is
-    kept. A tie goes to the papers' weight.
+    Only runs with both kinds of regions (knowledge "fusion") are considered. If runs with regions
+    differ in the weight of complementary regions too, only the weight that ran with the most scales
+    is kept. A tie goes to the papers' weight.
     """
 
     def count(group: Iterable[Run]) -> int:
@@ -529,10 +553,10 @@ def _scale_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 def _teachers(runs: Iterable[Run]) -> list[Run]:
-    """Return one entry per pair, with the accuracy of its teacher on the test set.
+    """Return one entry of method "teacher" per pair, with the teacher's accuracy on the test set.
 
-    A pair whose teacher has no recorded accuracy has no entry. The accuracy is None if the runs
-    of a pair had teachers of different accuracies. Runs with held-out images do not count.
+    The accuracy is None if the runs of a pair recorded different ones. Runs with held-out images
+    are ignored. A pair has no entry if none of its other runs recorded the accuracy.
     """
     found: dict[str, dict[float, Run]] = defaultdict(dict)  # by pair and accuracy of the teacher
     for run in runs:
@@ -563,31 +587,35 @@ def _is_number(value: float | str) -> bool:
 
 
 def _of_plain_kd(table: str, dataset: str, family: str) -> Sequence[Published]:
-    """Return the numbers of a table of SDD's ablations, which are of KD on CIFAR-100."""
+    """Return the numbers of an ablation table of SDD for a data set and family.
+
+    These tables are of KD on CIFAR-100. The result is empty for others.
+    """
     if (dataset, family) != ("cifar100", "kd"):
         return ()
     return published.of_table(table)
 
 
 def _all_but(setting: str) -> tuple[str, ...]:
-    """Return the settings that a cell and its baseline share if only `setting` is varied."""
+    """Return the source and all settings but one: what a cell shares with its baseline."""
     return ("source", *(name for name in SETTINGS if name != setting))
 
 
 def _always(baseline: str) -> Callable[[str], Sequence[str]]:
-    """Return the function that gives every other row this baseline."""
+    """Return a function that maps a row to [`baseline`], and the baseline itself to []."""
     return lambda row: [] if row == baseline else [baseline]
 
 
 def _counterparts(method: str, tricks: Sequence[Callable[[str], str | None]]) -> list[str]:
-    """Return the methods that a method is compared with, the first choice first.
+    """Return the methods that a method may be compared with, the first choice first.
 
-    These are the method without its last loss or without a trick. A plain method is compared with
-    the student alone, and with KD if the student was not trained alone.
+    The choices are the method without its last loss, the method without each trick, the student
+    alone, and KD. The student alone and the teacher are compared with nothing.
 
     Args:
         method: the method, as `schema.method_of` spells it.
-        tricks: functions that return the method without a trick, or None, in order.
+        tricks: functions that return the method without a trick (None if the method does not have
+            the trick), the first choice first.
     """
     if method in ("vanilla", "teacher"):
         return []
@@ -596,16 +624,16 @@ def _counterparts(method: str, tricks: Sequence[Callable[[str], str | None]]) ->
 
 
 def _plain(method: str) -> str | None:
-    """Return the method without standardisation, or None if it has none."""
+    """Return the method without standardisation, or None if the method does not standardise."""
     return method.removesuffix("_ls") if method.endswith("_ls") else None
 
 
 def _without_last(method: str) -> str | None:
-    """Return a sum of losses without the last one, or None if the method is one loss."""
+    """Return a sum of losses without its last loss, or None if the method is a single loss."""
     whole = "kd+dot" if method == "kd_dot" else method
     return whole.rpartition("+")[0] or None
 
 
 def _one_scale(method: str) -> str | None:
-    """Return the method on the whole map only, or None if it has no other scales."""
+    """Return the method on the whole map, `kd` for `sd_kd`, or None if `method` has no `sd_`."""
     return method.removeprefix("sd_") if method.startswith("sd_") else None

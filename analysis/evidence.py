@@ -1,4 +1,4 @@
-"""Say what the published numbers and the authors' own logs say about each other.
+"""Compare the published numbers with each other and with the logs of LSKD's authors.
 
 `lines` makes docs/evidence.md from the files of `reference`: the published numbers, and the best
 and the last epoch of the logs that LSKD's authors published.
@@ -18,12 +18,13 @@ __all__ = ["Log", "lines", "logs"]
 
 LOGS = "lskd_logs.csv"
 FAR = 0.3
-"""Difference of a log's best epoch from the published mean, in points, from which it is listed."""
+"""Smallest difference of a log's best epoch from the published mean, in points, to be listed."""
 TABLES = ("LSKD Table 1", "LSKD Table 2", "LSKD Table 3")
-"""Tables that LSKD's logs belong to."""
-REPEAT_LOGS = "LSKD logs"  # how the tables of published_more.csv begin that repeat the logs
+"""Tables of LSKD with the results of the runs in the logs."""
+# Tables of published_more.csv whose names begin so repeat the logs.
+REPEAT_LOGS = "LSKD logs"
 ABLATIONS = ("SDD Table 6", "SDD Table 7", "SDD Table 8", "LSKD Table 4")
-"""Tables whose numbers are of variants of a method."""
+"""Tables of ablations, whose numbers are of variants of a method."""
 HEAD = f"""\
 # What the papers' own numbers say
 
@@ -35,25 +36,25 @@ of each run, as `python -m analysis import-logs` reads them)."""
 
 @dataclass(frozen=True)
 class Log:
-    """A run in the logs of LSKD's authors."""
+    """Run of LSKD's authors: its method and networks, and the accuracies in its log."""
 
-    log: str  # path in their repository
-    method: str
+    log: str  # path of the log in the authors' repository
+    method: str  # as `schema.method_of` spells it
     dataset: str
     teacher: str
     student: str
-    epochs: int
+    epochs: int  # number of epochs
     best: float  # top-1 (%) of the best epoch
     last: float  # top-1 (%) of the last epoch
 
     @property
     def pair(self) -> str:
-        """Return the pair of teacher and student, as in `Published.pair`."""
+        """Return "teacher_student", as `Published.pair` has it: "resnet32x4_resnet8x4"."""
         return f"{self.teacher}_{self.student}"
 
 
 def logs() -> list[Log]:
-    """Return the runs of the logs of LSKD's authors, in the order of the file."""
+    """Return all runs of `reference/lskd_logs.csv`, in the order of the file."""
     with (REFERENCE / LOGS).open(newline="", encoding="utf-8") as file:
         return [
             Log(
@@ -67,7 +68,12 @@ def logs() -> list[Log]:
 
 
 def lines() -> Iterator[str]:
-    """Yield the lines of docs/evidence.md."""
+    """Yield the Markdown text of docs/evidence.md in pieces, to be joined by line breaks.
+
+    Most pieces are one line; the first has the title and the first paragraph. The sections compare
+    best and last epochs, list cells that differ from their log, cells that equal a single run, and
+    results that several tables print with different numbers.
+    """
     runs = logs()
     yield HEAD
     yield from _best_and_last(runs)
@@ -81,7 +87,7 @@ def _row(cells: Iterable[object]) -> str:
 
 
 def _of_lskd() -> dict[tuple[str, str, str], Published]:
-    """Return LSKD's published top-1 by data set, pair and method."""
+    """Return the top-1 (%) that LSKD published in `TABLES`, by data set, pair and method."""
     return {
         (number.dataset, number.pair, number.method): number
         for table in TABLES
@@ -90,7 +96,7 @@ def _of_lskd() -> dict[tuple[str, str, str], Published]:
 
 
 def _with_number(runs: Iterable[Log]) -> Iterator[tuple[Log, Published]]:
-    """Yield the runs whose cell is published, with the published number."""
+    """Yield each run that has a published number (`_of_lskd`), with this number."""
     numbers = _of_lskd()
     for run in runs:
         if number := numbers.get((run.dataset, run.pair, run.method)):
@@ -174,7 +180,7 @@ def _one_run_as_mean(runs: list[Log]) -> Iterator[str]:
 
 
 def _printed_differently() -> Iterator[str]:
-    """Yield a table of the cells that several sources print with different numbers."""
+    """Yield a section on the results that several tables print with different numbers."""
     cells: dict[tuple[str, str, str], dict[float, list[Published]]] = defaultdict(
         lambda: defaultdict(list)
     )

@@ -1,21 +1,23 @@
 """Import the logs of other projects as runs in MLflow, so that the tables show them beside ours.
 
-Imported runs are marked source=imported. There are four formats, recognised by their content:
+Imported runs have the tag source=imported. The content of a file tells its format:
 - worklog: worklog.txt of mdistiller and of projects built on it (SDD, LSKD). An epoch is a block
-  between dashed lines; `best_acc` ends the log. The learning rate is printed with two decimals:
-  0.025 reads 0.03, and a rate that reads 0.00 is not imported. A resumed training may log epochs
-  again, or append to half a block: what is logged later is imported, with a note.
+  between dashed lines; the line `best_acc` ends the log. The learning rate is printed with two
+  decimals: 0.025 reads 0.03. A rate that reads 0.00 is not imported. A resumed training may log
+  epochs again, or append to an incomplete block. The later epoch is then imported, with a note.
 - CTKD: one JSON object per epoch, without a separator (`}{`).
 - tiny-transformers: lines `json_stats: {...}`; top-1 is 100 - top1_err.
 - CSV: one row per run; docs/import.md lists the columns.
 
-A log states neither networks nor method. They are read from the name of its file or folder, in the
-authors' notation (`kd,res32x4,res8x4`; LSKD's `dkd,vgg13,vgg8,2,15,2.0`: temperature, weight, beta;
-`deit-ti_c100_KD_ours_3_10`), and from `given`, which takes precedence. The authors' trainers append
-options of the command line to the name: `SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4],SOLVER.LR:0.01`.
-Those in log_params.OPTIONS are imported. A name of three parts counts as not standardised. LSKD's
-own code names its standardised runs the same way: pass `standardize=true` for those. Scales are
-never guessed.
+A text log states neither networks nor method. They are read from the name of its file or folder.
+Params that the caller gives take precedence over the name. The authors write names in these forms:
+- `kd,res32x4,res8x4`: method, teacher, student. The run counts as not standardised, although LSKD's
+  own code names standardised runs in this form too. Give `standardize=true` for such runs.
+- `dkd,vgg13,vgg8,2,15,2.0`: LSKD, standardised, with temperature, weight and beta.
+- `deit-ti_c100_KD_ours_3_10`: LSKD, standardised: student, data set, method, temperature, weight.
+- `SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4],SOLVER.LR:0.01`: options of the command line follow. The
+  options in log_params.OPTIONS are imported.
+The scales of a method with SDD are never guessed: a run that does not state them is refused.
 """
 
 import csv
@@ -60,14 +62,15 @@ FORMATS = (
 MAX_BYTES = 64 * 2**20  # 17 times the size of the longest log that LSKD published
 ROUNDING = 0.0051  # tolerance for values that logs print with two decimals
 NO_ACCURACY = "a finished run needs an accuracy in a column best, top1 or last"
-LINES_SAID = 3  # lines of a table that a message names
-MAX_NOTES = 6  # what was left out of a run, in the reason of its status
+LINES_SAID = 3  # largest number of line numbers in a message
+MAX_NOTES = 6  # largest number of notes on what was left out of a run, in its status reason
 METRICS_A_BATCH = 1000  # metrics per request; MLflow's limit
 STATUS_WORDS = {
     **dict.fromkeys(("", "finished", "complete"), "FINISHED"),
     **dict.fromkeys(("killed", "partial", "running"), "KILLED"),
     **dict.fromkeys(("failed", "crashed"), "FAILED"),
 }
+# Name of a param or metric in MLflow, or of another value, by the name of a column in a CSV file.
 CSV_NAMES = {
     **PARAMS,
     **{key: key for key in PARAMS.values()},
@@ -90,7 +93,7 @@ class _Import:
 
     name: str
     path: Path
-    record: str  # identifies the content, so that it is imported only once
+    record: str  # hash of the content, by which a second import finds the run
     params: dict[str, str]
     metrics: list[tuple[str, float, int]]  # key, value, epoch
     status: str
@@ -104,22 +107,27 @@ def import_logs(
     given: Mapping[str, str] | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[str]:
-    """Create an MLflow run for each log that has not been imported before.
+    """Create an MLflow run for each run in the logs that has not been imported before.
+
+    A text log holds one or more runs. Each row of a CSV file is a run.
 
     Args:
-        paths: log files, or folders, from which every .txt, .log, .json and .csv file is read.
-        uri: MLflow store. A missing SQLite database is created.
-        experiment: name of the MLflow experiment. A missing one is created.
+        paths: log files and folders. Every .txt, .log, .json and .csv file in a folder and its
+            subfolders is read.
+        uri: MLflow store. A missing SQLite database is created if there is a run to import.
+        experiment: name of the MLflow experiment. A missing experiment is created.
         given: params of every run, keyed by MLflow's names (the values of schema.PARAMS). They
-            take precedence over what a file states.
-        say: receives one line for each run that is imported or already exists.
+            take precedence over what a file states. None for no params.
+        say: receives one line of text for each run that is imported or already exists.
 
     Returns:
-        The ids of the new runs.
+        The MLflow ids of the new runs, in the order of import.
 
     Raises:
-        ValueError: if a file or row is refused, after all others are imported, with one line for
-            each; or, before anything is read, if `given` is invalid.
+        ValueError: If `given` has an unknown key or an invalid value (nothing is read then); if the
+            store fails or `experiment` was deleted in MLflow (the import stops); or if paths, files
+            or rows are refused. The last error is raised after all others are imported, with what
+            is refused and why.
     """
     fixed = {key: param(key, text) for key, text in (given or {}).items()}
     refused: list[str] = []
@@ -251,7 +259,16 @@ def _runs(
 
 
 def _outcome(each: Log, planned: int) -> tuple[str, str]:
-    """Return the status of a run, and the reason if it is not simply FINISHED."""
+    """Return the status of a run in a text log, and the reason of the status.
+
+    Args:
+        each: the run, with at least one complete epoch.
+        planned: planned number of epochs.
+
+    Returns:
+        "FAILED" if a metric is NaN or infinite, else "KILLED" if the log ends too early, else
+        "FINISHED". The reason also says what was left out; "" if there is nothing to say.
+    """
     done, best = each.done, each.best_top1()
     status, reasons = "KILLED", []
     if each.torn:
@@ -281,7 +298,10 @@ def _outcome(each: Log, planned: int) -> tuple[str, str]:
 
 
 def _header(text: str) -> list[str]:
-    """Return our names of the columns of a CSV file, "" for columns that we do not know."""
+    """Return the names that `CSV_NAMES` gives to the columns of a CSV file.
+
+    The name of an unknown column is "". The result is empty if `text` is not CSV.
+    """
     try:
         return [CSV_NAMES.get(name.strip(), "") for name in next(csv.reader(io.StringIO(text)), [])]
     except csv.Error:
@@ -320,7 +340,7 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
 
 
 def _lines_said(lines: Sequence[int]) -> str:
-    """Return the numbers of lines in words, such as "lines 2, 3, 4 and 97 more"."""
+    """Return a text that lists line numbers, such as "lines 2, 3, 4 and 97 more"."""
     if len(lines) == 1:
         return f"line {lines[0]}"
     more = f" and {len(lines) - LINES_SAID} more" if len(lines) > LINES_SAID else ""
@@ -378,9 +398,10 @@ def _row(
 
 
 def _complete(params: Mapping[str, str], row: Mapping[str, str]) -> dict[str, str]:
-    """Return the params with our names of networks.
+    """Return the params of a CSV row as `log_params.complete` does.
 
-    Raise ValueError with all that is missing: params, and the accuracy of a finished run.
+    Raises ValueError if params are missing. If a finished run lacks the accuracy as well, the
+    message says both.
     """
     try:
         return complete(params)
@@ -403,7 +424,8 @@ def _require_percent(metrics: Iterable[tuple[str, float, int]]) -> None:
 def _make_database(uri: str) -> None:
     """Create the database if `uri` names a missing SQLite file.
 
-    Any other store is checked when it is opened.
+    Other stores are checked later, when they are opened. Raises ValueError if the file cannot be
+    created.
     """
     path = sqlite_file(uri)
     if path is None or "?" in uri or path.exists():
@@ -440,9 +462,9 @@ def _experiment(client: Any, uri: str, name: str) -> str:
 
 
 def _there(client: Any, experiment_id: str, record: str) -> str:
-    """Return the id of the run with this record, or "" if there is none.
+    """Return the id of the imported run with this tag `record`, or "" if there is none.
 
-    Delete such a run first if an interrupted import left it unfinished.
+    A run with this record that an interrupted import left unfinished is deleted.
     """
     for run in client.search_runs([experiment_id], f"tags.record = '{record}'"):
         if run.info.status != "RUNNING":

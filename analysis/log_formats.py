@@ -1,4 +1,8 @@
-"""Read the runs in the logs of other projects: worklog, CTKD's JSON, json_stats."""
+"""Read the runs in the logs of other projects: worklog, CTKD's JSON, json_stats.
+
+A log may hold several runs: epoch 1 starts another run. The metrics of a run have our names, such
+as val/top1 for the accuracy (%) on the test set.
+"""
 
 import json
 import math
@@ -22,51 +26,55 @@ WORKLOG = {
 class Log:
     """One run as read from a log."""
 
-    epochs: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics by epoch, ascending
-    best: float | None = None  # best top-1 (%) that the log states
-    lr: float | None = None  # learning rate of the first epoch
+    # Metrics by name for each complete epoch, in ascending order of the epochs.
+    epochs: dict[int, dict[str, float]] = field(default_factory=dict)
+    # Best top-1 (%) that the log states. In a worklog, only if it is not that of the epochs.
+    best: float | None = None
+    lr: float | None = None  # learning rate of the first epoch, if a worklog states it
     planned: int = 0  # planned number of epochs; 0 if the log does not state it
     torn: bool = False  # whether the log ends in the middle of an epoch
-    closed: bool | None = None  # whether the log has its last line; None: the format has none
-    notes: list[str] = field(default_factory=list)  # what was left out
+    # Whether the last line, best_acc, was read. None if the format has no such line.
+    closed: bool | None = None
+    notes: list[str] = field(default_factory=list)  # sentences on what was left out
 
     @property
     def done(self) -> int:
-        """Return the last complete epoch, or 0 if there is none."""
+        """Return the number of the last complete epoch, or 0 if no epoch is complete."""
         return next(reversed(self.epochs), 0)
 
     def best_top1(self) -> float:
-        """Return the highest top-1 (%) of the epochs, or NaN if none is finite."""
+        """Return the highest finite val/top1 (%) of the epochs, or NaN if there is none."""
         accuracies = (row["val/top1"] for row in self.epochs.values())
         return max(filter(math.isfinite, accuracies), default=math.nan)
 
 
 @dataclass
 class _Reader:
-    """The runs of a log. Its epochs are added in the order of the file.
+    """Collector of the runs of a log. The caller adds the epochs in the order of the file.
 
-    A training that is resumed appends to the log of the training that was killed. So an epoch may
-    come again, and an epoch whose lines are incomplete may stand before it.
+    A training that is resumed appends to the log of the training that was killed. So an incomplete
+    epoch may stand in the middle of the log, and an epoch may be there twice.
     """
 
     logs: list[Log] = field(default_factory=list)
-    # The incomplete epochs since the last complete one: number (None if it is unknown), and the
-    # line with the reason why it is incomplete.
+    # The incomplete epochs since the last complete epoch: the number of each (None if unknown), and
+    # a message with its line and what is wrong.
     incomplete: list[tuple[int | None, str]] = field(default_factory=list)
 
     @property
     def done(self) -> int:
-        """Return the last complete epoch of the current run, or 0 if there is none."""
+        """Return the number of the current run's last complete epoch; 0 if there is none."""
         return self.logs[-1].done if self.logs else 0
 
     def add(self, epoch: int, metrics: dict[str, float]) -> Log:
-        """Add an epoch, and return its run.
+        """Add a complete epoch, and return the run that the epoch belongs to.
 
-        Epoch 1 starts a new run. An epoch that the run has already replaces that epoch and all
-        that follow it, because the training was resumed before them.
+        Epoch 1 starts a new run. If the current run has an epoch with this number, the new epoch
+        replaces it and all later epochs, because the training was resumed before them.
 
         Raises:
-            ValueError: if epochs before this one are absent from the log.
+            ValueError: If `epoch` is below 1, or if the log lacks an epoch before this one. After
+                an incomplete epoch, one epoch may be lacking, but not the first of a run.
         """
         done = self.done
         # An incomplete epoch that does not come again is missing. The others are imported.
@@ -93,22 +101,31 @@ class _Reader:
         return run
 
     def add_incomplete(self, epoch: int | None, reason: str) -> None:
-        """Note an incomplete epoch; raise ValueError if it does not follow the epochs before it."""
+        """Note an incomplete epoch.
+
+        Args:
+            epoch: number of the epoch; None if it is unknown.
+            reason: message with the line and what is wrong.
+
+        Raises:
+            ValueError: If the log lacks an epoch before this one. The message is the `reason` of
+                the first incomplete epoch.
+        """
         self.incomplete.append((epoch, reason))
         if epoch is not None and epoch > self.done + 1:
             raise ValueError(self.incomplete[0][1])
 
     def finish(self, torn: bool = False) -> list[Log]:
-        """Return the runs; raise ValueError if the log has incomplete epochs only.
+        """Return the runs of the log after all epochs are added.
 
         Args:
             torn: whether the log ends in the middle of an epoch of the last run.
 
         Returns:
-            The runs, or a run without epochs if the log has none.
+            The runs in the order of the log. A log without epochs gives one run without epochs.
 
         Raises:
-            ValueError: if no epoch is complete, and one is known to be incomplete.
+            ValueError: If an incomplete epoch was noted, and no epoch is complete.
         """
         if not self.logs:
             if self.incomplete:
@@ -118,13 +135,23 @@ class _Reader:
         # Epoch 1 belongs to another run.
         if torn or any(epoch != 1 for epoch, _ in self.incomplete):
             last.torn = True
-            if last.closed:  # by a training that was resumed after the incomplete epoch
+            # A training that was resumed after the incomplete epoch may have closed the run.
+            if last.closed:
                 last.closed = False
         return self.logs
 
 
 def worklog(text: str) -> list[Log]:
-    """Return the runs in a worklog.txt of mdistiller; raise ValueError if it is not one."""
+    """Return the runs in the text of a worklog.txt, as mdistiller writes it.
+
+    A block of lines is an epoch, and complete if it has all values of `WORKLOG`. Incomplete epochs
+    are left out, with a note. A text without a finished block gives one run without epochs.
+
+    Raises:
+        ValueError: If a line or number is not as in a worklog, if a block has a value twice, if
+            epochs are absent or out of order, if every finished block is incomplete, or if
+            best_acc comes before the first epoch.
+    """
     reader = _Reader()
     block: dict[str, str] = {}
     cut = False  # whether the block has a line that was cut off
@@ -182,7 +209,17 @@ def _take_block(reader: _Reader, block: Mapping[str, str], number: int) -> None:
 
 
 def _close(reader: _Reader, stated: str, block: Mapping[str, str], number: int) -> None:
-    """End a run of a worklog, whose line best_acc states `stated`."""
+    """Mark the current run of a worklog as ended by a line best_acc.
+
+    Args:
+        reader: the reader, which holds the run.
+        stated: best top-1 (%) on the line, as text. Kept only if it is not that of the epochs.
+        block: values of an epoch that the line ends; empty if the epoch was ended before.
+        number: number of the line, for error messages.
+
+    Raises:
+        ValueError: If there is no complete epoch before the line, or if `stated` is no number.
+    """
     if block:
         _take_block(reader, block, number)
     if not reader.logs:
@@ -195,7 +232,16 @@ def _close(reader: _Reader, stated: str, block: Mapping[str, str], number: int) 
 
 
 def glued_json(text: str) -> list[Log]:
-    """Return the runs in CTKD's objects; raise ValueError if one is not an epoch."""
+    """Return the runs in the text of a CTKD log: one JSON object per epoch, `{...}{...}`.
+
+    An object that was cut off, by the end of the log or by a resumed training, is left out. A blank
+    text gives one run without epochs.
+
+    Raises:
+        ValueError: If the text is not made of such objects, if one of the values epoch, test_acc,
+            test_acc_top5 and best_acc is missing or not a number, if epochs are absent or out of
+            order, or if no object is complete.
+    """
     reader = _Reader()
     decoder, at = json.JSONDecoder(), 0
     while rest := text[at : at + 1]:
@@ -227,7 +273,15 @@ def glued_json(text: str) -> list[Log]:
 
 
 def json_stats(text: str) -> list[Log]:
-    """Return the runs in json_stats lines; raise ValueError if one is not an epoch."""
+    """Return the runs in the lines `json_stats: {...}` of a tiny-transformers log.
+
+    Other lines are ignored. Top-1 and top-5 (%) are 100 - top1_err and 100 - top5_err. An epoch
+    whose line was cut off is left out. A text without such lines gives one run without epochs.
+
+    Raises:
+        ValueError: If a value of an epoch is missing or has the wrong type, if epochs are absent or
+            out of order, or if lines before the last were cut off and no epoch is complete.
+    """
     reader = _Reader()
     trained: dict[str, float] = {}
     whole = True

@@ -1,6 +1,7 @@
-"""Read the params of a run from the name of its log, or from a cell of a table.
+"""Read the params of a run from the name of its log, or from the cells of a CSV row.
 
-The names are in the authors' notation: `kd,res32x4,res8x4`.
+Params are texts, keyed by MLflow's names (`schema.PARAMS`). The names of logs are in the authors'
+notation: `kd,res32x4,res8x4` (see `import_logs`).
 """
 
 import math
@@ -28,6 +29,7 @@ LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a f
 NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 DATASETS = {"c100": "cifar100"}
 OPTION = re.compile(r",? *-*([A-Z]+(?:\.[A-Z0-9_]+)+|M):")  # in a name: M: or SOLVER.LR:
+# Params that the options of the authors' command line set.
 OPTIONS = {
     "M": "M",
     "SOLVER.LR": "optimizer.lr",
@@ -44,7 +46,7 @@ OPTIONS = {
     "DKD.CE_WEIGHT": "distiller.ce_weight",
     "DKD.BETA": "distiller.loss.beta",
 }
-# The section of options that the authors' code reads for a loss.
+# Section of the options that the authors' code reads for each loss.
 SECTIONS = {"kd": "KD", "mlkd": "KD", "dkd": "DKD", "nkd": "DKD"}
 # Options with these beginnings do not change what a run computes.
 IRRELEVANT_OPTIONS = (
@@ -54,6 +56,7 @@ IRRELEVANT_OPTIONS = (
     "DATASET.NUM_WORKERS",
     "DATASET.TEST.",
 )
+# Patterns of the names of networks, and our names for the networks that match.
 NETWORKS = (
     (r"(?:resnet|res|r)_?(\d+(?:x\d+)?)", r"resnet\1"),
     (r"(?:mobile(?:net)?|m)_?v(\d)", r"mobilev\1"),
@@ -64,11 +67,15 @@ NETWORKS = (
     (r"t2t_(\d+)", r"t2t_vit_\1"),
     (r"([a-z][a-z0-9_]*)", r"\1"),
 )
-LOSSES = {*PAPERS_LOSSES, "vanilla"}  # losses that people write in capitals too
+LOSSES = {*PAPERS_LOSSES, "vanilla"}  # losses whose names may be written in capitals
 
 
 def name_of(path: Path) -> str:
-    """Return the run's name: that of the file, or of its folder if that describes the run."""
+    """Return the name of the run in a log: that of the file without suffix, or of the folder.
+
+    The folder's name is taken if the file is a "worklog", or if only the folder's name has a comma,
+    as in `kd,res32x4,res8x4/train.txt`. Suffixes that are not in `LOG_SUFFIXES` are kept.
+    """
     name = path.name
     if path.suffix.lower() in LOG_SUFFIXES:
         name = path.stem
@@ -81,18 +88,21 @@ def name_of(path: Path) -> str:
 def params_of_name(
     name: str, path: Path, given: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return what the name of a log and its folders state.
+    """Return the params that the name of a log and the names of its folders state.
 
     Args:
-        name: name of the run.
-        path: path of the log.
-        given: params that take precedence over the name.
+        name: name of the run, as `name_of` returns it.
+        path: path of the log. The names of the last three folders may state the data set.
+        given: params of the caller. An option whose param is in `given` is skipped. The result does
+            not contain `given`.
 
     Returns:
-        The params, and a note on each option that is not imported.
+        The params, and a sentence for each option in the name that is not imported. A name in
+        another notation states no method and no networks.
 
     Raises:
-        ValueError: if an option has no valid value and the name is needed.
+        ValueError: If the value of an option is not valid, unless `given` has the param, or all
+            params that a run needs (`NEEDED`).
     """
     params: dict[str, str] = {}
     # mdistiller writes output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt.
@@ -114,7 +124,7 @@ def params_of_name(
 
 
 def _params_of_tag(tag: str) -> dict[str, str]:
-    """Return the params that a name without options states; none if it has another notation."""
+    """Return the params that a name without options states; {} if the notation is unknown."""
     params: dict[str, str] = {}
     parts = [part.strip() for part in tag.split(",")]
     numbers = [part for part in parts[3:] if _is_number(part)]
@@ -149,19 +159,19 @@ def _is_number(text: str) -> bool:
 def _params_of_options(
     options: Mapping[str, str], loss: str, given: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the params that options state, and a note on each option that is not imported.
+    """Return the params that the options in a name state.
 
     Args:
-        options: options of the authors' command line, such as SOLVER.LR.
-        loss: name of the distiller, which decides on the section of options that counts.
+        options: values of options of the authors' command line, such as SOLVER.LR.
+        loss: name of the distiller. Options in the section of another loss are not imported.
         given: params that take precedence over the options.
 
     Returns:
-        The params and the notes.
+        The params, and a sentence for each option that is not imported.
 
     Raises:
-        ValueError: if an option has no valid value, unless `given` has the param, or all params
-            that a run needs.
+        ValueError: If the value of an option is not valid, unless `given` has the param, or all
+            params that a run needs (`NEEDED`).
     """
     params: dict[str, str] = {}
     notes: list[str] = []
@@ -185,9 +195,11 @@ def _params_of_options(
 
 
 def params_of_method(text: str) -> dict[str, str]:
-    """Return the params that a method name states: SDD_KD_LSKD is distiller kd, standardised.
+    """Return the params distiller.name, standardize and M that a method name states.
 
-    Without SDD, the only scale is the whole map (M=[1]). With SDD, the name does not state M.
+    SDD_KD_LSKD, for example, is distiller "kd" with standardize "True". The prefix is SDD_ or SD_,
+    and the suffix _LSKD, _LS or +LS, in upper or lower case. Without the prefix, M is "[1]", the
+    whole map. With the prefix, the name does not state M. Raises ValueError if `text` is blank.
     """
     name = re.sub(r"[-+ ](?=ls(kd)?$)", "_", text.strip(), flags=re.IGNORECASE)
     match = re.fullmatch(r"(sdd?_)?(.+?)(_ls|_lskd)?", name, re.IGNORECASE)
@@ -202,7 +214,7 @@ def params_of_method(text: str) -> dict[str, str]:
 
 
 def loss_name(text: str) -> str:
-    """Return our name of a loss: kd for KD. A loss that is not one of ours keeps its spelling."""
+    """Return our name of a loss: kd for KD. A loss that is not in `LOSSES` keeps its spelling."""
     name = text.strip()
     if name.lower() in LOSSES:
         return name.lower()
@@ -212,7 +224,9 @@ def loss_name(text: str) -> str:
 def network(text: str) -> str:
     """Return our name of a network: resnet32x4 for ResNet32x4 and res32x4.
 
-    A network that is not one of ours keeps its name.
+    The name of an unknown network is only put into lower case, with "_" for "-" and without the
+    suffix "_sdd". Raises ValueError if such a name does not start with a letter, or has characters
+    other than letters, digits and "_".
     """
     name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
     for pattern, ours in NETWORKS:
@@ -224,7 +238,19 @@ def network(text: str) -> str:
 
 
 def param(key: str, text: str) -> str:
-    """Return a param in the form that the trainer writes."""
+    """Return the value of a param in the spelling that the trainer writes to MLflow.
+
+    Args:
+        key: name of the param in MLflow, one of the values of `schema.PARAMS`.
+        text: the value as a person or a log spells it, such as "ResNet8x4", "[1, 2]" or "true".
+
+    Returns:
+        The value: "resnet8x4", "[1,2]", "True". Other texts, such as the name of a data set, are
+        put into lower case.
+
+    Raises:
+        ValueError: If `key` is unknown, or if `text` is not a value of the type of the param.
+    """
     column = next((column for column, param in PARAMS.items() if param == key), None)
     if column is None:
         raise ValueError(
@@ -250,7 +276,11 @@ def param(key: str, text: str) -> str:
 
 
 def number_of(key: str, text: str) -> float:
-    """Return `text` as a finite number; raise ValueError that names `key` if it is none."""
+    """Return the finite number that `text` states.
+
+    Raises ValueError if `text` is not a number, or is NaN or infinite. The message names the param
+    or column `key`.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -261,7 +291,11 @@ def number_of(key: str, text: str) -> float:
 
 
 def whole_number(key: str, text: str) -> str:
-    """Return `text` as an integer without commas; raise ValueError naming `key` if it is none."""
+    """Return the whole number that `text` states in digits only: "1200" for "1,200" or "1200.0".
+
+    Raises ValueError if `text` is not a whole number, or is negative. The message names the param
+    or column `key`.
+    """
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text):  # 1,200
         text = text.replace(",", "")
     value = number_of(key, text)  # pandas writes integers as 240.0 if values are missing
@@ -271,10 +305,11 @@ def whole_number(key: str, text: str) -> str:
 
 
 def complete(params: Mapping[str, str]) -> dict[str, str]:
-    """Return the params with our names of networks; raise ValueError if a required one is missing.
+    """Return the params of a run with our names of networks, after a check that none is missing.
 
-    The log of a student that was trained alone names a teacher that takes no part in the training,
-    so the teacher, the scales and the standardisation of such a run are set here.
+    A student that was trained alone (vanilla) gets teacher "none", M=[1] and no standardisation,
+    since its log may name a teacher that takes no part in the training. Raises ValueError if one of
+    the params `NEEDED` is missing or empty, or if the name of a network is not valid.
     """
     whole = dict(params)
     if params.get("distiller.name") == "vanilla":

@@ -1,4 +1,4 @@
-"""Give each thing that a person reads its one name, in tables, figures and report alike.
+"""Define the names of methods, pairs and settings that tables, figures and report show.
 
 A method has the papers' name, followed by its scales: SD-KD+LS [1,2,4].
 """
@@ -62,8 +62,9 @@ def method_name(method: str, M: str = "[1]") -> str:
 
     Args:
         method: method as `schema.method_of` spells it, such as `sd_kd_ls` or `sd_kd+crd`. A loss
-            that is not in `PAPERS_LOSSES` keeps its spelling.
-        M: scales, such as "[1,2,4]". The whole map, "[1]", is not named.
+            that is not in `PAPERS_LOSSES` keeps its spelling. `vanilla` gives "student alone", and
+            "" gives "method not known", both without scales.
+        M: scales, such as "[1,2,4]". The name leaves out "[1]" (the whole map) and "".
     """
     if method in NO_LOSS:
         return NO_LOSS[method]
@@ -85,12 +86,15 @@ def _part_name(part: str) -> str:
 
 
 def row_key(method: str, M: str) -> str:
-    """Return the key of the row of a method and its scales, such as "sd_kd [1,2]" or "kd"."""
+    """Return the key of a table row: the method with its scales, such as "sd_kd [1,2]" or "kd".
+
+    An empty method counts as "unknown". The scales "[1]" (the whole map) and "" are left out.
+    """
     return f"{method or 'unknown'} {M or '[1]'}".removesuffix(" [1]")
 
 
 def row_name(key: str) -> str:
-    """Return the name of the row with this `row_key`."""
+    """Return the name that people read for a key of `row_key`: SD-KD [1,2] for "sd_kd [1,2]"."""
     method, blank, scales = key.partition(" [")
     if not blank:
         return method_name(method)
@@ -98,14 +102,21 @@ def row_name(key: str) -> str:
 
 
 def pair_name(teacher: str, student: str) -> str:
-    """Return the name of a pair. The teacher of a student alone is "none"."""
+    """Return the name of a pair, such as "resnet56 → resnet20".
+
+    If `teacher` is "none", the student is trained alone: "resnet20 alone".
+    """
     if teacher == "none":
         return f"{student} alone"
     return f"{teacher} → {student}"
 
 
 def value_name(value: Any) -> str:
-    """Return the value of a setting as text, such as 4 for 4.0."""
+    """Return the value of a setting as text.
+
+    None gives "unknown". A float has at most 12 significant digits and no trailing zeros: "4" for
+    4.0. Other values are written as by `str`.
+    """
     if value is None:
         return "unknown"
     if isinstance(value, float):
@@ -114,5 +125,5 @@ def value_name(value: Any) -> str:
 
 
 def setting_name(setting: str, value: Any) -> str:
-    """Return a setting with its value, such as temperature=4."""
+    """Return the text "name=value" of a setting, such as "temperature=4" for 4.0 (`value_name`)."""
     return f"{setting}={value_name(value)}"

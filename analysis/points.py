@@ -1,7 +1,8 @@
 """Make the points that figures draw: the result of one setting in one panel.
 
-A *setting* is what one line or marker stands for; it has the name of the row of the tables that
-holds the same runs. A *panel* is a pair on a data set.
+A *setting* is what one marker stands for: a method with its scales, and with the training settings
+in which runs of this method differ. The tables have a row with the same name and the same runs. A
+*panel* is a pair of teacher and student on a data set.
 """
 
 import itertools
@@ -23,7 +24,10 @@ __all__ = ["Comparison", "Point", "beside_panels", "comparisons", "points_of", "
 
 
 class Rank(NamedTuple):
-    """The place of a setting among others: students alone first, few scales before many."""
+    """Sort key of settings: students alone come first, then the losses by name.
+
+    Of one loss, settings without standardisation come first, and few scales before many.
+    """
 
     distilled: bool
     distiller: str
@@ -35,47 +39,51 @@ class Rank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """The result of one setting in one panel."""
+    """Result of one setting in one panel: the top-1 accuracies (%) of its runs."""
 
     panel: str
     setting: str
     # The setting without its scales, and without parts that tell it from settings of other panels.
     line: str
     rank: Rank
-    run: Run  # one of the runs, for the settings that all of them share
-    runs: Sequence[Run]  # those that count, one per seed; at least one
-    result: Result  # with at least one number
+    run: Run  # one of the runs, from which to read the settings that all of them share
+    runs: Sequence[Run]  # runs that count: one per seed, at least one
+    result: Result  # the numbers of `runs`, at least one
 
     @property
     def mean(self) -> float:
-        """Return the mean over the runs that count."""
+        """Return the mean of `values`, in per cent."""
         mean, _ = mean_std(self.values)
         return mean
 
     @property
     def n(self) -> int:
-        """Return the number of runs that count."""
+        """Return the number of runs that count, which is that of `values`."""
         return len(self.runs)
 
     @property
     def values(self) -> list[float]:
-        """Return the numbers of the runs that count."""
+        """Return the top-1 accuracies (%) of `runs`, in the same order."""
         return list(self.result.values.values())
 
     @property
     def alone(self) -> bool:
-        """Return whether the runs train a student alone, without distillation."""
+        """Return whether the runs train a student without distillation (distiller vanilla)."""
         return self.run.distiller == "vanilla"
 
     @property
     def plain(self) -> bool:
-        """Return whether the method is its loss alone, without scales and standardisation."""
+        """Return whether the method is plain: a loss without regions, standardisation or extras.
+
+        Extras are further losses, a learnt temperature or the optimizer DOT. A student alone is
+        plain too.
+        """
         return self.run.method == self.run.distiller
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The gain of a point over a baseline in the same panel."""
+    """Gain of a point over a baseline in the same panel."""
 
     point: Point
     over: str  # "plain" for the plain form of the same loss, "vanilla" for the student alone
@@ -90,10 +98,12 @@ def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
         metric: accuracy to show, a key of `analysis.selection.METRICS`.
 
     Returns:
-        The points by data set and pair, and a sentence that counts the runs without a point.
+        The points, sorted by data set and pair; and a sentence for captions that counts the runs
+        without a point by reason, with a space in front ("" if every run is in a point). If there
+        are several data sets, the name of each panel has its data set on a second line.
 
     Raises:
-        ValueError: if `metric` is not in `analysis.selection.METRICS`.
+        ValueError: If `metric` is not in `analysis.selection.METRICS`.
     """
     read = accuracy(metric)
     runs = standing(frame)
@@ -116,10 +126,11 @@ def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
 
 
 def _points(variants: Sequence[tuple[Row, Result]]) -> Iterator[Point]:
-    """Yield the points of one method and source in one panel.
+    """Yield the points of one method, with its scales, and of one source in one panel.
 
     Args:
-        variants: rows of the method, with their results in the panel.
+        variants: the rows of the method, one per variant of the training settings, with their
+            results in the panel.
     """
     split = variants[0][0].split
     varying = {name for name in split if len({row.split[name] for row, _ in variants}) > 1}
@@ -150,9 +161,12 @@ def _left_out(frame: pd.DataFrame, runs: Sequence[Run], metric: str, drawn: int)
 
     Args:
         frame: all runs.
-        runs: those that are not superseded.
-        metric: accuracy to show.
+        runs: the runs that are not superseded (replaced by a later run).
+        metric: accuracy to show, a key of `METRICS`.
         drawn: number of runs that count in a point.
+
+    Returns:
+        The sentence, with a space in front.
     """
     read = accuracy(metric)
     unfinished = Counter(run.status.lower() for run in runs if run.status != "FINISHED")
@@ -173,7 +187,11 @@ def _left_out(frame: pd.DataFrame, runs: Sequence[Run], metric: str, drawn: int)
 
 
 def beside_panels(points: Iterable[Point]) -> list[Point]:
-    """Repeat the points of students alone in the panel of every pair with that student."""
+    """Return the points with students alone repeated in the panel of every pair with that student.
+
+    Only pairs on the same data set count. A student alone that is in no pair keeps its own panel.
+    The order is: points of pairs, repeated students, students without a pair.
+    """
     alone = [point for point in points if point.run.teacher == "none"]
     paired = [point for point in points if point.run.teacher != "none"]
     repeated = []
@@ -193,16 +211,20 @@ def beside_panels(points: Iterable[Point]) -> list[Point]:
 def comparisons(
     points: Sequence[Point], test: str = TESTS[0]
 ) -> tuple[list[Comparison], list[str]]:
-    """Return the gain of every point over its baselines, as the tables take them.
+    """Return the gain of every point over its baselines, as `selection.gain_over` takes them.
 
-    The baselines are the plain form of the same loss ("plain") and the student alone ("vanilla").
+    The baselines are the student alone ("vanilla") and the same loss without regions,
+    standardisation or extras ("plain"). They are in the panel of the point. A plain point is
+    compared with the student alone only, and a student alone with nothing.
 
     Args:
-        points: the points to compare.
+        points: the points to compare, baselines included.
         test: test of the gains, one of `stats.TESTS`.
 
     Returns:
-        The gains, and a text for each point that has a baseline in its panel and no gain over it.
+        The gains; and a text "SETTING (reason)" for each gain that cannot be computed although the
+        panel has such a baseline. Reasons are other training settings, several baselines that fit,
+        and no seed in common.
     """
     found = []
     without = []

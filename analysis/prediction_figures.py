@@ -1,7 +1,8 @@
-"""Draw the figures of predictions: agreement, logit correlation, features, regions.
+"""Draw the figures of predictions on the test split: agreement, correlations, features, regions.
 
-They need runs that kept their predictions on the test split (`tracking.predictions=true`). Runs of
-students alone are left out.
+Only runs that kept their predictions (`tracking.predictions=true`) can be drawn. Students that were
+trained alone are left out. A *point* is the result of one *setting* (a method with its scales and
+options) in one *panel* (a pair of teacher and student on a data set).
 
 Shapes: K classes, n images, C features, H height, W width.
 """
@@ -55,35 +56,55 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Predictions(Protocol):
-    """What the figures of predictions read; `analysis.runs.Runs` implements this protocol."""
+    """Source of the predictions that runs saved, such as `analysis.runs.Runs`."""
 
     def predictions(self, run_id: str) -> Arrays | None:
-        """Return the arrays that a run saved; None if it saved none."""
+        """Return the arrays that a run saved, by name; None if the run saved none.
+
+        `run_id` is the run's id in MLflow. `sddlskd.training.predictions.collect` describes the
+        arrays. Runs with a teacher also have "images": the pixels of the kept examples, uint8 in
+        the shape (k, H, W, channels).
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class First:
-    """The predictions of the first run of a point that has some, the one of the lowest seed."""
+    """Predictions of one run of a point: of the runs that can be drawn, the lowest seed's."""
 
     point: Point
     run: Run
-    arrays: Arrays  # without the logits, and with `predicted`: the teacher's class of each sample
+    # Arrays that the run saved, without logits. With examples, "predicted" is the class that the
+    # teacher predicts for each of them.
+    arrays: Arrays
     gap_KK: np.ndarray  # result of `correlation_gap`
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The part of the runs' predictions that the figures need."""
+    """Part of the runs' predictions that the figures show, as `kept_of` selects it."""
 
-    agreements: Mapping[Point, list[float]]  # shares (%) by point, one per run with predictions
+    agreements: Mapping[Point, list[float]]  # result of `agreement` (%) for each run of a point
     firsts: Sequence[First]  # one per point, by panel and then by order of settings
-    rest: str  # sentences on what is not drawn
+    rest: str  # sentences on what is left out, for the captions; "" if nothing is
 
 
 def kept_of(runs: Predictions, points: Sequence[Point]) -> Kept:
-    """Return what the figures need of the predictions of the runs.
+    """Read the predictions of runs, and return the part that the figures show.
 
-    Runs whose logits are not finite are left out.
+    Left out are students that were trained alone, runs that saved no logits of a teacher, runs with
+    logits that are infinite or NaN, and the panels and settings that a figure has no room for.
+
+    Args:
+        runs: source of the predictions.
+        points: results to draw.
+
+    Returns:
+        The agreement of every run, and further arrays of one run per point. Both are empty if no
+        run can be drawn. The field `rest` says which panels, settings and runs are left out for
+        lack of room or because of their logits.
+
+    Raises:
+        ValueError: If `runs` cannot read the predictions of a run.
     """
     distilled = [point for point in points if not point.alone]
     if not distilled:
@@ -120,12 +141,20 @@ def _first(point: Point, run: Run, arrays: Arrays) -> First:
 
 
 def agreement(arrays: Arrays) -> float:
-    """Return the share (%) of test images for which student and teacher predict the same class."""
+    """Return the percentage of images for which student and teacher predict the same class.
+
+    `arrays` holds the class logits of the student, "logits", and of the teacher, "teacher_logits",
+    both (n, K). Raise KeyError if one of them is missing.
+    """
     return float(100 * (arrays["logits"].argmax(1) == arrays["teacher_logits"].argmax(1)).mean())
 
 
 def agreement_chart(kept: Kept) -> Chart | None:
-    """Draw the agreement of student and teacher, or return None without predictions."""
+    """Draw the agreement of student and teacher, in percent of the test images.
+
+    A mark shows the mean of the runs of one setting in one panel, with its 95 % interval. The
+    result is None if `kept` has no run.
+    """
     if not kept.agreements:
         return None
     marks = []
@@ -151,9 +180,12 @@ def agreement_chart(kept: Kept) -> Chart | None:
 
 
 def correlation_gap(arrays: Arrays) -> np.ndarray:
-    """Return the absolute difference of two correlation matrices of class logits, (K, K).
+    """Return how far the correlations of the class logits differ between student and teacher.
 
-    The matrices are those of the teacher and of the student, over all images (SDD Fig. 3).
+    `arrays` holds the class logits of the student, "logits", and of the teacher, "teacher_logits",
+    both (n, K). For each network, the Pearson correlation of every two classes is taken over the
+    images. The result is the absolute difference of the two matrices, (K, K) (SDD Fig. 3). It is
+    NaN for classes whose logits are constant. Raise KeyError if an array is missing.
     """
     student_KK, teacher_KK = (
         np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits")
@@ -163,7 +195,11 @@ def correlation_gap(arrays: Arrays) -> np.ndarray:
 
 
 def correlation_chart(kept: Kept) -> Chart | None:
-    """Draw the differences of the logit correlations, or return None without predictions."""
+    """Draw the matrix of `correlation_gap` as a heat map for one run of each point.
+
+    At most `PANELS` points are drawn; the caption names the others. The result is None if `kept`
+    has no run.
+    """
     if not kept.firsts:
         return None
     drawn = kept.firsts[:PANELS]
@@ -194,17 +230,22 @@ def correlation_chart(kept: Kept) -> Chart | None:
 
 
 def features_chart(kept: Kept) -> Chart | None:
-    """Draw t-SNE maps of features, or return None without features."""
+    """Draw t-SNE maps of the features of one pair of teacher and student, one map per network.
+
+    The pair is the one with the most settings. The maps are those of the teacher, if its features
+    were saved, and of one run per setting: at most `MAPS` in all. The `CLASSES` most frequent
+    classes have colours. The result is None if no run in `kept` has features.
+    """
     able = [first for first in kept.firsts if "features" in first.arrays]
     if not able:
         return None
     in_panel: dict[str, list[First]] = {}
     for first in able:
         in_panel.setdefault(first.point.panel, []).append(first)
-    panel = max(in_panel, key=lambda name: len(in_panel[name]))  # the first with the most settings
+    panel = max(in_panel, key=lambda name: len(in_panel[name]))  # the first, if several
     here = in_panel[panel]
     drawn = here
-    # If there are too many settings, keep the plainest ones and the one with the most scales.
+    # If there are too many settings, keep the first ones and the last one in their order.
     if len(here) >= MAPS:
         drawn = [*here[: MAPS - 2], here[-1]]
     left = [first.point.setting for first in here if first not in drawn]
@@ -235,7 +276,14 @@ def features_chart(kept: Kept) -> Chart | None:
 
 
 def _scatter(axis: Axes, points_n2: np.ndarray, target_n: np.ndarray, coloured: np.ndarray) -> None:
-    """Draw the points of the coloured classes in their colours, and the others in grey."""
+    """Draw points on axes: those of some classes in colour, and all others in grey.
+
+    Args:
+        axis: axes to draw on.
+        points_n2: coordinates of the points.
+        target_n: class of each point.
+        coloured: classes to draw in colour.
+    """
     axis.set_axis_off()
     alike: dict[str, Any] = {"linewidths": 0, "rasterized": True}
     x, y = points_n2[~np.isin(target_n, coloured)].T
@@ -247,7 +295,7 @@ def _scatter(axis: Axes, points_n2: np.ndarray, target_n: np.ndarray, coloured: 
 
 
 def _embedded(features_nC: np.ndarray) -> np.ndarray:
-    """Return t-SNE coordinates of the features, (n, 2)."""
+    """Return coordinates of the features on a t-SNE map, (n, 2)."""
     # The import is slow, so it waits until a run has features.
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -265,7 +313,12 @@ def _embedded(features_nC: np.ndarray) -> np.ndarray:
 
 
 def regions_chart(kept: Kept) -> Chart | None:
-    """Draw images whose regions and whole map differ, or return None without such images."""
+    """Draw test images on which a region of the teacher's logit map and the whole map disagree.
+
+    A region and the whole map disagree if they predict different classes. The images, at most
+    `PANELS`, are those of the run that kept the most of them. The teacher is wrong on half of them
+    if there are enough of both kinds. The result is None if no run in `kept` has such images.
+    """
     able = [
         first
         for first in kept.firsts
@@ -300,13 +353,13 @@ def regions_chart(kept: Kept) -> Chart | None:
 
 
 def _show_regions(axis: Axes, arrays: Arrays, index: int, m: int) -> None:
-    """Draw one image with its regions.
+    """Draw one image with the predictions of its regions.
 
     Args:
         axis: axes to draw on.
         arrays: predictions of the run.
         index: number of the image among the kept examples.
-        m: number of regions on each side.
+        m: number of regions on each side, so the image has m x m regions.
     """
     image_HWC = arrays["images"][index]
     height, width = image_HWC.shape[:2]

@@ -1,7 +1,8 @@
-"""Tell which runs of ours the published numbers can be compared with.
+"""Tell whether a run of ours was trained like a published number, so that the two can be compared.
 
-settings.csv holds the settings that each published number was made with: the recipes of `conf` for
-its method, data set and pair. `tests/reference/settings.py` writes the file.
+`reference/settings.csv` holds the settings of each published number: those that the recipe of its
+method in `conf` sets for its data set and pair of networks. `tests/reference/settings.py` writes
+the file.
 """
 
 import csv
@@ -26,16 +27,17 @@ __all__ = [
 
 SETTINGS_FILE = Path(__file__).parent / "reference" / "settings.csv"
 PAPERS_WEIGHT = 2.0
-"""Weight of complementary regions, SDD section 4.1."""
+"""Weight of the loss of complementary regions in SDD, section 4.1."""
 BUDGET = ("lr", "batch_size", "epochs")
 NUMBERS = {"Int64": int, "Float64": float}
 
 
 @cache
 def _all_settings() -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Return the settings of the published numbers, by data set, pair and method.
+    """Return the settings in `SETTINGS_FILE`, by data set, pair and method.
 
-    A setting that the method does not have is left out.
+    The settings of a number map a column of the frame of runs to a value. An empty field of the
+    file has no entry.
     """
     found = {}
     with SETTINGS_FILE.open(newline="", encoding="utf-8") as file:
@@ -54,10 +56,16 @@ def _value(column: str, text: str) -> Any:
 
 
 def settings_of(number: Published) -> Mapping[str, Any]:
-    """Return the settings that a published number was made with, by column of the frame of runs.
+    """Return the settings that a published number was trained with, as far as they are known.
 
-    `details` is a mapping from dotted keys to values. A number of a method without a recipe has the
-    learning rate, batch size and epochs of KD on its pair; {} if there is no such number either.
+    The settings are those of the recipe of the number's method on its data set and pair of
+    networks. A value that the table of the paper states replaces that of the recipe. Without a
+    recipe of the method, the learning rate, batch size and epochs are those of KD on the same data
+    set and pair, if there is a recipe for that.
+
+    Returns:
+        A mapping from a column of the frame of runs, such as "lr", to a value. "details" maps to a
+        mapping from dotted configuration keys to values. Unknown settings have no entry.
     """
     settings = _all_settings()
     found = settings.get((number.dataset, number.pair, number.method))
@@ -75,24 +83,31 @@ def settings_of(number: Published) -> Mapping[str, Any]:
 
 
 def trains_longer(method: str) -> bool:
-    """Return whether the papers train a method for more epochs than all others."""
+    """Return whether the papers train a method for more epochs than the other methods.
+
+    This holds for MLKD and its variants. `method` is a name of `schema.method_of`, such as
+    "mlkd_ls".
+    """
     return "mlkd" in method
 
 
 def other_method(run: Run, number: Published) -> list[str]:
-    """Return how the method of a run differs from that of a published number; [] if it does not.
+    """Return the settings of the method in which a run differs from a published number.
 
-    For `sd_` methods with a loss of the logits, the scales and the weight of complementary regions
-    are compared; for kd_ls, the weight of cross-entropy. A weight that is None in the run is not
-    compared. On CUB-200, the scales [1,2,4] of the authors' scripts count as the number's too.
+    The number is of the run's method, data set and pair. For a method with scales (`sd_...`), the
+    scales and the weight of complementary regions are compared; for KD+LS, the weight of
+    cross-entropy. For any other method, and for a run without a loss of the logits, the result is
+    empty. A weight that is None in the run fits every number. On CUB-200, the scales [1,2,4] of the
+    authors' scripts fit as well as those of the paper.
 
     Returns:
         The settings that differ, each as "name=value" with the value of the run, such as "M=[1,2]".
+        The list is empty if none differs.
     """
     settings = settings_of(number)
     if number.method == "kd_ls" and run.ce_weight not in (None, settings.get("ce_weight")):
         return [setting_name("ce_weight", run.ce_weight)]
-    # The scales of SD-SP are an argument of its feature method.
+    # The scales of SD-SP are an argument of its feature method, so `run.M` does not hold them.
     if not number.method.startswith("sd_") or run.distiller in NO_LOGIT_LOSS:
         return []
     scales = {settings.get("M")}
@@ -109,9 +124,18 @@ def other_method(run: Run, number: Published) -> list[str]:
 
 
 def other_budget(run: Run, number: Published) -> list[str]:
-    """Return the training settings of the run that differ from those of the published number.
+    """Return the training settings in which a run differs from a published number.
 
-    A stronger teacher of the paper is the only reason then, since no run of ours has it.
+    Compared are the settings of `settings_of` without the scales and the weight of complementary
+    regions, and whether the run used all training images and all batches of an epoch. A setting
+    that is not known for the run or for the number is not compared. On CUB-200, this includes the
+    learning rate of students alone. The learning rate of an imported run may be rounded to two
+    decimals.
+
+    Returns:
+        The settings that differ, each as "name=value" with the value of the run, such as
+        "epochs=30". The list is empty if none differs. For a number with the flag "other_teacher",
+        the list holds one sentence on its stronger teacher, and no setting is compared.
     """
     if number.flag == "other_teacher":
         return ["the source trains with a stronger teacher"]
@@ -132,9 +156,9 @@ def other_budget(run: Run, number: Published) -> list[str]:
 
 
 def _rounded(run: Run, name: str, value: Any) -> bool:
-    """Return whether an imported run has the expected learning rate, rounded to two decimals.
+    """Return whether a setting of a run differs from `value` by rounding only.
 
-    The authors' logs print 0.03 for 0.025.
+    This holds for learning rates of imported runs: the authors' logs print 0.03 for 0.025.
     """
     if run.source != "imported" or name != "lr" or not run.lr:
         return False
@@ -142,7 +166,10 @@ def _rounded(run: Run, name: str, value: Any) -> bool:
 
 
 def _other_details(run: Run, expected: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the details of the run that differ from the expected ones, as far as both are known."""
+    """Yield the details of a run that differ from the expected ones, each as "name=value".
+
+    A detail that the run does not state is not compared.
+    """
     ours = json.loads(run.details or "{}")
     for name, value in expected.items():
         if name in ours and ours[name] != value:

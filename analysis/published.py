@@ -1,8 +1,8 @@
-"""Read the numbers that the papers print, each with its source and its flag.
+"""Read the numbers that the papers print, each with its source and known doubts about it.
 
-A number belongs to one table of one paper. Papers print different values for the same baseline (KD
-on wrn_40_2 -> mobilev2 is 68.87 in SDD and 68.36 in LSKD). For this reason, no function here looks
-up a cell across tables.
+A number belongs to one table of one paper. Papers print different values for the same baseline: KD
+on wrn_40_2 -> mobilev2 is 68.87 in SDD and 68.36 in LSKD. For this reason, no function here looks
+up a number without its table.
 """
 
 import csv
@@ -15,40 +15,42 @@ __all__ = ["FLAGS", "REFERENCE", "PrintedGain", "Published", "gains", "numbers",
 
 REFERENCE = Path(__file__).parent / "reference"
 FILES = ("published.csv", "published_more.csv")
-"""Files of published numbers: those of the tables, and those that were found later."""
+"""Files of published numbers. The second one has the numbers that were found later."""
 FLAGS = {
     "disputed": "two sources of the same authors print different numbers",
     "suspect": "very likely a misprint, the value is kept as printed",
     "other_teacher": "the source trains with another, stronger teacher",
 }
-"""Meaning of each flag in the files of published numbers."""
+"""Doubts about published numbers: the meaning of each flag in the files of `FILES`."""
 STUDENTS = {
     "mobilenetv1": "mobilev1",
     "mobilenetv2": "mobilev2",
     "shufflenetv1": "shufflev1",
     "shufflenetv2": "shufflev2",
 }
-"""Students that gains.csv spells as the papers do, mapped to their names in `FILES`."""
+"""Names of students in gains.csv, mapped to the names of the same networks in `FILES`."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number as one table of a paper prints it."""
+    """Number that one table of a paper prints, with what the paper states about it."""
 
-    table: str  # "SDD Table 1"
+    table: str  # for example "SDD Table 1"
     dataset: str
-    pair: str  # teacher_student
+    pair: str  # names of teacher and student, joined by "_"
     teacher: str
     student: str
-    # As in the column `method` of the frame; also "teacher" and methods that the papers compare
-    # with.
+    # Name of `schema.method_of`, such as "sd_kd_ls"; "teacher" for the accuracy of a teacher; or
+    # the name of a method that only the papers ran
     method: str
     M: str  # "" if the table does not state the scales
     beta: str  # weight of complementary regions, "" if the table does not state it
-    variant: str  # of knowledge, in SDD Table 6
+    # Knowledge that is distilled (SDD Table 6), form of the logits (LSKD Table 4), or number of the
+    # run (CTKD in LSKD's logs); "" elsewhere
+    variant: str
     metric: str  # top1 (%), top5 (%), top1_last (%, last epoch) or ms_per_batch
     value: float
-    # Settings that the source states beside the number, or None.
+    # Settings that the source states beside the number; None if it does not.
     temperature: float | None
     kd_weight: float | None
     ce_weight: float | None
@@ -59,12 +61,12 @@ class Published:
 
 @dataclass(frozen=True)
 class PrintedGain:
-    """A gain as the paper prints it, with the difference of the two numbers that it stands for."""
+    """Gain that a paper prints, with the difference of the two numbers that the gain stands for."""
 
-    printed: float  # points of accuracy
-    difference: float  # points of accuracy
-    agrees: bool  # whether the two are equal
-    source: str
+    printed: float  # printed gain, in points of accuracy
+    difference: float  # printed number of the method minus that of its baseline, in points
+    agrees: bool  # whether `printed` equals `difference`
+    source: str  # line of the paper's text that prints the gain
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:
@@ -74,7 +76,7 @@ def _rows(name: str) -> Iterator[dict[str, str]]:
 
 @cache
 def numbers() -> tuple[Published, ...]:
-    """Return every published number, in the order of `FILES` and of the rows of each file."""
+    """Return all published numbers, in the order of `FILES` and of the rows of each file."""
     return tuple(
         Published(
             table=row["table"],
@@ -105,9 +107,11 @@ def _number(text: str) -> float | None:
 
 
 def of_table(table: str, metric: str = "top1") -> list[Published]:
-    """Return the numbers of one table for one metric, in the order of print.
+    """Return the numbers that one table prints for one metric, in the order of the file.
 
-    Raises ValueError if no file has such a table.
+    `table` is a name such as "SDD Table 1", and `metric` is as in `Published.metric`. The list is
+    empty if the table has no number for the metric. Raise ValueError if there is no table of this
+    name.
     """
     if table not in (tables := dict.fromkeys(number.table for number in numbers())):
         raise ValueError(f"no table {table!r} is published; there are {', '.join(tables)}")
@@ -116,7 +120,10 @@ def of_table(table: str, metric: str = "top1") -> list[Published]:
 
 @cache
 def gains() -> dict[tuple[str, str, str], PrintedGain]:
-    """Return the top-1 gains that the papers print, by (table, pair, method)."""
+    """Return the gains in top-1 accuracy that the papers print, by (table, pair, method).
+
+    A key is, for example, ("SDD Table 1", "resnet32x4_mobilev2", "sd_kd").
+    """
     return {
         (
             row["table"],

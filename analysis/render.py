@@ -1,8 +1,8 @@
 """Render a table as Markdown, LaTeX, HTML or CSV.
 
-In Markdown and LaTeX, a row of the table takes several lines: our result, the published number, the
-gain with its interval and p, the published gain and the verdict. HTML stacks these lines in the
-cell, so that rows can be sorted. CSV has one line per cell, with unrounded numbers.
+In Markdown and LaTeX, a row of the table takes up to seven lines: our result, the published number,
+our gain, its interval, its p-value, the published gain and the verdict. HTML stacks these lines in
+the cell, so that rows can be sorted. CSV has one line per cell, with unrounded numbers.
 """
 
 import csv as csv_module
@@ -19,7 +19,8 @@ __all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
 
 EMPTY = "–"
 MISSING = "Commands that run the missing and failed runs:"
-# Largest number of columns in a LaTeX float, and of lines after which a float ends.
+# Largest number of columns in a LaTeX float, and number of lines after which the next row of the
+# table starts a new float.
 COLUMNS_A_FLOAT = 4
 LINES_A_FLOAT = 45
 KINDS = {
@@ -64,7 +65,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Text:
-    """One line of a cell, before markup."""
+    """Line of text in a cell, without the markup of a format."""
 
     kind: str  # ours, published, gain, interval, p, published-gain or verdict
     text: str
@@ -74,19 +75,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table in Markdown or LaTeX."""
+    """Line of a table in Markdown or LaTeX: a label, and a text for each column."""
 
     label: str
     head: bool  # whether the line is the first of a row
-    texts: tuple[Text | None, ...]  # one per column, and one for all pairs if the table has that
+    # One per column, and one for all pairs if the table has gains over all pairs; None for a column
+    # without this line
+    texts: tuple[Text | None, ...]
 
 
 ALL_PAIRS = "all pairs"
-"""Heading of the column with the aggregates."""
+"""Heading of the column with the gains over all pairs of teacher and student."""
 
 
 def _ours(cell: Cell, table: Table) -> str:
-    """Return our mean, standard deviation and count; the count names runs without a number."""
+    """Return our mean, standard deviation and count, such as "75.10 ± 0.20 (3)".
+
+    If runs are without a number, the count says how many and why: "(2/3 seeds, 1 failed)".
+    """
     number = "" if cell.mean is None else f"{cell.mean:.{table.decimals}f}"
     spread = "" if cell.std is None else f" ± {cell.std:.{table.decimals}f}"
     if cell.n == cell.planned and not cell.troubles:
@@ -98,7 +104,7 @@ def _ours(cell: Cell, table: Table) -> str:
 
 
 def _texts(cell: Cell, table: Table) -> Iterator[Text]:
-    """Yield the lines of a cell, from our result to the verdict, without those it lacks."""
+    """Yield the lines of text that a cell has, from our result to the verdict."""
 
     def text(kind: str, body: str, rank: str = "") -> Text:
         marks = tuple(table.footnotes[note] for note in cell.footnotes.get(kind, ()))
@@ -133,7 +139,10 @@ def _counts(found: Difference) -> str:
 
 
 def _aggregate(table: Table, row: str) -> dict[str, Text]:
-    """Return the lines of a row in the column of all pairs, by kind."""
+    """Return the lines of text of a row in the column of all pairs, by kind.
+
+    The result is {} if the row has no gain over all pairs.
+    """
     found = table.aggregates.get(row)
     if found is None:
         return {}
@@ -147,23 +156,31 @@ def _aggregate(table: Table, row: str) -> dict[str, Text]:
 
 
 def _headings(table: Table, columns: Sequence[str]) -> list[str]:
-    """Return the headings of columns, with that of all pairs after the last column of the table."""
+    """Return the headings of some columns of a table.
+
+    The heading of the column of all pairs follows if `columns` ends with the last column of the
+    table, and the table has gains over all pairs.
+    """
     if table.aggregates and columns[-1] == table.columns[-1]:
         return [*columns, ALL_PAIRS]
     return list(columns)
 
 
 def _over(table: Table, row: str, columns: Sequence[str]) -> str:
-    """Return the labels of the baselines that the gains of the row are over."""
+    """Return the labels of the baselines of the gains of a row in these columns, joined by " or ".
+
+    The result is "" if the row has no gain there.
+    """
     return " or ".join(
         dict.fromkeys(gain.over for column in columns if (gain := table.cells[row, column].gain))
     )
 
 
 def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
-    """Yield the lines of every row, without the lines that no column fills.
+    """Yield the lines of every row of a table, restricted to some columns.
 
-    If a row has no result of ours, its published line carries the label of the row.
+    A line that is empty in all columns is left out. If a row has no result of ours, the line of the
+    published numbers carries the label of the row.
     """
     for row in table.rows:
         texts = [
@@ -184,7 +201,7 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
             "verdict": "against the published",
         }
         if any(texts) and not any({"ours", "published"} & text.keys() for text in texts):
-            yield Line(row, head=True, texts=(None,) * len(texts))  # only the aggregate is here
+            yield Line(row, head=True, texts=(None,) * len(texts))  # for the gain over all pairs
         for kind, label in labels.items():
             if any(kind in text for text in texts):
                 head = kind == "ours" or (kind == "published" and not ours)
@@ -192,7 +209,10 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
 
 
 def markdown(table: Table) -> str:
-    """Return GitHub Markdown: a heading, the table, its footnotes, notes and commands."""
+    """Return a table as GitHub Markdown: a heading, the table, its footnotes, notes and commands.
+
+    Our result is bold in a cell of rank "best", and underlined in a cell of rank "second".
+    """
 
     def shown(text: Text | None) -> str:
         if text is None:
@@ -263,10 +283,12 @@ def _latex_letter(letter: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return LaTeX floats with the table, followed by the footnotes, notes and commands as text.
+    """Return a table as LaTeX: `table*` floats, then the footnotes, notes and commands as text.
 
-    The rules are those of booktabs, or plain lines if the document does not load that package. A
-    table that is too wide or too long for a page continues in the next float.
+    A float holds at most `COLUMNS_A_FLOAT` columns and about a page of lines; the rest of the table
+    follows in further floats. The floats use the rules of booktabs, or plain lines if the document
+    does not load that package. Our result is bold in a cell of rank "best", and underlined in a
+    cell of rank "second". Characters that pdflatex does not know become question marks.
     """
 
     def shown(text: Text | None) -> str:
@@ -307,7 +329,10 @@ def latex(table: Table) -> str:
 
 
 def _pages(lines: Iterable[Line]) -> list[list[Line]]:
-    """Split the lines into parts that fit a page. The lines of a row stay together."""
+    """Split lines into parts that fit a page.
+
+    The lines of one row stay together, so a part may be a few lines longer than `LINES_A_FLOAT`.
+    """
     pages: list[list[Line]] = []
     for line in lines:
         if not pages or (line.head and len(pages[-1]) > LINES_A_FLOAT):
@@ -317,10 +342,12 @@ def _pages(lines: Iterable[Line]) -> list[list[Line]]:
 
 
 def html(table: Table) -> str:
-    """Return an HTML fragment: the table, its footnotes, notes and commands.
+    """Return a table as an HTML fragment: the table, then its footnotes, notes and commands.
 
-    The attribute `data-sort` of a cell holds the number to sort by: our mean, else the published
-    number, else nothing.
+    The attribute `data-sort` of a cell holds the number to sort by: the mean of our runs, or the
+    published number if there is no mean. It is empty if there is neither. In the column of all
+    pairs, it is the gain. Our result is bold in a cell of rank "best", and underlined in a cell of
+    rank "second".
     """
 
     def shown(text: Text) -> str:
@@ -381,10 +408,10 @@ def html(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """Return CSV with the columns `CSV_COLUMNS` and one line per cell.
+    """Return a table as CSV text with the header `CSV_COLUMNS` and one line per cell.
 
-    Numbers are unrounded, and a field without a value is empty. The aggregates over pairs follow,
-    in lines whose column is "all pairs".
+    Numbers are unrounded, and a field without a value is empty. After the cells, each row with a
+    gain over all pairs has a line with "all pairs" in the field `column`.
     """
     file = io.StringIO()
     writer = csv_module.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
@@ -446,4 +473,4 @@ FORMATS: dict[str, Callable[[Table], str]] = {
     "html": html,
     "csv": csv,
 }
-"""Renderer of each format, by the suffix of its files."""
+"""Function that renders a table in each format, by the suffix of the files."""

@@ -62,7 +62,14 @@ NUMBERS = {
 
 
 class Source(Protocol):
-    """The runs that the report reads; `analysis.runs.Runs` implements this protocol."""
+    """Runs that the report shows, such as `analysis.runs.Runs`.
+
+    Attributes:
+        frame: one row per run, with the columns of `schema.COLUMNS`.
+        name: name of the sweep or experiment; "" for all runs of the store.
+        uri: address of the MLflow store.
+        command: command that starts the sweep; "" if it is unknown.
+    """
 
     @property
     def frame(self) -> pd.DataFrame: ...
@@ -82,17 +89,21 @@ def write(
     *,
     metric: str = "best",
 ) -> None:
-    """Write the report to a file and replace a file that exists.
+    """Write the report of runs, with their tables and figures, to one HTML file.
+
+    A file that exists is replaced.
 
     Args:
         path: HTML file to write. Missing parent folders are created.
-        runs: the runs to report, with their name, MLflow URI and command.
+        runs: runs to report.
         tables: tables to show, in order.
         figures: figures to embed, in order. Their PNG and SVG files must exist.
         metric: accuracy that the tables and figures show, a key of `analysis.selection.METRICS`.
 
     Raises:
-        KeyError: if `metric` is not in `analysis.selection.METRICS`.
+        KeyError: If `metric` is not in `analysis.selection.METRICS`.
+        OSError: If a file of a figure cannot be read, or the report cannot be written.
+        AssertionError: If an SVG file was not written by matplotlib.
     """
     frame = runs.frame
     standing = frame[~frame["superseded"]]
@@ -134,7 +145,7 @@ def write(
 
 
 def _without_password(uri: str) -> str:
-    """Return the URI without its user name and password."""
+    """Return a URI without its user name and password."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
@@ -142,10 +153,11 @@ def _without_password(uri: str) -> str:
 
 
 def _optimism(runs: Iterable[Run], metric: str) -> list[str]:
-    """Return sentences on how much the choice of the best epoch on the test split gains.
+    """Return sentences on how much is gained by choosing the best epoch on the test split.
 
-    The first sentence is on the papers. A second one is on our own finished runs without held-out
-    images, if the metric is "best" and there are such runs.
+    The first sentence is on the papers. If `metric` is "best", a second one gives the mean
+    difference of the best and the last epoch of our own finished runs without held-out images, if
+    there are any.
     """
     gaps = [
         run.best - run.last
@@ -166,16 +178,16 @@ def _optimism(runs: Iterable[Run], metric: str) -> list[str]:
 
 
 def _scrolling(fragment: str) -> str:
-    """Put every table of the fragment in a box that scrolls, also by keyboard.
+    """Return an HTML fragment with every table in a box that can be scrolled, also by keyboard.
 
-    The text of the fragment is escaped, so `<table` can only be a tag.
+    The text of the fragment must be escaped, so that `<table` can only be a tag.
     """
     boxed = fragment.replace("<table", '<div class="scroll" tabindex="0"><table')
     return boxed.replace("</table>", "</table></div>")
 
 
 def _embedded(figure: Figure) -> str:
-    """Return the figure as inline SVG, or as a PNG image if its SVG is large.
+    """Return the HTML of a figure: inline SVG, or a PNG image if the SVG exceeds `INLINE_BYTES`.
 
     The ids in the SVG get the name of the figure as a prefix, so that they are unique in the page.
     """
@@ -199,7 +211,7 @@ def _embedded(figure: Figure) -> str:
 
 
 def _common(frame: pd.DataFrame) -> dict[str, str]:
-    """Return the settings with the same value in all runs, by configuration key."""
+    """Return the settings that have the same value in all runs, as text by configuration key."""
     return {
         PARAMS[column]: _text(column, frame[column].iloc[0])
         for column in SETTINGS
@@ -208,10 +220,10 @@ def _common(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """Return the headings and rows of the table of configurations.
+    """Return the headings and the rows of the table of configurations.
 
-    A row holds a pair (shown text, sort key) for each setting that differs between runs, then for
-    the seeds and for the number of runs.
+    A configuration is a combination of the settings that differ between runs. Its row holds a pair
+    (shown text, sort key) for each of these settings, for the seeds, and for the number of runs.
     """
     differing = [column for column in SETTINGS if frame[column].nunique(dropna=False) > 1]
     headings = [*(PARAMS[column] for column in differing), "seeds", "runs"]
@@ -228,7 +240,7 @@ def _configurations(frame: pd.DataFrame) -> tuple[list[str], list[list[tuple[str
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
-    """Return how often each value occurs, in descending order."""
+    """Return how often each value occurs, the most frequent value first."""
     return dict(Counter(values).most_common())
 
 
@@ -244,9 +256,9 @@ def _outcome(run: Run) -> list[tuple[str, str]]:
 
 
 def _cell(column: str, value: Any) -> tuple[str, str]:
-    """Return (shown text, sort key) for a value.
+    """Return (shown text, sort key) for a value of a column.
 
-    The sort key of a missing value is empty, so that the value sorts last.
+    The sort key of a missing value is "", so that it sorts last.
     """
     text = _text(column, value)
     if text == "–":

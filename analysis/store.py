@@ -1,7 +1,8 @@
 """Open an MLflow store for reading, and read its runs, artifacts and metrics page by page.
 
 Nothing is written: a missing database is not created, and a database with another schema is not
-migrated. Errors are ValueErrors with a one-line message.
+migrated. Within the context of `reading`, all errors of the store become ValueErrors with a message
+of one line.
 """
 
 import gc
@@ -37,16 +38,18 @@ __all__ = [
 PAGE = 1000  # runs per request; MLflow's limit is 50,000
 RUNS_A_REQUEST = 100  # runs per request for metric histories
 ALL_POINTS = 10**9  # points per request for metric histories: no limit in practice
-REQUESTS_AT_ONCE = 8  # concurrent requests to a server
+REQUESTS_AT_ONCE = 8  # concurrent requests to a server for metric histories
 LOCKED_S = 10.0  # seconds to wait for a process that writes to the database
 ANSWER_S = 5.0  # seconds within which a server must answer
 MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev2 M="[1],[1,2,4]"'
 
 
 def sqlite_uri(path: str) -> str:
-    """Return the address of a SQLite file, as MLflow reads it and sddlskd records it.
+    """Return the MLflow address of a SQLite file, as sddlskd records it.
 
-    In an address, "?" begins options, and "%41" is an "A": a path with these is quoted.
+    MLflow reads "?" as the start of options, and decodes "%41" to "A". A path with a "?", with a
+    percent sign before two hex digits or with a control character is therefore percent-encoded,
+    slashes included. Every other path stays as it is. `path` should be absolute.
     """
     if re.search(r"[?\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}", path):
         # Slashes are quoted as well: otherwise MLflow makes a folder that is named as the address.
@@ -55,7 +58,10 @@ def sqlite_uri(path: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the SQLite file that `uri` names, or None if `uri` does not name one."""
+    """Return the path of the SQLite file that an MLflow address names, or None if it names none.
+
+    Percent-encoded characters are decoded. The file need not exist.
+    """
     if not uri.startswith("sqlite:///"):
         return None
     return Path(unquote(uri.removeprefix("sqlite:///"), errors="surrogateescape"))
@@ -63,10 +69,16 @@ def sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def reading(uri: str) -> Iterator[Any]:
-    """Yield an MlflowClient for the store at `uri`.
+    """Open an MLflow store for reading, as a context manager that yields its MlflowClient.
 
-    Raise ValueError with a one-line message if the store is unusable, or if MLflow, the database
-    or the network fails within the context.
+    `uri` is `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`. Garbage collection is
+    off within the context.
+
+    Raises:
+        ValueError: If `uri` is of another form; if the server does not answer within `ANSWER_S`
+            seconds; if the database is missing, locked, no database of MLflow, or of another schema
+            than that of the installed MLflow; or in place of an MlflowException, SQLAlchemyError or
+            OSError within the context. The message has one line.
     """
     _check(uri)
     # By default, each call takes the client four minutes if the server has gone away.
@@ -102,7 +114,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _check(uri: str) -> None:
-    """Raise ValueError if MLflow would wait for minutes, create a database or migrate one."""
+    """Raise ValueError if a store is unusable, before MLflow opens it.
+
+    MLflow itself would wait for minutes, create a database or migrate one.
+    """
     if uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()
@@ -181,7 +196,10 @@ def _check_schema(path: Path, uri: str, found: str) -> None:
 
 
 def experiments_of(client: Any) -> dict[str, str]:
-    """Return the ids of all experiments by name."""
+    """Return the ids of all experiments of a store that are not deleted, by name.
+
+    `client` is an MlflowClient, as `reading` yields it. Raise MlflowException if the store fails.
+    """
     found: dict[str, str] = {}
     token = None
     while True:
@@ -195,7 +213,7 @@ def experiments_of(client: Any) -> dict[str, str]:
 def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iterator[Any]:
     """Yield the runs of experiments that a query finds, oldest first.
 
-    With this order, runs that start meanwhile do not shift the pages.
+    In this order, runs that start during the search do not shift the pages.
 
     Args:
         client: MlflowClient, as `reading` yields it.
@@ -206,8 +224,8 @@ def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iter
         Runs as MLflow returns them, with `info` and `data`.
 
     Raises:
-        MlflowException: If the store fails or refuses the query. `reading` turns it, and errors of
-            the database and the network, into a ValueError.
+        MlflowException: If the store fails or refuses the query. Within the context of `reading`,
+            it becomes a ValueError.
     """
     token = None
     while True:
@@ -227,7 +245,8 @@ def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iter
 def quoted(text: str) -> str:
     """Return `text` in quotes for an MLflow filter.
 
-    MLflow has no escape character, so text with both kinds of quotes raises ValueError.
+    The quotes are single unless the text has single quotes. Raise ValueError if the text has both
+    kinds of quotes: MLflow has no escape character.
     """
     if "'" in text and '"' in text:
         raise ValueError(f"{text} has both kinds of quotes, and MLflow cannot search for that")
@@ -236,9 +255,19 @@ def quoted(text: str) -> str:
 
 @contextmanager
 def artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
-    """Yield the path of a run's artifact, or None if the run has none of that name.
+    """Download an artifact of a run, as a context manager that yields the path of the copy.
 
-    The file is deleted when the context ends.
+    Args:
+        client: MlflowClient, as `reading` yields it.
+        run_id: id of the run in MLflow.
+        name: name of the artifact, a file that is in no folder, such as "plan.json".
+
+    Yields:
+        The path of a temporary copy, which is deleted when the context ends; None if the run has no
+        artifact of this name.
+
+    Raises:
+        MlflowException: If the store has no such run or fails.
     """
     if all(entry.path != name for entry in client.list_artifacts(run_id)):
         yield None
@@ -250,7 +279,21 @@ def artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
 def points_of(
     client: Any, uri: str, run_ids: Sequence[str], metric: str
 ) -> Iterator[tuple[str, str, int, int, float]]:
-    """Yield (run_id, metric, step, timestamp, value) for every logged point."""
+    """Yield every logged value of a metric of some runs.
+
+    Args:
+        client: MlflowClient, as `reading` yields it.
+        uri: address of the same store. A SQLite store is read without the client, which is faster.
+        run_ids: ids of the runs in MLflow.
+        metric: name of the metric, such as "val/top1".
+
+    Yields:
+        (run_id, metric, step, timestamp, value), with the timestamp in milliseconds since 1970. A
+        run without the metric yields nothing.
+
+    Raises:
+        MlflowException: If the store fails.
+    """
     if uri.startswith("sqlite:"):
         # The client queries run by run, and each query makes SQLite scan the metric's points of
         # all runs, which takes three times as long.

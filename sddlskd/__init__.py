@@ -1,4 +1,5 @@
-"""Knowledge distillation by scale (SDD) with standardised logits (LSKD).
+"""Knowledge distillation with scale-decoupled (SDD) and standardised logits (LSKD).
 
-One command leads from a configuration to the paper's table.
+The package trains students from Hydra configurations, one by one or in sweeps, and keeps a record
+of each run.
 """

@@ -1,6 +1,6 @@
 """The command `sddlskd`, also `python -m sddlskd`: one name for the commands of this package.
 
-Each command does what its module does with the same arguments: `sddlskd status NAME` is
+Each subcommand runs one module with the remaining arguments: `sddlskd status NAME` runs
 `python -m sddlskd.sweeps status NAME`.
 """
 
@@ -17,7 +17,13 @@ USAGE_ERROR = 2  # exit code of argparse, too
 
 
 class Command(NamedTuple):
-    """A command: the module that runs it, its first arguments for that module, and its help."""
+    """Subcommand of `sddlskd`.
+
+    Attributes:
+        module: module that `python -m` runs.
+        arguments: first arguments of the module; the user's arguments follow.
+        help: description for the list of commands.
+    """
 
     module: str
     arguments: list[str]
@@ -40,10 +46,13 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Replace this process by the command that the first argument names.
+    """Run the subcommand that the first command line argument names.
+
+    The function does not return: `python -m MODULE ARGUMENTS` replaces this process (`os.execv`).
 
     Raises:
-        SystemExit: with code 0 after the help, or 2 if there is no such command.
+        SystemExit: With code 0 after printing the help, if the argument is -h, --help or help. With
+            code 2 after an error message, if there is no argument or no such command.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in HELP:
@@ -77,7 +86,7 @@ def _help() -> str:
 
 
 def _unknown(name: str) -> str:
-    """Return what is wrong with `name`, which is no command, and which commands there are."""
+    """Return the error message for an unknown command, or for a missing one if `name` is ""."""
     wrong = f"sddlskd {name} is unknown" if name else "a command is missing"
     if close := get_close_matches(name, COMMANDS, n=1):
         wrong = f"{wrong} (did you mean {close[0]}?)"

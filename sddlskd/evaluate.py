@@ -3,13 +3,14 @@
 RUN_DIR: evaluate the best epoch of a run, on the run's data set unless dataset=... gives another.
 FILE: evaluate a .safetensors file written by sddlskd.export, or a weights file of this package,
 RepDistiller or mdistiller; a weights file requires student=NAME dataset=NAME as well. The networks
-of runs and of exported files keep the mean and std that they were trained with. The agreement is
-measured against teacher=NAME; for a run the default is the run's own teacher.
+of runs and of exported files keep the mean and std that they were trained with. The network is
+compared with teacher=NAME; for a run the default is the run's own teacher.
 
 The results are top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%,
-15 bins, Guo et al. 2017), the share of images for which student and teacher predict the same
-class (%), the parameters of the network and its operations for one image (a multiplication and an
-addition are two), and its throughput in images per second.
+15 bins, Guo et al. 2017), the parameters of the network and its operations for one image (a
+multiplication and an addition are two), and its throughput in images per second. With a teacher,
+the results also have the teacher's top-1 (%) and the percentage of images for which both networks
+predict the same class (agreement).
 """
 
 import argparse
@@ -62,19 +63,28 @@ WHOLE = ("dataset", "teacher", "trainer")
 
 
 def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[str, Any]:
-    """Return the results that the module's docstring lists, for the job's student with `weights`.
+    """Return the test scores, the size and the throughput of a student with given weights.
 
     Args:
-        job: the job: its student, data set, teacher to compare with, and device.
-        weights: the file of the student's weights.
-        trained: the job that the student was trained by; None if it is `job`.
+        job: configuration with the data set, the device, the precision and the teacher to compare
+            with (none if `job.has_teacher` is false). `job.M` is ignored.
+        weights: file of the student's weights, in a format of `checkpoint.read_weights`.
+        trained: configuration that the student was trained with, which describes the network; None
+            if it is `job`.
 
     Returns:
-        The results by name; the device is under "environment".
+        The results by name: "images" (number of test images), "top1", "top5" and "ece" (%), "loss"
+        (mean cross-entropy), "parameters", "flops" (operations for one image), "images_per_s"
+        (throughput), "batch" (images per timed batch) and "environment" (name of the device). With
+        a teacher also "teacher_top1" (%) and "agreement" (percentage of images for which both
+        networks predict the same class). "parameters" or "flops" is missing if the number cannot be
+        counted.
 
     Raises:
-        FileNotFoundError: if the teacher's file is missing.
-        ValueError: if the weights or the images do not fit the network.
+        FileNotFoundError: If the file of the student or of the teacher is missing.
+        ValueError: If a file does not hold weights of its network, if the teacher's file differs
+            from its pinned sha256, if the images do not fit a network, or if the device is not
+            available.
     """
     job = replace(job, M=[1])  # fits logit maps of any size
     device = pick_device(job.trainer.device)
@@ -132,15 +142,17 @@ def _build_teacher(job: Config, device: torch.device) -> Teacher | None:
 
 @torch.inference_mode()
 def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precision: str) -> float:
-    """Return the throughput of the forward pass in images per second.
+    """Return the throughput of a network's forward pass in images per second.
 
     Args:
-        network: The network, on the device of the images.
-        images_BCHW: The batch that is passed repeatedly; copying it to the device is not timed.
-        precision: The precision of the forward pass, as in trainer.precision.
+        network: function from images (B, C, H, W) to any output, on the device of the images.
+        images_BCHW: batch that is passed again and again; copying the batch to the device is not
+            timed.
+        precision: precision of the forward pass: "fp32", "bf16" or "fp16".
 
     Returns:
-        Images per second, over at least TIMED_S seconds after WARM_UP batches.
+        Images per second. The timing starts after WARM_UP untimed batches, and ends with the batch
+        that completes TIMED_S seconds.
     """
     batches = -WARM_UP
     started = 0.0
@@ -159,7 +171,7 @@ def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precisi
 
 
 def _wait_for(device: torch.device) -> None:
-    """Wait until the device has computed everything; a CPU always has."""
+    """Wait until a CUDA device has computed everything; return at once for any other device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -170,7 +182,20 @@ def _compose_job(overrides: Sequence[str]) -> Config:
 
 
 def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Path, Config]:
-    """Return the job that is evaluated, the file of the student's weights, and the trained job."""
+    """Return the arguments of `measure` for a run directory or a file.
+
+    Args:
+        source: run directory, .safetensors file or weights file.
+        overrides: words of the command line of the form key=value.
+
+    Returns:
+        The job to evaluate, the file of the student's weights, and the job that trained the
+        student.
+
+    Raises:
+        ValueError: If `source` is neither a run directory nor a file that can be evaluated, or if a
+            file without metadata comes without student=NAME or dataset=NAME.
+    """
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
         trained = load_run(source, TRUST in overrides)
@@ -209,7 +234,11 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
 
 
 def _override(job: Config, overrides: Sequence[str]) -> Config:
-    """Return a run's frozen configuration with the overrides (data set, teacher, device, ...)."""
+    """Return a run's frozen configuration, changed by the overrides of the command line.
+
+    A group of `WHOLE` that an override chooses is replaced as a whole. A new data set keeps the
+    mean and std of the run.
+    """
     words = [word.lstrip("+") for word in overrides]
     chosen = [word.partition("=")[0] for word in words]
     plain = OmegaConf.structured(job)
@@ -229,7 +258,14 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line of this module; exit with 1 on an error, or 130 on Ctrl-C."""
+    """Evaluate the network that the command line names, and print the results.
+
+    `arguments` are the words of the command line; None stands for those of this process.
+
+    Raises:
+        SystemExit: With code 1 after an error that a user can fix, 2 if the arguments cannot be
+            parsed, or 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.evaluate",
         description=__doc__,

@@ -56,12 +56,12 @@ FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "ml
 
 
 class Classifier(nn.Module):
-    """A logit-map model with normalisation and pooling: images in 0..1 -> logits.
+    """Classifier of images in 0..1: normalises them, runs a network and averages its logit map.
 
     Args:
-        network: The logit-map model: normalised images (B, C, H, W) -> logit map (B, K, H, W).
-        mean: The mean of each of the C channels, for images in 0..1.
-        std: The standard deviation of each of the C channels.
+        network: function from normalised images (B, C, H, W) to a logit map (B, K, H, W).
+        mean: mean of each of the C channels, for images in 0..1.
+        std: standard deviation of each of the C channels, for images in 0..1.
     """
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -71,22 +71,29 @@ class Classifier(nn.Module):
         self.std = nn.Buffer(torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return the logits (B, K) of images (B, C, H, W) with values in 0..1."""
+        """Return the logits (B, K) of images (B, C, H, W) with values in 0..1.
+
+        The logits are the spatial mean of the logit map.
+        """
         logits_BK: Tensor = self.network((images_BCHW - self.mean) / self.std).mean((2, 3))
         return logits_BK
 
 
 def load_run(folder: Path, allow_foreign: bool) -> Config:
-    """Return the frozen configuration of a run.
+    """Return the frozen configuration of a run that has finished at least one epoch.
 
     Args:
-        folder: The run directory.
-        allow_foreign: Whether the user allows the configuration to name code from outside
-            targets.PACKAGES (TRUST). The configuration's own allow_foreign_targets is ignored,
-            because the run directory may come from anybody.
+        folder: run directory.
+        allow_foreign: whether the configuration may name code from outside `targets.PACKAGES`
+            (sddlskd, torch, torchvision and timm). This argument replaces the value of
+            allow_foreign_targets in the file, which may come from a stranger.
+
+    Returns:
+        The configuration, typed and checked.
 
     Raises:
-        ValueError: `folder` is not a run directory, or the run has not finished an epoch yet.
+        ValueError: If the folder has no config.yaml or no best.ckpt, if config.yaml is damaged, or
+            if it names code that is not allowed.
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(
@@ -104,11 +111,13 @@ def load_run(folder: Path, allow_foreign: bool) -> Config:
 def best_student(job: Config, folder: Path) -> nn.Module:
     """Return the student with the weights of the run's best epoch, in eval mode on the CPU.
 
-    Raise what `load_weights` raises if best.ckpt cannot be loaded.
-
     Args:
-        job: the frozen configuration of the run, as `load_run` returns it.
-        folder: the run directory, which holds best.ckpt.
+        job: frozen configuration of the run, as `load_run` returns it.
+        folder: run directory, which holds best.ckpt.
+
+    Raises:
+        FileNotFoundError: If best.ckpt is missing.
+        ValueError: If best.ckpt is damaged or holds weights of another network.
     """
     network = rebuild_student(job, torch.device("cpu"))
     load_weights(network, folder / "best.ckpt", job.student.name)
@@ -116,7 +125,21 @@ def best_student(job: Config, folder: Path) -> nn.Module:
 
 
 def about(job: Config, folder: Path) -> dict[str, str]:
-    """Return the metadata of an exported file: all that is needed to build and use the network."""
+    """Return the metadata of an exported student, as text by key.
+
+    "sddlskd" is JSON text with all that is needed to build and use the network: its name, its
+    configuration, the data set, the number of classes, the mean and std of the images, the hash of
+    the job, and the best top-1 (%) with its epoch. If the student holds a part of its teacher, the
+    text also has the teacher's network and the feature methods. "format" is "pt", the mark of
+    PyTorch tensors in .safetensors files.
+
+    Args:
+        job: frozen configuration of the run.
+        folder: run directory, whose result.json gives the score.
+
+    Raises:
+        record.Damaged: If result.json is damaged.
+    """
     result = record.read_result(folder)
     facts = {
         "network": job.student.name,
@@ -136,13 +159,26 @@ def about(job: Config, folder: Path) -> dict[str, str]:
 
 
 def described(path: Path) -> dict[str, Any] | None:
-    """Return the metadata that `about` wrote into a .safetensors file, or None if there is none.
+    """Return the metadata that `about` wrote into a .safetensors file.
 
-    A student that holds a part of its teacher also has the keys "teacher" (the teacher's network)
-    and "methods" (the methods by name).
+    The metadata may come from a stranger, so networks and methods from outside this package are
+    refused.
 
-    Raise ValueError if the metadata does not have the format of `about`, or names code that is not
-    a network or a method of this package: reading a data file must not run other code.
+    Args:
+        path: weights file of any format.
+
+    Returns:
+        "network" (name), "model" (`_target_` and arguments of the network), "dataset" (name),
+        "num_classes", "mean" and "std". A student that holds a part of its teacher also has
+        "teacher" (`_target_` and arguments of the teacher's network) and "methods" (those of the
+        feature methods, by name). None if the file is not a .safetensors file or has no such
+        metadata.
+
+    Raises:
+        FileNotFoundError: If a .safetensors file is missing.
+        ValueError: If the file is damaged, if the metadata does not have the format of `about`, if
+            it names code other than networks and methods of this package, or if safetensors is not
+            installed.
     """
     text = read_safetensors(path)[1].get("sddlskd") if path.suffix == ".safetensors" else None
     if text is None:
@@ -174,9 +210,9 @@ def described(path: Path) -> dict[str, Any] | None:
 
 
 def _foreign_target(node: dict[str, Any], package: str) -> str:
-    """Return the target of a node if it is outside a package or has targets in its arguments.
+    """Return the quoted `_target_` of a node that must not be built; "" if it may be built.
 
-    Return "" for a node that may be built.
+    A node may be built if its target begins with `package` and its arguments name no targets.
     """
     target = node["_target_"]
     arguments = [value for key, value in node.items() if key != "_target_"]
@@ -189,12 +225,13 @@ def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> 
     """Write a network's state dict, with torch's keys, to a .safetensors file.
 
     Args:
-        network: The network.
-        path: The file to write.
-        metadata: Text values by key, for the file's header.
+        network: network to save, on any device.
+        path: file to write; an existing file is replaced.
+        metadata: text values by key, for the file's header.
 
     Raises:
-        ValueError: safetensors is not installed.
+        ValueError: If safetensors is not installed.
+        OSError: If the file cannot be written.
     """
     try:
         from safetensors.torch import save
@@ -214,15 +251,18 @@ def to_onnx(
 ) -> None:
     """Write a classifier as an ONNX model for batches of any size, after checking its logits.
 
+    The check compares the logits of ONNX Runtime and of torch for three random images.
+
     Args:
-        classifier: The classifier; it is left in eval mode.
-        path: The file to write.
-        image_CHW: The shape of one image: channels, height and width in pixels.
-        metadata: Text values by key, for the model's properties.
+        classifier: classifier on the CPU; it is left in eval mode.
+        path: file to write; an existing file is replaced.
+        image_CHW: shape of one image: channels, height and width in pixels.
+        metadata: text values by key, for the model's properties.
 
     Raises:
-        ValueError: A package needed for the export is not installed, or the logits of ONNX Runtime
-            differ from torch's by more than TOLERANCE; nothing is written then.
+        ValueError: If a package needed for the export is not installed, or if the logits differ by
+            more than TOLERANCE. Nothing is written then.
+        OSError: If the file cannot be written.
     """
     try:
         import onnx
@@ -265,10 +305,10 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
     """Write an MLflow model: a folder with the ONNX model, its signature and its requirements.
 
     Args:
-        onnx_file: The ONNX model.
-        folder: The folder to write; an existing one is replaced.
-        image_CHW: The shape of one image: channels, height and width in pixels.
-        num_classes: K, the number of classes.
+        onnx_file: ONNX model, as `to_onnx` writes it.
+        folder: folder to write; an existing folder is replaced, whatever it holds.
+        image_CHW: shape of one image: channels, height and width in pixels.
+        num_classes: number of classes K.
     """
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         tracking.save_model(
@@ -309,7 +349,14 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line of this module; exit with 1 on an error, or 130 on Ctrl-C."""
+    """Export the student that the command line names, and print the path of the export.
+
+    `arguments` are the words of the command line; None stands for those of this process.
+
+    Raises:
+        SystemExit: With code 1 after any error of the export, 2 if the arguments cannot be parsed,
+            or 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.export",
         description=__doc__,

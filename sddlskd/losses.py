@@ -1,12 +1,13 @@
-"""Distillation losses: pure, unreduced functions of (student, teacher, target).
+"""Distillation losses of logits, with one value per sample.
 
 Shapes: N samples (or regions of samples), K classes.
 
-Every loss takes `student_NK` and `teacher_NK` (logits) and `target_N` (int64 class ids) and returns
-`loss_N`; the caller weights and reduces `loss_N`. A custom loss is any callable of that form.
+Every loss takes the logits `student_NK` and `teacher_NK` and the class ids `target_N` (int64). The
+loss returns `loss_N`, which the caller weights and reduces. Any callable of this form can serve as
+a loss.
 
-Losses are computed in float32 (float64 stays float64) outside autocast. They use log-probabilities
-throughout, so that no loss takes the logarithm of a probability that has underflowed.
+Losses are computed in float32 (float64 stays float64), with autocast disabled. They work on
+log-probabilities, so that no loss takes the logarithm of a probability that has underflowed.
 """
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["dkd", "kd", "nkd"]
 
 
 def _log_probabilities(logits_NK: Tensor, temperature: float) -> Tensor:
-    """Return log softmax(z / T) in at least float32, with autocast disabled."""
+    """Return log softmax(z / T) over the classes in at least float32, with autocast disabled."""
     with torch.autocast(logits_NK.device.type, enabled=False):
         wide = torch.promote_types(logits_NK.dtype, torch.float32)
         return F.log_softmax(logits_NK.to(wide) / temperature, dim=-1)
@@ -33,15 +34,15 @@ def _split_off_target(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split the softmax at `temperature` into the target class and the other classes.
 
-    Returns log p_target (N,), log(1 - p_target) (N,), and the log-probabilities of the K-1 other
-    classes, renormalised without the target (N, K-1).
+    Return log p_target (N,), log(1 - p_target) (N,), and the log-probabilities (N, K-1) of the
+    other classes, which are rescaled so that their probabilities sum to 1.
     """
     log_p_NK = _log_probabilities(logits_NK, temperature)
     N, K = log_p_NK.shape
     others_NK1 = torch.arange(K - 1, device=target_N.device).expand(N, K - 1)
     others_NK1 = others_NK1 + (others_NK1 >= target_N[:, None])  # class ids without the target
     log_others_NK1 = log_p_NK.gather(1, others_NK1)
-    # Computing 1 - p_target would cancel if p_target is close to 1; this sum stays exact.
+    # 1 - p_target would lose all digits if p_target is close to 1; this sum does not.
     log_rest_N = log_others_NK1.logsumexp(1)
     return (
         log_p_NK.gather(1, target_N[:, None])[:, 0],
@@ -51,7 +52,9 @@ def _split_off_target(
 
 
 def kd(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
-    """Return the knowledge distillation loss T^2 * KL(teacher || student) at temperature T.
+    """Return the knowledge distillation loss T^2 * KL(teacher || student) of each sample.
+
+    Both distributions are softmax(logits / T).
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
 
@@ -59,10 +62,10 @@ def kd(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, temperature:
         student_NK: logits of the student, (N, K).
         teacher_NK: logits of the teacher, (N, K).
         target_N: unused; a parameter only so that all losses have the same signature.
-        temperature: T, by which the logits are divided.
+        temperature: T, greater than 0 (not checked).
 
     Returns:
-        The loss of each sample, (N,).
+        loss_N, (N,), in float32 (float64 for float64 logits).
     """
     log_teacher_NK = _log_probabilities(teacher_NK, temperature)
     log_student_NK = _log_probabilities(student_NK, temperature)
@@ -78,12 +81,13 @@ def dkd(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """Return the decoupled knowledge distillation loss T^2 * (alpha * TCKD + beta * NCKD).
+    """Return the decoupled knowledge distillation (DKD) loss of each sample.
 
-    TCKD is KL(teacher || student) of the binary distributions (target, rest). NCKD is
-    KL(teacher || student) of the distributions over the K-1 other classes, which sum to 1 without
-    the target. The released code removes the target from NCKD by subtracting 1000 from its logit;
-    this function excludes the target exactly.
+    The loss is T^2 * (alpha * TCKD + beta * NCKD). Both terms are KL(teacher || student) of
+    distributions from softmax(logits / T):
+    - TCKD compares the binary distributions (target class, all other classes).
+    - NCKD compares the distributions over the K-1 other classes, rescaled to sum to 1. The target
+      is excluded exactly; the released code subtracts 1000 from the target's logit instead.
 
     Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", Eq. 7.
 
@@ -93,10 +97,10 @@ def dkd(
         target_N: class ids, int64, (N,).
         alpha: weight of TCKD.
         beta: weight of NCKD.
-        temperature: T, by which the logits are divided.
+        temperature: T, greater than 0 (not checked).
 
     Returns:
-        The loss of each sample, (N,).
+        loss_N, (N,), in float32 (float64 for float64 logits).
     """
     s_target_N, s_rest_N, s_others_NK1 = _split_off_target(student_NK, target_N, temperature)
     t_target_N, t_rest_N, t_others_NK1 = _split_off_target(teacher_NK, target_N, temperature)
@@ -116,11 +120,14 @@ def nkd(
     temperature: float,
     exclude_target: bool = True,
 ) -> Tensor:
-    """Return the normalised knowledge distillation (NKD) loss.
+    """Return the normalised knowledge distillation (NKD) loss of each sample.
 
-    The first term is -p_t * log p_s of the target class at T = 1, with p_t the teacher's and p_s
-    the student's probability. The second term is gamma * T^2 * cross-entropy of the distributions
-    over the other classes.
+    The loss is the sum of two terms:
+    - Target class: -p_t * log p_s, with p_t the teacher's and p_s the student's probability of the
+      target class at temperature 1.
+    - Other classes: gamma * T^2 times the cross-entropy of the student's distribution over the K-1
+      other classes, with the teacher's distribution as the target. Both distributions come from
+      softmax(logits / T) and are rescaled to sum to 1.
 
     Source: Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation", Eq. 8.
 
@@ -129,13 +136,13 @@ def nkd(
         teacher_NK: logits of the teacher, (N, K).
         target_N: class ids, int64, (N,).
         gamma: weight of the second term.
-        temperature: T of the second term, by which the logits are divided.
-        exclude_target: whether the second term excludes the target class, as in the paper. False
-            reproduces the released SDD and NKD code, in which the mask has no effect: the second
-            term is then the cross-entropy over all K classes.
+        temperature: T of the second term, greater than 0 (not checked).
+        exclude_target: whether the second term excludes the target class, as in the paper. If
+            false, the second term is the cross-entropy over all K classes, as in the released code
+            of SDD and NKD, in which the mask has no effect.
 
     Returns:
-        The loss of each sample, (N,).
+        loss_N, (N,), in float32 (float64 for float64 logits).
     """
     log_s_NK, log_t_NK = _log_probabilities(student_NK, 1.0), _log_probabilities(teacher_NK, 1.0)
     index_N1 = target_N[:, None]

@@ -1,6 +1,9 @@
 """The run directory: a run's frozen configuration, its metrics and its result.
 
-The run directory is the authoritative record; MLflow mirrors it.
+The files are config.yaml (the configuration), code.json and code.diff (the state of the code),
+metrics.jsonl (one line per epoch), result.json (status and scores), train.log, the checkpoints,
+requeues.json (requeues by SLURM) and mlflow.json (what MLflow has). The run directory is the
+authoritative record; MLflow mirrors it.
 """
 
 import json
@@ -40,17 +43,21 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: if the write fails, the old file stays as it was."""
+    """Write text to a file as UTF-8, completely or not at all.
+
+    Raise OSError if the file cannot be written, for example because the disk is full. An old file
+    then stays as it was.
+    """
     content = text.encode()
     with write_atomically(path, len(content)) as file:
         file.write(content)
 
 
 class LogFile(logging.FileHandler):
-    """The file train.log of a run. If a line cannot be written, the run continues without it."""
+    """Handler that writes a run's log to train.log; a line that cannot be written is dropped."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore that a line could not be written; logging would print a traceback for each one."""
+        """Ignore a line (`record`) that could not be written; logging would print a traceback."""
 
     def close(self) -> None:
         """Close the file, and ignore an error of the final flush, such as a full disk."""
@@ -59,20 +66,22 @@ class LogFile(logging.FileHandler):
 
 
 class InUse(ValueError):
-    """Raised if another process has the run directory open."""
+    """Error for a run directory that another process has open."""
 
 
 class Damaged(ValueError):
-    """Raised if a file of a run directory is damaged.
+    """Error for a file of a run directory that cannot be read; the message names the file.
 
-    All these files are written as a whole, so only a disk or a person can have damaged the file.
+    This package writes complete files and lines, so only a disk or a person can have damaged the
+    file.
     """
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return the content of result.json, or {} if the run has not started.
+    """Return the content of a run's result.json.
 
-    Raises Damaged, with a way to repair the run.
+    Return {} if the file is missing, that is, if the run has not started. Raise Damaged if the file
+    is not a JSON object or has an unknown status; the message says how to repair the run.
     """
     try:
         content = _read_json(folder / "result.json")
@@ -84,7 +93,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, or {} if it is missing. Raises Damaged."""
+    """Return the content of a JSON file, or {} if it is missing.
+
+    Raise Damaged if the file is not a JSON object.
+    """
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -97,12 +109,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def note_requeues(folder: Path, job: str, times: int) -> None:
-    """Write down how often SLURM has requeued this job so far.
+    """Write to requeues.json how often SLURM has requeued a job of this run so far.
 
     Args:
-        folder: The run directory.
-        job: The id of the SLURM job.
-        times: The number of requeues of the job.
+        folder: run directory.
+        job: id of the SLURM job. Numbers of the run's other SLURM jobs stay in the file.
+        times: number of requeues of this SLURM job; it replaces an earlier number.
     """
     write_text(folder / "requeues.json", json.dumps({**_requeues(folder), job: times}))
 
@@ -113,9 +125,11 @@ def _requeues(folder: Path) -> dict[str, int]:
 
 
 def queue_again(folder: Path) -> None:
-    """Mark a FAILED run as KILLED, that is, as interrupted.
+    """Change the status of a run from FAILED to KILLED (interrupted) before it is tried again.
 
-    Otherwise its old outcome could be mistaken for the outcome of the next attempt.
+    Otherwise the old outcome could be mistaken for the outcome of the next attempt. The new reason
+    quotes the old one. Do nothing if the run has another status or has not started. Raise Damaged
+    if result.json is damaged.
     """
     result = read_result(folder)
     if result.get("status") == FAILED:
@@ -124,12 +138,22 @@ def queue_again(folder: Path) -> None:
 
 
 def freeze(config: Config) -> Path:
-    """Write the resolved configuration and the code's state into the run directory, and return it.
+    """Write a job's configuration and the state of the code into its run directory.
 
-    The job reads the configuration from the run directory. If the directory already holds this job,
-    its settings that do not identify the job (tracking, device, folders) are updated, unless
-    another process has the run open. The state of the code that started the job stays. Raises
-    ValueError if the directory holds another job.
+    From then on, the job reads its configuration from config.yaml in this directory. If the
+    directory already holds the job, only the settings that do not identify a job (tracking, device,
+    folders) are updated, and only while no process has the run open. The noted state of the code
+    then stays that of the first start.
+
+    Args:
+        config: resolved configuration; `config.run_dir` is the directory, made if missing.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ValueError: If the directory holds another job, or if its config.yaml is damaged.
+        OSError: If the files cannot be written.
     """
     folder = Path(config.run_dir)
     if holds(config):
@@ -149,9 +173,10 @@ def freeze(config: Config) -> Path:
 
 
 def holds(config: Config) -> bool:
-    """Return whether the run directory already holds the frozen configuration of this job.
+    """Return whether the run directory of a job already holds the frozen configuration of this job.
 
-    Raises ValueError, with the keys that differ, if the directory holds another job.
+    Return False if there is no config.yaml. Raise ValueError if config.yaml is damaged, or if it is
+    that of another job; the message names up to three settings that differ.
     """
     path = Path(config.run_dir, "config.yaml")
     if not path.exists():
@@ -173,10 +198,11 @@ def holds(config: Config) -> bool:
 
 @cache
 def code_state() -> dict[str, str]:
-    """Return version, git revision and uncommitted changes of this package.
+    """Return the version, the git commit and the uncommitted changes of this package.
 
-    The keys are "version", "git_sha" and "diff". The last two are "" if the package is not part of
-    a git checkout.
+    The keys are "version", "git_sha" and "diff" (the text of `git diff HEAD`). The last two are ""
+    if the package is not part of a git checkout or there is no git. The state is read once per
+    process.
     """
     here = Path(__file__).parent
 
@@ -190,7 +216,8 @@ def code_state() -> dict[str, str]:
             return ""
         return done.stdout if done.returncode == 0 else ""
 
-    # Without this check, a package in a venv inside another project's checkout gets its revision.
+    # Without this check, a package in a venv inside the checkout of another project would get the
+    # revision of that project.
     if not git("ls-files", "--", __file__):
         return {"version": version("sddlskd"), "git_sha": "", "diff": ""}
     return {
@@ -201,18 +228,29 @@ def code_state() -> dict[str, str]:
 
 
 def versions() -> str:
-    """Return the versions that a run's numbers may depend on, as one line."""
+    """Return one line with the versions of sddlskd, torch and Python, the system and the CPU."""
     names = ", ".join(f"{name} {version(name)}" for name in ("sddlskd", "torch"))
     return f"{names}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
 class Record:
-    """A run directory opened for writing by one process.
+    """Run directory that this process has open for writing; no other process can open it meanwhile.
 
-    Opening it freezes the configuration (`freeze`) and repairs the files that a killed process left
-    unfinished.
-    Raises InUse, naming the process, if another process has the directory open. Raises ValueError
-    if the directory holds another job.
+    Opening the directory writes the configuration (`freeze`) and repairs the files that a killed
+    process left unfinished. Call `close` at the end.
+
+    Args:
+        config: resolved configuration of the job; `config.run_dir` is the directory.
+
+    Attributes:
+        folder: run directory.
+        config_hash: hash that identifies the job.
+        log: logger that also writes to train.log.
+
+    Raises:
+        InUse: If another process keeps the directory open for 2 seconds; the message names the
+            process.
+        ValueError: If the directory holds another job, or if its config.yaml is damaged.
     """
 
     def __init__(self, config: Config) -> None:
@@ -245,13 +283,13 @@ class Record:
         self._mend_torn_line()
 
     def close(self) -> None:
-        """Close train.log and release the lock."""
+        """Close train.log, and let other processes open the directory."""
         self.log.removeHandler(self._log_file)
         self._log_file.close()
         self._lock.release()
 
     def _mend_torn_line(self) -> None:
-        """Drop an incomplete last line of metrics.jsonl."""
+        """Drop an incomplete last line of metrics.jsonl, which a crash during a write leaves."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             content = path.read_bytes()
@@ -261,13 +299,18 @@ class Record:
                     file.write(whole)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the metrics of every finished epoch. Raises Damaged."""
+        """Return the metrics of every finished epoch, one dict per epoch, as `read_rows` does.
+
+        Raise Damaged if a line of metrics.jsonl cannot be read.
+        """
         return read_rows(self.folder)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append the metrics of an epoch to metrics.jsonl.
+        """Append the metrics of an epoch, with the epoch's number under "epoch", to metrics.jsonl.
 
-        An epoch that is already in the file is ignored: a resumed run can repeat an epoch.
+        A row that is not of a later epoch than the last row in the file is ignored: a resumed run
+        can repeat an epoch. Raise OSError if the row cannot be written, and Damaged if the file is
+        damaged.
         """
         rows = self.rows()
         if rows and rows[-1]["epoch"] >= row["epoch"]:
@@ -275,13 +318,14 @@ class Record:
         append(self.folder / "metrics.jsonl", json.dumps(row).encode() + b"\n")
 
     def note_run_id(self) -> None:
-        """Write the id of the run's MLflow mirror into result.json.
+        """Write the id of the run's MLflow mirror into result.json, if the id there is another one.
 
-        MLflow can create the mirror after the outcome has been written.
+        MLflow can create the mirror after the outcome has been written. Do nothing if there is no
+        result.json, and ignore a full disk. Raise Damaged if result.json is damaged.
         """
         content, run_id = read_result(self.folder), self._run_id()
         if content and content["run_id"] != run_id:
-            with suppress(OSError):  # a full disk: it ended the run and was reported then
+            with suppress(OSError):  # a full disk has ended the run and was reported
                 write_text(
                     self.folder / "result.json", json.dumps({**content, "run_id": run_id}, indent=1)
                 )
@@ -296,11 +340,13 @@ class Record:
 
         Args:
             status: RUNNING, FINISHED, FAILED or KILLED.
-            reason: Why the run ended, in one line; "" if there is nothing to explain.
-            **values: Further entries, such as best_top1 (%) or seconds.
+            reason: why the run ended, in one line; "" if there is nothing to explain.
+            **values: further entries, such as best_top1 (%) or seconds.
 
         Returns:
-            The content of result.json.
+            The content: the arguments, with the added entries "run_id" (of the MLflow run; None
+            without one), "config_hash", "requeues" (by SLURM, over all jobs of the run) and "time"
+            (Unix time in seconds).
 
         Raises:
             OSError: If the file cannot be written. For FAILED the error is only logged.
@@ -320,15 +366,28 @@ class Record:
         except OSError as error:
             if status != FAILED:
                 raise
-            # The run's own error was logged before; most likely it is the same full disk.
+            # The error that ended the run is in the log; a full disk most likely causes both.
             self.log.error("%s", error)
         return content
 
     def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
-        """Write result.json on behalf of a run that cannot report itself, and return its content.
+        """Write result.json for a run that did not write its outcome itself.
 
-        Scores, epochs and seconds come from metrics.jsonl. The entries about the data, the teacher,
-        the environment and the group size stay as they were.
+        The best and last top-1 (%), the number of epochs and the seconds come from metrics.jsonl.
+        The scores are None if no epoch has finished; epochs of a first stage (0 and below) do not
+        count. The entries about the data, the teacher, the environment and the group size are kept
+        from the earlier result.json.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            reason: why the run ended, in one line.
+
+        Returns:
+            The content, as `result` returns it.
+
+        Raises:
+            Damaged: If metrics.jsonl or result.json is damaged.
+            OSError: If the file cannot be written. For FAILED the error is only logged.
         """
         # The epochs of a first stage count neither as epochs nor for the best score.
         rows = [row for row in self.rows() if row["epoch"] > 0]
@@ -351,9 +410,13 @@ class Record:
 
 
 class Onlooker:
-    """A substitute for `Record` in a process that must not write, because rank 0 keeps the record.
+    """Substitute for `Record` in the processes of a run other than rank 0.
 
-    It has the folder and a silent log. Its methods do nothing.
+    Rank 0 keeps the record. An onlooker has the run directory (`folder`) and a silent logger
+    (`log`). It writes nothing and locks nothing.
+
+    Args:
+        config: resolved configuration of the job.
     """
 
     def __init__(self, config: Config) -> None:
@@ -362,25 +425,25 @@ class Onlooker:
         self.log.disabled = True
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Do nothing; rank 0 appends the row."""
+        """Do nothing with `row`; rank 0 appends the metrics of the epoch."""
 
     def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
         """Return {} and write nothing.
 
         Args:
-            status: Ignored.
-            reason: Ignored.
-            **values: Ignored.
+            status: not used.
+            reason: not used.
+            **values: not used.
         """
         return {}
 
     def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
-        """Return {} and write nothing."""
+        """Return {} and write nothing; `status` and `reason` are not used."""
         return {}
 
 
 def abandoned(folder: Path) -> bool:
-    """Return whether no process has this run directory open."""
+    """Return whether no process, this one included, has a run directory open for writing."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -391,9 +454,10 @@ def abandoned(folder: Path) -> bool:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return every complete line of metrics.jsonl as a dict, or [] if the file is missing.
+    """Return the metrics of every finished epoch of a run, one dict per line of metrics.jsonl.
 
-    Raises Damaged, naming the line.
+    Return [] if the file is missing. An incomplete last line is left out. Raise Damaged, with the
+    number of the line, if a line is not a JSON object of numbers with an integer "epoch".
     """
     try:
         content = (folder / "metrics.jsonl").read_bytes()
@@ -417,10 +481,16 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_mirror(folder: Path) -> dict[str, Any]:
-    """Return the content of mlflow.json, the state of the run's mirror in MLflow.
+    """Return the content of mlflow.json, which says what MLflow already has of a run or of a sweep.
 
-    The keys are key, uri, run_id, rows and status. The dict is empty if the file is missing. Raises
-    Damaged.
+    For a run the entries are "key" (random id of the record), "uri" (address of MLflow), "run_id"
+    (of the MLflow run), "rows" (number of epochs delivered) and "status" (delivered). The last
+    three are missing until MLflow has the run. For a sweep, "uri" and "run_id" (of the sweep's
+    parent run) have the same meaning. Return {} if there is no file. Raise Damaged if the file is
+    not a JSON object or does not match its checksum.
+
+    Args:
+        folder: directory of the run or of the sweep.
     """
     content = _read_json(folder / "mlflow.json")
     if content.pop("checksum", _checksum(content)) != _checksum(content):
@@ -429,7 +499,10 @@ def read_mirror(folder: Path) -> dict[str, Any]:
 
 
 def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write mlflow.json with a checksum of its content."""
+    """Write `content` and its checksum to mlflow.json in the directory of a run or of a sweep.
+
+    Raise OSError if the file cannot be written; an old file then stays as it was.
+    """
     write_text(folder / "mlflow.json", json.dumps({**content, "checksum": _checksum(content)}))
 
 

@@ -3,9 +3,9 @@
     python -m sddlskd.server [--folder FOLDER] [--port PORT] [--name NAME ...]
                              [-- OPTIONS OF mlflow server]
 
-PostgreSQL listens on a Unix socket that only its own user can open. It requires a password, which
-this module generates and stores in FOLDER/password. docs/tracking.md explains how to make the
-server safe to reach from other machines.
+PostgreSQL listens on a Unix socket that only PostgreSQL's own user can open. Clients need a
+password, which this module generates and stores in FOLDER/password. docs/tracking.md explains how
+to make the server safe to reach from other machines.
 """
 
 import argparse
@@ -43,13 +43,13 @@ _UVICORN = f"--timeout-graceful-shutdown 5 --timeout-worker-healthcheck {START_S
 
 
 class Stopped(Exception):
-    """A request to stop, by SIGINT (Ctrl-C) or SIGTERM."""
+    """Request to stop the server, raised by the handler of SIGINT (Ctrl-C) and SIGTERM."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run MLflow on PostgreSQL on loopback until stopped.
+    """Run MLflow on PostgreSQL on loopback until Ctrl-C or SIGTERM stops it.
 
-    Running the same command again continues with the same data.
+    The same command continues with the same data. An error ends the command with exit code 1.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.server", description=main.__doc__)
     parser.add_argument(
@@ -156,9 +156,10 @@ def _serve(folder: Path, port: int, names: Sequence[str], options: Sequence[str]
 
 
 def _programs() -> Path:
-    """Return the folder of PostgreSQL's programs; raise ValueError if PostgreSQL is not installed.
+    """Return the folder of PostgreSQL's programs.
 
-    Raise ValueError as well if psycopg2 is not installed.
+    The folder is that of `initdb` on PATH, else that of the newest version that Debian installed.
+    Raise ValueError if PostgreSQL or psycopg2 is not installed.
     """
     if not find_spec("psycopg2"):
         raise ValueError("MLflow needs psycopg2 to reach PostgreSQL: pip install 'sddlskd[server]'")
@@ -175,10 +176,11 @@ def _programs() -> Path:
 
 
 def _owner(folder: Path, sockets: Path) -> dict[str, Any]:
-    """Return the Popen arguments that set PostgreSQL's user: the user postgres if this is root.
+    """Return the arguments of Popen that start a process as the user postgres.
 
-    PostgreSQL refuses to run as root. Raise ValueError if this process is root and the user
-    postgres does not exist or cannot reach `folder`.
+    Return {} unless this process is root. PostgreSQL refuses to run as root. The user postgres
+    becomes the owner of `sockets`. Raise ValueError if this process is root and the user postgres
+    does not exist or cannot reach `folder`.
     """
     if os.geteuid() != 0:
         return {}
@@ -200,7 +202,7 @@ def _owner(folder: Path, sockets: Path) -> dict[str, Any]:
 
 
 def _database(folder: Path, programs: Path, owner: dict[str, Any]) -> Path:
-    """Create the database if missing, and return its password file (in libpq's format)."""
+    """Create the database if it is missing; return its password file (in libpq's format)."""
     password_file = folder / "password"
     data = folder / "postgres"
     if data.exists():
@@ -256,16 +258,16 @@ def _start(
     Because of the separate session, Ctrl-C reaches only this process, which then stops the child.
 
     Args:
-        stack: The exit stack that stops the process; processes still running after STOP_S seconds
-            are killed.
-        command: The program and its arguments.
-        folder: The folder of server.log, which receives the process's output.
-        ending: The signal that stops the process in the normal case.
-        orphan: The signal that the process receives if this process dies (on Linux only).
-        **options: Further arguments of Popen.
+        stack: exit stack whose end sends the signal `ending` to the process, and kills a process
+            that still runs after STOP_S seconds.
+        command: program and its arguments.
+        folder: folder of server.log, which receives the output of the process.
+        ending: signal that stops the process in the normal case.
+        orphan: signal that the process receives if this process dies (on Linux only).
+        **options: further arguments of Popen.
 
     Returns:
-        The process.
+        The running process.
     """
     parent = os.getpid()
     with open(folder / "server.log", "ab") as log:

@@ -11,8 +11,9 @@ Commands:
                                 this package, RepDistiller or mdistiller)
 
 Files are copied byte for byte (safetensors files are rewritten as .pt) after a check of every key
-and shape. Their sha256 is pinned on first use. Arguments of the form key=value override the
-configuration, for example home=, dataset= or trainer.device=.
+and shape. The sha256 of a file is noted (pinned) when the file first comes; a file that differs
+later is refused. Arguments of the form key=value override the configuration, for example home=,
+dataset= or trainer.device=.
 """
 
 import argparse
@@ -53,11 +54,15 @@ __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 
 
 class Published(NamedTuple):
-    """A teacher that the papers use."""
+    """Published teacher that the papers use.
 
-    top1: float  # % on the test split, as published
-    # The path below each of PLACES, or inside its archive. The names of torchvision's files contain
-    # the first digits of their sha256.
+    Attributes:
+        top1: top-1 on the test split in %, as published.
+        file: path of the weights file, below a base URL of PLACES or inside an archive of PLACES.
+            The names of torchvision's files contain the first digits of their sha256.
+    """
+
+    top1: float
     file: str
 
 
@@ -77,7 +82,7 @@ PUBLISHED = {  # by data set and network name
         "resnet50": Published(76.13, "resnet50-0676ba61.pth"),
     },
 }
-# By data set: either an archive with all files of the data set, or a base URL to append /<file> to.
+# Addresses by data set: an archive of all its files, or a base URL to which /<file> is appended.
 PLACES = {
     "cifar100": (
         "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
@@ -99,16 +104,19 @@ ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, DownloadE
 def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
     """Download the job's published teacher to the place that `teacher=<name>` reads.
 
+    Do nothing if the pinned file (the one first fetched or imported) is there already.
+
     Args:
-        job: The configuration; its teacher and data set name the published teacher.
-        mirrors: Archives or base URLs, as in PLACES, to try before PLACES.
+        job: configuration whose teacher and data set name the published teacher.
+        mirrors: addresses to try before PLACES, each an archive or a base URL.
 
     Returns:
         A line for the user that says where the teacher came from and where it is now.
 
     Raises:
-        ValueError: No such teacher is published, another file has its place or its pin, or no place
-            delivered it; in the last case the message lists each place and its error.
+        ValueError: If no such teacher is published, if an unpinned file or one that differs from
+            its pin is at the teacher's place, or if no address delivered the teacher. In the last
+            case the message gives the error of each address.
     """
     name = job.teacher.name
     dataset = job.dataset.name
@@ -162,7 +170,7 @@ def _fetch_from(place: str, job: Config) -> str:
 
 
 def _fetch_file(address: str, job: Config, kept: Path) -> None:
-    """Download the job's teacher to `kept`, and install it from there."""
+    """Download the job's teacher to the file `kept`, install it from there, and delete `kept`."""
     download.download_file(address, kept, limit=teacher_files.LARGEST_FILE)
     named = re.search(r"-([0-9a-f]{8})\.pth$", address)
     try:
@@ -176,9 +184,21 @@ def _fetch_file(address: str, job: Config, kept: Path) -> None:
 
 
 def _fetch_from_archive(address: str, file: str, job: Config, kept: Path) -> None:
-    """Download an archive to `kept`, and install the job's teacher, `file` in the archive.
+    """Download an archive to `kept`, and install the job's teacher from it.
 
-    Keep the archive: it contains the data set's other teachers as well.
+    The archive is kept, because it contains the data set's other teachers as well, unless it cannot
+    be used.
+
+    Args:
+        address: URL of the archive.
+        file: end of the teacher's path in the archive.
+        job: configuration whose teacher is installed.
+        kept: path of the downloaded archive.
+
+    Raises:
+        DownloadError: If the archive cannot be downloaded.
+        ValueError: If the archive differs from its pinned sha256, is not safe to unpack, or does
+            not hold the teacher exactly once.
     """
     download.download_file(address, kept, limit=LARGEST_ARCHIVE)
     try:
@@ -205,8 +225,17 @@ def _fetch_from_archive(address: str, file: str, job: Config, kept: Path) -> Non
 def import_file(job: Config, path: Path) -> str:
     """Copy a weights file to the place that `teacher=<name>` reads, and return a line for the user.
 
-    Raise ValueError if the file does not hold the teacher's weights, or if another file has the
-    teacher's place or pin.
+    The weights are checked against the teacher's network, and the sha256 of the new file is pinned.
+    A .safetensors file is rewritten as .pt. Nothing is copied if the same file is there already.
+
+    Args:
+        job: configuration whose teacher and data set the weights belong to.
+        path: weights file of this package, RepDistiller or mdistiller.
+
+    Raises:
+        ValueError: If `path` is not a file, is larger than `teacher_files.LARGEST_FILE`, does not
+            hold finite weights of the network, or differs from the pin, or if another file is at
+            the teacher's place.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a weights file of {job.teacher.name}")
@@ -231,9 +260,14 @@ def import_file(job: Config, path: Path) -> str:
 
 
 def _install(job: Config, file: Path, source: str) -> None:
-    """Check a file that came from `source`, and move it to the path that `teacher=<name>` reads.
+    """Check a file, and move it to the path that `teacher=<name>` reads.
 
     Raise ValueError as `teacher_files.install` does.
+
+    Args:
+        job: configuration whose teacher the file holds.
+        file: weights file, on the file system of the teacher's path.
+        source: address or path that the file came from, for messages and the pin.
     """
     model = build_network(job.teacher.model, job.dataset.num_classes, 0, torch.device("cpu"))
     teacher_files.install(
@@ -247,14 +281,22 @@ def _install(job: Config, file: Path, source: str) -> None:
 
 
 def verify(job: Config, test_split: Callable[[], Data]) -> str:
-    """Measure the top-1 of the job's teacher (%) and compare it with the published value.
+    """Measure the test top-1 of the job's teacher, and compare it with the published value.
 
-    `test_split` returns the data; it is called after the checks of the teacher's file. The returned
-    line for the user gives both values.
+    Args:
+        job: configuration that names the teacher, the data set, the device and the precision.
+        test_split: function that returns the data set; called after the checks of the teacher's
+            file.
+
+    Returns:
+        A line for the user with the measured top-1 and the published one (%), or with the note that
+        nothing is published.
 
     Raises:
-        FileNotFoundError: The teacher's file is missing.
-        ValueError: The values differ by more than TOLERANCE, or the file does not match its pin.
+        FileNotFoundError: If the teacher's file is missing.
+        ValueError: If the values differ by more than TOLERANCE (percentage points), if the file
+            differs from its pinned sha256 (checked without teacher.checkpoint only), or if the file
+            does not hold finite weights of the network.
     """
     path = teacher_path(job)
     name = job.teacher.name
@@ -286,7 +328,12 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
 
 
 def table(home: str) -> str:
-    """Return a table of the published teachers and of the teachers in `home`, as text."""
+    """Return a table of the published teachers and of those in the folder `home`/teachers, as text.
+
+    A row has the data set, the network, the published top-1 (%), whether the file is there and has
+    its pinned sha256, and where the file came from. Raise ValueError if the file of pins is
+    damaged.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -320,7 +367,7 @@ def table(home: str) -> str:
 
 
 def _compose_job(name: str, overrides: Sequence[str]) -> Config:
-    """Compose the configuration of one teacher in the same way as a training run does."""
+    """Return the configuration of a training run with the teacher `name` and these overrides."""
     if name.startswith("imagenet_"):
         overrides = ["dataset=imagenet", *overrides]
     with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
@@ -334,7 +381,10 @@ def _data(job: Config) -> Data:
 
 
 def _shared_data(job: Config, built: dict[str, Data]) -> Data:
-    """Return the job's data from `built`, {name of the data set: data}, after building it once."""
+    """Return the job's data set, built once for all jobs of the data set.
+
+    `built` holds the data sets by name; a new one is added.
+    """
     name = job.dataset.name
     if name not in built:
         built[name] = _data(job)
@@ -342,7 +392,15 @@ def _shared_data(job: Config, built: dict[str, Data]) -> Data:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line of this module; exit with 0, 1 on an error, or 130 on Ctrl-C."""
+    """Run the command `list`, `fetch`, `verify` or `import` of the command line, then exit.
+
+    A teacher that fails does not keep the next one from being fetched or verified. `arguments` are
+    the words of the command line; None stands for those of this process.
+
+    Raises:
+        SystemExit: With code 0 if everything succeeded, 1 if a teacher failed, 2 if the arguments
+            cannot be parsed, or 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.teachers",
         description=__doc__,

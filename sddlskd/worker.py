@@ -1,6 +1,6 @@
-"""One worker process of a sweep: train one group of frozen jobs on one device.
+"""Train one group of jobs on one device, as a worker process of a sweep.
 
-The same command runs a frozen job again:
+The configuration of each job is in its run directory. The same command runs a job again:
 
 python -m sddlskd.worker RUN_DIR [RUN_DIR ...]
 """
@@ -24,7 +24,10 @@ __all__ = ["main", "run"]
 
 
 def main() -> None:
-    """Train the frozen jobs of the given run directories, each from its last checkpoint."""
+    """Train the jobs of the given run directories, each from its last checkpoint.
+
+    The jobs are trained side by side, so they must share batches and teacher.
+    """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.worker", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--device", help="device to use instead of the jobs' trainer.device")
@@ -49,21 +52,29 @@ def run(
     progress: str | None = None,
     stop: Stop | None = None,
 ) -> int:
-    """Train the frozen jobs of the run directories side by side and return the exit code.
+    """Train the jobs of some run directories side by side, and return the exit code.
+
+    An error that stops all jobs, other than those below, is passed on.
 
     Args:
-        folders: run directories of the jobs.
+        folders: run directories of jobs that share batches and teacher; each holds config.yaml.
         device: device to use instead of the jobs' trainer.device; None to keep it.
         threads: number of CPU threads; None for torch's default.
-        progress: value to use instead of the jobs' trainer.progress; None to keep it.
-        stop: the caller's signal handler, if the caller handles the stop signals itself; None for
-            a new one.
+        progress: "auto", "plain" or "off", used instead of the jobs' trainer.progress; None to keep
+            it.
+        stop: stop request of a caller that handles the stop signals itself; None to handle them
+            here.
 
     Returns:
-        ExitCode.TOO_LARGE if the jobs do not fit into the device's memory together; ExitCode.BUSY
-        if another process has a job open; ExitCode.STOPPED if the worker was asked to stop; 1 if an
-        invalid value or a file error prevents the training, which is printed to stderr; otherwise
-        0, even if a job failed.
+        - ExitCode.TOO_LARGE if the jobs do not fit into the device's memory together;
+        - ExitCode.BUSY if another process has the run directory of a job open;
+        - ExitCode.STOPPED if a signal stopped the training;
+        - 1 if a ValueError or OSError, which is printed to stderr, prevents the training;
+        - otherwise 0, even if a job failed: each result.json tells the outcome.
+
+    Raises:
+        FileNotFoundError: If a run directory has no config.yaml.
+        ValueError: If a config.yaml is damaged, or if `progress` is not valid.
     """
     log_to_terminal()
     cfg.frame()

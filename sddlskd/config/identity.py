@@ -1,4 +1,4 @@
-"""What a job is called: its hashes, its name, and which jobs can share batches and teacher."""
+"""Hashes and names of a job (one training run), computed from its configuration."""
 
 import hashlib
 import json
@@ -51,15 +51,20 @@ METHOD_NAMES = {
     "vid": "VID",
 }
 
-# SemCKD's authors train it together with KD.
+# The authors of SemCKD always add KD: the name SemCKD stands for the sum of both losses.
 SHORT_NAMES = {"KD+SemCKD": "SemCKD", "SemCKD": "SemCKD without KD"}
 
 
 def _identity(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of each field that counts in `config_hash`, nested dataclasses as dicts.
+    """Yield (name, value) of each field that `config_hash` counts; nested dataclasses become dicts.
 
-    Three values are left out: a `later` field with its default, the argument of `dataset.load` that
-    repeats `dataset.root`, and the default `stem` of this package's networks.
+    Fields with the metadata identity=False are left out, and so are
+
+    - a field with the metadata later=True that has its default;
+    - the argument of `dataset.load` that repeats `dataset.root`;
+    - the argument `stem` of this package's networks, if `stem` has its default.
+
+    Whole floats become ints. A `_target_` that has moved gets its first name.
     """
     for f in fields(node):
         if not f.metadata.get("identity", True):
@@ -80,12 +85,15 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _without(arguments: dict[str, Any], name: str, default: Any) -> dict[str, Any]:
-    """Return the arguments without the one of this name if it has this value."""
+    """Return a copy of `arguments`, without the entry `name` if its value is `default`."""
     return {k: v for k, v in arguments.items() if (k, v) != (name, default)}
 
 
 def _same_numbers(value: Any) -> Any:
-    """Return `value` with whole floats as ints, so that 6 and 6.0 have the same hash."""
+    """Return `value` with whole floats as ints, so that 6 and 6.0 have the same hash.
+
+    Numbers in nested dicts and lists are converted, too.
+    """
     if isinstance(value, dict):
         return {key: _same_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -96,7 +104,10 @@ def _same_numbers(value: Any) -> Any:
 
 
 def identity_keys() -> set[str]:
-    """Return the dotted keys that count in `config_hash`, without those of `features`."""
+    """Return the dotted keys that `config_hash` counts, such as "optimizer.lr".
+
+    Keys below `features` are left out, because they differ between jobs.
+    """
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
         for f in fields(node):
@@ -105,46 +116,56 @@ def identity_keys() -> set[str]:
             value = getattr(node, f.name, None)
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
-            elif f.name != "features":  # whose keys depend on the job
+            elif f.name != "features":
                 yield prefix + f.name
 
     return set(walk(Config(), ""))
 
 
 def config_hash(config: Config) -> str:
-    """Return twelve hex digits that identify what the job computes.
+    """Return twelve hex digits that identify what a job computes, including its seed.
 
-    Jobs that differ only in paths, device or tracking have the same hash.
+    Settings that only say how a job runs do not count: folders, device, number of processes,
+    decoding workers, tracking, frequency of checkpoints, display. `teacher.checkpoint` does count,
+    although it is a path.
     """
     return digest(dict(_identity(config)))
 
 
 def settings_hash(config: Config) -> str:
-    """Return `config_hash` without the seed.
+    """Return the `config_hash` that the job would have with seed 0.
 
-    The hash is equal for the repetitions that a mean is taken over.
+    Jobs that differ only in `seed` have the same settings hash. Means are taken over such jobs.
     """
     return config_hash(replace(config, seed=0))
 
 
 def canonical(value: Any) -> str:
-    """Return plain values as JSON text that is equal for equal values."""
+    """Return `value` as JSON text that does not depend on the order of keys in dicts.
+
+    Raise TypeError if `value` holds anything that JSON cannot hold, such as a set.
+    """
     return json.dumps(value, sort_keys=True)
 
 
 def digest(value: Any) -> str:
+    """Return the first twelve hex digits of the SHA-256 of `canonical(value)`."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
 
 
 def data_seed(config: Config) -> int:
-    """Return the seed of batches and augmentation."""
+    """Return the seed of batch order and augmentation.
+
+    The seed is `trainer.data_seed`, or the job's `seed` if `trainer.data_seed` is None.
+    """
     return config.seed if config.trainer.data_seed is None else config.trainer.data_seed
 
 
 def sharing_key(config: Config) -> str:
-    """Return a key that is equal for jobs with the same batches and the same teacher.
+    """Return twelve hex digits that are equal for jobs with the same batches and the same teacher.
 
-    Jobs with equal keys can be trained side by side.
+    `fit` trains jobs with equal keys side by side, with one teacher forward pass per batch. Such
+    jobs also have the same device and the same training length, precision and compilation.
     """
     trainer = dict(_identity(config.trainer)) | {
         "data_seed": data_seed(config),
@@ -160,31 +181,32 @@ def sharing_key(config: Config) -> str:
         config.home,
     ]
     if config.teacher.cache:
-        # So that a job gets the same maps in every group, whatever the other jobs need.
+        # A job must read the same cached maps, whatever the jobs beside it need.
         teacher += [cached_side(config), bool(config.features)]
-    # The weak views are the same whether or not another job of the group needs strong ones.
+    # Jobs with and without strong views can share batches: their weak views are the same.
     dataset = _without(dict(_identity(config.dataset)), "views", config.dataset.views)
     return digest([trainer, teacher, dataset, config.dataset.root])
 
 
 def cached_side(config: Config) -> int | None:
-    """Return the side to which the teacher's maps are pooled before the cache keeps them.
+    """Return the side in cells to which teacher maps are pooled before the cache stores them.
 
-    All scales of the job are the same pools of the pooled map as of the full map. The side is at
-    least 4, so that one cache serves all of M=[1], [1,2] and [1,2,4]. Return None for full maps,
-    which float32 keeps because it promises the numbers of a run without a cache, to the bit.
+    The side is the least common multiple of 4 and of the job's scales `M`, so the regions of every
+    scale can be pooled from the stored map. The pooling "nested" always has the side 4. None means
+    that maps are stored in full, which is so for `teacher.cache_dtype=float32` only.
     """
     if config.teacher.cache_dtype == CacheDtype.float32:
         return None
     if config.distiller.pooling == Pooling.nested:
-        return 4  # the code pools to 4x4 before it pools to the scales
+        return 4  # this pooling goes through 4x4 cells for every scale
     return math.lcm(4, *config.M)
 
 
 def run_name(config: Config) -> str:
-    """Return a readable, unique folder name for the run.
+    """Return the folder of a job's record, relative to <home>/runs: <data set>/<readable label>.
 
-    For example cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417.
+    The label names teacher, student, losses, scales and seed, and ends in `config_hash`. An example
+    is cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417.
     """
     parts = [config.student.name]
     if config.distiller.loss or not config.features:
@@ -203,16 +225,19 @@ def run_name(config: Config) -> str:
 
 
 def method_name(config: Config) -> str:
-    """Return the papers' name of the job's method without its scales, such as SD-KD+LS+CRD.
+    """Return the name of a job's method as papers write it, without the scales: "SD-KD+LS+CRD".
 
-    A loss of the user's own keeps its name as the user wrote it.
+    "SD-" marks a loss of several scales, or a feature method that is computed per region. "+LS"
+    marks standardised logits. "CTKD" is KD with a learnt temperature. "+DOT" marks the optimizer.
+    KD together with SemCKD is "SemCKD". A loss or method that `METHOD_NAMES` does not list keeps
+    its configured name. A job without a teacher is called "student alone".
     """
     if not config.has_teacher:
         return "student alone"
     names = []
     for name, feature in config.features.items():
         known = METHOD_NAMES.get(name, name)
-        if feature.method.get("M"):  # its loss is computed for each region of these scales
+        if feature.method.get("M"):  # the loss is computed for each region
             known = f"SD-{known}"
         if feature.method.get("standardize"):
             known = f"{known}+LS"
@@ -226,18 +251,24 @@ def method_name(config: Config) -> str:
         if config.standardize:
             loss = f"{loss}+LS"
         names.insert(0, loss)
-    if config.optimizer.name == "dot":  # it treats the losses of a method differently
+    if config.optimizer.name == "dot":  # DOT changes how the losses are combined
         names.append("DOT")
     name = "+".join(names)
     return SHORT_NAMES.get(name, name)
 
 
 def title(config: Config, *, seed: bool = True) -> str:
-    """Return what people call the run of a job, such as "SD-KD+LS [1,2,4] seed 0, resnet8".
+    """Return a title for a job's run: method, scales, seed and student.
+
+    An example is "SD-KD+LS [1,2,4] seed 0, resnet8". The scales are left out if they are [1] or if
+    the job has no logit loss.
 
     Args:
         config: The job.
-        seed: Whether to name the seed.
+        seed: Whether the title names the seed.
+
+    Returns:
+        The title, which need not be unique.
     """
     words = [method_name(config)]
     if config.distiller.loss and config.M != [1]:
@@ -248,14 +279,19 @@ def title(config: Config, *, seed: bool = True) -> str:
 
 
 def plain(text: str) -> str:
-    """Return `text` without characters that a shell interprets: M=[1,2,4] becomes M-1-2-4."""
+    """Return `text` as one word that no shell interprets: "M=[1,2,4]" becomes "M-1-2-4".
+
+    Each sequence of characters other than ASCII letters, digits, "." and "_" becomes one hyphen.
+    Hyphens at both ends are dropped.
+    """
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Return a flat dict {"teacher.name": ..., "M": ..., ...} with one entry per key.
+    """Return all settings of a job in one flat dict with dotted keys, such as "teacher.name".
 
-    Lists and dicts of arguments become compact JSON.
+    Lists and dicts become compact JSON text, such as "[1,2,4]"; other values keep their type. The
+    settings of a feature method have keys such as "features.crd.weight".
     """
 
     def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

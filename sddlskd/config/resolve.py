@@ -1,4 +1,8 @@
-"""From a composed configuration to a typed, checked job, and from a frozen file back to it."""
+"""Make a typed and checked job from a composed Hydra configuration, or from a file of a run.
+
+A job is one training run. `resolve` takes what Hydra composed. `load` reads the configuration that
+a run directory holds.
+"""
 
 import os
 import re
@@ -56,7 +60,7 @@ __all__ = [
 ]
 
 
-SQLITE = "sqlite:///"  # what an address of a SQLite file begins with
+SQLITE = "sqlite:///"  # beginning of the address of a SQLite file
 LONGEST_SHOWN = 60  # characters of a value that a message shows
 TARGETS = (
     ("student", "model"),
@@ -73,10 +77,10 @@ DOT_TARGET = "sddlskd.training.dot.DOT"
 
 
 def conf_folder() -> Path:
-    """Return the folder of YAML files that belongs to this code.
+    """Return the folder `conf` with the YAML files of Hydra that belong to this code.
 
-    A wheel carries it inside the package, a checkout has it beside the package. An environment that
-    was installed from another checkout is not asked: its `conf/` may be of another revision.
+    An installed wheel has the folder inside the package, and a checkout has it beside the package.
+    The function does not check that the folder of a checkout exists.
     """
     package = Path(__file__).parents[1]
     inside = package / "conf"
@@ -84,7 +88,10 @@ def conf_folder() -> Path:
 
 
 def frame() -> None:
-    """Register the typed configuration and the resolvers with Hydra, once per process."""
+    """Register the typed configuration and the OmegaConf resolvers of conf/ with Hydra.
+
+    Call this function before a configuration is composed. A second call in a process is harmless.
+    """
     # Plugins.instance() finds the launchers. The launcher `submitit_local` of
     # hydra-submitit-launcher is dropped in favour of conf/hydra/launcher/submitit_local.yaml.
     Plugins.instance()
@@ -98,10 +105,10 @@ def frame() -> None:
 
 
 def sqlite_uri(path: str) -> str:
-    """Return the address of a SQLite file, as MLflow reads it.
+    """Return the address by which MLflow opens a SQLite file: "sqlite:///" followed by the path.
 
-    In an address, "?" begins options, and "%41" is an "A": a path with these is quoted. Every other
-    path stays as it is, so that the addresses in earlier records stay valid.
+    A path is percent-encoded, slashes included, if it contains "?", a control character or text
+    like "%41", because MLflow would not read such a path literally. Any other path stays as it is.
     """
     if re.search(r"[?\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}", path):
         # Slashes are quoted as well: otherwise MLflow makes a folder that is named as the address.
@@ -110,14 +117,17 @@ def sqlite_uri(path: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the SQLite file that `uri` names, or None if `uri` does not name one."""
+    """Return the SQLite file that an MLflow address names; None for an address of another kind.
+
+    Percent escapes such as "%3F" are decoded.
+    """
     if not uri.startswith(SQLITE):
         return None
     return Path(unquote(uri.removeprefix(SQLITE), errors="surrogateescape"))
 
 
 def _default(key: str) -> Any:
-    """Return the default of a dotted key."""
+    """Return the schema's default for a dotted key, such as "student.lr"."""
     return OmegaConf.select(_empty(), key)
 
 
@@ -129,9 +139,9 @@ def _given(*values: Any) -> Any:
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
     """Return a name for the sweep, or None for a single run.
 
-    The name consists of the sweep's configuration file (unless it is the default, `config`) and of
-    the overrides that change what is computed, with a hash of both: for example
-    student-shufflev1-mobilev2-1f0c2a.
+    The name consists of the sweep's configuration file, unless the file is the default `config`, of
+    the overrides that change what is computed, and of a hash of both. An example is
+    student-shufflev1-mobilev2-1f0c2a. Without such overrides the name is that of the file.
     """
     if "hydra" not in _root_ or _root_.hydra.mode is not RunMode.MULTIRUN:
         return None
@@ -157,11 +167,16 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """Return the composed configuration as typed, checked values.
+    """Return the configuration that Hydra composed as a typed and checked job.
 
-    Interpolations are resolved, paths are absolute, and a job without a run_dir gets its default.
-    Raises ValueError, naming the value and what is valid, or an OmegaConf error for a value of the
-    wrong type.
+    Interpolations are resolved and paths become absolute. An empty `run_dir` is replaced by
+    `default_run_dir`. The settings below `hydra` are left out.
+
+    Raises:
+        ValueError: If a value is not valid, or if a `_target_` names code that is not allowed. The
+            message names the value and the valid values.
+        OmegaConfBaseException: If a key is unknown, a required value is missing, or a value has the
+            wrong type.
     """
     config = _typed(composed)
     if not config.run_dir:
@@ -170,7 +185,10 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Raise ValueError if one of these overrides chooses a method of the group `features` twice."""
+    """Raise ValueError if an override names a feature method twice, such as "features=[crd,crd]".
+
+    `overrides` are the Hydra overrides of one job. Overrides of other keys always pass.
+    """
     for text in overrides:
         chosen = re.fullmatch(r"\+*features=\[(.*)\]", text)
         names = [name.strip() for name in chosen[1].split(",")] if chosen else []
@@ -179,13 +197,17 @@ def check_choices(overrides: Sequence[str]) -> None:
 
 
 def check_launcher(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first number out of bounds in the options hydra.launcher.<name>."""
+    """Raise ValueError if a number in the options of a Hydra launcher is out of its bounds.
+
+    `options` is the mapping hydra.launcher. Only the options that `LAUNCHER` lists are checked;
+    options that are missing, null or text pass.
+    """
     for name, bounds in LAUNCHER.items():
         _check_number(options.get(name), f"hydra.launcher.{name}", bounds)
 
 
 def default_run_dir(config: Config) -> str:
-    """Return <home>/runs/<run_name>, the run directory of a job that is not given another one."""
+    """Return the run directory of a job that sets no `run_dir`: <home>/runs/<`run_name`>."""
     return os.path.join(config.home, "runs", run_name(config))
 
 
@@ -201,7 +223,10 @@ def _typed(composed: DictConfig, *, frozen: bool = False) -> Config:
 
 
 def _check_packages(values: Any) -> None:
-    """Raise ValueError if values of `features` belong to no method, for lack of a package line."""
+    """Raise ValueError if settings of a feature method stand directly below `features`.
+
+    A YAML file of the group `features` puts them there if its `# @package` line is missing.
+    """
     features = values.get("features")
     names = [f.name for f in fields(FeatureConfig)]
     if isinstance(features, dict) and (lost := [name for name in names if name in features]):
@@ -218,23 +243,26 @@ def _empty() -> DictConfig:
 
 
 def normalise(config: Config, *, frozen: bool = False) -> Config:
-    """Check and normalise typed values in place, so that equal jobs have equal values.
+    """Check the values of a job and change them in place, so that equal jobs have equal values.
 
-    Paths become absolute, and keys that a job does not use get fixed values.
+    Paths become absolute. Settings that the job does not use get fixed values. Feature methods are
+    sorted by name. A `_target_` that has moved gets its present name.
 
     Args:
-        config: The values.
-        frozen: Whether the values come from a record. An earlier version may have written it, whose
-            bounds were wider; see `Bounds.in_a_record`.
+        config: The job, which is changed.
+        frozen: Whether the values come from a run directory. An earlier version of this package may
+            have written them, so the wider bounds of `Bounds.in_a_record` hold.
 
     Returns:
-        `config`.
+        The same object `config`.
 
     Raises:
-        ValueError: If a value is not valid.
+        ValueError: If a value is not valid, or if a needed teacher is missing.
+        ForeignTarget: If a `_target_` is outside of `PACKAGES` and `allow_foreign_targets` is
+            false. The error is a ValueError.
     """
     if not config.distiller.loss:
-        # Even a value that the job does not use must be valid.
+        # Values that the job does not use must be valid, too. Check them before they are reset.
         _check_bounds(config, "", frozen=frozen)
         _check_scales(config.M)
         _drop_what_needs_a_logit_loss(config)
@@ -268,9 +296,10 @@ def normalise(config: Config, *, frozen: bool = False) -> Config:
 
 
 def _drop_what_needs_a_logit_loss(config: Config) -> None:
-    """Reset all keys that only matter with a logit loss, and the teacher if nothing asks for it.
+    """Reset, in place, all settings that matter only with a logit loss.
 
-    A student without a distillation loss is then the same job for every teacher, scale and weight.
+    The teacher is reset as well if the job has no feature method. A student that is trained without
+    distillation is then the same job for every teacher, scale and weight.
     """
     default = Config()
     if not config.has_teacher:
@@ -286,7 +315,7 @@ def _drop_what_needs_a_logit_loss(config: Config) -> None:
 
 
 def _check(config: Config, *, frozen: bool) -> None:
-    """Raise ValueError for a value that is not valid; the message names the value and the cure.
+    """Raise ValueError for the first value that is not valid; the message says how to correct it.
 
     `frozen` is the argument of `normalise`.
     """
@@ -310,7 +339,7 @@ def _check(config: Config, *, frozen: bool) -> None:
     _check_address(config.tracking.uri)
     _check_scales(config.M)
     _check_networks(config)
-    # The data set first, because other groups take their defaults from it.
+    # Check the data set first, because other groups take their defaults from the data set.
     _check_bounds(config.dataset, "dataset.", frozen=frozen)
     _check_bounds(config, "", frozen=frozen)
     for group, name in TARGETS:
@@ -325,7 +354,7 @@ def _check(config: Config, *, frozen: bool) -> None:
 
 
 def _check_dot(config: Config) -> None:
-    """Raise ValueError if a job asks for DOT in a way that the optimizer cannot serve."""
+    """Raise ValueError if recipe=dot lacks the optimizer DOT, or if a setting rules DOT out."""
     is_dot = config.optimizer.algorithm.get("_target_") == DOT_TARGET
     if config.recipe == "dot" and not is_dot:
         raise ValueError(
@@ -352,7 +381,7 @@ def _check_dot(config: Config) -> None:
 
 
 def _check_home(home: str) -> None:
-    """Raise ValueError if files and MLflow cannot hold the path, because it is not UTF-8."""
+    """Raise ValueError if the path of the home folder is not UTF-8."""
     path = os.path.abspath(home)
     if any("\ud800" <= character <= "\udfff" for character in path):
         raise ValueError(f"home={path!a} has a name that is not UTF-8; rename the folder")
@@ -373,15 +402,16 @@ def _check_address(uri: str | None) -> None:
 
 
 def _check_scales(M: list[int]) -> None:
-    # The type of the field lets nested lists pass.
+    # OmegaConf accepts a nested list as an element.
     if not all(isinstance(m, int) for m in M) or not M or min(M) < 1 or len(set(M)) < len(M):
         raise ValueError(f"M={_shorten(M)} is not valid; {M_CURE}")
 
 
 def _check_networks(config: Config) -> None:
-    """Raise ValueError if a needed teacher is missing, or for a name that stands for two networks.
+    """Raise ValueError if a needed teacher is missing, or if a name stands for two networks.
 
-    On imagenet, torchvision's resnet18 and resnet50 have the names of two networks for CIFAR-100.
+    On imagenet, resnet18 and resnet50 of this package are networks for CIFAR-100, but they have the
+    names of torchvision's networks.
     """
     if config.has_teacher and not config.teacher.model:
         needing, other = f"distiller={config.distiller.name}", "distiller=vanilla"
@@ -401,11 +431,12 @@ def _check_networks(config: Config) -> None:
 def _check_bounds(node: Any, prefix: str, *, frozen: bool) -> None:
     """Raise ValueError for the first number that is outside of the bounds of its field.
 
-    All numbers of a list have the bounds of the list's field.
+    Nested dataclasses are checked, too. Each number of a list must lie in the bounds of the list's
+    field.
 
     Args:
         node: A dataclass of the schema.
-        prefix: What stands before its fields in a dotted key.
+        prefix: Text before the names of the fields in a dotted key, such as "dataset.".
         frozen: The argument of `normalise`.
     """
     for f in fields(node):
@@ -413,18 +444,18 @@ def _check_bounds(node: Any, prefix: str, *, frozen: bool) -> None:
         if is_dataclass(value):
             _check_bounds(value, f"{key}.", frozen=frozen)
         elif bounds := f.metadata.get("bounds"):
-            # The type of the field lets nested lists pass.
+            # OmegaConf accepts a nested list as an element.
             if isinstance(value, list) and not all(isinstance(n, int | float) for n in value):
                 raise ValueError(f"{key}={_shorten(value)} is not a list of numbers")
             _check_number(value, key, bounds, frozen=frozen)
 
 
 def _check_arguments(node: Any, key: str, *, frozen: bool) -> None:
-    """Raise ValueError for the first number out of bounds in nested arguments of a target.
+    """Raise ValueError for the first number out of bounds among the arguments of a `_target_`.
 
     Args:
-        node: The arguments.
-        key: Their dotted key.
+        node: The arguments, or one of their values.
+        key: Dotted key of `node`.
         frozen: The argument of `normalise`.
     """
     if isinstance(node, dict):
@@ -435,9 +466,9 @@ def _check_arguments(node: Any, key: str, *, frozen: bool) -> None:
 
 
 def _check_number(value: Any, key: str, bounds: Bounds, *, frozen: bool = False) -> None:
-    """Raise ValueError if a number, or one in a list of numbers, is out of its bounds.
+    """Raise ValueError if `value`, or a number in the list `value`, is out of bounds.
 
-    `frozen` is the argument of `normalise`.
+    Any other `value` passes. `frozen` is the argument of `normalise`.
     """
     if frozen:
         bounds = bounds.in_a_record()
@@ -447,7 +478,7 @@ def _check_number(value: Any, key: str, bounds: Bounds, *, frozen: bool = False)
 
 
 def _shorten(value: Any) -> str:
-    """Return a value as text for a message; of a long text only the beginning."""
+    """Return `value` as text for a message, cut after `LONGEST_SHOWN` characters."""
     text = str(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
@@ -469,16 +500,22 @@ def _check_fractions(config: Config) -> None:
 
 
 def teacher_job(config: Config) -> Config:
-    """Return the job that trains the teacher of `config` from scratch.
+    """Return the job that trains the teacher of `config` from scratch, without distillation.
 
-    The job is the same for every student that needs this teacher.
+    Epochs, learning rate and seed are those of `config.teacher`. Batch size, weight decay and
+    milestones are the defaults of the data set, and the optimizer is SGD. Only device, number of
+    processes, time-out and display come from `config.trainer`. The teacher learns from all training
+    images, even if `dataset.train_fraction` is below 1. Students with the same teacher and data set
+    get teacher jobs with the same `config_hash`.
+
+    Raise ValueError if a value of the new job is not valid.
     """
     job = Config(
         teacher=TeacherConfig(name=NO_TEACHER),
         student=StudentConfig(config.teacher.name, config.teacher.model, config.teacher.lr),
         distiller=DistillerConfig(name="vanilla", kd_weight=0.0),
         dataset=replace(config.dataset, views=DatasetConfig.views, train_fraction=1.0),
-        # As conf/optimizer/sgd.yaml: the teacher's training ignores the students' settings.
+        # As in conf/optimizer/sgd.yaml, so that the students' optimizer does not matter.
         optimizer=OptimizerConfig(
             name="sgd",
             algorithm={
@@ -509,25 +546,26 @@ def teacher_job(config: Config) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the configuration as YAML, as it is written to the run directory."""
+    """Return a job as the YAML text that its run directory keeps; `load` reads such a file."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
-    """Read a configuration from a run directory, typed and checked.
+    """Return the typed and checked job that a YAML file of a run directory holds.
 
     Args:
         path: The YAML file, as written by `to_yaml`.
-        allow_foreign_targets: Replaces the value in the file, which may come from a stranger. None
-            keeps the value in the file.
+        allow_foreign_targets: Value to use instead of the one in the file, which may come from a
+            stranger. None keeps the value in the file.
 
     Returns:
-        The typed configuration, with absolute paths.
+        The job, with absolute paths.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ForeignTarget: If the file names code that is not allowed.
-        ValueError: If the file is damaged or of another version; the error names the file.
+        FileNotFoundError: If the file does not exist.
+        ForeignTarget: If a `_target_` in the file is outside of `PACKAGES` and is not allowed.
+        ValueError: If the file is damaged, or does not fit this version of the package. The message
+            names the file.
     """
     try:
         frozen = OmegaConf.load(path)

@@ -1,9 +1,10 @@
-"""Checks of the code that a configuration names by `_target_`, and the only place that calls it.
+"""Check the code that a configuration names by `_target_`, and call it; nothing else calls it.
 
 A configuration is data: it comes from files, sweeps and other people's run directories. Its targets
-must belong to this package, torch, torchvision or timm. Of these packages, only networks, losses,
-optimizers and data sets are allowed. A dotted path leads through attributes
-(`sddlskd.files.atomic.os.remove`), so the check looks at the object that the path resolves to.
+must belong to this package, torch, torchvision or timm, unless `allow_foreign_targets` is set. Of
+these packages, only networks, losses, optimizers and data sets are allowed. A dotted path leads
+through attributes (`sddlskd.files.atomic.os.remove`), so the check looks at the object that the
+path resolves to.
 """
 
 import logging
@@ -24,8 +25,8 @@ NETWORK_MODULES = ("sddlskd.models.", "sddlskd.methods.", "torch.nn.", "torchvis
 OPTIMIZER_MODULES = ("torch.optim.", "sddlskd.training.dot.")
 # Modules whose public functions (`__all__`) a configuration may call
 FUNCTION_MODULES = ("sddlskd.datasets", "sddlskd.losses", "sddlskd.models")
-# First name -> name of today of each target that has moved. Old frozen jobs have the first names,
-# and hashes use them.
+# First name -> present name of each target that has moved. Old run directories and hashes have the
+# first names.
 RENAMED = {
     "sddlskd.folders.cub200": "sddlskd.datasets.cub200",
     "sddlskd.folders.imagenet": "sddlskd.datasets.imagenet",
@@ -35,11 +36,13 @@ _FIRST_NAMES = {new: first for first, new in RENAMED.items()}
 
 
 class ForeignTarget(ValueError):
-    """A target outside of `PACKAGES` that `allow_foreign_targets` does not allow."""
+    """Error for a `_target_` outside of `PACKAGES` in a job without `allow_foreign_targets`."""
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
-    """Raise ValueError if a `_target_` anywhere in `node` is not from `PACKAGES`.
+    """Raise ValueError if the name of a `_target_` in nested values is not allowed.
+
+    Nothing is imported: `instantiate` checks the object behind a name before calling it.
 
     Args:
         node: Values of a configuration: nested dicts, lists and plain values.
@@ -47,9 +50,10 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
         allow_foreign: Whether targets may name code outside of `PACKAGES`.
 
     Raises:
-        ForeignTarget: If a target is not from `PACKAGES` and `allow_foreign` is false.
-        ValueError: If a target is not a dotted name, or if a text could still become a target
-            (`refuse_interpolations`). The message is one line.
+        ForeignTarget: If a target is outside of `PACKAGES` and `allow_foreign` is false. The error
+            is a ValueError.
+        ValueError: If a target is not text or is empty, or if a text contains "${" (see
+            `refuse_interpolations`).
     """
     refuse_interpolations(node, key)
     for place, target in _targets(node, key):
@@ -65,10 +69,10 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
 
 
 def refuse_interpolations(node: Any, key: str) -> None:
-    """Raise ValueError if resolved values still contain a "${" anywhere.
+    """Raise ValueError if a text in nested values, or a key of a dict, contains "${".
 
-    Hydra would resolve the text a second time, and the result could be a target that has not been
-    checked. The message is one line; `key` is the dotted key of `node`.
+    `node` holds resolved values. Hydra would resolve such a text once more, and the result could be
+    a target that nobody has checked. `key` is the dotted key of `node`, for the message.
     """
     if isinstance(node, dict):
         for name, value in node.items():
@@ -84,18 +88,24 @@ def refuse_interpolations(node: Any, key: str) -> None:
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
-    """Call `hydra.utils.instantiate` if all targets of `node` are allowed, and return its result.
+    """Check every target in `node`, then call `hydra.utils.instantiate`.
 
     Targets outside of `PACKAGES` are not checked here: they passed `check_names` when the job was
-    composed. Values must not contain "${", because Hydra would resolve it after the check.
+    composed.
 
     Args:
         node: Values of a configuration with a `_target_`.
-        **arguments: Further arguments of `hydra.utils.instantiate`.
+        **arguments: Further arguments of `hydra.utils.instantiate`, such as `_partial_=True`.
+
+    Returns:
+        What the target returns, or a functools.partial of the target with `_partial_=True`.
 
     Raises:
-        ValueError: If a target from `PACKAGES` is neither a network, nor an optimizer, nor a public
-            function of `FUNCTION_MODULES`, or if a value contains "${". Nothing is called before.
+        ValueError: If a target from `PACKAGES` is private, cannot be found, or is neither a
+            network, nor an optimizer, nor a public function of `FUNCTION_MODULES`; or if a value
+            contains "${". Nothing is called in these cases.
+        InstantiationException: If the called code raises an error, or if a target outside of
+            `PACKAGES` cannot be found.
     """
     refuse_interpolations(node, "")
     for _, target in _targets(node, ""):
@@ -119,12 +129,19 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def with_names_of_today(node: Any) -> Any:
-    """Return `node` with its name of today for each `_target_` that has moved."""
+    """Return a copy of `node` with the present name of each `_target_` that has moved.
+
+    `RENAMED` lists the moved targets. Other targets and all other values stay the same.
+    """
     return _with_targets(node, RENAMED)
 
 
 def with_first_names(node: Any) -> Any:
-    """Return `node` with its first name, which hashes use, for each `_target_` that has moved."""
+    """Return a copy of `node` with the first name of each `_target_` that has moved.
+
+    `RENAMED` lists the moved targets. Hashes use first names, so that a moved target does not
+    change the hash of a job.
+    """
     return _with_targets(node, _FIRST_NAMES)
 
 
@@ -153,7 +170,10 @@ def _is_ours(target: str) -> bool:
 
 @contextmanager
 def _without_messages(name: str) -> Iterator[None]:
-    """Silence a logger: Hydra logs an error of several lines before it raises it."""
+    """Silence the logger `name` for a block.
+
+    Hydra logs an error of several lines before raising it.
+    """
     logger = logging.getLogger(name)
     earlier, logger.disabled = logger.disabled, True
     try:

@@ -1,4 +1,4 @@
-"""Batches: a data set that is resident on the device, or one that is streamed from image files."""
+"""Make batches of a data set held on the device, or of image files read when they are needed."""
 
 from sddlskd.data.device import DeviceData
 from sddlskd.data.streaming import StreamedData

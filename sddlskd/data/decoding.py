@@ -1,15 +1,16 @@
 """Decode image files to uint8 pixels of one size, in worker processes.
 
-If an image cannot be decoded or is out of the ordinary, the result says why.
+If an image cannot be decoded or is unusual, the result says why.
 
 Shapes: N files, B images decoded together, P places of the ring buffer (one chunk each), H W C
-pixel rows, columns and channels.
+pixel rows, columns and channels. The ring buffer is memory that the workers share with their parent
+process.
 
 Pillow decodes and torch resizes: for a crop of 370x275 to 224x224, torch takes a third of Pillow's
 time. The result differs from Pillow's by one level of 255, rarely by two. A JPEG is decoded at 1/2,
-1/4 or 1/8 of its size if a random crop then still has at least twice as many pixels per side as it
-needs. A worker is a fork made by torch's DataLoader. It holds no data set: it is told what to
-decode, and it returns the pixels in shared memory.
+1/4 or 1/8 of its size if a random crop then still has at least twice as many pixels per side as the
+result. A worker is a fork made by torch's DataLoader. A worker holds no data set: each request
+names the files to decode, and the worker writes their pixels to the ring buffer.
 """
 
 import itertools
@@ -74,19 +75,22 @@ _ORIENTATION = 0x0112  # EXIF tag of the orientation; its value is 1 for upright
 
 
 class Unreadable(ValueError):
-    """An image file that cannot be decoded; the message says why."""
+    """Error for an image file that cannot be decoded; the message says why."""
 
 
 class ImageTransform(NamedTuple):
-    """The crop to make of every image.
+    """Settings of the crop that is cut from every image.
 
     Attributes:
         size: side of the square result in pixels.
-        area: range of the fraction of the image's area that a random crop takes.
-        centre: side of the centre crop, as a fraction of the image's shorter side.
-        pixel_limit: largest number of pixels of an image. A larger image is refused after its
-            header is read, before it is decoded.
-        upright: whether to turn the image as its EXIF orientation says.
+        area: smallest and largest fraction of the image's area that a random crop covers.
+        centre: side of the centre crop as a fraction of the image's shorter side, above 0 and at
+            most 1.
+        pixel_limit: largest number of pixels (width * height) of an image. A larger image is
+            refused after its header is read, before its pixels are decoded. The limit also holds
+            for the resized image of a centre crop.
+        upright: whether to turn the image as its EXIF orientation says; if False, the orientation
+            is ignored.
     """
 
     size: int
@@ -97,7 +101,7 @@ class ImageTransform(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One image to decode.
+    """Request to decode one image.
 
     Attributes:
         path: path of the image file.
@@ -109,12 +113,12 @@ class Job(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with one image of a chunk, or unusual about it.
+    """Something wrong with one image of a chunk, or unusual about the image.
 
     Attributes:
-        place: index of the image in the chunk.
+        place: index of the image in the chunk, from 0.
         why: what is wrong or unusual, as words of a message.
-        bad: True if the image cannot be used, False if it is only unusual.
+        bad: True if the image cannot be decoded, False if the image is only unusual.
     """
 
     place: int
@@ -126,8 +130,10 @@ class Chunk(NamedTuple):
     """Images that were decoded together.
 
     Attributes:
-        pixels_BHWC: pixels, uint8; the images of bad files are black.
-        faults: faults and peculiarities of the images.
+        pixels_BHWC: pixels, uint8, in the order of the jobs; an image that cannot be decoded is
+            black.
+        faults: what is wrong with the images or unusual about them; an image can have none or
+            several.
     """
 
     pixels_BHWC: Tensor
@@ -135,24 +141,27 @@ class Chunk(NamedTuple):
 
 
 def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
-    """Return a square crop of an image file, and the peculiarities of the image.
+    """Return a square crop of an image file, and what is unusual about the image.
 
-    A random crop takes `view.area` of the image at a width / height in RATIO, as torchvision's
-    RandomResizedCrop does. The centre crop is torchvision's Resize(size / centre) and
-    CenterCrop(size). Both are bilinear and antialiased. Grey, palette and CMYK images become RGB,
-    alpha is dropped, and 16 bits become 8. The image is taken as it is stored, and its EXIF
-    orientation is ignored unless `view.upright` is set. All of this but the 16 bits is as in
-    torchvision's ImageFolder.
+    If `job.draw` is given, the crop is a `random_crop`, resized to `view.size`. Otherwise, the crop
+    is that of torchvision's Resize(size / centre) and CenterCrop(size). Both are bilinear and
+    antialiased. Grey, palette and CMYK images become RGB, alpha is dropped, and 16 bits become 8.
+    The EXIF orientation is ignored unless `view.upright` is set. With the default `upright`, images
+    other than those of 16 bits are converted as in torchvision's ImageFolder.
 
     Args:
         job: file to decode and kind of crop.
         view: size of the crop and limits.
 
     Returns:
-        uint8 pixels of shape (size, size, 3), and the peculiarities, each as a short text.
+        (pixels, texts). The pixels are uint8, (size, size, 3). Each text names an unusual property,
+        such as "grey", "EXIF orientation 6" or "PNG named as JPEG". An upright RGB image under a
+        matching file name has none.
 
     Raises:
-        Unreadable: if the file cannot be decoded.
+        Unreadable: If the file is missing, empty, damaged, not a regular file or not a JPEG, PNG,
+            PPM, BMP, TIFF, WebP or GIF file, if its pixels are floating-point numbers, or if the
+            image has more pixels than `view.pixel_limit`.
     """
     with _open_image(job.path) as file:
         try:
@@ -209,16 +218,20 @@ def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, li
 def random_crop(
     draw: random.Random, width: int, height: int, area: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Return a random crop: the first of ten tries that fits, else the largest crop in the centre.
+    """Return the place and size of a random crop of an image.
 
-    Source: torchvision.transforms.RandomResizedCrop.get_params. The function calls no method of
-    `draw` but `random()`, because Python guarantees that its numbers stay the same.
+    The area and the logarithm of width / height are uniform; width / height is between 3/4 and 4/3.
+    The first of ten tries that fits into the image is taken. If none fits, the crop is the largest
+    one in the centre with such a width / height. All random numbers come from `draw.random()`,
+    whose sequence Python guarantees for a seed.
+
+    Source: torchvision.transforms.RandomResizedCrop.get_params.
 
     Args:
-        draw: source of random numbers.
+        draw: source of random numbers, which the call advances.
         width: width of the image in pixels.
         height: height of the image in pixels.
-        area: range of the fraction of the image's area that the crop takes.
+        area: smallest and largest fraction of the image's area that the crop covers.
 
     Returns:
         (left, top, width, height) of the crop in pixels.
@@ -241,7 +254,7 @@ def random_crop(
 def _with_shorter_side(short: int, width: int, height: int) -> tuple[int, int]:
     """Return the (width, height) of an image resized so that its shorter side is `short` pixels.
 
-    The longer side is rounded as torchvision does.
+    The longer side is rounded down, as in torchvision.
     """
     if width <= height:
         return short, int(short * height / width)
@@ -268,7 +281,10 @@ def _rgb(image: Image.Image) -> Tensor:
 
 
 def _oddities(image: Image.Image, path: str) -> list[str]:
-    """Return the peculiarities that distinguish an image from an ordinary RGB photograph."""
+    """Return what distinguishes an image from an upright RGB image, as short texts.
+
+    A file name whose extension belongs to another image format counts, too.
+    """
     odd = (
         []
         if image.mode == "RGB"
@@ -318,9 +334,9 @@ def _without_pillows_limit() -> Iterator[None]:
 
 
 class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
-    """The work of a worker process, which writes the decoded pixels to the ring buffer.
+    """Data set whose items a worker process decodes; the pixels go to the ring buffer.
 
-    An item is (place in the ring, jobs); its result is (that place, number of jobs, faults).
+    An item is (place in the ring, jobs). The result is (the same place, number of jobs, faults).
     """
 
     def __init__(self, view: ImageTransform, ring_PBHWC: Tensor) -> None:
@@ -340,11 +356,13 @@ class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
 
 
 def default_workers(ranks: int = 1) -> int:
-    """Return the number of worker processes for one of `ranks` ranks, at least 1.
+    """Return how many processes one rank should start to decode images: 1 to 16 (MOST_WORKERS).
 
-    The cores that this process may use (on SLURM, the cores of its task) are divided by the number
-    of ranks on its machine, with at most MOST_WORKERS per rank. If each rank is a task of SLURM,
-    the rank has all cores of its task.
+    The result is the number of cores that this process may use, divided by the number of ranks that
+    share these cores. On SLURM, the cores are those of the task. If SLURM runs several tasks, each
+    rank is a task and shares its cores with no other rank. `ranks` is the number of ranks that
+    train together, at least 1. The variable LOCAL_WORLD_SIZE says how many of these ranks are on
+    this machine; without the variable, all are.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -361,26 +379,29 @@ def decoded(
 ) -> Generator[Chunk]:
     """Decode chunks of images in worker processes, and yield the results in order.
 
-    The iterator stops the workers when it ends.
+    An image that cannot be decoded raises no error: its chunk names the fault. The workers stop
+    when the iterator ends or is closed.
 
     Args:
-        chunks: jobs of each chunk, at most CHUNK. This process iterates over them.
-        view: crop to make of every image.
+        chunks: the jobs of each chunk, 1 to 16 (CHUNK) of them. This process iterates over
+            `chunks`, and reads `workers * ahead` entries in advance.
+        view: crop to cut from every image.
         workers: number of worker processes; 0 to decode in this process.
-        ahead: number of chunks that are read in advance for each worker.
+        ahead: number of chunks that are read in advance for each worker; unused without workers.
 
     Yields:
-        Chunks. The pixels of a chunk are valid until the next chunk is asked for.
+        One `Chunk` for each entry of `chunks`. Its pixels are valid until the next chunk is asked
+        for.
 
     Raises:
-        ChildProcessError: if a worker process dies.
+        ChildProcessError: If a worker process dies.
     """
-    # The workers inherit the ring buffer and write to it, so that no pixels are sent. Its memory is
-    # anonymous: it takes no space in /dev/shm, which containers keep small, and it cannot be left
-    # behind. It holds all chunks that are being decoded, and the one in use.
+    # The workers inherit the ring buffer and write to it, so that no pixels are sent. It holds the
+    # chunks that are being decoded and the chunk in use. Its memory is anonymous: nothing can be
+    # left behind, and /dev/shm, which containers keep small, is not used.
     shape = (workers * ahead + 1, CHUNK, view.size, view.size, 3)
-    # The first caller may be an evaluation, in inference mode, and the next one training. A tensor
-    # made in inference mode could not be written to then.
+    # A tensor made in inference mode cannot be written to outside of it. The first caller may be an
+    # evaluation, in inference mode, and the next caller the training.
     with torch.inference_mode(False):
         ring_PBHWC = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(
             shape
@@ -395,7 +416,7 @@ def decoded(
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            # Its own generator, so that the loader does not advance that of the process.
+            # With its own generator, the loader does not advance the generator of the process.
             generator=torch.Generator(),
             worker_init_fn=_Start(os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
@@ -409,7 +430,7 @@ def decoded(
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # Restore the previous handler for SIGCHLD. If a worker dies, torch's handler would raise in the
     # middle of whatever the trainer does. Without its handler, torch still looks for dead workers
-    # every five seconds while it waits for one.
+    # every five seconds while it waits for a result.
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     try:
@@ -423,7 +444,7 @@ def decoded(
 
 
 def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None = None) -> Tensor:
-    """Decode all these files to images held in memory: the centre square of each, resized.
+    """Decode image files to one tensor in memory: the centre square of each image, resized.
 
     Args:
         paths: paths of the image files.
@@ -433,10 +454,11 @@ def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None =
             `default_workers`.
 
     Returns:
-        images_NHWC of shape (N, size, size, 3), uint8.
+        RGB pixels (N, size, size, 3), uint8, in the order of `paths`.
 
     Raises:
-        ValueError: if a file cannot be decoded; the message names the first such file.
+        ValueError: If a file cannot be decoded; the message names the first such file.
+        ChildProcessError: If a worker process dies.
     """
     images_NHWC = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
     jobs = [Job(path, None) for path in paths]
@@ -463,13 +485,13 @@ def _as_it_is(done: Any) -> Any:
 
 
 class _Start:
-    """The `worker_init_fn` of a DataLoader, which sets how a worker process reacts to signals.
+    """The `worker_init_fn` of the DataLoader: sets how a worker process reacts to signals.
 
     A terminal and SLURM signal all processes of a job, but the parent still needs its workers until
-    it has saved a checkpoint. A worker therefore ignores these signals, and ends only if its parent
-    dies or the parent itself sends SIGTERM. To learn who sent a SIGTERM, a thread waits for it with
-    `sigwaitinfo`; for this, the worker must start with SIGTERM blocked. On systems other than
-    Linux, a SIGTERM from any process ends a worker.
+    the parent has saved a checkpoint. A worker therefore ignores these signals. A worker ends only
+    if its parent dies or sends SIGTERM. To learn who sent a SIGTERM, a thread waits for the signal
+    with `sigwaitinfo`; this requires that the worker starts with SIGTERM blocked. On systems other
+    than Linux, a SIGTERM from any process ends a worker.
 
     Args:
         parent: process id of the parent.

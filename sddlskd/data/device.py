@@ -1,9 +1,9 @@
 """Hold a data set on the device as uint8 and make its batches there with tensor functions.
 
-Shapes: N images of the data set, B images of a batch, H W C pixel rows, columns and channels,
-X = W * C values of a pixel row, P positions of a crop. The order, crops and flips of an epoch
-depend on (seed, epoch) alone. Every run with the same seed therefore sees the same batches, and
-resuming a run needs no saved state.
+Shapes: N images of the data set, B images of a batch, H W C pixel rows, columns and channels, X = W
+* C values of a pixel row, P positions of a crop. The order, crops and flips of an epoch depend on
+(seed, epoch) alone. Every run with the same seed therefore sees the same batches, and resuming a
+run needs no saved state.
 """
 
 import hashlib
@@ -38,18 +38,20 @@ CHUNK = 256
 
 
 class Batch(NamedTuple):
-    """Training images, on the device, and which images they are, on the CPU.
+    """Batch of training images on the device, with their indices on the CPU.
 
     Attributes:
-        images: x_BCHW, normalised float32 in channels_last layout.
-        labels: y_B, class ids, int64.
-        index: index_B, index of each image in the training split without the held-out images,
-            int64.
-        views: views_B, which says image, crop and flip: image index * `DeviceData.views` + number
-            of the view, int64. None for streamed images, whose crops never repeat.
-        epoch: number of the epoch, from 1; the epochs of a first stage of training are 0, -1, ....
-        strong: x_BCHW, a second, strongly augmented view of the same images; None if no run of the
-            group asks for it.
+        images: x_BCHW, normalised float32 in channels_last layout, on the device.
+        labels: y_B, class ids, int64, on the device.
+        index: index_B, index of each image among the images that are trained on, int64, on the CPU.
+            Held-out and unused images of the training split have no index.
+        views: views_B, number that identifies image, crop and flip, int64, on the CPU: index *
+            `DeviceData.views` + number of the crop and flip. None for streamed images, whose crops
+            never repeat.
+        epoch: number of the epoch, from 1. If a method trains in a first stage before the others,
+            the epochs of that stage are numbered ..., -1, 0.
+        strong: x_BCHW, a second, strongly augmented view of the same images, in the format of
+            `images`. None if the data were made without `strong`.
     """
 
     images: Tensor
@@ -61,9 +63,9 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random choices of one epoch: image order, crops and flips.
+    """Random choices of one epoch: image order, crops and flips.
 
-    Crops and flips belong to the image, not to its position in the order.
+    Entry n of `top_N`, `left_N` and `flip_N` is for image n, wherever the image is in the order.
 
     Attributes:
         order_N: image indices in the order in which the images are shown, int64.
@@ -79,9 +81,9 @@ class Draws(NamedTuple):
 
 
 def seed_of(*parts: object) -> int:
-    """Return a seed of 63 bits that depends on the text of all parts, joined by spaces.
+    """Return a seed of 63 bits, hashed from the texts of all parts joined by spaces.
 
-    It is the same in every process and on every machine. Name the parts, as in
+    The same parts give the same seed in every process and on every machine. Name the parts, as in
     `seed_of("seed", 1, "epoch", 2)`, so that no two uses have the same text.
     """
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
@@ -91,7 +93,7 @@ def seed_of(*parts: object) -> int:
 def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
     """Return the random choices of one epoch over `size` images.
 
-    The result is the same in every process, for every device and for every batch size.
+    The result depends on the arguments alone, not on the process, the device or the batch size.
 
     Args:
         seed: seed of the run.
@@ -100,7 +102,7 @@ def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
         padding: pixels of the border on each side; a crop starts at row and column 0..2*padding.
 
     Returns:
-        The draws, one value per image, on the CPU.
+        The order of the images, and one crop and flip per image, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed_of("seed", seed, "epoch", epoch))
     order_N = torch.randperm(size, generator=generator)
@@ -110,11 +112,11 @@ def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
 
 
 def share_of(count: int, rank: int, ranks: int) -> slice:
-    """Return the slice of a batch of `count` images that one rank trains on.
+    """Return the slice of a batch of `count` images that one rank takes.
 
-    The slices of all ranks follow each other in order, and their sizes differ by at most one.
-    BatchNorm needs two images. A batch with fewer than two images per rank is therefore not shared,
-    and every rank takes all of it.
+    The slices of ranks 0, 1, ... follow each other in the batch, and their sizes differ by at most
+    one. If `count` is less than 2 * `ranks`, every rank takes the whole batch, because BatchNorm
+    needs two images.
 
     Args:
         count: number of images in the batch.
@@ -122,7 +124,7 @@ def share_of(count: int, rank: int, ranks: int) -> slice:
         ranks: number of ranks that share the batch.
 
     Returns:
-        The slice of the batch's images.
+        A slice with start and stop in 0..count.
     """
     if count < 2 * ranks:
         return slice(0, count)
@@ -130,18 +132,20 @@ def share_of(count: int, rank: int, ranks: int) -> slice:
 
 
 class DeviceData:
-    """Training, validation and test batches whose pixels all stay on the device.
+    """Training, validation and test batches of a data set whose pixels all stay on the device.
 
     A training image is padded with black pixels, cropped at random to its original size, and
     mirrored with probability 1/2 if `flip` is set. The padding comes before the normalisation, as
     torchvision's RandomCrop pads a PIL image, so the normalised border is -mean/std. If several
-    ranks share each batch, this rank gets exactly its `share_of` each training batch, bit for bit,
-    and its share of the validation images. Test batches are not shared.
+    ranks share each batch, this rank gets the slice `share_of` of each training batch, with the
+    same bits as without sharing. Of the validation images, this rank gets one such slice. Test
+    batches are not shared: every rank gets all of them.
 
     Args:
-        splits: training and test split, as pixels.
+        splits: training and test split, as `Images`.
         num_classes: number of classes; labels are 0..num_classes-1.
-        batch_size: training images per batch, over all ranks.
+        batch_size: training images per batch, over all ranks; at most the number of training
+            images.
         seed: seed of the order, crops and flips.
         device: device that holds the pixels and makes the batches.
         mean: mean per channel, for pixels scaled to 0..1.
@@ -150,14 +154,15 @@ class DeviceData:
         flip: whether training images are mirrored at random.
         val_fraction: fraction of each class of the training split that is held out for validation,
             the same images for every seed. With 0, the test split serves as validation split.
-        train_fraction: fraction of each class of the other training images that batches are made
-            of, the same images for every seed.
+        train_fraction: fraction of each class that is trained on, of the training images that are
+            not held out; the same images for every seed.
         eval_batch_size: images per batch of validation and test.
         rank: number of this rank, from 0.
         ranks: number of ranks that share each batch.
-        strong: whether training batches have strong views, too. A strong view has a crop and a
-            mirroring of its own, then RandAugment and Cutout (`sddlskd.data.strong`); without
-            `flip`, it is not mirrored either. The weak views are the same with and without it.
+        strong: whether each training batch also has a strongly augmented view of its images, in
+            `Batch.strong`. A strong view has its own random crop, its own mirroring if `flip` is
+            set, then RandAugment and Cutout (`sddlskd.data.strong`). The setting does not change
+            `Batch.images`.
 
     Attributes:
         train_size: number of training images, without the held-out and the unused ones.
@@ -167,8 +172,10 @@ class DeviceData:
         steps_per_epoch: number of training batches per epoch.
 
     Raises:
-        ValueError: if images are not uint8 NHWC of one size, labels are not int64 in
-            0..num_classes-1, a split is empty, the splits are files, or a setting is out of range.
+        ValueError: If the splits are `Files`, if the images are not uint8 (N, H, W, C) of one size
+            in both splits, if a split is empty, if labels are not int64 in 0..num_classes-1, if
+            `strong` is set and the images do not have 3 channels, if `mean` or `std` does not suit
+            `Normalise`, or if `padding`, a batch size or a fraction is out of range.
     """
 
     def __init__(
@@ -253,14 +260,17 @@ class DeviceData:
         Each training image is in one batch of the epoch.
 
         Args:
-            epoch: number of the epoch.
-            start: number of batches to skip at the beginning of the epoch, to resume it.
+            epoch: number of the epoch; with the seed, the number decides the order, crops and
+                flips.
+            start: number of batches to skip at the beginning of the epoch, to resume the epoch.
 
         Returns:
-            The batches; the last one holds the remaining images.
+            Iterator over this rank's share of each `Batch`; the last batch holds the remaining
+            images.
 
         Raises:
-            ValueError: at once, if `start` is outside 0..steps_per_epoch.
+            ValueError: If `start` is outside 0..steps_per_epoch; raised at once, not during
+                iteration.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
@@ -294,12 +304,15 @@ class DeviceData:
 
     @property
     def train_labels(self) -> Tensor:
-        """Return the class of each training image, (N,) int64 on the CPU."""
+        """Return the class of each training image, (N,) int64 on the CPU.
+
+        Entry n belongs to the images whose `Batch.index` is n.
+        """
         return self._train_labels_N.cpu()
 
     @property
     def views(self) -> int:
-        """Return the number of different views of one image: crops times flips."""
+        """Return how many different views a training image can have: crops times flips."""
         return (2 * self._padding + 1) ** 2 * (2 if self._flip else 1)
 
     def _own(self, start: int) -> tuple[Tensor, list[int]]:
@@ -316,16 +329,23 @@ class DeviceData:
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        The images come from the test split unless `val_fraction` is set.
+        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64. The
+        images come from the test split unless `val_fraction` is set.
         """
         return self._plain(self._val)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return an iterator over the official test split's batches, in order, not augmented."""
+        """Return an iterator over the batches of the whole test split, in order, not augmented.
+
+        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64.
+        """
         return self._plain(self._test)
 
     def test_images(self, indices: Sequence[int]) -> Tensor:
-        """Return the raw pixels of the test images with these indices, uint8 NHWC on the CPU."""
+        """Return the raw pixels of some test images, uint8 (B, H, W, C) on the CPU.
+
+        `indices` are the positions of the images in the test split, from 0.
+        """
         return self._test.images_NHWC[list(indices)].cpu()
 
     def _chunks(
@@ -363,6 +383,9 @@ class DeviceData:
             index_N: index of each image, in the order of the batches.
             sizes: number of images of each batch.
             epoch: number of the epoch.
+
+        Returns:
+            Iterator over x_BCHW, normalised float32, one per batch.
         """
         key = seed_of("seed", self._seed, "epoch", epoch, "view", "strong")
         draws = draw_strong(key, self.train_size, self._padding)
@@ -381,7 +404,16 @@ class DeviceData:
             yield from torch.split(self._normalise(x_BHWC), some)
 
     def _corners(self, top_N: Tensor, left_N: Tensor, index_N: Tensor | None = None) -> Tensor:
-        """Return the places in `_windows_PHX` of crops of all images, or of the given ones."""
+        """Return the index in `_windows_PHX` of one crop per image.
+
+        Args:
+            top_N: first row of each crop in the padded image.
+            left_N: first column of each crop in the padded image.
+            index_N: index of the image of each crop; None for all training images in order.
+
+        Returns:
+            The indices, (N,) int64.
+        """
         if index_N is None:
             index_N = torch.arange(self.train_size)
         return index_N * self._padded_pixels + top_N * self._padded_width + left_N
@@ -415,7 +447,10 @@ def _windows(images_NHWC: Tensor, height: int, width: int) -> Tensor:
 
 
 def mirrored(x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
-    """Return the images; those that `flip_B` selects are mirrored left to right."""
+    """Return a copy of the images in which the selected ones are mirrored left to right.
+
+    `x_BHWC` is uint8. `flip_B` is bool, on the device of the images, and true for images to mirror.
+    """
     # a ^ ((a ^ b) & mask) selects b under the mask. On the CPU, this selection of bytes is twice
     # as fast as torch.where.
     mask_B111 = flip_B.to(torch.uint8).mul_(255)[:, None, None, None]
@@ -423,10 +458,9 @@ def mirrored(x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
 
 
 class Normalise:
-    """A function that normalises images from uint8 x_BHWC to float32 x_BCHW.
+    """Conversion of images from uint8 x_BHWC to normalised float32 x_BCHW; call the instance.
 
-    The result is (pixel / 255 - mean) / std. It is a permuted view, whose layout is channels_last
-    without a copy.
+    The result is (pixel / 255 - mean) / std, in channels_last layout.
 
     Args:
         mean: mean per channel, for pixels scaled to 0..1.
@@ -436,8 +470,8 @@ class Normalise:
         device: device of the images.
 
     Raises:
-        ValueError: if `mean` or `std` do not have one entry per channel, or if an entry of `std` is
-            not above 0 and finite.
+        ValueError: If `mean` or `std` does not have one entry per channel, or if an entry of `std`
+            is not above 0 and finite.
     """
 
     def __init__(
@@ -468,7 +502,10 @@ class Normalise:
         self._offset_X = (mean_C / std_C).float().repeat(width).to(device)
 
     def __call__(self, x_BHWC: Tensor) -> Tensor:
-        """Return normalised float32 images x_BCHW, channels_last, of uint8 images x_BHWC."""
+        """Return normalised float32 images x_BCHW, channels_last, of uint8 images x_BHWC.
+
+        The given images are not changed.
+        """
         x_BHX = x_BHWC.flatten(2).float().mul_(self._scale_X).sub_(self._offset_X)
         return x_BHX.view(x_BHWC.shape).permute(0, 3, 1, 2)
 
@@ -481,23 +518,26 @@ def _chosen(images: Images, mask_N: Tensor) -> Images:
 def trained_on(
     labels_N: Tensor, val_fraction: float, train_fraction: float, num_classes: int
 ) -> Tensor:
-    """Return which images of the training split a student learns from.
+    """Return which images of the training split are trained on.
 
-    The choice is random but fixed: it does not depend on the seed of a run. The images of a smaller
-    fraction are among those of a larger one.
+    The choice is random but fixed: it does not depend on the seed of a run. For the same
+    `val_fraction`, the images of a smaller `train_fraction` are among those of a larger one.
 
     Args:
-        labels_N: class of each image of the training split, int64.
-        val_fraction: fraction of each class that is held out for validation.
-        train_fraction: fraction of each class of the others to learn from. The number of images is
-            rounded, and at least one of each class.
+        labels_N: class of each image of the training split, int64 on the CPU.
+        val_fraction: fraction of each class that is held out for validation, see `held_out`; 0 to
+            hold out nothing.
+        train_fraction: fraction of each class to train on, of the images that are not held out. The
+            number of images is rounded to the nearest integer, with at least one image of each
+            class.
         num_classes: number of classes.
 
     Returns:
-        A bool mask of shape (N,).
+        A bool mask of shape (N,), true for images to train on.
 
     Raises:
-        ValueError: if a fraction is out of range, or if `val_fraction` leaves no images.
+        ValueError: If `val_fraction` is outside [0, 1) or `train_fraction` outside (0, 1], or if
+            `val_fraction` is not 0 and holds out all images or none.
     """
     if not 0 < train_fraction <= 1:
         raise ValueError(
@@ -518,21 +558,22 @@ def trained_on(
 
 
 def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
-    """Return which training images are held out for validation.
+    """Return which images of the training split are held out for validation.
 
     The choice is random but fixed: it does not depend on the seed of a run.
 
     Args:
-        labels_N: class of each training image, int64.
-        fraction: fraction of each class to hold out; the number of images is rounded.
+        labels_N: class of each image of the training split, int64 on the CPU.
+        fraction: fraction of each class to hold out. The number of images is rounded to the nearest
+            integer.
         num_classes: number of classes.
 
     Returns:
         A bool mask of shape (N,), true for validation images.
 
     Raises:
-        ValueError: if `fraction` is outside [0, 1), or if it leaves no training images or no
-            validation images.
+        ValueError: If `fraction` is outside [0, 1), or if all images or none are held out. A
+            `fraction` of 0 therefore always raises.
     """
     if not 0 <= fraction < 1:
         raise ValueError(
@@ -572,16 +613,16 @@ def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.
 
 
 def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
-    """Raise ValueError unless the split has images, and one valid label for each.
+    """Raise ValueError unless a split has at least one image, and one valid label for each image.
 
     Args:
         name: name of the split, for the message.
-        labels: class of each image; must be int64 in 0..num_classes-1.
+        labels: class of each image; valid labels are int64, (count,), in 0..num_classes-1.
         count: number of images in the split.
         num_classes: number of classes.
 
     Raises:
-        ValueError: if the split is empty, or if a label is missing, not int64 or out of range.
+        ValueError: If the split is empty, or if a label is missing, not int64 or out of range.
     """
     if labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"

@@ -51,13 +51,13 @@ log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """One piece of a batch: images that are decoded together.
+    """Position of one piece of a batch: images that are decoded together.
 
     Attributes:
         split: "train", "val" or "test".
         epoch: number of the training epoch; 0 for validation and test.
-        batch: index of the batch in its epoch or split.
-        piece: index of the piece in the batch.
+        batch: index of the batch in its epoch or split, from 0.
+        piece: index of the piece in the batch, from 0.
     """
 
     split: str
@@ -67,15 +67,15 @@ class Place(NamedTuple):
 
 
 class _Plan:
-    """An endless plan of the images to decode: it predicts what will be asked for next.
+    """Endless iterable over the images to decode, in the order in which they will probably be used.
 
     After the rest of an epoch, the plan goes on with the validation batches and the next epoch. The
     workers therefore have images ready at each change between training and evaluation.
 
-    Iterating yields the jobs of the place `next` and moves `next` on. With strong views, the jobs
-    of a training place are those of the weak views, then those of the strong ones. `sent` holds the
-    places that the workers have been told to decode and that are not yet received, with the image
-    indices of each.
+    Each step yields the jobs of the place `next` and moves `next` on. With strong views, the jobs
+    of a training place are those of the weak views, then those of the strong views. `sent` holds
+    the places that were given to the workers and are not yet received, with the image indices of
+    each.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class _Plan:
             yield jobs
 
     def views(self, split: str) -> int:
-        """Return the number of views of an image of a split."""
+        """Return the views decoded per image: 2 for training with strong views, else 1."""
         return 2 if self.strong and split == "train" else 1
 
     def ids(self, split: str, epoch: int, batch: int) -> list[int]:
-        """Return the image indices of this rank's share of a batch."""
+        """Return the image indices of this rank's share of a batch, in the order of the batch."""
         first = batch * self.sizes[split]
         images = range(len(self.splits[split].paths))[first : first + self.sizes[split]]
         if split != "train":
@@ -138,16 +138,26 @@ class _Plan:
         return self.drawn(epoch).order_N[images.start : images.stop][share].tolist()
 
     def pieces(self, split: str, epoch: int, batch: int) -> int:
-        """Return the number of pieces of a batch."""
+        """Return how many pieces this rank's share of a batch has."""
         return math.ceil(len(self.ids(split, epoch, batch)) / (CHUNK // self.views(split)))
 
     def piece(self, place: Place) -> list[int]:
-        """Return the image indices of a place."""
+        """Return the image indices of one piece of a batch."""
         size = CHUNK // self.views(place.split)
         return self.ids(place.split, place.epoch, place.batch)[place.piece * size :][:size]
 
     def job(self, place: Place, image: int, *, strong: bool = False) -> Job:
-        """Return the job that decodes a view of an image, or of the image that replaces it."""
+        """Return the job that decodes an image of a place.
+
+        Args:
+            place: piece of the batch that the image is in.
+            image: index of the image. If the image is unusable and has a replacement, the file is
+                that of the replacement, and the crop stays that of `image`.
+            strong: whether to decode the strong view.
+
+        Returns:
+            The job: a random crop for training, the centre crop otherwise.
+        """
         paths = self.splits[place.split].paths
         if place.split != "train":
             return Job(paths[image], None)
@@ -170,50 +180,57 @@ class _Plan:
 
 
 class StreamedData:
-    """Training, validation and test batches of image files, with the interface of `DeviceData`.
+    """Training, validation and test batches of image files that are decoded when needed.
 
-    A training image is a random crop (see `decoding.decode`) of `view.size` x `view.size` pixels,
-    mirrored with probability 1/2 if `flip` is set. A validation or test image is the centre crop.
-    Images are mirrored and normalised on `device`; all earlier steps run in worker processes.
+    The methods and attributes are those of `DeviceData`, without `views`. A training image is a
+    random crop (see `decoding.decode`) of `view.size` x `view.size` pixels, mirrored with
+    probability 1/2 if `flip` is set. A validation or test image is the centre crop. Worker
+    processes decode and crop the images; all later steps run on `device`. Each rank gets its share
+    of the training batches and of the validation images, and all test batches.
 
     Args:
-        splits: training and test split, as files.
+        splits: training and test split, as `Files`.
         num_classes: number of classes; labels are 0..num_classes-1.
-        batch_size: training images per batch, over all ranks.
+        batch_size: training images per batch, over all ranks; at most the number of training
+            images.
         seed: seed of the order, crops and flips.
         device: device of the batches.
-        mean: mean per channel, for pixels scaled to 0..1.
-        std: standard deviation per channel, for pixels scaled to 0..1.
+        mean: mean per channel (RGB), for pixels scaled to 0..1.
+        std: standard deviation per channel (RGB), for pixels scaled to 0..1.
         view: size and kind of the crops.
         flip: whether training images are mirrored at random.
         val_fraction: fraction of each class of the training split that is held out for validation,
             the same images for every seed. With 0, the test split serves as validation split.
+        train_fraction: fraction of each class that is trained on, of the training images that are
+            not held out; the same images for every seed.
         eval_batch_size: images per batch of validation and test.
         workers: number of worker processes; 0 to decode in this process, None for
             `decoding.default_workers`, which counts the cores.
-        bad: what to do with an image that cannot be read. "fail" raises ValueError when its batch
-            is asked for; the message names the file and the fault. "skip" replaces a training image
-            by the next image of the split that can be read, so that batches keep their size, and
-            leaves a validation or test image out.
+        bad: what to do with an image that cannot be decoded. "fail" raises ValueError when the
+            image's batch is asked for; the message names the file and the fault. "skip" replaces a
+            training image by the next image of the split that can be used, so that batches keep
+            their size, and leaves a validation or test image out.
         irregular: what to do with an image that is not upright RGB as stored. "fail" and "skip" do
-            the same as for `bad`. "convert" takes the image as torchvision's ImageFolder does.
+            the same as for `bad`. "convert" uses the image as `decoding.decode` returns it.
         rank: number of this rank, from 0.
-        ranks: number of ranks that share each batch. A rank reads only its share of the training
+        ranks: number of ranks that share each batch. A rank decodes only its share of the training
             batches and of the validation images.
-        strong: whether training batches have strong views, too. A strong view has a random crop and
-            a mirroring of its own, then RandAugment and Cutout (`sddlskd.data.strong`) on `device`.
-            The weak views are the same with and without it.
+        strong: whether each training batch also has a strongly augmented view of its images, in
+            `Batch.strong`. A strong view has its own random crop, its own mirroring if `flip` is
+            set, then RandAugment and Cutout (`sddlskd.data.strong`) on `device`. The setting does
+            not change `Batch.images`.
 
     Attributes:
-        train_size: number of training images, without the held-out ones.
+        train_size: number of training images, without the held-out and the unused ones.
         val_size: number of validation images, over all ranks.
         test_size: number of test images.
         image_shape: (C, H, W) of an image.
         steps_per_epoch: number of training batches per epoch.
 
     Raises:
-        ValueError: if labels are not int64 in 0..num_classes-1, a split is empty, the splits are
-            pixels, or a setting is out of range.
+        ValueError: If the splits are `Images`, if a split is empty, if labels are not int64 in
+            0..num_classes-1, if `mean` or `std` does not suit `Normalise`, or if the size or centre
+            of `view`, a batch size or a fraction is out of range.
     """
 
     def __init__(
@@ -292,16 +309,19 @@ class StreamedData:
         Each training image is in one batch of the epoch.
 
         Args:
-            epoch: number of the epoch.
-            start: number of batches to skip at the beginning of the epoch, to resume it.
+            epoch: number of the epoch; with the seed, the number decides the order, crops and
+                flips.
+            start: number of batches to skip at the beginning of the epoch, to resume the epoch.
 
         Returns:
-            The batches; the last one holds the remaining images. The index of an image that
-            replaces another one is its own.
+            Iterator over this rank's share of each `Batch`; the last batch holds the remaining
+            images. If an unusable image was replaced, label and index are those of the replacement.
 
         Raises:
-            ValueError: at once, if `start` is outside 0..steps_per_epoch; during iteration, if an
-                image cannot be used and `bad` or `irregular` is "fail".
+            ValueError: If `start` is outside 0..steps_per_epoch; raised at once. During iteration:
+                if an image cannot be used and `bad` or `irregular` is "fail", or if none of the 100
+                images (IN_A_ROW) after an unusable one can replace it.
+            ChildProcessError: If a worker process dies, during iteration.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
@@ -312,31 +332,58 @@ class StreamedData:
 
     @property
     def train_labels(self) -> Tensor:
-        """Return the class of each training image, (N,) int64 on the CPU."""
+        """Return the class of each training image, (N,) int64 on the CPU.
+
+        Entry n belongs to the images whose `Batch.index` is n.
+        """
         return self._splits["train"].labels_N
 
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        The images come from the test split unless `val_fraction` is set.
+        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64.
+        Images that are left out make a batch smaller. The images come from the test split unless
+        `val_fraction` is set.
+
+        Raises:
+            ValueError: If an image cannot be used and `bad` or `irregular` is "fail", or if there
+                is one rank and no validation image can be used; raised during iteration.
+            ChildProcessError: If a worker process dies, during iteration.
         """
         return self._plain("val")
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return an iterator over the official test split's batches, in order, not augmented."""
+        """Return an iterator over the batches of the whole test split, in order, not augmented.
+
+        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64.
+        Images that are left out make a batch smaller.
+
+        Raises:
+            ValueError: If an image cannot be used and `bad` or `irregular` is "fail", or if no test
+                image can be used; raised during iteration.
+            ChildProcessError: If a worker process dies, during iteration.
+        """
         return self._plain("test")
 
     def test_images(self, indices: Sequence[int]) -> Tensor:
-        """Return the raw pixels of test images, uint8 NHWC on the CPU.
+        """Return the raw pixels of some test images, centre-cropped, uint8 (B, H, W, C) on the CPU.
 
-        An index counts the images that the test batches show: images that are left out do not
-        count.
+        `indices`, at least one, count the images that the test batches show, from 0. Images that
+        are left out do not count. They are known only after `test_batches` has been read to the
+        end, so call this method after that.
+
+        Raises:
+            Unreadable: If an image cannot be decoded.
+            IndexError: If an index is not below the number of these images.
         """
         shown = [path for path in self._splits["test"].paths if path not in self._unusable]
         return torch.stack([decode(Job(shown[n], None), self._view)[0] for n in indices])
 
     def close(self) -> None:
-        """Stop the worker processes. The next batch starts new ones."""
+        """Stop the worker processes, if there are any.
+
+        Reading another batch starts new processes.
+        """
         if self._stream is not None:
             # Do not wait for the garbage collector: the traceback of an error may hold the stream.
             self._stream.close()
@@ -347,7 +394,7 @@ class StreamedData:
         flip_N = self._plan.drawn(epoch).flip_N
         for batch in range(start, self.steps_per_epoch):
             views, labels_B, index_B = self._read("train", epoch, batch)
-            # An image that replaces another one is mirrored as that one would have been.
+            # A replacement is mirrored as the unusable image would have been.
             ids = self._plan.ids("train", epoch, batch)
             x_BHWC = self._mirrored(views[0], flip_N[ids])
             strong_BCHW = self._strong(views[1], epoch, ids) if len(views) == 2 else None
@@ -360,7 +407,10 @@ class StreamedData:
         return mirrored(x_BHWC, flip_B.to(self._device)) if self._flip else x_BHWC
 
     def _strong(self, x_BHWC: Tensor, epoch: int, ids: list[int]) -> Tensor:
-        """Return the strong views of the images with these indices, given their crops."""
+        """Return the normalised strong views x_BCHW of the images with the indices `ids`.
+
+        `x_BHWC` holds their crops, uint8.
+        """
         draws = StrongDraws(*(drawn_N[ids] for drawn_N in self._plan.drawn_strong(epoch)))
         x_BHWC = self._mirrored(x_BHWC, draws.flip_N)
         x_BHWC = rand_augment(x_BHWC, draws.operation_NK, draws.value_NK)
@@ -384,7 +434,8 @@ class StreamedData:
     def _read(self, split: str, epoch: int, batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return uint8 x_BHWC of each view, labels_B and index_B of a batch.
 
-        Bad images are handled. The pixels and the labels are on the device, the indices on the CPU.
+        Bad images are replaced or left out. The pixels and the labels are on the device, the
+        indices on the CPU.
         """
         parts: list[list[Tensor]] = [[] for _ in range(self._plan.views(split))]
         index: list[int] = []
@@ -409,7 +460,10 @@ class StreamedData:
         return [torch.cat(part) for part in parts], labels_B.to(self._device), index_B
 
     def _received(self, place: Place) -> tuple[Place, list[int], Chunk]:
-        """Return the place, the image indices that the workers decoded for it, and their chunk."""
+        """Return the place, the image indices that the workers decoded for it, and their chunk.
+
+        Chunks of other places, which the plan wrongly predicted, are dropped.
+        """
         plan = self._plan
         if place != plan.next and all(place != sent for sent, _ in plan.sent):
             plan.next = place  # the plan predicted other images: drop those
@@ -424,8 +478,8 @@ class StreamedData:
     def _mended(self, place: Place, ids: list[int], chunk: Chunk) -> tuple[Tensor, list[int]]:
         """Return the pixels and indices of a place's images, with faulty images handled.
 
-        The settings `bad` and `irregular` decide: an image is kept, replaced (training) or left
-        out. With two views, the pixels of the strong ones follow those of the weak ones.
+        The settings `bad` and `irregular` decide whether an image is kept, replaced (training) or
+        left out. With two views, the pixels of the strong views follow those of the weak views.
         """
         pixels_BHWC, paths = chunk.pixels_BHWC, self._splits[place.split].paths
         count = len(ids)

@@ -1,22 +1,21 @@
-"""Strong augmentation of uint8 images, as tensor functions over a batch on the batch's device.
+"""Augment uint8 images strongly, with tensor functions over a batch on the batch's device.
 
-RandAugment is the form that MLKD and FixMatch draw: 2 of 14 operations with replacement, each with
-a value that is uniform in the operation's range, then always a Cutout. The operations are Pillow's.
-All of them give Pillow's values exactly: those with look-up tables and sums because they are
-computed in integers, brightness, colour, contrast and sharpness because they are computed in
-float32 and cut off as in Pillow, and the geometric ones because they take the nearest pixel at
-Pillow's 16-bit fixed-point coordinates. An image's result does not depend on the other images of
-the batch.
+RandAugment is the variant of MLKD and FixMatch: each image gets 2 of 14 operations, drawn with
+replacement, each with a value that is uniform in the operation's range. A Cutout always follows.
+The operations are Pillow's, and they give exactly Pillow's values. Those with look-up tables and
+sums are computed in integers. Brightness, colour, contrast and sharpness are computed in float32
+and cut off as in Pillow. The geometric operations take the nearest pixel at Pillow's 16-bit
+fixed-point coordinates. An image's result does not depend on the other images of the batch.
 
-MixUp and CutMix combine pairs of normalised images. The training loop does not call them yet: their
-labels are pairs, which its losses do not take.
+MixUp and CutMix combine pairs of normalised images. The training loop does not call them yet: each
+mixed image has two labels, and the loop's losses take one.
 
 Shapes: N images of the data set, B images of a batch, H W C pixel rows, columns and channels, P
 planes (B * C), S = H * W, L = 256 levels, K operations of an image.
 
 Sources: RandAugment = Cubuk et al. 2020 (arXiv:1909.13719); Cutout = DeVries and Taylor 2017
-(arXiv:1708.04552); MLKD = Jin et al. 2023 (CVPR), mdistiller/dataset/cifar100.py of its code;
-MixUp = Zhang et al. 2018 (arXiv:1710.09412); CutMix = Yun et al. 2019 (arXiv:1905.04899).
+(arXiv:1708.04552); MLKD = Jin et al. 2023 (CVPR), mdistiller/dataset/cifar100.py of its code; MixUp
+= Zhang et al. 2018 (arXiv:1710.09412); CutMix = Yun et al. 2019 (arXiv:1905.04899).
 """
 
 import math
@@ -41,24 +40,27 @@ __all__ = [
 
 LEVELS = 256
 DRAWN = 2  # operations of an image
-MOST_CUT = 0.5  # largest side of the Cutout, as a fraction of the image's width
+MOST_CUT = 0.5  # largest side of a Cutout, in widths of the image
 CUT_COLOUR = (125, 123, 114)  # the mean colour of CIFAR-10
 ONE = 1 << 16  # 1.0 in Pillow's fixed-point coordinates
 
 Operation = Callable[[Tensor, Tensor], Tensor]
-"""A function (uint8 images B H W C, float64 values B on the CPU) -> uint8 images B H W C."""
+"""Function (uint8 images (B, H, W, C), float64 values (B,) on the CPU) -> uint8 images."""
 
 
 class StrongDraws(NamedTuple):
-    """The random choices of the strong views of an epoch; they belong to the image.
+    """Random choices of the strong views of an epoch; row n is for image n of the data set.
 
     Attributes:
         top_N: first row of image n's crop in the padded image, int64, 0..2*padding.
         left_N: first column of image n's crop in the padded image, int64, 0..2*padding.
         flip_N: whether image n is mirrored left to right after the crop, bool.
-        operation_NK: places in `OPERATIONS`, in the order in which they are applied, int64.
-        value_NK: place of each operation's value in its range, 0 to 1, float64.
-        cut_N3: place of the Cutout's side, column and row in their ranges, 0 to 1, float64.
+        operation_NK: indices into `OPERATIONS`, in the order in which the operations are applied,
+            int64.
+        value_NK: value of each operation, float64, from 0 (least value of the operation's range) to
+            1 (largest value).
+        cut_N3: side, centre column and centre row of the Cutout, each as a uniform number 0 to 1,
+            float64; `cutout` says what the numbers mean.
     """
 
     top_N: Tensor
@@ -72,7 +74,7 @@ class StrongDraws(NamedTuple):
 def draw_strong(seed: int, size: int, padding: int) -> StrongDraws:
     """Return the random choices of the strong views of `size` images in one epoch.
 
-    The result is the same in every process, for every device and for every batch size.
+    The result depends on the arguments alone, not on the process, the device or the batch size.
 
     Args:
         seed: seed of the epoch's strong views; other draws must not use it.
@@ -80,7 +82,7 @@ def draw_strong(seed: int, size: int, padding: int) -> StrongDraws:
         padding: pixels of the border on each side; a crop starts at row and column 0..2*padding.
 
     Returns:
-        The draws, one row per image, on the CPU.
+        The choices, one row per image, on the CPU; each image has K = 2 operations.
     """
     generator = torch.Generator().manual_seed(seed)
     flip_N = torch.randint(2, (size,), generator=generator) == 1
@@ -91,15 +93,17 @@ def draw_strong(seed: int, size: int, padding: int) -> StrongDraws:
 
 
 def rand_augment(images_BHWC: Tensor, operation_BK: Tensor, value_BK: Tensor) -> Tensor:
-    """Return the images after K operations of `OPERATIONS` each.
+    """Return the images after K operations of `OPERATIONS` on each image.
 
     Args:
         images_BHWC: RGB images, uint8.
-        operation_BK: places in `OPERATIONS`, in the order in which they are applied, on the CPU.
-        value_BK: place of each operation's value in its range, 0 to 1, float64 on the CPU.
+        operation_BK: indices into `OPERATIONS`, in the order in which the operations are applied,
+            int64 on the CPU.
+        value_BK: value of each operation, float64 on the CPU, from 0 (least value of the
+            operation's range) to 1 (largest value).
 
     Returns:
-        The new images; the given ones are not changed.
+        The new images, uint8 (B, H, W, C); the given images are not changed.
     """
     device = images_BHWC.device
     for operation_B, value_B in zip(operation_BK.T, value_BK.T, strict=True):
@@ -119,19 +123,21 @@ def rand_augment(images_BHWC: Tensor, operation_BK: Tensor, value_BK: Tensor) ->
 
 
 def cutout(images_BHWC: Tensor, cut_B3: Tensor) -> Tensor:
-    """Return the images with a rectangle of one colour, cut off at the image's edges.
+    """Return the images with a square in the mean colour of CIFAR-10, cut off at the image's edges.
 
-    The side is uniform in 0 to half the image's width. The centre is uniform in 1 to the image's
-    side, not from 0, because the released code calls numpy's uniform(side), which sets the lower
-    bound alone.
+    The side is uniform in 0 to half the image's width; nothing is painted if the side is 0. The
+    column of the centre is uniform in 1 to the image's width, and the row in 1 to the image's
+    height. These ranges do not begin at 0, because the released code calls numpy's uniform(side),
+    which sets the lower bound alone.
 
     Args:
         images_BHWC: RGB images, uint8.
-        cut_B3: place of the side, the centre's column and its row in their ranges, 0 to 1, float64
-            on the CPU.
+        cut_B3: side, centre column and centre row, each as a number 0 to 1, float64 on the CPU. For
+            the side, 0 means 0 and 1 half the width. For the column and row, 0 means the last pixel
+            and 1 the first.
 
     Returns:
-        The new images; the given ones are not changed.
+        The new images, uint8 (B, H, W, C); the given images are not changed.
     """
     device = images_BHWC.device
     _, height, width, _ = images_BHWC.shape
@@ -139,7 +145,7 @@ def cutout(images_BHWC: Tensor, cut_B3: Tensor) -> Tensor:
     side_B = share_B * MOST_CUT * width
 
     def span(centre_B: Tensor, length: int) -> Tensor:
-        """Return which of `length` rows or columns the rectangle covers, B length."""
+        """Return which of `length` rows or columns the square covers, bool (B, length)."""
         first_B = (length + (1 - length) * centre_B - side_B / 2).clamp(min=0).floor()
         last_B = (first_B + side_B).floor()  # Pillow paints the last row and column, too
         last_B[side_B <= 0] = -1  # nothing is painted
@@ -152,7 +158,7 @@ def cutout(images_BHWC: Tensor, cut_B3: Tensor) -> Tensor:
     return torch.where(inside_BHW[..., None], colour_C, images_BHWC)
 
 
-# The operations. All take values, which some do not use.
+# The operations. Each takes one value per image; some do not use it.
 
 
 def _identity(images_BHWC: Tensor, _: Tensor) -> Tensor:
@@ -190,13 +196,13 @@ def _equalize(images_BHWC: Tensor, _: Tensor) -> Tensor:
 
 
 def _posterize(images_BHWC: Tensor, bits_B: Tensor) -> Tensor:
-    """Keep the highest bits of each value; the number of bits is cut off to an integer."""
+    """Keep the highest bits of each level; the number of bits is rounded down."""
     mask_B = (256 - (1 << (8 - bits_B.long()))).to(torch.uint8)
     return images_BHWC & _per_image(mask_B, images_BHWC)
 
 
 def _solarize(images_BHWC: Tensor, threshold_B: Tensor) -> Tensor:
-    """Invert the values from a threshold on."""
+    """Invert the levels at or above a threshold."""
     first_B = threshold_B.ceil().to(torch.int16)
     return torch.where(
         images_BHWC < _per_image(first_B, images_BHWC), images_BHWC, 255 - images_BHWC
@@ -255,7 +261,7 @@ def _shear_y(images_BHWC: Tensor, share_B: Tensor) -> Tensor:
 
 def _translate_x(images_BHWC: Tensor, share_B: Tensor) -> Tensor:
     across, down = _unmoved(share_B)
-    # A translation by whole pixels: Pillow has a path of its own for it.
+    # Translate by whole pixels, as a separate path in Pillow does.
     across[:, 2] = (share_B * images_BHWC.shape[2] + 0.5).floor()
     return _nearest(images_BHWC, across, down)
 
@@ -284,8 +290,11 @@ OPERATIONS: tuple[tuple[Operation, float, float], ...] = (
 )
 """The operations of RandAugment: (function, least value, largest value).
 
-The share of the original image is the value of brightness, colour, contrast and sharpness; of the
-width or height, that of shears and translations. Rotations are in degrees.
+For brightness, colour, contrast and sharpness, the value is the weight of the original image in a
+blend. For `_posterize`, the value is the number of bits kept; for `_rotate`, an angle in degrees;
+for `_solarize`, the lowest level that is inverted. For shears, the value is the shift in pixels per
+row or column; for translations, the shift as a fraction of the width or height. The other
+operations ignore the value.
 """
 
 
@@ -294,7 +303,7 @@ def _per_image(value_B: Tensor, images_BHWC: Tensor) -> Tensor:
 
 
 def _planes(images_BHWC: Tensor) -> Tensor:
-    """Return the values of each channel of each image, P S."""
+    """Return the values of each channel of each image, (P, S)."""
     return images_BHWC.flatten(1, 2).transpose(1, 2).flatten(0, 1)
 
 
@@ -306,7 +315,7 @@ def _looked_up(images_BHWC: Tensor, table_PL: Tensor) -> Tensor:
 
 
 def _grey(images_BHWC: Tensor) -> Tensor:
-    """Return the luminance of each pixel as Pillow's mode L, B H W 1 (ITU-R 601-2)."""
+    """Return the luminance of each pixel as Pillow's mode L, (B, H, W, 1), ITU-R 601-2."""
     red, green, blue = images_BHWC.int().unbind(-1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[..., None]
 
@@ -319,7 +328,7 @@ def _blended(from_BHWC: Tensor, images_BHWC: Tensor, share_B: Tensor) -> Tensor:
 
 
 def _unmoved(value_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of the identity for `_nearest`, as new tensors of shape B 3."""
+    """Return the coefficients of the identity for `_nearest`: two new tensors (B, 3)."""
     across, down = value_B.new_zeros(2, len(value_B), 3)
     across[:, 0] = 1
     down[:, 1] = 1
@@ -365,10 +374,11 @@ class Mix(NamedTuple):
     """How the images of a batch are combined in pairs.
 
     Attributes:
-        partner_B: place of each image's partner in the batch, int64 on the CPU.
-        share: how much of an image comes from itself, 0 to 1; the rest comes from its partner.
-        column: place of the centre of CutMix's box, as a fraction of the image's width.
-        row: place of the centre of CutMix's box, as a fraction of the image's height.
+        partner_B: index of each image's partner in the batch, int64 on the CPU.
+        share: fraction of the result that comes from the image itself, 0 to 1; the rest comes from
+            its partner.
+        column: column of the centre of CutMix's box, as a fraction of the image's width.
+        row: row of the centre of CutMix's box, as a fraction of the image's height.
     """
 
     partner_B: Tensor
@@ -378,21 +388,22 @@ class Mix(NamedTuple):
 
 
 def draw_mix(seed: int, size: int, alpha: float = 1.0) -> Mix:
-    """Return how to combine the images of a batch.
+    """Return a random choice of how to combine the images of a batch in pairs.
 
-    As in both papers, a batch has one share, which follows Beta(alpha, alpha).
+    As in both papers, all images of a batch have the same share, drawn from Beta(alpha, alpha).
 
     Args:
-        seed: seed of the batch. With the seed of the run, the epoch and the indices of the images
-            in it (`sddlskd.data.device.seed_of`), the draws depend on nothing else.
+        seed: seed of the batch. `sddlskd.data.device.seed_of` can make it from the seed of the run,
+            the epoch and the indices of the images.
         size: number of images.
-        alpha: parameter of the Beta distribution; small values leave most images nearly alone.
+        alpha: parameter of the Beta distribution. With a small value, the share is mostly near 0 or
+            1, so that the images are hardly mixed.
 
     Returns:
-        The draws.
+        The partners (a random permutation), the share and the centre of the box.
 
     Raises:
-        ValueError: if `alpha` is not above 0.
+        ValueError: If `alpha` is not above 0.
     """
     if not alpha > 0:
         raise ValueError(f"alpha={alpha} must be greater than 0")
@@ -403,7 +414,11 @@ def draw_mix(seed: int, size: int, alpha: float = 1.0) -> Mix:
 
 
 def mixup(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
-    """Return share * image + (1 - share) * partner, and the share of the image's own label."""
+    """Return weighted means of images and their partners, and the weight of the images' own labels.
+
+    The images are float x_BCHW. The mean is `mix.share` * image + (1 - `mix.share`) * partner. The
+    weight is `mix.share`; the label of the partner has the weight 1 - `mix.share`.
+    """
     partner_BCHW = images_BCHW[mix.partner_B.to(images_BCHW.device)]
     return mix.share * images_BCHW + (1 - mix.share) * partner_BCHW, mix.share
 
@@ -411,10 +426,11 @@ def mixup(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
 def cutmix(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
     """Return images with a box from each image's partner, and the weight of the image's own label.
 
-    All images of the batch have the same box. Its centre is at (`mix.row`, `mix.column`). Its sides
-    are sqrt(1 - mix.share) of the image's sides, rounded down to even numbers of pixels, and the
-    box is cut off at the edges. The weight is the share of the pixels outside the box, which
-    rounding and cutting make differ from `mix.share`.
+    The images are float x_BCHW; the given ones are not changed. All images of the batch have the
+    same box. Its centre is at (`mix.row`, `mix.column`). Its sides are sqrt(1 - `mix.share`) of the
+    image's sides, rounded down to even numbers of pixels, and the box is cut off at the edges. The
+    weight is the fraction of the pixels outside the box, which can differ from `mix.share` because
+    the box is rounded and cut off. The label of the partner has 1 minus this weight.
     """
     height, width = images_BCHW.shape[2:]
     part = math.sqrt(1 - mix.share)

@@ -103,10 +103,10 @@ class Images(NamedTuple):
 
 
 class Files(NamedTuple):
-    """One split of a data set that stays on the disk; no file is opened to make it.
+    """One split of a data set whose images stay on the disk, as paths and labels.
 
     Attributes:
-        paths: absolute paths of the image files.
+        paths: absolute paths of the image files, which need not have been opened yet.
         labels_N: classes counted from 0, int64.
     """
 
@@ -115,21 +115,26 @@ class Files(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The official training and test split of a data set, both `Images` or both `Files`."""
+    """The training and test split of a data set, both as `Images` or both as `Files`."""
 
     train: Images | Files
     test: Images | Files
 
 
 def cifar100(root: str) -> Splits:
-    """Return CIFAR-100 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 100 classes.
+    """Return CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 100 classes.
 
-    The labels are the fine labels. Read `root`/cifar-100-python/{train,test} if both exist, else
-    `root`/cifar-100-python.tar.gz. Download the archive on first use.
+    The splits are `Images` of 32x32x3 pixels with the fine labels. The files
+    `root`/cifar-100-python/{train,test} are read if both exist, otherwise the archive
+    `root`/cifar-100-python.tar.gz, which is downloaded if it is missing. A file that does not have
+    the published md5 is used, and a warning is logged.
 
     Raises:
-        DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if a file is damaged or refused; the message names the file.
+        DownloadError: If the archive is missing and cannot be downloaded.
+        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
+        ValueError: If a file is damaged, larger than 256 MiB (LARGEST_MEMBER) or would run code, or
+            if not `root` but a folder around or below `root` holds the data set. The message names
+            the file or folder.
     """
     folder = Path(root).expanduser() / "cifar-100-python"
     return Splits(
@@ -138,14 +143,19 @@ def cifar100(root: str) -> Splits:
 
 
 def cifar10(root: str) -> Splits:
-    """Return CIFAR-10 (Krizhevsky 2009): 50,000 / 10,000 images 32x32x3 of 10 classes.
+    """Return CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images of 10 classes.
 
-    Read the six batches in `root`/cifar-10-batches-py if all exist, else
-    `root`/cifar-10-python.tar.gz. Download the archive on first use.
+    The splits are `Images` of 32x32x3 pixels. The six files
+    `root`/cifar-10-batches-py/{data_batch_1..5,test_batch} are read if all exist, otherwise the
+    archive `root`/cifar-10-python.tar.gz, which is downloaded if it is missing. A file that does
+    not have the published md5 is used, and a warning is logged.
 
     Raises:
-        DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if a file is damaged or refused; the message names the file.
+        DownloadError: If the archive is missing and cannot be downloaded.
+        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
+        ValueError: If a file is damaged, larger than 256 MiB (LARGEST_MEMBER) or would run code, or
+            if not `root` but a folder around or below `root` holds the data set. The message names
+            the file or folder.
     """
     folder = Path(root).expanduser() / "cifar-10-batches-py"
     *train, test = _cifar(folder, CIFAR10_URL, CIFAR10_MD5, CIFAR10_MEMBERS, "CIFAR-10", "labels")
@@ -154,14 +164,19 @@ def cifar10(root: str) -> Splits:
 
 
 def stl10(root: str) -> Splits:
-    """Return STL-10 (Coates et al. 2011): 5,000 / 8,000 labelled images 96x96x3 of 10 classes.
+    """Return STL-10 (Coates et al. 2011): 5,000 training and 8,000 test images of 10 classes.
 
-    The unlabelled images are left out. Read `root`/stl10_binary/{train,test}_{X,y}.bin. On first
-    use, unpack these files from `root`/stl10_binary.tar.gz, after downloading it if it is missing.
+    The splits are `Images` of 96x96x3 pixels. The unlabelled images of STL-10 are left out. The
+    files `root`/stl10_binary/{train,test}_{X,y}.bin are read. If the folder `root`/stl10_binary is
+    missing, these files are unpacked from `root`/stl10_binary.tar.gz, which is downloaded if it is
+    missing.
 
     Raises:
-        DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if a file is damaged, or missing in the folder; the message names the file.
+        DownloadError: If the archive is missing and cannot be downloaded.
+        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
+        ValueError: If the archive or a file is damaged or too large, if the folder exists and lacks
+            a file, or if not `root` but a folder around or below `root` holds the data set. The
+            message names the file or folder.
     """
     folder = Path(root).expanduser() / "stl10_binary"
     check_named_root(folder, STL10_FILES, "stl10_binary.tar.gz")
@@ -219,17 +234,20 @@ def _read_limited(path: Path) -> bytes:
 
 
 def fashion_mnist(root: str) -> Splits:
-    """Return Fashion-MNIST (Xiao et al. 2017): 60,000 / 10,000 images of 10 classes, made 32x32x3.
+    """Return Fashion-MNIST (Xiao et al. 2017): 60,000 training, 10,000 test images, 10 classes.
 
-    The original images are 28x28 grey. They get a border of zeros, and the channel is repeated
-    three times. The four IDX files, plain or .gz, are read from the first of these folders that
-    holds any of them: `root`/FashionMNIST/raw (the folder that torchvision uses), `root`, and the
-    folder of Debian's package dataset-fashion-mnist. Files that are missing in that folder are
-    downloaded.
+    The splits are `Images` of 32x32x3 pixels: each original image, 28x28 and grey, gets a border of
+    zeros, and its channel is repeated three times. The four IDX files, plain or .gz, are read from
+    the first of these folders that holds any of them: `root`/FashionMNIST/raw (torchvision's
+    folder), `root`, and the folder of Debian's package dataset-fashion-mnist. Files that are
+    missing in that folder are downloaded into it. If no folder holds any, all four are downloaded
+    into `root`/FashionMNIST/raw.
 
     Raises:
-        DownloadError: if a file is missing and cannot be downloaded.
-        ValueError: if a file is damaged; the message names the file.
+        DownloadError: If a file is missing and cannot be downloaded.
+        FileNotFoundError: If a file is missing and `places.without_downloads` is in force.
+        ValueError: If a file is damaged or larger than 256 MiB (LARGEST_MEMBER), or if only a
+            folder around or below `root` holds the data set. The message names the file or folder.
     """
     top = Path(root).expanduser()
     places = [*_fashion_mnist_places(top), Path(DEBIAN_FASHION_MNIST)]
@@ -250,7 +268,7 @@ def fashion_mnist(root: str) -> Splits:
 
 
 def _fashion_mnist_places(top: Path) -> list[Path]:
-    """Return the folders below a root in which the IDX files may be."""
+    """Return the folders, at or below a root, in which the IDX files may be."""
     return [top / "FashionMNIST" / "raw", top]
 
 
@@ -260,10 +278,12 @@ def _has_fashion_mnist(folder: Path) -> bool:
 
 
 def digits() -> Splits:
-    """Return scikit-learn's 1,797 handwritten digits as 32x32x3 images, without any download.
+    """Return scikit-learn's 1,797 handwritten digits of 10 classes as 32x32x3 images.
 
-    The original images are 8x8 with values 0..16. They are resized bilinearly and scaled to 0..255.
-    The split is fixed and stratified: 1,437 images for training and 360 for test.
+    The splits are `Images`: 1,437 for training and 360 for test, always the same ones, stratified
+    by class. The original images are 8x8 and grey, with values 0..16. They are resized bilinearly
+    and scaled to 0..255, and the channel is repeated three times. Nothing is downloaded: the file
+    belongs to the installed scikit-learn.
     """
     # Read the file itself: importing scikit-learn takes longer than importing torch.
     with gzip.open(
@@ -300,17 +320,17 @@ def fake(
     The defaults have the sizes of CIFAR-100.
 
     Args:
-        num_classes: number of classes.
+        num_classes: number of classes, at least 1; image n has the class n mod `num_classes`.
         size: side of the square images in pixels.
         train: number of training images.
         test: number of test images.
         seed: seed of the pixels.
 
     Returns:
-        Splits of uint8 images with 3 channels.
+        Splits of `Images` with 3 channels.
 
     Raises:
-        ValueError: if the pixels would take more than `MOST_FAKE` bytes.
+        ValueError: If the pixels would take more than 50 GB (MOST_FAKE).
     """
     needed = (train + test) * size**2 * 3
     if needed > MOST_FAKE:
@@ -333,9 +353,9 @@ def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of containers, strings, numbers and NumPy arrays.
+    """Unpickler of containers, strings, numbers and NumPy arrays.
 
-    It refuses every other global, so no code can run.
+    Any other class or function that a pickle names raises UnpicklingError, so no code can run.
     """
 
     # The modules of NumPy's two functions that build arrays are private, and NumPy 2 renamed them.
@@ -378,8 +398,10 @@ def _cifar(
         One `Images` per pickle, in the order of `members`.
 
     Raises:
-        DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if a file is damaged or refused.
+        DownloadError: If the archive is missing and cannot be downloaded.
+        FileNotFoundError: If the archive is missing and must not be downloaded.
+        ValueError: If a file is damaged or refused, or if another folder than the one above
+            `folder` holds the data set, see `check_root`.
     """
     check_named_root(folder, members, url.rpartition("/")[2])
     if all((folder / name).is_file() for name in members):
@@ -432,9 +454,9 @@ def _cifar_split(content: bytes, file: str, url: str, what: str, labels_key: str
 def _tar_members(archive: Path, names: list[str], url: str) -> dict[str, bytes]:
     """Return the contents of the named files of a tar archive, by name.
 
-    The files are read in memory and nothing is extracted, so no member can write outside a folder.
-    Raise ValueError if the archive is damaged, lacks a file, or a file is larger than
-    LARGEST_MEMBER.
+    The files are read into memory and nothing is extracted, so no member can write outside a
+    folder. `url` is the address of the archive, for messages. Raise ValueError if the archive is
+    damaged, lacks a file, or has a file larger than LARGEST_MEMBER.
     """
     try:
         with tarfile.open(archive, tarinfo=Member) as tar:

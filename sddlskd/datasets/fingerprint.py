@@ -20,17 +20,22 @@ LONGEST_LIST = 5  # class names in a message
 
 
 def fingerprint(splits: Splits) -> dict[str, Any]:
-    """Return the facts by which a data set is known again, wherever its files lie.
+    """Return sizes, class names and a hash of a data set, by which to recognise the data later.
+
+    The result does not depend on the folder in which the data set lies. A file that cannot be read
+    raises no error, but changes the hash.
 
     Returns:
         A dictionary that can be written as JSON, with the keys
 
         - train, test: number of images of the split;
-        - classes: number of classes;
-        - class_names: names of the classes, which are the names of the training images' folders;
-          None for pixels, and for files that do not lie in one folder a class;
-        - sha256: hash of the labels and, for pixels, of all pixels. For files, of the names
-          relative to the folder of the split, of sizes, and of the beginnings of some files.
+        - classes: largest label + 1; 0 without images;
+        - class_names: names of the folders of the training images, in the order of the classes;
+          None for `Images`, and for `Files` that do not lie in one folder per class;
+        - sha256: hash of the labels and, for `Images`, of all pixels. For `Files`, hash of the
+          labels, of the paths relative to the folder that all files of the split share, of the
+          sizes of at most 100,000 files (MOST_SIZES), and of the first 16 KiB of at most 1,000
+          files (MOST_CONTENTS).
     """
     counts = {name: len(split.labels_N) for name, split in splits._asdict().items()}
     names = None
@@ -46,7 +51,11 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
 
 
 def difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return in words how the data of two fingerprints differ, or "" if they are the same."""
+    """Return in words how the data of two fingerprints differ; "" if their hashes are equal.
+
+    `earlier` and `now` are results of `fingerprint`. An example is "100 classes then, 10 now; 50000
+    training images then, 45000 now".
+    """
     if earlier["sha256"] == now["sha256"]:
         return ""
     parts = [differing_classes(earlier, now)]
@@ -57,7 +66,11 @@ def difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def differing_classes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return in words how the classes of two fingerprints differ, or "" if they are the same."""
+    """Return in words how the classes of two fingerprints differ; "" if they do not.
+
+    `earlier` and `now` are results of `fingerprint`. The names of the classes and their order are
+    compared if both fingerprints have names. Then the numbers of classes are compared.
+    """
     names = earlier["class_names"], now["class_names"]
     if None not in names and names[0] != names[1]:
         gone, new = ([x for x in a if x not in b] for a, b in (names, names[::-1]))
@@ -75,7 +88,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _class_names(files: Files) -> list[str] | None:
-    """Return the name of each class, from the folders of its files, or None if they have none."""
+    """Return the name of each class, from the folders of its files.
+
+    The result is None if there are no files, or if the files of a class do not lie in one folder.
+    """
     if not files.paths:
         return None
     top = os.path.commonpath(files.paths)

@@ -1,8 +1,9 @@
-"""Load data sets whose images stay files: CUB-200-2011, ImageNet and Tiny ImageNet.
+"""Load data sets whose images stay files: any folder of class folders, and three published ones.
 
-Each loader reads the layout in which the data set is published. It returns `Splits` of `Files`,
-whose images `sddlskd.data.streaming` reads. Text files are read line by line, and an error names
-the file and the line that do not fit together. No image is opened here.
+Each loader returns `Splits` of `Files`, whose images `sddlskd.data.streaming` reads. The loaders of
+CUB-200-2011, ImageNet and Tiny ImageNet read the layout in which the data set is published. Text
+files are read line by line, and an error names the file and the line that do not fit together. No
+image is opened here.
 """
 
 import os
@@ -21,24 +22,26 @@ __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 def image_folder(root: str, test: str | None = None, num_classes: int | None = None) -> Splits:
     """Return the images of any folder that holds class folders for a training and a test split.
 
-    The training images are `root`/train/<class>/*. The test images are `root`/val/<class>/*, or
+    The training images are `root`/train/<class>/*. The test images are `root`/val/<class>/* or
     `root`/test/<class>/*. Classes are numbered by their sorted names. As in torchvision's
-    ImageFolder, every file whose name has an image extension is taken, in the class folder or in
-    any folder below it. Its content is not checked before it is read.
+    ImageFolder, every file with an image extension is taken, in the class folder or in any folder
+    below it. Unlike there, names that begin with "._" are left out, and so are class folders
+    without images whose names begin with ".". No image is opened.
 
     Args:
         root: folder that holds the folders of the splits.
-        test: name of the folder of the test split; None to take the one of val and test that
-            exists.
+        test: name of the folder of the test split; None for val or test, of which one must exist.
         num_classes: expected number of classes; None to accept any number.
 
     Returns:
         Splits of `Files`.
 
     Raises:
-        ValueError: if a folder is missing or empty, both val and test exist and `test` is not
-            given, the splits have different classes, or their number is not `num_classes`. The
-            message is one line, and names a folder around or below `root` that would do.
+        ValueError: If a folder is missing, if a class folder has no images, if val and test exist
+            and `test` is None, if the splits have different classes, if their number is not
+            `num_classes`, or if a link leads to a folder that holds the link. The message is one
+            line. If a folder around or below `root` has the right layout, the message names that
+            folder.
     """
     top = Path(root).expanduser().absolute()
     tests = [test] if test else ["val", "test"]
@@ -76,8 +79,9 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
 def _class_folders(folder: Path) -> tuple[list[str], Files]:
     """Return the sorted class names of a folder of class folders, and all their image files.
 
-    The files are in the order of `_images_below`, class by class. Raise ValueError if `folder` is
-    missing or holds no class folder, or if a class folder holds no images.
+    The files are in the order of `_images_below`, class by class. Class folders without images are
+    left out if their names begin with ".". Raise ValueError if `folder` is missing or holds no
+    class folder, or if another class folder holds no images.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -103,9 +107,12 @@ def _class_folders(folder: Path) -> tuple[list[str], Files]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Return the paths of the image files below a folder, in the order of torchvision.
+    """Return the paths of the image files in a folder and in all folders below it.
 
-    Raise ValueError if there is none.
+    The order is that of torchvision's ImageFolder.
+
+    Raises:
+        ValueError: If there is no image file, or if a link leads to a folder that holds the link.
     """
     found = _images_below(folder)
     if not found:
@@ -117,8 +124,8 @@ def _images_below(folder: Path) -> list[str]:
     """Return the paths of the image files in `folder` and in all folders below it.
 
     The files and their order are those of torchvision's ImageFolder, which sorts the folders by
-    their paths and the files of a folder by their names. The one difference: names such as
-    ._x.jpg are left out. They belong to files without pixels that macOS leaves behind.
+    their paths and the files of a folder by their names. The one difference: names such as ._x.jpg
+    are left out. They belong to files without pixels that macOS leaves behind.
     """
     return [
         os.path.join(place, name)
@@ -178,16 +185,19 @@ LARGEST_TEXT = 1 << 24
 
 
 def cub200(root: str) -> Splits:
-    """Return CUB-200-2011 (Wah et al. 2011): 5,994 / 5,794 images of 200 bird classes.
+    """Return CUB-200-2011 (Wah et al. 2011): 5,994 training, 5,794 test images, 200 classes.
 
-    Read the official folder `root`/CUB_200_2011 (images.txt, image_class_labels.txt,
-    train_test_split.txt, images/). If the folder is missing, unpack it from
-    `root`/CUB_200_2011.tgz, which is downloaded on first use. Images are in the order of
-    images.txt.
+    The classes are species of birds. The splits are `Files`, in the order of images.txt. The
+    official folder `root`/CUB_200_2011 is read (images.txt, image_class_labels.txt,
+    train_test_split.txt, images/). If the folder is missing, it is unpacked from
+    `root`/CUB_200_2011.tgz, which is downloaded if it is missing.
 
     Raises:
-        DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if the text files do not fit together; the message names the file and the line.
+        DownloadError: If the archive is missing and cannot be downloaded.
+        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
+        ValueError: If the archive is damaged, if a text file is missing or damaged, if the text
+            files or the images do not fit together, or if not `root` but a folder around or below
+            `root` holds the data set. The message names the file, the line or the folder.
     """
     folder = Path(root).expanduser().absolute() / "CUB_200_2011"
     check_named_root(folder, CUB200_TEXTS[:3], "CUB_200_2011.tgz")
@@ -243,15 +253,18 @@ def cub200(root: str) -> Splits:
 
 
 def imagenet(root: str, num_classes: int = 1000) -> Splits:
-    """Return ImageNet (ILSVRC 2012): 1,281,167 / 50,000 images of 1,000 classes.
+    """Return ImageNet (ILSVRC 2012): 1,281,167 training and 50,000 test images of 1,000 classes.
 
-    Citation: Russakovsky et al. 2015. Read `root`/train/<synset>/* and `root`/val/<synset>/*.
-    Classes are numbered by their sorted synsets, as published weights expect. The data set cannot
-    be downloaded here: its licence requires an account.
+    The splits are `Files` of `root`/train/<synset>/* and `root`/val/<synset>/*, read as
+    `image_folder` does. Classes are numbered by their sorted synsets, as published weights expect.
+    The data set cannot be downloaded here: its licence requires an account. `num_classes` is the
+    expected number of classes.
+
+    Citation: Russakovsky et al. 2015.
 
     Raises:
-        ValueError: if a folder is missing or has another layout, or if the number of classes is not
-            `num_classes`. The message is one line.
+        ValueError: If a folder is missing or has another layout, if the splits have different
+            classes, or if the number of classes is not `num_classes`. The message is one line.
     """
     top = Path(root).expanduser().absolute()
     if (top / "val").is_dir() and not any(path.is_dir() for path in (top / "val").iterdir()):
@@ -271,16 +284,20 @@ def imagenet(root: str, num_classes: int = 1000) -> Splits:
 
 
 def tiny_imagenet(root: str) -> Splits:
-    """Return Tiny ImageNet (CS231n): 100,000 / 10,000 images 64x64 of 200 classes.
+    """Return Tiny ImageNet (CS231n): 100,000 training and 10,000 test images of 200 classes.
 
-    The test split is the published val split, because the published test images have no labels.
-    Read `root`/tiny-imagenet-200 (wnids.txt, train/<wnid>/images/*, val/val_annotations.txt,
-    val/images/*). If the folder is missing, unpack it from `root`/tiny-imagenet-200.zip, which is
-    downloaded on first use. Classes are numbered by their sorted wnids.
+    The splits are `Files` of 64x64 pixels. The test split is the published val split, because the
+    published test images have no labels. The folder `root`/tiny-imagenet-200 is read (wnids.txt,
+    train/<wnid>/images/*, val/val_annotations.txt, val/images/*). If the folder is missing, it is
+    unpacked from `root`/tiny-imagenet-200.zip, which is downloaded if it is missing. Classes are
+    numbered by their sorted wnids.
 
     Raises:
-        DownloadError: if the archive is missing and cannot be downloaded.
-        ValueError: if the files do not fit together; the message names the file and the line.
+        DownloadError: If the archive is missing and cannot be downloaded.
+        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
+        ValueError: If the archive is damaged, if a text file is missing or damaged, if the text
+            files or the images do not fit together, or if not `root` but a folder around or below
+            `root` holds the data set. The message names the file, the line or the folder.
     """
     folder = Path(root).expanduser().absolute() / "tiny-imagenet-200"
     check_named_root(folder, ["wnids.txt"], "tiny-imagenet-200.zip")
@@ -316,9 +333,11 @@ def tiny_imagenet(root: str) -> Splits:
 
 
 def _tiny_imagenet_val(folder: Path, classes: dict[str, int]) -> Files:
-    """Return the split that val_annotations.txt lists.
+    """Return the split that val_annotations.txt in `folder` lists.
 
-    Each line holds an image name, its wnid and a box, separated by tabs.
+    `classes` maps each wnid to its class. Each line of the file holds an image name, its wnid and a
+    box, separated by tabs. Raise ValueError if a wnid is unknown, or if an image is missing or
+    listed twice.
     """
     annotations = folder / "val_annotations.txt"
     is_present = _Present(folder)
@@ -344,9 +363,9 @@ _AGAIN = "remove the folder to have it unpacked again, or download it again"
 
 
 class _Present:
-    """A function that returns whether <folder>/<name> is a file below `top`.
+    """Function that returns whether the path <folder>/<name> is a file below `top`.
 
-    It lists each folder only once.
+    Each folder is listed only once.
     """
 
     def __init__(self, top: Path) -> None:

@@ -1,4 +1,4 @@
-"""Find a data set's files: where they lie if `dataset.root` is a level off, or by a download."""
+"""Find or download a data set's files; recognise a `dataset.root` that is a few levels off."""
 
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -13,24 +13,29 @@ __all__ = ["check_named_root", "check_root", "fetch", "without_downloads"]
 _may_download = ContextVar("may_download", default=True)
 
 LEVELS = 3  # folders up and down from `dataset.root` that are looked into
-MOST_FOLDERS = 300  # folders below `dataset.root` that are listed; a data set can have thousands
+# Folders below `dataset.root` that are listed at most; a data set can have thousands.
+MOST_FOLDERS = 300
 
 
 def check_root(
     root: Path, has_data: Callable[[Path], bool], what: str, parts: Collection[str] | None = None
 ) -> None:
-    """Raise ValueError if a folder around or below `root` holds the data set, and `root` does not.
+    """Raise ValueError if not `root` but a folder around or below `root` holds the data set.
+
+    Three levels (LEVELS) up and down are looked into. If no folder holds the data set, nothing is
+    raised.
 
     Args:
-        root: the folder that `dataset.root` names.
+        root: folder that `dataset.root` names.
         has_data: function that returns whether a folder holds the data set.
-        what: what the data set's folder holds, for the message.
-        parts: names of the folders that the data set's folder holds. A folder around `root` is
-            named only if `root` lies in one of its parts. None if any folder around `root` may be
-            named.
+        what: what a folder with the data set holds, for the message.
+        parts: names of subfolders that a folder with the data set has. A folder around `root`
+            counts only if `root` is, or lies in, one of these subfolders. None if every folder
+            around `root` counts.
 
     Raises:
-        ValueError: with the folder that would do, in one line.
+        ValueError: If only folders around or below `root` hold the data set; the message, one line,
+            names one to three of them.
     """
     top = root.absolute()
     if has_data(top):
@@ -51,9 +56,10 @@ def check_root(
 
 
 def _folders_below(top: Path, has_data: Callable[[Path], bool]) -> list[Path]:
-    """Return the folders nearest below `top` that hold the data set, sorted; none if all are far.
+    """Return the folders nearest below `top` that hold the data set, sorted.
 
-    At most MOST_FOLDERS folders are listed, and hidden folders are left out.
+    The result is empty if there are none within LEVELS levels. At most MOST_FOLDERS folders are
+    listed, and hidden folders are left out.
     """
     level, listed = [top], 0
     for _ in range(LEVELS):
@@ -77,15 +83,19 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def check_named_root(data: Path, files: Collection[str], archive: str) -> None:
-    """Check with `check_root` the folder above a data set whose own folder has a fixed name.
+    """Raise ValueError if a data set lies around or below `dataset.root` instead of in it.
+
+    The data set has a folder of its own, with a fixed name. The check is that of `check_root`, for
+    the folder above `data`: if the data set is nowhere, nothing is raised.
 
     Args:
-        data: the data set's own folder, as `dataset.root` places it.
-        files: names of the files in it without which it is not the data set's.
-        archive: name of the archive beside it, which will do instead.
+        data: the data set's own folder, as `dataset.root` places it; need not exist.
+        files: names of the files in `data` by which the data set is recognised; all must exist.
+        archive: name of the data set's archive beside `data`, which counts like the unpacked files.
 
     Raises:
-        ValueError: as `check_root`.
+        ValueError: If neither the files nor the archive are there, but a folder around or below
+            `dataset.root` holds them; the message names that folder.
     """
 
     def has_data(folder: Path) -> bool:
@@ -98,7 +108,10 @@ def check_named_root(data: Path, files: Collection[str], archive: str) -> None:
 
 @contextmanager
 def without_downloads() -> Iterator[None]:
-    """Let loaders raise FileNotFoundError within a block instead of downloading a file."""
+    """Forbid downloads inside a `with` block: `fetch` raises FileNotFoundError for a missing file.
+
+    All loaders of data sets download with `fetch`.
+    """
     token = _may_download.set(False)
     try:
         yield
@@ -107,20 +120,23 @@ def without_downloads() -> Iterator[None]:
 
 
 def fetch(url: str, md5: str, folder: Path, *, limit: int) -> Path:
-    """Download a file as `download_into`, unless `without_downloads` forbids it.
+    """Return the path of a file of a data set; download the file into `folder` if it is missing.
+
+    The md5 and size of a file that exists are not checked.
 
     Args:
-        url: address of the file.
-        md5: md5 of the file in hex.
+        url: address of the file, http or https; its last part is the file name.
+        md5: md5 in hex that the downloaded file must have.
         folder: folder of the file.
-        limit: largest size in bytes.
+        limit: largest size of the download in bytes.
 
     Returns:
-        Path of the file.
+        Path of the file: `folder`/<last part of `url`>.
 
     Raises:
-        FileNotFoundError: if the file is missing and must not be downloaded.
-        DownloadError: if the file is missing and cannot be downloaded.
+        FileNotFoundError: If the file is missing and `without_downloads` is in force.
+        DownloadError: If the file is missing and cannot be downloaded, or the download has another
+            md5.
     """
     path = folder / url.rpartition("/")[2]
     if not _may_download.get() and not path.is_file():

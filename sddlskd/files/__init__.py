@@ -1,1 +1,1 @@
-"""Files that survive a crash: atomic writes, checkpoints, downloads and archives."""
+"""Read and write files safely: atomic writes, checkpoints, downloads and archives."""

@@ -43,26 +43,36 @@ OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO
 
 
 class UnsafeArchive(ValueError):
-    """An archive that is damaged, too large or unsafe to unpack; nothing of it is kept."""
+    """Error for an archive that is damaged, too large or unsafe to unpack.
+
+    No unpacked file is left behind.
+    """
 
 
 class Member(tarfile.TarInfo):
-    """A tar member that refuses headers that claim a name longer than LONGEST_NAME."""
+    """Member of a tar archive, with a limit on the headers that hold names.
+
+    The class is a value for the argument `tarinfo` of `tarfile.open`. A header with a long name or
+    extended attributes of more than 64 KiB (LONGEST_NAME) raises UnsafeArchive, because tarfile
+    would read the whole header into memory.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """Return the member that a header block describes.
 
         Args:
-            buf: the header block.
+            buf: the header block, 512 bytes.
             encoding: encoding of names, as in `tarfile.TarInfo.frombuf`.
             errors: error handling of that encoding.
 
         Returns:
-            The member.
+            The member, without the content of its file.
 
         Raises:
-            UnsafeArchive: if the header claims a name of more than LONGEST_NAME bytes.
+            UnsafeArchive: If the block announces a name or extended attributes of more than 64 KiB
+                (LONGEST_NAME), or of less than 0 bytes.
+            tarfile.HeaderError: If the block is not a valid header.
         """
         member = super().frombuf(buf, encoding, errors)
         names = (
@@ -80,6 +90,8 @@ class Member(tarfile.TarInfo):
 
 
 class _Entry(NamedTuple):
+    """One member of an archive; `open` opens its content for reading."""
+
     path: PurePosixPath
     is_dir: bool
     size: int  # bytes
@@ -94,20 +106,22 @@ def unpack(
     count: int = 100_000,
     wanted: Callable[[PurePosixPath], bool] = lambda path: True,
 ) -> None:
-    """Unpack the wanted files of an archive into a new folder: all of them, or make no folder.
+    """Unpack the wanted files of an archive into a new folder, completely or not at all.
 
     Args:
         archive: a tar (plain, gz, bz2 or xz) or zip file.
-        folder: folder to make.
+        folder: folder to make; must not exist. The folders above are made if they are missing.
         limit: largest total size in bytes of the wanted files.
         count: largest number of members of the archive, wanted or not.
         wanted: function that returns whether to unpack the file with this path in the archive.
 
     Raises:
-        UnsafeArchive: if the path of a member is absolute or contains "..", a member is a link or a
-            device or occurs twice, or the archive is damaged or too large.
-        FileExistsError: if `folder` exists.
-        OSError: if the local disk is full, not writable or defective.
+        UnsafeArchive: If the archive is missing, damaged or too large, if the path of a member is
+            absolute or contains "..", a backslash or a null character, if a member is a link or a
+            device, if a wanted file occurs twice, or if a zip file uses a compression other than
+            deflate.
+        FileExistsError: If `folder` exists.
+        OSError: If the local disk is full, not writable or defective.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} already exists; remove it to unpack {archive} again")
@@ -144,20 +158,20 @@ def unpack(
 
 
 def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) -> None:
-    """Unpack the folder of the same name in an archive as `folder`: completely or not at all.
+    """Unpack the top-level folder of an archive that has the name of `folder` as `folder`.
 
-    Do nothing if `folder` exists. If several processes call the function at once, one unpacks and
-    the others wait.
+    The folder is unpacked completely or not at all. If `folder` exists, nothing is done. If several
+    processes call the function at once, one unpacks and the others wait.
 
     Args:
         archive: a tar or zip file that contains the folder at its top level.
-        folder: folder to make.
+        folder: folder to make; its last part is the name of the folder in the archive.
         limit: largest total size in bytes of the wanted files.
-        **options: `count` and `wanted` of `unpack`.
+        **options: `count` and `wanted` of `unpack`; the paths begin with the name of the folder.
 
     Raises:
-        UnsafeArchive: as in `unpack`, or if the archive contains no such folder.
-        OSError: if the local disk is full, not writable or defective.
+        UnsafeArchive: If `unpack` refuses the archive, or if the archive contains no such folder.
+        OSError: If the local disk is full, not writable or defective.
     """
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
@@ -222,7 +236,7 @@ def _zip_entries(archive: Path) -> Generator[_Entry, None, None]:
 
 
 def _safe_path(name: str) -> PurePosixPath:
-    """Return the path of a member. Raise UnsafeArchive if it leads out of the folder."""
+    """Return the path of a member. Raise UnsafeArchive if the path may lead out of the folder."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UnsafeArchive(f"{_printable(name)} leads out of the folder")

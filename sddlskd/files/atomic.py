@@ -16,23 +16,25 @@ __all__ = ["append", "put", "rotate", "write_atomically"]
 def write_atomically(
     path: Path, size: int | None = None, *, replace: bool = True
 ) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing that becomes `path` completely or not at all.
+    """Open a temporary file for writing, which becomes `path` completely or not at all.
 
-    When the `with` block ends, the file is flushed to the disk with fsync and renamed to `path`.
+    When the `with` block ends, the file is flushed to the disk with fsync and renamed to `path`. If
+    the block raises an error, `path` stays as it was, and the temporary file is removed.
 
     Args:
         path: file to write; its folder is made if it is missing.
-        size: number of bytes that will be written, if known; it is shown in the error of a full
-            disk.
+        size: number of bytes that will be written, for the message if the disk is full; None if
+            unknown.
         replace: whether to replace an existing `path`.
 
     Yields:
         The temporary file, opened for binary writing.
 
     Raises:
-        OSError: if the disk is full or not writable. The message names `path` and the space needed,
-            and the old content of `path` is untouched.
-        FileExistsError: if `path` exists and `replace` is false.
+        OSError: If the disk is full or not writable, or if the block raises an OSError. The message
+            names `path` and, for a full disk, the free space and `size`. The old content of `path`
+            is untouched.
+        FileExistsError: If `path` exists and `replace` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -64,8 +66,11 @@ def write_atomically(
 def put(new: Path, path: Path) -> None:
     """Rename the finished file `new` to `path`, which must not exist.
 
-    If several processes try this at once, one of them succeeds. Raise FileExistsError if `path`
-    exists.
+    If several processes try this at once, one of them succeeds. On a file system without hard
+    links, two may succeed, and the file of the last process remains.
+
+    Raises:
+        FileExistsError: If `path` exists; `new` then stays.
     """
     try:
         os.link(new, path)
@@ -81,9 +86,14 @@ def put(new: Path, path: Path) -> None:
 
 
 def rotate(new: Path) -> None:
-    """Rename x.ckpt, if it exists, to x.previous.ckpt, and then `new`, x.ckpt.new, to x.ckpt.
+    """Put a new checkpoint in place and keep the previous one.
 
-    If the function is interrupted at any point, it can be called again.
+    For `new` = x.ckpt.new, x.ckpt is renamed to x.previous.ckpt if it exists, and then x.ckpt.new
+    to x.ckpt. An older x.previous.ckpt is replaced. If a call is interrupted between the two steps,
+    another call completes them.
+
+    Raises:
+        FileNotFoundError: If `new` does not exist. The first step is done nevertheless.
     """
     path = new.with_suffix("")
     if path.exists():
@@ -92,9 +102,13 @@ def rotate(new: Path) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Append `content` to a file, and return when the disk has it.
+    """Append `content` to the file `path`, and return when the content is on the disk (fsync).
 
-    Raise OSError as `write_atomically` does; the file then keeps its old content.
+    The file is made if it is missing; its folder must exist.
+
+    Raises:
+        OSError: If the disk is full or not writable. The message names `path` and, for a full disk,
+            the space needed and free. The file is then cut back to its old content.
     """
     try:
         # Unbuffered: after a failed write, closing the file would try to write a buffer again.
@@ -114,7 +128,10 @@ def append(path: Path, content: bytes) -> None:
 
 
 def _unsaved(path: Path, size: int | None, error: OSError) -> OSError:
-    """Return the error for a file that cannot be saved, with the space if the disk is full."""
+    """Return the error for a file that cannot be saved, with the space if the disk is full.
+
+    `size` is the number of bytes needed, None if unknown.
+    """
     space = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         there = next(place for place in path.absolute().parents if place.exists())

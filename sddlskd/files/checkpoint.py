@@ -48,15 +48,15 @@ MOST_NESTED = 8  # wrappers around a state dict, and prefixes of its keys
 
 
 class UnreadableFile(ValueError):
-    """Raised for a file that is truncated, is not a checkpoint, or would run code."""
+    """Error for a file that is truncated, is not a checkpoint, or would run code."""
 
 
 def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None:
-    """Save tensors and plain values atomically.
+    """Save tensors and plain values to a file, completely or not at all.
 
     Args:
-        path: The file to write.
-        state: Tensors, containers and plain values.
+        path: The file to write; its folder is made if it is missing.
+        state: Tensors, containers and plain values, as `torch.save` takes them.
         replace: Whether an existing file is replaced.
 
     Raises:
@@ -130,7 +130,14 @@ def _numpy_scalars() -> list[Any]:
 
 
 def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
-    """Save the newest checkpoint of a run, and keep the previous checkpoint as a spare."""
+    """Save the newest checkpoint of a run, and keep the previous checkpoint as a spare.
+
+    `state` is saved as by `write`, to last.ckpt in the run directory `folder`. An existing
+    last.ckpt becomes last.previous.ckpt.
+
+    Raises:
+        OSError: If the checkpoint cannot be written; the old checkpoints stay as they were.
+    """
     write(folder / NEW, state)
     rotate(folder / NEW)
 
@@ -138,8 +145,11 @@ def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
 def read_latest(folder: Path) -> Any | None:
     """Return the newest readable checkpoint of a run, or None if the run has no checkpoint yet.
 
-    A damaged checkpoint is named in the log and skipped. Raises UnreadableFile if checkpoints exist
-    and none of them can be read.
+    `folder` is the run directory. A damaged checkpoint is named in the log, and the one before it
+    is read instead.
+
+    Raises:
+        UnreadableFile: If checkpoints exist and none of them can be read.
     """
     errors = []
     for path in (folder / NEW, folder / LATEST, folder / SPARE):
@@ -164,13 +174,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the state dict in a weights file, on the CPU.
 
     The file may be a checkpoint of this package, RepDistiller or mdistiller ({"model": ...}), a
-    state dict under another key of WRAPPERS, a bare state dict or a .safetensors file. The prefix
-    "module." of DataParallel is removed.
+    state dict under another usual key ("state_dict", "net", ...; see WRAPPERS), a bare state dict
+    or a .safetensors file. The prefix "module.", which DataParallel puts in front of a key, is
+    removed.
 
     Raises:
-        UnreadableFile: As for `read`, or if the file holds no state dict.
+        UnreadableFile: If the file is damaged, would run code, or holds no state dict.
         FileNotFoundError: If there is no such file.
-        ValueError: If a .safetensors file is given and safetensors is not installed.
+        ValueError: If a .safetensors file is given and the package safetensors is not installed.
     """
     return {name.removeprefix("module."): value for name, value in _state_dict(path).items()}
 
@@ -225,8 +236,12 @@ def _wrapped(content: Any) -> list[str]:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a .safetensors file, on the CPU, and the metadata of its header.
 
-    Raises UnreadableFile if the file is damaged, FileNotFoundError if it is missing, and ValueError
-    if safetensors is not installed.
+    The tensors are listed by name. The metadata are {} if the header has none.
+
+    Raises:
+        UnreadableFile: If the file is damaged.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the package safetensors is not installed.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -255,17 +270,24 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def load_weights(model: nn.Module, path: Path, network: str) -> None:
-    """Load a weights file into `model`, strictly.
+    """Load a weights file into a network; every key and shape must fit.
+
+    The names in the file may have prefixes that the network lacks: "module." on any name, and up to
+    8 components that all names share, such as "module.student.". The prefixes are removed if the
+    rest fits better. Counters of other tools that the network lacks (COUNTERS, such as
+    "n_averaged") are ignored. BatchNorm's num_batches_tracked may be missing in the file.
 
     Args:
-        model: The network, changed in place.
-        path: The weights file, in a format of `read_weights`. What all of its keys share in front
-            is removed, and counters that the network does not have are ignored.
+        model: The network, changed in place, only if everything fits.
+        path: The weights file, in a format of `read_weights`.
         network: Name of the network, for the message.
 
     Raises:
-        ValueError: If the file holds weights of another network or number of classes; the error
-            names the first keys that differ. Also everything that `read_weights` raises.
+        ValueError: If a key is missing or unknown, a shape differs, or a floating-point tensor
+            meets an integer one; the message names the first three. Also if a .safetensors file is
+            given and the package safetensors is not installed.
+        UnreadableFile: If the file is damaged, would run code, or holds no state dict.
+        FileNotFoundError: If there is no such file.
     """
     own = model.state_dict()
     read_names = _state_dict(path)
@@ -301,9 +323,9 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
 
 
 def check_finite(model: nn.Module, source: Path | str) -> None:
-    """Raise ValueError if a weight or buffer of `model` is NaN or infinite.
+    """Raise ValueError if a weight or buffer of `model` holds NaN or an infinite value.
 
-    The message names the first such keys and `source`, the file or address of the weights.
+    The message names the first three such keys and `source`, the file or address of the weights.
     """
     spoilt = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if spoilt:
@@ -319,10 +341,10 @@ def check_finite(model: nn.Module, source: Path | str) -> None:
 def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights under the names of the network that they fit.
 
-    What all names share in front, such as "module.student.", is removed if the rest are names of
+    A prefix that all names share, such as "module.student.", is removed if the rest are names of
     the network. Buffers of COUNTERS that the network does not have are left out. BatchNorm's
-    counts of batches, which files from before PyTorch 0.4.1 lack and this package does not read,
-    are taken from the network.
+    num_batches_tracked, which files from before PyTorch 0.4.1 lack and this package does not read,
+    are taken from the network if the file lacks them.
 
     Args:
         weights: The weights under the file's own names.
@@ -347,7 +369,10 @@ def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
 
 
 def _common_prefix(weights: Mapping[str, Tensor]) -> str:
-    """Return the first component that all names share, with its dot, or ""; ignore COUNTERS."""
+    """Return the first component that all names share, with its dot; COUNTERS are ignored.
+
+    The result is "" if the names share no component.
+    """
     firsts = {name.partition(".")[:2] for name in weights if not _is_counter(name)}
     if len(firsts) != 1:
         return ""

@@ -1,7 +1,7 @@
 """Download files: completely or not at all, with resume, retries and a size limit.
 
-An unfinished download is in <file>.partial. The note <file>.partial.json says which version of
-which file on the server it is a part of.
+An unfinished download is in <file>.partial. The file <file>.partial.json notes the address and the
+version of the file on the server to which these bytes belong.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ GAIN = 1 << 20  # bytes
 # An attempt has failed after this many seconds without an answer, or below SLOWEST.
 STALLED_S = 30.0
 SLOWEST = 100  # bytes per second
-BACKOFF_S = 1.0  # seconds before the second attempt; doubled before each later one
-LONGEST_S = 60.0  # longest pause between attempts, even if the server asks for a longer one
+BACKOFF_S = 1.0  # pause before the second attempt; doubled each time
+LONGEST_S = 60.0  # longest pause, even if the server asks for more
 LATER = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that mean: try again later
 MOST_REDIRECTS = 10
 
@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 
 
 class DownloadError(RuntimeError):
-    """A file that cannot be downloaded; the message says why."""
+    """Error for a file that cannot be downloaded; the message says why."""
 
 
 class _TryAgain(Exception):
-    """An attempt failed, but the next one may succeed.
+    """Error for an attempt that failed when the next attempt may succeed.
 
     Args:
         reason: why the attempt failed.
@@ -62,27 +62,29 @@ class _TryAgain(Exception):
 
 
 class _GiveUp(Exception):
-    """An attempt failed in a way in which every other attempt would fail."""
+    """Error for an attempt that failed in a way in which every other attempt would fail."""
 
 
 def download_file(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
-    """Download `url` to `path` unless `path` exists.
+    """Download `url` to `path`, unless `path` exists.
 
-    If several processes call the function at once, one downloads and the others wait. An
-    interrupted download continues at the byte it reached if the server still has the same version
-    of the file.
+    An existing file is not checked. A failed attempt is repeated until five attempts in a row
+    (ATTEMPTS) have each brought less than 1 MiB (GAIN). If several processes call the function at
+    once, one downloads and the others wait. An interrupted download continues at the byte it
+    reached if the server still has the same version of the file.
 
     Args:
         url: address of the file, http or https.
-        path: file to write.
+        path: file to write; its folder is made if it is missing.
         limit: largest size in bytes.
-        md5: md5 of the file in hex, if known.
+        md5: md5 in hex that the file must have; None to accept any content.
 
     Returns:
         `path`.
 
     Raises:
-        DownloadError: if the file cannot be downloaded; `path` does not exist then.
+        DownloadError: If the address is invalid, the server fails or refuses, the file is larger
+            than `limit` or has another md5, or the disk fails; `path` does not exist then.
     """
     if path.is_file():
         return path
@@ -108,11 +110,12 @@ def download_file(url: str, path: Path, *, limit: int, md5: str | None = None) -
 def download_into(url: str, md5: str, folder: Path, *, limit: int) -> Path:
     """Download `url` into `folder` under its own name, unless the file exists there.
 
-    If several processes call the function at once, the file is downloaded once.
+    An existing file is not checked. If several processes call the function at once, the file is
+    downloaded once.
 
     Args:
         url: address of the file, http or https; its last part is the file name.
-        md5: md5 of the file in hex.
+        md5: md5 in hex that the downloaded file must have.
         folder: folder of the file.
         limit: largest size in bytes.
 
@@ -120,8 +123,8 @@ def download_into(url: str, md5: str, folder: Path, *, limit: int) -> Path:
         Path of the file.
 
     Raises:
-        DownloadError: if the file cannot be downloaded or has another md5. The message says which
-            file to put into which folder.
+        DownloadError: If the file cannot be downloaded, is larger than `limit` or has another md5.
+            The message says which file to put into which folder.
     """
     name = url.rsplit("/", 1)[-1]
     try:
@@ -219,7 +222,7 @@ def _check_redirect(response: requests.Response, **_: Any) -> None:
 
 
 def _held(url: str, partial: Path) -> tuple[int, str | None]:
-    """Return how many bytes of which version an earlier attempt left.
+    """Return how many bytes an earlier attempt left in `partial`, and the version they belong to.
 
     The result is (0, None) if these bytes cannot be told from those of another file.
     """

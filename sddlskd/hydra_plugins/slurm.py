@@ -15,8 +15,9 @@ from omegaconf import MISSING, OmegaConf
 
 @dataclass
 class SlurmConfig(SlurmQueueConf):
-    """Options of the launcher for SLURM, in addition to those of hydra-submitit-launcher.
+    """Options of the launcher for SLURM (hydra/launcher=slurm).
 
+    The options of hydra-submitit-launcher come first; those below are added.
     conf/hydra/launcher/slurm.yaml gives each option its value and explains it.
     """
 
@@ -34,7 +35,9 @@ ConfigStore.instance().store("slurm_frame", SlurmConfig, group="hydra/launcher",
 
 
 class SlurmLauncher(SharedTeacherLauncher):
-    """A launcher that submits every group of the sweep as a task of a job array.
+    """Launcher that submits every group of a sweep to SLURM, as a task of a job array.
+
+    A group is a set of jobs with the same batches and teacher, which are trained side by side.
 
     Args:
         max_group_size: largest number of jobs that a task trains side by side; None for no limit.

@@ -1,7 +1,8 @@
-"""Feature and relation losses, one file per method.
+"""Feature and relation losses of distillation, one file per method.
 
-A method is an `nn.Module` that compares the taps of student and teacher:
-`method(student_taps, teacher_taps, batch)` returns a scalar. docs/methods.md gives the formulas.
+A method is an `nn.Module` that compares the taps of a student with those of its teacher. Taps are
+the maps and pooled features that a network shows of a batch. `method(student_taps, teacher_taps,
+batch)` returns a scalar. docs/methods.md gives the formulas.
 """
 
 from difflib import get_close_matches
@@ -38,21 +39,29 @@ _CLASSES = {
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all methods; each is a module of this package."""
+    """Return the names of all methods, such as "at" and "crd"; each is a module of this package."""
     return tuple(_CLASSES)
 
 
 def create(name: str, student: Taps, teacher: Taps, **options: Any) -> Method:
-    """Return a method for two networks, with connectors drawn from torch's global generator.
+    """Return a new method, built for a student and its teacher.
+
+    The weights of the method's own layers are drawn from torch's global generator.
 
     Args:
-        name: One of `names()`.
-        student: Taps of the student for any batch; only their shapes are read.
-        teacher: Taps of the teacher for any batch; only their shapes are read.
-        **options: Further arguments of the method, with the paper's values as defaults.
+        name: Name of the method, one of `names()`.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        **options: Keyword arguments of the method's class. Some classes require arguments that
+            describe the training, see `Method.facts`.
+
+    Returns:
+        An instance of the method's class.
 
     Raises:
-        ValueError: The name is unknown, or the method cannot serve these networks.
+        ValueError: If the name is unknown, if a network does not show what the method reads, if the
+            method cannot serve the pair, or if the value of an option is invalid.
+        TypeError: If the class has no such option, or if a required one is missing.
     """
     if name not in _CLASSES:
         close = get_close_matches(name, _CLASSES, n=1)

@@ -17,29 +17,33 @@ from sddlskd.models import Taps
 
 __all__ = ["AB"]
 
-SCALE = 3 / 1000  # of the loss in the released code
+SCALE = 3 / 1000  # factor of the loss in the released code
 
 
 class AB(Method):
-    """A first stage in which the student learns when each neuron of the teacher is active.
+    """Loss of AB: in a first stage, the student learns when each neuron of the teacher is active.
 
-    The loss is a squared hinge: a neuron counts if it is on the wrong side of zero, or within
-    `margin` of it. The sum over neurons is divided by the images and by 1000 / 3, and a stage
-    counts half as much as the next one. A connector (convolution and BatchNorm) precedes it where
-    the maps of a stage differ in shape. After the first stage the method adds nothing.
+    A neuron is one entry of a map; it is active if its value is above 0. The loss of a neuron is
+    max(margin - sign * x, 0)^2, with x the student's value and sign = 1 if the teacher's neuron is
+    active, else -1. The loss of a stage is 3 / 1000 times the sum over neurons, averaged over
+    images. The last stage has weight 1, and each earlier stage half the weight of the next one.
+    After the first stage the loss is 0.
 
-    The maps are those before the last ReLU. A network without such maps, whose stages end without a
-    ReLU (mobilev2), gives its stages.
+    The maps are those before the last ReLU. A network that shows no such maps gives its stages
+    instead (mobilev2, whose stages end without a ReLU). If the student's map differs from the
+    teacher's in shape, a convolution and BatchNorm are applied to the student's map first.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        stage_epochs: Number of epochs of the first stage.
-        margin: Distance from zero from which a neuron's value is right.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        stage_epochs: Number of epochs of the first stage, at least 1.
+        margin: Distance from 0 on the teacher's side at which the loss of a neuron ends; not
+            negative.
 
     Raises:
-        ValueError: If the numbers of stages differ, if no convolution leads from the sides of a
-            student's map to those of the teacher's, or if a value is out of range.
+        ValueError: If a network shows no stages after the stem, if the numbers of stages differ, if
+            `conv_between` has no convolution for a stage, if `stage_epochs` is not an integer of at
+            least 1, or if `margin` is negative or NaN.
     """
 
     needs = frozenset({"stages"})
@@ -65,7 +69,16 @@ class AB(Method):
         )
 
     def first_stage(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the weighted sum of the hinge losses of the stages."""
+        """Return the weighted sum of the stages' hinge losses, a scalar.
+
+        Args:
+            student: Maps of the student.
+            teacher: Maps of the teacher, without gradients.
+            batch: Unused.
+
+        Returns:
+            The loss, averaged over the images of the batch.
+        """
         parts = zip(self.connectors, _boundaries(student), _boundaries(teacher), strict=True)
         losses = [self._hinge(connector(own), other) for connector, own, other in parts]
         last = len(losses) - 1
@@ -73,7 +86,16 @@ class AB(Method):
         return SCALE * sum(weighted[1:], weighted[0])
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return zero."""
+        """Return 0, because the method adds no loss after the first stage.
+
+        Args:
+            student: Maps of the student; only device and dtype are read.
+            teacher: Unused.
+            batch: Unused.
+
+        Returns:
+            A scalar tensor without a gradient.
+        """
         return student.logit_map.new_zeros(())
 
     def _hinge(self, own_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
@@ -83,7 +105,7 @@ class AB(Method):
 
 
 class _Connector(nn.Module):
-    """A convolution and BatchNorm from a map of the student to the shape of the teacher's."""
+    """A convolution and BatchNorm that give a map of the student the shape of the teacher's map."""
 
     def __init__(self, own_BCHW: Tensor, other_BCHW: Tensor) -> None:
         super().__init__()

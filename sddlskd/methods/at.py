@@ -16,18 +16,23 @@ __all__ = ["AT"]
 
 
 class AT(Method):
-    """The distance between the attention maps of the stages: where each network is active.
+    """Loss of AT: the squared difference between the attention maps of two networks at each stage.
 
-    An attention map is the mean over channels of x^p, normalised per image. The loss of a stage is
-    the mean squared difference over images and cells, and the stages are summed.
+    The attention map of a stage is the mean over channels of x^p, a vector of cells that is divided
+    by its length for each image. The loss of a stage is the mean squared difference over images and
+    cells. The losses of the stages after the stem are summed. At each stage, the larger map is
+    average-pooled to the sides of the smaller one. If one network has more stages, its last stages
+    do not count.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        p: The power. An odd power keeps the sign of x, as in mdistiller; the paper has |x|^p.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        p: Power, an integer of at least 1. An odd power keeps the sign of x, as in mdistiller; the
+            paper has |x|^p.
 
     Raises:
-        ValueError: If a network has no stages, or if `p` is not an integer of at least 1.
+        ValueError: If a network shows no stages after the stem, or if `p` is not an integer of at
+            least 1.
     """
 
     needs = frozenset({"stages"})
@@ -39,7 +44,16 @@ class AT(Method):
         self.p = p
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the sum over stages of the mean squared difference of the attention maps."""
+        """Return the sum over stages of the mean squared difference of the attention maps.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            A scalar; the stem does not count.
+        """
         losses = []
         for maps in pairs(student, teacher):
             own_BA, other_BA = map(self._attention, at_smaller_side(*maps))

@@ -1,4 +1,4 @@
-"""What all methods share: how a method is built, called and refused.
+"""The base class of the feature and relation methods, and functions that several of them use.
 
 Shapes: B batch, C channels, H W sides of a map, K classes, N training images.
 """
@@ -28,29 +28,34 @@ ALIGNMENTS = ("strict", "from_end")
 
 
 class Method(nn.Module, ABC):
-    """A loss that compares the taps of a student with those of its teacher.
+    """Base class of losses that compare the maps of a student with those of its teacher.
 
-    The parameters of a method are its connectors. They are trained by the student's optimizer,
-    saved in checkpoints, and left out of the exported student. Its buffers are saved as well. The
-    teacher's taps carry no gradient, and a method must not change any tap in place.
+    A method receives the `Taps` of both networks: the maps and pooled features that a network shows
+    of a batch. The teacher's taps carry no gradient. A subclass must not change a tap in place.
+
+    The parameters of a method belong to its connectors, the layers that it puts between the maps of
+    the two networks. The student's optimizer trains the connectors. Checkpoints hold the parameters
+    and the persistent buffers of the method; the exported student holds neither.
 
     Args:
-        student: Taps of the student for any batch; only their shapes are read.
-        teacher: Taps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
 
     Raises:
-        ValueError: If a network lacks what the method `needs`.
+        ValueError: If a network does not show what `needs` names. "strong_map" is not checked.
 
     Attributes:
-        needs: What the method reads beside the logit maps: "stages", "preacts", "pooled" and "last"
-            of the taps; "strong_map" for two views of each image.
-        facts: Keyword arguments that the training gives to the constructor, of these:
-            `labels_N` (class of each training image, int64, on the CPU), `num_classes` (K), `seed`
-            (of the run), `batch_size` (images per batch), `teacher_network` (the teacher with its
-            BatchNorm, in eval mode).
-        first_stage_epochs: Number of epochs of a first stage, 0 for none. The stage comes before
-            epoch 1, so its epochs have the numbers ..., -1, 0. In these epochs the loss is
-            `first_stage` without a weight; cross-entropy and distillation loss are left out.
+        needs: Fields of `Taps` that the method reads beside `logit_map`: "stages" and "preacts"
+            (each with at least one map after the stem), "pooled", "last" and "strong_map" (the
+            logit map of a second view of each image).
+        facts: Names of the constructor's keyword arguments whose values come from the training, not
+            from the configuration. Possible names: `labels_N` (class of each training image, int64,
+            on the CPU), `num_classes` (K), `seed` (of the run), `batch_size` (images per batch),
+            `teacher_network` (the teacher with its BatchNorms, in eval mode).
+        first_stage_epochs: Number of epochs of a first stage of training; 0 if there is none. The
+            first stage comes before epoch 1, and its epochs have the numbers ..., -1, 0. In these
+            epochs, the loss is `first_stage` without a weight; cross-entropy and the distillation
+            loss of the logits are left out.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -76,22 +81,40 @@ class Method(nn.Module, ABC):
     ) -> nn.Module:
         """Return the network that is trained, evaluated and exported as the student.
 
-        It is the student itself, or a network around it. It must not depend on the teacher's
-        weights, except for parameters and buffers of the network that is returned.
+        By default that network is the student itself. A subclass may put the student into another
+        network. Weights of the teacher may enter the new network as parameters and buffers only: to
+        load a saved student, this method is called with an untrained teacher, and then the weights
+        are loaded.
 
         Args:
-            student: The student.
-            teacher: The teacher with its BatchNorm.
-            shown: Taps of the student for any batch.
-            **options: The options of the method.
+            student: Network of the student.
+            teacher: Network of the teacher, with its BatchNorms.
+            shown: Maps of the student for any batch.
+            **options: Options of the method from the configuration.
+
+        Returns:
+            The student, or a network that contains the student.
 
         Raises:
-            ValueError: If the networks do not fit.
+            ValueError: If the method cannot serve these networks or options.
         """
         return student
 
     def first_stage(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the loss of a batch in an epoch before the first one; see `forward`."""
+        """Return the loss of a batch in the first stage of training, a scalar.
+
+        Args:
+            student: Maps of the student.
+            teacher: Maps of the teacher, without gradients.
+            batch: Labels and indices of the images, and the number of the epoch, which is at most
+                0.
+
+        Returns:
+            The loss, which is minimised as it is, without a weight.
+
+        Raises:
+            NotImplementedError: If the method has no first stage.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no first stage")
 
     @abstractmethod
@@ -99,38 +122,47 @@ class Method(nn.Module, ABC):
         """Return the loss of a batch, a scalar.
 
         Args:
-            student: Taps of the student.
-            teacher: Taps of the teacher, without gradients.
-            batch: The images, their labels and indices, and the number of the epoch.
+            student: Maps of the student.
+            teacher: Maps of the teacher, without gradients.
+            batch: Labels and indices of the images, and the number of the epoch, which is at least
+                1.
+
+        Returns:
+            The loss; the caller multiplies it by the method's weight.
         """
 
 
 def pairs(student: Taps, teacher: Taps) -> list[tuple[Tensor, Tensor]]:
-    """Return the maps (student B C H W, teacher B C H W) of each stage after the stem.
+    """Return the maps (student's, teacher's) of each stage after the stem, paired from the first.
 
-    The maps are paired from the front, as mdistiller pairs them: if one network has more stages,
-    its last ones are left out.
+    If one network has more stages, its last stages are left out, as in mdistiller. The two maps of
+    a pair may differ in channels and sides.
     """
     return list(zip(student.stages[1:], teacher.stages[1:], strict=False))
 
 
 def check_alignment(alignment: str) -> None:
-    """Raise ValueError unless `alignment` says how to pair the stages of two networks."""
+    """Raise ValueError unless `alignment`, the way to pair stages, is "strict" or "from_end"."""
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment={alignment!r}; choose one of: {', '.join(ALIGNMENTS)}")
 
 
 def from_end(own: Sequence[Tensor], other: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return the maps (student B C H W, teacher B C H W) of the stages, paired from the end.
+    """Return pairs (student's map, teacher's map) of two lists of maps, paired from the last.
 
-    If one network has more stages, its first ones, which have the finest maps, are left out.
+    `own` are the maps of the student, `other` those of the teacher. The pairs keep the order of the
+    lists. If one list is longer, its first maps, which are the finest, are left out.
     """
     count = min(len(own), len(other))
     return list(zip(own[len(own) - count :], other[len(other) - count :], strict=True))
 
 
 def at_smaller_side(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two maps, of which the larger is average-pooled to the sides of the smaller one."""
+    """Return both maps, with the larger map average-pooled to the sides of the smaller one.
+
+    The larger map (B, C, H, W) is the one with the greater height H. Maps of equal height are
+    returned unchanged, even if their widths differ. The channels may differ.
+    """
     a_height, a_width = a_BCHW.shape[2:]
     b_height, b_width = b_BCHW.shape[2:]
     if a_height > b_height:
@@ -141,22 +173,33 @@ def at_smaller_side(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_flags(**flags: bool) -> None:
-    """Raise ValueError unless each of these options is true or false."""
+    """Raise ValueError unless the value of each keyword argument is a bool.
+
+    The message names the argument, so each flag is given under its own name, as in
+    `check_flags(squared=squared)`.
+    """
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be true or false")
 
 
 def check_stage_epochs(stage_epochs: int) -> None:
-    """Raise ValueError unless `stage_epochs` is a number of epochs of a first stage."""
+    """Raise ValueError unless `stage_epochs` is an integer of at least 1 (True is refused, too)."""
     if isinstance(stage_epochs, bool) or not isinstance(stage_epochs, int) or stage_epochs < 1:
         raise ValueError(f"stage_epochs={stage_epochs} must be an integer of at least 1")
 
 
 def conv_between(own_BCHW: Tensor, other_BCHW: Tensor) -> nn.Module:
-    """Return a convolution from the shape of a student's map to that of a teacher's.
+    """Return a new convolution from the shape of a student's map to the shape of a teacher's map.
 
-    Raise ValueError if the student's map is smaller than the teacher's and not half as large.
+    Only the shapes (B, C, H, W) of the two maps are read. The kind of the convolution depends on
+    the height and width of the student's map:
+    - twice the teacher's: 3x3 convolution with stride 2.
+    - half of the teacher's: transposed 4x4 convolution with stride 2.
+    - at least the teacher's: convolution without padding. Each side of the kernel is 1 plus the
+      difference of the maps' sides.
+
+    Raise ValueError if none of these cases holds for both height and width.
     """
     channels = own_BCHW.shape[1], other_BCHW.shape[1]
     own, other = own_BCHW.shape[2:], other_BCHW.shape[2:]

@@ -16,15 +16,19 @@ __all__ = ["CATKD"]
 
 
 class CATKD(Method):
-    """The distance between the class activation maps, which are the logit maps.
+    """Loss of CAT-KD: the mean squared difference of the class activation maps of two networks.
+
+    The class activation maps are the logit maps (B, K, H, W), average-pooled to `resolution` x
+    `resolution` cells.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        resolution: The side that the maps are average-pooled to.
-        normalize: Whether each pooled map of one class and image has length 1, as in the paper.
-        binarize: Whether the teacher's map is replaced by 1 if a cell is above the mean absolute
-            value of its class's map, else by 0.
+        student: Maps of the student for any batch.
+        teacher: Maps of the teacher for any batch.
+        resolution: Side of the pooled maps, in cells.
+        normalize: Whether the pooled map of each image and class is divided by its length, as in
+            the paper.
+        binarize: Whether the teacher's map is made binary before pooling. A cell becomes 1 if its
+            value is above the mean absolute value of the map of this image and class, else 0.
     """
 
     def __init__(
@@ -40,7 +44,16 @@ class CATKD(Method):
         self.resolution, self.normalize, self.binarize = resolution, normalize, binarize
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean squared difference of the pooled maps."""
+        """Return the mean squared difference of the pooled maps, a scalar.
+
+        Args:
+            student: Maps of the student; `logit_map` is read.
+            teacher: Maps of the teacher, without gradients; `logit_map` is read.
+            batch: Unused.
+
+        Returns:
+            The mean over images, classes and pooled cells.
+        """
         target_BKHW = teacher.logit_map
         if self.binarize:
             mean_BK11 = target_BKHW.abs().mean((2, 3), keepdim=True)

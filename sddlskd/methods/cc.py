@@ -22,7 +22,7 @@ FORMS = ("neighbours", "gaussian")
 
 
 class LinearEmbed(nn.Module):
-    """A linear embedding.
+    """Linear layer with a bias that embeds pooled features.
 
     Args:
         channels: Channels of the pooled features.
@@ -34,28 +34,33 @@ class LinearEmbed(nn.Module):
         self.linear = nn.Linear(channels, dim)
 
     def forward(self, pooled_BC: Tensor) -> Tensor:
-        """Return the embeddings B D of pooled features."""
+        """Return the embeddings (B, D) of pooled features (B, C)."""
         embedding_BD: Tensor = self.linear(pooled_BC)
         return embedding_BD
 
 
 class CC(Method):
-    """The distance between the correlations of the images' embeddings in the two networks.
+    """Loss of CC: the difference between the correlations of image embeddings in two networks.
 
-    Both embeddings are trained.
+    The pooled features of each network are embedded by a linear layer. Both layers are trained.
+    There are two forms of the loss:
+    - "neighbours" (released code): d is the absolute difference between the student's and the
+      teacher's embedding of an image. The products of the d of each image and the d of the next
+      image in the batch are summed over channels and averaged over the B - 1 pairs of neighbours.
+    - "gaussian" (paper): the squared difference between the networks' kernels exp(-gamma |x - y|^2)
+      of two images, averaged over all pairs. x and y are the embeddings, scaled to length 1. The
+      kernel is computed as a Taylor series.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        dim: D.
-        form: "neighbours" for the released form, which multiplies the differences of each image
-            and of the next one in the batch; "gaussian" for the paper's form, which compares the
-            Gaussian kernels of all pairs of images.
-        gamma: The paper's gamma, of the Gaussian kernel.
-        order: The order of the kernel's Taylor series.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        dim: D, channels of the embeddings.
+        form: "neighbours" or "gaussian".
+        gamma: gamma of the Gaussian kernel; unused for "neighbours".
+        order: Highest power in the Taylor series; unused for "neighbours".
 
     Raises:
-        ValueError: If a network has no taps, or if the form is unknown.
+        ValueError: If a network shows no pooled features, or if `form` is unknown.
     """
 
     needs = frozenset({"pooled"})
@@ -78,18 +83,30 @@ class CC(Method):
         self.embed_t = LinearEmbed(teacher.pooled.shape[1], dim)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the distance of the correlations; 0 for a batch of one image."""
+        """Return the difference of the correlations, a scalar.
+
+        Args:
+            student: Maps of the student; `pooled` is read.
+            teacher: Maps of the teacher, without gradients; `pooled` is read.
+            batch: Unused.
+
+        Returns:
+            The mean over pairs of images; 0 for a batch of one image.
+        """
         own_BD, other_BD = self.embed_s(student.pooled), self.embed_t(teacher.pooled)
         if self.form == "gaussian":
             return (self._kernel(own_BD) - self._kernel(other_BD)).square().mean()
         difference_BD = (own_BD - other_BD).abs()
-        # One image has no neighbour: the sum is empty, and a mean would be NaN.
+        # One image has no neighbour: the sum is empty, and dividing by 0 pairs would give NaN.
         pairs = max(len(difference_BD) - 1, 1)
         loss: Tensor = (difference_BD[:-1] * difference_BD[1:]).sum() / pairs
         return loss
 
     def _kernel(self, embedding_BD: Tensor) -> Tensor:
-        """Return the Taylor series B B of exp(-gamma |x - y|^2) for unit vectors x and y."""
+        """Return exp(-gamma |x - y|^2), as a Taylor series, for all pairs of images, (B, B).
+
+        x and y are the embeddings, scaled to length 1.
+        """
         unit_BD = F.normalize(embedding_BD, dim=1)
         product_BB = unit_BD @ unit_BD.mT
         terms = [

@@ -3,7 +3,8 @@
 Source: Tian et al. 2020 (arXiv:1910.10699), as RepDistiller and mdistiller compute it.
 
 Shapes: B batch, C channels of the pooled features, D channels of an embedding, K negatives of an
-image, L = K + 1 its candidates (itself first), N training images, A classes.
+image (images of other classes), L = K + 1 candidates of an image (the image itself first), N
+training images, A classes.
 """
 
 import math
@@ -23,7 +24,7 @@ EPS = 1e-7
 
 
 class Embed(nn.Module):
-    """A linear embedding of length 1.
+    """Linear layer with a bias that embeds pooled features as vectors of length 1.
 
     Args:
         channels: Channels of the pooled features.
@@ -35,35 +36,40 @@ class Embed(nn.Module):
         self.linear = nn.Linear(channels, dim)
 
     def forward(self, pooled_BC: Tensor) -> Tensor:
-        """Return the embeddings B D of pooled features."""
+        """Return the embeddings (B, D), of length 1, of pooled features (B, C)."""
         return F.normalize(self.linear(pooled_BC), dim=1)
 
 
 class CRD(Method):
-    """A loss that tells the other network's embedding of an image from those of other images.
+    """Loss of CRD: an image's embedding in one network is told apart from those of other images.
 
-    For each image, the student's embedding is compared with the teacher's memory of the image
-    itself and of K images of other classes, and the teacher's embedding with the student's memory.
-    A memory holds a moving average of one network's embeddings of all training images.
+    Each network has a linear layer that embeds its pooled features, and a memory. Both layers are
+    trained. A memory holds one vector of length 1 for each training image, a moving average of the
+    embeddings of that image. The student's embedding of an image is compared with the teacher's
+    memory of the image itself (the positive) and of K images of other classes (the negatives). The
+    teacher's embedding is compared with the student's memory in the same way.
 
-    The K images depend on (seed, epoch, image) alone.
+    The negatives of an image depend on the seed, the epoch and the image alone.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        labels_N: Class of each training image.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        labels_N: Class of each training image, int64, (N,).
         num_classes: Number of classes.
         seed: Seed of the run.
-        dim: D.
-        K: The number of images of other classes.
-        temperature: The temperature that the products of embeddings are divided by.
-        momentum: How much of a memory is kept when an image is seen again.
-        replacement: Whether the K images are drawn independently, so that some may be equal. The
-            released code does so on ImageNet, and for more images than the other classes have.
+        dim: D, channels of the embeddings.
+        K: Number of negatives of each image, at least 1.
+        temperature: Number by which the products of embeddings are divided.
+        momentum: Weight of the old vector when a vector in a memory is updated; the new embedding
+            has weight 1 - `momentum`.
+        replacement: Whether the negatives are drawn with replacement, so that some may be equal.
+            The released code does so on ImageNet, and if the other classes have fewer than K
+            images.
 
     Raises:
-        ValueError: If a network has no taps, if all images are of one class, if `K` is less than 1,
-            or if the other classes have fewer than K images and `replacement` is false.
+        ValueError: If a network shows no pooled features, if all images are of one class, if `K` is
+            not an integer of at least 1, or if fewer than K images are outside the largest class
+            and `replacement` is false.
     """
 
     needs = frozenset({"pooled"})
@@ -106,17 +112,30 @@ class CRD(Method):
         bound = math.sqrt(3 / dim)
         self.memory_s = nn.Buffer(torch.empty(N, dim).uniform_(-bound, bound))
         self.memory_t = nn.Buffer(torch.empty(N, dim).uniform_(-bound, bound))
-        # The normalisers of the scores, of the first batch; -1 before it.
+        # The normalisers of the scores come from the first batch; -1 before the first batch.
         self.z_s = nn.Buffer(torch.tensor(-1.0))
         self.z_t = nn.Buffer(torch.tensor(-1.0))
-        # The images in the order of their classes, and where each class begins and how long it is.
+        # The images sorted by class, and the first position and the length of each class.
         order_N = torch.argsort(labels_N, stable=True)
         self.order_N = nn.Buffer(order_N, persistent=False)
         self.first_A = nn.Buffer(count_A.cumsum(0) - count_A, persistent=False)
         self.count_A = nn.Buffer(count_A, persistent=False)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the contrastive losses of both networks, then bring the memories up to date."""
+        """Return the contrastive loss of a batch, and update the memories in place.
+
+        The loss is the sum of two parts: the student's embeddings against the teacher's memory, and
+        the teacher's embeddings against the student's memory. The first call also sets the
+        normalisers of the scores.
+
+        Args:
+            student: Maps of the student; `pooled` is read.
+            teacher: Maps of the teacher, without gradients; `pooled` is read.
+            batch: Labels and indices of the images, and the number of the epoch.
+
+        Returns:
+            A scalar: the sum over positives and negatives, averaged over images.
+        """
         own_BD, other_BD = self.embed_s(student.pooled), self.embed_t(teacher.pooled)
         index_B = batch.index.to(own_BD.device)
         index_BL = torch.cat((index_B[:, None], self.negatives(batch)), dim=1)
@@ -129,25 +148,29 @@ class CRD(Method):
         return loss
 
     def negatives(self, batch: Batch) -> Tensor:
-        """Return the indices B K of the images that each image of a batch is compared with."""
+        """Return the indices of the negatives of each image of a batch, int64, (B, K).
+
+        A negative is a training image of another class than the image. The draw depends on the seed
+        and on the epoch and the image's index in `batch`.
+        """
         label_B = batch.labels
         count_B1 = self.count_A[label_B][:, None]
         size_B = len(self.order_N) - count_B1[:, 0]
         key_B = keys_of(self.seed, batch)
         draw = independent if self.replacement else distinct
         place_BK = draw(key_B, size_B, self.K)
-        # Places count the images of other classes; step over those of the image's own class.
+        # A place counts the images of other classes in `order_N`. Step over the image's own class.
         place_BK = place_BK + count_B1 * (place_BK >= self.first_A[label_B][:, None])
         return self.order_N[place_BK]
 
     def _contrast(self, v_BD: Tensor, memory_ND: Tensor, index_BL: Tensor, z: Tensor) -> Tensor:
         """Return the loss of one network's embeddings against the other network's memory.
 
-        `z` is the normaliser of the scores; it is set by the first batch.
+        `z` is the normaliser of the scores. A negative `z` is replaced in place, from this batch.
         """
         N = len(memory_ND)
-        # All N products, and then L of them: that is faster than gathering B * L rows of the
-        # memory. The clone stays as it is until the backward pass.
+        # Computing all N products is faster than gathering B * L rows of the memory. The memory is
+        # cloned because it is updated in place before the backward pass.
         products_BN = v_BD @ memory_ND.clone().mT
         score_BL = (products_BN.gather(1, index_BL) / self.temperature).exp()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Curriculum temperature (CTKD): a temperature that is learnt against the student.
+"""Curriculum temperature (CTKD): a temperature that is trained to increase the distillation loss.
 
 Source: Li et al. 2023 (arXiv:2211.16231), the global temperature, as the authors' code computes it.
 """
@@ -13,17 +13,20 @@ __all__ = ["LearnedTemperature"]
 
 
 class LearnedTemperature(nn.Module):
-    """A temperature in (start, start + span) that is trained to increase the distillation loss.
+    """Temperature in (start, start + span) that is trained to increase the distillation loss.
 
-    The temperature is start + span * sigmoid(theta), with theta = 1 at the beginning. The gradient
-    of theta is multiplied by -(1 - cos(pi * min(epoch, ramp_epochs) / ramp_epochs)) / 2, which
-    falls from about 0 in the first epoch to -1: the optimizer then climbs the loss. Optimizer and
-    weight decay are those of the student.
+    The temperature is start + span * sigmoid(theta), with a parameter theta that is 1 at the
+    beginning. In the backward pass, the gradient of theta is multiplied by the factor
+
+        -(1 - cos(pi * min(epoch, ramp_epochs) / ramp_epochs)) / 2
+
+    The factor falls from near 0 to -1 at epoch `ramp_epochs` and stays there. An optimizer that
+    minimises the loss in the student's weights therefore increases the loss in theta.
 
     Args:
-        start: The lowest temperature (the authors' t_start).
-        span: The distance from the lowest to the highest temperature (the authors' t_end).
-        ramp_epochs: The number of epochs until the gradient is fully reversed.
+        start: Lowest temperature (the authors' t_start).
+        span: Highest temperature minus lowest temperature (the authors' t_end).
+        ramp_epochs: Epoch from which on the factor of the gradient is -1.
 
     Raises:
         ValueError: If an argument is not greater than 0.
@@ -38,7 +41,10 @@ class LearnedTemperature(nn.Module):
         self.global_T = nn.Parameter(torch.ones(1))  # theta, named as in the authors' code
 
     def forward(self, epoch: int) -> Tensor:
-        """Return the temperature, a scalar, whose gradient is reversed; `epoch` counts from 1."""
+        """Return the temperature in an epoch, a scalar tensor; epochs count from 1.
+
+        The epoch changes only the gradient of theta, see the class.
+        """
         done = min(epoch, self.ramp_epochs) / self.ramp_epochs
         factor = -(1 - math.cos(math.pi * done)) / 2
         theta: Tensor = _ScaledGradient.apply(self.global_T, factor)
@@ -46,7 +52,7 @@ class LearnedTemperature(nn.Module):
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
+    """Identity function whose gradient is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:

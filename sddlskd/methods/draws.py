@@ -1,7 +1,7 @@
-"""Random draws that depend on (seed, epoch, image) alone, whatever else a batch holds.
+"""Random draws for each image of a batch that depend on the seed, the epoch and the image alone.
 
-A hash of counters replaces a generator, so that the draws of an image are the same in any batch, on
-any device and after a resume.
+The draws come from a hash of counters instead of a generator. The draws of an image are therefore
+the same in any batch, on any device and after a resume.
 
 Shapes: B batch, K draws of an image.
 """
@@ -13,20 +13,21 @@ from sddlskd.data.device import Batch
 
 __all__ = ["distinct", "independent", "keys_of", "uniform"]
 
-BITS = 32  # of a hash; products with the factors below fit into int64
+BITS = 32  # bits of a hash, so few that the products below fit into int64
 FULL = 2**BITS - 1
-ROUNDS = 16  # of the shuffle in `distinct`; measured: with 8, the samples of an image are uneven
+# Rounds of the shuffle in `distinct`. Measured: with 8, the samples of an image are uneven.
+ROUNDS = 16
 
 
 def keys_of(seed: int, batch: Batch) -> Tensor:
-    """Return a number for each image of a batch, which depends on (seed, epoch, image) alone.
+    """Return a hash of (seed, epoch, image index) for each image of a batch.
 
     Args:
-        seed: An integer.
-        batch: The images, and the number of the epoch.
+        seed: Seed, an integer; its lowest 64 bits count.
+        batch: Indices of the images, and the number of the epoch.
 
     Returns:
-        key_B, int64 in 0..2^32-1, on the device of the labels.
+        key_B, int64, in 0..2^32-1, on the device of the labels.
     """
     index_B = batch.index.to(batch.labels.device, non_blocking=True)
     start = torch.full_like(index_B, seed % 2**BITS)
@@ -34,41 +35,46 @@ def keys_of(seed: int, batch: Batch) -> Tensor:
 
 
 def uniform(key_B: Tensor, count: int) -> Tensor:
-    """Return `count` numbers u_BK for each key, uniform in [0, 1), float32."""
-    # 24 bits, which float32 holds exactly
+    """Return `count` random numbers for each key: float32, uniform in [0, 1), (B, count).
+
+    `key_B` comes from `keys_of`. Equal keys get equal numbers.
+    """
+    # float32 holds integers of 24 bits exactly.
     return (_counted(key_B, count) >> BITS - 24).float() / 2**24
 
 
 def independent(key_B: Tensor, size_B: Tensor, count: int) -> Tensor:
-    """Return integers for each key, drawn independently and uniformly from 0..size-1.
+    """Return `count` random integers for each key, drawn from 0..size-1 with replacement.
 
     Args:
-        key_B: A key for each image, as `keys_of` returns it.
-        size_B: The number of integers to choose from, below 2^31, int64.
-        count: K.
+        key_B: Key of each image, see `keys_of`.
+        size_B: size of each image, the number of integers to draw from: int64, 1..2^31 - 1.
+        count: K, number of draws for each key.
 
     Returns:
-        x_BK, int64.
+        x_BK, int64. Equal keys with equal sizes get equal integers.
     """
     x_BK: Tensor = _counted(key_B, count) * size_B[:, None] >> BITS
     return x_BK
 
 
 def distinct(key_B: Tensor, size_B: Tensor, count: int) -> Tensor:
-    """Return `count` different integers for each key, a random sample of 0..size-1.
+    """Return `count` different random integers for each key, drawn from 0..size-1.
 
-    They are the first numbers of a shuffle by the key. In each round of the shuffle, every number
-    has a partner, and a bit of a hash that both share decides whether they swap places.
+    The integers are the first `count` places of a shuffle of 0..size-1 that depends on the key. In
+    each round of the shuffle, every number has a partner. A bit of a hash of the pair decides
+    whether the two swap places.
 
     Source: Hoang, Morris and Rogaway 2012 (Crypto), the swap-or-not shuffle.
 
     Args:
-        key_B: A key for each image, as `keys_of` returns it.
-        size_B: The number of integers to choose from, at least `count`, int64.
-        count: K.
+        key_B: Key of each image, see `keys_of`.
+        size_B: size of each image, the number of integers to draw from: int64, at least `count`
+            (not checked).
+        count: K, number of draws for each key.
 
     Returns:
-        x_BK, int64.
+        x_BK, int64. Equal keys with equal sizes get equal integers.
     """
     size_B1 = size_B[:, None]
     x_BK = torch.arange(count, device=key_B.device).expand(len(key_B), count)
@@ -84,7 +90,7 @@ def distinct(key_B: Tensor, size_B: Tensor, count: int) -> Tensor:
 
 
 def _counted(key_B: Tensor, count: int) -> Tensor:
-    """Return the hashes B K of each key with 0, 1, ..., count - 1."""
+    """Return the hash of each key with each of the counters 0, 1, ..., count - 1, (B, count)."""
     return _hash(key_B[:, None], torch.arange(count, device=key_B.device))
 
 

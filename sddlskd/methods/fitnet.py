@@ -16,18 +16,18 @@ __all__ = ["FitNet"]
 
 
 class FitNet(Method):
-    """The mean squared error of a regression from a map of the student to one of the teacher.
+    """Loss of FitNet: the mean squared error of the teacher's map, predicted from the student's.
 
-    The regressor is convolution, BatchNorm and ReLU.
+    The prediction is a convolution (see `conv_between`), BatchNorm and ReLU of the student's map.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        hint_layer: Number of the stage that gives the hint in both networks; 0 is the stem.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        hint_layer: Number of the stage that is compared in both networks; 0 is the stem.
 
     Raises:
-        ValueError: If a network has no such stage, or if no convolution leads from the sides of the
-            student's map to those of the teacher's.
+        ValueError: If a network shows no stages after the stem, if a network has no stage
+            `hint_layer`, or if `conv_between` has no convolution for the two maps.
     """
 
     needs = frozenset({"stages"})
@@ -42,6 +42,15 @@ class FitNet(Method):
         self.bn = nn.BatchNorm2d(teacher.stages[hint_layer].shape[1])
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean squared error of the teacher's map, predicted from the student's."""
+        """Return the mean squared error of the predicted map, a scalar.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            The mean over images, channels and cells.
+        """
         predicted_BCHW = F.relu(self.bn(self.conv(student.stages[self.hint_layer])))
         return F.mse_loss(predicted_BCHW, teacher.stages[self.hint_layer])

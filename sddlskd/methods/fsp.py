@@ -19,21 +19,23 @@ __all__ = ["FSP"]
 
 
 class FSP(Method):
-    """A first stage in which the student learns how the teacher's maps lead to the next ones.
+    """Loss of FSP: in a first stage, the student learns the relations between the teacher's maps.
 
-    The FSP matrix of two consecutive stages is the mean over cells of the products of their
-    channels, the larger map pooled to the sides of the smaller. The loss is the mean squared
-    difference of the networks' matrices, summed over the pairs of stages. After the first stage the
-    method adds nothing.
+    The FSP matrix of two consecutive maps holds one number for each pair of their channels: the
+    mean over cells of the product of the two channels. Before that, the larger map is
+    average-pooled to the sides of the smaller one. The first map is that of the stem. The loss is
+    the mean squared difference between the student's and the teacher's matrices, summed over the
+    pairs of maps. After the first stage of training, the loss is 0.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        stage_epochs: Number of epochs of the first stage.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        stage_epochs: Number of epochs of the first stage, at least 1.
 
     Raises:
-        ValueError: If the networks differ in the number of stages or in the channels of a stage, or
-            if `stage_epochs` is out of range.
+        ValueError: If a network shows no stages after the stem, if the networks differ in the
+            number of maps or in the channels of a map, or if `stage_epochs` is not an integer of at
+            least 1.
     """
 
     needs = frozenset({"stages"})
@@ -50,18 +52,36 @@ class FSP(Method):
         self.first_stage_epochs = stage_epochs
 
     def first_stage(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the sum over pairs of stages of the mean squared difference of the matrices."""
+        """Return the mean squared difference of the FSP matrices, summed over pairs of maps.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            A scalar; the mean is over images and pairs of channels.
+        """
         matrices = zip(_matrices(student), _matrices(teacher), strict=True)
         losses = [F.mse_loss(own_BCD, other_BCD) for own_BCD, other_BCD in matrices]
         return sum(losses[1:], losses[0])
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return zero."""
+        """Return 0, because the method adds no loss after the first stage.
+
+        Args:
+            student: Maps of the student; only device and dtype are read.
+            teacher: Unused.
+            batch: Unused.
+
+        Returns:
+            A scalar tensor without a gradient.
+        """
         return student.logit_map.new_zeros(())
 
 
 def _matrices(taps: Taps) -> list[Tensor]:
-    """Return the FSP matrix B C D of each stage, the stem included, and the next one."""
+    """Return the FSP matrix (B, C, D) of each pair of consecutive maps, from the stem on."""
     matrices = []
     for maps in pairwise(taps.stages):
         first_BCS, second_BDS = (each.flatten(2) for each in at_smaller_side(*maps))

@@ -3,7 +3,8 @@
 Source: Kim et al. 2018, "Paraphrasing Complex Network: Network Compression via Factor Transfer"
 (arXiv:1802.04977), as RepDistiller computes it.
 
-Shapes: B batch, C channels, H W sides of a map, A = H * W, or C * H * W for `p1=None`.
+Shapes: B batch, C channels, H W sides of a map, A entries of a factor after the reduction: H * W,
+or C * H * W if `p1` is None.
 """
 
 import torch
@@ -16,30 +17,36 @@ from sddlskd.models import Taps
 
 __all__ = ["FT"]
 
-SLOPE = 0.1  # of LeakyReLU below zero
+SLOPE = 0.1  # slope of LeakyReLU below zero
 
 
 class FT(Method):
-    """The distance between factors, small maps that two networks of convolutions make.
+    """Loss of FT: the difference between the factors of two networks, encodings of their last maps.
 
-    In a first stage the paraphraser, an autoencoder, learns to reconstruct the teacher's last map;
-    what is in its middle is the teacher's factor. Afterwards it is frozen, and a translator makes
-    the student's factor of the student's last map. Both factors are normalised per image.
+    In a first stage of training, an autoencoder (the paraphraser) learns to reconstruct the
+    teacher's last map. Its encoder gives the teacher's factor. After the first stage, the
+    paraphraser gets no gradient. Another encoder (the translator) then learns to give the student's
+    factor from the student's last map. The factor with the larger sides is average-pooled to the
+    sides of the other. Both factors are divided by their length for each image.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        stage_epochs: Number of epochs of the first stage.
-        stage_weight: Weight of the reconstruction in the first stage. RepDistiller trains the
-            paraphraser of ResNet and WRN students at a fifth of the learning rate; a weight of 0.2
-            makes the same steps with SGD, but for a weight decay that is five times as strong.
-        rate: Channels of the factors, as a fraction of those of the teacher's map.
-        p1: The factors are reduced to the mean over channels of x^p1, as in RepDistiller. None for
-            the whole factors, as in the paper and its authors' code.
-        p2: The loss is the mean of |difference|^p2.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        stage_epochs: Number of epochs of the first stage, at least 1.
+        stage_weight: Weight of the reconstruction loss in the first stage, greater than 0.
+            RepDistiller trains the paraphraser of ResNet and WRN students at a fifth of the
+            learning rate. A weight of 0.2 makes the same steps with SGD, but for a weight decay
+            that is five times as strong.
+        rate: Channels of the factors, as a fraction of the channels of the teacher's last map.
+        p1: Power that reduces a factor to the mean over channels of x^p1, as in RepDistiller. None
+            for the whole factors, as in the paper and its authors' code.
+        p2: Power of the loss, the mean of |difference|^p2; at least 1.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a network shows no stages after the stem, if `stage_epochs` is not an integer
+            of at least 1, if `stage_weight` is not greater than 0, if `p2` is less than 1, or if
+            `rate` gives the factors less than 1 channel or more channels than the teacher's map
+            has.
     """
 
     needs = frozenset({"stages"})
@@ -83,13 +90,32 @@ class FT(Method):
         )
 
     def first_stage(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean squared error of the reconstruction of the teacher's last map."""
+        """Return the weighted mean squared error of the reconstruction of the teacher's last map.
+
+        Args:
+            student: Unused.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            A scalar: `stage_weight` times the mean over images, channels and cells.
+        """
         map_BCHW = teacher.stages[-1]
         encode, decode = self.paraphraser["encoder"], self.paraphraser["decoder"]
         return self.stage_weight * F.mse_loss(decode(encode(map_BCHW)), map_BCHW)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean distance of the normalised factors; the paraphraser gets no gradient."""
+        """Return the mean of |difference|^p2 of the normalised factors, a scalar.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            The mean over images and entries of the factors. The paraphraser gets no gradient from
+            it.
+        """
         with torch.no_grad():
             other_BCHW = self.paraphraser["encoder"](teacher.stages[-1])
         own_BCHW = self.translator["encoder"](student.stages[-1])
@@ -105,10 +131,10 @@ class FT(Method):
 def _convolutions(
     *channels: tuple[int, int], norm: bool = False, transposed: bool = False
 ) -> nn.Sequential:
-    """Return 3x3 convolutions of these (in, out) channels, each with a LeakyReLU.
+    """Return 3x3 convolutions with these (input, output) channels, each with a LeakyReLU behind it.
 
-    BatchNorm is in between if `norm` is set. Without it, a placeholder keeps the numbers of the
-    layers, by which the released code names its weights.
+    If `norm` is set, a BatchNorm is between the two. Otherwise a placeholder is there, which keeps
+    the numbers of the layers: they are the names of the weights in the released code.
     """
     conv = nn.ConvTranspose2d if transposed else nn.Conv2d
     layers: list[nn.Module] = []

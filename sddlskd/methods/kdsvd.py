@@ -22,26 +22,34 @@ MORE = 3
 
 
 class KDSVD(Method):
-    """The distance between the relations of successive stages, in terms of singular vectors.
+    """Loss of KDSVD: the difference between two networks' relations of successive stages.
 
-    A map is a matrix (C * H) x W, whose first right singular vectors describe a stage. A vector of
-    the teacher is compared with that vector of the student which has the largest absolute cosine,
-    with the cosine's sign. Both are multiplied by the teacher's singular value. The relation of two
-    successive stages is exp(-(difference of two entries)^2 / 8), for all pairs of entries. The loss
-    is the sum of the squared differences of the relations, per image.
+    The relations are computed from singular vectors:
+    - Each map is a matrix (C * H, W). Its first right singular vectors, of W entries, describe the
+      stage.
+    - Each of the teacher's first k vectors is matched with one of the student's first k + 3
+      vectors: the one with the largest absolute cosine, which is multiplied by the sign of that
+      cosine.
+    - Both vectors of a match are multiplied by the teacher's singular value. The k singular values
+      of an image are scaled to length 1 before, so the value is 1 for k = 1.
+    - The relation of two successive stages is exp(-(difference)^2 / 8), for all pairs of an entry
+      of a vector and an entry of the vector with the same number at the stage before.
 
-    A singular vector has no sign of its own. Here the entry with the largest absolute value of each
-    of the teacher's vectors is positive. In mdistiller the sign is that of the linear algebra
-    library.
+    The loss is the sum of the squared differences between student and teacher, divided by the
+    number of images. The stem does not count. If one network has more stages, its last stages do
+    not count.
+
+    A singular vector has no sign of its own. Here, the entry of largest magnitude of each vector of
+    the teacher is positive. In mdistiller the sign is that of the linear algebra library.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        k: The number of singular vectors that are compared.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        k: Number of singular vectors of the teacher that are compared.
 
     Raises:
-        ValueError: If the maps of a stage differ in width, if there are fewer than two stages
-            after the stem, or if `k` is not in 1..width of the narrowest map.
+        ValueError: If a network shows fewer than two stages after the stem, if the two maps of a
+            stage differ in width, or if `k` is not in 1..width of the narrowest map.
     """
 
     needs = frozenset({"stages"})
@@ -63,7 +71,16 @@ class KDSVD(Method):
         self.k = k
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the sum over successive stages of the distance of their relations, per image."""
+        """Return the squared difference of the relations, summed over pairs of successive stages.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: The labels, of which only the number is read.
+
+        Returns:
+            A scalar: the sum over all entries, divided by the number of images.
+        """
         relations = []
         before: tuple[Tensor, Tensor] | None = None
         for own_BCHW, other_BCHW in pairs(student, teacher):
@@ -75,7 +92,7 @@ class KDSVD(Method):
         return sum(relations[1:], relations[0]) / len(batch.labels)
 
     def _matched(self, own_BCHW: Tensor, other_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's vectors B W K, times the teacher's values."""
+        """Return the matched vectors (B, W, K) of student and teacher, times the scaled values."""
         with torch.no_grad():
             other_BWW, value_BW = _decomposed(_matrix(other_BCHW))
             other_BWK = _with_sign(other_BWW[:, :, : self.k])
@@ -90,14 +107,14 @@ class KDSVD(Method):
 
 
 def _matrix(map_BCHW: Tensor) -> Tensor:
-    """Return each map as a matrix (C * H) x W, with rows of zeros if it would have fewer than W."""
+    """Return each map as a matrix (C * H, W), with rows of zeros added up to W rows."""
     matrix_BMW = map_BCHW.flatten(1, 2)
     rows, width = matrix_BMW.shape[1:]
     return F.pad(matrix_BMW, (0, 0, 0, max(width - rows, 0)))
 
 
 def _decomposed(matrix_BMW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all right singular vectors, the columns of a matrix B W W, and the values B W."""
+    """Return all right singular vectors, the columns of (B, W, W), and the values (B, W)."""
     _, value_BW, rows_BWW = torch.linalg.svd(matrix_BMW, full_matrices=False)
     return rows_BWW.mT, value_BW
 
@@ -109,12 +126,12 @@ def _with_sign(vector_BWK: Tensor) -> Tensor:
 
 
 def _right_vectors(matrix_BMW: Tensor, count: int) -> Tensor:
-    """Return the first `count` right singular vectors B W N, with their gradient.
+    """Return the first `count` right singular vectors as columns, (B, W, N), with their gradient.
 
-    The gradient comes from perturbation theory: vector j turns towards vector i by the change of
-    (x v_i) . (x v_j), divided by the difference of the squared singular values. The derivative of
-    torch.linalg.svd is the same, except that it is NaN if two singular values are equal, as in an
-    image whose map is zero. Here vectors with equal values, up to rounding, do not turn.
+    The gradient comes from perturbation theory: vector v_j turns towards vector v_i by the change
+    of (x v_i) . (x v_j), divided by the difference of the squared singular values. The gradient of
+    torch.linalg.svd is the same, except that it is NaN if two singular values are equal, as for an
+    image whose map is zero. Here, vectors whose values are equal up to rounding do not turn.
     """
     with torch.no_grad():
         vector_BWW, value_BW = _decomposed(matrix_BMW)
@@ -130,6 +147,6 @@ def _right_vectors(matrix_BMW: Tensor, count: int) -> Tensor:
 
 
 def _relation(vector_BWK: Tensor, before_BVK: Tensor) -> Tensor:
-    """Return exp(-(difference)^2 / 8) for all pairs of entries of two successive stages."""
+    """Return exp(-(difference)^2 / 8) of all pairs of entries of two stages, (B, W, V, K)."""
     difference_BWVK = vector_BWK[:, :, None] - before_BVK[:, None]
     return (-difference_BWVK.square() / 8).exp()

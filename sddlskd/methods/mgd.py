@@ -19,22 +19,24 @@ MASKS = ("channel", "cell")
 
 
 class MGD(Method):
-    """The distance of the teacher's last stage to a map generated from a masked student map.
+    """Loss of MGD: the squared error of the teacher's last map, generated from a masked student's.
 
-    A part of the student's last stage is set to 0, and two convolutions generate the teacher's map
-    from the rest. The mask depends on (seed, epoch, image) alone.
+    The larger of the two last maps is average-pooled to the sides of the smaller one. If the
+    channels differ, a 1x1 convolution gives the student's map the channels of the teacher's. A part
+    of the student's map is then set to 0. Two 3x3 convolutions generate the teacher's map from the
+    rest. The mask of an image depends on the seed, the epoch and the image alone.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
         seed: Seed of the run.
-        ratio: Probability that a channel or cell is set to 0, the paper's lambda.
-        mask: "channel" to mask channels, as the authors do for classification; "cell" to mask cells
-            of the map, as they do for detection and segmentation.
+        ratio: Probability that a channel or a cell is set to 0 (the paper's lambda), in [0, 1).
+        mask: "channel" to mask whole channels, as the authors do for classification; "cell" to mask
+            all channels of a cell, as they do for detection and segmentation.
 
     Raises:
-        ValueError: If a network has no stages, if the ratio is outside [0, 1), or if the mask is
-            unknown.
+        ValueError: If a network shows no stages after the stem, if `ratio` is outside [0, 1), or if
+            `mask` is unknown.
     """
 
     needs = frozenset({"stages"})
@@ -67,7 +69,16 @@ class MGD(Method):
         )
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the squared distance of the maps, the mean over images."""
+        """Return the squared error of the generated map, a scalar.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Indices of the images, and the number of the epoch.
+
+        Returns:
+            The sum over channels and cells, averaged over images.
+        """
         own_BCHW, target_BCHW = at_smaller_side(student.stages[-1], teacher.stages[-1])
         if self.align is not None:
             own_BCHW = self.align(own_BCHW)
@@ -76,7 +87,7 @@ class MGD(Method):
         return loss
 
     def _kept(self, map_BCHW: Tensor, batch: Batch) -> Tensor:
-        """Return 0 for what is masked and 1 for the rest, B C 1 1 or B 1 H W."""
+        """Return the mask (B, C, 1, 1) or (B, 1, H, W): 0 for masked entries, 1 for the rest."""
         B, C, H, W = map_BCHW.shape
         shape = (B, C, 1, 1)
         if self.mask == "cell":

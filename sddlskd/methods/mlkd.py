@@ -21,37 +21,50 @@ from sddlskd.models import Taps
 __all__ = ["MASKS", "MLKD"]
 
 MASKS = ("share", "each")
-"""What the masks of the weak view do.
+"""How a mask acts on the losses of images or classes.
 
-share: they mask nothing, and each loss is multiplied by the share of images or classes that the
-mask selects (the released code). each: only the images or classes that the mask selects count.
+share: nothing is masked; the mean loss is multiplied by the fraction of images or classes that the
+mask selects (the released code). each: images or classes that are not selected count as 0 in the
+mean.
 """
 
 
 class MLKD(Method):
-    """Distillation of the logits at several temperatures, image by image and by Gram matrices.
+    """Loss of MLKD: distillation of the logits of two views, image by image and by Gram matrices.
 
-    The instances' part compares the predictions of each image, in both views. The batch's part
-    compares the similarities of the images, and the classes' part those of the classes, both in the
-    weak view. A mask selects the images of which the teacher is less sure than of the median image,
-    and the classes that it predicts less often than the median class.
+    Every image has a weak and a strong view, which are augmented differently. P is softmax(logits /
+    T) of the weak view, (B, K). Each temperature T adds four terms. The last two are squared
+    Frobenius norms of the difference between student and teacher:
+    - T^2 * KL(teacher || student) of the weak view, averaged over images and masked by images.
+    - T^2 * KL(teacher || student) of the strong view, averaged over images, without a mask.
+    - P P^T, the similarities of the images, divided by B and masked by images.
+    - P^T P, the similarities of the classes, divided by K and masked by classes.
+
+    The masks come from the teacher's softmax(logits) of the weak view. The mask of images selects
+    the images whose largest probability is at most the median of the batch. The mask of classes
+    selects the classes whose probability, summed over the batch, is at most the median of the
+    classes. The student's cross-entropy in the strong view is added to these terms.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        temperatures: The temperatures; each gives one term of each part.
-        kd_weight: Weight of all three parts.
-        ce_weight: Weight of the cross-entropy of the strong view. That of the weak view is the
-            distiller's.
-        standardize: Whether the logits of the instances' part are z-scored (LSKD). The Gram
+        student: Maps of the student for any batch.
+        teacher: Maps of the teacher for any batch.
+        temperatures: One or more temperatures, greater than 0.
+        kd_weight: Weight of the sum of the four terms over all temperatures.
+        ce_weight: Weight of the student's cross-entropy in the strong view. The cross-entropy in
+            the weak view is not part of this loss.
+        standardize: Whether the logits of the two KL terms are standardised (LSKD). The Gram
             matrices take plain logits, as in LSKD's code.
-        masks: One of `MASKS`.
-        strong_only_at: Positions in `temperatures` at which the strong view's term takes the strong
-            view. At the others it takes the weak view a second time, as the released code does from
-            the fourth temperature on. None for all positions.
+        masks: How a mask acts. "share": nothing is masked; the mean is multiplied by the fraction
+            of images or classes that the mask selects (released code). "each": images or classes
+            that are not selected count as 0 in the mean.
+        strong_only_at: Positions in `temperatures`, from 0, at which the second KL term reads the
+            strong view. At other positions that term reads the weak view, as in the released code
+            from the fourth temperature on. None for all positions.
 
     Raises:
-        ValueError: If a value is not valid.
+        ValueError: If `temperatures` is empty or holds one that is not greater than 0, if
+            `standardize` is not a bool, if `masks` is unknown, or if `strong_only_at` holds a
+            number that is no position in `temperatures`.
     """
 
     needs = frozenset({"strong_map"})
@@ -88,7 +101,19 @@ class MLKD(Method):
         self.strong_only_at = frozenset(strong_only_at)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the weighted sum of the three parts and the strong view's cross-entropy."""
+        """Return the weighted sum of all terms and of the strong view's cross-entropy, a scalar.
+
+        Args:
+            student: Maps of the student; `logit_map` and `strong_map` are read.
+            teacher: Maps of the teacher, without gradients; `logit_map` and `strong_map` are read.
+            batch: The labels.
+
+        Returns:
+            The loss, averaged over images or classes as the class says.
+
+        Raises:
+            AssertionError: If a network has no `strong_map`.
+        """
         own, other = _Views.of(student), _Views.of(teacher)
         teacher_BK = other.weak_BK.softmax(1)
         unsure_B = _below_median(teacher_BK.amax(1))
@@ -110,30 +135,33 @@ class MLKD(Method):
         return self.kd_weight * loss + self.ce_weight * ce
 
     def _kd(self, own_BK: Tensor, other_BK: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
-        """Return the distillation loss of each image at a temperature, (B,)."""
+        """Return the KL term of each image at a temperature, (B,)."""
         if self.standardize:
             own_BK, other_BK = z_score(own_BK), z_score(other_BK)
         return kd(own_BK, other_BK, labels_B, temperature=temperature)
 
     def _masked_mean(self, loss_X: Tensor, mask_X: Tensor) -> Tensor:
-        """Return the mean of the losses of images or classes after the mask."""
+        """Return the mean of the losses of images or classes, masked as `masks` says."""
         if self.masks == "share":
             return loss_X.mean() * mask_X.mean()
         return (loss_X * mask_X).mean()
 
 
 class _Views:
-    """The logits of both views of a batch."""
+    """The logits (B, K) of both views of a batch."""
 
     def __init__(self, weak_BK: Tensor, strong_BK: Tensor) -> None:
         self.weak_BK, self.strong_BK = weak_BK, strong_BK
 
     @classmethod
     def of(cls, taps: Taps) -> "_Views":
-        assert taps.strong_map is not None  # as `needs` says
+        assert taps.strong_map is not None  # `needs` asks the caller for it
         return cls(taps.logit_map.mean((2, 3)), taps.strong_map.mean((2, 3)))
 
 
 def _below_median(value_X: Tensor) -> Tensor:
-    """Return 1 for each value that is at most the median, interpolated as numpy does, else 0."""
+    """Return 1 for each value that is at most the median, else 0.
+
+    The median of an even number of values is halfway between the middle two.
+    """
     return (value_X <= torch.quantile(value_X, 0.5)).to(value_X.dtype)

@@ -17,18 +17,36 @@ __all__ = ["NST"]
 
 
 class NST(Method):
-    """The maximum mean discrepancy between the channels of the two networks, at each stage.
+    """Loss of NST: the maximum mean discrepancy between the channels of student and teacher.
 
-    A channel is a vector of cells of unit length, and the kernel of two channels is the square of
-    their product. The loss of a stage is the mean kernel of teacher channels, plus the mean kernel
-    of student channels, minus twice the mean kernel between both. The stages are summed. Channels
-    and sides of the networks may differ.
+    A channel of an image's map is a vector of cells, divided by its length. The kernel of two
+    channels is the square of their dot product. The loss of a stage is the mean kernel of two
+    teacher channels, plus that of two student channels, minus twice that of a student and a teacher
+    channel. Means are over images and over pairs of channels. The losses of the stages after the
+    stem are summed. At each stage, the larger map is average-pooled to the sides of the smaller
+    one; channels may differ. If one network has more stages, its last stages do not count.
+
+    Args:
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+
+    Raises:
+        ValueError: If a network shows no stages after the stem.
     """
 
     needs = frozenset({"stages"})
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the sum over stages of the discrepancy between the channels."""
+        """Return the discrepancy between the channels, summed over stages.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            A scalar, averaged over images.
+        """
         losses = []
         for maps in pairs(student, teacher):
             own_BCA, other_BDA = map(_unit_channels, at_smaller_side(*maps))

@@ -21,28 +21,33 @@ MOST_KERNEL = 31  # largest side of the connectors' kernel
 
 
 class OFD(Method):
-    """The distance of pre-activations, without what the ReLU behind them would remove anyway.
+    """Loss of OFD: the squared distance of the maps before the last ReLU of each stage.
 
-    A convolution and a BatchNorm lead from the student's map to the teacher's channels. The goal of
-    an entry is the teacher's value, but at least the margin of its channel, which is the mean of
-    the channel's negative values. A negative goal counts only if the student is above it. The loss
-    of a stage is the sum of the squared distances per image. The last stage has weight 1, and each
-    earlier stage half the weight of the next one.
+    A convolution and a BatchNorm give the student's map the channels of the teacher's. The goal of
+    an entry is the teacher's value, but at least the margin of the channel. The margin is the mean
+    of the channel's negative values, see `margins`. An entry with a negative goal counts only if
+    the student's value is above the goal. The loss of a stage is the sum of the squared distances,
+    averaged over images. The last stage has weight 1, and each earlier stage half the weight of the
+    next one.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        teacher_network: The teacher, whose BatchNorms in front of the ReLUs give the margins.
-        alignment: Which stages are paired: always the last with the last. "strict": refuse a
-            teacher that has more stages than the student, as the released code cannot serve it.
-            "from_end": leave out the finest maps of such a teacher.
-        stages_for_preacts: Whether to read the stages of a student that has no pre-activations, as
-            mobilev2, whose stages end without a ReLU.
-        kernel: The side of the convolution's kernel, an odd number.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        teacher_network: Teacher, a `LogitMapModel`. The margins come from the BatchNorms that its
+            `norms_before_relu` returns.
+        alignment: What happens if the teacher has more stages than the student. "strict": the pair
+            is refused, as the released code cannot serve it. "from_end": the teacher's finest maps
+            are left out. In both cases the stages are paired from the last, and the finest maps of
+            a student with more stages are left out.
+        stages_for_preacts: Whether a student that shows no maps before a ReLU gives its stages
+            instead (mobilev2, whose stages end without a ReLU).
+        kernel: Side of the convolution's kernel, an odd number in 1..31.
 
     Raises:
-        ValueError: If the alignment is unknown or cannot serve the pair, if a network lacks what
-            the method reads, or if `kernel` is not odd.
+        ValueError: If a network shows no maps before a ReLU (and the student no stages in their
+            place), if `alignment` is unknown or refuses the pair, if `stages_for_preacts` is not a
+            bool, if `kernel` is not an odd number in 1..31, or if the teacher does not return one
+            BatchNorm for each stage after the stem.
     """
 
     needs = frozenset({"preacts"})
@@ -86,16 +91,19 @@ class OFD(Method):
             self.register_buffer(f"margin_{i}", margins(norm), persistent=False)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar.
+        """Return the weighted sum of the stages' squared distances, a scalar.
 
-        The loss is the weighted sum of the stages' squared distances, which are summed over
-        channels and cells and averaged over images. If the teacher's map has other sides than the
-        student's, it is average-pooled to them.
+        If the teacher's map has other sides than the student's, the teacher's map is average-pooled
+        to the student's sides.
 
         Args:
-            student: Taps of the student.
-            teacher: Taps of the teacher, without gradients.
+            student: Maps of the student; `preacts` is read, or `stages` if `stages_for_preacts` is
+                set and `preacts` is empty.
+            teacher: Maps of the teacher, without gradients; `preacts` is read.
             batch: Unused.
+
+        Returns:
+            The sum over channels and cells, averaged over images.
         """
         loss = student.logit_map.new_zeros(())
         parts = zip(self._pairs(student, teacher), self.connectors, strict=True)
@@ -129,13 +137,14 @@ def _connector(own: int, other: int, kernel: int) -> nn.Sequential:
 
 @torch.no_grad()
 def margins(norm: nn.BatchNorm2d) -> Tensor:
-    """Return the margin of each channel, the mean of the negative values of a BatchNorm's output.
+    """Return the margin of each channel: the mean of the negative values of a BatchNorm's output.
 
-    The output of a channel is taken as normal with mean `bias` and standard deviation |weight|. If
-    less than a thousandth of it is negative, the margin is -3 standard deviations.
+    The output of a channel is taken as normal, with the BatchNorm's bias as mean and its |weight|
+    as standard deviation. If less than a thousandth of the distribution is negative, the margin is
+    -3 standard deviations. The result has shape (C,), float32, and no gradient.
     """
     mean_C = norm.bias.double()
-    # A standard deviation of zero would divide zero by zero.
+    # With a mean and a standard deviation of zero, the ratio would be NaN.
     std_C = norm.weight.double().abs().clamp(min=1e-30)
     ratio_C = mean_C / std_C
     negative_C = torch.special.ndtr(-ratio_C)

@@ -16,19 +16,21 @@ __all__ = ["PKT"]
 
 
 class PKT(Method):
-    """The divergence between the neighbourhoods of the images in the pooled features.
+    """Loss of PKT: the divergence between the neighbourhoods of the images in two networks.
 
-    The probability that image i picks image j is (cosine + 1) / 2, divided by the sum over j. The
-    loss is the mean over all pairs of p_teacher * log(p_teacher / p_student). As in mdistiller, it
-    is a mean and not a sum, and an image may pick itself.
+    The probability that image i picks image j as a neighbour is (cosine + 1) / 2 of their pooled
+    features, divided by the sum over j. The loss is p_teacher * log(p_teacher / p_student),
+    averaged over all pairs. The mean (the paper has the sum) and the pairs of an image with itself
+    follow mdistiller.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        eps: Number that is added to lengths and probabilities.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        eps: Number that is added to the lengths of the features and to both probabilities in the
+            ratio.
 
     Raises:
-        ValueError: If `eps` is not greater than 0.
+        ValueError: If a network shows no pooled features, or if `eps` is not greater than 0.
     """
 
     needs = frozenset({"pooled"})
@@ -40,7 +42,16 @@ class PKT(Method):
         self.eps = eps
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean over all pairs of images of p_teacher * log(p_teacher / p_student)."""
+        """Return the mean over all pairs of images of p_teacher * log(p_teacher / p_student).
+
+        Args:
+            student: Maps of the student; `pooled` is read.
+            teacher: Maps of the teacher, without gradients; `pooled` is read.
+            batch: Unused.
+
+        Returns:
+            A scalar: the sum over images of KL(teacher || student), divided by B^2.
+        """
         own_BB = self._probabilities(student.pooled)
         other_BB = self._probabilities(teacher.pooled)
         ratio_BB = (other_BB + self.eps) / (own_BB + self.eps)

@@ -17,31 +17,35 @@ from sddlskd.models import Taps
 
 __all__ = ["ReviewKD"]
 
-SCALES = (4, 2, 1)  # sides of the coarser maps that a level is compared at, too
-MOST_CHANNELS = 512  # most channels of the fused maps
+SCALES = (4, 2, 1)  # sides of the coarser maps of a level that are compared, too
+MOST_CHANNELS = 512  # largest number of channels of the fused maps
 
 
 class ReviewKD(Method):
-    """The distance of the teacher's levels from the student's, each fused with the levels above it.
+    """Loss of ReviewKD: the distance of the teacher's levels from fused levels of the student.
 
-    The levels of a network are its stages after the stem, and the pooled features on top. From the
-    top down, the student's level is fused with what comes from above, and the result is compared
-    with the teacher's level, at several scales. The levels are summed.
+    The levels of a network are its stages after the stem and, on top, the pooled features as a map
+    of one cell. From the top down, each level of the student is fused with the result of the level
+    above. The fused level is compared with the teacher's level at several scales. The losses of the
+    levels are summed. The teacher's stages are taken before their last ReLU.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        alignment: Which levels are paired: always the top with the top. "strict": both networks
-            must have equally many stages, as in the released code. "from_end": leave out the finest
-            maps of the network that has more.
-        student_preacts: Whether to read the student's stages before their last ReLU.
-        labels_N: Class of each training image; None if the sizes of the batches are unknown.
-        batch_size: Images per batch; None if it is unknown.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        alignment: What happens if the numbers of stages differ. "strict": the pair is refused, as
+            the released code cannot serve it. "from_end": the finest maps of the network with more
+            stages are left out. In both cases the levels are paired from the top.
+        student_preacts: Whether the student's stages are taken before their last ReLU, too.
+        labels_N: Class of each training image, (N,), of which only the number is read. None to
+            leave out the check for a batch of one image.
+        batch_size: Images per batch. None to leave out the check for a batch of one image.
 
     Raises:
-        ValueError: If the alignment is unknown or cannot serve the pair, if a network lacks what
-            the method reads, or if a batch has only one image, because the pooled features are
-            normalised over the batch.
+        ValueError: If the student shows no stages (or, with `student_preacts`, no maps before a
+            ReLU), if the teacher shows no maps before a ReLU, if a network shows no pooled
+            features, if `alignment` is unknown or refuses the pair, if `student_preacts` is not a
+            bool, or if an epoch would have a batch of one image, over which BatchNorm cannot
+            normalise the pooled features.
     """
 
     needs = frozenset({"stages", "preacts", "pooled"})
@@ -81,7 +85,17 @@ class ReviewKD(Method):
         )
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the sum over levels of the distance at several scales."""
+        """Return the sum over levels of the distance between fused level and teacher's level.
+
+        Args:
+            student: Maps of the student; `pooled`, and `stages` or `preacts`, are read.
+            teacher: Maps of the teacher, without gradients; `pooled` and `preacts` are read.
+            batch: Unused.
+
+        Returns:
+            A scalar. The distance of a level is a weighted mean of mean squared errors at several
+            scales.
+        """
         maps = student.stages
         if self.student_preacts:
             maps = student.preacts
@@ -101,13 +115,13 @@ class ReviewKD(Method):
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion (ABF) of a level of the student with what comes from above.
+    """Attention-based fusion (ABF) of a level of the student with the fused map of the level above.
 
     Args:
         own: Channels of the student's level.
         width: Channels of the fused map.
         other: Channels of the teacher's level.
-        is_top: Whether nothing comes from above.
+        is_top: Whether the level is the top one, above which there is no fused map.
     """
 
     def __init__(self, own: int, width: int, other: int, *, is_top: bool) -> None:
@@ -121,12 +135,20 @@ class Fusion(nn.Module):
     def forward(
         self, own_BCHW: Tensor, above_BCHW: Tensor | None, sides: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """Return the level to compare with the teacher's, and the map for the level below.
+        """Return the level to compare with the teacher's, and the fused map for the level below.
 
         Args:
-            own_BCHW: The student's level.
-            above_BCHW: The map from the level above; None at the top.
+            own_BCHW: Student's level, (B, own, H, W).
+            above_BCHW: Fused map of the level above, (B, width, H, W), whose sides may differ. Not
+                read at the top.
             sides: Height and width of the teacher's level.
+
+        Returns:
+            Two maps with the height and width of `sides`: one with the teacher's channels, one with
+            `width` channels.
+
+        Raises:
+            AssertionError: If `above_BCHW` is None below the top.
         """
         fused_BCHW = self.conv1(own_BCHW)
         if self.att_conv is not None:
@@ -146,14 +168,18 @@ def _conv_bn(channels: int, out: int, kernel: int) -> nn.Sequential:
 
 
 def _from_top(maps: tuple[Tensor, ...], pooled_BC: Tensor) -> list[Tensor]:
-    """Return the levels B C H W of a network: the pooled features, then the last map, ...."""
+    """Return the levels (B, C, H, W) of a network: the pooled features, then its stages in reverse.
+
+    The stem is left out.
+    """
     return [pooled_BC[:, :, None, None], *reversed(maps[1:])]
 
 
 def _distance(own_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
-    """Return the hierarchical context loss: the mean of squared errors at several scales.
+    """Return the hierarchical context loss: a weighted mean of squared errors at several scales.
 
-    The full maps have weight 1, and each coarser scale has half the weight of the scale before.
+    The full maps have weight 1. They are also pooled to the sides in `SCALES` that are smaller than
+    their own. Each of these scales has half the weight of the scale before.
     """
     loss = F.mse_loss(own_BCHW, other_BCHW)
     weight = total = 1.0
@@ -168,7 +194,7 @@ def _distance(own_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
 
 
 def _check_batches(images: int, batch_size: int) -> None:
-    """Raise ValueError if a batch of an epoch has only one image."""
+    """Raise ValueError if an epoch of `images` images would have a batch of only one image."""
     if batch_size == 1 or images % batch_size == 1:
         raise ValueError(
             "ReviewKD normalises the pooled features over a batch and cannot train on one image; "

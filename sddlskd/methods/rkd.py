@@ -17,23 +17,24 @@ __all__ = ["RKD"]
 
 
 class RKD(Method):
-    """The differences of distances and angles between the pooled features of a batch.
+    """Loss of RKD: the differences between distances and angles of images in the pooled features.
 
-    The distances of all pairs of images are divided by their mean. An angle is the cosine at image
-    i between the directions to the images j and k. The loss is the smooth L1 distance between
-    student and teacher, a mean over pairs for the distances and over triples for the angles. A
-    batch of one image has no relations, so its loss is 0.
+    The distances of all pairs of images are divided by the mean over pairs of different images. The
+    angle of three images i, j, k is the cosine at i between the directions to j and to k. The loss
+    is the smooth L1 loss between student and teacher: the mean over all B x B pairs for the
+    distances, and over all B x B x B triples for the angles.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        distance_weight: Weight of the distances.
-        angle_weight: Weight of the angles.
-        squared: Whether to compare squared distances.
-        eps: Smallest squared distance of two images.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        distance_weight: Weight of the distances, not negative.
+        angle_weight: Weight of the angles, not negative.
+        squared: Whether squared distances are compared instead of distances.
+        eps: Lower limit of the squared distance of two images, greater than 0.
 
     Raises:
-        ValueError: If a weight is negative, or if `eps` is not greater than 0.
+        ValueError: If a network shows no pooled features, if `squared` is not a bool, if a weight
+            is negative or NaN, or if `eps` is not greater than 0.
     """
 
     needs = frozenset({"pooled"})
@@ -59,7 +60,16 @@ class RKD(Method):
         self.squared, self.eps = squared, eps
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the weighted sum of the losses of the distances and of the angles."""
+        """Return the weighted sum of the losses of the distances and of the angles, a scalar.
+
+        Args:
+            student: Maps of the student; `pooled` is read.
+            teacher: Maps of the teacher, without gradients; `pooled` is read.
+            batch: Unused.
+
+        Returns:
+            The loss; 0 for a batch of one image, which has neither distances nor angles.
+        """
         if len(student.pooled) < 2:
             return 0 * student.pooled.sum()
         own_BB, own_BBB = self._relations(student.pooled)
@@ -69,7 +79,10 @@ class RKD(Method):
         return self.distance_weight * of_distances + self.angle_weight * of_angles
 
     def _relations(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the distances [i, j] in units of their mean, and the cosines [i, j, k] at i."""
+        """Return the distances (B, B), divided by their mean, and the cosines (B, B, B).
+
+        Entry [i, j, k] of the cosines is the one at image i.
+        """
         images = len(pooled_BD)
         to_BBD = pooled_BD[None, :] - pooled_BD[:, None]
         distance_BB = to_BBD.square().sum(2).clamp(min=self.eps)

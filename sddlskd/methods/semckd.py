@@ -3,7 +3,7 @@
 Source: Chen et al. 2021 (arXiv:2012.03236), as the authors' code computes it.
 
 Shapes: B batch, C channels, H W sides of a map, D channels of queries and keys, S stages of the
-student, T stages of the teacher.
+student after the stem, T stages of the teacher after the stem.
 """
 
 import torch
@@ -18,11 +18,11 @@ __all__ = ["SemCKD"]
 
 
 class MLPEmbed(nn.Module):
-    """Two linear layers with a ReLU between them, and an output of length 1.
+    """Two linear layers with a ReLU between them, whose output has length 1.
 
     Args:
         dim_in: Channels of the input.
-        dim_out: Channels of the output.
+        dim_out: Channels of the output; the hidden layer has twice as many.
     """
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -31,16 +31,18 @@ class MLPEmbed(nn.Module):
         self.linear2 = nn.Linear(2 * dim_out, dim_out)
 
     def forward(self, x_BC: Tensor) -> Tensor:
-        """Return the output, one row of length 1 for each row of the input."""
+        """Return vectors (B, dim_out) of length 1 for the input (B, dim_in)."""
         return F.normalize(self.linear2(self.linear1(x_BC).relu()), dim=1)
 
 
 class Proj(nn.Module):
-    """Convolutions of 1x1, 3x3 and 1x1 that give a map another number of channels.
+    """Convolutions of 1x1, 3x3 and 1x1 that change the number of channels of a map.
+
+    BatchNorm and ReLU follow the first two.
 
     Args:
         channels: Channels of the input.
-        target: Channels of the output.
+        target: Channels of the output; the hidden layers have twice as many.
     """
 
     def __init__(self, channels: int, target: int) -> None:
@@ -57,28 +59,31 @@ class Proj(nn.Module):
         )
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """Return the map with `target` channels and the same sides."""
+        """Return the map (B, target, H, W) of a map (B, channels, H, W)."""
         projected_BCHW: Tensor = self.regressor(map_BCHW)
         return projected_BCHW
 
 
 class SemCKD(Method):
-    """The distances of each student stage to all teacher stages, weighted by learnt attention.
+    """Loss of SemCKD: distances of all student stages to all teacher stages, weighted by attention.
 
-    The attention of a student stage over the teacher stages comes from the similarities of the
-    batch's images in both. A query or key of an image is computed from a row of B similarities, so
-    the batch size is fixed. As in the authors' code, a smaller batch at the end of an epoch does
-    not count: its loss is 0.
+    The attention of a student stage over the teacher stages is learnt. A query (student) or a key
+    (teacher) of an image comes from the similarities of the image's map with the maps of all B
+    images of the batch. The layers for queries and keys therefore need batches of one size. A batch
+    of another size, such as a smaller one at the end of an epoch, has loss 0. For each distance,
+    the larger map is average-pooled to the sides of the smaller one, and convolutions give the
+    student's map the channels of the teacher's.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        batch_size: B.
-        soft: The number that the products of queries and keys are divided by.
-        factor: B / D.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        batch_size: B, images per batch.
+        soft: Number by which the products of queries and keys are divided before the softmax.
+        factor: Queries and keys have D = B // factor channels.
 
     Raises:
-        ValueError: If a network has no stages, or if the batch is smaller than `factor`.
+        ValueError: If a network shows no stages after the stem, or if `batch_size` is less than
+            `factor`.
     """
 
     needs = frozenset({"stages"})
@@ -105,7 +110,17 @@ class SemCKD(Method):
                 self.add_module(f"regressor{i}{j}", Proj(channels, target))
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean over images and student stages of the weighted distances."""
+        """Return the distances of the stages, weighted by attention, as a scalar.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: The labels, of which only the number is read.
+
+        Returns:
+            The weighted sum over teacher stages, averaged over images and student stages; 0
+            (without a gradient) if the batch does not have `batch_size` images.
+        """
         if len(batch.labels) != self.batch_size:
             return student.logit_map.new_zeros(())
         distances = []
@@ -119,7 +134,11 @@ class SemCKD(Method):
         return (attention_BST * distance_BST).sum(2).mean()
 
     def attention(self, student: Taps, teacher: Taps) -> Tensor:
-        """Return the weight B S T of each teacher stage for each student stage, with sum 1."""
+        """Return the weight of each teacher stage for each student stage and image, (B, S, T).
+
+        The weights over the T teacher stages sum to 1. The `stages` of both networks are read; they
+        must come from a batch of `batch_size` images.
+        """
         query_BSD = self._embedded("query", student)
         key_BTD = self._embedded("key", teacher)
         return F.softmax(query_BSD @ key_BTD.mT / self.soft, dim=2)

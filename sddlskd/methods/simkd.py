@@ -18,16 +18,18 @@ __all__ = ["SimKD", "WithTeacherHead"]
 
 
 class WithTeacherHead(LogitMapModel):
-    """A student whose last stage is projected to the teacher's channels for the teacher's head.
+    """Student with a projector from its last stage to the teacher's head.
 
-    The head is a copy of the teacher's and is not trained. The student's own head, and layers
-    between its last stage and that head, are not used.
+    The projector is three convolutions (1x1, 3x3, 1x1), each with BatchNorm and ReLU. The head is a
+    copy of the teacher's linear head and is not trained. The student's own head, and layers between
+    its last stage and that head, have no effect.
 
     Args:
-        student: The student.
-        head: The teacher's head.
+        student: Network of the student, which is not copied.
+        head: Linear head of the teacher, which is copied.
         channels: Channels of the student's last stage.
-        factor: The projector's middle layers have 1 / `factor` of the teacher's channels.
+        factor: The hidden layers of the projector have 1 / `factor` of the teacher's channels,
+            rounded down.
     """
 
     def __init__(
@@ -52,15 +54,22 @@ class WithTeacherHead(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the copy of the teacher's head."""
+        """Return the copy of the teacher's linear head."""
         return self.teacher_head
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the projected map, which has the channels of the teacher's last map."""
+        """Return the projected map of normalised images (B, 3, H, W).
+
+        The map has the teacher's channels and the sides of the student's last stage.
+        """
         return self._projected(self.student.taps(x_BCHW))
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the student's stages, and the logit map that the teacher's head makes of them."""
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+
+        `stages` and `preacts` are the student's. `last`, `pooled` and `logit_map` come from the
+        projected map.
+        """
         shown = self.student.taps(x_BCHW)
         return self._taps(shown.stages, shown.preacts, self._projected(shown))
 
@@ -70,15 +79,19 @@ class WithTeacherHead(LogitMapModel):
 
 
 class SimKD(Method):
-    """The distance between the map that the teacher's head reads and the student's projected map.
+    """Loss of SimKD: the mean squared difference between the maps that the heads are applied to.
 
-    The student is trained, evaluated and exported with a projector and the teacher's head, see
-    `WithTeacherHead`.
+    The student is trained, evaluated and exported as a `WithTeacherHead`, with a projector and a
+    copy of the teacher's head. Its projected map is compared with the teacher's last map.
 
     Args:
-        student: Taps of the student with the teacher's head, for any batch.
-        teacher: Taps of the teacher for any batch.
-        factor: The projector's middle layers have 1 / `factor` of the teacher's channels.
+        student: Maps of the `WithTeacherHead` for any batch.
+        teacher: Maps of the teacher for any batch.
+        factor: The hidden layers of the projector have 1 / `factor` of the teacher's channels, see
+            `student_network`.
+
+    Raises:
+        ValueError: If a network does not show the map that its head is applied to.
     """
 
     needs = frozenset({"last"})
@@ -94,13 +107,17 @@ class SimKD(Method):
         """Return the student with a projector and a copy of the teacher's head.
 
         Args:
-            student: The student.
-            teacher: The teacher.
-            shown: Taps of the student for any batch.
-            factor: See the class.
+            student: Network of the student.
+            teacher: Network of the teacher.
+            shown: Maps of the student for any batch.
+            factor: The hidden layers of the projector have 1 / `factor` of the teacher's channels.
+
+        Returns:
+            A `WithTeacherHead` around `student`, which is not copied.
 
         Raises:
-            ValueError: If a network has no linear head, or if the factor does not fit.
+            ValueError: If a network is not a `LogitMapModel`, or if `factor` is not in 1..channels
+                of the teacher's head.
         """
         for who, network in (("student", student), ("teacher", teacher)):
             if not isinstance(network, LogitMapModel):
@@ -121,14 +138,24 @@ class SimKD(Method):
         )
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean squared difference of the two maps, at the smaller side."""
+        """Return the mean squared difference of the two maps, a scalar.
+
+        Args:
+            student: Maps of the student with the projector; `last` is read.
+            teacher: Maps of the teacher, without gradients; `last` is read.
+            batch: Unused.
+
+        Returns:
+            The mean over images, channels and cells, after the larger map is average-pooled to the
+            sides of the smaller one.
+        """
         assert student.last is not None  # as the constructor has checked
         assert teacher.last is not None
         return F.mse_loss(*at_smaller_side(student.last, teacher.last))
 
 
 def _last_stage(shown: Taps) -> Tensor:
-    """Return the map of the last stage, or the head's input for a network without stages."""
+    """Return the map of the last stage, or the input of the head for a network without stages."""
     if shown.stages:
         return shown.stages[-1]
     assert shown.last is not None  # a LogitMapModel always shows it

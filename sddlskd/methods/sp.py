@@ -20,18 +20,22 @@ __all__ = ["SP"]
 
 
 class SP(Method):
-    """The distance between the similarities of images in the last stages of the two networks.
+    """Loss of SP: the squared difference between the similarities of images in two networks.
 
-    The similarities of a batch are the products of the flattened maps, a matrix B x B whose rows
-    have unit length. The loss is the mean squared difference of the two matrices. Channels and
-    sides of the networks may differ.
+    The similarity of two images is the dot product of their flattened maps of the last stage. The
+    similarities of a batch are a matrix (B, B), whose rows are divided by their length. The loss is
+    the mean squared difference of the student's and the teacher's matrix. Channels and sides of the
+    networks may differ.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
-        M: The scales of SD-SP (SDD, appendix). The maps are average-pooled to m x m cells for each
-            m in M, each cell has similarities of its own, and the loss is the mean over the cells.
-            Empty for SP, which compares the whole maps.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
+        M: Scales of SD-SP (SDD, appendix). For each m in `M`, the maps are average-pooled to m x m
+            regions. Each region has a matrix of its own, and the loss is the mean over all regions.
+            Empty for plain SP, which compares the whole maps.
+
+    Raises:
+        ValueError: If a network shows no stages after the stem, or if `check_scales` refuses `M`.
     """
 
     needs = frozenset({"stages"})
@@ -43,12 +47,21 @@ class SP(Method):
             self.M = check_scales(M)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean squared difference of the similarity matrices."""
+        """Return the mean squared difference of the similarity matrices, a scalar.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            The mean over regions and pairs of images.
+        """
         own_RBB, other_RBB = (self._similarities(taps.stages[-1]) for taps in (student, teacher))
         return (other_RBB - own_RBB).square().mean()
 
     def _similarities(self, map_BCHW: Tensor) -> Tensor:
-        """Return the products of all pairs of images for each region, with rows of unit length."""
+        """Return the similarity matrix of each region, (R, B, B), with rows of length 1."""
         x_RBX = map_BCHW.flatten(1)[None]
         if self.M:
             cells = [F.adaptive_avg_pool2d(map_BCHW, m).flatten(2) for m in self.M]

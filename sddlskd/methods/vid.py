@@ -26,26 +26,29 @@ __all__ = ["VID"]
 
 
 class VID(Method):
-    """The negative log-likelihood of the teacher's maps under a Gaussian that the student predicts.
+    """Loss of VID: the negative log-likelihood of the teacher's maps, predicted from the student's.
 
-    A regressor of three 1x1 convolutions predicts the mean from the student's map. Each channel has
-    one variance. The loss of a stage is the mean over images, channels and cells, without the
-    constant log(2 pi) / 2, and the stages are summed.
+    Each teacher map has a Gaussian distribution. A regressor of three 1x1 convolutions predicts the
+    mean from the student's map. Each channel of the teacher has one variance. The loss of a stage
+    is the negative log-likelihood, averaged over images, channels and cells, without the constant
+    log(2 pi) / 2. The losses of the stages after the stem are summed. The larger of the two maps of
+    a stage is average-pooled to the sides of the smaller one.
 
     Args:
-        student: Taps of the student for any batch.
-        teacher: Taps of the teacher for any batch.
+        student: Maps of the student for any batch; only their shapes are read.
+        teacher: Maps of the teacher for any batch; only their shapes are read.
         alignment: Which stages are paired. "strict": the first with the first, as in the released
-            code, which cannot serve a student that has more stages than its teacher. "from_end":
-            the last with the last, without the finest maps of the network that has more stages.
-        train_variance: Whether the variances are trained, as in the paper and in RepDistiller. In
-            mdistiller they keep their first value.
-        variance: The first value of the variances.
-        eps: The smallest variance.
+            code. The last stages of a teacher with more stages are left out; a student with more
+            stages is refused. "from_end": the last with the last. The finest maps of the network
+            with more stages are left out.
+        train_variance: Whether the variances are trained, as in the paper and in RepDistiller. If
+            false, they keep their first value, as in mdistiller.
+        variance: First value of all variances, greater than `eps`.
+        eps: Smallest variance, greater than 0.
 
     Raises:
-        ValueError: If the alignment is unknown or cannot serve the pair, or if not
-            0 < `eps` < `variance`.
+        ValueError: If a network shows no stages after the stem, if `alignment` is unknown or
+            refuses the pair, if `train_variance` is not a bool, or if not 0 < `eps` < `variance`.
     """
 
     needs = frozenset({"stages"})
@@ -74,7 +77,7 @@ class VID(Method):
         self.alignment, self.eps = alignment, eps
         maps = self._pairs(student, teacher)
         self.regressors = nn.ModuleList(_regressor(a.shape[1], b.shape[1]) for a, b in maps)
-        # The variance is eps + softplus(scale); this is the inverse of softplus.
+        # The variance is eps + softplus(scale), so the scale is the inverse of softplus.
         scale = variance - eps + math.log(-math.expm1(eps - variance))
         self.log_scales = nn.ParameterList(
             nn.Parameter(torch.full((b.shape[1],), scale), requires_grad=train_variance)
@@ -82,7 +85,16 @@ class VID(Method):
         )
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the sum over stages of the negative log-likelihood of the teacher's map."""
+        """Return the negative log-likelihood of the teacher's maps, summed over stages.
+
+        Args:
+            student: Maps of the student; `stages` is read.
+            teacher: Maps of the teacher, without gradients; `stages` is read.
+            batch: Unused.
+
+        Returns:
+            A scalar, averaged over images, channels and cells; it may be negative.
+        """
         losses = []
         parts = zip(self._pairs(student, teacher), self.regressors, self.log_scales, strict=True)
         for maps, regressor, scale_C in parts:
@@ -100,7 +112,7 @@ class VID(Method):
 
 
 def _regressor(own: int, other: int) -> nn.Sequential:
-    """Return three 1x1 convolutions from the student's channels to the teacher's."""
+    """Return three 1x1 convolutions with ReLUs from the student's channels to the teacher's."""
     return nn.Sequential(
         nn.Conv2d(own, other, 1, bias=False),
         nn.ReLU(),

@@ -1,8 +1,8 @@
 """The networks, one file per family.
 
-Each network returns a logit map, and `model(x_BCHW).mean((2, 3))` are its logits. The parameters
-have the names of the published CIFAR checkpoints (RepDistiller, mdistiller), which therefore load
-with strict=True.
+Each network returns a logit map (B, K, H, W), and `model(x_BCHW).mean((2, 3))` are its logits. The
+parameters have the names of the published CIFAR checkpoints (RepDistiller, mdistiller), which
+therefore load with strict=True.
 """
 
 from collections.abc import Callable
@@ -61,24 +61,29 @@ _ONE_STEM = ("vgg", "mobilev1")
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all networks, family by family, from small to large."""
+    """Return the names of all networks that `create` builds, grouped by family."""
     return tuple(_NETWORKS)
 
 
 def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
-    """Return a freshly initialised network: images B 3 H W -> logit map B K H W.
+    """Return a new network with random weights, by name.
 
-    The weights are drawn from torch's global generator.
+    The network maps images (B, 3, H, W) to a logit map (B, K, h, w). The weights are drawn from
+    torch's global generator.
 
     Args:
-        name: One of `names()`.
+        name: Name of the network, one of `names()`.
         num_classes: K, the number of classes, at least 2.
-        stem: "small" for images of 32 pixels or "large" for images of 224 pixels (a 7x7 convolution
-            of stride 2). The VGGs and mobilev1 have only one stem, which is used with "small".
+        stem: "small" for the first layers of the CIFAR network, for images of 32 pixels. "large"
+            for a first convolution of 7x7 with stride 2, for images of 224 pixels. The VGGs and
+            mobilev1 have only one stem, which is called "small".
+
+    Returns:
+        The network, in train mode.
 
     Raises:
-        ValueError: The name is unknown, the network does not have the stem, or there are fewer than
-            2 classes.
+        ValueError: If the name or the stem is unknown, if `stem` is "large" for a VGG or mobilev1,
+            or if `num_classes` is less than 2.
     """
     if name not in _NETWORKS:
         close = get_close_matches(name, _NETWORKS, n=1)

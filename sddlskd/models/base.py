@@ -1,9 +1,9 @@
-"""The parts that all networks share.
+"""The base class of all networks, and layers that several of them use.
 
 Every network computes a feature map and applies a linear head to each cell of the map.
 
-Shapes: B batch, C channels, H W height and width (of an image in pixels, of a map in cells),
-K classes.
+Shapes: B batch, C channels, H W height and width (of an image in pixels, of a map in cells), K
+classes.
 """
 
 from abc import ABC, abstractmethod
@@ -17,18 +17,21 @@ STEMS = ("small", "large")  # for images of 32 pixels, for images of 224
 
 
 class Taps(NamedTuple):
-    """What a network shows of one batch: the logit map and the maps on the way to it.
+    """What a network shows of a batch: the logit map and the maps on the way to it.
 
     Attributes:
-        logit_map: logit map B K H W.
-        stages: map B C H W of the stem and of each stage, as the field's codes count them. () for a
-            network whose stages are unknown.
-        preacts: the same maps before their last ReLU; the first entry is `stages[0]` itself. () for
-            a network that has no such maps.
-        pooled: input of the classifier, B C: the mean of the map that the head is applied to.
-        strong_map: logit map B K H W of a second, strongly augmented view of the same images; None
-            for a batch of one view.
-        last: map B C H W that the head is applied to; None for a network without taps.
+        logit_map: Logit map, (B, K, H, W).
+        stages: Maps (B, C, H, W) after the stem and after each stage, divided as in RepDistiller
+            and mdistiller. () for a network whose stages are unknown.
+        preacts: For each entry of `stages`, the map (B, C, H, W) in front of the last ReLU; for a
+            WRN, the map in front of the next ReLU. The first entry is `stages[0]` itself. () for a
+            network whose stages do not end at a ReLU.
+        pooled: Input of the classifier, (B, C): the mean over the cells of `last`. (B, 0) for a
+            network that shows a logit map alone.
+        strong_map: Logit map (B, K, H, W) of a second, strongly augmented view of the same images.
+            None for a batch of one view.
+        last: Map (B, C, H, W) that the head is applied to. None for a network that shows a logit
+            map alone.
     """
 
     logit_map: Tensor
@@ -40,11 +43,15 @@ class Taps(NamedTuple):
 
     @classmethod
     def of_map(cls, logit_map_BKHW: Tensor) -> "Taps":
-        """Return taps with the logit map alone; the pooled features have no channels."""
+        """Return taps that hold a logit map (B, K, H, W) alone, for a network that shows no more.
+
+        `stages` and `preacts` are (), `pooled` has the shape (B, 0), `strong_map` and `last` are
+        None.
+        """
         return cls(logit_map_BKHW, (), (), logit_map_BKHW[:, :0, 0, 0])
 
     def wide(self) -> "Taps":
-        """Return the taps in float32; float64 stays float64."""
+        """Return the taps with all tensors in float32; float64 stays float64."""
         strong_map = last = None
         if self.strong_map is not None:
             strong_map = _wide(self.strong_map)
@@ -65,60 +72,61 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class LogitMapModel(nn.Module, ABC):
-    """A classifier whose output is a logit map: normalised images B 3 H W -> B K h w.
+    """Base class of classifiers that map normalised images (B, 3, H, W) to logit maps (B, K, h, w).
 
-    The logits B K are the mean of the map, `model(x_BCHW).mean((2, 3))`. The head is linear, so
-    this mean equals the head applied to the mean feature, which gives the logits of the published
-    networks.
+    The logits (B, K) are the mean of the map, `model(x_BCHW).mean((2, 3))`. The head is linear, so
+    this mean equals the head applied to the mean of the feature map. Both are the logits of the
+    published networks.
 
     A subclass defines `head` and `features`. It overrides `taps` to show its stages, and
-    `norms_before_relu` to serve OFD as a teacher.
+    `norms_before_relu` to serve as a teacher of the method OFD.
     """
 
     @property
     @abstractmethod
     def head(self) -> nn.Linear:
-        """Return the linear layer C -> K, which has its name from the published checkpoints."""
+        """Return the linear classifier, with C input features and K classes."""
 
     @abstractmethod
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the last feature map B C H W of normalised images B 3 H W.
+        """Return the feature map (B, C, h, w) of normalised images (B, 3, H, W).
 
-        The head is applied to this map.
+        The head is applied to each cell of this map.
         """
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the logit map B K H W of normalised images B 3 H W.
+        """Return the logit map (B, K, h, w) of normalised images (B, 3, H, W).
 
-        The map has the same height and width as `features(x_BCHW)`.
+        h and w are the height and width of `features(x_BCHW)`.
         """
         return self._logit_map(self.features(x_BCHW))
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map of normalised images B 3 H W, and the maps on the way to it.
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
 
-        The logit map equals `forward(x_BCHW)`. A tap is never overwritten by a later operation. A
-        network that does not override this method has no stages.
+        The logit map equals `forward(x_BCHW)`. No later operation of the network overwrites a
+        returned map. By default, `stages` and `preacts` are ().
         """
         return self._taps((), (), self.features(x_BCHW))
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each map in `taps(x).stages[1:]`, before the ReLU if any.
+        """Return the last BatchNorm of each stage after the stem.
 
-        The margins of OFD come from these layers. Return () for a network of which mdistiller names
-        none.
+        There is one for each map in `taps(x).stages[1:]`. OFD computes its margins from the
+        BatchNorms of the teacher. By default the result is (); such a network cannot be the
+        teacher.
         """
         return ()
 
     def _taps(self, stages: Sequence[Tensor], preacts: Sequence[Tensor], last_BCHW: Tensor) -> Taps:
-        """Return the taps of a batch, given the map that the head is applied to."""
+        """Return the taps of a batch; `last_BCHW` is the map that the head is applied to."""
         pooled_BC = last_BCHW.mean((2, 3))
         logit_map_BKHW = self._logit_map(last_BCHW)
         return Taps(logit_map_BKHW, tuple(stages), tuple(preacts), pooled_BC, last=last_BCHW)
 
     def _logit_map(self, last_BCHW: Tensor) -> Tensor:
-        # In channels_last both permutes are free and the head is one matrix product, as fast as a
-        # 1x1 convolution. In other memory formats it is faster than a 1x1 convolution.
+        # In channels_last both permutes are free, and the head is one matrix product, as fast as a
+        # 1x1 convolution. In other memory formats, the head is faster than a 1x1 convolution.
         logits_BHWK: Tensor = self.head(last_BCHW.permute(0, 2, 3, 1))
         return logits_BHWK.permute(0, 3, 1, 2)
 
@@ -126,16 +134,18 @@ class LogitMapModel(nn.Module, ABC):
 def conv(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> nn.Conv2d:
-    """Return a convolution without bias: B in H W -> B out H/stride W/stride.
-
-    The padding keeps height and width at stride 1.
+    """Return a convolution without bias.
 
     Args:
-        in_channels: The number of input channels.
-        out_channels: The number of output channels.
-        kernel: The side of the square kernel.
-        stride: The stride in both directions.
-        groups: The number of channel groups.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel: Side of the square kernel, an odd number.
+        stride: Stride in both directions.
+        groups: Number of channel groups.
+
+    Returns:
+        A layer (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride), rounded up. The
+        padding is kernel // 2.
     """
     return nn.Conv2d(
         in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
@@ -143,19 +153,22 @@ def conv(
 
 
 def stem_conv(channels: int, kernel: int, stem: str, stride: int = 1) -> nn.Conv2d:
-    """Return the first convolution of a network, for RGB images.
+    """Return the first convolution of a network for RGB images, without bias.
 
     The large stem is the one that the SDD authors use for images of 224 pixels (CUB-200).
 
     Args:
-        channels: The number of output channels.
-        kernel: The side of the square kernel of the small stem.
+        channels: Number of output channels.
+        kernel: Side of the square kernel of the small stem.
         stem: "small" for the convolution of the CIFAR network, or "large" for a 7x7 convolution
-            with stride 2.
-        stride: The stride of the small stem.
+            with stride 2, for which `kernel` and `stride` are not read.
+        stride: Stride of the small stem.
+
+    Returns:
+        A layer (B, 3, H, W) -> (B, channels, H/s, W/s), with s the stride of the stem.
 
     Raises:
-        ValueError: The stem is unknown.
+        ValueError: If `stem` is unknown.
     """
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; choose one of: {', '.join(STEMS)}")
@@ -165,14 +178,17 @@ def stem_conv(channels: int, kernel: int, stem: str, stride: int = 1) -> nn.Conv
 def conv_bn(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    """Return `conv` followed by batch normalisation (BN).
+    """Return a convolution without bias, followed by batch normalisation (BN).
 
     Args:
-        in_channels: The number of input channels.
-        out_channels: The number of output channels.
-        kernel: The side of the square kernel.
-        stride: The stride in both directions.
-        groups: The number of channel groups.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel: Side of the square kernel, an odd number.
+        stride: Stride in both directions.
+        groups: Number of channel groups.
+
+    Returns:
+        Two layers (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
     """
     return nn.Sequential(
         conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)
@@ -182,36 +198,43 @@ def conv_bn(
 def conv_bn_relu(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    """Return `conv` followed by BN and ReLU.
+    """Return a convolution without bias, followed by batch normalisation (BN) and ReLU.
 
-    The ReLU works in place, which is safe because the backward pass of BN needs only BN's input.
+    The ReLU overwrites the output of BN, which is safe because the backward pass of BN needs only
+    the input of BN.
 
     Args:
-        in_channels: The number of input channels.
-        out_channels: The number of output channels.
-        kernel: The side of the square kernel.
-        stride: The stride in both directions.
-        groups: The number of channel groups.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel: Side of the square kernel, an odd number.
+        stride: Stride in both directions.
+        groups: Number of channel groups.
+
+    Returns:
+        Three layers (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
     """
     return conv_bn(in_channels, out_channels, kernel, stride, groups).append(nn.ReLU(inplace=True))
 
 
 def last_norm(block: nn.Sequential) -> nn.BatchNorm2d:
-    """Return the last BatchNorm of a block, which ends in BN or in BN and ReLU."""
+    """Return the BatchNorm at the end of a block, or in front of the ReLU at its end.
+
+    Raise AssertionError if the last layer other than a ReLU is no BatchNorm2d.
+    """
     norm = [layer for layer in block if not isinstance(layer, nn.ReLU)][-1]
     assert isinstance(norm, nn.BatchNorm2d)
     return norm
 
 
 def init_convs(model: nn.Module) -> None:
-    """Initialise all convolutions of a model in place.
+    """Initialise all 2D convolutions of a model in place, and leave all other layers as they are.
 
-    Draw each weight from N(0, 2 / (k * k * out_channels)), with k the kernel's side, and set each
-    bias to zero.
+    Each weight is drawn from N(0, 2 / (k * k * out_channels)), with k the side of the kernel, by
+    torch's global generator. Biases become 0.
 
-    Source: He et al. 2015 (arXiv:1502.01852), fan out. RepDistiller and mdistiller write this
-    initialisation in two ways, kaiming_normal_(fan_out, relu) and normal_(0, sqrt(2 / n)), which
-    are equivalent. BN needs no code: by default its weight is 1 and its bias 0.
+    Source: He et al. 2015 (arXiv:1502.01852), fan out. RepDistiller and mdistiller write the same
+    initialisation in two ways: kaiming_normal_(fan_out, relu) and normal_(0, sqrt(2 / n)). Both
+    also set the weight of BN to 1 and the bias of BN to 0, which is torch's default.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,13 +1,13 @@
 """Turn any network with a feature map and a linear head into a logit-map model.
 
 The code of the network need not change. The network runs once on random images while every function
-call is recorded. The search starts at the logits and goes back to the linear head, and from the
-head's input back to a global average of a feature map (or of patch tokens). If another operation
-lies in between, the network is rejected with an error that names the operation: the mean of the
-logit map would not be the network's logits.
+call is recorded. The search starts at the logits and goes back to the linear head. From the head's
+input, the search goes back to a global average of a feature map (or of patch tokens). If another
+operation lies in between, the mean of the logit map would not be the network's logits. The network
+is then rejected with an error that names the operation.
 
-Shapes: B batch, C channels, H W height and width (of an image in pixels, of a map in cells),
-N tokens, K classes.
+Shapes: B batch, C channels, H W height and width (of an image in pixels, of a map in cells), N
+tokens, K classes.
 """
 
 import inspect
@@ -59,7 +59,7 @@ class _Step(NamedTuple):
 
 
 class _Trace(TorchFunctionMode):
-    """A recorder of the function that computed each tensor, and of each module's input and output.
+    """Recorder of the function that made each tensor, and of the input and output of each module.
 
     For a module that runs more than once, the record keeps the last input and the last output.
     """
@@ -68,14 +68,16 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self.names = {module: name for name, module in network.named_modules()}
         self.inside: list[str] = []
-        self.made: dict[int, _Step] = {}  # by id of the tensor
-        self.kept: list[Tensor] = []  # a freed tensor's id could be used again
+        self.made: dict[int, _Step] = {}  # the call that made each tensor, by id
+        self.kept: list[Tensor] = []  # keeps ids unique: a freed tensor's id could be used again
         # By id of the tensor: the calls that changed the tensor in place, and dropout calls, which
         # return their input in eval mode.
         self.touched: dict[int, list[_Step]] = {}
         self.took: dict[str, Tensor] = {}  # each module's input, by module name
         self.gave: dict[str, Tensor] = {}  # each module's output, by module name
-        self.given: dict[str, int] = {}  # its version then: a later change in place raises it
+        # The version of each module's output when the module ended, by module name. A later change
+        # of the output in place raises the version of the tensor.
+        self.given: dict[str, int] = {}
         self.runs: Counter[str] = Counter()  # how often each module ran, by module name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,30 +97,36 @@ class _Trace(TorchFunctionMode):
         return result
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Record a module's input, if the module has one tensor as its only positional argument."""
+        """Record the input of a module that starts, if its only positional argument is a tensor."""
         self.inside.append(self.names[module])
         if len(args) == 1 and isinstance(args[0], Tensor):
             self.took[self.names[module]] = args[0]
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Record a module's output, if the output is a tensor."""
+        """Record the output of a module that ends, if the output is a tensor.
+
+        Args:
+            module: Module that ends.
+            args: Unused.
+            result: Output of the module.
+        """
         name = self.inside.pop()
         self.runs[name] += 1
         if isinstance(result, Tensor):
-            self.gave.pop(name, None)  # the record is in the order of the last outputs
+            self.gave.pop(name, None)  # keeps `gave` in the order of the last outputs
             self.gave[name] = result
             self.given[name] = result._version
 
 
 class _Tap(NamedTuple):
-    """The point at which a network's feature map is taken.
+    """The place in a network at which its feature map is taken.
 
-    The head's input is the mean of this map.
+    The mean of this map is the input of the head.
     """
 
     module: str  # the name of the module whose output or input is taken
     output: bool  # True: the module's output; False: its input
-    steps: tuple[_Step, ...]  # functions of one tensor, applied to it one after the other
+    steps: tuple[_Step, ...]  # functions of one tensor that lead from there to the map
     layout: str  # the layout of the result: BCHW, BHWC, BNC or BCN
     dropout: float  # the dropout probability between pooling and head
 
@@ -128,8 +136,10 @@ class _Stage(NamedTuple):
 
     module: str  # the name of the module
     overwritten: bool  # whether a later operation changes the output in place
-    relu: str = ""  # the name of the ReLU inside it that gives its output; "" without one
-    norm: str = ""  # the name of the BatchNorm inside it that gives the ReLU's input, or a summand
+    relu: str = ""  # the name of the ReLU inside the module that gives the output; "" if none
+    # The name of the BatchNorm inside the module that gives the input of this ReLU, or a summand of
+    # the input; "" if there is none.
+    norm: str = ""
 
 
 # The dimensions that global pooling averages, by layout.
@@ -138,16 +148,16 @@ NO_MAP = (0, 0)  # height and width of a value that is no map
 
 
 class ForeignNetwork(LogitMapModel):
-    """A logit-map model around an unchanged network; a hook takes its feature map in each forward.
+    """Logit-map model around an unchanged network, whose feature map is taken by a hook.
 
-    Use `from_network` to create one. The state dict has the keys of the wrapped network, so weights
-    files can be exchanged with code that uses that network directly.
+    Create instances with `from_network`. The state dict has the keys of the wrapped network, so
+    weights files can be exchanged with code that uses the network directly.
 
     Args:
-        network: The network to wrap.
-        head: The name of the network's linear head.
-        tap: The point at which the feature map is taken.
-        stages: The modules whose outputs are the maps of the stages.
+        network: Network to wrap, which is not copied.
+        head: Name of the network's linear head.
+        tap: Place at which the feature map is taken.
+        stages: Modules whose outputs are the maps of the stages; () if they are unknown.
     """
 
     def __init__(
@@ -168,7 +178,7 @@ class ForeignNetwork(LogitMapModel):
         for stage in stages:
             take = self._take_copy if stage.overwritten else self._take_stage
             network.get_submodule(stage.module).register_forward_hook(take)
-        # A stem shows no map before its ReLU, so the first stage does not need a ReLU.
+        # `preacts` holds the first stage as it is, so only the later stages need a ReLU.
         self._has_preacts = len(stages) > 1 and all(stage.relu for stage in stages[1:])
         if self._has_preacts:
             for stage in stages[1:]:
@@ -178,7 +188,7 @@ class ForeignNetwork(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the wrapped network's linear head C -> K."""
+        """Return the linear head of the wrapped network, with C input features and K classes."""
         linear = self.network.get_submodule(self._head)
         assert isinstance(linear, nn.Linear)
         return linear
@@ -198,18 +208,20 @@ class ForeignNetwork(LogitMapModel):
             self._taken_stages[module] = result.clone()
 
     def _take_preact(self, module: nn.Module, args: Any) -> None:
-        # A block may use its ReLU several times; the last use counts. The ReLU may work in place.
+        # A block may use its ReLU several times: the last use counts. A ReLU in place would
+        # overwrite its input, so the input is cloned.
         if self._taken_stages is not None:
             self._taken_stages[module] = args[0].clone()
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the last feature map, B C H W, of a batch of images.
+        """Return the map (B, C, h, w) that the head is applied to, for images (B, 3, H, W).
 
         Tokens are placed row by row on a grid that has the aspect ratio of the image. Dropout
-        between pooling and head becomes dropout of whole channels, that is of the same channels in
-        every cell, which has the same effect as dropout after pooling.
+        between pooling and head becomes dropout of whole channels of the map, which has the same
+        effect as dropout after pooling.
 
-        Raise RuntimeError if the module that gives the map did not run.
+        Raise RuntimeError if the module that gives the map did not run. Raise ValueError if the
+        tokens do not form a grid of square patches of the image.
         """
         self.network(x_BCHW)
         taken = self._taken
@@ -227,13 +239,14 @@ class ForeignNetwork(LogitMapModel):
         return F.dropout2d(map_BCHW, self._tap.dropout, self.training)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map of a batch of images, and the maps of the stages.
+        """Return the logit map and the maps on the way to it, for images (B, 3, H, W).
 
-        The stages are those that timm names for the network. Without such names, they are the last
-        maps of each size among the network's parts. There are none if these are unknown. There are
-        maps before the last ReLU if each stage after the first ends in a ReLU.
+        `stages` are the maps that timm names for the network. Without such names, they are the last
+        map of each size among the outputs of the network's modules; () if there are none. `preacts`
+        are the maps before the last ReLU; () unless each stage after the first ends in a ReLU.
 
-        Raise RuntimeError if a module that gives a map did not run.
+        Raise RuntimeError if a module that gives a map did not run. Raise ValueError if the tokens
+        do not form a grid of square patches of the image.
         """
         self._taken_stages = {}
         try:
@@ -260,8 +273,8 @@ class ForeignNetwork(LogitMapModel):
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
         """Return the BatchNorm before the last ReLU of each stage after the first.
 
-        In a residual block, that is the BatchNorm of the branch to which the shortcut is added.
-        Return () if a stage has none.
+        In a residual block this is the BatchNorm of the branch to which the shortcut is added.
+        Return () if a stage has no such ReLU or BatchNorm.
         """
         if not self._has_preacts:
             return ()
@@ -283,14 +296,14 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 
 def _again(step: _Step, value: Tensor) -> Tensor:
-    """Call a recorded function on another tensor than the recorded one."""
+    """Return the result of a recorded function for another tensor than the recorded one."""
     step = _with_tensor(step, value)
     result: Tensor = step.function(*step.args, **step.kwargs)
     return result
 
 
 def _with_tensor(step: _Step, tensor: Tensor) -> _Step:
-    """Return the step with `tensor` in the place of each of its tensors."""
+    """Return the step with each of its tensors replaced by `tensor`."""
     args = list(step.args)
     for index, argument in enumerate(args):
         if isinstance(argument, Tensor):
@@ -313,9 +326,9 @@ def _as_map(value: Tensor, layout: str, image_BCHW: torch.Size) -> Tensor:
 
 
 def _grid(tokens: int, image_BCHW: torch.Size) -> tuple[int, int]:
-    """Return the numbers of rows and columns of a grid of square patches.
+    """Return the numbers of rows and columns of a grid of `tokens` square patches of an image.
 
-    Raise ValueError if the tokens do not form such a grid on the image.
+    Raise ValueError if the tokens do not form such a grid.
     """
     height, width = image_BCHW[-2:]
     rows = isqrt(tokens * height // width)
@@ -329,23 +342,28 @@ def _grid(tokens: int, image_BCHW: torch.Size) -> tuple[int, int]:
 
 
 def from_network(network: nn.Module, image_BCHW: Tensor | None = None) -> ForeignNetwork:
-    """Return the logit-map model (images -> logit map B K H W) of a network.
+    """Return a model around a network that maps images (B, 3, H, W) to a logit map (B, K, h, w).
 
     The network may come from timm, torchvision or your own code. It must accept a batch of images,
-    average a feature map or patch tokens globally, and end in one nn.Linear; dropout in between is
-    kept. The network is not copied: the model shares its parameters. On the meta device only the
-    shapes are checked.
+    average a feature map or patch tokens globally, and end in one nn.Linear. Dropout between the
+    average and the linear layer is kept. The network is run on the images to check these
+    conditions. On the meta device, only shapes are checked.
 
     Args:
-        network: The network.
-        image_BCHW: One or more images that the network accepts. By default random RGB images are
-            tried, first with sides of 64 pixels, then of the usual sizes.
+        network: Network to wrap. Its modules keep their modes (train or eval).
+        image_BCHW: One or more images that the network accepts. None to try random RGB images,
+            first with a side of 64 pixels, then of other usual sizes.
+
+    Returns:
+        A model that shares the modules of `network`, without a copy. The model itself is in eval
+        mode: call `train()` or `eval()` on the model before use.
 
     Raises:
-        ValueError: The network accepts none of the images; it has no such map or head; another
-            operation lies between map and head (the message names the operation); or the mean of
-            the logit map differs from the network's logits by more than 1e-4 (relative to the
-            largest absolute logit or to 1, whichever is larger).
+        ValueError: If the network accepts none of the images, or has no parameters, no such map or
+            no such head. If another operation lies between map and head (the message names it). If
+            averaged tokens do not form a grid of square patches. If the mean of the logit map
+            differs from the network's logits by more than 1e-4 times the largest absolute logit or
+            1, whichever is larger.
     """
     training = {module: module.training for module in network.modules()}
     try:
@@ -417,7 +435,8 @@ def _listening(network: nn.Module, trace: _Trace) -> Iterator[None]:
 def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
     """Return the name of the linear layer that computes the logits.
 
-    Raise ValueError if no linear layer does.
+    Raise ValueError if the output of the network is not logits (B, K), or if no linear layer
+    computes the logits.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -436,7 +455,7 @@ def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
             if result is not value or name not in trace.took or not isinstance(module, nn.Linear):
                 continue
             if _equal(F.linear(trace.took[name], module.weight, module.bias), value):
-                return name  # also for a subclass with its own forward, as timm has one
+                return name  # also for a subclass with a forward of its own, as in timm
         changed = trace.touched.get(id(value))
         step = changed[-1] if changed else trace.made.get(id(value))
         before = _same_values(step, value) if step else None
@@ -451,10 +470,10 @@ def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
 
 
 def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head: str) -> _Tap:
-    """Return the tap for the feature map whose mean is the head's input `pooled`.
+    """Return the place of the feature map whose mean is the head's input `pooled`.
 
-    Go back from the head's input to the map, and on to a module that has the map as its input or
-    output. Raise ValueError if the head's input is not the global average of a map.
+    The search goes back from the head's input to the map, and on to a module that has the map as
+    its input or output. Raise ValueError if the head's input is not the global average of a map.
     """
     value = pooled
     dropout = 0.0
@@ -498,11 +517,11 @@ def _why(step: _Step | None, value: Tensor, sources: list[Tensor]) -> str:
 def _place(
     trace: _Trace, value: Tensor, images_BCHW: Tensor, what: str
 ) -> tuple[str, bool, tuple[_Step, ...]]:
-    """Return (module, whether it is the module's output, steps) from which to compute `value`.
+    """Return the module from which `value` can be taken: (name, whether output or input, steps).
 
-    Choose the outermost module that has the value as its output or input, and prefer outputs. If
-    there is no such module, go back through functions of one tensor; the returned steps repeat
-    these functions.
+    The outermost module whose output or input is `value` is chosen, and outputs are preferred. If
+    there is no such module, the search goes back through functions of one tensor. The returned
+    steps repeat these functions. Raise ValueError if the search ends at another function.
     """
     steps: list[_Step] = []
     while True:
@@ -527,7 +546,7 @@ def _place(
 
 
 def _stages_of(network: nn.Module, trace: _Trace, tap: _Tap) -> tuple[_Stage, ...]:
-    """Return the stages that timm names, or else those found by size; () if there are none."""
+    """Return the stages that timm names, or else those found by size; () without two or more."""
     info = getattr(network, "feature_info", None)
     named = []
     if isinstance(info, list) and all(isinstance(entry, dict) for entry in info):
@@ -541,10 +560,10 @@ def _stages_of(network: nn.Module, trace: _Trace, tap: _Tap) -> tuple[_Stage, ..
 
 
 def _stage(network: nn.Module, trace: _Trace, name: str) -> _Stage:
-    """Return the stage whose map a module gives, with the ReLU and the BatchNorm at its end.
+    """Return the stage whose map the module `name` gives, with its last ReLU and BatchNorm.
 
-    The ReLU is the last one that gave the very tensor that the module gave. In place, the tensor is
-    also the ReLU's input, to which a shortcut may have been added in place before.
+    The ReLU is the last one that gave the very tensor that the module gave. A ReLU in place gives
+    its own input, to which a shortcut may have been added in place before.
     """
     gave = trace.gave[name]
     overwritten = gave._version != trace.given[name]
@@ -563,12 +582,13 @@ def _stage(network: nn.Module, trace: _Trace, name: str) -> _Stage:
 
 
 def _last_of_each_size(trace: _Trace, tap: _Tap) -> list[str]:
-    """Return the names of the parts of the network that gave the last map of each size."""
+    """Return the names of the modules that gave the last map of each size, up to the tap."""
     order = list(trace.gave)
     end = order.index(tap.module) + tap.output
     last = {}
     for part in _parts("", trace, tap):
-        # Parts inside a module finish before it, although its input is what the head averages.
+        # If the map is a module's input, parts inside that module run after the map, although they
+        # end before the module does.
         after = not tap.output and f"{part}.".startswith(f"{tap.module}.")
         if order.index(part) < end and not after:
             last[_size(trace.gave[part], tap)] = part
@@ -578,7 +598,8 @@ def _last_of_each_size(trace: _Trace, tap: _Tap) -> list[str]:
 def _parts(name: str, trace: _Trace, tap: _Tap) -> list[str]:
     """Return the names of the modules that a module consists of, in the order of their outputs.
 
-    A module is divided if it reduces the sides of its map by more than 2, or averages the map.
+    A module is divided into its children if its input is a map and its output is no map, or a map
+    of less than half the height.
     """
     start = f"{name}." if name else ""
     children = [n for n in trace.gave if n.startswith(start) and n and "." not in n[len(start) :]]
@@ -590,7 +611,7 @@ def _parts(name: str, trace: _Trace, tap: _Tap) -> list[str]:
 
 
 def _size(value: Tensor | None, tap: _Tap) -> tuple[int, int]:
-    """Return the height and width of a map; `NO_MAP` if the value has another layout."""
+    """Return the height and width of a map; `NO_MAP` if the value is no map of the tap's layout."""
     if value is None or value.ndim != 4 or len(tap.layout) != 4:
         return NO_MAP
     height, width = (value.shape[dim] for dim in LAYOUTS[tap.layout])
@@ -598,7 +619,7 @@ def _size(value: Tensor | None, tap: _Tap) -> tuple[int, int]:
 
 
 def _emptied(step: _Step) -> _Step:
-    """Return the step without its tensors, which would otherwise stay in memory."""
+    """Return the step with empty tensors, since its own tensors would stay in memory."""
     return _with_tensor(step, torch.empty(0))
 
 
@@ -646,7 +667,8 @@ def _probability(step: _Step) -> float:
 def _check_logits(model: ForeignNetwork, images_BCHW: Tensor, what: str) -> None:
     """Raise ValueError if the mean of the logit map differs from the network's logits.
 
-    The check uses one image more than `images_BCHW` has, so that it covers another batch size too.
+    The check uses one image more than `images_BCHW` has, so that it covers another batch size, too.
+    On the meta device nothing is compared.
     """
     more_BCHW = torch.cat((images_BCHW, images_BCHW.flip(-1)))[: len(images_BCHW) + 1]
     logits_BK = model.network(more_BCHW)

@@ -1,6 +1,6 @@
 """Create networks of timm and torchvision as logit-map models.
 
-conf/student/timm.yaml and conf/student/torchvision.yaml use these functions.
+conf/student/timm.yaml and conf/student/torchvision.yaml name these functions.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,25 @@ __all__ = ["from_timm", "from_torchvision"]
 def from_timm(
     name: str, num_classes: int, pretrained: bool = False, **options: Any
 ) -> LogitMapModel:
-    """Return a timm network as a logit-map model.
+    """Return a timm network as a logit-map model, see `from_network`.
+
+    If torch's default device is the meta device, the model is created there and no weights are
+    loaded.
 
     Args:
-        name: The network's name in timm.
+        name: Name of the network in timm.
         num_classes: K, the number of classes.
-        pretrained: Whether to load timm's published weights; the head is then initialised freshly.
-        **options: Further arguments of timm.create_model.
+        pretrained: Whether to load timm's published weights, which are downloaded if needed. The
+            head keeps random weights if the published head has another number of classes.
+        **options: Further arguments of timm.create_model. With `img_size`, the network is checked
+            with images of that size, in pixels.
+
+    Returns:
+        The model, which shares its parameters with the timm network.
 
     Raises:
-        ValueError: timm is not installed or does not know the name or an option, or `from_network`
-            rejects the network.
+        ValueError: If timm is not installed, if timm does not know the name, if timm raises a
+            TypeError or AssertionError for the options, or if `from_network` rejects the network.
     """
     try:
         import timm
@@ -56,18 +64,26 @@ def from_timm(
 def from_torchvision(
     name: str, num_classes: int, weights: str | None = None, **options: Any
 ) -> LogitMapModel:
-    """Return a torchvision network as a logit-map model.
+    """Return a torchvision network as a logit-map model, see `from_network`.
+
+    If torch's default device is the meta device, the model is created there and no weights are
+    loaded.
 
     Args:
-        name: The network's name in torchvision.
+        name: Name of the network in torchvision.
         num_classes: K, the number of classes.
-        weights: The name of published weights to load, such as DEFAULT or IMAGENET1K_V1. The head
-            is initialised freshly if the weights have another number of classes.
+        weights: Name of the published weights to load, such as DEFAULT or IMAGENET1K_V1; they are
+            downloaded if needed. None for random weights. The head keeps random weights if the
+            published head has another number of classes.
         **options: Further arguments of torchvision.models.get_model.
 
+    Returns:
+        The model, which shares its parameters with the torchvision network.
+
     Raises:
-        ValueError: torchvision does not know the name, the weights or an option, or `from_network`
-            rejects the network.
+        ValueError: If torchvision does not know the name or the weights, if torchvision raises a
+            TypeError, ValueError or AssertionError for the options, or if `from_network` rejects
+            the network.
     """
     from torchvision.models import get_model, get_model_weights, list_models  # slow to import
 
@@ -95,7 +111,7 @@ def from_torchvision(
 
 
 def _load_but_other_heads(model: LogitMapModel, weights: dict[str, Tensor]) -> None:
-    """Load published weights, except those of the head if they have another number of classes."""
+    """Load published weights in place, except those of a head with another number of classes."""
     own = model.state_dict()
     of_head = {id(parameter) for parameter in model.head.parameters()}
     heads = {
@@ -115,9 +131,10 @@ def _meta() -> bool:
 
 
 def _placed(network: nn.Module, size: int | Sequence[int] | None = None) -> LogitMapModel:
-    """Return the checked logit-map model of a network, on the meta device if planning uses it.
+    """Return the checked logit-map model of a network, on the meta device if torch's default is it.
 
-    `size` is the image size in pixels (height, width), for networks that accept only one size.
+    `size` is the side or the (height, width) of the images to check the network with, in pixels.
+    None if the network accepts several sizes.
     """
     with torch.device("cpu"):
         sides = (size, size) if isinstance(size, int) else size

@@ -15,13 +15,14 @@ from sddlskd.models.base import LogitMapModel, Taps, conv_bn_relu, last_norm
 # The output channels of the stem, then of each unit.
 _CHANNELS = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)
 _STRIDED = (2, 4, 6, 12)  # the units with stride 2, counted from 1
-_TAPPED = (3, 5, 11, 13)  # the last unit of each side, counted from 1, as in mdistiller
+_TAPPED = (3, 5, 11, 13)  # the last unit of each map size, counted from 1, as in mdistiller
 
 
 class MobileNetV1(LogitMapModel):
-    """A stem and 13 depthwise-separable units: B 3 H W -> logit map B K H/32 W/32.
+    """MobileNetV1 at width 1: images (B, 3, H, W) -> logit map (B, K, H/32, W/32).
 
-    K is `num_classes`.
+    The network has a stem and 13 depthwise-separable units. There is only one stem, for images of
+    every size. `num_classes` is K.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -35,19 +36,21 @@ class MobileNetV1(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 1024 -> K."""
+        """Return the linear classifier, with 1024 input features and K classes."""
         return self.fc
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 1024 H/32 W/32 of normalised images B 3 H W."""
+        """Return the feature map (B, 1024, H/32, W/32) of normalised images (B, 3, H, W)."""
         out: Tensor = self.model(x_BCHW)
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps of the stem and of the last unit of each side.
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
 
-        mdistiller leaves the stem out. It is here so that the maps after the first one are the same
-        stages in every network.
+        `stages` are the maps of the stem and of the units 3, 5, 11 and 13 (counted from 1), the
+        last units of each map size. `preacts` are the same before the last ReLU, except that the
+        first entry is the map of the stem after the ReLU. mdistiller leaves the stem out. Here the
+        stem is the first stage, as in every other network.
         """
         out: Tensor = self.model[0](x_BCHW)
         stages, preacts = [out], [out]
@@ -64,7 +67,7 @@ class MobileNetV1(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each unit whose map `taps` returns."""
+        """Return the last BatchNorm of the units 3, 5, 11 and 13 (counted from 1), as in `taps`."""
         return tuple(last_norm(_layers(self.model[index])) for index in _TAPPED)
 
 

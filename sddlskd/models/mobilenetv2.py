@@ -34,16 +34,16 @@ _TAPPED = (1, 2, 4, 6)  # the blocks whose maps mdistiller compares, counted fro
 
 
 class InvertedResidual(nn.Module):
-    """An inverted residual block: B in_channels H W -> B channels H/stride W/stride.
+    """An inverted residual block: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    The block expands (1x1), convolves depthwise (3x3 with the stride) and projects (1x1, linear).
-    It adds its input to its output if both have the same shape.
+    The block expands (1x1), convolves depthwise (3x3 with the stride) and projects (1x1, without
+    ReLU). If the output has the shape of the input, the input is added.
 
     Args:
-        in_channels: The number of input channels.
-        channels: The number of output channels.
-        stride: The stride of the depthwise convolution.
-        expansion: The factor by which the first convolution multiplies the channels.
+        in_channels: Number of input channels.
+        channels: Number of output channels.
+        stride: Stride of the depthwise convolution.
+        expansion: Factor by which the first convolution multiplies the channels.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
@@ -57,7 +57,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
+        """Return the map (B, channels, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         out: Tensor = self.conv(x_BCHW)
         if self.residual:
             out += x_BCHW
@@ -65,11 +65,12 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(LogitMapModel):
-    """MobileNetV2 at width 0.5: B 3 H W -> logit map B K H/16 W/16.
+    """MobileNetV2 at width 0.5: images (B, 3, H, W) -> logit map (B, K, H/16, W/16).
 
-    K is `num_classes`. With the large stem, conv7x7(stride 2)-BN-ReLU-max-pool 2, the map is H/32
-    W/32. The parameters of the large stem have the same names as those of the small stem; these
-    names are a guess, since no checkpoint with a large stem is published.
+    `num_classes` is K. With stem="large", the stem is a 7x7 convolution with stride 2, BN, ReLU and
+    max-pool of 2, and the map is (B, K, H/32, W/32). The parameters of the large stem have the same
+    names as those of the small stem. These names are a guess, since no checkpoint with a large stem
+    is published. Raise ValueError if the stem is unknown.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -95,24 +96,25 @@ class MobileNetV2(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the classifier, a linear layer from 1280 features to K classes."""
+        """Return the linear classifier, with 1280 input features and K classes."""
         linear = self.classifier[0]
         assert isinstance(linear, nn.Linear)
         return linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 1280 H/16 W/16 of normalised images B 3 H W.
+        """Return the feature map (B, 1280, H/16, W/16) of normalised images (B, 3, H, W).
 
-        With the large stem the map is H/32 W/32.
+        With the large stem, the map is (B, 1280, H/32, W/32).
         """
         out: Tensor = self.conv2(self.blocks(self.conv1(x_BCHW)))
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map, the map of the stem, and the linear (signed) maps of four blocks.
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
 
-        The map of the large stem is the one before its max-pool. The blocks do not end in a ReLU,
-        so there are no maps before it.
+        `stages` are the maps of the stem and of the blocks 1, 2, 4 and 6 (counted from 0). The map
+        of the large stem is taken before the max-pool. The blocks do not end in a ReLU, so their
+        maps have negative values, and `preacts` is ().
         """
         out = x_BCHW
         for layer in self.conv1[:3]:
@@ -127,7 +129,7 @@ class MobileNetV2(LogitMapModel):
         return self._taps(stages, (), self.conv2(out))
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each block whose map `taps` returns."""
+        """Return the last BatchNorm of the blocks 1, 2, 4 and 6 (counted from 0), as in `taps`."""
         return tuple(last_norm(_last_unit(self.blocks[index]).conv) for index in _TAPPED)
 
 

@@ -15,14 +15,15 @@ from sddlskd.models.base import LogitMapModel, Taps, conv, conv_bn, init_convs, 
 
 
 class BasicBlock(nn.Module):
-    """A basic block: B in_channels H W -> B channels H/stride W/stride.
+    """A basic block: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    The block computes conv3x3(stride)-BN-ReLU-conv3x3-BN, adds the shortcut, and applies ReLU.
+    The block computes conv3x3(stride)-BN-ReLU-conv3x3-BN, adds the shortcut, and applies ReLU. The
+    shortcut is the input, or conv1x1(stride)-BN of the input if the shape changes.
 
     Args:
-        in_channels: The number of input channels.
-        channels: The number of output channels.
-        stride: The stride of the first convolution.
+        in_channels: Number of input channels.
+        channels: Number of output channels.
+        stride: Stride of the first convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -35,11 +36,11 @@ class BasicBlock(nn.Module):
         self.downsample = conv_bn(in_channels, channels, 1, stride) if reshapes else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
+        """Return the map (B, channels, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         return F.relu(self.preact(x_BCHW), inplace=True)
 
     def preact(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride before the last ReLU."""
+        """Return the map of `forward` before the last ReLU, (B, channels, H/stride, W/stride)."""
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.downsample(x_BCHW)
@@ -47,21 +48,20 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(LogitMapModel):
-    """A ResNet of depth 6 * blocks + 2: B 3 H W -> logit map B K H/4 W/4.
+    """A ResNet of depth 6 * blocks + 2: images (B, 3, H, W) -> logit map (B, K, H/4, W/4).
 
-    With the large stem the map is H/8 W/8. The images are normalised. The initialisation is that of
-    RepDistiller.
+    With the large stem, the map is (B, K, H/8, W/8). The initialisation is that of RepDistiller.
 
     Args:
-        blocks: The number of blocks in each stage.
+        blocks: Number of blocks in each of the three stages.
         num_classes: K, the number of classes.
-        first: The number of channels of the stem.
-        channels: The numbers of channels of the three stages.
-        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels, or "large" for a
-            7x7 convolution with stride 2, for images of 224.
+        first: Number of channels of the stem.
+        channels: Numbers of channels of the three stages.
+        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels; "large" for a
+            7x7 convolution with stride 2, for images of 224 pixels.
 
     Raises:
-        ValueError: The stem is unknown.
+        ValueError: If `stem` is unknown.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class ResNet(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer from the last stage's channels to the K classes."""
+        """Return the linear classifier, with channels[2] input features and K classes."""
         return self.fc
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B channels[2] H/4 W/4 of normalised images B 3 H W.
+        """Return the feature map (B, channels[2], H/4, W/4) of normalised images (B, 3, H, W).
 
-        With the large stem the map is H/8 W/8.
+        With the large stem, the map is (B, channels[2], H/8, W/8).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
@@ -97,7 +97,12 @@ class ResNet(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps after the stem and after each of the three stages."""
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+
+        `stages` are the maps after the stem and after each of the three stages. `preacts` are the
+        same before the last ReLU, except that the first entry is the map of the stem after the
+        ReLU.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
         for stage in (self.layer1, self.layer2, self.layer3):
@@ -109,7 +114,7 @@ class ResNet(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each stage; the shortcut's BatchNorm is left out."""
+        """Return the last BatchNorm of each of the three stages; the shortcut's is left out."""
         return tuple(_last_block(stage).bn2 for stage in (self.layer1, self.layer2, self.layer3))
 
 

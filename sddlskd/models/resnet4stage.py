@@ -14,14 +14,15 @@ from sddlskd.models.base import LogitMapModel, Taps, conv, conv_bn, init_convs, 
 
 
 class BasicBlock(nn.Module):
-    """A basic block: B in_channels H W -> B width H/stride W/stride.
+    """A basic block: (B, in_channels, H, W) -> (B, width, H/stride, W/stride).
 
-    The block computes conv3x3(stride)-BN-ReLU-conv3x3-BN, adds the shortcut, and applies ReLU.
+    The block computes conv3x3(stride)-BN-ReLU-conv3x3-BN, adds the shortcut, and applies ReLU. The
+    shortcut is the input, or conv1x1(stride)-BN of the input if the shape changes.
 
     Args:
-        in_channels: The number of input channels.
-        width: The number of output channels.
-        stride: The stride of the first convolution.
+        in_channels: Number of input channels.
+        width: Number of output channels.
+        stride: Stride of the first convolution.
     """
 
     expansion = 1
@@ -35,11 +36,11 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, width, stride)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B width H/stride W/stride of a map B in_channels H W."""
+        """Return the map (B, width, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         return F.relu(self.preact(x_BCHW), inplace=True)
 
     def preact(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B width H/stride W/stride before the last ReLU."""
+        """Return the map of `forward` before the last ReLU, (B, width, H/stride, W/stride)."""
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x_BCHW)
@@ -47,20 +48,21 @@ class BasicBlock(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """Return the last BatchNorm before the sum with the shortcut."""
+        """Return the last BatchNorm of the residual branch, before the shortcut is added."""
         return self.bn2
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck block: B in_channels H W -> B 4*width H/stride W/stride.
+    """A bottleneck block: (B, in_channels, H, W) -> (B, 4*width, H/stride, W/stride).
 
     The block computes conv1x1-BN-ReLU-conv3x3(stride)-BN-ReLU-conv1x1-BN, adds the shortcut, and
-    applies ReLU.
+    applies ReLU. The shortcut is the input, or conv1x1(stride)-BN of the input if the shape
+    changes.
 
     Args:
-        in_channels: The number of input channels.
-        width: The number of channels of the first two convolutions.
-        stride: The stride of the 3x3 convolution.
+        in_channels: Number of input channels.
+        width: Number of channels of the first two convolutions.
+        stride: Stride of the 3x3 convolution.
     """
 
     expansion = 4
@@ -76,11 +78,11 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(in_channels, 4 * width, stride)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B 4*width H/stride W/stride of a map B in_channels H W."""
+        """Return the map (B, 4*width, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         return F.relu(self.preact(x_BCHW), inplace=True)
 
     def preact(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B 4*width H/stride W/stride before the last ReLU."""
+        """Return the map of `forward` before the last ReLU, (B, 4*width, H/stride, W/stride)."""
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
@@ -89,20 +91,26 @@ class Bottleneck(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """Return the last BatchNorm before the sum with the shortcut."""
+        """Return the last BatchNorm of the residual branch, before the shortcut is added."""
         return self.bn3
 
 
 class ResNet4Stage(LogitMapModel):
-    """A ResNet of four stages with widths 64, 128, 256, 512: B 3 H W -> logit map B K H/8 W/8.
+    """A ResNet of four stages: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    With the large stem the map is H/16 W/16. The initialisation is that of mdistiller's resnetv2.
+    The stages have the widths 64, 128, 256 and 512, which the block multiplies by
+    `block.expansion`. With the large stem, the map is (B, K, H/16, W/16). The initialisation is
+    that of mdistiller's resnetv2.
 
     Args:
-        block: The class of the blocks.
-        blocks: The number of blocks in each stage.
+        block: Class of the blocks.
+        blocks: Number of blocks in each of the four stages.
         num_classes: K, the number of classes.
-        stem: "small" or "large".
+        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels; "large" for a
+            7x7 convolution with stride 2, for images of 224 pixels.
+
+    Raises:
+        ValueError: If `stem` is unknown.
     """
 
     def __init__(
@@ -124,13 +132,14 @@ class ResNet4Stage(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 512 * block.expansion -> K."""
+        """Return the linear classifier, with 512 * block.expansion input features and K classes."""
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the last feature map of normalised images of shape (B, 3, H, W).
+        """Return the last feature map of normalised images (B, 3, H, W).
 
-        Its shape is (B, 512 * block.expansion, H/8, W/8); with the large stem, H/16 and W/16.
+        The map has the shape (B, 512 * block.expansion, H/8, W/8). With the large stem, height and
+        width are H/16 and W/16.
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -138,7 +147,12 @@ class ResNet4Stage(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps after the stem and after each of the four stages."""
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+
+        `stages` are the maps after the stem and after each of the four stages. `preacts` are the
+        same before the last ReLU, except that the first entry is the map of the stem after the
+        ReLU.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -150,7 +164,7 @@ class ResNet4Stage(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each stage; the shortcut's BatchNorm is left out."""
+        """Return the last BatchNorm of each of the four stages; the shortcut's is left out."""
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         return tuple(_last_block(stage).last_norm for stage in stages)
 

@@ -19,16 +19,17 @@ _STEM = 24
 
 
 class Unit(nn.Module):
-    """A ShuffleNet V1 unit: B in_channels H W -> B channels H/stride W/stride.
+    """A ShuffleNet V1 unit: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    The branch computes conv1x1-BN-ReLU, channel shuffle, depthwise 3x3(stride)-BN-ReLU, conv1x1-BN.
+    A branch computes conv1x1-BN-ReLU, channel shuffle, depthwise 3x3(stride)-BN-ReLU, conv1x1-BN.
     Then the unit joins the branch with the input and applies ReLU. With stride 1 the input is
-    added. With stride 2 the average-pooled input is appended, so the branch computes only
-    channels - in_channels channels.
+    added, so `channels` must equal `in_channels`. With stride 2 the average-pooled input is
+    appended to the branch, so the branch computes only channels - in_channels channels.
 
     Args:
-        in_channels: The number of input channels.
-        channels: The number of output channels.
+        in_channels: Number of input channels. With 24, the number of the stem's channels, the first
+            convolution has one group and the shuffle is left out.
+        channels: Number of output channels.
         stride: 1 or 2.
     """
 
@@ -48,11 +49,11 @@ class Unit(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride of a map B in_channels H W."""
+        """Return the map (B, channels, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         return F.relu(self.preact(x_BCHW), inplace=True)
 
     def preact(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/stride W/stride before the last ReLU."""
+        """Return the map of `forward` before the last ReLU, (B, channels, H/stride, W/stride)."""
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         if self.groups > 1:
             out = channel_shuffle(out, self.groups)
@@ -66,10 +67,11 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV1(LogitMapModel):
-    """ShuffleNet V1: B 3 H W -> logit map B K H/8 W/8.
+    """ShuffleNet V1: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    The stages have 240, 480 and 960 channels and 4, 8 and 4 units. K is `num_classes`. With the
-    large stem the map is H/16 W/16.
+    The stages have 240, 480 and 960 channels and 4, 8 and 4 units. `num_classes` is K. With
+    stem="large", the stem is a 7x7 convolution with stride 2 and the map is (B, K, H/16, W/16).
+    Raise ValueError if the stem is unknown.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -83,13 +85,13 @@ class ShuffleNetV1(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 960 -> K."""
+        """Return the linear classifier, with 960 input features and K classes."""
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 960 H/8 W/8 of normalised images B 3 H W.
+        """Return the feature map (B, 960, H/8, W/8) of normalised images (B, 3, H, W).
 
-        With the large stem the map is H/16 W/16.
+        With the large stem, the map is (B, 960, H/16, W/16).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
@@ -97,7 +99,12 @@ class ShuffleNetV1(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps after the stem and after each of the three stages."""
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+
+        `stages` are the maps after the stem and after each of the three stages. `preacts` are the
+        same before the last ReLU, except that the first entry is the map of the stem after the
+        ReLU.
+        """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
         for stage in (self.layer1, self.layer2, self.layer3):
@@ -116,11 +123,14 @@ def _last_unit(stage: nn.Sequential) -> Unit:
 
 
 def channel_shuffle(x_BCHW: Tensor, groups: int) -> Tensor:
-    """Return a map B C H W with its channels permuted from (group, i) to (i, group) order.
+    """Return a map (B, C, H, W) with its channels in the order of a ShuffleNet channel shuffle.
 
-    The result is in channels_last. The channels are permuted as B H W C: on a channels_last map
-    this is one copy that stays channels_last. `F.channel_shuffle` is slower at this (CPU, 3 groups)
-    or loses channels_last (CUDA).
+    The channels are `groups` groups of equal size. The new order lists the first channel of each
+    group, then the second channel of each group, and so on. The result is in channels_last memory
+    format. Raise RuntimeError if C is not a multiple of `groups`.
+
+    The map is shuffled as (B, H, W, C), which takes one copy for a channels_last map.
+    `F.channel_shuffle` is slower (CPU, 3 groups) or does not return channels_last (CUDA).
     """
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     return torch.unflatten(x_BHWC, 3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)

@@ -15,10 +15,11 @@ from sddlskd.models.base import LogitMapModel, Taps, conv, stem_conv
 
 
 class BasicUnit(nn.Module):
-    """A unit that keeps the shape: B channels H W -> B channels H W.
+    """A unit that keeps the shape: (B, channels, H, W) -> (B, channels, H, W).
 
     One half of the channels passes unchanged. The other half goes through conv1x1-BN-ReLU,
     depthwise 3x3-BN and conv1x1-BN-ReLU. Then the channels of both halves are interleaved.
+    `channels` must be an even number.
     """
 
     def __init__(self, channels: int) -> None:
@@ -32,12 +33,15 @@ class BasicUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return a map of the same shape as the input B channels H W."""
+        """Return the map (B, channels, H, W) of a map (B, channels, H, W)."""
         left, right = self.halves(x_BCHW)
         return interleave(left, F.relu(right, inplace=True))
 
     def halves(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unchanged half of the channels, and the other half before its last ReLU."""
+        """Return the unchanged half of the channels, and the other half before its last ReLU.
+
+        Both maps have the shape (B, channels/2, H, W).
+        """
         left, right = x_BCHW.chunk(2, dim=1)
         right = F.relu(self.bn1(self.conv1(right)), inplace=True)
         right = self.bn2(self.conv2(right))
@@ -45,9 +49,10 @@ class BasicUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """A downsampling unit: B in_channels H W -> B channels H/2 W/2.
+    """A downsampling unit: (B, in_channels, H, W) -> (B, channels, H/2, W/2).
 
-    Two branches with stride 2 take the whole input, and each computes half of the output channels.
+    Two branches with stride 2 take the whole input. Each computes half of the output channels, and
+    the channels of both are interleaved. `channels` must be an even number.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -65,7 +70,7 @@ class DownUnit(nn.Module):
         self.bn5 = nn.BatchNorm2d(half)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the map B channels H/2 W/2 of a map B in_channels H W."""
+        """Return the map (B, channels, H/2, W/2) of a map (B, in_channels, H, W)."""
         left = self.bn1(self.conv1(x_BCHW))
         left = F.relu(self.bn2(self.conv2(left)), inplace=True)
         right = F.relu(self.bn3(self.conv3(x_BCHW)), inplace=True)
@@ -75,10 +80,11 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(LogitMapModel):
-    """ShuffleNet V2: B 3 H W -> logit map B K H/8 W/8.
+    """ShuffleNet V2: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    The stages have 116, 232 and 464 channels and 4, 8 and 4 units; a 1x1 convolution to 1024
-    channels follows. K is `num_classes`. With the large stem the map is H/16 W/16.
+    The stages have 116, 232 and 464 channels and 4, 8 and 4 units. A 1x1 convolution to 1024
+    channels follows. `num_classes` is K. With stem="large", the stem is a 7x7 convolution with
+    stride 2 and the map is (B, K, H/16, W/16). Raise ValueError if the stem is unknown.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -94,13 +100,13 @@ class ShuffleNetV2(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 1024 -> K."""
+        """Return the linear classifier, with 1024 input features and K classes."""
         return self.linear
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 1024 H/8 W/8 of normalised images B 3 H W.
+        """Return the feature map (B, 1024, H/8, W/8) of normalised images (B, 3, H, W).
 
-        With the large stem the map is H/16 W/16.
+        With the large stem, the map is (B, 1024, H/16, W/16).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         for stage in (self.layer1, self.layer2, self.layer3):
@@ -108,11 +114,13 @@ class ShuffleNetV2(LogitMapModel):
         return F.relu(self.bn2(self.conv2(out)), inplace=True)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps after the stem and after each of the three stages.
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
 
-        The map before the last ReLU of a stage is the concatenation of both halves of the last
-        unit, before their channels are interleaved. The left half has passed a ReLU before. So the
-        channels of `preacts[i]` and `stages[i]` differ in their order, as in mdistiller.
+        `stages` are the maps after the stem and after each of the three stages. `preacts[0]` is the
+        map of the stem after the ReLU. Each later `preacts[i]` is the map of the stage before the
+        channels of the two halves of the last unit are interleaved: first the unchanged half, then
+        the other half before its last ReLU. The channels of `preacts[i]` and `stages[i]` therefore
+        differ in order, as in mdistiller.
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
@@ -133,10 +141,11 @@ def _last_unit(stage: nn.Sequential) -> BasicUnit:
 
 
 def interleave(left_BCHW: Tensor, right_BCHW: Tensor) -> Tensor:
-    """Return a map B 2C H W with the channels of two maps B C H W in turn (left, right, left, ...).
+    """Return a map (B, 2C, H, W) with the channels of two maps (B, C, H, W) in turn.
 
-    This equals concatenation and a channel shuffle with 2 groups, but needs only one copy. The copy
-    is made as B H W C, so that channels_last maps stay channels_last.
+    The order is left, right, left, right, and so on, as after a concatenation and a channel shuffle
+    with 2 groups. The result is in channels_last memory format. Raise RuntimeError if the shapes
+    differ.
     """
     pair_BHWC2 = torch.stack((left_BCHW.permute(0, 2, 3, 1), right_BCHW.permute(0, 2, 3, 1)), dim=4)
     return pair_BHWC2.flatten(3).permute(0, 3, 1, 2)

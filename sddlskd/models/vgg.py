@@ -16,9 +16,14 @@ from sddlskd.models.base import LogitMapModel, Taps, init_convs, last_norm
 
 
 class VGG(LogitMapModel):
-    """A VGG: B 3 H W -> logit map B K H/8 W/8 (B K 4 4 if H is 64).
+    """A VGG: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    `convs` gives the number of convolutions in each block, and K is `num_classes`.
+    For images of 64 x 64 pixels the map is (B, K, 4, 4). There is only one stem, for images of
+    every size.
+
+    Args:
+        convs: Number of convolutions in each of the five blocks.
+        num_classes: K, the number of classes.
     """
 
     def __init__(self, convs: tuple[int, int, int, int, int], num_classes: int) -> None:
@@ -35,13 +40,13 @@ class VGG(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 512 -> K."""
+        """Return the linear classifier, with 512 input features and K classes."""
         return self.classifier
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 512 H/8 W/8 of normalised images B 3 H W.
+        """Return the feature map (B, 512, H/8, W/8) of normalised images (B, 3, H, W).
 
-        The map is 4x4 if H is 64.
+        If H is 64, the map is (B, 512, H/16, W/16).
         """
         out = x_BCHW
         for block in (self.block0, self.block1, self.block2):
@@ -51,7 +56,12 @@ class VGG(LogitMapModel):
         return F.relu(self.block4(out), inplace=True)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps of the five blocks, before any max-pool."""
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+
+        `stages` are the maps of the five blocks, each before the max-pool that follows. `preacts`
+        are the same before the last ReLU, except that the first entry is the map of block 0 after
+        the ReLU.
+        """
         out: Tensor = F.relu(self.block0(x_BCHW), inplace=True)
         stages, preacts = [out], [out]
         for block in (self.block1, self.block2, self.block3, self.block4):
@@ -65,13 +75,16 @@ class VGG(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each block but the first."""
+        """Return the last BatchNorm of each of the blocks 1 to 4, all but the first block."""
         blocks = (self.block1, self.block2, self.block3, self.block4)
         return tuple(last_norm(block) for block in blocks)
 
 
 def max_pool_where_64(map_BCHW: Tensor, side: int) -> Tensor:
-    """Return the map B C H W, max-pooled to B C H/2 W/2 if the image's `side` is 64 pixels."""
+    """Return a map (B, C, H, W), max-pooled to (B, C, H/2, W/2) if `side` is 64.
+
+    `side` is the height in pixels of the images that the map comes from.
+    """
     return F.max_pool2d(map_BCHW, 2) if side == 64 else map_BCHW
 
 

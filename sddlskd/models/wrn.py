@@ -13,14 +13,15 @@ from sddlskd.models.base import LogitMapModel, Taps, conv, init_convs, stem_conv
 
 
 class Unit(nn.Module):
-    """A pre-activation unit: B in_channels H W -> B channels H/stride W/stride.
+    """A pre-activation unit: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    The unit computes BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3 and adds the shortcut.
+    The unit computes BN-ReLU-conv3x3(stride)-BN-ReLU-conv3x3 and adds the shortcut. The shortcut is
+    the input, or conv1x1(stride) of the first ReLU's output if the number of channels changes.
 
     Args:
-        in_channels: The number of input channels.
-        channels: The number of output channels.
-        stride: The stride of the first convolution.
+        in_channels: Number of input channels.
+        channels: Number of output channels.
+        stride: Stride of the first convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -34,34 +35,32 @@ class Unit(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return a map of shape (B, channels, H/stride, W/stride).
-
-        `x_BCHW` has the shape (B, in_channels, H, W).
-        """
+        """Return the map (B, channels, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         return self.of_active(x_BCHW, F.relu(self.bn1(x_BCHW), inplace=True))
 
     def of_active(self, x_BCHW: Tensor, active_BCHW: Tensor) -> Tensor:
-        """Return the same as `forward`, if the caller has computed the activation already.
+        """Return what `forward(x_BCHW)` returns, if the caller has the first activation already.
 
-        `active_BCHW` is ReLU(bn1(x_BCHW)).
+        `active_BCHW` must be ReLU(bn1(x_BCHW)). Both arguments have the shape (B, in_channels, H,
+        W).
         """
         out: Tensor = F.relu(self.bn2(self.conv1(active_BCHW)), inplace=True)
         out = self.conv2(out)
-        # If the number of channels changes, the shortcut convolves the activated input; otherwise
-        # it is the raw input.
+        # If the number of channels changes, the shortcut convolves the activated input. Otherwise
+        # the shortcut is the raw input.
         shortcut = x_BCHW if self.convShortcut is None else self.convShortcut(active_BCHW)
         out += shortcut
         return out
 
 
 class Block(nn.Module):
-    """A sequence of units: B in_channels H W -> B channels H/stride W/stride.
+    """A sequence of units: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
     Args:
-        units: The number of units.
-        in_channels: The number of input channels.
-        channels: The number of output channels.
-        stride: The stride of the first unit; the other units have stride 1.
+        units: Number of units.
+        in_channels: Number of input channels.
+        channels: Number of output channels.
+        stride: Stride of the first unit; the other units have stride 1.
     """
 
     def __init__(self, units: int, in_channels: int, channels: int, stride: int) -> None:
@@ -70,32 +69,33 @@ class Block(nn.Module):
         self.layer = nn.Sequential(first, *(Unit(channels, channels, 1) for _ in range(units - 1)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return a map of shape (B, channels, H/stride, W/stride).
-
-        `x_BCHW` has the shape (B, in_channels, H, W).
-        """
+        """Return the map (B, channels, H/stride, W/stride) of a map (B, in_channels, H, W)."""
         out: Tensor = self.layer(x_BCHW)
         return out
 
     @property
     def first(self) -> Unit:
-        """Return the first unit."""
+        """Return the first unit of the block."""
         unit = self.layer[0]
         assert isinstance(unit, Unit)
         return unit
 
 
 class WideResNet(LogitMapModel):
-    """A Wide ResNet of depth 6 * units + 4: B 3 H W -> logit map B K H/4 W/4.
+    """A Wide ResNet of depth 6 * units + 4: images (B, 3, H, W) -> logit map (B, K, H/4, W/4).
 
-    With the large stem the map is H/8 W/8. No Wide ResNet with a large stem is published; it exists
-    here so that all networks can be compared.
+    With the large stem, the map is (B, K, H/8, W/8). No Wide ResNet with a large stem is published;
+    this one exists so that all networks can be compared.
 
     Args:
-        units: The number of units in each of the three blocks.
-        width: The factor for the blocks' channels 16, 32 and 64.
+        units: Number of units in each of the three blocks.
+        width: Factor that multiplies the blocks' channels 16, 32 and 64.
         num_classes: K, the number of classes.
-        stem: "small" or "large".
+        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels; "large" for a
+            7x7 convolution with stride 2, for images of 224 pixels.
+
+    Raises:
+        ValueError: If `stem` is unknown.
     """
 
     def __init__(self, units: int, width: int, num_classes: int, stem: str = "small") -> None:
@@ -111,22 +111,24 @@ class WideResNet(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear layer 64 * width -> K."""
+        """Return the linear classifier, with 64 * width input features and K classes."""
         return self.fc
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map B 64*width H/4 W/4 of normalised images B 3 H W.
+        """Return the feature map (B, 64 * width, H/4, W/4) of normalised images (B, 3, H, W).
 
-        With the large stem the map is H/8 W/8.
+        With the large stem, the map is (B, 64 * width, H/8, W/8).
         """
         out = self.block3(self.block2(self.block1(self.conv1(x_BCHW))))
         return F.relu(self.bn1(out), inplace=True)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map, the raw maps of stem and blocks, and these after the next BN.
+        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
 
-        The raw maps are sums without BN and ReLU. The BN belongs to the next block or, after the
-        last block, to the head. Each BN runs once.
+        `stages` are the maps of the stem and of the three blocks, which are sums without BN and
+        ReLU. `preacts[0]` is the map of the stem. Each later `preacts[i]` is `stages[i]` after the
+        next BN, which is the first BN of the next block or the BN in front of the head. Each BN
+        runs once.
         """
         out: Tensor = self.conv1(x_BCHW)
         stages, preacts = [out], [out]
@@ -142,5 +144,5 @@ class WideResNet(LogitMapModel):
         return self._taps(stages, preacts, F.relu(preacts[-1]))
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the first BatchNorm of the second and of the third block, and the last one."""
+        """Return the BatchNorm that follows each of the three blocks, in front of the next ReLU."""
         return self.block2.first.bn1, self.block3.first.bn1, self.bn1

@@ -1,1 +1,1 @@
-"""How the processes of this package end: their exit codes, and their end with their parent."""
+"""Processes of this package: their exit codes, their end with their parent, their number."""

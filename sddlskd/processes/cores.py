@@ -1,4 +1,4 @@
-"""How many processes this machine can run side by side."""
+"""Check how many processes this machine can run side by side."""
 
 import os
 
@@ -11,12 +11,15 @@ OVERRIDE = "SDDLSKD_MOST_PROCESSES"
 def check_processes(key: str, count: int, megabytes: int) -> None:
     """Raise ValueError if a setting asks for more processes than there are cores to use.
 
-    The environment variable SDDLSKD_MOST_PROCESSES replaces the number of cores.
-
     Args:
-        key: the setting, for the message.
-        count: the number of processes that the setting asks for.
-        megabytes: memory that each of the processes needs at least, for the message.
+        key: name of the setting, for the message.
+        count: number of processes that the setting asks for.
+        megabytes: memory in MB that each of the processes needs at least, for the message.
+
+    Raises:
+        ValueError: If `count` is larger than the number of cores that this process may use. The
+            environment variable SDDLSKD_MOST_PROCESSES replaces this number; a ValueError also
+            comes if the variable is not a positive integer.
     """
     most = _most_processes()
     if count > most:

@@ -1,4 +1,4 @@
-"""The exit codes by which the processes of this package tell each other how they ended."""
+"""Exit codes by which the processes of this package tell each other how they ended."""
 
 import signal
 from enum import IntEnum
@@ -7,7 +7,7 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """How a process ended, besides 0 for success and 1 for an error that its output explains."""
+    """Exit codes besides 0 (success) and 1 (an error that the output of the process explains)."""
 
     # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.
     TOO_LARGE = 75

@@ -20,11 +20,12 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
     """End this process as soon as the process `parent` dies.
 
-    Call this function in the child. If the parent is dead already, the child ends at once. A later
-    death is noticed on Linux only. The arrangement survives exec, but not a fork.
+    Call this function in the child. If the parent is dead already, the child ends at once with
+    `ExitCode.PARENT_GONE`. A later death is noticed on Linux only. The arrangement survives exec,
+    but the processes that this one forks do not have it.
 
     Args:
-        parent: process id of the parent, which the parent itself has determined.
+        parent: process id of the parent, as the parent itself has read it (os.getpid).
         by: signal that the kernel sends to this process when the parent dies.
     """
     if sys.platform == "linux":
@@ -37,11 +38,11 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
 def save_and_end_with_parent(parent: int, by: signal.Signals) -> None:
     """End this process when the process `parent` dies, with GRACE_S seconds to save its state.
 
-    The process gets the signal `by` as in `end_with_parent`. If its handler of this signal does not
-    end the process in time, because a step hangs for example, the process is killed.
+    On Linux, the process gets the signal `by` when the parent dies. A process that has not ended
+    after GRACE_S seconds, for example because a step hangs, is killed; other systems only do this.
 
     Args:
-        parent: process id of the parent, which the parent itself has determined.
+        parent: process id of the parent, as the parent itself has read it (os.getpid).
         by: signal whose handler saves the state and ends the process.
     """
     end_with_parent(parent, by)
@@ -52,11 +53,12 @@ def run_pickled(work: bytes, parent: int) -> None:
     """Unpickle and call a function without arguments, in a child process that `parent` started.
 
     Unpickling imports the function's modules, which may take long. The child ends with its parent
-    during that time, too, because this module imports nothing heavy.
+    during that time, too, because this module imports nothing heavy. What the function returns is
+    dropped, and its errors are passed on.
 
     Args:
-        work: the pickled function.
-        parent: process id of the parent, which the parent itself has determined.
+        work: pickled function.
+        parent: process id of the parent, as the parent itself has read it (os.getpid).
     """
     end_with_parent(parent)
     pickle.loads(work)()

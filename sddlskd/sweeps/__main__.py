@@ -18,7 +18,13 @@ from sddlskd.terminal.console import write_line
 def status(folder: Path, *, as_json: bool = False) -> None:
     """Print the state of every job of a sweep, the time left, and the command to continue.
 
-    With `as_json`, print the fields of `status.SweepStatus` as JSON.
+    Args:
+        folder: folder of the sweep.
+        as_json: whether to print the fields of `status.SweepStatus` as JSON instead.
+
+    Raises:
+        FileNotFoundError: If the folder has no sweep.json.
+        ValueError: If a record is damaged.
     """
     found = status_of(folder)
     if as_json:
@@ -28,7 +34,11 @@ def status(folder: Path, *, as_json: bool = False) -> None:
 
 
 def cancel(folder: Path) -> None:
-    """Cancel the sweep's jobs in SLURM's queue and print their ids."""
+    """Cancel the queued and running SLURM tasks of the sweep in `folder`, and print their ids.
+
+    Running tasks save their checkpoints before they end. Raise ConnectionError if SLURM does not
+    answer.
+    """
     jobs = slurm.cancel_tasks(folder)
     if jobs:
         write_line(f"cancelled: {' '.join(jobs)}")
@@ -37,7 +47,14 @@ def cancel(folder: Path) -> None:
 
 
 def logs(folder: Path, lines: int = 5) -> None:
-    """Print the path and the last `lines` lines of the log of every SLURM task of a sweep."""
+    """Print the end of the log of every SLURM task that was ever submitted for a sweep.
+
+    For each task, print the path of its log, the names of its run directories, and the last lines.
+
+    Args:
+        folder: folder of the sweep.
+        lines: number of lines of each log, at least 1.
+    """
     for one in slurm.submissions(folder):
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
         write_line(f"{one.log}  ({names})")
@@ -49,7 +66,10 @@ def logs(folder: Path, lines: int = 5) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the state of a sweep or the logs of its SLURM jobs, or cancel its SLURM jobs."""
+    """Print the state of a sweep or the logs of its SLURM jobs, or cancel its SLURM jobs.
+
+    An error ends the command with exit code 1.
+    """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps", description=main.__doc__)
     parser.add_argument("command", choices=["status", "logs", "cancel"])
     parser.add_argument("sweep", help="name or folder of the sweep")
@@ -74,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _folder_of(sweep: str, sweeps: Path) -> Path:
-    """Return the folder of a sweep, given as its name in the folder `sweeps` or as its own path."""
+    """Return the folder of a sweep, given as its name in the folder `sweeps` or as its own path.
+
+    Exit with code 1 and a message if there is no such sweep.
+    """
     for folder in (sweeps / sweep, Path(sweep)):
         if (folder / "sweep.json").exists():
             return folder

@@ -29,6 +29,7 @@ __all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
 log = logging.getLogger(__name__)
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# Shell lines of a task's batch script, before (SETUP) and after (TEARDOWN) the task.
 SETUP = [
     "trap '' USR2  # SIGUSR2 warns the task; this script must outlive the task",
     "export SUBMITIT_PREEMPT_SIGNAL=USR1  "
@@ -54,13 +55,14 @@ exit $code
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """A task of a job array that trains frozen jobs and ends with an exit code for `TEARDOWN`.
+    """Task of a SLURM job array: trains jobs side by side, then ends the process with an exit code.
 
-    The task never returns. If it did, submitit would write a result that nobody reads, and a signal
-    could arrive during that write.
+    The lines `TEARDOWN` of the batch script read the exit code, and decide whether the task goes
+    back into the queue. The task never returns: submitit would write a result that nobody reads,
+    and a signal could arrive during that write.
 
     Args:
-        run_dirs: run directories of the jobs that the task trains side by side.
+        run_dirs: run directories of the jobs, each with a frozen configuration.
         sweep: folder of the sweep.
         max_requeues: how often the task may be put back into the queue.
     """
@@ -70,7 +72,14 @@ class ArrayTask:
     max_requeues: int
 
     def __call__(self) -> NoReturn:
-        """Train the jobs and exit; submitit calls this method in each process of the task."""
+        """Train the jobs and exit; submitit calls this method in each process of the task.
+
+        Raises:
+            SystemExit: Always. The code is 0 if all jobs are FINISHED, 1 if all have ended and some
+                FAILED, `ExitCode.REQUEUE` if SLURM's warning stopped the training, and else that of
+                `worker.run`. A process other than the first exits with 0 if the first one stopped
+                the training.
+        """
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restarts < self.max_requeues:
             stop = Stop(warned=", continues when SLURM starts it again")
@@ -123,7 +132,7 @@ def _status(folder: Path) -> str | None:
 
 
 def _fit(folders: Sequence[Path], stop: Stop) -> int:
-    """Train the jobs side by side and return the exit code.
+    """Train the jobs side by side and return the exit code of `worker.run`; 1 after an error.
 
     If the jobs do not fit into the device's memory, train each half of them by itself. If another
     process has some of the jobs open, train the others.

@@ -1,9 +1,9 @@
 """Turn a grid of overrides into jobs: the same jobs that Hydra would compose, but much faster.
 
-Hydra needs a quarter of a second per job; this module needs milliseconds. It lets Hydra compose
-once for each set of choices and of values that other values refer to. It then sets the remaining
-values, to which nothing refers, on copies of the composed job. These values pass through the typed
-frame of the configuration, so their types are checked as Hydra checks them.
+Hydra needs a quarter of a second per job; this module needs milliseconds. Hydra composes one job
+for each set of chosen options (such as student=resnet8x4) and of values that other values refer to.
+This module then sets the remaining values on copies of that job. The schema of the configuration
+checks the types of these values, as in Hydra.
 """
 
 import copy
@@ -36,10 +36,13 @@ NEEDED = (
 
 
 class InvalidJobs(ValueError):
-    """An error that names every invalid job of a grid with its reason.
+    """Error that names every invalid job of a sweep with its reason.
 
     Args:
-        reasons: (name, reason) of each invalid job; kept as the attribute `reasons`.
+        reasons: (name of the job, reason) of each invalid job.
+
+    Attributes:
+        reasons: the same, as a list.
     """
 
     def __init__(self, reasons: Sequence[tuple[str, str]]) -> None:
@@ -51,9 +54,10 @@ class InvalidJobs(ValueError):
 
 
 def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one line per reason, with the names of up to three jobs that have this reason.
+    """Return one line per distinct reason, with the names of its first three jobs.
 
-    `reasons` holds (name, reason) of each job.
+    `reasons` holds (name of the job, reason) of each job. A line reads "a, b, c and 2 more:
+    reason".
     """
     names_of: dict[str, list[str]] = {}
     for name, reason in reasons:
@@ -70,18 +74,19 @@ def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
 def compose_grid(
     loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequence[str]]
 ) -> list[Config]:
-    """Return the jobs of the grid in order, typed and checked.
+    """Return the jobs of a grid, typed and checked.
 
     Args:
         loader: Hydra's loader of configurations.
-        sweep: the composed configuration of the sweep, to which the overrides are added.
-        grid: the overrides of each job.
+        sweep: composed configuration of the sweep, to which the overrides are added.
+        grid: overrides of each job, such as ["student=resnet8x4", "seed=1"].
 
     Returns:
-        One configuration per element of `grid`.
+        One configuration per element of `grid`, in the same order.
 
     Raises:
-        InvalidJobs: if jobs are invalid; the error names all of them.
+        InvalidJobs: If the overrides of at least one job are not valid; the message names all such
+            jobs.
     """
     composer = _Composer(loader, sweep)
     jobs: list[Config] = []
@@ -112,11 +117,11 @@ class _Composed:
 
 
 class _Composer:
-    """Composes the jobs of a grid, and lets Hydra compose each set of choices only once.
+    """Composer of the jobs of a grid; lets Hydra compose each set of chosen options only once.
 
     Args:
         loader: Hydra's loader of configurations.
-        sweep: the composed configuration of the sweep, to which the overrides are added.
+        sweep: composed configuration of the sweep, to which the overrides are added.
     """
 
     def __init__(self, loader: ConfigLoader, sweep: DictConfig) -> None:
@@ -129,11 +134,14 @@ class _Composer:
         self._composed: dict[tuple[str, ...], _Composed] = {}
 
     def job(self, overrides: Sequence[str]) -> Config:
-        """Return the job of these overrides."""
+        """Return the job with these overrides, typed and checked.
+
+        Raise a ValueError or an error of Hydra or OmegaConf if an override is not valid.
+        """
         referred = self._compose(()).referred
         simple = [text for text in overrides if self._is_simple(text, referred)]
         composed = self._compose(tuple(text for text in overrides if text not in simple))
-        # Some chosen options may refer to one of these values. Hydra must then compose all of them.
+        # A chosen option may refer to one of these values. Hydra must then compose all overrides.
         if not all(self._is_simple(text, composed.referred) for text in simple):
             return copy.deepcopy(self._compose(tuple(overrides)).job)
         job = copy.deepcopy(composed.job)
@@ -164,7 +172,10 @@ class _Composer:
         return self._parsed[text]
 
     def _is_simple(self, text: str, referred: Collection[str]) -> bool:
-        """Return whether an override only sets a value to which no other value refers."""
+        """Return whether an override only sets a value, to which no other value refers.
+
+        `referred` holds the keys to which values refer. A simple override does not need Hydra.
+        """
         override = self._parse(text)
         key = override.key_or_group
         if override.is_add() or override.is_delete():

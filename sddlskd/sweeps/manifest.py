@@ -33,9 +33,11 @@ FOR_ONE_LAUNCH = ("sweep.rerun=all", "sweep.plan=true")
 
 
 def command_to_continue(home: str) -> str:
-    """Return the command that was typed, with its home added if the command does not name one.
+    """Return the shell command that continues the sweep which this process was started for.
 
-    The home may come from the environment or the current folder.
+    The command is that of this process (`sys.argv`) without the overrides that are meant for one
+    launch (sweep.rerun=all, sweep.plan=true). The override home=<home> is added if there is none,
+    because the home may come from the environment or the current folder.
     """
     words = [word for word in sys.argv[1:] if word not in FOR_ONE_LAUNCH]
     if not any(word.startswith("home=") for word in words):
@@ -44,7 +46,12 @@ def command_to_continue(home: str) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the content of a sweep's sweep.json: {name, command, folder, time, jobs}."""
+    """Return the content of the file sweep.json in the folder of a sweep.
+
+    The keys are "name" (of the sweep), "command" (that continues the sweep), "folder" (working
+    directory for the command), "time" (of the last launch, in Unix seconds) and "jobs" (list of run
+    directories). Raise FileNotFoundError if there is no such file.
+    """
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return content
 
@@ -80,15 +87,15 @@ def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
     """Write plan.json, which lists all jobs of the sweep with their MLflow parameters, for MLflow.
 
     Parameters that all jobs have in common are written once. Each job then lists the parameters in
-    which it differs.
+    which it differs. Jobs of earlier launches stay in the file.
 
     Args:
-        folder: folder of the sweep.
+        folder: folder of the sweep; it must exist.
         name: name of the sweep.
-        jobs: jobs of this launch; the jobs of earlier launches stay in the file.
+        jobs: jobs of this launch, at least one.
 
     Returns:
-        The path of the file.
+        The path of plan.json.
     """
     path = folder / PLAN
     with FileLock(folder / LOCK):
@@ -99,7 +106,7 @@ def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
 
 
 def _plan_of(path: Path, jobs: Sequence[Config]) -> dict[str, Any]:
-    """Return the common parameters and the jobs of plan.json: those of the file, and `jobs`."""
+    """Return "common" and "jobs" of plan.json, for the jobs in the file `path` and for `jobs`."""
     params: dict[str, dict[str, str]] = {}
     hashes: dict[str, tuple[str, str]] = {}
     for job in jobs:
@@ -130,7 +137,7 @@ def _plan_of(path: Path, jobs: Sequence[Config]) -> dict[str, Any]:
 
 
 def planned_jobs(folder: Path) -> set[str]:
-    """Return the run directories of the jobs in the sweep's plan.json; none without the file."""
+    """Return the run directories in a sweep's plan.json; an empty set if the file is missing."""
     path = folder / PLAN
     if not path.exists():
         return set()

@@ -1,4 +1,4 @@
-"""Outcomes of a sweep's jobs: read them from the run directories, and record those of dead jobs."""
+"""Outcomes of a sweep's jobs: read from run directories, and written for jobs that were killed."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,15 @@ STATES = ("finished", "running", "queued", "interrupted", "failed", "new")
 
 
 def state_of(folder: Path) -> str:
-    """Return the state of a run: finished, running, interrupted, failed or new (never started)."""
+    """Return the state of the run in a run directory, as one of these words.
+
+    - "new": the run has not started.
+    - "running": a process has the run open.
+    - "interrupted": the run was stopped, or its process died.
+    - "finished" or "failed".
+
+    Raise record.Damaged if result.json is damaged.
+    """
     status = record.read_result(folder).get("status")
     if status == RUNNING:
         return "interrupted" if record.abandoned(folder) else "running"
@@ -25,7 +33,11 @@ def state_of(folder: Path) -> str:
 
 
 def result_of(job: Config) -> dict[str, Any]:
-    """Return the content of the job's result.json, or a placeholder if the job has not started."""
+    """Return the content of a job's result.json; a placeholder if the job has not started.
+
+    The placeholder has the status "NEW", scores of None and 0 epochs and seconds. Raise
+    record.Damaged if result.json is damaged.
+    """
     nothing = {
         "status": "NEW",
         "reason": "",
@@ -38,14 +50,18 @@ def result_of(job: Config) -> dict[str, Any]:
 
 
 def record_outcome(job: Config, status: str, reason: str) -> None:
-    """Write the outcome of a job that was killed before it could write an outcome itself.
+    """Write the outcome of a job whose process died without writing one.
 
-    If another process has the job open, log a warning and leave the record unchanged.
+    The outcome goes to result.json and, if tracking is on, to MLflow. If another process has the
+    job open, log a warning and leave the record unchanged.
 
     Args:
-        job: the job.
+        job: resolved configuration of the job.
         status: FAILED or KILLED, for result.json.
         reason: why the job ended, for result.json.
+
+    Raises:
+        ValueError: If the run directory holds another job, or if the record is damaged.
     """
     try:
         opened = record.Record(job)

@@ -20,28 +20,28 @@ from sddlskd.sweeps.status import states_of
 
 __all__ = ["Plan", "Precheck", "ask_precheck", "groups_of", "make_plan"]
 
-# Takes the jobs to run and the finished jobs; returns what `precheck.report` returns.
+# Check of a launch: (jobs to run, finished jobs) -> the dictionary of `precheck.report`.
 Precheck = Callable[[list[Config], list[Config]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a launch of a sweep does, known before anything is written or started.
+    """Plan of a launch of a sweep: what the launch will do, before anything is written or started.
 
     Attributes:
         name: name of the sweep.
         folder: folder of the sweep.
-        command: command that continues the sweep.
-        jobs: jobs of the launch, each of them once.
-        states: state of every job, by its run directory.
+        command: shell command that continues the sweep.
+        jobs: jobs of the launch, without duplicates.
+        states: state of every job (see `outcome.STATES`), by its run directory.
         todo: jobs that the launch runs.
-        groups: the same jobs in groups; the jobs of a group are trained side by side.
-        seconds: estimated seconds on one device; None if there are no similar runs yet.
+        groups: the jobs of `todo` in groups; the jobs of a group are trained side by side.
+        seconds: estimated seconds for `todo` on one device; None if a job has no similar past runs.
         invalid: (name, reason) of each job that cannot run.
-        changed: finished jobs whose teacher file has been replaced since.
-        other_data: (finished job, how the data differ) of each job whose data set has changed
-            since.
-        devices: devices of this machine; empty if no job was checked.
+        changed: finished jobs that learnt from another teacher file than the current one.
+        other_data: (finished job, how the data differ) of each job that was trained on other data
+            than its data set has now.
+        devices: devices of this machine, such as ["cuda:0"]; empty if no job was checked.
     """
 
     name: str
@@ -59,12 +59,19 @@ class Plan:
 
 
 def ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
-    """Return the answer of `precheck.report`, run in a separate process.
+    """Return the answer of `precheck.report` for these jobs, run in a separate process.
 
     The separate process keeps this process small while it waits for the workers.
 
+    Args:
+        todo: jobs to run.
+        finished: finished jobs.
+
+    Returns:
+        The dictionary of `precheck.report`; its pairs are lists, because they come as JSON.
+
     Raises:
-        ChildProcessError: if the separate process dies.
+        ChildProcessError: If the separate process dies or ends with an error.
     """
     command = [sys.executable, "-m", "sddlskd.sweeps.precheck", "--parent", str(os.getpid())]
     done = subprocess.run(
@@ -92,19 +99,22 @@ def make_plan(
     """Return the plan of a launch; write nothing.
 
     Args:
-        jobs: jobs of the sweep; duplicates count once.
+        jobs: jobs of the sweep, at least one; duplicates count once. `sweep.rerun` of the first job
+            says which jobs run again.
         name: name of the sweep.
-        runs_locally: whether the jobs are going to run on this machine.
+        runs_locally: whether the jobs are going to run on this machine. If not, their settings of
+            devices and workers are not checked.
         max_group_size: largest number of jobs that train side by side; None for no limit.
-        precheck: check of the jobs, called unless there is nothing to check.
+        precheck: check of the jobs to run and of the finished jobs; called if there are any.
 
     Returns:
-        The plan.
+        The plan. Jobs that cannot run are in `Plan.invalid`.
 
     Raises:
-        ValueError: if several jobs have the same run directory.
-        ConnectionError: if SLURM does not answer.
-        ChildProcessError: if the check of the jobs dies.
+        ValueError: If several different jobs have the same run directory, or if a record is
+            damaged.
+        ConnectionError: If SLURM does not answer.
+        ChildProcessError: If the check of the jobs dies.
     """
     unique = list({job.run_dir: job for job in jobs}.values())
     if len(unique) < len({cfg.config_hash(job) for job in jobs}):
@@ -164,10 +174,13 @@ def _on_any_device(job: Config) -> Config:
 
 
 def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list[list[Config]]:
-    """Return groups of jobs that can share batches and teacher, each of at most `max_group_size`.
+    """Return groups of jobs that can be trained side by side: with the same batches and teacher.
 
-    A job that occurs twice in `jobs` is taken once. Without `max_group_size`, the groups are as
-    large as possible.
+    A job that occurs twice is taken once.
+
+    Args:
+        jobs: the jobs.
+        max_group_size: largest number of jobs of a group; None for groups as large as possible.
     """
     together: dict[str, dict[str, Config]] = {}
     for job in jobs:
@@ -181,7 +194,7 @@ def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list
 
 
 def _expected_seconds(jobs: Iterable[Config]) -> float | None:
-    """Return the seconds that the jobs will take on one device; None if a job's are not known."""
+    """Return the seconds that the jobs will take on one device; None if one has no past runs."""
     total = 0.0
     for job in jobs:
         seconds = _expected_seconds_of(job)
@@ -194,8 +207,9 @@ def _expected_seconds(jobs: Iterable[Config]) -> float | None:
 def _expected_seconds_of(job: Config) -> float | None:
     """Return the seconds that the job will add to a sweep, or None if there are no past runs.
 
-    The estimate is the mean time per epoch of past runs of the same student, teacher and data set.
-    The time of a run is divided by its group size, because the runs of a group share their time.
+    The estimate is the mean time per epoch of past runs of the same student, teacher and data set,
+    times the epochs of the job. The time of a run is divided by its group size, because the runs of
+    a group share their time.
     """
     networks = job.student.name
     if job.has_teacher:

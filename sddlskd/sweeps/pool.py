@@ -1,4 +1,4 @@
-"""Worker processes on this machine that train the groups of a sweep one after the other."""
+"""Worker processes on this machine, each of which trains one group of a sweep after the other."""
 
 import logging
 import os
@@ -29,11 +29,11 @@ FAILED_FAST = "a job failed and fail_fast is on"
 
 @dataclass
 class Task:
-    """A group of jobs to run.
+    """Group of jobs in the queue of a `Pool`.
 
     Attributes:
-        jobs: the jobs, which are trained side by side.
-        deaths: number of workers that died while they ran these jobs.
+        jobs: jobs that are trained side by side, at least one.
+        deaths: number of workers that died while they trained these jobs.
     """
 
     jobs: list[Config]
@@ -41,23 +41,27 @@ class Task:
 
     @property
     def devices_per_job(self) -> int:
-        """Return the number of devices that each of the jobs takes."""
+        """Return the number of devices that each of the jobs takes (trainer.devices)."""
         return self.jobs[0].trainer.devices
 
 
 class Pool(GroupRunner):
     """Worker processes, one per device, that take groups of jobs from a queue.
 
-    If a worker dies, its group runs again from its checkpoints. If a worker dies of the same group
-    again, the group is split into single jobs, to find the job that kills workers. A group that is
-    too large for the device's memory is halved.
+    If a worker dies, its group runs again from its checkpoints. If a second worker dies of the same
+    group, its jobs run one by one, and a job whose worker dies again is marked FAILED. A group that
+    is too large for the device's memory is halved.
 
     Args:
-        devices: a list of trainer.device values, one per worker; CPU workers share the cores. The
-            value auto uses the jobs' trainer.device; if that is auto too, there is one worker per
-            visible GPU, or one CPU worker if there is no GPU.
+        devices: "auto", or a value of trainer.device for each worker, as a list (a text stands for
+            a list of one). CPU workers share the cores. "auto" takes the jobs' trainer.device; if
+            that is auto too, there is one worker per visible GPU, or one CPU worker if there is no
+            GPU.
         fail_fast: whether to stop the sweep at the first job that fails.
-        start: starts a worker process; called like subprocess.Popen.
+        start: function that starts a worker process; called like subprocess.Popen.
+
+    Raises:
+        ValueError: If `devices` is empty.
     """
 
     runs_locally = True
@@ -81,13 +85,13 @@ class Pool(GroupRunner):
             self.devices = [str(device) for device in listed]
         self.fail_fast = fail_fast
         self.start = start
-        self.threads: int | None = None  # of each CPU worker; None for torch's default
+        self.threads: int | None = None  # per CPU worker; None for torch's default
         self.queue: deque[Task] = deque()
         self.queue_open = True  # whether groups may be added to the queue
         # The running workers by the index of their device.
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
         self.stop_signals = 0  # number of stop signals received so far
-        self.last_signal = 0  # the last of them
+        self.last_signal = 0  # number of the last stop signal
 
     def validate(self, jobs: Sequence[Config]) -> None:
         """Accept all jobs; a pool has nothing to check before the sweep writes its files."""
@@ -95,13 +99,17 @@ class Pool(GroupRunner):
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group and wait until all of them have ended.
 
+        SIGINT or SIGTERM stops the workers, which save their checkpoints first; a second signal
+        kills them. Call this method in the main thread.
+
         Args:
-            groups: jobs to run; the jobs of a group are trained side by side.
+            groups: frozen jobs to run; the jobs of a group are trained side by side.
             folder: folder of the sweep; not used.
-            visible: devices of this machine, for jobs and pools whose device is auto.
+            visible: devices of this machine, such as ["cuda:0"], for jobs and pools whose device is
+                auto.
 
         Returns:
-            KILLED if a signal stopped the sweep, otherwise FINISHED.
+            KILLED if a signal stopped the sweep, otherwise FINISHED, also if jobs failed.
         """
         self.queue.extend(Task(list(group)) for group in groups)
         if self.auto:
@@ -145,10 +153,10 @@ class Pool(GroupRunner):
                 self._ended(worker.returncode, task)
 
     def _next(self, device: str) -> Task | None:
-        """Return the next group for this device, or None if no group may start now.
+        """Remove and return the next group for this device; return None if no group may start now.
 
-        A job's own trainer.device counts, unless the sweep lists devices. A group whose jobs take
-        several devices each (trainer.devices) runs only while no other group does.
+        A job's own trainer.device counts, unless the pool got a list of devices. A group whose jobs
+        take several devices each (trainer.devices) runs only while no other group runs.
         """
         if self.stop_signals:
             return None
@@ -190,7 +198,7 @@ class Pool(GroupRunner):
         return [already.split(",")[int(number)] for number in numbers]
 
     def _ended(self, code: int, task: Task) -> None:
-        """Put the unfinished jobs of a worker that has ended back into the queue."""
+        """Queue the unfinished jobs of a worker that has ended with exit code `code`, if useful."""
         left = [job for job in task.jobs if result_of(job)["status"] not in (FINISHED, FAILED)]
         if self.fail_fast and _any_failed(task.jobs):
             self._halt(FAILED_FAST)
@@ -222,7 +230,7 @@ class Pool(GroupRunner):
             self.queue.append(Task(free, 1))
 
     def _retry(self, left: list[Config], deaths: int, code: int) -> None:
-        """Run the jobs of a dead worker again, or record the job that has killed two workers."""
+        """Queue the jobs of a dead worker again, or mark a job FAILED that killed two workers."""
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if deaths == 0:
             log.warning(
@@ -243,7 +251,7 @@ class Pool(GroupRunner):
             record_outcome(left[0], FAILED, reason)
 
     def _halt(self, reason: str) -> None:
-        """Stop the workers and start no other."""
+        """Stop the workers and start no other; `reason` is for the log."""
         if not self.queue_open:
             return
         log.warning("stopping the sweep: %s", reason)

@@ -48,13 +48,13 @@ __all__ = ["main", "problems", "report"]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the checks need to know of a data set.
+    """Facts about a data set that the checks need.
 
     Attributes:
         size: number of training images.
-        image_CHW: shape of an image.
-        of_files: whether the images stay on disk.
-        noted: fingerprint of the data.
+        image_CHW: shape of an image: channels, height and width in pixels.
+        of_files: whether the images are files that stay on disk.
+        noted: fingerprint of the data, as result.json keeps it.
         labels_N: class of each training image.
     """
 
@@ -66,7 +66,7 @@ class DataSet:
 
 
 class Checker:
-    """Checks of single jobs, which load each data set and build each network only once."""
+    """Checker of single jobs; loads each data set and builds each network only once."""
 
     def __init__(self) -> None:
         self._data_sets: dict[str, DataSet | Exception] = {}
@@ -75,7 +75,16 @@ class Checker:
         self._networks: dict[tuple[str, int], nn.Module] = {}
 
     def check(self, job: Config) -> None:
-        """Raise an error if the job cannot run; networks and data sets may raise any type."""
+        """Check that a job can run on this machine, without training it; download missing data.
+
+        The checks cover the devices, the loss, the optimizer, the data, the teacher file, the
+        networks with their logit maps, and the feature methods.
+
+        Raises:
+            FileNotFoundError: If the teacher file is missing and is not to be trained.
+            ValueError: If a setting, the data or the teacher file does not fit the job.
+            Exception: Any other error that a network or a data set raises.
+        """
         check_places(job.trainer.device, job.trainer.devices)
         device = pick_device(job.trainer.device)
         check_objective(job, device)
@@ -87,7 +96,7 @@ class Checker:
         check_batch_size(job, len(labels_N), data.size)
         C, H, W = data.image_CHW
         check_images(job, (data.size, H, W, C), device, of_files=data.of_files)
-        if job.sweep.rerun is not Rerun.all:  # which sets the earlier records aside
+        if job.sweep.rerun is not Rerun.all:  # `all` sets earlier records aside
             check_same_data(job, data.noted)
         check_teacher(job)
         check_teacher_data(job, data.noted)
@@ -120,9 +129,10 @@ class Checker:
             )
 
     def data_change(self, job: Config) -> str:
-        """Return in words how the data of a finished job have changed since; "" if they have not.
+        """Return in words how the data of a finished job have changed since the job was trained.
 
-        Nothing is downloaded for this.
+        Return "" if the data are the same, or if the earlier or the present data are not known.
+        Nothing is downloaded. Raise record.Damaged if result.json is damaged.
         """
         result = record.read_result(Path(job.run_dir))
         if not result.get("data"):
@@ -143,7 +153,7 @@ class Checker:
         return found
 
     def _network(self, model: dict[str, Any], num_classes: int) -> nn.Module:
-        """Return a network of a job with methods, which read more than its logit map."""
+        """Return a network on the CPU, for the feature methods of a job."""
         key = (canonical(model), num_classes)
         if key not in self._networks:
             self._networks[key] = build_network(model, num_classes, 0, torch.device("cpu"))
@@ -152,7 +162,7 @@ class Checker:
     def _map_side(
         self, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
     ) -> int:
-        """Return the shorter side of the network's logit map."""
+        """Return the shorter side of the network's logit map, computed without weights."""
         key = (canonical(model), num_classes, image_CHW)
         if key not in self._map_sides:
             with torch.device("meta"), torch.no_grad():
@@ -182,7 +192,10 @@ def _load(job: Config) -> DataSet | Exception:
 
 
 def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
-    """Return (job, reason) for each job that cannot run; each reason is one line."""
+    """Return (job, reason) for each job that cannot run, in order; [] if all jobs can run.
+
+    A reason is one line. An error of any type that a check raises becomes a reason.
+    """
     checker = Checker()
     found = []
     for job in jobs:
@@ -194,16 +207,21 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
 
 
 def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
-    """Return the problems of the jobs to run and facts that the sweep needs, as a dictionary.
+    """Return what a sweep must know of its jobs before it starts, as plain values for JSON.
 
-    The dictionary has the keys
+    Args:
+        todo: jobs to run.
+        finished: finished jobs.
 
-    - problems: (index in `todo`, reason) of each job that cannot run;
-    - changed: indices in `finished` of the jobs that learnt from another teacher file than the
-      current one;
-    - other_data: (index in `finished`, how the data differ) of each job that was trained on other
-      data than its data set has now;
-    - devices: devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
+    Returns:
+        A dictionary with these keys:
+
+        - "problems": (index in `todo`, reason) of each job that cannot run;
+        - "changed": indices in `finished` of the jobs that learnt from another teacher file than
+          the current one;
+        - "other_data": (index in `finished`, how the data differ) of each job that was trained on
+          other data than its data set has now;
+        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
     """
     checker = Checker()
     index_of = {id(job): index for index, job in enumerate(todo)}
@@ -227,7 +245,12 @@ def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]
 
 
 def main() -> None:
-    """Read (jobs to run, finished jobs) as pickle from stdin; write their `report` as JSON."""
+    """Write the `report` on some jobs to stdout, as JSON.
+
+    The jobs come from stdin, as a pickled pair (jobs to run, finished jobs). Output of the checks,
+    such as that of a user's network, goes to stderr. With --parent, the process ends when its
+    parent does.
+    """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")
     if parent := parser.parse_args().parent:

@@ -1,4 +1,4 @@
-"""What a person reads of a sweep: its plan, its status, its failures and its outcome."""
+"""Text that a sweep prints for its user: its plan, its status, its failures and its outcome."""
 
 import re
 import shlex
@@ -21,7 +21,11 @@ LOG_LINES = 3  # last lines of the log of a failed job
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Return the lines that say how much a launch would do, and how long it would take."""
+    """Return the lines that say what a launch would run, and how long that would take.
+
+    The first line counts the jobs by state and the groups to run. If jobs share a teacher, a line
+    says how many passes of the teacher this saves.
+    """
     counts = _counts(count_states(plan.states.values()))
     lines = [
         f"sweep {plan.name}: {len(plan.jobs)} jobs ({counts}), "
@@ -42,7 +46,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def print_plan(plan: Plan) -> None:
-    """Print what a launch would do, and the jobs that cannot run."""
+    """Print what a launch would do, and the jobs that cannot run with the reasons."""
     for line in plan_lines(plan):
         write_line(line)
     for line in reasons_together(plan.invalid):
@@ -50,7 +54,11 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_status(status: SweepStatus) -> None:
-    """Print the state of every job of a sweep, the time left, and the command to continue."""
+    """Print the state of every job of a sweep, the time left and the command to continue.
+
+    If all jobs have finished, time and command are left out. If SLURM could not be asked, say so
+    first.
+    """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")
     write_line(f"sweep {status.sweep}: {len(status.jobs)} jobs: {_counts(status.counts)}")
@@ -86,16 +94,18 @@ def _counts(counts: dict[str, int]) -> str:
 def print_outcome(
     plan: Plan, results: Sequence[dict[str, Any]], *, stopped: bool, locally: bool
 ) -> None:
-    """Print the failures, how to continue, and a table of the results.
+    """Print the failures, how to continue, and a table of the results of a launch.
 
     Args:
         plan: plan of the launch.
-        results: content of result.json of each job of the plan.
+        results: content of result.json of each job of the plan, in the order of `plan.jobs`.
         stopped: whether the sweep was stopped.
         locally: whether the jobs ran on this machine.
 
     Raises:
-        SystemExit: if not all jobs are FINISHED, as `console.outcomes` does.
+        SystemExit: With `ExitCode.STOPPED` (130) if a job or the sweep was stopped, else with 1 if
+            a job is not FINISHED.
+        ValueError: If there are not as many results as jobs.
     """
     print_failures(plan.jobs, results)
     if any(result["status"] != FINISHED for result in results):
@@ -108,7 +118,15 @@ def print_outcome(
 
 
 def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
-    """Print the failures by cause, each with the end of its log and the command that repeats it."""
+    """Print the FAILED jobs by cause, each with the end of its log and the command to repeat it.
+
+    Args:
+        jobs: jobs of the sweep.
+        results: content of result.json of each job, in the order of `jobs`.
+
+    Raises:
+        ValueError: If there are not as many results as jobs.
+    """
     by_cause: dict[str, list[tuple[Config, str]]] = defaultdict(list)
     for job, result in zip(jobs, results, strict=True):
         if result["status"] == FAILED:
@@ -129,7 +147,11 @@ def _last_lines(log_file: Path) -> list[str]:
 
 
 def cause_of(reason: str) -> str:
-    """Return the kind of a failure, by which failures are grouped, for the `reason` of a result."""
+    """Return a short name for the cause of a failure, by which the failures of a sweep are grouped.
+
+    `reason` is the entry of result.json. The name is "killed" if a worker died, "out of memory" for
+    the device's memory, "non-finite loss at epoch N", and else the text before the first colon.
+    """
     if "worker died" in reason:
         return "killed"
     if "OutOfMemory" in reason:

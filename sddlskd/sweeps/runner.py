@@ -10,7 +10,7 @@ __all__ = ["GroupRunner"]
 
 
 class GroupRunner(Protocol):
-    """Runs the groups of a sweep: `Pool` on this machine, `Slurm` on a cluster.
+    """Interface of what runs the groups of a sweep: `Pool` on this machine, `Slurm` on a cluster.
 
     Attributes:
         runs_locally: whether the jobs run on this machine.
@@ -22,7 +22,8 @@ class GroupRunner(Protocol):
         """Check, before anything is written, that the jobs can be run.
 
         Raises:
-            ValueError: if they cannot.
+            ValueError: If the jobs cannot be run.
+            ConnectionError: If a cluster does not answer.
         """
         ...
 
@@ -30,12 +31,16 @@ class GroupRunner(Protocol):
         """Run every group.
 
         Args:
-            groups: jobs to run; the jobs of a group are trained side by side.
+            groups: frozen jobs to run; the jobs of a group are trained side by side.
             folder: folder of the sweep.
-            visible: devices of this machine.
+            visible: devices of this machine, such as ["cuda:0"].
 
         Returns:
-            FINISHED if all groups have ended, KILLED if a signal stopped the sweep, or RUNNING if
-            the groups run on without this process.
+            FINISHED if all groups have ended, also with failures; KILLED if a signal stopped the
+            sweep; RUNNING if the groups run on without this process.
+
+        Raises:
+            ValueError: If a cluster refuses a job.
+            ConnectionError: If a cluster does not answer.
         """
         ...

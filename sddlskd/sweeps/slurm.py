@@ -42,7 +42,7 @@ COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 SUBMISSIONS = "slurm.json"  # file in the sweep's folder
 SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
 POLL = 5.0  # seconds between two queries of the queue
-# Options that submitit knows for every kind of cluster. It prefixes SLURM's own with slurm_.
+# Options that submitit knows for every kind of cluster. All others have the prefix slurm_.
 SUBMITTED_FOR_ALL = {
     "name",
     "timeout_min",
@@ -74,7 +74,10 @@ class Submission:
 
 
 def submissions(sweep: Path) -> list[Submission]:
-    """Return all tasks that were ever submitted for the sweep in folder `sweep`, oldest first."""
+    """Return all tasks that were ever submitted for the sweep in the folder `sweep`, oldest first.
+
+    Return [] if none was submitted.
+    """
     path = sweep / SUBMISSIONS
     if not path.exists():
         return []
@@ -88,10 +91,16 @@ def _add(sweep: Path, new: Iterable[Submission]) -> None:
 
 
 def queue(sweep: Path) -> dict[str, tuple[str, str]]:
-    """Return {job: (state, reason)} for the sweep's tasks that are in SLURM's queue.
+    """Return the tasks of a sweep that are in SLURM's queue: {task: (state, reason)}.
+
+    A task is the id of `Submission.job`. State and reason are words of squeue, such as PENDING and
+    Priority. Return {} if no task is in the queue.
+
+    Args:
+        sweep: folder of the sweep.
 
     Raises:
-        ConnectionError: if SLURM cannot be asked.
+        ConnectionError: If squeue is missing, fails or does not answer.
     """
     mine = {one.job for one in submissions(sweep)}
     if not mine:
@@ -102,10 +111,15 @@ def queue(sweep: Path) -> dict[str, tuple[str, str]]:
 
 
 def states(sweep: Path) -> dict[str, str]:
-    """Return {run directory: "queued" or "running"} for the sweep's tasks in SLURM's queue.
+    """Return the state of the jobs whose task is in SLURM's queue: {run directory: state}.
+
+    The state is "running" or "queued". Jobs of other tasks are left out.
+
+    Args:
+        sweep: folder of the sweep.
 
     Raises:
-        ConnectionError: if SLURM cannot be asked.
+        ConnectionError: If squeue is missing, fails or does not answer.
     """
     live = queue(sweep)
     found = {}
@@ -119,12 +133,15 @@ def states(sweep: Path) -> dict[str, str]:
 
 
 def cancel_tasks(sweep: Path) -> list[str]:
-    """Cancel the sweep's queued and running tasks and return their ids.
+    """Cancel the sweep's queued and running tasks and return their ids; [] if there is none.
 
     Running tasks save their checkpoints before they end.
 
+    Args:
+        sweep: folder of the sweep.
+
     Raises:
-        ConnectionError: if SLURM cannot be asked.
+        ConnectionError: If squeue or scancel is missing, fails or does not answer.
     """
     live = sorted(queue(sweep))
     if live:
@@ -133,10 +150,11 @@ def cancel_tasks(sweep: Path) -> list[str]:
 
 
 def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
-    """Return {job: the state in which SLURM ended it}, such as TIMEOUT, OUT_OF_MEMORY or NODE_FAIL.
+    """Return the state in which SLURM ended each task, such as TIMEOUT, OUT_OF_MEMORY or NODE_FAIL.
 
-    The state of a failed job includes its exit code. If SLURM does not know a job any more, or
-    cannot be asked, the text says so instead.
+    `jobs` holds ids of tasks (`Submission.job`), which are the keys of the result. The state FAILED
+    comes with the exit code. If SLURM does not know a task any more or cannot be asked, the text
+    says that the cause is unknown.
     """
     arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
     found = {**_causes_in_accounts(arrays), **_causes_in_memory(arrays)}
@@ -148,7 +166,7 @@ def _causes_in_accounts(arrays: Sequence[str]) -> dict[str, str]:
     """Return {task: state in which it ended} from sacct, which may lag behind.
 
     sacct knows jobs long after their end, if the cluster keeps accounts. The id of an array stands
-    for its tasks that never started, which share a record.
+    for those tasks of the array that never started: they share one record.
     """
     found: dict[str, str] = {}
     if not arrays:
@@ -166,7 +184,8 @@ def _causes_in_accounts(arrays: Sequence[str]) -> dict[str, str]:
 def _causes_in_memory(arrays: Sequence[str]) -> dict[str, str]:
     """Return {task: state in which it ended} from scontrol, which forgets a job after minutes.
 
-    The id of an array stands for its tasks that never started, which share a record.
+    The id of an array stands for those tasks of the array that never started: they share one
+    record.
     """
     found: dict[str, str] = {}
     for array in arrays:
@@ -180,7 +199,7 @@ def _causes_in_memory(arrays: Sequence[str]) -> dict[str, str]:
 
 
 def _worded(state: str, code: str) -> str:
-    """Return the state in which a job ended, with its exit code if it failed."""
+    """Return the state in which a job ended, with its exit code if the state is FAILED."""
     if state == "FAILED":
         return f"{state} (exit code {code})"
     return state
@@ -190,15 +209,12 @@ def _ask(*command: str, text: str | None = None) -> str:
     """Run a SLURM command and return its stdout.
 
     Args:
-        *command: the command and its arguments.
-        text: text for the command's stdin.
-
-    Returns:
-        The stdout of the command.
+        *command: command and its arguments.
+        text: text for the command's stdin; None for no input.
 
     Raises:
-        ConnectionError: if the command is missing, does not answer within 60 seconds, or fails;
-            the message quotes the command's error message.
+        ConnectionError: If the command is missing, does not answer within 60 seconds, or fails; the
+            message quotes the command's error message.
     """
     try:
         done = subprocess.run(
@@ -236,7 +252,7 @@ def _outside_of_a_job() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Delay SIGINT, SIGTERM and SIGHUP to the end of the context, for this process and sbatch.
+    """Delay SIGINT, SIGTERM and SIGHUP to the end of the context, for this process and for sbatch.
 
     Every submitted job must be written to slurm.json before a signal can end this process.
     """
@@ -270,17 +286,19 @@ def _message(stderr: str) -> str:
 
 
 class Slurm(GroupRunner):
-    """Submits the groups of a sweep as SLURM job arrays and waits for them.
+    """Runner that submits the groups of a sweep as tasks of SLURM job arrays and waits for them.
 
     Args:
         wait: whether `run` waits for the jobs; if False, it submits them and returns.
-        max_requeues: how often a task that was warned or preempted goes back into the queue.
+        max_requeues: how often a task that was warned or preempted goes back into the queue at
+            most.
         fail_fast: whether to cancel the sweep's jobs as soon as one of them fails.
         python: command that starts Python on a node; None for the Python of this process.
         container: image for `srun --container-image`; None for no container.
         srun_args: further arguments of srun.
         array_parallelism: largest number of tasks that run at once.
-        **options: options of submitit, without the prefix slurm_.
+        **options: options of submitit, without the prefix slurm_. Required are signal_delay_s
+            (seconds), timeout_min (minutes) and nodes.
     """
 
     runs_locally = False
@@ -310,10 +328,17 @@ class Slurm(GroupRunner):
     def validate(self, jobs: Sequence[Config]) -> None:
         """Check, before anything is written, that SLURM would accept the jobs.
 
+        Only log a warning if no node can take the jobs at the moment.
+
+        Args:
+            jobs: jobs to run, at least one.
+
         Raises:
-            ValueError: if SLURM would refuse the jobs, with sbatch's own error message, or if the
-                options cannot work.
-            ConnectionError: if SLURM cannot list its nodes.
+            ValueError: If a SLURM command is missing, if the options cannot work or hold a secret,
+                if several hosts would write a file that only one host can write, if trainer.devices
+                is not a multiple of the nodes, or if sbatch refuses the jobs (with its own error
+                message).
+            ConnectionError: If SLURM must list its nodes, to count the hosts, and does not answer.
         """
         if missing := [command for command in COMMANDS if shutil.which(command) is None]:
             raise ValueError(
@@ -384,19 +409,25 @@ class Slurm(GroupRunner):
         return {host for host, name in rows if name.endswith("*")}
 
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
-        """Submit every group, and wait for all of the sweep's tasks in SLURM's queue.
+        """Submit every group, and wait until no task of the sweep is in SLURM's queue.
+
+        Jobs that are in the queue already are not submitted again. With fail_fast, the sweep's
+        tasks are cancelled once a job has failed. At the end, the cause of death is written into
+        the records of jobs that SLURM ended early. Ctrl-C ends the waiting only, with a
+        KeyboardInterrupt: the tasks stay in the queue.
 
         Args:
-            groups: jobs to run; the jobs of a group are trained side by side in one task.
+            groups: frozen jobs to run; the jobs of a group are trained side by side in one task.
             folder: folder of the sweep.
             visible: devices of this machine; not used.
 
         Returns:
-            RUNNING if this launcher does not wait for its jobs, otherwise FINISHED.
+            RUNNING, without waiting, if the runner was made with wait=False; otherwise FINISHED,
+            also if jobs failed.
 
         Raises:
-            ConnectionError: if SLURM cannot be asked.
-            ValueError: if sbatch refuses a job.
+            ConnectionError: If SLURM cannot be asked at the submission.
+            ValueError: If sbatch refuses a job.
         """
         # The lock guards against another launch that submits the same jobs at the same time.
         with FileLock(folder / ".submit.lock"):
@@ -434,8 +465,8 @@ class Slurm(GroupRunner):
             ranks: processes per task.
 
         Raises:
-            ConnectionError: if SLURM cannot be asked.
-            ValueError: if sbatch refuses a job.
+            ConnectionError: If SLURM cannot be asked.
+            ValueError: If sbatch refuses a job.
         """
         import submitit
 
@@ -479,7 +510,7 @@ class Slurm(GroupRunner):
             parallelism: largest number of tasks of the array that run at once.
 
         Raises:
-            ValueError: if `ranks` is not a multiple of the number of nodes.
+            ValueError: If `ranks` is not a multiple of the number of nodes.
         """
         import submitit
 
@@ -517,7 +548,8 @@ class Slurm(GroupRunner):
     def _wait(self, sweep: Path) -> None:
         """Wait until no task of the sweep is in the queue.
 
-        One squeue call every few seconds asks for all tasks at once.
+        With fail_fast, cancel the tasks once a job has failed. One squeue call every few seconds
+        asks for all tasks at once.
         """
         earlier_failures = _failed(sweep)
         reported = ""  # the last line about the queue in the log
@@ -553,7 +585,7 @@ class Slurm(GroupRunner):
 
 
 def _queue_line(live: Mapping[str, tuple[str, str]]) -> str:
-    """Return how many tasks of the queue are in each state, such as `2 pending (Priority)`."""
+    """Return how many tasks are in each state, such as "2 pending (Priority), 1 running"."""
     counts: Counter[str] = Counter()
     for state, reason in live.values():
         described = state.lower()
@@ -570,7 +602,7 @@ def _failed(sweep: Path) -> set[str]:
 
 
 def _record_dead_jobs(sweep: Path) -> None:
-    """Write into the records of unfinished jobs why SLURM ended them."""
+    """Write into the records of unfinished jobs how SLURM ended their tasks."""
     latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
     results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
     unfinished = {

@@ -22,18 +22,20 @@ LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The status of one job.
+    """Status of one job.
 
     Attributes:
         name: name of the run directory.
         run_dir: path of the run directory.
         state: one of `outcome.STATES`.
-        epochs_done: number of epochs in the record.
+        epochs_done: number of epochs that have ended, without those of a first stage.
         epochs: number of epochs of the job; 0 if the job has not been frozen yet.
-        top1: top-1 (%) of the best epoch so far; None before the first epoch has ended.
-        reason: why the job failed or was stopped; "" if there is no reason.
+        top1: best validation top-1 (%) so far; None before the first epoch has ended.
+        reason: why the job failed or was stopped; "" if there is no reason, or if the job is queued
+            or running again.
         requeues: how often SLURM put the job back into its queue.
-        slurm_job: id of the SLURM task of an unfinished job; None if there is none.
+        slurm_job: id of the latest SLURM task of a job that has neither finished nor failed; None
+            without such a task.
         slurm_state: state of that task in the queue, or how SLURM ended it; None without a task.
     """
 
@@ -51,15 +53,16 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """The status of a sweep.
+    """Status of a sweep.
 
     Attributes:
         sweep: name of the sweep.
         counts: number of jobs in each state; a state without jobs is left out.
         jobs: status of every job, in the order of sweep.json.
-        seconds_left: estimated seconds on one device; None if no epoch has ended yet.
+        seconds_left: estimated seconds on one device for the jobs that have neither finished nor
+            failed; 0 without such jobs, None if no epoch of the sweep has ended yet.
         command: shell command that runs the unfinished jobs; "" if all jobs have finished.
-        slurm_error: why SLURM could not be asked; "" if it answered or was not needed.
+        slurm_error: why SLURM could not be asked; "" if SLURM answered or was not needed.
     """
 
     sweep: str
@@ -71,12 +74,18 @@ class SweepStatus:
 
 
 def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
-    """Return {run directory: state} for the sweep in `folder`.
+    """Return the state of each job of a sweep: {run directory: one of `outcome.STATES`}.
 
-    An unfinished job in SLURM's queue counts as queued or running.
+    The state of a job that is in SLURM's queue is "queued" or "running", unless the job has
+    finished.
+
+    Args:
+        folder: folder of the sweep.
+        run_dirs: run directories of the jobs.
 
     Raises:
-        ConnectionError: if SLURM cannot be asked.
+        ConnectionError: If SLURM cannot be asked.
+        record.Damaged: If a result.json is damaged.
     """
     states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
     in_queue = slurm.states(folder)
@@ -87,7 +96,10 @@ def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
 
 
 def count_states(states: Iterable[str]) -> dict[str, int]:
-    """Return the number of jobs in each state, in the order of `outcome.STATES`."""
+    """Return the number of jobs in each state, in the order of `outcome.STATES`.
+
+    `states` holds the state of each job. A state without jobs is left out.
+    """
     counts = Counter(states)
     return {state: counts[state] for state in STATES if counts[state]}
 
@@ -96,7 +108,8 @@ def status_of(folder: Path) -> SweepStatus:
     """Return the status of the sweep in `folder`; if SLURM cannot be asked, say so in the status.
 
     Raises:
-        ValueError: if the record of a job is damaged.
+        FileNotFoundError: If the folder has no sweep.json.
+        ValueError: If the record of a job is damaged.
     """
     manifest = read_manifest(folder)
     run_dirs: list[str] = manifest["jobs"]
@@ -135,7 +148,7 @@ def status_of(folder: Path) -> SweepStatus:
 
 
 def _tasks_of(folder: Path, run_dirs: Sequence[str]) -> dict[str, str]:
-    """Return {run directory: id of the latest SLURM task that trains the job}."""
+    """Return {run directory: id of the latest SLURM task} of the jobs that have a task."""
     latest = {run_dir: one.job for one in slurm.submissions(folder) for run_dir in one.run_dirs}
     return {run_dir: latest[run_dir] for run_dir in run_dirs if run_dir in latest}
 
@@ -161,10 +174,10 @@ def _job_status(
     Args:
         run_dir: run directory of the job.
         state: state of the job.
-        rows: rows of its metrics.jsonl.
-        result: content of its result.json.
-        task: id of its SLURM task; None without one.
-        task_states: states of the tasks of the sweep.
+        rows: metrics of the job by epoch, the rows of its metrics.jsonl.
+        result: content of the job's result.json.
+        task: id of the job's SLURM task; None without one.
+        task_states: states of the tasks of the sweep, by their ids.
     """
     epochs = 0
     if (run_dir / "config.yaml").exists():
@@ -191,7 +204,11 @@ def _job_status(
 
 
 def _seconds_left(jobs: Sequence[JobStatus], epoch_seconds: Sequence[float]) -> float | None:
-    """Return the estimated seconds of the epochs left, from the seconds of recent epochs."""
+    """Return the estimated seconds that the unfinished jobs need on one device.
+
+    `epoch_seconds` are the times of recent epochs. Return 0 without unfinished jobs, and None
+    without recent epochs.
+    """
     unfinished = [job for job in jobs if job.state not in ENDED]
     if not unfinished:
         return 0.0

@@ -1,1 +1,1 @@
-"""What a person sees on the terminal: messages, progress, meters."""
+"""Output on the terminal: messages, progress displays and meters of long tasks."""

@@ -41,25 +41,28 @@ __all__ = [
 
 # Errors of this package's own checks, with messages for users.
 OWN_ERRORS = (ValueError, OSError, RuntimeError)
-# What OmegaConf says of a value that is not of the type of its key
+# OmegaConf's message about a value of the wrong type
 WRONG_TYPE = re.compile(
     r"Value '(?P<value>.*)' of type '.*' could not be converted to (?P<type>Integer|Float)"
 )
-FULL_KEY = re.compile(r"full_key: (\S+)")  # what OmegaConf appends to an error
-# Units of the numbers whose keys end like this
+FULL_KEY = re.compile(r"full_key: (\S+)")  # OmegaConf appends the key to its messages
+# Unit of a number, by the end of its key
 UNITS = {"_min": "minutes", "_minutes": "minutes", "_s": "seconds"}
 # Folders of conf/ from which a user does not choose.
 NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
 
 
 def write_line(text: str) -> None:
-    """Write one line of a command's output to stdout."""
+    """Write `text` and a line break to stdout at once, as a command's output."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in seconds as h:mm:ss or m:ss: 3725 becomes 1:02:05."""
+    """Return a duration in seconds as text: 3725 becomes 1:02:05, and 65 becomes 1:05.
+
+    Fractions of a second are rounded.
+    """
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     if hours:
@@ -68,7 +71,10 @@ def duration(seconds: float) -> str:
 
 
 def choices() -> str:
-    """Return the groups that a user chooses from with their choices, as --help shows them."""
+    """Return the groups of the configuration with the options of each, as --help shows them.
+
+    Call this function while Hydra runs; conf/hydra/help uses it.
+    """
     loader = GlobalHydra.instance().config_loader()
     groups = [group for group in loader.list_groups("") if group not in NO_CHOICES]
     options = {group: loader.get_group_options(group) for group in groups}
@@ -90,16 +96,17 @@ def choices() -> str:
 def outcomes(
     jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
 ) -> None:
-    """Print a table of the results, and exit if not all runs are FINISHED.
+    """Print a table of the results and the folders of the records; exit if a run is not FINISHED.
 
     Args:
-        jobs: The configuration of each run.
-        results: The content of result.json of each run, in the order of `jobs`.
-        stopped: Whether the sweep as a whole was stopped.
+        jobs: configuration of each run.
+        results: content of result.json of each run, in the order of `jobs`.
+        stopped: whether the sweep as a whole was stopped.
 
     Raises:
-        SystemExit: With ExitCode.STOPPED if a run or the sweep was stopped, else with 1 if a run is
-            not FINISHED.
+        SystemExit: With `ExitCode.STOPPED` (130) if a run or the sweep was stopped, else with 1 if
+            a run is not FINISHED.
+        ValueError: If there are not as many results as jobs.
     """
     from rich.console import Console
     from rich.table import Table
@@ -141,9 +148,11 @@ def _score(top1: float | None) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Return one line that says what is wrong and what is valid.
+    """Return one line that tells a user what went wrong and, if known, what is valid.
 
-    The message comes from the first error in the chain of causes that was written for users.
+    The line is about the first error in the chain `error`, its cause, the cause of the cause, ...
+    that was written for users. Errors of Hydra and OmegaConf are reworded. If there is no such
+    error, the line is the message of `error`.
     """
     chain = []
     cause: BaseException | None = error
@@ -174,7 +183,7 @@ def explain(error: BaseException) -> str:
 
 
 def _readable(override: str) -> str:
-    """Return how to write an override that Hydra cannot read."""
+    """Return advice how to write an override that Hydra cannot read."""
     key, equals, value = _without_quotes(override).partition("=")
     if not equals or value.startswith(("[", "{")):
         return "give key=value, as in M=[1,2,4]"
@@ -184,7 +193,7 @@ def _readable(override: str) -> str:
 
 
 def _without_quotes(text: str) -> str:
-    """Return a text without the quotes around it, if it begins and ends with the same one."""
+    """Return a text without the quotes around it, if it begins and ends with the same quote."""
     quoted = re.fullmatch(r"""(['"])(.*)\1""", text, re.DOTALL)
     return quoted[2] if quoted else text
 
@@ -214,7 +223,10 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 
 
 def _valid_names(bad: str, valid: Sequence[str], prefix: str) -> str:
-    """Return the valid names as the end of a message, after the one that is most like `bad`."""
+    """Return the end of a message that lists the valid names; the name most like `bad` comes first.
+
+    `prefix` stands before that name, as in "did you mean student=resnet8?".
+    """
     names = f"are {', '.join(valid)}"
     close = get_close_matches(bad, valid, n=1)
     if close:
@@ -251,7 +263,10 @@ def _one_line(text: str) -> str:
 
 
 def log_to_terminal() -> None:
-    """Send the package's log to stderr: coloured on a terminal, else as plain lines."""
+    """Send the package's log to stderr: coloured on a terminal, else as plain lines.
+
+    Messages below level INFO are dropped. Earlier handlers of the package's log are removed.
+    """
     from rich.console import Console
     from rich.logging import RichHandler
 

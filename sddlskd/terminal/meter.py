@@ -17,7 +17,7 @@ EVERY_S = 10.0  # seconds between log lines
 
 
 def console_of_log() -> "Console":
-    """Return the console of the log if it has one, else a console on stderr.
+    """Return the console of the package's log if it has one, else a new console on stderr.
 
     The log's own console prints log lines above a bar or a table, and not into it.
     """
@@ -32,12 +32,17 @@ def console_of_log() -> "Console":
 
 @contextmanager
 def meter(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the amount done so far and shows it.
+    """Show the progress of a long task while the context lasts.
+
+    The progress is a bar on a terminal, else a log line at most every EVERY_S seconds.
 
     Args:
-        what: The task, as shown in front of the amounts.
-        total: The whole amount, or None if it is unknown.
+        what: name of the task, shown in front of the amounts.
+        total: whole amount; None if it is unknown.
         unit: "bytes", which are shown in MB, or the plural name of the counted things.
+
+    Yields:
+        A function to call with the amount done so far (not with an increment).
     """
     console = console_of_log()
     if console.is_terminal:

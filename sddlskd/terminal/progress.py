@@ -18,7 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class RunStatus(Protocol):
-    """The attributes of a run that the view reads."""
+    """Attributes of a run that the progress display reads; `training.run.Run` has them.
+
+    Attributes:
+        label: name of the run in plain lines.
+        loss: mean training loss of the current epoch so far, or of the last epoch; NaN if not
+            known.
+        val_top1: validation top-1 of the last epoch in %; NaN before the first epoch has ended.
+        state: status of the run, such as RUNNING.
+    """
 
     label: str
     loss: float
@@ -27,30 +35,32 @@ class RunStatus(Protocol):
 
     @property
     def epoch(self) -> int:
-        """The current epoch, from 1."""
+        """Return the number of the current epoch, from 1; 0 or below in a first stage."""
         ...
 
     @property
     def step(self) -> int:
-        """The number of batches of the current epoch that are done."""
+        """Return the number of batches of the current epoch that are done."""
         ...
 
     @property
     def alive(self) -> bool:
-        """Whether the run has neither ended nor failed."""
+        """Return whether the run is still training: not finished, failed or killed."""
         ...
 
 
 class ProgressDisplay:
-    """A display of epoch, loss, top-1 (%), images/s and time left of each run.
+    """Display of each run's epoch, loss, top-1 (%), images per second and time left.
+
+    Use the display as a context manager around the training.
 
     Args:
-        runs: The runs to show.
-        titles: What the live table calls each of the runs; a plain line has the run's label.
+        runs: runs to show; their attributes are read at each update.
+        titles: name of each run in the live table, in the order of `runs`.
         mode: "auto" (live table on a terminal, else plain lines), "plain" or "off".
-        epochs: Number of epochs of each run.
-        steps: Batches per epoch.
-        batch: Images per batch.
+        epochs: number of epochs of each run.
+        steps: batches per epoch.
+        batch: images per batch.
     """
 
     def __init__(
@@ -96,7 +106,7 @@ class ProgressDisplay:
         return min(done, default=self.epochs * self.steps)
 
     def _rate(self) -> float:
-        """Return the steps per second since the display was opened."""
+        """Return the steps per second of the slowest active run since the display was created."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         return (self._done() - self.done_at_start) / seconds
 
@@ -107,16 +117,12 @@ class ProgressDisplay:
         return duration((self.epochs * self.steps - self._done()) / rate)
 
     def refresh(self) -> None:
-        """Update the live table; do nothing if there is none.
-
-        The training loop calls this method after each step at which the losses of the runs were
-        copied from the device.
-        """
+        """Update the live table from the runs' attributes; do nothing without a live table."""
         if self.live:
             self.live.update(self._table(), refresh=True)
 
     def epoch(self, run: RunStatus) -> None:
-        """Report the end of a run's epoch: log a plain line, or update the live table.
+        """Report the end of a run's epoch in the live table, or else as a plain line.
 
         In mode "off" nothing is reported. Call this method after the run has moved on to its next
         epoch: the line is about epoch `run.epoch - 1`.

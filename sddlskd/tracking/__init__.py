@@ -1,4 +1,4 @@
-"""Mirror runs and sweeps to MLflow. The run directory is the record."""
+"""Mirror runs and sweeps to MLflow. The run directory is the record; MLflow holds a copy."""
 
 from sddlskd.tracking.mirror import Mirror
 from sddlskd.tracking.models import log_model, save_model

@@ -13,7 +13,7 @@ from sddlskd.tracking.uri import Deleted, first_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Deliver run directories, or all run directories inside folders, to MLflow."""
+    """Deliver to MLflow the run directories and sweeps in the given folders."""
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")

@@ -1,7 +1,8 @@
-"""Deliver the cells of a sweep to MLflow: a run per setting, with mean and deviation over seeds.
+"""Deliver the cells of a sweep to MLflow: one MLflow run per setting, with the mean over seeds.
 
-MLflow shows single runs. A cell is a run tagged kind=cell, below the sweep, which has the numbers
-that a table prints.
+A cell of a sweep is a group of runs that differ only in the seed. MLflow shows single runs, so each
+cell becomes an MLflow run of its own, tagged kind=cell, below the sweep's run. Its metrics are the
+mean and deviation that a table prints.
 """
 
 import json
@@ -18,16 +19,21 @@ from sddlskd.tracking import uri as tracking_uri
 
 __all__ = ["cells_of", "send_cells"]
 
-FEWEST = 2  # finished runs, without which a mean says no more than the run itself
+FEWEST = 2  # finished runs that a mean needs
 NUMBERS = ("best_top1", "last_top1", "test_top1")
 PARAMS = ("dataset.name", "teacher.name", "student.name", "M", "recipe", "trainer.epochs")
 
 
 def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the results of the finished runs of each setting with several, by settings_hash.
+    """Return the finished runs of a sweep, grouped into cells: runs that differ only in the seed.
 
-    Args:
-        folder: The sweep's folder, with its plan.
+    `folder` is the sweep's folder, which holds plan.json. Runs whose result is missing or cannot be
+    read are left out, and so are cells with only one run.
+
+    Returns:
+        {settings_hash: runs}. Each run is a dict of run_dir and the accuracies best_top1, last_top1
+        and test_top1 in percent, None if the run has no such accuracy. The result is {} if the plan
+        is missing or cannot be read.
     """
     finished: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for job in _planned(folder):
@@ -43,13 +49,15 @@ def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def send_cells(folder: Path, delivery: Mapping[str, Any]) -> None:
-    """Create or update the cells of a sweep in MLflow, and delete those with too few runs now.
+    """Create or update the cells of a sweep in MLflow, and delete cells that have too few runs now.
 
-    The function is idempotent: a cell is found again by its settings_hash.
+    A cell is a group of runs that differ only in the seed. Calling the function again changes
+    nothing: a cell is found in MLflow by its settings_hash. Errors of MLflow propagate.
 
     Args:
         folder: The sweep's folder, with its plan.
-        delivery: The content of the sweep's mlflow.json, with the id of its parent run.
+        delivery: The content of the sweep's mlflow.json: `uri` of MLflow, `run_id` of the sweep's
+            parent run, and the name `sweep`.
     """
     cells = cells_of(folder)
     client = tracking_uri.client(str(delivery["uri"]))
@@ -95,7 +103,7 @@ def _send(client: Any, run_id: str, numbers: Mapping[str, float]) -> None:
 
 
 def _planned(folder: Path) -> list[dict[str, Any]]:
-    """Return the jobs of a sweep's plan; none without a plan that can be read."""
+    """Return the jobs of a sweep's plan; [] if the plan is missing or cannot be read."""
     try:
         jobs: list[dict[str, Any]] = json.loads((folder / "plan.json").read_text())["jobs"]
     except (OSError, ValueError, KeyError):
@@ -110,6 +118,10 @@ def _create(
     settings: str,
     job: cfg.Config,
 ) -> str:
+    """Create the MLflow run of a cell, with its tags and parameters, and return its id.
+
+    `settings` is the settings_hash of the cell, and `job` the configuration of one of its runs.
+    """
     tags = {
         "kind": "cell",
         "settings_hash": settings,
@@ -127,7 +139,11 @@ def _create(
 
 
 def _numbers(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Yield the metrics of a cell: mean and sample deviation (%) of each accuracy, and seeds."""
+    """Yield (name, value) of the metrics of a cell.
+
+    The metrics are the number of runs (seeds), and for each accuracy the mean and the sample
+    standard deviation in percent. An accuracy that fewer than FEWEST runs have is left out.
+    """
     yield "seeds", float(len(results))
     for name in NUMBERS:
         values = [result[name] for result in results if result.get(name) is not None]

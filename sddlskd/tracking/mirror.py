@@ -21,7 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """A background thread that delivers changed run directories to MLflow."""
+    """Background thread that delivers changed run directories to MLflow.
+
+    Creating an instance starts the thread. A failed delivery is logged and retried after a pause.
+    No error of MLflow reaches the caller.
+    """
 
     def __init__(self) -> None:
         self._dirty: set[Path] = set()  # folders waiting for delivery
@@ -35,17 +39,20 @@ class Mirror:
         self._thread.start()
 
     def update(self, folder: Path) -> None:
-        """Schedule the delivery of this run directory, which has changed."""
+        """Schedule the delivery of a run directory that has changed, and return at once."""
         with self._wake:
             self._dirty.add(folder)
             self._wake.notify()
 
     def close(self, timeout: float = 60.0, retry: float = 10.0) -> None:
-        """Deliver the remaining run directories, then stop; log the undelivered ones.
+        """Deliver the remaining run directories, then stop the thread.
+
+        If some could not be delivered, a warning names them and the command that delivers them.
 
         Args:
-            timeout: The longest time to wait, in seconds, if MLflow accepts metrics.
-            retry: The longest time to retry failed deliveries, in seconds.
+            timeout: The longest time to wait, in seconds, if no delivery is failing.
+            retry: The longest time to wait, in seconds, if MLflow refused the last delivery or was
+                unreachable. After this time, no failed delivery is retried.
         """
         with self._wake:
             self._closing = True

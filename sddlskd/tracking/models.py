@@ -23,9 +23,13 @@ def save_model(
     Args:
         onnx_file: The ONNX model. It takes float32 images (B, C, H, W) with values in 0..1 and
             returns float32 logits (B, K).
-        folder: The folder to write the MLflow model to.
+        folder: The folder to write the MLflow model to, new or empty.
         image_CHW: The shape of one image: channels, height and width in pixels.
         num_classes: K, the number of classes.
+
+    Raises:
+        MlflowException: If `folder` exists and is not empty.
+        ImportError: If onnx is not installed.
     """
     with warnings.catch_warnings():
         # The import of MLflow warns about MLflow's own type hints.
@@ -52,10 +56,15 @@ def save_model(
 
 
 def log_model(folder: Path, model: Path) -> str | None:
-    """Upload the model of a run to MLflow and return its URI (runs:/RUN_ID/NAME).
+    """Upload an exported model to the MLflow run of a run directory, and return the model's URI.
 
-    Return None if MLflow does not have the run. Log a warning and return None if MLflow does not
-    accept the model.
+    `folder` is the run directory, and `model` the folder of the MLflow model (see `save_model`).
+    The URI is runs:/RUN_ID/NAME, with the name of the folder `model`. The result is None if MLflow
+    does not have the run. It is also None, and a warning is logged, if MLflow does not accept the
+    model.
+
+    Raises:
+        Damaged: If the mlflow.json of the run directory is damaged.
     """
     delivery = record.read_mirror(folder)
     if "run_id" not in delivery:

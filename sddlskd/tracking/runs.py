@@ -1,7 +1,7 @@
 """Deliver a run directory to MLflow: its run, parameters, metrics and outcome.
 
-The run directory is the record. `sync` is idempotent: it brings MLflow up to the record as
-often as it is called.
+The run directory is the record, and MLflow holds a copy. `sync` sends what MLflow lacks, so it can
+be called any number of times.
 """
 
 import json
@@ -53,9 +53,11 @@ def _cut(value: Any, limit: int) -> str:
 
 
 def supersede(folder: Path) -> None:
-    """Tag the MLflow run of a replaced record as superseded, so that it is not counted twice.
+    """Tag the MLflow run of a run directory as superseded: another run takes its place.
 
-    If MLflow is unreachable now, log a warning; `sync` sets the tag later.
+    The tag tells readers of MLflow not to count both runs. A marker file in `folder` records that
+    the run is superseded. If MLflow has no run of this directory, no tag is set now. If MLflow is
+    unreachable, a warning is logged. In both cases, the next `sync` of the directory sets the tag.
     """
     (folder / SUPERSEDED).touch()
     try:
@@ -68,22 +70,27 @@ def supersede(folder: Path) -> None:
 
 
 class StillUnreachable(ConnectionError):
-    """MLflow was unreachable at launch, which was logged then, and is still unreachable."""
+    """Error for an MLflow that was unreachable at launch, which was logged then, and still is."""
 
 
 def sync(folder: Path, *, again: bool = False) -> None:
     """Update MLflow from a run directory: the run, its parameters, all new metrics and its outcome.
 
-    The function is idempotent. A run whose process ended without writing an outcome gets the status
-    KILLED. A run that has not started yet is skipped. Errors of MLflow propagate to the caller.
+    The function can be called any number of times, and sends only what MLflow lacks. A run whose
+    process ended without writing an outcome gets the status KILLED. If the run has not started yet,
+    nothing is done. Errors of MLflow propagate.
 
     Args:
         folder: The run directory.
-        again: Deliver everything again, including what was delivered before; for example for a
-            server that was restored from a backup.
+        again: Whether to deliver everything again, including what was delivered before; for example
+            to a server that was restored from a backup.
 
     Raises:
-        Deleted: The run or its experiment was deleted in MLflow.
+        Deleted: If the run or its experiment was deleted in MLflow. A deleted run is no error if
+            `again` is set or the run is superseded.
+        StillUnreachable: If `tracking.offline` is set, MLflow was unreachable at launch, and still
+            is.
+        Damaged: If a file of the run directory is damaged.
     """
     folder = folder.absolute()  # MLflow records the absolute path
     with FileLock(folder / MIRROR_LOCK):
@@ -148,8 +155,8 @@ def _in_experiment(config: Config, experiment_id: str) -> Config:
 def _experiment_of_delivered(client: Any, config: Config, delivery: dict[str, Any]) -> str:
     """Return the id of the experiment to deliver a run to again; create the experiment if missing.
 
-    If MLflow does not know the run any more, its database may be a new one, and an id may stand for
-    another experiment there. The name of the experiment counts then. Raise Deleted if the
+    If MLflow does not know the run any more, its database may be a new one, in which the old id may
+    be that of another experiment. The experiment is then found by its name. Raise Deleted if the
     experiment was deleted in MLflow.
     """
     uri = str(config.tracking.uri)
@@ -163,10 +170,10 @@ def _experiment_of_delivered(client: Any, config: Config, delivery: dict[str, An
 
 
 def _read_delivery(client: Any, folder: Path, config: Config) -> dict[str, Any]:
-    """Return what MLflow already has of a run directory.
+    """Return what MLflow already has of a run directory, as the directory's mlflow.json says.
 
-    The directory's mlflow.json says so. If that file is damaged, search MLflow for a run with the
-    same configuration hash and run directory.
+    If that file is damaged, search MLflow for a run with the same configuration hash and run
+    directory. The result is {} if nothing was delivered to the present address.
     """
     try:
         delivery = record.read_mirror(folder)
@@ -209,10 +216,19 @@ def _delete_twins(client: Any, config: Config, delivery: dict[str, Any]) -> None
 def _create_run(
     client: Any, folder: Path, config: Config, delivery: dict[str, Any]
 ) -> dict[str, Any]:
-    """Create the MLflow run of this directory, or find it if it exists, and return its delivery.
+    """Create the MLflow run of this directory, or find it if it exists.
 
-    Write the record's key to disk before creating the run: after a crash in between, the next call
-    finds the run by its key and does not create a second one.
+    The record's key is written to disk before the run is created. After a crash in between, the
+    next call finds the run by its key and does not create a second one.
+
+    Args:
+        client: The MLflow client.
+        folder: The run directory.
+        config: The configuration of the run.
+        delivery: What MLflow already has; without the id of a run.
+
+    Returns:
+        The new content of mlflow.json, with the id of the run.
     """
     key = delivery.get("key") or uuid.uuid4().hex
     record.write_mirror(folder, {"key": key, "uri": config.tracking.uri})
@@ -295,6 +311,10 @@ def _send_outcome(
     result: dict[str, Any],
     rows: Sequence[dict[str, Any]],
 ) -> None:
+    """Send the status of a run; if the run has ended, also its final metrics and its files.
+
+    `rows` are the metrics of each epoch, and `result` is the content of result.json.
+    """
     if status not in OUTCOMES:  # the run was resumed, so the old reason no longer applies
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)

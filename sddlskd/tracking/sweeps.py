@@ -32,17 +32,28 @@ TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
-    """Create the database, the experiment and a sweep's parent run; return configs with their ids.
+    """Create the MLflow experiment of some jobs, and the parent run of their sweep.
 
-    The launching process calls this function. The first of the configurations with tracking enabled
-    names the MLflow address and the experiment; the parent run is created only if `sweep` is given.
-    If MLflow does not accept runs and `tracking.offline` is set, log a warning and return
-    configurations without ids: `sync` creates the missing experiment and runs later.
+    The process that launches the jobs calls this function. The first configuration with tracking
+    enabled names the MLflow address and the experiment. A missing SQLite database, experiment or
+    parent run is created; existing ones are used. If no configuration has tracking enabled, nothing
+    is done. If MLflow does not accept runs and `tracking.offline` is set, a warning is logged, and
+    `runs.sync` creates the missing experiment and runs later.
+
+    Args:
+        configs: The configurations of the jobs.
+        sweep: The name of the sweep; None to create no parent run.
+
+    Returns:
+        All configurations with `tracking.experiment_id` and `tracking.parent_run_id` filled in, and
+        with `sweep.name` if `sweep` is given. The ids are None after a warning. If no configuration
+        has tracking enabled, the configurations are unchanged.
 
     Raises:
-        ConnectionError: MLflow does not accept runs and `tracking.offline` is not set. For a server
-            this error comes within seconds.
-        ValueError: `tracking.uri` is not a valid address, or the experiment was deleted in MLflow.
+        ConnectionError: If MLflow does not accept runs and `tracking.offline` is not set. For a
+            server this error comes within seconds.
+        ValueError: If `tracking.uri` is not a valid address, or the experiment was deleted in
+            MLflow (`Deleted`).
     """
     tracked = next((c for c in configs if c.tracking.enabled), None)
     if tracked is None:
@@ -84,8 +95,12 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
 def experiment_and_parent(config: Config, sweep: str | None) -> tuple[str, str | None]:
     """Return (experiment id, parent run id), creating the experiment and the run if missing.
 
-    The parent run id is None without a sweep. Any number of processes may call this function at the
-    same time.
+    `config` names the MLflow address and the experiment. `sweep` is the name of the sweep; if it is
+    None, the parent run id is None. The parent run gets the status RUNNING. Any number of processes
+    may call this function at the same time. Errors of MLflow propagate.
+
+    Raises:
+        Deleted: If the experiment was deleted in MLflow.
     """
     uri = str(config.tracking.uri)
     path = sqlite_file(uri)
@@ -122,15 +137,16 @@ def _experiment(client: Any, config: Config) -> str:
 
 
 def check_reachable(configs: Sequence[Config]) -> None:
-    """Check that the MLflow server of every job that is about to start answers.
+    """Raise ConnectionError if the MLflow of a job that is about to start does not accept runs.
 
-    Jobs that the launching process already registered (`tracking.experiment_id` is set) may start
-    without the server, because any running job may lose its server. The same holds for jobs with
-    `tracking.offline`.
+    Some jobs may start without MLflow and are not checked: those without tracking, those that the
+    launching process already registered (`tracking.experiment_id` is set), and those with
+    `tracking.offline`, unless another job with the same address requires MLflow.
 
     Raises:
-        ConnectionError: A server does not answer; the message names its address.
-        ValueError: A `tracking.uri` is not a valid address.
+        ConnectionError: If a server or SQLite file does not accept runs; the message names its
+            address.
+        ValueError: If a `tracking.uri` is not a valid address.
     """
     starting = [
         c.tracking for c in configs if c.tracking.enabled and c.tracking.experiment_id is None
@@ -144,7 +160,12 @@ def check_reachable(configs: Sequence[Config]) -> None:
 
 
 def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
-    """Raise ValueError if jobs on hosts other than this one would write to a SQLite file."""
+    """Raise ValueError if jobs on other hosts than this one would write to a SQLite file.
+
+    `configs` are the configurations of the jobs, of which only those with tracking count. `hosts`
+    are the names of all hosts that run jobs; this host may be among them, with or without its
+    domain.
+    """
     here = {"localhost", socket.gethostname().split(".")[0]}
     others = sorted({host for host in hosts if host.split(".")[0] not in here})
     for uri in {str(c.tracking.uri) for c in configs if c.tracking.enabled}:
@@ -157,12 +178,27 @@ def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
 
 
 def search_runs(client: Any, experiment_id: str | None, condition: str) -> list[Any]:
-    """Return the MLflow runs of an experiment that fulfil a condition, the earliest first."""
+    """Return the MLflow runs of an experiment that fulfil a condition, the earliest first.
+
+    Deleted runs are left out. MLflow returns at most 1,000 runs.
+
+    Args:
+        client: The MLflow client.
+        experiment_id: The id of the experiment.
+        condition: The condition in MLflow's filter language, such as "tags.kind = 'sweep'".
+
+    Returns:
+        The runs, sorted by start time.
+    """
     runs = client.search_runs([experiment_id], condition)
     return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
+    """Return the id of the sweep's parent run, and set the run's status to RUNNING.
+
+    The run is created if it is missing.
+    """
     condition = f"tags.sweep = '{sweep}' and tags.kind = 'sweep'"
     found = search_runs(client, experiment_id, condition)
     own = None
@@ -180,15 +216,23 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
 
 
 def log_plan(config: Config, path: Path) -> None:
-    """Upload the sweep's plan to its parent run, so that jobs that never started remain visible.
+    """Upload the plan of a sweep to its parent run in MLflow, and set the run's status to RUNNING.
 
-    Without the plan, a planned job that never started looks like a job that was never planned.
+    With the plan, MLflow also names jobs that never started. `config` is the configuration of a
+    registered job of the sweep. The plan is the file plan.json in the sweep's folder; the argument
+    `path` is not used. If MLflow does not accept the plan, a warning is logged, and `sync_sweep`
+    delivers it later. Without tracking, nothing is done.
     """
     _set_status(config, record.RUNNING, what="plan")
 
 
 def finish_sweep(config: Config, status: str) -> None:
-    """Set the final status of the sweep's parent run; log a warning if MLflow is unreachable."""
+    """Set the final status of the sweep's parent run in MLflow.
+
+    `config` is the configuration of a registered job of the sweep, and `status` one of FINISHED,
+    FAILED and KILLED. If MLflow does not accept the status, a warning is logged, and `sync_sweep`
+    delivers it later. Without tracking, nothing is done.
+    """
     _set_status(config, status, what="outcome")
 
 
@@ -219,15 +263,16 @@ def _set_status(config: Config, status: str, what: str) -> None:
 
 
 def sweep_folder(config: Config) -> Path:
+    """Return the folder of a job's sweep: <home>/runs/sweeps/<name of the sweep>."""
     return Path(config.home, "runs", "sweeps", str(config.sweep.name))
 
 
 def _read_delivery(folder: Path, config: Config) -> dict[str, Any]:
-    """Return the content of the sweep's mlflow.json.
+    """Return the content of the sweep's mlflow.json, brought up to the configuration.
 
-    It holds the parent run's id, the values that MLflow should have, and those that MLflow already
-    has. Start from an empty state if the file is damaged or is about another MLflow address,
-    experiment, home or parent run.
+    The file holds the parent run's id, the values that MLflow should have, and those that MLflow
+    already has. If the file is damaged, or is about another MLflow address, experiment, home or
+    parent run, nothing counts as delivered.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -254,10 +299,20 @@ def _read_delivery(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def sync_sweep(folder: Path, *, again: bool = False) -> None:
-    """Update MLflow from a sweep's folder: its parent run, its status and its plan.
+    """Update MLflow from a sweep's folder: its parent run, its status, its plan and its cells.
 
-    The function is idempotent. `again` means the same as in `sync`. Raise Deleted if the parent run
-    or its experiment was deleted in MLflow.
+    A cell is a group of runs that differ only in the seed; cells are sent once the sweep has ended.
+    The function can be called any number of times, and sends only what MLflow lacks. If the folder
+    has no mlflow.json, nothing is done. Errors of MLflow propagate.
+
+    Args:
+        folder: The sweep's folder, <home>/runs/sweeps/<name>.
+        again: Whether to deliver everything again, including what was delivered before.
+
+    Raises:
+        Deleted: If the parent run or its experiment was deleted in MLflow. A deleted parent run is
+            no error if `again` is set.
+        Damaged: If mlflow.json is damaged.
     """
     with FileLock(folder / MIRROR_LOCK):
         delivery = record.read_mirror(folder)
@@ -297,7 +352,8 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
 def _run_of_sweep(folder: Path, delivery: dict[str, Any]) -> str:
     """Return the id of the sweep's parent run, creating the run if missing.
 
-    The caller must hold the sweep's lock.
+    The caller must hold the sweep's lock. `delivery` is the content of mlflow.json, and is changed
+    if the run is created.
     """
     if not delivery["run_id"]:
         tracking = TrackingConfig(uri=delivery["uri"], experiment=delivery["experiment"])
@@ -311,9 +367,10 @@ def _run_of_sweep(folder: Path, delivery: dict[str, Any]) -> str:
 
 
 def parent_of(config: Config) -> str | None:
-    """Return the id of the parent run of the sweep that planned this job, or None if no sweep did.
+    """Return the id of the MLflow run of the sweep that planned a job, or None if no sweep did.
 
-    The configuration holds the id unless MLflow was unreachable when the sweep was launched.
+    The configuration holds the id unless MLflow was unreachable when the sweep was launched. In
+    that case, the sweep's run is created if it is missing. Errors of MLflow propagate.
     """
     folder = sweep_folder(config)
     if config.tracking.parent_run_id or not is_planned(folder, config):
@@ -323,6 +380,7 @@ def parent_of(config: Config) -> str | None:
 
 
 def is_planned(folder: Path, config: Config) -> bool:
+    """Return whether plan.json in a sweep's folder lists the job; False without that file."""
     path = folder / "plan.json"
     return path.exists() and any(
         job["run_dir"] == config.run_dir for job in json.loads(path.read_text())["jobs"]

@@ -48,14 +48,22 @@ ANSWER_S = 6.0  # time limit in seconds for a server's answer at launch
 
 
 class Deleted(ValueError):
-    """A run or an experiment was deleted in MLflow. The message says how to bring it back."""
+    """Error for a run or an experiment that was deleted in MLflow or is unknown there.
+
+    The message says how to restore the run or experiment, or how to send it anew.
+    """
 
 
 def client(uri: str) -> Any:
-    """Return an MLflow client for `uri`; create the SQLite file if `uri` names a missing one.
+    """Return an MLflow client for the address `uri`, with short time limits for HTTP requests.
 
-    Raise ConnectionError if `uri` names a SQLite file that this host may not write, or that another
-    version of MLflow has written.
+    The time limits are environment variables of this process, set unless they are set already. If
+    `uri` names a SQLite file that does not exist, the file is created. Other errors of MLflow
+    propagate.
+
+    Raises:
+        ConnectionError: If `uri` names a SQLite file that cannot be written, that another host
+            writes to, or that another version of MLflow has written.
     """
     path = sqlite_file(uri)
     if path:
@@ -86,7 +94,7 @@ def client(uri: str) -> Any:
 
 
 def cure_of(uri: str) -> str:
-    """Return what a user can do if the MLflow at `uri` does not accept runs."""
+    """Return advice, for a message, on what to do if the MLflow at `uri` accepts no runs."""
     first = "start it"
     if sqlite_file(uri):
         first = "make it an MLflow database that you may write"
@@ -97,7 +105,10 @@ def cure_of(uri: str) -> str:
 
 
 def find_run(uri: str, run_id: str) -> Any | None:
-    """Return a run of MLflow, which may be deleted, or None if MLflow does not know the run."""
+    """Return an MLflow run, even a deleted one, or None if the MLflow at `uri` does not know it.
+
+    Other errors of MLflow propagate.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -109,15 +120,16 @@ def find_run(uri: str, run_id: str) -> Any | None:
 
 
 def refuse_deleted(uri: str, run_id: str, folder: Path) -> None:
-    """Check that MLflow still has a run that was delivered to it.
+    """Raise Deleted if MLflow no longer has a run that was delivered to it.
 
     Args:
         uri: The address of MLflow.
-        run_id: The MLflow run.
-        folder: The folder that was delivered: the directory of a run or of a sweep.
+        run_id: The id of the MLflow run.
+        folder: The run directory, or the sweep's folder, that was delivered; for the message.
 
     Raises:
-        Deleted: The run or its experiment was deleted in MLflow, or MLflow does not know the run.
+        Deleted: If the run or its experiment was deleted in MLflow, or MLflow does not know the
+            run. The message gives the commands to restore it or to send it anew.
     """
     run = find_run(uri, run_id)
     again = f"python -m sddlskd.tracking sync --again {shlex.quote(str(folder))}"
@@ -136,9 +148,10 @@ def refuse_deleted(uri: str, run_id: str, folder: Path) -> None:
 
 
 def refuse_deleted_experiment(uri: str, experiment: Any) -> None:
-    """Raise Deleted if an experiment was deleted in MLflow.
+    """Raise Deleted if an MLflow experiment was deleted; the message says how to restore it.
 
-    MLflow gives no other experiment the name of a deleted one.
+    `experiment` is MLflow's object, and `uri` the address of MLflow, for the message. The name of a
+    deleted experiment cannot be given to another experiment in MLflow.
     """
     if experiment.lifecycle_stage == "deleted":
         raise Deleted(
@@ -155,6 +168,10 @@ def _command(uri: str) -> str:
 
 
 def _check_file(path: Path) -> None:
+    """Raise ConnectionError if the SQLite file `path` is a folder or may not be written.
+
+    If the file is missing, the nearest existing folder above it must be writable.
+    """
     uri = sqlite_uri(str(path))
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if path.is_dir() or not os.access(there, os.W_OK):
@@ -244,10 +261,21 @@ def _create(path: Path) -> None:
 
 
 def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
-    """Return `ask()`, or raise TimeoutError if it takes longer than `seconds` (None: no limit).
+    """Return the result of `ask()`, or raise TimeoutError if the call takes too long.
 
-    A name lookup has no time limit of its own, nor has a server that answers byte by byte. Errors
-    of `ask` propagate.
+    The call runs in a thread, because some calls have no time limit of their own: a name lookup, or
+    a request to a server that answers byte by byte. After a TimeoutError, the thread goes on in the
+    background. Errors of `ask` propagate.
+
+    Args:
+        seconds: The time limit in seconds; None for no limit.
+        ask: The function to call.
+
+    Returns:
+        What `ask` returns.
+
+    Raises:
+        TimeoutError: If `ask` takes longer than `seconds`.
     """
     answers: list[Answer] = []
     errors: list[Exception] = []
@@ -272,11 +300,15 @@ def _collect(ask: Callable[[], Answer], answers: list[Answer], errors: list[Exce
 
 
 def check_answers(uri: str) -> None:
-    """Check that `uri` is an MLflow server or SQLite file that accepts runs.
+    """Raise an error unless `uri` is an MLflow server or SQLite file that accepts runs.
+
+    A server must answer a search for experiments within six seconds (ANSWER_S). A SQLite file must
+    be writable, and MLflow must be able to open it. A missing SQLite file passes if it can be
+    created; it is not created here.
 
     Raises:
-        ConnectionError: The server or file does not accept runs; the message says what to do.
-        ValueError: `uri` is neither an http(s) address nor a sqlite:/// path.
+        ConnectionError: If the server or file does not accept runs; the message says what to do.
+        ValueError: If `uri` is neither an http(s) address nor a sqlite:/// path.
     """
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
@@ -352,7 +384,10 @@ def _search_experiments(uri: str) -> Any:
 
 
 def root_of(error: BaseException) -> str:
-    """Return the first line of an error's root cause, because HTTP libraries nest their errors."""
+    """Return the first line of the root cause of an error, because HTTP libraries nest errors.
+
+    The root cause is found by following `__cause__`, or else `__context__`.
+    """
     cause: BaseException | None = error
     while cause is not None:
         error = cause
@@ -361,6 +396,9 @@ def root_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message (at most 200 characters), or its type's name."""
+    """Return the first line of an error's message, at most 200 characters.
+
+    The name of the error's type is returned if the message is empty.
+    """
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]

@@ -1,1 +1,1 @@
-"""Training: from typed jobs to trained students."""
+"""Training: from the configurations of runs to trained students."""

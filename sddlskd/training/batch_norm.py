@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics cover the images of all ranks.
+"""BatchNorm whose statistics cover the images of all ranks (the processes that share a batch).
 
 Shapes: B batch, C channels.
 """
@@ -18,35 +18,35 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass
 class Sharing:
-    """State that the trainer shares with the BatchNorm layers.
+    """Mutable state by which the trainer tells `SharedBatchNorm` how a batch is distributed.
 
     Attributes:
-        divided: whether the ranks hold different images of the current batch. If False, every rank
-            holds the whole batch.
+        divided: whether the ranks hold different images of the current batch. False means that
+            every rank holds the whole batch.
     """
 
     divided: bool = True
 
 
 def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
-    """Replace every BatchNorm of `model`, in place, by one over the images of all ranks.
+    """Replace every BatchNorm of a network by one whose training statistics cover all ranks.
 
     Parameters, buffers and their names stay the same. On CUDA the replacement is torch's
-    SyncBatchNorm, which accepts no CPU tensors; on other devices it is `SharedBatchNorm`. If each
-    rank holds the whole batch, SyncBatchNorm counts every image once per rank, so its running_var
-    becomes slightly smaller.
+    SyncBatchNorm; on other devices it is `SharedBatchNorm`. SyncBatchNorm does not look at
+    `sharing`: if every rank holds the whole batch, each image counts once per rank, and
+    running_var becomes slightly smaller than with plain BatchNorm.
 
     Args:
-        model: the network.
+        model: the network, which is changed in place.
         device: device that the network is trained on.
-        sharing: tells `SharedBatchNorm` whether the ranks hold different images of a batch.
+        sharing: state that tells `SharedBatchNorm` whether the ranks hold different images.
 
     Returns:
         The network with the replaced layers.
 
     Raises:
-        ValueError: if the network has a subclass of BatchNorm, because it may compute something
-            else as well.
+        ValueError: If a BatchNorm of the network is of another class than nn.BatchNorm1d,
+            nn.BatchNorm2d and nn.BatchNorm3d.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and type(module) not in KINDS:
@@ -68,21 +68,29 @@ def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.M
 
 
 class SharedBatchNorm(_BatchNorm):
-    """BatchNorm over the values of all ranks; the ranks may hold different numbers of values.
+    """BatchNorm layer whose training statistics cover the images of all ranks.
 
-    If each rank holds the whole batch, the layer is plain BatchNorm. running_var is updated with
-    the unbiased variance, as in BatchNorm. Gradients flow through the sums over all ranks.
+    The ranks may hold different numbers of images. If `sharing.divided` is False, or in eval mode,
+    the layer is plain BatchNorm. As in BatchNorm, running_var is updated with the unbiased
+    variance. Gradients flow through the sums over all ranks.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2.
+
+    Attributes:
+        sharing: state that the trainer updates before each batch.
     """
 
     sharing: Sharing
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any shape: on one rank, the layer that this one replaces checks its input."""
+        """Accept any shape; the replaced layer checks the shape if the network runs on one rank."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised `input`, (B, C, ...), in the dtype of `input`."""
+        """Return the normalised `input`, with the shape (B, C, ...) and the dtype of `input`.
+
+        In training mode, all ranks that hold parts of a batch must call the layer together. The
+        statistics are computed in float32 if `input` is float16 or bfloat16.
+        """
         if not self.training or not self.sharing.divided:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -110,14 +118,14 @@ class SharedBatchNorm(_BatchNorm):
 
 
 def _along(values_C: Tensor, x: Tensor) -> Tensor:
-    """Return values_C as a view that broadcasts over x, (B, C, ...)."""
+    """Return values_C as a view that broadcasts over x, which has the shape (B, C, ...)."""
     return values_C.view(1, -1, *[1] * (x.dim() - 2))
 
 
 class _Sum(Function):
-    """The sum over all ranks.
+    """Sum over all ranks.
 
-    Its gradient is summed over all ranks too, because the loss is the sum of the ranks' losses.
+    The gradient is summed over all ranks, too, because the loss is the sum of the ranks' losses.
     """
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Build data, networks, teacher and runs from a configuration."""
+"""Build the parts of a job (one training run) from its configuration, and check its settings.
+
+The parts are the data, the networks, the teacher, the optimizer and the loss.
+"""
 
 import logging
 import math
@@ -67,15 +70,20 @@ WORKER_MB = 30  # memory of a process that decodes images, in megabytes
 
 
 def load_splits(job: Config) -> Splits:
-    """Load the data set of a job, without reading image files."""
+    """Return the training and the test split of a job's data set.
+
+    A data set of pixel arrays is loaded into memory. For a data set of image files, only paths and
+    labels are read. A loader may download a missing data set. Errors of the loader are raised as
+    Hydra's InstantiationException.
+    """
     splits: Splits = instantiate(job.dataset.load)
     return splits
 
 
 def present_fingerprint(job: Config) -> dict[str, Any] | None:
-    """Return the fingerprint of the data that a job would use now.
+    """Return the fingerprint of the data that a job would use now: its sizes, classes and a hash.
 
-    Nothing is downloaded. Return None, and log the reason, if the data cannot be loaded.
+    Nothing is downloaded. If the data cannot be loaded, log the reason and return None.
     """
     try:
         with without_downloads():
@@ -92,19 +100,22 @@ def data_changed(result: Mapping[str, Any], now: Mapping[str, Any] | None) -> st
 
     Args:
         result: content of the run's result.json.
-        now: fingerprint of the data that the job would use now; None if it is unknown.
+        now: fingerprint of the data that the job would use now (`present_fingerprint`); None if it
+            is unknown.
 
     Returns:
-        How the data differ; "" if they are the same, or if one of them is unknown.
+        A text for messages; "" if the data are the same or a fingerprint is unknown.
     """
     earlier = result.get("data")
     return difference(earlier, now) if earlier and now else ""
 
 
 def check_same_data(job: Config, now: Mapping[str, Any] | None) -> None:
-    """Raise ValueError if the job's record holds epochs that were trained on other data.
+    """Raise ValueError if the job's run directory holds a run that was trained on other data.
 
-    `now` is the fingerprint of the data that the job would use now; None if it is unknown.
+    `now` is the fingerprint of the present data (`present_fingerprint`), or None if it is unknown.
+    The check passes if the run directory holds no finished run and no checkpoint, or if either
+    fingerprint is unknown. A damaged result.json raises ValueError, too.
     """
     folder = Path(job.run_dir)
     result = read_result(folder)
@@ -121,14 +132,15 @@ def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
     """Return in words how the job's data differ from the data that its teacher was trained on.
 
     Args:
-        job: the job.
-        now: fingerprint of the data that the job would use now.
+        job: configuration of the training run.
+        now: fingerprint of the data that the job would use now (`present_fingerprint`).
 
     Returns:
-        How the data differ; "" if they are the same or unknown, or if there is no teacher file.
+        A text for messages; "" if the data are the same, if the job has no teacher, or if the
+        teacher file is missing or does not tell its data.
 
     Raises:
-        ValueError: if the teacher was trained on other classes.
+        ValueError: If the teacher was trained on other classes.
     """
     path = teacher_path(job)
     if not job.has_teacher or not path.exists():
@@ -154,25 +166,24 @@ def build_data(
     ranks: int = 1,
     strong: bool = False,
 ) -> Data:
-    """Return the batches of a job's data set for one rank.
-
-    A data set of pixel arrays is kept on the device. A data set of image files is read from disk as
-    the batches are consumed.
+    """Return the batches of a job's data set for one rank, a process that shares each batch.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         device: device of the batches.
-        splits: the data set, if it is loaded already.
-        rank: index of this rank.
+        splits: the training and test split; None to load them with `load_splits`.
+        rank: index of this rank, from 0.
         ranks: number of ranks that share each batch.
-        strong: whether the training batches have strong views, too.
+        strong: whether the training batches also hold a second, strongly augmented view of each
+            image.
 
     Returns:
-        DeviceData or StreamedData, which yield this rank's share of each batch.
+        DeviceData for pixel arrays, which are kept on the device as a whole. StreamedData for image
+        files, which are decoded when a batch needs them.
 
     Raises:
-        ValueError: if a setting or the data is not valid, or if `teacher.cache` is set for image
-            files (see `check_cache`).
+        ValueError: If a setting or the data is not valid, if the device has too little memory, or
+            if `teacher.cache` is set for image files (see `check_cache`).
     """
     d = job.dataset
     splits = splits or load_splits(job)
@@ -213,7 +224,11 @@ def build_data(
 
 
 def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
-    """Return (N, H, W, C) of the training images as the networks receive them."""
+    """Return (N, H, W, C) of the job's training split, as the networks receive its images.
+
+    N counts the images before some are held out for validation. Image files are cropped to
+    `dataset.size` x `dataset.size` pixels.
+    """
     if isinstance(splits.train, Files):
         return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
     return tuple(splits.train.images_NHWC.shape)
@@ -222,21 +237,24 @@ def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
 def check_images(
     job: Config, shape_NHWC: tuple[int, ...], device: torch.device, *, of_files: bool
 ) -> None:
-    """Raise ValueError if the device cannot hold the images, before memory is allocated for them.
+    """Raise ValueError if the device has too little free memory for the images of a job.
 
     Args:
-        job: the job.
-        shape_NHWC: (N, H, W, C) of the training images as the networks receive them.
+        job: configuration of the training run.
+        shape_NHWC: (N, H, W, C) of the training split, as `shape_of` returns it.
         device: device of the images.
-        of_files: whether only one batch of images is in memory at a time.
+        of_files: whether the images are read from files, so that only one batch is in memory. If
+            False, all N padded images are kept on the device.
 
     Raises:
-        ValueError: if the padded data set, or one batch of image files, does not fit.
+        ValueError: If the padded training split does not fit, or, for image files, one batch of the
+            larger of the training and evaluation batch sizes. The check passes if the free memory
+            of the device is unknown (see `check_memory`).
     """
     N, H, W, C = shape_NHWC
     if of_files:
         batch = max(job.trainer.batch_size, job.trainer.eval_batch_size)
-        # One byte for a pixel as it is read, and four as the networks receive it
+        # A value takes one byte as a decoded pixel, and four bytes as an input of the networks.
         check_memory(f"dataset.size={job.dataset.size}", 5 * batch * H * W * C, device)
     else:
         padding = job.dataset.padding
@@ -245,14 +263,17 @@ def check_images(
 
 
 def check_batch_size(job: Config, images: int, of_teacher: int | None = None) -> None:
-    """Raise ValueError if a batch of a job is larger than its training images are many.
+    """Raise ValueError if a job has too few training images for its batch size.
 
-    The same holds for the batches of its teacher if the teacher is trained first.
+    If the job first trains its missing teacher, the teacher's batch size is checked as well.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         images: number of images that the student learns from.
         of_teacher: number of images that the teacher learns from; None for `images`.
+
+    Raises:
+        ValueError: If there are fewer than two images, or fewer images than the batch size.
     """
     if teacher_job := trained_first(job):
         check_batch_size(teacher_job, images if of_teacher is None else of_teacher)
@@ -269,10 +290,11 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
 
 
 def batch_size_cure(job: Config, size: str) -> str:
-    """Return an advice for messages: the setting that changes a job's batch size to `size`.
+    """Return the part of an error message that says how to change a job's batch size to `size`.
 
-    The setting is trainer.batch_size, or dataset.batch_size if the job has the batch size of its
-    data set: a teacher that is trained on demand reads only the latter.
+    `size` is text, such as "64" or "100 or less". The advice is to set dataset.batch_size if
+    trainer.batch_size has the same value, because a teacher that is trained first reads only
+    dataset.batch_size. Otherwise the advice is to set trainer.batch_size.
     """
     if job.trainer.batch_size == job.dataset.batch_size:
         return f"set dataset.batch_size={size}, which trainer.batch_size follows unless set"
@@ -280,9 +302,10 @@ def batch_size_cure(job: Config, size: str) -> str:
 
 
 def check_objective(job: Config, device: torch.device) -> None:
-    """Raise ValueError if the loss or the optimizer of a job cannot work as its arguments are.
+    """Raise ValueError if the loss or the optimizer of a job does not work with its arguments.
 
-    `device` is the device of the networks.
+    Both are tried on small tensors (`try_loss`, `try_optimizer`). The loss is tried on the CPU, and
+    is left out for a job without a logit loss. The optimizer is tried on `device`.
     """
     if job.distiller.loss:
         try_loss(
@@ -292,15 +315,18 @@ def check_objective(job: Config, device: torch.device) -> None:
 
 
 def check_workers(job: Config) -> None:
-    """Raise ValueError if `dataset.workers` asks for more processes than this machine has cores."""
+    """Raise ValueError if `dataset.workers` exceeds the number of CPU cores of this process.
+
+    None, which chooses the number of decoding processes by the cores, always passes.
+    """
     check_processes("dataset.workers", job.dataset.workers or 0, WORKER_MB)
 
 
 def check_cache(job: Config) -> None:
-    """Raise ValueError if `teacher.cache` is set for a job with streamed data.
+    """Raise ValueError if `teacher.cache` is set.
 
-    Random crops of image files never repeat, so the cache would never hit. Call this function only
-    for such data.
+    Call this function only for a data set of image files. Their random crops never repeat, so the
+    cache of teacher maps would never be hit.
     """
     if job.teacher.cache:
         raise ValueError(
@@ -315,16 +341,20 @@ def build_network(
 ) -> nn.Module:
     """Return a freshly initialised network, whose weights depend on `seed` alone.
 
-    The global random state does not affect the weights, and the call leaves it unchanged.
+    The network is initialised on the CPU, and the CPU's global random state is left unchanged.
 
     Args:
         model: `_target_` and arguments of the network.
-        num_classes: number of classes, passed to the network.
+        num_classes: number of classes, which is passed to the network as well.
         seed: seed of the initialisation.
-        device: device of the network.
+        device: device that the network is moved to.
 
     Returns:
-        The network in the channels_last memory format.
+        The network, in the channels_last memory format.
+
+    Raises:
+        ValueError: If the `_target_` is not allowed (`config.targets.instantiate`).
+        InstantiationException: If the network's code raises an error.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -335,15 +365,19 @@ def build_network(
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """Return a network's configuration without the keys that download published weights.
+    """Return the configuration of a network without the keys "pretrained" and "weights".
 
-    Use it for networks that get their weights from a file.
+    With these keys, building the network would download published weights. Use this function for a
+    network whose weights come from a file.
     """
     return {key: value for key, value in model.items() if key not in ("pretrained", "weights")}
 
 
 def teacher_path(job: Config) -> Path:
-    """Return the path of the weight file of the job's teacher."""
+    """Return the path of the teacher's weight file, which need not exist.
+
+    The path is `teacher.checkpoint` if set, else <home>/teachers/<data set>/<teacher>.pt.
+    """
     return Path(
         job.teacher.checkpoint
         or teacher_files.path_of(job.home, job.dataset.name, job.teacher.name)
@@ -351,7 +385,11 @@ def teacher_path(job: Config) -> Path:
 
 
 def trained_first(job: Config) -> Config | None:
-    """Return the job that trains the teacher of `job` before `job`, or None if there is none."""
+    """Return the job that trains the missing teacher of `job`, or None if none is to be trained.
+
+    A teacher is to be trained if `job` has a teacher, the teacher's file is missing,
+    `teacher.train_if_missing` is set and `teacher.checkpoint` is not.
+    """
     on_the_spot = job.teacher.train_if_missing and not job.teacher.checkpoint
     if not job.has_teacher or not on_the_spot or teacher_path(job).exists():
         return None
@@ -359,10 +397,12 @@ def trained_first(job: Config) -> Config | None:
 
 
 def check_teacher(job: Config) -> None:
-    """Check the teacher file of a job; do nothing for a job without a teacher.
+    """Raise an error if the teacher file of a job is missing or was replaced.
 
-    Raise FileNotFoundError if the file is missing and will not be trained. Raise ValueError if a
-    teacher file of the home folder differs from the file that is pinned.
+    FileNotFoundError is raised if the file is missing and the job may not train the teacher first.
+    ValueError is raised if the file's sha256 differs from the one that lock.json in the home folder
+    pins (see `teacher_files`); a file named by `teacher.checkpoint` is not compared. Do nothing for
+    a job without a teacher.
     """
     if not job.has_teacher:
         return
@@ -378,8 +418,8 @@ def check_teacher(job: Config) -> None:
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
     """Return whether a run was trained with another teacher file than its job would use now.
 
-    `result` is the content of the run's result.json. Return False for a job without a
-    teacher, and if the hash of either file is unknown.
+    `result` is the content of the run's result.json, which names the file's sha256. Return False
+    for a job without a teacher, if the present file is missing, and if result.json names no file.
     """
     earlier = result.get("teacher_sha256")
     path = teacher_path(job)
@@ -397,35 +437,35 @@ def build_teacher(
     ranks: Ranks | None = None,
     noted: Mapping[str, Any] | None = None,
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
-    """Return the teacher of a job, and train it first if its file is missing and the job allows it.
+    """Return the teacher of a job; train it first if its file is missing and the job allows it.
 
-    Log a warning if the teacher performs at chance level on the test split.
+    A warning is logged if the teacher's top-1 on the test split is hardly better than guessing.
 
     Args:
-        job: the job.
-        network: network of the teacher, whose weights are loaded from the teacher file.
-        data: data set of the job, to measure the teacher's accuracy on the test split.
+        job: configuration of the training run.
+        network: network of the teacher; its weights are loaded from the teacher file.
+        data: data set of the job, whose test split serves to measure the teacher's accuracy.
         device: device of the teacher.
-        train: function that trains the given teacher job and thereby writes the teacher file.
-        ranks: the ranks that each have a copy of the teacher and train it together. Rank 0 looks
-            for the file and measures the accuracy. None for this process alone.
-        noted: fingerprint of the data set; None if it is unknown.
+        train: function that trains a given teacher job and writes the teacher file.
+        ranks: the processes that share each batch; all of them must call this function. Rank 0
+            looks for the file and measures the accuracy. None for this process alone.
+        noted: fingerprint of the data set (`present_fingerprint`); None if it is unknown.
 
     Returns:
-        The teacher, with a cache if `teacher.cache` is set and the job has no feature method, and
-        the facts for result.json:
-        {"teacher_top1": percent, "teacher_sha256": hash of the teacher file}.
+        The teacher, and facts for result.json: {"teacher_top1": percent, "teacher_sha256": hash of
+        the teacher file}. The teacher has a cache of its logit maps if `teacher.cache` is set, the
+        data set is kept on the device and the job has no feature method.
 
     Raises:
-        FileNotFoundError: if the file is missing and is not trained.
-        ValueError: if the file is not the pinned one, does not hold weights of the network, was
-            trained on other classes, or if the disk cannot hold the cache.
+        FileNotFoundError: If the file is missing and is not trained.
+        ValueError: If the file is not the pinned one, does not hold finite weights of the network,
+            or was trained on other classes; or if the disk cannot hold the cache.
     """
     path = teacher_path(job)
     ranks = ranks or Ranks()
     check_teacher(job)
     _train_if_missing(job, train, ranks)
-    # Measured accuracies and cached maps are those of one data set.
+    # Measured accuracies and cached maps hold only for the data that they come from.
     data_hash = ""
     measured_on = job.dataset.name
     if noted:
@@ -468,7 +508,10 @@ def build_teacher(
 
 
 def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks) -> None:
-    """Train the teacher of a job if its file is missing; see `build_teacher` for the arguments."""
+    """Train the teacher of a job if its file is missing.
+
+    The arguments are those of `build_teacher`. Raise FileNotFoundError if training left no file.
+    """
     path = teacher_path(job)
     if ranks.broadcast(path.exists()):
         return
@@ -485,13 +528,13 @@ def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks
             job.teacher.train_epochs,
         )
         train(cfg.teacher_job(job))
-        # A finished training leaves the file; a training that did not is an error.
+        # A finished training has written the file. Without the file, the training has failed.
         if not ranks.broadcast(path.exists()):
             raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
 
 
 def _warn_at_chance(job: Config, top1: float) -> None:
-    """Log a warning if a teacher with this top-1 in % is hardly better than guessing."""
+    """Log a warning if a teacher with this top-1 (%) is hardly better than guessing."""
     chance = 100 / job.dataset.num_classes
     if top1 < chance + 0.05 * (100 - chance):
         log.warning(
@@ -514,7 +557,7 @@ def _cached(
     """Return the teacher with a cache of its logit maps.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         teacher: the teacher.
         data: the batches of the data set.
         device: device of the teacher.
@@ -522,7 +565,8 @@ def _cached(
         data_hash: hash of the data set; "" if it is unknown.
 
     Returns:
-        The teacher, whose maps are in one file for each of these.
+        The teacher with the cache. A cache file is shared by all jobs with the same teacher file,
+        data, augmentation, precision, and shape and number format of the maps.
     """
     d = job.dataset
     seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
@@ -553,19 +597,21 @@ def check_maps(
 ) -> None:
     """Check that both networks accept the images and return suitable logit maps.
 
-    The check runs one image of zeros through each network. It leaves the student in training mode.
+    One image of zeros is passed through each network in eval mode. Afterwards the student is in
+    training mode and the teacher in eval mode.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         student: network of the student.
         teacher: network of the teacher; None for a job without a teacher.
         data: data set of the job.
         device: device of the networks.
 
     Raises:
-        ValueError: if a network cannot process the images, if its output is not a logit map
-            (B, K, H, W) with the classes of the data set, or if the largest scale of `M` is more
-            than twice the shorter side of the smaller map.
+        ValueError: If a network cannot process the images, if its output is not a logit map
+            (B, K, H, W) with the classes of the data set, or if, with a teacher, the largest scale
+            of `M` is more than twice the shortest side of the two maps.
+        torch.OutOfMemoryError: If the device is full.
     """
     image = torch.zeros(1, *data.image_shape, device=device)
     networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
@@ -603,26 +649,28 @@ def check_maps(
 def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> None:
     """Check that the student can train on a batch of one image, if an epoch has such a batch.
 
-    A BatchNorm that sees a single value of a channel cannot train. The check runs one image of
-    zeros through the network in training mode and leaves the network as it was.
+    BatchNorm cannot train if it sees a single value per channel. One image of zeros is passed
+    through the network in training mode. Afterwards the buffers have their earlier values, and the
+    network is in training mode. Without a batch of one image nothing is done.
 
     Args:
-        job: the job.
+        job: configuration of the training run, which gives the batch size.
         student: network of the student, ready for training on these ranks.
         data: data set of the job.
-        ranks: the ranks that share each batch.
+        ranks: the processes that share each batch; all of them must call this function.
 
     Raises:
-        ValueError: if a rank gets a batch of one image, on which the network cannot train.
+        ValueError: If a rank gets a batch of one image on which the network cannot train.
+        torch.OutOfMemoryError: If the device is full.
     """
     size, images = job.trainer.batch_size, data.train_size
-    # Not those of `data`: the job of a teacher may have another batch size.
+    # `data.steps_per_epoch` may not fit: the job of a teacher can have another batch size.
     steps = math.ceil(images / size)
     steps = min(steps, job.trainer.max_steps or steps)
     sizes = {min(size, images - step * size) for step in {0, steps - 1}}
     if not any(1 in _shares(batch, ranks.world_size) for batch in sizes):
         return
-    # Tells SharedBatchNorm, too, that every rank holds the whole batch.
+    # This call tells SharedBatchNorm that every rank holds the whole batch.
     ranks.images_of_step(1, 1)
     device = next(student.parameters()).device
     image = torch.zeros(1, *data.image_shape, device=device)
@@ -646,7 +694,7 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
 
 
 def _shares(batch: int, ranks: int) -> set[int]:
-    """Return the numbers of images that the ranks hold of a batch of `batch` images."""
+    """Return the numbers of images that ranks may hold of a batch of `batch` images."""
     parts = (share_of(batch, rank, ranks) for rank in range(ranks))
     return {part.stop - part.start for part in parts}
 
@@ -662,20 +710,24 @@ def build_run(
     ranks: Ranks | None = None,
     features: Mapping[str, Feature] | None = None,
 ) -> Run:
-    """Return the run of one student with optimizer and loss, resumed from its checkpoint if any.
+    """Return the complete training state of one student: network, loss, optimizer and progress.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         network: network of the student.
         opened: the run directory, opened for writing on rank 0 and for reading on other ranks.
         device: device of the network.
         steps: batches per epoch.
         images: images per epoch, over all ranks.
-        ranks: the ranks that share each batch; None for this process alone.
+        ranks: the processes that share each batch; None for this process alone.
         features: the feature and relation methods of the job by name; None for none.
 
     Returns:
-        The run.
+        The run, resumed from the newest checkpoint in the run directory, or else at its first
+        epoch.
+
+    Raises:
+        UnreadableFile: If checkpoints exist and none can be read. The error is a ValueError.
     """
     distill = None
     if job.distiller.loss:
@@ -728,7 +780,7 @@ def _learned_temperature(job: Config, device: torch.device) -> nn.Module | None:
 def _optimisation(
     job: Config, parameters: Sequence[nn.Parameter], device: torch.device
 ) -> Optimisation:
-    """Return how the parameters of a student and of its methods are updated on `device`."""
+    """Return optimizer, schedule and gradient clipping for the given parameters."""
     o = job.optimizer
     return Optimisation(
         instantiate(o.algorithm, _partial_=True)(parameters, lr=o.lr),
@@ -747,10 +799,11 @@ def _optimisation(
 
 
 def leave_as_teacher(job: Config, run: Run) -> None:
-    """Write the weights of a network trained without a teacher to the file `teacher=<name>` loads.
+    """Write the weights of a network that was trained without a teacher as a teacher file.
 
-    Do nothing for a distilled student, or if `trainer.max_steps` cut the epochs short. Keep an
-    existing teacher file.
+    The file is the one that `teacher=<student's name>` loads. An existing file is kept. The log of
+    the run says whether the file was written. Do nothing for a distilled student, or if
+    `trainer.max_steps` is set, because the epochs are then incomplete.
     """
     if job.has_teacher or job.trainer.max_steps is not None:
         return

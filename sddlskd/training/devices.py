@@ -1,4 +1,4 @@
-"""Resolve `trainer.device` and `trainer.precision` to torch devices and autocast contexts."""
+"""Turn the settings `trainer.device` and `trainer.precision` into torch objects."""
 
 from pathlib import Path
 
@@ -15,15 +15,19 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context for the networks' forward pass.
 
-    `precision` is "fp32" (autocast disabled), "bf16" or "fp16". Losses are computed outside this
-    context, in float32.
+    `precision` is "fp32" (autocast is disabled), "bf16" or "fp16"; any other text raises KeyError.
+    Compute losses outside of the context, in float32.
     """
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def describe(device: torch.device) -> str:
-    """Return the GPU's name, or the device type and the number of CPU threads."""
+    """Return a short text about a device for records.
+
+    The text is the name of the GPU for CUDA, else the device type and the number of CPU threads,
+    such as "cpu, 16 threads".
+    """
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -32,21 +36,22 @@ def describe(device: torch.device) -> str:
 
 
 def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
-    """Return the torch device that `trainer.device` names, after checking that it is available.
+    """Return the torch device of this process, after checking that the device is available.
 
     Args:
-        name: "auto", "cpu", "cuda", "cuda:<n>" or "mps". "auto" prefers CUDA, then MPS, then the
-            CPU.
-        place: index of this process among the processes that share a batch on this machine
-            (the local rank).
-        places: number of those processes. Each takes its own GPU.
+        name: the setting trainer.device: "auto", "cpu", "cuda", "cuda:<n>" or "mps". "auto" prefers
+            CUDA, then MPS, then the CPU.
+        place: index of this process among those on this machine that share a batch (local rank).
+        places: number of processes on this machine that share a batch. With CUDA, each process
+            gets a GPU of its own.
 
     Returns:
-        The device of this process.
+        The device. For several processes and "cuda" it is GPU number `place`, or GPU 0 if this
+        process sees only one GPU.
 
     Raises:
-        ValueError: if the device is unknown or unavailable, or if `places` processes cannot share
-            it. The message names the value and what to use instead.
+        ValueError: If the device is unknown or unavailable, if several processes are to use "mps"
+            or one numbered GPU, or if there is no GPU number `place`.
     """
     device = _device(name)
     if places == 1 or device.type == "cpu":
@@ -56,8 +61,8 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
             f"trainer.device={name} is one device for {places} processes; use cuda or cpu"
         )
     count = torch.cuda.device_count()
-    # A scheduler may show each process its own GPU only, as cuda:0. If two processes do share one
-    # GPU, nccl refuses it.
+    # A scheduler may show each process only its own GPU, as cuda:0. If two processes share one GPU,
+    # nccl raises an error later.
     if count == 1:
         return torch.device("cuda", 0)
     if place >= count:
@@ -70,8 +75,8 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
 def check_places(name: str, places: int) -> None:
     """Raise ValueError unless `places` processes on this machine can share a batch.
 
-    `name` is a device as `pick_device` takes it; CUDA requires one GPU per process, the CPU one
-    core per process.
+    `name` is the setting trainer.device, as for `pick_device`. CUDA requires one GPU per process,
+    and the CPU one core per process. An unknown or unavailable device raises ValueError, too.
     """
     device = pick_device(name, 0, places)
     if device.type == "cpu":
@@ -83,15 +88,16 @@ def check_places(name: str, places: int) -> None:
 
 
 def check_memory(setting: str, needed: float, device: torch.device) -> None:
-    """Raise ValueError if a device does not have the memory that a setting needs.
+    """Raise ValueError if a device has less free memory than a setting needs.
 
     Args:
         setting: key and value of the setting, for the message.
-        needed: bytes that the setting needs at least.
-        device: the device. Only the free memory of Linux and of CUDA is known.
+        needed: number of bytes that the setting needs at least.
+        device: the device. The check passes if its free memory is unknown, which is the case for
+            MPS, and for the CPU unless the system is Linux.
 
     Raises:
-        ValueError: if less memory is free.
+        ValueError: If fewer than `needed` bytes are free.
     """
     free = _free_memory(device)
     if free is not None and needed > free:
@@ -102,7 +108,7 @@ def check_memory(setting: str, needed: float, device: torch.device) -> None:
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device, or None if that is unknown."""
+    """Return the number of free bytes on a device, or None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     facts = Path("/proc/meminfo")

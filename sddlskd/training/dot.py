@@ -14,29 +14,30 @@ __all__ = ["DOT"]
 
 
 class DOT(torch.optim.Optimizer):
-    """SGD that gives the gradient of the distillation loss more momentum than that of the task.
+    """SGD in which the gradient of the distillation loss gets more momentum than the task gradient.
 
-    Each step takes two backward passes: the one of the distillation losses, then
-    `keep_distillation`, then the one of the task loss (the cross-entropy), then `step`. With the
+    Each step takes two backward passes. Call backward of the distillation loss, then
+    `keep_distillation`, then backward of the task loss (the cross-entropy), then `step`. With the
     gradients g_kd and g_task of a parameter p:
 
         v_task <- (momentum - delta) * v_task + g_task + weight_decay * p
         v_kd   <- (momentum + delta) * v_kd + g_kd
         p      <- p - lr * (v_task + v_kd)
 
-    A velocity begins as its first gradient. A parameter that only one loss reaches has plain
-    momentum. If only the distillation losses reach it, such as a connector, weight decay begins at
-    its second step, as in mdistiller.
+    A velocity v begins as its first gradient. A parameter that only one of the losses reaches has
+    plain `momentum`. If only the distillation loss reaches a parameter, as in a connector between
+    student and teacher, weight decay begins at the parameter's second step, as in mdistiller.
 
     Args:
-        params: parameters, in one group.
+        params: parameters, which form one group.
         lr: learning rate.
         momentum: momentum of plain SGD.
-        delta: difference between this momentum and that of each velocity.
+        delta: amount by which the momenta of the two velocities differ from `momentum`.
         weight_decay: factor of the parameter that is added to its gradient.
 
     Raises:
-        ValueError: if momentum - delta is negative or momentum + delta is 1 or more.
+        ValueError: If momentum - delta is negative, momentum + delta is 1 or more, or delta is
+            negative.
     """
 
     def __init__(
@@ -58,7 +59,10 @@ class DOT(torch.optim.Optimizer):
         self._distillation: dict[Tensor, Tensor] = {}
 
     def keep_distillation(self) -> None:
-        """Take over the present gradients as those of the distillation losses, and clear them."""
+        """Store the present gradients as those of the distillation loss, then clear the gradients.
+
+        Call the method between the two backward passes of a step.
+        """
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
                 self._distillation[parameter] = parameter.grad
@@ -66,7 +70,11 @@ class DOT(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the parameters from the kept gradients and from the present ones."""
+        """Update the parameters from the stored distillation gradients and the task gradients.
+
+        The task gradients are the present gradients of the parameters. The stored gradients are
+        forgotten afterwards. A parameter without any gradient stays as it is. `closure` is ignored.
+        """
         (group,) = self.param_groups
         momentum, delta = group["momentum"], group["delta"]
         for parameter in group["params"]:

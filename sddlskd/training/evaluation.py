@@ -1,4 +1,4 @@
-"""Metrics of a network on labelled images: accuracy, loss and calibration.
+"""Metrics of a network on labelled images: accuracy, cross-entropy and calibration.
 
 Shapes: B batch, N images, C channels, K classes, H W sides.
 """
@@ -26,18 +26,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Return top-1, top-5 and mean cross-entropy of a model over all batches.
 
+    The logits are the spatial means of the logit map. The model is not
+    switched to eval mode here.
+
     Args:
         model: function from images_BCHW to a logit map (B, K, H, W).
-        batches: (images_BCHW, target_B) of this rank.
+        batches: (images_BCHW, target_B) of this rank, with targets as int64 class ids.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
-        ranks: the ranks that evaluate together, each on its own batches or on none. Every rank gets
-            the metrics over the batches of all ranks. None for this process alone.
+        ranks: the processes that evaluate together, each on its own batches or on none; all of them
+            must call this function. None for this process alone.
 
     Returns:
-        {"top1": percent, "top5": percent, "loss": mean cross-entropy}.
+        {"top1": percent, "top5": percent, "loss": mean cross-entropy per image}, over the images of
+        all ranks and the same on every rank.
 
     Raises:
-        ValueError: if no rank has any image.
+        ValueError: If no rank has any image.
     """
     parts, count = [torch.zeros(3, device=ranks.device if ranks else None)], 0
     for images_BCHW, target_B in batches:
@@ -57,7 +61,7 @@ def evaluate(
 
 
 def _sums(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Return the counts of top-1 and top-5 hits and the summed cross-entropy, as a (3,) tensor."""
+    """Return the numbers of top-1 and top-5 hits and the summed cross-entropy, as a tensor (3,)."""
     ranked_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices == target_B[:, None]
     loss = F.cross_entropy(logits_BK, target_B, reduction="sum")
     return torch.stack((ranked_B5[:, 0].sum(), ranked_B5.sum(), loss))
@@ -71,13 +75,19 @@ def answers(
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of a model for all images, with the targets.
 
+    The model is not switched to eval mode here.
+
     Args:
         model: function from images_BCHW to a logit map (B, K, H, W).
         batches: (images_BCHW, target_B).
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
 
     Returns:
-        logits_NK (float32, spatial means of the logit maps) and target_N, both on the CPU.
+        logits_NK (float32, spatial means of the logit maps) and target_N, both on the CPU and in
+        the order of the batches.
+
+    Raises:
+        ValueError, RuntimeError: If there is no batch; the type depends on the version of torch.
     """
     logits, targets = [], []
     for images_BCHW, target_B in batches:
@@ -89,7 +99,11 @@ def answers(
 
 
 def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
-    """Return top1 (%), top5 (%), loss (mean cross-entropy) and ece (%, see `calibration_error`)."""
+    """Return accuracy, cross-entropy and calibration of logits (N, K) for class ids (N,), int64.
+
+    The keys are "top1" (%), "top5" (%), "loss" (mean cross-entropy) and "ece" (%, see
+    `calibration_error`). All values are NaN for N = 0.
+    """
     first, five, loss_sum = (_sums(logits_NK, target_N).double() / len(target_N)).tolist()
     return {
         "top1": 100 * first,
@@ -100,21 +114,21 @@ def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
 
 
 def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> float:
-    """Return the expected calibration error (ECE) in %.
+    """Return the expected calibration error (ECE) in percent.
 
-    The ECE is the mean of |accuracy - confidence| over the bins, weighted by the number of images
-    in each bin. Confidence is the largest softmax probability. Bin m holds the images with a
-    confidence in ((m - 1) / bins, m / bins].
+    The ECE is the mean of |accuracy - mean confidence| over the bins, weighted by the number of
+    images in each bin. The confidence of an image is its largest softmax probability. Bin m holds
+    the images with a confidence in ((m - 1) / bins, m / bins].
 
     Source: Guo et al. 2017 (arXiv:1706.04599), section 2, ECE.
 
     Args:
         logits_NK: logits, (N, K).
         target_N: class ids, int64, (N,).
-        bins: number of bins.
+        bins: number of bins of equal width.
 
     Returns:
-        The ECE in %.
+        A number from 0 (perfectly calibrated) to 100; NaN for N = 0.
     """
     confidence_N, class_N = logits_NK.double().softmax(1).max(1)
     bin_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
@@ -124,7 +138,15 @@ def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> fl
 
 
 def metered_test_batches(data: Data, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images_BCHW, target_B) of a test split, and show the progress under `title`."""
+    """Yield (images_BCHW, target_B) of each test batch, and show how many images are done.
+
+    Args:
+        data: data set whose test split is read.
+        title: label in front of the progress bar, or of the log lines if there is no terminal.
+
+    Yields:
+        Images and class ids of one batch, on the device of `data`.
+    """
     done = 0
     with meter(title, data.test_size, "images") as show:
         for images_BCHW, target_B in data.test_batches():

@@ -1,4 +1,6 @@
-"""Build the feature and relation methods of a job for its two networks.
+"""Build the feature and relation methods of a job (one training run) for its two networks.
+
+Taps are what a network shows of a batch: its logit map and the maps on the way to it.
 
 Shapes: B batch, C channels, H W sides, K classes, N training images.
 """
@@ -22,11 +24,15 @@ from sddlskd.training.run import Feature
 
 __all__ = ["build_features", "rebuild_student", "reuses_teacher", "student_network"]
 
-PROBE_CHW = (3, 64, 64)  # an image that all networks take, from whose taps channels are read
+# Shape of an image that all networks accept. The channels of their maps do not depend on its sides.
+PROBE_CHW = (3, 64, 64)
 
 
 def reuses_teacher(job: Config) -> bool:
-    """Return whether a method of the job puts a part of the teacher into the student."""
+    """Return whether a method of the job puts a part of the teacher into the student.
+
+    SimKD is an example: its student has the teacher's head.
+    """
     return any(_wrapper(_method_of(feature.method)) for feature in job.features.values())
 
 
@@ -40,18 +46,23 @@ def student_network(
 ) -> nn.Module:
     """Return the network that a job trains as its student.
 
-    It is `student` itself, unless a method of the job puts it into another network. New weights of
-    that network depend on the job's seed alone. The global random state is left unchanged.
+    Most methods train `student` itself. A method such as SimKD puts `student` into a larger
+    network, with parts of the teacher. New weights of the larger network depend on the job's seed
+    alone. The CPU's global random state is left unchanged.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         student: network of the student.
         teacher: network of the teacher with its BatchNorm.
         image_CHW: shape of an image.
         device: device of the networks.
 
+    Returns:
+        `student` itself, or the larger network on `device` in the channels_last memory format.
+
     Raises:
-        ValueError: if a method cannot serve these networks or options.
+        ValueError: If a method cannot serve these networks or does not take its options.
+        torch.OutOfMemoryError: If the device is full.
     """
     for name, feature in job.features.items():
         build = _method_of(feature.method)
@@ -67,16 +78,20 @@ def student_network(
 
 
 def rebuild_student(job: Config, device: torch.device) -> nn.Module:
-    """Return the network that a job trained as its student, for weights that are to be loaded.
+    """Return the network that a job trained as its student, without the trained weights.
 
-    No weights are downloaded, and the teacher's file is not needed.
+    The caller loads the trained weights. No published weights are downloaded, and the teacher's
+    file is not read.
 
     Args:
-        job: the job, as it was when the student was trained.
+        job: configuration with which the student was trained.
         device: device of the network.
 
+    Returns:
+        The network with initial weights, in the channels_last memory format.
+
     Raises:
-        ValueError: if a method cannot serve the job's networks or options.
+        ValueError: If a method cannot serve the job's networks or does not take its options.
     """
     classes = job.dataset.num_classes
     student = build_network(without_weights(job.student.model), classes, job.seed, device)
@@ -95,24 +110,28 @@ def build_features(
     labels_N: Tensor,
     device: torch.device,
 ) -> dict[str, Feature]:
-    """Return the methods of a job by name, with connectors that depend on the job's seed alone.
+    """Return the feature and relation methods of a job, by name, on the device.
 
-    Both networks are left in the mode that they were in. The global random state is left unchanged.
+    Connectors, which are the trained layers of a method, are initialised from the job's seed alone.
+    The CPU's global random state is left unchanged, and so are the training or eval modes of both
+    networks.
 
     Args:
-        job: the job.
+        job: configuration of the training run.
         student: network that is trained as the student, see `student_network`.
-        teacher: network of the teacher with its BatchNorm. OFD reads its weights.
+        teacher: network of the teacher with its BatchNorm, whose weights some methods read.
         image_CHW: shape of an image.
         labels_N: class of each training image, int64, on the CPU.
         device: device of the networks and of the methods.
 
     Returns:
-        The methods, in the order of their names.
+        Each method with its weight and warm-up, in the order of `job.features`; {} without methods.
 
     Raises:
-        ValueError: if a method cannot serve these networks or options, if it needs two views of an
-            image and the job has one, or if several ranks share the batches.
+        ValueError: If a method cannot serve these networks or does not take its options, if it
+            needs two views of an image and the job has one, if it has a first stage and the
+            optimizer is DOT, or if `trainer.devices` is above 1.
+        torch.OutOfMemoryError: If the device is full.
     """
     if not job.features:
         return {}
@@ -151,13 +170,16 @@ def build_features(
 
 
 def _method_of(arguments: dict[str, Any]) -> partial[Any]:
-    """Return the class of a method, with the options that the configuration gives it."""
+    """Return a partial of the class of a method, with the options of the configuration."""
     build: partial[Any] = instantiate(arguments, _partial_=True)
     return build
 
 
 def _wrapper(build: partial[Any]) -> Callable[..., nn.Module] | None:
-    """Return the function with which a method puts the student into another network, if any."""
+    """Return the function with which a method puts the student into another network.
+
+    `build` is a partial of the method's class. Return None if the method trains the student itself.
+    """
     wrap: Callable[..., nn.Module] | None = getattr(build.func, "student_network", None)
     inherited = getattr(wrap, "__func__", None) is getattr(Method.student_network, "__func__", 0)
     if inherited:
@@ -191,7 +213,7 @@ def _build(arguments: dict[str, Any], taps: Sequence[Taps], facts: dict[str, Any
 def _try(method: Method, taps: Sequence[Taps], *, images_CHW: Sequence[int]) -> None:
     """Compute the losses of a method for two images, so that unfit options raise an error now.
 
-    Memories and statistics of the method are left unchanged.
+    The computation uses a copy of the method, so the method itself stays unchanged.
     """
     student, teacher = (one._replace(strong_map=one.logit_map).wide() for one in taps)
     device = student.logit_map.device
@@ -206,7 +228,10 @@ def _try(method: Method, taps: Sequence[Taps], *, images_CHW: Sequence[int]) -> 
 
 @torch.no_grad()
 def _example(network: nn.Module, image_CHW: Sequence[int], device: torch.device) -> Taps:
-    """Return the taps of two images of zeros; a network without taps shows its logit map alone."""
+    """Return the taps of two images of zeros, computed in eval mode.
+
+    A network that is no LogitMapModel shows its logit map alone.
+    """
     images_BCHW = torch.zeros(2, *image_CHW, device=device)
     was_training = network.training
     network.eval()

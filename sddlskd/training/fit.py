@@ -1,7 +1,8 @@
 """Train the students of a list of jobs; all students share one teacher forward pass per batch.
 
-`fit` takes the configurations. `_fit_group` prepares data, teacher and networks, opens the runs,
-trains them and closes them. The training loop and the code that it calls never see a configuration.
+A job is one training run, as its configuration describes it. `fit` takes the configurations.
+`_fit_group` prepares data, teacher and networks, opens the runs, trains them and closes them. The
+training loop and the code that it calls never see a configuration.
 """
 
 import logging
@@ -73,17 +74,20 @@ log = logging.getLogger(__name__)
 def fit(
     configs: Sequence[Config | DictConfig], *, sweep: str | None = None, stop: Stop | None = None
 ) -> list[dict[str, Any]]:
-    """Train one student per configuration; all of them must share batches and teacher.
+    """Train one student per configuration, side by side on the same batches and with one teacher.
 
-    A job that is already FINISHED is not run again. If the environment describes a group of ranks
-    (`WORLD_SIZE`), this process joins the group; otherwise the function starts `trainer.devices`
-    ranks by itself.
+    A job that is already FINISHED is not run again, and an interrupted job is resumed. If the
+    environment describes a group of processes (`WORLD_SIZE`), this process joins the group.
+    Otherwise the function starts `trainer.devices` processes if that setting is above 1.
 
-    If an error occurs before training starts, jobs whose run directory was already frozen are
-    marked FAILED.
+    If a single run raises an error, its result.json says FAILED and the other runs go on. An error
+    that concerns all runs is raised. The jobs whose run directories exist are then FAILED, except
+    after out-of-memory with several runs. A signal during training is no error: the runs are
+    KILLED.
 
     Args:
-        configs: the jobs, with equal `config.sharing_key`.
+        configs: the jobs, with equal `config.sharing_key`. A DictConfig, as Hydra composes it, is
+            resolved first.
         sweep: name of the sweep in MLflow; None for jobs without a sweep.
         stop: stop request of a caller that handles signals beyond this call; None to handle signals
             during this call only.
@@ -92,12 +96,11 @@ def fit(
         The content of each job's result.json, in the order of `configs`.
 
     Raises:
-        ValueError, OSError: if something is wrong before training starts. The message is one line.
-        InUse: if another process has a run directory open.
-        torch.OutOfMemoryError: if the runs of a group do not fit on the device together; fewer
-            runs may fit.
-        RankFailed: if a rank ended early for a reason that does not lie in one of the runs.
-        KeyboardInterrupt: if a signal asked to stop before training started.
+        ValueError, OSError: If something is wrong before training starts. The message is one line.
+        InUse: If another process has a run directory open. The error is a ValueError.
+        torch.OutOfMemoryError: If the runs do not fit on the device together; fewer runs may fit.
+        RankFailed: If one of several processes ended early, and no single run is the cause.
+        KeyboardInterrupt: If a signal asked to stop before training started.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
     trainer = jobs[0].trainer
@@ -134,7 +137,10 @@ def _result(job: Config) -> dict[str, Any]:
 
 
 def _finished(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
-    """Return the jobs that rank 0 finds FINISHED, and log that they are not run again."""
+    """Return the jobs that rank 0 finds FINISHED, and log that they are not run again.
+
+    Raise ValueError if such a job was trained on other data than its data set has now.
+    """
     found = [
         job.run_dir for job in jobs if record.holds(job) and _result(job).get("status") == FINISHED
     ]
@@ -221,7 +227,7 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
 
 
 def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
-    """Mark the frozen jobs that have no outcome yet as FAILED.
+    """Mark as FAILED the jobs that have a run directory but no outcome yet.
 
     If one of the runs caused the failure, only that run is FAILED, and the other runs of the group
     are KILLED. The job that trains the teacher is included if `since` is finite.
@@ -254,7 +260,7 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
 
 
 def _is_open_ended(result: dict[str, Any], since: float) -> bool:
-    """Return whether a result.json tells no outcome; see `_mark_failed` for `since`."""
+    """Return whether a result.json tells no outcome; `since` is the argument of `_mark_failed`."""
     return not result or (result["status"] == RUNNING and result["time"] >= since)
 
 
@@ -262,17 +268,17 @@ def _write_failure(job: Config, cause: Cause, since: float, culprit: str) -> boo
     """Write the outcome of a job whose group failed, unless another process has written one.
 
     Args:
-        job: a frozen job.
+        job: a job with a run directory.
         cause: why the group failed.
-        since: as for `_mark_failed`.
+        since: the argument of `_mark_failed`.
         culprit: run directory of the run that caused the failure; "" if no run of the group did.
 
     Returns:
         Whether the outcome was written.
 
     Raises:
-        InUse: if another process has the run directory open.
-        ValueError, OSError: if the record cannot be read or written.
+        InUse: If another process has the run directory open.
+        ValueError, OSError: If the record cannot be read or written.
     """
     with closing(Record(job)) as opened:
         earlier = _result(job)
@@ -337,12 +343,19 @@ class _OpenRuns:
     mirror: tracking.Mirror | None
 
     def on_change(self, run: Run) -> None:
-        """Bring the changed record of a run to MLflow."""
+        """Tell the MLflow mirror that a run's record has changed; do nothing without a mirror."""
         if self.mirror:
             self.mirror.update(run.record.folder)
 
     def report_unfinished(self, status: str, reason: str) -> None:
-        """Report the outcome of all runs that have none yet; ignore a full disk."""
+        """Write an outcome for every run that has none yet, and tell the mirror.
+
+        A run whose result.json cannot be written, as on a full disk, is skipped.
+
+        Args:
+            status: FAILED or KILLED.
+            reason: why the runs end, in one line.
+        """
         for run in self.runs:
             if run.alive:
                 with suppress(OSError):
@@ -516,8 +529,8 @@ def _train_teacher(job: Config, stop: Stop, ranks: Ranks) -> None:
         ranks: the ranks that train the teacher together.
 
     Raises:
-        KeyboardInterrupt: if a signal stopped the training.
-        ValueError: if the training did not finish.
+        KeyboardInterrupt: If a signal stopped the training.
+        ValueError: If the training did not finish.
     """
     _fit_group([job], stop, None, ranks)
     if ranks.all_reduce_max(lambda: [stop.signal or 0])()[0]:
@@ -587,7 +600,10 @@ def _build_run(
     directory: Record | Onlooker,
     group: _Group,
 ) -> Run:
-    """Build the run of a job, or resume it with the data and teacher file of its checkpoint."""
+    """Return the run of a job, resumed from its checkpoint if there is one.
+
+    Raise ValueError if the checkpoint was made with other data or with another teacher file.
+    """
     if group.ranks.is_rank_zero:
         check_same_data(job, group.facts["data"])
         _check_same_teacher(directory.folder, group.facts)
@@ -630,9 +646,9 @@ def _report_running(group: _Group, opened: _OpenRuns) -> None:
 def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
     """Train the runs until the last epoch is done, all runs have failed, or a signal stops them.
 
-    Raise an error that concerns all runs, such as an error of the data or the teacher. On one rank,
-    its outcome is written for all runs; with several ranks, only when all ranks have ended is it
-    known which rank failed first.
+    Raise an error that concerns all runs, such as an error of the data or the teacher. On a single
+    rank, the outcome of all runs is then written here. With several ranks, the caller writes the
+    outcomes after all ranks have ended, because only then it knows which rank failed first.
     """
     first = group.jobs[0]
     view = ProgressDisplay(
@@ -698,8 +714,8 @@ def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data
         if "sample" in arrays:
             arrays["images"] = data.test_images(arrays["sample"].tolist()).numpy()
         predictions.write(run.record.folder / "predictions.npz", arrays)
-    # The unbiased number: the accuracy on the test split at the epoch that the held-out validation
-    # images selected.
+    # The held-out validation images have selected the best epoch, so its accuracy on the test split
+    # is unbiased.
     if job.dataset.val_fraction:
         run.model.load_state_dict(checkpoint.read(run.record.folder / "best.ckpt")["model"])
         run.model.eval()

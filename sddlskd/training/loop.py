@@ -1,4 +1,7 @@
-"""The training loop: one teacher forward a batch, shared by all runs of the group."""
+"""The training loop: one teacher forward pass per batch, shared by all runs of a group.
+
+A group is a list of runs that are trained side by side on the same batches.
+"""
 
 import logging
 import signal
@@ -40,26 +43,28 @@ def train(
     stop: Stop,
     on_change: Callable[[Run], None],
 ) -> None:
-    """Train all runs to the end of the last epoch, all of them on the same batches.
+    """Train all runs of a group to the end of the last epoch, on the same batches.
 
-    Each run joins at its own position, so a group can hold interrupted and new runs. A run that
-    raises an error is marked FAILED and the other runs continue, except as in `failures_of`. The
-    ranks stop and save together, after a step that all have completed. A signal ends the training
-    after that step, with all live runs saved. Errors of the data or the teacher are not caught.
+    Each run joins at its own epoch and step, so a group can hold resumed and new runs. A run that
+    raises an error is marked FAILED and the other runs continue, except as in `failures_of`. Errors
+    of the data or the teacher are not caught. After a signal, all ranks finish the current step,
+    save the live runs and return.
 
     Args:
-        runs: the runs of one group.
+        runs: the runs of the group.
         data: the batches of this rank.
         teacher: the teacher that all runs share; None without distillation.
         epochs: number of the last epoch, counted from 1.
         steps: batches per epoch.
-        log_every: steps between two reads of the losses.
+        log_every: number of steps between two checks that the loss of a run is finite. Each check
+            copies the loss from the device.
         save_every_s: seconds between two checkpoints inside an epoch.
         precision: precision of the validation pass: "fp32", "bf16" or "fp16".
-        ranks: the ranks that share each batch.
+        ranks: the processes that share each batch.
         view: the progress display.
-        stop: the stop request, checked after each step; set on every rank if any rank has one.
-        on_change: called with each run whose record has changed.
+        stop: the stop request, checked after each step. If a signal reaches one rank, `stop.signal`
+            is set on every rank.
+        on_change: called with a run after its record has changed.
     """
     saved = time.monotonic()
 
@@ -86,8 +91,8 @@ def train(
                     run.train_step(batch, teacher_taps)
                     if run.step % log_every == 0:
                         run.check_loss()
-            # A run that did this step before it was interrupted waits for its next step: its time
-            # begins then.
+            # A resumed run may have done this step before. It waits, and its time begins with its
+            # next step.
             waiting = [run for run in runs_in_epoch if run not in runs_at_step]
             started |= dict.fromkeys(waiting, time.monotonic())
             if (step + 1) % log_every == 0:
@@ -126,22 +131,23 @@ def train(
 
 
 def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> Taps:
-    """Return the teacher's taps that the losses of these runs read, and compute no others.
+    """Return the teacher's taps of a batch: its logit map, and the inner maps if a loss reads them.
 
     Args:
         teacher: the teacher that the runs share.
         batch: the images, in two views if a run needs two.
-        runs: the runs that train on the batch.
+        runs: the runs that train on the batch. The teacher computes only what their losses read.
 
     Returns:
-        Taps without gradients.
+        Taps without gradients. `strong_map` is the logit map of the second view, or None if no run
+        reads it.
     """
     if any(run.objective.needs_taps for run in runs):
         taps = teacher.taps(batch.images, batch.views)
     else:
         logit_map_BKHW = teacher(batch.images, batch.views)
         if any(run.objective.features for run in runs):
-            logit_map_BKHW = logit_map_BKHW.clone()  # autograd may keep the copy
+            logit_map_BKHW = logit_map_BKHW.clone()  # autograd refuses inference tensors
         taps = Taps.of_map(logit_map_BKHW)
     if any("strong_map" in run.objective.needs for run in runs):
         assert batch.strong is not None
@@ -151,12 +157,15 @@ def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> T
 
 @contextmanager
 def failures_of(run: Run, on_change: Callable[[Run], None]) -> Iterator[None]:
-    """Confine an error to the run that raised it: mark the run FAILED and let the others continue.
+    """Mark `run` FAILED if the `with` block raises an error, and suppress the error.
 
-    Raise the error again in two cases. If several runs share the device, an out-of-memory error
-    concerns all of them. If several ranks share the run, an error of one rank must end all ranks,
-    because the other ranks may be waiting for its gradients; NonFiniteLoss is excepted, because all
-    ranks raise it together.
+    The other runs can thus go on. `on_change` is called with the marked run. The error is raised
+    again, and the run is not marked, in two cases:
+
+    - An out-of-memory error concerns all runs, if several of them share the device.
+    - With several ranks, an error of one rank must end all ranks, because the others may be waiting
+      for gradients of this rank. NonFiniteLoss is an exception: all ranks raise it together, so it
+      is suppressed.
     """
     try:
         yield

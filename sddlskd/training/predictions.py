@@ -1,6 +1,4 @@
-"""Data for figures beyond metrics: test-split logits, region predictions and features.
-
-Each run stores these arrays in one small file.
+"""Test-split logits, region predictions and features of a run, for figures; one file per run.
 
 Shapes: N test images, n the first of them, k examples, K classes, R = m*m regions of the finest
 scale m, C channels.
@@ -21,7 +19,8 @@ __all__ = ["EXAMPLES", "FEATURES", "collect", "write"]
 
 FEATURES = 1000  # number of images whose features are kept
 
-# Number of example images kept, on which a region and the whole map of the teacher disagree.
+# Largest number of example images. On each, the teacher's predictions for some region and for the
+# whole map differ.
 EXAMPLES = 24
 
 Arrays = dict[str, np.ndarray]
@@ -58,8 +57,11 @@ def collect(
         - scale: m, a scalar.
         - student_regions, regions: classes that the student and the teacher predict for each
           region of the finest scale, row by row, (N, R).
-        - sample: indices of the first test images for which the class of any region of the teacher
-          differs from the class of its whole map, (k,), with k at most `EXAMPLES`.
+        - sample: indices of the first test images for which the teacher predicts another class in
+          some region than for the whole map, (k,), with k at most `EXAMPLES`.
+
+    Raises:
+        ValueError, RuntimeError: If there is no batch; the type depends on the version of torch.
     """
     networks = {"": student} if teacher is None else {"": student, "teacher_": teacher}
     parts: dict[str, list[Tensor]] = {"target": []}
@@ -85,7 +87,11 @@ def collect(
 
 
 def write(path: Path, arrays: Arrays) -> None:
-    """Write the arrays to a compressed .npz file atomically: the whole file or none of it."""
+    """Write arrays to a compressed .npz file, completely or not at all.
+
+    An existing file is replaced, and a missing folder is made. Raise OSError if the disk is full or
+    not writable; `path` is then unchanged.
+    """
     # Compress in memory first, so that only one plain write of known size can meet a full disk.
     buffer = BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)

@@ -1,4 +1,4 @@
-"""Ranks: the processes that share each batch of a job.
+"""Ranks: the processes that share each batch of a job (one training run).
 
 This module starts ranks, connects them, lets them agree on decisions, and ends them together.
 The environment variables of torch (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) tell
@@ -71,7 +71,7 @@ POLL_S = 0.02  # seconds between two polls of the store
 
 @dataclass
 class Cause:
-    """The reason why the ranks of a job ended: the failure of the first rank that failed.
+    """Reason why the ranks of a job ended: the failure of the rank that failed first.
 
     Attributes:
         rank: number of the rank that failed first.
@@ -89,7 +89,11 @@ class Cause:
 
     @property
     def stopped(self) -> bool:
-        """Return whether the rank was asked to stop before it had anything to save."""
+        """Return whether the error is a KeyboardInterrupt.
+
+        A KeyboardInterrupt means that the rank was asked to stop before there was training progress
+        to save.
+        """
         return KeyboardInterrupt.__name__ in self.kinds
 
     @classmethod
@@ -98,8 +102,8 @@ class Cause:
 
         Args:
             rank: number of the rank that raised the exception.
-            error: the exception. If it is a timeout or a lost connection of gloo or nccl, the
-                description adds that another rank hangs or has ended.
+            error: the exception. If it is a RuntimeError that names a timeout or a lost connection,
+                the text `Cause.error` adds that another rank hangs or has ended.
             folder: run directory of the run that raised the exception; "" if no single run did.
 
         Returns:
@@ -113,7 +117,7 @@ class Cause:
 
 
 class RankFailed(RuntimeError):
-    """A rank ended before its work was done.
+    """Error for a job of which a rank ended before its work was done.
 
     Args:
         cause: why the rank ended; kept as the attribute `cause`.
@@ -127,11 +131,11 @@ class RankFailed(RuntimeError):
 
 @dataclass
 class Ranks:
-    """The position of this process among the ranks that share each batch; by default the only rank.
+    """Position of this process among the ranks that share each batch, and their communication.
 
-    All ranks must call each method at the same point of the program; otherwise they wait for each
-    other until the timeout. Only `report_failure` and `first_failure` may be called by
-    one rank alone.
+    `Ranks()` is the only rank of a job: its methods then return at once. Otherwise all ranks must
+    call each method at the same point of the program, because they wait for each other until a
+    timeout. Only `report_failure` and `first_failure` may be called by one rank alone.
 
     Attributes:
         rank: number of this process, from 0.
@@ -140,7 +144,7 @@ class Ranks:
         store: torch.distributed.Store of this job; None for a single rank.
         control: gloo process group for decisions; None for a single rank.
         broadcasts_so_far: number of values that `broadcast` has passed on so far.
-        sharing: whether the ranks hold different images of the current batch.
+        sharing: state that tells BatchNorm whether the ranks hold different images of a batch.
     """
 
     rank: int = 0
@@ -155,18 +159,19 @@ class Ranks:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Return whether this is rank 0, which writes records, logs and checkpoints."""
+        """Return whether this is rank 0, which alone writes records, logs and checkpoints."""
         return self.rank == 0
 
     def broadcast(self, value: Any = None) -> Any:
         """Return rank 0's `value` on every rank; the values of the other ranks are ignored.
 
-        The value must consist of plain values that JSON can hold. The other ranks wait without a
-        time limit as long as no rank has failed, so rank 0 may take long.
+        With several ranks, `value` passes through JSON, so tuples come back as lists. The other
+        ranks wait without a time limit as long as no rank has failed, so rank 0 may take long.
 
         Raises:
-            KeyboardInterrupt: if a rank was asked to stop before it had anything to save.
-            RankFailed: if a rank failed.
+            KeyboardInterrupt: If a rank was asked to stop before there was progress to save.
+            RankFailed: If a rank failed.
+            TypeError: If JSON cannot hold the `value` of rank 0.
         """
         if self.world_size == 1:
             return value
@@ -182,9 +187,12 @@ class Ranks:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Run the block on rank 0 first, and on the other ranks after rank 0 has left the block.
+        """Let rank 0 run the block first; the other ranks enter the block after rank 0 has left it.
 
         Rank 0 downloads or writes files in the block, and the other ranks then find the files.
+
+        Raises:
+            KeyboardInterrupt, RankFailed: As for `broadcast`, on a rank that waits.
         """
         if not self.is_rank_zero:
             self.broadcast()
@@ -193,11 +201,17 @@ class Ranks:
             self.broadcast()
 
     def images_of_step(self, own: int, whole: int) -> float:
-        """Start a batch of `whole` images and return how many of them count as this rank's own.
+        """Set whether a batch is divided among the ranks, and return this rank's number of images.
 
-        `own` is the number of images that this rank holds. The counts of all ranks sum to `whole`.
-        If the batch is too small to divide, every rank holds all of its images; each rank then
-        counts `whole / world_size` images.
+        A batch that is too small to divide is held by every rank as a whole. BatchNorm layers read
+        from `sharing` whether the batch is divided.
+
+        Args:
+            own: number of images of the batch that this rank holds.
+            whole: number of images of the batch over all ranks.
+
+        Returns:
+            `own` for a divided batch, else whole / world_size. The sum over all ranks is `whole`.
         """
         self.sharing.divided = own < whole
         return own if own < whole else whole / self.world_size
@@ -205,7 +219,8 @@ class Ranks:
     def all_gather(self, values: Tensor) -> Tensor:
         """Return the `values` of all ranks, stacked to (R, ...) in the order of the ranks.
 
-        `values` has the same shape on every rank and lies on the rank's device, as does the result.
+        `values` must have the same shape and dtype on every rank and lie on the rank's device. The
+        result lies there, too.
         """
         if self.world_size == 1:
             return values[None]
@@ -214,11 +229,16 @@ class Ranks:
         return torch.stack(rows)
 
     def all_reduce_max(self, wish: Callable[[], list[int]]) -> Callable[[], list[int]]:
-        """Return a function that returns the maximum over all ranks of each number of `wish()`.
+        """Start a maximum over all ranks, and return a function that waits for the result.
 
-        `wish` returns a list of integers of the same length on every rank. With several ranks,
-        `wish` is called at once, and the reduction runs in the background while a step is computed.
-        A single rank calls `wish` only when the returned function is called.
+        Args:
+            wish: function that returns a list of integers, of the same length on every rank. With
+                several ranks, `wish` is called at once, and the reduction runs in the background
+                while a step is computed. On a single rank, the returned function calls `wish`.
+
+        Returns:
+            A function without arguments. Element i of its result is the maximum over all ranks of
+            element i of `wish()`.
         """
         if self.world_size == 1:
             return wish
@@ -233,7 +253,11 @@ class Ranks:
         return answer
 
     def broadcast_tensors(self, value: Any) -> Any:
-        """Return a copy of rank 0's `value`: containers of plain values and CPU tensors."""
+        """Return rank 0's `value` on every rank; the values of the other ranks are ignored.
+
+        `value` is None, or containers of plain values and CPU tensors. Unlike `broadcast`, this
+        method pickles the values, and the ranks wait only until the timeout of the process group.
+        """
         if self.world_size == 1:
             return value
         box = [value]
@@ -241,11 +265,11 @@ class Ranks:
         return box[0]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return `model` wrapped for training on all ranks; a single rank gets `model` itself.
+        """Return `model` in DistributedDataParallel, or `model` itself on a single rank.
 
         All ranks start with rank 0's weights, and `backward` averages the gradients over the ranks.
-        The graph is static: the same parameters get a gradient in every step. Parameters without a
-        gradient stay unchanged, as on one rank.
+        The graph must be static: the same parameters get a gradient in every step. Parameters that
+        never get a gradient stay unchanged. Buffers are not broadcast.
         """
         if self.world_size == 1:
             return model
@@ -257,12 +281,12 @@ class Ranks:
             )
 
     def with_shared_norm(self, model: nn.Module) -> nn.Module:
-        """Change `model` in place so that BatchNorm uses the images of all ranks, and return it.
+        """Replace the BatchNorm layers of `model` by layers that use the images of all ranks.
 
-        A single rank gets `model` unchanged.
+        Return the changed `model` (see `share_norm`). A single rank gets `model` unchanged.
 
         Raises:
-            ValueError: if the model has a BatchNorm of an unknown kind.
+            ValueError: If a BatchNorm of the model is not BatchNorm1d, BatchNorm2d or BatchNorm3d.
         """
         if self.world_size == 1 or self.device is None:
             return model
@@ -271,8 +295,12 @@ class Ranks:
     def report_failure(self, error: BaseException, folder: str = "") -> None:
         """Record `error` as the reason why the ranks end, unless a rank has recorded one before.
 
-        Only the first reason counts, because the first failure makes the other ranks end.
-        `folder` is the run directory of the run that raised the error; "" if no single run did.
+        Only the first reason counts, because the first failure makes the other ranks fail. A single
+        rank does nothing, and an unreachable store is ignored.
+
+        Args:
+            error: the exception that this rank raised.
+            folder: run directory of the run that raised the error; "" if no single run did.
         """
         if self.world_size == 1:
             return
@@ -283,7 +311,10 @@ class Ranks:
             )
 
     def first_failure(self) -> Cause | None:
-        """Return the recorded reason why the first rank failed, or None if there is none."""
+        """Return the recorded reason why the first rank failed; None if no rank has failed.
+
+        A single rank always gets None.
+        """
         return _cause_in(_root_store()) if self.world_size > 1 else None
 
 
@@ -295,7 +326,7 @@ def _cause_in(store: Any) -> Cause | None:
 def _root_store() -> Any:
     """Return the store through which the ranks find each other.
 
-    The store lives as long as the process that holds it.
+    The store lives as long as the process that holds it: `spawn`, torchrun or rank 0.
     """
     # True if `spawn` or torchrun holds the store; otherwise rank 0 holds it.
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -313,13 +344,16 @@ def _root_store() -> Any:
 def has_launcher() -> bool:
     """Return whether this process is a rank that `spawn` launched.
 
-    The launching process then records the outcome of the job.
+    In this case the launching process records the outcome of the job.
     """
     return "SDDLSKD_STARTED_BY" in os.environ
 
 
 def _local_place() -> tuple[int, int]:
-    """Return (index of this process on its machine, lower bound of the number of ranks there)."""
+    """Return (index of this process on its machine, number of ranks on this machine).
+
+    If the environment does not tell the number, index + 1 is returned as a lower bound.
+    """
     place = int(os.environ.get("LOCAL_RANK", 0))
     return place, int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
 
@@ -331,10 +365,10 @@ joins = 0
 
 @contextmanager
 def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
-    """Join the ranks that the environment names, for the duration of the context.
+    """Join the ranks that the environment names, for the duration of the block.
 
-    If the environment names no other rank, yield a single rank without a device. An exception that
-    is raised inside the context is recorded for the other ranks.
+    `WORLD_SIZE` says how many ranks there are. If it is missing or 1, a single rank without a
+    device is yielded. An exception that is raised in the block is recorded for the other ranks.
 
     Args:
         device_name: name of the device, as `pick_device` accepts it.
@@ -344,7 +378,9 @@ def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
         The position of this process among the ranks.
 
     Raises:
-        KeyboardInterrupt: if the ranks end because one of them was asked to stop.
+        ValueError: If the device is not available.
+        RuntimeError: If another rank does not join in time.
+        KeyboardInterrupt: If the ranks end because one of them was asked to stop.
     """
     global joins
     count = int(os.environ.get("WORLD_SIZE", 1))
@@ -387,7 +423,10 @@ def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
 
 
 def unblock_signals() -> None:
-    """Unblock the signals that `spawn` blocked while this rank had no signal handlers."""
+    """Let this process receive SIGINT, SIGTERM and SIGUSR2, which `spawn` blocks in its ranks.
+
+    Call this function once the handlers of the signals are installed.
+    """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -410,12 +449,12 @@ def spawn(
         count: number of ranks.
         threads: CPU threads of each rank.
         stop: function that returns the number of a signal to send to all ranks, or 0 for none. It
-            is called repeatedly.
+            is called about every 0.1 seconds. Only the first signal is sent.
 
     Raises:
-        RankFailed: if a rank failed; it carries the error of the first rank that raised, or the
-            signal that killed a rank.
-        KeyboardInterrupt: if the ranks were asked to stop before they had anything to save, or if
+        RankFailed: If a rank failed. The error's `cause` holds the error of the first rank that
+            raised, or the signal or exit code with which a rank ended.
+        KeyboardInterrupt: If the ranks were asked to stop before there was progress to save, or if
             this process was interrupted.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -479,7 +518,11 @@ def _end(processes: Sequence[Any]) -> None:
 
 
 def _why(codes: Sequence[int | None], store: Any) -> Cause:
-    """Return the cause of a rank that died without recording one, or else the recorded cause."""
+    """Return the cause for which `spawn` raises RankFailed.
+
+    A rank that a signal killed, or that has an unexpected exit code, comes before the recorded
+    cause in the store.
+    """
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             name = signal.Signals(-code).name

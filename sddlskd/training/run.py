@@ -1,4 +1,6 @@
-"""Training of one student: the objective, the training step, the progress and the record of a run.
+"""Training of one student: the loss, the training step, the progress and the record of a run.
+
+Taps are what a network shows of a batch: its logit map and the maps on the way to it.
 
 Shapes: B batch, C channels, H W sides, K classes, R ranks, S sums of an epoch.
 """
@@ -30,21 +32,22 @@ CURE = "lower optimizer.lr or set optimizer.clip_norm"
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The error for a loss that became infinite or NaN."""
+    """Error for a training or validation loss that became infinite or NaN."""
 
 
 @dataclass
 class Progress:
-    """How far a run is and what it has reached; a checkpoint holds these values by name.
+    """Position of a run and the accuracy reached so far; checkpoints hold these values by name.
 
     Attributes:
-        epoch: the current epoch, from 1; the epochs of a first stage are 0, -1, ....
+        epoch: the current epoch, from 1. Some methods have a first stage of training before epoch
+            1, whose epochs are ..., -1, 0.
         step: number of batches of the current epoch that are done.
         seen: number of images of the current epoch that are done, over all ranks.
-        best_top1: highest validation top-1 of an epoch in %; -1 before the first epoch has ended.
-        best_epoch: epoch of the highest validation top-1; 0 before the first epoch has ended.
-        last_top1: validation top-1 of the last epoch in %; -1 before the first epoch has ended.
-        seconds: time spent on all epochs that have ended.
+        best_top1: highest validation top-1 of an epoch in percent; -1 before epoch 1 has ended.
+        best_epoch: epoch of the highest validation top-1; 0 before epoch 1 has ended.
+        last_top1: validation top-1 of the last epoch in percent; -1 before an epoch has ended.
+        seconds: seconds spent on all epochs that have ended.
         spent: seconds that earlier processes spent on the current epoch.
     """
 
@@ -59,7 +62,10 @@ class Progress:
 
     @classmethod
     def saved_in(cls, state: Mapping[str, Any]) -> "Progress":
-        """Return the progress in a checkpoint; older checkpoints hold it as lists without names."""
+        """Return the progress that the content of a checkpoint holds.
+
+        Checkpoints of earlier versions are understood, too: they hold the values as lists.
+        """
         if "progress" in state:
             return cls(**state["progress"])
         # The older lists hold the values in the order of the attributes.
@@ -68,12 +74,13 @@ class Progress:
 
 @dataclass
 class Feature:
-    """A feature or relation method, and how much its loss counts.
+    """Feature or relation method of a run, and how much its loss counts.
 
     Attributes:
         method: the method.
         weight: weight of its loss.
-        warmup_epochs: number of epochs over which the weight rises linearly from 0.
+        warmup_epochs: number of epochs over which the weight rises linearly; 1 for the full weight
+            from the first epoch.
     """
 
     method: Method
@@ -83,12 +90,14 @@ class Feature:
 
 @dataclass
 class Objective:
-    """The loss that a student is trained with.
+    """Loss that a student is trained with.
 
-    The loss is ce_weight * cross-entropy + kd_weight * warm-up * distillation loss, plus
-    weight * warm-up * loss of each method. A warm-up factor rises linearly to 1 over the first
-    `warmup_epochs` epochs. In the epochs of a first stage, which are numbered 0, -1, ..., the loss
-    is that of the methods' first stage alone, without weights.
+    The loss is the sum of ce_weight * cross-entropy, kd_weight * warm-up * distillation loss, and
+    weight * warm-up * loss for each method. A warm-up is epoch / warmup_epochs, but at most 1.
+
+    Some methods have a first stage of training before epoch 1. Its epochs have the numbers
+    ..., -1, 0. In these epochs the loss is the sum of the methods' first-stage losses, without
+    weights.
 
     Attributes:
         distill: the distillation loss of two logit maps; None without such a loss.
@@ -96,8 +105,8 @@ class Objective:
         kd_weight: weight of the distillation loss.
         warmup_epochs: number of epochs of the warm-up of the distillation loss.
         features: the feature and relation methods by name.
-        temperature: function from the epoch to a learnt temperature of the distillation loss; None
-            for the loss's own temperature.
+        temperature: module that maps an epoch to the learnt temperature of the distillation loss;
+            None for the loss's own temperature.
     """
 
     distill: ScaleDecoupled | None
@@ -109,13 +118,20 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the losses and of a learnt temperature, logged as train/<name>."""
+        """Return the names of the values that `losses` returns; a metric is called train/<name>.
+
+        The names are "loss", "loss_ce", "loss_kd", "loss_<method>" for each method, and
+        "temperature" if the temperature is learnt.
+        """
         learnt = ["temperature"] if self.temperature is not None else []
         return ("loss", "loss_ce", "loss_kd", *(f"loss_{name}" for name in self.features), *learnt)
 
     @property
     def modules(self) -> nn.ModuleDict:
-        """Return what has parameters or buffers: the methods and the learnt temperature."""
+        """Return all modules of the loss: the methods by name, and "temperature" if it is learnt.
+
+        Their parameters are trained with the student, and their state is saved in checkpoints.
+        """
         modules: dict[str, nn.Module] = {
             name: feature.method for name, feature in self.features.items()
         }
@@ -125,24 +141,31 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the methods read beside the logit maps, see `Method.needs`."""
+        """Return what the methods read of the networks beside the logit maps, such as "stages".
+
+        `Method.needs` lists the possible values. The set is empty without methods.
+        """
         return frozenset().union(*(feature.method.needs for feature in self.features.values()))
 
     @property
     def needs_taps(self) -> bool:
-        """Return whether a method reads maps other than the logit maps."""
+        """Return whether a method reads maps other than the logit maps of the two views."""
         return bool(self.needs - {"strong_map"})
 
     @property
     def first_epoch(self) -> int:
-        """Return the number of the first epoch: 1, or less if a method has a first stage."""
+        """Return the number of the first epoch.
+
+        The number is 1, or 1 - n if the longest first stage of a method has n epochs.
+        """
         stages = [feature.method.first_stage_epochs for feature in self.features.values()]
         return 1 - max(stages, default=0)
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Return the weight of each loss in an epoch; losses that do not count are left out.
+        """Return the weight of each loss, warm-up included, by name, such as "loss_kd".
 
-        In a first stage all weights are 1: the weight of a method is for the sum with other losses.
+        Before epoch 1, in a first stage, only the losses of the methods are in the result, each
+        with the weight 1.
         """
         weights = {f"loss_{name}": feature.weight for name, feature in self.features.items()}
         if epoch < 1:
@@ -162,8 +185,8 @@ class Objective:
 
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
-            "loss_ce", "loss_kd" (0 without a distillation loss) and one loss for each method; and
-            "temperature" if it is learnt.
+            "loss_ce", "loss_kd" and "loss_<method>" for each method. A part that the epoch does not
+            have is 0. "temperature" is the learnt temperature, if there is one.
         """
         loss_ce = F.cross_entropy(_logits(student.logit_map), batch.labels)
         values = {"loss_ce": loss_ce}
@@ -183,11 +206,15 @@ class Objective:
         return absent | {"loss": loss} | values | extra
 
     def parts(self, losses: Mapping[str, Tensor], epoch: int) -> list[Tensor]:
-        """Return the weighted sum of all losses but the cross-entropy, and the latter, weighted.
+        """Return "loss" in two parts, as the optimizer DOT needs them.
 
         Args:
             losses: the losses by name, as `losses` returns them.
             epoch: number of the epoch, which determines the weights.
+
+        Returns:
+            Two scalars, weights and warm-up included: the sum of all losses except the
+            cross-entropy, then the cross-entropy.
         """
         weights = self.weights(epoch)
         task = weights.pop("loss_ce", 0.0) * losses["loss_ce"]
@@ -195,7 +222,10 @@ class Objective:
         return [sum(others[1:], others[0]), task]
 
     def _of_methods(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss of each method, computed in float32 (float64 stays) outside autocast."""
+        """Return the loss of each method, computed in float32 (float64 stays) outside of autocast.
+
+        Before epoch 1, only the methods whose first stage has begun are in the result.
+        """
         values = {}
         with torch.autocast(student.logit_map.device.type, enabled=False):
             student, teacher = student.wide(), teacher.wide()
@@ -210,10 +240,10 @@ class Objective:
 
 @dataclass
 class Optimisation:
-    """How the student's parameters are updated.
+    """Optimizer of a student with its learning-rate schedule, gradient clipping and loss scaling.
 
     Attributes:
-        optimizer: optimizer of the parameters.
+        optimizer: optimizer of the parameters of the student and of its methods.
         learning_rate: function from the number of epochs done, with fractions, to the learning
             rate.
         clip_norm: largest gradient norm; None for no clipping.
@@ -227,16 +257,20 @@ class Optimisation:
 
     @property
     def in_parts(self) -> bool:
-        """Return whether the optimizer takes the distillation losses and the task loss apart."""
+        """Return whether the optimizer needs the distillation loss and the task loss separately.
+
+        This is the case for DOT alone.
+        """
         return isinstance(self.optimizer, DOT)
 
     def step(self, losses: Sequence[Tensor], epochs_done: float) -> None:
         """Update the parameters by one step against the gradient of the losses.
 
         Args:
-            losses: the loss; for an optimizer that takes it `in_parts`, the distillation losses and
-                the task loss.
-            epochs_done: number of epochs done so far, with fractions.
+            losses: scalars: [the loss], or [distillation loss, task loss] for the optimizer DOT
+                (see `in_parts`).
+            epochs_done: number of epochs done so far, with fractions; it determines the learning
+                rate.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(epochs_done)
@@ -257,18 +291,17 @@ class Optimisation:
 
 
 class Run:
-    """The complete training state of one student.
+    """Complete training state of one student, with its run directory.
 
-    If the run directory holds a checkpoint, the run resumes from the checkpoint.
-
-    Every rank has the same weights and progress. The sums of the metrics cover the rank's own
-    images only, and only rank 0 writes files.
+    If the run directory holds a checkpoint, the run resumes from the checkpoint. Every rank (a
+    process that shares each batch) has the same weights and progress. The sums of the metrics cover
+    the rank's own images only, and only rank 0 writes files.
 
     Args:
         record: the run directory, opened for writing on rank 0 and for reading on other ranks.
         model: the student.
         objective: the loss that the student is trained with.
-        optimisation: how the student's parameters are updated.
+        optimisation: how the parameters are updated.
         device: device of this rank.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile to the student.
@@ -281,12 +314,17 @@ class Run:
 
     Attributes:
         label: name of the run in logs.
-        progress: how far the run is.
-        state: the status of the run, as in result.json.
-        loss: mean training loss of the epoch so far, when it was last read; NaN before.
-        val_top1: validation top-1 of the last epoch in %; NaN before the first epoch has ended.
-        info: facts for result.json about the teacher, the group and the environment.
+        progress: position of the run and the accuracy that it has reached.
+        state: the status of the run: RUNNING, FINISHED, FAILED or KILLED.
+        loss: mean training loss of the current epoch when `check_loss` was last called, or of the
+            last epoch after `end_epoch`; NaN before.
+        val_top1: validation top-1 of the last epoch in percent; NaN before an epoch has ended, or
+            -1 if the run was resumed then.
+        info: facts for result.json about the data, the teacher, the group and the environment.
         crowded: whether other runs share the device.
+
+    Raises:
+        UnreadableFile: If the run directory holds checkpoints and none can be read.
     """
 
     def __init__(
@@ -337,7 +375,10 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """Return the number of the current epoch, from 1."""
+        """Return the number of the current epoch, from 1.
+
+        In a first stage of training, which some methods have, the number is at most 0.
+        """
         return self.progress.epoch
 
     @property
@@ -347,14 +388,14 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Return whether the run is still training: not finished, failed or killed."""
+        """Return whether the run can still be trained: not FINISHED, FAILED or KILLED."""
         return self.state not in (FINISHED, FAILED, KILLED)
 
     def start(self, info: Mapping[str, Any], *, crowded: bool) -> None:
-        """Report the run as RUNNING.
+        """Report the run as RUNNING in result.json.
 
         Args:
-            info: facts for result.json about the teacher, the group and the environment.
+            info: facts for result.json about the data, the teacher, the group and the environment.
             crowded: whether other runs share the device.
         """
         self.info = dict(info)
@@ -364,8 +405,8 @@ class Run:
     def train_step(self, batch: Batch, teacher: Taps | None) -> None:
         """Train the student for one step on one batch.
 
-        The method does not read any value back to the host, so it does not wait for the device.
-        `check_loss` reads the loss from time to time.
+        No value is copied to the host, so this method does not wait for the device and does not
+        notice a loss that is not finite. `check_loss` does, and must be called from time to time.
 
         Args:
             batch: this rank's share of the batch.
@@ -401,15 +442,15 @@ class Run:
         self.progress.seen += whole
 
     def _see(self, batch: Batch) -> Taps:
-        """Return what the losses read of the student."""
+        """Return the taps of the student that the losses read."""
         taps = self._taps(batch.images) if self._taps else Taps.of_map(self.forward(batch.images))
         if "strong_map" in self.objective.needs:
-            # A forward pass of its own: BatchNorm does not mix the two views.
+            # A separate forward pass, so that BatchNorm does not mix the two views.
             taps = taps._replace(strong_map=self.forward(batch.strong))
         return taps
 
     def _images_of_step(self, own: int) -> int:
-        """Return the images of the current step over all ranks; `own` of them are this rank's."""
+        """Return the number of images of the current step, of which this rank holds `own`."""
         if self.ranks.world_size == 1:
             return own
         return min(self.batch_size, self.images - self.step * self.batch_size)
@@ -421,10 +462,13 @@ class Run:
         return seed_of(*parts)
 
     def check_loss(self) -> None:
-        """Update `loss` with the mean training loss of the epoch so far, over all ranks.
+        """Set `loss` to the mean training loss of the epoch so far, over the images of all ranks.
 
-        Reading the loss waits for the device. Raise NonFiniteLoss on all ranks, with the step and
-        the value, if the loss of any rank became non-finite.
+        The method waits for the device, and all ranks must call it together.
+
+        Raises:
+            NonFiniteLoss: On all ranks, if the loss of any rank was infinite or NaN in a step of
+                this epoch. The message tells the first such step and the value.
         """
         found = self.ranks.all_gather(torch.cat((self.sums, self.first_bad)))
         bad = [(int(step), value) for step, value in found[:, -2:].tolist() if step >= 0]
@@ -434,18 +478,18 @@ class Run:
         self.loss = (found[:, 0].sum() / max(self.progress.seen, 1)).item()
 
     def end_epoch(self, val: dict[str, float], seconds: float) -> None:
-        """End an epoch: save the best weights and the checkpoint, then append the metrics.
+        """End an epoch: save the best weights and a checkpoint, and record the metrics.
 
-        The metrics are appended to the record last; the checkpoint holds a copy of them in case the
-        process dies in between.
+        The run moves on to the next epoch. All ranks must call this method together. The metrics
+        are appended last; the checkpoint holds a copy of them in case the process dies in between.
 
         Args:
-            val: validation metrics by name, with "loss" and "top1" (%).
-            seconds: time since this process started or resumed the epoch.
+            val: validation metrics by name, with "loss" and "top1" (percent).
+            seconds: seconds since this process started or resumed the epoch.
 
         Raises:
-            NonFiniteLoss: if the validation loss is not finite, which means that the last steps of
-                the epoch made the weights unusable.
+            NonFiniteLoss: If the validation loss is infinite or NaN: the last steps of the epoch
+                have made the weights unusable. Nothing is saved then.
         """
         if not math.isfinite(val["loss"]):
             raise NonFiniteLoss(
@@ -457,13 +501,13 @@ class Run:
         self.val_top1 = val["top1"]
         progress.seconds += row["time/epoch_s"]
         progress.last_top1 = val["top1"]
-        # The best weights are those of an epoch after the first stage.
+        # An epoch of a first stage does not count for the best weights.
         if progress.epoch > 0 and val["top1"] > progress.best_top1:
             progress.best_top1 = val["top1"]
             progress.best_epoch = progress.epoch
             self._save_best()
         if progress.epoch == 0:
-            self.optimisation.optimizer.state.clear()  # no momentum of the first stage's loss
+            self.optimisation.optimizer.state.clear()  # drops the first stage's momentum
         progress.epoch += 1
         progress.step = 0
         progress.seen = 0
@@ -500,12 +544,14 @@ class Run:
             checkpoint.write(self.record.folder / "best.ckpt", best)
 
     def save(self, row: dict[str, Any] | None = None, seconds: float = 0.0) -> None:
-        """Write a checkpoint with everything that resuming requires; only rank 0 writes.
+        """Write a checkpoint with everything that resuming requires.
+
+        All ranks must call this method together; only rank 0 writes.
 
         Args:
-            row: metrics of the epoch that just ended. If the process dies before the metrics are in
-                the record, resuming recovers them from the checkpoint.
-            seconds: time that this process spent on an epoch that has not ended.
+            row: metrics of the epoch that just ended; None inside an epoch. If the process dies
+                before the metrics are in the record, resuming takes them from the checkpoint.
+            seconds: seconds that this process has spent on the current epoch; 0 between epochs.
         """
         sums_RS = self.ranks.all_gather(self.sums) if self.step else self.sums[None]
         if not self.ranks.is_rank_zero:
@@ -544,9 +590,17 @@ class Run:
         self.record.log.info("continuing at epoch %d, step %d", self.epoch, self.step)
 
     def report(self, status: str, reason: str = "") -> dict[str, Any]:
-        """Write result.json and return its content; return {} on ranks other than 0.
+        """Write result.json with the status and the scores of the run, and log the status.
 
-        `status` is RUNNING at the start, and FINISHED, FAILED or KILLED at the end.
+        Args:
+            status: RUNNING at the start; FINISHED, FAILED or KILLED at the end.
+            reason: why the run ended, in one line; "" if there is nothing to explain.
+
+        Returns:
+            The content of result.json; {} on ranks other than 0, which write nothing.
+
+        Raises:
+            OSError: If the file cannot be written. For FAILED the error is only logged.
         """
         self.state = status
         log = self.record.log.error if status == FAILED else self.record.log.info
@@ -566,6 +620,6 @@ class Run:
 
 
 def _logits(logit_map_BKHW: Tensor) -> Tensor:
-    """Return the logits B K of a logit map in float32; float64 stays float64."""
+    """Return the logits (B, K) of a logit map in float32; float64 stays float64."""
     dtype = torch.promote_types(logit_map_BKHW.dtype, torch.float32)
     return logit_map_BKHW.to(dtype).mean((2, 3))

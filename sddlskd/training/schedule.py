@@ -19,7 +19,7 @@ def learning_rate(
     decay: float,
     warmup_epochs: float,
 ) -> float:
-    """Return the learning rate after `progress` epochs; `peak` in the epochs of a first stage.
+    """Return the learning rate after `progress` epochs.
 
     The schedules are:
 
@@ -27,24 +27,25 @@ def learning_rate(
     - cosine: half a cosine from `peak` to 0 over the epochs after the warm-up.
     - constant: `peak`.
 
-    During the warm-up the learning rate rises linearly and reaches the schedule's value at its end.
+    During the warm-up, the schedule's value is multiplied by a factor that rises linearly from
+    almost 0 to 1. For negative `progress` the result is `peak`.
 
     Args:
         progress: epochs done so far: 0 at the start, fractional inside an epoch; negative in a
-            first stage of training.
+            first stage of training, which some methods have before epoch 1.
         peak: highest learning rate of the schedule.
         epochs: length of the training in epochs.
         schedule: "step", "cosine" or "constant".
-        milestones: fractions of `epochs` at which the step schedule decays (0.625 of 240 is epoch
-            150).
+        milestones: fractions of `epochs` at which the step schedule decays, rounded to whole epochs
+            (0.625 of 240 is epoch 150).
         decay: factor applied at each milestone.
-        warmup_epochs: length of the linear warm-up in epochs; 0 for none.
+        warmup_epochs: length of the warm-up in epochs; 0 for none.
 
     Returns:
-        The learning rate.
+        A number from 0 to `peak`.
 
     Raises:
-        ValueError: if `schedule` is none of the three names.
+        ValueError: If `schedule` is none of the three names and `progress` is not negative.
     """
     if progress < 0:
         return peak

@@ -1,4 +1,4 @@
-"""Count what a network costs: its parameters, and its operations for one image."""
+"""Count the parameters of a network, and its operations for one image."""
 
 import copy
 import logging
@@ -15,30 +15,31 @@ log = logging.getLogger(__name__)
 def size_of(network: nn.Module, image_CHW: tuple[int, ...]) -> dict[str, int]:
     """Return the number of parameters of a network, and of its operations for one image.
 
-    A copy without values is counted, so the network, its statistics and the random generators stay
-    as they are.
+    A copy without values, on torch's meta device, is called in eval mode. The network itself and
+    the random generators stay as they are.
 
     Args:
-        network: The network, a callable 1 C H W -> any.
-        image_CHW: The shape of an image.
+        network: the network, which takes images (1, C, H, W).
+        image_CHW: shape of an image.
 
     Returns:
-        {"parameters": ..., "flops": ...}. A multiplication and an addition count as two operations;
-        those of convolutions and matrix products are counted, as torch's FlopCounterMode does. An
-        entry is missing if it cannot be counted: "flops" of a network of others that cannot be
-        passed an image without values, and "parameters" of one whose layers are not built yet.
+        {"parameters": ..., "flops": ...}. The flops are those that torch's FlopCounterMode counts,
+        mainly of convolutions and matrix products; a multiplication and an addition are two.
+        "flops" is missing if the network cannot be called without values. Both are missing if a
+        layer of the network has not been built yet, as a lazy layer. No error is raised.
     """
     found: dict[str, int] = {}
     try:
         found["parameters"] = sum(parameter.numel() for parameter in network.parameters())
         empty = copy.deepcopy(network).to("meta").eval()
-        for module in empty.modules():  # hooks of the network write into what it belongs to
+        for module in empty.modules():  # a hook could change an object outside of the copy
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         counter = FlopCounterMode(display=False)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), counter:
             empty(torch.empty(1, *image_CHW, device="meta"))
         found["flops"] = counter.get_total_flops()
-    except Exception as error:  # a network of others may raise anything, and no run ends for this
+    # A user's network may raise anything, and no run must end for that.
+    except Exception as error:
         log.debug("operations are not counted: %s", error)
     return found

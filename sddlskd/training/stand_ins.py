@@ -1,9 +1,9 @@
-"""Try a loss and an optimizer on small stand-ins, before a job writes anything.
+"""Try a loss and an optimizer on small tensors, before a job (one training run) writes anything.
 
 A configuration names a loss and an optimizer with their arguments. Only a call shows whether they
 take these arguments, and whether they work as the training loop uses them.
 
-Shapes: B batch, K classes, H W map sides.
+Shapes: B batch, N regions of a batch, K classes, H W map sides.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sddlskd.distill import ScaleDecoupled
 
 __all__ = ["try_loss", "try_optimizer"]
 
-IMAGES = 8  # of the batch of random logits
+IMAGES = 8  # number of images in the batch of random logits
 
 
 def try_loss(
@@ -25,16 +25,18 @@ def try_loss(
     num_classes: int,
     learned_temperature: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a loss and its gradient can be computed for random logits.
+    """Check that a distillation loss and its gradient can be computed for random logits on the CPU.
 
     Args:
-        loss: `_target_` and arguments of the loss.
+        loss: `_target_` and arguments of the loss, a function
+            (student_NK, teacher_NK, target_N) -> loss_N.
         num_classes: number of classes.
         learned_temperature: `_target_` and arguments of a learnt temperature, which the loss takes
             as `temperature`; None for the loss's own temperature.
 
     Raises:
-        ValueError: if the loss raises, has another shape than (N,), or is not finite, or if the
+        ValueError: If the loss raises an error or returns another shape than (N,), if the loss or
+            its gradient is not finite, if no gradient reaches the student's logits, or if the
             learnt temperature cannot be built.
     """
     options = {}
@@ -70,7 +72,9 @@ def try_loss(
 
 
 def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device) -> None:
-    """Check that an optimizer can update the weights of a convolution and of a normalisation.
+    """Check that an optimizer can update the weights of a convolution and of a normalisation layer.
+
+    One step is taken with weights and gradients of one.
 
     Args:
         algorithm: `_target_` and arguments of the optimizer, without params and lr.
@@ -78,8 +82,8 @@ def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device)
         device: device of the weights.
 
     Raises:
-        ValueError: if the optimizer raises, makes a weight infinite or NaN, or if `algorithm` has
-            a learning rate of its own.
+        ValueError: If `algorithm` has an argument "lr", is no torch optimizer, raises an error, or
+            makes a weight infinite or NaN.
     """
     if "lr" in algorithm:
         raise ValueError(
@@ -114,5 +118,5 @@ def _call(node: Mapping[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the type and the beginning of the message of an error, in one line."""
+    """Return one line with the type of an error and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

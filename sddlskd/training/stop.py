@@ -1,4 +1,4 @@
-"""Signal handling: detect that a user or the scheduler asked the training to stop."""
+"""Signal handling: notice that a user or the scheduler asks the training to stop."""
 
 import logging
 import signal
@@ -16,12 +16,16 @@ ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Stop:
-    """A stop request: the first SIGINT, SIGTERM or SIGUSR2 received is kept in `signal`.
+    """Request to stop: the first SIGINT, SIGTERM or SIGUSR2 within a `listening` block.
 
-    The training loop checks `signal` at each step.
+    The training loop checks `signal` after each step.
 
     Args:
-        warned: text that `reason` appends if the signal is SIGUSR2.
+        warned: text that `reason` appends if the signal is SIGUSR2, SLURM's warning before a time
+            limit.
+
+    Attributes:
+        signal: the signal that arrived first; None as long as there is none.
     """
 
     def __init__(self, warned: str = "") -> None:
@@ -31,15 +35,21 @@ class Stop:
 
     @property
     def reason(self) -> str:
-        """Return why the runs are stopped, as text for their records."""
+        """Return why the runs are stopped, such as "stopped by SIGTERM", as text for their records.
+
+        Without a signal the text is "stopped".
+        """
         added = self.warned if self.signal is signal.SIGUSR2 else ""
         return f"stopped by {self.signal.name}{added}" if self.signal else "stopped"
 
     def listen(self) -> dict[signal.Signals, Any]:
-        """Install the signal handlers and return the previous handlers by signal number.
+        """Install handlers for SIGINT, SIGTERM and SIGUSR2, and return the previous handlers.
 
         Python allows this in the main thread only. In any other thread, install nothing and return
-        an empty dict: the calling program then handles the signals.
+        {}: the calling program then handles the signals.
+
+        Returns:
+            The previous handler of each signal, as `signal.signal` returns it.
         """
         try:
             return {number: signal.signal(number, self._ask) for number in ASKING}
@@ -48,7 +58,10 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Install the signal handlers for the block, then restore the previous handlers."""
+        """Install the signal handlers for a block, then restore the previous handlers.
+
+        In any other than the main thread, nothing is installed (see `listen`).
+        """
         before = self.listen()
         try:
             yield
@@ -58,11 +71,16 @@ class Stop:
 
     @contextmanager
     def acting(self, *, at_once: bool) -> Iterator[None]:
-        """Set for the block whether a signal raises KeyboardInterrupt at once.
+        """Set for a block whether a signal raises KeyboardInterrupt at once.
 
-        With `at_once` true, a signal raises KeyboardInterrupt immediately, also one received before
-        the block. Use it while there is no training progress that could be saved. With `at_once`
-        false, a signal only sets `signal`, and the training loop saves checkpoints before it stops.
+        Args:
+            at_once: True to raise KeyboardInterrupt as soon as a signal arrives, and also at the
+                beginning of the block if a signal arrived before. Use True while there is no
+                training progress to save. False to only set `signal`, so that the training loop can
+                save checkpoints; a second signal raises KeyboardInterrupt if it is SIGINT.
+
+        Raises:
+            KeyboardInterrupt: As `at_once` says.
         """
         before, self._at_once = self._at_once, at_once
         try:

@@ -23,23 +23,24 @@ log = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A frozen network that returns logit maps, or taps.
+    """Frozen network that returns logit maps, or taps: the logit map and the maps on the way to it.
 
-    The network runs in eval mode, without gradients, with BatchNorm folded into the convolutions
-    if torch.fx can trace it and it uses no layer twice.
+    The network runs in eval mode and without gradients. BatchNorm is folded into the convolutions,
+    unless torch.fx cannot trace the network or the network uses a layer twice.
 
     Args:
-        network: the module.
-        path: the file of its weights; None to keep the weights as they are.
+        network: the module, which is changed: it gets the weights, eval mode, and parameters that
+            require no gradient.
+        path: the file of the weights; None to keep the weights of `network`.
         name: name of the network, for messages.
-        device: device that the network is moved to.
+        device: device on which the forward pass runs.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile.
 
     Raises:
-        ValueError: if the file does not hold weights of this network, is unreadable
-            (see `load_weights`), or holds NaN or infinity.
-        FileNotFoundError: if the file is missing.
+        ValueError: If the file cannot be read, does not hold weights of this network, or holds NaN
+            or infinity.
+        FileNotFoundError: If the file is missing.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Teacher:
     def __call__(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Tensor:
         """Return the logit map (B, K, H, W) of a batch, as an inference tensor.
 
-        `views_B` identifies the image and the view of each sample. Only `TeacherCache` uses it.
+        `views_B` is ignored; it is there because `TeacherCache` takes it.
         """
         with torch.inference_mode(), autocast(images_BCHW.device, self.precision):
             return self._forward(images_BCHW)
@@ -84,11 +85,11 @@ class Teacher:
 
         The logit map equals that of `__call__`. If the network is not a `LogitMapModel`, the taps
         hold its logit map and nothing else. Unlike the result of `__call__`, the taps are no
-        inference tensors: a loss may save them for its backward pass.
+        inference tensors, so a loss may save them for its backward pass.
 
         Args:
             images_BCHW: the images.
-            views_B: image and view of each sample. Only `TeacherCache` uses it.
+            views_B: ignored; it is there because `TeacherCache` takes it.
 
         Returns:
             The taps, in the number format of the forward pass.
@@ -112,13 +113,15 @@ class _Tapped(nn.Module):
 
 
 def _folded(network: nn.Module, name: str) -> fx.GraphModule | None:
-    """Return a copy with BatchNorm folded into the convolutions; None if it cannot be folded.
+    """Return a copy of a network with BatchNorm folded into the convolutions.
 
-    `network` returns taps. `name` is its name in messages.
+    Return None if the network cannot be traced or uses a layer twice. `network` returns taps, and
+    `name` is its name in messages.
     """
     try:
         traced = fx.symbolic_trace(network)
-    except Exception as error:  # tracing runs the network's own code, which can raise anything
+    # Tracing runs the network's own code, which can raise anything.
+    except Exception as error:
         log.info("teacher %s cannot be traced (%s); its BatchNorm stays unfolded", name, error)
         return None
     layers = {
@@ -137,10 +140,10 @@ def _folded(network: nn.Module, name: str) -> fx.GraphModule | None:
 
 
 def _logit_map_alone(tapped: fx.GraphModule) -> fx.GraphModule:
-    """Return the network that computes nothing but the logit map; it shares all parameters.
+    """Return a network that computes only the logit map and shares all parameters with `tapped`.
 
-    Both networks come from one folding, because a tap can keep a BatchNorm from being folded. So
-    their logit maps have the same bits.
+    A tap can keep a BatchNorm from being folded. Both networks therefore come from one folding, so
+    that their logit maps have the same bits.
     """
     graph = copy.deepcopy(tapped.graph)
     output = graph.output_node()

@@ -1,8 +1,9 @@
 """Teacher logit maps cached on disk, so that the teacher computes each view of an image only once.
 
-A cache lasts across sweeps. Crops and flips are discrete ((2 * padding + 1)^2 * 2 views per image;
-162 on CIFAR), so a logit map of every (image, view) can be stored. Every scale derives from that
-map, which may be pooled: the mean of a region is the mean of its cells' means.
+A cache lasts across sweeps. A view is a crop with or without a flip. A CIFAR image with padding 4
+has (2 * 4 + 1)^2 * 2 = 162 views, so a logit map can be stored for every view of every image.
+The regions of all scales are pooled from the stored map. The stored map may be pooled itself: the
+mean of a region is the mean of its cells' means.
 
 Shapes: B batch, C channels, K classes, H W sides, V rows of the cache (images x views of an image).
 """
@@ -39,11 +40,11 @@ def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> P
     Args:
         folder: folder of the cache files.
         teacher_sha256: hash of the teacher file.
-        about: everything else that the cached maps depend on: the data set, the augmentation, the
-            number format. Its values must be JSON-serialisable.
+        about: everything else that the cached maps depend on, such as the data set, the
+            augmentation and the number format. JSON must be able to hold the values.
 
     Returns:
-        <folder>/<hash of the arguments>.maps
+        <folder>/<16 hex digits of the hash of the other arguments>.maps
     """
     key = hashlib.sha256(json.dumps([teacher_sha256, about], sort_keys=True).encode()).hexdigest()[
         :16
@@ -52,10 +53,11 @@ def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> P
 
 
 def stored_shape(map_KHW: tuple[int, ...], side: int | None) -> tuple[int, ...]:
-    """Return the shape of a stored map: (K, side, side), or that of the full map.
+    """Return the shape (K, H, W) in which the cache stores a logit map of the shape `map_KHW`.
 
-    The full map is stored if it is no larger, or if its sides are not multiples of `side`: cells of
-    different sizes would not give the means of the full map. `side` is None for full maps.
+    The shape is (K, side, side) if both sides of the map are multiples of `side`. Otherwise the
+    shape is `map_KHW`, because pooling to cells of different sizes would change the means. It is
+    also `map_KHW` if `side` is None.
     """
     K, H, W = map_KHW
     if side is None or H % side or W % side:
@@ -64,24 +66,25 @@ def stored_shape(map_KHW: tuple[int, ...], side: int | None) -> tuple[int, ...]:
 
 
 class TeacherCache:
-    """A teacher whose logit maps are cached in a sparse memory-mapped file.
+    """Teacher whose logit maps are cached in a sparse memory-mapped file.
 
     Several processes may fill the same file at the same time.
 
-    float16 keeps 11 significant bits, so it rounds a value by at most 2^-11 of its size. Values
-    below 6e-5 have fewer bits and are rounded by at most 2^-25. float32 does not round.
+    The format float16 keeps 11 significant bits, so a value is rounded by at most 2^-11 of its
+    size. Values below 6e-5 have fewer bits and are rounded by at most 2^-25. The format float32
+    does not round.
 
     Args:
         teacher: the teacher that computes missing maps.
-        path: the cache file, see `cache_path`.
+        path: the cache file, see `cache_path`; it is made if it is missing.
         rows: V, the number of images times the number of views of an image.
         map_KHW: shape of a stored map, (K, H, W), see `stored_shape`. The teacher's maps are pooled
-            to it.
+            to this shape.
         dtype: number format of the file: "float16" or "float32".
 
     Raises:
-        ValueError: if the disk cannot hold the full file, or the file that is there has another
-            size; raised before anything is written.
+        ValueError: If the disk cannot hold the full file, or if an existing file has another size.
+            An existing cache file is then unchanged.
     """
 
     def __init__(
@@ -119,12 +122,19 @@ class TeacherCache:
         )
 
     def __call__(self, images_BCHW: Tensor, views_B: Tensor | None) -> Tensor:
-        """Return the logit map (B, K, H, W) of a batch in float32, on the device of the images.
+        """Return the logit map of a batch, (B, K, H, W), with the sides of the stored maps.
 
-        `views_B` holds the row of each sample in the cache, int64 on the CPU. None asks the teacher
-        itself and stores nothing: no view of a strong augmentation repeats. Maps that are missing
-        in the file are computed and stored first. The result always has the precision of the file,
-        so that numbers do not depend on whether a view was cached.
+        Maps that the file does not hold yet are computed and stored first. All maps have the
+        precision of the file, so that numbers do not depend on whether a view was cached.
+
+        Args:
+            images_BCHW: the images.
+            views_B: row of each image in the cache, int64 on the CPU. None for views that never
+                repeat, such as strong views: the teacher computes full maps, and nothing is stored.
+
+        Returns:
+            The maps in float32, on the device of the images. For `views_B` None they are as the
+            teacher returns them.
         """
         if views_B is None:
             return self.teacher(images_BCHW)
@@ -152,7 +162,15 @@ class TeacherCache:
         return F.adaptive_avg_pool2d(map_BKHW, sides)
 
     def taps(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Taps:
-        """Return the taps of a batch from the teacher itself: the file holds logit maps alone."""
+        """Return the taps of a batch as the teacher computes them: the file holds logit maps alone.
+
+        Args:
+            images_BCHW: the images.
+            views_B: ignored.
+
+        Returns:
+            Taps without gradients, see `Teacher.taps`.
+        """
         return self.teacher.taps(images_BCHW, views_B)
 
 

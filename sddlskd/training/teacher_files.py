@@ -1,7 +1,7 @@
-"""Files of teachers: where they lie, what is pinned of them, and what they score.
+"""Weight files of teachers: their paths, their pins, and their measured accuracy.
 
-A home's `teachers/lock.json` pins the sha256 that a teacher file had when it first came. A file
-that differs from its pin is refused.
+A pin is the sha256 that a file had when it first came from elsewhere. `teachers/lock.json` in the
+home folder holds the pins. A file that differs from its pin is refused.
 """
 
 import hashlib
@@ -49,18 +49,18 @@ def path_of(home: str, dataset: str, network: str) -> Path:
     A network that is trained to the end without a teacher is written to the same path.
 
     Args:
-        home: the home folder of the experiments.
+        home: the home folder, which holds data/, teachers/ and runs/.
         dataset: name of the data set.
         network: name of the network.
 
     Returns:
-        <home>/teachers/<dataset>/<network>.pt
+        <home>/teachers/<dataset>/<network>.pt, whether or not this file exists.
     """
     return Path(home, "teachers", dataset, f"{network}.pt")
 
 
 def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
-    """Return the error for a missing teacher file; its message lists the ways to get one.
+    """Return the error for a missing teacher file, whose message says how to get the file.
 
     Args:
         path: the missing file.
@@ -97,11 +97,14 @@ def publish(
         weights: state dict of the network.
         network: name of the network.
         dataset: name of the data set.
-        top1: top-1 accuracy of the network in %.
-        data: fingerprint of the data that the network was trained on; None if it is unknown.
+        top1: top-1 accuracy of the network in percent.
+        data: fingerprint of the training data (`datasets.fingerprint`); None if it is unknown.
 
     Returns:
         Whether the file was written; False if a teacher file existed already.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
     if path.exists():
         return False
@@ -118,21 +121,23 @@ def publish(
 def install(
     file: Path, model: nn.Module, *, home: str, dataset: str, network: str, source: str
 ) -> None:
-    """Check that a file holds a teacher and matches its pin, then move it to the teacher's path.
+    """Check that a file holds a teacher's weights and matches its pin, then move it to its place.
 
-    Pin the file if the teacher has no pin yet.
+    The place is the path that `teacher=<network>` loads. If the teacher has no pin yet, the file's
+    sha256 becomes the pin.
 
     Args:
-        file: the file, on the file system of the teacher's path.
+        file: the file, which must be on the file system of its new place.
         model: a network of the teacher's architecture; it gets the weights.
-        home: the home folder of the experiments.
+        home: the home folder, which holds data/, teachers/ and runs/.
         dataset: name of the data set.
         network: name of the network.
         source: the file's origin (address or path), for error messages and the pin.
 
     Raises:
-        ValueError: if the file is too large, holds other weights or values that are not finite, or
-            differs from the pin, or if a training run has written the teacher's path meanwhile.
+        ValueError: If the file is too large, is not readable, holds other weights or values that
+            are not finite, or differs from the pin; or if another file already has the place.
+        FileNotFoundError: If `file` is missing.
     """
     try:
         check_size(file)
@@ -152,7 +157,10 @@ def install(
 
 
 def check_size(path: Path) -> None:
-    """Raise ValueError if the file, or the content of a zip file, is larger than LARGEST_FILE."""
+    """Raise ValueError if a file, or the unpacked content of a zip file, exceeds LARGEST_FILE.
+
+    A damaged zip file passes, because reading the file reports the damage.
+    """
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         try:
@@ -168,9 +176,10 @@ def check_size(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """Return the sha256 of a file in hex.
+    """Return the sha256 of a file in hexadecimal.
 
-    The hash is cached until the file's modification time or size changes.
+    The hash is kept in memory until the file's modification time or size changes. Raise
+    FileNotFoundError if the file is missing.
     """
     return _hash(path, path.stat().st_mtime_ns, path.stat().st_size)
 
@@ -182,10 +191,11 @@ def _hash(path: Path, mtime_ns: int, size: int) -> str:
 
 
 def data_of(path: Path) -> dict[str, Any] | None:
-    """Return the fingerprint of the data that a teacher was trained on, if its file tells.
+    """Return the fingerprint of the data that a teacher was trained on, if its file holds one.
 
-    Return None for files from elsewhere and for files from before fingerprints were noted. The
-    answer is cached until the file's modification time or size changes.
+    Return None for files from elsewhere, older files, .safetensors files and damaged files.
+    The fingerprint is kept in memory until the file's modification time or size changes. Raise
+    FileNotFoundError if the file is missing.
     """
     return _data_of(path, path.stat().st_mtime_ns, path.stat().st_size)
 
@@ -194,7 +204,8 @@ def data_of(path: Path) -> dict[str, Any] | None:
 def _data_of(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
     try:
         content = read(path)
-    except UnreadableFile:  # damaged, which loading the weights reports, or a .safetensors file
+    # A .safetensors file, or a damaged file, which loading the weights reports.
+    except UnreadableFile:
         return None
     found = None
     if isinstance(content, dict):
@@ -205,16 +216,16 @@ def _data_of(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
 def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> float:
     """Return the top-1 accuracy of a teacher file on a data set, measured only once.
 
-    The measured value is stored in a JSON file next to the teacher file, under the data set's name
-    and the hash of the teacher file.
+    The value is stored in <path>.top1.json, under the name of the data set and the hash of the
+    teacher file. If the folder is read-only, the next call measures the value again.
 
     Args:
         path: the teacher file.
-        dataset: name of the data set.
-        measure: function that measures the top-1 accuracy in %; called if no value is stored.
+        dataset: name of the data set, and hash of its data if known.
+        measure: function that measures the top-1 accuracy in percent; called if no value is stored.
 
     Returns:
-        The top-1 accuracy in %.
+        The top-1 accuracy in percent.
     """
     note, key = path.with_name(path.name + ".top1.json"), f"{dataset}:{file_hash(path)}"
     known: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
@@ -229,7 +240,7 @@ def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> flo
 
 
 def lock_path(home: str) -> Path:
-    """Return the path of the lock file.
+    """Return the path of the file that holds the pins of a home folder, <home>/teachers/lock.json.
 
     Its content is {"pins": {key: {"sha256", "source", "first_seen"}}}. A key is <dataset>/<network>
     or the URL of an archive.
@@ -238,14 +249,15 @@ def lock_path(home: str) -> Path:
 
 
 def pin_key(dataset: str, network: str) -> str:
-    """Return the key of a teacher's pin: <dataset>/<network>."""
+    """Return the key under which a teacher is pinned: <dataset>/<network>."""
     return f"{dataset}/{network}"
 
 
 def pinned(home: str) -> dict[str, dict[str, str]]:
-    """Return the pins in the lock file of a home: {<dataset>/<network>: {"sha256", "source"}}.
+    """Return the pins of a home folder by key: {key: {"sha256", "source", "first_seen"}}.
 
-    Raise ValueError if the lock file is damaged.
+    A key is <dataset>/<network> or the URL of an archive. Return {} if there is no lock.json yet.
+    Raise ValueError if lock.json is damaged.
     """
     path = lock_path(home)
     if not path.exists():
@@ -266,18 +278,18 @@ def pinned(home: str) -> dict[str, dict[str, str]]:
 
 
 def check_pin(home: str, key: str, sha256: str) -> bool:
-    """Return whether a file is pinned under a key, and check that the file is the pinned one.
+    """Return whether a key has a pin, after checking that the pin agrees with a file's hash.
 
     Args:
-        home: The folder that holds data/, teachers/ and runs/.
-        key: The pin's key: <dataset>/<network>, or the URL of an archive.
-        sha256: The file's sha256 in hexadecimal.
+        home: the home folder, which holds data/, teachers/ and runs/.
+        key: key of the pin: <dataset>/<network>, or the URL of an archive.
+        sha256: sha256 of the file in hexadecimal.
 
     Returns:
-        False if nothing is pinned under the key.
+        True if the key is pinned to this sha256; False if the key has no pin.
 
     Raises:
-        ValueError: A file with another sha256 is pinned, or the lock file is damaged.
+        ValueError: If the key is pinned to another sha256, or if lock.json is damaged.
     """
     pin = pinned(home).get(key)
     if pin and pin["sha256"] != sha256:
@@ -290,16 +302,17 @@ def check_pin(home: str, key: str, sha256: str) -> bool:
 
 
 def pin(home: str, key: str, sha256: str, source: str) -> None:
-    """Pin a file on first use; do nothing if the same file is already pinned.
+    """Pin a file under a key on first use; do nothing if the same file is already pinned.
 
     Args:
-        home: The folder that holds data/, teachers/ and runs/.
-        key: The pin's key: <dataset>/<network>, or the URL of an archive.
-        sha256: The file's sha256 in hexadecimal.
-        source: The URL or path that the file came from.
+        home: the home folder, which holds data/, teachers/ and runs/.
+        key: key of the pin: <dataset>/<network>, or the URL of an archive.
+        sha256: sha256 of the file in hexadecimal.
+        source: URL or path that the file came from.
 
     Raises:
-        ValueError: Another file is already pinned under the key, or the lock file is damaged.
+        ValueError: If the key is pinned to another sha256, or if lock.json is damaged.
+        OSError: If lock.json cannot be written.
     """
     path = lock_path(home)
     path.parent.mkdir(parents=True, exist_ok=True)
