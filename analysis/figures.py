@@ -47,7 +47,7 @@ __all__ = ["Figure", "build", "curves"]
 
 MARKED_EPOCHS = 60  # with more epochs, markers would hide the curves
 KINDS = {False: "heterogeneous", True: "homogeneous"}  # whether the pair is of one family
-KINDS_SAID = 4  # largest number of settings that a caption says the mean gain of
+KINDS_SAID = 4  # largest number of settings and baselines whose mean gain a caption states
 OVER = {
     "plain": "gain over the plain distiller (points)",
     "vanilla": "gain over the student alone (points)",
@@ -56,7 +56,7 @@ OVER = {
 
 
 class Source(Predictions, Protocol):
-    """The runs that the figures read; `analysis.runs.Runs` implements this protocol."""
+    """Protocol of the runs that the figures read; `analysis.runs.Runs` implements the protocol."""
 
     @property
     def frame(self) -> pd.DataFrame: ...
@@ -68,7 +68,7 @@ class Source(Predictions, Protocol):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that `build` has drawn."""
+    """Figure that `build` has written to a PNG and an SVG file."""
 
     name: str  # stem of its file names
     title: str
@@ -78,7 +78,7 @@ class Figure:
 
 
 def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]) -> list[Figure]:
-    """Draw every figure whose data exist.
+    """Draw every figure whose data exist, and write it as PNG and SVG.
 
     Args:
         runs: the runs to draw, with their histories and predictions.
@@ -87,10 +87,13 @@ def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]
         test: test of the gains, one of `analysis.stats.TESTS`.
 
     Returns:
-        The figures, with captions. The list is empty if no finished run has the metric.
+        The figures, with captions. If no finished run has the metric, the list is empty and nothing
+        is written.
 
     Raises:
-        ValueError: if `metric` is not in `analysis.selection.METRICS`.
+        ValueError: If `metric` is not in `analysis.selection.METRICS`, or if the histories or
+            predictions of the runs cannot be read.
+        OSError: If a file cannot be written.
     """
     points, left_out = points_of(runs.frame, metric)
     if not points:
@@ -123,7 +126,7 @@ def _saved(chart: Chart, out: Path, left_out: str) -> Figure:
         left_out: sentence on the runs that no figure shows, for the end of the caption.
 
     Returns:
-        The figure.
+        The figure, with the paths of both files and the whole caption.
     """
     png = out / f"{chart.name}.png"
     svg = out / f"{chart.name}.svg"
@@ -136,7 +139,7 @@ def _saved(chart: Chart, out: Path, left_out: str) -> Figure:
 
 
 def _metric_label(metric: str, points: Iterable[Point]) -> str:
-    """Return the start of a caption: the label of the metric, and the images it is measured on."""
+    """Return the start of a caption: the label of the metric, and which images it is of."""
     _, label = METRICS[metric]
     start = label[0].upper() + label[1:]
     if metric == "val" or not any(point.run.val_fraction for point in points):
@@ -148,7 +151,7 @@ def _metric_label(metric: str, points: Iterable[Point]) -> str:
 
 
 def _panels(points: Iterable[Point]) -> list[str]:
-    """Return the panels of the points, each once."""
+    """Return the panels of the points, each once, in the order of the points."""
     return list(dict.fromkeys(point.panel for point in points))
 
 
@@ -156,11 +159,17 @@ def _panels(points: Iterable[Point]) -> list[str]:
 
 
 def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """Return the learning curve of each panel and setting, averaged over its runs.
+    """Return the learning curve of each panel and setting, averaged over the runs.
 
-    The result has the columns panel, setting, epoch, mean, std (sample standard deviation) and n
-    (number of runs). `frame` needs panel, setting and run_id; `history` needs run_id, epoch and
-    value.
+    Args:
+        frame: runs, one per row, with the columns panel, setting and run_id.
+        history: values, one per run and epoch, with the columns run_id, epoch and value. Values
+            that are missing (NaN) are skipped.
+
+    Returns:
+        A frame with one row per panel, setting and epoch, sorted by epoch. The columns are panel,
+        setting, epoch, mean, std (sample standard deviation, NaN for one run) and n (number of
+        runs that have a value).
     """
     points = frame[["panel", "setting", "run_id"]].merge(
         history[["run_id", "epoch", "value"]].dropna(), on="run_id"
@@ -174,7 +183,19 @@ def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 
 
 def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
-    """Draw accuracy by epoch, or return None if no run has more than one epoch."""
+    """Draw the accuracy (metric val/top1) by epoch, with one line per setting in each panel.
+
+    Args:
+        runs: source of the histories.
+        points: settings and panels to draw. Students alone are drawn in the panels of all pairs
+            with the same student.
+
+    Returns:
+        The chart, or None if no run has an accuracy after the first epoch.
+
+    Raises:
+        ValueError: If the histories cannot be read.
+    """
     shown, settings, rest = few(beside_panels(points), lambda point: point.setting)
     frame = pd.DataFrame(
         [(point.panel, point.setting, run.run_id) for point in shown for run in point.runs],
@@ -221,7 +242,15 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
 
 
 def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw accuracy against M, or return None if no line has several M."""
+    """Draw accuracy against the scales M, with one line per method and training settings.
+
+    Args:
+        points: accuracies to draw. Students alone and lines with a single M are left out.
+        metric: accuracy that the points hold, a key of `METRICS`. The caption names it.
+
+    Returns:
+        The chart, or None if no line has several M.
+    """
     scales: dict[tuple[str, str], set[str]] = {}
     for point in points:
         scales.setdefault((point.panel, point.line), set()).add(point.run.M)
@@ -272,7 +301,7 @@ def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
 
 
 def _mixed(points: Sequence[Point]) -> list[str]:
-    """Return the settings, other than M, in which the points of a line differ."""
+    """Return the settings, other than M, in which the points of at least one line differ."""
     names = ("temperature", "ce_weight", "kd_weight", "lr", *BUDGET)
     values: dict[tuple[str, str, str], set[object]] = {}
     for point in points:
@@ -287,7 +316,19 @@ def _mixed(points: Sequence[Point]) -> list[str]:
 
 
 def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | None:
-    """Draw the gain of every point over its baselines, or return None if there is no gain."""
+    """Draw a dot chart of the gain of every point over its baselines, in percentage points.
+
+    The baselines are the plain form of the method (M=[1], no standardisation) and the student
+    alone, each on the same pair.
+
+    Args:
+        points: accuracies of methods and baselines.
+        metric: accuracy that the points hold, a key of `METRICS`. The caption names it.
+        test: test that gives the intervals, one of `analysis.stats.TESTS`.
+
+    Returns:
+        The chart, or None if no point has a gain.
+    """
     gains, without = comparisons(points, test)
     if not gains:
         return None
@@ -326,10 +367,12 @@ def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | Non
 
 
 def _tests_said(gains: Iterable[Comparison]) -> str:
-    """Return how the intervals of the gains were computed."""
+    """Return words for the caption on how the intervals of the gains were computed."""
     ways = {
         "pooled": "with the variance that the methods of a pair have in common",
         "paired": "paired by seed",
+        "welch": "by Welch's test",
+        "sequential": "by Welch's test for all looks of the sweep together",
     }
     used = {one.gain.difference.test for one in gains}
     return " or ".join(text for test, text in ways.items() if test in used)
@@ -346,15 +389,15 @@ def _mean_by_kind(
 ) -> str:
     """Return a sentence with the mean gain over heterogeneous and over homogeneous pairs.
 
-    It covers the first `KINDS_SAID` settings and baselines that have pairs of both kinds.
+    The sentence covers the first `KINDS_SAID` settings and baselines that have pairs of both kinds.
 
     Args:
         gains: the gains that are drawn.
         settings: names of the settings, in order.
-        homogeneous: whether the pair of a panel is of one family.
+        homogeneous: whether teacher and student are of one family, by panel.
 
     Returns:
-        The sentence; "" if no setting has pairs of both kinds.
+        The sentence, with a space in front; "" if no setting has pairs of both kinds.
     """
     said: list[str] = []
     for over, setting in itertools.product(OVER, settings):
@@ -378,9 +421,17 @@ def _mean_by_kind(
 
 
 def cost(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw accuracy against training time, or return None if fewer than two settings have times.
+    """Draw accuracy against training time (seconds per epoch), with one mark per setting and panel.
 
-    Runs that trained side by side are left out: their time is that of the group.
+    The time of a run that trained side by side with others is not used, since it is the time of the
+    whole group. The accuracy of such a run counts if another run of its setting has a time.
+
+    Args:
+        points: accuracies to draw, with the runs that have the times.
+        metric: accuracy that the points hold, a key of `METRICS`. The caption names it.
+
+    Returns:
+        The chart, or None if fewer than two settings have times.
     """
     times = {
         point: [

@@ -1,6 +1,6 @@
-"""Write the sentences under a table: what its numbers are, and what its tests could show.
+"""Write the notes under a table: what its numbers are, and how its gains were tested.
 
-A sentence is written only if what it explains occurs in the table.
+A note explains a mark, a number or a test. Notes on what does not occur in the table are left out.
 """
 
 import statistics
@@ -18,12 +18,17 @@ __all__ = ["notes", "notes_on_gains"]
 
 
 def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
-    """Yield the sentences on the numbers of a table.
+    """Yield the notes on the numbers of a table, each of one or two sentences.
 
     Args:
-        declaration: the table.
-        cells: its cells.
-        sweep: name of the sweep; "" for none.
+        declaration: description of the table.
+        cells: cells of the table, by the labels of row and column.
+        sweep: name of the sweep that the runs belong to; "" if there is none.
+
+    Yields:
+        First what the numbers are; then notes on planned runs, ranks, published numbers, verdicts,
+        sizes of the students, settings that differ within a row, and repeated runs, if the table
+        has any.
     """
     quantity = declaration.quantity
     runs = f"Runs of {sweep}: " if sweep else ""
@@ -58,7 +63,10 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
 
 
 def _sizes(runs: Iterable[Run]) -> list[str]:
-    """Return parameters and operations of each student, as far as its runs say them."""
+    """Return a text for each student with its numbers of parameters and FLOPs, if these are known.
+
+    The texts are sorted by student, such as "vgg8 3.97 M parameters, 96.1 M FLOPs an image".
+    """
     known = {
         run.student: (run.parameters, run.flops)
         for run in runs
@@ -71,7 +79,10 @@ def _sizes(runs: Iterable[Run]) -> list[str]:
 
 
 def _among(cells: Mapping[Key, Cell], quantity: Quantity) -> str:
-    """Return which rows are ranked together, if a setting keeps some apart."""
+    """Return " among rows of the same SETTINGS", with the settings that separate the ranking.
+
+    The result is "" if all cells are ranked together.
+    """
     settings = [cell.settings for cell in cells.values() if cell.settings]
     apart = [
         name
@@ -89,15 +100,19 @@ def notes_on_gains(
     aggregated: bool,
     baselines: Sequence[str],
 ) -> Iterator[str]:
-    """Yield the sentences on how the gains of a table were tested, and what they could show.
+    """Yield the notes on how the gains of a table were tested, and how large a gain had to be.
 
     Args:
-        cells: the cells of the table.
-        results: their results.
+        cells: cells of the table, by the labels of row and column.
+        results: results of all cells, with the same keys.
         columns: labels of the columns, in order.
-        options: how gains are tested.
-        aggregated: whether the table has a column of all pairs.
+        options: how gains are tested, and the baseline that the user chose.
+        aggregated: whether the table has a column with the mean gain over all pairs.
         baselines: labels of the rows that `options.baseline` names.
+
+    Yields:
+        Notes on a chosen baseline that names no row or several; then, if there are gains, notes on
+        the tests, on the smallest gain that would be significant, and on the column of all pairs.
     """
     if options.baseline and not baselines:
         yield f"There is no row of {options.baseline} here: gains are over the table's baselines."
@@ -113,6 +128,7 @@ def notes_on_gains(
     pooled = "; ".join(_tests_of("pooled", columns, gains, results))
     pairing = "; ".join(_tests_of("paired", columns, gains, results, options.test == "pooled"))
     unpaired = "; ".join(_tests_of("welch", columns, gains, results))
+    looking = "; ".join(_tests_of("sequential", columns, gains, results, False))
     ways = []
     if pooled:
         ways.append(f"t tests with the variance that the rows of a column share ({pooled})")
@@ -121,6 +137,12 @@ def notes_on_gains(
         ways.append(f"t tests paired by seed{reason} ({pairing})")
     if unpaired:
         ways.append(f"Welch's tests, since variances differ and seeds are not shared ({unpaired})")
+    if looking:
+        looks = max(gain.difference.looks for gain in gains.values())
+        ways.append(
+            "Welch's tests on the seeds that both rows have, with p and intervals that hold for "
+            f"the {looks} looks together at which seeds=until_decided may stop ({looking})"
+        )
     yield (
         f"Gains: {'; '.join(ways)}. Intervals: 95 %, uncorrected. p: corrected by Holm over the "
         f"table's {len(tested)} tests. Equivalent: within ±{options.margin:g} points, by two "
@@ -150,7 +172,18 @@ def _tests_of(
     results: Mapping[Key, Result],
     with_bartlett: bool = True,
 ) -> Iterator[str]:
-    """Yield each column with gains of this test, with the test's details."""
+    """Yield a text for each column with gains that were tested by one of the tests.
+
+    Args:
+        test: the test to describe: "pooled", "paired", "welch" or "sequential".
+        columns: labels of the columns, in order.
+        gains: gains by the labels of row and column.
+        results: results of all cells of the table, by the same labels.
+        with_bartlett: whether to state p of Bartlett's test for equal variances.
+
+    Yields:
+        The label of the column with degrees of freedom and Bartlett's p.
+    """
     for column in columns:
         beside = [result for (_, other), result in results.items() if other == column]
         details = set()
@@ -166,7 +199,7 @@ def _tests_of(
 
 
 def _varying(cells: Mapping[Key, Cell], quantity: Quantity) -> list[str]:
-    """Return the settings in which the cells of a row differ."""
+    """Return the settings in which the cells of at least one row differ."""
     by_row: dict[tuple[str, str], set[Any]] = defaultdict(set)
     for (row, _), cell in cells.items():
         if cell.settings:

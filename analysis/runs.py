@@ -1,8 +1,8 @@
-"""Read runs from MLflow (SQLite or a server) into one tidy frame with one row per run.
+"""Read runs from an MLflow store into one frame (pandas DataFrame) with one row per run.
 
-Per-epoch metrics and predictions are read on demand. No run is dropped: failed, running and
-superseded runs are rows, and so is a job that a sweep planned and nobody ran (status MISSING).
-Errors are ValueErrors with a one-line message.
+No run is dropped: failed, running and superseded runs are rows, and so is a job that a sweep
+planned but nobody ran (status MISSING). Metrics by epoch and predictions are read on demand. All
+errors are ValueErrors with a message of one line.
 """
 
 import difflib
@@ -36,37 +36,42 @@ from .store import MAKE_RUNS, artifact, experiments_of, points_of, quoted, readi
 __all__ = ["Runs", "listing", "load"]
 
 NAMES_SHOWN = 10  # names that an error message lists
-# The fields that a plan stores for a job, besides its params.
+# Fields of a job in a plan, besides its params.
 PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
 LEARNED_TEMPERATURE = "distiller.learned_temperature"
 """Param that holds the arguments of a temperature that is learnt, or {}."""
 CONTRACT = ("dataset", "teacher", "student", "distiller")
-"""Columns that select a run's table cell. If every run lacks one of them, none is sddlskd's."""
+"""Columns that place a run in a table. At least one run of a selection must have all of them."""
 NEEDED = (*CONTRACT, "M", "standardize", "epochs", "seed")
-"""Required columns: `reason` of a row names those that its run lacks."""
+"""Columns that every run should have. The column `reason` names those that a run lacks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A selection of runs from one MLflow store."""
+    """Runs of a sweep, an experiment or a whole MLflow store, as `load` returns them."""
 
     frame: pd.DataFrame  # one row per run, with the columns of schema.COLUMNS
-    name: str  # sweep or experiment; "" for all runs of the store
-    uri: str
-    command: str  # starts the sweep; "" if it is unknown
+    name: str  # name of the sweep or experiment; "" for all runs of the store
+    uri: str  # address of the store
+    command: str  # command that starts the sweep; "" if it is unknown
 
     def history(
         self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None
     ) -> pd.DataFrame:
-        """Return the per-epoch metrics of runs.
+        """Return metrics of the runs by epoch.
 
         Args:
-            metrics: names of metrics in MLflow, such as `val/top1`.
-            run_ids: MLflow run ids, "" is skipped; None means all runs of the frame.
+            metrics: names of metrics in MLflow, such as "val/top1".
+            run_ids: MLflow ids of runs; None for all runs of `frame`. The id "", which a missing
+                run has, is skipped.
 
         Returns:
-            A frame with the columns run_id, metric, epoch and value. If an epoch has several
-            points of a metric, the frame holds the latest.
+            A frame with the columns run_id, metric, epoch and value, sorted by the first three. If
+            a metric was logged more than once for an epoch, the value is the latest. A run that
+            lacks a metric has no row for the metric.
+
+        Raises:
+            ValueError: If the store cannot be read.
         """
         asked = self.frame["run_id"] if run_ids is None else run_ids
         ids = [run_id for run_id in asked if run_id]
@@ -89,7 +94,9 @@ class Runs:
     def predictions(self, run_id: str) -> dict[str, np.ndarray] | None:
         """Return a run's predictions on the test split, or None if the run did not keep them.
 
-        The arrays are those of the artifact predictions.npz. Raise ValueError if it is damaged.
+        `run_id` is the run's id in MLflow. The result holds the arrays of the run's artifact
+        predictions.npz by name; `sddlskd.training.predictions.collect` describes them. Raise
+        ValueError if the artifact is damaged, or if the store has no such run or cannot be read.
         """
         with reading(self.uri) as client, artifact(client, run_id, "predictions.npz") as path:
             if path is None:
@@ -104,19 +111,22 @@ class Runs:
 
 
 def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
-    """Load the runs of a sweep, or of an MLflow experiment if no sweep has that name.
+    """Load the runs of a sweep, or those of an MLflow experiment if no sweep has the name.
 
     Args:
-        name: name of the sweep or experiment. None loads all runs of the store.
-        uri: `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`.
-        mixed_epochs: accept runs on one data set that differ in their number of epochs.
+        name: name of the sweep or experiment; None for all runs of the store.
+        uri: address of the store: `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`.
+        mixed_epochs: whether runs on one data set may differ in their number of epochs.
 
     Returns:
-        The runs, with a row of status MISSING for each planned job that has no run.
+        The runs, superseded ones included. A planned job that has no run is a row with the status
+        MISSING. Runs of a planned job count for the sweep even if another sweep started them.
 
     Raises:
-        ValueError: if the store cannot be read, if it has no such name or no runs, if none of the
-            runs is sddlskd's, or if their numbers of epochs differ and `mixed_epochs` is False.
+        ValueError: If the store cannot be read; if there is no such sweep or experiment, or no run;
+            if none of the runs has the params of sddlskd's runs; if the plan of a sweep is damaged;
+            or if numbers of epochs differ on a data set and `mixed_epochs` is False. Runs that
+            trained a teacher, and methods that the papers train longer, may always differ.
     """
     with reading(uri) as client:
         experiments = experiments_of(client)
@@ -142,14 +152,17 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
 
 
 def listing(uri: str) -> pd.DataFrame:
-    """Return the sweeps and experiments of a store, one per row.
+    """Return a table of the sweeps and the experiments of an MLflow store, one per row.
 
-    The columns are kind ("sweep" or "experiment"), name, runs, and the number of runs of each
-    status. Superseded runs are not counted.
+    The columns are "kind" ("sweep" or "experiment"), "name", "runs" (number of runs), and the
+    number of runs of each status in `STATUSES`. Sweeps come first; both kinds are sorted by name.
+    Planned jobs that were never run count with the status MISSING. Superseded runs do not count. A
+    run of a job that several sweeps planned counts in each of these sweeps. Raise ValueError if the
+    store cannot be read.
     """
     with reading(uri) as client:
         scans = {name: _scan(client, {name: key}) for name, key in experiments_of(client).items()}
-    sweeps: dict[str, set[str]] = {}  # names of the sweeps that planned a job, by its config_hash
+    sweeps: dict[str, set[str]] = {}  # names of the sweeps that planned a job, by config_hash
     for plan in (plan for plans, _ in scans.values() for plan in plans):
         for job in plan["jobs"]:
             sweeps.setdefault(job["config_hash"], set()).add(plan["name"])
@@ -192,10 +205,19 @@ def _no_such(client: Any, experiments: Mapping[str, str], name: str, uri: str) -
 def _select(
     client: Any, everywhere: Mapping[str, str], experiments: Mapping[str, str], query: str = ""
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the plans of the sweeps that the query finds, and a row per run and missing job.
+    """Return the plans of the sweeps that a query finds, and a row for each run and missing job.
 
-    A job that two sweeps share is tagged with the first sweep only, so the unfinished jobs of a
-    plan are searched for by config_hash in all experiments (`everywhere`).
+    A job that two sweeps share is tagged with the first sweep only. For this reason, the unfinished
+    jobs of a plan are searched for by config_hash in all experiments.
+
+    Args:
+        client: MlflowClient, as `reading` yields it.
+        everywhere: ids of all experiments, by name.
+        experiments: ids of the experiments that the query is for, by name.
+        query: MLflow filter; "" for all runs.
+
+    Returns:
+        The plans as `_read_plan` returns them, and the rows.
     """
     plans, rows = _scan(client, experiments, query)
     planned = {job["config_hash"]: job for plan in plans for job in plan["jobs"]}
@@ -212,14 +234,20 @@ def _select(
 def _scan(
     client: Any, experiments: Mapping[str, str], query: str = ""
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Return the plans among the runs that the query finds, and the other runs as rows by id."""
+    """Return the plans among the runs that a query finds, and the other runs as rows by run id.
+
+    Args:
+        client: MlflowClient, as `reading` yields it.
+        experiments: ids of the experiments to search, by name.
+        query: MLflow filter; "" for all runs.
+    """
     plans: list[dict[str, Any]] = []
     rows: dict[str, dict[str, Any]] = {}
     for run in search(client, experiments, query):
         kind = run.data.tags.get("kind")
         if kind == "sweep":
             plans.append(_read_plan(client, run))
-        elif kind != "cell":  # a mean over runs that are rows themselves
+        elif kind != "cell":  # a cell is a mean over runs that are rows themselves
             rows[run.info.run_id] = _row(run)
     return plans, rows
 
@@ -227,13 +255,19 @@ def _scan(
 def _missing(
     plans: Iterable[Mapping[str, Any]], there: Container[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return a MISSING row for each planned job whose config_hash is not in `there`, by hash."""
+    """Return a row with the status MISSING for each planned job that has no run, by config_hash.
+
+    `there` holds the config_hashes of the jobs that have one.
+    """
     planned = {job["config_hash"]: (plan["name"], job) for plan in plans for job in plan["jobs"]}
     return {key: _missing_row(*found) for key, found in planned.items() if key not in there}
 
 
 def _hashes(rows: Iterable[Mapping[str, Any]], finished: bool = False) -> set[str]:
-    """Return the config_hashes of the runs that are not superseded (`finished`: only FINISHED)."""
+    """Return the config_hashes of the rows that are not superseded.
+
+    If `finished` is True, only rows with the status FINISHED count.
+    """
     return {
         row["config_hash"]
         for row in rows
@@ -242,7 +276,10 @@ def _hashes(rows: Iterable[Mapping[str, Any]], finished: bool = False) -> set[st
 
 
 def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
-    """Return {name, command, jobs} from a sweep's parent run; jobs is [] if it kept no plan."""
+    """Return the plan of a sweep as {"name", "command", "jobs"}, read from the sweep's parent run.
+
+    `jobs` is [] if the run kept no plan. Raise ValueError if the plan is damaged.
+    """
     sweep = parent.data.tags.get("sweep", "")
     with artifact(client, parent.info.run_id, "plan.json") as path:
         if path is None:
@@ -265,9 +302,10 @@ def _read_plan(client: Any, parent: Any) -> dict[str, Any]:
 def _row(run: Any) -> dict[str, Any]:
     """Return an MLflow run as a row of the frame, {column: value}, without the column `command`.
 
-    A param or group_size that is missing or not valid has no entry. A missing metric is None, a
-    missing text tag is "". To the recorded reason, `reason` adds the params of `NEEDED` that are
-    missing, the params and group_size that are not valid, and the metrics that are NaN.
+    A param or group_size that is missing or not valid has no entry. A missing metric is None, and a
+    missing text tag is "". `reason` is the recorded reason, followed by a complaint for each param
+    of `NEEDED` that is missing, each param or group_size that is not valid, and each metric that is
+    NaN.
     """
     tags = run.data.tags
     metrics = run.data.metrics
@@ -281,7 +319,7 @@ def _row(run: Any) -> dict[str, Any]:
     status = "RUNNING" if run.info.status == "SCHEDULED" else run.info.status
     done = steps.get("val/top1")
     if done is not None:
-        done = max(done, 0)  # the epochs of a first stage are 0, -1, ...
+        done = max(done, 0)  # a first stage of training has the epochs 0, -1, ...
     return {
         **row,
         **size,
@@ -314,11 +352,12 @@ def _missing_row(sweep: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the columns that the params give, and a message for each problem with the params."""
+    """Return the columns that the params of a run give, and a complaint for each faulty param."""
     row, complaints = _parsed(params, PARAMS)
     if features := _features(params):
         row["features"] = "+".join(features)
     row["details"] = details_of(params)
+    row["looks"] = _looks(params)
     if params.get(LEARNED_TEMPERATURE, "None") not in ("None", "{}"):
         row["learned_temperature"] = True
     if absent := [PARAMS[column] for column in NEEDED if PARAMS[column] not in params]:
@@ -326,15 +365,26 @@ def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     return row, complaints
 
 
+def _looks(params: Mapping[str, str]) -> int | None:
+    """Return how often a sweep with seeds=until_decided looks at its results; None for others.
+
+    Such a sweep looks after 3 seeds, and then after each seed.
+    """
+    most = params.get("sweep.max_seeds", "")
+    if params.get("sweep.seeds") != "until_decided" or not most.isdecimal():
+        return None
+    return max(1, int(most) - 2)
+
+
 def _features(params: Mapping[str, str]) -> list[str]:
-    """Return the feature methods of a run, as `feature_of` spells them, by name."""
+    """Return the feature methods of a run, spelled as by `feature_of`, in order of their names."""
     keys = [re.fullmatch(r"features\.(.+)\.weight", key) for key in params]
     names = sorted(key[1] for key in keys if key)
     return [feature_of(name, _options(params, name)) for name in names]
 
 
 def _options(params: Mapping[str, str], feature: str) -> dict[str, Any]:
-    """Return the arguments of a feature method; {} if the param is not a JSON object."""
+    """Return the arguments of a feature method; {} if its param is not a JSON object."""
     try:
         options = json.loads(params.get(f"features.{feature}.method", "{}"))
     except ValueError:
@@ -376,7 +426,10 @@ def _scales(text: str) -> str:
 
 
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the rows as a typed frame; pair and method are "" if their parts are unknown."""
+    """Return rows as a typed frame.
+
+    `pair` and `method` are "" if a column that they are derived from is missing in the row.
+    """
     frame = frame_of({"M": "", **row} for row in rows)
     for column, parts in {
         "pair": {"teacher", "student"},
@@ -401,7 +454,8 @@ def _refuse_strangers(rows: Sequence[Mapping[str, Any]], where: str) -> None:
 def _refuse_mixed_epochs(frame: pd.DataFrame) -> None:
     """Raise ValueError if runs on one data set differ in their number of epochs.
 
-    Runs that trained a teacher do not count, nor do runs of methods that the papers train longer.
+    Superseded runs, runs that trained a teacher, and methods that the papers train longer do not
+    count.
     """
     standing = frame[~frame["superseded"] & frame["epochs"].notna()]
     standing = standing[~standing["method"].map(trains_longer).astype(bool)]

@@ -1,6 +1,6 @@
-"""Define what is known of a run: as a `Run`, as a row of a frame of runs, and in MLflow.
+"""Define what is known of a run: as a `Run`, as a row of a frame (pandas DataFrame), and in MLflow.
 
-The analysis depends on the trainer by these names only: `PARAMS` are flattened configuration keys,
+The analysis depends on the trainer by these names only: `PARAMS` are dotted configuration keys,
 `METRICS` are final metrics, `TAGS` are tags of a run.
 """
 
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
-"""Statuses of a run. MISSING: the sweep planned the job, but MLflow has no run of it."""
+"""Statuses of a run. MISSING: a sweep planned the job, but MLflow has no run of the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: a row of the frame of runs.
+    """One run of a job: a row of the frame of runs.
 
-    The fields are the columns of the frame, in order, except the last one. A value that MLflow does
-    not have is "", False or None.
+    The fields are the columns of the frame, in order; only the last field, `unread`, is no column.
+    A value that MLflow does not have is the default of its field. Only unknown scales `M` are "".
     """
 
     run_id: str = ""  # in MLflow; "" for a missing run
@@ -49,11 +49,11 @@ class Run:
     status: str = ""  # one of STATUSES
     reason: str = ""  # why the run failed or was stopped
     sweep: str = ""
-    config_hash: str = ""  # hash of what the job computes, including its seed
+    config_hash: str = ""  # hash of all that determines the result of the job, with the seed
     settings_hash: str = ""  # the same without the seed
     git_sha: str = ""
     run_dir: str = ""
-    command: str = ""  # runs the job (again); "" if it is unknown
+    command: str = ""  # command that runs the job (again); "" if it is unknown
     environment: str = ""  # versions and device, in one line
     superseded: bool = False  # replaced by a later run of the job; left out of every table
     started: datetime | None = None
@@ -62,45 +62,50 @@ class Run:
     student: str = ""
     pair: str = ""  # "teacher_student"
     method: str = ""  # as method_of spells it: vanilla, kd, sd_kd_ls, crd, sd_kd+crd ...
-    recipe: str = ""  # choice of recipe=..., "" without one; other keys may have changed its values
-    distiller: str = ""  # loss of the logits: kd, dkd, nkd ..., or one of NO_LOGIT_LOSS
+    recipe: str = ""  # value of recipe=..., or ""; other arguments may have changed its settings
+    distiller: str = ""  # name of the loss of the logits: kd, dkd ...; or one of NO_LOGIT_LOSS
     features: str = ""  # feature methods as feature_of spells them, joined by "+": "crd+sp"
     learned_temperature: bool = False  # whether the temperature is learnt (CTKD)
     optimizer: str = ""
     M: str = "[1]"  # scales, as canonical_M writes them: "[1,2,4]"
     standardize: bool = False
     complementary_weight: float | None = None
-    knowledge: str = "fusion"  # fusion, consistent, complementary
+    knowledge: str = "fusion"  # regions that the loss uses: fusion, consistent or complementary
     temperature: float | None = None
     ce_weight: float | None = None
     kd_weight: float | None = None
     lr: float | None = None
     batch_size: int | None = None
-    epochs: int | None = None  # configured number
+    epochs: int | None = None  # number that the job was configured with
     # Batches per epoch. None means all batches in a run of ours (analysis.selection replaces it by
     # "all"), and unknown in an imported run.
     max_steps: int | Literal["all"] | None = None
-    # The other settings that the papers' methods set, as details_of writes them; "": unknown
+    # Settings of the papers' methods without a column of their own, as details_of writes them;
+    # "": unknown
     details: str = ""
     precision: str = ""  # of the networks' forward pass: fp32, bf16 or fp16
     compile: bool = False  # whether torch compiles the networks
     teacher_cache: str = ""  # folder of the cached teacher maps; "": no cache
-    epochs_done: int | None = None
+    epochs_done: int | None = None  # number of the last epoch with an accuracy
     seed: int | None = None
-    # Fraction of the training images held out; 0: val is the test split.
+    # Number of looks at the results that a sweep with seeds=until_decided plans; None: the user
+    # chose the seeds
+    looks: int | None = None
+    # Fraction of the training images that is held out to choose the best epoch. 0: the test split
+    # chooses.
     val_fraction: float | None = None
-    train_fraction: float | None = None  # of the other training images that the student learns from
-    group_size: int | None = None  # runs trained side by side, whose times are those of the group
+    train_fraction: float | None = None  # fraction of the other training images that is used
+    group_size: int | None = None  # number of runs trained side by side, with one time for all
     best: float | None = None  # top-1 (%), best epoch
     last: float | None = None  # top-1 (%), last epoch
-    test: float | None = None  # top-1 (%) on the test split at the best epoch of a held-out val
-    teacher_top1: float | None = None
-    parameters: float | None = None  # of the student
-    flops: float | None = None  # of the student for one image
+    test: float | None = None  # top-1 (%) on the test split, at the best epoch on held-out images
+    teacher_top1: float | None = None  # top-1 (%) of the teacher
+    parameters: float | None = None  # number of parameters of the student
+    flops: float | None = None  # operations of the student for one image
     epoch_s: float | None = None  # seconds of the last epoch
     images_per_s: float | None = None  # in the last epoch
-    # Recorded values of the settings that the loss does not read. analysis.selection sets this
-    # field; it is no column of the frame.
+    # Recorded values of the settings that the loss does not use, set by analysis.selection. This
+    # field is no column of the frame.
     unread: tuple[object, ...] = ()
 
 
@@ -115,7 +120,7 @@ PANDAS_TYPES: dict[Any, str] = {
 COLUMNS = {
     field: PANDAS_TYPES[kind] for field, kind in get_type_hints(Run).items() if field != "unread"
 }
-"""Columns of the frame and their pandas types."""
+"""Pandas type of each column of the frame of runs."""
 
 PARAMS = {
     "dataset": "dataset.name",
@@ -142,6 +147,7 @@ PARAMS = {
     "train_fraction": "dataset.train_fraction",
     "recipe": "recipe",
 }
+"""Configuration key of each column that holds a setting, which is also its MLflow param."""
 
 METRICS = {
     "best": "best/top1",
@@ -153,6 +159,7 @@ METRICS = {
     "epoch_s": "time/epoch_s",
     "images_per_s": "time/images_per_s",
 }
+"""MLflow metric of each column that holds a final number of the run."""
 
 DETAILS = (
     "dataset.views",
@@ -166,7 +173,7 @@ DETAILS = (
     "optimizer.schedule",
     "optimizer.warmup_epochs",
 )
-"""Params that the column `details` holds, with those that begin with "features."."""
+"""Params that the column `details` holds, besides those that begin with "features."."""
 
 TAGS = {
     "source": "source",
@@ -180,25 +187,25 @@ TAGS = {
     "superseded": "superseded",
     "group_size": "group_size",
 }
+"""MLflow tag of each column that is kept as a tag."""
 
 
 def canonical_M(text: str) -> str:
-    """Return the scales without blanks: "[1, 2,4]" becomes "[1,2,4]"."""
+    """Return a text of scales without its spaces: "[1, 2,4]" becomes "[1,2,4]"."""
     return text.replace(" ", "")
 
 
 def details_of(params: Mapping[str, str]) -> str:
-    """Return the params `DETAILS` and those of the feature methods as canonical JSON text.
+    """Return the settings of a run that have no column of their own, as JSON text.
 
-    Arguments in JSON become keys of their own, such as `features.crd.method.K`. Left out are
-    `_target_`, the temperature of a loss if it is that of the distiller, and the settings of a loss
-    of the logits if there is none.
+    These are the params in `DETAILS` and all params that begin with "features." or
+    "distiller.loss.". A param that is a dictionary in JSON is split into keys such as
+    "features.crd.method.K". Left out are `_target_`, the temperature of a loss if it equals that of
+    the distiller, and all params of the distiller if the run has no loss of the logits. The keys
+    are sorted, so equal settings give equal texts.
 
-    Args:
-        params: all params of a run, as MLflow keeps them.
-
-    Returns:
-        The text, or "" if the run has none of these params.
+    `params` holds all params of a run by dotted key, as MLflow keeps them. The result is "" if the
+    run has no such setting.
     """
     found: dict[str, Any] = {}
     no_loss = params.get("distiller.name") in NO_LOGIT_LOSS
@@ -214,7 +221,7 @@ def details_of(params: Mapping[str, str]) -> str:
 
 
 def _plain(text: str) -> Any:
-    """Return the value of a param; a text that is no JSON stays as it is."""
+    """Return the value of a param that is JSON; a text that is not JSON stays as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -222,7 +229,7 @@ def _plain(text: str) -> Any:
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested dictionaries by dotted key, without `_target_`."""
+    """Yield (dotted key, value) for each value of nested dictionaries, without `_target_`."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name != "_target_":
@@ -234,7 +241,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 NO_LOGIT_LOSS = ("vanilla", "features_only")
-"""Distillers without a loss of the logits."""
+"""Values of `distiller` for runs without a loss of the logits."""
 METHOD_PARTS = (
     "distiller",
     "M",
@@ -249,16 +256,15 @@ SHORT_NAMES = {
     "kd+semckd": "semckd",  # its authors train it together with KD
     "semckd": "semckd_without_kd",
 }
-"""Methods whose name is not the sum of their parts."""
+"""Short names of methods, by the parts of the method joined by "+"."""
 
 
 def feature_of(name: str, options: Mapping[str, Any]) -> str:
-    """Return a feature method as `method_of` spells it, such as `sp`, `sd_sp` or `mlkd_ls`.
+    """Return the name of a feature method with its prefix and suffix, such as "sp" or "sd_sp".
 
-    Args:
-        name: name of the method, as in the key `features.NAME.weight`.
-        options: arguments of the method. Scales `M` add the prefix `sd_`, and `standardize` adds
-            the suffix `_ls`.
+    `name` is the NAME in the configuration keys `features.NAME...`, and `options` are the arguments
+    of the method. Scales `M` among the arguments add the prefix "sd_", and `standardize` adds the
+    suffix "_ls".
     """
     prefix = "sd_" if options.get("M") else ""
     suffix = "_ls" if options.get("standardize") else ""
@@ -273,20 +279,22 @@ def method_of(
     learned_temperature: bool = False,
     optimizer: str = "",
 ) -> str:
-    """Return the papers' name of a method, such as `sd_kd_ls` or `sd_kd+crd`.
+    """Return the name of a method, such as "sd_kd_ls", "crd" or "sd_kd+crd".
 
     Args:
         distiller: name of the loss of the logits, or one of `NO_LOGIT_LOSS`.
-        M: scales in canonical form. Anything but "[1]" (the whole map) adds the prefix `sd_`.
-        standardize: whether logits are standardised, which adds the suffix `_ls`.
-        features: feature methods as `feature_of` spells them, joined by "+".
-        learned_temperature: whether the temperature of the loss is learnt. KD is then `ctkd`, and
-            another loss is `dkd+ctkd`.
-        optimizer: name of the optimizer. `dot` treats the losses of a method differently, so it is
-            a part of the method.
+        M: scales as `canonical_M` writes them. All but "[1]" (the whole map) add the prefix "sd_"
+            to the loss.
+        standardize: whether the logits are standardised, which adds the suffix "_ls" to the loss.
+        features: feature methods as `feature_of` spells them, joined by "+"; "" for none.
+        learned_temperature: whether the temperature of the loss is learnt (CTKD). KD then becomes
+            "ctkd", and another loss becomes, for example, "dkd+ctkd".
+        optimizer: name of the optimizer. "dot" is named last, because DOT treats the losses of a
+            method differently. No other optimizer is named.
 
     Returns:
-        The name; `vanilla` for a student alone.
+        The parts joined by "+", or the short name of `SHORT_NAMES`. A student that is trained alone
+        is "vanilla".
     """
     parts = [features] if features else []
     if distiller not in NO_LOGIT_LOSS:
@@ -305,10 +313,12 @@ def method_of(
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the rows as a typed frame with all columns.
+    """Return rows of runs as a frame with all columns of `COLUMNS` and their types.
 
-    A value that a row lacks is the default of `Run`. `pair` and `method` are derived from other
-    columns if a row lacks them. Raise KeyError for an unknown column.
+    A row maps columns to values. A value that a row lacks is the default of `Run`. `pair` and
+    `method` are derived from other columns if they are missing or "". No rows give an empty frame.
+    Raise KeyError for an unknown column, and ValueError or TypeError for a value that does not fit
+    its column.
     """
     defaults = {field.name: field.default for field in fields(Run) if field.name in COLUMNS}
     whole = []
@@ -326,14 +336,23 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def runs_of(frame: pd.DataFrame) -> list[Run]:
-    """Return the rows of a frame of runs, in order. A missing value is None."""
+    """Return the rows of a frame of runs as `Run` objects, in order.
+
+    A missing value becomes None. Raise KeyError if the frame lacks a column of `COLUMNS`.
+    """
     columns = frame[list(COLUMNS)].astype(object)
     rows = columns.where(frame[list(COLUMNS)].notna(), None)
     return [Run(*row) for row in rows.itertuples(index=False, name=None)]
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """Return the frame that a runs.csv holds; the file may lack columns."""
+    """Return the frame of runs that a CSV file holds, such as the runs.csv of an analysis.
+
+    Columns that the file lacks have the defaults of `Run`. An empty field is "" in a column of
+    texts, False in a column of booleans, and else a missing value. Raise KeyError for an unknown
+    column, ValueError for a field that is not of the column's type, and OSError if the file cannot
+    be read.
+    """
     cells = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     return frame_of(
         {name: _value(COLUMNS[name], text) for name, text in row.items()} for row in cells

@@ -1,9 +1,10 @@
 """Select the runs behind every number of the tables and figures.
 
-`standing` takes the runs that count from the frame. `rows` puts them into rows of one method each,
-and splits a row if the runs of a cell differ in a setting. `result_of` takes one number per seed
-from the runs of a cell, and `gain_over` compares two cells. Tables and figures use the same
-functions, so a mark in a figure and the cell of a table that it stands for have the same numbers.
+`standing` takes the runs that count from the frame of runs. `rows` puts them into rows of one
+method each, and splits a row if the runs of a cell (one row, one pair of teacher and student)
+differ in a setting. `result_of` takes one number per seed from the runs of a cell, and `gain_over`
+compares two cells. Tables and figures use the same functions, so a mark in a figure and the cell of
+a table that it stands for have the same numbers.
 """
 
 import json
@@ -45,7 +46,7 @@ METRICS = {
     "last": ("last", "top-1 (%), last epoch"),
     "val": ("test", "top-1 (%) on the test set, at the epoch that held-out images chose"),
 }
-"""Column of the frame that holds each metric, and its label."""
+"""Column of the frame that holds each metric, and the label of the metric."""
 
 RECIPE = (
     "distiller",
@@ -65,17 +66,19 @@ SETTINGS = (*RECIPE, "lr", *BUDGET)
 """Settings that distinguish runs, without the seed. Runs that differ in one are not averaged."""
 
 COMPARABLE = ("source", "optimizer", "lr", *BUDGET)
-"""Settings that a cell and its baseline share, unless a table names others."""
+"""Settings that a cell and its baseline must share, unless a table names others."""
 TUNED = ("temperature", "ce_weight", "kd_weight")
 
 Read = Callable[[Run], float | str]
-"""Returns a number of a run, or the reason why there is none."""
+"""Function that returns a number of a run, or the reason why the run has none."""
 
 
 def accuracy(metric: str) -> Read:
-    """Return the function that reads the top-1 accuracy (%) of a run.
+    """Return a function that reads the top-1 accuracy (%) of a run.
 
-    Raise ValueError if `metric` is not in `METRICS`.
+    `metric` is a key of `METRICS`; raise ValueError if it is not. The function takes a `Run` and
+    returns the accuracy. If the run has none, the function returns the reason as a text. "val"
+    needs a run with held-out images.
     """
     if metric not in METRICS:
         raise ValueError(f"metric={metric} is not valid; give one of {', '.join(METRICS)}")
@@ -96,10 +99,15 @@ def accuracy(metric: str) -> Read:
 
 
 def standing(frame: pd.DataFrame) -> list[Run]:
-    """Return the runs of the frame, oldest first and without superseded runs.
+    """Return the runs of a frame that no later run of the same job superseded, oldest first.
 
-    The result does not depend on the order of the frame. A run without a config_hash takes its id
-    as hash, or the number of its row, so that `config_hash` identifies a configuration.
+    Runs without a start time come last. The result does not depend on the order of the rows.
+    Settings that the loss of a run does not use get a fixed value, so that runs which differ only
+    in these agree. A run without a config_hash takes its run_id as hash, or "row <number>" if it
+    has no id either.
+
+    Args:
+        frame: runs, one per row, with the columns of `schema.COLUMNS`.
     """
     runs = runs_of(frame[~frame["superseded"]])
     runs.sort(key=lambda run: (str(run.started), repr(run)))
@@ -107,10 +115,10 @@ def standing(frame: pd.DataFrame) -> list[Run]:
 
 
 def _as_trained(run: Run, number: int) -> Run:
-    """Return the run with fixed values for the settings that its loss does not read.
+    """Return a run with fixed values for the settings that its loss does not use.
 
-    With M=[1] this is complementary_weight; without a loss of the logits, every setting of that
-    loss. Runs that differ only in such settings thus agree in all settings. The field `unread`
+    With M=[1] this is complementary_weight; without a loss of the logits, it is every setting of
+    that loss. Runs that differ only in such settings thus agree in all settings. The field `unread`
     keeps the recorded values. In a run of sddlskd, max_steps=None becomes "all" and
     train_fraction=None becomes 1. A run without a config_hash takes its run_id, or "row <number>"
     if it has none.
@@ -120,7 +128,7 @@ def _as_trained(run: Run, number: int) -> Run:
         number: position of the run among all runs, oldest first.
     """
     fixed: dict[str, Any] = {}
-    # With M=[1] the only region is the whole map, which always agrees with itself.
+    # With M=[1] the only region is the whole map, so no region is complementary to it.
     if run.M == "[1]":
         fixed = {"complementary_weight": None}
     if run.distiller in NO_LOGIT_LOSS:
@@ -130,15 +138,16 @@ def _as_trained(run: Run, number: int) -> Run:
     if run.max_steps is None and run.source == "sddlskd":
         fixed["max_steps"] = "all"
     if run.train_fraction is None and run.source == "sddlskd":
-        fixed["train_fraction"] = 1.0  # before there was a choice
+        fixed["train_fraction"] = 1.0  # recorded before the setting existed
     config_hash = run.config_hash or run.run_id or f"row {number}"
     return replace(run, **fixed, config_hash=config_hash, unread=recorded)
 
 
 def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
-    """Repeat the runs of students alone in every pair with that student.
+    """Return the runs, with each run of a student alone repeated for every pair with that student.
 
-    `pairs` maps a pair to its student. The runs of a student of no pair stay as they are.
+    `pairs` maps the name of a pair to the name of its student. A repeated run has the pair in place
+    of its own. Runs with a teacher, and runs of students in none of the pairs, stay as they are.
     """
     moved = []
     for run in runs:
@@ -151,11 +160,11 @@ def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 
 
 def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
-    """Return whether two runs agree in the given settings.
+    """Return whether two runs have the same value in each of the given settings (fields of `Run`).
 
-    None means that a setting is unknown or not read by the loss, and agrees with any value. DOT is
-    SGD with the losses treated differently, so the two agree as optimizers: DOT is a part of the
-    method.
+    None means that a setting is unknown or not used by the loss, and agrees with any value. The
+    optimizers "dot" and "sgd" agree: DOT is SGD that treats the losses of a method differently, and
+    it is a part of the method's name.
     """
     for setting in settings:
         ours = _as_optimizer(getattr(one, setting))
@@ -170,10 +179,10 @@ def _as_optimizer(value: Any) -> Any:
 
 
 def latest(attempts: Sequence[Run]) -> Run:
-    """Return the run that counts among the runs of one configuration, oldest first.
+    """Return the run that counts among several runs of one configuration.
 
-    The status decides in the order of `STATUSES`, so a finished run precedes all others. Of several
-    runs with the same status, the latest counts.
+    It is the latest run of the best status, in the order of `STATUSES`: a finished run precedes all
+    others. `attempts` are the runs, oldest first. Raise ValueError if there are none.
     """
     return min(reversed(attempts), key=lambda run: STATUSES.index(run.status))
 
@@ -183,19 +192,27 @@ def latest(attempts: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one method and source whose cells hold runs of equal settings."""
+    """Row of a table: runs of one method and one source, by pair of teacher and student.
 
-    name: str  # what the caller calls the method
-    source: str
-    split: Mapping[str, Any]  # settings that tell the row from others of its name, with its values
+    The runs of one pair agree in the settings that the table distinguishes.
+    """
+
+    name: str  # result of the function that `rows` got
+    source: str  # "sddlskd" for our own runs, or "imported"
+    # Settings that differ between the rows of this name and source, with the values of this row
+    split: Mapping[str, Any]
     cells: Mapping[str, Sequence[Run]]  # runs by pair
 
     def label(self, name: str, settings: Container[str] | None = None) -> str:
         """Return the label of the row, such as "KD, imported, temperature=4".
 
         Args:
-            name: text for the row's name.
-            settings: settings to show; None for all that the row is split by.
+            name: text for the name of the row, which begins the label.
+            settings: settings of `split` to show; None for all of them.
+
+        Returns:
+            The name, the source if it is not sddlskd, and the settings with their values, joined by
+            ", ".
         """
         origin = [] if self.source == "sddlskd" else [self.source]
         parts = [
@@ -209,16 +226,20 @@ class Row:
 def rows(
     runs: Iterable[Run], name: Callable[[Run], str], settings: Sequence[str] = SETTINGS
 ) -> list[Row]:
-    """Return the runs in rows: split by name, by source, and by settings that differ in a cell.
+    """Return runs as rows: split by name, by source, and by the settings that differ within a cell.
+
+    A cell holds the runs of one row and pair. If the runs of one cell differ in a setting, the row
+    is split by that setting on all pairs.
 
     Args:
         runs: runs on one data set, oldest first.
         name: returns the name of the row of a run.
-        settings: settings that runs of one cell must share.
+        settings: settings that the runs of a cell must share, fields of `Run`. Only with the
+            default `SETTINGS`, runs are also told apart by settings that have no column.
 
     Returns:
-        The rows. Those of one name stand together: our own runs first, then by value of the
-        settings in which they differ.
+        The rows, sorted by name. The rows of one name hold our own runs first, and are then sorted
+        by source and by the values of the settings that they are split by.
     """
     found: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -246,7 +267,11 @@ def _values(run: Run, settings: Iterable[str]) -> tuple[Any, ...]:
 
 
 def _setting(run: Run, name: str) -> Any:
-    """Return the value of a column, or of a detail such as `features.crd.weight`."""
+    """Return the value of a setting of a run: a field of `Run`, or a detail.
+
+    A detail has a dotted name, such as "features.crd.weight". If the run lacks it, the value is
+    None. A list or dictionary is returned as JSON text.
+    """
     if "." not in name:
         return getattr(run, name)
     value = json.loads(run.details or "{}").get(name)
@@ -254,10 +279,11 @@ def _setting(run: Run, name: str) -> Any:
 
 
 def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[str]:
-    """Return the settings in which the runs of one of the cells differ.
+    """Return the settings in which the runs of any of the cells differ.
 
-    If runs differ in settings that no column shows, their details are among them, and
-    `settings_hash` if no detail tells the runs apart either.
+    With the default settings, there are two additions. If runs differ in settings that no column
+    shows, the details in which they differ are added. If the details do not tell the runs apart,
+    "settings_hash" is added.
     """
     cells = list(cells)
     split = [
@@ -274,7 +300,7 @@ def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[
 
 
 def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[Run]]:
-    """Return the groups of runs with equal settings in all columns and different settings hashes.
+    """Return groups of runs that agree in all columns of settings but not in the settings hash.
 
     The runs of a group were trained with different settings that no column shows.
 
@@ -290,14 +316,14 @@ def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[
 
 
 def _differing_details(runs: Sequence[Run]) -> set[str]:
-    """Return the details in which the runs differ, among those that all of the runs have."""
+    """Return the details in which runs differ, among those that all of the runs state."""
     details = [json.loads(run.details or "{}") for run in runs]
     shared = set.intersection(*(set(one) for one in details))
     return {key for key in shared if any(one[key] != details[0][key] for one in details)}
 
 
 def _place(value: Any) -> tuple[float, int, str]:
-    """Return a sort key: numbers first, by size, then texts, short ones first."""
+    """Return a sort key that puts numbers first, by size, and then texts, short ones first."""
     if isinstance(value, int | float):
         return value, 0, ""
     return math.inf, len(str(value)), str(value)
@@ -308,34 +334,37 @@ def _place(value: Any) -> tuple[float, int, str]:
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of the runs of one cell: one per seed."""
+    """Numbers of the runs of one cell (one row, one pair): one number per seed."""
 
     runs: Sequence[Run]  # all runs of the cell, also those that do not count
-    # The run that counts and its number, by seed, or by config_hash if runs are counted or the run
-    # has no seed.
+    # The run that counts and its number, by seed. The key is the config_hash if the run has no
+    # seed, or if every configuration counts.
     counted: Mapping[int | str, tuple[Run, float]]
-    planned: int  # number of seeds (or runs) of any status, planned ones included
-    troubles: tuple[str, ...]  # why numbers are missing, as "1 failed"
+    planned: int  # number of seeds (or configurations), also of those that are without a number
+    troubles: tuple[str, ...]  # how many numbers are missing and why, such as "1 failed"
     left_out: tuple[str, ...]  # sentences on seeds that are left out
 
     @cached_property
     def values(self) -> dict[int | str, float]:
-        """Return the numbers by seed; by config_hash if a run has no seed or every run counts."""
+        """Return the numbers by seed.
+
+        The key is the config_hash instead if the run has no seed, or if every configuration counts.
+        """
         return {key: value for key, (_, value) in self.counted.items()}
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """Return the numbers by seed, without those of runs that have no seed."""
+        """Return the numbers of the runs that have a seed, by seed; {} if configurations count."""
         return {key: value for key, value in self.values.items() if isinstance(key, int)}
 
     @property
     def mean(self) -> float | None:
-        """Return the mean, or None without a number."""
+        """Return the mean of the numbers, or None if there are none."""
         return self._mean_std[0]
 
     @property
     def std(self) -> float | None:
-        """Return the sample standard deviation, or None for fewer than two numbers."""
+        """Return the sample standard deviation of the numbers; None for fewer than two."""
         return self._mean_std[1]
 
     @cached_property
@@ -346,16 +375,19 @@ class Result:
 
 
 def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result:
-    """Return the result of a cell.
+    """Return the numbers of the runs of one cell, with the reasons why numbers are missing.
+
+    If a configuration (config_hash) ran several times, only the run of `latest` counts. A seed with
+    several finished configurations that no column tells apart is left out.
 
     Args:
         runs: runs of the cell, oldest first. They agree in every setting that a column shows.
-        read: returns the number of a finished run.
-        counted: "seeds" to count each seed once, "runs" to count every run.
+        read: returns the number of a finished run, or the reason why it has none, as `accuracy`
+            does.
+        counted: "seeds" to take one number per seed, "runs" to take one per configuration.
 
     Returns:
-        The numbers of the runs that count. Of the runs of one configuration, `latest` counts. A
-        seed that ran in several configurations that no column tells apart is left out.
+        The result. It has no numbers if no finished run has one.
     """
     numbers: dict[int | str, tuple[Run, float]] = {}
     troubles: Counter[str] = Counter()
@@ -396,28 +428,31 @@ def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of a cell over its baseline, which has the same teacher and student."""
+    """Gain of a cell over its baseline, which has the same teacher and student."""
 
     over: str  # label of the row of the baseline
-    base: Result  # its result
-    difference: stats.Difference
-    p_holm: float | None = None  # p corrected over all comparisons of the table
-    verdict: str = ""  # better, worse, equivalent or undecided
+    base: Result  # result of the baseline
+    difference: stats.Difference  # cell minus baseline
+    # p-value corrected over all gains of the table; None without a test
+    p_holm: float | None = None
+    verdict: str = ""  # better, worse, equivalent or undecided; "" without a test
 
 
 @dataclass(frozen=True)
 class GainOptions:
-    """How gains are tested.
+    """Options for the tests of gains.
 
     Attributes:
-        test: "pooled" for the variance that the rows of a column have in common, and the paired
-            test if Bartlett's test refuses that; "paired" for the paired test alone.
-        margin: Largest difference, in points of accuracy, that counts as none.
+        test: "pooled" takes the variance that the rows of a column have in common. If Bartlett's
+            test refuses equal variances, the runs are paired by seed, or compared by Welch's test
+            if they share fewer than two seeds. "paired" always pairs the runs by seed.
+        margin: Largest difference, in points of accuracy, that counts as no difference.
         baseline: Name of the method that every row is compared with; "" for the baseline that each
             table gives to each row.
 
     Raises:
-        ValueError: If `test` is not in `stats.TESTS`, or if `margin` is not a positive number.
+        ValueError: If `test` is not in `stats.TESTS`, or if `margin` is not a positive finite
+            number.
     """
 
     test: str = stats.TESTS[0]
@@ -440,20 +475,23 @@ def gain_over(
     """Return the gain of a cell over its baseline, or a sentence that says why there is none.
 
     The baseline is the candidate that agrees with the cell in the settings `same`. If several
-    candidates do, it is the one that also agrees in `TUNED`, the temperature and the weights.
+    candidates do, it is the one that also agrees in the temperature and the weights (`TUNED`). If a
+    run of either side is of a sweep that added seeds until its gains were decided, the test is
+    `stats.sequential`, whatever `beside` is.
 
     Args:
-        result: the result to compare, with at least one number.
-        bases: candidates for the baseline on the same pair, by the label of their row. Each has at
+        result: result of the cell, with at least one number.
+        bases: results of the candidates on the same pair, by the label of their row. Each has at
             least one number.
-        same: settings that a result and its baseline must share.
-        beside: results on the same pair, whose common variance is taken if Bartlett's test permits
-            that. If not, the runs are paired by seed, or compared by Welch's test if they share
-            fewer than two seeds. None to pair the runs by seed in any case.
+        same: settings that the cell and its baseline must share.
+        beside: results of all methods on the same pair, whose common variance the test takes. If
+            Bartlett's test refuses equal variances, the runs are paired by seed, or compared by
+            Welch's test if they share fewer than two seeds. None to pair the runs by seed in any
+            case.
 
     Returns:
-        The gain; a sentence if no candidate or more than one is left, or if runs that have to be
-        paired have no seed in common.
+        The gain, without `p_holm` and `verdict`; a sentence if no candidate or more than one is
+        left, or if runs that have to be paired have no seed in common.
     """
     run = result.runs[0]
     fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}
@@ -468,15 +506,17 @@ def gain_over(
     if len(fitting) > 1:
         return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
     ((over, base),) = fitting.items()
-    if beside is not None:
-        spread = spread_beside(result, beside)
-        if spread is None or spread.equal:
-            values = list(result.values.values())
-            return Gain(over, base, stats.pooled(values, list(base.values.values()), spread))
-    difference = stats.paired(result.by_seed, base.by_seed)
-    if beside is not None and (difference is None or difference.n < 2):
-        values = list(result.values.values())
-        return Gain(over, base, stats.welch(values, list(base.values.values())))
+    looks = max((one.looks or 0 for side in (result, base) for one in side.runs), default=0)
+    if looks:
+        difference = stats.sequential(result.by_seed, base.by_seed, looks)
+    else:
+        values, base_values = list(result.values.values()), list(base.values.values())
+        spread = None if beside is None else spread_beside(result, beside)
+        if beside is not None and (spread is None or spread.equal):
+            return Gain(over, base, stats.pooled(values, base_values, spread))
+        difference = stats.paired(result.by_seed, base.by_seed)
+        if beside is not None and (difference is None or difference.n < 2):
+            return Gain(over, base, stats.welch(values, base_values))
     if difference is None:
         if result.by_seed and base.by_seed:
             return f"no gain over {over}: no seed in common"
@@ -485,11 +525,16 @@ def gain_over(
 
 
 def spread_beside(result: Result, beside: Iterable[Result]) -> stats.Spread | None:
-    """Return the variance that the results of a pair with the same source and budget share.
+    """Return the standard deviation that the results of several methods on one pair have in common.
+
+    Only results that agree with `result` in source and budget (`BUDGET`) and have a number count.
 
     Args:
         result: one of the results.
-        beside: all results on the pair.
+        beside: results of all methods on the pair, `result` included.
+
+    Returns:
+        The deviation; None if no result has two numbers that differ.
     """
     run = result.runs[0]
     alike = [

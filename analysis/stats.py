@@ -1,8 +1,7 @@
-"""Compute the statistics over seeds.
+"""Compute the statistics over seeds: intervals, tests of gains, and verdicts on published numbers.
 
-These are means and their intervals, gains with their tests, Holm's correction, the aggregate over
-pairs, and the verdict on a published number. Student's t, Bartlett's test and the bootstrap are
-scipy's.
+The numbers are accuracies in percent, and their differences are in points. Student's t, Bartlett's
+test and the bootstrap are scipy's.
 """
 
 import math
@@ -32,109 +31,132 @@ __all__ = [
     "paired",
     "pooled",
     "prediction_half_width",
+    "sequential",
     "spread_of",
     "verdict",
     "welch",
 ]
 
 LEVEL = 0.95
-"""Confidence level of all intervals."""
+"""Confidence level of all intervals, as a fraction."""
 WIDEST = 1.0
 """Largest half-width of a prediction interval, in points of accuracy, that permits a verdict."""
 
 
 ALPHA = 0.05
-"""Level of all tests, after Holm's correction over a table."""
+"""Significance level of all tests, for p-values that Holm's procedure has corrected."""
 MARGIN = 0.3
-"""Default of the largest difference, in points of accuracy, that counts as none."""
+"""Default of the largest difference, in points of accuracy, that counts as no difference."""
 TESTS = ("pooled", "paired")
-"""Tests of a gain, the default first."""
+"""Names of the tests of a gain that a user can choose; the first is the default."""
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The standard deviation that several methods on one pair have in common."""
+    """Standard deviation that the methods on one pair of teacher and student have in common."""
 
-    std: float
-    df: int  # degrees of freedom: runs minus methods
-    # p of Bartlett's test that the methods have the same deviation; None for a single method
+    std: float  # in the unit of the numbers
+    df: int  # degrees of freedom: number of runs minus number of methods
+    # p-value of Bartlett's test of equal variances; None for a single method
     bartlett: float | None
 
     @property
     def equal(self) -> bool:
-        """Return whether Bartlett's test lets the methods share one deviation."""
+        """Return whether the methods may be treated as having the same standard deviation.
+
+        The result is False if Bartlett's test refuses equal variances (p below `ALPHA`). It is True
+        for a single method.
+        """
         return self.bartlett is None or self.bartlett >= ALPHA
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two means, with what its t test and its interval are made of."""
+    """Difference of two means, with the standard error for its t test and its interval."""
 
     mean: float
-    n: int  # runs of the row; in a paired test, seeds that both sides have
-    n_base: int  # runs of the baseline; in a paired test, `n`
-    test: str = "pooled"  # pooled, paired or welch
-    left_out: int = 0  # seeds that only one side has, which a paired test leaves out
-    # Standard error of `mean`, and its degrees of freedom. Both are None if the runs give none.
+    # Number of runs of the method; in a paired or sequential test, of seeds that both sides have
+    n: int
+    n_base: int  # number of runs of the baseline; in a paired or sequential test, equal to `n`
+    test: str = "pooled"  # pooled, paired, welch or sequential
+    left_out: int = 0  # seeds of only one side, in a paired or sequential test
+    # Standard error of `mean`, and its degrees of freedom. Both are None if the runs are too few or
+    # do not vary.
     error: float | None = None
     df: float | None = None
+    # Number of looks at the results that were planned. Intervals and p hold for all of them
+    # together (Bonferroni), so a sweep may stop at any of them.
+    looks: int = 1
 
     def half_width(self, level: float = LEVEL) -> float | None:
-        """Return half the width of the t interval, or None without a standard error."""
+        """Return half the width of the t interval of the difference, in the unit of `mean`.
+
+        `level` is the confidence level as a fraction. If `looks` is above 1, the interval is wider,
+        so that the level holds for all looks together. The result is None if the standard error is
+        None.
+        """
         if self.error is None or self.df is None:
             return None
-        return float(stats.t.ppf((1 + level) / 2, self.df)) * self.error
+        alpha = (1 - level) / self.looks
+        return float(stats.t.isf(alpha / 2, self.df)) * self.error
 
     def detectable(self, tests: int) -> float | None:
-        """Return the smallest gain that Holm's first step would call significant among `tests`.
+        """Return how large the difference must be to be significant at the level `ALPHA` / `tests`.
 
-        The result is None without a standard error.
+        This is the level of the first step of Holm's procedure for `tests` tests, a positive
+        number. The result has the unit of `mean`. It is None if the standard error is None.
         """
         return self.half_width(1 - ALPHA / tests)
 
     @property
     def low(self) -> float | None:
-        """Return the lower end of the 95 % interval, or None if there is none."""
+        """Return the lower end of the 95 % t interval; None if the standard error is None."""
         half = self.half_width()
         return None if half is None else self.mean - half
 
     @property
     def high(self) -> float | None:
-        """Return the upper end of the 95 % interval, or None if there is none."""
+        """Return the upper end of the 95 % t interval; None if the standard error is None."""
         half = self.half_width()
         return None if half is None else self.mean + half
 
     @property
     def p(self) -> float | None:
-        """Return p of the two-sided t test, or None without a standard error."""
+        """Return the p-value of the two-sided t test that the true difference is zero.
+
+        It is multiplied by the number of `looks`, up to 1. The result is None if the standard error
+        is None.
+        """
         if self.error is None or self.df is None:
             return None
-        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.df))
+        p = float(2 * stats.t.sf(abs(self.mean) / self.error, self.df))
+        return min(1.0, self.looks * p)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean and the sample standard deviation (n - 1 in the denominator) of `values`.
 
-    The standard deviation is None for a single value.
+    The standard deviation is None for a single value. Raise ValueError if `values` is empty.
     """
     std = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), std
 
 
 def _is_zero(spread: float) -> bool:
-    """Return whether a standard deviation is zero but for rounding.
+    """Return whether a standard deviation is zero, apart from rounding errors.
 
-    Accuracies come in steps: equal values mean that the spread is finer than a step. They do not
-    mean that there is no spread.
+    Accuracies come in steps. If all are equal, the true deviation is small compared with a step,
+    but not zero.
     """
     return math.isclose(spread, 0, abs_tol=1e-9)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the ends of the 95 % t interval of the mean of `values`.
+    """Return the lower and the upper end of the 95 % t interval of the mean of `values`.
 
-    The result is None for one value and for equal values.
+    The result is None for a single value and for equal values. Raise ValueError if `values` is
+    empty.
     """
     _, std = mean_std(values)
     if std is None or _is_zero(std):
@@ -144,10 +166,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def spread_of(groups: Sequence[Sequence[float]]) -> Spread | None:
-    """Return the standard deviation that the groups have in common.
+    """Return the standard deviation that several methods have in common (pooled variance).
 
-    Groups of one value or of equal values are left out: equal accuracies mean that the deviation is
-    finer than a step of the accuracy. The result is None if no group is left.
+    `groups` holds the numbers of each method, at least one per method. Methods with one number or
+    with equal numbers are left out: equal accuracies only mean that the deviation is small compared
+    with a step of the accuracy. The result is None if no method is left. Raise ValueError if a
+    group is empty.
     """
     varying = [group for group in groups if not _is_zero(mean_std(group)[1] or 0.0)]
     if not varying:
@@ -163,12 +187,19 @@ def spread_of(groups: Sequence[Sequence[float]]) -> Spread | None:
 
 
 def pooled(values: Sequence[float], base: Sequence[float], spread: Spread | None) -> Difference:
-    """Return the gain of `values` over `base` with the deviation that all methods have in common.
+    """Return the gain of a method over its baseline, tested with a given standard deviation.
 
     Args:
-        values: numbers of the row, at least one.
-        base: numbers of its baseline, at least one.
-        spread: the common deviation; None gives a difference without an interval.
+        values: numbers of the method, one per run; at least one.
+        base: numbers of the baseline, one per run; at least one.
+        spread: standard deviation that all methods of the pair have in common; None if unknown.
+
+    Returns:
+        The mean of `values` minus the mean of `base`. If `spread` is None, the difference has no
+        standard error, so no p-value and no interval.
+
+    Raises:
+        ValueError: If `values` or `base` is empty.
     """
     mean = statistics.fmean(values) - statistics.fmean(base)
     if spread is None:
@@ -178,10 +209,11 @@ def pooled(values: Sequence[float], base: Sequence[float], spread: Spread | None
 
 
 def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
-    """Return the gain of `values` over `base`, paired by seed.
+    """Return the gain of a method over its baseline, paired by seed.
 
-    Both arguments map a seed to a number. The result is None if they share no seed. It has no
-    standard error for one seed and for equal differences.
+    `values` maps a seed to a number of the method, and `base` to a number of the baseline. The
+    result is the mean of `values` - `base` over the seeds that both have, or None if they share no
+    seed. The difference has no standard error for a single shared seed and for equal differences.
     """
     shared = sorted(values.keys() & base.keys())
     if not shared:
@@ -195,10 +227,12 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference
 
 
 def welch(values: Sequence[float], base: Sequence[float]) -> Difference:
-    """Return the gain of `values` over `base` by Welch's test, for unequal variances.
+    """Return the gain of a method over its baseline by Welch's test, for unequal variances.
 
-    The result has no standard error if a side has a single number, or if all numbers of both are
-    equal.
+    `values` are the numbers of the method, and `base` those of the baseline, one per run. The
+    result is the mean of `values` minus the mean of `base`. It has no standard error if a side has
+    a single number, or if the numbers of each side are all equal. Raise ValueError if a side is
+    empty.
     """
     mean = statistics.fmean(values) - statistics.fmean(base)
     found = Difference(mean, len(values), len(base), "welch")
@@ -211,25 +245,61 @@ def welch(values: Sequence[float], base: Sequence[float]) -> Difference:
     return replace(found, error=math.sqrt(sum(parts)), df=sum(parts) ** 2 / sum(freedom))
 
 
-def equivalence(difference: Difference, margin: float) -> float | None:
-    """Return p of two one-sided t tests that the true difference is within ± `margin` points.
+def sequential(
+    values: Mapping[int, float], base: Mapping[int, float], looks: int
+) -> Difference | None:
+    """Return the gain of a method over its baseline if a sweep added seeds until it was decided.
 
-    The result is None without a standard error. Source: Schuirmann (1987), TOST.
+    The gain is computed by Welch's test on the seeds that both sides have. Its p-value and its
+    interval hold for all looks at the results together, by Bonferroni's bound.
+
+    Args:
+        values: numbers of the method, by seed.
+        base: numbers of the baseline, by seed.
+        looks: number of looks at the results that the sweep planned. If the seeds in common allow
+            more (one look after each seed from the third), that number counts instead.
+
+    Returns:
+        The mean of `values` minus the mean of `base`, over the seeds that both have; None if they
+        share no seed. The difference has no standard error for a single shared seed, or if the
+        numbers of each side are all equal.
+    """
+    shared = sorted(values.keys() & base.keys())
+    if not shared:
+        return None
+    found = welch([values[seed] for seed in shared], [base[seed] for seed in shared])
+    left_out = len(values.keys() ^ base.keys())
+    looks = max(looks, len(shared) - 2)  # seeds that were added by hand since
+    return replace(found, test="sequential", left_out=left_out, looks=looks)
+
+
+def equivalence(difference: Difference, margin: float) -> float | None:
+    """Return the p-value of the hypothesis that the true difference lies outside ± `margin` points.
+
+    A small p-value thus shows that the difference is negligible. The p-value is the larger one of
+    two one-sided t tests (TOST, Schuirmann 1987), multiplied by `difference.looks`, up to 1. It is
+    None if the difference has no standard error.
     """
     if difference.error is None or difference.df is None:
         return None
     above = stats.t.sf((difference.mean + margin) / difference.error, difference.df)
     below = stats.t.sf((margin - difference.mean) / difference.error, difference.df)
-    return float(max(above, below))
+    return min(1.0, difference.looks * float(max(above, below)))
 
 
 def decide(difference: Difference, p: float | None, p_equivalent: float | None) -> str:
-    """Return what the runs say of a gain: better, worse, equivalent or undecided.
+    """Return what the tests say of a gain: "better", "worse", "equivalent" or "undecided".
 
     Args:
         difference: the gain.
-        p: corrected p of the test that there is no difference; None if there is none.
-        p_equivalent: corrected p of `equivalence`; None if there is none.
+        p: p-value of the test that the true gain is zero, corrected for the number of tests; None
+            if there was no test.
+        p_equivalent: p-value of `equivalence`, corrected in the same way; None if there was no
+            test.
+
+    Returns:
+        "better" or "worse" if `p` is below `ALPHA`; else "equivalent" if `p_equivalent` is; else
+        "undecided".
     """
     if p is not None and p < ALPHA:
         return "better" if difference.mean > 0 else "worse"
@@ -240,34 +310,41 @@ def decide(difference: Difference, p: float | None, p_equivalent: float | None) 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A method against its baselines over several pairs."""
+    """Mean gain of a method over its baselines on several pairs of teacher and student."""
 
-    gain: float  # mean over the pairs of the difference of means, in points
-    low: float | None  # ends of its 95 % interval; None if a mean is of one run
-    high: float | None
-    improvement: float  # probability that a run is better than a run of the baseline, over pairs
-    pairs: int
+    gain: float  # in points: the difference of the means, averaged over the pairs
+    low: float | None  # lower end of the 95 % interval of `gain`; None without an interval
+    high: float | None  # upper end
+    # Probability that a run of the method is better than a run of the baseline, averaged over the
+    # pairs
+    improvement: float
+    pairs: int  # number of pairs
 
 
 def aggregate(
     groups: Mapping[Hashable, Sequence[float]], pairs: Sequence[tuple[Hashable, Hashable]]
 ) -> Aggregate:
-    """Return the gain of a method over its baselines, with every pair counted equally.
+    """Return the gain of a method over its baselines, averaged over pairs of networks.
 
-    The interval is a stratified percentile bootstrap: runs are drawn again within each group. Pairs
-    with the same baseline runs, such as those of a student alone, get the same draws. A bootstrap
-    of n runs is too narrow by sqrt((n - 1) / n), which is much for few seeds, so each run is first
-    moved away from its mean by the inverse factor. The probability of improvement is that of
-    Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
-    where ties count half.
+    Every pair counts equally. The interval is a stratified percentile bootstrap: runs are drawn
+    again within each group. A bootstrap of n runs is too narrow by sqrt((n - 1) / n), which is much
+    for few seeds, so each number is first moved away from the mean of its group by the inverse
+    factor. The probability of improvement is that of Agarwal et al. (2021), "Deep Reinforcement
+    Learning at the Edge of the Statistical Precipice", where ties count half.
 
     Args:
-        groups: the numbers of each method on each pair.
-        pairs: for each pair, the keys of the method and of its baseline in `groups`.
+        groups: numbers of the runs of a method on a pair of networks, by any key. If the same runs
+            are the baseline on several pairs, one key stands for all of them, so that all get the
+            same draws.
+        pairs: for each pair of networks, the key of the method and the key of its baseline.
 
     Returns:
-        The aggregate, without an interval if a group has a single number. The draws have a fixed
-        seed, so equal groups have equal intervals.
+        The aggregate. Its interval is None if a group has a single number. Equal arguments give
+        equal intervals, because the draws have a fixed seed.
+
+    Raises:
+        KeyError: If `pairs` holds a key that `groups` lacks.
+        ValueError: If `pairs` or a group is empty.
     """
     means = {key: statistics.fmean(group) for key, group in groups.items()}
     gain = statistics.fmean(means[ours] - means[base] for ours, base in pairs)
@@ -306,7 +383,11 @@ def _widened(group: Sequence[float]) -> Any:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted by Holm's step-down procedure, in the order of `ps`."""
+    """Return p-values corrected for the number of tests by Holm's step-down procedure.
+
+    The corrected p-values are at most 1 and in the order of `ps`. If `ps` is empty, the result is
+    [].
+    """
     adjusted = [0.0] * len(ps)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
@@ -316,9 +397,10 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def prediction_half_width(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % t prediction interval for one more run.
+    """Return half the width of the 95 % t prediction interval for the number of one more run.
 
-    The result has the unit of `values`. It is None for a single run.
+    `values` are the numbers of the runs so far. The result has their unit. It is None for a single
+    run and 0 for equal numbers. Raise ValueError if `values` is empty.
     """
     _, std = mean_std(values)
     if std is None:
@@ -328,11 +410,20 @@ def prediction_half_width(values: Sequence[float]) -> float | None:
 
 
 def verdict(values: Sequence[float], published: float) -> str:
-    """Return how our runs compare with a published number: within, above, below or undecided.
+    """Return how our runs compare with a published number, as one word.
 
-    The verdict is "within" if `published` lies in the prediction interval for one more run, and
-    else the side on which our mean lies. It is "undecided" for a single run, if the half-width is
-    above `WIDEST`, and if all runs are equal and differ from `published`.
+    Args:
+        values: numbers of our runs, one per seed; at least one.
+        published: the published number, in the same unit.
+
+    Returns:
+        "within" if `published` lies in the 95 % prediction interval for one more of our runs. If it
+        does not, "above" or "below" says on which side of `published` our mean lies. The verdict is
+        "undecided" for a single run, if half the width of the interval is above `WIDEST`, and if
+        our numbers are all equal but differ from `published`.
+
+    Raises:
+        ValueError: If `values` is empty.
     """
     half = prediction_half_width(values)
     if half is None or half > WIDEST:

@@ -1,7 +1,7 @@
 """Build the papers' tables from the frame of runs, with the published numbers beside ours.
 
-`declarations` says which tables there are. Columns are pairs of teacher and student. A cell
-averages over seeds and nothing else: if the runs of a cell differ in a setting, the row is split
+`declarations` says which tables there are. Columns are pairs of teacher and student. The mean in a
+cell is over seeds and nothing else: if the runs of a cell differ in a setting, the row is split,
 and the label of each part names the setting and its value.
 """
 
@@ -38,7 +38,8 @@ from .selection import (
 
 __all__ = ["build"]
 
-# A longer list of commands is replaced by the command of the sweep, if that is known.
+# Largest number of commands of single runs. A longer list is replaced by the command of the sweep,
+# if that is known.
 FEW = 3
 
 
@@ -50,24 +51,27 @@ def build(
     command: str = "",
     options: GainOptions | None = None,
 ) -> list[Table]:
-    """Return every table that has a run in the frame.
+    """Build every table that has at least one run, with published numbers, gains and verdicts.
 
-    The tables of SDD come first and those of LSKD follow, each in the order of the paper. Overviews
-    come last. Superseded runs are left out.
+    The tables of SDD come first, with ablations and training times in the form of its tables. The
+    tables of LSKD follow, and then those of the READMEs of the papers' code. An overview of each
+    data set comes last. Superseded runs are left out.
 
     Args:
-        frame: runs, one per row, with the columns of `analysis.schema`.
+        frame: runs, one per row, with the columns of `analysis.schema.COLUMNS`.
         metric: accuracy to show, a key of `analysis.selection.METRICS`.
-        sweep: name of the sweep for the notes; "" for none.
-        command: command that runs the whole sweep. It replaces a list of more than `FEW` commands.
+        sweep: name of the sweep, for the notes under the tables; "" for none.
+        command: command that runs the whole sweep; "" if unknown. A table that would list more than
+            `FEW` commands for unfinished runs lists this command instead.
         options: how gains are tested; None for the defaults of `GainOptions`.
 
     Returns:
-        The tables, with accuracies in per cent and training times in milliseconds per batch.
+        The tables in order, ready to be rendered. Accuracies are in percent, and training times in
+        milliseconds per batch. The list is empty if the frame has no runs that count.
 
     Raises:
-        ValueError: if `metric` is not in `analysis.selection.METRICS`, or if no table has a row of
-            the method that `options` names as baseline.
+        ValueError: If `metric` is not in `analysis.selection.METRICS`, or if no table has a row of
+            the method `options.baseline`.
     """
     options = options or GainOptions()
     declarations = declare(standing(frame), metric)
@@ -89,10 +93,10 @@ def _refuse_unknown_baseline(baseline: str, declarations: Sequence[Declaration])
 
 
 def _table(declaration: Declaration, sweep: str, command: str, options: GainOptions) -> Table:
-    """Build the table of a declaration.
+    """Build one table from its declaration.
 
     Args:
-        declaration: the table to build.
+        declaration: which runs and published numbers the table shows, and in which rows.
         sweep: name of the sweep for the notes; "" for none.
         command: command that runs the whole sweep; "" if unknown.
         options: how gains are tested.
@@ -159,7 +163,11 @@ def _file_name(text: str) -> str:
 
 
 def _columns(declaration: Declaration) -> dict[str, str]:
-    """Return the labels of the columns by pair: published pairs first, then by name."""
+    """Return the label of each column by pair, in the order of the columns.
+
+    The pairs of the published numbers come first, and the other pairs follow in order of their
+    names.
+    """
     labels = {run.pair: pair_name(run.teacher, run.student) for run in declaration.runs}
     # The runs of a student alone may stand beside those of a pair, which has the name of the pair.
     labels |= {
@@ -175,7 +183,7 @@ def _columns(declaration: Declaration) -> dict[str, str]:
 
 
 def _rows(declaration: Declaration, printed: Sequence[str]) -> list[Row]:
-    """Return the rows in order, with a row for each printed row that has no run.
+    """Return the rows of a table in order, with an empty row for each printed row that has no run.
 
     Args:
         declaration: the table.
@@ -199,10 +207,11 @@ def _rows(declaration: Declaration, printed: Sequence[str]) -> list[Row]:
 def _ranks(
     results: Mapping[Key, Result], labelled: Mapping[str, Row], quantity: Quantity
 ) -> dict[Key, str]:
-    """Return the best and second best cell of each column among the cells that can be ranked.
+    """Return which cells have the best and the second best mean of their column.
 
-    The rounded means decide, so that cells which show the same number have the same rank. Teachers
-    have no rank.
+    Only cells that agree in `quantity.comparable` are ranked together, and a single cell is not
+    ranked. The rounded means decide, so cells that show the same number have the same rank.
+    Teachers have no rank.
 
     Args:
         results: results by the labels of row and column.
@@ -230,7 +239,10 @@ def _ranks(
 def _trained_otherwise(
     results: Mapping[Key, Result], labelled: Mapping[str, Row]
 ) -> dict[Key, str]:
-    """Return a footnote for each cell whose budget is not that of most cells of its column."""
+    """Return a footnote for each cell that was trained with other settings than most of its column.
+
+    The settings are those of `BUDGET`. The footnotes are by the labels of row and column.
+    """
     by_column: dict[str, dict[Key, Run]] = defaultdict(dict)
     for key, result in results.items():
         label, column = key
@@ -274,7 +286,7 @@ def _gains(
     """
     found: dict[Key, Gain | str] = {}
     if declaration.quantity.lower_is_better:
-        return found  # a gain is an accuracy
+        return found  # gains are tested for accuracies only
     names = {row.name for row in labelled.values()}
     chosen = _chosen(options.baseline, names, declaration)
     same = COMPARABLE if chosen else declaration.same
@@ -313,9 +325,15 @@ def _is_student(row: Row) -> bool:
 
 
 def _chosen(baseline: str, names: Iterable[str], declaration: Declaration) -> list[str]:
-    """Return the names among `names` that a user means by a baseline; [] without a baseline.
+    """Return the names of rows that a user means by `baseline`; [] if `baseline` is "".
 
-    A user gives the method, the name of the row, or its label: sd_kd, "sd_kd [1,2]", SD-KD [1,2].
+    A user gives the method, the name of the row, or its label, for example sd_kd, "sd_kd [1,2]" or
+    "SD-KD [1,2]".
+
+    Args:
+        baseline: text that the user gives.
+        names: names of the rows to choose from.
+        declaration: the table, for the labels of the rows.
     """
     return [
         name
@@ -332,9 +350,16 @@ def _aggregates(
     labelled: Mapping[str, Row],
     columns: Iterable[str],
 ) -> dict[str, stats.Aggregate]:
-    """Return the gain over all columns of each row that has a gain in at least two.
+    """Return the mean gain over all pairs, by the label of the row.
 
-    A row whose gains are over rows of different methods has none.
+    A row needs gains on at least two pairs, and all over rows of the same method. Other rows are
+    left out.
+
+    Args:
+        results: results by the labels of row and column.
+        gains: gains by the labels of row and column, or why there is none.
+        labelled: rows by label.
+        columns: labels of the columns.
     """
     columns = list(columns)
     found = {}
@@ -344,7 +369,7 @@ def _aggregates(
             for column in columns
             if isinstance(gain := gains.get((label, column)), Gain)
         }
-        # A mean of gains over different baselines would be the gain over none.
+        # Gains over different methods have no meaningful mean.
         if len(own) < 2 or len({labelled[gain.over].name for gain in own.values()}) > 1:
             continue
         groups: dict[Hashable, list[float]] = {}
@@ -353,7 +378,7 @@ def _aggregates(
             ours, base = _samples(results[label, column], gain)
             # The same runs of a student alone may be the baseline on several pairs.
             key = tuple(sorted(run.config_hash for run, _ in gain.base.counted.values()))
-            if gain.difference.test == "paired":
+            if gain.difference.test in ("paired", "sequential"):
                 key = (*key, column)
             groups[label, column] = ours
             groups[key] = base
@@ -363,8 +388,8 @@ def _aggregates(
 
 
 def _samples(result: Result, gain: Gain) -> tuple[list[float], list[float]]:
-    """Return the numbers of a cell and of its baseline that a gain is the difference of."""
-    if gain.difference.test == "paired":
+    """Return the numbers of a cell and those of its baseline that a gain was computed from."""
+    if gain.difference.test in ("paired", "sequential"):
         shared = sorted(result.by_seed.keys() & gain.base.by_seed.keys())
         return [result.by_seed[s] for s in shared], [gain.base.by_seed[s] for s in shared]
     return list(result.values.values()), list(gain.base.values.values())
@@ -376,14 +401,11 @@ def _cell(
     """Return a cell with its numbers, verdict and footnotes.
 
     Args:
-        result: the numbers of its runs.
+        result: the numbers of the cell's runs.
         number: the published number of the cell, if there is one.
         quantity: the quantity of the numbers.
-        rank: best, second or "".
+        rank: "best", "second" or "".
         gain: the gain, a sentence that says why there is none, or None without a baseline.
-
-    Returns:
-        The cell.
     """
     on_ours = [text for run in result.runs if (text := quantity.footnote(run))]
     on_ours += result.left_out
@@ -437,7 +459,7 @@ def _doubts(number: Published, gain: PrintedGain | None) -> list[str]:
 
 
 def _verdict(result: Result, number: Published, quantity: Quantity) -> tuple[str, list[str]]:
-    """Return the verdict on a published number, and footnotes that explain a missing verdict.
+    """Return the verdict on a published number, and footnotes that say why there can be none.
 
     Args:
         result: our numbers, at least one.
@@ -445,8 +467,8 @@ def _verdict(result: Result, number: Published, quantity: Quantity) -> tuple[str
         quantity: the quantity of the numbers.
 
     Returns:
-        The verdict of `stats.verdict`, or "not comparable" with a footnote that names the reasons.
-        The verdict on a teacher is "".
+        The verdict of `stats.verdict` without footnotes, or "not comparable" with a footnote that
+        names the reasons. The verdict on a teacher is "".
     """
     run = result.runs[0]
     # A teacher is a checkpoint and not a run.
@@ -465,7 +487,8 @@ def _verdict(result: Result, number: Published, quantity: Quantity) -> tuple[str
 def _commands(runs: Iterable[Run], whole: str) -> tuple[str, ...]:
     """Return the commands that run the missing, failed and stopped runs.
 
-    More than `FEW` commands are replaced by the command `whole` of the sweep, if that is known.
+    A run does not count if its configuration also has a finished or running run. More than `FEW`
+    commands are replaced by the command `whole` of the sweep, if that is not "".
     """
     attempts = defaultdict(list)
     for run in runs:

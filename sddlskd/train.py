@@ -1,4 +1,4 @@
-"""`python -m sddlskd.train`: compose and check a job, then train it.
+"""Compose and check the job of a command line, then train it: `python -m sddlskd.train`.
 
 Heavy modules are imported only when a job runs, so that --help, --cfg and planning stay fast.
 """
@@ -23,20 +23,23 @@ from sddlskd.terminal.console import choices, explain, log_to_terminal, outcomes
 
 __all__ = ["main"]
 
-# Errors that a user can fix; OverflowError comes from a number with hundreds of digits.
+# Errors that a user can fix. OverflowError comes from a number with hundreds of digits.
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError)
 cfg.frame()
 OmegaConf.register_new_resolver("choices", choices, replace=True)  # for conf/hydra/help
 
 
 class _Refused(SystemExit):
-    """Carrier of a job's error through Hydra, which adds its own lines to an Exception."""
+    """Exception that carries a job's error, its cause, through Hydra.
+
+    Hydra adds its own lines to the message of an Exception, but not to that of a SystemExit.
+    """
 
 
 @hydra.main(version_base="1.3", config_path=str(cfg.conf_folder()), config_name="config")
 def _run_job(composed: DictConfig) -> dict[str, Any]:
     hydra_config = HydraConfig.get()
-    # A file has set hydra.run.dir; on the command line, run_dir has taken its place.
+    # Only a file can have set hydra.run.dir: `_mend_arguments` renames it on the command line.
     if hydra_config.mode is RunMode.RUN and hydra_config.run.dir != ".":
         composed.run_dir = hydra_config.run.dir
     try:
@@ -52,6 +55,11 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
                 f"sweep.rerun={job.sweep.rerun} requires a sweep; put -m before the overrides, "
                 f"or delete {job.run_dir} to run this job again"
             )
+        if job.sweep.seeds is not None:
+            raise ValueError(
+                "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
+                "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
+            )
         from sddlskd.training.fit import fit
 
         (result,) = fit([job])
@@ -62,11 +70,11 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
 
 
 def _mend_arguments() -> None:
-    """Mend what argparse and Hydra do not take well, and refuse what they cannot read.
+    """Change the words of sys.argv that argparse and Hydra do not take well, or refuse them.
 
     argparse fails on -m after the overrides, so -m moves to the front. Hydra makes the folder
     hydra.run.dir before a job is checked, so run_dir takes its place. Hydra fails on scales=1,2 and
-    on a number that has more digits than Python reads.
+    on a number that has more digits than Python reads; both exit with code 1 and a message.
     """
     words = sys.argv[1:]
     flags = [word for word in words if word in ("-m", "--multirun")]
@@ -82,13 +90,13 @@ def _mend_arguments() -> None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    """Exit with 1 after one line that gives the reason."""
+    """Write an error message to stderr, and exit with code 1."""
     sys.stderr.write(f"error: {reason}\n")
     sys.exit(1)
 
 
 def _refuse_another_checkout() -> None:
-    """Exit with one line if Hydra's launchers come from another checkout than this code.
+    """Exit with code 1 if Hydra's launchers come from another checkout than this code.
 
     Python takes the code from the current folder, and Hydra takes the launchers from the checkout
     that the environment was installed from. A sweep would then mix two revisions.
@@ -104,10 +112,13 @@ def _refuse_another_checkout() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit with 1 after one line for an error that a user can fix.
+    """Train the job, or run the sweep, that the command line describes.
 
-    With HYDRA_FULL_ERROR=1 such an error is raised instead. An interrupted job exits with
-    ExitCode.STOPPED.
+    With HYDRA_FULL_ERROR=1 in the environment, an error that a user can fix is raised as it is.
+
+    Raises:
+        SystemExit: With code 1 after a message of one line for an error that a user can fix, or if
+            a run failed; with `ExitCode.STOPPED` (130) if a signal stopped the training.
     """
     log_to_terminal()
     _refuse_another_checkout()

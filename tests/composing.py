@@ -7,14 +7,20 @@ Hydra still composes every job itself.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from hydra._internal import defaults_list
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.utils import create_config_search_path
 from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+from sddlskd import config as cfg
 
 REPO = Path(__file__).parents[1]
 # Sources whose files no test changes.
@@ -22,6 +28,13 @@ FIXED = ("pkg://", "structured://", f"file://{REPO}/conf", f"file://{REPO}/sweep
 # Copying a configuration from these is faster than reading it. Those from structured:// are copied
 # by Hydra itself.
 FILES = ("pkg://", "file://")
+
+
+def loader_of(overrides: list[str]) -> tuple[ConfigLoaderImpl, DictConfig]:
+    """Return Hydra's loader and the composed configuration of a sweep, as a launcher gets them."""
+    cfg.frame()
+    loader = ConfigLoaderImpl(create_config_search_path(str(files("sddlskd.conf"))))
+    return loader, loader.load_configuration("config", overrides, RunMode.MULTIRUN)
 
 
 @contextmanager

@@ -11,15 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sddlskd import config as cfg
@@ -42,6 +39,7 @@ from sddlskd.sweeps.pool import Pool, Task
 from sddlskd.sweeps.report import cause_of
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
+from tests.composing import loader_of
 from tests.tiny import DIVERGES, ForkedCommand, ForkedWorker
 
 REPO = Path(__file__).parent.parent
@@ -69,11 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def grid_of(
     home: Path, common: list[str], grid: list[list[str]]
 ) -> tuple[ConfigLoaderImpl, DictConfig, list[Config]]:
-    cfg.frame()
-    loader = ConfigLoaderImpl(create_config_search_path(str(files("sddlskd.conf"))))
-    sweep = loader.load_configuration(
-        "config", [*common, f"home={home}", "sweep.name=test"], RunMode.MULTIRUN
-    )
+    loader, sweep = loader_of([*common, f"home={home}", "sweep.name=test"])
     overrides = [[*common, f"home={home}", *one] for one in grid]
     return loader, sweep, compose_grid(loader, sweep, overrides)
 

@@ -1,4 +1,4 @@
-"""Configurations: the typed schema of a job, how it is resolved, and what identifies it."""
+"""Configuration of a job (one training run): its typed settings, their checks, and its names."""
 
 from sddlskd.config.identity import (
     cached_side,
@@ -45,6 +45,7 @@ from sddlskd.config.schema import (
     Reduction,
     Rerun,
     Schedule,
+    Seeds,
     StudentConfig,
     SweepConfig,
     TeacherConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "Reduction",
     "Rerun",
     "Schedule",
+    "Seeds",
     "StudentConfig",
     "SweepConfig",
     "TeacherConfig",

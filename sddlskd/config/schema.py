@@ -1,8 +1,8 @@
-"""Typed configuration of a job: keys, types, defaults and units; validation; the job's identity.
+"""Typed settings of a job (one training run): keys, types, defaults, units and bounds.
 
-Only this module states defaults. The YAML files of conf/ state only what differs from these
-defaults. This module does not import torch, so that `--help` and the planning of a launcher stay
-fast.
+The metadata of a field says whether the field identifies the job. Only this module states defaults;
+the YAML files of conf/ state only what differs from them. This module does not import torch, so
+that `--help` and the planning of a launcher stay fast.
 """
 
 import math
@@ -41,25 +41,21 @@ LEAST_STD, MOST_STD = 0.001, 1
 
 
 def _plumbing(default: Any) -> Any:
-    """Return a field for how a job runs (paths, device, tracking), not for what it computes.
-
-    `config_hash` ignores the field.
-    """
+    """Return a field that `config_hash` ignores, for how a job runs: paths, device, tracking."""
     return field(default=default, metadata={"identity": False})
 
 
 def _later(default: Any) -> Any:
-    """Return a field for a key that older jobs do not have.
+    """Return a field for a key that was added after jobs had been recorded.
 
-    `config_hash` ignores the field while it has its default value, so that older jobs keep their
-    names.
+    `config_hash` ignores the field while it has its default, so that recorded jobs keep their hash.
     """
     return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a number may have.
+    """Bounds of a number in the configuration; None means that there is no such bound.
 
     Attributes:
         gt: The number must be greater than this.
@@ -76,16 +72,17 @@ class Bounds:
     finite: bool = True
 
     def in_a_record(self) -> "Bounds":
-        """Return the bounds of the number in a record, which an earlier version may have written.
+        """Return the wider bounds that hold for a number read from a run directory.
 
-        Earlier versions had no upper bounds, and a lower bound above 0 was "greater than 0".
+        An earlier version of this package may have written the number. That version had no upper
+        bounds, and a positive lower bound only meant "greater than 0".
         """
         if self.ge is not None and self.ge > 0:
             return Bounds(gt=0, finite=self.finite)
         return Bounds(gt=self.gt, ge=self.ge, finite=self.finite)
 
     def fault(self, number: float) -> str:
-        """Return why `number` is refused, such as "must be greater than 0", or "" if it is not."""
+        """Return why `number` is refused, such as "must be greater than 0"; "" if it is valid."""
         if isinstance(number, float) and math.isnan(number):
             return "is not a number"
         if self.finite and number in (math.inf, -math.inf):
@@ -112,21 +109,23 @@ def bounded(
     identity: bool = True,
     later: bool = False,
 ) -> Any:
-    """Return a field for a number with bounds, which `resolve` checks.
+    """Return a dataclass field for a number, or a list of numbers, with bounds.
+
+    `normalise` checks the bounds when a job is resolved or loaded. NaN is always refused.
 
     Args:
-        default: The default value; None for a number that may be left out, or a list. All numbers
-            of a list have the same bounds.
-        gt: The number must be greater than this.
-        ge: The number must be at least this.
-        lt: The number must be less than this.
-        le: The number must be at most this.
+        default: The default value: a number, a list of numbers, or None for no value. The bounds
+            hold for each number of a list.
+        gt: The number must be greater than this; None for no such bound.
+        ge: The number must be at least this; None for no such bound.
+        lt: The number must be less than this; None for no such bound.
+        le: The number must be at most this; None for no such bound.
         finite: Whether infinity is refused.
-        identity: Whether `config_hash` counts the field (see `_plumbing`).
+        identity: Whether `config_hash` counts the field.
         later: Whether `config_hash` ignores the field while it has its default (see `_later`).
 
     Returns:
-        A field of a dataclass.
+        The field, with `identity`, `later` and the bounds in its metadata.
     """
     bounds = Bounds(gt=gt, ge=ge, lt=lt, le=le, finite=finite)
     metadata = {"identity": identity, "later": later, "bounds": bounds}
@@ -162,7 +161,7 @@ LAUNCHER = {
 
 
 class Precision(StrEnum):
-    """Number format of the networks' forward pass."""
+    """Number format of the networks' forward pass; losses are computed in float32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -170,60 +169,66 @@ class Precision(StrEnum):
 
 
 class Schedule(StrEnum):
-    """Shape of the learning rate over the epochs."""
+    """Shape of the learning rate over the epochs, after the warm-up."""
 
     step = "step"  # times `decay` at each milestone
     cosine = "cosine"  # half a cosine down to zero
-    constant = "constant"
+    constant = "constant"  # the peak
 
 
 class Knowledge(StrEnum):
-    """Regions whose loss counts (SDD Table 6)."""
+    """Kinds of regions whose loss counts (SDD Table 6).
 
-    fusion = "fusion"
+    A region is consistent if the teacher's predictions for the region and for the whole image are
+    both right or both wrong. Any other region is complementary.
+    """
+
+    fusion = "fusion"  # both kinds
     consistent = "consistent"
     complementary = "complementary"
 
 
 class Reduction(StrEnum):
-    """Reduction of the distillation loss over regions."""
+    """Way in which the losses of all regions in a batch become one number."""
 
-    mean = "mean"
-    sum = "sum"
+    mean = "mean"  # mean over all regions of all images
+    sum = "sum"  # sum over the regions of an image, then mean over the images
 
 
 class Pooling(StrEnum):
-    """Pooling of the logit map to regions."""
+    """Way in which a logit map is pooled to the regions of a scale."""
 
     direct = "direct"  # every scale from the map (SDD Eq. 3 to 5)
     nested = "nested"  # every scale from the map pooled to 4x4 (SDD's code)
 
 
 class CacheDtype(StrEnum):
-    """Number format of the cached teacher maps."""
+    """Number format of the teacher's logit maps in the cache on disk."""
 
-    # Half the disk space. The rounding error of a value is at most 2^-11 of its size, or 3e-8.
+    # Half the disk space. Rounds a value by at most 2^-11 of its size, or 3e-8 if it is below 6e-5.
     float16 = "float16"
     float32 = "float32"  # the same numbers as without a cache
 
 
 class BadImages(StrEnum):
-    """Policy for image files that cannot be read."""
+    """What to do with an image file that cannot be read."""
 
     fail = "fail"  # stop, naming the file
-    skip = "skip"  # training uses the next image instead, evaluation leaves the image out
+    # Training uses the next image instead, evaluation leaves the image out
+    skip = "skip"
 
 
 class IrregularImages(StrEnum):
-    """Policy for images that are not upright RGB as stored."""
+    """What to do with an image that is not upright RGB as stored in its file."""
 
-    convert = "convert"  # to RGB, in the stored orientation, like torchvision's ImageFolder
-    skip = "skip"
-    fail = "fail"
+    # Convert to RGB, in the stored orientation, like torchvision's ImageFolder
+    convert = "convert"
+    skip = "skip"  # as for BadImages
+    fail = "fail"  # as for BadImages
 
 
 class Views(StrEnum):
-    """Views of each training image."""
+    """Number and kind of the augmented views of each training image."""
 
     weak = "weak"  # one: crop and mirroring
     # two: the second one has a crop of its own, RandAugment and Cutout, as in MLKD
@@ -231,24 +236,30 @@ class Views(StrEnum):
 
 
 class Rerun(StrEnum):
-    """Jobs of an earlier launch of the sweep that run again."""
+    """Choice of the jobs that run when a sweep is launched again."""
 
     failed = "failed"  # failed, interrupted and new jobs
     all = "all"  # every job from the start; the old records are set aside
     none = "none"  # only interrupted and new jobs
 
 
+class Seeds(StrEnum):
+    """Rule that chooses the seeds of a sweep."""
+
+    until_decided = "until_decided"  # see sweeps/until_decided.py
+
+
 class Progress(StrEnum):
-    """Display of training progress."""
+    """Way in which training progress is shown."""
 
     auto = "auto"  # live table on a terminal, plain lines elsewhere
-    plain = "plain"
-    off = "off"
+    plain = "plain"  # a line per epoch
+    off = "off"  # no display
 
 
 @dataclass
 class StudentConfig:
-    """The student network and its learning rate."""
+    """Settings of the student: its network and its peak learning rate."""
 
     name: str = MISSING  # name of the network in tables
     # _target_ and its arguments; num_classes is added
@@ -260,21 +271,22 @@ class StudentConfig:
 
 @dataclass
 class TeacherConfig(StudentConfig):
-    """The teacher network, its weights file, its map cache and how to train it if it is missing."""
+    """Settings of the teacher: network, weights file, cache of logit maps, and its own training."""
 
     checkpoint: str | None = None  # weights file; null: <home>/teachers/<dataset>/<name>.pt
     # Folder that keeps the teacher's maps for this and later sweeps; null: no cache
     cache: str | None = _plumbing(None)
     cache_dtype: CacheDtype = CacheDtype.float16  # number format of the cached maps
     train_if_missing: bool = _plumbing(False)  # train the teacher first if its file is missing
-    # Epochs of that training
+    # Epochs for which a missing teacher is trained
     train_epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS, identity=False)
-    train_seed: int = bounded(0, ge=0, le=MOST_SEED, identity=False)  # seed of that training
+    # Seed with which a missing teacher is trained
+    train_seed: int = bounded(0, ge=0, le=MOST_SEED, identity=False)
 
 
 @dataclass
 class DistillerConfig:
-    """The training loss of a student: distillation loss, weights and options of SDD."""
+    """Settings of the training loss on logits: distillation loss, weights and options of SDD."""
 
     name: str = MISSING  # name of the loss in tables
     # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: no distillation loss
@@ -296,7 +308,7 @@ class DistillerConfig:
 
 @dataclass
 class FeatureConfig:
-    """A feature or relation method that adds its loss to the training loss of a student."""
+    """Settings of a feature or relation method: weight and warm-up of its loss, and its options."""
 
     # Weight of the method's loss
     weight: float = bounded(1.0, ge=0, le=MOST_WEIGHT)
@@ -308,7 +320,7 @@ class FeatureConfig:
 
 @dataclass
 class DatasetConfig:
-    """The data set, its preprocessing, and the defaults that it gives to other groups."""
+    """Settings of the data set and its preprocessing, and defaults for settings of other groups."""
 
     name: str = MISSING  # name of the data set in tables
     # _target_ and arguments of () -> Splits. The identity ignores the argument `root` if it equals
@@ -369,7 +381,7 @@ class DatasetConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer and its learning-rate schedule."""
+    """Settings of the optimizer and of the learning-rate schedule."""
 
     name: str = MISSING
     # _target_ and its arguments, without params and lr
@@ -387,7 +399,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainerConfig:
-    """The training loop: length, batches, device, processes and precision."""
+    """Settings of the training loop: length, batches, device, number of processes, precision."""
 
     epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS)  # passes over the training images
     batch_size: int = bounded(BATCH_SIZE, ge=2, le=MOST_IMAGES)  # images
@@ -400,19 +412,19 @@ class TrainerConfig:
     device: str = _plumbing("auto")  # auto, cpu, cuda, cuda:1, mps
     # Processes (one per GPU) that share each batch
     devices: int = bounded(1, gt=0, le=MOST_PROCESSES, identity=False)
-    # Seconds that one of several processes waits for another before it gives up
+    # Seconds after which a process that waits for another one gives up
     timeout_s: float = bounded(600.0, ge=1, le=7 * 24 * 3600, identity=False)
-    # Of the networks' forward pass; losses are always float32
+    # Number format of the networks' forward pass; losses are always float32
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile the networks
-    # Steps between two readings of the loss
+    # Steps between two readings of the training loss from the device
     log_every: int = bounded(50, gt=0, le=MOST_STEPS, identity=False)
     progress: Progress = _plumbing(Progress.auto)  # how progress is shown
 
 
 @dataclass
 class CheckpointConfig:
-    """Frequency of checkpoints."""
+    """Settings of the checkpoints: how often they are written."""
 
     # Minutes between checkpoints within an epoch; inf: only at the end of each epoch
     every_minutes: float = bounded(10.0, gt=0, finite=False, identity=False)
@@ -420,7 +432,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Mirroring of runs to MLflow."""
+    """Settings of the copies of runs that are sent to MLflow."""
 
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path
@@ -435,7 +447,7 @@ class TrackingConfig:
 
 @dataclass
 class SweepConfig:
-    """A sweep: its name, its extra jobs and which jobs run again."""
+    """Settings of a sweep: its name, its jobs and their seeds, and which jobs run again."""
 
     # Tag `sweep` of every run; null: named after the swept overrides
     name: str | None = _plumbing(None)
@@ -445,11 +457,19 @@ class SweepConfig:
     plan: bool = _plumbing(False)  # print what the sweep would do, and do nothing
     # Which jobs of an earlier launch run again
     rerun: Rerun = _plumbing(Rerun.failed)
+    # until_decided: start with 3 seeds, and add seeds to the jobs whose gain is not decided yet.
+    # null: the seeds that `seed` names
+    seeds: Seeds | None = _plumbing(None)
+    # Largest number of seeds of a job under until_decided
+    max_seeds: int = bounded(10, ge=3, le=1000, identity=False)
+    # Method that until_decided compares every job with, such as "KD+LS" or "SD-KD [1,2,4]"; null:
+    # the method without its last part that the sweep has, else the student alone, else KD
+    baseline: str | None = _plumbing(None)
 
 
 @dataclass
 class Config:
-    """All settings of a job."""
+    """All settings of a job, which is one training run."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -479,5 +499,5 @@ class Config:
 
     @property
     def has_teacher(self) -> bool:
-        """Return whether the student learns from a teacher."""
+        """Return whether the student learns from a teacher, by a logit loss or a feature method."""
         return bool(self.distiller.loss or self.features)

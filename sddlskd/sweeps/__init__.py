@@ -4,9 +4,9 @@
     python -m sddlskd.sweeps logs NAME     print the last lines of the logs of the SLURM tasks
     python -m sddlskd.sweeps cancel NAME   cancel the sweep's SLURM jobs
 
-The state of a sweep consists of the run directories of its jobs and a list of these directories in
-runs/sweeps/<name>/sweep.json. The file slurm.json in the same folder lists the submitted SLURM
-jobs. There is no other state.
+To freeze a job means to write its configuration into its run directory. The state of a sweep is
+that of its run directories, which runs/sweeps/<name>/sweep.json lists. In the same folder,
+slurm.json lists the submitted SLURM jobs; plan.json and mlflow.json are for MLflow.
 """
 
 import logging
@@ -40,27 +40,38 @@ def run_sweep(
     runner: GroupRunner,
     max_group_size: int | None = None,
     precheck: Precheck = ask_precheck,
+    print_results: bool = True,
 ) -> list[dict[str, Any]]:
     """Run the unfinished jobs of a sweep and return the result of every job.
 
-    FINISHED jobs stay untouched, interrupted jobs continue, and FAILED jobs run again (see
-    `sweep.rerun`). Jobs in SLURM's queue stay there. If `sweep.plan` is set, only print the plan.
+    FINISHED jobs stay untouched, interrupted jobs continue, and FAILED jobs run again. If the
+    setting `sweep.rerun` is `all`, every job runs anew; if it is `none`, FAILED jobs stay
+    untouched. Jobs that run already or are in SLURM's queue are left alone. If `sweep.plan` is set,
+    only print the plan.
 
     Args:
-        jobs: the jobs of the sweep; duplicates run once.
+        jobs: resolved configurations, at least one; duplicates run once. The settings `sweep` of
+            the first job count for all.
         name: name of the sweep.
         runner: what runs the groups of jobs, a `Pool` or a `Slurm`.
         max_group_size: largest number of jobs that train side by side; None for no limit.
-        precheck: check of the jobs before any of them starts.
+        precheck: function that checks the jobs before any of them starts; called like
+            `ask_precheck`.
+        print_results: whether to print the table of results if all jobs are FINISHED. If all have
+            ended and some are not FINISHED, the table is always printed.
 
     Returns:
-        The content of every job's result.json, in the order of `jobs`.
+        The content of every job's result.json, in the order of `jobs`. All jobs are FINISHED,
+        unless SLURM's tasks go on after this call; a job that has not started has the status "NEW".
 
     Raises:
-        ValueError: before anything starts, if jobs are invalid (all of them are named) or if
-            several jobs have the same run directory.
-        ConnectionError: if the tracking server or SLURM does not answer.
-        SystemExit: with code 1 if a job failed or a planned job is invalid, 130 if the sweep was
+        ValueError: Before anything starts, if jobs are invalid (the message names all of them), if
+            several jobs have the same run directory, or if the runner refuses the jobs; later if
+            sbatch refuses a job.
+        ConnectionError: If the tracking server or SLURM does not answer.
+        ChildProcessError: If the process that checks the jobs dies.
+        KeyboardInterrupt: If Ctrl-C ends the wait for SLURM's tasks.
+        SystemExit: With code 1 if a job failed or a planned job is invalid, 130 if the sweep was
             stopped, and 0 after printing a valid plan.
     """
     plan = make_plan(
@@ -100,12 +111,17 @@ def run_sweep(
         write_line(f"state: python -m sddlskd.sweeps status {plan.folder}")
     else:
         results = [result_of(job) for job in plan.jobs]
-        print_outcome(plan, results, stopped=ended == KILLED, locally=runner.runs_locally)
+        if print_results or ended == KILLED or _status_of_all(plan.jobs) != FINISHED:
+            print_outcome(plan, results, stopped=ended == KILLED, locally=runner.runs_locally)
     return [result_of(job) for job in jobs]
 
 
 def _run(plan: Plan, runner: GroupRunner) -> str:
-    """Write the files of the sweep, run its groups, and return how that ended, as `runner` does."""
+    """Write the files of the sweep, and run its groups.
+
+    Return FINISHED if all groups have ended, KILLED if a signal stopped the sweep, or RUNNING if
+    SLURM runs the groups on without this process.
+    """
     if plan.todo:  # these checks come before anything is written
         tracking.check_reachable(plan.todo)
         runner.validate(plan.todo)
@@ -154,7 +170,10 @@ def _register_finished_sweep(plan: Plan) -> None:
 
 
 def _set_aside(run_dir: Path) -> None:
-    """Rename the run directory of an earlier run, and mark that run as superseded in MLflow."""
+    """Rename an earlier run directory, and mark its MLflow run as superseded.
+
+    The new name is <run_dir>.before-<time>. Do nothing if there is no such directory.
+    """
     if run_dir.exists():
         if (run_dir / "config.yaml").exists():
             tracking.supersede(run_dir)

@@ -106,6 +106,7 @@ def test_every_column_of_a_run_is_as_logged(path: Path) -> None:
         "features": "",
         "learned_temperature": False,
         "details": "",
+        "looks": None,
         "run_id": run_id,
         "source": "sddlskd",
     }

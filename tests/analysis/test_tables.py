@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import tables
+from analysis import stats, tables
 from analysis.cells import Cell, Table
 from analysis.schema import frame_of
 from analysis.selection import GainOptions
@@ -440,6 +440,21 @@ def test_gains_can_be_paired_by_seed_and_are_corrected_by_holm() -> None:
     assert gains[small] == pytest.approx(2 * small)
     assert gains[large] == pytest.approx(max(large, 2 * small))
     assert table.cells["KD", COLUMN].gain is None
+
+
+def test_gains_of_a_sweep_that_added_seeds_hold_for_all_of_its_looks() -> None:
+    ours, base = [76.0, 76.5, 76.3, 76.1], [74.0, 74.2, 73.9, 74.4, 90.0]
+    rows = runs(*SHUFFLE, base, looks=8) + runs(*SHUFFLE, ours, looks=8, **sd_kd())
+    table = build(rows)["sdd_table_2"]
+    gain = table.cells["SD-KD", COLUMN].gain
+    fixed = stats.welch(ours, base[:4])
+    assert gain is not None
+    assert gain.difference.test == "sequential"
+    assert gain.difference.mean == pytest.approx(fixed.mean)
+    assert gain.p_holm == pytest.approx(8 * (fixed.p or 0))
+    assert gain.difference.half_width() == pytest.approx(fixed.half_width(1 - 0.05 / 8))
+    assert gain.verdict == "better"
+    assert any("for the 8 looks together" in note for note in table.notes)
 
 
 def test_a_single_seed_has_a_difference_and_no_interval() -> None:

@@ -1,0 +1,223 @@
+"""Test the rule that adds seeds until a sweep's gains are decided."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis import stats
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.sweeps import until_decided
+from sddlskd.sweeps.grid import InvalidJobs
+from sddlskd.sweeps.pool import Pool
+from sddlskd.sweeps.until_decided import Comparison, compare, find_baselines, run_until_decided
+from tests.composing import loader_of
+from tests.tiny import composed
+
+MOST = 10
+COMMON = ("dataset=digits", "teacher=resnet8", "tracking=none")
+
+
+def numbered(*columns: Sequence[float]) -> list[Mapping[int, float]]:
+    return [dict(enumerate(column)) for column in columns]
+
+
+def test_a_clear_gain_needs_three_seeds_and_an_unclear_one_another() -> None:
+    numbers = numbered([70.0, 70.3, 69.8], [80.0, 80.2, 79.9], [70.4, 69.9, 70.6])
+    (clear, unclear), missing = compare(numbers, {1: 0, 2: 0}, MOST)
+    assert clear.decided
+    assert (clear.seeds, clear.gain) == (3, pytest.approx(10.0))
+    assert not unclear.decided
+    assert missing == [(0, 3), (2, 3)]
+
+
+def test_missing_first_seeds_come_first() -> None:
+    comparisons, missing = compare(numbered([70.0], [71.0, 71.5]), {1: 0}, MOST)
+    assert comparisons == [Comparison(1, 0, gain=pytest.approx(np.nan, nan_ok=True))]
+    assert missing == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_the_largest_number_of_seeds_ends_a_sweep() -> None:
+    numbers = numbered([70.0, 70.5, 69.5, 70.2], [70.1, 70.4, 69.7, 70.1])
+    ((comparison,), missing) = compare(numbers, {1: 0}, 4)
+    assert not comparison.decided
+    assert missing == []
+
+
+def test_equal_numbers_decide_nothing() -> None:
+    ((comparison,), _) = compare(numbered([70.0] * 3, [71.0] * 3), {1: 0}, MOST)
+    assert comparison.p == 1.0
+
+
+def test_more_seeds_than_decided_it_change_nothing() -> None:
+    numbers = numbered([70.0, 70.3, 69.8], [80.0, 80.2, 79.9])
+    more = numbered([70.0, 70.3, 69.8, 90.0], [80.0, 80.2, 79.9, 10.0])
+    assert compare(numbers, {1: 0}, MOST) == compare(more, {1: 0}, MOST)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_tables_and_sweeps_compute_one_p(n: int) -> None:
+    rng = np.random.default_rng(n)
+    ours, theirs = rng.normal(72.5, 0.5, n).tolist(), rng.normal(70, 0.5, n).tolist()
+    ((comparison,), _) = compare(numbered(theirs, ours), {1: 0}, n)
+    shown = stats.sequential(dict(enumerate(ours)), dict(enumerate(theirs)), n - 2)
+    assert shown is not None
+    if comparison.seeds == n:
+        assert comparison.p == pytest.approx(shown.p)
+    alone = stats.welch(ours, theirs)
+    assert shown.p == pytest.approx(min(1.0, (n - 2) * (alone.p or 0)))
+    low, high = shown.low, shown.high
+    assert low is not None
+    assert high is not None
+    assert alone.low is not None
+    assert low <= alone.low < shown.mean < high
+
+
+def simulated(gains: Sequence[float], repeats: int) -> tuple[float, float, float]:
+    """Return what sweeps of cells with these true gains over a baseline do.
+
+    The standard deviation over seeds is 0.5.
+
+    Returns:
+        The fraction of sweeps that decide a cell whose true gain is zero, the fraction of the other
+        cells that are decided, and the mean number of seeds of a cell.
+    """
+    rng = np.random.default_rng(0)
+    baselines = dict.fromkeys(range(1, len(gains) + 1), 0)
+    shift = np.array([0.0, *gains])[:, None]
+    wrong, right, seeds = 0, 0, 0
+    for _ in range(repeats):
+        drawn = rng.normal(70, 0.5, (len(gains) + 1, MOST)) + shift
+        comparisons, _ = compare(numbered(*drawn.tolist()), baselines, MOST)
+        decided = {one.cell for one in comparisons if one.decided}
+        wrong += any(gains[cell - 1] == 0 for cell in decided)
+        right += sum(gains[cell - 1] != 0 for cell in decided)
+        seeds += sum(one.seeds for one in comparisons)
+    others = max(1, sum(gain != 0 for gain in gains))
+    return wrong / repeats, right / (repeats * others), seeds / (repeats * len(gains))
+
+
+def test_the_error_of_a_sweep_is_below_its_bound() -> None:
+    wrong, _, _ = simulated((0.0, 0.0), 200)
+    # The bound is 0.05; 2 standard errors of 200 sweeps are 0.03.
+    assert wrong <= until_decided.ALPHA + 0.03
+
+
+def test_true_gains_are_decided() -> None:
+    _, right, seeds = simulated((1.0, 1.5), 60)
+    assert right > 0.9
+    assert seeds < MOST
+
+
+def job(home: Path, *overrides: str) -> Config:
+    return composed(home, *COMMON, *overrides)
+
+
+def test_each_method_has_the_baseline_of_the_tables(tmp_path: Path) -> None:
+    cells = [
+        job(tmp_path, *overrides)
+        for overrides in (
+            ["recipe=vanilla"],
+            ["recipe=kd"],
+            ["recipe=kd_ls"],
+            ["recipe=sd_kd_ls", "scales=three"],
+            ["recipe=crd"],
+            ["recipe=kd", "student=resnet14"],
+            ["recipe=kd", "trainer.epochs=7"],
+        )
+    ]
+    # The last two have another student and another budget, so nothing is their baseline.
+    assert find_baselines(cells) == {1: 0, 2: 1, 3: 2, 4: 0}
+    assert find_baselines(cells, "KD+LS") == {1: 2, 3: 2, 4: 2}
+
+
+def test_several_baselines_are_told_apart_by_temperature(tmp_path: Path) -> None:
+    cells = [
+        job(tmp_path, "recipe=kd", f"distiller.temperature={t}", f"M=[{m}]")
+        for t in (2, 4)
+        for m in (1, "1,2")
+    ]
+    assert find_baselines(cells) == {1: 0, 3: 2}
+
+
+def test_a_sweep_without_a_baseline_is_refused(tmp_path: Path) -> None:
+    cells = [job(tmp_path, "recipe=kd_ls"), job(tmp_path, "recipe=crd")]
+    with pytest.raises(ValueError, match="no job of this sweep has a baseline in it; it has KD"):
+        find_baselines(cells)
+    with pytest.raises(ValueError, match=r"sweep.baseline=DKD is no method of this sweep; it has"):
+        find_baselines(cells, "DKD")
+
+
+class Trained:
+    """A stand-in for `run_sweep` that writes results in place of training."""
+
+    def __init__(self, top1: Mapping[str, Sequence[float]]) -> None:
+        self.top1 = top1
+        self.rounds: list[int] = []  # number of jobs that were not finished, by round
+
+    def __call__(self, jobs: Sequence[Config], name: str, **options: Any) -> list[dict[str, Any]]:
+        new = [job for job in jobs if not Path(job.run_dir, "result.json").exists()]
+        self.rounds.append(len(new))
+        for one in new:
+            top1 = self.top1[cfg.method_name(one)][one.seed]
+            result = {"status": "FINISHED", "reason": "", "best_top1": top1, "seconds": 1.0}
+            Path(one.run_dir).mkdir(parents=True)
+            Path(one.run_dir, "result.json").write_text(json.dumps(result))
+        return [until_decided.result_of(job) for job in jobs]
+
+
+def launched(
+    home: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained, *overrides: str
+) -> list[str]:
+    """Return the jobs of a sweep of four methods, as "method seed"."""
+    loader, sweep = loader_of(
+        [*COMMON, f"home={home}", "sweep.name=test", "sweep.seeds=until_decided", *overrides]
+    )
+    monkeypatch.setattr(until_decided, "run_sweep", trained)
+    cells = [[f"home={home}", *COMMON, f"recipe={one}"] for one in ("vanilla", "kd", "kd_ls")]
+    # A student alone ignores its teacher: this is a cell again.
+    cells.append([f"home={home}", *COMMON, "recipe=vanilla", "teacher=resnet14"])
+    _, jobs, results = run_until_decided(
+        cells, loader, sweep, runner=Pool(["cpu"], fail_fast=False)
+    )
+    assert [result["status"] for result in results] == ["FINISHED"] * len(jobs)
+    return [f"{cfg.method_name(job)} {job.seed}" for job in jobs]
+
+
+def test_a_sweep_adds_seeds_and_a_second_launch_adds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = [70.0, 70.1, 69.9, 70.0, 70.2]
+    taught = [80.0, 80.1, 79.9, 80.2, 79.8]
+    trained = Trained({"student alone": alone, "KD": taught, "KD+LS": [x + 0.1 for x in taught]})
+    jobs = launched(tmp_path, monkeypatch, trained, "sweep.max_seeds=4")
+    # KD against the student alone is decided after 3 seeds, KD+LS against KD never.
+    assert trained.rounds == [9, 2]
+    assert len(jobs) == len(set(jobs)) == 11
+    assert "student alone 3" not in jobs
+    assert {"KD 3", "KD+LS 3"} <= set(jobs)
+    told = capsys.readouterr().out
+    assert "KD over student alone: better after 3 seeds, +10.00 points" in told
+    assert "KD+LS over KD: undecided after 4 seeds, +0.10 points" in told
+    again = Trained({})
+    assert sorted(launched(tmp_path, monkeypatch, again, "sweep.max_seeds=4")) == sorted(jobs)
+    assert again.rounds == [0]
+
+
+def test_running_every_job_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="would run the seeds of each round again"):
+        launched(tmp_path, monkeypatch, Trained({}), "sweep.rerun=all")
+
+
+def test_an_invalid_job_is_named(tmp_path: Path) -> None:
+    loader, sweep = loader_of([*COMMON, f"home={tmp_path}", "sweep.name=test"])
+    with pytest.raises(InvalidJobs, match=r"recipe=nothing seed=0"):
+        run_until_decided(
+            [["recipe=nothing"]], loader, sweep, runner=Pool(["cpu"], fail_fast=False)
+        )
