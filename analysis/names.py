@@ -17,16 +17,19 @@ __all__ = [
 
 PAPERS_LOSSES = {
     "ab": "AB",
+    "abkd": "ABKD",
     "at": "AT",
     "cat_kd": "CAT-KD",
     "cc": "CC",
     "crd": "CRD",
     "ctkd": "CTKD",
+    "dist": "DIST",
     "dkd": "DKD",
     "dot": "DOT",
     "fitnet": "FitNet",
     "fsp": "FSP",
     "ft": "FT",
+    "gdkd": "GDKD",
     "kd": "KD",
     "kd_dot": "KD+DOT",
     "kdsvd": "KDSVD",
@@ -40,12 +43,17 @@ PAPERS_LOSSES = {
     "pkt": "PKT",
     "reviewkd": "ReviewKD",
     "rkd": "RKD",
+    "rld": "RLD",
     "semckd": "SemCKD",
     "semckd_without_kd": "SemCKD without KD",
     "simkd": "SimKD",
+    "skd": "SKD",
+    "sld": "SLD",
     "sp": "SP",
+    "ttm": "TTM",
     "vid": "VID",
     "wcord": "WCoRD",
+    "wttm": "WTTM",
 }
 """Names of the losses that the papers compare, as the papers spell them."""
 
@@ -58,13 +66,14 @@ NO_LOSS = {
 
 
 def method_name(method: str, M: str = "[1]") -> str:
-    """Return the papers' name of a method, such as SD-KD+LS [1,2,4] or SD-KD+CRD [1,2].
+    """Return the name of a method as the papers spell it, such as "SD-KD+LS [1,2,4]".
+
+    A loss that is not in `PAPERS_LOSSES` keeps its spelling. "vanilla" gives "student alone",
+    "teacher" gives "teacher", and "" or "unknown" gives "method not known", all without scales.
 
     Args:
-        method: method as `schema.method_of` spells it, such as `sd_kd_ls` or `sd_kd+crd`. A loss
-            that is not in `PAPERS_LOSSES` keeps its spelling. `vanilla` gives "student alone", and
-            "" gives "method not known", both without scales.
-        M: scales, such as "[1,2,4]". The name leaves out "[1]" (the whole map) and "".
+        method: method as `schema.method_of` spells it, such as "sd_kd_ls" or "sd_kd+crd".
+        M: scales of the method, such as "[1,2,4]". Left out are "[1]" (the whole map) and "".
     """
     if method in NO_LOSS:
         return NO_LOSS[method]
@@ -86,15 +95,16 @@ def _part_name(part: str) -> str:
 
 
 def row_key(method: str, M: str) -> str:
-    """Return the key of a table row: the method with its scales, such as "sd_kd [1,2]" or "kd".
+    """Return the key of a table row: the method and its scales M, such as "sd_kd [1,2]" or "kd".
 
-    An empty method counts as "unknown". The scales "[1]" (the whole map) and "" are left out.
+    `method` is as `schema.method_of` spells it; "" becomes "unknown". The scales "[1]" (the whole
+    map) and "" are left out.
     """
     return f"{method or 'unknown'} {M or '[1]'}".removesuffix(" [1]")
 
 
 def row_name(key: str) -> str:
-    """Return the name that people read for a key of `row_key`: SD-KD [1,2] for "sd_kd [1,2]"."""
+    """Return the label of a row for its key (`row_key`): "SD-KD [1,2]" for "sd_kd [1,2]"."""
     method, blank, scales = key.partition(" [")
     if not blank:
         return method_name(method)

@@ -7,6 +7,7 @@ al. 2024, "Scale Decoupled Distillation" (CVPR 2024); LSKD = Sun et al. 2024, "L
 in Knowledge Distillation" (CVPR 2024).
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,12 +21,16 @@ __all__ = [
     "PerSampleLoss",
     "ScaleDecoupled",
     "check_scales",
+    "compares_images",
     "region_logits",
     "standardize",
 ]
 
 PerSampleLoss = Callable[..., Tensor]
-"""A loss (student_NK, teacher_NK, target_N, **options) -> loss_N, as in `sddlskd.losses`."""
+"""A loss (student_NK, teacher_NK, target_N, **options) -> loss_N, as in `sddlskd.losses`.
+
+A loss that compares the images of a batch takes a further keyword, see `compares_images`.
+"""
 
 KNOWLEDGE = {"fusion": (1.0, 1.0), "consistent": (1.0, 0.0), "complementary": (0.0, 1.0)}
 """Which regions count: (factor of consistent regions, factor of complementary regions), by name.
@@ -51,14 +56,13 @@ NESTED_SIDE = 4
 
 
 def check_scales(M: Sequence[int]) -> tuple[int, ...]:
-    """Return the scales `M` as a tuple, if all of them are valid.
+    """Return the scales `M` as a tuple, or raise ValueError if they are invalid.
 
-    A scale m stands for m x m regions of a map.
-
-    Raise ValueError if `M` is a string or an integer, is empty, holds an entry that is not a
-    positive integer (2.0 and True are refused, too), or holds a scale twice.
+    A scale m stands for the division of a map into m x m regions. `M` is valid if it is a list,
+    tuple or other sequence with at least one entry, and if its entries are different integers of at
+    least 1. Floats such as 2.0 and bools are invalid.
     """
-    if isinstance(M, (str, int)) or not len(M):
+    if not isinstance(M, Sequence) or isinstance(M, str) or not len(M):
         raise ValueError(
             f"M={M!r} is not a list of scales; "
             "give a list of distinct positive integers such as M=[1,2,4]"
@@ -76,59 +80,82 @@ def check_scales(M: Sequence[int]) -> tuple[int, ...]:
 
 
 def region_logits(logit_map_BKHW: Tensor, M: Sequence[int]) -> Tensor:
-    """Return the logits of all regions of a logit map, (B, R, K).
+    """Return the logits of all regions of a logit map, (B, R, K), with R the sum of m*m over `M`.
 
-    A scale m divides the map (B, K, H, W) into m x m regions by average pooling (SDD Eq. 3 to 5). R
-    is the sum of m*m over the scales in `M`. The regions are listed scale by scale in the order of
-    `M`, and row by row within a scale. The head is linear, so these logits equal the head applied
-    to the pooled features. If a side of the map is not a multiple of m, adaptive pooling lets
-    neighbouring regions overlap (7x7 at m=2) or repeats cells (2x2 at m=4 gives each cell four
-    times).
+    A logit map (B, K, H, W) holds the logits of each cell, that is, of each position. A scale m in
+    `M` divides the map into m x m regions by adaptive average pooling: the logits of a region are
+    the mean over its cells (SDD Eq. 3 to 5). The regions are in the order of the scales in `M`, and
+    row by row within a scale.
 
-    Raise ValueError if `M` is not a list of distinct positive integers, see `check_scales`.
+    If a side of the map is not a multiple of m, neighbouring regions overlap (7x7 at m=2), or the
+    pooling repeats cells (2x2 at m=4 gives each cell four times).
+
+    Raise ValueError unless `M` is a sequence of different integers of at least 1, see
+    `check_scales`.
     """
     regions_BKm = [F.adaptive_avg_pool2d(logit_map_BKHW, m).flatten(2) for m in check_scales(M)]
     return torch.cat(regions_BKm, 2).transpose(1, 2)
 
 
 def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    """Return (z - mean) / (eps + std) of the logits z, with mean and std over the last dimension.
+    """Return (z - mean) / (eps + std) of logits z, with mean and std over the last dimension.
 
-    The shape stays the same. The std is the unbiased one, so the last dimension needs at least two
-    entries; with one entry the result is NaN. Equal logits become 0. The formula is LSKD Eq. 13;
-    `eps` and the unbiased std follow LSKD's released code.
+    The logits may have any shape (..., K), and the result has the same shape. The std is the
+    unbiased one, with the divisor K - 1. For K = 1 the result is NaN. If the K logits are equal,
+    the result is 0.
+
+    Source: LSKD Eq. 13; `eps` and the unbiased std are those of LSKD's released code.
     """
     std, mean = torch.std_mean(logits, dim=-1, keepdim=True)
     return (logits - mean) / (eps + std)
 
 
-class ScaleDecoupled:
-    """Distillation loss of a batch that is computed on the regions of two logit maps.
+def compares_images(loss: PerSampleLoss) -> bool:
+    """Return whether a loss compares the images of a batch with each other.
 
-    The per-sample loss is applied to the logits of each region, see `region_logits`. A region is
-    consistent if the teacher's prediction for the region and the teacher's prediction for the whole
-    image are both right or both wrong. Otherwise the region is complementary. The kind of a region
-    sets the weight of its loss.
+    Such a loss has a keyword `regions_per_image`. `ScaleDecoupled` sets it to the number of regions
+    R: row b*R + r of the logits is region r of image b, and only rows of the same region are
+    comparable.
+    """
+    try:
+        return "regions_per_image" in inspect.signature(loss).parameters
+    except ValueError:  # some callables that are not written in Python have no signature
+        return False
+
+
+class ScaleDecoupled:
+    """Distillation loss of a batch that compares the logit maps of two networks region by region.
+
+    A logit map (B, K, H, W) holds the logits of each position; its mean over H and W is the logits
+    of the image. An instance is called with the logit maps of student and teacher and the class ids
+    (B,), and returns a scalar.
+
+    `region_logits` gives the logits of R regions of each map, and `loss` gives a value for each
+    region. A region is consistent if the teacher's predictions for the region and for the whole
+    image are both right or both wrong. Otherwise the region is complementary. The two kinds have
+    different weights.
 
     Args:
-        loss: function (student_NK, teacher_NK, target_N) -> loss_N, for instance
-            `functools.partial(kd, temperature=2.0)`.
-        M: scales, distinct positive integers. Scale 1 has a single region, the whole map, which is
-            always consistent; its logits are the network's logits.
+        loss: function (student_NK, teacher_NK, target_N) -> loss_N with one value for each of the N
+            = B*R regions, for instance `functools.partial(kd, temperature=2.0)`. A keyword
+            `regions_per_image` of the function is set to R, see `compares_images`.
+        M: scales, different integers of at least 1. A scale m divides each map into m x m regions.
+            Scale 1 has one region, the whole map.
         complementary_weight: weight of complementary regions (SDD's beta), not negative. Consistent
             regions have weight 1.
-        standardize: whether to standardise the logits of each region (LSKD), after pooling and
-            before the loss divides them by its temperature.
+        standardize: whether to standardise the logits of each region over the classes (LSKD) before
+            `loss` reads them.
         knowledge: which regions count: "fusion" (all), "consistent" or "complementary". Other
             regions get weight 0.
         reduction: how the weighted losses of the regions become a scalar: "mean" (mean over all B*R
             regions) or "sum" (sum over the regions of an image, then mean over images).
         pooling: "direct" to pool every scale from the logit map, or "nested" to pool the map to 4x4
-            first. With M=[1] both pool the map directly, as in SDD's code.
+            first. With M=[1], both pool directly, as in SDD's code.
 
     Raises:
-        ValueError: If `check_scales` refuses `M`, if `complementary_weight` is negative or NaN, or
-            if `knowledge`, `reduction` or `pooling` is not one of the names above.
+        ValueError: If `M` is not a sequence of different integers of at least 1, if
+            `complementary_weight` is negative or NaN, or if `knowledge`, `reduction` or `pooling`
+            is not one of the names above.
     """
 
     def __init__(
@@ -151,6 +178,7 @@ class ScaleDecoupled:
         if not complementary_weight >= 0:  # also true for NaN
             raise ValueError(f"complementary_weight={complementary_weight} must not be negative")
         self.loss = loss
+        self.compares_images = compares_images(loss)
         self.M = check_scales(M)
         self.complementary_weight = complementary_weight
         self.standardize = standardize
@@ -178,7 +206,7 @@ class ScaleDecoupled:
                 `temperature`.
 
         Returns:
-            The weighted and reduced loss, a tensor without dimensions.
+            The weighted and reduced loss, a scalar tensor.
 
         Raises:
             ValueError: If the per-sample loss does not return one value per region.
@@ -194,7 +222,11 @@ class ScaleDecoupled:
                 student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
             target_BR = target_B[:, None].expand(B, R)
             loss_N = self.loss(
-                student_BRK.flatten(0, 1), teacher_BRK.flatten(0, 1), target_BR.flatten(), **options
+                student_BRK.flatten(0, 1),
+                teacher_BRK.flatten(0, 1),
+                target_BR.flatten(),
+                **options,
+                **({"regions_per_image": R} if self.compares_images else {}),
             )
             if loss_N.shape != (B * R,):
                 raise ValueError(

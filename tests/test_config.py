@@ -144,7 +144,8 @@ def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
 
 
 def test_the_choices_are_those_that_the_project_promises() -> None:
-    assert set(choices("distiller")) == {"vanilla", "features_only", "kd", "dkd", "nkd"}
+    losses = {"kd", "dkd", "nkd", "ttm", "wttm", "rld", "gdkd", "abkd", "dist", "sld", "skd"}
+    assert set(choices("distiller")) == {"vanilla", "features_only"} | losses
     assert set(choices("scales")) == {"global", "two", "three", "skip"}
     small = {"cifar10", "cifar100", "digits", "fake", "fashion_mnist", "stl10"}
     assert set(choices("dataset")) == small | {
@@ -289,6 +290,7 @@ def test_precedence() -> None:
 # {recipe: (distiller, M, standardize, T, ce_weight, kd_weight, warm-up epochs, loss arguments)}
 # SDD's trainer clips gradients at 40 (trainer.py, line 189), that of mdistiller and LSKD does not.
 CLIPPED = {"nkd", "sd_kd", "sd_dkd", "sd_nkd"}
+RLD = {"alpha": 1.0, "beta": 8.0, "alpha_temperature": 1.0}
 RECIPES: dict[str, tuple[str, list[int], bool, float, float, float, int, dict[str, Any]]] = {
     # experiments_seed.csv, SDD's rows SDD_KD: T 4, ce 0.1, kd 0.9, no warm-up. checks.md A9:
     # M={1,2,4} for pairs of different architectures
@@ -306,6 +308,15 @@ RECIPES: dict[str, tuple[str, list[int], bool, float, float, float, int, dict[st
     # checks.md A6, D6: the command in LSKD's README has T 2 and kd 9, and ce 0.1 for KD
     "kd_ls": ("kd", [1], True, 2.0, 0.1, 9.0, 1, {}),
     "dkd_ls": ("dkd", [1], True, 2.0, 1.0, 9.0, 20, {"alpha": 1.0, "beta": 8.0}),
+    # The authors' repositories, which conf/distiller/*.yaml names
+    "ttm": ("ttm", [1], False, 1.0, 1.0, 45.0, 1, {"gamma": 0.1}),
+    "wttm": ("wttm", [1], False, 1.0, 1.0, 1.0, 1, {"gamma": 0.1}),
+    "rld": ("rld", [1], False, 4.0, 1.0, 1.0, 20, RLD),
+    "gdkd": ("gdkd", [1], False, 4.0, 1.0, 1.0, 20, {"k": 5, "w0": 1.0, "w1": 1.0, "w2": 8.0}),
+    "abkd": ("abkd", [1], False, 4.0, 1.0, 32.0, 1, {"alpha": 0.8, "beta": 0.3}),
+    "dist": ("dist", [1], False, 4.0, 1.0, 1.0, 1, {"beta": 2.0, "gamma": 2.0}),
+    "sld": ("sld", [1], False, 1.0, 0.1, 0.9, 1, {"temperatures": [1, 2, 3, 4, 5, 6]}),
+    "skd": ("skd", [1], False, 4.0, 0.1, 0.45, 1, {"ridge": 0.1}),
     # experiments_seed.csv, rows of the seed project: T 2, ce 1.0, kd 9; alpha 9, beta 72.
     # DESIGN.md: the main method
     "sd_kd_ls": ("kd", [1, 2, 4], True, 2.0, 1.0, 9.0, 1, {}),
@@ -369,11 +380,11 @@ def test_every_recipe_has_its_sources_values(name: str) -> None:
         kd_weight,
         warmup,
     )
-    loss = (
-        {}
-        if name == "vanilla"
-        else {"_target_": f"sddlskd.losses.{distiller}", "temperature": temperature}
-    )
+    loss: dict[str, Any] = {}
+    if name != "vanilla":
+        loss["_target_"] = f"sddlskd.losses.{distiller}"
+    if name not in ("vanilla", "ttm", "wttm", "sld"):
+        loss["temperature"] = temperature
     assert d.loss == loss | arguments
     # Source: SDD Sec. 3.2 and SDD's released code
     assert (job.complementary_weight, d.knowledge, d.reduction) == (2.0, "fusion", "mean")

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sddlskd.distill import KNOWLEDGE, REDUCTIONS, ScaleDecoupled, region_logits, standardize
 from sddlskd.losses import dkd, kd, nkd
+from tests.newer import NEWER
 
 LOSSES = {
     "kd": partial(kd, temperature=2.0),
@@ -30,7 +31,9 @@ LOSSES = {
     "mse": lambda student_NK, teacher_NK, target_N: ((student_NK - teacher_NK) ** 2).mean(1),
 }
 SCALES = ([1], [1, 2], [1, 4], [1, 2, 4])
-each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+# tests/test_newer_losses.py has the identities of the newer losses.
+ALL = {**LOSSES, **NEWER}
+each_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL.keys())
 each_scales = pytest.mark.parametrize("M", SCALES, ids=str)
 raw_and_standardized = pytest.mark.parametrize(
     "standardized", [False, True], ids=["raw", "standardized"]
@@ -728,11 +731,11 @@ def test_no_value_is_read_back_to_the_host(loss, M: list[int], standardized: boo
     assert student_map.grad.shape == student_map.shape
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "nkd"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "rld", "dist", "skd"])
 def test_the_composer_compiles_without_a_break(name: str):
     torch._dynamo.reset()
     student_map, teacher_map, target_B = some_maps((4, 4), (8, 8))
-    composer = ScaleDecoupled(LOSSES[name], [1, 2, 4], standardize=True)
+    composer = ScaleDecoupled(ALL[name], [1, 2, 4], standardize=True)
     compiled = torch.compile(lambda *batch: composer(*batch), backend="eager", fullgraph=True)
     value = compiled(student_map.requires_grad_(), teacher_map, target_B)
     expected = composer(student_map, teacher_map, target_B)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sddlskd.losses import dkd, kd, nkd
+from tests.newer import SINGLE
 
 LOSSES = {
     "kd": partial(kd, temperature=2.0),
@@ -21,7 +22,9 @@ LOSSES = {
     "nkd": partial(nkd, gamma=1.5, temperature=2.0),
     "nkd_released": partial(nkd, gamma=1.5, temperature=2.0, exclude_target=False),
 }
-each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+# tests/test_newer_losses.py has the numbers and identities of the newer losses.
+ALL = {**LOSSES, **SINGLE}
+each_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL.keys())
 some = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 # The example: at temperature 2 the logits 2 ln p have the probabilities p = softmax(2 ln p / 2).
@@ -279,7 +282,7 @@ def test_non_finite_logits_give_a_non_finite_loss(loss, side: int, value: float)
         assert loss_N.isfinite().tolist() == [True, False, True, True]
 
 
-@each_loss
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 def test_a_student_that_rules_a_class_out_is_an_infinite_loss(loss):
     for k in range(5):
         student_NK, teacher_NK, target_N = a_batch()

@@ -22,13 +22,16 @@ from tests.tiny import net, rows, tiny
 ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
-    "sddlskd.losses": ["kd", "dkd", "nkd"],
+    "sddlskd.losses": [
+        *("kd", "dkd", "nkd", "ttm", "wttm", "rld", "gdkd", "abkd", "dist", "sld", "skd"),
+    ],
     "sddlskd.distill": [
         "KNOWLEDGE",
         "REDUCTIONS",
         "PerSampleLoss",
         "ScaleDecoupled",
         "check_scales",
+        "compares_images",
         "region_logits",
         "standardize",
     ],

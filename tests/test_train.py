@@ -155,7 +155,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["dataset=cifar11"], ["dataset=cifar11", "did you mean dataset=cifar10",
                                "valid are .*digits"]),
         (["distiller=kdd"], ["distiller=kdd", "did you mean distiller=",
-                             "valid are dkd, features_only, kd, nkd, vanilla"]),
+                             "valid are abkd, dist, .*, nkd, rld, skd, sld, ttm, vanilla, wttm"]),
         (["recipe=sdkd"], ["recipe=sdkd", "did you mean recipe=sd_kd", "valid are .*sd_kd_ls"]),
         (["pair=resnet32x4_resnet8x5"], ["did you mean pair=resnet32x4_resnet8x4",
                                          "valid are .*wrn_40_2_wrn_40_1"]),

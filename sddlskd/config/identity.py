@@ -27,14 +27,17 @@ __all__ = [
 # The papers' names of the losses in conf/distiller and of the methods in conf/features.
 METHOD_NAMES = {
     "ab": "AB",
+    "abkd": "ABKD",
     "at": "AT",
     "cat_kd": "CAT-KD",
     "cc": "CC",
     "crd": "CRD",
+    "dist": "DIST",
     "dkd": "DKD",
     "fitnet": "FitNet",
     "fsp": "FSP",
     "ft": "FT",
+    "gdkd": "GDKD",
     "kd": "KD",
     "kdsvd": "KDSVD",
     "mgd": "MGD",
@@ -45,10 +48,15 @@ METHOD_NAMES = {
     "pkt": "PKT",
     "reviewkd": "ReviewKD",
     "rkd": "RKD",
+    "rld": "RLD",
     "semckd": "SemCKD",
     "simkd": "SimKD",
+    "skd": "SKD",
+    "sld": "SLD",
     "sp": "SP",
+    "ttm": "TTM",
     "vid": "VID",
+    "wttm": "WTTM",
 }
 
 # The authors of SemCKD always add KD: the name SemCKD stands for the sum of both losses.
@@ -104,9 +112,10 @@ def _same_numbers(value: Any) -> Any:
 
 
 def identity_keys() -> set[str]:
-    """Return the dotted keys that `config_hash` counts, such as "optimizer.lr".
+    """Return the dotted configuration keys that `config_hash` counts, such as "optimizer.lr".
 
-    Keys below `features` are left out, because they differ between jobs.
+    Keys below `features` are left out, because they differ between jobs. Included are keys that
+    `config_hash` ignores as long as they have their default.
     """
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
@@ -123,11 +132,11 @@ def identity_keys() -> set[str]:
 
 
 def config_hash(config: Config) -> str:
-    """Return twelve hex digits that identify what a job computes, including its seed.
+    """Return twelve hex digits that identify what a job (one training run) computes.
 
-    Settings that only say how a job runs do not count: folders, device, number of processes,
-    decoding workers, tracking, frequency of checkpoints, display. `teacher.checkpoint` does count,
-    although it is a path.
+    The settings that determine the result count, including the seed. Folders, device, tracking,
+    display and other settings that only say how the job runs do not count. `teacher.checkpoint`,
+    the path of the teacher's weights, does count.
     """
     return digest(dict(_identity(config)))
 
@@ -135,7 +144,7 @@ def config_hash(config: Config) -> str:
 def settings_hash(config: Config) -> str:
     """Return the `config_hash` that the job would have with seed 0.
 
-    Jobs that differ only in `seed` have the same settings hash. Means are taken over such jobs.
+    Jobs that differ only in `seed` have the same settings hash.
     """
     return config_hash(replace(config, seed=0))
 
@@ -149,7 +158,10 @@ def canonical(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Return the first twelve hex digits of the SHA-256 of `canonical(value)`."""
+    """Return the first twelve hex digits of the SHA-256 of `canonical(value)`.
+
+    Raise TypeError if `value` holds anything that JSON cannot hold, such as a set.
+    """
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
 
 
@@ -162,10 +174,11 @@ def data_seed(config: Config) -> int:
 
 
 def sharing_key(config: Config) -> str:
-    """Return twelve hex digits that are equal for jobs with the same batches and the same teacher.
+    """Return twelve hex digits that are equal for jobs that can be trained side by side.
 
-    `fit` trains jobs with equal keys side by side, with one teacher forward pass per batch. Such
-    jobs also have the same device and the same training length, precision and compilation.
+    Such jobs have the same batches and the same teacher with the same cache. They also have the
+    same device, number of processes, epochs, precision and compilation. `fit` trains them together,
+    with one forward pass of the teacher per batch.
     """
     trainer = dict(_identity(config.trainer)) | {
         "data_seed": data_seed(config),
@@ -189,11 +202,11 @@ def sharing_key(config: Config) -> str:
 
 
 def cached_side(config: Config) -> int | None:
-    """Return the side in cells to which teacher maps are pooled before the cache stores them.
+    """Return the side, in cells, to which the teacher's logit maps are pooled for the disk cache.
 
-    The side is the least common multiple of 4 and of the job's scales `M`, so the regions of every
-    scale can be pooled from the stored map. The pooling "nested" always has the side 4. None means
-    that maps are stored in full, which is so for `teacher.cache_dtype=float32` only.
+    The side is the least common multiple of 4 and of the scales `M`, so the regions of every scale
+    can be pooled from the stored map. The pooling "nested" always has the side 4. None means that
+    the maps are stored in full, which is so if `teacher.cache_dtype` is float32.
     """
     if config.teacher.cache_dtype == CacheDtype.float32:
         return None
@@ -203,7 +216,7 @@ def cached_side(config: Config) -> int | None:
 
 
 def run_name(config: Config) -> str:
-    """Return the folder of a job's record, relative to <home>/runs: <data set>/<readable label>.
+    """Return the folder of a job's files, relative to <home>/runs: <data set>/<readable label>.
 
     The label names teacher, student, losses, scales and seed, and ends in `config_hash`. An example
     is cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0-1f0c2a9be417.
@@ -227,10 +240,12 @@ def run_name(config: Config) -> str:
 def method_name(config: Config) -> str:
     """Return the name of a job's method as papers write it, without the scales: "SD-KD+LS+CRD".
 
-    "SD-" marks a loss of several scales, or a feature method that is computed per region. "+LS"
-    marks standardised logits. "CTKD" is KD with a learnt temperature. "+DOT" marks the optimizer.
-    KD together with SemCKD is "SemCKD". A loss or method that `METHOD_NAMES` does not list keeps
-    its configured name. A job without a teacher is called "student alone".
+    The parts are the loss on the logits, the feature methods, and "DOT" for the optimizer DOT.
+    "SD-" marks a loss that is computed on regions (for the loss on the logits: `M` other than [1]),
+    and "+LS" marks standardised logits. A learnt temperature turns "KD" into "CTKD", and other
+    losses into, for example, "DKD+CTKD". "KD+SemCKD" becomes "SemCKD", and SemCKD without KD
+    becomes "SemCKD without KD". A loss or method that `METHOD_NAMES` does not list keeps its
+    configured name. A job without a teacher is called "student alone".
     """
     if not config.has_teacher:
         return "student alone"
@@ -258,17 +273,17 @@ def method_name(config: Config) -> str:
 
 
 def title(config: Config, *, seed: bool = True) -> str:
-    """Return a title for a job's run: method, scales, seed and student.
+    """Return a title for a job: method, scales, seed and student.
 
     An example is "SD-KD+LS [1,2,4] seed 0, resnet8". The scales are left out if they are [1] or if
-    the job has no logit loss.
+    the job has no loss on the logits.
 
     Args:
         config: The job.
         seed: Whether the title names the seed.
 
     Returns:
-        The title, which need not be unique.
+        The title. Different jobs may have the same title.
     """
     words = [method_name(config)]
     if config.distiller.loss and config.M != [1]:
@@ -282,7 +297,7 @@ def plain(text: str) -> str:
     """Return `text` as one word that no shell interprets: "M=[1,2,4]" becomes "M-1-2-4".
 
     Each sequence of characters other than ASCII letters, digits, "." and "_" becomes one hyphen.
-    Hyphens at both ends are dropped.
+    Hyphens at both ends are dropped, so the result may be "".
     """
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
 

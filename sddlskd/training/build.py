@@ -24,7 +24,7 @@ from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
 from sddlskd.datasets.places import without_downloads
-from sddlskd.distill import ScaleDecoupled
+from sddlskd.distill import ScaleDecoupled, compares_images
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
@@ -70,11 +70,15 @@ WORKER_MB = 30  # memory of a process that decodes images, in megabytes
 
 
 def load_splits(job: Config) -> Splits:
-    """Return the training and the test split of a job's data set.
+    """Return the training and the test split of a job's data set, from the loader `dataset.load`.
 
-    A data set of pixel arrays is loaded into memory. For a data set of image files, only paths and
-    labels are read. A loader may download a missing data set. Errors of the loader are raised as
-    Hydra's InstantiationException.
+    A split is `Images` (all pixels in memory) or `Files` (paths and labels of image files). A
+    loader may download a missing data set.
+
+    Raises:
+        ValueError: If `dataset.load` names a function that a configuration must not call.
+        InstantiationException: If the loader raises an error, for example because the data set is
+            missing. The error of the loader is its cause.
     """
     splits: Splits = instantiate(job.dataset.load)
     return splits
@@ -83,7 +87,8 @@ def load_splits(job: Config) -> Splits:
 def present_fingerprint(job: Config) -> dict[str, Any] | None:
     """Return the fingerprint of the data that a job would use now: its sizes, classes and a hash.
 
-    Nothing is downloaded. If the data cannot be loaded, log the reason and return None.
+    `datasets.fingerprint` describes the dict. Nothing is downloaded. If the data cannot be loaded,
+    log the reason and return None.
     """
     try:
         with without_downloads():
@@ -96,15 +101,16 @@ def present_fingerprint(job: Config) -> dict[str, Any] | None:
 
 
 def data_changed(result: Mapping[str, Any], now: Mapping[str, Any] | None) -> str:
-    """Return in words how the data of a run differ from those that its job would use now.
+    """Return in words how the data of an earlier run differ from those that its job would use now.
 
     Args:
-        result: content of the run's result.json.
+        result: content of the run's result.json. Its entry "data" is the fingerprint of the data
+            that the run was trained on.
         now: fingerprint of the data that the job would use now (`present_fingerprint`); None if it
             is unknown.
 
     Returns:
-        A text for messages; "" if the data are the same or a fingerprint is unknown.
+        A text for messages; "" if the data are the same or if a fingerprint is unknown.
     """
     earlier = result.get("data")
     return difference(earlier, now) if earlier and now else ""
@@ -114,8 +120,9 @@ def check_same_data(job: Config, now: Mapping[str, Any] | None) -> None:
     """Raise ValueError if the job's run directory holds a run that was trained on other data.
 
     `now` is the fingerprint of the present data (`present_fingerprint`), or None if it is unknown.
-    The check passes if the run directory holds no finished run and no checkpoint, or if either
-    fingerprint is unknown. A damaged result.json raises ValueError, too.
+    The check passes if the run directory holds neither a finished run nor a checkpoint. It also
+    passes if the fingerprint of either data is unknown. A damaged result.json raises ValueError,
+    too.
     """
     folder = Path(job.run_dir)
     result = read_result(folder)
@@ -136,11 +143,11 @@ def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
         now: fingerprint of the data that the job would use now (`present_fingerprint`).
 
     Returns:
-        A text for messages; "" if the data are the same, if the job has no teacher, or if the
+        A text for messages. It is "" if the data are the same, if the job has no teacher, or if the
         teacher file is missing or does not tell its data.
 
     Raises:
-        ValueError: If the teacher was trained on other classes.
+        ValueError: If the teacher was trained on other classes than those in `now`.
     """
     path = teacher_path(job)
     if not job.has_teacher or not path.exists():
@@ -166,24 +173,27 @@ def build_data(
     ranks: int = 1,
     strong: bool = False,
 ) -> Data:
-    """Return the batches of a job's data set for one rank, a process that shares each batch.
+    """Return the object that makes the batches of a job's data set, for one rank.
+
+    The ranks are the processes that share each batch.
 
     Args:
         job: configuration of the training run.
         device: device of the batches.
         splits: the training and test split; None to load them with `load_splits`.
-        rank: index of this rank, from 0.
-        ranks: number of ranks that share each batch.
+        rank: number of this rank, from 0.
+        ranks: number of ranks.
         strong: whether the training batches also hold a second, strongly augmented view of each
             image.
 
     Returns:
-        DeviceData for pixel arrays, which are kept on the device as a whole. StreamedData for image
-        files, which are decoded when a batch needs them.
+        `DeviceData` for pixel arrays, which are kept on the device as a whole. `StreamedData` for
+        image files, which are decoded when a batch needs them.
 
     Raises:
         ValueError: If a setting or the data is not valid, if the device has too little memory, or
-            if `teacher.cache` is set for image files (see `check_cache`).
+            if `teacher.cache` is set for image files.
+        InstantiationException: If `splits` is None and the loader raises an error.
     """
     d = job.dataset
     splits = splits or load_splits(job)
@@ -224,10 +234,10 @@ def build_data(
 
 
 def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
-    """Return (N, H, W, C) of the job's training split, as the networks receive its images.
+    """Return the shape (N, H, W, C) of a job's training split: images, rows, columns and channels.
 
-    N counts the images before some are held out for validation. Image files are cropped to
-    `dataset.size` x `dataset.size` pixels.
+    N also counts the images that are held out for validation. For image files, which are cropped, H
+    and W are `dataset.size`, and C is 3.
     """
     if isinstance(splits.train, Files):
         return len(splits.train.paths), job.dataset.size, job.dataset.size, 3
@@ -247,9 +257,9 @@ def check_images(
             False, all N padded images are kept on the device.
 
     Raises:
-        ValueError: If the padded training split does not fit, or, for image files, one batch of the
-            larger of the training and evaluation batch sizes. The check passes if the free memory
-            of the device is unknown (see `check_memory`).
+        ValueError: If the images do not fit into the free memory: with `of_files` one batch of
+            training or of evaluation, else the padded training split. If the free memory is
+            unknown, the check passes (see `check_memory`).
     """
     N, H, W, C = shape_NHWC
     if of_files:
@@ -273,7 +283,8 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
         of_teacher: number of images that the teacher learns from; None for `images`.
 
     Raises:
-        ValueError: If there are fewer than two images, or fewer images than the batch size.
+        ValueError: If there are fewer than two images, or fewer images than the batch size, for the
+            student or for a teacher that is trained first.
     """
     if teacher_job := trained_first(job):
         check_batch_size(teacher_job, images if of_teacher is None else of_teacher)
@@ -290,11 +301,11 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
 
 
 def batch_size_cure(job: Config, size: str) -> str:
-    """Return the part of an error message that says how to change a job's batch size to `size`.
+    """Return the end of an error message, which says how to change a job's batch size to `size`.
 
-    `size` is text, such as "64" or "100 or less". The advice is to set dataset.batch_size if
-    trainer.batch_size has the same value, because a teacher that is trained first reads only
-    dataset.batch_size. Otherwise the advice is to set trainer.batch_size.
+    `size` is text, such as "64" or "100 or less". If trainer.batch_size equals dataset.batch_size,
+    the advice is to set dataset.batch_size, because a missing teacher is trained with that one.
+    Otherwise the advice is to set trainer.batch_size.
     """
     if job.trainer.batch_size == job.dataset.batch_size:
         return f"set dataset.batch_size={size}, which trainer.batch_size follows unless set"
@@ -302,31 +313,46 @@ def batch_size_cure(job: Config, size: str) -> str:
 
 
 def check_objective(job: Config, device: torch.device) -> None:
-    """Raise ValueError if the loss or the optimizer of a job does not work with its arguments.
+    """Raise an error if the distillation loss or the optimizer of a job does not work.
 
-    Both are tried on small tensors (`try_loss`, `try_optimizer`). The loss is tried on the CPU, and
-    is left out for a job without a logit loss. The optimizer is tried on `device`.
+    Both are tried on small tensors: the loss on the CPU (`try_loss`), the optimizer on `device`
+    (`try_optimizer`). A job without a distillation loss of the logits has only its optimizer tried.
+
+    Raises:
+        ValueError: If the loss or the optimizer is not allowed or does not work with its arguments,
+            or if the loss compares the images of a batch while `trainer.devices` is above 1.
+        InstantiationException: If the optimizer is code outside of sddlskd, torch, torchvision and
+            timm that cannot be found.
     """
     if job.distiller.loss:
         try_loss(
             job.distiller.loss, job.dataset.num_classes, job.distiller.learned_temperature or None
         )
+        loss = instantiate(job.distiller.loss, _partial_=True)
+        if job.trainer.devices > 1 and compares_images(loss):
+            raise ValueError(
+                f"trainer.devices={job.trainer.devices} cannot train distiller="
+                f"{job.distiller.name}: this loss compares all images of a batch; "
+                "set trainer.devices=1"
+            )
     try_optimizer(job.optimizer.algorithm, job.optimizer.lr, device)
 
 
 def check_workers(job: Config) -> None:
     """Raise ValueError if `dataset.workers` exceeds the number of CPU cores of this process.
 
-    None, which chooses the number of decoding processes by the cores, always passes.
+    `dataset.workers` is the number of processes that decode images. None, which stands for a number
+    that suits the cores, always passes. The environment variable SDDLSKD_MOST_PROCESSES replaces
+    the number of cores (see `check_processes`).
     """
     check_processes("dataset.workers", job.dataset.workers or 0, WORKER_MB)
 
 
 def check_cache(job: Config) -> None:
-    """Raise ValueError if `teacher.cache` is set.
+    """Raise ValueError if `teacher.cache`, the folder for cached logit maps of the teacher, is set.
 
     Call this function only for a data set of image files. Their random crops never repeat, so the
-    cache of teacher maps would never be hit.
+    cache would be of no use.
     """
     if job.teacher.cache:
         raise ValueError(
@@ -339,13 +365,14 @@ def check_cache(job: Config) -> None:
 def build_network(
     model: dict[str, Any], num_classes: int, seed: int, device: torch.device
 ) -> nn.Module:
-    """Return a freshly initialised network, whose weights depend on `seed` alone.
+    """Return a newly initialised network, whose weights depend on the arguments alone.
 
-    The network is initialised on the CPU, and the CPU's global random state is left unchanged.
+    The network is initialised on the CPU, and the CPU's global random state is left unchanged. If
+    `model` has a key such as "pretrained", published weights may be downloaded.
 
     Args:
-        model: `_target_` and arguments of the network.
-        num_classes: number of classes, which is passed to the network as well.
+        model: `_target_` (dotted name of a class or function) and arguments of the network.
+        num_classes: number of classes, passed to the network as the argument `num_classes`.
         seed: seed of the initialisation.
         device: device that the network is moved to.
 
@@ -353,11 +380,13 @@ def build_network(
         The network, in the channels_last memory format.
 
     Raises:
-        ValueError: If the `_target_` is not allowed (`config.targets.instantiate`).
-        InstantiationException: If the network's code raises an error.
+        ValueError: If the `_target_` is one that a configuration must not name, or if it belongs to
+            sddlskd, torch, torchvision or timm and cannot be found.
+        InstantiationException: If the network's code raises an error, or if code outside of these
+            packages cannot be found.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network: nn.Module = instantiate(model, num_classes=num_classes)
     return network.to(  # type: ignore[call-overload, no-any-return]
         device=device, memory_format=torch.channels_last
@@ -365,10 +394,11 @@ def build_network(
 
 
 def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a network without the keys "pretrained" and "weights".
+    """Return a copy of a network's configuration without the keys "pretrained" and "weights".
 
-    With these keys, building the network would download published weights. Use this function for a
-    network whose weights come from a file.
+    `model` holds the `_target_` and the arguments of the network. With these keys, building the
+    network would download published weights. Use this function for a network whose weights come
+    from a file.
     """
     return {key: value for key, value in model.items() if key not in ("pretrained", "weights")}
 
@@ -399,10 +429,14 @@ def trained_first(job: Config) -> Config | None:
 def check_teacher(job: Config) -> None:
     """Raise an error if the teacher file of a job is missing or was replaced.
 
-    FileNotFoundError is raised if the file is missing and the job may not train the teacher first.
-    ValueError is raised if the file's sha256 differs from the one that lock.json in the home folder
-    pins (see `teacher_files`); a file named by `teacher.checkpoint` is not compared. Do nothing for
-    a job without a teacher.
+    Do nothing for a job without a teacher. A file named by `teacher.checkpoint` must only exist.
+    Any other file may be missing if the job trains the teacher first. If <home>/teachers/lock.json
+    records a sha256 for the teacher, the file must have this sha256.
+
+    Raises:
+        FileNotFoundError: If the file is missing and the job may not train the teacher first.
+        ValueError: If the file has another sha256 than the recorded one, or if lock.json is
+            damaged.
     """
     if not job.has_teacher:
         return
@@ -418,8 +452,9 @@ def check_teacher(job: Config) -> None:
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
     """Return whether a run was trained with another teacher file than its job would use now.
 
-    `result` is the content of the run's result.json, which names the file's sha256. Return False
-    for a job without a teacher, if the present file is missing, and if result.json names no file.
+    `result` is the content of the run's result.json; its entry "teacher_sha256" is the hash of the
+    teacher file. Return False if the job has no teacher, if the present file is missing, or if
+    `result` has no such entry.
     """
     earlier = result.get("teacher_sha256")
     path = teacher_path(job)
@@ -444,7 +479,7 @@ def build_teacher(
     Args:
         job: configuration of the training run.
         network: network of the teacher; its weights are loaded from the teacher file.
-        data: data set of the job, whose test split serves to measure the teacher's accuracy.
+        data: data set of the job; the teacher's accuracy is measured on its test split.
         device: device of the teacher.
         train: function that trains a given teacher job and writes the teacher file.
         ranks: the processes that share each batch; all of them must call this function. Rank 0
@@ -453,13 +488,16 @@ def build_teacher(
 
     Returns:
         The teacher, and facts for result.json: {"teacher_top1": percent, "teacher_sha256": hash of
-        the teacher file}. The teacher has a cache of its logit maps if `teacher.cache` is set, the
-        data set is kept on the device and the job has no feature method.
+        the teacher file}. The teacher caches its logit maps (`TeacherCache`) if `teacher.cache` is
+        set, `data` is `DeviceData` and the job has no feature method.
 
     Raises:
-        FileNotFoundError: If the file is missing and is not trained.
-        ValueError: If the file is not the pinned one, does not hold finite weights of the network,
-            or was trained on other classes; or if the disk cannot hold the cache.
+        FileNotFoundError: If the file is missing and the job may not train the teacher, or if the
+            training leaves no file.
+        ValueError: If the file cannot be used: its sha256 is not the recorded one (see
+            `check_teacher`), it does not hold finite weights of the network, or the teacher was
+            trained on other classes. Also if the disk cannot hold the cache.
+        Exception: Any error that `train` raises.
     """
     path = teacher_path(job)
     ranks = ranks or Ranks()
@@ -597,8 +635,9 @@ def check_maps(
 ) -> None:
     """Check that both networks accept the images and return suitable logit maps.
 
-    One image of zeros is passed through each network in eval mode. Afterwards the student is in
-    training mode and the teacher in eval mode.
+    A logit map (B, K, H, W) holds the logits of K classes for each place of a grid. One image of
+    zeros is passed through each network in eval mode. Afterwards the student is in training mode
+    and the teacher in eval mode.
 
     Args:
         job: configuration of the training run.
@@ -608,9 +647,9 @@ def check_maps(
         device: device of the networks.
 
     Raises:
-        ValueError: If a network cannot process the images, if its output is not a logit map
-            (B, K, H, W) with the classes of the data set, or if, with a teacher, the largest scale
-            of `M` is more than twice the shortest side of the two maps.
+        ValueError: If a network raises a RuntimeError for the image, if its output is not a logit
+            map with the classes of the data set, or if, with a teacher, the largest scale m in
+            `job.M` (m x m regions of a map) is more than twice the shortest side of the two maps.
         torch.OutOfMemoryError: If the device is full.
     """
     image = torch.zeros(1, *data.image_shape, device=device)
@@ -651,11 +690,11 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
 
     BatchNorm cannot train if it sees a single value per channel. One image of zeros is passed
     through the network in training mode. Afterwards the buffers have their earlier values, and the
-    network is in training mode. Without a batch of one image nothing is done.
+    network is in training mode. If no batch has a single image, nothing is done.
 
     Args:
         job: configuration of the training run, which gives the batch size.
-        student: network of the student, ready for training on these ranks.
+        student: network of the student, after `Ranks.with_shared_norm`.
         data: data set of the job.
         ranks: the processes that share each batch; all of them must call this function.
 
@@ -719,15 +758,17 @@ def build_run(
         device: device of the network.
         steps: batches per epoch.
         images: images per epoch, over all ranks.
-        ranks: the processes that share each batch; None for this process alone.
+        ranks: the processes that share each batch; all of them must call this function. None for
+            this process alone.
         features: the feature and relation methods of the job by name; None for none.
 
     Returns:
-        The run, resumed from the newest checkpoint in the run directory, or else at its first
-        epoch.
+        The run. It continues from the newest readable checkpoint in the run directory, or begins at
+        its first epoch if there is no checkpoint.
 
     Raises:
         UnreadableFile: If checkpoints exist and none can be read. The error is a ValueError.
+        ValueError, RuntimeError: If the checkpoint does not fit the network or the optimizer.
     """
     distill = None
     if job.distiller.loss:
@@ -803,7 +844,8 @@ def leave_as_teacher(job: Config, run: Run) -> None:
 
     The file is the one that `teacher=<student's name>` loads. An existing file is kept. The log of
     the run says whether the file was written. Do nothing for a distilled student, or if
-    `trainer.max_steps` is set, because the epochs are then incomplete.
+    `trainer.max_steps` is set, because the epochs are then incomplete. Raise OSError if the file
+    cannot be written.
     """
     if job.has_teacher or job.trainer.max_steps is not None:
         return
