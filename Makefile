@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# One more than cores: a test that waits for a process or a server leaves its core to another.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
 PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-services test-long tracking-server lint bench gpu clean
+.PHONY: setup demo test test-services test-servers test-slurm test-long tracking-server lint bench gpu clean
 
 setup: .venv/installed
 
@@ -24,13 +26,18 @@ demo: setup
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
 test: setup
-	$(PYTEST) --numprocesses logical --maxprocesses 4 --dist worksteal --durations 12
+	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal --durations 12
 
 # Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
-# installed are skipped, with the reason.
+# installed are skipped, with the reason. Most of their time is waiting, so both halves run at once.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
+	$(MAKE) --jobs 2 --output-sync=target test-servers test-slurm
+
+test-servers: setup
 	$(PYTEST) -m services tests/services --durations 12
+
+test-slurm: setup
 	$(PYTEST) -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
 
 # Hundreds of kills at random moments: about ten minutes. Nothing runs it by itself.

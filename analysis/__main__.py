@@ -1,8 +1,8 @@
 """Run the command line of the analysis, `python -m analysis`.
 
 `python -m analysis NAME` writes the tables, figures and report of a sweep. Other commands count the
-published numbers that have runs, write docs/evidence.md and import logs. Modules that are slow to
-import are imported only by the commands that need them.
+published numbers that have runs, print the text of docs/evidence.md and import logs. Modules that
+are slow to import are imported only by the commands that need them.
 """
 
 import argparse
@@ -33,9 +33,12 @@ val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 1 after an error.
+    """Run a command of `python -m analysis`, and return the exit status: 0, or 1 after an error.
 
-    A ValueError or OSError is printed to stderr and gives status 1.
+    Depending on `arguments`, the command writes the tables, figures and report of runs in MLflow,
+    lists what MLflow holds, compares published numbers with runs or logs, or imports logs. A
+    ValueError or OSError of the command is not raised: its message goes to stderr, and the status
+    is 1.
 
     Args:
         arguments: command and options, such as ["coverage", "--home", "runs"]; None takes those in

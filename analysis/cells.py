@@ -16,7 +16,12 @@ Key = tuple[str, str]  # labels of a row and of a column
 
 @dataclass(frozen=True)
 class Cell:
-    """Content of one cell of a table: the numbers of our runs, and the number the paper prints."""
+    """Cell of a table of results: the numbers of the runs of one row, on one pair of networks.
+
+    A row is, for example, a method. A column is a pair of teacher and student. Numbers are, for
+    example, top-1 accuracies (%). If there are any, the cell also holds the number that a paper
+    prints, a verdict on that number, and the gain over a baseline.
+    """
 
     # Numbers of the runs by seed. The key is the config_hash for a run without a seed, and for all
     # runs in a table that counts runs instead of seeds.
@@ -38,18 +43,27 @@ class Cell:
 
     @property
     def n(self) -> int:
-        """Return the number of `values`: the seeds (or runs) that the mean is taken over."""
+        """Return the number of `values`, over which `mean` is taken; 0 if no run has a number."""
         return len(self.values)
 
     @property
     def seeds(self) -> list[int]:
-        """Return the seeds that have a value, in ascending order; runs without one are skipped."""
+        """Return the seeds of the numbers in `values`, in ascending order.
+
+        Numbers of runs without a seed are skipped. The list is empty in a table that counts runs
+        instead of seeds.
+        """
         return sorted(key for key in self.values if isinstance(key, int))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Table with its cells, notes and commands, ready to be rendered."""
+    """Table of results, ready to be written as Markdown, LaTeX, HTML or CSV.
+
+    A row is, for example, a method; a column is a pair of teacher and student. The notes stand
+    below the table and explain its numbers. The commands are shell commands that run missing,
+    failed and stopped runs.
+    """
 
     name: str  # for file names and anchors
     title: str
@@ -67,10 +81,10 @@ class Table:
 
     @cached_property
     def footnotes(self) -> dict[str, int]:
-        """Return the number of each footnote by its text.
+        """Return a mapping from the text of each footnote to its number: 1, 2, 3, ...
 
-        Numbers start at 1, in the order in which the texts occur in the cells, row by row. Cells
-        with the same text share a number.
+        The numbers follow the order in which the texts first occur in the cells, row by row. Cells
+        with the same text share a number. Without footnotes, the mapping is empty.
         """
         cells = (self.cells[row, column] for row in self.rows for column in self.columns)
         texts = dict.fromkeys(

@@ -77,7 +77,7 @@ WIDE = 7.0  # inches: width of both columns of a page
 
 @dataclass(frozen=True)
 class Chart:
-    """Drawing with its title and caption, before it is written to files."""
+    """Matplotlib figure with a name, a title and a caption, not yet written to files."""
 
     name: str  # stem of its file names
     title: str
@@ -87,7 +87,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Dot:
-    """Mark of a dot chart: the mean of one setting in one panel, with its interval."""
+    """Mark of a chart that `dots` draws: a mean, and half the width of its interval.
+
+    The mark is in the row of its setting (such as a method) and in the band of rows of its panel
+    (such as a pair of teacher and student).
+    """
 
     panel: str
     setting: str
@@ -96,7 +100,7 @@ class Dot:
 
 
 def half_width(interval: tuple[float, float] | None) -> float:
-    """Return half the width of an interval (low, high), or 0 if `interval` is None."""
+    """Return half the width of an interval (low, high), a scalar; 0 if `interval` is None."""
     if interval is None:
         return 0.0
     low, high = interval
@@ -108,20 +112,22 @@ def few(
     name: Callable[[Point], str],
     lines: int = LINES,
 ) -> tuple[list[Point], list[str], str]:
-    """Select the points of as many panels and lines as a reader can tell apart.
+    """Select the points that a figure has room for: at most `PANELS` (12) panels, `lines` lines.
 
-    At most `PANELS` panels are kept, those with the most runs. Of the lines in these panels, the
-    `lines` with the most runs are kept.
+    A point is the result of one setting (a method with its options) in one panel (a pair of teacher
+    and student). First the panels with the most runs, summed over their points, are kept. Of the
+    lines in the kept panels, those with the most runs are kept.
 
     Args:
         points: the points that could be drawn.
         name: returns the name of the line that a point belongs to.
-        lines: largest number of lines.
+        lines: largest number of lines in the whole figure.
 
     Returns:
-        The points that are kept, in the given order; the names of their lines, sorted by
-        `Point.rank`; and a sentence for the caption that names the panels and lines that are left
-        out ("" if there are none).
+        The kept points, in the given order; the names of their lines, in the order of `Point.rank`
+        (students alone first, then by loss); and a sentence for the caption that names the panels
+        and lines that are left out. The sentence starts with a space, or is "" if nothing is left
+        out.
     """
     left: list[str] = []
     kept = list(points)
@@ -137,19 +143,21 @@ def few(
 
 
 def settings_in_dots(panels: int) -> int:
-    """Return how many settings a dot chart with `panels` panels may have, at most `LINES`.
+    """Return the largest number of settings that a dot chart may show in each panel: 5 to 12.
 
-    Panels x settings is at most `CELLS`. `panels` is at least 1; a number above `PANELS` counts as
-    `PANELS`, since no more panels are drawn.
+    A setting is a row of the panel, such as a method. The result is 12 for up to 5 panels. For
+    more, panels x settings is at most `CELLS` (60). `panels` must be at least 1. A number above
+    `PANELS` (12) counts as 12, since no more panels are drawn.
     """
     return max(4, min(LINES, CELLS // min(panels, PANELS)))
 
 
 def listed(what: str, names: Sequence[str]) -> str:
-    """Return a sentence such as " Not drawn: a; b and 3 more."; "" if there are no names.
+    """Return a sentence for a caption that lists names; "" if there are no names.
 
-    The sentence starts with a space and with `what`. It lists at most `NAMED` names and counts the
-    others. A line break in a name becomes a comma.
+    With `what` "Not drawn", for example, the sentence is " Not drawn: a; b." with a space in front.
+    It lists the first `NAMED` (15) names. If there are more, it ends with, for example,
+    " and 3 more." A line break in a name becomes a comma.
     """
     if not names:
         return ""
@@ -158,9 +166,10 @@ def listed(what: str, names: Sequence[str]) -> str:
 
 
 def count_seeds(counts: Iterable[int]) -> str:
-    """Return how many seeds the marks of a figure stand for, such as "n = 2 to 3 seeds".
+    """Return a text on how many seeds the marks of a figure stand for: "n = 2 to 3 seeds".
 
-    `counts` has the number of seeds of each mark. Raises ValueError if `counts` is empty.
+    `counts` has the number of seeds of each mark. If all are equal, the text is, for example,
+    "n = 3 seeds". Raises ValueError if `counts` is empty.
     """
     counts = list(counts)
     low = min(counts)
@@ -188,7 +197,7 @@ def style_of(index: int) -> dict[str, Any]:
 def panels_of(
     panels: Sequence[str], x: str, y: str, height: float = 2.0, letters: int = 34
 ) -> tuple[Drawing, dict[str, Axes]]:
-    """Create a drawing with one pair of axes for each panel.
+    """Create a matplotlib figure with one empty panel (`Axes`) for each name.
 
     A row has up to three panels; four panels are drawn two by two. Only the panels of the first
     column have the label `y`, and only the lowest panel of each column has the label `x`.
@@ -198,10 +207,11 @@ def panels_of(
         x: label of the horizontal axes.
         y: label of the vertical axes.
         height: height of a row of panels in inches.
-        letters: largest number of letters in a line of a title; a longer line is broken at blanks.
+        letters: largest number of letters in a line of a title; a longer line is broken at blanks,
+            and a longer word stays whole.
 
     Returns:
-        The drawing, 3.5 inches wide for one panel and `WIDE` for several; and the empty axes by
+        The figure, 3.5 inches wide for one panel and `WIDE` (7 inches) for several; and the axes by
         the name of their panel, row by row.
     """
     columns = min(3, len(panels)) if len(panels) != 4 else 2
@@ -221,9 +231,9 @@ def panels_of(
 
 
 def stop_at_100(axis: Axes) -> None:
-    """Set the upper limit of a vertical axis of accuracies (%) to 100 if the limit is above 100.
+    """Set the upper limit of the y axis of `axis` to 100 if the limit is above 100.
 
-    An axis that starts at 100 or above is not changed.
+    The y axis shows accuracies (%). If its lower limit is 100 or above, nothing changes.
     """
     bottom, top = axis.get_ylim()
     if top > 100 > bottom:
@@ -234,8 +244,9 @@ def legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
     """Add a legend below the panels, in as many columns as fit.
 
     Args:
-        drawing: the drawing. Its height grows by that of the legend.
-        labels: labels of the lines, at least one. Label number i gets the style `style_of(i)`.
+        drawing: the matplotlib figure, which is changed. Its height grows by that of the legend.
+        labels: labels of the lines, at least one. Label number i, counted from 0, gets the style
+            `style_of(i)`.
         **marks: properties of matplotlib's `Line2D` that replace those of `style_of` for every
             label, such as `marker=""`.
     """
@@ -258,24 +269,24 @@ def dots(
     settings: Sequence[str],
     shaded: Mapping[str, str],
 ) -> Drawing:
-    """Draw dot charts of means and intervals side by side, with a common vertical axis.
+    """Draw dot charts side by side: means on the horizontal axis, with bars for their intervals.
 
-    Each panel is a horizontal band of the charts. A band has one row per setting.
+    A panel is a horizontal band that runs through all charts. Each panel has one row per setting.
 
     Args:
         columns: for each chart, the label of its horizontal axis and its dots. At least one chart.
         panels: names of the panels from top to bottom. Every dot that is drawn is in one of them.
         settings: names of the settings from top to bottom, at least one. Dots of other settings
             are not drawn.
-        shaded: text to append to the name of a panel, by panel. These panels have a grey
-            background.
+        shaded: maps the names of the panels that get a grey background to texts, which are appended
+            to these names.
 
     Returns:
-        The drawing, with a legend of the settings below the charts.
+        The matplotlib figure, with a legend of the settings below the charts.
 
     Raises:
-        ValueError: If a dot of one of the settings is in none of the panels, or if `settings` is
-            empty.
+        ValueError: If a dot of one of the settings is in none of the panels, or if `settings` or
+            `columns` is empty.
     """
     height = 0.12 * len(panels) * (len(settings) + 1.2) + 0.7
     width = WIDE if len(columns) > 1 else 5.0

@@ -32,7 +32,11 @@ HEADER = ("table", "cells", "recipe", "run", "verdict", *DECIDED)
 
 @dataclass(frozen=True)
 class Cover:
-    """Published number, with the answers whether it has a recipe, runs of ours and a verdict."""
+    """Published number, and whether there are a recipe, runs and a verdict for it.
+
+    A recipe is a configuration in conf/recipe that trains one method. The verdict says how the runs
+    compare with the number, as `stats.verdict` returns it.
+    """
 
     number: Published
     lacks: str  # why no recipe can give the number; "" if one can
@@ -41,18 +45,20 @@ class Cover:
 
 
 def recipe_of(method: str) -> str:
-    """Return the name that the recipe of a published method has: `sd_kd_crd` for `sd_kd+crd`.
+    """Return the name of the recipe of a published method: "sd_kd_crd" for "sd_kd+crd".
 
-    Whether `conf/recipe` has a file of this name is not checked.
+    A recipe is a file conf/recipe/NAME.yaml that configures one method. Whether the file exists is
+    not checked.
     """
     return RECIPES.get(method, method.replace("+", "_"))
 
 
 def available() -> dict[str, Collection[str]]:
-    """Return the names of the recipes, data sets, teachers and students in `conf`.
+    """Return the names of the recipes, data sets, teachers and students that can be configured.
 
-    The result maps each group of `GROUPS` ("recipe", "dataset", "teacher", "student") to its names.
-    Raises ValueError if there is no folder `conf/recipe`.
+    A name is that of a file in the folder `conf`, without the suffix .yaml. The result maps each of
+    "recipe" (configuration of a method), "dataset", "teacher" and "student" to its names. Raises
+    ValueError if there is no folder conf/recipe.
     """
     if not (CONF / "recipe").is_dir():
         raise ValueError(f"no recipes in {CONF}; run the analysis of a checkout or of a wheel")
@@ -60,14 +66,15 @@ def available() -> dict[str, Collection[str]]:
 
 
 def reason_without_recipe(number: Published, names: Mapping[str, Collection[str]]) -> str:
-    """Return why no run can give a published number, such as "no recipe mgd"; "" if one can.
+    """Return what a run of a published number lacks, such as "no recipe wcord"; "" for nothing.
 
-    The text names the first missing part: the recipe of the method, the data set, the teacher or
-    the student. In `conf`, a network may have the data set as prefix: `imagenet_resnet18`.
+    The text names the first part that has no configuration: the recipe (configuration of the
+    method), the data set, the teacher or the student. The name of a network in `names` may begin
+    with the data set: "imagenet_resnet18".
 
     Args:
         number: the published number.
-        names: names of what `conf` has, as `available` returns them.
+        names: names of the configurations by kind, as `available` returns them.
     """
     if recipe_of(number.method) not in names["recipe"]:
         return f"no recipe {recipe_of(number.method)}"
@@ -80,14 +87,14 @@ def reason_without_recipe(number: Published, names: Mapping[str, Collection[str]
 
 
 def cover(built: Iterable[Table]) -> list[Cover]:
-    """Return the coverage of every published number, in the order of `published.numbers`.
+    """Return a `Cover` for every published number, in the order of `published.numbers`.
 
     Args:
-        built: tables of our runs, as `tables.build` returns them. Without tables, no number has
-            runs or a verdict.
+        built: tables of the runs, as `tables.build` returns them. Without tables, no number has
+            runs or a verdict. The table "seed_suite" is ignored.
 
     Raises:
-        ValueError: If there is no folder `conf/recipe`.
+        ValueError: If there is no folder conf/recipe.
     """
     names = available()
     cells: dict[Published, list[Cell]] = defaultdict(list)
@@ -112,10 +119,12 @@ def cover(built: Iterable[Table]) -> list[Cover]:
 
 
 def lines(covers: Sequence[Cover]) -> Iterator[str]:
-    """Yield the lines of a text report on the coverage, without line breaks.
+    """Yield the lines of a text report on how many published numbers can be compared with runs.
 
-    First come counts, one line per published table and one per file of published numbers. The
-    numbers without a recipe follow, grouped by the reason.
+    First come a heading and counts: numbers, and how many have a recipe (configuration of the
+    method), a run and a verdict. There is one line for each published table, and one for each file
+    of published numbers. The numbers without a recipe follow, grouped by the reason. The lines end
+    without a line break.
 
     Args:
         covers: the published numbers to count, as `cover` returns them.
@@ -133,7 +142,10 @@ def lines(covers: Sequence[Cover]) -> Iterator[str]:
         shown = [text.rjust(width) for text, width in zip(counts, widths[1:], strict=True)]
         yield "  ".join([name.ljust(widths[0]), *shown])
     yield ""
-    yield "verdict: our runs decide that the number is within their interval, above or below."
+    yield (
+        "verdict: our runs decide that their mean is above or below the number, or that the number "
+        "is within their interval."
+    )
     yield "No table shows top-5 accuracies, single logs and ViT students: they have no verdict."
     yield from _without_recipe([one for one in covers if one.lacks])
 

@@ -77,7 +77,11 @@ PAPERS_METRIC = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """Number that a table shows of each run, with the rules for averaging and ranking the runs."""
+    """Kind of number that a table shows, such as top-1 accuracy (%) or training time (ms a batch).
+
+    The fields say how to read the number from a run, which runs may be averaged, and which means
+    may be ranked together.
+    """
 
     label: str  # with the unit, for people
     read: Callable[[Run], float | str]  # returns the number, or the reason why there is none
@@ -96,7 +100,12 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Declaration:
-    """Description of one table: its runs, its rows, its published numbers and its baselines."""
+    """Description of one table, from which `analysis.tables` builds the table.
+
+    The description holds the runs and published numbers of the table, the functions that put both
+    into rows, and the rows over which gains are computed (baselines). The columns are pairs of
+    teacher and student.
+    """
 
     name: str  # for the file names of the table
     title: str
@@ -120,16 +129,19 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
 
     Args:
         runs: the runs that count, as `selection.standing` returns them.
-        metric: accuracy to show, a key of `selection.METRICS`.
+        metric: accuracy to show: "best", "last" or "val", the keys of `selection.METRICS`.
 
     Returns:
-        The descriptions, in the order in which the tables are written:
-        1. the tables of the SDD paper,
-        2. ablations and training times in the form of SDD's tables, for other methods and data
-           sets too, and the seed suite: SD-KD+LS over the scales,
-        3. the tables of the LSKD paper,
-        4. the tables of the READMEs of the authors' code,
-        5. an overview of each data set, with the pairs that have a run in none of the other tables.
+        The descriptions, in the order in which the tables are written. Without runs, the list is
+        empty.
+        1. The tables of the SDD paper.
+        2. Ablations and training times in the form of SDD's tables, also of other methods and data
+           sets. After these, the seed suite, a table of SD-KD+LS over the scales.
+        3. The tables of the LSKD paper.
+        4. The tables in the READMEs of the authors' code.
+        5. An overview of each data set. It shows the pairs of teacher and student that have a run
+           in none of the other tables of accuracy. If no paper reports the data set, it shows all
+           pairs.
 
     Raises:
         ValueError: If `metric` is not a key of `selection.METRICS`.
@@ -158,9 +170,10 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
 
 
 def _accuracy(metric: str) -> Quantity:
-    """Return the quantity top-1 accuracy (%); of an entry of `_teachers`, the teacher's.
+    """Return the quantity top-1 accuracy (%) of a student.
 
-    `metric` is a key of `METRICS`. Raises ValueError for another metric.
+    For an entry of `_teachers`, the quantity is the accuracy of the teacher. `metric` is a key of
+    `METRICS`. Raises ValueError for another metric.
     """
     accuracy_of_student = selection.accuracy(metric)
 

@@ -36,7 +36,7 @@ of each run, as `python -m analysis import-logs` reads them)."""
 
 @dataclass(frozen=True)
 class Log:
-    """Run of LSKD's authors: its method and networks, and the accuracies in its log."""
+    """Run of LSKD's authors, with the top-1 (%) of the best and of the last epoch in its log."""
 
     log: str  # path of the log in the authors' repository
     method: str  # as `schema.method_of` spells it
@@ -49,12 +49,12 @@ class Log:
 
     @property
     def pair(self) -> str:
-        """Return "teacher_student", as `Published.pair` has it: "resnet32x4_resnet8x4"."""
+        """Return the names of teacher and student, joined by "_": "resnet32x4_resnet8x4"."""
         return f"{self.teacher}_{self.student}"
 
 
 def logs() -> list[Log]:
-    """Return all runs of `reference/lskd_logs.csv`, in the order of the file."""
+    """Return the runs of LSKD's authors in reference/lskd_logs.csv, in the order of the file."""
     with (REFERENCE / LOGS).open(newline="", encoding="utf-8") as file:
         return [
             Log(
@@ -70,9 +70,10 @@ def logs() -> list[Log]:
 def lines() -> Iterator[str]:
     """Yield the Markdown text of docs/evidence.md in pieces, to be joined by line breaks.
 
-    Most pieces are one line; the first has the title and the first paragraph. The sections compare
-    best and last epochs, list cells that differ from their log, cells that equal a single run, and
-    results that several tables print with different numbers.
+    The text compares published numbers with the logs of LSKD's authors, and with each other. A
+    first section compares the best epochs with the last ones. The others list numbers that differ
+    from the log of their run, means that equal a single run, and results that several tables print
+    with different numbers.
     """
     runs = logs()
     yield HEAD

@@ -56,7 +56,11 @@ OVER = {
 
 
 class Source(Predictions, Protocol):
-    """Protocol of the runs that the figures read; `analysis.runs.Runs` implements the protocol."""
+    """Runs that the figures are drawn from, such as `analysis.runs.Runs`.
+
+    `frame` has one row per run, with the columns of `analysis.schema.COLUMNS`. `history` returns
+    metrics by epoch, and `predictions` the arrays that a run saved, both as those of `Runs` do.
+    """
 
     @property
     def frame(self) -> pd.DataFrame: ...
@@ -68,7 +72,7 @@ class Source(Predictions, Protocol):
 
 @dataclass(frozen=True)
 class Figure:
-    """Figure that `build` has written to a PNG and an SVG file."""
+    """Title, caption and paths of a figure that `build` has written to a PNG and an SVG file."""
 
     name: str  # stem of its file names
     title: str
@@ -78,22 +82,24 @@ class Figure:
 
 
 def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]) -> list[Figure]:
-    """Draw every figure whose data exist, and write it as PNG and SVG.
+    """Draw every figure that the runs have data for, and write it as PNG and SVG.
+
+    Figures are, for example, learning curves, gains by pair, and accuracy against training time.
 
     Args:
-        runs: the runs to draw, with their histories and predictions.
+        runs: the runs to draw, with their metrics by epoch and their predictions.
         out: folder for the PNG and SVG files, created if it is missing.
-        metric: accuracy to show, a key of `analysis.selection.METRICS`.
-        test: test of the gains, one of `analysis.stats.TESTS`.
+        metric: accuracy to show: "best", "last" or "val", the keys of `analysis.selection.METRICS`.
+        test: test of the gains: "pooled" or "paired", see `analysis.selection.GainOptions`.
 
     Returns:
-        The figures, with captions. If no finished run has the metric, the list is empty and nothing
-        is written.
+        The figures that were written. If no finished run with a known student and method has the
+        metric, the list is empty and nothing is written.
 
     Raises:
-        ValueError: If `metric` is not in `analysis.selection.METRICS`, or if the histories or
+        ValueError: If `metric` is not in `analysis.selection.METRICS`, or if the metrics or
             predictions of the runs cannot be read.
-        OSError: If a file cannot be written.
+        OSError: If the folder or a file cannot be written.
     """
     points, left_out = points_of(runs.frame, metric)
     if not points:
@@ -159,17 +165,20 @@ def _panels(points: Iterable[Point]) -> list[str]:
 
 
 def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """Return the learning curve of each panel and setting, averaged over the runs.
+    """Return the learning curve of each setting in each panel: the mean over its runs, by epoch.
+
+    A panel is a pair of teacher and student. A setting is, for example, a method.
 
     Args:
-        frame: runs, one per row, with the columns panel, setting and run_id.
-        history: values, one per run and epoch, with the columns run_id, epoch and value. Values
-            that are missing (NaN) are skipped.
+        frame: runs, one per row, with the columns panel, setting and run_id. A run may have several
+            rows, for several panels.
+        history: values, one per run and epoch, with the columns run_id, epoch and value. Missing
+            values (NaN) and runs that `frame` lacks are skipped.
 
     Returns:
         A frame with one row per panel, setting and epoch, sorted by epoch. The columns are panel,
-        setting, epoch, mean, std (sample standard deviation, NaN for one run) and n (number of
-        runs that have a value).
+        setting, epoch, mean and std of the values (sample standard deviation, NaN for one run), and
+        n (number of runs that have a value). Without values, the frame is empty.
     """
     points = frame[["panel", "setting", "run_id"]].merge(
         history[["run_id", "epoch", "value"]].dropna(), on="run_id"
@@ -183,18 +192,21 @@ def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 
 
 def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
-    """Draw the accuracy (metric val/top1) by epoch, with one line per setting in each panel.
+    """Draw the top-1 accuracy (%, metric val/top1) by epoch, with one panel per pair of networks.
+
+    A line is the mean over the runs of one method, with a band of ± one standard deviation.
 
     Args:
-        runs: source of the histories.
-        points: settings and panels to draw. Students alone are drawn in the panels of all pairs
-            with the same student.
+        runs: source of the accuracies by epoch.
+        points: results of methods, whose runs are drawn. Students that were trained alone are drawn
+            in the panels of all pairs with the same student.
 
     Returns:
-        The chart, or None if no run has an accuracy after the first epoch.
+        The chart, or None if no run has an accuracy after the first epoch. The chart has at most 12
+        panels and 12 lines. Its caption names what is left out.
 
     Raises:
-        ValueError: If the histories cannot be read.
+        ValueError: If the accuracies by epoch cannot be read.
     """
     shown, settings, rest = few(beside_panels(points), lambda point: point.setting)
     frame = pd.DataFrame(
@@ -242,14 +254,19 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
 
 
 def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw accuracy against the scales M, with one line per method and training settings.
+    """Draw top-1 accuracy (%) against the scales M, with one panel per pair of networks.
+
+    A line joins the means of one method at different M, such as [1] and [1,2,4]. A method that was
+    trained in several settings may have several lines.
 
     Args:
-        points: accuracies to draw. Students alone and lines with a single M are left out.
-        metric: accuracy that the points hold, a key of `METRICS`. The caption names it.
+        points: results of methods. Students that were trained alone, results with unknown M and
+            lines with a single M are left out.
+        metric: accuracy that the points hold, a key of `METRICS`. The caption names the metric.
 
     Returns:
-        The chart, or None if no line has several M.
+        The chart, or None if no line has several M. The chart has at most 12 panels and 12 lines.
+        Its caption names what is left out.
     """
     scales: dict[tuple[str, str], set[str]] = {}
     for point in points:
@@ -316,18 +333,20 @@ def _mixed(points: Sequence[Point]) -> list[str]:
 
 
 def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | None:
-    """Draw a dot chart of the gain of every point over its baselines, in percentage points.
+    """Draw the gain in accuracy (percentage points) of each method over two baselines, by pair.
 
-    The baselines are the plain form of the method (M=[1], no standardisation) and the student
-    alone, each on the same pair.
+    One baseline is the plain form of the method: its loss alone, with M=[1] and no standardisation.
+    The other is the student that was trained alone. Both are on the same pair of teacher and
+    student. A mark is the difference of the means, with its 95 % interval.
 
     Args:
-        points: accuracies of methods and baselines.
-        metric: accuracy that the points hold, a key of `METRICS`. The caption names it.
-        test: test that gives the intervals, one of `analysis.stats.TESTS`.
+        points: results of the methods and baselines.
+        metric: accuracy that the points hold, a key of `METRICS`. The caption names the metric.
+        test: test that gives the intervals: "pooled" or "paired", see `selection.GainOptions`.
 
     Returns:
-        The chart, or None if no point has a gain.
+        The chart, or None if no point has a gain. The caption names the gains that cannot be
+        computed, and what is left out for lack of space.
     """
     gains, without = comparisons(points, test)
     if not gains:
@@ -421,17 +440,18 @@ def _mean_by_kind(
 
 
 def cost(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw accuracy against training time (seconds per epoch), with one mark per setting and panel.
+    """Draw top-1 accuracy (%) against training time (s per epoch), one panel per pair of networks.
 
-    The time of a run that trained side by side with others is not used, since it is the time of the
-    whole group. The accuracy of such a run counts if another run of its setting has a time.
+    A mark is the mean of one method: of the accuracies of its runs, and of their times in the last
+    epoch. The time of a run that trained side by side with others is not used, since it is the time
+    of the whole group. The accuracy of such a run counts if another run of the mark has a time.
 
     Args:
-        points: accuracies to draw, with the runs that have the times.
-        metric: accuracy that the points hold, a key of `METRICS`. The caption names it.
+        points: results of methods, with the runs that have the times.
+        metric: accuracy that the points hold, a key of `METRICS`. The caption names the metric.
 
     Returns:
-        The chart, or None if fewer than two settings have times.
+        The chart, or None if fewer than two methods (or settings of methods) have times.
     """
     times = {
         point: [

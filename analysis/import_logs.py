@@ -107,27 +107,30 @@ def import_logs(
     given: Mapping[str, str] | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[str]:
-    """Create an MLflow run for each run in the logs that has not been imported before.
+    """Import the runs in log files into an MLflow experiment, except those that it has already.
 
-    A text log holds one or more runs. Each row of a CSV file is a run.
+    A text log holds one or more runs. Each row of a CSV file is a run. The experiment has a run
+    already if the run was imported from a text log or CSV row with the same content.
 
     Args:
         paths: log files and folders. Every .txt, .log, .json and .csv file in a folder and its
             subfolders is read.
-        uri: MLflow store. A missing SQLite database is created if there is a run to import.
+        uri: MLflow store: `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`. A missing
+            SQLite database is created if there is a run to import.
         experiment: name of the MLflow experiment. A missing experiment is created.
-        given: params of every run, keyed by MLflow's names (the values of schema.PARAMS). They
-            take precedence over what a file states. None for no params.
+        given: params of every run as texts, keyed by MLflow's names, such as "teacher.name" (the
+            values of `schema.PARAMS`). They take precedence over what a file states. None for no
+            params.
         say: receives one line of text for each run that is imported or already exists.
 
     Returns:
         The MLflow ids of the new runs, in the order of import.
 
     Raises:
-        ValueError: If `given` has an unknown key or an invalid value (nothing is read then); if the
-            store fails or `experiment` was deleted in MLflow (the import stops); or if paths, files
-            or rows are refused. The last error is raised after all others are imported, with what
-            is refused and why.
+        ValueError: In three cases. Before anything is read, if `given` has an unknown key or an
+            invalid value. At once, if the store fails or `experiment` was deleted in MLflow; runs
+            that were created before remain. At the end, if a path, a file or a row cannot be
+            imported; all others are imported, and the message lists what is not, and why.
     """
     fixed = {key: param(key, text) for key, text in (given or {}).items()}
     refused: list[str] = []

@@ -24,7 +24,7 @@ WORKLOG = {
 
 @dataclass
 class Log:
-    """One run as read from a log."""
+    """Training run as read from a text log: its metrics by epoch, and what the log states of it."""
 
     # Metrics by name for each complete epoch, in ascending order of the epochs.
     epochs: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class Log:
 
     @property
     def done(self) -> int:
-        """Return the number of the last complete epoch, or 0 if no epoch is complete."""
+        """Return the number (from 1) of the last complete epoch, or 0 if no epoch is complete."""
         return next(reversed(self.epochs), 0)
 
     def best_top1(self) -> float:
-        """Return the highest finite val/top1 (%) of the epochs, or NaN if there is none."""
+        """Return the highest test accuracy (val/top1, %) of all epochs; NaN if none is finite."""
         accuracies = (row["val/top1"] for row in self.epochs.values())
         return max(filter(math.isfinite, accuracies), default=math.nan)
 
@@ -142,15 +142,17 @@ class _Reader:
 
 
 def worklog(text: str) -> list[Log]:
-    """Return the runs in the text of a worklog.txt, as mdistiller writes it.
+    """Return the runs in the text of a worklog.txt, the log file of mdistiller.
 
-    A block of lines is an epoch, and complete if it has all values of `WORKLOG`. Incomplete epochs
-    are left out, with a note. A text without a finished block gives one run without epochs.
+    A block of lines, ended by a dashed line, is an epoch. Epoch 1 starts another run. If a resumed
+    training logs epochs again, the later ones count. A block that lacks the number of the epoch
+    or a value of `WORKLOG` is left out. A text without a finished block gives one run without
+    epochs.
 
     Raises:
-        ValueError: If a line or number is not as in a worklog, if a block has a value twice, if
-            epochs are absent or out of order, if every finished block is incomplete, or if
-            best_acc comes before the first epoch.
+        ValueError: If the text cannot be read as a worklog: a line or number has another form, a
+            block has a value twice, epochs are missing or out of order, all finished blocks are
+            incomplete, or any other problem.
     """
     reader = _Reader()
     block: dict[str, str] = {}
@@ -232,15 +234,17 @@ def _close(reader: _Reader, stated: str, block: Mapping[str, str], number: int) 
 
 
 def glued_json(text: str) -> list[Log]:
-    """Return the runs in the text of a CTKD log: one JSON object per epoch, `{...}{...}`.
+    """Return the runs in the text of a CTKD log, which has one JSON object per epoch: `{...}{...}`.
 
-    An object that was cut off, by the end of the log or by a resumed training, is left out. A blank
-    text gives one run without epochs.
+    An object holds the numbers epoch, test_acc (%), test_acc_top5 (%) and best_acc (%). Epoch 1
+    starts another run. If a resumed training logs epochs again, the later ones count. An object
+    that was cut off, by the end of the log or by a resumed training, is left out. A blank text
+    gives one run without epochs.
 
     Raises:
-        ValueError: If the text is not made of such objects, if one of the values epoch, test_acc,
-            test_acc_top5 and best_acc is missing or not a number, if epochs are absent or out of
-            order, or if no object is complete.
+        ValueError: If the text cannot be read as a CTKD log: it holds something else, a number is
+            missing, epochs are missing or out of order, no object is complete, or any other
+            problem.
     """
     reader = _Reader()
     decoder, at = json.JSONDecoder(), 0
@@ -263,7 +267,7 @@ def glued_json(text: str) -> list[Log]:
                     raise ValueError(message) from None
                 else:
                     return reader.finish(torn=True)
-            except (KeyError, TypeError, RecursionError) as error:
+            except (KeyError, TypeError, OverflowError, RecursionError) as error:
                 number = text.count("\n", 0, at) + 1
                 raise ValueError(
                     f"the object at line {number} is not a CTKD epoch ({error!r})"
@@ -275,12 +279,14 @@ def glued_json(text: str) -> list[Log]:
 def json_stats(text: str) -> list[Log]:
     """Return the runs in the lines `json_stats: {...}` of a tiny-transformers log.
 
-    Other lines are ignored. Top-1 and top-5 (%) are 100 - top1_err and 100 - top5_err. An epoch
-    whose line was cut off is left out. A text without such lines gives one run without epochs.
+    Other lines are ignored. Top-1 and top-5 accuracies (%) are 100 - top1_err and 100 - top5_err.
+    Epoch 1 starts another run. If a resumed training logs epochs again, the later ones count. An
+    epoch whose line was cut off is left out. So is a last line with any other fault. A text without
+    lines `json_stats` gives one run without epochs.
 
     Raises:
-        ValueError: If a value of an epoch is missing or has the wrong type, if epochs are absent or
-            out of order, or if lines before the last were cut off and no epoch is complete.
+        ValueError: If the lines cannot be read: a value in a line before the last is missing or of
+            the wrong type, epochs are missing or out of order, or any other problem.
     """
     reader = _Reader()
     trained: dict[str, float] = {}

@@ -71,10 +71,12 @@ LOSSES = {*PAPERS_LOSSES, "vanilla"}  # losses whose names may be written in cap
 
 
 def name_of(path: Path) -> str:
-    """Return the name of the run in a log: that of the file without suffix, or of the folder.
+    """Return the name of the run in a log file: that of the file, or that of its folder.
 
-    The folder's name is taken if the file is a "worklog", or if only the folder's name has a comma,
-    as in `kd,res32x4,res8x4/train.txt`. Suffixes that are not in `LOG_SUFFIXES` are kept.
+    The folder's name is taken if the file is a "worklog", with or without suffix. It is also taken
+    if only the folder's name has a comma, as in kd,res32x4,res8x4/train.txt. The file's name is
+    taken without a suffix that is in `LOG_SUFFIXES` (.txt, .log, .json, .csv). `path` need not
+    exist.
     """
     name = path.name
     if path.suffix.lower() in LOG_SUFFIXES:
@@ -90,19 +92,24 @@ def params_of_name(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the params that the name of a log and the names of its folders state.
 
+    Params are texts, keyed by MLflow's names, such as "teacher.name". The name of a log is in the
+    notation of mdistiller or LSKD, such as "kd,res32x4,res8x4" (method, teacher, student). Options
+    of their command line may follow, such as "SOLVER.LR:0.01".
+
     Args:
         name: name of the run, as `name_of` returns it.
         path: path of the log. The names of the last three folders may state the data set.
-        given: params of the caller. An option whose param is in `given` is skipped. The result does
-            not contain `given`.
+        given: params that the caller knows. An option whose param is in `given` is skipped. The
+            params of `given` are not added to the result.
 
     Returns:
-        The params, and a sentence for each option in the name that is not imported. A name in
-        another notation states no method and no networks.
+        The params, and a sentence for each option that is not imported although it may matter.
+        Names of networks may still be as the log spells them. A name in another notation states
+        only its options.
 
     Raises:
-        ValueError: If the value of an option is not valid, unless `given` has the param, or all
-            params that a run needs (`NEEDED`).
+        ValueError: If the name has a value that is not valid, such as a text for a number. An
+            invalid option is not an error if its param or all params in `NEEDED` are in `given`.
     """
     params: dict[str, str] = {}
     # mdistiller writes output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt.
@@ -195,13 +202,20 @@ def _params_of_options(
 
 
 def params_of_method(text: str) -> dict[str, str]:
-    """Return the params distiller.name, standardize and M that a method name states.
+    """Return the params that the name of a method states: distiller.name, standardize and M.
 
-    SDD_KD_LSKD, for example, is distiller "kd" with standardize "True". The prefix is SDD_ or SD_,
-    and the suffix _LSKD, _LS or +LS, in upper or lower case. Without the prefix, M is "[1]", the
-    whole map. With the prefix, the name does not state M. Raises ValueError if `text` is blank.
+    "SD_KD_LS", for example, gives {"distiller.name": "kd", "standardize": "True"}.
+
+    - The suffix _LS, _LSKD or +LS means standardised logits, and so does the loss "lskd".
+    - The prefix SD_ or SDD_ means several scales M. The name does not state the scales, so the
+      result has no M. Without the prefix, M is "[1]", the whole map.
+
+    Prefix and suffix may be in lower case, and may have "-" in place of "_". Raises ValueError if
+    `text` is blank or has a line break.
     """
-    name = re.sub(r"[-+ ](?=ls(kd)?$)", "_", text.strip(), flags=re.IGNORECASE)
+    name = re.sub(
+        r"[-+ ](?=ls(kd)?$)|(?<=^sd)[-+ ]|(?<=^sdd)[-+ ]", "_", text.strip(), flags=re.IGNORECASE
+    )
     match = re.fullmatch(r"(sdd?_)?(.+?)(_ls|_lskd)?", name, re.IGNORECASE)
     if match is None:
         raise ValueError(f"method {text!r} is not valid; give kd, dkd, sd_kd_ls, ...")
@@ -214,7 +228,10 @@ def params_of_method(text: str) -> dict[str, str]:
 
 
 def loss_name(text: str) -> str:
-    """Return our name of a loss: kd for KD. A loss that is not in `LOSSES` keeps its spelling."""
+    """Return the name that sddlskd has for a loss: "kd" for "KD".
+
+    A loss that is not in `LOSSES` keeps its spelling. Blanks around the name are removed.
+    """
     name = text.strip()
     if name.lower() in LOSSES:
         return name.lower()
@@ -222,11 +239,11 @@ def loss_name(text: str) -> str:
 
 
 def network(text: str) -> str:
-    """Return our name of a network: resnet32x4 for ResNet32x4 and res32x4.
+    """Return the name that sddlskd has for a network: "resnet32x4" for "ResNet32x4" or "res32x4".
 
     The name of an unknown network is only put into lower case, with "_" for "-" and without the
-    suffix "_sdd". Raises ValueError if such a name does not start with a letter, or has characters
-    other than letters, digits and "_".
+    suffix "_sdd". Raises ValueError if the result does not start with a letter, or has characters
+    other than letters a to z, digits and "_".
     """
     name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
     for pattern, ours in NETWORKS:
@@ -245,11 +262,12 @@ def param(key: str, text: str) -> str:
         text: the value as a person or a log spells it, such as "ResNet8x4", "[1, 2]" or "true".
 
     Returns:
-        The value: "resnet8x4", "[1,2]", "True". Other texts, such as the name of a data set, are
-        put into lower case.
+        The value as text: "resnet8x4", "[1,2]", "True" for these examples. Most other texts, such
+        as the name of a data set, are put into lower case.
 
     Raises:
-        ValueError: If `key` is unknown, or if `text` is not a value of the type of the param.
+        ValueError: If `key` is unknown, or if `text` is not a valid value of the param, such as a
+            word for a number.
     """
     column = next((column for column, param in PARAMS.items() if param == key), None)
     if column is None:
@@ -272,14 +290,16 @@ def param(key: str, text: str) -> str:
         return whole_number(key, text)
     if COLUMNS[column] == "Float64":
         return str(number_of(key, text))
+    if column == "teacher_cache":  # a path
+        return text.strip()
     return text.strip().lower()
 
 
 def number_of(key: str, text: str) -> float:
-    """Return the finite number that `text` states.
+    """Return the finite number that `text` states, as a float.
 
-    Raises ValueError if `text` is not a number, or is NaN or infinite. The message names the param
-    or column `key`.
+    `key` is the name of the param or column, for the error message. Raises ValueError if `text` is
+    not a number, or is NaN or infinite.
     """
     try:
         value = float(text)
@@ -291,10 +311,10 @@ def number_of(key: str, text: str) -> float:
 
 
 def whole_number(key: str, text: str) -> str:
-    """Return the whole number that `text` states in digits only: "1200" for "1,200" or "1200.0".
+    """Return a whole number as a text of digits: "1200" if `text` is "1,200" or "1200.0".
 
-    Raises ValueError if `text` is not a whole number, or is negative. The message names the param
-    or column `key`.
+    `key` is the name of the param or column, for the error message. Raises ValueError if `text` is
+    not a whole number, or is negative.
     """
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text):  # 1,200
         text = text.replace(",", "")
@@ -305,11 +325,14 @@ def whole_number(key: str, text: str) -> str:
 
 
 def complete(params: Mapping[str, str]) -> dict[str, str]:
-    """Return the params of a run with our names of networks, after a check that none is missing.
+    """Check that a run has the params that it needs, and return them with sddlskd's network names.
 
-    A student that was trained alone (vanilla) gets teacher "none", M=[1] and no standardisation,
-    since its log may name a teacher that takes no part in the training. Raises ValueError if one of
-    the params `NEEDED` is missing or empty, or if the name of a network is not valid.
+    `params` are texts, keyed by MLflow's names. In the result, teacher.name and student.name are as
+    `network` returns them. A student that was trained alone (distiller.name is "vanilla") gets
+    teacher "none", M "[1]" and standardize "False", whatever `params` says.
+
+    Raises ValueError if one of the params `NEEDED` (data set, teacher, student, distiller, M,
+    standardize) is missing or empty, or if `network` refuses a name.
     """
     whole = dict(params)
     if params.get("distiller.name") == "vanilla":

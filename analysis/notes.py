@@ -18,7 +18,7 @@ __all__ = ["notes", "notes_on_gains"]
 
 
 def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
-    """Yield the notes on the numbers of a table, each of one or two sentences.
+    """Yield the notes below a table that explain its numbers, except those on gains.
 
     Args:
         declaration: description of the table.
@@ -26,9 +26,9 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
         sweep: name of the sweep that the runs belong to; "" if there is none.
 
     Yields:
-        First what the numbers are; then notes on planned runs, ranks, published numbers, verdicts,
-        sizes of the students, settings that differ within a row, and repeated runs, if the table
-        has any.
+        Texts of a few sentences each. The first says what the numbers are. Further notes follow if
+        the table has something to explain: missing numbers, ranks, published numbers, verdicts on
+        these numbers, sizes of the students, settings that differ within a row, and repeated runs.
     """
     quantity = declaration.quantity
     runs = f"Runs of {sweep}: " if sweep else ""
@@ -46,9 +46,10 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
         yield f"Published: {tables} (analysis/reference).{metric}"
     if any(cell.verdict not in ("", "not comparable") for cell in cells.values()):
         yield (
-            "Against the published number: within the 95 % t prediction interval for one more of "
-            "our runs, or above or below it (one in twenty by chance); undecided for a single run, "
-            "for equal runs that differ from the number, and if the interval is wider than "
+            "Against the published number: within, if the number lies in the 95 % t prediction "
+            "interval for one more of our runs; else above or below, by the side of our mean (one "
+            "in twenty by chance); undecided for a single run, for equal runs that differ from the "
+            "number, and if the interval is wider than "
             f"±{stats.WIDEST:.1f} point."
         )
     if sizes := _sizes(declaration.runs):
@@ -100,7 +101,9 @@ def notes_on_gains(
     aggregated: bool,
     baselines: Sequence[str],
 ) -> Iterator[str]:
-    """Yield the notes on how the gains of a table were tested, and how large a gain had to be.
+    """Yield the notes below a table on its gains: the tests, and the smallest significant gain.
+
+    A gain compares the mean of a cell with that of its baseline, another row of the same column.
 
     Args:
         cells: cells of the table, by the labels of row and column.
@@ -111,8 +114,10 @@ def notes_on_gains(
         baselines: labels of the rows that `options.baseline` names.
 
     Yields:
-        Notes on a chosen baseline that names no row or several; then, if there are gains, notes on
-        the tests, on the smallest gain that would be significant, and on the column of all pairs.
+        Texts of one or more sentences. If the baseline that the user chose names no row or several,
+        a note says so. If there are gains, a note on their tests follows, or a note that there is
+        no test. If there are tests, further notes are on the smallest gain that would be
+        significant in each column, and on the column of all pairs.
     """
     if options.baseline and not baselines:
         yield f"There is no row of {options.baseline} here: gains are over the table's baselines."

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,9 +24,10 @@ __all__ = ["Comparison", "Point", "beside_panels", "comparisons", "points_of", "
 
 
 class Rank(NamedTuple):
-    """Sort key of settings: students alone come first, then the losses by name.
+    """Sort key of a `Point`: students trained without distillation come first.
 
-    Of one loss, settings without standardisation come first, and few scales before many.
+    The others follow by the name of their loss on the logits. For one loss, results without
+    standardised logits come first, and few scales before many.
     """
 
     distilled: bool
@@ -39,7 +40,11 @@ class Rank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Result of one setting in one panel: the top-1 accuracies (%) of its runs."""
+    """Result of one setting in one panel of a figure: the top-1 accuracies (%) of its runs.
+
+    A setting is a method with its options, such as "SD-KD [1,2], temperature=4". A panel is a pair
+    of teacher and student on a data set, or a student without a teacher.
+    """
 
     panel: str
     setting: str
@@ -52,38 +57,42 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Return the mean of `values`, in per cent."""
+        """Return the mean top-1 accuracy of the runs, in per cent."""
         mean, _ = mean_std(self.values)
         return mean
 
     @property
     def n(self) -> int:
-        """Return the number of runs that count, which is that of `values`."""
+        """Return the number of runs in `runs`, at least 1."""
         return len(self.runs)
 
     @property
     def values(self) -> list[float]:
-        """Return the top-1 accuracies (%) of `runs`, in the same order."""
+        """Return the top-1 accuracy (%) of each run in `runs`, in the same order."""
         return list(self.result.values.values())
 
     @property
     def alone(self) -> bool:
-        """Return whether the runs train a student without distillation (distiller vanilla)."""
+        """Return whether the runs train a student without distillation (distiller "vanilla")."""
         return self.run.distiller == "vanilla"
 
     @property
     def plain(self) -> bool:
-        """Return whether the method is plain: a loss without regions, standardisation or extras.
+        """Return whether the method is one loss on the logits, without regions or other extras.
 
-        Extras are further losses, a learnt temperature or the optimizer DOT. A student alone is
-        plain too.
+        A loss with regions is computed on parts of the logit map (scales other than [1]). Other
+        extras are standardised logits, further losses, a learnt temperature and the optimizer DOT.
+        A student that is trained without distillation is plain, too.
         """
         return self.run.method == self.run.distiller
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Gain of a point over a baseline in the same panel."""
+    """Gain in top-1 accuracy of a `Point` over a baseline, another `Point` of the same panel.
+
+    The panel is a pair of teacher and student on a data set.
+    """
 
     point: Point
     over: str  # "plain" for the plain form of the same loss, "vanilla" for the student alone
@@ -91,19 +100,25 @@ class Comparison:
 
 
 def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
-    """Return the points of all finished runs that have the metric, a student and a method.
+    """Return the results that figures show: one `Point` per setting and panel.
+
+    A setting is a method with its options. A panel is a pair of teacher and student on a data set.
+    Only finished runs with the accuracy, a student and a method count, one per seed.
 
     Args:
-        frame: runs, one per row, with the columns of `analysis.schema`.
-        metric: accuracy to show, a key of `analysis.selection.METRICS`.
+        frame: runs, one per row, with the columns of `analysis.schema.COLUMNS`.
+        metric: accuracy to show, a key of `analysis.selection.METRICS`, such as "best".
 
     Returns:
-        The points, sorted by data set and pair; and a sentence for captions that counts the runs
-        without a point by reason, with a space in front ("" if every run is in a point). If there
-        are several data sets, the name of each panel has its data set on a second line.
+        The points, sorted by data set and pair, and a sentence for captions. The sentence counts
+        the runs that are in no point, by reason, and begins with a space. The sentence is "" if
+        every run is in a point. If the points are of several data sets, the name of each panel ends
+        with its data set on a second line.
 
     Raises:
-        ValueError: If `metric` is not in `analysis.selection.METRICS`.
+        ValueError: If `metric` is not in `METRICS`, or if a status or scales in the frame are not
+            valid.
+        KeyError: If the frame lacks a column.
     """
     read = accuracy(metric)
     runs = standing(frame)
@@ -186,11 +201,13 @@ def _left_out(frame: pd.DataFrame, runs: Sequence[Run], metric: str, drawn: int)
     return f" Runs left out: {counted}."
 
 
-def beside_panels(points: Iterable[Point]) -> list[Point]:
-    """Return the points with students alone repeated in the panel of every pair with that student.
+def beside_panels(points: Sequence[Point]) -> list[Point]:
+    """Return the points, with each student without a teacher moved to the panels of its pairs.
 
-    Only pairs on the same data set count. A student alone that is in no pair keeps its own panel.
-    The order is: points of pairs, repeated students, students without a pair.
+    A panel is a pair of teacher and student on a data set. A point whose run has the teacher "none"
+    is replaced by one copy in the panel of each pair with its student and data set. If there is no
+    such pair, the point keeps its own panel. The order is: points with a teacher, copies, points
+    that keep their own panel.
     """
     alone = [point for point in points if point.run.teacher == "none"]
     paired = [point for point in points if point.run.teacher != "none"]
@@ -211,20 +228,22 @@ def beside_panels(points: Iterable[Point]) -> list[Point]:
 def comparisons(
     points: Sequence[Point], test: str = TESTS[0]
 ) -> tuple[list[Comparison], list[str]]:
-    """Return the gain of every point over its baselines, as `selection.gain_over` takes them.
+    """Return the gain in accuracy of each point over its baselines in the same panel.
 
-    The baselines are the student alone ("vanilla") and the same loss without regions,
-    standardisation or extras ("plain"). They are in the panel of the point. A plain point is
-    compared with the student alone only, and a student alone with nothing.
+    A point is the result of one setting (a method with its options) in one panel (a pair of teacher
+    and student on a data set). Its first baseline is the student alone, trained without
+    distillation ("vanilla"). Its second baseline is the plain form of its loss on the logits
+    ("plain"), unless the point is plain itself (`Point.plain`). A student alone has no baseline.
+    `selection.gain_over` computes the gains.
 
     Args:
-        points: the points to compare, baselines included.
-        test: test of the gains, one of `stats.TESTS`.
+        points: the points to compare, baselines included. A student alone is a baseline in all
+            panels with this student and data set.
+        test: test of the gains, "pooled" or "paired", as in `selection.GainOptions`.
 
     Returns:
-        The gains; and a text "SETTING (reason)" for each gain that cannot be computed although the
-        panel has such a baseline. Reasons are other training settings, several baselines that fit,
-        and no seed in common.
+        The gains, and a text "SETTING (reason)" for each gain that cannot be computed. If the panel
+        has no point of the baseline's method, there is neither a gain nor a text.
     """
     found = []
     without = []
@@ -252,7 +271,7 @@ def comparisons(
 
 
 def same_family(teacher: str, student: str) -> bool:
-    """Return whether two networks are of one family, for example resnet32x4 and resnet8x4.
+    """Return whether the names of two networks are of one family, such as resnet32x4 and resnet8x4.
 
     The family is the part of the name before the first digit or underscore.
     """

@@ -56,20 +56,24 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Predictions(Protocol):
-    """Source of the predictions that runs saved, such as `analysis.runs.Runs`."""
+    """Reader of the predictions that runs saved, such as `analysis.runs.Runs`."""
 
     def predictions(self, run_id: str) -> Arrays | None:
-        """Return the arrays that a run saved, by name; None if the run saved none.
+        """Return the arrays that a run saved for the test images, by name; None if it saved none.
 
-        `run_id` is the run's id in MLflow. `sddlskd.training.predictions.collect` describes the
-        arrays. Runs with a teacher also have "images": the pixels of the kept examples, uint8 in
-        the shape (k, H, W, channels).
+        `run_id` is the run's id in MLflow. `sddlskd.training.predictions.collect` lists the arrays,
+        such as "logits" (n, K). A run with a teacher also has "images": the pixels of the test
+        images with the indices "sample", uint8, (k, H, W, channels). Raise ValueError if the
+        predictions cannot be read.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class First:
-    """Predictions of one run of a point: of the runs that can be drawn, the lowest seed's."""
+    """Predictions of one run of a `Point`, which is the result of one method on a pair of networks.
+
+    The run is the one with the lowest seed among the runs whose predictions can be drawn.
+    """
 
     point: Point
     run: Run
@@ -81,7 +85,11 @@ class First:
 
 @dataclass(frozen=True)
 class Kept:
-    """Part of the runs' predictions that the figures show, as `kept_of` selects it."""
+    """Part of the runs' predictions that the figures show, as `kept_of` returns it.
+
+    An instance holds how often each run agrees with its teacher, further arrays of one run per
+    `Point`, and sentences for captions on what is left out.
+    """
 
     agreements: Mapping[Point, list[float]]  # result of `agreement` (%) for each run of a point
     firsts: Sequence[First]  # one per point, by panel and then by order of settings
@@ -89,19 +97,20 @@ class Kept:
 
 
 def kept_of(runs: Predictions, points: Sequence[Point]) -> Kept:
-    """Read the predictions of runs, and return the part that the figures show.
+    """Read the predictions of runs on the test images, and return what the figures need of them.
 
     Left out are students that were trained alone, runs that saved no logits of a teacher, runs with
     logits that are infinite or NaN, and the panels and settings that a figure has no room for.
 
     Args:
-        runs: source of the predictions.
-        points: results to draw.
+        runs: reader of the predictions.
+        points: results to draw, each of one setting (a method with its options) in one panel (a
+            pair of teacher and student on a data set).
 
     Returns:
-        The agreement of every run, and further arrays of one run per point. Both are empty if no
-        run can be drawn. The field `rest` says which panels, settings and runs are left out for
-        lack of room or because of their logits.
+        The `agreement` of each run that can be drawn and, per point, the arrays of the run with the
+        lowest seed. Both are empty if no run can be drawn. The field `rest` names the panels and
+        settings without room, and the runs with infinite or NaN logits.
 
     Raises:
         ValueError: If `runs` cannot read the predictions of a run.
@@ -144,16 +153,17 @@ def agreement(arrays: Arrays) -> float:
     """Return the percentage of images for which student and teacher predict the same class.
 
     `arrays` holds the class logits of the student, "logits", and of the teacher, "teacher_logits",
-    both (n, K). Raise KeyError if one of them is missing.
+    both (n, K) with n at least 1. The result is a scalar. Raise KeyError if an array is missing.
     """
     return float(100 * (arrays["logits"].argmax(1) == arrays["teacher_logits"].argmax(1)).mean())
 
 
 def agreement_chart(kept: Kept) -> Chart | None:
-    """Draw the agreement of student and teacher, in percent of the test images.
+    """Draw how often student and teacher predict the same class, in percent of the test images.
 
-    A mark shows the mean of the runs of one setting in one panel, with its 95 % interval. The
-    result is None if `kept` has no run.
+    A mark shows the mean over the runs of one setting (a method with its options) in one panel (a
+    pair of teacher and student on a data set). A bar shows the 95 % t interval of the mean; it is
+    missing for a single run and for equal runs. The result is None if `kept` has no run.
     """
     if not kept.agreements:
         return None
@@ -180,12 +190,13 @@ def agreement_chart(kept: Kept) -> Chart | None:
 
 
 def correlation_gap(arrays: Arrays) -> np.ndarray:
-    """Return how far the correlations of the class logits differ between student and teacher.
+    """Return how much the correlations between the class logits differ from student to teacher.
 
     `arrays` holds the class logits of the student, "logits", and of the teacher, "teacher_logits",
-    both (n, K). For each network, the Pearson correlation of every two classes is taken over the
-    images. The result is the absolute difference of the two matrices, (K, K) (SDD Fig. 3). It is
-    NaN for classes whose logits are constant. Raise KeyError if an array is missing.
+    both (n, K). Each network has a (K, K) matrix of Pearson correlations between the logits of two
+    classes, taken over the n images. The result is the absolute difference of the two matrices (SDD
+    Fig. 3). An entry is NaN if a network has constant logits for one of its two classes. Raise
+    KeyError if an array is missing.
     """
     student_KK, teacher_KK = (
         np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits")
@@ -195,10 +206,10 @@ def correlation_gap(arrays: Arrays) -> np.ndarray:
 
 
 def correlation_chart(kept: Kept) -> Chart | None:
-    """Draw the matrix of `correlation_gap` as a heat map for one run of each point.
+    """Draw the matrix of `correlation_gap` as a heat map, for one run of each point in `kept`.
 
-    At most `PANELS` points are drawn; the caption names the others. The result is None if `kept`
-    has no run.
+    A point is the result of one method with its options on one pair of networks. At most `PANELS`
+    (12) points are drawn; the caption names the others. The result is None if `kept` has no run.
     """
     if not kept.firsts:
         return None
@@ -232,9 +243,11 @@ def correlation_chart(kept: Kept) -> Chart | None:
 def features_chart(kept: Kept) -> Chart | None:
     """Draw t-SNE maps of the features of one pair of teacher and student, one map per network.
 
-    The pair is the one with the most settings. The maps are those of the teacher, if its features
-    were saved, and of one run per setting: at most `MAPS` in all. The `CLASSES` most frequent
-    classes have colours. The result is None if no run in `kept` has features.
+    The pair is the one with the most settings (methods with their options) that saved features. One
+    map shows the teacher, if its features were saved. Each other map shows one run of a setting.
+    There are at most `MAPS` (6) maps; the caption names the settings and pairs that are left out. A
+    mark in a map is a test image. The `CLASSES` (10) most frequent classes have colours. The result
+    is None if no run in `kept` has features.
     """
     able = [first for first in kept.firsts if "features" in first.arrays]
     if not able:
@@ -246,11 +259,12 @@ def features_chart(kept: Kept) -> Chart | None:
     here = in_panel[panel]
     drawn = here
     # If there are too many settings, keep the first ones and the last one in their order.
-    if len(here) >= MAPS:
-        drawn = [*here[: MAPS - 2], here[-1]]
+    arrays = here[0].arrays
+    room = MAPS - 1 if "teacher_features" in arrays else MAPS
+    if len(here) > room:
+        drawn = [*here[: room - 1], here[-1]]
     left = [first.point.setting for first in here if first not in drawn]
     left += [other for other in in_panel if other != panel]
-    arrays = here[0].arrays
     clouds = {first.point.setting: first.arrays["features"] for first in drawn}
     if "teacher_features" in arrays:
         clouds = {"teacher": arrays["teacher_features"], **clouds}
@@ -313,11 +327,12 @@ def _embedded(features_nC: np.ndarray) -> np.ndarray:
 
 
 def regions_chart(kept: Kept) -> Chart | None:
-    """Draw test images on which a region of the teacher's logit map and the whole map disagree.
+    """Draw test images for which the teacher's class for a region differs from that for the image.
 
-    A region and the whole map disagree if they predict different classes. The images, at most
-    `PANELS`, are those of the run that kept the most of them. The teacher is wrong on half of them
-    if there are enough of both kinds. The result is None if no run in `kept` has such images.
+    A region is one of m x m parts of the teacher's logit map, with the run's largest scale m. The
+    images, at most `PANELS` (12), are from the run in `kept` that saved the most of them. If there
+    are enough of both kinds, the teacher's class for the image is wrong on half of them. The result
+    is None if no run in `kept` saved such images.
     """
     able = [
         first

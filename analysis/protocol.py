@@ -58,14 +58,14 @@ def _value(column: str, text: str) -> Any:
 def settings_of(number: Published) -> Mapping[str, Any]:
     """Return the settings that a published number was trained with, as far as they are known.
 
-    The settings are those of the recipe of the number's method on its data set and pair of
-    networks. A value that the table of the paper states replaces that of the recipe. Without a
-    recipe of the method, the learning rate, batch size and epochs are those of KD on the same data
-    set and pair, if there is a recipe for that.
+    Settings that the paper's table prints take precedence. Further settings are those of the
+    method's recipe (YAML files in conf/) for the data set and pair of networks. If there is no such
+    recipe, the recipe of KD for this data set and pair, if any, gives the learning rate, batch size
+    and epochs.
 
     Returns:
-        A mapping from a column of the frame of runs, such as "lr", to a value. "details" maps to a
-        mapping from dotted configuration keys to values. Unknown settings have no entry.
+        A mapping from a field of `schema.Run`, such as "lr", to its value. The value of "details"
+        is a mapping from dotted configuration keys to values. Unknown settings have no entry.
     """
     settings = _all_settings()
     found = settings.get((number.dataset, number.pair, number.method))
@@ -85,8 +85,8 @@ def settings_of(number: Published) -> Mapping[str, Any]:
 def trains_longer(method: str) -> bool:
     """Return whether the papers train a method for more epochs than the other methods.
 
-    This holds for MLKD and its variants. `method` is a name of `schema.method_of`, such as
-    "mlkd_ls".
+    The result is True for MLKD and every method that contains MLKD. `method` is a name as
+    `schema.method_of` returns it, such as "mlkd_ls".
     """
     return "mlkd" in method
 
@@ -94,15 +94,18 @@ def trains_longer(method: str) -> bool:
 def other_method(run: Run, number: Published) -> list[str]:
     """Return the settings of the method in which a run differs from a published number.
 
-    The number is of the run's method, data set and pair. For a method with scales (`sd_...`), the
-    scales and the weight of complementary regions are compared; for KD+LS, the weight of
-    cross-entropy. For any other method, and for a run without a loss of the logits, the result is
-    empty. A weight that is None in the run fits every number. On CUB-200, the scales [1,2,4] of the
-    authors' scripts fit as well as those of the paper.
+    `number` must be of the run's method, data set and pair. Two kinds of methods are compared:
+
+    - "sd_..." (losses on regions): the scales `M` and the weight of complementary regions are
+      compared. On CUB-200, the scales [1,2,4] always fit.
+    - "kd_ls": the weight of the cross-entropy is compared. If the weight is unknown for the number,
+      every run with a known weight differs.
+
+    A weight that is None in the run fits every number. The result is [] for other methods, for runs
+    without a loss on the logits, and if no setting differs.
 
     Returns:
         The settings that differ, each as "name=value" with the value of the run, such as "M=[1,2]".
-        The list is empty if none differs.
     """
     settings = settings_of(number)
     if number.method == "kd_ls" and run.ce_weight not in (None, settings.get("ce_weight")):
@@ -126,16 +129,16 @@ def other_method(run: Run, number: Published) -> list[str]:
 def other_budget(run: Run, number: Published) -> list[str]:
     """Return the training settings in which a run differs from a published number.
 
-    Compared are the settings of `settings_of` without the scales and the weight of complementary
-    regions, and whether the run used all training images and all batches of an epoch. A setting
-    that is not known for the run or for the number is not compared. On CUB-200, this includes the
-    learning rate of students alone. The learning rate of an imported run may be rounded to two
-    decimals.
+    The settings of `settings_of` are compared, except the scales and the weight of complementary
+    regions. A run must also train on all training images and all batches of an epoch. A setting
+    that is unknown for the run or for the number is not compared. The learning rate of a student
+    alone on CUB-200 is not compared either. An imported run may have its learning rate rounded to
+    two decimals.
 
     Returns:
         The settings that differ, each as "name=value" with the value of the run, such as
-        "epochs=30". The list is empty if none differs. For a number with the flag "other_teacher",
-        the list holds one sentence on its stronger teacher, and no setting is compared.
+        "epochs=30"; [] if none differs. If the flag of the number is "other_teacher", no setting is
+        compared: the list holds one sentence, which says that the paper's teacher is stronger.
     """
     if number.flag == "other_teacher":
         return ["the source trains with a stronger teacher"]

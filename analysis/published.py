@@ -33,7 +33,11 @@ STUDENTS = {
 
 @dataclass(frozen=True)
 class Published:
-    """Number that one table of a paper prints, with what the paper states about it."""
+    """Number that one table of a paper prints, such as the top-1 accuracy (%) of a method.
+
+    Further fields are the data set, the pair of networks, the settings that the table states, and
+    the source of the number.
+    """
 
     table: str  # for example "SDD Table 1"
     dataset: str
@@ -61,7 +65,11 @@ class Published:
 
 @dataclass(frozen=True)
 class PrintedGain:
-    """Gain that a paper prints, with the difference of the two numbers that the gain stands for."""
+    """Gain of a method over its baseline as a paper prints it, in points of accuracy.
+
+    `difference` is the difference of the two accuracies that the paper prints. `agrees` says
+    whether the printed gain equals this difference.
+    """
 
     printed: float  # printed gain, in points of accuracy
     difference: float  # printed number of the method minus that of its baseline, in points
@@ -76,7 +84,7 @@ def _rows(name: str) -> Iterator[dict[str, str]]:
 
 @cache
 def numbers() -> tuple[Published, ...]:
-    """Return all published numbers, in the order of `FILES` and of the rows of each file."""
+    """Return all published numbers, in the order of the files in `FILES` and of their rows."""
     return tuple(
         Published(
             table=row["table"],
@@ -109,9 +117,9 @@ def _number(text: str) -> float | None:
 def of_table(table: str, metric: str = "top1") -> list[Published]:
     """Return the numbers that one table prints for one metric, in the order of the file.
 
-    `table` is a name such as "SDD Table 1", and `metric` is as in `Published.metric`. The list is
-    empty if the table has no number for the metric. Raise ValueError if there is no table of this
-    name.
+    `table` is a name such as "SDD Table 1". `metric` is "top1", "top5", "top1_last" or
+    "ms_per_batch". The list is empty if the table has no number for the metric. Raise ValueError if
+    there is no table of this name.
     """
     if table not in (tables := dict.fromkeys(number.table for number in numbers())):
         raise ValueError(f"no table {table!r} is published; there are {', '.join(tables)}")
@@ -122,7 +130,8 @@ def of_table(table: str, metric: str = "top1") -> list[Published]:
 def gains() -> dict[tuple[str, str, str], PrintedGain]:
     """Return the gains in top-1 accuracy that the papers print, by (table, pair, method).
 
-    A key is, for example, ("SDD Table 1", "resnet32x4_mobilev2", "sd_kd").
+    A key is, for example, ("SDD Table 1", "resnet32x4_mobilev2", "sd_kd"). A pair is the names of
+    teacher and student, joined by "_".
     """
     return {
         (

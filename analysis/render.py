@@ -65,7 +65,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Text:
-    """Line of text in a cell, without the markup of a format."""
+    """Line of text in a cell of a table, such as a mean or a p-value, before markup is added."""
 
     kind: str  # ours, published, gain, interval, p, published-gain or verdict
     text: str
@@ -75,7 +75,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Line:
-    """Line of a table in Markdown or LaTeX: a label, and a text for each column."""
+    """Line of a table in Markdown or LaTeX: a label, and a text or None for each column."""
 
     label: str
     head: bool  # whether the line is the first of a row
@@ -209,9 +209,12 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
 
 
 def markdown(table: Table) -> str:
-    """Return a table as GitHub Markdown: a heading, the table, its footnotes, notes and commands.
+    """Return a table as GitHub Markdown: a heading, the table, its footnotes and its notes.
 
-    Our result is bold in a cell of rank "best", and underlined in a cell of rank "second".
+    The commands that run missing and failed runs follow, if there are any. A row of the table takes
+    up to seven lines: the mean of our runs, the published number, our gain, its interval, its
+    p-value, the published gain and the verdict. The mean of our runs is bold in a cell of rank
+    "best" and underlined in a cell of rank "second".
     """
 
     def shown(text: Text | None) -> str:
@@ -283,12 +286,15 @@ def _latex_letter(letter: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return a table as LaTeX: `table*` floats, then the footnotes, notes and commands as text.
+    """Return a table as LaTeX: `table*` floats, and then the footnotes and notes as text.
 
-    A float holds at most `COLUMNS_A_FLOAT` columns and about a page of lines; the rest of the table
-    follows in further floats. The floats use the rules of booktabs, or plain lines if the document
-    does not load that package. Our result is bold in a cell of rank "best", and underlined in a
-    cell of rank "second". Characters that pdflatex does not know become question marks.
+    The commands that run missing and failed runs follow as text, if there are any. A float has at
+    most `COLUMNS_A_FLOAT` (4) columns of the table and about a page of lines; further floats have
+    the rest. The column of the gains over all pairs, if there is one, is added to the floats with
+    the last column of the table. The floats use the rules of booktabs, or plain lines if the
+    document does not load that package. The mean of our runs is bold in a cell of rank "best" and
+    underlined in a cell of rank "second". Characters from U+0180 on that `LATEX` does not list
+    become question marks.
     """
 
     def shown(text: Text | None) -> str:
@@ -342,12 +348,12 @@ def _pages(lines: Iterable[Line]) -> list[list[Line]]:
 
 
 def html(table: Table) -> str:
-    """Return a table as an HTML fragment: the table, then its footnotes, notes and commands.
+    """Return a table as an HTML fragment: the table, and then its footnotes and notes.
 
-    The attribute `data-sort` of a cell holds the number to sort by: the mean of our runs, or the
-    published number if there is no mean. It is empty if there is neither. In the column of all
-    pairs, it is the gain. Our result is bold in a cell of rank "best", and underlined in a cell of
-    rank "second".
+    The commands that run missing and failed runs follow, if there are any. The mean of our runs is
+    bold in a cell of rank "best" and underlined in a cell of rank "second". The attribute
+    `data-sort` of a cell holds the number to sort rows by: the mean of our runs, else the published
+    number, else "". In the column of the gains over all pairs, the attribute holds the gain.
     """
 
     def shown(text: Text) -> str:
@@ -411,7 +417,7 @@ def csv(table: Table) -> str:
     """Return a table as CSV text with the header `CSV_COLUMNS` and one line per cell.
 
     Numbers are unrounded, and a field without a value is empty. After the cells, each row with a
-    gain over all pairs has a line with "all pairs" in the field `column`.
+    mean gain over all pairs has one more line, with "all pairs" in the field `column`.
     """
     file = io.StringIO()
     writer = csv_module.DictWriter(file, CSV_COLUMNS, lineterminator="\n")

@@ -66,9 +66,9 @@ class Source(Protocol):
 
     Attributes:
         frame: one row per run, with the columns of `schema.COLUMNS`.
-        name: name of the sweep or experiment; "" for all runs of the store.
+        name: name of the sweep or experiment; "" for all runs of the MLflow store.
         uri: address of the MLflow store.
-        command: command that starts the sweep; "" if it is unknown.
+        command: command that starts the sweep; "" if the command is unknown.
     """
 
     @property
@@ -91,7 +91,7 @@ def write(
 ) -> None:
     """Write the report of runs, with their tables and figures, to one HTML file.
 
-    A file that exists is replaced.
+    An existing file is replaced.
 
     Args:
         path: HTML file to write. Missing parent folders are created.
@@ -101,7 +101,7 @@ def write(
         metric: accuracy that the tables and figures show, a key of `analysis.selection.METRICS`.
 
     Raises:
-        KeyError: If `metric` is not in `analysis.selection.METRICS`.
+        KeyError: If `metric` is not in `METRICS`, or if `runs.frame` lacks a column.
         OSError: If a file of a figure cannot be read, or the report cannot be written.
         AssertionError: If an SVG file was not written by matplotlib.
     """

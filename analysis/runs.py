@@ -48,7 +48,10 @@ NEEDED = (*CONTRACT, "M", "standardize", "epochs", "seed")
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Runs of a sweep, an experiment or a whole MLflow store, as `load` returns them."""
+    """Runs of a sweep, an MLflow experiment or a whole MLflow store, as `load` returns them.
+
+    The field `frame` has one row per run.
+    """
 
     frame: pd.DataFrame  # one row per run, with the columns of schema.COLUMNS
     name: str  # name of the sweep or experiment; "" for all runs of the store
@@ -58,20 +61,20 @@ class Runs:
     def history(
         self, metrics: Sequence[str] = ("val/top1",), run_ids: Iterable[str] | None = None
     ) -> pd.DataFrame:
-        """Return metrics of the runs by epoch.
+        """Return the values of metrics of the runs, one per run, metric and epoch.
 
         Args:
             metrics: names of metrics in MLflow, such as "val/top1".
-            run_ids: MLflow ids of runs; None for all runs of `frame`. The id "", which a missing
-                run has, is skipped.
+            run_ids: MLflow ids of runs; None for all runs of `frame`. The id "", which a planned
+                job without a run has, is skipped.
 
         Returns:
             A frame with the columns run_id, metric, epoch and value, sorted by the first three. If
-            a metric was logged more than once for an epoch, the value is the latest. A run that
-            lacks a metric has no row for the metric.
+            a metric was logged more than once for an epoch, the latest value counts. A run without
+            a metric has no row for the metric. Without any value, the frame is empty.
 
         Raises:
-            ValueError: If the store cannot be read.
+            ValueError: If the store cannot be read, or if an MLflow server does not know a run.
         """
         asked = self.frame["run_id"] if run_ids is None else run_ids
         ids = [run_id for run_id in asked if run_id]
@@ -92,11 +95,12 @@ class Runs:
         return latest.drop(columns="time").reset_index(drop=True)
 
     def predictions(self, run_id: str) -> dict[str, np.ndarray] | None:
-        """Return a run's predictions on the test split, or None if the run did not keep them.
+        """Return the predictions on the test split that a run saved, or None if it saved none.
 
         `run_id` is the run's id in MLflow. The result holds the arrays of the run's artifact
-        predictions.npz by name; `sddlskd.training.predictions.collect` describes them. Raise
-        ValueError if the artifact is damaged, or if the store has no such run or cannot be read.
+        predictions.npz by name; `sddlskd.training.predictions.collect` describes the arrays. Raise
+        ValueError if the predictions cannot be read: the artifact is damaged, the store has no such
+        run, or any other problem.
         """
         with reading(self.uri) as client, artifact(client, run_id, "predictions.npz") as path:
             if path is None:
@@ -119,14 +123,16 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
         mixed_epochs: whether runs on one data set may differ in their number of epochs.
 
     Returns:
-        The runs, superseded ones included. A planned job that has no run is a row with the status
-        MISSING. Runs of a planned job count for the sweep even if another sweep started them.
+        The runs, also those that a later run of the same job replaced (column `superseded`). A job
+        that the sweep planned but nobody ran is a row with the status MISSING. If another sweep ran
+        a job that this sweep planned, the run is included.
 
     Raises:
-        ValueError: If the store cannot be read; if there is no such sweep or experiment, or no run;
-            if none of the runs has the params of sddlskd's runs; if the plan of a sweep is damaged;
-            or if numbers of epochs differ on a data set and `mixed_epochs` is False. Runs that
-            trained a teacher, and methods that the papers train longer, may always differ.
+        ValueError: If the runs cannot be loaded: the store cannot be read, no sweep or experiment
+            has the name, there is no run of sddlskd, the plan of a sweep is damaged, or any other
+            problem. Also if runs on one data set differ in their number of epochs and
+            `mixed_epochs` is False. Runs that trained a teacher, and methods that the papers train
+            longer, may always differ.
     """
     with reading(uri) as client:
         experiments = experiments_of(client)
@@ -152,13 +158,14 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
 
 
 def listing(uri: str) -> pd.DataFrame:
-    """Return a table of the sweeps and the experiments of an MLflow store, one per row.
+    """Return a table of the sweeps and experiments of an MLflow store, one per row.
 
     The columns are "kind" ("sweep" or "experiment"), "name", "runs" (number of runs), and the
-    number of runs of each status in `STATUSES`. Sweeps come first; both kinds are sorted by name.
-    Planned jobs that were never run count with the status MISSING. Superseded runs do not count. A
-    run of a job that several sweeps planned counts in each of these sweeps. Raise ValueError if the
-    store cannot be read.
+    number of runs of each status in `STATUSES`. Sweeps come first; both kinds are sorted by name. A
+    job that was planned but never run counts as a run with the status MISSING. Runs that a later
+    run of the same job replaced do not count. A run of a job that several sweeps planned counts in
+    each of these sweeps. Raise ValueError if the store cannot be read or the plan of a sweep is
+    damaged.
     """
     with reading(uri) as client:
         scans = {name: _scan(client, {name: key}) for name, key in experiments_of(client).items()}

@@ -37,10 +37,12 @@ STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a job: a row of the frame of runs.
+    """One training run with its settings, status and results: a row of the frame of runs.
 
-    The fields are the columns of the frame, in order; only the last field, `unread`, is no column.
-    A value that MLflow does not have is the default of its field. Only unknown scales `M` are "".
+    The fields are the columns of the frame (a pandas DataFrame), in the same order; only the last
+    field, `unread`, is no column. A job that a sweep planned but nobody ran has the status
+    "MISSING". A value that MLflow does not have is the default of its field, except that unknown
+    scales `M` are "".
     """
 
     run_id: str = ""  # in MLflow; "" for a missing run
@@ -191,21 +193,19 @@ TAGS = {
 
 
 def canonical_M(text: str) -> str:
-    """Return a text of scales without its spaces: "[1, 2,4]" becomes "[1,2,4]"."""
+    """Return the text of a list of scales without spaces: "[1, 2,4]" becomes "[1,2,4]"."""
     return text.replace(" ", "")
 
 
 def details_of(params: Mapping[str, str]) -> str:
-    """Return the settings of a run that have no column of their own, as JSON text.
+    """Return the settings of a run that have no field in `Run`, as the text of a JSON object.
 
-    These are the params in `DETAILS` and all params that begin with "features." or
-    "distiller.loss.". A param that is a dictionary in JSON is split into keys such as
-    "features.crd.method.K". Left out are `_target_`, the temperature of a loss if it equals that of
-    the distiller, and all params of the distiller if the run has no loss of the logits. The keys
-    are sorted, so equal settings give equal texts.
-
-    `params` holds all params of a run by dotted key, as MLflow keeps them. The result is "" if the
-    run has no such setting.
+    `params` holds all MLflow params of the run, texts by dotted key. The settings are the params in
+    `DETAILS` and those that begin with "features." or "distiller.loss.". A param that is a JSON
+    object is split into keys such as "features.crd.method.K", without `_target_`. Left out are the
+    temperature of the loss if it equals that of the distiller, and all params of the distiller if
+    the run has no loss on the logits. Equal settings give equal texts. The result is "" if no
+    setting is left.
     """
     found: dict[str, Any] = {}
     no_loss = params.get("distiller.name") in NO_LOGIT_LOSS
@@ -260,11 +260,11 @@ SHORT_NAMES = {
 
 
 def feature_of(name: str, options: Mapping[str, Any]) -> str:
-    """Return the name of a feature method with its prefix and suffix, such as "sp" or "sd_sp".
+    """Return the name of a feature method with its prefix and suffix, such as "sp" or "sd_sp_ls".
 
-    `name` is the NAME in the configuration keys `features.NAME...`, and `options` are the arguments
-    of the method. Scales `M` among the arguments add the prefix "sd_", and `standardize` adds the
-    suffix "_ls".
+    `name` is the method's name in its configuration keys, features.<name>. `options` holds the
+    arguments of the method. The prefix "sd_" says that there are scales, `options["M"]`. The suffix
+    "_ls" says that `options["standardize"]` is true.
     """
     prefix = "sd_" if options.get("M") else ""
     suffix = "_ls" if options.get("standardize") else ""
@@ -282,19 +282,19 @@ def method_of(
     """Return the name of a method, such as "sd_kd_ls", "crd" or "sd_kd+crd".
 
     Args:
-        distiller: name of the loss of the logits, or one of `NO_LOGIT_LOSS`.
-        M: scales as `canonical_M` writes them. All but "[1]" (the whole map) add the prefix "sd_"
-            to the loss.
+        distiller: name of the loss on the logits, such as "kd", or one of `NO_LOGIT_LOSS`. In the
+            latter case, `M`, `standardize` and `learned_temperature` do not matter.
+        M: scales as `canonical_M` writes them. Any text but "[1]" adds the prefix "sd_" to the
+            loss.
         standardize: whether the logits are standardised, which adds the suffix "_ls" to the loss.
-        features: feature methods as `feature_of` spells them, joined by "+"; "" for none.
-        learned_temperature: whether the temperature of the loss is learnt (CTKD). KD then becomes
-            "ctkd", and another loss becomes, for example, "dkd+ctkd".
-        optimizer: name of the optimizer. "dot" is named last, because DOT treats the losses of a
-            method differently. No other optimizer is named.
+        features: names of feature methods from `feature_of`, joined by "+"; "" for none.
+        learned_temperature: whether the temperature of the loss is learnt (CTKD). The loss "kd"
+            then becomes "ctkd", and another loss becomes, for example, "dkd+ctkd".
+        optimizer: name of the optimizer. "dot" is added as the last part; other names are not.
 
     Returns:
-        The parts joined by "+", or the short name of `SHORT_NAMES`. A student that is trained alone
-        is "vanilla".
+        The loss, the feature methods and "dot", joined by "+", or the short name in `SHORT_NAMES`
+        for this text. Without a loss and without feature methods, the result is "vanilla".
     """
     parts = [features] if features else []
     if distiller not in NO_LOGIT_LOSS:
@@ -313,12 +313,12 @@ def method_of(
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return rows of runs as a frame with all columns of `COLUMNS` and their types.
+    """Return rows of runs as a frame (pandas DataFrame) with the columns and types of `COLUMNS`.
 
-    A row maps columns to values. A value that a row lacks is the default of `Run`. `pair` and
-    `method` are derived from other columns if they are missing or "". No rows give an empty frame.
-    Raise KeyError for an unknown column, and ValueError or TypeError for a value that does not fit
-    its column.
+    A row maps columns to values. A value that a row lacks is the default of `Run`. If `pair` or
+    `method` is missing or "", it is derived from other columns of the row. No rows give an empty
+    frame. Raise KeyError for an unknown column. A value that does not fit its column raises
+    ValueError, TypeError or AttributeError.
     """
     defaults = {field.name: field.default for field in fields(Run) if field.name in COLUMNS}
     whole = []
@@ -338,7 +338,7 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def runs_of(frame: pd.DataFrame) -> list[Run]:
     """Return the rows of a frame of runs as `Run` objects, in order.
 
-    A missing value becomes None. Raise KeyError if the frame lacks a column of `COLUMNS`.
+    A missing value (NA) becomes None. Raise KeyError if the frame lacks a column of `COLUMNS`.
     """
     columns = frame[list(COLUMNS)].astype(object)
     rows = columns.where(frame[list(COLUMNS)].notna(), None)
@@ -348,10 +348,11 @@ def runs_of(frame: pd.DataFrame) -> list[Run]:
 def read_frame(path: Path) -> pd.DataFrame:
     """Return the frame of runs that a CSV file holds, such as the runs.csv of an analysis.
 
-    Columns that the file lacks have the defaults of `Run`. An empty field is "" in a column of
-    texts, False in a column of booleans, and else a missing value. Raise KeyError for an unknown
-    column, ValueError for a field that is not of the column's type, and OSError if the file cannot
-    be read.
+    The frame has the columns of `COLUMNS`. Columns that the file lacks have the defaults of `Run`.
+    An empty field is "" in a column of texts, and a missing value in a column of numbers or times.
+    In a column of booleans, "True" is True and any other text is False. An empty `pair` or `method`
+    is derived from other columns. Raise KeyError for an unknown column, ValueError if the file
+    cannot be parsed or a field is not of the column's type, and OSError if the file cannot be read.
     """
     cells = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     return frame_of(

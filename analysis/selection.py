@@ -76,9 +76,9 @@ Read = Callable[[Run], float | str]
 def accuracy(metric: str) -> Read:
     """Return a function that reads the top-1 accuracy (%) of a run.
 
-    `metric` is a key of `METRICS`; raise ValueError if it is not. The function takes a `Run` and
-    returns the accuracy. If the run has none, the function returns the reason as a text. "val"
-    needs a run with held-out images.
+    The function takes a `Run` and returns its accuracy or, if the run has none, a text with the
+    reason. `metric` is "best" (best epoch), "last" (last epoch), or "val" (on the test set, at the
+    epoch that held-out images chose). Raise ValueError for another metric.
     """
     if metric not in METRICS:
         raise ValueError(f"metric={metric} is not valid; give one of {', '.join(METRICS)}")
@@ -99,15 +99,23 @@ def accuracy(metric: str) -> Read:
 
 
 def standing(frame: pd.DataFrame) -> list[Run]:
-    """Return the runs of a frame that no later run of the same job superseded, oldest first.
+    """Return the runs of a frame whose column `superseded` is False, by start time, oldest first.
 
-    Runs without a start time come last. The result does not depend on the order of the rows.
-    Settings that the loss of a run does not use get a fixed value, so that runs which differ only
-    in these agree. A run without a config_hash takes its run_id as hash, or "row <number>" if it
-    has no id either.
+    A job that was run several times may still have several runs; `latest` chooses among them. Runs
+    without a start time, such as planned jobs that were never run, come last. The result does not
+    depend on the order of the rows.
+
+    The runs differ from their rows in a few fields. A setting that the loss of a run does not use
+    gets a fixed value, so that `agree` and `rows` do not tell runs apart by it; `unread` keeps the
+    recorded value. In a run of sddlskd, max_steps=None becomes "all" and train_fraction=None
+    becomes 1. An empty config_hash becomes the run_id, or, if that is empty too, "row <number>"
+    with the place of the run in the result.
 
     Args:
         frame: runs, one per row, with the columns of `schema.COLUMNS`.
+
+    Raises:
+        KeyError: If the frame lacks a column.
     """
     runs = runs_of(frame[~frame["superseded"]])
     runs.sort(key=lambda run: (str(run.started), repr(run)))
@@ -144,10 +152,11 @@ def _as_trained(run: Run, number: int) -> Run:
 
 
 def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
-    """Return the runs, with each run of a student alone repeated for every pair with that student.
+    """Return the runs, with each run without a teacher repeated for every pair with its student.
 
-    `pairs` maps the name of a pair to the name of its student. A repeated run has the pair in place
-    of its own. Runs with a teacher, and runs of students in none of the pairs, stay as they are.
+    `pairs` maps the name of a pair of teacher and student to the name of its student. A run without
+    a teacher is replaced by one copy per pair with its student; the field `pair` of the copy names
+    the pair. All other runs stay as they are.
     """
     moved = []
     for run in runs:
@@ -162,9 +171,8 @@ def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
     """Return whether two runs have the same value in each of the given settings (fields of `Run`).
 
-    None means that a setting is unknown or not used by the loss, and agrees with any value. The
-    optimizers "dot" and "sgd" agree: DOT is SGD that treats the losses of a method differently, and
-    it is a part of the method's name.
+    None agrees with any value: the setting is unknown, or the loss does not use it. The optimizers
+    "dot" and "sgd" agree, because DOT is a form of SGD that belongs to the method.
     """
     for setting in settings:
         ours = _as_optimizer(getattr(one, setting))
@@ -181,8 +189,9 @@ def _as_optimizer(value: Any) -> Any:
 def latest(attempts: Sequence[Run]) -> Run:
     """Return the run that counts among several runs of one configuration.
 
-    It is the latest run of the best status, in the order of `STATUSES`: a finished run precedes all
-    others. `attempts` are the runs, oldest first. Raise ValueError if there are none.
+    A run with an earlier status in `STATUSES` comes first: a finished run precedes all others.
+    Among runs of the same status, the last run counts. `attempts` are the runs, oldest first. Raise
+    ValueError if there are none, or if a status is not in `STATUSES`.
     """
     return min(reversed(attempts), key=lambda run: STATUSES.index(run.status))
 
@@ -192,9 +201,10 @@ def latest(attempts: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Row of a table: runs of one method and one source, by pair of teacher and student.
+    """Row of a table: the runs of one method and one source, by pair of teacher and student.
 
-    The runs of one pair agree in the settings that the table distinguishes.
+    The source is "sddlskd" or "imported". `split` holds the settings that tell the row from other
+    rows of its method, with their values.
     """
 
     name: str  # result of the function that `rows` got
@@ -208,10 +218,10 @@ class Row:
 
         Args:
             name: text for the name of the row, which begins the label.
-            settings: settings of `split` to show; None for all of them.
+            settings: names of the settings in `split` that the label shows; None for all of them.
 
         Returns:
-            The name, the source if it is not sddlskd, and the settings with their values, joined by
+            The name, the source if it is not "sddlskd", and the settings as "name=value", joined by
             ", ".
         """
         origin = [] if self.source == "sddlskd" else [self.source]
@@ -226,20 +236,21 @@ class Row:
 def rows(
     runs: Iterable[Run], name: Callable[[Run], str], settings: Sequence[str] = SETTINGS
 ) -> list[Row]:
-    """Return runs as rows: split by name, by source, and by the settings that differ within a cell.
+    """Return runs as the rows of a table; the runs of one row and one pair share their settings.
 
-    A cell holds the runs of one row and pair. If the runs of one cell differ in a setting, the row
-    is split by that setting on all pairs.
+    Runs with the same name and source are in one row at first. If some of them have the same pair
+    of teacher and student but differ in a setting, the row is split: each value of the setting gets
+    a row of its own, for all pairs.
 
     Args:
         runs: runs on one data set, oldest first.
-        name: returns the name of the row of a run.
-        settings: settings that the runs of a cell must share, fields of `Run`. Only with the
-            default `SETTINGS`, runs are also told apart by settings that have no column.
+        name: function that returns the name of the row of a run, such as its method.
+        settings: fields of `Run` that the runs of one row and pair must share. With the default
+            `SETTINGS`, rows are split by settings that have no field of their own, too.
 
     Returns:
-        The rows, sorted by name. The rows of one name hold our own runs first, and are then sorted
-        by source and by the values of the settings that they are split by.
+        The rows, sorted by name. Among rows of one name, the source "sddlskd" comes first; then the
+        rows are sorted by source and by the values of the settings that split them.
     """
     found: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -334,7 +345,11 @@ def _place(value: Any) -> tuple[float, int, str]:
 
 @dataclass(frozen=True)
 class Result:
-    """Numbers of the runs of one cell (one row, one pair): one number per seed."""
+    """Numbers, such as accuracies, of the runs of one cell of a table: one number per seed.
+
+    A cell holds the runs of one row and one pair of teacher and student. If `result_of` counts
+    configurations instead of seeds, there is one number per configuration.
+    """
 
     runs: Sequence[Run]  # all runs of the cell, also those that do not count
     # The run that counts and its number, by seed. The key is the config_hash if the run has no
@@ -346,15 +361,18 @@ class Result:
 
     @cached_property
     def values(self) -> dict[int | str, float]:
-        """Return the numbers by seed.
+        """Return the numbers by seed; {} if there are none.
 
-        The key is the config_hash instead if the run has no seed, or if every configuration counts.
+        The key is the config_hash instead if the run has no seed, or if configurations are counted.
         """
         return {key: value for key, (_, value) in self.counted.items()}
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """Return the numbers of the runs that have a seed, by seed; {} if configurations count."""
+        """Return the numbers of the runs that have a seed, by seed.
+
+        The result is {} if configurations are counted instead of seeds.
+        """
         return {key: value for key, value in self.values.items() if isinstance(key, int)}
 
     @property
@@ -377,17 +395,23 @@ class Result:
 def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result:
     """Return the numbers of the runs of one cell, with the reasons why numbers are missing.
 
-    If a configuration (config_hash) ran several times, only the run of `latest` counts. A seed with
-    several finished configurations that no column tells apart is left out.
+    If a configuration (config_hash) ran several times, only the run that `latest` chooses counts.
+    If a seed has several finished configurations that differ in settings the loss does not use, the
+    last one counts. A seed with configurations that differ otherwise is left out.
 
     Args:
-        runs: runs of the cell, oldest first. They agree in every setting that a column shows.
-        read: returns the number of a finished run, or the reason why it has none, as `accuracy`
-            does.
-        counted: "seeds" to take one number per seed, "runs" to take one per configuration.
+        runs: runs of one row of a table and one pair of networks, oldest first. They agree in every
+            setting that the table distinguishes.
+        read: function that returns the number of a finished run, or the reason why the run has
+            none, such as the result of `accuracy`.
+        counted: "seeds" to take one number per seed, "runs" to take one per configuration. Runs
+            without a seed always give one per configuration.
 
     Returns:
         The result. It has no numbers if no finished run has one.
+
+    Raises:
+        ValueError: If a status is not in `STATUSES`.
     """
     numbers: dict[int | str, tuple[Run, float]] = {}
     troubles: Counter[str] = Counter()
@@ -412,11 +436,12 @@ def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result
                 f"tells apart ({hashes})"
             )
             continue
-        value = read(finished[-1])
+        chosen = next(run for run in reversed(runs) if run in finished)
+        value = read(chosen)
         if isinstance(value, str):
             troubles[value] += 1
         else:
-            numbers[slot] = finished[-1], value
+            numbers[slot] = chosen, value
     return Result(
         runs=runs,
         counted=numbers,
@@ -428,7 +453,10 @@ def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result
 
 @dataclass(frozen=True)
 class Gain:
-    """Gain of a cell over its baseline, which has the same teacher and student."""
+    """Gain of a cell of a table over its baseline, the cell of another row with the same networks.
+
+    The gain is the difference of the mean accuracies, in points, with its test.
+    """
 
     over: str  # label of the row of the baseline
     base: Result  # result of the baseline
@@ -447,8 +475,9 @@ class GainOptions:
             test refuses equal variances, the runs are paired by seed, or compared by Welch's test
             if they share fewer than two seeds. "paired" always pairs the runs by seed.
         margin: Largest difference, in points of accuracy, that counts as no difference.
-        baseline: Name of the method that every row is compared with; "" for the baseline that each
-            table gives to each row.
+        baseline: Row that all others are compared with: its method, name or label, such as "sd_kd",
+            "sd_kd [1,2]" or "SD-KD [1,2]". In a table without this row, and for "", each row has
+            its own baseline.
 
     Raises:
         ValueError: If `test` is not in `stats.TESTS`, or if `margin` is not a positive finite
@@ -472,26 +501,27 @@ def gain_over(
     same: Sequence[str] = COMPARABLE,
     beside: Iterable[Result] | None = None,
 ) -> Gain | str:
-    """Return the gain of a cell over its baseline, or a sentence that says why there is none.
+    """Return the gain of a result over its baseline, or a sentence that says why there is none.
 
-    The baseline is the candidate that agrees with the cell in the settings `same`. If several
-    candidates do, it is the one that also agrees in the temperature and the weights (`TUNED`). If a
-    run of either side is of a sweep that added seeds until its gains were decided, the test is
-    `stats.sequential`, whatever `beside` is.
+    The baseline is the candidate that agrees with the result in the settings `same`. If several
+    candidates do, it is the one that also agrees in the temperature and the weights of the losses
+    (`TUNED`).
+
+    If a run of either side is of a sweep that added seeds until its gains were decided, the test is
+    `stats.sequential`. Otherwise `beside` determines the test.
 
     Args:
-        result: result of the cell, with at least one number.
-        bases: results of the candidates on the same pair, by the label of their row. Each has at
-            least one number.
-        same: settings that the cell and its baseline must share.
+        result: result of the method, with at least one number.
+        bases: results of the candidates on the same pair of networks, by the label of their row.
+            Each has at least one number.
+        same: fields of `Run` that the runs of the method and of the baseline must share.
         beside: results of all methods on the same pair, whose common variance the test takes. If
             Bartlett's test refuses equal variances, the runs are paired by seed, or compared by
-            Welch's test if they share fewer than two seeds. None to pair the runs by seed in any
-            case.
+            Welch's test if they share fewer than two seeds. None to pair the runs by seed.
 
     Returns:
-        The gain, without `p_holm` and `verdict`; a sentence if no candidate or more than one is
-        left, or if runs that have to be paired have no seed in common.
+        The gain, without `p_holm` and `verdict`; a sentence if no candidate or more than one fits,
+        or if runs that have to be paired share no seed.
     """
     run = result.runs[0]
     fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}
@@ -527,14 +557,15 @@ def gain_over(
 def spread_beside(result: Result, beside: Iterable[Result]) -> stats.Spread | None:
     """Return the standard deviation that the results of several methods on one pair have in common.
 
-    Only results that agree with `result` in source and budget (`BUDGET`) and have a number count.
+    A result counts if it has a number and agrees with `result` in its source and in the settings
+    `BUDGET`, such as the batch size and the epochs.
 
     Args:
-        result: one of the results.
-        beside: results of all methods on the pair, `result` included.
+        result: one of the results, with at least one run.
+        beside: results of all methods on the pair of networks, `result` included.
 
     Returns:
-        The deviation; None if no result has two numbers that differ.
+        The standard deviation; None if none of the results that count has two different numbers.
     """
     run = result.runs[0]
     alike = [

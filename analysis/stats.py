@@ -54,7 +54,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation that the methods on one pair of teacher and student have in common."""
+    """Standard deviation that several methods on one pair of teacher and student have in common."""
 
     std: float  # in the unit of the numbers
     df: int  # degrees of freedom: number of runs minus number of methods
@@ -63,17 +63,22 @@ class Spread:
 
     @property
     def equal(self) -> bool:
-        """Return whether the methods may be treated as having the same standard deviation.
+        """Return whether the variances of the methods count as equal by Bartlett's test.
 
-        The result is False if Bartlett's test refuses equal variances (p below `ALPHA`). It is True
-        for a single method.
+        The result is False if the p-value of the test is below `ALPHA` (0.05). It is True if the
+        standard deviation comes from a single method.
         """
         return self.bartlett is None or self.bartlett >= ALPHA
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of two means, with the standard error for its t test and its interval."""
+    """Difference of two means, method minus baseline, with its t test and its 95 % interval.
+
+    The standard error `error` is None if there are too few runs for a test, or if the runs do not
+    vary. If a sweep tests its results several times while it adds seeds, `looks` is the number of
+    planned tests; it is 1 otherwise.
+    """
 
     mean: float
     # Number of runs of the method; in a paired or sequential test, of seeds that both sides have
@@ -92,9 +97,9 @@ class Difference:
     def half_width(self, level: float = LEVEL) -> float | None:
         """Return half the width of the t interval of the difference, in the unit of `mean`.
 
-        `level` is the confidence level as a fraction. If `looks` is above 1, the interval is wider,
-        so that the level holds for all looks together. The result is None if the standard error is
-        None.
+        `level` is the confidence level as a fraction, such as 0.95. With several `looks`, the
+        interval is wider, so that the level holds for all of them together (Bonferroni). The result
+        is None if `error` is None.
         """
         if self.error is None or self.df is None:
             return None
@@ -102,22 +107,23 @@ class Difference:
         return float(stats.t.isf(alpha / 2, self.df)) * self.error
 
     def detectable(self, tests: int) -> float | None:
-        """Return how large the difference must be to be significant at the level `ALPHA` / `tests`.
+        """Return the smallest difference that is significant at the level `ALPHA` / `tests`.
 
-        This is the level of the first step of Holm's procedure for `tests` tests, a positive
-        number. The result has the unit of `mean`. It is None if the standard error is None.
+        `tests` is a positive number of tests; the first step of Holm's procedure has this level.
+        The result is positive and has the unit of `mean`. With several `looks`, the result is
+        larger, as the interval of `half_width` is wider. The result is None if `error` is None.
         """
         return self.half_width(1 - ALPHA / tests)
 
     @property
     def low(self) -> float | None:
-        """Return the lower end of the 95 % t interval; None if the standard error is None."""
+        """Return the lower end of the 95 % interval of `half_width`; None if `error` is None."""
         half = self.half_width()
         return None if half is None else self.mean - half
 
     @property
     def high(self) -> float | None:
-        """Return the upper end of the 95 % t interval; None if the standard error is None."""
+        """Return the upper end of the 95 % interval of `half_width`; None if `error` is None."""
         half = self.half_width()
         return None if half is None else self.mean + half
 
@@ -125,8 +131,8 @@ class Difference:
     def p(self) -> float | None:
         """Return the p-value of the two-sided t test that the true difference is zero.
 
-        It is multiplied by the number of `looks`, up to 1. The result is None if the standard error
-        is None.
+        The p-value is multiplied by `looks` and is at most 1. The result is None if `error` is
+        None.
         """
         if self.error is None or self.df is None:
             return None
@@ -155,8 +161,8 @@ def _is_zero(spread: float) -> bool:
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the lower and the upper end of the 95 % t interval of the mean of `values`.
 
-    The result is None for a single value and for equal values. Raise ValueError if `values` is
-    empty.
+    The result is None if there is only one value, or if all values are equal. Raise ValueError if
+    `values` is empty.
     """
     _, std = mean_std(values)
     if std is None or _is_zero(std):
@@ -168,10 +174,9 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 def spread_of(groups: Sequence[Sequence[float]]) -> Spread | None:
     """Return the standard deviation that several methods have in common (pooled variance).
 
-    `groups` holds the numbers of each method, at least one per method. Methods with one number or
-    with equal numbers are left out: equal accuracies only mean that the deviation is small compared
-    with a step of the accuracy. The result is None if no method is left. Raise ValueError if a
-    group is empty.
+    `groups` holds the numbers of each method, such as its accuracies; at least one number per
+    method. Methods with a single number or with equal numbers do not count. The result is None if
+    no method is left. Raise ValueError if a group is empty.
     """
     varying = [group for group in groups if not _is_zero(mean_std(group)[1] or 0.0)]
     if not varying:
@@ -187,12 +192,13 @@ def spread_of(groups: Sequence[Sequence[float]]) -> Spread | None:
 
 
 def pooled(values: Sequence[float], base: Sequence[float], spread: Spread | None) -> Difference:
-    """Return the gain of a method over its baseline, tested with a given standard deviation.
+    """Return the gain of a method over its baseline, for a test with a given standard deviation.
 
     Args:
         values: numbers of the method, one per run; at least one.
         base: numbers of the baseline, one per run; at least one.
-        spread: standard deviation that all methods of the pair have in common; None if unknown.
+        spread: standard deviation that all methods of the pair of networks have in common; None if
+            unknown.
 
     Returns:
         The mean of `values` minus the mean of `base`. If `spread` is None, the difference has no
@@ -209,11 +215,12 @@ def pooled(values: Sequence[float], base: Sequence[float], spread: Spread | None
 
 
 def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
-    """Return the gain of a method over its baseline, paired by seed.
+    """Return the gain of a method over its baseline, for a t test paired by seed.
 
-    `values` maps a seed to a number of the method, and `base` to a number of the baseline. The
-    result is the mean of `values` - `base` over the seeds that both have, or None if they share no
-    seed. The difference has no standard error for a single shared seed and for equal differences.
+    `values` maps a seed to the number of the method, and `base` maps a seed to that of the
+    baseline. The result is the mean difference, method minus baseline, over the seeds that both
+    have. It is None if they share no seed. The result has no standard error if they share a single
+    seed, or if the differences of all shared seeds are equal.
     """
     shared = sorted(values.keys() & base.keys())
     if not shared:
@@ -227,12 +234,12 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference
 
 
 def welch(values: Sequence[float], base: Sequence[float]) -> Difference:
-    """Return the gain of a method over its baseline by Welch's test, for unequal variances.
+    """Return the gain of a method over its baseline, for Welch's test (unequal variances).
 
     `values` are the numbers of the method, and `base` those of the baseline, one per run. The
-    result is the mean of `values` minus the mean of `base`. It has no standard error if a side has
-    a single number, or if the numbers of each side are all equal. Raise ValueError if a side is
-    empty.
+    result is the mean of `values` minus the mean of `base`. The result has no standard error if a
+    side has a single number, or if neither side has two different numbers. Raise ValueError if a
+    side is empty.
     """
     mean = statistics.fmean(values) - statistics.fmean(base)
     found = Difference(mean, len(values), len(base), "welch")
@@ -248,16 +255,17 @@ def welch(values: Sequence[float], base: Sequence[float]) -> Difference:
 def sequential(
     values: Mapping[int, float], base: Mapping[int, float], looks: int
 ) -> Difference | None:
-    """Return the gain of a method over its baseline if a sweep added seeds until it was decided.
+    """Return the gain of a method over its baseline, if a sweep added seeds until it was decided.
 
-    The gain is computed by Welch's test on the seeds that both sides have. Its p-value and its
-    interval hold for all looks at the results together, by Bonferroni's bound.
+    Such a sweep tests its results several times, each time with more seeds. The gain is tested by
+    Welch's test on the seeds that both sides have. Its p-value and its interval hold for all tests
+    of the sweep together (Bonferroni).
 
     Args:
         values: numbers of the method, by seed.
         base: numbers of the baseline, by seed.
-        looks: number of looks at the results that the sweep planned. If the seeds in common allow
-            more (one look after each seed from the third), that number counts instead.
+        looks: number of tests that the sweep planned. If the sides share n seeds and n - 2 is
+            larger, n - 2 counts: one test after each seed from the third.
 
     Returns:
         The mean of `values` minus the mean of `base`, over the seeds that both have; None if they
@@ -277,8 +285,8 @@ def equivalence(difference: Difference, margin: float) -> float | None:
     """Return the p-value of the hypothesis that the true difference lies outside ± `margin` points.
 
     A small p-value thus shows that the difference is negligible. The p-value is the larger one of
-    two one-sided t tests (TOST, Schuirmann 1987), multiplied by `difference.looks`, up to 1. It is
-    None if the difference has no standard error.
+    two one-sided t tests (TOST, Schuirmann 1987), multiplied by `difference.looks`, and at most 1.
+    The result is None if the difference has no standard error.
     """
     if difference.error is None or difference.df is None:
         return None
@@ -298,8 +306,8 @@ def decide(difference: Difference, p: float | None, p_equivalent: float | None) 
             test.
 
     Returns:
-        "better" or "worse" if `p` is below `ALPHA`; else "equivalent" if `p_equivalent` is; else
-        "undecided".
+        "better" or "worse", by the sign of the gain, if `p` is below `ALPHA` (0.05); otherwise
+        "equivalent" if `p_equivalent` is below `ALPHA`; otherwise "undecided".
     """
     if p is not None and p < ALPHA:
         return "better" if difference.mean > 0 else "worse"
@@ -310,7 +318,10 @@ def decide(difference: Difference, p: float | None, p_equivalent: float | None) 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Mean gain of a method over its baselines on several pairs of teacher and student."""
+    """Mean gain of a method over its baselines on several pairs of teacher and student.
+
+    An instance also holds the gain's 95 % interval and the probability of improvement.
+    """
 
     gain: float  # in points: the difference of the means, averaged over the pairs
     low: float | None  # lower end of the 95 % interval of `gain`; None without an interval
@@ -327,15 +338,15 @@ def aggregate(
     """Return the gain of a method over its baselines, averaged over pairs of networks.
 
     Every pair counts equally. The interval is a stratified percentile bootstrap: runs are drawn
-    again within each group. A bootstrap of n runs is too narrow by sqrt((n - 1) / n), which is much
-    for few seeds, so each number is first moved away from the mean of its group by the inverse
-    factor. The probability of improvement is that of Agarwal et al. (2021), "Deep Reinforcement
-    Learning at the Edge of the Statistical Precipice", where ties count half.
+    again within each group of n runs. To correct its width for small n, each number is first moved
+    away from the mean of its group by the factor sqrt(n / (n - 1)). The probability of improvement
+    is that of Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical
+    Precipice"; ties count half.
 
     Args:
-        groups: numbers of the runs of a method on a pair of networks, by any key. If the same runs
-            are the baseline on several pairs, one key stands for all of them, so that all get the
-            same draws.
+        groups: for each key, the numbers of the runs of one method on one pair of networks. The
+            keys are free. If the same runs are the baseline on several pairs, use one key for them,
+            so that all pairs get the same draws.
         pairs: for each pair of networks, the key of the method and the key of its baseline.
 
     Returns:
@@ -385,8 +396,8 @@ def _widened(group: Sequence[float]) -> Any:
 def holm(ps: Sequence[float]) -> list[float]:
     """Return p-values corrected for the number of tests by Holm's step-down procedure.
 
-    The corrected p-values are at most 1 and in the order of `ps`. If `ps` is empty, the result is
-    [].
+    The corrected p-values are at most 1 and in the order of `ps`. The result is [] if `ps` is
+    empty.
     """
     adjusted = [0.0] * len(ps)
     largest = 0.0
@@ -399,8 +410,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 def prediction_half_width(values: Sequence[float]) -> float | None:
     """Return half the width of the 95 % t prediction interval for the number of one more run.
 
-    `values` are the numbers of the runs so far. The result has their unit. It is None for a single
-    run and 0 for equal numbers. Raise ValueError if `values` is empty.
+    `values` are the numbers of the runs so far. The result has their unit. The result is None for a
+    single run and 0 for equal numbers. Raise ValueError if `values` is empty.
     """
     _, std = mean_std(values)
     if std is None:
@@ -413,14 +424,15 @@ def verdict(values: Sequence[float], published: float) -> str:
     """Return how our runs compare with a published number, as one word.
 
     Args:
-        values: numbers of our runs, one per seed; at least one.
-        published: the published number, in the same unit.
+        values: numbers of our runs in percent, one per seed; at least one.
+        published: the published number, in percent.
 
     Returns:
-        "within" if `published` lies in the 95 % prediction interval for one more of our runs. If it
-        does not, "above" or "below" says on which side of `published` our mean lies. The verdict is
-        "undecided" for a single run, if half the width of the interval is above `WIDEST`, and if
-        our numbers are all equal but differ from `published`.
+        - "undecided" for a single run, and if half the width of the 95 % prediction interval for
+          one more of our runs is above `WIDEST` (1 point);
+        - otherwise "within" if `published` lies in this interval;
+        - otherwise "undecided" if our numbers are all equal;
+        - otherwise "above" if our mean is above `published`, else "below".
 
     Raises:
         ValueError: If `values` is empty.

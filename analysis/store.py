@@ -45,11 +45,10 @@ MAKE_RUNS = 'make some with python -m sddlskd.train -m student=shufflev1,mobilev
 
 
 def sqlite_uri(path: str) -> str:
-    """Return the MLflow address of a SQLite file, as sddlskd records it.
+    """Return the address by which MLflow opens a SQLite file: "sqlite:///" followed by the path.
 
-    MLflow reads "?" as the start of options, and decodes "%41" to "A". A path with a "?", with a
-    percent sign before two hex digits or with a control character is therefore percent-encoded,
-    slashes included. Every other path stays as it is. `path` should be absolute.
+    A path is percent-encoded, slashes included, if it contains "?", a control character or text
+    like "%41", because MLflow would not read such a path literally. Any other path stays as it is.
     """
     if re.search(r"[?\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}", path):
         # Slashes are quoted as well: otherwise MLflow makes a folder that is named as the address.
@@ -58,9 +57,9 @@ def sqlite_uri(path: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the path of the SQLite file that an MLflow address names, or None if it names none.
+    """Return the SQLite file that an MLflow address names; None for an address of another kind.
 
-    Percent-encoded characters are decoded. The file need not exist.
+    Percent escapes such as "%3F" are decoded. The file need not exist.
     """
     if not uri.startswith("sqlite:///"):
         return None
@@ -69,16 +68,17 @@ def sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def reading(uri: str) -> Iterator[Any]:
-    """Open an MLflow store for reading, as a context manager that yields its MlflowClient.
+    """Open an MLflow store for reading, as a context manager that yields an MlflowClient.
 
-    `uri` is `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`. Garbage collection is
-    off within the context.
+    `uri` is `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`. Python's garbage
+    collection is off within the context.
 
     Raises:
-        ValueError: If `uri` is of another form; if the server does not answer within `ANSWER_S`
-            seconds; if the database is missing, locked, no database of MLflow, or of another schema
-            than that of the installed MLflow; or in place of an MlflowException, SQLAlchemyError or
-            OSError within the context. The message has one line.
+        ValueError: If `uri` has another form, or if the store cannot be read, for example because
+            the server does not answer within `ANSWER_S` (5) seconds, or because the database is
+            missing, is locked for `LOCKED_S` (10) seconds, or has the schema of another version of
+            MLflow. An MlflowException, SQLAlchemyError or OSError that is raised within the context
+            becomes a ValueError, too. The message has one line.
     """
     _check(uri)
     # By default, each call takes the client four minutes if the server has gone away.
@@ -196,9 +196,10 @@ def _check_schema(path: Path, uri: str, found: str) -> None:
 
 
 def experiments_of(client: Any) -> dict[str, str]:
-    """Return the ids of all experiments of a store that are not deleted, by name.
+    """Return the ids of the experiments of a store by their names, without deleted experiments.
 
-    `client` is an MlflowClient, as `reading` yields it. Raise MlflowException if the store fails.
+    `client` is an MlflowClient, as `reading` yields it. Errors of MLflow propagate; within the
+    context of `reading`, they become ValueErrors.
     """
     found: dict[str, str] = {}
     token = None
@@ -211,9 +212,7 @@ def experiments_of(client: Any) -> dict[str, str]:
 
 
 def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iterator[Any]:
-    """Yield the runs of experiments that a query finds, oldest first.
-
-    In this order, runs that start during the search do not shift the pages.
+    """Yield the runs of some experiments that match a query, oldest first.
 
     Args:
         client: MlflowClient, as `reading` yields it.
@@ -225,7 +224,7 @@ def search(client: Any, experiments: Mapping[str, str], query: str = "") -> Iter
 
     Raises:
         MlflowException: If the store fails or refuses the query. Within the context of `reading`,
-            it becomes a ValueError.
+            the error becomes a ValueError.
     """
     token = None
     while True:
@@ -267,7 +266,8 @@ def artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
         artifact of this name.
 
     Raises:
-        MlflowException: If the store has no such run or fails.
+        MlflowException: If the store has no such run or fails. Within the context of `reading`, the
+            error becomes a ValueError.
     """
     if all(entry.path != name for entry in client.list_artifacts(run_id)):
         yield None
@@ -279,20 +279,22 @@ def artifact(client: Any, run_id: str, name: str) -> Iterator[Path | None]:
 def points_of(
     client: Any, uri: str, run_ids: Sequence[str], metric: str
 ) -> Iterator[tuple[str, str, int, int, float]]:
-    """Yield every logged value of a metric of some runs.
+    """Yield every logged value of one metric of some runs.
 
     Args:
         client: MlflowClient, as `reading` yields it.
-        uri: address of the same store. A SQLite store is read without the client, which is faster.
+        uri: address of the client's store. A SQLite store is read without the client, which is
+            faster.
         run_ids: ids of the runs in MLflow.
         metric: name of the metric, such as "val/top1".
 
     Yields:
-        (run_id, metric, step, timestamp, value), with the timestamp in milliseconds since 1970. A
-        run without the metric yields nothing.
+        (run_id, metric, step, timestamp, value), with the epoch as the step and the timestamp in
+        milliseconds since 1970. A run without the metric yields nothing.
 
     Raises:
-        MlflowException: If the store fails.
+        MlflowException: If the store fails. Within the context of `reading`, the error becomes a
+            ValueError.
     """
     if uri.startswith("sqlite:"):
         # The client queries run by run, and each query makes SQLite scan the metric's points of

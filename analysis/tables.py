@@ -53,25 +53,27 @@ def build(
 ) -> list[Table]:
     """Build every table that has at least one run, with published numbers, gains and verdicts.
 
-    The tables of SDD come first, with ablations and training times in the form of its tables. The
-    tables of LSKD follow, and then those of the READMEs of the papers' code. An overview of each
-    data set comes last. Superseded runs are left out.
+    The tables of the SDD paper come first, followed by ablations and training times in the same
+    form. The tables of the LSKD paper follow, and then those of the READMEs of the papers' code. An
+    overview of each data set comes last. Runs that a later run replaced (column `superseded`) are
+    left out.
 
     Args:
         frame: runs, one per row, with the columns of `analysis.schema.COLUMNS`.
-        metric: accuracy to show, a key of `analysis.selection.METRICS`.
+        metric: accuracy to show, a key of `analysis.selection.METRICS`, such as "best".
         sweep: name of the sweep, for the notes under the tables; "" for none.
         command: command that runs the whole sweep; "" if unknown. A table that would list more than
-            `FEW` commands for unfinished runs lists this command instead.
+            `FEW` (3) commands for unfinished runs lists this command instead.
         options: how gains are tested; None for the defaults of `GainOptions`.
 
     Returns:
         The tables in order, ready to be rendered. Accuracies are in percent, and training times in
-        milliseconds per batch. The list is empty if the frame has no runs that count.
+        milliseconds per batch. The list is empty if every run is left out.
 
     Raises:
-        ValueError: If `metric` is not in `analysis.selection.METRICS`, or if no table has a row of
-            the method `options.baseline`.
+        ValueError: If `metric` is not in `METRICS`, if a status in the frame is not valid, or if no
+            table has a row of `options.baseline`.
+        KeyError: If the frame lacks a column.
     """
     options = options or GainOptions()
     declarations = declare(standing(frame), metric)

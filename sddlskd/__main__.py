@@ -17,12 +17,12 @@ USAGE_ERROR = 2  # exit code of argparse, too
 
 
 class Command(NamedTuple):
-    """Subcommand of `sddlskd`.
+    """Subcommand of the command `sddlskd`.
 
     Attributes:
-        module: module that `python -m` runs.
+        module: name of the module that `python -m` runs.
         arguments: first arguments of the module; the user's arguments follow.
-        help: description for the list of commands.
+        help: description of the subcommand, in a few words.
     """
 
     module: str
@@ -52,7 +52,7 @@ def main() -> None:
 
     Raises:
         SystemExit: With code 0 after printing the help, if the argument is -h, --help or help. With
-            code 2 after an error message, if there is no argument or no such command.
+            code 2 after an error message, if there is no argument or no such subcommand.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in HELP:

@@ -8,9 +8,15 @@ compared with teacher=NAME; for a run the default is the run's own teacher.
 
 The results are top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%,
 15 bins, Guo et al. 2017), the parameters of the network and its operations for one image (a
-multiplication and an addition are two), and its throughput in images per second. With a teacher,
-the results also have the teacher's top-1 (%) and the percentage of images for which both networks
-predict the same class (agreement).
+multiplication and an addition are two), its throughput in images per second, and the milliseconds
+for a single image; on a GPU also the memory in MiB that a batch takes. With a teacher, the results
+also have the teacher's top-1 (%) and the percentage of images for which both networks predict the
+same class (agreement).
+
+With --probe dataset=NAME, the network itself stays as it is: a linear classifier (logistic
+regression) is trained on the features of that data set's training images, and the result is its
+top-1 (%) on the test images. --size 32 resizes the images to 32x32 pixels, as papers do for the
+transfer from CIFAR-100 to STL-10 and Tiny ImageNet.
 """
 
 import argparse
@@ -35,6 +41,7 @@ from sddlskd.config.schema import FeatureConfig
 from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.export import TRUST, described, load_run
 from sddlskd.files.checkpoint import load_weights
+from sddlskd.models.base import LogitMapModel
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, write_line
 from sddlskd.training.build import (
@@ -42,17 +49,19 @@ from sddlskd.training.build import (
     build_network,
     check_maps,
     check_teacher,
+    load_splits,
     teacher_path,
     without_weights,
 )
 from sddlskd.training.devices import autocast, describe, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
+from sddlskd.training.probe import features_of, linear_probe
 from sddlskd.training.size import size_of
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import missing
 
-__all__ = ["main", "measure", "throughput"]
+__all__ = ["main", "measure", "probe", "throughput"]
 
 TIMED_S = 1.0  # seconds of timing, after the warm-up
 WARM_UP = 2  # batches
@@ -67,24 +76,27 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
 
     Args:
         job: configuration with the data set, the device, the precision and the teacher to compare
-            with (none if `job.has_teacher` is false). `job.M` is ignored.
-        weights: file of the student's weights, in a format of `checkpoint.read_weights`.
-        trained: configuration that the student was trained with, which describes the network; None
-            if it is `job`.
+            with. If `job.has_teacher` is false, there is no comparison. `job.M` is ignored.
+        weights: file of the student's weights: a .safetensors file, or a checkpoint of this
+            package, RepDistiller or mdistiller (see `checkpoint.read_weights`).
+        trained: configuration that the student was trained with, which describes its network; None
+            if this is `job`.
 
     Returns:
-        The results by name: "images" (number of test images), "top1", "top5" and "ece" (%), "loss"
-        (mean cross-entropy), "parameters", "flops" (operations for one image), "images_per_s"
-        (throughput), "batch" (images per timed batch) and "environment" (name of the device). With
-        a teacher also "teacher_top1" (%) and "agreement" (percentage of images for which both
-        networks predict the same class). "parameters" or "flops" is missing if the number cannot be
-        counted.
+        The results by name: "images" (number of test images), "top1" and "top5" (%), "ece"
+        (expected calibration error, %), "loss" (mean cross-entropy), "parameters" (number), "flops"
+        (operations for one image), "images_per_s" (throughput), "batch" (images per timed batch),
+        "ms_per_image" (milliseconds for a batch of one image)
+        and "environment" (name of the device). With a teacher also "teacher_top1" (%) and
+        "agreement" (percentage of images for which both networks predict the same class).
+        "parameters" or "flops" is missing if the number cannot be counted.
 
     Raises:
         FileNotFoundError: If the file of the student or of the teacher is missing.
-        ValueError: If a file does not hold weights of its network, if the teacher's file differs
-            from its pinned sha256, if the images do not fit a network, or if the device is not
-            available.
+        ValueError: If the student cannot be evaluated: a file does not hold weights of its network,
+            the teacher's file differs from the sha256 that was noted when the file first came, the
+            images do not fit a network, the device is not available, or any other setting is wrong.
+        InstantiationException: If the code of a network or a data set raises an error.
     """
     job = replace(job, M=[1])  # fits logit maps of any size
     device = pick_device(job.trainer.device)
@@ -119,7 +131,64 @@ def _measure_on(
     found |= size_of(network, tuple(images_BCHW.shape[1:]))
     found["images_per_s"] = throughput(network, images_BCHW, precision)
     found["batch"] = len(images_BCHW)
+    if images_BCHW.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(images_BCHW.device)
+        throughput(network, images_BCHW, precision, seconds=0.0)
+        found["memory_mib"] = torch.cuda.max_memory_allocated(images_BCHW.device) / 2**20
+    found["ms_per_image"] = 1000 / throughput(network, images_BCHW[:1], precision)
     return found
+
+
+def probe(job: Config, weights: Path, trained: Config, side: int | None = None) -> dict[str, Any]:
+    """Return the test accuracy of a linear classifier of a student's features.
+
+    The classifier learns from all training images of `job.dataset`, without augmentation (see
+    `linear_probe`). The student does not change.
+
+    Args:
+        job: configuration with the data set, the device and the precision.
+        weights: file of the student's weights, as in `measure`.
+        trained: configuration that the student was trained with.
+        side: height and width in pixels to which the images are resized; None to keep their size.
+
+    Returns:
+        The results by name: "probe_top1" (%), "train_images" and "images" (numbers of training and
+        test images), "features" (number per image) and "environment" (name of the device).
+
+    Raises:
+        FileNotFoundError: If the file of the student is missing.
+        ValueError: If the file does not hold weights of the student, if the data set has a single
+            class, or if any other setting is wrong.
+        RuntimeError: If the student cannot take images of this size.
+        InstantiationException: If the code of a network or a data set raises an error.
+    """
+    device, precision = pick_device(job.trainer.device), job.trainer.precision
+    if side is not None and side < 1:
+        raise ValueError(f"--size {side} must be at least 1")
+    network = rebuild_student(trained, device)
+    load_weights(network, weights, job.student.name)
+    student = network.eval()
+    if not isinstance(student, LogitMapModel):
+        raise ValueError(f"{job.student.name} has no features to probe")
+    splits = load_splits(job)
+    arrays: list[Tensor] = []
+    # A test split is not augmented, so the training images take its place for their features.
+    for name, test in (("training", splits.train), ("test", splits.test)):
+        data = build_data(job, device, splits=splits._replace(test=test))
+        batches = metered_test_batches(data, f"{name} images of {job.dataset.name}")
+        try:
+            arrays += features_of(student, batches, precision, side)
+        finally:
+            if isinstance(data, StreamedData):
+                data.close()
+    train_NC, _, test_MC, _ = arrays
+    return {
+        "probe_top1": linear_probe(*arrays),
+        "train_images": len(train_NC),
+        "images": len(test_MC),
+        "features": train_NC.shape[1],
+        "environment": describe(device),
+    }
 
 
 def _build_teacher(job: Config, device: torch.device) -> Teacher | None:
@@ -141,18 +210,23 @@ def _build_teacher(job: Config, device: torch.device) -> Teacher | None:
 
 
 @torch.inference_mode()
-def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precision: str) -> float:
+def throughput(
+    network: Callable[[Tensor], Tensor],
+    images_BCHW: Tensor,
+    precision: str,
+    seconds: float = TIMED_S,
+) -> float:
     """Return the throughput of a network's forward pass in images per second.
 
     Args:
         network: function from images (B, C, H, W) to any output, on the device of the images.
-        images_BCHW: batch that is passed again and again; copying the batch to the device is not
-            timed.
+        images_BCHW: images (B, C, H, W); the same batch is passed again and again.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
+        seconds: time to measure.
 
     Returns:
-        Images per second. The timing starts after WARM_UP untimed batches, and ends with the batch
-        that completes TIMED_S seconds.
+        Images per second. The timing starts after two untimed batches (WARM_UP), and ends with the
+        batch that completes `seconds`.
     """
     batches = -WARM_UP
     started = 0.0
@@ -165,9 +239,9 @@ def throughput(network: Callable[[Tensor], Tensor], images_BCHW: Tensor, precisi
         batches += 1
         if batches > 0:
             _wait_for(images_BCHW.device)
-            seconds = time.monotonic() - started
-            if seconds >= TIMED_S:
-                return batches * len(images_BCHW) / seconds
+            passed = time.monotonic() - started
+            if passed >= seconds:
+                return batches * len(images_BCHW) / passed
 
 
 def _wait_for(device: torch.device) -> None:
@@ -224,10 +298,12 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
             if f"dataset.{key}" not in given:
                 setattr(job.dataset, key, facts[key])
     trained = replace(job, features={})
+    if facts:
+        trained.dataset = replace(job.dataset, num_classes=facts["num_classes"])
     if facts and "methods" in facts:
         features = {name: FeatureConfig(method=method) for name, method in facts["methods"].items()}
         teacher = replace(job.teacher, model=facts["teacher"])
-        trained = replace(job, features=features, teacher=teacher)
+        trained = replace(trained, features=features, teacher=teacher)
     if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
         job.distiller.loss, job.features = {}, {}  # no teacher to compare with
     return job, source, trained
@@ -258,13 +334,14 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate the network that the command line names, and print the results.
+    """Evaluate the network that the command line names, and print the results of `measure`.
 
-    `arguments` are the words of the command line; None stands for those of this process.
+    `arguments` are the words of the command line; None stands for those of this process. The first
+    word is a run directory or a weights file.
 
     Raises:
-        SystemExit: With code 1 after an error that a user can fix, 2 if the arguments cannot be
-            parsed, or 130 after Ctrl-C.
+        SystemExit: With code 1 after printing an error that a user can fix, 2 if the arguments
+            cannot be parsed, or 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.evaluate",
@@ -273,12 +350,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", type=Path, metavar="RUN_DIR | FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--probe", action="store_true", help="train a linear classifier instead")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="resize the images of --probe")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_intermixed_args(arguments)
     cfg.frame()
     log_to_terminal()
     try:
-        found = measure(*_job_and_weights(chosen.source, chosen.overrides))
+        asked = _job_and_weights(chosen.source, chosen.overrides)
+        if chosen.probe:
+            found = probe(*asked, side=chosen.size)
+        elif chosen.size is not None:
+            raise ValueError("--size resizes the images of --probe; add --probe")
+        else:
+            found = measure(*asked)
     except KeyboardInterrupt:
         sys.exit(ExitCode.STOPPED)
     except ERRORS as error:

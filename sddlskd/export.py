@@ -56,10 +56,11 @@ FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "ml
 
 
 class Classifier(nn.Module):
-    """Classifier of images in 0..1: normalises them, runs a network and averages its logit map.
+    """Classifier of images in 0..1: normalises the images, then averages the network's logit map.
 
     Args:
-        network: function from normalised images (B, C, H, W) to a logit map (B, K, H, W).
+        network: network that returns a logit map (K logits at each position) of normalised images:
+            (B, C, H, W) -> (B, K, h, w).
         mean: mean of each of the C channels, for images in 0..1.
         std: standard deviation of each of the C channels, for images in 0..1.
     """
@@ -73,27 +74,27 @@ class Classifier(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the logits (B, K) of images (B, C, H, W) with values in 0..1.
 
-        The logits are the spatial mean of the logit map.
+        The logits are the mean of the network's logit map over its positions.
         """
         logits_BK: Tensor = self.network((images_BCHW - self.mean) / self.std).mean((2, 3))
         return logits_BK
 
 
 def load_run(folder: Path, allow_foreign: bool) -> Config:
-    """Return the frozen configuration of a run that has finished at least one epoch.
+    """Return the configuration of a run that has finished at least one epoch, from its config.yaml.
 
     Args:
         folder: run directory.
-        allow_foreign: whether the configuration may name code from outside `targets.PACKAGES`
-            (sddlskd, torch, torchvision and timm). This argument replaces the value of
-            allow_foreign_targets in the file, which may come from a stranger.
+        allow_foreign: whether the configuration may name code from outside sddlskd, torch,
+            torchvision and timm. This argument replaces the value of allow_foreign_targets in the
+            file.
 
     Returns:
-        The configuration, typed and checked.
+        The configuration, with checked values.
 
     Raises:
-        ValueError: If the folder has no config.yaml or no best.ckpt, if config.yaml is damaged, or
-            if it names code that is not allowed.
+        ValueError: If the folder has no config.yaml or no best.ckpt, if one of its files is
+            damaged, or if config.yaml names code that is not allowed.
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(
@@ -112,12 +113,14 @@ def best_student(job: Config, folder: Path) -> nn.Module:
     """Return the student with the weights of the run's best epoch, in eval mode on the CPU.
 
     Args:
-        job: frozen configuration of the run, as `load_run` returns it.
+        job: configuration of the run, as `load_run` returns it.
         folder: run directory, which holds best.ckpt.
 
     Raises:
         FileNotFoundError: If best.ckpt is missing.
-        ValueError: If best.ckpt is damaged or holds weights of another network.
+        ValueError: If best.ckpt is damaged or holds weights of another network, or if the network
+            cannot be built from the configuration.
+        InstantiationException: If the network's code raises an error.
     """
     network = rebuild_student(job, torch.device("cpu"))
     load_weights(network, folder / "best.ckpt", job.student.name)
@@ -125,17 +128,18 @@ def best_student(job: Config, folder: Path) -> nn.Module:
 
 
 def about(job: Config, folder: Path) -> dict[str, str]:
-    """Return the metadata of an exported student, as text by key.
-
-    "sddlskd" is JSON text with all that is needed to build and use the network: its name, its
-    configuration, the data set, the number of classes, the mean and std of the images, the hash of
-    the job, and the best top-1 (%) with its epoch. If the student holds a part of its teacher, the
-    text also has the teacher's network and the feature methods. "format" is "pt", the mark of
-    PyTorch tensors in .safetensors files.
+    """Return the metadata of an exported student, for the header of its file.
 
     Args:
-        job: frozen configuration of the run.
-        folder: run directory, whose result.json gives the score.
+        job: configuration of the run.
+        folder: run directory, whose result.json has the best top-1 and its epoch.
+
+    Returns:
+        Two texts: "format" is "pt", the mark of PyTorch tensors in .safetensors files. "sddlskd" is
+        a JSON object with the network's name and configuration, the name of the data set, the
+        number of classes, the mean and std of the images, the hash of the configuration, and the
+        best top-1 (%) with its epoch (null if unknown). If the student holds a part of its teacher,
+        as with SimKD, the object also has the teacher's network and the feature methods.
 
     Raises:
         record.Damaged: If result.json is damaged.
@@ -159,26 +163,22 @@ def about(job: Config, folder: Path) -> dict[str, str]:
 
 
 def described(path: Path) -> dict[str, Any] | None:
-    """Return the metadata that `about` wrote into a .safetensors file.
-
-    The metadata may come from a stranger, so networks and methods from outside this package are
-    refused.
+    """Return the metadata of a student that was exported to a .safetensors file (see `about`).
 
     Args:
         path: weights file of any format.
 
     Returns:
-        "network" (name), "model" (`_target_` and arguments of the network), "dataset" (name),
-        "num_classes", "mean" and "std". A student that holds a part of its teacher also has
-        "teacher" (`_target_` and arguments of the teacher's network) and "methods" (those of the
-        feature methods, by name). None if the file is not a .safetensors file or has no such
-        metadata.
+        A dict with "network" (name), "model" (`_target_` and arguments of the network), "dataset"
+        (name), "num_classes", "mean" and "std". If the student holds a part of its teacher, the
+        dict also has "teacher" (`_target_` and arguments of the teacher's network) and "methods"
+        (`_target_` and arguments of each feature method, by name). None if the file is not a
+        .safetensors file or has no such metadata.
 
     Raises:
         FileNotFoundError: If a .safetensors file is missing.
-        ValueError: If the file is damaged, if the metadata does not have the format of `about`, if
-            it names code other than networks and methods of this package, or if safetensors is not
-            installed.
+        ValueError: If the file or its metadata is damaged, if the metadata names code other than
+            networks and methods of this package, or if the package safetensors is not installed.
     """
     text = read_safetensors(path)[1].get("sddlskd") if path.suffix == ".safetensors" else None
     if text is None:
@@ -222,15 +222,15 @@ def _foreign_target(node: dict[str, Any], package: str) -> str:
 
 
 def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write a network's state dict, with torch's keys, to a .safetensors file.
+    """Write a network's state dict to a .safetensors file, with the same names of the tensors.
 
     Args:
         network: network to save, on any device.
         path: file to write; an existing file is replaced.
-        metadata: text values by key, for the file's header.
+        metadata: texts by name for the file's header, as `about` returns them.
 
     Raises:
-        ValueError: If safetensors is not installed.
+        ValueError: If the package safetensors is not installed.
         OSError: If the file cannot be written.
     """
     try:
@@ -257,12 +257,14 @@ def to_onnx(
         classifier: classifier on the CPU; it is left in eval mode.
         path: file to write; an existing file is replaced.
         image_CHW: shape of one image: channels, height and width in pixels.
-        metadata: text values by key, for the model's properties.
+        metadata: texts by name for the model's properties, as `about` returns them.
 
     Raises:
-        ValueError: If a package needed for the export is not installed, or if the logits differ by
-            more than TOLERANCE. Nothing is written then.
+        ValueError: If onnx, onnxruntime or onnxscript is not installed, or if a logit of ONNX
+            Runtime differs from that of torch by more than 1e-4 (TOLERANCE) times the larger of 1
+            and the largest absolute logit. Nothing is written then.
         OSError: If the file cannot be written.
+        Exception: Any error of torch's exporter or of ONNX Runtime.
     """
     try:
         import onnx
@@ -306,9 +308,14 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
 
     Args:
         onnx_file: ONNX model, as `to_onnx` writes it.
-        folder: folder to write; an existing folder is replaced, whatever it holds.
+        folder: folder to write, in a folder that exists; an existing folder is replaced, whatever
+            it holds.
         image_CHW: shape of one image: channels, height and width in pixels.
-        num_classes: number of classes K.
+        num_classes: number of classes, the length of the logits of an image.
+
+    Raises:
+        ImportError: If MLflow or onnx is not installed.
+        OSError: If the folder cannot be written.
     """
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         tracking.save_model(
@@ -349,13 +356,14 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export the student that the command line names, and print the path of the export.
+    """Export the student of the run that the command line names, and print the path of the export.
 
-    `arguments` are the words of the command line; None stands for those of this process.
+    `arguments` are the words of the command line, of which the first is the run directory; None
+    stands for those of this process.
 
     Raises:
-        SystemExit: With code 1 after any error of the export, 2 if the arguments cannot be parsed,
-            or 130 after Ctrl-C.
+        SystemExit: With code 1 after printing an error of the export, 2 if the arguments cannot be
+            parsed, or 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.export",

@@ -43,10 +43,10 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file as UTF-8, completely or not at all.
+    """Write text to a file as UTF-8, completely or not at all; an existing file is replaced.
 
-    Raise OSError if the file cannot be written, for example because the disk is full. An old file
-    then stays as it was.
+    The folder of the file is made if it is missing. Raise OSError if the file cannot be written,
+    for example because the disk is full. An existing file then stays as it was.
     """
     content = text.encode()
     with write_atomically(path, len(content)) as file:
@@ -54,10 +54,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """Handler that writes a run's log to train.log; a line that cannot be written is dropped."""
+    """Logging handler for a run's train.log; a line that cannot be written is dropped silently."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a line (`record`) that could not be written; logging would print a traceback."""
+        """Do nothing with `record`, a line that could not be written; logging calls this method."""
 
     def close(self) -> None:
         """Close the file, and ignore an error of the final flush, such as a full disk."""
@@ -66,25 +66,22 @@ class LogFile(logging.FileHandler):
 
 
 class InUse(ValueError):
-    """Error for a run directory that another process has open."""
+    """Error for a run directory that another process has open for writing."""
 
 
 class Damaged(ValueError):
-    """Error for a file of a run directory that cannot be read; the message names the file.
-
-    This package writes complete files and lines, so only a disk or a person can have damaged the
-    file.
-    """
+    """Error for a damaged file of a run or a sweep; the message names the file."""
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's result.json.
+    """Return the content of the result.json in the run directory `folder`.
 
-    Return {} if the file is missing, that is, if the run has not started. Raise Damaged if the file
-    is not a JSON object or has an unknown status; the message says how to repair the run.
+    The entry "status" is "RUNNING", "FINISHED", "FAILED" or "KILLED". If the file is missing, the
+    run has not started, and the result is {}. Raise Damaged if the file is not a JSON object or has
+    another status; the message says how to repair the run.
     """
     try:
-        content = _read_json(folder / "result.json")
+        content = read_json(folder / "result.json")
         if content and content.get("status") not in (RUNNING, FINISHED, FAILED, KILLED):
             raise Damaged(f"{folder / 'result.json'} is damaged (status {content.get('status')!r})")
     except Damaged as error:
@@ -92,10 +89,10 @@ def read_result(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file, or {} if it is missing.
 
-    Raise Damaged if the file is not a JSON object.
+    Raise Damaged, with the path, if the file is not a JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -109,27 +106,32 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def note_requeues(folder: Path, job: str, times: int) -> None:
-    """Write to requeues.json how often SLURM has requeued a job of this run so far.
+    """Write to a run's requeues.json how often SLURM has put a SLURM job back into its queue.
+
+    The file also keeps the numbers of the run's other SLURM jobs.
 
     Args:
         folder: run directory.
-        job: id of the SLURM job. Numbers of the run's other SLURM jobs stay in the file.
+        job: id of the SLURM job, as text.
         times: number of requeues of this SLURM job; it replaces an earlier number.
+
+    Raises:
+        Damaged: If requeues.json is not a JSON object.
+        OSError: If the file cannot be written.
     """
     write_text(folder / "requeues.json", json.dumps({**_requeues(folder), job: times}))
 
 
 def _requeues(folder: Path) -> dict[str, int]:
-    path = folder / "requeues.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(folder / "requeues.json")
 
 
 def queue_again(folder: Path) -> None:
-    """Change the status of a run from FAILED to KILLED (interrupted) before it is tried again.
+    """Change the status of a FAILED run to KILLED (interrupted), before the run is tried again.
 
-    Otherwise the old outcome could be mistaken for the outcome of the next attempt. The new reason
-    quotes the old one. Do nothing if the run has another status or has not started. Raise Damaged
-    if result.json is damaged.
+    `folder` is the run directory. The new reason in result.json quotes the old reason. Do nothing
+    if the run has another status or has not started. Raise Damaged if result.json is damaged, and
+    OSError if the file cannot be written.
     """
     result = read_result(folder)
     if result.get("status") == FAILED:
@@ -140,13 +142,13 @@ def queue_again(folder: Path) -> None:
 def freeze(config: Config) -> Path:
     """Write a job's configuration and the state of the code into its run directory.
 
-    From then on, the job reads its configuration from config.yaml in this directory. If the
-    directory already holds the job, only the settings that do not identify a job (tracking, device,
-    folders) are updated, and only while no process has the run open. The noted state of the code
-    then stays that of the first start.
+    The files are config.yaml, code.json and, if there are uncommitted changes, code.diff. If the
+    directory has a config.yaml of the same job, only config.yaml is updated, because settings that
+    do not identify a job (tracking, device, folders) may have changed. While a process has the
+    directory open for writing, nothing is updated.
 
     Args:
-        config: resolved configuration; `config.run_dir` is the directory, made if missing.
+        config: configuration of the job; `config.run_dir` is the directory, made if missing.
 
     Returns:
         The run directory.
@@ -156,9 +158,10 @@ def freeze(config: Config) -> Path:
         OSError: If the files cannot be written.
     """
     folder = Path(config.run_dir)
-    if holds(config):
-        if (folder / "config.yaml").read_text() != cfg.to_yaml(config) and abandoned(folder):
-            write_text(folder / "config.yaml", cfg.to_yaml(config))
+    text = cfg.to_yaml(config)
+    if holds(config, text):
+        if (folder / "config.yaml").read_bytes() != text.encode() and abandoned(folder):
+            write_text(folder / "config.yaml", text)
         return folder
     code = code_state()
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,19 +171,23 @@ def freeze(config: Config) -> Path:
     if code["diff"]:
         write_text(folder / "code.diff", code["diff"])
     # Last, because the presence of config.yaml says that the record is complete.
-    write_text(folder / "config.yaml", cfg.to_yaml(config))
+    write_text(folder / "config.yaml", text)
     return folder
 
 
-def holds(config: Config) -> bool:
-    """Return whether the run directory of a job already holds the frozen configuration of this job.
+def holds(config: Config, text: str = "") -> bool:
+    """Return whether the run directory of a job (`config.run_dir`) has a config.yaml of this job.
 
-    Return False if there is no config.yaml. Raise ValueError if config.yaml is damaged, or if it is
-    that of another job; the message names up to three settings that differ.
+    The settings that do not identify a job (tracking, device, folders) may differ. Return False if
+    there is no config.yaml. Raise ValueError if config.yaml is damaged or is that of another job;
+    the message names up to three settings that differ. `text` is `config.to_yaml(config)` if the
+    caller has it, which saves time, else "".
     """
     path = Path(config.run_dir, "config.yaml")
     if not path.exists():
         return False
+    if path.read_bytes() == (text or cfg.to_yaml(config)).encode():
+        return True  # reading the configuration takes ten times as long
     earlier = cfg.load(path)
     if cfg.config_hash(earlier) != cfg.config_hash(config):
         old, new = cfg.flatten(earlier), cfg.flatten(config)
@@ -201,8 +208,8 @@ def code_state() -> dict[str, str]:
     """Return the version, the git commit and the uncommitted changes of this package.
 
     The keys are "version", "git_sha" and "diff" (the text of `git diff HEAD`). The last two are ""
-    if the package is not part of a git checkout or there is no git. The state is read once per
-    process.
+    if the package is not part of a git checkout, or if git is not installed. The state is read once
+    per process.
     """
     here = Path(__file__).parent
 
@@ -228,29 +235,38 @@ def code_state() -> dict[str, str]:
 
 
 def versions() -> str:
-    """Return one line with the versions of sddlskd, torch and Python, the system and the CPU."""
+    """Return one line with the versions of sddlskd, torch and Python, the system and the CPU type.
+
+    An example is "sddlskd 0.1.0, torch 2.9.1, Python 3.12.3, Linux x86_64".
+    """
     names = ", ".join(f"{name} {version(name)}" for name in ("sddlskd", "torch"))
     return f"{names}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
-class Record:
-    """Run directory that this process has open for writing; no other process can open it meanwhile.
+# Entries of result.json that `Record.write_outcome` keeps, beside those of the teacher.
+KEPT = ("data", "environment", "group_size", "parameters", "flops")
 
-    Opening the directory writes the configuration (`freeze`) and repairs the files that a killed
-    process left unfinished. Call `close` at the end.
+
+class Record:
+    """Run directory that this process has open for writing; only one process can have it so.
+
+    Other processes can read the files meanwhile. Creating an instance writes the configuration into
+    the directory (`freeze`), and repairs the files that a killed process left unfinished. Call
+    `close` at the end.
 
     Args:
-        config: resolved configuration of the job; `config.run_dir` is the directory.
+        config: configuration of the job; `config.run_dir` is the directory.
 
     Attributes:
         folder: run directory.
         config_hash: hash that identifies the job.
-        log: logger that also writes to train.log.
+        log: logger whose lines go to train.log as well.
 
     Raises:
         InUse: If another process keeps the directory open for 2 seconds; the message names the
-            process.
+            process if it is known.
         ValueError: If the directory holds another job, or if its config.yaml is damaged.
+        OSError: If the files cannot be written.
     """
 
     def __init__(self, config: Config) -> None:
@@ -266,6 +282,14 @@ class Record:
             raise InUse(
                 f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir"
             ) from None
+        try:
+            self._open(config, holder)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, config: Config, holder: Path) -> None:
+        """Check and repair the directory, and open train.log; the lock is held."""
         with suppress(OSError):  # the disk may be full
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         holds(config)  # checked again: no other process can freeze another job here from now on
@@ -299,16 +323,18 @@ class Record:
                     file.write(whole)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the metrics of every finished epoch, one dict per epoch, as `read_rows` does.
+        """Return the metrics of every finished epoch in metrics.jsonl, one dict per epoch.
 
-        Raise Damaged if a line of metrics.jsonl cannot be read.
+        The keys are those that `append` was given, such as "epoch" and "val/top1". Raise Damaged if
+        a line of the file cannot be read.
         """
         return read_rows(self.folder)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append the metrics of an epoch, with the epoch's number under "epoch", to metrics.jsonl.
+        """Append the metrics of an epoch to metrics.jsonl.
 
-        A row that is not of a later epoch than the last row in the file is ignored: a resumed run
+        `row` holds numbers by name, with the number of the epoch (an int) under "epoch". Nothing is
+        done if the file has a row of the same or of a later epoch already, because a resumed run
         can repeat an epoch. Raise OSError if the row cannot be written, and Damaged if the file is
         damaged.
         """
@@ -318,10 +344,11 @@ class Record:
         append(self.folder / "metrics.jsonl", json.dumps(row).encode() + b"\n")
 
     def note_run_id(self) -> None:
-        """Write the id of the run's MLflow mirror into result.json, if the id there is another one.
+        """Update the entry "run_id" of result.json, the id of the MLflow run that copies this run.
 
-        MLflow can create the mirror after the outcome has been written. Do nothing if there is no
-        result.json, and ignore a full disk. Raise Damaged if result.json is damaged.
+        The MLflow run may have been created after result.json was written. Do nothing if there is
+        no result.json, and ignore a file that cannot be written. Raise Damaged if result.json is
+        damaged.
         """
         content, run_id = read_result(self.folder), self._run_id()
         if content and content["run_id"] != run_id:
@@ -339,17 +366,18 @@ class Record:
         """Write result.json and return its content.
 
         Args:
-            status: RUNNING, FINISHED, FAILED or KILLED.
+            status: "RUNNING", "FINISHED", "FAILED" or "KILLED" (interrupted).
             reason: why the run ended, in one line; "" if there is nothing to explain.
             **values: further entries, such as best_top1 (%) or seconds.
 
         Returns:
-            The content: the arguments, with the added entries "run_id" (of the MLflow run; None
-            without one), "config_hash", "requeues" (by SLURM, over all jobs of the run) and "time"
-            (Unix time in seconds).
+            The content: the arguments and the entries "run_id" (of the MLflow run; None without
+            one), "config_hash", "requeues" (how often SLURM requeued the run) and "time" (Unix time
+            in seconds).
 
         Raises:
-            OSError: If the file cannot be written. For FAILED the error is only logged.
+            OSError: If the file cannot be written. With the status FAILED the error is only logged.
+            Damaged: If requeues.json is damaged.
         """
         content = {
             "run_id": self._run_id(),
@@ -373,21 +401,21 @@ class Record:
     def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
         """Write result.json for a run that did not write its outcome itself.
 
-        The best and last top-1 (%), the number of epochs and the seconds come from metrics.jsonl.
-        The scores are None if no epoch has finished; epochs of a first stage (0 and below) do not
-        count. The entries about the data, the teacher, the environment and the group size are kept
-        from the earlier result.json.
+        The best and last validation top-1 (%), the number of epochs and the seconds come from
+        metrics.jsonl. Epochs of a first stage, which some methods have (numbers 0 and below), do
+        not count. Without epochs, the top-1 values are None. Entries about the data, the teacher,
+        the environment, the group size and the network's size stay as in the earlier result.json.
 
         Args:
-            status: FINISHED, FAILED or KILLED.
+            status: "FINISHED", "FAILED" or "KILLED" (interrupted).
             reason: why the run ended, in one line.
 
         Returns:
-            The content, as `result` returns it.
+            The content of the new result.json.
 
         Raises:
-            Damaged: If metrics.jsonl or result.json is damaged.
-            OSError: If the file cannot be written. For FAILED the error is only logged.
+            Damaged: If metrics.jsonl, result.json or requeues.json is damaged.
+            OSError: If the file cannot be written. With the status FAILED the error is only logged.
         """
         # The epochs of a first stage count neither as epochs nor for the best score.
         rows = [row for row in self.rows() if row["epoch"] > 0]
@@ -401,22 +429,21 @@ class Record:
             last_top1=rows[-1]["val/top1"] if rows else None,
             epochs=len(rows),
             seconds=round(sum(row["time/epoch_s"] for row in rows), 3),
-            **{
-                k: v
-                for k, v in earlier.items()
-                if k.startswith("teacher_") or k in ("data", "environment", "group_size")
-            },
+            **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k in KEPT},
         )
 
 
 class Onlooker:
-    """Substitute for `Record` in the processes of a run other than rank 0.
+    """Substitute for `Record` in the processes of a distributed run other than rank 0.
 
-    Rank 0 keeps the record. An onlooker has the run directory (`folder`) and a silent logger
-    (`log`). It writes nothing and locks nothing.
+    Only rank 0 writes to the run directory. An onlooker writes nothing and locks nothing.
 
     Args:
-        config: resolved configuration of the job.
+        config: configuration of the job.
+
+    Attributes:
+        folder: run directory.
+        log: logger that is silent.
     """
 
     def __init__(self, config: Config) -> None:
@@ -425,7 +452,7 @@ class Onlooker:
         self.log.disabled = True
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Do nothing with `row`; rank 0 appends the metrics of the epoch."""
+        """Do nothing with `row`, the metrics of an epoch: rank 0 writes them."""
 
     def result(self, status: str, reason: str = "", **values: Any) -> dict[str, Any]:
         """Return {} and write nothing.
@@ -443,7 +470,7 @@ class Onlooker:
 
 
 def abandoned(folder: Path) -> bool:
-    """Return whether no process, this one included, has a run directory open for writing."""
+    """Return True if no process has the run directory `folder` open to write, not even this one."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -456,6 +483,7 @@ def abandoned(folder: Path) -> bool:
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of every finished epoch of a run, one dict per line of metrics.jsonl.
 
+    `folder` is the run directory. A dict holds numbers by name, such as "epoch" and "val/top1".
     Return [] if the file is missing. An incomplete last line is left out. Raise Damaged, with the
     number of the line, if a line is not a JSON object of numbers with an integer "epoch".
     """
@@ -481,27 +509,27 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_mirror(folder: Path) -> dict[str, Any]:
-    """Return the content of mlflow.json, which says what MLflow already has of a run or of a sweep.
+    """Return the content of mlflow.json, which says what MLflow has of a run or of a sweep.
 
-    For a run the entries are "key" (random id of the record), "uri" (address of MLflow), "run_id"
-    (of the MLflow run), "rows" (number of epochs delivered) and "status" (delivered). The last
-    three are missing until MLflow has the run. For a sweep, "uri" and "run_id" (of the sweep's
-    parent run) have the same meaning. Return {} if there is no file. Raise Damaged if the file is
-    not a JSON object or does not match its checksum.
+    For a run the entries are "key" (random text by which the run is found in MLflow), "uri"
+    (address of MLflow), "run_id" (id of the MLflow run), and "rows" and "status" (the number of
+    epochs and the status that MLflow has). The last three are missing until MLflow has the run. For
+    a sweep, "uri" is the same, and "run_id" is the id of the MLflow run that stands for the sweep.
 
-    Args:
-        folder: directory of the run or of the sweep.
+    `folder` is the directory of the run or of the sweep. Return {} if there is no file. Raise
+    Damaged if the file is not a JSON object or does not match its checksum.
     """
-    content = _read_json(folder / "mlflow.json")
+    content = read_json(folder / "mlflow.json")
     if content.pop("checksum", _checksum(content)) != _checksum(content):
         raise Damaged(f"{folder / 'mlflow.json'} is damaged (its checksum differs)")
     return content
 
 
 def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` and its checksum to mlflow.json in the directory of a run or of a sweep.
+    """Write `content` and a checksum to mlflow.json in `folder`, the directory of a run or a sweep.
 
-    Raise OSError if the file cannot be written; an old file then stays as it was.
+    `content` holds values for JSON, see `read_mirror`. An existing file is replaced. Raise OSError
+    if the file cannot be written; an existing file then stays as it was.
     """
     write_text(folder / "mlflow.json", json.dumps({**content, "checksum": _checksum(content)}))
 

@@ -47,9 +47,10 @@ class Stopped(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run MLflow on PostgreSQL on loopback until Ctrl-C or SIGTERM stops it.
+    """Run an MLflow server with a PostgreSQL database, at the address http://127.0.0.1:PORT.
 
-    The same command continues with the same data. An error ends the command with exit code 1.
+    Ctrl-C or SIGTERM stops the server. The same command continues with the same data. An error ends
+    the command with exit code 1, and a wrong argument with exit code 2.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.server", description=main.__doc__)
     parser.add_argument(

@@ -58,8 +58,8 @@ class Published(NamedTuple):
 
     Attributes:
         top1: top-1 on the test split in %, as published.
-        file: path of the weights file, below a base URL of PLACES or inside an archive of PLACES.
-            The names of torchvision's files contain the first digits of their sha256.
+        file: path of the weights file, relative to a base URL or inside an archive. `PLACES` lists
+            these URLs and archives by data set.
     """
 
     top1: float
@@ -102,21 +102,23 @@ ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, DownloadE
 
 
 def fetch(job: Config, mirrors: Sequence[str] = ()) -> str:
-    """Download the job's published teacher to the place that `teacher=<name>` reads.
+    """Download a published teacher to the path <home>/teachers/<data set>/<network>.pt.
 
-    Do nothing if the pinned file (the one first fetched or imported) is there already.
+    The file's sha256 is noted in <home>/teachers/lock.json. If the path has the file with the noted
+    sha256 already, nothing is downloaded.
 
     Args:
-        job: configuration whose teacher and data set name the published teacher.
-        mirrors: addresses to try before PLACES, each an archive or a base URL.
+        job: configuration that names the home folder, the data set and the teacher's network.
+        mirrors: addresses to try before those of `PLACES`: each is the URL of an archive, or a base
+            URL to which the teacher's file name is appended.
 
     Returns:
-        A line for the user that says where the teacher came from and where it is now.
+        A line for the user that says where the teacher came from and where its file is.
 
     Raises:
-        ValueError: If no such teacher is published, if an unpinned file or one that differs from
-            its pin is at the teacher's place, or if no address delivered the teacher. In the last
-            case the message gives the error of each address.
+        ValueError: If no such teacher is published, if the path has another file or one without a
+            noted sha256, if no address delivers the teacher, or if lock.json is damaged.
+        OSError: If the file cannot be written.
     """
     name = job.teacher.name
     dataset = job.dataset.name
@@ -223,19 +225,20 @@ def _fetch_from_archive(address: str, file: str, job: Config, kept: Path) -> Non
 
 
 def import_file(job: Config, path: Path) -> str:
-    """Copy a weights file to the place that `teacher=<name>` reads, and return a line for the user.
+    """Copy a teacher's weights to <home>/teachers/<data set>/<network>.pt; return a line to print.
 
-    The weights are checked against the teacher's network, and the sha256 of the new file is pinned.
+    The weights are checked against the teacher's network, and the sha256 of the new file is noted.
     A .safetensors file is rewritten as .pt. Nothing is copied if the same file is there already.
 
     Args:
-        job: configuration whose teacher and data set the weights belong to.
+        job: configuration that names the home folder, the data set and the teacher's network.
         path: weights file of this package, RepDistiller or mdistiller.
 
     Raises:
-        ValueError: If `path` is not a file, is larger than `teacher_files.LARGEST_FILE`, does not
-            hold finite weights of the network, or differs from the pin, or if another file is at
-            the teacher's place.
+        ValueError: If `path` is not a file of finite weights of the network, if the file is larger
+            than `teacher_files.LARGEST_FILE` (512 MiB), if another file is there already, if the
+            file differs from a sha256 noted earlier, or if the file cannot be used for any other
+            reason.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a weights file of {job.teacher.name}")
@@ -281,12 +284,12 @@ def _install(job: Config, file: Path, source: str) -> None:
 
 
 def verify(job: Config, test_split: Callable[[], Data]) -> str:
-    """Measure the test top-1 of the job's teacher, and compare it with the published value.
+    """Measure the test top-1 of a job's teacher, and compare it with the published value.
 
     Args:
         job: configuration that names the teacher, the data set, the device and the precision.
-        test_split: function that returns the data set; called after the checks of the teacher's
-            file.
+        test_split: function that returns the data set, of which the test split is used. The
+            function is called after the checks of the teacher's file.
 
     Returns:
         A line for the user with the measured top-1 and the published one (%), or with the note that
@@ -294,9 +297,10 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
 
     Raises:
         FileNotFoundError: If the teacher's file is missing.
-        ValueError: If the values differ by more than TOLERANCE (percentage points), if the file
-            differs from its pinned sha256 (checked without teacher.checkpoint only), or if the file
-            does not hold finite weights of the network.
+        ValueError: If the two values differ by more than TOLERANCE (0.1 percentage points), if the
+            file does not hold finite weights of the network, if the file differs from the sha256
+            that was noted when it first came (not checked with teacher.checkpoint), or if the
+            device or the data cannot be used.
     """
     path = teacher_path(job)
     name = job.teacher.name
@@ -330,9 +334,9 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
 def table(home: str) -> str:
     """Return a table of the published teachers and of those in the folder `home`/teachers, as text.
 
-    A row has the data set, the network, the published top-1 (%), whether the file is there and has
-    its pinned sha256, and where the file came from. Raise ValueError if the file of pins is
-    damaged.
+    A row has the data set, the network, the published top-1 (%), whether the file is there and
+    still has the sha256 that was noted when it first came, and where the file came from. Raise
+    ValueError if lock.json, which holds the noted sha256 values, is damaged.
     """
     from rich.console import Console
     from rich.table import Table
@@ -394,8 +398,8 @@ def _shared_data(job: Config, built: dict[str, Data]) -> Data:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `list`, `fetch`, `verify` or `import` of the command line, then exit.
 
-    A teacher that fails does not keep the next one from being fetched or verified. `arguments` are
-    the words of the command line; None stands for those of this process.
+    If a teacher cannot be fetched or verified, the error is printed, and the next teacher follows.
+    `arguments` are the words of the command line; None stands for those of this process.
 
     Raises:
         SystemExit: With code 0 if everything succeeded, 1 if a teacher failed, 2 if the arguments

@@ -112,13 +112,15 @@ def _refuse_another_checkout() -> None:
 
 
 def main() -> None:
-    """Train the job, or run the sweep, that the command line describes.
+    """Train the job, or run the sweep, that the command line (`sys.argv`) describes.
 
-    With HYDRA_FULL_ERROR=1 in the environment, an error that a user can fix is raised as it is.
+    An error that a user can fix becomes a message of one line and exit code 1. If the environment
+    has HYDRA_FULL_ERROR=1, the error is raised instead.
 
     Raises:
-        SystemExit: With code 1 after a message of one line for an error that a user can fix, or if
-            a run failed; with `ExitCode.STOPPED` (130) if a signal stopped the training.
+        SystemExit: With code 1 after such a message, or if a run failed. With code 130
+            (`ExitCode.STOPPED`) if a signal stopped the training. With code 0 after printing the
+            plan of a sweep.
     """
     log_to_terminal()
     _refuse_another_checkout()

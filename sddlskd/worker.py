@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sddlskd import config as cfg
+from sddlskd.config import Config
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.parent import save_and_end_with_parent
 from sddlskd.record import KILLED, InUse
@@ -26,7 +27,9 @@ __all__ = ["main", "run"]
 def main() -> None:
     """Train the jobs of the given run directories, each from its last checkpoint.
 
-    The jobs are trained side by side, so they must share batches and teacher.
+    The jobs are trained together, with one teacher forward pass per batch, so they must share
+    batches and teacher. Exit code 0 means that all jobs have ended; the result.json of a job says
+    whether it failed.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.worker", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
@@ -52,41 +55,38 @@ def run(
     progress: str | None = None,
     stop: Stop | None = None,
 ) -> int:
-    """Train the jobs of some run directories side by side, and return the exit code.
+    """Train the jobs of some run directories together, and return an exit code.
 
-    An error that stops all jobs, other than those below, is passed on.
+    The jobs share each teacher forward pass. Interrupted jobs continue from their last checkpoints.
 
     Args:
         folders: run directories of jobs that share batches and teacher; each holds config.yaml.
-        device: device to use instead of the jobs' trainer.device; None to keep it.
+        device: device to use instead of the jobs' trainer.device, such as "cuda:0"; None to keep
+            trainer.device.
         threads: number of CPU threads; None for torch's default.
-        progress: "auto", "plain" or "off", used instead of the jobs' trainer.progress; None to keep
-            it.
-        stop: stop request of a caller that handles the stop signals itself; None to handle them
-            here.
+        progress: "auto", "plain" or "off", to use instead of the jobs' trainer.progress; None to
+            keep trainer.progress.
+        stop: the `Stop` of a caller that handles SIGINT, SIGTERM and SIGUSR2 beyond this call; None
+            to handle these signals during this call only.
 
     Returns:
-        - ExitCode.TOO_LARGE if the jobs do not fit into the device's memory together;
-        - ExitCode.BUSY if another process has the run directory of a job open;
-        - ExitCode.STOPPED if a signal stopped the training;
-        - 1 if a ValueError or OSError, which is printed to stderr, prevents the training;
-        - otherwise 0, even if a job failed: each result.json tells the outcome.
+        - 75 (ExitCode.TOO_LARGE) if the jobs do not fit into the device's memory together;
+        - 76 (ExitCode.BUSY) if another process has the run directory of a job open;
+        - 130 (ExitCode.STOPPED) if a signal stopped the training, or a job is left interrupted;
+        - 1 after printing a ValueError or OSError that prevents the training, such as the error for
+          a config.yaml that is missing or damaged;
+        - otherwise 0, even if jobs failed: the result.json of a job has its outcome.
 
     Raises:
-        FileNotFoundError: If a run directory has no config.yaml.
-        ValueError: If a config.yaml is damaged, or if `progress` is not valid.
+        Exception: Any other error that stops all jobs.
     """
     log_to_terminal()
     cfg.frame()
-    jobs = []
-    for folder in folders:
-        job = replace(cfg.load(folder / "config.yaml"), run_dir=str(folder.absolute()))
-        trainer = replace(
-            job.trainer,
-            device=device or job.trainer.device,
-            progress=cfg.Progress(progress or job.trainer.progress),
-        )
-        jobs.append(replace(job, trainer=trainer))
+    try:
+        jobs = [_load_job(folder, device, progress) for folder in folders]
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {explain(error)}\n")
+        return 1
 
     import torch
 
@@ -112,6 +112,17 @@ def run(
     if any(result["status"] == KILLED for result in results):
         return ExitCode.STOPPED
     return 0
+
+
+def _load_job(folder: Path, device: str | None, progress: str | None) -> Config:
+    """Return the job of a run directory, with another device or progress display if given."""
+    job = replace(cfg.load(folder / "config.yaml"), run_dir=str(folder.absolute()))
+    trainer = replace(
+        job.trainer,
+        device=device or job.trainer.device,
+        progress=cfg.Progress(progress or job.trainer.progress),
+    )
+    return replace(job, trainer=trainer)
 
 
 if __name__ == "__main__":

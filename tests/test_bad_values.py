@@ -189,6 +189,11 @@ def test_losses_are_finite_at_their_bounds() -> None:
         {"_target_": "sddlskd.losses.kd"},
         {"_target_": "sddlskd.losses.dkd", "alpha": 10.0**6, "beta": 10.0**6},
         {"_target_": "sddlskd.losses.nkd", "gamma": 10.0**6},
+        {"_target_": "sddlskd.losses.rld", "alpha": 10.0**6, "beta": 10.0**6},
+        {"_target_": "sddlskd.losses.gdkd", "k": 1, "w0": 10.0**6, "w1": 10.0**6, "w2": 10.0**6},
+        {"_target_": "sddlskd.losses.abkd", "alpha": 10.0**6, "beta": 10.0**-6},
+        {"_target_": "sddlskd.losses.dist", "beta": 10.0**6, "gamma": 10.0**6},
+        {"_target_": "sddlskd.losses.skd", "ridge": 10.0**-6},
     ]
     for loss in losses:
         for temperature in (0.01, 1000.0):
@@ -369,6 +374,13 @@ def test_a_record_may_hold_numbers_that_were_valid_when_it_was_written(tmp_path:
         path.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=r"lr=(-1\.0 must be greater than 0|nan is not)"):
             cfg.load(path)
+
+
+def test_numbers_in_nested_arguments_are_checked(tmp_path: Path) -> None:
+    job = tiny(tmp_path)
+    job.student.model["stages"] = [{"depth": float("nan")}]
+    with pytest.raises(ValueError, match=r"student\.model\.stages\[0\]\.depth=.*nan"):
+        cfg.normalise(job)
 
 
 @pytest.mark.parametrize("name", ["ce", "kd", "temperature"])

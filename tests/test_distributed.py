@@ -43,6 +43,7 @@ from sddlskd.training.fit import fit
 from sddlskd.training.ranks import RankFailed, Ranks, process_group, spawn
 from sddlskd.training.run import Run
 from sddlskd.training.teacher_files import path_of
+from tests.made_once import made_once
 from tests.tiny import DIVERGES, Net, child, final, net, processes, rows, same, same_outcome, tiny
 
 CPU = torch.device("cpu")
@@ -221,12 +222,15 @@ def gradients(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, int, int], dict[str, Any]]:
     """Return a function (case, rank, ranks) -> what `gradients_of` returned on that rank."""
-    home = tmp_path_factory.mktemp("gradients")
-    jobs = {name: case(home, name) for name in CASES}
-    for name, job in jobs.items():
-        torch.save(gradients_of(job, Ranks()), home / f"{name}-0-of-1.pt")
-    for count in (2, 3):
-        on_ranks(count, keep_gradients, home, jobs)
+
+    def make(home: Path) -> None:
+        jobs = {name: case(home, name) for name in CASES}
+        for name, job in jobs.items():
+            torch.save(gradients_of(job, Ranks()), home / f"{name}-0-of-1.pt")
+        for count in (2, 3):
+            on_ranks(count, keep_gradients, home, jobs)
+
+    home = made_once(tmp_path_factory, "gradients", make)
 
     def read(name: str, rank: int, ranks: int) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(home / f"{name}-{rank}-of-{ranks}.pt")
@@ -336,10 +340,6 @@ def fit_the_house(home: Path) -> None:
         assert (result["status"], result["reason"]) == ("KILLED", "stopped by SIGTERM")
     for place in [place for place, *_ in STOPS[:2]] + ["more ranks"]:
         fit([tiny(home / place)])
-    # One rank raises ValueError itself; the other may learn of it from that rank (RankFailed).
-    refusal = r"batch_size=3 is too small for 2 processes to share; give at least 4"
-    with pytest.raises((ValueError, RankFailed), match=refusal):
-        fit([tiny(home / "small", "trainer.batch_size=3")])
 
 
 STOPS = (("first", 1, 1, 0), ("second", 2, 2, 1), ("fewer ranks", 1, 2, 1))
@@ -347,11 +347,13 @@ STOPS = (("first", 1, 1, 0), ("second", 2, 2, 1), ("fewer ranks", 1, 2, 1))
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("house")
-    signal_at(1, 2, 0)
-    assert fit([tiny(home / "more ranks")])[0]["status"] == "KILLED"
-    on_ranks(2, fit_the_house, home)
-    return home
+
+    def make(home: Path) -> None:
+        signal_at(1, 2, 0)
+        assert fit([tiny(home / "more ranks")])[0]["status"] == "KILLED"
+        on_ranks(2, fit_the_house, home)
+
+    return made_once(tmp_path_factory, "house", make)
 
 
 def close(a: Config, b: Config, epochs: int = 2) -> bool:
@@ -581,15 +583,32 @@ def rows_so_far(job: Config) -> bool:
     return Path(job.run_dir, "metrics.jsonl").exists()
 
 
+REFUSED = {
+    (
+        "trainer.batch_size=3",
+    ): r"batch_size=3 is too small for 2 processes to share; give at least 4",
+    ("M=[1,32]",): "asks for 32x32 regions",
+    # Every rank takes a batch of one image as a whole: BatchNorm sees it once, not twice.
+    ("student=mobilev2", "M=[1]", "trainer.batch_size=191"): (
+        r"mobilev2 cannot train on .* set trainer.batch_size=192"
+    ),
+}
+
+
+def be_refused(home: Path, words: tuple[str, ...], refusal: str) -> None:
+    # One rank raises ValueError itself; the other may learn of it from that rank (RankFailed).
+    with pytest.raises((ValueError, RankFailed), match=refusal):
+        fit([tiny(home, *words)])
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_by_every_rank(tmp_path: Path, words: tuple[str, ...]) -> None:
+    on_ranks(2, be_refused, tmp_path, words, REFUSED[words])
+
+
 def test_refused_in_one_line_by_the_ranks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="asks for 32x32 regions"):
-        fit([tiny(tmp_path, "M=[1,32]", "trainer.devices=2")])
     with pytest.raises(ValueError, match=r"trainer\.device=cuda needs CUDA"):
         fit([tiny(tmp_path, "trainer.device=cuda", "trainer.devices=2")])
-    # Every rank takes a batch of one image as a whole: BatchNorm sees it once, not twice.
-    words = ("student=mobilev2", "M=[1]", "trainer.batch_size=191", "trainer.devices=2")
-    with pytest.raises(ValueError, match=r"mobilev2 cannot train on .* set trainer.batch_size=192"):
-        fit([tiny(tmp_path, *words)])
 
 
 def test_more_ranks_than_cores_are_refused_before_any_starts(

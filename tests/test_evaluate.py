@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sddlskd import evaluate, export
 from sddlskd.config import Config
+from sddlskd.datasets import digits
+from sddlskd.datasets.arrays import Images
+from sddlskd.files import checkpoint
 from sddlskd.models import create
 from sddlskd.training.build import build_data, check_maps
 from sddlskd.training.evaluation import answers, calibration_error, scores
@@ -37,7 +41,11 @@ def judged(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]
 
 
 def without_clock(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if key not in ("images_per_s", "batch")}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in ("images_per_s", "batch", "ms_per_image")
+    }
 
 
 def slow_ece(logits_NK: Tensor, target_N: Tensor, bins: int) -> float:
@@ -198,3 +206,56 @@ def test_errors_take_one_line(
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith("error: ")
     assert why in err[-1]
+
+
+# The linear probe
+
+
+def test_a_probe_is_a_logistic_regression_of_the_pooled_features(
+    trained: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = (f"home={trained.home}", "dataset=digits", "trainer.device=cpu")
+    found = judged(capsys, trained.run_dir, "--probe", *words)
+    assert (found["train_images"], found["images"], found["features"]) == (1437, 360, 64)
+    network = create("resnet8", 10).eval()
+    network.load_state_dict(checkpoint.read(Path(trained.run_dir, "best.ckpt"))["model"])
+    numbers = []
+    # The network keeps the mean and std that it was trained with.
+    given = trained.dataset.mean, trained.dataset.std
+    mean, std = (torch.tensor(values)[:, None, None] for values in given)
+    for split in digits():
+        assert isinstance(split, Images)
+        pixels_BCHW = split.images_NHWC.permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            map_BCHW = network.features((pixels_BCHW - mean) / std)
+        numbers.append((map_BCHW.mean((2, 3)).numpy(), split.labels_N.numpy()))
+    (train, train_y), (test, test_y) = numbers
+    mean_C, std_C = train.mean(0), train.std(0)
+    classifier = LogisticRegression(max_iter=2000).fit((train - mean_C) / std_C, train_y)
+    expected = 100 * (classifier.predict((test - mean_C) / std_C) == test_y).mean()
+    assert found["probe_top1"] == pytest.approx(expected, abs=0.6)  # two images
+
+
+def test_a_probe_takes_exported_students_and_resizes(
+    trained: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    export.main([trained.run_dir, "--to", "safetensors", "--out", str(tmp_path / "s.safetensors")])
+    capsys.readouterr()
+    words = ("--probe", "dataset=digits", "trainer.device=cpu")
+    one = judged(capsys, tmp_path / "s.safetensors", *words)
+    assert one == judged(capsys, trained.run_dir, *words, f"home={trained.home}")
+    small = judged(capsys, tmp_path / "s.safetensors", *words, "--size", "8")
+    assert small["probe_top1"] != one["probe_top1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(("--size", "8"), "add --probe"), (("--probe", "--size", "0"), "--size 0 must be at least 1")],
+)
+def test_a_probe_that_cannot_be_made_is_one_line(
+    trained: Config, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main([trained.run_dir, *words])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert says in said

@@ -234,3 +234,41 @@ def test_result(tmp_path: Path) -> None:
         "time": written["time"],
     }
     assert not [name for name in os.listdir(opened.folder) if name.endswith(".tmp")]
+
+
+def test_the_outcome_of_a_dead_process_keeps_what_was_measured(tmp_path: Path) -> None:
+    job = tiny(tmp_path, teacher=False)
+    opened = Record(job)
+    opened.result("RUNNING", parameters=7, flops=9, group_size=2, best_top1=1.0)
+    opened.append(ROW | {"time/epoch_s": 1.5})
+    written = opened.write_outcome("KILLED", "its worker died")
+    opened.close()
+    assert {key: written[key] for key in ("parameters", "flops", "group_size", "best_top1")} == {
+        "parameters": 7,
+        "flops": 9,
+        "group_size": 2,
+        "best_top1": 50.0,
+    }
+
+
+def test_a_record_that_cannot_be_opened_is_not_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny(tmp_path, teacher=False)
+    freeze(job)
+
+    def fail(path: object) -> None:
+        raise ValueError("another job")
+
+    monkeypatch.setattr(record, "rotate", fail)
+    (Path(job.run_dir) / "best.ckpt.new").touch()
+    with pytest.raises(ValueError, match="another job"):
+        Record(job)
+    monkeypatch.undo()
+    assert record.abandoned(Path(job.run_dir))
+
+
+def test_a_damaged_count_of_requeues_is_named(tmp_path: Path) -> None:
+    (tmp_path / "requeues.json").write_text("{")
+    with pytest.raises(record.Damaged, match=r"requeues.json is damaged"):
+        record.note_requeues(tmp_path, "7", 1)

@@ -221,8 +221,13 @@ def test_a_frozen_file_that_would_be_filled_in_is_data(
         said = capsys.readouterr().err.splitlines()[-1]
         assert "student.model.name=" in said
         assert "take it out" in said
-    with pytest.raises(ValueError, match="take it out"):
-        worker.run([folder])
+    assert worker.run([folder]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "take it out" in said
+    assert worker.run([folder / "missing"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ")
+    assert "config.yaml" in said
     assert not canary.exists()
 
 

@@ -957,7 +957,7 @@ def test_a_black_hole_does_not_hold_training(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tracking_uri, "ANSWER_S", 0.5)
-    monkeypatch.setattr(Mirror.close, "__defaults__", (60.0, 0.5))
+    monkeypatch.setattr(Mirror.close, "__defaults__", (4.0, 0.5))
     threads, real = set(), tracking.sync
 
     def watched(folder: Path) -> None:

@@ -77,10 +77,10 @@ DOT_TARGET = "sddlskd.training.dot.DOT"
 
 
 def conf_folder() -> Path:
-    """Return the folder `conf` with the YAML files of Hydra that belong to this code.
+    """Return the folder `conf`, which holds the YAML files of this package for Hydra.
 
-    An installed wheel has the folder inside the package, and a checkout has it beside the package.
-    The function does not check that the folder of a checkout exists.
+    An installed wheel has the folder inside the package. A checkout has the folder beside the
+    package; the function does not check that it exists there.
     """
     package = Path(__file__).parents[1]
     inside = package / "conf"
@@ -88,9 +88,10 @@ def conf_folder() -> Path:
 
 
 def frame() -> None:
-    """Register the typed configuration and the OmegaConf resolvers of conf/ with Hydra.
+    """Register the configuration schema `Config` and the OmegaConf resolvers of conf/ with Hydra.
 
-    Call this function before a configuration is composed. A second call in a process is harmless.
+    Call this function before Hydra composes a configuration of conf/. Further calls in the same
+    process are harmless.
     """
     # Plugins.instance() finds the launchers. The launcher `submitit_local` of
     # hydra-submitit-launcher is dropped in favour of conf/hydra/launcher/submitit_local.yaml.
@@ -167,16 +168,17 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """Return the configuration that Hydra composed as a typed and checked job.
+    """Return a configuration that Hydra composed as a typed and checked job (one training run).
 
     Interpolations are resolved and paths become absolute. An empty `run_dir` is replaced by
     `default_run_dir`. The settings below `hydra` are left out.
 
     Raises:
         ValueError: If a value is not valid, or if a `_target_` names code that is not allowed. The
-            message names the value and the valid values.
-        OmegaConfBaseException: If a key is unknown, a required value is missing, or a value has the
-            wrong type.
+            message names the value and says what is valid.
+        OmegaConfBaseException: If the configuration does not fit `Config`: a key is unknown, a
+            required value is missing, a value has the wrong type, an interpolation fails, or any
+            other problem of OmegaConf.
     """
     config = _typed(composed)
     if not config.run_dir:
@@ -185,7 +187,7 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Raise ValueError if an override names a feature method twice, such as "features=[crd,crd]".
+    """Raise ValueError if an override lists a feature method twice, such as "features=[crd,crd]".
 
     `overrides` are the Hydra overrides of one job. Overrides of other keys always pass.
     """
@@ -199,15 +201,18 @@ def check_choices(overrides: Sequence[str]) -> None:
 def check_launcher(options: Mapping[str, Any]) -> None:
     """Raise ValueError if a number in the options of a Hydra launcher is out of its bounds.
 
-    `options` is the mapping hydra.launcher. Only the options that `LAUNCHER` lists are checked;
-    options that are missing, null or text pass.
+    `options` is the mapping hydra.launcher. Only the options that `LAUNCHER` lists are checked. An
+    option that is missing or no number passes.
     """
     for name, bounds in LAUNCHER.items():
         _check_number(options.get(name), f"hydra.launcher.{name}", bounds)
 
 
 def default_run_dir(config: Config) -> str:
-    """Return the run directory of a job that sets no `run_dir`: <home>/runs/<`run_name`>."""
+    """Return the path of the run directory of a job that sets no `run_dir`.
+
+    The path is <home>/runs/<name>, with the name from `run_name`.
+    """
     return os.path.join(config.home, "runs", run_name(config))
 
 
@@ -249,17 +254,17 @@ def normalise(config: Config, *, frozen: bool = False) -> Config:
     sorted by name. A `_target_` that has moved gets its present name.
 
     Args:
-        config: The job, which is changed.
-        frozen: Whether the values come from a run directory. An earlier version of this package may
-            have written them, so the wider bounds of `Bounds.in_a_record` hold.
+        config: The job, which may be changed even if an error is raised.
+        frozen: Whether the values come from a run directory. Older versions of this package allowed
+            more numbers, so the wider bounds of `Bounds.in_a_record` hold.
 
     Returns:
         The same object `config`.
 
     Raises:
-        ValueError: If a value is not valid, or if a needed teacher is missing.
-        ForeignTarget: If a `_target_` is outside of `PACKAGES` and `allow_foreign_targets` is
-            false. The error is a ValueError.
+        ValueError: If a value is not valid, or if the job needs a teacher and has none.
+        ForeignTarget: If a `_target_` is outside of `PACKAGES` (this package, torch, torchvision,
+            timm) and `allow_foreign_targets` is false. The error is a ValueError.
     """
     if not config.distiller.loss:
         # Values that the job does not use must be valid, too. Check them before they are reset.
@@ -461,6 +466,9 @@ def _check_arguments(node: Any, key: str, *, frozen: bool) -> None:
     if isinstance(node, dict):
         for name, value in node.items():
             _check_arguments(value, f"{key}.{name}", frozen=frozen)
+    elif isinstance(node, list) and any(isinstance(value, dict | list) for value in node):
+        for index, value in enumerate(node):
+            _check_arguments(value, f"{key}[{index}]", frozen=frozen)
     elif not isinstance(node, bool):
         _check_number(node, key, ARGUMENTS.get(key, ARGUMENT), frozen=frozen)
 
@@ -502,11 +510,11 @@ def _check_fractions(config: Config) -> None:
 def teacher_job(config: Config) -> Config:
     """Return the job that trains the teacher of `config` from scratch, without distillation.
 
-    Epochs, learning rate and seed are those of `config.teacher`. Batch size, weight decay and
-    milestones are the defaults of the data set, and the optimizer is SGD. Only device, number of
-    processes, time-out and display come from `config.trainer`. The teacher learns from all training
-    images, even if `dataset.train_fraction` is below 1. Students with the same teacher and data set
-    get teacher jobs with the same `config_hash`.
+    Network, epochs, learning rate and seed are those of `config.teacher`. The data set is that of
+    `config`, but `train_fraction` is 1: the teacher learns from all images that are not held out.
+    Batch size, weight decay and milestones are the defaults of the data set, and the optimizer is
+    SGD. Of `config.trainer`, only the device, the number of processes, the time-out and the display
+    are taken. The run directory is that of `default_run_dir`.
 
     Raise ValueError if a value of the new job is not valid.
     """
@@ -546,7 +554,7 @@ def teacher_job(config: Config) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return a job as the YAML text that its run directory keeps; `load` reads such a file."""
+    """Return a job as the YAML text of its file in the run directory, which `load` reads."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -554,18 +562,19 @@ def load(path: Path, *, allow_foreign_targets: bool | None = None) -> Config:
     """Return the typed and checked job that a YAML file of a run directory holds.
 
     Args:
-        path: The YAML file, as written by `to_yaml`.
-        allow_foreign_targets: Value to use instead of the one in the file, which may come from a
-            stranger. None keeps the value in the file.
+        path: The YAML file, with the text of `to_yaml`.
+        allow_foreign_targets: Value that replaces the one in the file, because the file may come
+            from a stranger. None keeps the value in the file.
 
     Returns:
         The job, with absolute paths.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ForeignTarget: If a `_target_` in the file is outside of `PACKAGES` and is not allowed.
-        ValueError: If the file is damaged, or does not fit this version of the package. The message
-            names the file.
+        ForeignTarget: If a `_target_` in the file is outside of `PACKAGES` (this package, torch,
+            torchvision, timm) and is not allowed. The error is a ValueError.
+        ValueError: If the file cannot be used: it is damaged, does not fit this version of the
+            package, or any other problem. The message names the file.
     """
     try:
         frozen = OmegaConf.load(path)

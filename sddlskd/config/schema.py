@@ -74,15 +74,19 @@ class Bounds:
     def in_a_record(self) -> "Bounds":
         """Return the wider bounds that hold for a number read from a run directory.
 
-        An earlier version of this package may have written the number. That version had no upper
-        bounds, and a positive lower bound only meant "greater than 0".
+        An earlier version of this package, with wider bounds, may have written the number. The
+        result has no upper bounds. A positive `ge` becomes gt=0; other lower bounds and `finite`
+        are kept.
         """
         if self.ge is not None and self.ge > 0:
             return Bounds(gt=0, finite=self.finite)
         return Bounds(gt=self.gt, ge=self.ge, finite=self.finite)
 
     def fault(self, number: float) -> str:
-        """Return why `number` is refused, such as "must be greater than 0"; "" if it is valid."""
+        """Return why `number` is refused, such as "must be greater than 0"; "" if it is valid.
+
+        If several bounds are violated, the text names one.
+        """
         if isinstance(number, float) and math.isnan(number):
             return "is not a number"
         if self.finite and number in (math.inf, -math.inf):
@@ -114,15 +118,16 @@ def bounded(
     `normalise` checks the bounds when a job is resolved or loaded. NaN is always refused.
 
     Args:
-        default: The default value: a number, a list of numbers, or None for no value. The bounds
-            hold for each number of a list.
+        default: The default value: a number, a list of numbers, None for no value, or MISSING of
+            OmegaConf for a required value. The bounds hold for each number of a list.
         gt: The number must be greater than this; None for no such bound.
         ge: The number must be at least this; None for no such bound.
         lt: The number must be less than this; None for no such bound.
         le: The number must be at most this; None for no such bound.
         finite: Whether infinity is refused.
         identity: Whether `config_hash` counts the field.
-        later: Whether `config_hash` ignores the field while it has its default (see `_later`).
+        later: Whether `config_hash` ignores the field while it has its default, so that a new key
+            does not change the hashes of earlier jobs.
 
     Returns:
         The field, with `identity`, `later` and the bounds in its metadata.
@@ -161,7 +166,10 @@ LAUNCHER = {
 
 
 class Precision(StrEnum):
-    """Number format of the networks' forward pass; losses are computed in float32."""
+    """Number format of the networks' forward pass: fp32, bf16 or fp16.
+
+    Losses are always computed in float32.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -169,7 +177,7 @@ class Precision(StrEnum):
 
 
 class Schedule(StrEnum):
-    """Shape of the learning rate over the epochs, after the warm-up."""
+    """Shape of the learning rate after the warm-up: steps, half a cosine or constant."""
 
     step = "step"  # times `decay` at each milestone
     cosine = "cosine"  # half a cosine down to zero
@@ -177,10 +185,11 @@ class Schedule(StrEnum):
 
 
 class Knowledge(StrEnum):
-    """Kinds of regions whose loss counts (SDD Table 6).
+    """Kinds of regions whose loss counts: both kinds, only consistent, or only complementary ones.
 
-    A region is consistent if the teacher's predictions for the region and for the whole image are
-    both right or both wrong. Any other region is complementary.
+    A region, a part of the logit map, is consistent if the teacher's predictions for the region and
+    for the whole image are both right or both wrong. Any other region is complementary (SDD Table
+    6).
     """
 
     fusion = "fusion"  # both kinds
@@ -189,21 +198,28 @@ class Knowledge(StrEnum):
 
 
 class Reduction(StrEnum):
-    """Way in which the losses of all regions in a batch become one number."""
+    """Way in which the losses of all regions in a batch become a scalar.
+
+    "mean" is the mean over all regions of all images. "sum" is the sum over the regions of an
+    image, averaged over the images.
+    """
 
     mean = "mean"  # mean over all regions of all images
     sum = "sum"  # sum over the regions of an image, then mean over the images
 
 
 class Pooling(StrEnum):
-    """Way in which a logit map is pooled to the regions of a scale."""
+    """Way in which a logit map is average-pooled to the m x m regions of a scale m.
+
+    "direct" pools the map itself. "nested" pools the map to 4x4 cells first, as SDD's code does.
+    """
 
     direct = "direct"  # every scale from the map (SDD Eq. 3 to 5)
     nested = "nested"  # every scale from the map pooled to 4x4 (SDD's code)
 
 
 class CacheDtype(StrEnum):
-    """Number format of the teacher's logit maps in the cache on disk."""
+    """Number format of the teacher's logit maps in the cache on disk: float16 or float32."""
 
     # Half the disk space. Rounds a value by at most 2^-11 of its size, or 3e-8 if it is below 6e-5.
     float16 = "float16"
@@ -211,7 +227,7 @@ class CacheDtype(StrEnum):
 
 
 class BadImages(StrEnum):
-    """What to do with an image file that cannot be read."""
+    """What to do with an image file that cannot be read: stop with an error, or skip the image."""
 
     fail = "fail"  # stop, naming the file
     # Training uses the next image instead, evaluation leaves the image out
@@ -219,7 +235,10 @@ class BadImages(StrEnum):
 
 
 class IrregularImages(StrEnum):
-    """What to do with an image that is not upright RGB as stored in its file."""
+    """What to do with an image that is not upright RGB as stored in its file.
+
+    The choices are to convert the image to RGB, to skip it, or to stop with an error.
+    """
 
     # Convert to RGB, in the stored orientation, like torchvision's ImageFolder
     convert = "convert"
@@ -228,7 +247,7 @@ class IrregularImages(StrEnum):
 
 
 class Views(StrEnum):
-    """Number and kind of the augmented views of each training image."""
+    """Augmented views of each training image: a weak one, or a weak and a strong one."""
 
     weak = "weak"  # one: crop and mirroring
     # two: the second one has a crop of its own, RandAugment and Cutout, as in MLKD
@@ -236,7 +255,11 @@ class Views(StrEnum):
 
 
 class Rerun(StrEnum):
-    """Choice of the jobs that run when a sweep is launched again."""
+    """Choice of the jobs that run when a sweep is launched again.
+
+    New and interrupted jobs always run. "failed" adds the failed jobs, "all" adds all other jobs,
+    and "none" adds none.
+    """
 
     failed = "failed"  # failed, interrupted and new jobs
     all = "all"  # every job from the start; the old records are set aside
@@ -244,13 +267,16 @@ class Rerun(StrEnum):
 
 
 class Seeds(StrEnum):
-    """Rule that chooses the seeds of a sweep."""
+    """Rule that chooses the seeds of a sweep.
+
+    "until_decided" adds seeds until the gains are decided, up to a largest number of seeds.
+    """
 
     until_decided = "until_decided"  # see sweeps/until_decided.py
 
 
 class Progress(StrEnum):
-    """Way in which training progress is shown."""
+    """Way in which training progress is shown: as a live table, as plain lines or not at all."""
 
     auto = "auto"  # live table on a terminal, plain lines elsewhere
     plain = "plain"  # a line per epoch
@@ -320,7 +346,10 @@ class FeatureConfig:
 
 @dataclass
 class DatasetConfig:
-    """Settings of the data set and its preprocessing, and defaults for settings of other groups."""
+    """Settings of the data set and its preprocessing.
+
+    Some fields are defaults for settings of other groups, such as `epochs` for `trainer.epochs`.
+    """
 
     name: str = MISSING  # name of the data set in tables
     # _target_ and arguments of () -> Splits. The identity ignores the argument `root` if it equals
@@ -432,7 +461,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Settings of the copies of runs that are sent to MLflow."""
+    """Settings of the copies of runs (settings, metrics, files) that are sent to MLflow."""
 
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path

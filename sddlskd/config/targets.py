@@ -36,18 +36,22 @@ _FIRST_NAMES = {new: first for first, new in RENAMED.items()}
 
 
 class ForeignTarget(ValueError):
-    """Error for a `_target_` outside of `PACKAGES` in a job without `allow_foreign_targets`."""
+    """Error for a `_target_` with code outside of `PACKAGES`: sddlskd, torch, torchvision and timm.
+
+    The error is raised for jobs without `allow_foreign_targets`.
+    """
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
-    """Raise ValueError if the name of a `_target_` in nested values is not allowed.
+    """Raise ValueError if a `_target_` in nested values names code that is not allowed.
 
-    Nothing is imported: `instantiate` checks the object behind a name before calling it.
+    Of a name, only the first part is checked, which is the package. Nothing is imported.
 
     Args:
         node: Values of a configuration: nested dicts, lists and plain values.
         key: Dotted key of `node`, for the message.
-        allow_foreign: Whether targets may name code outside of `PACKAGES`.
+        allow_foreign: Whether targets may name code outside of `PACKAGES` (sddlskd, torch,
+            torchvision, timm).
 
     Raises:
         ForeignTarget: If a target is outside of `PACKAGES` and `allow_foreign` is false. The error
@@ -71,8 +75,9 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
 def refuse_interpolations(node: Any, key: str) -> None:
     """Raise ValueError if a text in nested values, or a key of a dict, contains "${".
 
-    `node` holds resolved values. Hydra would resolve such a text once more, and the result could be
-    a target that nobody has checked. `key` is the dotted key of `node`, for the message.
+    `node` holds resolved values: nested dicts, lists and plain values. Hydra would resolve a text
+    with "${" once more, to a value that nobody has checked. `key` is the dotted key of `node`, for
+    the message.
     """
     if isinstance(node, dict):
         for name, value in node.items():
@@ -88,13 +93,13 @@ def refuse_interpolations(node: Any, key: str) -> None:
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
-    """Check every target in `node`, then call `hydra.utils.instantiate`.
+    """Check the targets in `node` (`_target_`, names of code), then call `hydra.utils.instantiate`.
 
-    Targets outside of `PACKAGES` are not checked here: they passed `check_names` when the job was
-    composed.
+    Targets outside of `PACKAGES` (sddlskd, torch, torchvision, timm) are not checked here, because
+    they passed `check_names` when the job was composed.
 
     Args:
-        node: Values of a configuration with a `_target_`.
+        node: Values of a configuration with a `_target_`; every target is a text.
         **arguments: Further arguments of `hydra.utils.instantiate`, such as `_partial_=True`.
 
     Returns:
@@ -104,8 +109,8 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         ValueError: If a target from `PACKAGES` is private, cannot be found, or is neither a
             network, nor an optimizer, nor a public function of `FUNCTION_MODULES`; or if a value
             contains "${". Nothing is called in these cases.
-        InstantiationException: If the called code raises an error, or if a target outside of
-            `PACKAGES` cannot be found.
+        InstantiationException: If Hydra cannot call a target: the call raises an error, a target
+            outside of `PACKAGES` cannot be found, or any other problem.
     """
     refuse_interpolations(node, "")
     for _, target in _targets(node, ""):
@@ -131,7 +136,8 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 def with_names_of_today(node: Any) -> Any:
     """Return a copy of `node` with the present name of each `_target_` that has moved.
 
-    `RENAMED` lists the moved targets. Other targets and all other values stay the same.
+    `node` holds nested dicts, lists and plain values. `RENAMED` lists the moved targets. Other
+    targets and all other values stay the same.
     """
     return _with_targets(node, RENAMED)
 
@@ -139,8 +145,8 @@ def with_names_of_today(node: Any) -> Any:
 def with_first_names(node: Any) -> Any:
     """Return a copy of `node` with the first name of each `_target_` that has moved.
 
-    `RENAMED` lists the moved targets. Hashes use first names, so that a moved target does not
-    change the hash of a job.
+    `node` holds nested dicts, lists and plain values. `RENAMED` lists the moved targets. Hashes use
+    first names, so that a moved target does not change the hash of a job.
     """
     return _with_targets(node, _FIRST_NAMES)
 

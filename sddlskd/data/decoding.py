@@ -79,16 +79,16 @@ class Unreadable(ValueError):
 
 
 class ImageTransform(NamedTuple):
-    """Settings of the crop that is cut from every image.
+    """Settings of the square crop that `decode` cuts from every image.
 
     Attributes:
-        size: side of the square result in pixels.
+        size: side of the crop in pixels, after resizing.
         area: smallest and largest fraction of the image's area that a random crop covers.
         centre: side of the centre crop as a fraction of the image's shorter side, above 0 and at
             most 1.
-        pixel_limit: largest number of pixels (width * height) of an image. A larger image is
-            refused after its header is read, before its pixels are decoded. The limit also holds
-            for the resized image of a centre crop.
+        pixel_limit: largest number of pixels (width * height) of an image. `decode` raises
+            Unreadable for a larger image, before its pixels are decoded. For a centre crop, the
+            image is resized first, and the limit also holds for the resized image.
         upright: whether to turn the image as its EXIF orientation says; if False, the orientation
             is ignored.
     """
@@ -101,11 +101,11 @@ class ImageTransform(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Request to decode one image.
+    """Request to decode one image file.
 
     Attributes:
         path: path of the image file.
-        draw: text that seeds the random crop; None for the centre crop.
+        draw: seed of the random crop, any text; None for the centre crop.
     """
 
     path: str
@@ -113,11 +113,11 @@ class Job(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something wrong with one image of a chunk, or unusual about the image.
+    """Problem of one image, which either cannot be decoded or is unusual.
 
     Attributes:
-        place: index of the image in the chunk, from 0.
-        why: what is wrong or unusual, as words of a message.
+        place: index of the image in its `Chunk`, from 0.
+        why: the problem, as words for a message, such as "the file is empty" or "grey".
         bad: True if the image cannot be decoded, False if the image is only unusual.
     """
 
@@ -127,13 +127,12 @@ class Fault(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Images that were decoded together.
+    """Up to 16 (CHUNK) images that were decoded together.
 
     Attributes:
-        pixels_BHWC: pixels, uint8, in the order of the jobs; an image that cannot be decoded is
-            black.
-        faults: what is wrong with the images or unusual about them; an image can have none or
-            several.
+        pixels_BHWC: pixels (B, size, size, 3), uint8, in the order of the requests (`Job`). An
+            image that cannot be decoded is black.
+        faults: problems of the images; an image can have none or several.
     """
 
     pixels_BHWC: Tensor
@@ -143,25 +142,26 @@ class Chunk(NamedTuple):
 def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
     """Return a square crop of an image file, and what is unusual about the image.
 
-    If `job.draw` is given, the crop is a `random_crop`, resized to `view.size`. Otherwise, the crop
-    is that of torchvision's Resize(size / centre) and CenterCrop(size). Both are bilinear and
-    antialiased. Grey, palette and CMYK images become RGB, alpha is dropped, and 16 bits become 8.
-    The EXIF orientation is ignored unless `view.upright` is set. With the default `upright`, images
-    other than those of 16 bits are converted as in torchvision's ImageFolder.
+    If `job.draw` is a text, the crop is a `random_crop`, resized to `view.size`. If it is None, the
+    crop is that of torchvision's Resize(size / centre) and CenterCrop(size). Both are resized
+    bilinearly with antialiasing. Grey, palette and CMYK images become RGB, and alpha is dropped, as
+    in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits. The EXIF orientation is
+    ignored unless `view.upright` is set.
 
     Args:
         job: file to decode and kind of crop.
-        view: size of the crop and limits.
+        view: size of the crop, range of its area, and limits.
 
     Returns:
-        (pixels, texts). The pixels are uint8, (size, size, 3). Each text names an unusual property,
-        such as "grey", "EXIF orientation 6" or "PNG named as JPEG". An upright RGB image under a
-        matching file name has none.
+        (pixels, texts). The pixels are RGB, uint8, (size, size, 3), on the CPU. Each text names an
+        unusual property of the file, such as "grey", "alpha", "EXIF orientation 6" or "PNG named as
+        JPEG". The list is empty for an upright RGB image under a matching file name.
 
     Raises:
-        Unreadable: If the file is missing, empty, damaged, not a regular file or not a JPEG, PNG,
-            PPM, BMP, TIFF, WebP or GIF file, if its pixels are floating-point numbers, or if the
-            image has more pixels than `view.pixel_limit`.
+        Unreadable: If the image cannot be decoded: the file is missing, empty, damaged, not a
+            regular file or not a JPEG, PNG, PPM, BMP, TIFF, WebP or GIF file, its pixels are
+            floating-point numbers, the image has more pixels than `view.pixel_limit`, or any other
+            problem.
     """
     with _open_image(job.path) as file:
         try:
@@ -220,10 +220,10 @@ def random_crop(
 ) -> tuple[int, int, int, int]:
     """Return the place and size of a random crop of an image.
 
-    The area and the logarithm of width / height are uniform; width / height is between 3/4 and 4/3.
-    The first of ten tries that fits into the image is taken. If none fits, the crop is the largest
-    one in the centre with such a width / height. All random numbers come from `draw.random()`,
-    whose sequence Python guarantees for a seed.
+    Up to ten crops are drawn, and the first that fits into the image is taken. The area of a crop
+    is uniform in the range `area`. The logarithm of width / height is uniform, with width / height
+    between 3/4 and 4/3. The place of the crop in the image is uniform. If none of the ten fits, the
+    result is the largest crop in the centre whose width / height is between 3/4 and 4/3.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params.
 
@@ -234,7 +234,7 @@ def random_crop(
         area: smallest and largest fraction of the image's area that the crop covers.
 
     Returns:
-        (left, top, width, height) of the crop in pixels.
+        (left, top, width, height) of the crop, in whole pixels.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -358,11 +358,16 @@ class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
 def default_workers(ranks: int = 1) -> int:
     """Return how many processes one rank should start to decode images: 1 to 16 (MOST_WORKERS).
 
-    The result is the number of cores that this process may use, divided by the number of ranks that
-    share these cores. On SLURM, the cores are those of the task. If SLURM runs several tasks, each
-    rank is a task and shares its cores with no other rank. `ranks` is the number of ranks that
-    train together, at least 1. The variable LOCAL_WORLD_SIZE says how many of these ranks are on
-    this machine; without the variable, all are.
+    The result is a number of cores divided by the number of ranks that share these cores, rounded
+    down. `ranks` is the number of ranks that train together, at least 1.
+
+    Without SLURM, the cores are those that this process may use. The ranks on this machine share
+    them: LOCAL_WORLD_SIZE ranks, or all `ranks` if that variable is not set. If the variable
+    SLURM_CPUS_PER_TASK is set, it is the number of cores. If SLURM_NTASKS is above 1 as well, each
+    rank is a task of its own and does not share its cores.
+
+    Raises:
+        ValueError: If one of these environment variables is not an integer.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -377,21 +382,20 @@ def default_workers(ranks: int = 1) -> int:
 def decoded(
     chunks: Iterable[Sequence[Job]], view: ImageTransform, *, workers: int, ahead: int = 2
 ) -> Generator[Chunk]:
-    """Decode chunks of images in worker processes, and yield the results in order.
+    """Decode images in worker processes, and yield the results in order.
 
-    An image that cannot be decoded raises no error: its chunk names the fault. The workers stop
-    when the iterator ends or is closed.
+    An image that cannot be decoded raises no error: the faults of its `Chunk` name the problem. The
+    workers stop when the iterator ends or is closed.
 
     Args:
-        chunks: the jobs of each chunk, 1 to 16 (CHUNK) of them. This process iterates over
-            `chunks`, and reads `workers * ahead` entries in advance.
-        view: crop to cut from every image.
+        chunks: lists of 1 to 16 (CHUNK) requests; the images of a list are decoded together. This
+            process iterates over `chunks`, and reads `workers * ahead` lists in advance.
+        view: settings of the crop that is cut from every image.
         workers: number of worker processes; 0 to decode in this process.
-        ahead: number of chunks that are read in advance for each worker; unused without workers.
+        ahead: number of lists that are read in advance for each worker; not used if `workers` is 0.
 
     Yields:
-        One `Chunk` for each entry of `chunks`. Its pixels are valid until the next chunk is asked
-        for.
+        One `Chunk` for each list. Its pixels are valid until the next chunk is asked for.
 
     Raises:
         ChildProcessError: If a worker process dies.
@@ -444,17 +448,20 @@ def decoded(
 
 
 def decode_all(paths: Sequence[str], size: int, what: str, workers: int | None = None) -> Tensor:
-    """Decode image files to one tensor in memory: the centre square of each image, resized.
+    """Return the centre squares of image files, resized to one size, as one tensor in memory.
+
+    Each image is resized so that its shorter side is `size` pixels, then cropped in the centre, as
+    by `decode` with a centre of 1.
 
     Args:
         paths: paths of the image files.
         size: side of the resized square in pixels.
-        what: name of the images on the progress meter.
+        what: name of the images that the progress meter shows.
         workers: number of worker processes; 0 to decode in this process, None for
             `default_workers`.
 
     Returns:
-        RGB pixels (N, size, size, 3), uint8, in the order of `paths`.
+        RGB pixels (N, size, size, 3), uint8, on the CPU, in the order of `paths`.
 
     Raises:
         ValueError: If a file cannot be decoded; the message names the first such file.

@@ -38,20 +38,22 @@ CHUNK = 256
 
 
 class Batch(NamedTuple):
-    """Batch of training images on the device, with their indices on the CPU.
+    """Batch of B training images with their labels and indices.
+
+    If several ranks share each batch, the B images are this rank's share.
 
     Attributes:
-        images: x_BCHW, normalised float32 in channels_last layout, on the device.
-        labels: y_B, class ids, int64, on the device.
-        index: index_B, index of each image among the images that are trained on, int64, on the CPU.
-            Held-out and unused images of the training split have no index.
-        views: views_B, number that identifies image, crop and flip, int64, on the CPU: index *
-            `DeviceData.views` + number of the crop and flip. None for streamed images, whose crops
-            never repeat.
-        epoch: number of the epoch, from 1. If a method trains in a first stage before the others,
-            the epochs of that stage are numbered ..., -1, 0.
-        strong: x_BCHW, a second, strongly augmented view of the same images, in the format of
-            `images`. None if the data were made without `strong`.
+        images: normalised images, float32 (B, C, H, W), channels_last, on the device.
+        labels: class of each image, int64 (B,), on the device.
+        index: index of each image among the images that are trained on, int64 (B,), on the CPU.
+            Images of the training split that are held out or left out have no index.
+        views: number that identifies the image, its crop and its flip, int64 (B,), on the CPU. The
+            number is index * `DeviceData.views` + number of the crop and flip. None for streamed
+            images, whose crops never repeat.
+        epoch: number of the epoch, from 1. If a method has a first stage of training before epoch
+            1, the epochs of that stage are numbered ..., -1, 0.
+        strong: strongly augmented versions of the same images, float32 (B, C, H, W), channels_last,
+            on the device. None if the data were made without `strong`.
     """
 
     images: Tensor
@@ -63,12 +65,12 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Random choices of one epoch: image order, crops and flips.
+    """Random choices of one epoch: the order, crops and flips of the N images that are trained on.
 
-    Entry n of `top_N`, `left_N` and `flip_N` is for image n, wherever the image is in the order.
+    Image n is the one whose `Batch.index` is n, wherever the image is in the order.
 
     Attributes:
-        order_N: image indices in the order in which the images are shown, int64.
+        order_N: indices of the images in the order in which they are shown, int64.
         top_N: first row of image n's crop in the padded image, int64, 0..2*padding.
         left_N: first column of image n's crop in the padded image, int64, 0..2*padding.
         flip_N: whether image n is mirrored left to right after the crop, bool.
@@ -81,7 +83,7 @@ class Draws(NamedTuple):
 
 
 def seed_of(*parts: object) -> int:
-    """Return a seed of 63 bits, hashed from the texts of all parts joined by spaces.
+    """Return a seed from 0 to 2^63 - 1, hashed from the texts of all parts joined by spaces.
 
     The same parts give the same seed in every process and on every machine. Name the parts, as in
     `seed_of("seed", 1, "epoch", 2)`, so that no two uses have the same text.
@@ -99,7 +101,8 @@ def draw_epoch(seed: int, epoch: int, size: int, padding: int) -> Draws:
         seed: seed of the run.
         epoch: number of the epoch.
         size: number of images.
-        padding: pixels of the border on each side; a crop starts at row and column 0..2*padding.
+        padding: pixels added on each side of an image; a crop starts at row and column
+            0..2*padding.
 
     Returns:
         The order of the images, and one crop and flip per image, on the CPU.
@@ -135,11 +138,12 @@ class DeviceData:
     """Training, validation and test batches of a data set whose pixels all stay on the device.
 
     A training image is padded with black pixels, cropped at random to its original size, and
-    mirrored with probability 1/2 if `flip` is set. The padding comes before the normalisation, as
-    torchvision's RandomCrop pads a PIL image, so the normalised border is -mean/std. If several
-    ranks share each batch, this rank gets the slice `share_of` of each training batch, with the
-    same bits as without sharing. Of the validation images, this rank gets one such slice. Test
-    batches are not shared: every rank gets all of them.
+    mirrored with probability 1/2 if `flip` is set. The padding comes before the normalisation, so
+    the normalised border is -mean/std.
+
+    Ranks are the processes that train together. Each rank gets the slice `share_of` of each
+    training batch, and one such slice of all validation images. Every rank gets all test batches.
+    The number of ranks does not change the pixels of a training image.
 
     Args:
         splits: training and test split, as `Images`.
@@ -159,23 +163,24 @@ class DeviceData:
         eval_batch_size: images per batch of validation and test.
         rank: number of this rank, from 0.
         ranks: number of ranks that share each batch.
-        strong: whether each training batch also has a strongly augmented view of its images, in
-            `Batch.strong`. A strong view has its own random crop, its own mirroring if `flip` is
+        strong: whether each training batch also has strongly augmented versions of its images, in
+            `Batch.strong`. A strong version has its own random crop, its own mirroring if `flip` is
             set, then RandAugment and Cutout (`sddlskd.data.strong`). The setting does not change
             `Batch.images`.
 
     Attributes:
-        train_size: number of training images, without the held-out and the unused ones.
+        train_size: number of images that are trained on, over all ranks.
         val_size: number of validation images, over all ranks.
         test_size: number of test images.
         image_shape: (C, H, W) of an image.
         steps_per_epoch: number of training batches per epoch.
 
     Raises:
-        ValueError: If the splits are `Files`, if the images are not uint8 (N, H, W, C) of one size
-            in both splits, if a split is empty, if labels are not int64 in 0..num_classes-1, if
-            `strong` is set and the images do not have 3 channels, if `mean` or `std` does not suit
-            `Normalise`, or if `padding`, a batch size or a fraction is out of range.
+        ValueError: If the data or an argument cannot be used: the splits are `Files`, the images
+            are not uint8 (N, H, W, C) of one size in both splits, a split is empty, a label is not
+            int64 in 0..num_classes-1, `strong` is set and the images do not have 3 channels, `mean`
+            or `std` does not suit `Normalise`, or `padding`, a batch size or a fraction is out of
+            range. A `val_fraction` other than 0 must hold out some images, but not all.
     """
 
     def __init__(
@@ -255,9 +260,9 @@ class DeviceData:
         self._val = Images(*(tensor[part] for tensor in val))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Return an iterator over the augmented training batches of one epoch.
+        """Return an iterator over the augmented training batches of one epoch, in random order.
 
-        Each training image is in one batch of the epoch.
+        Over a whole epoch, each image that is trained on is in exactly one batch.
 
         Args:
             epoch: number of the epoch; with the seed, the number decides the order, crops and
@@ -265,8 +270,8 @@ class DeviceData:
             start: number of batches to skip at the beginning of the epoch, to resume the epoch.
 
         Returns:
-            Iterator over this rank's share of each `Batch`; the last batch holds the remaining
-            images.
+            Iterator over this rank's share of each `Batch`. The last batch holds the remaining
+            images, which may be fewer.
 
         Raises:
             ValueError: If `start` is outside 0..steps_per_epoch; raised at once, not during
@@ -304,15 +309,18 @@ class DeviceData:
 
     @property
     def train_labels(self) -> Tensor:
-        """Return the class of each training image, (N,) int64 on the CPU.
+        """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n belongs to the images whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n.
         """
         return self._train_labels_N.cpu()
 
     @property
     def views(self) -> int:
-        """Return how many different views a training image can have: crops times flips."""
+        """Return how many different crops and flips a training image can have.
+
+        The number is (2 * padding + 1)^2 crops, times 2 if `flip` is set.
+        """
         return (2 * self._padding + 1) ** 2 * (2 if self._flip else 1)
 
     def _own(self, start: int) -> tuple[Tensor, list[int]]:
@@ -329,22 +337,27 @@ class DeviceData:
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64. The
-        images come from the test split unless `val_fraction` is set.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
+        B is `eval_batch_size`, or less in the last batch. The images come from the test split if
+        `val_fraction` is 0.
         """
         return self._plain(self._val)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the batches of the whole test split, in order, not augmented.
 
-        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
+        B is `eval_batch_size`, or less in the last batch.
         """
         return self._plain(self._test)
 
     def test_images(self, indices: Sequence[int]) -> Tensor:
         """Return the raw pixels of some test images, uint8 (B, H, W, C) on the CPU.
 
-        `indices` are the positions of the images in the test split, from 0.
+        `indices` are the positions of the B images in the test split, from 0.
+
+        Raises:
+            IndexError: If an index is not below the number of test images.
         """
         return self._test.images_NHWC[list(indices)].cpu()
 
@@ -449,7 +462,8 @@ def _windows(images_NHWC: Tensor, height: int, width: int) -> Tensor:
 def mirrored(x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
     """Return a copy of the images in which the selected ones are mirrored left to right.
 
-    `x_BHWC` is uint8. `flip_B` is bool, on the device of the images, and true for images to mirror.
+    `x_BHWC` is uint8 (B, H, W, C). `flip_B` is bool (B,), true for the images to mirror, on the
+    device of the images.
     """
     # a ^ ((a ^ b) & mask) selects b under the mask. On the CPU, this selection of bytes is twice
     # as fast as torch.where.
@@ -458,15 +472,15 @@ def mirrored(x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
 
 
 class Normalise:
-    """Conversion of images from uint8 x_BHWC to normalised float32 x_BCHW; call the instance.
+    """Function from uint8 images (B, H, W, C) to normalised float32 images (B, C, H, W).
 
-    The result is (pixel / 255 - mean) / std, in channels_last layout.
+    Call the instance with the images. The result is (pixel / 255 - mean) / std, channels_last.
 
     Args:
-        mean: mean per channel, for pixels scaled to 0..1.
-        std: standard deviation per channel, for pixels scaled to 0..1.
-        channels: number of channels.
-        width: width of the images in pixels.
+        mean: mean of each channel, for pixels scaled to 0..1.
+        std: standard deviation of each channel, for pixels scaled to 0..1.
+        channels: number of channels, C.
+        width: width of all images in pixels, W.
         device: device of the images.
 
     Raises:
@@ -524,12 +538,12 @@ def trained_on(
     `val_fraction`, the images of a smaller `train_fraction` are among those of a larger one.
 
     Args:
-        labels_N: class of each image of the training split, int64 on the CPU.
+        labels_N: class of each image of the training split, int64 (N,) on the CPU.
         val_fraction: fraction of each class that is held out for validation, see `held_out`; 0 to
             hold out nothing.
         train_fraction: fraction of each class to train on, of the images that are not held out. The
-            number of images is rounded to the nearest integer, with at least one image of each
-            class.
+            number of images is rounded to the nearest integer, but at least one image is taken of
+            each class that has any left.
         num_classes: number of classes.
 
     Returns:
@@ -563,7 +577,7 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
     The choice is random but fixed: it does not depend on the seed of a run.
 
     Args:
-        labels_N: class of each image of the training split, int64 on the CPU.
+        labels_N: class of each image of the training split, int64 (N,) on the CPU.
         fraction: fraction of each class to hold out. The number of images is rounded to the nearest
             integer.
         num_classes: number of classes.
@@ -572,7 +586,7 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
         A bool mask of shape (N,), true for validation images.
 
     Raises:
-        ValueError: If `fraction` is outside [0, 1), or if all images or none are held out. A
+        ValueError: If `fraction` is outside [0, 1), or if it holds out all images or none. A
             `fraction` of 0 therefore always raises.
     """
     if not 0 <= fraction < 1:
@@ -617,12 +631,13 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> Non
 
     Args:
         name: name of the split, for the message.
-        labels: class of each image; valid labels are int64, (count,), in 0..num_classes-1.
+        labels: class of each image; must be int64, (count,), in 0..num_classes-1.
         count: number of images in the split.
         num_classes: number of classes.
 
     Raises:
-        ValueError: If the split is empty, or if a label is missing, not int64 or out of range.
+        ValueError: If `count` is 0, or if `labels` has another shape, another type, or an entry out
+            of range.
     """
     if labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"

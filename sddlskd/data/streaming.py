@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Position of one piece of a batch: images that are decoded together.
+    """Position of one piece of a batch; a piece is up to 16 images that are decoded together.
 
     Attributes:
         split: "train", "val" or "test".
@@ -182,11 +182,14 @@ class _Plan:
 class StreamedData:
     """Training, validation and test batches of image files that are decoded when needed.
 
-    The methods and attributes are those of `DeviceData`, without `views`. A training image is a
-    random crop (see `decoding.decode`) of `view.size` x `view.size` pixels, mirrored with
-    probability 1/2 if `flip` is set. A validation or test image is the centre crop. Worker
-    processes decode and crop the images; all later steps run on `device`. Each rank gets its share
-    of the training batches and of the validation images, and all test batches.
+    The methods and attributes are those of `DeviceData`, without `views` and with `close`. A
+    training image is a random crop (see `decoding.decode`) of `view.size` x `view.size` pixels,
+    mirrored with probability 1/2 if `flip` is set. A validation or test image is the centre crop.
+    Worker processes decode and crop the images; all later steps run on `device`.
+
+    Ranks are the processes that train together. Each rank gets, and decodes, the slice
+    `device.share_of` of each training batch, one such slice of all validation images, and all test
+    images.
 
     Args:
         splits: training and test split, as `Files`.
@@ -197,7 +200,7 @@ class StreamedData:
         device: device of the batches.
         mean: mean per channel (RGB), for pixels scaled to 0..1.
         std: standard deviation per channel (RGB), for pixels scaled to 0..1.
-        view: size and kind of the crops.
+        view: settings of the crops: size, area, centre and limits.
         flip: whether training images are mirrored at random.
         val_fraction: fraction of each class of the training split that is held out for validation,
             the same images for every seed. With 0, the test split serves as validation split.
@@ -207,30 +210,32 @@ class StreamedData:
         workers: number of worker processes; 0 to decode in this process, None for
             `decoding.default_workers`, which counts the cores.
         bad: what to do with an image that cannot be decoded. "fail" raises ValueError when the
-            image's batch is asked for; the message names the file and the fault. "skip" replaces a
-            training image by the next image of the split that can be used, so that batches keep
-            their size, and leaves a validation or test image out.
-        irregular: what to do with an image that is not upright RGB as stored. "fail" and "skip" do
-            the same as for `bad`. "convert" uses the image as `decoding.decode` returns it.
+            image's batch is read; the message names the file and the problem. "skip" replaces a
+            training image by the next usable one of the images that are trained on, so that batches
+            keep their size, and leaves a validation or test image out.
+        irregular: what to do with an image that is unusual: not RGB, not upright or under the name
+            of another format, see `decoding.decode`. "fail" and "skip" do the same as for `bad`.
+            "convert" uses the image as `decoding.decode` returns it.
         rank: number of this rank, from 0.
-        ranks: number of ranks that share each batch. A rank decodes only its share of the training
-            batches and of the validation images.
-        strong: whether each training batch also has a strongly augmented view of its images, in
-            `Batch.strong`. A strong view has its own random crop, its own mirroring if `flip` is
+        ranks: number of ranks that share each batch.
+        strong: whether each training batch also has strongly augmented versions of its images, in
+            `Batch.strong`. A strong version has its own random crop, its own mirroring if `flip` is
             set, then RandAugment and Cutout (`sddlskd.data.strong`) on `device`. The setting does
             not change `Batch.images`.
 
     Attributes:
-        train_size: number of training images, without the held-out and the unused ones.
+        train_size: number of images that are trained on, over all ranks.
         val_size: number of validation images, over all ranks.
         test_size: number of test images.
         image_shape: (C, H, W) of an image.
         steps_per_epoch: number of training batches per epoch.
 
     Raises:
-        ValueError: If the splits are `Images`, if a split is empty, if labels are not int64 in
-            0..num_classes-1, if `mean` or `std` does not suit `Normalise`, or if the size or centre
-            of `view`, a batch size or a fraction is out of range.
+        ValueError: If the data or an argument cannot be used: the splits are `Images`, a split is
+            empty, a label is not int64 in 0..num_classes-1, `mean` or `std` does not suit
+            `Normalise`, `view.size` is below 1, `view.centre` is not in (0, 1], or a batch size or
+            a fraction is out of range. A `val_fraction` other than 0 must hold out some images, but
+            not all.
     """
 
     def __init__(
@@ -260,7 +265,7 @@ class StreamedData:
             raise ValueError("the splits hold pixels; give them to sddlskd.data.DeviceData")
         for name, files in (("train", train), ("test", test)):
             check_labels(name, files.labels_N, len(files.paths), num_classes)
-        if eval_batch_size < 1 or not view.centre <= 1 or view.size < 1:
+        if eval_batch_size < 1 or not 0 < view.centre <= 1 or view.size < 1:
             raise ValueError(
                 f"eval_batch_size is {eval_batch_size}, must be at least 1; "
                 f"size is {view.size}, must be at least 1; "
@@ -304,9 +309,10 @@ class StreamedData:
         self._counted = ""
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Return an iterator over the augmented training batches of one epoch.
+        """Return an iterator over the augmented training batches of one epoch, in random order.
 
-        Each training image is in one batch of the epoch.
+        Over a whole epoch, each image that is trained on is in exactly one batch, apart from
+        unusable images and their replacements.
 
         Args:
             epoch: number of the epoch; with the seed, the number decides the order, crops and
@@ -314,13 +320,14 @@ class StreamedData:
             start: number of batches to skip at the beginning of the epoch, to resume the epoch.
 
         Returns:
-            Iterator over this rank's share of each `Batch`; the last batch holds the remaining
-            images. If an unusable image was replaced, label and index are those of the replacement.
+            Iterator over this rank's share of each `Batch`. The last batch holds the remaining
+            images, which may be fewer. If an unusable image was replaced, label and index are those
+            of the replacement.
 
         Raises:
             ValueError: If `start` is outside 0..steps_per_epoch; raised at once. During iteration:
-                if an image cannot be used and `bad` or `irregular` is "fail", or if none of the 100
-                images (IN_A_ROW) after an unusable one can replace it.
+                if an image has a fault whose setting (`bad` or `irregular`) is "fail", or if none
+                of the 100 images (IN_A_ROW) after an unusable one can replace it.
             ChildProcessError: If a worker process dies, during iteration.
         """
         if not 0 <= start <= self.steps_per_epoch:
@@ -332,22 +339,23 @@ class StreamedData:
 
     @property
     def train_labels(self) -> Tensor:
-        """Return the class of each training image, (N,) int64 on the CPU.
+        """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n belongs to the images whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n.
         """
         return self._splits["train"].labels_N
 
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64.
-        Images that are left out make a batch smaller. The images come from the test split unless
-        `val_fraction` is set.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
+        B is `eval_batch_size`, or less in the last batch and if images are left out. A batch
+        without any usable image is left out. The images come from the test split if `val_fraction`
+        is 0.
 
         Raises:
-            ValueError: If an image cannot be used and `bad` or `irregular` is "fail", or if there
-                is one rank and no validation image can be used; raised during iteration.
+            ValueError: If an image has a fault whose setting (`bad` or `irregular`) is "fail", or
+                there is one rank and no validation image can be used; raised during iteration.
             ChildProcessError: If a worker process dies, during iteration.
         """
         return self._plain("val")
@@ -355,12 +363,13 @@ class StreamedData:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the batches of the whole test split, in order, not augmented.
 
-        A batch is (images, labels) on the device: x_BCHW, normalised float32, and y_B, int64.
-        Images that are left out make a batch smaller.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
+        B is `eval_batch_size`, or less in the last batch and if images are left out. A batch
+        without any usable image is left out.
 
         Raises:
-            ValueError: If an image cannot be used and `bad` or `irregular` is "fail", or if no test
-                image can be used; raised during iteration.
+            ValueError: If an image has a fault whose setting (`bad` or `irregular`) is "fail", or
+                no test image can be used; raised during iteration.
             ChildProcessError: If a worker process dies, during iteration.
         """
         return self._plain("test")
@@ -369,12 +378,12 @@ class StreamedData:
         """Return the raw pixels of some test images, centre-cropped, uint8 (B, H, W, C) on the CPU.
 
         `indices`, at least one, count the images that the test batches show, from 0. Images that
-        are left out do not count. They are known only after `test_batches` has been read to the
-        end, so call this method after that.
+        are left out do not count. Which images are left out is known only after `test_batches` has
+        been read to the end, so call this method after that.
 
         Raises:
             Unreadable: If an image cannot be decoded.
-            IndexError: If an index is not below the number of these images.
+            IndexError: If an index is not below the number of images that are shown.
         """
         shown = [path for path in self._splits["test"].paths if path not in self._unusable]
         return torch.stack([decode(Job(shown[n], None), self._view)[0] for n in indices])

@@ -49,18 +49,20 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 class StrongDraws(NamedTuple):
-    """Random choices of the strong views of an epoch; row n is for image n of the data set.
+    """Random choices of one epoch for the strong views: strongly augmented versions of N images.
+
+    Row n is for image n of the images that are trained on, as in `Batch.index`.
 
     Attributes:
         top_N: first row of image n's crop in the padded image, int64, 0..2*padding.
         left_N: first column of image n's crop in the padded image, int64, 0..2*padding.
         flip_N: whether image n is mirrored left to right after the crop, bool.
-        operation_NK: indices into `OPERATIONS`, in the order in which the operations are applied,
-            int64.
-        value_NK: value of each operation, float64, from 0 (least value of the operation's range) to
-            1 (largest value).
-        cut_N3: side, centre column and centre row of the Cutout, each as a uniform number 0 to 1,
-            float64; `cutout` says what the numbers mean.
+        operation_NK: indices into `OPERATIONS` of the K operations on image n, in the order in
+            which they are applied, int64 (N, K).
+        value_NK: value of each operation, float64 (N, K), from 0 (least value of the operation in
+            `OPERATIONS`) to 1 (largest value).
+        cut_N3: side, centre column and centre row of the square that `cutout` paints, float64
+            (N, 3), each uniform in 0 to 1; `cutout` turns them into pixels.
     """
 
     top_N: Tensor
@@ -72,14 +74,16 @@ class StrongDraws(NamedTuple):
 
 
 def draw_strong(seed: int, size: int, padding: int) -> StrongDraws:
-    """Return the random choices of the strong views of `size` images in one epoch.
+    """Return one epoch's random choices for the strong views of `size` images.
 
-    The result depends on the arguments alone, not on the process, the device or the batch size.
+    A strong view is a strongly augmented version of an image. The result depends on the arguments
+    alone, not on the process, the device or the batch size.
 
     Args:
-        seed: seed of the epoch's strong views; other draws must not use it.
+        seed: seed of the choices; no other random choice should use the same seed.
         size: number of images.
-        padding: pixels of the border on each side; a crop starts at row and column 0..2*padding.
+        padding: pixels added on each side of an image; a crop starts at row and column
+            0..2*padding.
 
     Returns:
         The choices, one row per image, on the CPU; each image has K = 2 operations.
@@ -93,17 +97,17 @@ def draw_strong(seed: int, size: int, padding: int) -> StrongDraws:
 
 
 def rand_augment(images_BHWC: Tensor, operation_BK: Tensor, value_BK: Tensor) -> Tensor:
-    """Return the images after K operations of `OPERATIONS` on each image.
+    """Return the images after K operations of RandAugment on each image.
 
     Args:
-        images_BHWC: RGB images, uint8.
-        operation_BK: indices into `OPERATIONS`, in the order in which the operations are applied,
-            int64 on the CPU.
-        value_BK: value of each operation, float64 on the CPU, from 0 (least value of the
-            operation's range) to 1 (largest value).
+        images_BHWC: RGB images, at least one, uint8 (B, H, W, 3).
+        operation_BK: indices into `OPERATIONS` of the operations on each image, in the order in
+            which they are applied, int64 (B, K) on the CPU.
+        value_BK: value of each operation, float64 (B, K) on the CPU, from 0 (least value of the
+            operation in `OPERATIONS`) to 1 (largest value).
 
     Returns:
-        The new images, uint8 (B, H, W, C); the given images are not changed.
+        The new images, uint8 (B, H, W, 3); the given images are not changed.
     """
     device = images_BHWC.device
     for operation_B, value_B in zip(operation_BK.T, value_BK.T, strict=True):
@@ -123,21 +127,20 @@ def rand_augment(images_BHWC: Tensor, operation_BK: Tensor, value_BK: Tensor) ->
 
 
 def cutout(images_BHWC: Tensor, cut_B3: Tensor) -> Tensor:
-    """Return the images with a square in the mean colour of CIFAR-10, cut off at the image's edges.
+    """Return the images with a square painted on each in the mean colour of CIFAR-10.
 
-    The side is uniform in 0 to half the image's width; nothing is painted if the side is 0. The
-    column of the centre is uniform in 1 to the image's width, and the row in 1 to the image's
-    height. These ranges do not begin at 0, because the released code calls numpy's uniform(side),
-    which sets the lower bound alone.
+    Let s, c and r be an image's row in `cut_B3`, and H and W its height and width in pixels. The
+    side of the square is s W / 2 pixels. If s is 0, nothing is painted. The square's centre lies
+    W - c (W - 1) pixels from the left edge and H - r (H - 1) pixels from the upper edge. A square
+    that would cross the left or upper edge is moved to start there. At the right and lower edges,
+    the square is cut off.
 
     Args:
-        images_BHWC: RGB images, uint8.
-        cut_B3: side, centre column and centre row, each as a number 0 to 1, float64 on the CPU. For
-            the side, 0 means 0 and 1 half the width. For the column and row, 0 means the last pixel
-            and 1 the first.
+        images_BHWC: RGB images, uint8 (B, H, W, 3).
+        cut_B3: s, c and r of each image, each from 0 to 1, float64 (B, 3) on the CPU.
 
     Returns:
-        The new images, uint8 (B, H, W, C); the given images are not changed.
+        The new images, uint8 (B, H, W, 3); the given images are not changed.
     """
     device = images_BHWC.device
     _, height, width, _ = images_BHWC.shape
@@ -146,6 +149,8 @@ def cutout(images_BHWC: Tensor, cut_B3: Tensor) -> Tensor:
 
     def span(centre_B: Tensor, length: int) -> Tensor:
         """Return which of `length` rows or columns the square covers, bool (B, length)."""
+        # The centre is in 1..length: the released code calls numpy's uniform(length), which sets
+        # the lower bound alone.
         first_B = (length + (1 - length) * centre_B - side_B / 2).clamp(min=0).floor()
         last_B = (first_B + side_B).floor()  # Pillow paints the last row and column, too
         last_B[side_B <= 0] = -1  # nothing is painted
@@ -371,12 +376,13 @@ def _nearest(images_BHWC: Tensor, across_B3: Tensor, down_B3: Tensor) -> Tensor:
 
 
 class Mix(NamedTuple):
-    """How the images of a batch are combined in pairs.
+    """Random choices with which `mixup` and `cutmix` combine each image of a batch with a partner.
 
     Attributes:
-        partner_B: index of each image's partner in the batch, int64 on the CPU.
-        share: fraction of the result that comes from the image itself, 0 to 1; the rest comes from
-            its partner.
+        partner_B: index in the batch of each image's partner, which can be the image itself, int64
+            (B,) on the CPU.
+        share: weight of an image in the result, 0 to 1, the same for the whole batch. Its partner
+            has the weight 1 - share.
         column: column of the centre of CutMix's box, as a fraction of the image's width.
         row: row of the centre of CutMix's box, as a fraction of the image's height.
     """
@@ -388,9 +394,10 @@ class Mix(NamedTuple):
 
 
 def draw_mix(seed: int, size: int, alpha: float = 1.0) -> Mix:
-    """Return a random choice of how to combine the images of a batch in pairs.
+    """Return random choices with which `mixup` or `cutmix` combines the images of a batch.
 
-    As in both papers, all images of a batch have the same share, drawn from Beta(alpha, alpha).
+    As in the papers of MixUp and CutMix, all images of the batch have the same `share`, drawn from
+    Beta(alpha, alpha).
 
     Args:
         seed: seed of the batch. `sddlskd.data.device.seed_of` can make it from the seed of the run,
@@ -416,21 +423,23 @@ def draw_mix(seed: int, size: int, alpha: float = 1.0) -> Mix:
 def mixup(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
     """Return weighted means of images and their partners, and the weight of the images' own labels.
 
-    The images are float x_BCHW. The mean is `mix.share` * image + (1 - `mix.share`) * partner. The
-    weight is `mix.share`; the label of the partner has the weight 1 - `mix.share`.
+    The images are floating-point (B, C, H, W), and so are the means, in a new tensor. A mean is
+    `mix.share` * image + (1 - `mix.share`) * partner. The weight is a scalar, `mix.share`. The
+    label of the partner has the weight 1 - `mix.share`.
     """
     partner_BCHW = images_BCHW[mix.partner_B.to(images_BCHW.device)]
     return mix.share * images_BCHW + (1 - mix.share) * partner_BCHW, mix.share
 
 
 def cutmix(images_BCHW: Tensor, mix: Mix) -> tuple[Tensor, float]:
-    """Return images with a box from each image's partner, and the weight of the image's own label.
+    """Return images with a box from each image's partner, and the weight of the images' own labels.
 
-    The images are float x_BCHW; the given ones are not changed. All images of the batch have the
-    same box. Its centre is at (`mix.row`, `mix.column`). Its sides are sqrt(1 - `mix.share`) of the
-    image's sides, rounded down to even numbers of pixels, and the box is cut off at the edges. The
-    weight is the fraction of the pixels outside the box, which can differ from `mix.share` because
-    the box is rounded and cut off. The label of the partner has 1 minus this weight.
+    The images are floating-point (B, C, H, W), and so are the new ones; the given ones are not
+    changed. All images have the same box. Its centre is at (`mix.row`, `mix.column`), as fractions
+    of height and width. The sides of the box are sqrt(1 - `mix.share`) of the image's sides,
+    rounded down to even numbers of pixels, and the box is cut off at the edges. The weight is a
+    scalar, the fraction of the pixels outside the box. The label of the partner has the weight 1
+    minus this fraction.
     """
     height, width = images_BCHW.shape[2:]
     part = math.sqrt(1 - mix.share)

@@ -91,11 +91,11 @@ _log = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
-    """One split of a data set in memory.
+    """One split of a data set in host memory.
 
     Attributes:
-        images_NHWC: pixels 0..255, uint8.
-        labels_N: classes counted from 0, int64.
+        images_NHWC: pixels 0..255, uint8 (N, H, W, C).
+        labels_N: class of each image, counted from 0, int64 (N,).
     """
 
     images_NHWC: Tensor
@@ -106,8 +106,8 @@ class Files(NamedTuple):
     """One split of a data set whose images stay on the disk, as paths and labels.
 
     Attributes:
-        paths: absolute paths of the image files, which need not have been opened yet.
-        labels_N: classes counted from 0, int64.
+        paths: absolute paths of the N image files. The loaders do not open the files.
+        labels_N: class of each image, counted from 0, int64 (N,).
     """
 
     paths: Sequence[str]
@@ -125,16 +125,16 @@ def cifar100(root: str) -> Splits:
     """Return CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 100 classes.
 
     The splits are `Images` of 32x32x3 pixels with the fine labels. The files
-    `root`/cifar-100-python/{train,test} are read if both exist, otherwise the archive
-    `root`/cifar-100-python.tar.gz, which is downloaded if it is missing. A file that does not have
-    the published md5 is used, and a warning is logged.
+    `root`/cifar-100-python/{train,test} are read if both exist. Otherwise, the archive
+    `root`/cifar-100-python.tar.gz is read; it is downloaded if it is missing. A file that does not
+    have the published md5 is used nevertheless, and a warning is logged.
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
-        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
-        ValueError: If a file is damaged, larger than 256 MiB (LARGEST_MEMBER) or would run code, or
-            if not `root` but a folder around or below `root` holds the data set. The message names
-            the file or folder.
+        FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
+        ValueError: If a file cannot be used: it is damaged, larger than 256 MiB (LARGEST_MEMBER) or
+            would run code. Also if not `root` but a folder above or below `root` holds the data
+            set. The message names the file or folder.
     """
     folder = Path(root).expanduser() / "cifar-100-python"
     return Splits(
@@ -146,16 +146,16 @@ def cifar10(root: str) -> Splits:
     """Return CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images of 10 classes.
 
     The splits are `Images` of 32x32x3 pixels. The six files
-    `root`/cifar-10-batches-py/{data_batch_1..5,test_batch} are read if all exist, otherwise the
-    archive `root`/cifar-10-python.tar.gz, which is downloaded if it is missing. A file that does
-    not have the published md5 is used, and a warning is logged.
+    `root`/cifar-10-batches-py/{data_batch_1..5,test_batch} are read if all exist. Otherwise, the
+    archive `root`/cifar-10-python.tar.gz is read; it is downloaded if it is missing. A file that
+    does not have the published md5 is used nevertheless, and a warning is logged.
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
-        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
-        ValueError: If a file is damaged, larger than 256 MiB (LARGEST_MEMBER) or would run code, or
-            if not `root` but a folder around or below `root` holds the data set. The message names
-            the file or folder.
+        FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
+        ValueError: If a file cannot be used: it is damaged, larger than 256 MiB (LARGEST_MEMBER) or
+            would run code. Also if not `root` but a folder above or below `root` holds the data
+            set. The message names the file or folder.
     """
     folder = Path(root).expanduser() / "cifar-10-batches-py"
     *train, test = _cifar(folder, CIFAR10_URL, CIFAR10_MD5, CIFAR10_MEMBERS, "CIFAR-10", "labels")
@@ -173,10 +173,11 @@ def stl10(root: str) -> Splits:
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
-        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
-        ValueError: If the archive or a file is damaged or too large, if the folder exists and lacks
-            a file, or if not `root` but a folder around or below `root` holds the data set. The
-            message names the file or folder.
+        FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
+        OSError: If the archive cannot be unpacked because the disk is full or not writable.
+        ValueError: If the archive or a file cannot be used: it is missing in an existing folder,
+            damaged or too large. Also if not `root` but a folder above or below `root` holds the
+            data set. The message names the file or folder.
     """
     folder = Path(root).expanduser() / "stl10_binary"
     check_named_root(folder, STL10_FILES, "stl10_binary.tar.gz")
@@ -245,9 +246,10 @@ def fashion_mnist(root: str) -> Splits:
 
     Raises:
         DownloadError: If a file is missing and cannot be downloaded.
-        FileNotFoundError: If a file is missing and `places.without_downloads` is in force.
-        ValueError: If a file is damaged or larger than 256 MiB (LARGEST_MEMBER), or if only a
-            folder around or below `root` holds the data set. The message names the file or folder.
+        FileNotFoundError: If a file is missing in a block `with places.without_downloads()`.
+        ValueError: If a file cannot be used: it is damaged or larger than 256 MiB (LARGEST_MEMBER).
+            Also if only a folder above or below `root` holds the data set. The message names the
+            file or folder.
     """
     top = Path(root).expanduser()
     places = [*_fashion_mnist_places(top), Path(DEBIAN_FASHION_MNIST)]
@@ -283,7 +285,7 @@ def digits() -> Splits:
     The splits are `Images`: 1,437 for training and 360 for test, always the same ones, stratified
     by class. The original images are 8x8 and grey, with values 0..16. They are resized bilinearly
     and scaled to 0..255, and the channel is repeated three times. Nothing is downloaded: the file
-    belongs to the installed scikit-learn.
+    of the installed scikit-learn is read.
     """
     # Read the file itself: importing scikit-learn takes longer than importing torch.
     with gzip.open(
@@ -317,7 +319,7 @@ def fake(
 ) -> Splits:
     """Return random pixels with balanced labels, for timings and smoke tests.
 
-    The defaults have the sizes of CIFAR-100.
+    The default sizes are those of CIFAR-100.
 
     Args:
         num_classes: number of classes, at least 1; image n has the class n mod `num_classes`.

@@ -20,22 +20,22 @@ LONGEST_LIST = 5  # class names in a message
 
 
 def fingerprint(splits: Splits) -> dict[str, Any]:
-    """Return sizes, class names and a hash of a data set, by which to recognise the data later.
+    """Return the sizes, class names and a hash of a data set, to recognise the same data later.
 
-    The result does not depend on the folder in which the data set lies. A file that cannot be read
-    raises no error, but changes the hash.
+    The result does not depend on the folder in which the data set lies. If an image file cannot be
+    read, no error is raised, but the hash can be another one.
 
     Returns:
         A dictionary that can be written as JSON, with the keys
 
         - train, test: number of images of the split;
-        - classes: largest label + 1; 0 without images;
-        - class_names: names of the folders of the training images, in the order of the classes;
-          None for `Images`, and for `Files` that do not lie in one folder per class;
-        - sha256: hash of the labels and, for `Images`, of all pixels. For `Files`, hash of the
-          labels, of the paths relative to the folder that all files of the split share, of the
-          sizes of at most 100,000 files (MOST_SIZES), and of the first 16 KiB of at most 1,000
-          files (MOST_CONTENTS).
+        - classes: largest label of both splits + 1; 0 without images;
+        - class_names: names of the class folders of the training images, in the order of the
+          labels; None for `Images`, and for `Files` that do not lie in one folder per class;
+        - sha256: hash in hex. For `Images`, of the labels and all pixels. For `Files`, of the
+          labels, of the paths relative to the folder that all files of a split share, of the sizes
+          of at most 100,000 files of a split (MOST_SIZES), and of the first 16 KiB of at most 1,000
+          files of a split (MOST_CONTENTS).
     """
     counts = {name: len(split.labels_N) for name, split in splits._asdict().items()}
     names = None
@@ -68,11 +68,14 @@ def difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def differing_classes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return in words how the classes of two fingerprints differ; "" if they do not.
 
-    `earlier` and `now` are results of `fingerprint`. The names of the classes and their order are
-    compared if both fingerprints have names. Then the numbers of classes are compared.
+    `earlier` and `now` are results of `fingerprint`. If both have class names, the names and their
+    order are compared first. The numbers of classes are compared if the names do not differ or a
+    fingerprint has none. An example is "100 classes then, 10 now".
     """
     names = earlier["class_names"], now["class_names"]
     if None not in names and names[0] != names[1]:
+        if sorted(names[0]) == sorted(names[1]):
+            return "the same classes in another order"
         gone, new = ([x for x in a if x not in b] for a, b in (names, names[::-1]))
         return f"classes {_listed(gone)} then, {_listed(new)} now"
     if earlier["classes"] != now["classes"]:

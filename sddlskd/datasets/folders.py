@@ -20,28 +20,27 @@ __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 
 
 def image_folder(root: str, test: str | None = None, num_classes: int | None = None) -> Splits:
-    """Return the images of any folder that holds class folders for a training and a test split.
+    """Return the images of a data set that has a folder of images for each class of each split.
 
     The training images are `root`/train/<class>/*. The test images are `root`/val/<class>/* or
-    `root`/test/<class>/*. Classes are numbered by their sorted names. As in torchvision's
+    `root`/test/<class>/*. Classes are numbered from 0 by their sorted names. As in torchvision's
     ImageFolder, every file with an image extension is taken, in the class folder or in any folder
-    below it. Unlike there, names that begin with "._" are left out, and so are class folders
-    without images whose names begin with ".". No image is opened.
+    below it. Unlike there, two things are left out: files whose names begin with "._", and class
+    folders without images whose names begin with ".". No image is opened.
 
     Args:
         root: folder that holds the folders of the splits.
-        test: name of the folder of the test split; None for val or test, of which one must exist.
+        test: name of the folder of the test split; None for val or test, whichever exists.
         num_classes: expected number of classes; None to accept any number.
 
     Returns:
         Splits of `Files`.
 
     Raises:
-        ValueError: If a folder is missing, if a class folder has no images, if val and test exist
-            and `test` is None, if the splits have different classes, if their number is not
-            `num_classes`, or if a link leads to a folder that holds the link. The message is one
-            line. If a folder around or below `root` has the right layout, the message names that
-            folder.
+        ValueError: If the folders cannot be used: one is missing, a class folder has no images, val
+            and test exist and `test` is None, the splits have different classes, their number is
+            not `num_classes`, or a link leads to a folder that holds the link. If a folder above or
+            below `root` has the right layout instead, the message names that folder.
     """
     top = Path(root).expanduser().absolute()
     tests = [test] if test else ["val", "test"]
@@ -109,7 +108,8 @@ def _class_folders(folder: Path) -> tuple[list[str], Files]:
 def image_files(folder: Path) -> list[str]:
     """Return the paths of the image files in a folder and in all folders below it.
 
-    The order is that of torchvision's ImageFolder.
+    The files and their order are those of torchvision's ImageFolder, but files whose names begin
+    with "._" are left out.
 
     Raises:
         ValueError: If there is no image file, or if a link leads to a folder that holds the link.
@@ -194,10 +194,12 @@ def cub200(root: str) -> Splits:
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
-        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
-        ValueError: If the archive is damaged, if a text file is missing or damaged, if the text
-            files or the images do not fit together, or if not `root` but a folder around or below
-            `root` holds the data set. The message names the file, the line or the folder.
+        FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
+        OSError: If the archive cannot be unpacked because the disk is full or not writable.
+        ValueError: If the data cannot be used: the archive or a text file is damaged, a text file
+            is missing, or the text files and the images do not fit together. Also if not `root` but
+            a folder above or below `root` holds the data set. The message names the file, the line
+            or the folder.
     """
     folder = Path(root).expanduser().absolute() / "CUB_200_2011"
     check_named_root(folder, CUB200_TEXTS[:3], "CUB_200_2011.tgz")
@@ -255,16 +257,18 @@ def cub200(root: str) -> Splits:
 def imagenet(root: str, num_classes: int = 1000) -> Splits:
     """Return ImageNet (ILSVRC 2012): 1,281,167 training and 50,000 test images of 1,000 classes.
 
-    The splits are `Files` of `root`/train/<synset>/* and `root`/val/<synset>/*, read as
-    `image_folder` does. Classes are numbered by their sorted synsets, as published weights expect.
-    The data set cannot be downloaded here: its licence requires an account. `num_classes` is the
-    expected number of classes.
+    The splits are `Files` of `root`/train/<synset>/* and `root`/val/<synset>/*, read as by
+    `image_folder`. A synset is the name of a class's folder, such as n01440764. Classes are
+    numbered from 0 by their sorted synsets, as published weights expect. The data set cannot be
+    downloaded here: its licence requires an account. `num_classes` is the number of classes that
+    must be found; the numbers of images are not checked.
 
     Citation: Russakovsky et al. 2015.
 
     Raises:
-        ValueError: If a folder is missing or has another layout, if the splits have different
-            classes, or if the number of classes is not `num_classes`. The message is one line.
+        ValueError: If the folders cannot be used: one is missing, has no images or has another
+            layout, the splits have different classes, the number of classes is not `num_classes`,
+            or any other problem for which `image_folder` raises ValueError.
     """
     top = Path(root).expanduser().absolute()
     if (top / "val").is_dir() and not any(path.is_dir() for path in (top / "val").iterdir()):
@@ -289,15 +293,17 @@ def tiny_imagenet(root: str) -> Splits:
     The splits are `Files` of 64x64 pixels. The test split is the published val split, because the
     published test images have no labels. The folder `root`/tiny-imagenet-200 is read (wnids.txt,
     train/<wnid>/images/*, val/val_annotations.txt, val/images/*). If the folder is missing, it is
-    unpacked from `root`/tiny-imagenet-200.zip, which is downloaded if it is missing. Classes are
-    numbered by their sorted wnids.
+    unpacked from `root`/tiny-imagenet-200.zip, which is downloaded if it is missing. A wnid is the
+    name of a class's folder, such as n01443537. Classes are numbered from 0 by their sorted wnids.
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
-        FileNotFoundError: If the archive is missing and `places.without_downloads` is in force.
-        ValueError: If the archive is damaged, if a text file is missing or damaged, if the text
-            files or the images do not fit together, or if not `root` but a folder around or below
-            `root` holds the data set. The message names the file, the line or the folder.
+        FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
+        OSError: If the archive cannot be unpacked because the disk is full or not writable.
+        ValueError: If the data cannot be used: the archive or a text file is damaged, a text file
+            is missing, or the text files and the images do not fit together. Also if not `root` but
+            a folder above or below `root` holds the data set. The message names the file, the line
+            or the folder.
     """
     folder = Path(root).expanduser().absolute() / "tiny-imagenet-200"
     check_named_root(folder, ["wnids.txt"], "tiny-imagenet-200.zip")

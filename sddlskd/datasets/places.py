@@ -20,22 +20,22 @@ MOST_FOLDERS = 300
 def check_root(
     root: Path, has_data: Callable[[Path], bool], what: str, parts: Collection[str] | None = None
 ) -> None:
-    """Raise ValueError if not `root` but a folder around or below `root` holds the data set.
+    """Raise ValueError if not `root` but a folder above or below `root` holds the data set.
 
-    Three levels (LEVELS) up and down are looked into. If no folder holds the data set, nothing is
-    raised.
+    The folders up to three levels (LEVELS) above and below `root` are checked; hidden folders below
+    `root` are skipped. If none of them holds the data set, nothing is raised.
 
     Args:
-        root: folder that `dataset.root` names.
-        has_data: function that returns whether a folder holds the data set.
+        root: folder in which the user says that the data set is (`dataset.root`).
+        has_data: function that returns whether the folder with this path holds the data set.
         what: what a folder with the data set holds, for the message.
-        parts: names of subfolders that a folder with the data set has. A folder around `root`
-            counts only if `root` is, or lies in, one of these subfolders. None if every folder
-            around `root` counts.
+        parts: names of subfolders that a folder with the data set has. A folder above `root` then
+            counts only if `root` lies in, or is, one of its subfolders with such a name. None if
+            every folder above `root` counts.
 
     Raises:
-        ValueError: If only folders around or below `root` hold the data set; the message, one line,
-            names one to three of them.
+        ValueError: If folders above or below `root` hold the data set, and `root` does not. The
+            message names one to three of the folders.
     """
     top = root.absolute()
     if has_data(top):
@@ -83,18 +83,20 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def check_named_root(data: Path, files: Collection[str], archive: str) -> None:
-    """Raise ValueError if a data set lies around or below `dataset.root` instead of in it.
+    """Raise ValueError if not `dataset.root` but a folder above or below it holds a data set.
 
-    The data set has a folder of its own, with a fixed name. The check is that of `check_root`, for
-    the folder above `data`: if the data set is nowhere, nothing is raised.
+    `dataset.root` is the folder that the user names; the data set has a subfolder there, `data`,
+    with a fixed name. The check is that of `check_root`: if no folder holds the data set, nothing
+    is raised.
 
     Args:
-        data: the data set's own folder, as `dataset.root` places it; need not exist.
+        data: path that the data set's subfolder has in `dataset.root`; need not exist.
         files: names of the files in `data` by which the data set is recognised; all must exist.
-        archive: name of the data set's archive beside `data`, which counts like the unpacked files.
+        archive: name of the data set's archive, which lies beside `data`. A folder with the archive
+            holds the data set, too.
 
     Raises:
-        ValueError: If neither the files nor the archive are there, but a folder around or below
+        ValueError: If neither the files nor the archive are there, but a folder above or below
             `dataset.root` holds them; the message names that folder.
     """
 
@@ -110,7 +112,7 @@ def check_named_root(data: Path, files: Collection[str], archive: str) -> None:
 def without_downloads() -> Iterator[None]:
     """Forbid downloads inside a `with` block: `fetch` raises FileNotFoundError for a missing file.
 
-    All loaders of data sets download with `fetch`.
+    All loaders of data sets download with `fetch`. Other threads may still download.
     """
     token = _may_download.set(False)
     try:
@@ -127,16 +129,16 @@ def fetch(url: str, md5: str, folder: Path, *, limit: int) -> Path:
     Args:
         url: address of the file, http or https; its last part is the file name.
         md5: md5 in hex that the downloaded file must have.
-        folder: folder of the file.
+        folder: folder of the file; made if it is missing.
         limit: largest size of the download in bytes.
 
     Returns:
         Path of the file: `folder`/<last part of `url`>.
 
     Raises:
-        FileNotFoundError: If the file is missing and `without_downloads` is in force.
-        DownloadError: If the file is missing and cannot be downloaded, or the download has another
-            md5.
+        FileNotFoundError: If the file is missing in a block `with without_downloads()`.
+        DownloadError: If the file is missing and cannot be downloaded: the server fails, the file
+            is larger than `limit`, has another md5, cannot be written, or any other problem.
     """
     path = folder / url.rpartition("/")[2]
     if not _may_download.get() and not path.is_file():

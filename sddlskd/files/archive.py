@@ -43,18 +43,18 @@ OF_THIS_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO
 
 
 class UnsafeArchive(ValueError):
-    """Error for an archive that is damaged, too large or unsafe to unpack.
+    """Error for an archive that is refused: it is missing, damaged, too large or unsafe to unpack.
 
-    No unpacked file is left behind.
+    `unpack` then leaves no unpacked file behind.
     """
 
 
 class Member(tarfile.TarInfo):
-    """Member of a tar archive, with a limit on the headers that hold names.
+    """Member of a tar archive, with a size limit on headers that hold a name.
 
-    The class is a value for the argument `tarinfo` of `tarfile.open`. A header with a long name or
-    extended attributes of more than 64 KiB (LONGEST_NAME) raises UnsafeArchive, because tarfile
-    would read the whole header into memory.
+    Give the class to `tarfile.open` as `tarinfo`. Reading the archive then raises UnsafeArchive for
+    a header of a long name or of extended attributes with more than 64 KiB (LONGEST_NAME). Without
+    the limit, tarfile would read the whole header into memory.
     """
 
     @classmethod
@@ -116,12 +116,12 @@ def unpack(
         wanted: function that returns whether to unpack the file with this path in the archive.
 
     Raises:
-        UnsafeArchive: If the archive is missing, damaged or too large, if the path of a member is
-            absolute or contains "..", a backslash or a null character, if a member is a link or a
-            device, if a wanted file occurs twice, or if a zip file uses a compression other than
-            deflate.
+        UnsafeArchive: If the archive is missing, damaged, beyond `limit` or `count`, or unsafe. An
+            archive is unsafe if any member is a link, a device or another special file, if the path
+            of a member is absolute or contains "..", a backslash or a null character, if a wanted
+            file occurs twice, or if a zip file uses a compression other than deflate.
         FileExistsError: If `folder` exists.
-        OSError: If the local disk is full, not writable or defective.
+        OSError: If the local disk is full or defective, or if a file may not be read or written.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} already exists; remove it to unpack {archive} again")
@@ -158,7 +158,7 @@ def unpack(
 
 
 def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) -> None:
-    """Unpack the top-level folder of an archive that has the name of `folder` as `folder`.
+    """Unpack one top-level folder of an archive, the one with the name of `folder`, to `folder`.
 
     The folder is unpacked completely or not at all. If `folder` exists, nothing is done. If several
     processes call the function at once, one unpacks and the others wait.
@@ -166,12 +166,14 @@ def unpack_folder(archive: Path, folder: Path, *, limit: int, **options: Any) ->
     Args:
         archive: a tar or zip file that contains the folder at its top level.
         folder: folder to make; its last part is the name of the folder in the archive.
-        limit: largest total size in bytes of the wanted files.
-        **options: `count` and `wanted` of `unpack`; the paths begin with the name of the folder.
+        limit: largest total size in bytes of the wanted files, in all folders of the archive.
+        **options: `count` and `wanted` of `unpack`. The paths that `wanted` gets begin with the
+            name of the top-level folder.
 
     Raises:
-        UnsafeArchive: If `unpack` refuses the archive, or if the archive contains no such folder.
-        OSError: If the local disk is full, not writable or defective.
+        UnsafeArchive: If `unpack` refuses the archive, or if the archive contains no wanted file in
+            such a folder.
+        OSError: If the local disk is full or defective, or if a file may not be read or written.
     """
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():

@@ -31,9 +31,9 @@ def write_atomically(
         The temporary file, opened for binary writing.
 
     Raises:
-        OSError: If the disk is full or not writable, or if the block raises an OSError. The message
-            names `path` and, for a full disk, the free space and `size`. The old content of `path`
-            is untouched.
+        OSError: If the file cannot be written, for example because the disk is full, or if the
+            block raises an OSError. `path` stays as it was. For a full disk, the message names
+            `path`, the free space and `size`.
         FileExistsError: If `path` exists and `replace` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,14 @@ def write_atomically(
 
 
 def put(new: Path, path: Path) -> None:
-    """Rename the finished file `new` to `path`, which must not exist.
+    """Rename the finished file `new` to `path`, which must not exist, on the same file system.
 
-    If several processes try this at once, one of them succeeds. On a file system without hard
-    links, two may succeed, and the file of the last process remains.
+    If several processes do this for the same `path` at once, one of them succeeds. On a file system
+    without hard links, two may succeed, and the file of the last process remains.
 
     Raises:
         FileExistsError: If `path` exists; `new` then stays.
+        OSError: If `new` is missing or cannot be renamed.
     """
     try:
         os.link(new, path)
@@ -88,9 +89,9 @@ def put(new: Path, path: Path) -> None:
 def rotate(new: Path) -> None:
     """Put a new checkpoint in place and keep the previous one.
 
-    For `new` = x.ckpt.new, x.ckpt is renamed to x.previous.ckpt if it exists, and then x.ckpt.new
-    to x.ckpt. An older x.previous.ckpt is replaced. If a call is interrupted between the two steps,
-    another call completes them.
+    For `new` = x.ckpt.new, x.ckpt is renamed to x.previous.ckpt if x.ckpt exists, and then
+    x.ckpt.new is renamed to x.ckpt. An older x.previous.ckpt is replaced. If a call is interrupted
+    between the two steps, another call completes them.
 
     Raises:
         FileNotFoundError: If `new` does not exist. The first step is done nevertheless.
@@ -107,8 +108,9 @@ def append(path: Path, content: bytes) -> None:
     The file is made if it is missing; its folder must exist.
 
     Raises:
-        OSError: If the disk is full or not writable. The message names `path` and, for a full disk,
-            the space needed and free. The file is then cut back to its old content.
+        OSError: If the content cannot be written, for example because the disk is full. The file is
+            then cut back to its old content if possible. The message names `path` and, for a full
+            disk, the space needed and free.
     """
     try:
         # Unbuffered: after a failed write, closing the file would try to write a buffer again.

@@ -48,7 +48,7 @@ MOST_NESTED = 8  # wrappers around a state dict, and prefixes of its keys
 
 
 class UnreadableFile(ValueError):
-    """Error for a file that is truncated, is not a checkpoint, or would run code."""
+    """Error for a file that is refused: it is damaged, is no checkpoint, or would run code."""
 
 
 def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None:
@@ -56,7 +56,8 @@ def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None
 
     Args:
         path: The file to write; its folder is made if it is missing.
-        state: Tensors, containers and plain values, as `torch.save` takes them.
+        state: Tensors, containers and plain values, as `torch.save` takes them. `read` refuses
+            objects of other classes.
         replace: Whether an existing file is replaced.
 
     Raises:
@@ -73,16 +74,16 @@ def write(path: Path, state: Mapping[str, Any], *, replace: bool = True) -> None
 
 
 def read(path: Path) -> Any:
-    """Return what `write` saved, on the CPU, without running code from the file.
+    """Return the content of a file of `write` or `torch.save`, on the CPU, without running code.
 
     The file may hold tensors, containers and plain values. It may also hold numpy scalars and
     argparse.Namespace (only filled with attributes), because RepDistiller and mdistiller save them
     beside the weights.
 
     Raises:
-        UnreadableFile: If the file is damaged or would run code; the error names the file, what is
-            wrong and what to do.
-        FileNotFoundError: If there is no such file.
+        UnreadableFile: If the file is damaged, is no checkpoint, or would run code, as objects of
+            other classes do; the error names the file, what is wrong and what to do.
+        OSError: If the file cannot be opened; FileNotFoundError if there is no such file.
     """
     with open(path, "rb") as file:
         try:
@@ -132,11 +133,11 @@ def _numpy_scalars() -> list[Any]:
 def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
     """Save the newest checkpoint of a run, and keep the previous checkpoint as a spare.
 
-    `state` is saved as by `write`, to last.ckpt in the run directory `folder`. An existing
-    last.ckpt becomes last.previous.ckpt.
+    `folder` is the run directory, which holds the files of one training run. `state` is saved as by
+    `write`, to last.ckpt in this folder. An existing last.ckpt becomes last.previous.ckpt.
 
     Raises:
-        OSError: If the checkpoint cannot be written; the old checkpoints stay as they were.
+        OSError: If the checkpoint cannot be written; the old checkpoints can still be read.
     """
     write(folder / NEW, state)
     rotate(folder / NEW)
@@ -145,8 +146,9 @@ def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
 def read_latest(folder: Path) -> Any | None:
     """Return the newest readable checkpoint of a run, or None if the run has no checkpoint yet.
 
-    `folder` is the run directory. A damaged checkpoint is named in the log, and the one before it
-    is read instead.
+    `folder` is the run directory, in which `write_latest` saved the checkpoints. If a checkpoint
+    cannot be read, a warning is logged, and the one before it is read instead. The result is what
+    was saved, on the CPU.
 
     Raises:
         UnreadableFile: If checkpoints exist and none of them can be read.
@@ -175,7 +177,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     The file may be a checkpoint of this package, RepDistiller or mdistiller ({"model": ...}), a
     state dict under another usual key ("state_dict", "net", ...; see WRAPPERS), a bare state dict
-    or a .safetensors file. The prefix "module.", which DataParallel puts in front of a key, is
+    or a .safetensors file. The prefix "module.", which DataParallel puts in front of every name, is
     removed.
 
     Raises:
@@ -234,9 +236,9 @@ def _wrapped(content: Any) -> list[str]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a .safetensors file, on the CPU, and the metadata of its header.
+    """Return the tensors of a .safetensors file by name, on the CPU, and the header's metadata.
 
-    The tensors are listed by name. The metadata are {} if the header has none.
+    The metadata are texts by key; {} if the header has none.
 
     Raises:
         UnreadableFile: If the file is damaged.
@@ -270,12 +272,12 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def load_weights(model: nn.Module, path: Path, network: str) -> None:
-    """Load a weights file into a network; every key and shape must fit.
+    """Load a weights file into a network; every name and shape must fit.
 
     The names in the file may have prefixes that the network lacks: "module." on any name, and up to
-    8 components that all names share, such as "module.student.". The prefixes are removed if the
-    rest fits better. Counters of other tools that the network lacks (COUNTERS, such as
-    "n_averaged") are ignored. BatchNorm's num_batches_tracked may be missing in the file.
+    8 components that all names share, such as "module.student.". The prefixes are removed if more
+    names then fit. Counters of other tools that the network lacks (COUNTERS, such as "n_averaged")
+    are ignored. BatchNorm's num_batches_tracked may be missing in the file.
 
     Args:
         model: The network, changed in place, only if everything fits.
@@ -283,9 +285,9 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
         network: Name of the network, for the message.
 
     Raises:
-        ValueError: If a key is missing or unknown, a shape differs, or a floating-point tensor
-            meets an integer one; the message names the first three. Also if a .safetensors file is
-            given and the package safetensors is not installed.
+        ValueError: If a tensor is missing or unknown, has another shape, or is floating-point where
+            the network has an integer one or vice versa; the message names the first three. Also if
+            a .safetensors file is given and the package safetensors is not installed.
         UnreadableFile: If the file is damaged, would run code, or holds no state dict.
         FileNotFoundError: If there is no such file.
     """
@@ -323,9 +325,10 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
 
 
 def check_finite(model: nn.Module, source: Path | str) -> None:
-    """Raise ValueError if a weight or buffer of `model` holds NaN or an infinite value.
+    """Raise ValueError if a tensor in the state dict of `model` holds NaN or an infinite value.
 
-    The message names the first three such keys and `source`, the file or address of the weights.
+    The message names the first three such tensors and `source`, the file or address from which the
+    weights were read.
     """
     spoilt = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if spoilt:

@@ -66,12 +66,14 @@ class _GiveUp(Exception):
 
 
 def download_file(url: str, path: Path, *, limit: int, md5: str | None = None) -> Path:
-    """Download `url` to `path`, unless `path` exists.
+    """Download `url` to `path`, unless the file `path` exists.
 
-    An existing file is not checked. A failed attempt is repeated until five attempts in a row
-    (ATTEMPTS) have each brought less than 1 MiB (GAIN). If several processes call the function at
-    once, one downloads and the others wait. An interrupted download continues at the byte it
-    reached if the server still has the same version of the file.
+    An existing file is not checked. An attempt that fails for a passing reason, such as a time-out
+    or a busy server, is repeated until five attempts in a row (ATTEMPTS) have each brought less
+    than 1 MiB (GAIN). If no server can be reached, the first attempt is the only one. Each attempt,
+    also in a later call, continues at the byte that was reached if the server still has the same
+    version of the file. If several processes call the function at once, one downloads and the
+    others wait.
 
     Args:
         url: address of the file, http or https.
@@ -83,8 +85,9 @@ def download_file(url: str, path: Path, *, limit: int, md5: str | None = None) -
         `path`.
 
     Raises:
-        DownloadError: If the address is invalid, the server fails or refuses, the file is larger
-            than `limit` or has another md5, or the disk fails; `path` does not exist then.
+        DownloadError: If the file cannot be downloaded: the address is invalid, the server fails or
+            refuses, the file is larger than `limit` or has another md5, the disk fails, or any
+            other problem. `path` does not exist then.
     """
     if path.is_file():
         return path
@@ -108,7 +111,7 @@ def download_file(url: str, path: Path, *, limit: int, md5: str | None = None) -
 
 
 def download_into(url: str, md5: str, folder: Path, *, limit: int) -> Path:
-    """Download `url` into `folder` under its own name, unless the file exists there.
+    """Download `url` into `folder` under the file name in `url`, unless that file exists there.
 
     An existing file is not checked. If several processes call the function at once, the file is
     downloaded once.
@@ -116,7 +119,7 @@ def download_into(url: str, md5: str, folder: Path, *, limit: int) -> Path:
     Args:
         url: address of the file, http or https; its last part is the file name.
         md5: md5 in hex that the downloaded file must have.
-        folder: folder of the file.
+        folder: folder of the file; made if it is missing.
         limit: largest size in bytes.
 
     Returns:

@@ -23,14 +23,21 @@ from omegaconf import DictConfig, OmegaConf
 
 @dataclass
 class SharedTeacherConfig:
-    """Options of the launcher for this machine (hydra/launcher=shared_teacher)."""
+    """Options of the launcher for this machine (hydra/launcher=shared_teacher).
+
+    Attributes:
+        devices: list of devices, such as [cuda:0,cuda:1] or [cpu,cpu], one for each worker process
+            that runs at a time. "auto" takes the jobs' trainer.device; if that is auto as well, the
+            devices are all visible GPUs, or the CPU if there is no GPU.
+        max_group_size: largest number of jobs that train together, with one teacher forward pass
+            per batch; None for no limit.
+        fail_fast: whether to stop the sweep at the first job that fails.
+    """
 
     _target_: str = "hydra_plugins.shared_teacher.SharedTeacherLauncher"
-    # auto: the jobs' trainer.device; if that is auto too, every visible GPU, or one CPU worker if
-    # there is no GPU. Otherwise a list such as [cuda:0,cuda:1] or [cpu,cpu].
     devices: Any = "auto"
-    max_group_size: int | None = None  # jobs that train side by side; null: as many as fit
-    fail_fast: bool = False  # stop the sweep at the first job that fails
+    max_group_size: int | None = None
+    fail_fast: bool = False
 
 
 ConfigStore.instance().store(
@@ -40,12 +47,17 @@ ConfigStore.instance().store(
 
 @dataclass
 class GridConfig:
-    """Options of the sweeper (hydra/sweeper=grid)."""
+    """Options of Hydra's sweeper `GridSweeper` (hydra/sweeper=grid).
+
+    Attributes:
+        max_batch_size: number of jobs that the launcher receives at once; None for all of them, so
+            that the launcher can group them.
+        params: swept keys and their values, written as on the command line, such as
+            {"seed": "0,1,2"}.
+    """
 
     _target_: str = "hydra_plugins.shared_teacher.GridSweeper"
-    # Jobs that the launcher receives at once; null: all of them, so that it can group them.
     max_batch_size: int | None = None
-    # The swept keys and their values, written as on the command line.
     params: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,17 +65,16 @@ ConfigStore.instance().store("grid", GridConfig, group="hydra/sweeper", provider
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper without its check of the jobs, if the launcher checks the jobs itself.
+    """Hydra's basic sweeper, without its slow check of the jobs if the launcher has a check itself.
 
-    The check composes each job once, which takes a quarter of a second per job. The sweeper leaves
-    the check out for `SharedTeacherLauncher` and its subclasses only.
+    Such launchers are `SharedTeacherLauncher` and its subclasses.
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Check the jobs as Hydra does, unless the launcher checks them itself; called by Hydra.
+        """Check that Hydra can compose each job, unless the launcher checks the jobs itself.
 
-        `batch` holds the overrides of each job. Raise Hydra's error if one of them cannot be
-        composed.
+        Hydra calls this method. `batch` holds the overrides of each job. If a job cannot be
+        composed, the error of Hydra or OmegaConf is raised.
         """
         if not isinstance(self.launcher, SharedTeacherLauncher):
             super().validate_batch_is_legal(batch)
@@ -71,17 +82,16 @@ class GridSweeper(BasicSweeper):
 
 @dataclass
 class SharedTeacherLauncher(Launcher):
-    """Launcher that trains a sweep on this machine, one group of jobs after the other per device.
+    """Hydra launcher that trains the jobs of a sweep on this machine.
 
-    A group is a set of jobs with the same batches and teacher, which are trained side by side.
-    Before the training, the configuration of each job is frozen, that is, written to its run
-    directory.
+    Jobs with the same batches and teacher are trained together, with one teacher forward pass per
+    batch. Each device trains one such group after the other.
 
     Attributes:
         devices: "auto" or a list of devices, as in `SharedTeacherConfig`.
-        max_group_size: largest number of jobs that train side by side; None for no limit.
+        max_group_size: largest number of jobs that train together; None for no limit.
         fail_fast: whether to stop the sweep at the first job that fails.
-        config: configuration of the sweep; set by `setup`.
+        config: configuration of the sweep as Hydra composes it; set by `setup`.
         hydra_context: Hydra's loaders; set by `setup`.
     """
 
@@ -94,12 +104,12 @@ class SharedTeacherLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what `launch` needs; called by Hydra.
+        """Keep the arguments that `launch` needs; Hydra calls this method before `launch`.
 
         Args:
             hydra_context: Hydra's loaders.
-            task_function: function that Hydra would run for each job; not used.
-            config: configuration of the sweep.
+            task_function: function that Hydra's own launchers run for each job; not used.
+            config: configuration of the sweep as Hydra composes it.
         """
         self.config = config
         self.hydra_context = hydra_context
@@ -107,25 +117,26 @@ class SharedTeacherLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run the sweep of the whole grid and return every job's result; called by Hydra.
+        """Run the jobs of a sweep, and return the result of every job; called by Hydra.
 
-        If the sweep was only planned or was refused, the files that Hydra made for it are removed.
+        If no job is started, because the sweep was only planned or was refused, the files that
+        Hydra made for the sweep are removed.
 
         Args:
-            job_overrides: overrides of each job. If `sweep.jobs` is set, each of its lines of
-                overrides is added to each of them, which makes one job per combination.
+            job_overrides: overrides of each job. If the setting `sweep.jobs` holds lines of
+                overrides, there is a job for each combination of an element and a line. With
+                sweep.seeds=until_decided, each of these jobs is run with several seeds.
             initial_job_idx: not used.
 
         Returns:
-            For each job its overrides, its run directory, the status COMPLETED and the content of
-            its result.json.
+            A JobReturn for each job, with its overrides, its run directory, the status COMPLETED
+            and the content of its result.json.
 
         Raises:
-            ValueError: If an option of the launcher is out of bounds, if jobs are invalid (the
-                message names all of them), or if the runner refuses the jobs.
-            ConnectionError: If the tracking server or SLURM does not answer.
-            ChildProcessError: If the process that checks the jobs dies.
-            SystemExit: As `run_sweep` raises it, for example with code 1 if a job failed.
+            ValueError: If the sweep cannot be run: an option of the launcher is out of bounds, jobs
+                are invalid, or any other reason of `run_sweep` or `run_until_decided`.
+            OSError, ChildProcessError, KeyboardInterrupt, SystemExit: As `run_sweep` raises them,
+                for example SystemExit with code 1 if a job failed.
         """
         try:
             return self._launch(job_overrides)

@@ -17,8 +17,18 @@ from omegaconf import MISSING, OmegaConf
 class SlurmConfig(SlurmQueueConf):
     """Options of the launcher for SLURM (hydra/launcher=slurm).
 
-    The options of hydra-submitit-launcher come first; those below are added.
-    conf/hydra/launcher/slurm.yaml gives each option its value and explains it.
+    The options of hydra-submitit-launcher, such as partition and timeout_min, are inherited. The
+    file conf/hydra/launcher/slurm.yaml sets and explains all options.
+
+    Attributes:
+        max_group_size: largest number of jobs that a task trains together; None for no limit.
+        wait: whether the sweep's command waits until the tasks have ended; if False, the command
+            only submits the tasks.
+        fail_fast: whether to cancel the sweep at the first job that fails.
+        max_requeues: how often at most a task goes back into SLURM's queue.
+        python: command that starts Python on a node; None for the Python that submits the tasks.
+        container: image for `srun --container-image`; None for no container.
+        srun_args: further arguments of srun.
     """
 
     _target_: str = "hydra_plugins.slurm.SlurmLauncher"
@@ -35,15 +45,16 @@ ConfigStore.instance().store("slurm_frame", SlurmConfig, group="hydra/launcher",
 
 
 class SlurmLauncher(SharedTeacherLauncher):
-    """Launcher that submits every group of a sweep to SLURM, as a task of a job array.
+    """Hydra launcher that submits the jobs of a sweep to SLURM, as tasks of job arrays.
 
-    A group is a set of jobs with the same batches and teacher, which are trained side by side.
+    A task trains jobs with the same batches and teacher together, with one teacher forward pass per
+    batch.
 
     Args:
-        max_group_size: largest number of jobs that a task trains side by side; None for no limit.
-        submitit_folder: not used; hydra-submitit-launcher's own launcher has this option.
-        max_num_timeout: not used; hydra-submitit-launcher's own launcher has this option.
-        **options: options of `sddlskd.sweeps.slurm.Slurm`.
+        max_group_size: largest number of jobs that a task trains together; None for no limit.
+        submitit_folder: not used; an option of hydra-submitit-launcher's own launcher.
+        max_num_timeout: not used; an option of hydra-submitit-launcher's own launcher.
+        **options: arguments of `sddlskd.sweeps.slurm.Slurm`.
     """
 
     def __init__(

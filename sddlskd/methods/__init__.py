@@ -39,28 +39,28 @@ _CLASSES = {
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all methods, such as "at" and "crd"; each is a module of this package."""
+    """Return the names of the distillation methods that `create` builds, such as "at" and "crd"."""
     return tuple(_CLASSES)
 
 
 def create(name: str, student: Taps, teacher: Taps, **options: Any) -> Method:
-    """Return a new method, built for a student and its teacher.
+    """Return a new distillation method (a loss on the maps of two networks) by its name.
 
-    The weights of the method's own layers are drawn from torch's global generator.
+    The initial weights of the method's own layers are drawn from torch's global generator.
 
     Args:
         name: Name of the method, one of `names()`.
         student: Maps of the student (`Taps`) for any batch; only their shapes are read.
         teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         **options: Keyword arguments of the method's class. Some classes require arguments that
-            describe the training, see `Method.facts`.
+            describe the training, such as `seed`; their names are in the class attribute `facts`.
 
     Returns:
         An instance of the method's class.
 
     Raises:
-        ValueError: If the name is unknown, if a network does not show what the method reads, if the
-            method cannot serve the pair, or if the value of an option is invalid.
+        ValueError: If the name is unknown, or if the class refuses the two networks or the value of
+            an option.
         TypeError: If the class has no such option, or if a required one is missing.
     """
     if name not in _CLASSES:

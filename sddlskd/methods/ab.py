@@ -21,29 +21,31 @@ SCALE = 3 / 1000  # factor of the loss in the released code
 
 
 class AB(Method):
-    """Loss of AB: in a first stage, the student learns when each neuron of the teacher is active.
+    """Loss of AB: before epoch 1, the student learns which neurons of the teacher are active.
 
-    A neuron is one entry of a map; it is active if its value is above 0. The loss of a neuron is
+    The networks are compared in the first `stage_epochs` epochs, which are numbered ..., -1, 0.
+    From epoch 1 on, the loss is 0.
+
+    Both networks give one map (B, C, H, W) for each group of layers after the stem (the first
+    layers), taken before the last ReLU. A network without such maps gives the final maps of these
+    groups instead. A convolution and BatchNorm are applied to a student's map that differs from the
+    teacher's map in shape.
+
+    A neuron is one entry of a map. It is active if its value is above 0. The loss of a neuron is
     max(margin - sign * x, 0)^2, with x the student's value and sign = 1 if the teacher's neuron is
-    active, else -1. The loss of a stage is 3 / 1000 times the sum over neurons, averaged over
-    images. The last stage has weight 1, and each earlier stage half the weight of the next one.
-    After the first stage the loss is 0.
-
-    The maps are those before the last ReLU. A network that shows no such maps gives its stages
-    instead (mobilev2, whose stages end without a ReLU). If the student's map differs from the
-    teacher's in shape, a convolution and BatchNorm are applied to the student's map first.
+    active, else -1. The loss of a map is the sum over its neurons, averaged over images. The last
+    map has weight 3 / 1000, and each earlier map half the weight of the next one.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        stage_epochs: Number of epochs of the first stage, at least 1.
-        margin: Distance from 0 on the teacher's side at which the loss of a neuron ends; not
-            negative.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        stage_epochs: Number of epochs before epoch 1, at least 1.
+        margin: Margin of the loss, not negative. A neuron has no loss if sign * x >= margin.
 
     Raises:
-        ValueError: If a network shows no stages after the stem, if the numbers of stages differ, if
-            `conv_between` has no convolution for a stage, if `stage_epochs` is not an integer of at
-            least 1, or if `margin` is negative or NaN.
+        ValueError: If a network shows no map after the stem, if the networks show different numbers
+            of maps, if `conv_between` has no convolution for two maps, if `stage_epochs` is not an
+            integer of at least 1, or if `margin` is negative or NaN.
     """
 
     needs = frozenset({"stages"})
@@ -69,15 +71,15 @@ class AB(Method):
         )
 
     def first_stage(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the weighted sum of the stages' hinge losses, a scalar.
+        """Return the weighted sum over maps of the neurons' losses, a scalar.
 
         Args:
-            student: Maps of the student.
-            teacher: Maps of the teacher, without gradients.
+            student: Maps of the student; `preacts` is read, or `stages` if `preacts` is empty.
+            teacher: Maps of the teacher, without gradients; `preacts` or `stages` is read likewise.
             batch: Unused.
 
         Returns:
-            The loss, averaged over the images of the batch.
+            The loss: the sum over neurons, averaged over the images of the batch.
         """
         parts = zip(self.connectors, _boundaries(student), _boundaries(teacher), strict=True)
         losses = [self._hinge(connector(own), other) for connector, own, other in parts]
@@ -86,10 +88,10 @@ class AB(Method):
         return SCALE * sum(weighted[1:], weighted[0])
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return 0, because the method adds no loss after the first stage.
+        """Return 0, because the method adds no loss from epoch 1 on.
 
         Args:
-            student: Maps of the student; only device and dtype are read.
+            student: Maps of the student; only the device and dtype of `logit_map` are read.
             teacher: Unused.
             batch: Unused.
 

@@ -18,15 +18,17 @@ __all__ = ["AT"]
 class AT(Method):
     """Loss of AT: the squared difference between the attention maps of two networks at each stage.
 
-    The attention map of a stage is the mean over channels of x^p, a vector of cells that is divided
-    by its length for each image. The loss of a stage is the mean squared difference over images and
-    cells. The losses of the stages after the stem are summed. At each stage, the larger map is
-    average-pooled to the sides of the smaller one. If one network has more stages, its last stages
-    do not count.
+    A stage is a group of layers after the stem (the first layers). Stages are paired from the
+    first. If one network has more stages, its last stages do not count. Both maps (B, C, H, W) of a
+    pair are average-pooled to the smaller height and the smaller width.
+
+    The attention map is the mean of x^p over the channels of such a map. For each image, the H * W
+    entries are divided by their Euclidean length. The loss of a pair is the mean squared difference
+    over images and entries. The losses of all pairs are summed.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         p: Power, an integer of at least 1. An odd power keeps the sign of x, as in mdistiller; the
             paper has |x|^p.
 
@@ -52,7 +54,7 @@ class AT(Method):
             batch: Unused.
 
         Returns:
-            A scalar; the stem does not count.
+            A scalar. The first map of `stages`, that of the stem, does not count.
         """
         losses = []
         for maps in pairs(student, teacher):

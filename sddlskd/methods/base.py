@@ -30,32 +30,34 @@ ALIGNMENTS = ("strict", "from_end")
 class Method(nn.Module, ABC):
     """Base class of losses that compare the maps of a student with those of its teacher.
 
-    A method receives the `Taps` of both networks: the maps and pooled features that a network shows
-    of a batch. The teacher's taps carry no gradient. A subclass must not change a tap in place.
+    A method is called with the `Taps` of both networks and a `Batch`, see `forward`. `Taps` hold
+    the maps and pooled features that a network computes for a batch. Those of the teacher carry no
+    gradient. A subclass must not change tensors of `Taps` in place.
 
-    The parameters of a method belong to its connectors, the layers that it puts between the maps of
-    the two networks. The student's optimizer trains the connectors. Checkpoints hold the parameters
-    and the persistent buffers of the method; the exported student holds neither.
+    A method may have layers of its own, its connectors, between the maps of the two networks. The
+    student's optimizer trains their parameters. Checkpoints hold the parameters and the persistent
+    buffers of the method. The exported student holds neither.
 
     Args:
         student: Maps of the student for any batch; only their shapes are read.
         teacher: Maps of the teacher for any batch; only their shapes are read.
 
     Raises:
-        ValueError: If a network does not show what `needs` names. "strong_map" is not checked.
+        ValueError: If a network does not show a field of `needs`, except "strong_map", which is not
+            checked.
 
     Attributes:
-        needs: Fields of `Taps` that the method reads beside `logit_map`: "stages" and "preacts"
-            (each with at least one map after the stem), "pooled", "last" and "strong_map" (the
-            logit map of a second view of each image).
+        needs: Names of the fields of `Taps` that the method reads beside `logit_map`: "stages" and
+            "preacts" (each with at least one map after that of the stem, the first layers),
+            "pooled", "last" and "strong_map" (the logit map of a second view of each image).
         facts: Names of the constructor's keyword arguments whose values come from the training, not
             from the configuration. Possible names: `labels_N` (class of each training image, int64,
             on the CPU), `num_classes` (K), `seed` (of the run), `batch_size` (images per batch),
             `teacher_network` (the teacher with its BatchNorms, in eval mode).
-        first_stage_epochs: Number of epochs of a first stage of training; 0 if there is none. The
-            first stage comes before epoch 1, and its epochs have the numbers ..., -1, 0. In these
-            epochs, the loss is `first_stage` without a weight; cross-entropy and the distillation
-            loss of the logits are left out.
+        first_stage_epochs: Number of epochs of a first stage of training, which comes before epoch
+            1; 0 if there is none. The epochs of the first stage are numbered ..., -1, 0. Their loss
+            is `first_stage` with the weight 1, without cross-entropy and without distillation of
+            the logits.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -81,10 +83,10 @@ class Method(nn.Module, ABC):
     ) -> nn.Module:
         """Return the network that is trained, evaluated and exported as the student.
 
-        By default that network is the student itself. A subclass may put the student into another
-        network. Weights of the teacher may enter the new network as parameters and buffers only: to
-        load a saved student, this method is called with an untrained teacher, and then the weights
-        are loaded.
+        By default that network is `student` itself. A subclass may return a larger network that
+        contains `student` and takes weights from the teacher. Such weights must be parameters or
+        buffers of the larger network. To load a saved student, this method is called with an
+        untrained teacher, and the saved weights are then loaded into the result.
 
         Args:
             student: Network of the student.
@@ -96,12 +98,12 @@ class Method(nn.Module, ABC):
             The student, or a network that contains the student.
 
         Raises:
-            ValueError: If the method cannot serve these networks or options.
+            ValueError: If a subclass cannot serve these networks or options.
         """
         return student
 
     def first_stage(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the loss of a batch in the first stage of training, a scalar.
+        """Return the loss of a batch in the first stage of training (before epoch 1), a scalar.
 
         Args:
             student: Maps of the student.
@@ -110,7 +112,7 @@ class Method(nn.Module, ABC):
                 0.
 
         Returns:
-            The loss, which is minimised as it is, without a weight.
+            The loss, which is minimised without a further weight.
 
         Raises:
             NotImplementedError: If the method has no first stage.
@@ -119,7 +121,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar.
+        """Return the loss of a batch from epoch 1 on, a scalar.
 
         Args:
             student: Maps of the student.
@@ -133,10 +135,11 @@ class Method(nn.Module, ABC):
 
 
 def pairs(student: Taps, teacher: Taps) -> list[tuple[Tensor, Tensor]]:
-    """Return the maps (student's, teacher's) of each stage after the stem, paired from the first.
+    """Return pairs (student's map, teacher's map) of the stages after the stem, from the first on.
 
-    If one network has more stages, its last stages are left out, as in mdistiller. The two maps of
-    a pair may differ in channels and sides.
+    A stage is a group of layers, and its map is (B, C, H, W). The stem is the first layers. If one
+    network has more stages, its last stages are left out, as in mdistiller. The two maps of a pair
+    may differ in channels and sides.
     """
     return list(zip(student.stages[1:], teacher.stages[1:], strict=False))
 
@@ -150,32 +153,31 @@ def check_alignment(alignment: str) -> None:
 def from_end(own: Sequence[Tensor], other: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return pairs (student's map, teacher's map) of two lists of maps, paired from the last.
 
-    `own` are the maps of the student, `other` those of the teacher. The pairs keep the order of the
-    lists. If one list is longer, its first maps, which are the finest, are left out.
+    `own` are the maps (B, C, H, W) of the student, `other` those of the teacher. The pairs keep the
+    order of the lists. If one list is longer, its first maps are left out. If a list is empty, the
+    result is [].
     """
     count = min(len(own), len(other))
     return list(zip(own[len(own) - count :], other[len(other) - count :], strict=True))
 
 
 def at_smaller_side(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both maps, with the larger map average-pooled to the sides of the smaller one.
+    """Return both maps, (B, C, H, W), average-pooled to the smaller height and the smaller width.
 
-    The larger map (B, C, H, W) is the one with the greater height H. Maps of equal height are
-    returned unchanged, even if their widths differ. The channels may differ.
+    A map that has these sides is returned unchanged. The channels may differ.
     """
-    a_height, a_width = a_BCHW.shape[2:]
-    b_height, b_width = b_BCHW.shape[2:]
-    if a_height > b_height:
-        a_BCHW = F.adaptive_avg_pool2d(a_BCHW, (b_height, b_width))
-    elif a_height < b_height:
-        b_BCHW = F.adaptive_avg_pool2d(b_BCHW, (a_height, a_width))
+    sides = min(a_BCHW.shape[2], b_BCHW.shape[2]), min(a_BCHW.shape[3], b_BCHW.shape[3])
+    a_BCHW, b_BCHW = (
+        map_BCHW if map_BCHW.shape[2:] == sides else F.adaptive_avg_pool2d(map_BCHW, sides)
+        for map_BCHW in (a_BCHW, b_BCHW)
+    )
     return a_BCHW, b_BCHW
 
 
 def check_flags(**flags: bool) -> None:
     """Raise ValueError unless the value of each keyword argument is a bool.
 
-    The message names the argument, so each flag is given under its own name, as in
+    The message names the argument. Each flag is therefore given under its own name, as in
     `check_flags(squared=squared)`.
     """
     for name, value in flags.items():
@@ -184,22 +186,22 @@ def check_flags(**flags: bool) -> None:
 
 
 def check_stage_epochs(stage_epochs: int) -> None:
-    """Raise ValueError unless `stage_epochs` is an integer of at least 1 (True is refused, too)."""
+    """Raise ValueError unless `stage_epochs` is an integer of at least 1; a bool is refused."""
     if isinstance(stage_epochs, bool) or not isinstance(stage_epochs, int) or stage_epochs < 1:
         raise ValueError(f"stage_epochs={stage_epochs} must be an integer of at least 1")
 
 
 def conv_between(own_BCHW: Tensor, other_BCHW: Tensor) -> nn.Module:
-    """Return a new convolution from the shape of a student's map to the shape of a teacher's map.
+    """Return a new convolution that gives a student's map the shape of a teacher's map.
 
-    Only the shapes (B, C, H, W) of the two maps are read. The kind of the convolution depends on
-    the height and width of the student's map:
+    Only the shapes (B, C, H, W) of the two maps are read. The convolution has a bias. The first of
+    three cases that holds for both height and width counts. The side of the student's map is:
     - twice the teacher's: 3x3 convolution with stride 2.
     - half of the teacher's: transposed 4x4 convolution with stride 2.
     - at least the teacher's: convolution without padding. Each side of the kernel is 1 plus the
       difference of the maps' sides.
 
-    Raise ValueError if none of these cases holds for both height and width.
+    Raise ValueError if no case holds for both height and width.
     """
     channels = own_BCHW.shape[1], other_BCHW.shape[1]
     own, other = own_BCHW.shape[2:], other_BCHW.shape[2:]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sddlskd.data.device import Batch
-from sddlskd.methods.base import Method
+from sddlskd.methods.base import Method, check_flags
 from sddlskd.models import Taps
 
 __all__ = ["CATKD"]
@@ -18,17 +18,18 @@ __all__ = ["CATKD"]
 class CATKD(Method):
     """Loss of CAT-KD: the mean squared difference of the class activation maps of two networks.
 
-    The class activation maps are the logit maps (B, K, H, W), average-pooled to `resolution` x
-    `resolution` cells.
+    The class activation maps are the logit maps (B, K, H, W) of the networks, which hold the logits
+    of each position. Both are average-pooled to `resolution` x `resolution` entries before they are
+    compared.
 
     Args:
-        student: Maps of the student for any batch.
-        teacher: Maps of the teacher for any batch.
-        resolution: Side of the pooled maps, in cells.
-        normalize: Whether the pooled map of each image and class is divided by its length, as in
-            the paper.
-        binarize: Whether the teacher's map is made binary before pooling. A cell becomes 1 if its
-            value is above the mean absolute value of the map of this image and class, else 0.
+        student: Maps of the student (`Taps`) for any batch; not read.
+        teacher: Maps of the teacher (`Taps`) for any batch; not read.
+        resolution: Side of the pooled maps, an integer of at least 1 (not checked).
+        normalize: Whether the pooled map of each image and class is divided by its Euclidean
+            length, as in the paper.
+        binarize: Whether the teacher's map is made binary before pooling. An entry becomes 1 if it
+            is above the mean absolute value of the map of its image and class, else 0.
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class CATKD(Method):
         binarize: bool = False,
     ) -> None:
         super().__init__(student, teacher)
+        if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+            raise ValueError(f"resolution={resolution!r} must be an integer of at least 1")
+        check_flags(normalize=normalize, binarize=binarize)
         self.resolution, self.normalize, self.binarize = resolution, normalize, binarize
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
@@ -52,7 +56,7 @@ class CATKD(Method):
             batch: Unused.
 
         Returns:
-            The mean over images, classes and pooled cells.
+            The mean over images, classes and entries of the pooled maps.
         """
         target_BKHW = teacher.logit_map
         if self.binarize:

@@ -25,8 +25,8 @@ class LinearEmbed(nn.Module):
     """Linear layer with a bias that embeds pooled features.
 
     Args:
-        channels: Channels of the pooled features.
-        dim: Channels of the embedding.
+        channels: C, channels of the pooled features.
+        dim: D, channels of the embedding.
     """
 
     def __init__(self, channels: int, dim: int) -> None:
@@ -42,18 +42,19 @@ class LinearEmbed(nn.Module):
 class CC(Method):
     """Loss of CC: the difference between the correlations of image embeddings in two networks.
 
-    The pooled features of each network are embedded by a linear layer. Both layers are trained.
-    There are two forms of the loss:
-    - "neighbours" (released code): d is the absolute difference between the student's and the
-      teacher's embedding of an image. The products of the d of each image and the d of the next
-      image in the batch are summed over channels and averaged over the B - 1 pairs of neighbours.
-    - "gaussian" (paper): the squared difference between the networks' kernels exp(-gamma |x - y|^2)
-      of two images, averaged over all pairs. x and y are the embeddings, scaled to length 1. The
-      kernel is computed as a Taylor series.
+    Two linear layers embed the pooled features (the input of the classifier), one for each network.
+    Both layers are trained. The loss has one of two forms:
+    - "neighbours" (released code): d_i is the absolute difference between the student's and the
+      teacher's embedding of image i, a vector of D entries. The loss is the sum over i of the dot
+      product of d_i and d_(i+1), divided by B - 1. Image i+1 is the next image of the batch.
+    - "gaussian" (paper): the kernel of two images is exp(-gamma |x - y|^2). x and y are their
+      embeddings in one network, scaled to length 1. The loss is the squared difference between the
+      student's and the teacher's kernel, averaged over all B x B pairs of images. The kernel is
+      computed as a Taylor series.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         dim: D, channels of the embeddings.
         form: "neighbours" or "gaussian".
         gamma: gamma of the Gaussian kernel; unused for "neighbours".
@@ -83,10 +84,10 @@ class CC(Method):
         self.embed_t = LinearEmbed(teacher.pooled.shape[1], dim)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the difference of the correlations, a scalar.
+        """Return the loss of a batch in the form that was chosen, a scalar.
 
         Args:
-            student: Maps of the student; `pooled` is read.
+            student: Maps of the student; `pooled`, (B, C), is read.
             teacher: Maps of the teacher, without gradients; `pooled` is read.
             batch: Unused.
 

@@ -27,8 +27,8 @@ class Embed(nn.Module):
     """Linear layer with a bias that embeds pooled features as vectors of length 1.
 
     Args:
-        channels: Channels of the pooled features.
-        dim: Channels of the embedding.
+        channels: C, channels of the pooled features.
+        dim: D, channels of the embedding.
     """
 
     def __init__(self, channels: int, dim: int) -> None:
@@ -41,30 +41,31 @@ class Embed(nn.Module):
 
 
 class CRD(Method):
-    """Loss of CRD: an image's embedding in one network is told apart from those of other images.
+    """Loss of CRD: contrast between an image's embedding in one network and memories of the other.
 
-    Each network has a linear layer that embeds its pooled features, and a memory. Both layers are
-    trained. A memory holds one vector of length 1 for each training image, a moving average of the
-    embeddings of that image. The student's embedding of an image is compared with the teacher's
-    memory of the image itself (the positive) and of K images of other classes (the negatives). The
-    teacher's embedding is compared with the student's memory in the same way.
+    For each network, a linear layer embeds the pooled features (the input of the classifier), and a
+    memory holds one vector for each training image. Both layers are trained. A memory starts with
+    random vectors. A vector then becomes a moving average of the embeddings of its image, scaled to
+    length 1.
 
-    The negatives of an image depend on the seed, the epoch and the image alone.
+    The student's embedding of an image is compared with the teacher's memory of the image itself
+    (the positive) and of K images of other classes (the negatives). The teacher's embedding is
+    compared with the student's memory in the same way. The negatives of an image depend on the
+    seed, the epoch and the image alone.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         labels_N: Class of each training image, int64, (N,).
         num_classes: Number of classes.
         seed: Seed of the run.
         dim: D, channels of the embeddings.
         K: Number of negatives of each image, at least 1.
-        temperature: Number by which the products of embeddings are divided.
+        temperature: Number by which the dot products of embeddings and memories are divided.
         momentum: Weight of the old vector when a vector in a memory is updated; the new embedding
             has weight 1 - `momentum`.
-        replacement: Whether the negatives are drawn with replacement, so that some may be equal.
-            The released code does so on ImageNet, and if the other classes have fewer than K
-            images.
+        replacement: Whether the negatives of an image are drawn with replacement, so that some may
+            be equal.
 
     Raises:
         ValueError: If a network shows no pooled features, if all images are of one class, if `K` is
@@ -122,19 +123,20 @@ class CRD(Method):
         self.count_A = nn.Buffer(count_A, persistent=False)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the contrastive loss of a batch, and update the memories in place.
+        """Return the contrastive loss of a batch, and update both memories in place.
 
         The loss is the sum of two parts: the student's embeddings against the teacher's memory, and
-        the teacher's embeddings against the student's memory. The first call also sets the
-        normalisers of the scores.
+        the teacher's embeddings against the student's memory. The first batch also sets the
+        constants that normalise the scores of each part.
 
         Args:
-            student: Maps of the student; `pooled` is read.
+            student: Maps of the student; `pooled`, (B, C), is read.
             teacher: Maps of the teacher, without gradients; `pooled` is read.
             batch: Labels and indices of the images, and the number of the epoch.
 
         Returns:
-            A scalar: the sum over positives and negatives, averaged over images.
+            A scalar. Each part is the sum of the negative log-probabilities over the positive and
+            the K negatives of an image, averaged over the images of the batch.
         """
         own_BD, other_BD = self.embed_s(student.pooled), self.embed_t(teacher.pooled)
         index_B = batch.index.to(own_BD.device)
@@ -148,10 +150,12 @@ class CRD(Method):
         return loss
 
     def negatives(self, batch: Batch) -> Tensor:
-        """Return the indices of the negatives of each image of a batch, int64, (B, K).
+        """Return K negatives of each image of a batch, as indices of training images.
 
-        A negative is a training image of another class than the image. The draw depends on the seed
-        and on the epoch and the image's index in `batch`.
+        The result is int64, (B, K). A negative is a training image of another class. Indices count
+        the images that are trained on, as `batch.index` does. The negatives of an image differ
+        unless `replacement` is true. They depend on the seed, `batch.epoch` and the image's entry
+        in `batch.index` alone, not on the place of the image in the batch.
         """
         label_B = batch.labels
         count_B1 = self.count_A[label_B][:, None]

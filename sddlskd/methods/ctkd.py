@@ -20,13 +20,13 @@ class LearnedTemperature(nn.Module):
 
         -(1 - cos(pi * min(epoch, ramp_epochs) / ramp_epochs)) / 2
 
-    The factor falls from near 0 to -1 at epoch `ramp_epochs` and stays there. An optimizer that
-    minimises the loss in the student's weights therefore increases the loss in theta.
+    The factor is between -1 and 0 before epoch `ramp_epochs`, and -1 from that epoch on. An
+    optimizer that decreases the loss therefore changes theta so that the loss increases.
 
     Args:
-        start: Lowest temperature (the authors' t_start).
-        span: Highest temperature minus lowest temperature (the authors' t_end).
-        ramp_epochs: Epoch from which on the factor of the gradient is -1.
+        start: Lower limit of the temperature (the authors' t_start).
+        span: Upper limit of the temperature minus `start` (the authors' t_end).
+        ramp_epochs: First epoch in which the factor is -1.
 
     Raises:
         ValueError: If an argument is not greater than 0.
@@ -41,9 +41,9 @@ class LearnedTemperature(nn.Module):
         self.global_T = nn.Parameter(torch.ones(1))  # theta, named as in the authors' code
 
     def forward(self, epoch: int) -> Tensor:
-        """Return the temperature in an epoch, a scalar tensor; epochs count from 1.
+        """Return the temperature, a scalar tensor with a gradient.
 
-        The epoch changes only the gradient of theta, see the class.
+        `epoch`, which counts from 1, changes only the gradient of theta, not the temperature.
         """
         done = min(epoch, self.ramp_epochs) / self.ramp_epochs
         factor = -(1 - math.cos(math.pi * done)) / 2

@@ -24,10 +24,10 @@ def keys_of(seed: int, batch: Batch) -> Tensor:
 
     Args:
         seed: Seed, an integer; its lowest 64 bits count.
-        batch: Indices of the images, and the number of the epoch.
+        batch: Batch of B training images; `index` and `epoch` are read.
 
     Returns:
-        key_B, int64, in 0..2^32-1, on the device of the labels.
+        key_B, int64, (B,), in 0..2^32-1, on the device of the batch's labels.
     """
     index_B = batch.index.to(batch.labels.device, non_blocking=True)
     start = torch.full_like(index_B, seed % 2**BITS)
@@ -37,7 +37,7 @@ def keys_of(seed: int, batch: Batch) -> Tensor:
 def uniform(key_B: Tensor, count: int) -> Tensor:
     """Return `count` random numbers for each key: float32, uniform in [0, 1), (B, count).
 
-    `key_B` comes from `keys_of`. Equal keys get equal numbers.
+    `key_B`, int64, (B,), comes from `keys_of`. Equal keys get equal numbers.
     """
     # float32 holds integers of 24 bits exactly.
     return (_counted(key_B, count) >> BITS - 24).float() / 2**24
@@ -47,12 +47,12 @@ def independent(key_B: Tensor, size_B: Tensor, count: int) -> Tensor:
     """Return `count` random integers for each key, drawn from 0..size-1 with replacement.
 
     Args:
-        key_B: Key of each image, see `keys_of`.
-        size_B: size of each image, the number of integers to draw from: int64, 1..2^31 - 1.
+        key_B: Keys from `keys_of`, int64, (B,).
+        size_B: Number of integers to draw from, for each key: int64, (B,), in 1..2^31 - 1.
         count: K, number of draws for each key.
 
     Returns:
-        x_BK, int64. Equal keys with equal sizes get equal integers.
+        x_BK, int64, (B, K). Equal keys with equal sizes get equal integers.
     """
     x_BK: Tensor = _counted(key_B, count) * size_B[:, None] >> BITS
     return x_BK
@@ -61,23 +61,23 @@ def independent(key_B: Tensor, size_B: Tensor, count: int) -> Tensor:
 def distinct(key_B: Tensor, size_B: Tensor, count: int) -> Tensor:
     """Return `count` different random integers for each key, drawn from 0..size-1.
 
-    The integers are the first `count` places of a shuffle of 0..size-1 that depends on the key. In
-    each round of the shuffle, every number has a partner. A bit of a hash of the pair decides
-    whether the two swap places.
+    The integers of a key are the first `count` of a shuffle of 0..size-1.
 
     Source: Hoang, Morris and Rogaway 2012 (Crypto), the swap-or-not shuffle.
 
     Args:
-        key_B: Key of each image, see `keys_of`.
-        size_B: size of each image, the number of integers to draw from: int64, at least `count`
-            (not checked).
+        key_B: Keys from `keys_of`, int64, (B,).
+        size_B: Number of integers to draw from, for each key: int64, (B,), at least `count` (not
+            checked).
         count: K, number of draws for each key.
 
     Returns:
-        x_BK, int64. Equal keys with equal sizes get equal integers.
+        x_BK, int64, (B, K). Equal keys with equal sizes get equal integers.
     """
     size_B1 = size_B[:, None]
     x_BK = torch.arange(count, device=key_B.device).expand(len(key_B), count)
+    # In each round, every number has a partner. A bit of a hash of the pair decides whether both
+    # swap places.
     for step in range(ROUNDS):
         pivot_B1, factor_B1, offset_B1 = (
             _hash(key_B, 3 * step + part)[:, None] for part in range(3)

@@ -18,12 +18,14 @@ __all__ = ["FitNet"]
 class FitNet(Method):
     """Loss of FitNet: the mean squared error of the teacher's map, predicted from the student's.
 
-    The prediction is a convolution (see `conv_between`), BatchNorm and ReLU of the student's map.
+    Both networks give the map (B, C, H, W) of one stage (group of layers). The prediction is a
+    convolution (see `conv_between`), BatchNorm and ReLU of the student's map.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        hint_layer: Number of the stage that is compared in both networks; 0 is the stem.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        hint_layer: Number of the stage that is compared in both networks; 0 is the stem (the first
+            layers).
 
     Raises:
         ValueError: If a network shows no stages after the stem, if a network has no stage
@@ -50,7 +52,7 @@ class FitNet(Method):
             batch: Unused.
 
         Returns:
-            The mean over images, channels and cells.
+            The mean over images, channels and positions of the map.
         """
         predicted_BCHW = F.relu(self.bn(self.conv(student.stages[self.hint_layer])))
         return F.mse_loss(predicted_BCHW, teacher.stages[self.hint_layer])

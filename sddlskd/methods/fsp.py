@@ -19,23 +19,27 @@ __all__ = ["FSP"]
 
 
 class FSP(Method):
-    """Loss of FSP: in a first stage, the student learns the relations between the teacher's maps.
+    """Loss of FSP: before epoch 1, the student learns the relations between the teacher's maps.
 
-    The FSP matrix of two consecutive maps holds one number for each pair of their channels: the
-    mean over cells of the product of the two channels. Before that, the larger map is
-    average-pooled to the sides of the smaller one. The first map is that of the stem. The loss is
-    the mean squared difference between the student's and the teacher's matrices, summed over the
-    pairs of maps. After the first stage of training, the loss is 0.
+    The networks are compared in the first `stage_epochs` epochs, which are numbered ..., -1, 0.
+    From epoch 1 on, the loss is 0.
+
+    The maps of a network are those after its stem (the first layers) and after each further group
+    of layers. The FSP matrix of two consecutive maps, with C and D channels, is (C, D). An entry is
+    the mean over positions of the product of two channels, one of each map. Before that, both maps
+    are average-pooled to the smaller height and the smaller width. The loss is the mean squared
+    difference between the student's and the teacher's matrix, summed over the pairs of consecutive
+    maps.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        stage_epochs: Number of epochs of the first stage, at least 1.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        stage_epochs: Number of epochs before epoch 1, at least 1.
 
     Raises:
-        ValueError: If a network shows no stages after the stem, if the networks differ in the
-            number of maps or in the channels of a map, or if `stage_epochs` is not an integer of at
-            least 1.
+        ValueError: If a network shows no map after the stem, if the networks differ in the number
+            of maps or in the channels of a map, or if `stage_epochs` is not an integer of at least
+            1.
     """
 
     needs = frozenset({"stages"})
@@ -67,10 +71,10 @@ class FSP(Method):
         return sum(losses[1:], losses[0])
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return 0, because the method adds no loss after the first stage.
+        """Return 0, because the method adds no loss from epoch 1 on.
 
         Args:
-            student: Maps of the student; only device and dtype are read.
+            student: Maps of the student; only the device and dtype of `logit_map` are read.
             teacher: Unused.
             batch: Unused.
 

@@ -21,32 +21,33 @@ SLOPE = 0.1  # slope of LeakyReLU below zero
 
 
 class FT(Method):
-    """Loss of FT: the difference between the factors of two networks, encodings of their last maps.
+    """Loss of FT: the difference between factors, which are encodings of the networks' last maps.
 
-    In a first stage of training, an autoencoder (the paraphraser) learns to reconstruct the
-    teacher's last map. Its encoder gives the teacher's factor. After the first stage, the
-    paraphraser gets no gradient. Another encoder (the translator) then learns to give the student's
-    factor from the student's last map. The factor with the larger sides is average-pooled to the
-    sides of the other. Both factors are divided by their length for each image.
+    In the first `stage_epochs` epochs, numbered ..., -1, 0, an autoencoder (the paraphraser) learns
+    to reconstruct the teacher's last map (B, C, H, W). Its encoder gives the teacher's factor. From
+    epoch 1 on, the paraphraser gets no gradient. Another encoder (the translator) then learns to
+    give the student's factor from the student's last map.
+
+    Both factors are average-pooled to the smaller height and the smaller width. They are reduced as
+    `p1` says, and divided by their Euclidean length for each image. The loss is the mean of
+    |difference|^p2.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        stage_epochs: Number of epochs of the first stage, at least 1.
-        stage_weight: Weight of the reconstruction loss in the first stage, greater than 0.
-            RepDistiller trains the paraphraser of ResNet and WRN students at a fifth of the
-            learning rate. A weight of 0.2 makes the same steps with SGD, but for a weight decay
-            that is five times as strong.
-        rate: Channels of the factors, as a fraction of the channels of the teacher's last map.
-        p1: Power that reduces a factor to the mean over channels of x^p1, as in RepDistiller. None
-            for the whole factors, as in the paper and its authors' code.
-        p2: Power of the loss, the mean of |difference|^p2; at least 1.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        stage_epochs: Number of epochs before epoch 1, at least 1.
+        stage_weight: Weight of the reconstruction loss, greater than 0.
+        rate: Channels of the factors, as a fraction of the channels of the teacher's last map. The
+            number of channels is rounded down.
+        p1: Power that reduces a factor x to the mean of x^p1 over channels, as in RepDistiller.
+            None for the whole factors, as in the paper and its authors' code.
+        p2: Power in the loss, at least 1.
 
     Raises:
-        ValueError: If a network shows no stages after the stem, if `stage_epochs` is not an integer
-            of at least 1, if `stage_weight` is not greater than 0, if `p2` is less than 1, or if
-            `rate` gives the factors less than 1 channel or more channels than the teacher's map
-            has.
+        ValueError: If a network shows no map after the stem (the first layers), if `stage_epochs`
+            is not an integer of at least 1, if `stage_weight` is not greater than 0, if `p2` is
+            less than 1, or if `rate` gives the factors less than 1 channel or more channels than
+            the teacher's map has.
     """
 
     needs = frozenset({"stages"})
@@ -94,27 +95,28 @@ class FT(Method):
 
         Args:
             student: Unused.
-            teacher: Maps of the teacher, without gradients; `stages` is read.
+            teacher: Maps of the teacher, without gradients; the last map of `stages` is read.
             batch: Unused.
 
         Returns:
-            A scalar: `stage_weight` times the mean over images, channels and cells.
+            A scalar: `stage_weight` times the mean over images, channels and positions.
         """
         map_BCHW = teacher.stages[-1]
         encode, decode = self.paraphraser["encoder"], self.paraphraser["decoder"]
         return self.stage_weight * F.mse_loss(decode(encode(map_BCHW)), map_BCHW)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        """Return the mean of |difference|^p2 of the normalised factors, a scalar.
+        """Return the mean of |difference|^p2 of the two networks' factors, a scalar.
+
+        The paraphraser gets no gradient from this loss.
 
         Args:
-            student: Maps of the student; `stages` is read.
-            teacher: Maps of the teacher, without gradients; `stages` is read.
+            student: Maps of the student; the last map of `stages` is read.
+            teacher: Maps of the teacher, without gradients; the last map of `stages` is read.
             batch: Unused.
 
         Returns:
-            The mean over images and entries of the factors. The paraphraser gets no gradient from
-            it.
+            The mean over images and entries of the reduced factors.
         """
         with torch.no_grad():
             other_BCHW = self.paraphraser["encoder"](teacher.stages[-1])

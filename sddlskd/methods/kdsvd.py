@@ -24,27 +24,25 @@ MORE = 3
 class KDSVD(Method):
     """Loss of KDSVD: the difference between two networks' relations of successive stages.
 
-    The relations are computed from singular vectors:
-    - Each map is a matrix (C * H, W). Its first right singular vectors, of W entries, describe the
-      stage.
-    - Each of the teacher's first k vectors is matched with one of the student's first k + 3
-      vectors: the one with the largest absolute cosine, which is multiplied by the sign of that
-      cosine.
-    - Both vectors of a match are multiplied by the teacher's singular value. The k singular values
-      of an image are scaled to length 1 before, so the value is 1 for k = 1.
-    - The relation of two successive stages is exp(-(difference)^2 / 8), for all pairs of an entry
-      of a vector and an entry of the vector with the same number at the stage before.
+    A stage is a group of layers after the stem (the first layers). Stages are paired from the
+    first. If one network has more stages, its last stages do not count. The relations of an image
+    are computed from singular vectors:
+    - The image's map of a stage is a matrix (C * H, W). The teacher's first k right singular
+      vectors, of W entries, describe the stage. The sign of each vector makes its entry of largest
+      magnitude positive.
+    - Each of these vectors is matched with one of the student's first k + 3 right singular vectors:
+      the vector with the largest absolute cosine, multiplied by the sign of the cosine.
+    - Both vectors of a match are multiplied by the teacher's singular value. Before that, the k
+      singular values of an image are divided by their Euclidean length.
+    - The relation of a stage to the stage before is exp(-(a - b)^2 / 8), for each n in 1..k, each
+      entry a of vector n of the stage, and each entry b of vector n of the stage before.
 
-    The loss is the sum of the squared differences between student and teacher, divided by the
-    number of images. The stem does not count. If one network has more stages, its last stages do
-    not count.
-
-    A singular vector has no sign of its own. Here, the entry of largest magnitude of each vector of
-    the teacher is positive. In mdistiller the sign is that of the linear algebra library.
+    The loss is the sum of the squared differences between the student's and the teacher's
+    relations, divided by the number of images.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         k: Number of singular vectors of the teacher that are compared.
 
     Raises:
@@ -79,7 +77,7 @@ class KDSVD(Method):
             batch: The labels, of which only the number is read.
 
         Returns:
-            A scalar: the sum over all entries, divided by the number of images.
+            A scalar: the sum over all entries of the relations, divided by the number of images.
         """
         relations = []
         before: tuple[Tensor, Tensor] | None = None

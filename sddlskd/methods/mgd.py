@@ -19,24 +19,25 @@ MASKS = ("channel", "cell")
 
 
 class MGD(Method):
-    """Loss of MGD: the squared error of the teacher's last map, generated from a masked student's.
+    """Loss of MGD: the squared error of the teacher's last map, generated from the student's.
 
-    The larger of the two last maps is average-pooled to the sides of the smaller one. If the
-    channels differ, a 1x1 convolution gives the student's map the channels of the teacher's. A part
-    of the student's map is then set to 0. Two 3x3 convolutions generate the teacher's map from the
-    rest. The mask of an image depends on the seed, the epoch and the image alone.
+    Both maps (B, C, H, W) are average-pooled to the smaller height and the smaller width. If the
+    channels differ, a 1x1 convolution gives the student's map the channels of the teacher's. Random
+    channels or positions of the student's map are then set to 0. Two 3x3 convolutions generate the
+    teacher's map from the rest. The choice for an image depends on the seed, the epoch and the
+    image alone.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         seed: Seed of the run.
-        ratio: Probability that a channel or a cell is set to 0 (the paper's lambda), in [0, 1).
-        mask: "channel" to mask whole channels, as the authors do for classification; "cell" to mask
-            all channels of a cell, as they do for detection and segmentation.
+        ratio: Probability that a channel or a position is set to 0 (the paper's lambda), in [0, 1).
+        mask: "channel" to set whole channels to 0, as the authors do for classification; "cell" to
+            set all channels of a position to 0, as they do for detection and segmentation.
 
     Raises:
-        ValueError: If a network shows no stages after the stem, if `ratio` is outside [0, 1), or if
-            `mask` is unknown.
+        ValueError: If a network shows no map after the stem (the first layers), if `ratio` is
+            outside [0, 1), or if `mask` is unknown.
     """
 
     needs = frozenset({"stages"})
@@ -72,12 +73,12 @@ class MGD(Method):
         """Return the squared error of the generated map, a scalar.
 
         Args:
-            student: Maps of the student; `stages` is read.
-            teacher: Maps of the teacher, without gradients; `stages` is read.
+            student: Maps of the student; the last map of `stages` is read.
+            teacher: Maps of the teacher, without gradients; the last map of `stages` is read.
             batch: Indices of the images, and the number of the epoch.
 
         Returns:
-            The sum over channels and cells, averaged over images.
+            The sum over channels and positions of the map, averaged over images.
         """
         own_BCHW, target_BCHW = at_smaller_side(student.stages[-1], teacher.stages[-1])
         if self.align is not None:

@@ -32,34 +32,36 @@ mean.
 class MLKD(Method):
     """Loss of MLKD: distillation of the logits of two views, image by image and by Gram matrices.
 
-    Every image has a weak and a strong view, which are augmented differently. P is softmax(logits /
-    T) of the weak view, (B, K). Each temperature T adds four terms. The last two are squared
-    Frobenius norms of the difference between student and teacher:
-    - T^2 * KL(teacher || student) of the weak view, averaged over images and masked by images.
-    - T^2 * KL(teacher || student) of the strong view, averaged over images, without a mask.
-    - P P^T, the similarities of the images, divided by B and masked by images.
-    - P^T P, the similarities of the classes, divided by K and masked by classes.
+    Every image has two views: a weakly and a strongly augmented one. For each temperature T, the
+    loss has four terms:
+    - T^2 * KL(teacher || student) of the weak view, averaged over images. The mask of images acts
+      on this term.
+    - T^2 * KL(teacher || student) of the strong view, averaged over images, without a mask. At some
+      temperatures, the weak view is read instead, see `strong_only_at`.
+    - The squared Frobenius norm of the difference between the two networks' P P^T, divided by B.
+      The mask of images acts on this term. P is softmax(logits / T) of the weak view, (B, K).
+    - The squared Frobenius norm of the difference between the two networks' P^T P, divided by K.
+      The mask of classes acts on this term.
 
     The masks come from the teacher's softmax(logits) of the weak view. The mask of images selects
     the images whose largest probability is at most the median of the batch. The mask of classes
     selects the classes whose probability, summed over the batch, is at most the median of the
-    classes. The student's cross-entropy in the strong view is added to these terms.
+    classes.
 
     Args:
-        student: Maps of the student for any batch.
-        teacher: Maps of the teacher for any batch.
+        student: Maps of the student (`Taps`) for any batch; not read.
+        teacher: Maps of the teacher (`Taps`) for any batch; not read.
         temperatures: One or more temperatures, greater than 0.
         kd_weight: Weight of the sum of the four terms over all temperatures.
-        ce_weight: Weight of the student's cross-entropy in the strong view. The cross-entropy in
-            the weak view is not part of this loss.
-        standardize: Whether the logits of the two KL terms are standardised (LSKD). The Gram
-            matrices take plain logits, as in LSKD's code.
-        masks: How a mask acts. "share": nothing is masked; the mean is multiplied by the fraction
-            of images or classes that the mask selects (released code). "each": images or classes
-            that are not selected count as 0 in the mean.
-        strong_only_at: Positions in `temperatures`, from 0, at which the second KL term reads the
-            strong view. At other positions that term reads the weak view, as in the released code
-            from the fourth temperature on. None for all positions.
+        ce_weight: Weight of the student's cross-entropy in the strong view, which is added to the
+            terms.
+        standardize: Whether the logits of both KL terms are standardised to mean 0 and standard
+            deviation 1 over the classes (LSKD). P always comes from the plain logits.
+        masks: How a mask acts. "share": the term is multiplied by the fraction of images or classes
+            that the mask selects, as in the released code. "each": images or classes that are not
+            selected count as 0 in the term.
+        strong_only_at: Positions in `temperatures`, from 0, at which the second term reads the
+            strong view; at other positions it reads the weak view. None for all positions.
 
     Raises:
         ValueError: If `temperatures` is empty or holds one that is not greater than 0, if
@@ -104,12 +106,13 @@ class MLKD(Method):
         """Return the weighted sum of all terms and of the strong view's cross-entropy, a scalar.
 
         Args:
-            student: Maps of the student; `logit_map` and `strong_map` are read.
-            teacher: Maps of the teacher, without gradients; `logit_map` and `strong_map` are read.
+            student: Maps of the student; the logit maps `logit_map` (weak view) and `strong_map`
+                (strong view), (B, K, H, W), are read.
+            teacher: Maps of the teacher, without gradients; the same fields are read.
             batch: The labels.
 
         Returns:
-            The loss, averaged over images or classes as the class says.
+            The loss. The logits of a view are the mean of its logit map over H and W.
 
         Raises:
             AssertionError: If a network has no `strong_map`.

@@ -19,16 +19,19 @@ __all__ = ["NST"]
 class NST(Method):
     """Loss of NST: the maximum mean discrepancy between the channels of student and teacher.
 
-    A channel of an image's map is a vector of cells, divided by its length. The kernel of two
-    channels is the square of their dot product. The loss of a stage is the mean kernel of two
-    teacher channels, plus that of two student channels, minus twice that of a student and a teacher
-    channel. Means are over images and over pairs of channels. The losses of the stages after the
-    stem are summed. At each stage, the larger map is average-pooled to the sides of the smaller
-    one; channels may differ. If one network has more stages, its last stages do not count.
+    A stage is a group of layers after the stem (the first layers). Stages are paired from the
+    first. If one network has more stages, its last stages do not count. Both maps (B, C, H, W) of a
+    pair are average-pooled to the smaller height and the smaller width; their channels may differ.
+
+    A channel of an image's map is a vector of H * W entries, divided by its Euclidean length. The
+    kernel of two channels is the square of their dot product. The loss of a pair of maps is the
+    mean kernel of two teacher channels, plus that of two student channels, minus twice that of a
+    student and a teacher channel. Means are over images and over pairs of channels. The losses of
+    all pairs of maps are summed.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
 
     Raises:
         ValueError: If a network shows no stages after the stem.
@@ -45,7 +48,8 @@ class NST(Method):
             batch: Unused.
 
         Returns:
-            A scalar, averaged over images.
+            A scalar, averaged over images. The first map of `stages`, that of the stem, does not
+            count.
         """
         losses = []
         for maps in pairs(student, teacher):

@@ -23,31 +23,33 @@ MOST_KERNEL = 31  # largest side of the connectors' kernel
 class OFD(Method):
     """Loss of OFD: the squared distance of the maps before the last ReLU of each stage.
 
-    A convolution and a BatchNorm give the student's map the channels of the teacher's. The goal of
-    an entry is the teacher's value, but at least the margin of the channel. The margin is the mean
-    of the channel's negative values, see `margins`. An entry with a negative goal counts only if
-    the student's value is above the goal. The loss of a stage is the sum of the squared distances,
-    averaged over images. The last stage has weight 1, and each earlier stage half the weight of the
-    next one.
+    A stage is a group of layers after the stem (the first layers). Stages are paired from the last.
+    A convolution and a BatchNorm give the student's map (B, C, H, W) the channels of the teacher's.
+    The goal of an entry is the teacher's value or the margin of its channel, whichever is larger.
+    The margin is the mean of the channel's negative values, see `margins`. An entry whose goal is
+    not above 0 counts only if the student's value is above the goal.
+
+    The loss of a stage is the sum of (student - goal)^2 over the entries that count, averaged over
+    images. The last stage has weight 1, and each earlier stage half the weight of the next one.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         teacher_network: Teacher, a `LogitMapModel`. The margins come from the BatchNorms that its
             `norms_before_relu` returns.
-        alignment: What happens if the teacher has more stages than the student. "strict": the pair
-            is refused, as the released code cannot serve it. "from_end": the teacher's finest maps
-            are left out. In both cases the stages are paired from the last, and the finest maps of
-            a student with more stages are left out.
-        stages_for_preacts: Whether a student that shows no maps before a ReLU gives its stages
-            instead (mobilev2, whose stages end without a ReLU).
+        alignment: What happens if the teacher has more stages than the student. "strict": the two
+            networks are refused, as the released code cannot serve them. "from_end": the teacher's
+            first stages are left out. With both values, the first stages of a student with more
+            stages are left out.
+        stages_for_preacts: Whether a student that shows no maps before a ReLU gives the final maps
+            of its stages instead.
         kernel: Side of the convolution's kernel, an odd number in 1..31.
 
     Raises:
         ValueError: If a network shows no maps before a ReLU (and the student no stages in their
-            place), if `alignment` is unknown or refuses the pair, if `stages_for_preacts` is not a
-            bool, if `kernel` is not an odd number in 1..31, or if the teacher does not return one
-            BatchNorm for each stage after the stem.
+            place), if `alignment` is unknown or refuses the two networks, if `stages_for_preacts`
+            is not a bool, if `kernel` is not an odd number in 1..31, or if the teacher is no
+            `LogitMapModel` that returns one BatchNorm for each stage after the stem.
     """
 
     needs = frozenset({"preacts"})
@@ -93,8 +95,8 @@ class OFD(Method):
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
         """Return the weighted sum of the stages' squared distances, a scalar.
 
-        If the teacher's map has other sides than the student's, the teacher's map is average-pooled
-        to the student's sides.
+        If the two maps of a stage differ in height or width, the teacher's map is resized to the
+        student's by adaptive average pooling.
 
         Args:
             student: Maps of the student; `preacts` is read, or `stages` if `stages_for_preacts` is
@@ -103,7 +105,7 @@ class OFD(Method):
             batch: Unused.
 
         Returns:
-            The sum over channels and cells, averaged over images.
+            The sum over channels and positions, averaged over images.
         """
         loss = student.logit_map.new_zeros(())
         parts = zip(self._pairs(student, teacher), self.connectors, strict=True)
@@ -139,9 +141,10 @@ def _connector(own: int, other: int, kernel: int) -> nn.Sequential:
 def margins(norm: nn.BatchNorm2d) -> Tensor:
     """Return the margin of each channel: the mean of the negative values of a BatchNorm's output.
 
-    The output of a channel is taken as normal, with the BatchNorm's bias as mean and its |weight|
-    as standard deviation. If less than a thousandth of the distribution is negative, the margin is
-    -3 standard deviations. The result has shape (C,), float32, and no gradient.
+    The output of a channel is assumed to be normal, with the BatchNorm's bias as mean and its
+    |weight| as standard deviation. If at most a thousandth of this distribution is negative, the
+    margin is -3 standard deviations. The result is float32, (C,), without a gradient. `norm` must
+    have a weight and a bias.
     """
     mean_C = norm.bias.double()
     # With a mean and a standard deviation of zero, the ratio would be NaN.

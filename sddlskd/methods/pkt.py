@@ -18,16 +18,16 @@ __all__ = ["PKT"]
 class PKT(Method):
     """Loss of PKT: the divergence between the neighbourhoods of the images in two networks.
 
-    The probability that image i picks image j as a neighbour is (cosine + 1) / 2 of their pooled
-    features, divided by the sum over j. The loss is p_teacher * log(p_teacher / p_student),
-    averaged over all pairs. The mean (the paper has the sum) and the pairs of an image with itself
-    follow mdistiller.
+    The probability that image i of a batch picks image j as a neighbour is (cosine + 1) / 2 of
+    their pooled features (the input of the classifier), divided by the sum over j. The loss is
+    p_teacher * log(p_teacher / p_student), averaged over all B x B pairs (i, j), as in mdistiller;
+    the paper has the sum.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        eps: Number that is added to the lengths of the features and to both probabilities in the
-            ratio.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        eps: Small number, greater than 0, that is added to the lengths of the features and to both
+            probabilities in the ratio.
 
     Raises:
         ValueError: If a network shows no pooled features, or if `eps` is not greater than 0.
@@ -44,13 +44,16 @@ class PKT(Method):
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
         """Return the mean over all pairs of images of p_teacher * log(p_teacher / p_student).
 
+        p is the probability that the first image picks the second as a neighbour (see `PKT`).
+
         Args:
-            student: Maps of the student; `pooled` is read.
+            student: Maps of the student; `pooled`, (B, C), is read.
             teacher: Maps of the teacher, without gradients; `pooled` is read.
             batch: Unused.
 
         Returns:
-            A scalar: the sum over images of KL(teacher || student), divided by B^2.
+            A scalar: the sum over images of KL(teacher || student), divided by B^2, but for the
+            effect of `eps`.
         """
         own_BB = self._probabilities(student.pooled)
         other_BB = self._probabilities(teacher.pooled)

@@ -24,28 +24,31 @@ MOST_CHANNELS = 512  # largest number of channels of the fused maps
 class ReviewKD(Method):
     """Loss of ReviewKD: the distance of the teacher's levels from fused levels of the student.
 
-    The levels of a network are its stages after the stem and, on top, the pooled features as a map
-    of one cell. From the top down, each level of the student is fused with the result of the level
-    above. The fused level is compared with the teacher's level at several scales. The losses of the
-    levels are summed. The teacher's stages are taken before their last ReLU.
+    A stage is a group of layers after the stem (the first layers). The levels of a network are the
+    maps (B, C, H, W) of its stages and, on top, the pooled features (the input of the classifier)
+    as a map of 1x1. The teacher's maps are taken before the last ReLU of a stage. From the top
+    down, each level of the student is fused with the result of the level above and resized to the
+    sides of the teacher's level. Both levels are then compared at several scales. The losses of the
+    levels are summed.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        alignment: What happens if the numbers of stages differ. "strict": the pair is refused, as
-            the released code cannot serve it. "from_end": the finest maps of the network with more
-            stages are left out. In both cases the levels are paired from the top.
-        student_preacts: Whether the student's stages are taken before their last ReLU, too.
-        labels_N: Class of each training image, (N,), of which only the number is read. None to
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        alignment: What happens if the numbers of stages differ. "strict": the two networks are
+            refused, as the released code cannot serve them. "from_end": the first stages of the
+            network with more stages are left out. With both values, the levels are paired from the
+            top.
+        student_preacts: Whether the student's maps are taken before the last ReLU, too.
+        labels_N: Class of each training image, (N,), of which only the number N is read. None to
             leave out the check for a batch of one image.
         batch_size: Images per batch. None to leave out the check for a batch of one image.
 
     Raises:
-        ValueError: If the student shows no stages (or, with `student_preacts`, no maps before a
-            ReLU), if the teacher shows no maps before a ReLU, if a network shows no pooled
-            features, if `alignment` is unknown or refuses the pair, if `student_preacts` is not a
-            bool, or if an epoch would have a batch of one image, over which BatchNorm cannot
-            normalise the pooled features.
+        ValueError: If a network shows no stages after the stem or no pooled features, if the
+            teacher (or, with `student_preacts`, the student) shows no maps before a ReLU, if
+            `alignment` is unknown or refuses the two networks, if `student_preacts` is not a bool,
+            or if N images in batches of `batch_size` leave a batch of one image, which BatchNorm
+            cannot normalise.
     """
 
     needs = frozenset({"stages", "preacts", "pooled"})
@@ -88,13 +91,15 @@ class ReviewKD(Method):
         """Return the sum over levels of the distance between fused level and teacher's level.
 
         Args:
-            student: Maps of the student; `pooled`, and `stages` or `preacts`, are read.
+            student: Maps of the student; `pooled` is read, and `stages` or, with `student_preacts`,
+                `preacts`.
             teacher: Maps of the teacher, without gradients; `pooled` and `preacts` are read.
             batch: Unused.
 
         Returns:
-            A scalar. The distance of a level is a weighted mean of mean squared errors at several
-            scales.
+            A scalar. The distance of a level is a weighted mean of mean squared errors: of the maps
+            themselves, and of the maps average-pooled to the sides 4, 2 and 1 (only to sides
+            smaller than the map's).
         """
         maps = student.stages
         if self.student_preacts:
@@ -115,7 +120,7 @@ class ReviewKD(Method):
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion (ABF) of a level of the student with the fused map of the level above.
+    """Attention-based fusion (ABF) of a student's level (a map) with the result of the level above.
 
     Args:
         own: Channels of the student's level.
@@ -139,13 +144,13 @@ class Fusion(nn.Module):
 
         Args:
             own_BCHW: Student's level, (B, own, H, W).
-            above_BCHW: Fused map of the level above, (B, width, H, W), whose sides may differ. Not
-                read at the top.
+            above_BCHW: Fused map of the level above, (B, width, h, w), whose sides may differ from
+                H and W. Not read at the top.
             sides: Height and width of the teacher's level.
 
         Returns:
-            Two maps with the height and width of `sides`: one with the teacher's channels, one with
-            `width` channels.
+            Two maps with the height and width of `sides`: the first with `other` channels, the
+            second with `width` channels.
 
         Raises:
             AssertionError: If `above_BCHW` is None below the top.

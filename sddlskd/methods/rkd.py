@@ -19,18 +19,19 @@ __all__ = ["RKD"]
 class RKD(Method):
     """Loss of RKD: the differences between distances and angles of images in the pooled features.
 
-    The distances of all pairs of images are divided by the mean over pairs of different images. The
-    angle of three images i, j, k is the cosine at i between the directions to j and to k. The loss
-    is the smooth L1 loss between student and teacher: the mean over all B x B pairs for the
-    distances, and over all B x B x B triples for the angles.
+    The pooled features are the inputs of the classifiers. In each network, the distances of all
+    pairs of images are divided by their mean over pairs of different images. The angle of three
+    images i, j, k is the cosine at i between the directions to j and to k. The loss is the smooth
+    L1 loss between student and teacher: the mean over all B x B pairs for the distances, and over
+    all B x B x B triples for the angles.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         distance_weight: Weight of the distances, not negative.
         angle_weight: Weight of the angles, not negative.
         squared: Whether squared distances are compared instead of distances.
-        eps: Lower limit of the squared distance of two images, greater than 0.
+        eps: Lower limit of the squared distance of two different images, greater than 0.
 
     Raises:
         ValueError: If a network shows no pooled features, if `squared` is not a bool, if a weight
@@ -63,7 +64,7 @@ class RKD(Method):
         """Return the weighted sum of the losses of the distances and of the angles, a scalar.
 
         Args:
-            student: Maps of the student; `pooled` is read.
+            student: Maps of the student; `pooled`, (B, C), is read.
             teacher: Maps of the teacher, without gradients; `pooled` is read.
             batch: Unused.
 

@@ -18,7 +18,7 @@ __all__ = ["SemCKD"]
 
 
 class MLPEmbed(nn.Module):
-    """Two linear layers with a ReLU between them, whose output has length 1.
+    """Two linear layers with a ReLU between them; the output vectors are scaled to length 1.
 
     Args:
         dim_in: Channels of the input.
@@ -67,19 +67,23 @@ class Proj(nn.Module):
 class SemCKD(Method):
     """Loss of SemCKD: distances of all student stages to all teacher stages, weighted by attention.
 
-    The attention of a student stage over the teacher stages is learnt. A query (student) or a key
-    (teacher) of an image comes from the similarities of the image's map with the maps of all B
-    images of the batch. The layers for queries and keys therefore need batches of one size. A batch
-    of another size, such as a smaller one at the end of an epoch, has loss 0. For each distance,
-    the larger map is average-pooled to the sides of the smaller one, and convolutions give the
-    student's map the channels of the teacher's.
+    A stage is a group of layers after the stem (the first layers). For each distance, both maps
+    (B, C, H, W) are average-pooled to the smaller height and the smaller width, and convolutions
+    give the student's map the channels of the teacher's. The distance is the mean squared
+    difference.
+
+    The attention comes from a query for each image and student stage, and a key for each image and
+    teacher stage. Query and key are learnt functions of the dot products of the image's map with
+    the maps of all B images of the batch. Their layers therefore need batches of exactly B images.
+    A batch of another size, such as a smaller one at the end of an epoch, has loss 0.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         batch_size: B, images per batch.
         soft: Number by which the products of queries and keys are divided before the softmax.
-        factor: Queries and keys have D = B // factor channels.
+        factor: Queries and keys have B / `factor` channels, rounded down; an integer of at least 1
+            (not checked).
 
     Raises:
         ValueError: If a network shows no stages after the stem, or if `batch_size` is less than
@@ -93,6 +97,8 @@ class SemCKD(Method):
         self, student: Taps, teacher: Taps, *, batch_size: int, soft: float = 1.0, factor: int = 4
     ) -> None:
         super().__init__(student, teacher)
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor={factor!r} must be an integer of at least 1")
         if batch_size < factor:
             raise ValueError(
                 f"batch_size={batch_size} is too small for SemCKD's factor={factor}; "
@@ -136,8 +142,9 @@ class SemCKD(Method):
     def attention(self, student: Taps, teacher: Taps) -> Tensor:
         """Return the weight of each teacher stage for each student stage and image, (B, S, T).
 
-        The weights over the T teacher stages sum to 1. The `stages` of both networks are read; they
-        must come from a batch of `batch_size` images.
+        S and T are the numbers of stages of student and teacher after the stem. The weights over
+        the T teacher stages sum to 1. The `stages` of both networks are read. They must come from a
+        batch of `batch_size` images; otherwise torch raises a RuntimeError.
         """
         query_BSD = self._embedded("query", student)
         key_BTD = self._embedded("key", teacher)

@@ -18,18 +18,19 @@ __all__ = ["SimKD", "WithTeacherHead"]
 
 
 class WithTeacherHead(LogitMapModel):
-    """Student with a projector from its last stage to the teacher's head.
+    """Student whose last map goes through a projector into a copy of the teacher's head.
 
-    The projector is three convolutions (1x1, 3x3, 1x1), each with BatchNorm and ReLU. The head is a
-    copy of the teacher's linear head and is not trained. The student's own head, and layers between
-    its last stage and that head, have no effect.
+    The projector is three convolutions (1x1, 3x3, 1x1), each with BatchNorm and ReLU. Its input is
+    the map of the student's last stage (group of layers) or, for a student that shows no stages,
+    the map that its own head is applied to. The copy of the teacher's linear head is not trained.
+    The student's own head, and layers between its last stage and that head, have no effect.
 
     Args:
         student: Network of the student, which is not copied.
         head: Linear head of the teacher, which is copied.
-        channels: Channels of the student's last stage.
-        factor: The hidden layers of the projector have 1 / `factor` of the teacher's channels,
-            rounded down.
+        channels: Channels of the projector's input.
+        factor: The hidden layers of the projector have 1 / `factor` of the channels that `head`
+            takes, rounded down.
     """
 
     def __init__(
@@ -58,17 +59,19 @@ class WithTeacherHead(LogitMapModel):
         return self.teacher_head
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the projected map of normalised images (B, 3, H, W).
+        """Return the projector's output (B, C, h, w) for normalised images (B, 3, H, W).
 
-        The map has the teacher's channels and the sides of the student's last stage.
+        C is the number of channels that the teacher's head takes. h and w are the sides of the map
+        that goes into the projector.
         """
         return self._projected(self.student.taps(x_BCHW))
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, h, w) and the inner maps of normalised images (B, 3, H, W).
 
-        `stages` and `preacts` are the student's. `last`, `pooled` and `logit_map` come from the
-        projected map.
+        `stages` and `preacts` are those of the student inside. `last` is `features(x_BCHW)`,
+        `pooled` is its mean over h and w, and `logit_map` is the teacher's head applied to each
+        position of `last`.
         """
         shown = self.student.taps(x_BCHW)
         return self._taps(shown.stages, shown.preacts, self._projected(shown))
@@ -81,14 +84,15 @@ class WithTeacherHead(LogitMapModel):
 class SimKD(Method):
     """Loss of SimKD: the mean squared difference between the maps that the heads are applied to.
 
-    The student is trained, evaluated and exported as a `WithTeacherHead`, with a projector and a
-    copy of the teacher's head. Its projected map is compared with the teacher's last map.
+    The student is trained, evaluated and exported as a `WithTeacherHead`: the student, a projector
+    and a copy of the teacher's linear head. The projector's output is compared with the teacher's
+    last map.
 
     Args:
-        student: Maps of the `WithTeacherHead` for any batch.
-        teacher: Maps of the teacher for any batch.
-        factor: The hidden layers of the projector have 1 / `factor` of the teacher's channels, see
-            `student_network`.
+        student: Maps of the `WithTeacherHead` (`Taps`) for any batch.
+        teacher: Maps of the teacher (`Taps`) for any batch.
+        factor: Not read by the loss. The option belongs to `student_network`, which builds the
+            projector.
 
     Raises:
         ValueError: If a network does not show the map that its head is applied to.
@@ -109,15 +113,16 @@ class SimKD(Method):
         Args:
             student: Network of the student.
             teacher: Network of the teacher.
-            shown: Maps of the student for any batch.
-            factor: The hidden layers of the projector have 1 / `factor` of the teacher's channels.
+            shown: Maps of the student for any batch; only a number of channels is read.
+            factor: The hidden layers of the projector have 1 / `factor` of the channels that the
+                teacher's head takes, rounded down.
 
         Returns:
             A `WithTeacherHead` around `student`, which is not copied.
 
         Raises:
-            ValueError: If a network is not a `LogitMapModel`, or if `factor` is not in 1..channels
-                of the teacher's head.
+            ValueError: If a network is not a `LogitMapModel`, or if `factor` is less than 1 or more
+                than the channels that the teacher's head takes.
         """
         for who, network in (("student", student), ("teacher", teacher)):
             if not isinstance(network, LogitMapModel):
@@ -141,13 +146,13 @@ class SimKD(Method):
         """Return the mean squared difference of the two maps, a scalar.
 
         Args:
-            student: Maps of the student with the projector; `last` is read.
+            student: Maps of the student with the projector; `last`, (B, C, H, W), is read.
             teacher: Maps of the teacher, without gradients; `last` is read.
             batch: Unused.
 
         Returns:
-            The mean over images, channels and cells, after the larger map is average-pooled to the
-            sides of the smaller one.
+            The mean over images, channels and positions. Before that, both maps are average-pooled
+            to the smaller height and the smaller width.
         """
         assert student.last is not None  # as the constructor has checked
         assert teacher.last is not None

@@ -22,20 +22,21 @@ __all__ = ["SP"]
 class SP(Method):
     """Loss of SP: the squared difference between the similarities of images in two networks.
 
-    The similarity of two images is the dot product of their flattened maps of the last stage. The
-    similarities of a batch are a matrix (B, B), whose rows are divided by their length. The loss is
-    the mean squared difference of the student's and the teacher's matrix. Channels and sides of the
-    networks may differ.
+    The similarity of two images is the dot product of their flattened last maps (the output of the
+    last group of layers). The similarities of a batch are a matrix (B, B), whose rows are divided
+    by their Euclidean length. The loss is the mean squared difference of the student's and the
+    teacher's matrix. The maps (B, C, H, W) of the two networks may differ in channels and sides.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
-        M: Scales of SD-SP (SDD, appendix). For each m in `M`, the maps are average-pooled to m x m
-            regions. Each region has a matrix of its own, and the loss is the mean over all regions.
-            Empty for plain SP, which compares the whole maps.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
+        M: Scales of SD-SP (SDD, appendix), different integers of at least 1. For each scale m, the
+            maps are average-pooled to m x m regions. Each region has a matrix of its own, and the
+            loss is the mean over all regions. Empty for plain SP, which compares the whole maps.
 
     Raises:
-        ValueError: If a network shows no stages after the stem, or if `check_scales` refuses `M`.
+        ValueError: If a network shows no map after the stem (the first layers), or if `M` is
+            neither empty nor a sequence of different integers of at least 1.
     """
 
     needs = frozenset({"stages"})
@@ -43,19 +44,19 @@ class SP(Method):
     def __init__(self, student: Taps, teacher: Taps, *, M: Sequence[int] = ()) -> None:
         super().__init__(student, teacher)
         self.M: tuple[int, ...] = ()
-        if len(M):
+        if not isinstance(M, Sequence) or len(M):
             self.M = check_scales(M)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
         """Return the mean squared difference of the similarity matrices, a scalar.
 
         Args:
-            student: Maps of the student; `stages` is read.
-            teacher: Maps of the teacher, without gradients; `stages` is read.
+            student: Maps of the student; the last map of `stages` is read.
+            teacher: Maps of the teacher, without gradients; the last map of `stages` is read.
             batch: Unused.
 
         Returns:
-            The mean over regions and pairs of images.
+            The mean over pairs of images and, with scales, over regions.
         """
         own_RBB, other_RBB = (self._similarities(taps.stages[-1]) for taps in (student, teacher))
         return (other_RBB - own_RBB).square().mean()

@@ -28,27 +28,29 @@ __all__ = ["VID"]
 class VID(Method):
     """Loss of VID: the negative log-likelihood of the teacher's maps, predicted from the student's.
 
-    Each teacher map has a Gaussian distribution. A regressor of three 1x1 convolutions predicts the
-    mean from the student's map. Each channel of the teacher has one variance. The loss of a stage
-    is the negative log-likelihood, averaged over images, channels and cells, without the constant
-    log(2 pi) / 2. The losses of the stages after the stem are summed. The larger of the two maps of
-    a stage is average-pooled to the sides of the smaller one.
+    A stage is a group of layers after the stem (the first layers). Both maps (B, C, H, W) of a
+    stage are average-pooled to the smaller height and the smaller width. Each entry of the
+    teacher's map has a Gaussian distribution. Three 1x1 convolutions predict its mean from the
+    student's map. Its variance is one number for each channel of the teacher. The loss of a stage
+    is the negative log-likelihood, averaged over images, channels and positions, without the
+    constant log(2 pi) / 2. The losses of the stages are summed.
 
     Args:
-        student: Maps of the student for any batch; only their shapes are read.
-        teacher: Maps of the teacher for any batch; only their shapes are read.
+        student: Maps of the student (`Taps`) for any batch; only their shapes are read.
+        teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         alignment: Which stages are paired. "strict": the first with the first, as in the released
             code. The last stages of a teacher with more stages are left out; a student with more
-            stages is refused. "from_end": the last with the last. The finest maps of the network
+            stages is refused. "from_end": the last with the last. The first stages of the network
             with more stages are left out.
         train_variance: Whether the variances are trained, as in the paper and in RepDistiller. If
             false, they keep their first value, as in mdistiller.
         variance: First value of all variances, greater than `eps`.
-        eps: Smallest variance, greater than 0.
+        eps: Lower limit of the variances, greater than 0.
 
     Raises:
         ValueError: If a network shows no stages after the stem, if `alignment` is unknown or
-            refuses the pair, if `train_variance` is not a bool, or if not 0 < `eps` < `variance`.
+            refuses the two networks, if `train_variance` is not a bool, or if not
+            0 < `eps` < `variance`.
     """
 
     needs = frozenset({"stages"})
@@ -93,7 +95,7 @@ class VID(Method):
             batch: Unused.
 
         Returns:
-            A scalar, averaged over images, channels and cells; it may be negative.
+            A scalar, averaged over images, channels and positions; it may be negative.
         """
         losses = []
         parts = zip(self._pairs(student, teacher), self.regressors, self.log_scales, strict=True)

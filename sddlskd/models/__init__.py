@@ -68,15 +68,16 @@ def names() -> tuple[str, ...]:
 def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
     """Return a new network with random weights, by name.
 
-    The network maps images (B, 3, H, W) to a logit map (B, K, h, w). The weights are drawn from
-    torch's global generator.
+    The network maps images (B, 3, H, W) to a logit map (B, K, h, w), which holds the logits of each
+    position; its mean over h and w is the logits (B, K). The weights are drawn from torch's global
+    generator.
 
     Args:
         name: Name of the network, one of `names()`.
         num_classes: K, the number of classes, at least 2.
-        stem: "small" for the first layers of the CIFAR network, for images of 32 pixels. "large"
-            for a first convolution of 7x7 with stride 2, for images of 224 pixels. The VGGs and
-            mobilev1 have only one stem, which is called "small".
+        stem: "small" for first layers that suit images of 32 pixels. "large" for a first
+            convolution of 7x7 with stride 2, for images of 224 pixels. The VGGs and mobilev1 have
+            the same first layers for images of every size; their stem is called "small".
 
     Returns:
         The network, in train mode.

@@ -17,21 +17,25 @@ STEMS = ("small", "large")  # for images of 32 pixels, for images of 224
 
 
 class Taps(NamedTuple):
-    """What a network shows of a batch: the logit map and the maps on the way to it.
+    """What a network computes for a batch of images: its logit map and the maps on the way to it.
+
+    A logit map holds the logits of each position. Its mean over H and W is the logits of the
+    network.
 
     Attributes:
         logit_map: Logit map, (B, K, H, W).
-        stages: Maps (B, C, H, W) after the stem and after each stage, divided as in RepDistiller
-            and mdistiller. () for a network whose stages are unknown.
-        preacts: For each entry of `stages`, the map (B, C, H, W) in front of the last ReLU; for a
-            WRN, the map in front of the next ReLU. The first entry is `stages[0]` itself. () for a
-            network whose stages do not end at a ReLU.
-        pooled: Input of the classifier, (B, C): the mean over the cells of `last`. (B, 0) for a
+        stages: Maps (B, C, H, W) after the stem (the first layers) and after each stage (further
+            group of layers), with the division into stages of RepDistiller and mdistiller. () for a
+            network whose stages are unknown.
+        preacts: For each entry of `stages`, the map (B, C, H, W) before the last ReLU; for a WRN,
+            the map before the next ReLU. The first entry is `stages[0]` itself. () for a network
+            whose stages are unknown or do not end at a ReLU.
+        pooled: Input of the classifier, (B, C): the mean of `last` over H and W. (B, 0) for a
             network that shows a logit map alone.
         strong_map: Logit map (B, K, H, W) of a second, strongly augmented view of the same images.
-            None for a batch of one view.
-        last: Map (B, C, H, W) that the head is applied to. None for a network that shows a logit
-            map alone.
+            None if the images have one view.
+        last: Map (B, C, H, W) that the classifier is applied to at each position. None for a
+            network that shows a logit map alone.
     """
 
     logit_map: Tensor
@@ -43,7 +47,7 @@ class Taps(NamedTuple):
 
     @classmethod
     def of_map(cls, logit_map_BKHW: Tensor) -> "Taps":
-        """Return taps that hold a logit map (B, K, H, W) alone, for a network that shows no more.
+        """Return taps with a logit map (B, K, H, W) alone, for a network that shows no other maps.
 
         `stages` and `preacts` are (), `pooled` has the shape (B, 0), `strong_map` and `last` are
         None.
@@ -51,7 +55,7 @@ class Taps(NamedTuple):
         return cls(logit_map_BKHW, (), (), logit_map_BKHW[:, :0, 0, 0])
 
     def wide(self) -> "Taps":
-        """Return the taps with all tensors in float32; float64 stays float64."""
+        """Return the taps with all tensors converted to float32; float64 stays float64."""
         strong_map = last = None
         if self.strong_map is not None:
             strong_map = _wide(self.strong_map)
@@ -74,12 +78,13 @@ def _wide(x: Tensor) -> Tensor:
 class LogitMapModel(nn.Module, ABC):
     """Base class of classifiers that map normalised images (B, 3, H, W) to logit maps (B, K, h, w).
 
-    The logits (B, K) are the mean of the map, `model(x_BCHW).mean((2, 3))`. The head is linear, so
-    this mean equals the head applied to the mean of the feature map. Both are the logits of the
-    published networks.
+    The classifier's linear head is applied to each position of the last feature map (B, C, h, w),
+    and gives the logit map. The logits (B, K) are the mean of the logit map,
+    `model(x_BCHW).mean((2, 3))`. Because the head is linear, they equal the head applied to the
+    mean of the feature map, as in the published networks.
 
-    A subclass defines `head` and `features`. It overrides `taps` to show its stages, and
-    `norms_before_relu` to serve as a teacher of the method OFD.
+    A subclass defines `head` and `features`. It overrides `taps` to show the maps of its stages
+    (groups of layers), and `norms_before_relu` to serve as a teacher of the method OFD.
     """
 
     @property
@@ -89,9 +94,9 @@ class LogitMapModel(nn.Module, ABC):
 
     @abstractmethod
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the feature map (B, C, h, w) of normalised images (B, 3, H, W).
+        """Return the last feature map (B, C, h, w) of normalised images (B, 3, H, W).
 
-        The head is applied to each cell of this map.
+        The head is applied to each position of this map.
         """
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -102,18 +107,20 @@ class LogitMapModel(nn.Module, ABC):
         return self._logit_map(self.features(x_BCHW))
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, h, w) and the inner maps of normalised images (B, 3, H, W).
 
-        The logit map equals `forward(x_BCHW)`. No later operation of the network overwrites a
-        returned map. By default, `stages` and `preacts` are ().
+        `logit_map` equals `forward(x_BCHW)`, `last` is `features(x_BCHW)`, and `pooled` is its mean
+        over h and w. By default, `stages` and `preacts` are (). No later operation of the network
+        overwrites a returned map.
         """
         return self._taps((), (), self.features(x_BCHW))
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each stage after the stem.
+        """Return the BatchNorm in front of the last ReLU of each stage after the stem.
 
-        There is one for each map in `taps(x).stages[1:]`. OFD computes its margins from the
-        BatchNorms of the teacher. By default the result is (); such a network cannot be the
+        A stage is a group of layers, and the stem is the first layers. In a WRN, the BatchNorm in
+        front of the next ReLU is taken. The BatchNorms are in the order of `taps(x).stages[1:]`.
+        The method OFD reads those of a teacher. By default the result is (), and OFD refuses such a
         teacher.
         """
         return ()
@@ -141,7 +148,7 @@ def conv(
         out_channels: Number of output channels.
         kernel: Side of the square kernel, an odd number.
         stride: Stride in both directions.
-        groups: Number of channel groups.
+        groups: Number of channel groups, a divisor of both numbers of channels.
 
     Returns:
         A layer (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride), rounded up. The
@@ -153,19 +160,18 @@ def conv(
 
 
 def stem_conv(channels: int, kernel: int, stem: str, stride: int = 1) -> nn.Conv2d:
-    """Return the first convolution of a network for RGB images, without bias.
-
-    The large stem is the one that the SDD authors use for images of 224 pixels (CUB-200).
+    """Return the stem's (first) convolution of a network for RGB images, without bias.
 
     Args:
         channels: Number of output channels.
-        kernel: Side of the square kernel of the small stem.
-        stem: "small" for the convolution of the CIFAR network, or "large" for a 7x7 convolution
+        kernel: Side of the square kernel of the small stem, an odd number.
+        stem: "small" for a convolution with `kernel` and `stride`, or "large" for a 7x7 convolution
             with stride 2, for which `kernel` and `stride` are not read.
         stride: Stride of the small stem.
 
     Returns:
-        A layer (B, 3, H, W) -> (B, channels, H/s, W/s), with s the stride of the stem.
+        A layer (B, 3, H, W) -> (B, channels, H/s, W/s), rounded up, with s the stride of the chosen
+        stem.
 
     Raises:
         ValueError: If `stem` is unknown.
@@ -185,10 +191,10 @@ def conv_bn(
         out_channels: Number of output channels.
         kernel: Side of the square kernel, an odd number.
         stride: Stride in both directions.
-        groups: Number of channel groups.
+        groups: Number of channel groups, a divisor of both numbers of channels.
 
     Returns:
-        Two layers (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
+        Two layers (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride), rounded up.
     """
     return nn.Sequential(
         conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)
@@ -200,26 +206,26 @@ def conv_bn_relu(
 ) -> nn.Sequential:
     """Return a convolution without bias, followed by batch normalisation (BN) and ReLU.
 
-    The ReLU overwrites the output of BN, which is safe because the backward pass of BN needs only
-    the input of BN.
+    The ReLU overwrites the output of BN.
 
     Args:
         in_channels: Number of input channels.
         out_channels: Number of output channels.
         kernel: Side of the square kernel, an odd number.
         stride: Stride in both directions.
-        groups: Number of channel groups.
+        groups: Number of channel groups, a divisor of both numbers of channels.
 
     Returns:
-        Three layers (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride).
+        Three layers (B, in_channels, H, W) -> (B, out_channels, H/stride, W/stride), rounded up.
     """
+    # In place is safe, because the backward pass of BN needs only the input of BN.
     return conv_bn(in_channels, out_channels, kernel, stride, groups).append(nn.ReLU(inplace=True))
 
 
 def last_norm(block: nn.Sequential) -> nn.BatchNorm2d:
-    """Return the BatchNorm at the end of a block, or in front of the ReLU at its end.
+    """Return the last layer of a block that is no ReLU, which must be a BatchNorm.
 
-    Raise AssertionError if the last layer other than a ReLU is no BatchNorm2d.
+    Raise AssertionError if the layer is no BatchNorm2d, and IndexError if all layers are ReLUs.
     """
     norm = [layer for layer in block if not isinstance(layer, nn.ReLU)][-1]
     assert isinstance(norm, nn.BatchNorm2d)
@@ -229,12 +235,10 @@ def last_norm(block: nn.Sequential) -> nn.BatchNorm2d:
 def init_convs(model: nn.Module) -> None:
     """Initialise all 2D convolutions of a model in place, and leave all other layers as they are.
 
-    Each weight is drawn from N(0, 2 / (k * k * out_channels)), with k the side of the kernel, by
-    torch's global generator. Biases become 0.
+    Each weight is drawn from a normal distribution with mean 0 and variance 2 / (k * k *
+    out_channels), with k the side of the kernel, by torch's global generator. Biases become 0.
 
-    Source: He et al. 2015 (arXiv:1502.01852), fan out. RepDistiller and mdistiller write the same
-    initialisation in two ways: kaiming_normal_(fan_out, relu) and normal_(0, sqrt(2 / n)). Both
-    also set the weight of BN to 1 and the bias of BN to 0, which is torch's default.
+    Source: He et al. 2015 (arXiv:1502.01852), fan out, as in RepDistiller and mdistiller.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -148,16 +148,19 @@ NO_MAP = (0, 0)  # height and width of a value that is no map
 
 
 class ForeignNetwork(LogitMapModel):
-    """Logit-map model around an unchanged network, whose feature map is taken by a hook.
+    """Logit-map model around any network, whose feature map is taken by a forward hook.
 
-    Create instances with `from_network`. The state dict has the keys of the wrapped network, so
-    weights files can be exchanged with code that uses the network directly.
+    Create instances with `from_network`. The linear head of the network is applied to each position
+    of the feature map; the result is the logit map (B, K, h, w). The state dict has the keys of the
+    wrapped network, so weights files can be exchanged with code that uses the network directly.
 
     Args:
-        network: Network to wrap, which is not copied.
-        head: Name of the network's linear head.
-        tap: Place at which the feature map is taken.
-        stages: Modules whose outputs are the maps of the stages; () if they are unknown.
+        network: Network to wrap, which is not copied. Hooks are added to its modules.
+        head: Name of the network's linear head, a module.
+        tap: Module whose output or input is the feature map, with the steps that lead from there to
+            the map.
+        stages: Modules whose outputs are the maps of the stages (groups of layers); () if they are
+            unknown.
     """
 
     def __init__(
@@ -216,9 +219,9 @@ class ForeignNetwork(LogitMapModel):
     def features(self, x_BCHW: Tensor) -> Tensor:
         """Return the map (B, C, h, w) that the head is applied to, for images (B, 3, H, W).
 
-        Tokens are placed row by row on a grid that has the aspect ratio of the image. Dropout
-        between pooling and head becomes dropout of whole channels of the map, which has the same
-        effect as dropout after pooling.
+        The patch tokens of a transformer are placed row by row on a grid that has the aspect ratio
+        of the image. Dropout between pooling and head becomes dropout of whole channels of the map,
+        which has the same effect.
 
         Raise RuntimeError if the module that gives the map did not run. Raise ValueError if the
         tokens do not form a grid of square patches of the image.
@@ -239,11 +242,14 @@ class ForeignNetwork(LogitMapModel):
         return F.dropout2d(map_BCHW, self._tap.dropout, self.training)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for images (B, 3, H, W).
+        """Return the logit map (B, K, h, w) and the inner maps of images (B, 3, H, W).
 
-        `stages` are the maps that timm names for the network. Without such names, they are the last
-        map of each size among the outputs of the network's modules; () if there are none. `preacts`
-        are the maps before the last ReLU; () unless each stage after the first ends in a ReLU.
+        `stages` are the maps of the modules that timm names for the network (`feature_info`).
+        Without usable names, they are the last map of each size among the outputs of the network's
+        modules. They are () if fewer than two are found. `preacts` are the maps before the last
+        ReLU of each stage, except that `preacts[0]` is `stages[0]`. They are () unless each stage
+        after the first ends in a ReLU. `last` is `features(x_BCHW)`, and `pooled` is its mean over
+        h and w.
 
         Raise RuntimeError if a module that gives a map did not run. Raise ValueError if the tokens
         do not form a grid of square patches of the image.
@@ -274,7 +280,7 @@ class ForeignNetwork(LogitMapModel):
         """Return the BatchNorm before the last ReLU of each stage after the first.
 
         In a residual block this is the BatchNorm of the branch to which the shortcut is added.
-        Return () if a stage has no such ReLU or BatchNorm.
+        Return () if `taps` shows no `preacts`, or if a stage has no such BatchNorm.
         """
         if not self._has_preacts:
             return ()
@@ -342,28 +348,28 @@ def _grid(tokens: int, image_BCHW: torch.Size) -> tuple[int, int]:
 
 
 def from_network(network: nn.Module, image_BCHW: Tensor | None = None) -> ForeignNetwork:
-    """Return a model around a network that maps images (B, 3, H, W) to a logit map (B, K, h, w).
+    """Return a logit-map model around a network that classifies images (B, 3, H, W).
 
-    The network may come from timm, torchvision or your own code. It must accept a batch of images,
-    average a feature map or patch tokens globally, and end in one nn.Linear. Dropout between the
-    average and the linear layer is kept. The network is run on the images to check these
-    conditions. On the meta device, only shapes are checked.
+    The model maps the images to a logit map (B, K, h, w), whose mean over h and w is the logits of
+    the network. The network may come from timm, torchvision or your own code. It must accept
+    batches of any size, average a feature map or patch tokens globally, and end in one nn.Linear
+    that gives the logits (B, K). There may be dropout between the average and the linear layer. The
+    network is run on images to check these conditions. On the meta device, only shapes are checked.
 
     Args:
         network: Network to wrap. Its modules keep their modes (train or eval).
-        image_BCHW: One or more images that the network accepts. None to try random RGB images,
-            first with a side of 64 pixels, then of other usual sizes.
+        image_BCHW: One or more images that the network accepts, (B, C, H, W). None to try random
+            RGB images, first with a side of 64 pixels, then of other usual sizes.
 
     Returns:
         A model that shares the modules of `network`, without a copy. The model itself is in eval
         mode: call `train()` or `eval()` on the model before use.
 
     Raises:
-        ValueError: If the network accepts none of the images, or has no parameters, no such map or
-            no such head. If another operation lies between map and head (the message names it). If
-            averaged tokens do not form a grid of square patches. If the mean of the logit map
-            differs from the network's logits by more than 1e-4 times the largest absolute logit or
-            1, whichever is larger.
+        ValueError: If the network accepts none of the images, does not meet the conditions above,
+            or cannot be wrapped for another reason; the message says why. Also if the mean of the
+            logit map differs from the network's logits by more than 1e-4 times the largest absolute
+            logit or 1, whichever is larger.
     """
     training = {module: module.training for module in network.modules()}
     try:

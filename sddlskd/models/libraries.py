@@ -21,8 +21,9 @@ def from_timm(
 ) -> LogitMapModel:
     """Return a timm network as a logit-map model, see `from_network`.
 
-    If torch's default device is the meta device, the model is created there and no weights are
-    loaded.
+    The model maps images (B, 3, H, W) to a logit map (B, K, h, w), whose mean over h and w is the
+    network's logits. If torch's default device is the meta device, the model is created there and
+    no weights are loaded.
 
     Args:
         name: Name of the network in timm.
@@ -33,11 +34,13 @@ def from_timm(
             with images of that size, in pixels.
 
     Returns:
-        The model, which shares its parameters with the timm network.
+        The model, which shares its parameters with the timm network. Call `train()` or `eval()` on
+        the model before use.
 
     Raises:
-        ValueError: If timm is not installed, if timm does not know the name, if timm raises a
-            TypeError or AssertionError for the options, or if `from_network` rejects the network.
+        ValueError: If timm is not installed, if timm does not know the name, if timm cannot build
+            the network with the options, or if `from_network` refuses the network. A failed
+            download may raise a ValueError or another error of timm.
     """
     try:
         import timm
@@ -54,7 +57,7 @@ def from_timm(
             network = timm.create_model(
                 name, num_classes=num_classes, pretrained=pretrained and not _meta(), **options
             )
-        except (TypeError, AssertionError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"timm does not build {name} with {options} ({error}); see its documentation"
             ) from error
@@ -66,8 +69,9 @@ def from_torchvision(
 ) -> LogitMapModel:
     """Return a torchvision network as a logit-map model, see `from_network`.
 
-    If torch's default device is the meta device, the model is created there and no weights are
-    loaded.
+    The model maps images (B, 3, H, W) to a logit map (B, K, h, w), whose mean over h and w is the
+    network's logits. If torch's default device is the meta device, the model is created there and
+    no weights are loaded.
 
     Args:
         name: Name of the network in torchvision.
@@ -78,12 +82,16 @@ def from_torchvision(
         **options: Further arguments of torchvision.models.get_model.
 
     Returns:
-        The model, which shares its parameters with the torchvision network.
+        The model, which shares its parameters with the torchvision network. Call `train()` or
+        `eval()` on the model before use.
 
     Raises:
         ValueError: If torchvision does not know the name or the weights, if torchvision raises a
-            TypeError, ValueError or AssertionError for the options, or if `from_network` rejects
+            TypeError, ValueError or AssertionError for the options, or if `from_network` refuses
             the network.
+        RuntimeError: If the published weights do not fit the network with these options, or if
+            their file is damaged.
+        OSError: If the weights cannot be downloaded.
     """
     from torchvision.models import get_model, get_model_weights, list_models  # slow to import
 
@@ -98,7 +106,7 @@ def from_torchvision(
     with torch.device("cpu"):
         try:
             network = get_model(name, weights=None, num_classes=num_classes, **options)
-        except (TypeError, ValueError, AssertionError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"torchvision does not build {name} with {options} ({error})"
             ) from error

@@ -21,8 +21,9 @@ _TAPPED = (3, 5, 11, 13)  # the last unit of each map size, counted from 1, as i
 class MobileNetV1(LogitMapModel):
     """MobileNetV1 at width 1: images (B, 3, H, W) -> logit map (B, K, H/32, W/32).
 
-    The network has a stem and 13 depthwise-separable units. There is only one stem, for images of
-    every size. `num_classes` is K.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    The network has a stem (first convolution) and 13 depthwise-separable units, the same for images
+    of every size. `num_classes` is K.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -45,12 +46,11 @@ class MobileNetV1(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/32, W/32) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps of the stem and of the units 3, 5, 11 and 13 (counted from 1), the
-        last units of each map size. `preacts` are the same before the last ReLU, except that the
-        first entry is the map of the stem after the ReLU. mdistiller leaves the stem out. Here the
-        stem is the first stage, as in every other network.
+        `stages` are the maps after the stem (the first layers) and after the units 3, 5, 11 and 13,
+        counted from 1. `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is `stages[i]` before
+        its last ReLU. `last` is `features(x_BCHW)`, and `pooled` is its mean over height and width.
         """
         out: Tensor = self.model[0](x_BCHW)
         stages, preacts = [out], [out]
@@ -67,7 +67,10 @@ class MobileNetV1(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of the units 3, 5, 11 and 13 (counted from 1), as in `taps`."""
+        """Return the last BatchNorm of each of the units 3, 5, 11 and 13, counted from 1.
+
+        The maps of the same units are in `taps`.
+        """
         return tuple(last_norm(_layers(self.model[index])) for index in _TAPPED)
 
 

@@ -36,8 +36,8 @@ _TAPPED = (1, 2, 4, 6)  # the blocks whose maps mdistiller compares, counted fro
 class InvertedResidual(nn.Module):
     """An inverted residual block: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    The block expands (1x1), convolves depthwise (3x3 with the stride) and projects (1x1, without
-    ReLU). If the output has the shape of the input, the input is added.
+    The block computes conv1x1-BN-ReLU, depthwise conv3x3(stride)-BN-ReLU and conv1x1-BN. If the
+    stride is 1 and `channels` equals `in_channels`, the input is added.
 
     Args:
         in_channels: Number of input channels.
@@ -67,10 +67,11 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(LogitMapModel):
     """MobileNetV2 at width 0.5: images (B, 3, H, W) -> logit map (B, K, H/16, W/16).
 
-    `num_classes` is K. With stem="large", the stem is a 7x7 convolution with stride 2, BN, ReLU and
-    max-pool of 2, and the map is (B, K, H/32, W/32). The parameters of the large stem have the same
-    names as those of the small stem. These names are a guess, since no checkpoint with a large stem
-    is published. Raise ValueError if the stem is unknown.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    `num_classes` is K. With stem="small", the first convolution is 3x3 with stride 2. With
+    stem="large", it is 7x7 with stride 2, a max-pool of 2 follows after BN and ReLU, and the map is
+    (B, K, H/32, W/32). The parameters have the same names with both. Raise ValueError if the stem
+    is unknown.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -78,6 +79,7 @@ class MobileNetV2(LogitMapModel):
         self.conv1 = nn.Sequential(
             stem_conv(16, 3, stem, stride=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
         )
+        # No checkpoint with a large stem is published, so the names of its parameters are a guess.
         if stem == "large":
             self.conv1.append(nn.MaxPool2d(2))
         self.blocks = nn.Sequential()
@@ -110,11 +112,12 @@ class MobileNetV2(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/16, W/16) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps of the stem and of the blocks 1, 2, 4 and 6 (counted from 0). The map
-        of the large stem is taken before the max-pool. The blocks do not end in a ReLU, so their
-        maps have negative values, and `preacts` is ().
+        `stages` are the maps after the stem (the first layers) and after the blocks 1, 2, 4 and 6,
+        counted from 0. The map of the large stem is taken before the max-pool. `preacts` is (),
+        because the blocks do not end in a ReLU. `last` is `features(x_BCHW)`, and `pooled` is its
+        mean over height and width. With the large stem, the logit map is (B, K, H/32, W/32).
         """
         out = x_BCHW
         for layer in self.conv1[:3]:
@@ -129,7 +132,10 @@ class MobileNetV2(LogitMapModel):
         return self._taps(stages, (), self.conv2(out))
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of the blocks 1, 2, 4 and 6 (counted from 0), as in `taps`."""
+        """Return the last BatchNorm of each of the blocks 1, 2, 4 and 6, counted from 0.
+
+        The maps of the same blocks are in `taps`. No ReLU follows these BatchNorms.
+        """
         return tuple(last_norm(_last_unit(self.blocks[index]).conv) for index in _TAPPED)
 
 

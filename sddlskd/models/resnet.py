@@ -50,12 +50,14 @@ class BasicBlock(nn.Module):
 class ResNet(LogitMapModel):
     """A ResNet of depth 6 * blocks + 2: images (B, 3, H, W) -> logit map (B, K, H/4, W/4).
 
-    With the large stem, the map is (B, K, H/8, W/8). The initialisation is that of RepDistiller.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    With the large stem, the map is (B, K, H/8, W/8). The convolutions are initialised as in
+    RepDistiller.
 
     Args:
-        blocks: Number of blocks in each of the three stages.
+        blocks: Number of blocks in each of the three stages (groups of blocks).
         num_classes: K, the number of classes.
-        first: Number of channels of the stem.
+        first: Number of channels of the stem, the first convolution.
         channels: Numbers of channels of the three stages.
         stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels; "large" for a
             7x7 convolution with stride 2, for images of 224 pixels.
@@ -97,11 +99,12 @@ class ResNet(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/4, W/4) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps after the stem and after each of the three stages. `preacts` are the
-        same before the last ReLU, except that the first entry is the map of the stem after the
-        ReLU.
+        `stages` are the maps after the stem (the first layers) and after each of the three stages.
+        `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is `stages[i]` before its last ReLU.
+        `last` is `features(x_BCHW)`, and `pooled` is its mean over height and width. With the large
+        stem, the logit map is (B, K, H/8, W/8).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
@@ -114,7 +117,7 @@ class ResNet(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each of the three stages; the shortcut's is left out."""
+        """Return the last BatchNorm of each of the three stages, before the shortcut is added."""
         return tuple(_last_block(stage).bn2 for stage in (self.layer1, self.layer2, self.layer3))
 
 

@@ -98,16 +98,17 @@ class Bottleneck(nn.Module):
 class ResNet4Stage(LogitMapModel):
     """A ResNet of four stages: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    The stages have the widths 64, 128, 256 and 512, which the block multiplies by
-    `block.expansion`. With the large stem, the map is (B, K, H/16, W/16). The initialisation is
-    that of mdistiller's resnetv2.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    With the large stem, the map is (B, K, H/16, W/16). The stages (groups of blocks) have 64, 128,
+    256 and 512 times `block.expansion` channels. The convolutions are initialised as in
+    mdistiller's resnetv2.
 
     Args:
-        block: Class of the blocks.
+        block: Class of the blocks, `BasicBlock` (expansion 1) or `Bottleneck` (expansion 4).
         blocks: Number of blocks in each of the four stages.
         num_classes: K, the number of classes.
-        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels; "large" for a
-            7x7 convolution with stride 2, for images of 224 pixels.
+        stem: "small" for a first convolution of 3x3 with stride 1, for images of 32 pixels; "large"
+            for 7x7 with stride 2, for images of 224 pixels.
 
     Raises:
         ValueError: If `stem` is unknown.
@@ -147,11 +148,12 @@ class ResNet4Stage(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/8, W/8) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps after the stem and after each of the four stages. `preacts` are the
-        same before the last ReLU, except that the first entry is the map of the stem after the
-        ReLU.
+        `stages` are the maps after the stem (the first layers) and after each of the four stages.
+        `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is `stages[i]` before its last ReLU.
+        `last` is `features(x_BCHW)`, and `pooled` is its mean over height and width. With the large
+        stem, the logit map is (B, K, H/16, W/16).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
@@ -164,7 +166,7 @@ class ResNet4Stage(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each of the four stages; the shortcut's is left out."""
+        """Return the last BatchNorm of each of the four stages, before the shortcut is added."""
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         return tuple(_last_block(stage).last_norm for stage in stages)
 

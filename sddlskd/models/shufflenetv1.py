@@ -21,14 +21,14 @@ _STEM = 24
 class Unit(nn.Module):
     """A ShuffleNet V1 unit: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
-    A branch computes conv1x1-BN-ReLU, channel shuffle, depthwise 3x3(stride)-BN-ReLU, conv1x1-BN.
-    Then the unit joins the branch with the input and applies ReLU. With stride 1 the input is
-    added, so `channels` must equal `in_channels`. With stride 2 the average-pooled input is
-    appended to the branch, so the branch computes only channels - in_channels channels.
+    A branch computes conv1x1-BN-ReLU, channel shuffle, depthwise conv3x3(stride)-BN-ReLU and
+    conv1x1-BN. Then the unit joins the branch with the input and applies ReLU. With stride 1 the
+    input is added, so `channels` must equal `in_channels`. With stride 2 the average-pooled input
+    is appended to the branch, so the branch has channels - in_channels output channels.
 
     Args:
-        in_channels: Number of input channels. With 24, the number of the stem's channels, the first
-            convolution has one group and the shuffle is left out.
+        in_channels: Number of input channels. If it is 24, the first convolution has one group and
+            the shuffle is left out; else both have 3 groups.
         channels: Number of output channels.
         stride: 1 or 2.
     """
@@ -69,9 +69,11 @@ class Unit(nn.Module):
 class ShuffleNetV1(LogitMapModel):
     """ShuffleNet V1: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    The stages have 240, 480 and 960 channels and 4, 8 and 4 units. `num_classes` is K. With
-    stem="large", the stem is a 7x7 convolution with stride 2 and the map is (B, K, H/16, W/16).
-    Raise ValueError if the stem is unknown.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    The three stages (groups of units) have 240, 480 and 960 channels and 4, 8 and 4 units.
+    `num_classes` is K. With stem="small", the first convolution is 1x1 with stride 1. With
+    stem="large", it is 7x7 with stride 2, and the map is (B, K, H/16, W/16). Raise ValueError if
+    the stem is unknown.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -99,11 +101,12 @@ class ShuffleNetV1(LogitMapModel):
         return out
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/8, W/8) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps after the stem and after each of the three stages. `preacts` are the
-        same before the last ReLU, except that the first entry is the map of the stem after the
-        ReLU.
+        `stages` are the maps after the stem (the first layers) and after each of the three stages.
+        `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is `stages[i]` before its last ReLU.
+        `last` is `features(x_BCHW)`, and `pooled` is its mean over height and width. With the large
+        stem, the logit map is (B, K, H/16, W/16).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]
@@ -126,12 +129,11 @@ def channel_shuffle(x_BCHW: Tensor, groups: int) -> Tensor:
     """Return a map (B, C, H, W) with its channels in the order of a ShuffleNet channel shuffle.
 
     The channels are `groups` groups of equal size. The new order lists the first channel of each
-    group, then the second channel of each group, and so on. The result is in channels_last memory
-    format. Raise RuntimeError if C is not a multiple of `groups`.
-
-    The map is shuffled as (B, H, W, C), which takes one copy for a channels_last map.
-    `F.channel_shuffle` is slower (CPU, 3 groups) or does not return channels_last (CUDA).
+    group, then the second channel of each group, and so on. For 1 < `groups` < C, the result is in
+    channels_last memory format. Raise RuntimeError if C is not a multiple of `groups`.
     """
+    # Shuffling (B, H, W, C) takes one copy for a channels_last map. F.channel_shuffle is slower
+    # (CPU, 3 groups) or does not return channels_last (CUDA).
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     return torch.unflatten(x_BHWC, 3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
 

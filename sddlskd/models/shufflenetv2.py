@@ -51,8 +51,8 @@ class BasicUnit(nn.Module):
 class DownUnit(nn.Module):
     """A downsampling unit: (B, in_channels, H, W) -> (B, channels, H/2, W/2).
 
-    Two branches with stride 2 take the whole input. Each computes half of the output channels, and
-    the channels of both are interleaved. `channels` must be an even number.
+    Two branches with stride 2 take the whole input. Each gives half of the output channels, after a
+    last ReLU. The channels of both are interleaved. `channels` must be an even number.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -82,9 +82,11 @@ class DownUnit(nn.Module):
 class ShuffleNetV2(LogitMapModel):
     """ShuffleNet V2: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
 
-    The stages have 116, 232 and 464 channels and 4, 8 and 4 units. A 1x1 convolution to 1024
-    channels follows. `num_classes` is K. With stem="large", the stem is a 7x7 convolution with
-    stride 2 and the map is (B, K, H/16, W/16). Raise ValueError if the stem is unknown.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    The three stages (groups of units) have 116, 232 and 464 channels and 4, 8 and 4 units. A 1x1
+    convolution to 1024 channels follows. `num_classes` is K. With stem="small", the first
+    convolution is 1x1 with stride 1. With stem="large", it is 7x7 with stride 2, and the map is
+    (B, K, H/16, W/16). Raise ValueError if the stem is unknown.
     """
 
     def __init__(self, num_classes: int, stem: str = "small") -> None:
@@ -114,13 +116,15 @@ class ShuffleNetV2(LogitMapModel):
         return F.relu(self.bn2(self.conv2(out)), inplace=True)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/8, W/8) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps after the stem and after each of the three stages. `preacts[0]` is the
-        map of the stem after the ReLU. Each later `preacts[i]` is the map of the stage before the
-        channels of the two halves of the last unit are interleaved: first the unchanged half, then
-        the other half before its last ReLU. The channels of `preacts[i]` and `stages[i]` therefore
-        differ in order, as in mdistiller.
+        `stages` are the maps after the stem (the first layers) and after each of the three stages.
+        `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is what the last unit of stage i
+        computes before its last ReLU and before it interleaves channels. The channels of the
+        unchanged half come first, then those of the other half. `preacts[i]` and `stages[i]`
+        therefore have their channels in different orders, as in mdistiller. `last` is
+        `features(x_BCHW)`, and `pooled` is its mean over height and width. With the large stem, the
+        logit map is (B, K, H/16, W/16).
         """
         out: Tensor = F.relu(self.bn1(self.conv1(x_BCHW)), inplace=True)
         stages, preacts = [out], [out]

@@ -16,10 +16,10 @@ from sddlskd.models.base import LogitMapModel, Taps, init_convs, last_norm
 
 
 class VGG(LogitMapModel):
-    """A VGG: images (B, 3, H, W) -> logit map (B, K, H/8, W/8).
+    """A VGG: images (B, 3, H, W) -> logit map (B, K, H/8, W/8), or (B, K, H/16, W/16) if H is 64.
 
-    For images of 64 x 64 pixels the map is (B, K, 4, 4). There is only one stem, for images of
-    every size.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    The first layers are the same for images of every size.
 
     Args:
         convs: Number of convolutions in each of the five blocks.
@@ -56,11 +56,12 @@ class VGG(LogitMapModel):
         return F.relu(self.block4(out), inplace=True)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/8, W/8) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps of the five blocks, each before the max-pool that follows. `preacts`
-        are the same before the last ReLU, except that the first entry is the map of block 0 after
-        the ReLU.
+        `stages` are the maps of the five blocks, each before the max-pool that follows.
+        `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is `stages[i]` before its last ReLU.
+        `last` is `features(x_BCHW)`, and `pooled` is its mean over height and width. If H is 64,
+        the logit map is (B, K, H/16, W/16).
         """
         out: Tensor = F.relu(self.block0(x_BCHW), inplace=True)
         stages, preacts = [out], [out]
@@ -75,13 +76,13 @@ class VGG(LogitMapModel):
         return self._taps(stages, preacts, out)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
-        """Return the last BatchNorm of each of the blocks 1 to 4, all but the first block."""
+        """Return the last BatchNorm of each of the blocks 1 to 4, counted from 0."""
         blocks = (self.block1, self.block2, self.block3, self.block4)
         return tuple(last_norm(block) for block in blocks)
 
 
 def max_pool_where_64(map_BCHW: Tensor, side: int) -> Tensor:
-    """Return a map (B, C, H, W), max-pooled to (B, C, H/2, W/2) if `side` is 64.
+    """Return a map (B, C, H, W), max-pooled to (B, C, H/2, W/2) if `side` is 64, else unchanged.
 
     `side` is the height in pixels of the images that the map comes from.
     """

@@ -21,7 +21,7 @@ class Unit(nn.Module):
     Args:
         in_channels: Number of input channels.
         channels: Number of output channels.
-        stride: Stride of the first convolution.
+        stride: Stride of the first convolution; 1 if `channels` equals `in_channels`.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -41,8 +41,8 @@ class Unit(nn.Module):
     def of_active(self, x_BCHW: Tensor, active_BCHW: Tensor) -> Tensor:
         """Return what `forward(x_BCHW)` returns, if the caller has the first activation already.
 
-        `active_BCHW` must be ReLU(bn1(x_BCHW)). Both arguments have the shape (B, in_channels, H,
-        W).
+        `active_BCHW` must be the ReLU of `bn1(x_BCHW)`, with `bn1` the first BatchNorm of this
+        unit. Both arguments have the shape (B, in_channels, H, W).
         """
         out: Tensor = F.relu(self.bn2(self.conv1(active_BCHW)), inplace=True)
         out = self.conv2(out)
@@ -54,7 +54,7 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """A sequence of units: (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
+    """A sequence of units (`Unit`): (B, in_channels, H, W) -> (B, channels, H/stride, W/stride).
 
     Args:
         units: Number of units.
@@ -84,15 +84,15 @@ class Block(nn.Module):
 class WideResNet(LogitMapModel):
     """A Wide ResNet of depth 6 * units + 4: images (B, 3, H, W) -> logit map (B, K, H/4, W/4).
 
-    With the large stem, the map is (B, K, H/8, W/8). No Wide ResNet with a large stem is published;
-    this one exists so that all networks can be compared.
+    The logit map holds the logits of each position; its mean over height and width is the logits.
+    With the large stem, the map is (B, K, H/8, W/8).
 
     Args:
         units: Number of units in each of the three blocks.
         width: Factor that multiplies the blocks' channels 16, 32 and 64.
         num_classes: K, the number of classes.
-        stem: "small" for a 3x3 convolution with stride 1, for images of 32 pixels; "large" for a
-            7x7 convolution with stride 2, for images of 224 pixels.
+        stem: "small" for a first convolution of 3x3 with stride 1, for images of 32 pixels; "large"
+            for 7x7 with stride 2, for images of 224 pixels.
 
     Raises:
         ValueError: If `stem` is unknown.
@@ -123,12 +123,13 @@ class WideResNet(LogitMapModel):
         return F.relu(self.bn1(out), inplace=True)
 
     def taps(self, x_BCHW: Tensor) -> Taps:
-        """Return the logit map and the maps on the way to it, for normalised images (B, 3, H, W).
+        """Return the logit map (B, K, H/4, W/4) and inner maps of normalised images (B, 3, H, W).
 
-        `stages` are the maps of the stem and of the three blocks, which are sums without BN and
-        ReLU. `preacts[0]` is the map of the stem. Each later `preacts[i]` is `stages[i]` after the
-        next BN, which is the first BN of the next block or the BN in front of the head. Each BN
-        runs once.
+        `stages` are the maps of the stem (the first convolution) and of the three blocks, which end
+        without BN and ReLU. `preacts[0]` is `stages[0]`. For i >= 1, `preacts[i]` is `stages[i]`
+        after the next BN, which is the first BN of the next block or the BN in front of the head.
+        `last` is `features(x_BCHW)`, and `pooled` is its mean over height and width. With the large
+        stem, the logit map is (B, K, H/8, W/8).
         """
         out: Tensor = self.conv1(x_BCHW)
         stages, preacts = [out], [out]

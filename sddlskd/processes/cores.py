@@ -9,7 +9,7 @@ OVERRIDE = "SDDLSKD_MOST_PROCESSES"
 
 
 def check_processes(key: str, count: int, megabytes: int) -> None:
-    """Raise ValueError if a setting asks for more processes than there are cores to use.
+    """Raise ValueError if a setting asks for more processes than there are CPU cores to use.
 
     Args:
         key: name of the setting, for the message.
@@ -18,8 +18,8 @@ def check_processes(key: str, count: int, megabytes: int) -> None:
 
     Raises:
         ValueError: If `count` is larger than the number of cores that this process may use. The
-            environment variable SDDLSKD_MOST_PROCESSES replaces this number; a ValueError also
-            comes if the variable is not a positive integer.
+            environment variable SDDLSKD_MOST_PROCESSES, if set, replaces this number. Also if the
+            variable is not a positive integer.
     """
     most = _most_processes()
     if count > most:

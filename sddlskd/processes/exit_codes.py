@@ -7,7 +7,12 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """Exit codes besides 0 (success) and 1 (an error that the output of the process explains)."""
+    """Exit codes besides 0 (success) and 1 (an error that the output of the process explains).
+
+    TOO_LARGE is a group of runs that needs too much device memory, BUSY a run directory that is
+    open elsewhere. REQUEUE and WARNED_EARLY follow SLURM's warning before a time limit. STOPPED is
+    a stop by a user or a scheduler, and PARENT_GONE the death of the process that started this one.
+    """
 
     # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.
     TOO_LARGE = 75

@@ -21,8 +21,8 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
     """End this process as soon as the process `parent` dies.
 
     Call this function in the child. If the parent is dead already, the child ends at once with
-    `ExitCode.PARENT_GONE`. A later death is noticed on Linux only. The arrangement survives exec,
-    but the processes that this one forks do not have it.
+    `ExitCode.PARENT_GONE`. A later death is noticed on Linux only. The effect lasts through exec,
+    but processes that this one forks do not inherit it.
 
     Args:
         parent: process id of the parent, as the parent itself has read it (os.getpid).
@@ -36,10 +36,12 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
 
 
 def save_and_end_with_parent(parent: int, by: signal.Signals) -> None:
-    """End this process when the process `parent` dies, with GRACE_S seconds to save its state.
+    """End this process when the process `parent` dies, after 120 seconds (GRACE_S) at the latest.
 
-    On Linux, the process gets the signal `by` when the parent dies. A process that has not ended
-    after GRACE_S seconds, for example because a step hangs, is killed; other systems only do this.
+    Call this function in the child. On Linux, the process gets the signal `by` when the parent
+    dies, and can save its state. On every system, a process that has not ended GRACE_S seconds
+    later is killed. If the parent is dead already, the process ends at once with
+    `ExitCode.PARENT_GONE`.
 
     Args:
         parent: process id of the parent, as the parent itself has read it (os.getpid).
@@ -52,9 +54,8 @@ def save_and_end_with_parent(parent: int, by: signal.Signals) -> None:
 def run_pickled(work: bytes, parent: int) -> None:
     """Unpickle and call a function without arguments, in a child process that `parent` started.
 
-    Unpickling imports the function's modules, which may take long. The child ends with its parent
-    during that time, too, because this module imports nothing heavy. What the function returns is
-    dropped, and its errors are passed on.
+    The child ends with its parent, also while the unpickling imports the function's modules, which
+    may take long. What the function returns is dropped, and its errors propagate.
 
     Args:
         work: pickled function.

@@ -44,35 +44,38 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """Run the unfinished jobs of a sweep and return the result of every job.
 
-    FINISHED jobs stay untouched, interrupted jobs continue, and FAILED jobs run again. If the
-    setting `sweep.rerun` is `all`, every job runs anew; if it is `none`, FAILED jobs stay
-    untouched. Jobs that run already or are in SLURM's queue are left alone. If `sweep.plan` is set,
-    only print the plan.
+    A job is one training run. New jobs start, and interrupted and FAILED jobs continue from their
+    last checkpoints. FINISHED jobs are left alone, and so are jobs that run already or are in
+    SLURM's queue. If the setting `sweep.rerun` is `all`, FINISHED, FAILED and interrupted jobs
+    start anew, and their old run directories are renamed. If the setting is `none`, FAILED jobs are
+    left alone. If `sweep.plan` is set, the function only prints what it would do, and exits.
 
     Args:
-        jobs: resolved configurations, at least one; duplicates run once. The settings `sweep` of
+        jobs: configurations of the jobs, at least one; duplicates run once. The settings `sweep` of
             the first job count for all.
-        name: name of the sweep.
-        runner: what runs the groups of jobs, a `Pool` or a `Slurm`.
-        max_group_size: largest number of jobs that train side by side; None for no limit.
-        precheck: function that checks the jobs before any of them starts; called like
-            `ask_precheck`.
-        print_results: whether to print the table of results if all jobs are FINISHED. If all have
-            ended and some are not FINISHED, the table is always printed.
+        name: name of the sweep; its files go to <home>/runs/sweeps/<name>.
+        runner: what runs the jobs: a `Pool` on this machine, or a `Slurm` on a cluster.
+        max_group_size: largest number of jobs that train together, with one teacher forward pass
+            per batch; None for no limit.
+        precheck: function that checks the jobs before any of them starts. It has the arguments and
+            the result of `ask_precheck`.
+        print_results: False to print no table of results if all jobs are FINISHED.
 
     Returns:
-        The content of every job's result.json, in the order of `jobs`. All jobs are FINISHED,
-        unless SLURM's tasks go on after this call; a job that has not started has the status "NEW".
+        The content of each job's result.json, in the order of `jobs`. All jobs are FINISHED, unless
+        a `Slurm` with wait=False runs them: then jobs may still wait or run, and the result of a
+        job that has not started has the status "NEW".
 
     Raises:
-        ValueError: Before anything starts, if jobs are invalid (the message names all of them), if
-            several jobs have the same run directory, or if the runner refuses the jobs; later if
-            sbatch refuses a job.
-        ConnectionError: If the tracking server or SLURM does not answer.
+        ValueError: If the sweep cannot be run: jobs are invalid (`InvalidJobs`), different jobs
+            have the same run directory, the runner refuses the jobs, a file of the sweep or of a
+            job is damaged, or any other setting is wrong.
+        OSError: If a file of the sweep or of a job cannot be written.
+        ConnectionError: If MLflow or SLURM does not answer.
         ChildProcessError: If the process that checks the jobs dies.
         KeyboardInterrupt: If Ctrl-C ends the wait for SLURM's tasks.
-        SystemExit: With code 1 if a job failed or a planned job is invalid, 130 if the sweep was
-            stopped, and 0 after printing a valid plan.
+        SystemExit: With code 130 if the sweep or a job was stopped, else with 1 if a job is not
+            FINISHED at the end. After printing a plan with code 1 if a job is invalid, else with 0.
     """
     plan = make_plan(
         jobs,

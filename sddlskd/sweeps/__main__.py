@@ -18,13 +18,12 @@ from sddlskd.terminal.console import write_line
 def status(folder: Path, *, as_json: bool = False) -> None:
     """Print the state of every job of a sweep, the time left, and the command to continue.
 
-    Args:
-        folder: folder of the sweep.
-        as_json: whether to print the fields of `status.SweepStatus` as JSON instead.
+    `folder` is the folder of the sweep, <home>/runs/sweeps/<name>. If `as_json` is true, the fields
+    of `status.SweepStatus` are printed as JSON instead.
 
     Raises:
         FileNotFoundError: If the folder has no sweep.json.
-        ValueError: If a record is damaged.
+        ValueError: If a file of the sweep or of a job is damaged.
     """
     found = status_of(folder)
     if as_json:
@@ -36,8 +35,8 @@ def status(folder: Path, *, as_json: bool = False) -> None:
 def cancel(folder: Path) -> None:
     """Cancel the queued and running SLURM tasks of the sweep in `folder`, and print their ids.
 
-    Running tasks save their checkpoints before they end. Raise ConnectionError if SLURM does not
-    answer.
+    Running tasks save their checkpoints before they end. If there is no such task, print a sentence
+    that says so. Raise ConnectionError if squeue or scancel is missing, fails or does not answer.
     """
     jobs = slurm.cancel_tasks(folder)
     if jobs:
@@ -49,10 +48,12 @@ def cancel(folder: Path) -> None:
 def logs(folder: Path, lines: int = 5) -> None:
     """Print the end of the log of every SLURM task that was ever submitted for a sweep.
 
-    For each task, print the path of its log, the names of its run directories, and the last lines.
+    For each task, print the path of its log, the names of its jobs' run directories, and the last
+    lines of the log, or "not started yet" if there is no log. Print nothing if no task was ever
+    submitted.
 
     Args:
-        folder: folder of the sweep.
+        folder: folder of the sweep, <home>/runs/sweeps/<name>.
         lines: number of lines of each log, at least 1.
     """
     for one in slurm.submissions(folder):
@@ -68,7 +69,7 @@ def logs(folder: Path, lines: int = 5) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the state of a sweep or the logs of its SLURM jobs, or cancel its SLURM jobs.
 
-    An error ends the command with exit code 1.
+    An error ends the command with exit code 1, and a wrong argument with exit code 2.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps", description=main.__doc__)
     parser.add_argument("command", choices=["status", "logs", "cancel"])

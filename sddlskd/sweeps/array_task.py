@@ -55,16 +55,16 @@ exit $code
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """Task of a SLURM job array: trains jobs side by side, then ends the process with an exit code.
+    """Task of a SLURM job array: trains jobs together, with one teacher forward pass per batch.
 
-    The lines `TEARDOWN` of the batch script read the exit code, and decide whether the task goes
-    back into the queue. The task never returns: submitit would write a result that nobody reads,
-    and a signal could arrive during that write.
+    submitit calls an instance in each process of the task. The call never returns: it ends the
+    process with an exit code. The batch script uses the code to decide whether the task goes back
+    into SLURM's queue.
 
     Args:
-        run_dirs: run directories of the jobs, each with a frozen configuration.
-        sweep: folder of the sweep.
-        max_requeues: how often the task may be put back into the queue.
+        run_dirs: paths of the jobs' run directories, each of which holds a config.yaml.
+        sweep: path of the sweep's folder.
+        max_requeues: how often at most the task goes back into the queue.
     """
 
     run_dirs: tuple[str, ...]

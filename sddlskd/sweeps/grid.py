@@ -36,13 +36,16 @@ NEEDED = (
 
 
 class InvalidJobs(ValueError):
-    """Error that names every invalid job of a sweep with its reason.
+    """Error for the invalid jobs of a sweep.
+
+    The message has the number of the invalid jobs, and each distinct reason with the names of up to
+    three of its jobs.
 
     Args:
-        reasons: (name of the job, reason) of each invalid job.
+        reasons: (name or overrides of the job, reason) of each invalid job, as text.
 
     Attributes:
-        reasons: the same, as a list.
+        reasons: the argument `reasons`, as a list.
     """
 
     def __init__(self, reasons: Sequence[tuple[str, str]]) -> None:
@@ -54,10 +57,10 @@ class InvalidJobs(ValueError):
 
 
 def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
-    """Return one line per distinct reason, with the names of its first three jobs.
+    """Return one line per distinct reason, with the names of up to three jobs that have the reason.
 
     `reasons` holds (name of the job, reason) of each job. A line reads "a, b, c and 2 more:
-    reason".
+    reason". Return [] if there are no reasons.
     """
     names_of: dict[str, list[str]] = {}
     for name, reason in reasons:
@@ -74,19 +77,21 @@ def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
 def compose_grid(
     loader: ConfigLoader, sweep: DictConfig, grid: Sequence[Sequence[str]]
 ) -> list[Config]:
-    """Return the jobs of a grid, typed and checked.
+    """Return the configuration of each job of a grid; a job is one training run.
 
     Args:
         loader: Hydra's loader of configurations.
-        sweep: composed configuration of the sweep, to which the overrides are added.
+        sweep: configuration of the sweep as Hydra composes it. A job is this configuration with the
+            job's overrides added.
         grid: overrides of each job, such as ["student=resnet8x4", "seed=1"].
 
     Returns:
-        One configuration per element of `grid`, in the same order.
+        One configuration per element of `grid`, in the same order, with the types of `Config` and
+        checked values.
 
     Raises:
-        InvalidJobs: If the overrides of at least one job are not valid; the message names all such
-            jobs.
+        InvalidJobs: If the overrides of at least one job are not valid. The error, a ValueError,
+            holds the reasons of all such jobs.
     """
     composer = _Composer(loader, sweep)
     jobs: list[Config] = []

@@ -33,11 +33,11 @@ FOR_ONE_LAUNCH = ("sweep.rerun=all", "sweep.plan=true")
 
 
 def command_to_continue(home: str) -> str:
-    """Return the shell command that continues the sweep which this process was started for.
+    """Return the shell command that continues the sweep of this process.
 
-    The command is that of this process (`sys.argv`) without the overrides that are meant for one
-    launch (sweep.rerun=all, sweep.plan=true). The override home=<home> is added if there is none,
-    because the home may come from the environment or the current folder.
+    The command is `python -m sddlskd.train` with the arguments of this process (`sys.argv`). The
+    overrides sweep.rerun=all and sweep.plan=true are left out, because they are meant for one call.
+    If the arguments have no override home=..., home=<home> is added.
     """
     words = [word for word in sys.argv[1:] if word not in FOR_ONE_LAUNCH]
     if not any(word.startswith("home=") for word in words):
@@ -49,24 +49,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the content of the file sweep.json in the folder of a sweep.
 
     The keys are "name" (of the sweep), "command" (that continues the sweep), "folder" (working
-    directory for the command), "time" (of the last launch, in Unix seconds) and "jobs" (list of run
-    directories). Raise FileNotFoundError if there is no such file.
+    directory for the command), "time" (of the last launch, in Unix seconds) and "jobs" (list of the
+    jobs' run directories). Raise FileNotFoundError if there is no such file, and record.Damaged (a
+    ValueError) if the file is not a JSON object.
     """
-    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    content = record.read_json(folder / MANIFEST)
+    if not content:
+        raise FileNotFoundError(f"{folder / MANIFEST} does not exist")
     return content
 
 
 def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
     """Add the jobs of a launch to sweep.json, the list of a sweep's jobs.
 
-    The folder and the file are created if they are missing. The jobs of earlier launches stay in
-    the list, and a job is listed once. The name, command, working directory and time in the file
-    become those of this launch. Two launches may write at the same time.
+    A launch is one call of the sweep's command. The folder and the file are created if they are
+    missing. The jobs of earlier launches stay in the list, and a job is listed once. The name,
+    command, working directory and time in the file become those of this launch. Several processes
+    may call this function at the same time.
 
     Args:
-        folder: folder of the sweep.
+        folder: folder of the sweep, <home>/runs/sweeps/<name>.
         name: name of the sweep.
         jobs: jobs of this launch, at least one; the file lists their run directories.
+
+    Raises:
+        record.Damaged: If there is a sweep.json that is not a JSON object.
+        OSError: If the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
@@ -84,18 +92,23 @@ def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
 
 
 def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
-    """Write plan.json, which lists all jobs of the sweep with their MLflow parameters, for MLflow.
+    """Write plan.json, the list of a sweep's jobs that MLflow receives.
 
-    Parameters that all jobs have in common are written once. Each job then lists the parameters in
-    which it differs. Jobs of earlier launches stay in the file.
+    The file has the settings that all jobs share, and for each job its run directory, hashes of its
+    settings, a command that runs the job, and its other settings. Jobs of earlier calls stay in the
+    file.
 
     Args:
         folder: folder of the sweep; it must exist.
         name: name of the sweep.
-        jobs: jobs of this launch, at least one.
+        jobs: jobs to list, at least one.
 
     Returns:
         The path of plan.json.
+
+    Raises:
+        record.Damaged: If there is a plan.json that is not a JSON object.
+        OSError: If the file cannot be written.
     """
     path = folder / PLAN
     with FileLock(folder / LOCK):
@@ -114,7 +127,7 @@ def _plan_of(path: Path, jobs: Sequence[Config]) -> dict[str, Any]:
         hashes[job.run_dir] = (cfg.config_hash(job), cfg.settings_hash(job))
     # An earlier launch, which may have had other jobs, may have written the file.
     if path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = record.read_json(path)
         for listed in earlier["jobs"]:
             params.setdefault(listed["run_dir"], earlier["common"] | listed["params"])
             hashes.setdefault(listed["run_dir"], (listed["config_hash"], listed["settings_hash"]))
@@ -137,8 +150,12 @@ def _plan_of(path: Path, jobs: Sequence[Config]) -> dict[str, Any]:
 
 
 def planned_jobs(folder: Path) -> set[str]:
-    """Return the run directories in a sweep's plan.json; an empty set if the file is missing."""
+    """Return the run directory of each job in the plan.json of a sweep's `folder`.
+
+    The paths are absolute. The result is empty if the file is missing. Raise record.Damaged if the
+    file is not a JSON object.
+    """
     path = folder / PLAN
     if not path.exists():
         return set()
-    return {job["run_dir"] for job in json.loads(path.read_text())["jobs"]}
+    return {job["run_dir"] for job in record.read_json(path)["jobs"]}

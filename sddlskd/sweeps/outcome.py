@@ -16,12 +16,12 @@ STATES = ("finished", "running", "queued", "interrupted", "failed", "new")
 
 
 def state_of(folder: Path) -> str:
-    """Return the state of the run in a run directory, as one of these words.
+    """Return the state of the run in the run directory `folder`, as one of these words.
 
-    - "new": the run has not started.
-    - "running": a process has the run open.
+    - "new": the run has not started, and there is no result.json.
+    - "running": a process is training the run.
     - "interrupted": the run was stopped, or its process died.
-    - "finished" or "failed".
+    - "finished" or "failed": the run has ended.
 
     Raise record.Damaged if result.json is damaged.
     """
@@ -33,10 +33,10 @@ def state_of(folder: Path) -> str:
 
 
 def result_of(job: Config) -> dict[str, Any]:
-    """Return the content of a job's result.json; a placeholder if the job has not started.
+    """Return the content of a job's result.json, or a placeholder if the job has not started.
 
-    The placeholder has the status "NEW", scores of None and 0 epochs and seconds. Raise
-    record.Damaged if result.json is damaged.
+    The placeholder has the status "NEW", the reason "", None as "best_top1" and "last_top1", and 0
+    as "epochs" and "seconds". Raise record.Damaged if result.json is damaged.
     """
     nothing = {
         "status": "NEW",
@@ -52,24 +52,27 @@ def result_of(job: Config) -> dict[str, Any]:
 def record_outcome(job: Config, status: str, reason: str) -> None:
     """Write the outcome of a job whose process died without writing one.
 
-    The outcome goes to result.json and, if tracking is on, to MLflow. If another process has the
-    job open, log a warning and leave the record unchanged.
+    The outcome goes to the job's result.json and, if tracking is on, to MLflow. Scores and epochs
+    come from the job's metrics.jsonl. If another process is training the job, only log a warning.
 
     Args:
-        job: resolved configuration of the job.
-        status: FAILED or KILLED, for result.json.
+        job: configuration of the job, with its run directory.
+        status: "FAILED" or "KILLED" (interrupted), for result.json.
         reason: why the job ended, for result.json.
 
     Raises:
-        ValueError: If the run directory holds another job, or if the record is damaged.
+        ValueError: If the run directory holds another job, or if one of its files is damaged.
+        OSError: If a file cannot be written.
     """
     try:
         opened = record.Record(job)
     except record.InUse as error:  # another process still trains the job
         log.warning("%s", error)
         return
-    opened.write_outcome(status, reason)
-    opened.close()
+    try:
+        opened.write_outcome(status, reason)
+    finally:
+        opened.close()
     if job.tracking.enabled:
         mirror = tracking.Mirror()
         mirror.update(Path(job.run_dir))

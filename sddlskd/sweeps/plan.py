@@ -26,18 +26,23 @@ Precheck = Callable[[list[Config], list[Config]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of a launch of a sweep: what the launch will do, before anything is written or started.
+    """Jobs that a launch of a sweep would run, with the results of their checks.
+
+    A launch is one call of the sweep's command.
 
     Attributes:
         name: name of the sweep.
-        folder: folder of the sweep.
+        folder: folder of the sweep, <home>/runs/sweeps/<name>.
         command: shell command that continues the sweep.
         jobs: jobs of the launch, without duplicates.
-        states: state of every job (see `outcome.STATES`), by its run directory.
-        todo: jobs that the launch runs.
-        groups: the jobs of `todo` in groups; the jobs of a group are trained side by side.
-        seconds: estimated seconds for `todo` on one device; None if a job has no similar past runs.
-        invalid: (name, reason) of each job that cannot run.
+        states: {run directory: state} of every job. The states are "finished", "running", "queued",
+            "interrupted", "failed" and "new".
+        todo: jobs that the launch runs, if none is invalid.
+        groups: the jobs of `todo` in groups. The jobs of a group are trained together, with one
+            teacher forward pass per batch.
+        seconds: estimated seconds for `todo` on one device; None if a job has no past runs of the
+            same student, teacher and data set.
+        invalid: (name of the job, reason) of each job of `todo` that cannot run.
         changed: finished jobs that learnt from another teacher file than the current one.
         other_data: (finished job, how the data differ) of each job that was trained on other data
             than its data set has now.
@@ -59,16 +64,21 @@ class Plan:
 
 
 def ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
-    """Return the answer of `precheck.report` for these jobs, run in a separate process.
-
-    The separate process keeps this process small while it waits for the workers.
+    """Check the jobs of a sweep in a separate process, and return what is wrong with them.
 
     Args:
         todo: jobs to run.
         finished: finished jobs.
 
     Returns:
-        The dictionary of `precheck.report`; its pairs are lists, because they come as JSON.
+        A dictionary with these keys:
+
+        - "problems": [index in `todo`, reason] of each job that cannot run;
+        - "changed": index in `finished` of each job that learnt from another teacher file than the
+          current one;
+        - "other_data": [index in `finished`, how the data differ] of each job that was trained on
+          other data than its data set has now;
+        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
 
     Raises:
         ChildProcessError: If the separate process dies or ends with an error.
@@ -96,25 +106,29 @@ def make_plan(
     max_group_size: int | None = None,
     precheck: Precheck = ask_precheck,
 ) -> Plan:
-    """Return the plan of a launch; write nothing.
+    """Return the plan of a launch, which is one call of a sweep's command; start no job.
+
+    Nothing is written, except that the check of the jobs may download a missing data set.
 
     Args:
         jobs: jobs of the sweep, at least one; duplicates count once. `sweep.rerun` of the first job
             says which jobs run again.
         name: name of the sweep.
-        runs_locally: whether the jobs are going to run on this machine. If not, their settings of
-            devices and workers are not checked.
-        max_group_size: largest number of jobs that train side by side; None for no limit.
-        precheck: check of the jobs to run and of the finished jobs; called if there are any.
+        runs_locally: whether the jobs are going to run on this machine. If not, their settings
+            trainer.device, trainer.devices and dataset.workers are not checked.
+        max_group_size: largest number of jobs that train together; None for no limit.
+        precheck: function that checks the jobs, called with the jobs to run and the finished jobs
+            unless there are neither. It returns a dictionary like that of `ask_precheck`.
 
     Returns:
-        The plan. Jobs that cannot run are in `Plan.invalid`.
+        The plan. Jobs that cannot run are in `Plan.invalid`; they raise no error.
 
     Raises:
-        ValueError: If several different jobs have the same run directory, or if a record is
-            damaged.
-        ConnectionError: If SLURM does not answer.
-        ChildProcessError: If the check of the jobs dies.
+        ValueError: If different jobs have the same run directory, or if a file of the sweep or of a
+            run is damaged.
+        ConnectionError: If the sweep has SLURM tasks and squeue is missing, fails or does not
+            answer.
+        ChildProcessError: If the process that `ask_precheck` starts dies.
     """
     unique = list({job.run_dir: job for job in jobs}.values())
     if len(unique) < len({cfg.config_hash(job) for job in jobs}):
@@ -174,13 +188,11 @@ def _on_any_device(job: Config) -> Config:
 
 
 def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list[list[Config]]:
-    """Return groups of jobs that can be trained side by side: with the same batches and teacher.
+    """Return the jobs in groups that can train together, with one teacher forward pass per batch.
 
-    A job that occurs twice is taken once.
-
-    Args:
-        jobs: the jobs.
-        max_group_size: largest number of jobs of a group; None for groups as large as possible.
+    The jobs of a group have the same batches, teacher, device, precision and training length. A job
+    that occurs twice is taken once. A group has at most `max_group_size` jobs; None stands for no
+    limit. Without jobs, the result is [].
     """
     together: dict[str, dict[str, Config]] = {}
     for job in jobs:

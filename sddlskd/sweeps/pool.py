@@ -32,8 +32,8 @@ class Task:
     """Group of jobs in the queue of a `Pool`.
 
     Attributes:
-        jobs: jobs that are trained side by side, at least one.
-        deaths: number of workers that died while they trained these jobs.
+        jobs: jobs that one worker process trains together, at least one.
+        deaths: number of worker processes that died while they trained these jobs.
     """
 
     jobs: list[Config]
@@ -41,22 +41,24 @@ class Task:
 
     @property
     def devices_per_job(self) -> int:
-        """Return the number of devices that each of the jobs takes (trainer.devices)."""
+        """Return trainer.devices of the jobs, the number of devices that share each batch."""
         return self.jobs[0].trainer.devices
 
 
 class Pool(GroupRunner):
-    """Worker processes, one per device, that take groups of jobs from a queue.
+    """Runner that trains the groups of a sweep on this machine, each group in a worker process.
 
-    If a worker dies, its group runs again from its checkpoints. If a second worker dies of the same
-    group, its jobs run one by one, and a job whose worker dies again is marked FAILED. A group that
-    is too large for the device's memory is halved.
+    The jobs of a group are trained together, with one teacher forward pass per batch. One worker at
+    a time runs per device. A group that is too large for the device's memory is halved. If a worker
+    dies, its unfinished jobs continue from their checkpoints in a second worker. If that worker
+    dies, too, several jobs are tried one by one, and a single job is marked FAILED. If a signal
+    stopped the second worker, its jobs stay interrupted.
 
     Args:
-        devices: "auto", or a value of trainer.device for each worker, as a list (a text stands for
-            a list of one). CPU workers share the cores. "auto" takes the jobs' trainer.device; if
-            that is auto too, there is one worker per visible GPU, or one CPU worker if there is no
-            GPU.
+        devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker
+            that runs at a time; a text such as "cuda:0" stands for a list of one. "auto" takes the
+            jobs' trainer.device; if that is auto as well, the devices are all visible GPUs, or the
+            CPU if there is no GPU. Several CPU workers share the cores.
         fail_fast: whether to stop the sweep at the first job that fails.
         start: function that starts a worker process; called like subprocess.Popen.
 
@@ -94,22 +96,27 @@ class Pool(GroupRunner):
         self.last_signal = 0  # number of the last stop signal
 
     def validate(self, jobs: Sequence[Config]) -> None:
-        """Accept all jobs; a pool has nothing to check before the sweep writes its files."""
+        """Do nothing with `jobs`: a pool accepts all jobs."""
 
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
-        """Run every group and wait until all of them have ended.
+        """Run every group, and wait until all of them have ended.
 
         SIGINT or SIGTERM stops the workers, which save their checkpoints first; a second signal
         kills them. Call this method in the main thread.
 
         Args:
-            groups: frozen jobs to run; the jobs of a group are trained side by side.
+            groups: jobs to run, whose run directories hold config.yaml; the jobs of a group are
+                trained together.
             folder: folder of the sweep; not used.
-            visible: devices of this machine, such as ["cuda:0"], for jobs and pools whose device is
-                auto.
+            visible: devices of this machine, such as ["cuda:0"]; they are used if the pool's
+                `devices` and a job's trainer.device are both auto.
 
         Returns:
-            KILLED if a signal stopped the sweep, otherwise FINISHED, also if jobs failed.
+            "KILLED" if a signal stopped the sweep, otherwise "FINISHED", even if jobs failed.
+
+        Raises:
+            ValueError: If a file of a job is damaged, or if this is not the main thread.
+            OSError: If a worker cannot be started.
         """
         self.queue.extend(Task(list(group)) for group in groups)
         if self.auto:
@@ -215,6 +222,9 @@ class Pool(GroupRunner):
                 len(left) - half,
             )
             self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
+        elif code == ExitCode.STOPPED and task.deaths:
+            # The jobs are interrupted, not failed: the sweep's command continues them.
+            log.warning("a worker was stopped twice: its %d jobs are left interrupted", len(left))
         else:
             self._retry(left, task.deaths, code)
 

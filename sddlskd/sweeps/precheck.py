@@ -51,11 +51,11 @@ class DataSet:
     """Facts about a data set that the checks need.
 
     Attributes:
-        size: number of training images.
-        image_CHW: shape of an image: channels, height and width in pixels.
+        size: number N of training images, before some are held out for validation.
+        image_CHW: channels, height and width in pixels of an image, as the networks receive it.
         of_files: whether the images are files that stay on disk.
-        noted: fingerprint of the data, as result.json keeps it.
-        labels_N: class of each training image.
+        noted: fingerprint of the data: numbers of images, classes and a hash.
+        labels_N: class ids of the training images, int64, (N,).
     """
 
     size: int
@@ -66,7 +66,7 @@ class DataSet:
 
 
 class Checker:
-    """Checker of single jobs; loads each data set and builds each network only once."""
+    """Checker of single jobs; an instance loads each data set and builds each network only once."""
 
     def __init__(self) -> None:
         self._data_sets: dict[str, DataSet | Exception] = {}
@@ -77,13 +77,15 @@ class Checker:
     def check(self, job: Config) -> None:
         """Check that a job can run on this machine, without training it; download missing data.
 
-        The checks cover the devices, the loss, the optimizer, the data, the teacher file, the
-        networks with their logit maps, and the feature methods.
+        The checks cover the devices, the loss, the optimizer, the data, the teacher's file, the
+        scales M, and the feature methods.
 
         Raises:
-            FileNotFoundError: If the teacher file is missing and is not to be trained.
-            ValueError: If a setting, the data or the teacher file does not fit the job.
-            Exception: Any other error that a network or a data set raises.
+            FileNotFoundError: If the teacher's file is missing, and the job does not train the
+                teacher first (teacher.train_if_missing).
+            ValueError: If a setting, the data, the teacher's file or the job's run directory does
+                not fit the job.
+            Exception: Any other error that the code of a network or a data set raises.
         """
         check_places(job.trainer.device, job.trainer.devices)
         device = pick_device(job.trainer.device)
@@ -131,8 +133,9 @@ class Checker:
     def data_change(self, job: Config) -> str:
         """Return in words how the data of a finished job have changed since the job was trained.
 
-        Return "" if the data are the same, or if the earlier or the present data are not known.
-        Nothing is downloaded. Raise record.Damaged if result.json is damaged.
+        Return "" if the data are the same, if result.json does not describe the earlier data, or if
+        the present data cannot be loaded. Nothing is downloaded. Raise record.Damaged if
+        result.json is damaged.
         """
         result = record.read_result(Path(job.run_dir))
         if not result.get("data"):
@@ -194,7 +197,7 @@ def _load(job: Config) -> DataSet | Exception:
 def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
     """Return (job, reason) for each job that cannot run, in order; [] if all jobs can run.
 
-    A reason is one line. An error of any type that a check raises becomes a reason.
+    Each job is checked by `Checker.check`. An error of any type becomes a reason, as one line.
     """
     checker = Checker()
     found = []
@@ -207,21 +210,24 @@ def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
 
 
 def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
-    """Return what a sweep must know of its jobs before it starts, as plain values for JSON.
+    """Check the jobs of a sweep before it starts, and return what is wrong with them.
 
     Args:
         todo: jobs to run.
         finished: finished jobs.
 
     Returns:
-        A dictionary with these keys:
+        A dictionary of plain values for JSON, with these keys:
 
         - "problems": (index in `todo`, reason) of each job that cannot run;
-        - "changed": indices in `finished` of the jobs that learnt from another teacher file than
-          the current one;
+        - "changed": index in `finished` of each job that learnt from another teacher file than the
+          current one;
         - "other_data": (index in `finished`, how the data differ) of each job that was trained on
           other data than its data set has now;
         - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
+
+    Raises:
+        record.Damaged: If the result.json of a finished job is damaged.
     """
     checker = Checker()
     index_of = {id(job): index for index, job in enumerate(todo)}
@@ -245,11 +251,11 @@ def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]
 
 
 def main() -> None:
-    """Write the `report` on some jobs to stdout, as JSON.
+    """Read jobs from stdin, check them, and write the dictionary of `report` to stdout as JSON.
 
-    The jobs come from stdin, as a pickled pair (jobs to run, finished jobs). Output of the checks,
-    such as that of a user's network, goes to stderr. With --parent, the process ends when its
-    parent does.
+    The jobs come as a pickled pair (jobs to run, finished jobs). Output of the checks, such as that
+    of a user's network, goes to stderr. With --parent PID on the command line, this process ends
+    when its parent, the process PID, ends.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")

@@ -21,10 +21,12 @@ LOG_LINES = 3  # last lines of the log of a failed job
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Return the lines that say what a launch would run, and how long that would take.
+    """Return the lines of text that say what a sweep would run, and how long that would take.
 
-    The first line counts the jobs by state and the groups to run. If jobs share a teacher, a line
-    says how many passes of the teacher this saves.
+    The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
+    are trained together. If jobs of a group share their teacher's forward passes, a line says how
+    often the teacher goes through the data in an epoch. If there are jobs to run, the last line has
+    the estimated time, or says that the time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
@@ -46,7 +48,10 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def print_plan(plan: Plan) -> None:
-    """Print what a launch would do, and the jobs that cannot run with the reasons."""
+    """Print what a sweep would run (`plan_lines`), and why jobs cannot run.
+
+    Each reason is printed once, with the names of up to three of its jobs.
+    """
     for line in plan_lines(plan):
         write_line(line)
     for line in reasons_together(plan.invalid):
@@ -54,10 +59,10 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_status(status: SweepStatus) -> None:
-    """Print the state of every job of a sweep, the time left and the command to continue.
+    """Print the state of every job of a sweep, the time left, and the command to continue.
 
-    If all jobs have finished, time and command are left out. If SLURM could not be asked, say so
-    first.
+    If all jobs have finished, the time and the command are left out. If SLURM could not be asked,
+    the first line says why.
     """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")
@@ -94,17 +99,20 @@ def _counts(counts: dict[str, int]) -> str:
 def print_outcome(
     plan: Plan, results: Sequence[dict[str, Any]], *, stopped: bool, locally: bool
 ) -> None:
-    """Print the failures, how to continue, and a table of the results of a launch.
+    """Print how a sweep ended: the failures, a table of the results, and how to continue.
+
+    If all jobs are FINISHED, only the table is printed.
 
     Args:
-        plan: plan of the launch.
-        results: content of result.json of each job of the plan, in the order of `plan.jobs`.
-        stopped: whether the sweep was stopped.
-        locally: whether the jobs ran on this machine.
+        plan: plan of the sweep, with its jobs.
+        results: content of result.json of each job, in the order of `plan.jobs`.
+        stopped: whether the sweep was stopped by a signal.
+        locally: whether the jobs ran on this machine; if not, the command that prints the logs of
+            the SLURM tasks is also printed.
 
     Raises:
-        SystemExit: With `ExitCode.STOPPED` (130) if a job or the sweep was stopped, else with 1 if
-            a job is not FINISHED.
+        SystemExit: With code 130 (`ExitCode.STOPPED`) if a job or the sweep was stopped, else with
+            1 if a job is not FINISHED.
         ValueError: If there are not as many results as jobs.
     """
     print_failures(plan.jobs, results)
@@ -118,14 +126,11 @@ def print_outcome(
 
 
 def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
-    """Print the FAILED jobs by cause, each with the end of its log and the command to repeat it.
+    """Print the FAILED jobs, grouped by the cause of the failure; nothing if no job is FAILED.
 
-    Args:
-        jobs: jobs of the sweep.
-        results: content of result.json of each job, in the order of `jobs`.
-
-    Raises:
-        ValueError: If there are not as many results as jobs.
+    Each job comes with its reason, the last three lines of its train.log, and the command that runs
+    the job again. `results` holds the content of result.json of each job, in the order of `jobs`.
+    Raise ValueError if there are not as many results as jobs.
     """
     by_cause: dict[str, list[tuple[Config, str]]] = defaultdict(list)
     for job, result in zip(jobs, results, strict=True):
@@ -147,10 +152,12 @@ def _last_lines(log_file: Path) -> list[str]:
 
 
 def cause_of(reason: str) -> str:
-    """Return a short name for the cause of a failure, by which the failures of a sweep are grouped.
+    """Return a short name for the cause of a job's failure, by which failures can be grouped.
 
-    `reason` is the entry of result.json. The name is "killed" if a worker died, "out of memory" for
-    the device's memory, "non-finite loss at epoch N", and else the text before the first colon.
+    `reason` is the entry "reason" of the job's result.json. The name is "killed" if the worker
+    process of the job died, "out of memory" if the device's memory was full, and "non-finite loss
+    at epoch N" if the loss became NaN or infinite. Otherwise the name is the part of `reason`
+    before the first colon.
     """
     if "worker died" in reason:
         return "killed"

@@ -10,7 +10,9 @@ __all__ = ["GroupRunner"]
 
 
 class GroupRunner(Protocol):
-    """Interface of what runs the groups of a sweep: `Pool` on this machine, `Slurm` on a cluster.
+    """Interface of the classes that run a sweep: `Pool` on this machine, `Slurm` on a cluster.
+
+    A group is a list of jobs that are trained together, with one teacher forward pass per batch.
 
     Attributes:
         runs_locally: whether the jobs run on this machine.
@@ -19,10 +21,10 @@ class GroupRunner(Protocol):
     runs_locally: bool
 
     def validate(self, jobs: Sequence[Config]) -> None:
-        """Check, before anything is written, that the jobs can be run.
+        """Check that the runner can run the jobs, before the sweep writes any file.
 
         Raises:
-            ValueError: If the jobs cannot be run.
+            ValueError: If the runner cannot run the jobs.
             ConnectionError: If a cluster does not answer.
         """
         ...
@@ -31,16 +33,17 @@ class GroupRunner(Protocol):
         """Run every group.
 
         Args:
-            groups: frozen jobs to run; the jobs of a group are trained side by side.
+            groups: jobs to run, whose run directories hold config.yaml.
             folder: folder of the sweep.
             visible: devices of this machine, such as ["cuda:0"].
 
         Returns:
-            FINISHED if all groups have ended, also with failures; KILLED if a signal stopped the
-            sweep; RUNNING if the groups run on without this process.
+            "FINISHED" if all groups have ended, even if jobs failed; "KILLED" if a signal stopped
+            the sweep; "RUNNING" if the groups run on without this process.
 
         Raises:
-            ValueError: If a cluster refuses a job.
+            ValueError: If a cluster refuses a job, or if a file of a job is damaged.
             ConnectionError: If a cluster does not answer.
+            KeyboardInterrupt: If Ctrl-C ends the wait for a cluster.
         """
         ...

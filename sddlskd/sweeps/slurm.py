@@ -63,9 +63,9 @@ class Submission:
     """One submitted task of a SLURM job array.
 
     Attributes:
-        job: id of the task as squeue shows it, such as 17_3.
-        run_dirs: run directories of the jobs that the task trains side by side.
-        log: path of the task's log file.
+        job: id of the task as squeue shows it, such as "17_3".
+        run_dirs: paths of the run directories of the jobs that the task trains together.
+        log: path of the task's log file, which is missing until the task starts.
     """
 
     job: str
@@ -76,12 +76,15 @@ class Submission:
 def submissions(sweep: Path) -> list[Submission]:
     """Return all tasks that were ever submitted for the sweep in the folder `sweep`, oldest first.
 
-    Return [] if none was submitted.
+    Return [] if none was submitted. Raise Damaged if slurm.json, which lists the tasks, is damaged.
     """
     path = sweep / SUBMISSIONS
     if not path.exists():
         return []
-    return [Submission(**entry) for entry in json.loads(path.read_text())]
+    try:
+        return [Submission(**entry) for entry in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise record.Damaged(f"{path} is damaged ({error}); delete it") from None
 
 
 def _add(sweep: Path, new: Iterable[Submission]) -> None:
@@ -91,16 +94,11 @@ def _add(sweep: Path, new: Iterable[Submission]) -> None:
 
 
 def queue(sweep: Path) -> dict[str, tuple[str, str]]:
-    """Return the tasks of a sweep that are in SLURM's queue: {task: (state, reason)}.
+    """Return the tasks of a sweep that are in SLURM's queue: {id of the task: (state, reason)}.
 
-    A task is the id of `Submission.job`. State and reason are words of squeue, such as PENDING and
-    Priority. Return {} if no task is in the queue.
-
-    Args:
-        sweep: folder of the sweep.
-
-    Raises:
-        ConnectionError: If squeue is missing, fails or does not answer.
+    An id is that of `Submission.job`, such as "17_3". State and reason are words of squeue, such as
+    "PENDING" and "Priority". Return {} if no task is in the queue. `sweep` is the sweep's folder.
+    If the sweep has tasks, raise ConnectionError if squeue is missing, fails or does not answer.
     """
     mine = {one.job for one in submissions(sweep)}
     if not mine:
@@ -111,15 +109,11 @@ def queue(sweep: Path) -> dict[str, tuple[str, str]]:
 
 
 def states(sweep: Path) -> dict[str, str]:
-    """Return the state of the jobs whose task is in SLURM's queue: {run directory: state}.
+    """Return the state of each job whose task is in SLURM's queue: {run directory: state}.
 
-    The state is "running" or "queued". Jobs of other tasks are left out.
-
-    Args:
-        sweep: folder of the sweep.
-
-    Raises:
-        ConnectionError: If squeue is missing, fails or does not answer.
+    The state is "running" if SLURM runs the task, else "queued". Jobs of the sweep without a task
+    in the queue are left out. `sweep` is the sweep's folder. If the sweep has tasks, raise
+    ConnectionError if squeue is missing, fails or does not answer.
     """
     live = queue(sweep)
     found = {}
@@ -133,15 +127,11 @@ def states(sweep: Path) -> dict[str, str]:
 
 
 def cancel_tasks(sweep: Path) -> list[str]:
-    """Cancel the sweep's queued and running tasks and return their ids; [] if there is none.
+    """Cancel a sweep's queued and running SLURM tasks, and return their ids; [] if there is none.
 
-    Running tasks save their checkpoints before they end.
-
-    Args:
-        sweep: folder of the sweep.
-
-    Raises:
-        ConnectionError: If squeue or scancel is missing, fails or does not answer.
+    Running tasks save their checkpoints before they end. `sweep` is the sweep's folder. If the
+    sweep has tasks, raise ConnectionError if squeue or scancel is missing, fails or does not
+    answer.
     """
     live = sorted(queue(sweep))
     if live:
@@ -150,11 +140,11 @@ def cancel_tasks(sweep: Path) -> list[str]:
 
 
 def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
-    """Return the state in which SLURM ended each task, such as TIMEOUT, OUT_OF_MEMORY or NODE_FAIL.
+    """Return how SLURM ended each of the tasks `jobs`: {id of the task: text}.
 
-    `jobs` holds ids of tasks (`Submission.job`), which are the keys of the result. The state FAILED
-    comes with the exit code. If SLURM does not know a task any more or cannot be asked, the text
-    says that the cause is unknown.
+    An id is that of `Submission.job`, such as "17_3". The text is SLURM's state, such as "TIMEOUT",
+    "OUT_OF_MEMORY" or "FAILED (exit code 1:0)". If SLURM does not know the task any more or cannot
+    be asked, the text says that the cause is unknown.
     """
     arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
     found = {**_causes_in_accounts(arrays), **_causes_in_memory(arrays)}
@@ -286,19 +276,24 @@ def _message(stderr: str) -> str:
 
 
 class Slurm(GroupRunner):
-    """Runner that submits the groups of a sweep as tasks of SLURM job arrays and waits for them.
+    """Runner that submits the groups of a sweep to SLURM, each as a task of a job array.
+
+    A group is a list of jobs that are trained together, with one teacher forward pass per batch.
 
     Args:
-        wait: whether `run` waits for the jobs; if False, it submits them and returns.
-        max_requeues: how often a task that was warned or preempted goes back into the queue at
-            most.
-        fail_fast: whether to cancel the sweep's jobs as soon as one of them fails.
+        wait: whether `run` waits until the tasks have ended; if False, it only submits them.
+        max_requeues: how often at most a task goes back into SLURM's queue after it was preempted,
+            or warned of its time limit.
+        fail_fast: whether to cancel the sweep's tasks as soon as a job fails; without effect if
+            `wait` is False.
         python: command that starts Python on a node; None for the Python of this process.
         container: image for `srun --container-image`; None for no container.
         srun_args: further arguments of srun.
-        array_parallelism: largest number of tasks that run at once.
+        array_parallelism: largest number of tasks that run at once. Jobs with another value of
+            trainer.devices are counted separately.
         **options: options of submitit, without the prefix slurm_. Required are signal_delay_s
-            (seconds), timeout_min (minutes) and nodes.
+            (seconds before the time limit at which a task is warned), timeout_min (time limit in
+            minutes) and nodes (number of nodes of a task).
     """
 
     runs_locally = False
@@ -326,19 +321,20 @@ class Slurm(GroupRunner):
         self.options = options
 
     def validate(self, jobs: Sequence[Config]) -> None:
-        """Check, before anything is written, that SLURM would accept the jobs.
+        """Check that SLURM would accept the jobs, before the sweep writes any file.
 
-        Only log a warning if no node can take the jobs at the moment.
+        If no node can take the jobs at the moment, only log a warning.
 
         Args:
             jobs: jobs to run, at least one.
 
         Raises:
-            ValueError: If a SLURM command is missing, if the options cannot work or hold a secret,
-                if several hosts would write a file that only one host can write, if trainer.devices
-                is not a multiple of the nodes, or if sbatch refuses the jobs (with its own error
-                message).
-            ConnectionError: If SLURM must list its nodes, to count the hosts, and does not answer.
+            ValueError: If the jobs cannot be submitted: a SLURM command is missing, an option is
+                wrong, a line of the option `setup` holds a password or token, several hosts would
+                write one SQLite file or one teacher cache, sbatch refuses the jobs, or any other
+                problem.
+            ConnectionError: If jobs write a SQLite file or a teacher cache, and sinfo, which lists
+                the hosts, is missing, fails or does not answer.
         """
         if missing := [command for command in COMMANDS if shutil.which(command) is None]:
             raise ValueError(
@@ -411,23 +407,25 @@ class Slurm(GroupRunner):
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Submit every group, and wait until no task of the sweep is in SLURM's queue.
 
-        Jobs that are in the queue already are not submitted again. With fail_fast, the sweep's
-        tasks are cancelled once a job has failed. At the end, the cause of death is written into
-        the records of jobs that SLURM ended early. Ctrl-C ends the waiting only, with a
-        KeyboardInterrupt: the tasks stay in the queue.
+        Jobs that are in the queue already are not submitted again. If SLURM ended the task of a job
+        early, the cause is written into the job's result.json after the wait.
 
         Args:
-            groups: frozen jobs to run; the jobs of a group are trained side by side in one task.
+            groups: jobs to run, whose run directories hold config.yaml; the jobs of a group are
+                trained together in one task.
             folder: folder of the sweep.
             visible: devices of this machine; not used.
 
         Returns:
-            RUNNING, without waiting, if the runner was made with wait=False; otherwise FINISHED,
-            also if jobs failed.
+            "RUNNING", without waiting, if the runner was made with wait=False; otherwise
+            "FINISHED", even if jobs failed.
 
         Raises:
-            ConnectionError: If SLURM cannot be asked at the submission.
-            ValueError: If sbatch refuses a job.
+            ConnectionError: If SLURM does not answer while the jobs are submitted. If SLURM does
+                not answer later, during the wait, only a warning is logged.
+            ValueError: If sbatch refuses a job, or if a file of the sweep or of a job is damaged.
+                Tasks that are submitted already stay in the queue.
+            KeyboardInterrupt: If Ctrl-C ends the wait; the tasks stay in the queue.
         """
         # The lock guards against another launch that submits the same jobs at the same time.
         with FileLock(folder / ".submit.lock"):

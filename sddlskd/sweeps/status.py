@@ -22,21 +22,23 @@ LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Status of one job.
+    """Status of one job of a sweep.
 
     Attributes:
         name: name of the run directory.
         run_dir: path of the run directory.
-        state: one of `outcome.STATES`.
-        epochs_done: number of epochs that have ended, without those of a first stage.
-        epochs: number of epochs of the job; 0 if the job has not been frozen yet.
+        state: "finished", "running", "queued", "interrupted", "failed" or "new".
+        epochs_done: number of epochs that have ended. Epochs of a first stage, which some methods
+            have, do not count.
+        epochs: number of epochs of the job; 0 if its config.yaml has not been written yet.
         top1: best validation top-1 (%) so far; None before the first epoch has ended.
         reason: why the job failed or was stopped; "" if there is no reason, or if the job is queued
             or running again.
         requeues: how often SLURM put the job back into its queue.
-        slurm_job: id of the latest SLURM task of a job that has neither finished nor failed; None
-            without such a task.
-        slurm_state: state of that task in the queue, or how SLURM ended it; None without a task.
+        slurm_job: id of the job's latest SLURM task; None if the job has finished or failed, or was
+            never submitted to SLURM.
+        slurm_state: state of the task `slurm_job` in SLURM's queue, or how SLURM ended the task;
+            None if `slurm_job` is None.
     """
 
     name: str
@@ -61,8 +63,9 @@ class SweepStatus:
         jobs: status of every job, in the order of sweep.json.
         seconds_left: estimated seconds on one device for the jobs that have neither finished nor
             failed; 0 without such jobs, None if no epoch of the sweep has ended yet.
-        command: shell command that runs the unfinished jobs; "" if all jobs have finished.
-        slurm_error: why SLURM could not be asked; "" if SLURM answered or was not needed.
+        command: shell command that runs all jobs that have not finished; "" if all have finished.
+        slurm_error: why SLURM could not be asked; "" if SLURM answered, or if the sweep has no
+            SLURM tasks.
     """
 
     sweep: str
@@ -74,18 +77,19 @@ class SweepStatus:
 
 
 def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
-    """Return the state of each job of a sweep: {run directory: one of `outcome.STATES`}.
+    """Return the state of each job of a sweep: {run directory: state}.
 
-    The state of a job that is in SLURM's queue is "queued" or "running", unless the job has
-    finished.
+    The states are "finished", "running", "queued", "interrupted", "failed" and "new". A job whose
+    task is in SLURM's queue is "queued" or "running", unless the job has finished.
 
     Args:
         folder: folder of the sweep.
-        run_dirs: run directories of the jobs.
+        run_dirs: paths of the jobs' run directories.
 
     Raises:
-        ConnectionError: If SLURM cannot be asked.
-        record.Damaged: If a result.json is damaged.
+        ConnectionError: If the sweep has SLURM tasks and squeue is missing, fails or does not
+            answer.
+        ValueError: If a result.json or the sweep's list of SLURM tasks is damaged.
     """
     states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
     in_queue = slurm.states(folder)
@@ -96,20 +100,23 @@ def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
 
 
 def count_states(states: Iterable[str]) -> dict[str, int]:
-    """Return the number of jobs in each state, in the order of `outcome.STATES`.
+    """Return the number of jobs in each state: {state: number}.
 
-    `states` holds the state of each job. A state without jobs is left out.
+    `states` holds the state of each job, such as "finished". The result has the order of
+    `outcome.STATES`. A state without jobs is left out.
     """
     counts = Counter(states)
     return {state: counts[state] for state in STATES if counts[state]}
 
 
 def status_of(folder: Path) -> SweepStatus:
-    """Return the status of the sweep in `folder`; if SLURM cannot be asked, say so in the status.
+    """Return the status of the sweep in `folder`, which is <home>/runs/sweeps/<name>.
+
+    If SLURM cannot be asked, `SweepStatus.slurm_error` says why, and no error is raised.
 
     Raises:
         FileNotFoundError: If the folder has no sweep.json.
-        ValueError: If the record of a job is damaged.
+        ValueError: If a file of the sweep or of a job is damaged.
     """
     manifest = read_manifest(folder)
     run_dirs: list[str] = manifest["jobs"]

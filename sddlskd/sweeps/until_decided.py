@@ -44,7 +44,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ALPHA = 0.05
-"""Probability that a sweep decides any comparison whose true difference is zero, at most."""
+"""Largest probability that a sweep decides any comparison whose true difference is zero."""
 FIRST_SEEDS = 3
 """Number of seeds that every cell starts with."""
 # Settings that a cell and its baseline must share, as keys of `cfg.flatten`.
@@ -62,15 +62,18 @@ TUNED = ("distiller.temperature", "distiller.ce_weight", "distiller.kd_weight", 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cell compared with its baseline.
+    """Comparison of a cell with its baseline by top-1; a cell is a job without its seed.
 
     Attributes:
-        cell: index of the cell.
-        baseline: index of the cell that is its baseline.
-        seeds: number of seeds compared; 0 before the first look.
-        gain: mean of the cell minus mean of the baseline, in points; NaN before the first look.
-        p: p-value of the last look, corrected for the looks and the comparisons.
-        decided: whether the sign of the gain is decided.
+        cell: index of the cell among the cells of the sweep.
+        baseline: index of the baseline among the cells of the sweep.
+        seeds: number of seeds of each side in the latest test; 0 before the first test.
+        gain: mean top-1 of the cell minus mean top-1 of the baseline, in percentage points; NaN
+            before the first test.
+        p: p-value of the latest test, corrected for the number of tests (see `compare`); 1 before
+            the first test.
+        decided: whether `p` is at most ALPHA (0.05); the cell is then better or worse, by the sign
+            of `gain`.
     """
 
     cell: int
@@ -89,25 +92,29 @@ def run_until_decided(
     runner: GroupRunner,
     max_group_size: int | None = None,
 ) -> tuple[list[list[str]], list[Config], list[dict[str, Any]]]:
-    """Run the cells of a sweep with ever more seeds, until their gains are decided.
+    """Run the cells of a sweep with more and more seeds, until their comparisons are decided.
 
-    Finished jobs count, so the same command continues a stopped sweep. On SLURM, each call submits
-    one round of jobs; call again when they have ended.
+    A cell is a job without its seed. Each cell starts with three seeds. While the comparison of a
+    cell with its baseline is undecided (see `compare`), both get another seed, until they have
+    `sweep.max_seeds` seeds. FINISHED jobs are not run again. At the end, the results and the
+    comparisons are printed. With a `Slurm` that does not wait, a call only submits the next jobs;
+    call again when they have ended.
 
     Args:
         cells: overrides of each cell, without a seed.
         loader: Hydra's loader of configurations.
-        sweep: the composed configuration of the sweep.
-        runner: what runs the groups of jobs, a `Pool` or a `Slurm`.
-        max_group_size: largest number of jobs that train side by side; None for no limit.
+        sweep: configuration of the sweep as Hydra composes it.
+        runner: what runs the jobs: a `Pool` on this machine, or a `Slurm` on a cluster.
+        max_group_size: largest number of jobs that train together; None for no limit.
 
     Returns:
-        The overrides, the configuration and the content of result.json of each job.
+        Three lists in the same order, with an entry for each job, which is a cell with a seed: its
+        overrides, its configuration, and the content of its result.json.
 
     Raises:
-        ValueError: If `sweep.rerun=all` is set, if no cell has a baseline, or as `run_sweep` does.
-        InvalidJobs: If jobs are invalid.
-        SystemExit: As `run_sweep` does.
+        ValueError: If `sweep.rerun` is `all`, if no cell has a baseline, or if the sweep cannot be
+            run (see `run_sweep`).
+        OSError, ChildProcessError, KeyboardInterrupt, SystemExit: As `run_sweep` raises them.
     """
     if Rerun(sweep.sweep.rerun) is Rerun.all:
         raise ValueError(
@@ -180,19 +187,21 @@ def _log_round(comparisons: Sequence[Comparison], missing: Sequence[tuple[int, i
 def compare(
     numbers: Sequence[Mapping[int, float]], baselines: Mapping[int, int], max_seeds: int
 ) -> tuple[list[Comparison], list[tuple[int, int]]]:
-    """Return the comparisons of a sweep, and the runs that it needs next.
+    """Compare cells with their baselines, and return the comparisons and the runs still needed.
 
-    The looks are always taken in the order of the seeds, so a sweep that was stopped and started
-    again decides what an uninterrupted sweep decides.
+    A cell is a job without its seed. A cell and its baseline are compared on their seeds 0 to n - 1
+    by Welch's t test, for n = 3, 4, ..., max_seeds, until the comparison is decided. A comparison
+    is decided if its p-value is at most ALPHA (0.05), after a correction for the number of values
+    of n and the number of undecided comparisons.
 
     Args:
-        numbers: accuracy in % by seed, for each cell.
-        baselines: index of the baseline by the index of its cell.
-        max_seeds: largest number of seeds of a cell.
+        numbers: {seed: top-1 (%)} of each cell; seeds count from 0.
+        baselines: {index of a cell in `numbers`: index of its baseline}.
+        max_seeds: largest number of seeds of a cell, at least 3.
 
     Returns:
         The comparisons in the order of `baselines`, and (index of the cell, seed) of each run that
-        is missing. There is none if every comparison is decided or has `max_seeds` seeds.
+        the next test needs and `numbers` lacks. The second list is empty if no test is left.
     """
     looks = max_seeds - FIRST_SEEDS + 1
     found = {cell: Comparison(cell, baseline) for cell, baseline in baselines.items()}
@@ -232,17 +241,22 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict[int, int]:
-    """Return the index of the baseline of each cell that has one in the sweep.
+    """Return the baselines of a sweep: {index of a cell: index of its baseline in `cells`}.
 
-    A baseline has the cell's student, teacher and budget (`SAME_BUDGET`). Without `baseline`, it is
-    the first of these methods that the sweep has: the cell's method without its last feature
-    method, with M=[1], without standardisation, the student alone, KD. If several cells fit, the
-    one with the cell's temperature, weights and learning rate is taken, or none.
+    A cell is a job without its seed. Its baseline is another cell with the same student, data,
+    epochs and batch size (`SAME_BUDGET`), with the same teacher or none, and with another method.
+    These methods are tried in turn: the cell's method without its last feature method; the cell's
+    method with M=[1]; the cell's method without standardised logits; the student alone; KD. If
+    several cells have the method, only the one with the same temperature, loss weights and learning
+    rate counts.
 
     Args:
-        cells: one job of each cell; its seed does not matter.
-        baseline: name of the method that every cell is compared with, such as "KD+LS" or
-            "SD-KD [1,2,4]"; None for the choice above.
+        cells: configuration of one job of each cell; its seed does not matter.
+        baseline: name of the only method to try, such as "KD+LS" or "SD-KD [1,2,4]"; None to try
+            the methods above.
+
+    Returns:
+        At least one pair of indices. Cells without a baseline are left out.
 
     Raises:
         ValueError: If no cell has the method `baseline`, or if no cell has a baseline.
@@ -277,7 +291,11 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
 
 
 def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
-    """Return a line that states a comparison: methods, gain, seeds, p and verdict."""
+    """Return a line of text about a comparison: networks, methods, verdict, seeds, gain and p.
+
+    The verdict is "better", "worse" or "undecided". `cells` has a configuration of each cell, which
+    is a job without its seed, in the order of the indices in `comparison`.
+    """
     cell, baseline = cells[comparison.cell], cells[comparison.baseline]
     pair = cell.student.name
     if cell.has_teacher:

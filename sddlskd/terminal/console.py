@@ -71,9 +71,10 @@ def duration(seconds: float) -> str:
 
 
 def choices() -> str:
-    """Return the groups of the configuration with the options of each, as --help shows them.
+    """Return the groups of the configuration with the options of each, as text for --help.
 
-    Call this function while Hydra runs; conf/hydra/help uses it.
+    Each group has a paragraph, such as "  student: resnet8, resnet14", wrapped to the width of the
+    terminal and to at most 100 letters. Call this function only while Hydra runs.
     """
     loader = GlobalHydra.instance().config_loader()
     groups = [group for group in loader.list_groups("") if group not in NO_CHOICES]
@@ -96,7 +97,9 @@ def choices() -> str:
 def outcomes(
     jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
 ) -> None:
-    """Print a table of the results and the folders of the records; exit if a run is not FINISHED.
+    """Print a table of the results and the place of the records; exit if a run is not FINISHED.
+
+    The place is the folder that holds the run directories.
 
     Args:
         jobs: configuration of each run.
@@ -104,8 +107,8 @@ def outcomes(
         stopped: whether the sweep as a whole was stopped.
 
     Raises:
-        SystemExit: With `ExitCode.STOPPED` (130) if a run or the sweep was stopped, else with 1 if
-            a run is not FINISHED.
+        SystemExit: With `ExitCode.STOPPED` (130) if a run is KILLED or `stopped` is true, else with
+            1 if a run is not FINISHED.
         ValueError: If there are not as many results as jobs.
     """
     from rich.console import Console
@@ -150,9 +153,9 @@ def _score(top1: float | None) -> str:
 def explain(error: BaseException) -> str:
     """Return one line that tells a user what went wrong and, if known, what is valid.
 
-    The line is about the first error in the chain `error`, its cause, the cause of the cause, ...
-    that was written for users. Errors of Hydra and OmegaConf are reworded. If there is no such
-    error, the line is the message of `error`.
+    The causes of `error` are searched from `error` on, for the first error whose message is meant
+    for users: a ValueError, OSError or RuntimeError, or an error of Hydra or OmegaConf. Errors of
+    Hydra and OmegaConf are reworded. If there is no such error, the line is the message of `error`.
     """
     chain = []
     cause: BaseException | None = error

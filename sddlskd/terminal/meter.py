@@ -34,11 +34,11 @@ def console_of_log() -> "Console":
 def meter(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Show the progress of a long task while the context lasts.
 
-    The progress is a bar on a terminal, else a log line at most every EVERY_S seconds.
+    The progress is a bar on a terminal, else a log line at most every 10 seconds (EVERY_S).
 
     Args:
         what: name of the task, shown in front of the amounts.
-        total: whole amount; None if it is unknown.
+        total: whole amount, in `unit`; None if it is unknown.
         unit: "bytes", which are shown in MB, or the plural name of the counted things.
 
     Yields:

@@ -24,7 +24,7 @@ class RunStatus(Protocol):
         label: name of the run in plain lines.
         loss: mean training loss of the current epoch so far, or of the last epoch; NaN if not
             known.
-        val_top1: validation top-1 of the last epoch in %; NaN before the first epoch has ended.
+        val_top1: validation top-1 of the last epoch in %; NaN or -1 before an epoch has ended.
         state: status of the run, such as RUNNING.
     """
 
@@ -35,7 +35,11 @@ class RunStatus(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Return the number of the current epoch, from 1; 0 or below in a first stage."""
+        """Return the number of the current epoch, or of the next one between two epochs.
+
+        Epochs count from 1; those of a first stage, which some methods have, are ..., -1, 0. After
+        the last epoch, the result is the number of epochs plus 1.
+        """
         ...
 
     @property
@@ -50,14 +54,15 @@ class RunStatus(Protocol):
 
 
 class ProgressDisplay:
-    """Display of each run's epoch, loss, top-1 (%), images per second and time left.
+    """Display of each run's epoch, loss and top-1 (%), with images per second and time left.
 
-    Use the display as a context manager around the training.
+    Use the display as a context manager around the training. Images per second and time left are
+    those of the slowest run that is still training.
 
     Args:
         runs: runs to show; their attributes are read at each update.
         titles: name of each run in the live table, in the order of `runs`.
-        mode: "auto" (live table on a terminal, else plain lines), "plain" or "off".
+        mode: "auto" (live table on a terminal, else plain lines), "plain" (log lines) or "off".
         epochs: number of epochs of each run.
         steps: batches per epoch.
         batch: images per batch.
@@ -122,7 +127,7 @@ class ProgressDisplay:
             self.live.update(self._table(), refresh=True)
 
     def epoch(self, run: RunStatus) -> None:
-        """Report the end of a run's epoch in the live table, or else as a plain line.
+        """Report the end of a run's epoch: update the live table, or else log a plain line.
 
         In mode "off" nothing is reported. Call this method after the run has moved on to its next
         epoch: the line is about epoch `run.epoch - 1`.

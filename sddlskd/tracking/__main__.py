@@ -13,7 +13,10 @@ from sddlskd.tracking.uri import Deleted, first_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Deliver to MLflow the run directories and sweeps in the given folders."""
+    """Deliver to MLflow the run directories and sweeps in and below the given folders.
+
+    The exit status is 1, with a message, if there are none or if one cannot be delivered.
+    """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")

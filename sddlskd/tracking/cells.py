@@ -25,15 +25,15 @@ PARAMS = ("dataset.name", "teacher.name", "student.name", "M", "recipe", "traine
 
 
 def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the finished runs of a sweep, grouped into cells: runs that differ only in the seed.
+    """Return the finished runs of a sweep in groups; the runs of a group differ only in the seed.
 
-    `folder` is the sweep's folder, which holds plan.json. Runs whose result is missing or cannot be
-    read are left out, and so are cells with only one run.
+    `folder` is the sweep's folder, with the list of its runs in plan.json. A run is left out if its
+    result is missing or cannot be read. A group of only one finished run is left out, too.
 
     Returns:
-        {settings_hash: runs}. Each run is a dict of run_dir and the accuracies best_top1, last_top1
-        and test_top1 in percent, None if the run has no such accuracy. The result is {} if the plan
-        is missing or cannot be read.
+        {settings_hash: runs}, with the hash of the settings without the seed. Each run is a dict of
+        its folder run_dir and the accuracies best_top1, last_top1 and test_top1 in percent, None if
+        the run has no such accuracy. The result is {} if the plan is missing or cannot be read.
     """
     finished: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for job in _planned(folder):
@@ -49,15 +49,17 @@ def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def send_cells(folder: Path, delivery: Mapping[str, Any]) -> None:
-    """Create or update the cells of a sweep in MLflow, and delete cells that have too few runs now.
+    """Write the means over seeds of a sweep to MLflow, one MLflow run for each group of `cells_of`.
 
-    A cell is a group of runs that differ only in the seed. Calling the function again changes
-    nothing: a cell is found in MLflow by its settings_hash. Errors of MLflow propagate.
+    The runs of a group differ only in the seed. Its MLflow run, which lies below the run of the
+    sweep, gets the mean and the sample standard deviation of each accuracy, in percent. An existing
+    MLflow run of the group is updated; the MLflow run of a group that no longer exists is deleted.
+    Errors of MLflow propagate.
 
     Args:
-        folder: The sweep's folder, with its plan.
+        folder: The sweep's folder, with its plan.json.
         delivery: The content of the sweep's mlflow.json: `uri` of MLflow, `run_id` of the sweep's
-            parent run, and the name `sweep`.
+            MLflow run, and the name `sweep`.
     """
     cells = cells_of(folder)
     client = tracking_uri.client(str(delivery["uri"]))

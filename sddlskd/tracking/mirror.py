@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 class Mirror:
     """Background thread that delivers changed run directories to MLflow.
 
-    Creating an instance starts the thread. A failed delivery is logged and retried after a pause.
-    No error of MLflow reaches the caller.
+    A run directory is the folder of one training run; the delivery is `runs.sync`. Creating an
+    instance starts the thread. A failed delivery is retried after a pause. A warning is logged for
+    the first failure in a row, unless the launch of the run has warned already. No error of MLflow
+    reaches the caller.
     """
 
     def __init__(self) -> None:
@@ -39,20 +41,22 @@ class Mirror:
         self._thread.start()
 
     def update(self, folder: Path) -> None:
-        """Schedule the delivery of a run directory that has changed, and return at once."""
+        """Schedule the delivery of the changed run directory `folder`, and return at once."""
         with self._wake:
             self._dirty.add(folder)
             self._wake.notify()
 
     def close(self, timeout: float = 60.0, retry: float = 10.0) -> None:
-        """Deliver the remaining run directories, then stop the thread.
+        """Wait until the remaining run directories are delivered, and stop the thread.
 
         If some could not be delivered, a warning names them and the command that delivers them.
 
         Args:
-            timeout: The longest time to wait, in seconds, if no delivery is failing.
-            retry: The longest time to wait, in seconds, if MLflow refused the last delivery or was
-                unreachable. After this time, no failed delivery is retried.
+            timeout: The longest time to wait, in seconds, if the last delivery before this call
+                succeeded or there was none.
+            retry: The longest time to wait, in seconds, if the last delivery before this call
+                failed. A delivery that fails later than `retry` seconds after the call is not
+                retried.
         """
         with self._wake:
             self._closing = True

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def save_model(
     onnx_file: Path, folder: Path, *, image_CHW: Sequence[int], num_classes: int
 ) -> None:
-    """Write an ONNX model (images -> logits) as an MLflow model with its signature.
+    """Write an ONNX model as an MLflow model; its signature gives the shapes of images and logits.
 
     Args:
         onnx_file: The ONNX model. It takes float32 images (B, C, H, W) with values in 0..1 and
@@ -29,7 +29,7 @@ def save_model(
 
     Raises:
         MlflowException: If `folder` exists and is not empty.
-        ImportError: If onnx is not installed.
+        ImportError: If mlflow, onnx or onnxruntime is not installed.
     """
     with warnings.catch_warnings():
         # The import of MLflow warns about MLflow's own type hints.
@@ -56,12 +56,12 @@ def save_model(
 
 
 def log_model(folder: Path, model: Path) -> str | None:
-    """Upload an exported model to the MLflow run of a run directory, and return the model's URI.
+    """Upload an MLflow model to the MLflow run of a run directory, and return the model's URI.
 
-    `folder` is the run directory, and `model` the folder of the MLflow model (see `save_model`).
-    The URI is runs:/RUN_ID/NAME, with the name of the folder `model`. The result is None if MLflow
-    does not have the run. It is also None, and a warning is logged, if MLflow does not accept the
-    model.
+    `folder` is the run directory, the folder of one training run. `model` is the folder that
+    `save_model` wrote. The URI is runs:/RUN_ID/NAME, with the name of the folder `model`. The
+    result is None if the run directory was never delivered to MLflow. If MLflow does not accept the
+    model, a warning is logged, and the result is None.
 
     Raises:
         Damaged: If the mlflow.json of the run directory is damaged.

@@ -53,11 +53,12 @@ def _cut(value: Any, limit: int) -> str:
 
 
 def supersede(folder: Path) -> None:
-    """Tag the MLflow run of a run directory as superseded: another run takes its place.
+    """Tag the MLflow run of a run directory as superseded, because another run replaces it.
 
-    The tag tells readers of MLflow not to count both runs. A marker file in `folder` records that
-    the run is superseded. If MLflow has no run of this directory, no tag is set now. If MLflow is
-    unreachable, a warning is logged. In both cases, the next `sync` of the directory sets the tag.
+    `folder` is the run directory, the existing folder of one training run. Readers of MLflow should
+    not count a run with this tag. A marker file in `folder` records that the run is superseded. If
+    the run is not in MLflow yet, no tag is set. If MLflow cannot be told, a warning is logged. In
+    both cases, the next `sync` of the directory sets the tag.
     """
     (folder / SUPERSEDED).touch()
     try:
@@ -70,7 +71,10 @@ def supersede(folder: Path) -> None:
 
 
 class StillUnreachable(ConnectionError):
-    """Error for an MLflow that was unreachable at launch, which was logged then, and still is."""
+    """Error of `sync` if MLflow was unreachable when the run was launched, and still is.
+
+    The launch has already logged a warning.
+    """
 
 
 def sync(folder: Path, *, again: bool = False) -> None:
@@ -81,16 +85,18 @@ def sync(folder: Path, *, again: bool = False) -> None:
     nothing is done. Errors of MLflow propagate.
 
     Args:
-        folder: The run directory.
+        folder: The run directory, that is, the folder of one training run.
         again: Whether to deliver everything again, including what was delivered before; for example
             to a server that was restored from a backup.
 
     Raises:
-        Deleted: If the run or its experiment was deleted in MLflow. A deleted run is no error if
-            `again` is set or the run is superseded.
+        Deleted: If the run or its experiment was deleted in MLflow, or MLflow does not know the run
+            any more. With `again`, or if the run is superseded, a deleted or unknown run is no
+            error.
         StillUnreachable: If `tracking.offline` is set, MLflow was unreachable at launch, and still
             is.
-        Damaged: If a file of the run directory is damaged.
+        Damaged: If the result or the metrics in the run directory are damaged.
+        ValueError: If the config.yaml of the run directory is damaged.
     """
     folder = folder.absolute()  # MLflow records the absolute path
     with FileLock(folder / MIRROR_LOCK):

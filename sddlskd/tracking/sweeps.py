@@ -32,22 +32,23 @@ TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config]:
-    """Create the MLflow experiment of some jobs, and the parent run of their sweep.
+    """Create the MLflow experiment of some jobs, and the MLflow run of their sweep.
 
-    The process that launches the jobs calls this function. The first configuration with tracking
-    enabled names the MLflow address and the experiment. A missing SQLite database, experiment or
-    parent run is created; existing ones are used. If no configuration has tracking enabled, nothing
-    is done. If MLflow does not accept runs and `tracking.offline` is set, a warning is logged, and
-    `runs.sync` creates the missing experiment and runs later.
+    A job is one training run that is about to be launched, and a sweep a group of jobs. The first
+    configuration with tracking enabled names the MLflow address and the experiment. A missing
+    SQLite database, experiment or run is created; existing ones are used. If no configuration has
+    tracking enabled, nothing is done.
 
     Args:
         configs: The configurations of the jobs.
-        sweep: The name of the sweep; None to create no parent run.
+        sweep: The name of the sweep; None to create no run.
 
     Returns:
-        All configurations with `tracking.experiment_id` and `tracking.parent_run_id` filled in, and
-        with `sweep.name` if `sweep` is given. The ids are None after a warning. If no configuration
-        has tracking enabled, the configurations are unchanged.
+        All configurations. `tracking.experiment_id` is set, and `tracking.parent_run_id` to the id
+        of the sweep's run (None without `sweep`). `sweep.name` is set if `sweep` is given. If
+        `tracking.offline` is set and MLflow does not accept runs, a warning is logged, both ids are
+        None, and `runs.sync` creates what is missing later. If no configuration has tracking
+        enabled, the configurations are unchanged.
 
     Raises:
         ConnectionError: If MLflow does not accept runs and `tracking.offline` is not set. For a
@@ -93,14 +94,16 @@ def register(configs: Sequence[Config], sweep: str | None = None) -> list[Config
 
 
 def experiment_and_parent(config: Config, sweep: str | None) -> tuple[str, str | None]:
-    """Return (experiment id, parent run id), creating the experiment and the run if missing.
+    """Return (id of a job's MLflow experiment, id of its sweep's run); create what is missing.
 
-    `config` names the MLflow address and the experiment. `sweep` is the name of the sweep; if it is
-    None, the parent run id is None. The parent run gets the status RUNNING. Any number of processes
-    may call this function at the same time. Errors of MLflow propagate.
+    `config` names the MLflow address and the experiment. `sweep` is the name of the sweep, a group
+    of jobs. The sweep's run gets the status RUNNING. If `sweep` is None, no run is created, and the
+    second id is None. Any number of processes may call this function at the same time. Errors of
+    MLflow propagate.
 
     Raises:
         Deleted: If the experiment was deleted in MLflow.
+        ConnectionError: If a SQLite file cannot be used, see `client`.
     """
     uri = str(config.tracking.uri)
     path = sqlite_file(uri)
@@ -139,9 +142,9 @@ def _experiment(client: Any, config: Config) -> str:
 def check_reachable(configs: Sequence[Config]) -> None:
     """Raise ConnectionError if the MLflow of a job that is about to start does not accept runs.
 
-    Some jobs may start without MLflow and are not checked: those without tracking, those that the
-    launching process already registered (`tracking.experiment_id` is set), and those with
-    `tracking.offline`, unless another job with the same address requires MLflow.
+    A job is checked if it has tracking and was not registered in MLflow by the launching process
+    (`tracking.experiment_id` is None). An MLflow that accepts no runs is no error if all checked
+    jobs with its address have `tracking.offline`.
 
     Raises:
         ConnectionError: If a server or SQLite file does not accept runs; the message names its
@@ -180,15 +183,15 @@ def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
 def search_runs(client: Any, experiment_id: str | None, condition: str) -> list[Any]:
     """Return the MLflow runs of an experiment that fulfil a condition, the earliest first.
 
-    Deleted runs are left out. MLflow returns at most 1,000 runs.
+    Deleted runs are left out. At most 1,000 runs are returned. Errors of MLflow propagate.
 
     Args:
         client: The MLflow client.
-        experiment_id: The id of the experiment.
+        experiment_id: The id of the experiment; must not be None.
         condition: The condition in MLflow's filter language, such as "tags.kind = 'sweep'".
 
     Returns:
-        The runs, sorted by start time.
+        The runs, MLflow's objects, sorted by start time; [] if there are none.
     """
     runs = client.search_runs([experiment_id], condition)
     return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
@@ -216,22 +219,22 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
 
 
 def log_plan(config: Config, path: Path) -> None:
-    """Upload the plan of a sweep to its parent run in MLflow, and set the run's status to RUNNING.
+    """Upload the plan of a sweep to its run in MLflow, and set the status of that run to RUNNING.
 
-    With the plan, MLflow also names jobs that never started. `config` is the configuration of a
-    registered job of the sweep. The plan is the file plan.json in the sweep's folder; the argument
-    `path` is not used. If MLflow does not accept the plan, a warning is logged, and `sync_sweep`
-    delivers it later. Without tracking, nothing is done.
+    The plan is the file plan.json in the sweep's folder, which lists the sweep's jobs. `config` is
+    a configuration that `register` returned for one of the jobs. The argument `path` is not used.
+    If the upload fails, a warning is logged, and `sync_sweep` can deliver the plan later. Without
+    tracking, nothing is done.
     """
     _set_status(config, record.RUNNING, what="plan")
 
 
 def finish_sweep(config: Config, status: str) -> None:
-    """Set the final status of the sweep's parent run in MLflow.
+    """Set the final status of the sweep's run in MLflow, and send the means over seeds.
 
-    `config` is the configuration of a registered job of the sweep, and `status` one of FINISHED,
-    FAILED and KILLED. If MLflow does not accept the status, a warning is logged, and `sync_sweep`
-    delivers it later. Without tracking, nothing is done.
+    `config` is a configuration that `register` returned for a job of the sweep. `status` is one of
+    FINISHED, FAILED and KILLED. If the delivery fails, a warning is logged, and `sync_sweep` can
+    deliver the status later. Without tracking, nothing is done.
     """
     _set_status(config, status, what="outcome")
 
@@ -263,7 +266,10 @@ def _set_status(config: Config, status: str, what: str) -> None:
 
 
 def sweep_folder(config: Config) -> Path:
-    """Return the folder of a job's sweep: <home>/runs/sweeps/<name of the sweep>."""
+    """Return the folder of a job's sweep: <home>/runs/sweeps/<name of the sweep>.
+
+    The folder need not exist. `config.sweep.name` must be set.
+    """
     return Path(config.home, "runs", "sweeps", str(config.sweep.name))
 
 
@@ -299,19 +305,19 @@ def _read_delivery(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def sync_sweep(folder: Path, *, again: bool = False) -> None:
-    """Update MLflow from a sweep's folder: its parent run, its status, its plan and its cells.
+    """Update MLflow from a sweep's folder: the sweep's run, its status, its plan and its means.
 
-    A cell is a group of runs that differ only in the seed; cells are sent once the sweep has ended.
-    The function can be called any number of times, and sends only what MLflow lacks. If the folder
-    has no mlflow.json, nothing is done. Errors of MLflow propagate.
+    The plan is the list of the sweep's jobs. The means over seeds (`send_cells`) are sent once the
+    sweep has ended. The function can be called any number of times, and sends only what MLflow
+    lacks. If the folder has no mlflow.json, nothing is done. Errors of MLflow propagate.
 
     Args:
         folder: The sweep's folder, <home>/runs/sweeps/<name>.
         again: Whether to deliver everything again, including what was delivered before.
 
     Raises:
-        Deleted: If the parent run or its experiment was deleted in MLflow. A deleted parent run is
-            no error if `again` is set.
+        Deleted: If the sweep's run or its experiment was deleted in MLflow, or MLflow does not know
+            the run any more. With `again`, a deleted or unknown run is no error.
         Damaged: If mlflow.json is damaged.
     """
     with FileLock(folder / MIRROR_LOCK):
@@ -367,7 +373,7 @@ def _run_of_sweep(folder: Path, delivery: dict[str, Any]) -> str:
 
 
 def parent_of(config: Config) -> str | None:
-    """Return the id of the MLflow run of the sweep that planned a job, or None if no sweep did.
+    """Return the id of the MLflow run of a job's sweep, or None if no sweep planned the job.
 
     The configuration holds the id unless MLflow was unreachable when the sweep was launched. In
     that case, the sweep's run is created if it is missing. Errors of MLflow propagate.
@@ -380,7 +386,11 @@ def parent_of(config: Config) -> str | None:
 
 
 def is_planned(folder: Path, config: Config) -> bool:
-    """Return whether plan.json in a sweep's folder lists the job; False without that file."""
+    """Return whether plan.json in a sweep's folder lists the job `config`; False without that file.
+
+    Raises:
+        ValueError: If plan.json is not JSON.
+    """
     path = folder / "plan.json"
     return path.exists() and any(
         job["run_dir"] == config.run_dir for job in json.loads(path.read_text())["jobs"]

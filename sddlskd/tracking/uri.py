@@ -50,7 +50,7 @@ ANSWER_S = 6.0  # time limit in seconds for a server's answer at launch
 class Deleted(ValueError):
     """Error for a run or an experiment that was deleted in MLflow or is unknown there.
 
-    The message says how to restore the run or experiment, or how to send it anew.
+    The message says how to restore the run or experiment, or how to deliver it again.
     """
 
 
@@ -58,8 +58,8 @@ def client(uri: str) -> Any:
     """Return an MLflow client for the address `uri`, with short time limits for HTTP requests.
 
     The time limits are environment variables of this process, set unless they are set already. If
-    `uri` names a SQLite file that does not exist, the file is created. Other errors of MLflow
-    propagate.
+    `uri` names a SQLite file that does not exist, the file is created. A file beside it, with the
+    suffix .host, records the host that writes to it. Other errors of MLflow propagate.
 
     Raises:
         ConnectionError: If `uri` names a SQLite file that cannot be written, that another host
@@ -94,7 +94,7 @@ def client(uri: str) -> Any:
 
 
 def cure_of(uri: str) -> str:
-    """Return advice, for a message, on what to do if the MLflow at `uri` accepts no runs."""
+    """Return words for a message: what to do if the MLflow at `uri` accepts no runs."""
     first = "start it"
     if sqlite_file(uri):
         first = "make it an MLflow database that you may write"
@@ -107,7 +107,8 @@ def cure_of(uri: str) -> str:
 def find_run(uri: str, run_id: str) -> Any | None:
     """Return an MLflow run, even a deleted one, or None if the MLflow at `uri` does not know it.
 
-    Other errors of MLflow propagate.
+    A missing SQLite file is created, as by `client`. The ConnectionError of `client` and other
+    errors of MLflow propagate.
     """
     from mlflow.exceptions import MlflowException
 
@@ -129,7 +130,9 @@ def refuse_deleted(uri: str, run_id: str, folder: Path) -> None:
 
     Raises:
         Deleted: If the run or its experiment was deleted in MLflow, or MLflow does not know the
-            run. The message gives the commands to restore it or to send it anew.
+            run. The message gives the commands to restore the run or to deliver it again.
+        ConnectionError: If a SQLite file cannot be used, see `client`.
+        MlflowException: For other errors of MLflow, such as a server that does not answer.
     """
     run = find_run(uri, run_id)
     again = f"python -m sddlskd.tracking sync --again {shlex.quote(str(folder))}"
@@ -150,8 +153,7 @@ def refuse_deleted(uri: str, run_id: str, folder: Path) -> None:
 def refuse_deleted_experiment(uri: str, experiment: Any) -> None:
     """Raise Deleted if an MLflow experiment was deleted; the message says how to restore it.
 
-    `experiment` is MLflow's object, and `uri` the address of MLflow, for the message. The name of a
-    deleted experiment cannot be given to another experiment in MLflow.
+    `experiment` is MLflow's object, and `uri` the address of MLflow, for the message.
     """
     if experiment.lifecycle_stage == "deleted":
         raise Deleted(
@@ -263,9 +265,8 @@ def _create(path: Path) -> None:
 def within(seconds: float | None, ask: Callable[[], Answer]) -> Answer:
     """Return the result of `ask()`, or raise TimeoutError if the call takes too long.
 
-    The call runs in a thread, because some calls have no time limit of their own: a name lookup, or
-    a request to a server that answers byte by byte. After a TimeoutError, the thread goes on in the
-    background. Errors of `ask` propagate.
+    The call runs in a thread, which goes on in the background after a TimeoutError. Errors of `ask`
+    propagate.
 
     Args:
         seconds: The time limit in seconds; None for no limit.
@@ -302,9 +303,10 @@ def _collect(ask: Callable[[], Answer], answers: list[Answer], errors: list[Exce
 def check_answers(uri: str) -> None:
     """Raise an error unless `uri` is an MLflow server or SQLite file that accepts runs.
 
-    A server must answer a search for experiments within six seconds (ANSWER_S). A SQLite file must
-    be writable, and MLflow must be able to open it. A missing SQLite file passes if it can be
-    created; it is not created here.
+    A server must answer a search for experiments within six seconds (ANSWER_S). MLflow must be able
+    to open and write a SQLite file, and no other host may write to it; the check records this host
+    in a file beside it, and an empty file becomes a database. A missing SQLite file passes if it
+    can be created; it is not created here.
 
     Raises:
         ConnectionError: If the server or file does not accept runs; the message says what to do.
@@ -384,9 +386,10 @@ def _search_experiments(uri: str) -> Any:
 
 
 def root_of(error: BaseException) -> str:
-    """Return the first line of the root cause of an error, because HTTP libraries nest errors.
+    """Return the first line of the message of an error's root cause, at most 200 characters.
 
-    The root cause is found by following `__cause__`, or else `__context__`.
+    The root cause is found by following `__cause__`, or else `__context__`. If its message is
+    empty, the name of its type is returned.
     """
     cause: BaseException | None = error
     while cause is not None:

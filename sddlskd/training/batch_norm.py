@@ -18,7 +18,10 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass
 class Sharing:
-    """Mutable state by which the trainer tells `SharedBatchNorm` how a batch is distributed.
+    """Mutable state that tells BatchNorm layers whether the ranks divide a batch among them.
+
+    The ranks are the processes that share each batch. The trainer sets `divided` before each step,
+    and the layers of class `SharedBatchNorm` read it.
 
     Attributes:
         divided: whether the ranks hold different images of the current batch. False means that
@@ -31,10 +34,11 @@ class Sharing:
 def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
     """Replace every BatchNorm of a network by one whose training statistics cover all ranks.
 
-    Parameters, buffers and their names stay the same. On CUDA the replacement is torch's
-    SyncBatchNorm; on other devices it is `SharedBatchNorm`. SyncBatchNorm does not look at
-    `sharing`: if every rank holds the whole batch, each image counts once per rank, and
-    running_var becomes slightly smaller than with plain BatchNorm.
+    The ranks are the processes that share each batch. Parameters, buffers and their names stay the
+    same. On CUDA the new layers are torch's SyncBatchNorm; on other devices they are
+    `SharedBatchNorm`. SyncBatchNorm does not look at `sharing`: if every rank holds the whole
+    batch, each image counts once per rank, and running_var becomes slightly smaller than with plain
+    BatchNorm.
 
     Args:
         model: the network, which is changed in place.
@@ -42,11 +46,11 @@ def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.M
         sharing: state that tells `SharedBatchNorm` whether the ranks hold different images.
 
     Returns:
-        The network with the replaced layers.
+        The network with the new layers.
 
     Raises:
         ValueError: If a BatchNorm of the network is of another class than nn.BatchNorm1d,
-            nn.BatchNorm2d and nn.BatchNorm3d.
+            nn.BatchNorm2d and nn.BatchNorm3d. SyncBatchNorm and lazy layers are such classes.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and type(module) not in KINDS:
@@ -70,14 +74,15 @@ def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.M
 class SharedBatchNorm(_BatchNorm):
     """BatchNorm layer whose training statistics cover the images of all ranks.
 
-    The ranks may hold different numbers of images. If `sharing.divided` is False, or in eval mode,
-    the layer is plain BatchNorm. As in BatchNorm, running_var is updated with the unbiased
-    variance. Gradients flow through the sums over all ranks.
+    The ranks are the processes that share each batch; they may hold different numbers of images. In
+    eval mode, or if `sharing.divided` is False, the layer is plain BatchNorm. As in BatchNorm,
+    running_var is updated with the unbiased variance. Gradients also flow through the statistics of
+    all ranks. `share_norm` puts such layers into a network.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2.
 
     Attributes:
-        sharing: state that the trainer updates before each batch.
+        sharing: state that says whether the ranks hold different images of the current batch.
     """
 
     sharing: Sharing
@@ -86,10 +91,12 @@ class SharedBatchNorm(_BatchNorm):
         """Accept any shape; the replaced layer checks the shape if the network runs on one rank."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised `input`, with the shape (B, C, ...) and the dtype of `input`.
+        """Return the normalised `input` (B, C, ...), with its shape and dtype.
 
-        In training mode, all ranks that hold parts of a batch must call the layer together. The
-        statistics are computed in float32 if `input` is float16 or bfloat16.
+        In training mode, all ranks must call the layer together if they hold different images of a
+        batch. The statistics are then computed in float32 if `input` is float16 or bfloat16. If
+        every rank holds the whole batch, one value per channel raises ValueError in training mode,
+        as in BatchNorm.
         """
         if not self.training or not self.sharing.divided:
             return super().forward(input)

@@ -42,16 +42,16 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
         name: the setting trainer.device: "auto", "cpu", "cuda", "cuda:<n>" or "mps". "auto" prefers
             CUDA, then MPS, then the CPU.
         place: index of this process among those on this machine that share a batch (local rank).
-        places: number of processes on this machine that share a batch. With CUDA, each process
-            gets a GPU of its own.
+        places: number of processes on this machine that share a batch. With CUDA, each process gets
+            a GPU of its own.
 
     Returns:
-        The device. For several processes and "cuda" it is GPU number `place`, or GPU 0 if this
-        process sees only one GPU.
+        The device. For several processes on CUDA it is GPU number `place`, or GPU 0 if this process
+        sees only one GPU.
 
     Raises:
-        ValueError: If the device is unknown or unavailable, if several processes are to use "mps"
-            or one numbered GPU, or if there is no GPU number `place`.
+        ValueError: If the device is unknown or unavailable. For several processes also if the
+            device is MPS or one numbered GPU ("cuda:<n>"), or if there is no GPU number `place`.
     """
     device = _device(name)
     if places == 1 or device.type == "cpu":
@@ -75,8 +75,9 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
 def check_places(name: str, places: int) -> None:
     """Raise ValueError unless `places` processes on this machine can share a batch.
 
-    `name` is the setting trainer.device, as for `pick_device`. CUDA requires one GPU per process,
-    and the CPU one core per process. An unknown or unavailable device raises ValueError, too.
+    `name` is the setting trainer.device, as for `pick_device`. Several processes need CUDA, with
+    one GPU each, or the CPU, with one core each. An unknown or unavailable device raises
+    ValueError, too.
     """
     device = pick_device(name, 0, places)
     if device.type == "cpu":
@@ -91,10 +92,10 @@ def check_memory(setting: str, needed: float, device: torch.device) -> None:
     """Raise ValueError if a device has less free memory than a setting needs.
 
     Args:
-        setting: key and value of the setting, for the message.
+        setting: key and value of the setting, such as "dataset.size=224", for the message.
         needed: number of bytes that the setting needs at least.
-        device: the device. The check passes if its free memory is unknown, which is the case for
-            MPS, and for the CPU unless the system is Linux.
+        device: the device. If its free memory is unknown, the check passes. It is known for CUDA,
+            and on Linux for the CPU.
 
     Raises:
         ValueError: If fewer than `needed` bytes are free.

@@ -24,9 +24,10 @@ class DOT(torch.optim.Optimizer):
         v_kd   <- (momentum + delta) * v_kd + g_kd
         p      <- p - lr * (v_task + v_kd)
 
-    A velocity v begins as its first gradient. A parameter that only one of the losses reaches has
-    plain `momentum`. If only the distillation loss reaches a parameter, as in a connector between
-    student and teacher, weight decay begins at the parameter's second step, as in mdistiller.
+    Both velocities v begin at 0. If only one of the losses reaches a parameter, the velocity of
+    this loss is updated with plain `momentum`. If only the distillation loss reaches it, as in a
+    connector between student and teacher, weight_decay * p is added to g_kd from the second step
+    on, as in mdistiller.
 
     Args:
         params: parameters, which form one group.

@@ -26,8 +26,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return top-1, top-5 and mean cross-entropy of a model over all batches.
 
-    The logits are the spatial means of the logit map. The model is not
-    switched to eval mode here.
+    The logits of an image are the spatial mean of its logit map. The model is not switched to eval
+    mode here.
 
     Args:
         model: function from images_BCHW to a logit map (B, K, H, W).
@@ -73,18 +73,19 @@ def answers(
     batches: Iterable[tuple[Tensor, Tensor]],
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of a model for all images, with the targets.
+    """Return the logits of a model for all images, and the targets of the images.
 
-    The model is not switched to eval mode here.
+    The logits of an image are the spatial mean of its logit map. The model is not switched to eval
+    mode here.
 
     Args:
         model: function from images_BCHW to a logit map (B, K, H, W).
-        batches: (images_BCHW, target_B).
+        batches: (images_BCHW, target_B), with targets as int64 class ids.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
 
     Returns:
-        logits_NK (float32, spatial means of the logit maps) and target_N, both on the CPU and in
-        the order of the batches.
+        logits_NK, float32, and target_N for all N images, both on the CPU and in the order of the
+        batches.
 
     Raises:
         ValueError, RuntimeError: If there is no batch; the type depends on the version of torch.
@@ -101,8 +102,8 @@ def answers(
 def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
     """Return accuracy, cross-entropy and calibration of logits (N, K) for class ids (N,), int64.
 
-    The keys are "top1" (%), "top5" (%), "loss" (mean cross-entropy) and "ece" (%, see
-    `calibration_error`). All values are NaN for N = 0.
+    Both tensors must be on the CPU. The keys of the result are "top1" (%), "top5" (%), "loss" (mean
+    cross-entropy) and "ece" (%, see `calibration_error`). All values are NaN for N = 0.
     """
     first, five, loss_sum = (_sums(logits_NK, target_N).double() / len(target_N)).tolist()
     return {
@@ -117,14 +118,14 @@ def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> fl
     """Return the expected calibration error (ECE) in percent.
 
     The ECE is the mean of |accuracy - mean confidence| over the bins, weighted by the number of
-    images in each bin. The confidence of an image is its largest softmax probability. Bin m holds
-    the images with a confidence in ((m - 1) / bins, m / bins].
+    images in each bin. The confidence of an image is its largest softmax probability. Bin m,
+    counted from 1, holds the images with a confidence in ((m - 1) / bins, m / bins].
 
     Source: Guo et al. 2017 (arXiv:1706.04599), section 2, ECE.
 
     Args:
-        logits_NK: logits, (N, K).
-        target_N: class ids, int64, (N,).
+        logits_NK: logits, (N, K), on the CPU.
+        target_N: class ids, int64, (N,), on the CPU.
         bins: number of bins of equal width.
 
     Returns:
@@ -138,14 +139,15 @@ def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> fl
 
 
 def metered_test_batches(data: Data, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images_BCHW, target_B) of each test batch, and show how many images are done.
+    """Yield each test batch of a data set, and show in the terminal how many images are done.
 
     Args:
         data: data set whose test split is read.
         title: label in front of the progress bar, or of the log lines if there is no terminal.
 
     Yields:
-        Images and class ids of one batch, on the device of `data`.
+        (images_BCHW, target_B) on the device of `data`: normalised float32 images, and class ids,
+        int64.
     """
     done = 0
     with meter(title, data.test_size, "images") as show:

@@ -29,9 +29,10 @@ PROBE_CHW = (3, 64, 64)
 
 
 def reuses_teacher(job: Config) -> bool:
-    """Return whether a method of the job puts a part of the teacher into the student.
+    """Return whether the student of a job contains a part of the teacher's network.
 
-    SimKD is an example: its student has the teacher's head.
+    This is the case if a feature method of the job builds such a student. SimKD is an example: its
+    student ends in the teacher's head.
     """
     return any(_wrapper(_method_of(feature.method)) for feature in job.features.values())
 
@@ -46,15 +47,15 @@ def student_network(
 ) -> nn.Module:
     """Return the network that a job trains as its student.
 
-    Most methods train `student` itself. A method such as SimKD puts `student` into a larger
-    network, with parts of the teacher. New weights of the larger network depend on the job's seed
-    alone. The CPU's global random state is left unchanged.
+    Most feature methods train `student` itself. A method such as SimKD puts `student` into a larger
+    network that contains parts of the teacher. The initial values of new weights depend on the
+    job's seed alone. The CPU's global random state is left unchanged.
 
     Args:
         job: configuration of the training run.
         student: network of the student.
-        teacher: network of the teacher with its BatchNorm.
-        image_CHW: shape of an image.
+        teacher: network of the teacher, whose BatchNorm layers are not folded into convolutions.
+        image_CHW: (C, H, W) of an image.
         device: device of the networks.
 
     Returns:
@@ -70,7 +71,7 @@ def student_network(
         if wrap is None:
             continue
         with torch.random.fork_rng(devices=[]), _refused_as(job, name):
-            torch.manual_seed(seed_of("seed", job.seed, "student of", name))
+            torch.default_generator.manual_seed(seed_of("seed", job.seed, "student of", name))
             shown = _example(student, image_CHW, device)
             student = wrap(student, teacher, shown, **build.keywords)
         student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,7 +92,9 @@ def rebuild_student(job: Config, device: torch.device) -> nn.Module:
         The network with initial weights, in the channels_last memory format.
 
     Raises:
-        ValueError: If a method cannot serve the job's networks or does not take its options.
+        ValueError: If a feature method cannot serve the job's networks or does not take its
+            options, or if a configuration must not name such a network (see `build_network`).
+        InstantiationException: If the code of a network raises an error.
     """
     classes = job.dataset.num_classes
     student = build_network(without_weights(job.student.model), classes, job.seed, device)
@@ -112,15 +115,16 @@ def build_features(
 ) -> dict[str, Feature]:
     """Return the feature and relation methods of a job, by name, on the device.
 
-    Connectors, which are the trained layers of a method, are initialised from the job's seed alone.
-    The CPU's global random state is left unchanged, and so are the training or eval modes of both
-    networks.
+    A method is a loss that compares inner maps or features of student and teacher. Its connectors,
+    layers that are trained with the student, are initialised from the job's seed alone. The CPU's
+    global random state and the training or eval modes of both networks are left unchanged.
 
     Args:
         job: configuration of the training run.
         student: network that is trained as the student, see `student_network`.
-        teacher: network of the teacher with its BatchNorm, whose weights some methods read.
-        image_CHW: shape of an image.
+        teacher: network of the teacher, whose BatchNorm layers are not folded into convolutions.
+            Some methods read its weights.
+        image_CHW: (C, H, W) of an image.
         labels_N: class of each training image, int64, on the CPU.
         device: device of the networks and of the methods.
 
@@ -128,9 +132,10 @@ def build_features(
         Each method with its weight and warm-up, in the order of `job.features`; {} without methods.
 
     Raises:
-        ValueError: If a method cannot serve these networks or does not take its options, if it
-            needs two views of an image and the job has one, if it has a first stage and the
-            optimizer is DOT, or if `trainer.devices` is above 1.
+        ValueError: If the job has methods and `trainer.devices` is above 1. Also if a method cannot
+            be used: it does not suit the networks or its options, needs two views of an image while
+            the job has one, or begins with a first stage without a task loss while the optimizer is
+            DOT.
         torch.OutOfMemoryError: If the device is full.
     """
     if not job.features:
@@ -152,7 +157,7 @@ def build_features(
     features = {}
     for name, feature in job.features.items():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of("seed", job.seed, "method", name))
+            torch.default_generator.manual_seed(seed_of("seed", job.seed, "method", name))
             with _refused_as(job, name):
                 method = _build(feature.method, taps, facts)
                 _try(method.to(device), taps, images_CHW=image_CHW)

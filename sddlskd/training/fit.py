@@ -76,9 +76,10 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train one student per configuration, side by side on the same batches and with one teacher.
 
-    A job that is already FINISHED is not run again, and an interrupted job is resumed. If the
-    environment describes a group of processes (`WORLD_SIZE`), this process joins the group.
-    Otherwise the function starts `trainer.devices` processes if that setting is above 1.
+    A job is one training run. A job that is already FINISHED is not run again, and an interrupted
+    job is resumed. If the environment variable `WORLD_SIZE` is above 1, this process joins a group
+    of processes that share each batch. Otherwise the function starts `trainer.devices` processes if
+    that setting is above 1.
 
     If a single run raises an error, its result.json says FAILED and the other runs go on. An error
     that concerns all runs is raised. The jobs whose run directories exist are then FAILED, except
@@ -86,8 +87,8 @@ def fit(
     KILLED.
 
     Args:
-        configs: the jobs, with equal `config.sharing_key`. A DictConfig, as Hydra composes it, is
-            resolved first.
+        configs: the jobs, at least one, with equal `config.sharing_key` (same data, teacher and
+            length of training). A DictConfig, as Hydra composes it, is resolved first.
         sweep: name of the sweep in MLflow; None for jobs without a sweep.
         stop: stop request of a caller that handles signals beyond this call; None to handle signals
             during this call only.
@@ -96,11 +97,14 @@ def fit(
         The content of each job's result.json, in the order of `configs`.
 
     Raises:
-        ValueError, OSError: If something is wrong before training starts. The message is one line.
+        ValueError, OSError: If a setting, the data, the teacher file or a run directory cannot be
+            used. The message is one line.
         InUse: If another process has a run directory open. The error is a ValueError.
         torch.OutOfMemoryError: If the runs do not fit on the device together; fewer runs may fit.
         RankFailed: If one of several processes ended early, and no single run is the cause.
         KeyboardInterrupt: If a signal asked to stop before training started.
+        Exception: Any other error that concerns all runs, such as Hydra's InstantiationException if
+            a loader of data or a network raises an error.
     """
     jobs = [c if isinstance(c, Config) else cfg.resolve(c) for c in configs]
     trainer = jobs[0].trainer
@@ -441,7 +445,9 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
         # Refuse a method before a missing teacher is trained.
         _build_features(job, student, teacher_network, data, device)
     if teacher_network is not None and (teacher_job := trained_first(first)):
-        check_batches(teacher_job, teacher_network, data, ranks)
+        # A teacher that learns from other images is checked by its own training.
+        if teacher_job.dataset.train_fraction == first.dataset.train_fraction:
+            check_batches(teacher_job, teacher_network, data, ranks)
         teacher_network.eval()
     teacher: Teacher | TeacherCache | None = None
     facts: dict[str, Any] = {"data": noted}
@@ -711,7 +717,8 @@ def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data
     leave_as_teacher(job, run)
     if job.tracking.predictions:
         arrays = predictions.collect(run.model, teacher_network, data.test_batches(), job.M)
-        if "sample" in arrays:
+        # The sample is empty if no test image has regions that differ.
+        if len(arrays.get("sample", ())):
             arrays["images"] = data.test_images(arrays["sample"].tolist()).numpy()
         predictions.write(run.record.folder / "predictions.npz", arrays)
     # The held-out validation images have selected the best epoch, so its accuracy on the test split

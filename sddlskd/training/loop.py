@@ -45,13 +45,14 @@ def train(
 ) -> None:
     """Train all runs of a group to the end of the last epoch, on the same batches.
 
-    Each run joins at its own epoch and step, so a group can hold resumed and new runs. A run that
-    raises an error is marked FAILED and the other runs continue, except as in `failures_of`. Errors
-    of the data or the teacher are not caught. After a signal, all ranks finish the current step,
-    save the live runs and return.
+    A run is the training of one student. Each run joins at its own epoch and step, so a group can
+    hold resumed and new runs. A run that raises an error is marked FAILED and the other runs
+    continue, except as in `failures_of`. Errors of the data or the teacher are not caught. After a
+    signal, all ranks finish the current step, save the runs that have not failed, and return. The
+    caller marks runs as FINISHED or KILLED.
 
     Args:
-        runs: the runs of the group.
+        runs: the runs of the group, at least one.
         data: the batches of this rank.
         teacher: the teacher that all runs share; None without distillation.
         epochs: number of the last epoch, counted from 1.
@@ -60,11 +61,11 @@ def train(
             copies the loss from the device.
         save_every_s: seconds between two checkpoints inside an epoch.
         precision: precision of the validation pass: "fp32", "bf16" or "fp16".
-        ranks: the processes that share each batch.
+        ranks: the processes that share each batch; all of them must call this function.
         view: the progress display.
         stop: the stop request, checked after each step. If a signal reaches one rank, `stop.signal`
             is set on every rank.
-        on_change: called with a run after its record has changed.
+        on_change: called with a run after its record in the run directory has changed.
     """
     saved = time.monotonic()
 
@@ -139,8 +140,8 @@ def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> T
         runs: the runs that train on the batch. The teacher computes only what their losses read.
 
     Returns:
-        Taps without gradients. `strong_map` is the logit map of the second view, or None if no run
-        reads it.
+        `Taps` without gradients. `logit_map` is (B, K, H, W). `strong_map` is the logit map of the
+        second view, or None if no run reads it.
     """
     if any(run.objective.needs_taps for run in runs):
         taps = teacher.taps(batch.images, batch.views)
@@ -157,15 +158,15 @@ def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> T
 
 @contextmanager
 def failures_of(run: Run, on_change: Callable[[Run], None]) -> Iterator[None]:
-    """Mark `run` FAILED if the `with` block raises an error, and suppress the error.
+    """Mark `run` FAILED if the `with` block raises an Exception, and suppress the error.
 
-    The other runs can thus go on. `on_change` is called with the marked run. The error is raised
-    again, and the run is not marked, in two cases:
+    The other runs can thus go on. `on_change` is called with the marked run. In two cases the error
+    is raised again, and the run is not marked:
 
-    - An out-of-memory error concerns all runs, if several of them share the device.
-    - With several ranks, an error of one rank must end all ranks, because the others may be waiting
-      for gradients of this rank. NonFiniteLoss is an exception: all ranks raise it together, so it
-      is suppressed.
+    - An out-of-memory error while other runs share the device: it concerns all runs.
+    - With several ranks (processes that share each batch), any error but NonFiniteLoss. It must end
+      all ranks, because the others may be waiting for gradients of this rank. NonFiniteLoss is
+      raised by all ranks together.
     """
     try:
         yield

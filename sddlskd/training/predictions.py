@@ -35,30 +35,31 @@ def collect(
 ) -> Arrays:
     """Run the networks on the test batches and return the arrays that figures need.
 
-    Logits and features are spatial means in float16. Features are present only if the network has
-    a `features` method. Both networks are left in eval mode.
+    Logits and features are spatial means, in float16. Both networks are left in eval mode.
 
     Args:
         student: network from images_BCHW to a logit map (B, K, H, W).
         teacher: network of the same form, or None for a student trained without a teacher.
-        batches: (images_BCHW, target_B) of the test split.
-        M: the scales; regions are predicted at the finest scale m = max(M).
+        batches: (images_BCHW, target_B) of the test split, with targets as int64 class ids.
+        M: the scales; a scale m divides a logit map into m x m regions. Only the finest scale, m =
+            max(M), is used, and only with a teacher.
 
     Returns:
-        The arrays by name:
+        The arrays by name, for N test images:
 
         - target: class ids, (N,).
         - logits: logits of the student, (N, K).
-        - features: features of the student, (n, C), with n at most `FEATURES`.
+        - features: features of the student for the first n images, (n, C), with n at most 1000
+          (`FEATURES`). Missing if the network has no method `features`.
 
         With a teacher also:
 
         - teacher_logits, teacher_features: the same for the teacher.
-        - scale: m, a scalar.
-        - student_regions, regions: classes that the student and the teacher predict for each
-          region of the finest scale, row by row, (N, R).
-        - sample: indices of the first test images for which the teacher predicts another class in
-          some region than for the whole map, (k,), with k at most `EXAMPLES`.
+        - scale: m, an array without dimensions.
+        - student_regions, regions: classes that the student and the teacher predict for the R = m *
+          m regions, row by row, (N, R).
+        - sample: indices of images for which the teacher predicts another class in some region than
+          for the whole image, (k,). They are the first such images, at most 24 (`EXAMPLES`).
 
     Raises:
         ValueError, RuntimeError: If there is no batch; the type depends on the version of torch.

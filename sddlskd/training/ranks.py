@@ -73,6 +73,8 @@ POLL_S = 0.02  # seconds between two polls of the store
 class Cause:
     """Reason why the ranks of a job ended: the failure of the rank that failed first.
 
+    The ranks of a job are the processes that share each batch.
+
     Attributes:
         rank: number of the rank that failed first.
         error: the error as "Type: message", or a description of how the process ended.
@@ -117,7 +119,7 @@ class Cause:
 
 
 class RankFailed(RuntimeError):
-    """Error for a job of which a rank ended before its work was done.
+    """Error for a job of which a rank, one of the processes that share each batch, ended too early.
 
     Args:
         cause: why the rank ended; kept as the attribute `cause`.
@@ -133,9 +135,10 @@ class RankFailed(RuntimeError):
 class Ranks:
     """Position of this process among the ranks that share each batch, and their communication.
 
-    `Ranks()` is the only rank of a job: its methods then return at once. Otherwise all ranks must
-    call each method at the same point of the program, because they wait for each other until a
-    timeout. Only `report_failure` and `first_failure` may be called by one rank alone.
+    A rank is one of the processes of a job. `Ranks()` is the only rank of a job, and its methods
+    return at once. With several ranks, most methods wait for the other ranks, so all ranks must
+    call them at the same point of the program. Only `is_rank_zero`, `report_failure` and
+    `first_failure` may be used by one rank alone.
 
     Attributes:
         rank: number of this process, from 0.
@@ -169,9 +172,10 @@ class Ranks:
         ranks wait without a time limit as long as no rank has failed, so rank 0 may take long.
 
         Raises:
-            KeyboardInterrupt: If a rank was asked to stop before there was progress to save.
-            RankFailed: If a rank failed.
-            TypeError: If JSON cannot hold the `value` of rank 0.
+            KeyboardInterrupt: On a waiting rank, if a rank was asked to stop before there was
+                training progress to save.
+            RankFailed: On a waiting rank, if a rank failed.
+            TypeError: On rank 0, if JSON cannot hold `value`.
         """
         if self.world_size == 1:
             return value
@@ -217,7 +221,7 @@ class Ranks:
         return own if own < whole else whole / self.world_size
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """Return the `values` of all ranks, stacked to (R, ...) in the order of the ranks.
+        """Return the `values` of all R ranks, stacked to (R, ...) in the order of the ranks.
 
         `values` must have the same shape and dtype on every rank and lie on the rank's device. The
         result lies there, too.
@@ -229,7 +233,7 @@ class Ranks:
         return torch.stack(rows)
 
     def all_reduce_max(self, wish: Callable[[], list[int]]) -> Callable[[], list[int]]:
-        """Start a maximum over all ranks, and return a function that waits for the result.
+        """Start an elementwise maximum over all ranks; return a function that waits for the result.
 
         Args:
             wish: function that returns a list of integers, of the same length on every rank. With
@@ -311,7 +315,7 @@ class Ranks:
             )
 
     def first_failure(self) -> Cause | None:
-        """Return the recorded reason why the first rank failed; None if no rank has failed.
+        """Return the recorded failure of the rank that failed first; None if no rank has failed.
 
         A single rank always gets None.
         """
@@ -367,18 +371,22 @@ joins = 0
 def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
     """Join the ranks that the environment names, for the duration of the block.
 
-    `WORLD_SIZE` says how many ranks there are. If it is missing or 1, a single rank without a
-    device is yielded. An exception that is raised in the block is recorded for the other ranks.
+    The ranks are the processes that share each batch; `WORLD_SIZE` is their number. If it is
+    missing or 1, a single rank without a device is yielded. Otherwise RANK, MASTER_ADDR and
+    MASTER_PORT must be set, too. An exception that is raised in the block is recorded for the other
+    ranks.
 
     Args:
         device_name: name of the device, as `pick_device` accepts it.
-        timeout_s: seconds after which a rank that waits for another rank gives up.
+        timeout_s: seconds after which a rank that waits for another rank gives up. Joining may take
+            at least 300 seconds (START_S).
 
     Yields:
         The position of this process among the ranks.
 
     Raises:
         ValueError: If the device is not available.
+        KeyError: If a variable of the environment is missing.
         RuntimeError: If another rank does not join in time.
         KeyboardInterrupt: If the ranks end because one of them was asked to stop.
     """
@@ -440,8 +448,8 @@ def spawn(
 ) -> None:
     """Run work(*arguments) in `count` processes on this machine and wait until all have ended.
 
-    The processes are the ranks of one job. If one rank fails, the other ranks are ended. All ranks
-    end if this process ends.
+    The processes are the ranks of one job, which share each batch. If one rank fails, the other
+    ranks are ended. All ranks end if this process ends.
 
     Args:
         work: function that every rank calls; it must be picklable.
@@ -454,8 +462,9 @@ def spawn(
     Raises:
         RankFailed: If a rank failed. The error's `cause` holds the error of the first rank that
             raised, or the signal or exit code with which a rank ended.
-        KeyboardInterrupt: If the ranks were asked to stop before there was progress to save, or if
-            this process was interrupted.
+        KeyboardInterrupt: If the ranks were asked to stop before there was training progress to
+            save, or if this process was interrupted.
+        Exception: Any error of starting a process or of pickling its arguments.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     parent, processes = os.getpid(), []

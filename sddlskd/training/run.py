@@ -39,14 +39,19 @@ class NonFiniteLoss(ArithmeticError):
 class Progress:
     """Position of a run and the accuracy reached so far; checkpoints hold these values by name.
 
+    A run is the training of one student.
+
     Attributes:
-        epoch: the current epoch, from 1. Some methods have a first stage of training before epoch
-            1, whose epochs are ..., -1, 0.
+        epoch: number of the current epoch, or of the next one between two epochs, from 1. After the
+            last epoch it is the number of epochs plus 1. Some methods have a first stage of
+            training before epoch 1, whose epochs are ..., -1, 0.
         step: number of batches of the current epoch that are done.
-        seen: number of images of the current epoch that are done, over all ranks.
+        seen: number of images of the current epoch that are done, over all ranks (processes that
+            share each batch).
         best_top1: highest validation top-1 of an epoch in percent; -1 before epoch 1 has ended.
         best_epoch: epoch of the highest validation top-1; 0 before epoch 1 has ended.
-        last_top1: validation top-1 of the last epoch in percent; -1 before an epoch has ended.
+        last_top1: validation top-1 of the epoch that ended last, in percent; -1 before an epoch has
+            ended.
         seconds: seconds spent on all epochs that have ended.
         spent: seconds that earlier processes spent on the current epoch.
     """
@@ -62,9 +67,10 @@ class Progress:
 
     @classmethod
     def saved_in(cls, state: Mapping[str, Any]) -> "Progress":
-        """Return the progress that the content of a checkpoint holds.
+        """Return the progress that is stored in `state`, the content of a checkpoint.
 
-        Checkpoints of earlier versions are understood, too: they hold the values as lists.
+        Checkpoints of earlier versions, which hold the values as lists, are understood, too. Raise
+        KeyError if `state` holds no progress.
         """
         if "progress" in state:
             return cls(**state["progress"])
@@ -74,7 +80,7 @@ class Progress:
 
 @dataclass
 class Feature:
-    """Feature or relation method of a run, and how much its loss counts.
+    """Feature or relation method (a loss on inner maps) of a run, and how much its loss counts.
 
     Attributes:
         method: the method.
@@ -93,11 +99,11 @@ class Objective:
     """Loss that a student is trained with.
 
     The loss is the sum of ce_weight * cross-entropy, kd_weight * warm-up * distillation loss, and
-    weight * warm-up * loss for each method. A warm-up is epoch / warmup_epochs, but at most 1.
+    weight * warm-up * loss for each feature or relation method. A warm-up is epoch / warmup_epochs,
+    but at most 1. A student without a teacher has the cross-entropy alone.
 
-    Some methods have a first stage of training before epoch 1. Its epochs have the numbers
-    ..., -1, 0. In these epochs the loss is the sum of the methods' first-stage losses, without
-    weights.
+    Some methods have a first stage of training before epoch 1. Its epochs have the numbers ..., -1,
+    0. In these epochs the loss is the sum of the methods' first-stage losses, without weights.
 
     Attributes:
         distill: the distillation loss of two logit maps; None without such a loss.
@@ -118,10 +124,11 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the values that `losses` returns; a metric is called train/<name>.
+        """Return the names of the values in the result of `losses`.
 
         The names are "loss", "loss_ce", "loss_kd", "loss_<method>" for each method, and
-        "temperature" if the temperature is learnt.
+        "temperature" if the temperature is learnt. The mean of a value over an epoch is the metric
+        train/<name>.
         """
         learnt = ["temperature"] if self.temperature is not None else []
         return ("loss", "loss_ce", "loss_kd", *(f"loss_{name}" for name in self.features), *learnt)
@@ -141,15 +148,19 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the methods read of the networks beside the logit maps, such as "stages".
+        """Return the fields of `Taps` that the methods read beside `logit_map`, such as "stages".
 
-        `Method.needs` lists the possible values. The set is empty without methods.
+        `Taps` holds the logit map and the inner maps of a network; `Method.needs` lists the
+        possible fields. The set is empty without methods.
         """
         return frozenset().union(*(feature.method.needs for feature in self.features.values()))
 
     @property
     def needs_taps(self) -> bool:
-        """Return whether a method reads maps other than the logit maps of the two views."""
+        """Return whether a method reads inner maps or pooled features of the networks.
+
+        Without such a method, the logit maps of the images and of their second view are enough.
+        """
         return bool(self.needs - {"strong_map"})
 
     @property
@@ -162,10 +173,10 @@ class Objective:
         return 1 - max(stages, default=0)
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Return the weight of each loss, warm-up included, by name, such as "loss_kd".
+        """Return the weight of each loss in an epoch, warm-up included, by name.
 
-        Before epoch 1, in a first stage, only the losses of the methods are in the result, each
-        with the weight 1.
+        The names are "loss_ce", "loss_kd" and "loss_<method>" for each method. Before epoch 1, in a
+        first stage, only the losses of the methods are in the result, each with the weight 1.
         """
         weights = {f"loss_{name}": feature.weight for name, feature in self.features.items()}
         if epoch < 1:
@@ -178,15 +189,19 @@ class Objective:
     def losses(self, student: Taps, teacher: Taps | None, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch by their `names`.
 
+        `Taps` are what a network shows of a batch: the logit map (B, K, H, W) and the inner maps.
+
         Args:
             student: taps of the student; without methods, only the logit map is read.
             teacher: taps of the teacher; None for a student without a teacher.
-            batch: the labels, and the number of the epoch, which determines the warm-up.
+            batch: the labels, int64 (B,), and the number of the epoch, which determines the
+                warm-up.
 
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
-            "loss_ce", "loss_kd" and "loss_<method>" for each method. A part that the epoch does not
-            have is 0. "temperature" is the learnt temperature, if there is one.
+            "loss_ce", "loss_kd" and "loss_<method>" for each method. "temperature" is the learnt
+            temperature, if there is one. A value that the epoch does not have, as "loss_kd" in a
+            first stage, is 0.
         """
         loss_ce = F.cross_entropy(_logits(student.logit_map), batch.labels)
         values = {"loss_ce": loss_ce}
@@ -206,7 +221,7 @@ class Objective:
         return absent | {"loss": loss} | values | extra
 
     def parts(self, losses: Mapping[str, Tensor], epoch: int) -> list[Tensor]:
-        """Return "loss" in two parts, as the optimizer DOT needs them.
+        """Return the loss in two parts, as the optimizer DOT needs them.
 
         Args:
             losses: the losses by name, as `losses` returns them.
@@ -243,7 +258,7 @@ class Optimisation:
     """Optimizer of a student with its learning-rate schedule, gradient clipping and loss scaling.
 
     Attributes:
-        optimizer: optimizer of the parameters of the student and of its methods.
+        optimizer: optimizer of the parameters of the student and of the modules of its loss.
         learning_rate: function from the number of epochs done, with fractions, to the learning
             rate.
         clip_norm: largest gradient norm; None for no clipping.
@@ -265,6 +280,8 @@ class Optimisation:
 
     def step(self, losses: Sequence[Tensor], epochs_done: float) -> None:
         """Update the parameters by one step against the gradient of the losses.
+
+        With an enabled scaler, a step whose gradients are not finite is skipped.
 
         Args:
             losses: scalars: [the loss], or [distillation loss, task loss] for the optimizer DOT
@@ -293,9 +310,9 @@ class Optimisation:
 class Run:
     """Complete training state of one student, with its run directory.
 
-    If the run directory holds a checkpoint, the run resumes from the checkpoint. Every rank (a
-    process that shares each batch) has the same weights and progress. The sums of the metrics cover
-    the rank's own images only, and only rank 0 writes files.
+    If the run directory holds a checkpoint, the run resumes from the checkpoint. The ranks are the
+    processes that share each batch. Every rank has the same weights and progress, and only rank 0
+    writes files.
 
     Args:
         record: the run directory, opened for writing on rank 0 and for reading on other ranks.
@@ -310,7 +327,7 @@ class Run:
         steps: batches per epoch.
         images: images per epoch, over all ranks.
         batch_size: images per batch, over all ranks.
-        ranks: the ranks that share each batch.
+        ranks: the ranks; all of them must build the run together.
 
     Attributes:
         label: name of the run in logs.
@@ -318,13 +335,15 @@ class Run:
         state: the status of the run: RUNNING, FINISHED, FAILED or KILLED.
         loss: mean training loss of the current epoch when `check_loss` was last called, or of the
             last epoch after `end_epoch`; NaN before.
-        val_top1: validation top-1 of the last epoch in percent; NaN before an epoch has ended, or
-            -1 if the run was resumed then.
+        val_top1: validation top-1 of the last epoch in percent. Before an epoch has ended it is
+            NaN, or -1 in a resumed run.
         info: facts for result.json about the data, the teacher, the group and the environment.
         crowded: whether other runs share the device.
 
     Raises:
-        UnreadableFile: If the run directory holds checkpoints and none can be read.
+        UnreadableFile: If the run directory holds checkpoints and none can be read. The error is a
+            ValueError.
+        ValueError, RuntimeError: If the checkpoint does not fit the student or the optimizer.
     """
 
     def __init__(
@@ -375,9 +394,10 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """Return the number of the current epoch, from 1.
+        """Return the number of the current epoch, or of the next one between two epochs.
 
-        In a first stage of training, which some methods have, the number is at most 0.
+        Epochs count from 1. Epochs of a first stage, which some methods have, come before and have
+        the numbers ..., -1, 0. After the last epoch, the result is the number of epochs plus 1.
         """
         return self.progress.epoch
 
@@ -392,25 +412,29 @@ class Run:
         return self.state not in (FINISHED, FAILED, KILLED)
 
     def start(self, info: Mapping[str, Any], *, crowded: bool) -> None:
-        """Report the run as RUNNING in result.json.
+        """Store `info` and `crowded` as attributes, and report the run as RUNNING in result.json.
 
         Args:
             info: facts for result.json about the data, the teacher, the group and the environment.
             crowded: whether other runs share the device.
+
+        Raises:
+            OSError: If result.json cannot be written.
         """
         self.info = dict(info)
         self.crowded = crowded
         self.report(RUNNING)
 
     def train_step(self, batch: Batch, teacher: Taps | None) -> None:
-        """Train the student for one step on one batch.
+        """Train the student for one step on one batch, and count the step in `progress`.
 
-        No value is copied to the host, so this method does not wait for the device and does not
-        notice a loss that is not finite. `check_loss` does, and must be called from time to time.
+        A loss that is not finite raises no error here. `check_loss` raises it, and must be called
+        from time to time. Torch's global random generators are seeded anew in each step.
 
         Args:
-            batch: this rank's share of the batch.
-            teacher: taps of the teacher; None for a student without a teacher.
+            batch: this rank's share of the batch, of the run's current epoch.
+            teacher: what the teacher shows of `batch`: the logit map (B, K, H, W) and the inner
+                maps that the losses read. None for a student without a teacher.
         """
         own = len(batch.labels)
         whole = self._images_of_step(own)
@@ -464,7 +488,8 @@ class Run:
     def check_loss(self) -> None:
         """Set `loss` to the mean training loss of the epoch so far, over the images of all ranks.
 
-        The method waits for the device, and all ranks must call it together.
+        The method waits for the device, and all ranks must call it together. Before the first step
+        of an epoch the loss is 0.
 
         Raises:
             NonFiniteLoss: On all ranks, if the loss of any rank was infinite or NaN in a step of
@@ -482,6 +507,7 @@ class Run:
 
         The run moves on to the next epoch. All ranks must call this method together. The metrics
         are appended last; the checkpoint holds a copy of them in case the process dies in between.
+        After the last epoch of a first stage, the state of the optimizer (momentum) is cleared.
 
         Args:
             val: validation metrics by name, with "loss" and "top1" (percent).
@@ -490,6 +516,7 @@ class Run:
         Raises:
             NonFiniteLoss: If the validation loss is infinite or NaN: the last steps of the epoch
                 have made the weights unusable. Nothing is saved then.
+            OSError: If a file cannot be written, for example because the disk is full.
         """
         if not math.isfinite(val["loss"]):
             raise NonFiniteLoss(
@@ -552,6 +579,9 @@ class Run:
             row: metrics of the epoch that just ended; None inside an epoch. If the process dies
                 before the metrics are in the record, resuming takes them from the checkpoint.
             seconds: seconds that this process has spent on the current epoch; 0 between epochs.
+
+        Raises:
+            OSError: If the checkpoint cannot be written; the old checkpoints stay as they were.
         """
         sums_RS = self.ranks.all_gather(self.sums) if self.step else self.sums[None]
         if not self.ranks.is_rank_zero:
@@ -584,13 +614,14 @@ class Run:
         elif self.ranks.is_rank_zero:
             # Another number of ranks wrote the checkpoint: rank 0 takes over the sums of all ranks.
             self.sums.copy_(sums_RS.sum(0))
-        self.val_top1 = self.progress.last_top1
+        if self.progress.last_top1 >= 0:  # an epoch has ended
+            self.val_top1 = self.progress.last_top1
         if state["row"] is not None:
             self.record.append(state["row"])
         self.record.log.info("continuing at epoch %d, step %d", self.epoch, self.step)
 
     def report(self, status: str, reason: str = "") -> dict[str, Any]:
-        """Write result.json with the status and the scores of the run, and log the status.
+        """Set the status of the run, write it with the scores to result.json, and log it.
 
         Args:
             status: RUNNING at the start; FINISHED, FAILED or KILLED at the end.
@@ -600,7 +631,8 @@ class Run:
             The content of result.json; {} on ranks other than 0, which write nothing.
 
         Raises:
-            OSError: If the file cannot be written. For FAILED the error is only logged.
+            OSError: If result.json cannot be written. For FAILED the error is only logged.
+            Damaged: If requeues.json in the run directory is damaged. The error is a ValueError.
         """
         self.state = status
         log = self.record.log.error if status == FAILED else self.record.log.info

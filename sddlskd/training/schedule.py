@@ -23,7 +23,7 @@ def learning_rate(
 
     The schedules are:
 
-    - step: peak * decay^(number of milestones passed).
+    - step: peak * decay^(number of milestones reached).
     - cosine: half a cosine from `peak` to 0 over the epochs after the warm-up.
     - constant: `peak`.
 
@@ -37,8 +37,8 @@ def learning_rate(
         epochs: length of the training in epochs.
         schedule: "step", "cosine" or "constant".
         milestones: fractions of `epochs` at which the step schedule decays, rounded to whole epochs
-            (0.625 of 240 is epoch 150).
-        decay: factor applied at each milestone.
+            (0.625 of 240 means after 150 epochs).
+        decay: factor applied at each milestone, at most 1.
         warmup_epochs: length of the warm-up in epochs; 0 for none.
 
     Returns:

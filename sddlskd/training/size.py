@@ -15,18 +15,18 @@ log = logging.getLogger(__name__)
 def size_of(network: nn.Module, image_CHW: tuple[int, ...]) -> dict[str, int]:
     """Return the number of parameters of a network, and of its operations for one image.
 
-    A copy without values, on torch's meta device, is called in eval mode. The network itself and
-    the random generators stay as they are.
+    To count, a copy on torch's meta device (shapes without values) is called in eval mode. The
+    network itself and the random generators stay as they are.
 
     Args:
         network: the network, which takes images (1, C, H, W).
-        image_CHW: shape of an image.
+        image_CHW: (C, H, W) of an image.
 
     Returns:
-        {"parameters": ..., "flops": ...}. The flops are those that torch's FlopCounterMode counts,
-        mainly of convolutions and matrix products; a multiplication and an addition are two.
-        "flops" is missing if the network cannot be called without values. Both are missing if a
-        layer of the network has not been built yet, as a lazy layer. No error is raised.
+        {"parameters": number, "flops": number}. The flops are those that torch's FlopCounterMode
+        counts, mainly of convolutions and matrix products; a multiplication and an addition are
+        two. "flops" is missing if the network cannot be called on the meta device. Both are missing
+        if a lazy layer of the network has not been built yet. No error is raised.
     """
     found: dict[str, int] = {}
     try:

@@ -28,16 +28,17 @@ def try_loss(
     """Check that a distillation loss and its gradient can be computed for random logits on the CPU.
 
     Args:
-        loss: `_target_` and arguments of the loss, a function
-            (student_NK, teacher_NK, target_N) -> loss_N.
-        num_classes: number of classes.
-        learned_temperature: `_target_` and arguments of a learnt temperature, which the loss takes
-            as `temperature`; None for the loss's own temperature.
+        loss: `_target_` (dotted name) and arguments of the loss. The loss is a function
+            (student_NK, teacher_NK, target_N) -> loss_N of the logits and class ids of N samples.
+        num_classes: K, the number of classes.
+        learned_temperature: `_target_` and arguments of a learnt temperature, a module that maps an
+            epoch to the value that the loss takes as `temperature`. None for the loss's own
+            temperature.
 
     Raises:
-        ValueError: If the loss raises an error or returns another shape than (N,), if the loss or
-            its gradient is not finite, if no gradient reaches the student's logits, or if the
-            learnt temperature cannot be built.
+        ValueError: If the loss or the learnt temperature cannot be used: it cannot be found, is not
+            allowed or raises an error; the loss returns another shape than (N,); the loss or its
+            gradient is not finite; or no gradient reaches the student's logits.
     """
     options = {}
     if learned_temperature:
@@ -53,8 +54,8 @@ def try_loss(
     student_BKHW = torch.randn(shape_BKHW, generator=generator).requires_grad_()
     teacher_BKHW = torch.randn(shape_BKHW, generator=generator)
     target_B = torch.arange(IMAGES) % num_classes
-    distill = ScaleDecoupled(instantiate(loss, _partial_=True), [1])
     try:
+        distill = ScaleDecoupled(instantiate(loss, _partial_=True), [1])
         with torch.random.fork_rng(devices=[]):
             value = distill(student_BKHW, teacher_BKHW, target_B, **options)
             value.backward()  # type: ignore[no-untyped-call]
@@ -77,12 +78,13 @@ def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device)
     One step is taken with weights and gradients of one.
 
     Args:
-        algorithm: `_target_` and arguments of the optimizer, without params and lr.
+        algorithm: `_target_` (dotted name) and arguments of the optimizer, without params and lr.
         lr: learning rate.
         device: device of the weights.
 
     Raises:
-        ValueError: If `algorithm` has an argument "lr", is no torch optimizer, raises an error, or
+        ValueError: If the optimizer cannot be used: `algorithm` has an argument "lr", or the
+            optimizer cannot be found, is not allowed, is no torch optimizer, raises an error, or
             makes a weight infinite or NaN.
     """
     if "lr" in algorithm:
@@ -91,9 +93,8 @@ def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device)
         )
     weights = [torch.ones(shape, device=device) for shape in ((2, 3, 3, 3), (2,))]
     parameters = [nn.Parameter(weight) for weight in weights]
-    build = instantiate(algorithm, _partial_=True)
     try:
-        optimizer = build(parameters, lr=lr)
+        optimizer = instantiate(algorithm, _partial_=True)(parameters, lr=lr)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"it is a {type(optimizer).__name__}, which is no optimizer")
         for parameter in parameters:

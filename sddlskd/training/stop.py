@@ -37,7 +37,7 @@ class Stop:
     def reason(self) -> str:
         """Return why the runs are stopped, such as "stopped by SIGTERM", as text for their records.
 
-        Without a signal the text is "stopped".
+        The text ends with `warned` if the signal is SIGUSR2. Without a signal it is "stopped".
         """
         added = self.warned if self.signal is signal.SIGUSR2 else ""
         return f"stopped by {self.signal.name}{added}" if self.signal else "stopped"
@@ -45,8 +45,9 @@ class Stop:
     def listen(self) -> dict[signal.Signals, Any]:
         """Install handlers for SIGINT, SIGTERM and SIGUSR2, and return the previous handlers.
 
-        Python allows this in the main thread only. In any other thread, install nothing and return
-        {}: the calling program then handles the signals.
+        A handler sets `signal`, and may raise KeyboardInterrupt (see `acting`). Python allows
+        handlers to be installed in the main thread only. In any other thread, install nothing and
+        return {}: the calling program then handles the signals.
 
         Returns:
             The previous handler of each signal, as `signal.signal` returns it.

@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 class Teacher:
     """Frozen network that returns logit maps, or taps: the logit map and the maps on the way to it.
 
-    The network runs in eval mode and without gradients. BatchNorm is folded into the convolutions,
-    unless torch.fx cannot trace the network or the network uses a layer twice.
+    Call the instance for the logit map (B, K, H, W) of images_BCHW, and `taps` for the inner maps,
+    too. The network runs in eval mode and without gradients. BatchNorm is folded into the
+    convolutions, unless torch.fx cannot trace the network or the network uses a layer twice.
 
     Args:
         network: the module, which is changed: it gets the weights, eval mode, and parameters that
@@ -81,10 +82,10 @@ class Teacher:
             return self._forward(images_BCHW)
 
     def taps(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Taps:
-        """Return the taps of a batch without gradients.
+        """Return the logit map and the inner maps of a batch, without gradients.
 
-        The logit map equals that of `__call__`. If the network is not a `LogitMapModel`, the taps
-        hold its logit map and nothing else. Unlike the result of `__call__`, the taps are no
+        If the network is not a `LogitMapModel`, the result holds the logit map and nothing else.
+        The logit map equals that of `__call__`. Unlike the result of `__call__`, the tensors are no
         inference tensors, so a loss may save them for its backward pass.
 
         Args:
@@ -92,7 +93,8 @@ class Teacher:
             views_B: ignored; it is there because `TeacherCache` takes it.
 
         Returns:
-            The taps, in the number format of the forward pass.
+            The `Taps`; `logit_map` is (B, K, H, W). With "bf16" or "fp16", tensors may be in half
+            precision.
         """
         # Autograd could not keep the tensors of inference mode.
         with torch.no_grad(), autocast(images_BCHW.device, self.precision):

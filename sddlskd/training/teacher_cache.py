@@ -40,7 +40,7 @@ def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> P
     Args:
         folder: folder of the cache files.
         teacher_sha256: hash of the teacher file.
-        about: everything else that the cached maps depend on, such as the data set, the
+        about: everything else that the cached logit maps depend on, such as the data set, the
             augmentation and the number format. JSON must be able to hold the values.
 
     Returns:
@@ -55,9 +55,8 @@ def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> P
 def stored_shape(map_KHW: tuple[int, ...], side: int | None) -> tuple[int, ...]:
     """Return the shape (K, H, W) in which the cache stores a logit map of the shape `map_KHW`.
 
-    The shape is (K, side, side) if both sides of the map are multiples of `side`. Otherwise the
-    shape is `map_KHW`, because pooling to cells of different sizes would change the means. It is
-    also `map_KHW` if `side` is None.
+    The shape is (K, side, side) if both sides of the map are multiples of `side`: the map is then
+    pooled. Otherwise, or if `side` is None, the shape is `map_KHW`, and the map is stored in full.
     """
     K, H, W = map_KHW
     if side is None or H % side or W % side:
@@ -68,7 +67,9 @@ def stored_shape(map_KHW: tuple[int, ...], side: int | None) -> tuple[int, ...]:
 class TeacherCache:
     """Teacher whose logit maps are cached in a sparse memory-mapped file.
 
-    Several processes may fill the same file at the same time.
+    Call the instance with images and the row of each image in the file. A row belongs to one view
+    of one training image, that is, to one crop with or without a flip. The teacher computes maps
+    that are not stored yet. Several processes may fill the same file at the same time.
 
     The format float16 keeps 11 significant bits, so a value is rounded by at most 2^-11 of its
     size. Values below 6e-5 have fewer bits and are rounded by at most 2^-25. The format float32
@@ -85,6 +86,7 @@ class TeacherCache:
     Raises:
         ValueError: If the disk cannot hold the full file, or if an existing file has another size.
             An existing cache file is then unchanged.
+        OSError: If the file cannot be made or opened.
     """
 
     def __init__(
@@ -162,14 +164,16 @@ class TeacherCache:
         return F.adaptive_avg_pool2d(map_BKHW, sides)
 
     def taps(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Taps:
-        """Return the taps of a batch as the teacher computes them: the file holds logit maps alone.
+        """Return the logit map and the inner maps of a batch as the teacher computes them.
+
+        The cache, which holds logit maps alone, is neither read nor filled.
 
         Args:
             images_BCHW: the images.
             views_B: ignored.
 
         Returns:
-            Taps without gradients, see `Teacher.taps`.
+            `Taps` without gradients, see `Teacher.taps`.
         """
         return self.teacher.taps(images_BCHW, views_B)
 

@@ -90,8 +90,6 @@ def publish(
 ) -> bool:
     """Write trained weights as a teacher file, unless the file exists already.
 
-    An existing teacher file is kept: replacing it would make the runs of one study incomparable.
-
     Args:
         path: the teacher file, see `path_of`.
         weights: state dict of the network.
@@ -121,13 +119,14 @@ def publish(
 def install(
     file: Path, model: nn.Module, *, home: str, dataset: str, network: str, source: str
 ) -> None:
-    """Check that a file holds a teacher's weights and matches its pin, then move it to its place.
+    """Check that a file holds a teacher's weights, then move it to the path that the teacher has.
 
-    The place is the path that `teacher=<network>` loads. If the teacher has no pin yet, the file's
-    sha256 becomes the pin.
+    The path is the one that `teacher=<network>` loads (`path_of`). The file must agree with the
+    teacher's pin, the sha256 that <home>/teachers/lock.json records. If the teacher has no pin yet,
+    the file's sha256 becomes the pin.
 
     Args:
-        file: the file, which must be on the file system of its new place.
+        file: the file. It must be on the file system of the new path, whose folder must exist.
         model: a network of the teacher's architecture; it gets the weights.
         home: the home folder, which holds data/, teachers/ and runs/.
         dataset: name of the data set.
@@ -135,9 +134,11 @@ def install(
         source: the file's origin (address or path), for error messages and the pin.
 
     Raises:
-        ValueError: If the file is too large, is not readable, holds other weights or values that
-            are not finite, or differs from the pin; or if another file already has the place.
+        ValueError: If the file cannot be used: it is too large, is not readable, holds other
+            weights or values that are not finite, or differs from the pin. Also if lock.json is
+            damaged, or if another file already has the path.
         FileNotFoundError: If `file` is missing.
+        OSError: If lock.json cannot be written or the file cannot be moved.
     """
     try:
         check_size(file)
@@ -145,7 +146,8 @@ def install(
     except ValueError as error:
         raise ValueError(str(error).replace(str(file), source)) from error
     check_finite(model, source)
-    pin(home, pin_key(dataset, network), file_hash(file), source)
+    key, sha256 = pin_key(dataset, network), file_hash(file)
+    check_pin(home, key, sha256)
     target = path_of(home, dataset, network)
     try:
         put(file, target)
@@ -154,12 +156,15 @@ def install(
             f"{target} was written meanwhile by a run that trained this teacher; "
             f"move it away to install the one from {source}"
         ) from None
+    # After the move: a file that another process has put there must not get this pin.
+    pin(home, key, sha256, source)
 
 
 def check_size(path: Path) -> None:
-    """Raise ValueError if a file, or the unpacked content of a zip file, exceeds LARGEST_FILE.
+    """Raise ValueError if a file, or the unpacked content of a zip file, exceeds 512 MiB.
 
-    A damaged zip file passes, because reading the file reports the damage.
+    The limit is LARGEST_FILE. A damaged zip file passes, because reading the file reports the
+    damage. Raise FileNotFoundError if the file is missing.
     """
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
@@ -193,9 +198,9 @@ def _hash(path: Path, mtime_ns: int, size: int) -> str:
 def data_of(path: Path) -> dict[str, Any] | None:
     """Return the fingerprint of the data that a teacher was trained on, if its file holds one.
 
-    Return None for files from elsewhere, older files, .safetensors files and damaged files.
-    The fingerprint is kept in memory until the file's modification time or size changes. Raise
-    FileNotFoundError if the file is missing.
+    Return None if the file holds none, as files of other programs, of older versions and in the
+    format .safetensors, and for a damaged file. The fingerprint is kept in memory until the file's
+    modification time or size changes. Raise FileNotFoundError if the file is missing.
     """
     return _data_of(path, path.stat().st_mtime_ns, path.stat().st_size)
 
@@ -221,11 +226,15 @@ def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> flo
 
     Args:
         path: the teacher file.
-        dataset: name of the data set, and hash of its data if known.
+        dataset: text that identifies the data set: its name and, if known, the hash of its data.
         measure: function that measures the top-1 accuracy in percent; called if no value is stored.
 
     Returns:
         The top-1 accuracy in percent.
+
+    Raises:
+        FileNotFoundError: If the teacher file is missing.
+        ValueError: If <path>.top1.json is damaged.
     """
     note, key = path.with_name(path.name + ".top1.json"), f"{dataset}:{file_hash(path)}"
     known: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
@@ -242,22 +251,24 @@ def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> flo
 def lock_path(home: str) -> Path:
     """Return the path of the file that holds the pins of a home folder, <home>/teachers/lock.json.
 
-    Its content is {"pins": {key: {"sha256", "source", "first_seen"}}}. A key is <dataset>/<network>
+    A pin is the sha256 that a downloaded or imported file had at first. The content of lock.json is
+    {"pins": {key: {"sha256", "source", "first_seen"}}}. A key is <dataset>/<network> for a teacher,
     or the URL of an archive.
     """
     return Path(home, "teachers", "lock.json")
 
 
 def pin_key(dataset: str, network: str) -> str:
-    """Return the key under which a teacher is pinned: <dataset>/<network>."""
+    """Return the key under which lock.json records a teacher's sha256: <dataset>/<network>."""
     return f"{dataset}/{network}"
 
 
 def pinned(home: str) -> dict[str, dict[str, str]]:
     """Return the pins of a home folder by key: {key: {"sha256", "source", "first_seen"}}.
 
-    A key is <dataset>/<network> or the URL of an archive. Return {} if there is no lock.json yet.
-    Raise ValueError if lock.json is damaged.
+    A pin is the sha256 that a downloaded or imported file had at first; lock.json in the home
+    folder's teachers/ records it. A key is <dataset>/<network> for a teacher, or the URL of an
+    archive. Return {} if there is no lock.json yet. Raise ValueError if lock.json is damaged.
     """
     path = lock_path(home)
     if not path.exists():
@@ -279,6 +290,8 @@ def pinned(home: str) -> dict[str, dict[str, str]]:
 
 def check_pin(home: str, key: str, sha256: str) -> bool:
     """Return whether a key has a pin, after checking that the pin agrees with a file's hash.
+
+    A pin is the sha256 that <home>/teachers/lock.json records for a key.
 
     Args:
         home: the home folder, which holds data/, teachers/ and runs/.
@@ -302,7 +315,9 @@ def check_pin(home: str, key: str, sha256: str) -> bool:
 
 
 def pin(home: str, key: str, sha256: str, source: str) -> None:
-    """Pin a file under a key on first use; do nothing if the same file is already pinned.
+    """Record a file's sha256 under a key (pin the key), unless the same sha256 is recorded already.
+
+    The pins are in <home>/teachers/lock.json.
 
     Args:
         home: the home folder, which holds data/, teachers/ and runs/.

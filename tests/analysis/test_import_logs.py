@@ -801,6 +801,23 @@ def test_ends_that_are_cut_off(end: str, torn: bool, closed: bool, best: float |
     assert (list(run.epochs), run.torn, run.closed, run.best) == ([1, 2], torn, closed, best)
 
 
+def test_a_value_that_is_no_number_is_named_with_its_line() -> None:
+    for old, new in (('"epoch": 1', '"epoch": Infinity'), ("70.0", "[]")):
+        text = ctkd([70.0]).replace(old, new)
+        assert new in text
+        with pytest.raises(ValueError, match=r"the object at line 1 is not a CTKD epoch"):
+            log_formats.glued_json(text)
+
+
+@pytest.mark.parametrize("name", ["SD-KD", "sd_kd", "SDD_KD"])
+def test_the_papers_spelling_of_a_method_is_read(name: str) -> None:
+    assert log_params.params_of_method(name) == {"distiller.name": "kd", "standardize": "False"}
+
+
+def test_the_folder_of_a_cache_keeps_its_capitals() -> None:
+    assert log_params.param("teacher.cache", " /Data/Maps ") == "/Data/Maps"
+
+
 def test_glued_json_and_json_stats_may_be_resumed() -> None:
     before = ctkd([70.0, 71.0])
     third = ctkd([70.0, 71.0, 72.0])[len(before) :]

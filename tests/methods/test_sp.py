@@ -62,3 +62,5 @@ def test_sd_sp_is_the_mean_of_sp_over_the_cells_of_all_scales() -> None:
 def test_scales_that_are_not_valid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"M=\[1, 1\]"):
         create("sp", drawn.taps(drawn.STUDENT), drawn.taps(drawn.TEACHER), M=[1, 1])
+    with pytest.raises(ValueError, match=r"M=3 is not a list of scales"):
+        create("sp", drawn.taps(drawn.STUDENT), drawn.taps(drawn.TEACHER), M=3)

@@ -43,7 +43,7 @@ from sddlskd.training.run import Run
 from tests.tiny import processes, tiny
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
-WRITERS, EPOCHS = 64, 6
+WRITERS, EPOCHS = 64, 3
 
 
 def free_port() -> int:
