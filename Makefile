@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Python keeps the compiled package, so that the hundreds of processes of the tests start sooner.
+unexport PYTHONDONTWRITEBYTECODE
 # One more than cores: a test that waits for a process or a server leaves its core to another.
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
 PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
@@ -28,14 +30,16 @@ demo: setup
 test: setup
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal --durations 12
 
-# Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
-# installed are skipped, with the reason. Most of their time is waiting, so both halves run at once.
+# Tests against real services (SLURM, PostgreSQL, ...) on loopback, and tests that kill sweeps and
+# ranks. Tests whose services cannot be installed are skipped, with the reason. Most of their time is
+# waiting, so both halves run at once.
 test-services: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
 	$(MAKE) --jobs 2 --output-sync=target test-servers test-slurm
 
 test-servers: setup
 	$(PYTEST) -m services tests/services --durations 12
+	$(PYTEST) -m processes --durations 12
 
 test-slurm: setup
 	$(PYTEST) -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12

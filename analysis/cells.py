@@ -19,8 +19,8 @@ class Cell:
     """Cell of a table of results: the numbers of the runs of one row, on one pair of networks.
 
     A row is, for example, a method. A column is a pair of teacher and student. Numbers are, for
-    example, top-1 accuracies (%). If there are any, the cell also holds the number that a paper
-    prints, a verdict on that number, and the gain over a baseline.
+    example, top-1 accuracies (%). A cell may also hold the number that a paper prints, the verdict
+    on how our mean compares with that number, and the gain over a baseline, another row.
     """
 
     # Numbers of the runs by seed. The key is the config_hash for a run without a seed, and for all

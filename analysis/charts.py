@@ -112,7 +112,7 @@ def few(
     name: Callable[[Point], str],
     lines: int = LINES,
 ) -> tuple[list[Point], list[str], str]:
-    """Select the points that a figure has room for: at most `PANELS` (12) panels, `lines` lines.
+    """Select the points that a figure has room for: at most 12 panels (`PANELS`) and `lines` lines.
 
     A point is the result of one setting (a method with its options) in one panel (a pair of teacher
     and student). First the panels with the most runs, summed over their points, are kept. Of the
@@ -125,9 +125,10 @@ def few(
 
     Returns:
         The kept points, in the given order; the names of their lines, in the order of `Point.rank`
-        (students alone first, then by loss); and a sentence for the caption that names the panels
-        and lines that are left out. The sentence starts with a space, or is "" if nothing is left
-        out.
+        (students trained without distillation first, the others by the name of their distillation
+        loss); and a sentence for the caption that names the panels and lines that are left out (the
+        first 15, and the number of the others). The sentence starts with a space, or is "" if
+        nothing is left out.
     """
     left: list[str] = []
     kept = list(points)

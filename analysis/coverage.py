@@ -47,8 +47,9 @@ class Cover:
 def recipe_of(method: str) -> str:
     """Return the name of the recipe of a published method: "sd_kd_crd" for "sd_kd+crd".
 
-    A recipe is a file conf/recipe/NAME.yaml that configures one method. Whether the file exists is
-    not checked.
+    A recipe is a file conf/recipe/NAME.yaml that configures one method. The name is that of the
+    method with "_" for "+", but "vanilla" for "teacher" and "dot" for "kd_dot". Whether the file
+    exists is not checked.
     """
     return RECIPES.get(method, method.replace("+", "_"))
 

@@ -139,9 +139,9 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
            sets. After these, the seed suite, a table of SD-KD+LS over the scales.
         3. The tables of the LSKD paper.
         4. The tables in the READMEs of the authors' code.
-        5. An overview of each data set. It shows the pairs of teacher and student that have a run
-           in none of the other tables of accuracy. If no paper reports the data set, it shows all
-           pairs.
+        5. An overview of each data set. It shows every pair of teacher and student with at least
+           one run that no other table of accuracy shows. If no paper reports the data set, it shows
+           all pairs.
 
     Raises:
         ValueError: If `metric` is not a key of `selection.METRICS`.

@@ -97,8 +97,9 @@ def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]
         metric, the list is empty and nothing is written.
 
     Raises:
-        ValueError: If `metric` is not in `analysis.selection.METRICS`, or if the metrics or
-            predictions of the runs cannot be read.
+        ValueError: If `metric` is not in `analysis.selection.METRICS`, if a status or scales in the
+            frame of `runs` are not valid, or if the metrics or predictions cannot be read.
+        KeyError: If the frame of `runs` lacks a column.
         OSError: If the folder or a file cannot be written.
     """
     points, left_out = points_of(runs.frame, metric)
@@ -194,12 +195,13 @@ def curves(frame: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
 def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
     """Draw the top-1 accuracy (%, metric val/top1) by epoch, with one panel per pair of networks.
 
-    A line is the mean over the runs of one method, with a band of ± one standard deviation.
+    A line is the mean over the runs of one setting (a method with its options), with a band of ±
+    one sample standard deviation.
 
     Args:
         runs: source of the accuracies by epoch.
         points: results of methods, whose runs are drawn. Students that were trained alone are drawn
-            in the panels of all pairs with the same student.
+            in the panels of all pairs with the same student and data set.
 
     Returns:
         The chart, or None if no run has an accuracy after the first epoch. The chart has at most 12
@@ -256,8 +258,9 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
 def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
     """Draw top-1 accuracy (%) against the scales M, with one panel per pair of networks.
 
-    A line joins the means of one method at different M, such as [1] and [1,2,4]. A method that was
-    trained in several settings may have several lines.
+    With a scale m, the loss is computed on m x m regions of the logit map. A line joins the means
+    of one method at different M, such as [1] and [1,2,4]. A method that was trained in several
+    settings may have several lines.
 
     Args:
         points: results of methods. Students that were trained alone, results with unknown M and
@@ -335,9 +338,10 @@ def _mixed(points: Sequence[Point]) -> list[str]:
 def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | None:
     """Draw the gain in accuracy (percentage points) of each method over two baselines, by pair.
 
-    One baseline is the plain form of the method: its loss alone, with M=[1] and no standardisation.
-    The other is the student that was trained alone. Both are on the same pair of teacher and
-    student. A mark is the difference of the means, with its 95 % interval.
+    One baseline is the plain form of the method: only its loss on the logits, on the whole logit
+    map (M=[1]), without standardisation. The other is the student that was trained alone. Both are
+    on the same pair of teacher and student. A mark is the difference of the means, with its 95 %
+    interval.
 
     Args:
         points: results of the methods and baselines.
@@ -442,9 +446,9 @@ def _mean_by_kind(
 def cost(points: Sequence[Point], metric: str) -> Chart | None:
     """Draw top-1 accuracy (%) against training time (s per epoch), one panel per pair of networks.
 
-    A mark is the mean of one method: of the accuracies of its runs, and of their times in the last
-    epoch. The time of a run that trained side by side with others is not used, since it is the time
-    of the whole group. The accuracy of such a run counts if another run of the mark has a time.
+    A mark shows one method: the mean accuracy of its runs, and the mean time of their last epochs.
+    Runs that trained side by side have only the time of their whole group. They count for the mean
+    accuracy, but not for the mean time. A method whose runs all lack a time has no mark.
 
     Args:
         points: results of methods, with the runs that have the times.

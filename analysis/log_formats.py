@@ -145,14 +145,14 @@ def worklog(text: str) -> list[Log]:
     """Return the runs in the text of a worklog.txt, the log file of mdistiller.
 
     A block of lines, ended by a dashed line, is an epoch. Epoch 1 starts another run. If a resumed
-    training logs epochs again, the later ones count. A block that lacks the number of the epoch
-    or a value of `WORKLOG` is left out. A text without a finished block gives one run without
-    epochs.
+    training logs epochs again, the later ones count. A block is left out if it lacks the number of
+    the epoch or one of the values lr, train_acc, train_loss, test_acc, test_acc_top5 and test_loss.
+    A text without a finished block gives one run without epochs.
 
     Raises:
         ValueError: If the text cannot be read as a worklog: a line or number has another form, a
-            block has a value twice, epochs are missing or out of order, all finished blocks are
-            incomplete, or any other problem.
+            block has a value twice, epochs are missing or out of order, every finished block lacks
+            a value, or any other problem.
     """
     reader = _Reader()
     block: dict[str, str] = {}
@@ -281,8 +281,8 @@ def json_stats(text: str) -> list[Log]:
 
     Other lines are ignored. Top-1 and top-5 accuracies (%) are 100 - top1_err and 100 - top5_err.
     Epoch 1 starts another run. If a resumed training logs epochs again, the later ones count. An
-    epoch whose line was cut off is left out. So is a last line with any other fault. A text without
-    lines `json_stats` gives one run without epochs.
+    epoch whose line was cut off is left out. If the last line has any fault, that line is left out.
+    A text without lines `json_stats` gives one run without epochs.
 
     Raises:
         ValueError: If the lines cannot be read: a value in a line before the last is missing or of

@@ -73,10 +73,9 @@ LOSSES = {*PAPERS_LOSSES, "vanilla"}  # losses whose names may be written in cap
 def name_of(path: Path) -> str:
     """Return the name of the run in a log file: that of the file, or that of its folder.
 
-    The folder's name is taken if the file is a "worklog", with or without suffix. It is also taken
-    if only the folder's name has a comma, as in kd,res32x4,res8x4/train.txt. The file's name is
-    taken without a suffix that is in `LOG_SUFFIXES` (.txt, .log, .json, .csv). `path` need not
-    exist.
+    The file's name is taken without a suffix .txt, .log, .json or .csv (`LOG_SUFFIXES`). If that
+    name is "worklog", or if only the folder's name has a comma, as in kd,res32x4,res8x4/train.txt,
+    the folder's name is taken instead. `path` need not exist.
     """
     name = path.name
     if path.suffix.lower() in LOG_SUFFIXES:
@@ -94,7 +93,7 @@ def params_of_name(
 
     Params are texts, keyed by MLflow's names, such as "teacher.name". The name of a log is in the
     notation of mdistiller or LSKD, such as "kd,res32x4,res8x4" (method, teacher, student). Options
-    of their command line may follow, such as "SOLVER.LR:0.01".
+    of the command line of mdistiller or LSKD may follow, such as "SOLVER.LR:0.01".
 
     Args:
         name: name of the run, as `name_of` returns it.
@@ -109,7 +108,8 @@ def params_of_name(
 
     Raises:
         ValueError: If the name has a value that is not valid, such as a text for a number. An
-            invalid option is not an error if its param or all params in `NEEDED` are in `given`.
+            invalid option is not an error if `given` has its param, or all params that every run
+            needs (`NEEDED`).
     """
     params: dict[str, str] = {}
     # mdistiller writes output/cifar100_baselines/kd,res32x4,res8x4/worklog.txt.
@@ -207,8 +207,9 @@ def params_of_method(text: str) -> dict[str, str]:
     "SD_KD_LS", for example, gives {"distiller.name": "kd", "standardize": "True"}.
 
     - The suffix _LS, _LSKD or +LS means standardised logits, and so does the loss "lskd".
-    - The prefix SD_ or SDD_ means several scales M. The name does not state the scales, so the
-      result has no M. Without the prefix, M is "[1]", the whole map.
+    - The prefix SD_ or SDD_ means a loss on regions of the logit map, at several scales M. The name
+      does not state the scales, so the result has no M. Without the prefix, M is "[1]", the whole
+      map.
 
     Prefix and suffix may be in lower case, and may have "-" in place of "_". Raises ValueError if
     `text` is blank or has a line break.

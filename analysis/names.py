@@ -73,7 +73,8 @@ def method_name(method: str, M: str = "[1]") -> str:
 
     Args:
         method: method as `schema.method_of` spells it, such as "sd_kd_ls" or "sd_kd+crd".
-        M: scales of the method, such as "[1,2,4]". Left out are "[1]" (the whole map) and "".
+        M: scales of the method, such as "[1,2,4]"; a scale m stands for m x m regions of the logit
+            map. Left out are "[1]" (the whole map) and "".
     """
     if method in NO_LOSS:
         return NO_LOSS[method]
@@ -97,8 +98,8 @@ def _part_name(part: str) -> str:
 def row_key(method: str, M: str) -> str:
     """Return the key of a table row: the method and its scales M, such as "sd_kd [1,2]" or "kd".
 
-    `method` is as `schema.method_of` spells it; "" becomes "unknown". The scales "[1]" (the whole
-    map) and "" are left out.
+    `method` is as `schema.method_of` spells it; "" becomes "unknown". A scale m stands for m x m
+    regions of the logit map. The scales "[1]" (the whole map) and "" are left out.
     """
     return f"{method or 'unknown'} {M or '[1]'}".removesuffix(" [1]")
 
@@ -135,5 +136,8 @@ def value_name(value: Any) -> str:
 
 
 def setting_name(setting: str, value: Any) -> str:
-    """Return the text "name=value" of a setting, such as "temperature=4" for 4.0 (`value_name`)."""
+    """Return a setting as the text "name=value", such as "temperature=4".
+
+    `setting` is the name. The value is written as by `value_name`: "4" for 4.0.
+    """
     return f"{setting}={value_name(value)}"

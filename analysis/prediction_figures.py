@@ -62,9 +62,9 @@ class Predictions(Protocol):
         """Return the arrays that a run saved for the test images, by name; None if it saved none.
 
         `run_id` is the run's id in MLflow. `sddlskd.training.predictions.collect` lists the arrays,
-        such as "logits" (n, K). A run with a teacher also has "images": the pixels of the test
-        images with the indices "sample", uint8, (k, H, W, channels). Raise ValueError if the
-        predictions cannot be read.
+        such as "logits" (n, K). If the array "sample", indices of k test images, is not empty,
+        "images" holds the pixels of these images, uint8, (k, H, W, channels). Raise ValueError if
+        the predictions cannot be read.
         """
 
 
@@ -206,10 +206,11 @@ def correlation_gap(arrays: Arrays) -> np.ndarray:
 
 
 def correlation_chart(kept: Kept) -> Chart | None:
-    """Draw the matrix of `correlation_gap` as a heat map, for one run of each point in `kept`.
+    """Draw how much the correlations between class logits differ from student to teacher.
 
-    A point is the result of one method with its options on one pair of networks. At most `PANELS`
-    (12) points are drawn; the caption names the others. The result is None if `kept` has no run.
+    A heat map shows the matrix of `correlation_gap` (K, K) for one run of a point, which is the
+    result of one method with its options on one pair of networks. At most `PANELS` (12) points of
+    `kept` are drawn; the caption names the others. The result is None if `kept` has no run.
     """
     if not kept.firsts:
         return None
@@ -330,9 +331,9 @@ def regions_chart(kept: Kept) -> Chart | None:
     """Draw test images for which the teacher's class for a region differs from that for the image.
 
     A region is one of m x m parts of the teacher's logit map, with the run's largest scale m. The
-    images, at most `PANELS` (12), are from the run in `kept` that saved the most of them. If there
-    are enough of both kinds, the teacher's class for the image is wrong on half of them. The result
-    is None if no run in `kept` saved such images.
+    images, at most `PANELS` (12), are from the run in `kept` that saved the most of them. The
+    teacher's class for the image is wrong on half of them, if the run saved enough such images, and
+    enough others. The result is None if no run in `kept` saved images with a differing region.
     """
     able = [
         first

@@ -97,7 +97,8 @@ def other_method(run: Run, number: Published) -> list[str]:
     `number` must be of the run's method, data set and pair. Two kinds of methods are compared:
 
     - "sd_..." (losses on regions): the scales `M` and the weight of complementary regions are
-      compared. On CUB-200, the scales [1,2,4] always fit.
+      compared. On CUB-200, the scales [1,2,4] always fit. If the weight is unknown for the number,
+      the weight 2 of the SDD paper counts.
     - "kd_ls": the weight of the cross-entropy is compared. If the weight is unknown for the number,
       every run with a known weight differs.
 

@@ -264,7 +264,7 @@ def _missing(
 ) -> dict[str, dict[str, Any]]:
     """Return a row with the status MISSING for each planned job that has no run, by config_hash.
 
-    `there` holds the config_hashes of the jobs that have one.
+    `there` holds the config_hashes of the jobs that have a run.
     """
     planned = {job["config_hash"]: (plan["name"], job) for plan in plans for job in plan["jobs"]}
     return {key: _missing_row(*found) for key, found in planned.items() if key not in there}

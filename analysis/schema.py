@@ -175,7 +175,7 @@ DETAILS = (
     "optimizer.schedule",
     "optimizer.warmup_epochs",
 )
-"""Params that the column `details` holds, besides those that begin with "features."."""
+"""Params that `details` holds, besides those that begin with "features." or "distiller.loss."."""
 
 TAGS = {
     "source": "source",
@@ -193,19 +193,22 @@ TAGS = {
 
 
 def canonical_M(text: str) -> str:
-    """Return the text of a list of scales without spaces: "[1, 2,4]" becomes "[1,2,4]"."""
+    """Return the text of a list of scales without spaces: "[1, 2,4]" becomes "[1,2,4]".
+
+    A scale m stands for m x m regions of the logit map. `text` is not checked.
+    """
     return text.replace(" ", "")
 
 
 def details_of(params: Mapping[str, str]) -> str:
-    """Return the settings of a run that have no field in `Run`, as the text of a JSON object.
+    """Return settings of a run that no other field of `Run` holds in full, as a JSON object's text.
 
     `params` holds all MLflow params of the run, texts by dotted key. The settings are the params in
     `DETAILS` and those that begin with "features." or "distiller.loss.". A param that is a JSON
-    object is split into keys such as "features.crd.method.K", without `_target_`. Left out are the
-    temperature of the loss if it equals that of the distiller, and all params of the distiller if
-    the run has no loss on the logits. Equal settings give equal texts. The result is "" if no
-    setting is left.
+    object is split into keys such as "features.crd.method.K", without `_target_`. The key
+    "distiller.loss.temperature" is left out if its value equals that of "distiller.temperature". If
+    the run has no loss on the logits, all params that begin with "distiller." are left out. Equal
+    settings give equal texts. The result is "" if no setting is left.
     """
     found: dict[str, Any] = {}
     no_loss = params.get("distiller.name") in NO_LOGIT_LOSS
@@ -284,8 +287,8 @@ def method_of(
     Args:
         distiller: name of the loss on the logits, such as "kd", or one of `NO_LOGIT_LOSS`. In the
             latter case, `M`, `standardize` and `learned_temperature` do not matter.
-        M: scales as `canonical_M` writes them. Any text but "[1]" adds the prefix "sd_" to the
-            loss.
+        M: scales as `canonical_M` writes them; "[1]" is the whole logit map. Any other text adds
+            the prefix "sd_" to the loss.
         standardize: whether the logits are standardised, which adds the suffix "_ls" to the loss.
         features: names of feature methods from `feature_of`, joined by "+"; "" for none.
         learned_temperature: whether the temperature of the loss is learnt (CTKD). The loss "kd"

@@ -156,7 +156,7 @@ def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 
     `pairs` maps the name of a pair of teacher and student to the name of its student. A run without
     a teacher is replaced by one copy per pair with its student; the field `pair` of the copy names
-    the pair. All other runs stay as they are.
+    the pair. The run stays as it is if there is no such pair, and so does a run with a teacher.
     """
     moved = []
     for run in runs:
@@ -189,9 +189,9 @@ def _as_optimizer(value: Any) -> Any:
 def latest(attempts: Sequence[Run]) -> Run:
     """Return the run that counts among several runs of one configuration.
 
-    A run with an earlier status in `STATUSES` comes first: a finished run precedes all others.
-    Among runs of the same status, the last run counts. `attempts` are the runs, oldest first. Raise
-    ValueError if there are none, or if a status is not in `STATUSES`.
+    The run whose status comes first in `STATUSES` counts: FINISHED, RUNNING, FAILED, KILLED,
+    MISSING. Among runs of this status, the last run counts. `attempts` are the runs, oldest first.
+    Raise ValueError if there are none, or if a status is not in `STATUSES`.
     """
     return min(reversed(attempts), key=lambda run: STATUSES.index(run.status))
 

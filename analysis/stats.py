@@ -255,11 +255,11 @@ def welch(values: Sequence[float], base: Sequence[float]) -> Difference:
 def sequential(
     values: Mapping[int, float], base: Mapping[int, float], looks: int
 ) -> Difference | None:
-    """Return the gain of a method over its baseline, if a sweep added seeds until it was decided.
+    """Return the gain over a baseline, for a sweep that adds seeds until its gains are decided.
 
     Such a sweep tests its results several times, each time with more seeds. The gain is tested by
-    Welch's test on the seeds that both sides have. Its p-value and its interval hold for all tests
-    of the sweep together (Bonferroni).
+    Welch's test on the seeds that both sides have. The p-value and the interval of the gain hold
+    for all tests of the sweep together (Bonferroni).
 
     Args:
         values: numbers of the method, by seed.

@@ -4,7 +4,8 @@ RUN_DIR: evaluate the best epoch of a run, on the run's data set unless dataset=
 FILE: evaluate a .safetensors file written by sddlskd.export, or a weights file of this package,
 RepDistiller or mdistiller; a weights file requires student=NAME dataset=NAME as well. The networks
 of runs and of exported files keep the mean and std that they were trained with. The network is
-compared with teacher=NAME; for a run the default is the run's own teacher.
+compared with teacher=NAME; for a run the default is the run's own teacher. Several runs or files
+give a table with a line each.
 
 The results are top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%,
 15 bins, Guo et al. 2017), the parameters of the network and its operations for one image (a
@@ -86,10 +87,11 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
         The results by name: "images" (number of test images), "top1" and "top5" (%), "ece"
         (expected calibration error, %), "loss" (mean cross-entropy), "parameters" (number), "flops"
         (operations for one image), "images_per_s" (throughput), "batch" (images per timed batch),
-        "ms_per_image" (milliseconds for a batch of one image)
-        and "environment" (name of the device). With a teacher also "teacher_top1" (%) and
-        "agreement" (percentage of images for which both networks predict the same class).
-        "parameters" or "flops" is missing if the number cannot be counted.
+        "ms_per_image" (milliseconds for a batch of one image) and "environment" (name of the
+        device). On a GPU also "memory_mib" (peak memory in MiB while a batch is computed). With a
+        teacher also "teacher_top1" (%) and "agreement" (percentage of images for which both
+        networks predict the same class). "parameters" or "flops" is missing if the number cannot be
+        counted.
 
     Raises:
         FileNotFoundError: If the file of the student or of the teacher is missing.
@@ -153,12 +155,14 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
 
     Returns:
         The results by name: "probe_top1" (%), "train_images" and "images" (numbers of training and
-        test images), "features" (number per image) and "environment" (name of the device).
+        test images), "features" (length of an image's feature vector) and "environment" (name of
+        the device).
 
     Raises:
         FileNotFoundError: If the file of the student is missing.
-        ValueError: If the file does not hold weights of the student, if the data set has a single
-            class, or if any other setting is wrong.
+        ValueError: If the file does not hold weights of the student, if the network shows
+            no features (is no `LogitMapModel`), if the data set has a single class, if a feature is
+            not finite, or if any other setting is wrong.
         RuntimeError: If the student cannot take images of this size.
         InstantiationException: If the code of a network or a data set raises an error.
     """
@@ -334,10 +338,11 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate the network that the command line names, and print the results of `measure`.
+    """Evaluate the networks that the command line names, and print the results.
 
-    `arguments` are the words of the command line; None stands for those of this process. The first
-    word is a run directory or a weights file.
+    The results are those of `measure` or, with --probe, of `probe`. `arguments` are the words of
+    the command line; None stands for those of this process. A word is a run directory, a weights
+    file, an override key=value or an option, such as --probe.
 
     Raises:
         SystemExit: With code 1 after printing an error that a user can fix, 2 if the arguments
@@ -348,33 +353,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="RUN_DIR | FILE")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("words", nargs="+", metavar="RUN_DIR | FILE | key=value")
     parser.add_argument("--probe", action="store_true", help="train a linear classifier instead")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="resize the images of --probe")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_intermixed_args(arguments)
+    sources = [Path(word) for word in chosen.words if _is_source(word)]
+    overrides = [word for word in chosen.words if not _is_source(word)]
+    if not sources:
+        parser.error("name a run directory or a weights file")
     cfg.frame()
     log_to_terminal()
     try:
-        asked = _job_and_weights(chosen.source, chosen.overrides)
-        if chosen.probe:
-            found = probe(*asked, side=chosen.size)
-        elif chosen.size is not None:
+        if chosen.size is not None and not chosen.probe:
             raise ValueError("--size resizes the images of --probe; add --probe")
-        else:
-            found = measure(*asked)
+        rows = []
+        for source in sources:
+            asked = _job_and_weights(source, overrides)
+            found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
+            rows.append((cfg.title(asked[2]), found))
     except KeyboardInterrupt:
         sys.exit(ExitCode.STOPPED)
     except ERRORS as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
     if chosen.json:
-        write_line(json.dumps(found))
-        return
-    for name, value in found.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        write_line(f"{name:>14}  {text}")
+        results = [found for _, found in rows]
+        write_line(json.dumps(results if len(results) > 1 else results[0]))
+    elif len(rows) > 1:
+        _print_table(rows)
+    else:
+        for name, value in rows[0][1].items():
+            write_line(f"{name:>14}  {_shown(value)}")
+
+
+def _is_source(word: str) -> bool:
+    """Return whether a word of the command line names a run or a file, and not a setting."""
+    return "=" not in word or Path(word).exists()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Print the results of several students, a line each; `rows` holds (title, results)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for _, found in rows for name in found))
+    alike = {name for name in names if len({str(found.get(name)) for _, found in rows}) == 1}
+    table = Table()
+    table.add_column("student")
+    for name in names:
+        if name not in alike:
+            table.add_column(name, justify="right")
+    for title, found in rows:
+        table.add_row(title, *(_shown(found.get(name, "-")) for name in names if name not in alike))
+    Console(markup=False).print(table)
+    for name in names:
+        if name in alike:
+            write_line(f"{name}: {_shown(rows[0][1].get(name, '-'))}")
 
 
 if __name__ == "__main__":

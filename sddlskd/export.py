@@ -93,8 +93,8 @@ def load_run(folder: Path, allow_foreign: bool) -> Config:
         The configuration, with checked values.
 
     Raises:
-        ValueError: If the folder has no config.yaml or no best.ckpt, if one of its files is
-            damaged, or if config.yaml names code that is not allowed.
+        ValueError: If the folder has no config.yaml or no best.ckpt, or if config.yaml is damaged
+            or names code that is not allowed. The content of best.ckpt is not checked.
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(

@@ -231,8 +231,8 @@ def wttm(student_NK: Tensor, teacher_NK: Tensor, target_N: Tensor, *, gamma: flo
     """Return the weighted TTM (WTTM) loss of each sample.
 
     The loss is `ttm` times the sum over the classes of p^gamma, with p = softmax(logits) of the
-    teacher. For a gamma below 1, this weight is 1 for a teacher that is certain of a class, and
-    grows to K^(1 - gamma) for a teacher that is certain of none.
+    teacher. For a gamma between 0 and 1, this weight is 1 if the teacher is certain of a class, and
+    grows to K^(1 - gamma) if its K probabilities are equal.
 
     Source: Zheng and Yang 2024, "Knowledge Distillation Based on Transformed Teacher Matching"
     (ICLR 2024).
@@ -389,7 +389,7 @@ def abkd(
 
     With p and q the softmax(logits / T) of teacher and student, a = alpha and b = beta:
 
-        loss = sum over the classes of (a p^(a+b) + b q^(a+b)) / ((a + b) a b) - p^a q^b / (a b)
+        loss = sum over the classes of [(a p^(a+b) + b q^(a+b)) / ((a + b) a b) - p^a q^b / (a b)]
 
     The loss has no factor T^2. For a = 1, it approaches KL(p || q) as b approaches 0.
 
@@ -401,8 +401,8 @@ def abkd(
         student_NK: logits of the student, (N, K).
         teacher_NK: logits of the teacher, (N, K).
         target_N: not read. The parameter exists so that all losses take the same three tensors.
-        alpha: greater than 0.
-        beta: greater than 0.
+        alpha: exponent a, greater than 0.
+        beta: exponent b, greater than 0.
         temperature: T, a number or a scalar tensor, greater than 0 (not checked).
 
     Returns:
@@ -444,13 +444,13 @@ def dist(
       of the batch. Each region has its own intra.
 
     1 minus a correlation is half the squared distance of two vectors of length 1. For intra, these
-    vectors have one entry per image, so each image has a share: its own squared difference. A share
-    is scaled such that the mean over the images is intra. `ScaleDecoupled` multiplies the share of
-    an image by the weight of the image's region.
+    vectors have one entry per image. The loss of a sample therefore has a share of intra in its
+    place: the squared difference of the image's two entries, averaged over the classes and scaled
+    such that the mean of all images' shares is intra.
 
-    Equal probabilities have no correlation. If those of both networks are equal over the classes or
-    images, as in a batch of one image, 1 minus the correlation counts as 0. If those of one network
-    are, it counts as 1/2.
+    There is no correlation if a network's probabilities are all equal over the classes or images.
+    If this is so in both networks, as in a batch of one image, 1 minus the correlation counts as 0.
+    If this is so in only one network, 1 minus the correlation counts as 1/2.
 
     Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022). The
     factor T^2 is that of the released code. That code also adds 1e-8 to the product of the lengths
@@ -469,7 +469,7 @@ def dist(
         Loss of each sample, (N,), in float32, or in float64 for float64 logits.
 
     Raises:
-        ValueError: If N is not a multiple of `regions_per_image`.
+        ValueError: If `regions_per_image` is less than 1 or does not divide N.
     """
     log_p_BRK, log_q_BRK = (
         _by_region(_log_probabilities(z_NK, temperature), regions_per_image)
@@ -553,15 +553,15 @@ def skd(
         teacher_NK: logits of the teacher, (N, K).
         target_N: not read. The parameter exists so that all losses take the same three tensors.
         temperature: T of `kd`, a number or a scalar tensor, greater than 0 (not checked).
-        ridge: what is added to the variances (Tikhonov regularisation), greater than 0.
+        ridge: number added to the diagonal of C (Tikhonov regularisation), greater than 0.
         regions_per_image: R. Row b*R + r is region r of image b.
 
     Returns:
         Loss of each sample, (N,), in float32, or in float64 for float64 logits.
 
     Raises:
-        ValueError: If `ridge` is not greater than 0, or if N is not a multiple of
-            `regions_per_image`.
+        ValueError: If `ridge` is not greater than 0, or if `regions_per_image` is less than 1 or
+            does not divide N.
     """
     if not ridge > 0:  # also true for NaN
         raise ValueError(f"ridge={ridge} must be greater than 0")

@@ -180,8 +180,8 @@ def holds(config: Config, text: str = "") -> bool:
 
     The settings that do not identify a job (tracking, device, folders) may differ. Return False if
     there is no config.yaml. Raise ValueError if config.yaml is damaged or is that of another job;
-    the message names up to three settings that differ. `text` is `config.to_yaml(config)` if the
-    caller has it, which saves time, else "".
+    the message names up to three settings that differ. `text` is the YAML text of `config` (from
+    `to_yaml`) if the caller has it, which saves time, else "".
     """
     path = Path(config.run_dir, "config.yaml")
     if not path.exists():
@@ -207,9 +207,9 @@ def holds(config: Config, text: str = "") -> bool:
 def code_state() -> dict[str, str]:
     """Return the version, the git commit and the uncommitted changes of this package.
 
-    The keys are "version", "git_sha" and "diff" (the text of `git diff HEAD`). The last two are ""
-    if the package is not part of a git checkout, or if git is not installed. The state is read once
-    per process.
+    The keys are "version", "git_sha" and "diff" (the text of `git diff HEAD` for the whole
+    checkout). The last two are "" if the package is not part of a git checkout, or if git is not
+    installed. The state is read once per process.
     """
     here = Path(__file__).parent
 
@@ -248,9 +248,9 @@ KEPT = ("data", "environment", "group_size", "parameters", "flops")
 
 
 class Record:
-    """Run directory that this process has open for writing; only one process can have it so.
+    """Run directory that this process has open for writing; no other process can open it meanwhile.
 
-    Other processes can read the files meanwhile. Creating an instance writes the configuration into
+    Other processes can still read the files. Creating an instance writes the configuration into
     the directory (`freeze`), and repairs the files that a killed process left unfinished. Call
     `close` at the end.
 
@@ -404,7 +404,8 @@ class Record:
         The best and last validation top-1 (%), the number of epochs and the seconds come from
         metrics.jsonl. Epochs of a first stage, which some methods have (numbers 0 and below), do
         not count. Without epochs, the top-1 values are None. Entries about the data, the teacher,
-        the environment, the group size and the network's size stay as in the earlier result.json.
+        the environment, the network's size and the number of runs that were trained together stay
+        as in the earlier result.json.
 
         Args:
             status: "FINISHED", "FAILED" or "KILLED" (interrupted).
@@ -514,7 +515,8 @@ def read_mirror(folder: Path) -> dict[str, Any]:
     For a run the entries are "key" (random text by which the run is found in MLflow), "uri"
     (address of MLflow), "run_id" (id of the MLflow run), and "rows" and "status" (the number of
     epochs and the status that MLflow has). The last three are missing until MLflow has the run. For
-    a sweep, "uri" is the same, and "run_id" is the id of the MLflow run that stands for the sweep.
+    a sweep the entries include "uri", "run_id" (id of the MLflow run that stands for the sweep),
+    "sweep" (its name) and "status" (that MLflow should have).
 
     `folder` is the directory of the run or of the sweep. Return {} if there is no file. Raise
     Damaged if the file is not a JSON object or does not match its checksum.
@@ -528,8 +530,8 @@ def read_mirror(folder: Path) -> dict[str, Any]:
 def write_mirror(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `content` and a checksum to mlflow.json in `folder`, the directory of a run or a sweep.
 
-    `content` holds values for JSON, see `read_mirror`. An existing file is replaced. Raise OSError
-    if the file cannot be written; an existing file then stays as it was.
+    `content` holds the entries that `read_mirror` returns. An existing file is replaced.
+    Raise OSError if the file cannot be written; an existing file then stays as it was.
     """
     write_text(folder / "mlflow.json", json.dumps({**content, "checksum": _checksum(content)}))
 

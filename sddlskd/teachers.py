@@ -54,7 +54,7 @@ __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 
 
 class Published(NamedTuple):
-    """Published teacher that the papers use.
+    """Published teacher that papers on distillation use.
 
     Attributes:
         top1: top-1 on the test split in %, as published.
@@ -239,6 +239,7 @@ def import_file(job: Config, path: Path) -> str:
             than `teacher_files.LARGEST_FILE` (512 MiB), if another file is there already, if the
             file differs from a sha256 noted earlier, or if the file cannot be used for any other
             reason.
+        OSError: If a file cannot be read or written.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a weights file of {job.teacher.name}")
@@ -301,6 +302,8 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
             file does not hold finite weights of the network, if the file differs from the sha256
             that was noted when it first came (not checked with teacher.checkpoint), or if the
             device or the data cannot be used.
+        InstantiationException: If the code of the network or the data set raises an error, for
+            example because the data set is missing.
     """
     path = teacher_path(job)
     name = job.teacher.name
@@ -402,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     `arguments` are the words of the command line; None stands for those of this process.
 
     Raises:
-        SystemExit: With code 0 if everything succeeded, 1 if a teacher failed, 2 if the arguments
+        SystemExit: With code 0 if everything succeeded, 1 if anything failed, 2 if the arguments
             cannot be parsed, or 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(

@@ -119,8 +119,8 @@ def main() -> None:
 
     Raises:
         SystemExit: With code 1 after such a message, or if a run failed. With code 130
-            (`ExitCode.STOPPED`) if a signal stopped the training. With code 0 after printing the
-            plan of a sweep.
+            (`ExitCode.STOPPED`) if a signal stopped the training. After printing the plan of a
+            sweep with code 1 if a job is invalid, else with 0.
     """
     log_to_terminal()
     _refuse_another_checkout()

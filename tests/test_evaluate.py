@@ -208,6 +208,17 @@ def test_errors_take_one_line(
     assert why in err[-1]
 
 
+def test_several_runs_are_a_table(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([trained.run_dir, trained.run_dir, "trainer.device=cpu"])
+    told = capsys.readouterr().out
+    assert told.count("KD+LS") + told.count("SD-KD") >= 2
+    assert "top1: " in told  # what all have in common stands below the table
+    assert "images_per_s" in told.splitlines()[1]
+    evaluate.main([trained.run_dir, trained.run_dir, "trainer.device=cpu", "--json"])
+    both = json.loads(capsys.readouterr().out)
+    assert without_clock(both[0]) == without_clock(both[1])
+
+
 # The linear probe
 
 

@@ -13,6 +13,7 @@ import pytest
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.record import Record, freeze, holds, read_result, read_rows
+from sddlskd.sweeps import manifest
 from tests.tiny import processes, tiny
 
 ROW = {"epoch": 1, "time": 1.5, "val/top1": 50.0}
@@ -266,6 +267,13 @@ def test_a_record_that_cannot_be_opened_is_not_locked(
         Record(job)
     monkeypatch.undo()
     assert record.abandoned(Path(job.run_dir))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_plan_of_a_sweep_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(record.Damaged, match=r"plan.json is damaged"):
+        manifest.planned_jobs(tmp_path)
 
 
 def test_a_damaged_count_of_requeues_is_named(tmp_path: Path) -> None:

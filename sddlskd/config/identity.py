@@ -206,7 +206,8 @@ def cached_side(config: Config) -> int | None:
 
     The side is the least common multiple of 4 and of the scales `M`, so the regions of every scale
     can be pooled from the stored map. The pooling "nested" always has the side 4. None means that
-    the maps are stored in full, which is so if `teacher.cache_dtype` is float32.
+    the maps are stored in full, which is so if `teacher.cache_dtype` is float32. A map whose sides
+    are not multiples of the returned side is also stored in full.
     """
     if config.teacher.cache_dtype == CacheDtype.float32:
         return None
@@ -241,9 +242,9 @@ def method_name(config: Config) -> str:
     """Return the name of a job's method as papers write it, without the scales: "SD-KD+LS+CRD".
 
     The parts are the loss on the logits, the feature methods, and "DOT" for the optimizer DOT.
-    "SD-" marks a loss that is computed on regions (for the loss on the logits: `M` other than [1]),
-    and "+LS" marks standardised logits. A learnt temperature turns "KD" into "CTKD", and other
-    losses into, for example, "DKD+CTKD". "KD+SemCKD" becomes "SemCKD", and SemCKD without KD
+    "SD-" marks a loss on the logits if `M` is not [1], and a feature method that has an option `M`
+    of its own. "+LS" marks standardised logits. A learnt temperature turns "KD" into "CTKD", and
+    other losses into, for example, "DKD+CTKD". "KD+SemCKD" becomes "SemCKD", and SemCKD without KD
     becomes "SemCKD without KD". A loss or method that `METHOD_NAMES` does not list keeps its
     configured name. A job without a teacher is called "student alone".
     """

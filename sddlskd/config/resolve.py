@@ -88,7 +88,7 @@ def conf_folder() -> Path:
 
 
 def frame() -> None:
-    """Register the configuration schema `Config` and the OmegaConf resolvers of conf/ with Hydra.
+    """Register the schema `Config` with Hydra, and the resolvers of conf/ with OmegaConf.
 
     Call this function before Hydra composes a configuration of conf/. Further calls in the same
     process are harmless.
@@ -168,10 +168,10 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """Return a configuration that Hydra composed as a typed and checked job (one training run).
+    """Turn a configuration that Hydra composed into a typed and checked job (one training run).
 
-    Interpolations are resolved and paths become absolute. An empty `run_dir` is replaced by
-    `default_run_dir`. The settings below `hydra` are left out.
+    Interpolations are resolved and paths become absolute. An empty `run_dir` becomes
+    <home>/runs/<name> (`default_run_dir`). The settings below `hydra` are left out.
 
     Raises:
         ValueError: If a value is not valid, or if a `_target_` names code that is not allowed. The
@@ -511,10 +511,11 @@ def teacher_job(config: Config) -> Config:
     """Return the job that trains the teacher of `config` from scratch, without distillation.
 
     Network, epochs, learning rate and seed are those of `config.teacher`. The data set is that of
-    `config`, but `train_fraction` is 1: the teacher learns from all images that are not held out.
-    Batch size, weight decay and milestones are the defaults of the data set, and the optimizer is
-    SGD. Of `config.trainer`, only the device, the number of processes, the time-out and the display
-    are taken. The run directory is that of `default_run_dir`.
+    `config`, but with one view per image and with `train_fraction` 1: the teacher learns from all
+    images that are not held out. Batch size, weight decay and milestones are the defaults of the
+    data set, and the optimizer is SGD. Of `config.trainer`, only the device, the number of
+    processes, the time-out, `log_every` and the display are taken. The run directory is that of
+    `default_run_dir`.
 
     Raise ValueError if a value of the new job is not valid.
     """

@@ -235,9 +235,10 @@ class BadImages(StrEnum):
 
 
 class IrregularImages(StrEnum):
-    """What to do with an image that is not upright RGB as stored in its file.
+    """What to do with an unusual image: convert it to RGB, skip it, or stop with an error.
 
-    The choices are to convert the image to RGB, to skip it, or to stop with an error.
+    An image is unusual if it is not stored as RGB (for example grey or with alpha), if its EXIF
+    orientation is not upright, or if its file name belongs to another image format.
     """
 
     # Convert to RGB, in the stored orientation, like torchvision's ImageFolder
@@ -267,18 +268,23 @@ class Rerun(StrEnum):
 
 
 class Seeds(StrEnum):
-    """Rule that chooses the seeds of a sweep.
+    """Rule that chooses the seeds of a sweep; the only rule is "until_decided".
 
-    "until_decided" adds seeds until the gains are decided, up to a largest number of seeds.
+    Each job starts with 3 seeds. Seeds are added until a statistical test shows that the job's
+    method and its baseline differ, up to `sweep.max_seeds` seeds.
     """
 
     until_decided = "until_decided"  # see sweeps/until_decided.py
 
 
 class Progress(StrEnum):
-    """Way in which training progress is shown: as a live table, as plain lines or not at all."""
+    """Way in which training progress is shown.
 
-    auto = "auto"  # live table on a terminal, plain lines elsewhere
+    "auto" is a live table on a terminal, and log lines elsewhere. "plain" is log lines, one per
+    epoch. "off" shows nothing.
+    """
+
+    auto = "auto"  # live table on a terminal, log lines elsewhere
     plain = "plain"  # a line per epoch
     off = "off"  # no display
 
@@ -312,7 +318,10 @@ class TeacherConfig(StudentConfig):
 
 @dataclass
 class DistillerConfig:
-    """Settings of the training loss on logits: distillation loss, weights and options of SDD."""
+    """Settings of the loss on logits, a weighted sum of cross-entropy and a distillation loss.
+
+    Some options of scale decoupled distillation (SDD) are here, too; others are in `Config`.
+    """
 
     name: str = MISSING  # name of the loss in tables
     # _target_ and arguments of (s_NK, t_NK, y_N) -> (N,); {}: no distillation loss

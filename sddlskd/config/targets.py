@@ -56,8 +56,8 @@ def check_names(node: Any, key: str, allow_foreign: bool) -> None:
     Raises:
         ForeignTarget: If a target is outside of `PACKAGES` and `allow_foreign` is false. The error
             is a ValueError.
-        ValueError: If a target is not text or is empty, or if a text contains "${" (see
-            `refuse_interpolations`).
+        ValueError: If a target is not text or is empty, or if a text or a key of a dict contains
+            "${".
     """
     refuse_interpolations(node, key)
     for place, target in _targets(node, key):
@@ -107,8 +107,8 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
     Raises:
         ValueError: If a target from `PACKAGES` is private, cannot be found, or is neither a
-            network, nor an optimizer, nor a public function of `FUNCTION_MODULES`; or if a value
-            contains "${". Nothing is called in these cases.
+            network, nor an optimizer, nor a public function of sddlskd.datasets, sddlskd.losses or
+            sddlskd.models; or if a text or a key contains "${". Nothing is called in these cases.
         InstantiationException: If Hydra cannot call a target: the call raises an error, a target
             outside of `PACKAGES` cannot be found, or any other problem.
     """

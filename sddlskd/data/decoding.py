@@ -87,8 +87,8 @@ class ImageTransform(NamedTuple):
         centre: side of the centre crop as a fraction of the image's shorter side, above 0 and at
             most 1.
         pixel_limit: largest number of pixels (width * height) of an image. `decode` raises
-            Unreadable for a larger image, before its pixels are decoded. For a centre crop, the
-            image is resized first, and the limit also holds for the resized image.
+            Unreadable for a larger image, before its pixels are decoded. If the image is resized
+            for a centre crop, the limit also holds for its new size.
         upright: whether to turn the image as its EXIF orientation says; if False, the orientation
             is ignored.
     """
@@ -142,11 +142,11 @@ class Chunk(NamedTuple):
 def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
     """Return a square crop of an image file, and what is unusual about the image.
 
-    If `job.draw` is a text, the crop is a `random_crop`, resized to `view.size`. If it is None, the
-    crop is that of torchvision's Resize(size / centre) and CenterCrop(size). Both are resized
-    bilinearly with antialiasing. Grey, palette and CMYK images become RGB, and alpha is dropped, as
-    in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits. The EXIF orientation is
-    ignored unless `view.upright` is set.
+    If `job.draw` is a text, the crop is a `random_crop`, resized to `view.size`. If `job.draw` is
+    None, the crop is that of torchvision's Resize(size / centre) and CenterCrop(size). Both are
+    resized bilinearly with antialiasing. Grey, palette and CMYK images become RGB, and alpha is
+    dropped, as in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits. The EXIF
+    orientation is ignored unless `view.upright` is set.
 
     Args:
         job: file to decode and kind of crop.
@@ -161,7 +161,8 @@ def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
         Unreadable: If the image cannot be decoded: the file is missing, empty, damaged, not a
             regular file or not a JPEG, PNG, PPM, BMP, TIFF, WebP or GIF file, its pixels are
             floating-point numbers, the image has more pixels than `view.pixel_limit`, or any other
-            problem.
+            problem except too little memory.
+        MemoryError: If the memory does not suffice.
     """
     with _open_image(job.path) as file:
         try:
@@ -358,13 +359,13 @@ class _Decoder(Dataset[tuple[int, int, list[Fault]]]):
 def default_workers(ranks: int = 1) -> int:
     """Return how many processes one rank should start to decode images: 1 to 16 (MOST_WORKERS).
 
-    The result is a number of cores divided by the number of ranks that share these cores, rounded
-    down. `ranks` is the number of ranks that train together, at least 1.
+    Ranks are the processes that train together; `ranks` is their number, at least 1. The result is
+    a number of cores divided by the number of ranks that share these cores, rounded down.
 
-    Without SLURM, the cores are those that this process may use. The ranks on this machine share
-    them: LOCAL_WORLD_SIZE ranks, or all `ranks` if that variable is not set. If the variable
-    SLURM_CPUS_PER_TASK is set, it is the number of cores. If SLURM_NTASKS is above 1 as well, each
-    rank is a task of its own and does not share its cores.
+    The number of cores is the environment variable SLURM_CPUS_PER_TASK if it is set, else the
+    number of cores that this process may use. The ranks on this machine share the cores: `ranks`,
+    or LOCAL_WORLD_SIZE if that variable is set and smaller. If SLURM_CPUS_PER_TASK is set and
+    SLURM_NTASKS is above 1, each rank is a task of its own and does not share its cores.
 
     Raises:
         ValueError: If one of these environment variables is not an integer.

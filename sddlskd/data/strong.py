@@ -130,10 +130,9 @@ def cutout(images_BHWC: Tensor, cut_B3: Tensor) -> Tensor:
     """Return the images with a square painted on each in the mean colour of CIFAR-10.
 
     Let s, c and r be an image's row in `cut_B3`, and H and W its height and width in pixels. The
-    side of the square is s W / 2 pixels. If s is 0, nothing is painted. The square's centre lies
-    W - c (W - 1) pixels from the left edge and H - r (H - 1) pixels from the upper edge. A square
-    that would cross the left or upper edge is moved to start there. At the right and lower edges,
-    the square is cut off.
+    side of the square is floor(s W / 2) + 1 pixels. If s is 0, nothing is painted. The square
+    starts at column floor(W - c (W - 1) - s W / 4) and row floor(H - r (H - 1) - s W / 4), or at 0
+    if the number is negative. At the right and lower edges, the square is cut off.
 
     Args:
         images_BHWC: RGB images, uint8 (B, H, W, 3).

@@ -126,15 +126,15 @@ def cifar100(root: str) -> Splits:
 
     The splits are `Images` of 32x32x3 pixels with the fine labels. The files
     `root`/cifar-100-python/{train,test} are read if both exist. Otherwise, the archive
-    `root`/cifar-100-python.tar.gz is read; it is downloaded if it is missing. A file that does not
-    have the published md5 is used nevertheless, and a warning is logged.
+    `root`/cifar-100-python.tar.gz is read; it is downloaded if it is missing. A train or test file
+    that does not have the published md5 is used nevertheless, and a warning is logged.
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
         FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
         ValueError: If a file cannot be used: it is damaged, larger than 256 MiB (LARGEST_MEMBER) or
-            would run code. Also if not `root` but a folder above or below `root` holds the data
-            set. The message names the file or folder.
+            a pickle that would run code. Also if not `root` but a folder above or below `root`
+            holds the data set. The message names the file or folder.
     """
     folder = Path(root).expanduser() / "cifar-100-python"
     return Splits(
@@ -147,15 +147,15 @@ def cifar10(root: str) -> Splits:
 
     The splits are `Images` of 32x32x3 pixels. The six files
     `root`/cifar-10-batches-py/{data_batch_1..5,test_batch} are read if all exist. Otherwise, the
-    archive `root`/cifar-10-python.tar.gz is read; it is downloaded if it is missing. A file that
-    does not have the published md5 is used nevertheless, and a warning is logged.
+    archive `root`/cifar-10-python.tar.gz is read; it is downloaded if it is missing. If one of the
+    six files does not have the published md5, it is used nevertheless, and a warning is logged.
 
     Raises:
         DownloadError: If the archive is missing and cannot be downloaded.
         FileNotFoundError: If the archive is missing in a block `with places.without_downloads()`.
         ValueError: If a file cannot be used: it is damaged, larger than 256 MiB (LARGEST_MEMBER) or
-            would run code. Also if not `root` but a folder above or below `root` holds the data
-            set. The message names the file or folder.
+            a pickle that would run code. Also if not `root` but a folder above or below `root`
+            holds the data set. The message names the file or folder.
     """
     folder = Path(root).expanduser() / "cifar-10-batches-py"
     *train, test = _cifar(folder, CIFAR10_URL, CIFAR10_MD5, CIFAR10_MEMBERS, "CIFAR-10", "labels")

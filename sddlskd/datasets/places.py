@@ -22,8 +22,9 @@ def check_root(
 ) -> None:
     """Raise ValueError if not `root` but a folder above or below `root` holds the data set.
 
-    The folders up to three levels (LEVELS) above and below `root` are checked; hidden folders below
-    `root` are skipped. If none of them holds the data set, nothing is raised.
+    The folders up to three levels (LEVELS) above and below `root` are checked. Below `root`, hidden
+    folders are skipped, and at most 300 folders (MOST_FOLDERS) are listed. If no checked folder
+    holds the data set, nothing is raised.
 
     Args:
         root: folder in which the user says that the data set is (`dataset.root`).
@@ -97,7 +98,7 @@ def check_named_root(data: Path, files: Collection[str], archive: str) -> None:
 
     Raises:
         ValueError: If neither the files nor the archive are there, but a folder above or below
-            `dataset.root` holds them; the message names that folder.
+            `dataset.root` holds them; the message names one to three such folders.
     """
 
     def has_data(folder: Path) -> bool:

@@ -119,7 +119,7 @@ def unpack(
         UnsafeArchive: If the archive is missing, damaged, beyond `limit` or `count`, or unsafe. An
             archive is unsafe if any member is a link, a device or another special file, if the path
             of a member is absolute or contains "..", a backslash or a null character, if a wanted
-            file occurs twice, or if a zip file uses a compression other than deflate.
+            file occurs twice, or if a member of a zip file is compressed other than by deflate.
         FileExistsError: If `folder` exists.
         OSError: If the local disk is full or defective, or if a file may not be read or written.
     """

@@ -134,7 +134,7 @@ class SharedTeacherLauncher(Launcher):
 
         Raises:
             ValueError: If the sweep cannot be run: an option of the launcher is out of bounds, jobs
-                are invalid, or any other reason of `run_sweep` or `run_until_decided`.
+                are invalid, or any other setting or file is wrong.
             OSError, ChildProcessError, KeyboardInterrupt, SystemExit: As `run_sweep` raises them,
                 for example SystemExit with code 1 if a job failed.
         """

@@ -31,7 +31,7 @@ class Method(nn.Module, ABC):
     """Base class of losses that compare the maps of a student with those of its teacher.
 
     A method is called with the `Taps` of both networks and a `Batch`, see `forward`. `Taps` hold
-    the maps and pooled features that a network computes for a batch. Those of the teacher carry no
+    the maps and pooled features that a network computes for a batch. The teacher's tensors carry no
     gradient. A subclass must not change tensors of `Taps` in place.
 
     A method may have layers of its own, its connectors, between the maps of the two networks. The

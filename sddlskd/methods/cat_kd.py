@@ -25,11 +25,15 @@ class CATKD(Method):
     Args:
         student: Maps of the student (`Taps`) for any batch; not read.
         teacher: Maps of the teacher (`Taps`) for any batch; not read.
-        resolution: Side of the pooled maps, an integer of at least 1 (not checked).
+        resolution: Side of the pooled maps, an integer of at least 1.
         normalize: Whether the pooled map of each image and class is divided by its Euclidean
             length, as in the paper.
         binarize: Whether the teacher's map is made binary before pooling. An entry becomes 1 if it
             is above the mean absolute value of the map of its image and class, else 0.
+
+    Raises:
+        ValueError: If `resolution` is not an integer of at least 1, or if `normalize` or `binarize`
+            is not a bool.
     """
 
     def __init__(

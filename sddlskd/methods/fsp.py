@@ -25,9 +25,9 @@ class FSP(Method):
     From epoch 1 on, the loss is 0.
 
     The maps of a network are those after its stem (the first layers) and after each further group
-    of layers. The FSP matrix of two consecutive maps, with C and D channels, is (C, D). An entry is
-    the mean over positions of the product of two channels, one of each map. Before that, both maps
-    are average-pooled to the smaller height and the smaller width. The loss is the mean squared
+    of layers. Two consecutive maps of an image, with C and D channels, are average-pooled to the
+    smaller height and the smaller width. Their FSP matrix is (C, D). An entry is the mean over
+    positions of the product of two channels, one of each map. The loss is the mean squared
     difference between the student's and the teacher's matrix, summed over the pairs of consecutive
     maps.
 

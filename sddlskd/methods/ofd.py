@@ -46,10 +46,10 @@ class OFD(Method):
         kernel: Side of the convolution's kernel, an odd number in 1..31.
 
     Raises:
-        ValueError: If a network shows no maps before a ReLU (and the student no stages in their
-            place), if `alignment` is unknown or refuses the two networks, if `stages_for_preacts`
-            is not a bool, if `kernel` is not an odd number in 1..31, or if the teacher is no
-            `LogitMapModel` that returns one BatchNorm for each stage after the stem.
+        ValueError: If a network shows no maps before a ReLU (with `stages_for_preacts`, stages of
+            the student suffice), if `alignment` is unknown or refuses the two networks, if
+            `stages_for_preacts` is not a bool, if `kernel` is not an odd number in 1..31, or if the
+            teacher is no `LogitMapModel` that returns one BatchNorm for each stage after the stem.
     """
 
     needs = frozenset({"preacts"})

@@ -99,7 +99,8 @@ class ReviewKD(Method):
         Returns:
             A scalar. The distance of a level is a weighted mean of mean squared errors: of the maps
             themselves, and of the maps average-pooled to the sides 4, 2 and 1 (only to sides
-            smaller than the map's).
+            smaller than the map's). In this order, each error has half the weight of the one
+            before.
         """
         maps = student.stages
         if self.student_preacts:

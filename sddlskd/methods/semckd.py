@@ -38,7 +38,7 @@ class MLPEmbed(nn.Module):
 class Proj(nn.Module):
     """Convolutions of 1x1, 3x3 and 1x1 that change the number of channels of a map.
 
-    BatchNorm and ReLU follow the first two.
+    BatchNorm and ReLU follow each of the first two convolutions.
 
     Args:
         channels: Channels of the input.
@@ -77,17 +77,19 @@ class SemCKD(Method):
     the maps of all B images of the batch. Their layers therefore need batches of exactly B images.
     A batch of another size, such as a smaller one at the end of an epoch, has loss 0.
 
+    The products of a query with the keys of all teacher stages pass through a softmax. The loss is
+    the sum of the distances with these weights, averaged over images and student stages.
+
     Args:
         student: Maps of the student (`Taps`) for any batch; only their shapes are read.
         teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         batch_size: B, images per batch.
         soft: Number by which the products of queries and keys are divided before the softmax.
-        factor: Queries and keys have B / `factor` channels, rounded down; an integer of at least 1
-            (not checked).
+        factor: Queries and keys have B / `factor` channels, rounded down; an integer of at least 1.
 
     Raises:
-        ValueError: If a network shows no stages after the stem, or if `batch_size` is less than
-            `factor`.
+        ValueError: If a network shows no stages after the stem, if `factor` is not an integer of at
+            least 1, or if `batch_size` is less than `factor`.
     """
 
     needs = frozenset({"stages"})

@@ -30,10 +30,10 @@ class VID(Method):
 
     A stage is a group of layers after the stem (the first layers). Both maps (B, C, H, W) of a
     stage are average-pooled to the smaller height and the smaller width. Each entry of the
-    teacher's map has a Gaussian distribution. Three 1x1 convolutions predict its mean from the
-    student's map. Its variance is one number for each channel of the teacher. The loss of a stage
-    is the negative log-likelihood, averaged over images, channels and positions, without the
-    constant log(2 pi) / 2. The losses of the stages are summed.
+    teacher's map has a Gaussian distribution. Three 1x1 convolutions with ReLUs between them
+    predict its mean from the student's map. Its variance is one number for each channel of the
+    teacher. The loss of a stage is the negative log-likelihood, averaged over images, channels and
+    positions, without the constant log(2 pi) / 2. The losses of the stages are summed.
 
     Args:
         student: Maps of the student (`Taps`) for any batch; only their shapes are read.

@@ -223,7 +223,7 @@ def conv_bn_relu(
 
 
 def last_norm(block: nn.Sequential) -> nn.BatchNorm2d:
-    """Return the last layer of a block that is no ReLU, which must be a BatchNorm.
+    """Return the last layer of a block, ReLUs not counted; this layer must be a BatchNorm2d.
 
     Raise AssertionError if the layer is no BatchNorm2d, and IndexError if all layers are ReLUs.
     """

@@ -157,8 +157,8 @@ class ForeignNetwork(LogitMapModel):
     Args:
         network: Network to wrap, which is not copied. Hooks are added to its modules.
         head: Name of the network's linear head, a module.
-        tap: Module whose output or input is the feature map, with the steps that lead from there to
-            the map.
+        tap: Where the feature map is taken: the output or input of a module, and the functions that
+            lead from this tensor to the map.
         stages: Modules whose outputs are the maps of the stages (groups of layers); () if they are
             unknown.
     """
@@ -248,8 +248,8 @@ class ForeignNetwork(LogitMapModel):
         Without usable names, they are the last map of each size among the outputs of the network's
         modules. They are () if fewer than two are found. `preacts` are the maps before the last
         ReLU of each stage, except that `preacts[0]` is `stages[0]`. They are () unless each stage
-        after the first ends in a ReLU. `last` is `features(x_BCHW)`, and `pooled` is its mean over
-        h and w.
+        after the first ends in an nn.ReLU. `last` is `features(x_BCHW)`, and `pooled` is its mean
+        over h and w.
 
         Raise RuntimeError if a module that gives a map did not run. Raise ValueError if the tokens
         do not form a grid of square patches of the image.

@@ -86,9 +86,8 @@ def from_torchvision(
         `eval()` on the model before use.
 
     Raises:
-        ValueError: If torchvision does not know the name or the weights, if torchvision raises a
-            TypeError, ValueError or AssertionError for the options, or if `from_network` refuses
-            the network.
+        ValueError: If torchvision does not know the name or the weights, if torchvision cannot
+            build the network with the options, or if `from_network` refuses the network.
         RuntimeError: If the published weights do not fit the network with these options, or if
             their file is damaged.
         OSError: If the weights cannot be downloaded.

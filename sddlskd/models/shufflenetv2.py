@@ -17,7 +17,7 @@ from sddlskd.models.base import LogitMapModel, Taps, conv, stem_conv
 class BasicUnit(nn.Module):
     """A unit that keeps the shape: (B, channels, H, W) -> (B, channels, H, W).
 
-    One half of the channels passes unchanged. The other half goes through conv1x1-BN-ReLU,
+    The first half of the channels passes unchanged. The second half goes through conv1x1-BN-ReLU,
     depthwise 3x3-BN and conv1x1-BN-ReLU. Then the channels of both halves are interleaved.
     `channels` must be an even number.
     """

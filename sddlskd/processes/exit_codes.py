@@ -10,8 +10,9 @@ class ExitCode(IntEnum):
     """Exit codes besides 0 (success) and 1 (an error that the output of the process explains).
 
     TOO_LARGE is a group of runs that needs too much device memory, BUSY a run directory that is
-    open elsewhere. REQUEUE and WARNED_EARLY follow SLURM's warning before a time limit. STOPPED is
-    a stop by a user or a scheduler, and PARENT_GONE the death of the process that started this one.
+    open elsewhere. After SLURM's warning before a time limit, REQUEUE is a task that has saved its
+    checkpoints, and WARNED_EARLY a task that had no signal handler yet. STOPPED is a stop by a user
+    or a scheduler, and PARENT_GONE the death of the process that started this one.
     """
 
     # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.

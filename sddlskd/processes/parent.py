@@ -36,12 +36,12 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
 
 
 def save_and_end_with_parent(parent: int, by: signal.Signals) -> None:
-    """End this process when the process `parent` dies, after 120 seconds (GRACE_S) at the latest.
+    """End this process when the process `parent` dies, at most about 120 seconds later.
 
-    Call this function in the child. On Linux, the process gets the signal `by` when the parent
-    dies, and can save its state. On every system, a process that has not ended GRACE_S seconds
-    later is killed. If the parent is dead already, the process ends at once with
-    `ExitCode.PARENT_GONE`.
+    Call this function in the child. The function returns at once, and a thread watches the parent.
+    On Linux, the process gets the signal `by` when the parent dies, and can save its state. On
+    every system, a process that has not ended 120 seconds (GRACE_S) later is killed. If the parent
+    is dead already, the process ends at once with `ExitCode.PARENT_GONE`.
 
     Args:
         parent: process id of the parent, as the parent itself has read it (os.getpid).
@@ -54,8 +54,9 @@ def save_and_end_with_parent(parent: int, by: signal.Signals) -> None:
 def run_pickled(work: bytes, parent: int) -> None:
     """Unpickle and call a function without arguments, in a child process that `parent` started.
 
-    The child ends with its parent, also while the unpickling imports the function's modules, which
-    may take long. What the function returns is dropped, and its errors propagate.
+    On Linux, the child is killed when its parent dies, also while the unpickling imports the
+    function's modules, which may take long. On other systems, the child ends only if the parent is
+    dead already (`end_with_parent`). What the function returns is dropped; its errors propagate.
 
     Args:
         work: pickled function.

@@ -36,7 +36,8 @@ def cancel(folder: Path) -> None:
     """Cancel the queued and running SLURM tasks of the sweep in `folder`, and print their ids.
 
     Running tasks save their checkpoints before they end. If there is no such task, print a sentence
-    that says so. Raise ConnectionError if squeue or scancel is missing, fails or does not answer.
+    that says so. Raise ConnectionError if squeue or scancel is missing, fails or does not answer,
+    and ValueError if slurm.json, the sweep's list of tasks, is damaged.
     """
     jobs = slurm.cancel_tasks(folder)
     if jobs:
@@ -55,6 +56,9 @@ def logs(folder: Path, lines: int = 5) -> None:
     Args:
         folder: folder of the sweep, <home>/runs/sweeps/<name>.
         lines: number of lines of each log, at least 1.
+
+    Raises:
+        ValueError: If slurm.json, the sweep's list of tasks, is damaged.
     """
     for one in slurm.submissions(folder):
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)

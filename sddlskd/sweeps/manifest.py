@@ -127,7 +127,7 @@ def _plan_of(path: Path, jobs: Sequence[Config]) -> dict[str, Any]:
         hashes[job.run_dir] = (cfg.config_hash(job), cfg.settings_hash(job))
     # An earlier launch, which may have had other jobs, may have written the file.
     if path.exists():
-        earlier = record.read_json(path)
+        earlier = _read_plan(path)
         for listed in earlier["jobs"]:
             params.setdefault(listed["run_dir"], earlier["common"] | listed["params"])
             hashes.setdefault(listed["run_dir"], (listed["config_hash"], listed["settings_hash"]))
@@ -158,4 +158,12 @@ def planned_jobs(folder: Path) -> set[str]:
     path = folder / PLAN
     if not path.exists():
         return set()
-    return {job["run_dir"] for job in record.read_json(path)["jobs"]}
+    return {job["run_dir"] for job in _read_plan(path)["jobs"]}
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """Return the content of plan.json, or raise Damaged if it is not that of a plan."""
+    plan = record.read_json(path)
+    if not {"common", "jobs"} <= plan.keys():
+        raise record.Damaged(f"{path} is damaged (it lists no jobs); delete it")
+    return plan

@@ -33,7 +33,8 @@ class Task:
 
     Attributes:
         jobs: jobs that one worker process trains together, at least one.
-        deaths: number of worker processes that died while they trained these jobs.
+        deaths: 1 if an earlier worker process of these jobs died or was stopped, or counts as such;
+            else 0.
     """
 
     jobs: list[Config]

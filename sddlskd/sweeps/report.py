@@ -148,7 +148,7 @@ def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) ->
 def _last_lines(log_file: Path) -> list[str]:
     if not log_file.exists():
         return []
-    return log_file.read_text().splitlines()[-LOG_LINES:]
+    return log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
 
 
 def cause_of(reason: str) -> str:

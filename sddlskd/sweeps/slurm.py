@@ -99,6 +99,7 @@ def queue(sweep: Path) -> dict[str, tuple[str, str]]:
     An id is that of `Submission.job`, such as "17_3". State and reason are words of squeue, such as
     "PENDING" and "Priority". Return {} if no task is in the queue. `sweep` is the sweep's folder.
     If the sweep has tasks, raise ConnectionError if squeue is missing, fails or does not answer.
+    Raise Damaged if slurm.json, which lists the tasks, is damaged.
     """
     mine = {one.job for one in submissions(sweep)}
     if not mine:
@@ -113,7 +114,8 @@ def states(sweep: Path) -> dict[str, str]:
 
     The state is "running" if SLURM runs the task, else "queued". Jobs of the sweep without a task
     in the queue are left out. `sweep` is the sweep's folder. If the sweep has tasks, raise
-    ConnectionError if squeue is missing, fails or does not answer.
+    ConnectionError if squeue is missing, fails or does not answer. Raise Damaged if slurm.json,
+    which lists the tasks, is damaged.
     """
     live = queue(sweep)
     found = {}
@@ -131,7 +133,7 @@ def cancel_tasks(sweep: Path) -> list[str]:
 
     Running tasks save their checkpoints before they end. `sweep` is the sweep's folder. If the
     sweep has tasks, raise ConnectionError if squeue or scancel is missing, fails or does not
-    answer.
+    answer. Raise Damaged if slurm.json, which lists the tasks, is damaged.
     """
     live = sorted(queue(sweep))
     if live:
@@ -144,7 +146,7 @@ def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
 
     An id is that of `Submission.job`, such as "17_3". The text is SLURM's state, such as "TIMEOUT",
     "OUT_OF_MEMORY" or "FAILED (exit code 1:0)". If SLURM does not know the task any more or cannot
-    be asked, the text says that the cause is unknown.
+    be asked, the text is "gone, and SLURM does not know why any more".
     """
     arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
     found = {**_causes_in_accounts(arrays), **_causes_in_memory(arrays)}

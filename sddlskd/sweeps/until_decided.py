@@ -67,11 +67,12 @@ class Comparison:
     Attributes:
         cell: index of the cell among the cells of the sweep.
         baseline: index of the baseline among the cells of the sweep.
-        seeds: number of seeds of each side in the latest test; 0 before the first test.
+        seeds: number of seeds that the latest test used of the cell, and also of the baseline; 0
+            before the first test.
         gain: mean top-1 of the cell minus mean top-1 of the baseline, in percentage points; NaN
             before the first test.
-        p: p-value of the latest test, corrected for the number of tests (see `compare`); 1 before
-            the first test.
+        p: p-value of the latest test, times the largest possible number of tests of the cell, times
+            the number of comparisons that were undecided; at most 1, and 1 before the first test.
         decided: whether `p` is at most ALPHA (0.05); the cell is then better or worse, by the sign
             of `gain`.
     """
@@ -95,13 +96,13 @@ def run_until_decided(
     """Run the cells of a sweep with more and more seeds, until their comparisons are decided.
 
     A cell is a job without its seed. Each cell starts with three seeds. While the comparison of a
-    cell with its baseline is undecided (see `compare`), both get another seed, until they have
-    `sweep.max_seeds` seeds. FINISHED jobs are not run again. At the end, the results and the
-    comparisons are printed. With a `Slurm` that does not wait, a call only submits the next jobs;
-    call again when they have ended.
+    cell with its baseline is undecided (the p-value that `compare` corrects is above 0.05), both
+    get another seed, until they have `sweep.max_seeds` seeds. FINISHED jobs are not run again. At
+    the end, the results and the comparisons are printed. With a `Slurm` that does not wait, a call
+    only submits the next jobs; call again when they have ended.
 
     Args:
-        cells: overrides of each cell, without a seed.
+        cells: overrides of each cell, without a seed. Cells with equal settings count once.
         loader: Hydra's loader of configurations.
         sweep: configuration of the sweep as Hydra composes it.
         runner: what runs the jobs: a `Pool` on this machine, or a `Slurm` on a cluster.
@@ -112,8 +113,8 @@ def run_until_decided(
         overrides, its configuration, and the content of its result.json.
 
     Raises:
-        ValueError: If `sweep.rerun` is `all`, if no cell has a baseline, or if the sweep cannot be
-            run (see `run_sweep`).
+        ValueError: If `sweep.rerun` is `all`, if no cell has a baseline or the method
+            `sweep.baseline`, or if the sweep cannot be run (see `run_sweep`).
         OSError, ChildProcessError, KeyboardInterrupt, SystemExit: As `run_sweep` raises them.
     """
     if Rerun(sweep.sweep.rerun) is Rerun.all:
@@ -246,9 +247,9 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
     A cell is a job without its seed. Its baseline is another cell with the same student, data,
     epochs and batch size (`SAME_BUDGET`), with the same teacher or none, and with another method.
     These methods are tried in turn: the cell's method without its last feature method; the cell's
-    method with M=[1]; the cell's method without standardised logits; the student alone; KD. If
-    several cells have the method, only the one with the same temperature, loss weights and learning
-    rate counts.
+    method with M=[1], that is, on the whole image only; the cell's method without standardised
+    logits; the student alone; KD. If several cells have the method, only the one with the same
+    temperature, loss weights and learning rate counts.
 
     Args:
         cells: configuration of one job of each cell; its seed does not matter.

@@ -97,9 +97,9 @@ def choices() -> str:
 def outcomes(
     jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
 ) -> None:
-    """Print a table of the results and the place of the records; exit if a run is not FINISHED.
+    """Print the results as a table, and the folders of the run directories; exit after a failure.
 
-    The place is the folder that holds the run directories.
+    Return normally only if every run is FINISHED and `stopped` is false.
 
     Args:
         jobs: configuration of each run.
@@ -153,9 +153,10 @@ def _score(top1: float | None) -> str:
 def explain(error: BaseException) -> str:
     """Return one line that tells a user what went wrong and, if known, what is valid.
 
-    The causes of `error` are searched from `error` on, for the first error whose message is meant
-    for users: a ValueError, OSError or RuntimeError, or an error of Hydra or OmegaConf. Errors of
-    Hydra and OmegaConf are reworded. If there is no such error, the line is the message of `error`.
+    The line comes from the first error that is meant for users, among `error`, its cause, the cause
+    of the cause and so on: a ValueError, OSError or RuntimeError, or an error of Hydra or
+    OmegaConf. Errors of Hydra and OmegaConf are reworded. If there is no such error, the line is
+    the message of `error`.
     """
     chain = []
     cause: BaseException | None = error
@@ -266,7 +267,7 @@ def _one_line(text: str) -> str:
 
 
 def log_to_terminal() -> None:
-    """Send the package's log to stderr: coloured on a terminal, else as plain lines.
+    """Send the package's log to stderr: coloured on a terminal, else as lines without colours.
 
     Messages below level INFO are dropped. Earlier handlers of the package's log are removed.
     """

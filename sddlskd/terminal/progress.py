@@ -1,4 +1,4 @@
-"""Progress display of training: a live table on a terminal, else plain lines."""
+"""Progress display of training: a live table on a terminal, else log lines."""
 
 import logging
 import time
@@ -21,10 +21,10 @@ class RunStatus(Protocol):
     """Attributes of a run that the progress display reads; `training.run.Run` has them.
 
     Attributes:
-        label: name of the run in plain lines.
+        label: name of the run in the log lines that are written if there is no live table.
         loss: mean training loss of the current epoch so far, or of the last epoch; NaN if not
             known.
-        val_top1: validation top-1 of the last epoch in %; NaN or -1 before an epoch has ended.
+        val_top1: validation top-1 of the last epoch in %; NaN before an epoch has ended.
         state: status of the run, such as RUNNING.
     """
 
@@ -62,7 +62,8 @@ class ProgressDisplay:
     Args:
         runs: runs to show; their attributes are read at each update.
         titles: name of each run in the live table, in the order of `runs`.
-        mode: "auto" (live table on a terminal, else plain lines), "plain" (log lines) or "off".
+        mode: "auto" (live table on a terminal, else log lines), "plain" (log lines, one per epoch)
+            or "off" (nothing).
         epochs: number of epochs of each run.
         steps: batches per epoch.
         batch: images per batch.
@@ -127,7 +128,7 @@ class ProgressDisplay:
             self.live.update(self._table(), refresh=True)
 
     def epoch(self, run: RunStatus) -> None:
-        """Report the end of a run's epoch: update the live table, or else log a plain line.
+        """Report the end of a run's epoch: update the live table, or else write a log line.
 
         In mode "off" nothing is reported. Call this method after the run has moved on to its next
         epoch: the line is about epoch `run.epoch - 1`.

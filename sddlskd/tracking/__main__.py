@@ -15,7 +15,8 @@ from sddlskd.tracking.uri import Deleted, first_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Deliver to MLflow the run directories and sweeps in and below the given folders.
 
-    The exit status is 1, with a message, if there are none or if one cannot be delivered.
+    The exit status is 1, with a message, if the folders hold no run directory and no sweep, or if a
+    run directory or sweep cannot be delivered.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])

@@ -31,9 +31,10 @@ def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     result is missing or cannot be read. A group of only one finished run is left out, too.
 
     Returns:
-        {settings_hash: runs}, with the hash of the settings without the seed. Each run is a dict of
-        its folder run_dir and the accuracies best_top1, last_top1 and test_top1 in percent, None if
-        the run has no such accuracy. The result is {} if the plan is missing or cannot be read.
+        {settings_hash: runs}, with the hash of the settings without the seed. Each run is a dict
+        with "run_dir" (path of its folder) and the accuracies "best_top1", "last_top1" and
+        "test_top1" in percent, None if the run has no such accuracy. The result is {} if the plan
+        is missing or cannot be read.
     """
     finished: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for job in _planned(folder):
@@ -51,15 +52,15 @@ def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def send_cells(folder: Path, delivery: Mapping[str, Any]) -> None:
     """Write the means over seeds of a sweep to MLflow, one MLflow run for each group of `cells_of`.
 
-    The runs of a group differ only in the seed. Its MLflow run, which lies below the run of the
-    sweep, gets the mean and the sample standard deviation of each accuracy, in percent. An existing
-    MLflow run of the group is updated; the MLflow run of a group that no longer exists is deleted.
-    Errors of MLflow propagate.
+    The runs of a group differ only in the seed. The MLflow run of a group, which lies below the run
+    of the sweep, gets the mean and the sample standard deviation of each accuracy, in percent. An
+    existing MLflow run of the group is updated; the MLflow run of a group that no longer exists is
+    deleted. Errors of MLflow propagate.
 
     Args:
         folder: The sweep's folder, with its plan.json.
-        delivery: The content of the sweep's mlflow.json: `uri` of MLflow, `run_id` of the sweep's
-            MLflow run, and the name `sweep`.
+        delivery: The content of the sweep's mlflow.json, with "uri" (address of MLflow), "run_id"
+            (id of the sweep's MLflow run) and "sweep" (name of the sweep).
     """
     cells = cells_of(folder)
     client = tracking_uri.client(str(delivery["uri"]))

@@ -24,9 +24,9 @@ class Mirror:
     """Background thread that delivers changed run directories to MLflow.
 
     A run directory is the folder of one training run; the delivery is `runs.sync`. Creating an
-    instance starts the thread. A failed delivery is retried after a pause. A warning is logged for
-    the first failure in a row, unless the launch of the run has warned already. No error of MLflow
-    reaches the caller.
+    instance starts the thread. A failed delivery is retried after a pause. If several deliveries
+    fail one after the other, only the first failure is logged as a warning, or none if the launch
+    of the run has warned already. No error of MLflow reaches the caller.
     """
 
     def __init__(self) -> None:

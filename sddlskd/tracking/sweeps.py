@@ -103,7 +103,8 @@ def experiment_and_parent(config: Config, sweep: str | None) -> tuple[str, str |
 
     Raises:
         Deleted: If the experiment was deleted in MLflow.
-        ConnectionError: If a SQLite file cannot be used, see `client`.
+        ConnectionError: If the MLflow address is a SQLite file that cannot be written, that another
+            host writes to, or that another version of MLflow has written.
     """
     uri = str(config.tracking.uri)
     path = sqlite_file(uri)
@@ -230,7 +231,7 @@ def log_plan(config: Config, path: Path) -> None:
 
 
 def finish_sweep(config: Config, status: str) -> None:
-    """Set the final status of the sweep's run in MLflow, and send the means over seeds.
+    """Set the final status of the sweep's run in MLflow, and send the mean accuracies over seeds.
 
     `config` is a configuration that `register` returned for a job of the sweep. `status` is one of
     FINISHED, FAILED and KILLED. If the delivery fails, a warning is logged, and `sync_sweep` can
@@ -307,9 +308,10 @@ def _read_delivery(folder: Path, config: Config) -> dict[str, Any]:
 def sync_sweep(folder: Path, *, again: bool = False) -> None:
     """Update MLflow from a sweep's folder: the sweep's run, its status, its plan and its means.
 
-    The plan is the list of the sweep's jobs. The means over seeds (`send_cells`) are sent once the
-    sweep has ended. The function can be called any number of times, and sends only what MLflow
-    lacks. If the folder has no mlflow.json, nothing is done. Errors of MLflow propagate.
+    The plan is the list of the sweep's jobs. The means are the accuracies averaged over seeds
+    (`send_cells`), and are sent once the sweep has ended. The function can be called any number of
+    times, and sends only what MLflow lacks. If the folder has no mlflow.json, nothing is done.
+    Errors of MLflow propagate.
 
     Args:
         folder: The sweep's folder, <home>/runs/sweeps/<name>.

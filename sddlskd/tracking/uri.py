@@ -59,11 +59,12 @@ def client(uri: str) -> Any:
 
     The time limits are environment variables of this process, set unless they are set already. If
     `uri` names a SQLite file that does not exist, the file is created. A file beside it, with the
-    suffix .host, records the host that writes to it. Other errors of MLflow propagate.
+    suffix .host, records the host that writes to it.
 
     Raises:
         ConnectionError: If `uri` names a SQLite file that cannot be written, that another host
-            writes to, or that another version of MLflow has written.
+            writes to, or that another version of MLflow has written. Other errors of MLflow
+            propagate.
     """
     path = sqlite_file(uri)
     if path:
@@ -131,7 +132,8 @@ def refuse_deleted(uri: str, run_id: str, folder: Path) -> None:
     Raises:
         Deleted: If the run or its experiment was deleted in MLflow, or MLflow does not know the
             run. The message gives the commands to restore the run or to deliver it again.
-        ConnectionError: If a SQLite file cannot be used, see `client`.
+        ConnectionError: If `uri` names a SQLite file that cannot be written, that another host
+            writes to, or that another version of MLflow has written.
         MlflowException: For other errors of MLflow, such as a server that does not answer.
     """
     run = find_run(uri, run_id)

@@ -76,9 +76,11 @@ def load_splits(job: Config) -> Splits:
     loader may download a missing data set.
 
     Raises:
-        ValueError: If `dataset.load` names a function that a configuration must not call.
+        ValueError: If `dataset.load` names a function that a configuration must not call, or one of
+            sddlskd, torch, torchvision or timm that does not exist.
         InstantiationException: If the loader raises an error, for example because the data set is
-            missing. The error of the loader is its cause.
+            missing; the error of the loader is its cause. Also if a loader outside of these
+            packages cannot be found.
     """
     splits: Splits = instantiate(job.dataset.load)
     return splits
@@ -304,8 +306,8 @@ def batch_size_cure(job: Config, size: str) -> str:
     """Return the end of an error message, which says how to change a job's batch size to `size`.
 
     `size` is text, such as "64" or "100 or less". If trainer.batch_size equals dataset.batch_size,
-    the advice is to set dataset.batch_size, because a missing teacher is trained with that one.
-    Otherwise the advice is to set trainer.batch_size.
+    the advice is to set dataset.batch_size, because a missing teacher is trained with
+    dataset.batch_size. Otherwise the advice is to set trainer.batch_size.
     """
     if job.trainer.batch_size == job.dataset.batch_size:
         return f"set dataset.batch_size={size}, which trainer.batch_size follows unless set"
@@ -313,16 +315,15 @@ def batch_size_cure(job: Config, size: str) -> str:
 
 
 def check_objective(job: Config, device: torch.device) -> None:
-    """Raise an error if the distillation loss or the optimizer of a job does not work.
+    """Raise ValueError if the distillation loss or the optimizer of a job does not work.
 
     Both are tried on small tensors: the loss on the CPU (`try_loss`), the optimizer on `device`
     (`try_optimizer`). A job without a distillation loss of the logits has only its optimizer tried.
 
     Raises:
-        ValueError: If the loss or the optimizer is not allowed or does not work with its arguments,
-            or if the loss compares the images of a batch while `trainer.devices` is above 1.
-        InstantiationException: If the optimizer is code outside of sddlskd, torch, torchvision and
-            timm that cannot be found.
+        ValueError: If the loss, its learnt temperature or the optimizer cannot be found, is not
+            allowed or does not work with its arguments, or if the loss compares the images of a
+            batch while `trainer.devices` is above 1.
     """
     if job.distiller.loss:
         try_loss(
@@ -342,8 +343,8 @@ def check_workers(job: Config) -> None:
     """Raise ValueError if `dataset.workers` exceeds the number of CPU cores of this process.
 
     `dataset.workers` is the number of processes that decode images. None, which stands for a number
-    that suits the cores, always passes. The environment variable SDDLSKD_MOST_PROCESSES replaces
-    the number of cores (see `check_processes`).
+    that suits the cores, passes. The environment variable SDDLSKD_MOST_PROCESSES replaces the
+    number of cores; if it is not a positive integer, ValueError is raised, too.
     """
     check_processes("dataset.workers", job.dataset.workers or 0, WORKER_MB)
 
@@ -496,7 +497,8 @@ def build_teacher(
             training leaves no file.
         ValueError: If the file cannot be used: its sha256 is not the recorded one (see
             `check_teacher`), it does not hold finite weights of the network, or the teacher was
-            trained on other classes. Also if the disk cannot hold the cache.
+            trained on other classes. Also if <file>.top1.json, which keeps its accuracy, is
+            damaged, or if the disk cannot hold the cache.
         Exception: Any error that `train` raises.
     """
     path = teacher_path(job)

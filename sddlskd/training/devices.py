@@ -76,8 +76,8 @@ def check_places(name: str, places: int) -> None:
     """Raise ValueError unless `places` processes on this machine can share a batch.
 
     `name` is the setting trainer.device, as for `pick_device`. Several processes need CUDA, with
-    one GPU each, or the CPU, with one core each. An unknown or unavailable device raises
-    ValueError, too.
+    one GPU each, or the CPU, with one core each. The environment variable SDDLSKD_MOST_PROCESSES,
+    if set, replaces the number of cores. An unknown or unavailable device raises ValueError, too.
     """
     device = pick_device(name, 0, places)
     if device.type == "cpu":
@@ -94,8 +94,8 @@ def check_memory(setting: str, needed: float, device: torch.device) -> None:
     Args:
         setting: key and value of the setting, such as "dataset.size=224", for the message.
         needed: number of bytes that the setting needs at least.
-        device: the device. If its free memory is unknown, the check passes. It is known for CUDA,
-            and on Linux for the CPU.
+        device: the device. If its free memory is unknown, the check passes. The free memory is
+            known for CUDA, and on Linux for the CPU.
 
     Raises:
         ValueError: If fewer than `needed` bytes are free.

@@ -32,7 +32,8 @@ def reuses_teacher(job: Config) -> bool:
     """Return whether the student of a job contains a part of the teacher's network.
 
     This is the case if a feature method of the job builds such a student. SimKD is an example: its
-    student ends in the teacher's head.
+    student ends in the teacher's head. Raise ValueError if a method's `_target_` is not allowed or
+    cannot be found (InstantiationException for code outside of sddlskd, torch, torchvision, timm).
     """
     return any(_wrapper(_method_of(feature.method)) for feature in job.features.values())
 
@@ -62,7 +63,10 @@ def student_network(
         `student` itself, or the larger network on `device` in the channels_last memory format.
 
     Raises:
-        ValueError: If a method cannot serve these networks or does not take its options.
+        ValueError: If a method is not allowed, cannot serve these networks or does not take its
+            options.
+        InstantiationException: If a method is code outside of sddlskd, torch, torchvision and timm
+            that cannot be found.
         torch.OutOfMemoryError: If the device is full.
     """
     for name, feature in job.features.items():
@@ -93,8 +97,9 @@ def rebuild_student(job: Config, device: torch.device) -> nn.Module:
 
     Raises:
         ValueError: If a feature method cannot serve the job's networks or does not take its
-            options, or if a configuration must not name such a network (see `build_network`).
-        InstantiationException: If the code of a network raises an error.
+            options, or if the `_target_` of a network or a method is not allowed.
+        InstantiationException: If the code of a network raises an error, or if a network or a
+            method is code outside of sddlskd, torch, torchvision and timm that cannot be found.
     """
     classes = job.dataset.num_classes
     student = build_network(without_weights(job.student.model), classes, job.seed, device)

@@ -81,10 +81,11 @@ def fit(
     of processes that share each batch. Otherwise the function starts `trainer.devices` processes if
     that setting is above 1.
 
-    If a single run raises an error, its result.json says FAILED and the other runs go on. An error
-    that concerns all runs is raised. The jobs whose run directories exist are then FAILED, except
-    after out-of-memory with several runs. A signal during training is no error: the runs are
-    KILLED.
+    If a single run raises an error, its result.json says FAILED and the other runs go on. With
+    several processes, an error other than an infinite or NaN loss also ends the other runs, as
+    KILLED. An error that concerns all runs is raised. Runs that have started are then FAILED,
+    except after out-of-memory with several runs. A signal during training is no error: the runs
+    that it stops are KILLED.
 
     Args:
         configs: the jobs, at least one, with equal `config.sharing_key` (same data, teacher and

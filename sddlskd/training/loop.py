@@ -47,9 +47,8 @@ def train(
 
     A run is the training of one student. Each run joins at its own epoch and step, so a group can
     hold resumed and new runs. A run that raises an error is marked FAILED and the other runs
-    continue, except as in `failures_of`. Errors of the data or the teacher are not caught. After a
-    signal, all ranks finish the current step, save the runs that have not failed, and return. The
-    caller marks runs as FINISHED or KILLED.
+    continue. After a signal, all ranks stop after the same step, save the runs that have not
+    failed, and return. The caller marks runs as FINISHED or KILLED.
 
     Args:
         runs: the runs of the group, at least one.
@@ -66,6 +65,11 @@ def train(
         stop: the stop request, checked after each step. If a signal reaches one rank, `stop.signal`
             is set on every rank.
         on_change: called with a run after its record in the run directory has changed.
+
+    Raises:
+        Exception: Any error of the data or the teacher. Also an out-of-memory error of a run while
+            other runs share the device, and with several ranks any error of a run but
+            NonFiniteLoss.
     """
     saved = time.monotonic()
 
@@ -164,9 +168,9 @@ def failures_of(run: Run, on_change: Callable[[Run], None]) -> Iterator[None]:
     is raised again, and the run is not marked:
 
     - An out-of-memory error while other runs share the device: it concerns all runs.
-    - With several ranks (processes that share each batch), any error but NonFiniteLoss. It must end
-      all ranks, because the others may be waiting for gradients of this rank. NonFiniteLoss is
-      raised by all ranks together.
+    - With several ranks (processes that share each batch), any error but NonFiniteLoss. Such an
+      error must end all ranks, because the others may be waiting for gradients of this rank.
+      NonFiniteLoss is raised by all ranks together.
     """
     try:
         yield

@@ -260,7 +260,8 @@ class Ranks:
         """Return rank 0's `value` on every rank; the values of the other ranks are ignored.
 
         `value` is None, or containers of plain values and CPU tensors. Unlike `broadcast`, this
-        method pickles the values, and the ranks wait only until the timeout of the process group.
+        method pickles the values, and raises RuntimeError if a rank waits longer than the timeout
+        of the process group.
         """
         if self.world_size == 1:
             return value
@@ -369,23 +370,24 @@ joins = 0
 
 @contextmanager
 def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
-    """Join the ranks that the environment names, for the duration of the block.
+    """Join the ranks that the environment variables name, for the duration of the block.
 
-    The ranks are the processes that share each batch; `WORLD_SIZE` is their number. If it is
-    missing or 1, a single rank without a device is yielded. Otherwise RANK, MASTER_ADDR and
-    MASTER_PORT must be set, too. An exception that is raised in the block is recorded for the other
-    ranks.
+    The ranks are the processes that share each batch; `WORLD_SIZE` is their number. If this
+    variable is missing or 1, a single rank without a device is yielded. Otherwise RANK, MASTER_ADDR
+    and MASTER_PORT must be set, too. An exception that is raised in the block is recorded for the
+    other ranks, and raised again.
 
     Args:
         device_name: name of the device, as `pick_device` accepts it.
-        timeout_s: seconds after which a rank that waits for another rank gives up. Joining may take
-            at least 300 seconds (START_S).
+        timeout_s: seconds after which a rank that waits for another rank gives up. For the start of
+            the other ranks, a rank waits at least 300 seconds (START_S) before it gives up.
 
     Yields:
         The position of this process among the ranks.
 
     Raises:
-        ValueError: If the device is not available.
+        ValueError: If the device is not available, or if WORLD_SIZE, RANK or MASTER_PORT is not an
+            integer.
         KeyError: If a variable of the environment is missing.
         RuntimeError: If another rank does not join in time.
         KeyboardInterrupt: If the ranks end because one of them was asked to stop.

@@ -100,10 +100,11 @@ class Objective:
 
     The loss is the sum of ce_weight * cross-entropy, kd_weight * warm-up * distillation loss, and
     weight * warm-up * loss for each feature or relation method. A warm-up is epoch / warmup_epochs,
-    but at most 1. A student without a teacher has the cross-entropy alone.
+    but at most 1. A student without a teacher has ce_weight * cross-entropy alone.
 
     Some methods have a first stage of training before epoch 1. Its epochs have the numbers ..., -1,
-    0. In these epochs the loss is the sum of the methods' first-stage losses, without weights.
+    0. In these epochs the loss is the sum of the methods' first-stage losses, without weights. A
+    method with n such epochs takes part from epoch 1 - n on.
 
     Attributes:
         distill: the distillation loss of two logit maps; None without such a loss.
@@ -194,14 +195,14 @@ class Objective:
         Args:
             student: taps of the student; without methods, only the logit map is read.
             teacher: taps of the teacher; None for a student without a teacher.
-            batch: the labels, int64 (B,), and the number of the epoch, which determines the
-                warm-up.
+            batch: the batch with its labels, int64 (B,), and the number of its epoch, which
+                determines the warm-up. Some methods also read other fields.
 
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
             "loss_ce", "loss_kd" and "loss_<method>" for each method. "temperature" is the learnt
-            temperature, if there is one. A value that the epoch does not have, as "loss_kd" in a
-            first stage, is 0.
+            temperature, if there is one. A value that is not computed, such as "loss_kd" in a first
+            stage or without a distillation loss, is 0.
         """
         loss_ce = F.cross_entropy(_logits(student.logit_map), batch.labels)
         values = {"loss_ce": loss_ce}
@@ -335,9 +336,8 @@ class Run:
         state: the status of the run: RUNNING, FINISHED, FAILED or KILLED.
         loss: mean training loss of the current epoch when `check_loss` was last called, or of the
             last epoch after `end_epoch`; NaN before.
-        val_top1: validation top-1 of the last epoch in percent. Before an epoch has ended it is
-            NaN, or -1 in a resumed run.
-        info: facts for result.json about the data, the teacher, the group and the environment.
+        val_top1: validation top-1 of the last epoch in percent; NaN before an epoch has ended.
+        info: facts for result.json, such as {"teacher_top1": 79.4, "environment": "..."}.
         crowded: whether other runs share the device.
 
     Raises:
@@ -415,11 +415,12 @@ class Run:
         """Store `info` and `crowded` as attributes, and report the run as RUNNING in result.json.
 
         Args:
-            info: facts for result.json about the data, the teacher, the group and the environment.
+            info: facts for result.json, such as {"teacher_top1": 79.4, "environment": "..."}.
             crowded: whether other runs share the device.
 
         Raises:
             OSError: If result.json cannot be written.
+            Damaged: If requeues.json in the run directory is damaged. The error is a ValueError.
         """
         self.info = dict(info)
         self.crowded = crowded

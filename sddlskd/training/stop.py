@@ -72,7 +72,7 @@ class Stop:
 
     @contextmanager
     def acting(self, *, at_once: bool) -> Iterator[None]:
-        """Set for a block whether a signal raises KeyboardInterrupt at once.
+        """Set for a block whether SIGINT, SIGTERM and SIGUSR2 raise KeyboardInterrupt at once.
 
         Args:
             at_once: True to raise KeyboardInterrupt as soon as a signal arrives, and also at the

@@ -67,9 +67,10 @@ def stored_shape(map_KHW: tuple[int, ...], side: int | None) -> tuple[int, ...]:
 class TeacherCache:
     """Teacher whose logit maps are cached in a sparse memory-mapped file.
 
-    Call the instance with images and the row of each image in the file. A row belongs to one view
-    of one training image, that is, to one crop with or without a flip. The teacher computes maps
-    that are not stored yet. Several processes may fill the same file at the same time.
+    Call the instance with images (B, C, H, W) and the row of each image in the file, int64 (B,), to
+    get the float32 logit map, (B, *map_KHW). A row belongs to one view of one training image, that
+    is, to one crop with or without a flip. The teacher computes maps that are not stored yet.
+    Several processes may fill the same file at the same time.
 
     The format float16 keeps 11 significant bits, so a value is rounded by at most 2^-11 of its
     size. Values below 6e-5 have fewer bits and are rounded by at most 2^-25. The format float32

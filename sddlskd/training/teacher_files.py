@@ -198,9 +198,10 @@ def _hash(path: Path, mtime_ns: int, size: int) -> str:
 def data_of(path: Path) -> dict[str, Any] | None:
     """Return the fingerprint of the data that a teacher was trained on, if its file holds one.
 
-    Return None if the file holds none, as files of other programs, of older versions and in the
-    format .safetensors, and for a damaged file. The fingerprint is kept in memory until the file's
-    modification time or size changes. Raise FileNotFoundError if the file is missing.
+    Return None if the file holds no fingerprint. This is the case for files of other programs or
+    of older versions, for .safetensors files and for damaged files. The fingerprint is kept in
+    memory until the file's modification time or size changes. Raise FileNotFoundError if the file
+    is missing.
     """
     return _data_of(path, path.stat().st_mtime_ns, path.stat().st_size)
 
@@ -238,6 +239,8 @@ def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> flo
     """
     note, key = path.with_name(path.name + ".top1.json"), f"{dataset}:{file_hash(path)}"
     known: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"{note} is damaged; delete it")
     if key not in known:
         known[key] = measure()
         try:
