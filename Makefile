@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
 PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-services test-servers test-slurm test-long tracking-server lint bench gpu clean
+.PHONY: setup demo test test-slow test-services test-servers test-slurm test-long tracking-server lint bench gpu clean
 
 setup: .venv/installed
 
@@ -30,18 +30,20 @@ demo: setup
 test: setup
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal --durations 12
 
-# Tests against real services (SLURM, PostgreSQL, ...) on loopback, and tests that kill sweeps and
-# ranks. Tests whose services cannot be installed are skipped, with the reason. Most of their time is
-# waiting, so both halves run at once.
-test-services: setup
-	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(MAKE) --jobs 2 --output-sync=target test-servers test-slurm
+# The slow tests: ranks, killed sweeps, every method in one group, the README's examples.
+test-slow: setup
+	$(PYTEST) -m slow --numprocesses 2 --dist worksteal --durations 12
+
+# Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
+# installed are skipped, with the reason.
+test-services: test-servers test-slurm
 
 test-servers: setup
+	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
 	$(PYTEST) -m services tests/services --durations 12
-	$(PYTEST) -m processes --durations 12
 
 test-slurm: setup
+	.ci/install slurm-wlm slurmdbd munge || true
 	$(PYTEST) -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
 
 # Hundreds of kills at random moments: about ten minutes. Nothing runs it by itself.

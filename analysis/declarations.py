@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import published, selection
-from .names import method_name, row_key, row_name, value_name
+from .names import SUFFIXES, method_name, row_key, row_name, value_name
 from .protocol import PAPERS_WEIGHT, other_method
 from .published import Published
 from .schema import METHOD_PARTS, NO_LOGIT_LOSS, Run, method_of
@@ -22,6 +22,7 @@ PLAIN_SAME = (
     "pair",
     "distiller",
     "standardize",
+    "standardization",
     "temperature",
     "ce_weight",
     "kd_weight",
@@ -477,7 +478,12 @@ def _overview_baselines(row: str) -> list[str]:
     method, blank, scales = row.partition(" [")
     shorter = _without_last(method)
     with_scales = [f"{shorter}{blank}{scales}"] if shorter else []
-    return [*with_scales, *_counterparts(method, (_one_scale, _plain))]
+
+    def plain(method: str) -> str | None:
+        """Return the method without standardisation, and with the scales of the row."""
+        return f"{one}{blank}{scales}" if (one := _plain(method)) else None
+
+    return [*with_scales, *_counterparts(method, (_one_scale, plain, _plain))]
 
 
 # Groups of runs
@@ -638,7 +644,9 @@ def _counterparts(method: str, tricks: Sequence[Callable[[str], str | None]]) ->
 
 def _plain(method: str) -> str | None:
     """Return the method without standardisation, or None if the method does not standardise."""
-    return method.removesuffix("_ls") if method.endswith("_ls") else None
+    return next(
+        (method.removesuffix(suffix) for suffix in SUFFIXES if method.endswith(suffix)), None
+    )
 
 
 def _without_last(method: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = [
     "PAPERS_LOSSES",
+    "SUFFIXES",
     "method_name",
     "pair_name",
     "row_key",
@@ -31,6 +32,8 @@ PAPERS_LOSSES = {
     "ft": "FT",
     "gdkd": "GDKD",
     "kd": "KD",
+    "kd_bs": "LumiNet",
+    "kd_cs": "NormKD",
     "kd_dot": "KD+DOT",
     "kdsvd": "KDSVD",
     "locality_guidance": "locality guidance",
@@ -57,6 +60,8 @@ PAPERS_LOSSES = {
 }
 """Names of the losses that the papers compare, as the papers spell them."""
 
+SUFFIXES = {"_ls": "+LS", "_bs": "+BS", "_cs": "+CS"}
+"""Suffixes of losses on standardised logits, and what tables write for them."""
 NO_LOSS = {
     "": "method not known",
     "unknown": "method not known",
@@ -86,12 +91,14 @@ def method_name(method: str, M: str = "[1]") -> str:
 
 def _part_name(part: str) -> str:
     """Return the papers' name of one loss of a method, such as SD-KD+LS for `sd_kd_ls`."""
-    loss = part.removeprefix("sd_").removesuffix("_ls")
-    name = PAPERS_LOSSES.get(loss, loss)
+    loss = part.removeprefix("sd_")
+    suffix = next((suffix for suffix in SUFFIXES if loss.endswith(suffix)), "")
+    name = PAPERS_LOSSES.get(loss, "")  # luminet and normkd have names of their own
+    if not name:
+        loss = loss.removesuffix(suffix)
+        name = f"{PAPERS_LOSSES.get(loss, loss)}{SUFFIXES.get(suffix, '')}"
     if part.startswith("sd_"):
         name = f"SD-{name}"
-    if part.endswith("_ls"):
-        name = f"{name}+LS"
     return name
 
 

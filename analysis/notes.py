@@ -148,8 +148,9 @@ def notes_on_gains(
             "Welch's tests on the seeds that both rows have, with p and intervals that hold for "
             f"the {looks} looks together at which seeds=until_decided may stop ({looking})"
         )
+    correction = "not corrected for the number of gains" if looking else "uncorrected"
     yield (
-        f"Gains: {'; '.join(ways)}. Intervals: 95 %, uncorrected. p: corrected by Holm over the "
+        f"Gains: {'; '.join(ways)}. Intervals: 95 %, {correction}. p: corrected by Holm over the "
         f"table's {len(tested)} tests. Equivalent: within ±{options.margin:g} points, by two "
         "one-sided tests."
     )

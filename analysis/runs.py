@@ -24,6 +24,7 @@ from .schema import (
     COLUMNS,
     METRICS,
     PARAMS,
+    STANDARDIZED,
     STATUSES,
     TAGS,
     canonical_M,
@@ -360,7 +361,11 @@ def _missing_row(sweep: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _typed(params: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Return the columns that the params of a run give, and a complaint for each faulty param."""
+    other = params.get("standardize", "") if params.get("standardize") in STANDARDIZED else ""
+    if other:
+        params = {**params, "standardize": "False"}
     row, complaints = _parsed(params, PARAMS)
+    row["standardization"] = other
     if features := _features(params):
         row["features"] = "+".join(features)
     row["details"] = details_of(params)

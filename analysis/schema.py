@@ -19,6 +19,7 @@ __all__ = [
     "METRICS",
     "NO_LOGIT_LOSS",
     "PARAMS",
+    "STANDARDIZED",
     "STATUSES",
     "TAGS",
     "Run",
@@ -70,7 +71,8 @@ class Run:
     learned_temperature: bool = False  # whether the temperature is learnt (CTKD)
     optimizer: str = ""
     M: str = "[1]"  # scales, as canonical_M writes them: "[1,2,4]"
-    standardize: bool = False
+    standardize: bool = False  # over the classes, as LSKD does
+    standardization: str = ""  # another way to standardise the logits: batch or class_scaled
     complementary_weight: float | None = None
     knowledge: str = "fusion"  # regions that the loss uses: fusion, consistent or complementary
     temperature: float | None = None
@@ -249,11 +251,14 @@ METHOD_PARTS = (
     "distiller",
     "M",
     "standardize",
+    "standardization",
     "features",
     "learned_temperature",
     "optimizer",
 )
 """Columns that determine the method: the arguments of `method_of`."""
+STANDARDIZED = {"batch": "_bs", "class_scaled": "_cs"}
+"""Suffixes of losses on logits that are standardised otherwise than by LSKD."""
 SHORT_NAMES = {
     "kd+dot": "kd_dot",
     "kd+semckd": "semckd",  # its authors train it together with KD
@@ -281,6 +286,7 @@ def method_of(
     features: str = "",
     learned_temperature: bool = False,
     optimizer: str = "",
+    standardization: str = "",
 ) -> str:
     """Return the name of a method, such as "sd_kd_ls", "crd" or "sd_kd+crd".
 
@@ -289,11 +295,14 @@ def method_of(
             latter case, `M`, `standardize` and `learned_temperature` do not matter.
         M: scales as `canonical_M` writes them; "[1]" is the whole logit map. Any other text adds
             the prefix "sd_" to the loss.
-        standardize: whether the logits are standardised, which adds the suffix "_ls" to the loss.
+        standardize: whether the logits are standardised over the classes, which adds the suffix
+            "_ls" to the loss.
         features: names of feature methods from `feature_of`, joined by "+"; "" for none.
         learned_temperature: whether the temperature of the loss is learnt (CTKD). The loss "kd"
             then becomes "ctkd", and another loss becomes, for example, "dkd+ctkd".
         optimizer: name of the optimizer. "dot" is added as the last part; other names are not.
+        standardization: another way to standardise the logits: "batch" adds the suffix "_bs", and
+            "class_scaled" the suffix "_cs". "" for none.
 
     Returns:
         The loss, the feature methods and "dot", joined by "+", or the short name in `SHORT_NAMES`
@@ -305,7 +314,7 @@ def method_of(
         if learned_temperature:
             loss = "ctkd" if distiller == "kd" else f"{distiller}+ctkd"
         prefix = "" if M == "[1]" else "sd_"
-        suffix = "_ls" if standardize else ""
+        suffix = "_ls" if standardize else STANDARDIZED.get(standardization, "")
         parts.insert(0, f"{prefix}{loss}{suffix}")
     if not parts:
         return "vanilla"

@@ -55,6 +55,7 @@ RECIPE = (
     "optimizer",
     "M",
     "standardize",
+    "standardization",
     "knowledge",
     "complementary_weight",
     "temperature",
@@ -141,7 +142,12 @@ def _as_trained(run: Run, number: int) -> Run:
         fixed = {"complementary_weight": None}
     if run.distiller in NO_LOGIT_LOSS:
         fixed = {"complementary_weight": None, "temperature": None, "kd_weight": None}
-        fixed |= {"M": "[1]", "standardize": False, "knowledge": "fusion"}
+        fixed |= {
+            "M": "[1]",
+            "standardize": False,
+            "standardization": "",
+            "knowledge": "fusion",
+        }
     recorded = tuple(getattr(run, setting) for setting in fixed)
     if run.max_steps is None and run.source == "sddlskd":
         fixed["max_steps"] = "all"
@@ -536,11 +542,15 @@ def gain_over(
     if len(fitting) > 1:
         return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
     ((over, base),) = fitting.items()
-    looks = max((one.looks or 0 for side in (result, base) for one in side.runs), default=0)
+    looks = max((one.looks or 0 for one in result.runs), default=0)
     if looks:
         difference = stats.sequential(result.by_seed, base.by_seed, looks)
     else:
         values, base_values = list(result.values.values()), list(base.values.values())
+        if any(one.looks for one in base.runs) and result.by_seed.keys() & base.by_seed.keys():
+            # Results of other rows decided how many seeds the baseline got. Its numbers for the
+            # seeds of this row do not depend on that.
+            base_values = [base.by_seed[s] for s in sorted(result.by_seed.keys() & base.by_seed)]
         spread = None if beside is None else spread_beside(result, beside)
         if beside is not None and (spread is None or spread.equal):
             return Gain(over, base, stats.pooled(values, base_values, spread))

@@ -117,13 +117,13 @@ class Difference:
 
     @property
     def low(self) -> float | None:
-        """Return the lower end of the 95 % interval of `half_width`; None if `error` is None."""
+        """Return the lower end of the 95 % interval of the gain; None if `error` is None."""
         half = self.half_width()
         return None if half is None else self.mean - half
 
     @property
     def high(self) -> float | None:
-        """Return the upper end of the 95 % interval of `half_width`; None if `error` is None."""
+        """Return the upper end of the 95 % interval of the gain; None if `error` is None."""
         half = self.half_width()
         return None if half is None else self.mean + half
 

@@ -386,6 +386,9 @@ def _aggregates(
             groups[key] = base
             pairs.append(((label, column), key))
         found[label] = stats.aggregate(groups, pairs)
+        if any(gain.difference.test == "sequential" for gain in own.values()):
+            # The bootstrap does not know that the results decided the number of seeds.
+            found[label] = replace(found[label], low=None, high=None)
     return found
 
 

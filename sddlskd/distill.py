@@ -18,12 +18,14 @@ __all__ = [
     "KNOWLEDGE",
     "POOLINGS",
     "REDUCTIONS",
+    "STANDARDIZE",
     "PerSampleLoss",
     "ScaleDecoupled",
     "check_scales",
     "compares_images",
     "region_logits",
     "standardize",
+    "standardize_over_batch",
 ]
 
 PerSampleLoss = Callable[..., Tensor]
@@ -37,6 +39,14 @@ KNOWLEDGE = {"fusion": (1.0, 1.0), "consistent": (1.0, 0.0), "complementary": (0
 
 The factors multiply the weights of the regions, see `ScaleDecoupled`. Source: SDD Table 6.
 """
+
+STANDARDIZE: dict[str, bool | str] = {
+    "none": False,
+    "class": True,
+    "batch": "batch",
+    "class_scaled": "class_scaled",
+}
+"""Ways to standardise logits, see `ScaleDecoupled`, by name; False and True are other names."""
 
 REDUCTIONS = ("mean", "sum")
 """How the weighted losses of the regions become a scalar.
@@ -110,6 +120,19 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     return (logits - mean) / (eps + std)
 
 
+def standardize_over_batch(logits_BRK: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return (z - mean) / sqrt(var + eps) of logits z, with mean and variance over the images.
+
+    The logits (B, R, K) are those of R regions of B images. Each region and class has its own mean
+    and variance. The variance is the biased one, with the divisor B, so a batch of one image gives
+    zeros. The result has the shape of the logits.
+
+    Source: LumiNet (TMLR 2025); `eps` and the biased variance are those of its released code.
+    """
+    var_1RK, mean_1RK = torch.var_mean(logits_BRK, dim=0, correction=0, keepdim=True)
+    return (logits_BRK - mean_1RK) / (var_1RK + eps).sqrt()
+
+
 def compares_images(loss: PerSampleLoss) -> bool:
     """Return whether a loss compares the images of a batch with each other.
 
@@ -143,8 +166,11 @@ class ScaleDecoupled:
             Scale 1 has one region, the whole map.
         complementary_weight: weight of complementary regions (SDD's beta), not negative. Consistent
             regions have weight 1.
-        standardize: whether to standardise the logits of each region over the classes (LSKD) before
-            `loss` reads them.
+        standardize: how the logits of each region are standardised before `loss` reads them.
+            "none" or False: not at all. "class" or True: over the classes (LSKD, see
+            `standardize`). "batch": over the images (LumiNet, see `standardize_over_batch`).
+            "class_scaled": as "class", and the loss of a region is multiplied by the variance of
+            the teacher's logits over the classes (NormKD).
         knowledge: which regions count: "fusion" (all), "consistent" or "complementary". Other
             regions get weight 0.
         reduction: how the weighted losses of the regions become a scalar: "mean" (mean over all B*R
@@ -154,8 +180,8 @@ class ScaleDecoupled:
 
     Raises:
         ValueError: If `M` is not a sequence of different integers of at least 1, if
-            `complementary_weight` is negative or NaN, or if `knowledge`, `reduction` or `pooling`
-            is not one of the names above.
+            `complementary_weight` is negative or NaN, or if `standardize`, `knowledge`, `reduction`
+            or `pooling` is not one of the names above.
     """
 
     def __init__(
@@ -163,7 +189,7 @@ class ScaleDecoupled:
         loss: PerSampleLoss,
         M: Sequence[int],
         complementary_weight: float = 2.0,
-        standardize: bool = False,
+        standardize: bool | str = False,
         knowledge: str = "fusion",
         reduction: str = "mean",
         pooling: str = "direct",
@@ -175,13 +201,15 @@ class ScaleDecoupled:
         ):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
+        if standardize not in {*STANDARDIZE, True, False}:
+            raise ValueError(f"standardize={standardize!r} is not one of {', '.join(STANDARDIZE)}")
         if not complementary_weight >= 0:  # also true for NaN
             raise ValueError(f"complementary_weight={complementary_weight} must not be negative")
         self.loss = loss
         self.compares_images = compares_images(loss)
         self.M = check_scales(M)
         self.complementary_weight = complementary_weight
-        self.standardize = standardize
+        self.standardize = STANDARDIZE.get(str(standardize), standardize)
         self.knowledge = knowledge
         self.reduction = reduction
         self.pooling = pooling
@@ -218,7 +246,12 @@ class ScaleDecoupled:
             teacher_BRK = region_logits(teacher_map_BKHW, self.M)
             B, R, _ = student_BRK.shape
             weight_BR = self._weights(teacher_map_BKHW, teacher_BRK, target_B)
-            if self.standardize:
+            if self.standardize == "class_scaled":
+                weight_BR = weight_BR * teacher_BRK.std(2) ** 2
+            if self.standardize == "batch":
+                student_BRK = standardize_over_batch(student_BRK)
+                teacher_BRK = standardize_over_batch(teacher_BRK)
+            elif self.standardize:
                 student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
             target_BR = target_B[:, None].expand(B, R)
             loss_N = self.loss(

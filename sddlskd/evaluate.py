@@ -367,19 +367,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if chosen.size is not None and not chosen.probe:
             raise ValueError("--size resizes the images of --probe; add --probe")
+        # All sources are read first, so that a wrong one costs no results.
+        every = [_job_and_weights(source, overrides) for source in sources]
         rows = []
-        for source in sources:
-            asked = _job_and_weights(source, overrides)
+        for source, asked in zip(sources, every, strict=True):
             found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
-            rows.append((cfg.title(asked[2]), found))
+            rows.append((str(source), found))
     except KeyboardInterrupt:
         sys.exit(ExitCode.STOPPED)
     except ERRORS as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
     if chosen.json:
-        results = [found for _, found in rows]
-        write_line(json.dumps(results if len(results) > 1 else results[0]))
+        results = [{"source": source, **found} for source, found in rows]
+        write_line(json.dumps(results if len(rows) > 1 else rows[0][1]))
     elif len(rows) > 1:
         _print_table(rows)
     else:
@@ -397,23 +398,22 @@ def _shown(value: Any) -> str:
 
 
 def _print_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Print the results of several students, a line each; `rows` holds (title, results)."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print the results of several students, a line each; `rows` holds (source, results).
 
+    Lines are as long as they need to be. Results that all students have in common follow below.
+    """
     names = list(dict.fromkeys(name for _, found in rows for name in found))
-    alike = {name for name in names if len({str(found.get(name)) for _, found in rows}) == 1}
-    table = Table()
-    table.add_column("student")
-    for name in names:
-        if name not in alike:
-            table.add_column(name, justify="right")
-    for title, found in rows:
-        table.add_row(title, *(_shown(found.get(name, "-")) for name in names if name not in alike))
-    Console(markup=False).print(table)
-    for name in names:
-        if name in alike:
-            write_line(f"{name}: {_shown(rows[0][1].get(name, '-'))}")
+    alike = [name for name in names if len({str(found.get(name)) for _, found in rows}) == 1]
+    columns = [name for name in names if name not in alike]
+    lines = [[*columns, "student"]]
+    for source, found in rows:
+        lines.append([*(_shown(found.get(name, "-")) for name in columns), source])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for *numbers, source in lines:
+        shown = [text.rjust(width) for text, width in zip(numbers, widths[:-1], strict=True)]
+        write_line("  ".join([*shown, source]))
+    for name in alike:
+        write_line(f"{name}: {_shown(rows[0][1].get(name, '-'))}")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def queue_again(folder: Path) -> None:
         write_text(folder / "result.json", json.dumps(result, indent=1))
 
 
-def freeze(config: Config) -> Path:
+def freeze(config: Config, text: str = "") -> Path:
     """Write a job's configuration and the state of the code into its run directory.
 
     The files are config.yaml, code.json and, if there are uncommitted changes, code.diff. If the
@@ -149,6 +149,7 @@ def freeze(config: Config) -> Path:
 
     Args:
         config: configuration of the job; `config.run_dir` is the directory, made if missing.
+        text: `config.to_yaml(config)`, if the caller has it.
 
     Returns:
         The run directory.
@@ -158,7 +159,7 @@ def freeze(config: Config) -> Path:
         OSError: If the files cannot be written.
     """
     folder = Path(config.run_dir)
-    text = cfg.to_yaml(config)
+    text = text or cfg.to_yaml(config)
     if holds(config, text):
         if (folder / "config.yaml").read_bytes() != text.encode() and abandoned(folder):
             write_text(folder / "config.yaml", text)
@@ -270,7 +271,8 @@ class Record:
     """
 
     def __init__(self, config: Config) -> None:
-        self.folder = freeze(config)
+        text = cfg.to_yaml(config)
+        self.folder = freeze(config, text)
         self.config_hash = cfg.config_hash(config)
         self._lock = FileLock(self.folder / ".lock")
         holder = self.folder / ".holder"
@@ -283,28 +285,29 @@ class Record:
                 f"run_dir={self.folder} is in use by {who}; wait for it, or choose another run_dir"
             ) from None
         try:
-            self._open(config, holder)
+            self._open(config, text, holder)
         except BaseException:
             self._lock.release()
             raise
 
-    def _open(self, config: Config, holder: Path) -> None:
+    def _open(self, config: Config, text: str, holder: Path) -> None:
         """Check and repair the directory, and open train.log; the lock is held."""
         with suppress(OSError):  # the disk may be full
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        holds(config)  # checked again: no other process can freeze another job here from now on
+        # Checked again: no other process can freeze another job here from now on.
+        holds(config, text)
         # Left by a process that was killed during a write.
         for left_over in self.folder.glob(".*.ckpt*.tmp"):
             left_over.unlink()
         # Left by a process that was killed right after a write.
         for whole in self.folder.glob("*.ckpt.new"):
             rotate(whole)
+        self._mend_torn_line()
         self._log_file = LogFile(self.folder / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log = logging.getLogger(f"sddlskd.run.{str(self.folder).replace('.', '_')}")
         self.log.setLevel(logging.INFO)
         self.log.addHandler(self._log_file)
-        self._mend_torn_line()
 
     def close(self) -> None:
         """Close train.log, and let other processes open the directory."""

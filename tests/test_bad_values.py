@@ -311,6 +311,8 @@ REFUSED = [
      "leave out hydra.sweeper.max_batch_size"),
     (["-m", "sweep.seeds=until_decided", "recipe=kd_ls,crd"],
      "no job of this sweep has a baseline in it; it has KD+LS, CRD"),
+    (["standardize=rows"],
+     "standardize=rows is not valid; give none, class, batch, class_scaled, true"),
     (["sweep.max_seeds=2"],
      "sweep.max_seeds=2 must be at least 3"),
     (["-m", "sweep.seeds=enough", "M=[1],[1,2]"], "sweep.seeds"),

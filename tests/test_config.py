@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import sddlskd
 from sddlskd import config as cfg
-from sddlskd import datasets
-from sddlskd.config import Config
+from sddlskd import datasets, distill
+from sddlskd.config import Config, schema
 from sddlskd.config.targets import instantiate
 from sddlskd.data.decoding import ImageTransform
 from sddlskd.distill import ScaleDecoupled
@@ -155,7 +155,7 @@ def test_the_choices_are_those_that_the_project_promises() -> None:
         "tiny_imagenet",
     }
     assert set(choices("trainer")) == {"default", "debug", "cpu"}
-    assert set(choices("recipe")) == set(RECIPES) | set(OF_METHODS) | LOGITS
+    assert set(choices("recipe")) == set(RECIPES) | set(OF_METHODS) | LOGITS | {"luminet", "normkd"}
     # The teachers of LSKD Table 5. They are built by their class and are not in models.names().
     wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}
     assert (
@@ -701,6 +701,7 @@ def test_both_kinds_of_dkd_with_lskd_take_imagenets_warm_up_and_beta(pair: str) 
     )
 
 
+@pytest.mark.slow
 def test_what_is_adapted_is_for_choices_that_exist_and_changes_something() -> None:
     paths = sorted((CONF / "adapted").rglob("*.yaml"))
     assert paths
@@ -1164,3 +1165,29 @@ def test_6_and_6_0_are_one_job(compose):
         for beta in ("6", "6.0")
     }
     assert len(hashes) == 1
+
+
+# Ways to standardise
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "class"), ("false", "none")])
+def test_the_first_names_of_standardisation_keep_their_hash(old: str, new: str) -> None:
+    first, second = (job_of("recipe=kd", f"standardize={way}") for way in (old, new))
+    assert first == second
+    assert cfg.config_hash(first) == cfg.config_hash(second)
+    assert isinstance(first.standardize, bool)
+
+
+def test_other_ways_to_standardise_are_other_methods() -> None:
+    jobs = [job_of("recipe=kd", f"standardize={way}") for way in schema.STANDARDIZE]
+    assert len({cfg.config_hash(job) for job in jobs}) == 4
+    assert [cfg.method_name(job) for job in jobs] == ["KD", "KD+LS", "LumiNet", "NormKD"]
+    assert cfg.method_name(job_of("recipe=sd_dkd", "standardize=batch")) == "SD-DKD+BS"
+    assert schema.STANDARDIZE == distill.STANDARDIZE
+
+
+def test_luminet_and_normkd_are_kd_standardised_otherwise() -> None:
+    luminet, normkd = job_of("recipe=luminet"), job_of("recipe=normkd")
+    assert (luminet.standardize, normkd.standardize) == ("batch", "class_scaled")
+    assert luminet.distiller.kd_weight == 33**2 / 4**2
+    assert job_of("recipe=luminet", "pair=vgg13_vgg8").distiller.kd_weight == 70**2 / 8**2

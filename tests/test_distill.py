@@ -18,7 +18,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sddlskd.distill import KNOWLEDGE, REDUCTIONS, ScaleDecoupled, region_logits, standardize
+from sddlskd.distill import (
+    KNOWLEDGE,
+    REDUCTIONS,
+    STANDARDIZE,
+    ScaleDecoupled,
+    region_logits,
+    standardize,
+)
 from sddlskd.losses import dkd, kd, nkd
 from tests.newer import NEWER
 
@@ -800,3 +807,69 @@ def test_a_loss_that_reduces_is_refused():
 def test_scales_must_be_a_list():
     with pytest.raises(ValueError, match="M=4 is not a list"):
         ScaleDecoupled(lambda s, t, y: s.sum(1), 4)
+
+
+# Ways to standardise
+
+
+def drawn_maps(B: int = 6, K: int = 5, side: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (
+        3 * torch.randn(B, K, side, side, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
+    return student, teacher, torch.arange(B) % K
+
+
+def test_batch_standardised_kd_is_luminet() -> None:
+    student, teacher, target = drawn_maps()
+    loss = ScaleDecoupled(partial(kd, temperature=4.0), [1], standardize="batch")
+    rows = []
+    for map_BKHW in (student, teacher):
+        z = map_BKHW.mean((2, 3))
+        rows.append((z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + 1e-5))
+    own, other = ((z / 4).log_softmax(1) for z in rows)
+    alpha = 33.0
+    theirs = alpha**2 * (other.exp() * (other - own)).sum(1).mean()
+    ours = alpha**2 / 4**2 * loss(student, teacher, target)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+
+
+def test_scaled_standardised_kd_is_normkd() -> None:
+    student, teacher, target = drawn_maps()
+    loss = ScaleDecoupled(partial(kd, temperature=2.0), [1], standardize="class_scaled")
+    z_s, z_t = student.mean((2, 3)), teacher.mean((2, 3))
+    T_s, T_t = (2.0 * z.std(1, keepdim=True) for z in (z_s, z_t))
+    own, other = (z_s / T_s).log_softmax(1), (z_t / T_t).log_softmax(1)
+    theirs = ((other.exp() * (other - own)).sum(1, keepdim=True) * T_t**2).mean()
+    # LSKD adds 1e-7 to the deviation, and NormKD does not.
+    assert loss(student, teacher, target).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", STANDARDIZE)
+@pytest.mark.parametrize("M", [[1], [1, 2], [1, 2, 4]])
+def test_every_way_to_standardise_is_finite_at_every_scale(way: str, M: list[int]) -> None:
+    for size in (6, 1):
+        student, teacher, target = drawn_maps(size)
+        student.requires_grad_()
+        value = ScaleDecoupled(partial(kd, temperature=2.0), M, standardize=way)(
+            student, teacher, target
+        )
+        value.backward()
+        assert value.isfinite()
+        assert student.grad is not None
+        assert student.grad.isfinite().all()
+
+
+def test_names_of_the_first_versions_are_the_same_ways() -> None:
+    student, teacher, target = drawn_maps()
+    for old, new in ((True, "class"), (False, "none")):
+        losses = [
+            ScaleDecoupled(partial(kd, temperature=2.0), [1, 2], standardize=way)(
+                student, teacher, target
+            )
+            for way in (old, new)
+        ]
+        assert torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"standardize='rows' is not one of none, class, batch,"):
+        ScaleDecoupled(partial(kd, temperature=2.0), [1], standardize="rows")

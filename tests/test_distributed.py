@@ -46,6 +46,8 @@ from sddlskd.training.teacher_files import path_of
 from tests.made_once import made_once
 from tests.tiny import DIVERGES, Net, child, final, net, processes, rows, same, same_outcome, tiny
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PATIENCE = 240  # seconds until a rank counts as hanging; a loaded machine is slow
 
@@ -480,7 +482,6 @@ def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
     assert "in misbehave" in Path(job.run_dir, "train.log").read_text()
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -522,7 +523,6 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("number", "reason"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGKILL, "SIGINT")]
 )
@@ -541,7 +541,6 @@ def test_a_signal_to_the_first_process_stops_all_ranks(
     assert final(job)["progress"]["epoch"] <= 400
 
 
-@pytest.mark.processes
 def test_ranks_that_wait_for_a_teacher_stop_at_once(tmp_path: Path) -> None:
     """The ranks wait while another job trains their teacher.
 
@@ -609,7 +608,6 @@ def test_refused_by_every_rank(tmp_path: Path, words: tuple[str, ...]) -> None:
     on_ranks(2, be_refused, tmp_path, words, REFUSED[words])
 
 
-@pytest.mark.processes
 def test_refused_in_one_line_by_the_ranks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.device=cuda needs CUDA"):
         fit([tiny(tmp_path, "trainer.device=cuda", "trainer.devices=2")])

@@ -208,15 +208,24 @@ def test_errors_take_one_line(
     assert why in err[-1]
 
 
-def test_several_runs_are_a_table(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate.main([trained.run_dir, trained.run_dir, "trainer.device=cpu"])
-    told = capsys.readouterr().out
-    assert told.count("KD+LS") + told.count("SD-KD") >= 2
-    assert "top1: " in told  # what all have in common stands below the table
-    assert "images_per_s" in told.splitlines()[1]
-    evaluate.main([trained.run_dir, trained.run_dir, "trainer.device=cpu", "--json"])
+def test_several_runs_are_a_table(
+    trained: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    export.main([trained.run_dir, "--to", "safetensors", "--out", str(tmp_path / "s.safetensors")])
+    capsys.readouterr()
+    sources = [trained.run_dir, str(tmp_path / "s.safetensors")]
+    evaluate.main([*sources, *ASKED])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert {"images_per_s", "ms_per_image", "student"} <= set(header.split())
+    assert [line.split()[-1] for line in lines[:2]] == sources
+    assert "parameters: 78042" in lines  # what all have in common stands below the table
+    evaluate.main([*sources, *ASKED, "--json"])
     both = json.loads(capsys.readouterr().out)
-    assert without_clock(both[0]) == without_clock(both[1])
+    assert [one["source"] for one in both] == sources
+    assert both[0]["top1"] == both[1]["top1"]
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main([*sources, str(tmp_path / "missing")])
+    assert capsys.readouterr().out == ""  # nothing is measured before all are found
 
 
 # The linear probe

@@ -84,7 +84,7 @@ def crash_everywhere(job: Config, undisturbed: Config, home: Path, queue: Any) -
     queue.put((wrong, at))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_crash_at_every_file_operation(tmp_path: Path, undisturbed: Config) -> None:
     queue = processes.SimpleQueue()
     process = processes.Process(

@@ -67,6 +67,10 @@ def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose)
         ("recipe=semckd", "SemCKD"),
         ("recipe=semckd distiller=features_only", "SemCKD without KD"),
         ("distiller.name=my_Loss", "SD-my_Loss+LS"),
+        ("recipe=luminet M=[1,2]", "SD-LumiNet"),
+        ("recipe=normkd", "NormKD"),
+        ("recipe=sd_dkd standardize=batch", "SD-DKD+BS"),
+        ("recipe=ctkd standardize=class_scaled", "CTKD+CS"),
     ],
 )
 def test_the_name_of_a_method(compose: Compose, overrides: str, name: str) -> None:

@@ -96,6 +96,7 @@ def test_every_command_composes(command: str) -> None:
     assert (len(jobs) > 1) == ("-m" in shlex.split(command)[3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "method", "connector", "network", "dataset"])
 def test_examples_run(name: str, tmp_path: Path) -> None:
     blocks = example(name)

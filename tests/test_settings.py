@@ -42,6 +42,7 @@ def test_every_number_with_a_recipe_has_a_row() -> None:
     assert rows().keys() == {key_of(number) for number in settings.cells()}
 
 
+@pytest.mark.slow
 def test_the_rows_are_what_the_recipes_compose() -> None:
     numbers = chosen()
     wrong = [

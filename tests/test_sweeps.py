@@ -324,6 +324,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) -> None:
     words = ("sddlskd.train", "-m", *COMMON, f"home={home}", "sweep.name=test", *LONG)
     process = ForkedCommand(home, *words, cwd=REPO)
@@ -342,7 +343,7 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) 
         assert [row["epoch"] for row in record.read_rows(folder)] == [1, 2, 3, 4]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
     """The weights must be those of undisturbed sweeps.
 
@@ -622,7 +623,7 @@ def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:
     assert [listed._next("cpu").jobs for _ in jobs] == [[jobs[0]], [jobs[1]]]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_job_of_several_devices_has_the_pool_to_itself(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import stats
+from analysis import stats, tables
+from analysis.runs import _typed
+from analysis.schema import frame_of
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.sweeps import until_decided
@@ -135,6 +137,45 @@ def test_each_method_has_the_baseline_of_the_tables(tmp_path: Path) -> None:
     assert find_baselines(cells, "KD+LS") == {1: 2, 3: 2, 4: 2}
 
 
+GRIDS = {
+    "overview": ["vanilla", "kd", "kd_ls", "sd_kd M=[1,2]", "sd_kd_ls M=[1,2]", "crd", "sd_kd_crd"],
+    "no student alone": ["kd", "kd_ls", "sd_kd_ls M=[1,2]", "dkd", "dot"],
+    "no KD+LS": ["vanilla", "kd", "sd_kd M=[1,2]", "sd_kd_ls M=[1,2]"],
+    "features": ["vanilla", "sp", "sd_sp", "crd", "semckd", "kd"],
+    "others": ["vanilla", "kd", "luminet", "normkd", "ctkd", "dkd_ctkd", "dkd", "kd_ls", "dot"],
+    "two rates": [
+        f"{one} optimizer.lr={lr}" for one in ("vanilla", "kd", "kd_ls") for lr in (0.1, 0.2)
+    ],
+    "two temperatures": [
+        "vanilla",
+        *(f"{one} distiller.temperature={T}" for one in ("kd", "kd_ls") for T in (2, 4)),
+    ],
+    "precisions": ["vanilla", "kd trainer.precision=bf16", "kd_ls trainer.precision=bf16"],
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_sweep_decides_the_gains_of_the_tables(tmp_path: Path, grid: str) -> None:
+    cells = [job(tmp_path, f"recipe={one.split()[0]}", *one.split()[1:]) for one in GRIDS[grid]]
+    found = find_baselines(cells)
+    rows = []
+    for index, cell in enumerate(cells):
+        row, problems = _typed({key: str(value) for key, value in cfg.flatten(cell).items()})
+        assert problems == []
+        for seed in range(2):
+            more = {"status": "FINISHED", "seed": seed, "best": 50.0 + index + 0.1 * seed}
+            rows.append(
+                {**row, **more, "run_id": f"{index}-{seed}", "config_hash": f"{index}{seed}"}
+            )
+    (table,) = [one for one in tables.build(frame_of(rows)) if one.name == "overview_digits"]
+    shown = {
+        round((cell.mean or 0) - 50.05): round((cell.gain.base.mean or 0) - 50.05)
+        for cell in table.cells.values()
+        if cell.gain
+    }
+    assert found == shown
+
+
 def test_several_baselines_are_told_apart_by_temperature(tmp_path: Path) -> None:
     cells = [
         job(tmp_path, "recipe=kd", f"distiller.temperature={t}", f"M=[{m}]")
@@ -206,6 +247,29 @@ def test_a_sweep_adds_seeds_and_a_second_launch_adds_none(
     again = Trained({})
     assert sorted(launched(tmp_path, monkeypatch, again, "sweep.max_seeds=4")) == sorted(jobs)
     assert again.rounds == [0]
+
+
+def test_another_largest_number_of_seeds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [70.0, 70.1, 69.9, 70.2, 70.0]
+    trained = Trained(dict.fromkeys(("student alone", "KD", "KD+LS"), numbers))
+    launched(tmp_path, monkeypatch, trained, "sweep.max_seeds=3")
+    with pytest.raises(
+        ValueError, match=r"max_seeds=4 differs from .* began with \(3\), for which"
+    ):
+        launched(tmp_path, monkeypatch, trained, "sweep.max_seeds=4")
+
+
+def test_cells_that_differ_in_a_setting_alone_are_told_apart(tmp_path: Path) -> None:
+    cells = [job(tmp_path, "recipe=vanilla")]
+    cells += [job(tmp_path, "recipe=kd", f"distiller.temperature={t}") for t in (2, 4)]
+    lines = [
+        until_decided.describe(Comparison(one, 0, 3, 1.0, 0.01, True), cells) for one in (1, 2)
+    ]
+    assert "KD, distiller.temperature=2.0" in lines[0]
+    assert "KD, distiller.temperature=4.0" in lines[1]
+    assert all("over student alone: better after 3 seeds, +1.00 points" in line for line in lines)
 
 
 def test_running_every_job_again_is_refused(

@@ -59,6 +59,10 @@ METHOD_NAMES = {
     "wttm": "WTTM",
 }
 
+# Suffix of a loss on standardised logits.
+STANDARDIZED: dict[bool | str, str] = {True: "LS", "batch": "BS", "class_scaled": "CS"}
+# Papers' names of KD on such logits.
+STANDARDIZED_KD = {"KD+BS": "LumiNet", "KD+CS": "NormKD"}
 # The authors of SemCKD always add KD: the name SemCKD stands for the sum of both losses.
 SHORT_NAMES = {"KD+SemCKD": "SemCKD", "SemCKD": "SemCKD without KD"}
 
@@ -231,7 +235,7 @@ def run_name(config: Config) -> str:
         if config.distiller.learned_temperature:
             parts.append("ctkd")
         if config.standardize:
-            parts.append("ls")
+            parts.append(STANDARDIZED[config.standardize].lower())
         parts += ["M", *map(str, config.M)]
     parts += config.features
     label = "-".join([*parts, f"s{config.seed}", config_hash(config)])
@@ -243,10 +247,12 @@ def method_name(config: Config) -> str:
 
     The parts are the loss on the logits, the feature methods, and "DOT" for the optimizer DOT.
     "SD-" marks a loss on the logits if `M` is not [1], and a feature method that has an option `M`
-    of its own. "+LS" marks standardised logits. A learnt temperature turns "KD" into "CTKD", and
-    other losses into, for example, "DKD+CTKD". "KD+SemCKD" becomes "SemCKD", and SemCKD without KD
-    becomes "SemCKD without KD". A loss or method that `METHOD_NAMES` does not list keeps its
-    configured name. A job without a teacher is called "student alone".
+    of its own. "+LS" marks logits that are standardised over the classes, "+BS" over the batch, and
+    "+CS" over the classes with the scale of the teacher. "KD+BS" is called "LumiNet", and "KD+CS"
+    "NormKD". A learnt temperature turns "KD" into "CTKD", and other losses into, for example,
+    "DKD+CTKD". "KD+SemCKD" becomes "SemCKD", and SemCKD without KD becomes "SemCKD without KD". A
+    loss or method that `METHOD_NAMES` does not list keeps its configured name. A job without a
+    teacher is called "student alone".
     """
     if not config.has_teacher:
         return "student alone"
@@ -260,12 +266,16 @@ def method_name(config: Config) -> str:
         names.append(known)
     if config.distiller.loss:
         loss = METHOD_NAMES.get(config.distiller.name, config.distiller.name)
+        suffix = ""
+        if config.standardize:
+            suffix = f"+{STANDARDIZED[config.standardize]}"
         if config.distiller.learned_temperature:
             loss = "CTKD" if loss == "KD" else f"{loss}+CTKD"
+        elif f"{loss}{suffix}" in STANDARDIZED_KD:
+            loss, suffix = STANDARDIZED_KD[f"{loss}{suffix}"], ""
         if config.M != [1]:
             loss = f"SD-{loss}"
-        if config.standardize:
-            loss = f"{loss}+LS"
+        loss = f"{loss}{suffix}"
         names.insert(0, loss)
     if config.optimizer.name == "dot":  # DOT changes how the losses are combined
         names.append("DOT")

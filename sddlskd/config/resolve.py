@@ -25,6 +25,7 @@ from sddlskd.config.schema import (
     LAUNCHER,
     M_CURE,
     NO_TEACHER,
+    STANDARDIZE,
     Bounds,
     CacheDtype,
     Config,
@@ -277,6 +278,12 @@ def normalise(config: Config, *, frozen: bool = False) -> Config:
         config.teacher.cache_dtype = CacheDtype.float32
     if config.teacher.cache is not None:
         config.teacher.cache = os.path.abspath(config.teacher.cache)
+    if config.standardize not in {*STANDARDIZE, True, False}:
+        raise ValueError(
+            f"standardize={config.standardize} is not valid; give {', '.join(STANDARDIZE)}, "
+            "true (the same as class) or false"
+        )
+    config.standardize = STANDARDIZE.get(str(config.standardize), config.standardize)
     for group, name in TARGETS:
         part = getattr(config, group)
         setattr(part, name, with_names_of_today(getattr(part, name)))
@@ -351,6 +358,11 @@ def _check(config: Config, *, frozen: bool) -> None:
         _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}", frozen=frozen)
     _check_fractions(config)
     _check_dot(config)
+    if config.standardize == "batch" and config.trainer.devices > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} cannot train standardize=batch: it reads "
+            "all images of a batch; set trainer.devices=1"
+        )
     if config.distiller.learned_temperature and config.trainer.devices > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} would learn a temperature in each process; "

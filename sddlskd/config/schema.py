@@ -255,6 +255,16 @@ class Views(StrEnum):
     weak_strong = "weak_strong"
 
 
+# Ways to standardise the logits, by name, with the values that a job keeps. Before there was a
+# choice, the values were true and false.
+STANDARDIZE: dict[str, bool | str] = {
+    "none": False,
+    "class": True,
+    "batch": "batch",
+    "class_scaled": "class_scaled",
+}
+
+
 class Rerun(StrEnum):
     """Choice of the jobs that run when a sweep is launched again.
 
@@ -522,7 +532,10 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     # Scales: each m in M divides the logit maps into m x m regions
     M: list[int] = bounded([1], ge=1, le=1000)
-    standardize: bool = False  # z-score the logits of each region (LSKD)
+    # How the logits of each region are standardised: none (or false), class (or true: over the
+    # classes, LSKD), batch (over the images, LumiNet), class_scaled (as class, and the loss is
+    # multiplied by the variance of the teacher's logits, NormKD)
+    standardize: bool | str = False
     # Weight of complementary regions (SDD's beta)
     complementary_weight: float = bounded(2.0, ge=0, le=MOST_WEIGHT)
     # Seed of the initialisation, and of the batches unless trainer.data_seed is given

@@ -64,8 +64,9 @@ def write_atomically(
 
 
 def put(new: Path, path: Path) -> None:
-    """Rename the finished file `new` to `path`, which must not exist, on the same file system.
+    """Rename the finished file `new` to `path`, unless `path` exists already.
 
+    Both paths must be on the same file system.
     If several processes do this for the same `path` at once, one of them succeeds. On a file system
     without hard links, two may succeed, and the file of the last process remains.
 

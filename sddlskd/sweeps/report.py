@@ -61,7 +61,8 @@ def print_plan(plan: Plan) -> None:
 def print_status(status: SweepStatus) -> None:
     """Print the state of every job of a sweep, the time left, and the command to continue.
 
-    If all jobs have finished, the time and the command are left out. If SLURM could not be asked,
+    If all jobs have finished, the time is left out, and so is the command, unless the sweep may add
+    seeds. If SLURM could not be asked,
     the first line says why.
     """
     if status.slurm_error:
@@ -70,6 +71,9 @@ def print_status(status: SweepStatus) -> None:
     for job in status.jobs:
         write_line(_job_line(job))
     if not status.command:
+        return
+    if all(job.state == "finished" for job in status.jobs):
+        write_line(f"to add seeds to what is undecided, or see the decisions: {status.command}")
         return
     if status.seconds_left is None:
         write_line("time left: not known yet")

@@ -11,18 +11,20 @@ over the looks, and Holm's procedure over the comparisons. Source: Maurer and Br
 "Multiple testing in group sequential trials using graphical approaches".
 """
 
-import copy
+import json
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config, Rerun
 from sddlskd.record import FINISHED
 from sddlskd.sweeps import run_sweep
@@ -48,16 +50,24 @@ ALPHA = 0.05
 FIRST_SEEDS = 3
 """Number of seeds that every cell starts with."""
 # Settings that a cell and its baseline must share, as keys of `cfg.flatten`.
-SAME_BUDGET = (
+COMPARABLE = (
     "dataset.name",
     "dataset.val_fraction",
     "dataset.train_fraction",
+    "optimizer.name",
+    "optimizer.lr",
     "trainer.epochs",
     "trainer.batch_size",
     "trainer.max_steps",
+    "trainer.precision",
 )
-# Settings that choose between several baselines.
-TUNED = ("distiller.temperature", "distiller.ce_weight", "distiller.kd_weight", "optimizer.lr")
+# Settings that choose between several baselines that learn from a teacher.
+TUNED = ("distiller.temperature", "distiller.ce_weight", "distiller.kd_weight")
+# Suffixes of a loss on standardised logits in the papers' names.
+SUFFIXES = ("LS", "BS", "CS")
+# Plain methods whose names say that the logits are standardised.
+PLAIN = {"LumiNet": "KD", "NormKD": "KD"}
+RULE = "until_decided.json"  # in the folder of the sweep: the largest number of seeds
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,9 @@ def run_until_decided(
     words_of = {cfg.settings_hash(job): list(cell) for job, cell in zip(firsts, cells, strict=True)}
     distinct = list({cfg.settings_hash(job): job for job in firsts}.values())
     baselines = find_baselines(distinct, sweep.sweep.baseline)
+    alone = [one for index, one in enumerate(distinct) if index not in baselines]
+    if lonely := [_label(one, distinct) for one in alone if one.has_teacher]:
+        log.warning("without a baseline in this sweep, so never decided: %s", "; ".join(lonely))
     words = list(words_of.values())
     runs = [(index, seed) for index in range(len(words)) for seed in range(FIRST_SEEDS)]
     launched = False
@@ -137,15 +150,23 @@ def run_until_decided(
         results = [result_of(job) for job in jobs]
         comparisons, missing = list[Comparison](), list[tuple[int, int]]()
         if all(result["status"] == FINISHED for result in results):
+            if launched or not sweep.sweep.plan:
+                _check_rule(Path(jobs[0].home, "runs", "sweeps", name), max_seeds)
             numbers: list[dict[int, float]] = [{} for _ in words]
             for (index, seed), result in zip(runs, results, strict=True):
-                numbers[index][seed] = _top1(result)
+                # As in the tables: on the held-out images if there are some.
+                numbers[index][seed] = float(result["best_top1"])
             comparisons, missing = compare(numbers, baselines, max_seeds)
             runs += missing
         elif launched:  # the tasks of SLURM run on without this process
+            write_line(
+                "run the same command again when these jobs have ended: it adds seeds to what is "
+                "undecided, or prints the decisions"
+            )
             break
         if missing:
-            _log_round(comparisons, missing)
+            if launched:
+                _log_round(comparisons, missing)
             launched = False
         elif launched and comparisons:
             break
@@ -165,13 +186,21 @@ def run_until_decided(
     return overrides, jobs, results
 
 
-def _top1(result: Mapping[str, Any]) -> float:
-    """Return the top-1 in % that tables show: of the test split if a validation split is held out.
+def _check_rule(folder: Path, max_seeds: int) -> None:
+    """Note the largest number of seeds of a sweep, which must not change once it has looked.
 
-    `result` is the content of result.json of a finished run.
+    Raise ValueError if an earlier launch of the sweep in `folder` looked with another number.
     """
-    test = result.get("test_top1")
-    return float(result["best_top1"] if test is None else test)
+    path = folder / RULE
+    noted = record.read_json(path)
+    if not noted:
+        record.write_text(path, json.dumps({"max_seeds": max_seeds}))
+    elif noted.get("max_seeds") != max_seeds:
+        raise ValueError(
+            f"sweep.max_seeds={max_seeds} differs from the number that this sweep began with "
+            f"({noted.get('max_seeds')}), for which alone its error rate holds; keep that number, "
+            "or give the sweep another sweep.name"
+        )
 
 
 def _log_round(comparisons: Sequence[Comparison], missing: Sequence[tuple[int, int]]) -> None:
@@ -233,31 +262,28 @@ def compare(
 
 def _welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return p of Welch's two-sided t test, or 1 if all numbers of each side are equal."""
-    from scipy.stats import ttest_ind
+    from scipy.stats import ttest_ind_from_stats
 
     if statistics.pstdev(ours) < 1e-9 and statistics.pstdev(theirs) < 1e-9:
         # Accuracies come in steps: equal numbers only say that the deviation is below a step.
         return 1.0
-    return float(ttest_ind(ours, theirs, equal_var=False).pvalue)
+    sides = [(statistics.fmean(x), statistics.stdev(x), len(x)) for x in (ours, theirs)]
+    return float(ttest_ind_from_stats(*sides[0], *sides[1], equal_var=False).pvalue)
 
 
 def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict[int, int]:
-    """Return the baselines of a sweep: {index of a cell: index of its baseline in `cells`}.
+    """Return the index of the baseline of each cell that has one in the sweep.
 
-    A cell is a job without its seed. Its baseline is another cell with the same student, data,
-    epochs and batch size (`SAME_BUDGET`), with the same teacher or none, and with another method.
-    These methods are tried in turn: the cell's method without its last feature method; the cell's
-    method with M=[1], that is, on the whole image only; the cell's method without standardised
-    logits; the student alone; KD. If several cells have the method, only the one with the same
-    temperature, loss weights and learning rate counts.
+    The rule is that of the tables. A baseline has the cell's student, teacher, optimizer, learning
+    rate, budget and precision. Without `baseline`, the first of these methods that the sweep has on
+    the cell's student and teacher is taken: the cell's method without its last part, with M=[1],
+    without standardisation, the student alone, KD. If several cells of this method fit, the one
+    with the cell's temperature and weights is taken, or none.
 
     Args:
-        cells: configuration of one job of each cell; its seed does not matter.
-        baseline: name of the only method to try, such as "KD+LS" or "SD-KD [1,2,4]"; None to try
-            the methods above.
-
-    Returns:
-        At least one pair of indices. Cells without a baseline are left out.
+        cells: one job of each cell; its seed does not matter.
+        baseline: name of the method that every cell is compared with, such as "KD+LS" or
+            "SD-KD [1,2,4]"; None for the choice above.
 
     Raises:
         ValueError: If no cell has the method `baseline`, or if no cell has a baseline.
@@ -270,18 +296,22 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
         )
     found = {}
     for index, cell in enumerate(cells):
-        wanted = [baseline] if baseline is not None else list(_counterparts(cell))
-        for name in wanted:
-            fitting = [
-                other
-                for other, candidate in enumerate(cells)
-                if other != index and names[other] == name and _comparable(cell, candidate)
-            ]
-            if len(fitting) > 1:
-                fitting = [other for other in fitting if _agree(cell, cells[other], TUNED)]
-            if len(fitting) == 1 and names[index] != name:
-                found[index] = fitting[0]
-                break
+        wanted = [baseline] if baseline is not None else _counterparts(names[index])
+        on_pair = [
+            other
+            for other, candidate in enumerate(cells)
+            if names[other] != names[index] and _on_pair(cell, candidate)
+        ]
+        first = next((name for name in wanted if name in {names[o] for o in on_pair}), None)
+        fitting = [
+            other
+            for other in on_pair
+            if names[other] == first and _agree(cell, cells[other], COMPARABLE)
+        ]
+        if len(fitting) > 1 and cells[fitting[0]].has_teacher:
+            fitting = [other for other in fitting if _agree(cell, cells[other], TUNED)]
+        if len(fitting) == 1:
+            found[index] = fitting[0]
     if not found:
         raise ValueError(
             "sweep.seeds=until_decided has nothing to decide: no job of this sweep has a baseline "
@@ -292,10 +322,10 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
 
 
 def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
-    """Return a line of text about a comparison: networks, methods, verdict, seeds, gain and p.
+    """Return a line that states a comparison: pair, methods, verdict, seeds, gain and p.
 
-    The verdict is "better", "worse" or "undecided". `cells` has a configuration of each cell, which
-    is a job without its seed, in the order of the indices in `comparison`.
+    If several cells of the pair have the same method, the settings that tell them apart follow the
+    names of the methods.
     """
     cell, baseline = cells[comparison.cell], cells[comparison.baseline]
     pair = cell.student.name
@@ -305,9 +335,25 @@ def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
     if comparison.decided:
         verdict = "better" if comparison.gain > 0 else "worse"
     return (
-        f"{pair}: {_name(cell)} over {_name(baseline)}: {verdict} after {comparison.seeds} seeds, "
-        f"{comparison.gain:+.2f} points, p={comparison.p:.2g}"
+        f"{pair}: {_label(cell, cells)} over {_label(baseline, cells)}: {verdict} after "
+        f"{comparison.seeds} seeds, {comparison.gain:+.2f} points, p={comparison.p:.2g}"
     )
+
+
+def _label(cell: Config, cells: Sequence[Config]) -> str:
+    """Return the name of a cell's method, and the settings in which its namesakes differ."""
+    alike = [other for other in cells if _name(other) == _name(cell) and _on_pair(cell, other)]
+    own = cfg.flatten(cell)
+    differing = [
+        f"{key}={own.get(key)}"
+        for key in own
+        if key in cfg.identity_keys()
+        and key != "seed"
+        and any(cfg.flatten(other).get(key) != own.get(key) for other in alike)
+    ]
+    # The arguments of a loss repeat its temperature.
+    plain = [text for text in differing if "={" not in text]
+    return ", ".join([_name(cell), *(plain or differing)])
 
 
 def _name(cell: Config) -> str:
@@ -315,33 +361,52 @@ def _name(cell: Config) -> str:
     return cfg.title(cell, seed=False).rpartition(", ")[0]
 
 
-def _counterparts(cell: Config) -> Iterator[str]:
-    """Yield the names of the methods that a cell is compared with, the first choice first."""
-    if not cell.has_teacher:
-        return
-    if cell.features and (len(cell.features) > 1 or cell.distiller.loss):
-        without_last = copy.deepcopy(cell)
-        without_last.features.popitem()
-        yield _name(without_last)
-    if cell.M != [1]:
-        on_whole_map = copy.deepcopy(cell)
-        on_whole_map.M = [1]
-        yield _name(on_whole_map)
-    if cell.standardize:
-        plain = copy.deepcopy(cell)
-        plain.standardize = False
-        yield _name(plain)
-    yield "student alone"
-    yield "KD"
+def _counterparts(name: str) -> list[str]:
+    """Return the names of the methods that a method is compared with, the first choice first."""
+    if name == "student alone":
+        return []
+    method, blank, scales = name.partition(" [")
+    shorter, plain = _without_last(method), _plain(method)
+    found = [
+        shorter and f"{shorter}{blank}{scales}",
+        shorter,
+        method.removeprefix("SD-"),
+        plain and f"{plain}{blank}{scales}",
+        plain,
+        "student alone",
+        "KD",
+    ]
+    return [one for one in dict.fromkeys(found) if one and one != name]
 
 
-def _comparable(cell: Config, other: Config) -> bool:
-    """Return whether two cells have the same student, teacher and budget."""
-    if cell.student != other.student or not _agree(cell, other, SAME_BUDGET):
+def _without_last(method: str) -> str | None:
+    """Return a sum of losses without its last loss, or None if the method is a single loss."""
+    parts = method.split("+")
+    if parts[-1] in SUFFIXES:
+        parts.pop()
+    return "+".join(parts[:-1]) or None
+
+
+def _plain(method: str) -> str | None:
+    """Return the method without standardisation, or None if it has none."""
+    prefix = "SD-" if method.startswith("SD-") else ""
+    if (own := method.removeprefix("SD-")) in PLAIN:
+        return prefix + PLAIN[own]
+    rest, _, last = method.rpartition("+")
+    return rest if last in SUFFIXES else None
+
+
+def _on_pair(cell: Config, other: Config) -> bool:
+    """Return whether two cells have the same student, data set and, if `other` has one, teacher."""
+    if cell.student != other.student or cell.dataset.name != other.dataset.name:
         return False
     return not other.has_teacher or cell.teacher.name == other.teacher.name
 
 
 def _agree(cell: Config, other: Config, keys: Sequence[str]) -> bool:
+    """Return whether two cells have the same values of the settings `keys` of `cfg.flatten`."""
     ours, theirs = cfg.flatten(cell), cfg.flatten(other)
+    for values in (ours, theirs):
+        if values["optimizer.name"] == "dot":  # DOT is a method that changes SGD
+            values["optimizer.name"] = "sgd"
     return all(ours.get(key) == theirs.get(key) for key in keys)

@@ -42,8 +42,8 @@ def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:
         name: the setting trainer.device: "auto", "cpu", "cuda", "cuda:<n>" or "mps". "auto" prefers
             CUDA, then MPS, then the CPU.
         place: index of this process among those on this machine that share a batch (local rank).
-        places: number of processes on this machine that share a batch. With CUDA, each process gets
-            a GPU of its own.
+        places: number of processes on this machine that share a batch. With CUDA, each process
+            needs a GPU of its own.
 
     Returns:
         The device. For several processes on CUDA it is GPU number `place`, or GPU 0 if this process

@@ -138,9 +138,9 @@ def build_features(
 
     Raises:
         ValueError: If the job has methods and `trainer.devices` is above 1. Also if a method cannot
-            be used: it does not suit the networks or its options, needs two views of an image while
-            the job has one, or begins with a first stage without a task loss while the optimizer is
-            DOT.
+            be used: it does not suit the networks, does not take its options, needs two views of an
+            image while the job has one, or begins with a first stage without a task loss while the
+            optimizer is DOT, which needs this loss.
         torch.OutOfMemoryError: If the device is full.
     """
     if not job.features:

@@ -316,11 +316,18 @@ class Ranks:
             )
 
     def first_failure(self) -> Cause | None:
-        """Return the recorded failure of the rank that failed first; None if no rank has failed.
+        """Return the first failure that a rank has recorded (`report_failure`), or None.
 
-        A single rank always gets None.
+        The result is None if no rank has recorded a failure, for a single rank, and if the store of
+        the ranks is unreachable because the rank that held it has ended. A rank that was killed has
+        recorded nothing.
         """
-        return _cause_in(_root_store()) if self.world_size > 1 else None
+        if self.world_size == 1:
+            return None
+        try:
+            return _cause_in(_root_store())
+        except RuntimeError:
+            return None
 
 
 def _cause_in(store: Any) -> Cause | None:

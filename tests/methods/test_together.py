@@ -28,7 +28,7 @@ SMALL = {
 # logits or the learnt temperature of another, or a loss of single samples as kd. They train in the
 # group, and are not run alone.
 MADE_OF_OTHERS = ("kd_ls", "dkd_ls", "mlkd_ls", "ctkd_ls", "dkd_ctkd", "sd_kd", "sd_dkd",
-                  "sd_dkd_ls", "sd_nkd", "sd_kd_sp",
+                  "sd_dkd_ls", "sd_nkd", "normkd", "sd_kd_sp",
                   "ttm", "wttm", "rld", "gdkd", "abkd", "sld")  # fmt: skip
 VIEWS = "dataset.views=weak_strong"  # for MLKD; the weak view stays the same
 
@@ -43,6 +43,7 @@ def test_every_method_has_a_choice_and_a_recipe() -> None:
     assert choices < set(RECIPES)
 
 
+@pytest.mark.slow
 def test_a_run_beside_all_other_methods_equals_the_run_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_run_beside_all_other_methods_equals_the_run_alone(
     assert not different
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
