@@ -32,7 +32,7 @@ test: setup
 
 # The slow tests: ranks, killed sweeps, every method in one group, the README's examples.
 test-slow: setup
-	$(PYTEST) -m slow --numprocesses 2 --dist worksteal --durations 12
+	$(PYTEST) -m slow --numprocesses 3 --dist worksteal --durations 12
 
 # Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
 # installed are skipped, with the reason.

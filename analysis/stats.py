@@ -428,7 +428,7 @@ def verdict(values: Sequence[float], published: float) -> str:
         published: the published number, in percent.
 
     Returns:
-        - "undecided" for a single run, and if half the width of the 95 % prediction interval for
+        - "undecided" for a single run, or if half the width of the 95 % prediction interval for
           one more of our runs is above `WIDEST` (1 point);
         - otherwise "within" if `published` lies in this interval;
         - otherwise "undecided" if our numbers are all equal;

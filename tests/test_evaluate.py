@@ -172,6 +172,14 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
     ) as caught:
         check_maps(trained, *pair, data, cpu)
     assert "\n" not in str(caught.value)
+
+    class Sized(torch.nn.Module):  # as timm's networks for images of one size
+        def forward(self, _: Tensor) -> Tensor:
+            raise AssertionError("Input height (16) doesn't match model (224).")
+
+    pair = (Sized(), good) if group == "student" else (good, Sized())
+    with pytest.raises(ValueError, match=rf"^{group}=resnet8 cannot take .*match model \(224\)"):
+        check_maps(trained, *pair, data, cpu)
     # The error must come through unchanged: the caller then halves the group of jobs.
     with pytest.raises(torch.OutOfMemoryError):
         check_maps(trained, Full(), None, data, cpu)

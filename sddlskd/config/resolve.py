@@ -171,8 +171,10 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
 def resolve(composed: DictConfig) -> Config:
     """Turn a configuration that Hydra composed into a typed and checked job (one training run).
 
-    Interpolations are resolved and paths become absolute. An empty `run_dir` becomes
-    <home>/runs/<name> (`default_run_dir`). The settings below `hydra` are left out.
+    Interpolations are resolved, and an empty `run_dir` becomes <home>/runs/<name>
+    (`default_run_dir`). The settings below `hydra` are left out. Values are changed as by
+    `normalise`, so that equal jobs have equal values: for example, paths become absolute, and
+    settings that the job does not use get fixed values.
 
     Raises:
         ValueError: If a value is not valid, or if a `_target_` names code that is not allowed. The

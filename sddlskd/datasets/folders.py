@@ -108,8 +108,9 @@ def _class_folders(folder: Path) -> tuple[list[str], Files]:
 def image_files(folder: Path) -> list[str]:
     """Return the paths of the image files in a folder and in all folders below it.
 
-    The files and their order are those of torchvision's ImageFolder, but files whose names begin
-    with "._" are left out.
+    The paths begin with `folder`. They are sorted by folder, and within a folder by name. These are
+    the files, in the order, that torchvision's ImageFolder has for one class folder, except that
+    files whose names begin with "._" are left out.
 
     Raises:
         ValueError: If there is no image file, or if a link leads to a folder that holds the link.

@@ -291,8 +291,8 @@ class Slurm(GroupRunner):
         python: command that starts Python on a node; None for the Python of this process.
         container: image for `srun --container-image`; None for no container.
         srun_args: further arguments of srun.
-        array_parallelism: largest number of tasks that run at once. Jobs with another value of
-            trainer.devices are counted separately.
+        array_parallelism: largest number of tasks that run at once. If the jobs differ in
+            trainer.devices, this limit holds for each value of trainer.devices by itself.
         **options: options of submitit, without the prefix slurm_. Required are signal_delay_s
             (seconds before the time limit at which a task is warned), timeout_min (time limit in
             minutes) and nodes (number of nodes of a task).

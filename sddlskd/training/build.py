@@ -430,13 +430,15 @@ def trained_first(job: Config) -> Config | None:
 def check_teacher(job: Config) -> None:
     """Raise an error if the teacher file of a job is missing or was replaced.
 
-    Do nothing for a job without a teacher. A file named by `teacher.checkpoint` must only exist.
-    Any other file may be missing if the job trains the teacher first. If <home>/teachers/lock.json
-    records a sha256 for the teacher, the file must have this sha256.
+    Do nothing for a job without a teacher. For a file named by `teacher.checkpoint`, check only
+    that it exists. The default file, <home>/teachers/<data set>/<teacher>.pt, may be missing if
+    `teacher.train_if_missing` is set. If it exists and <home>/teachers/lock.json records a sha256
+    for this teacher, the file must have this sha256.
 
     Raises:
-        FileNotFoundError: If the file is missing and the job may not train the teacher first.
-        ValueError: If the file has another sha256 than the recorded one, or if lock.json is
+        FileNotFoundError: If the file is missing, and is not the default file of a job with
+            `teacher.train_if_missing`.
+        ValueError: If the default file has another sha256 than the recorded one, or if lock.json is
             damaged.
     """
     if not job.has_teacher:
@@ -663,7 +665,7 @@ def check_maps(
                 maps[name] = network.eval()(image)
         except torch.OutOfMemoryError:  # the device is full, which says nothing about the network
             raise
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # timm asserts the size of the images
             channels, height, width = data.image_shape
             raise ValueError(
                 f"{name} cannot take images of {channels}x{height}x{width} "

@@ -457,6 +457,31 @@ def test_gains_of_a_sweep_that_added_seeds_hold_for_all_of_its_looks() -> None:
     assert any("for the 8 looks together" in note for note in table.notes)
 
 
+def test_a_row_with_chosen_seeds_is_compared_with_its_own_seeds_of_such_a_baseline() -> None:
+    base, ours = [74.0, 74.2, 73.9, 74.4, 74.6], [76.0, 76.5, 76.3]
+    adaptive = only(
+        runs(*SHUFFLE, base, looks=8) + runs(*SHUFFLE, ours, **sd_kd()), "sdd_table_2", "SD-KD"
+    )
+    chosen = only(
+        runs(*SHUFFLE, base[:3]) + runs(*SHUFFLE, ours, **sd_kd()), "sdd_table_2", "SD-KD"
+    )
+    assert adaptive.gain is not None
+    assert chosen.gain is not None
+    assert adaptive.gain.difference.test == "pooled"
+    assert adaptive.gain.difference.mean == pytest.approx(chosen.gain.difference.mean)
+    assert adaptive.gain.difference.n_base == 3
+
+
+def test_a_mean_over_pairs_of_a_sweep_that_added_seeds_has_no_interval() -> None:
+    rows = []
+    for pair in (SHUFFLE, ("resnet32x4", "shufflev2")):
+        rows += runs(*pair, [74.0, 74.2, 73.9], looks=8)
+        rows += runs(*pair, [76.0, 76.5, 76.3], looks=8, **sd_kd())
+    found = build(rows)["sdd_table_2"].aggregates["SD-KD"]
+    assert found.gain == pytest.approx(76.2667 - 74.0333, abs=1e-3)
+    assert (found.low, found.high) == (None, None)
+
+
 def test_a_single_seed_has_a_difference_and_no_interval() -> None:
     gain = only(
         [run(*SHUFFLE, 0, 74.0), run(*SHUFFLE, 0, 76.0, **sd_kd())], "sdd_table_2", "SD-KD"
