@@ -24,6 +24,7 @@ from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.files import checkpoint
 from sddlskd.models import create
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.sweeps import groups_of, precheck, run_sweep
 from sddlskd.sweeps.__main__ import main
 from sddlskd.sweeps.grid import InvalidJobs, compose_grid
@@ -506,6 +507,24 @@ def mlflow_jobs(home: Path) -> list[Any]:
 def workers_of(parent: int) -> list[int]:
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(child) for child in children]
+
+
+def test_a_worker_that_is_stopped_twice_leaves_its_jobs_interrupted(home: Path) -> None:
+    job = jobs_of(home, "seed=0")[0]
+    own = pool(["cpu"])
+    own._ended(ExitCode.STOPPED, Task([job]))
+    assert [task.deaths for task in own.queue] == [1]
+    own._ended(ExitCode.STOPPED, own.queue.pop())
+    assert not own.queue
+    assert not record.read_result(Path(job.run_dir))  # a worker that died twice would be FAILED
+
+
+def test_a_loss_that_compares_images_is_refused_before_slurm_gets_it(home: Path) -> None:
+    words = ("seed=0", "recipe=dist", "recipe=at", "recipe=kd")
+    jobs = jobs_of(home, *(f"{word} trainer.devices=2" for word in words))
+    found = precheck.report(jobs, [], False)["problems"]
+    assert [index for index, _ in found] == [1, 2]
+    assert all("all images of a batch; set trainer.devices=1" in reason for _, reason in found)
 
 
 def test_causes() -> None:

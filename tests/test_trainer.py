@@ -30,6 +30,7 @@ from sddlskd.record import Record
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training import fit as trainer
 from sddlskd.training.build import build_data, build_network, check_batches
+from sddlskd.training.devices import seeded
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
 from sddlskd.training.ranks import Ranks
@@ -745,3 +746,13 @@ def test_more_decoding_processes_than_cores_are_refused(
     job.dataset.workers = 1
     (result,) = fit([job])
     assert result["status"] == "FINISHED"
+
+
+def test_a_seeded_block_draws_the_same_and_leaves_the_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with seeded(7, torch.device("cpu")):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(before, torch.random.get_rng_state())

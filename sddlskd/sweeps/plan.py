@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,8 +20,9 @@ from sddlskd.sweeps.status import states_of
 
 __all__ = ["Plan", "Precheck", "ask_precheck", "groups_of", "make_plan"]
 
-# Check of a launch: (jobs to run, finished jobs) -> the dictionary of `precheck.report`.
-Precheck = Callable[[list[Config], list[Config]], dict[str, Any]]
+# Check of a launch: (jobs to run, finished jobs, whether the jobs run on this machine) -> the
+# dictionary of `precheck.report`.
+Precheck = Callable[[list[Config], list[Config], bool], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,15 @@ class Plan:
     devices: list[str]
 
 
-def ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
+def ask_precheck(
+    todo: list[Config], finished: list[Config], runs_locally: bool = True
+) -> dict[str, Any]:
     """Check the jobs of a sweep in a separate process, and return what is wrong with them.
 
     Args:
         todo: jobs to run.
         finished: finished jobs.
+        runs_locally: whether the jobs run on this machine.
 
     Returns:
         A dictionary with these keys:
@@ -85,7 +89,10 @@ def ask_precheck(todo: list[Config], finished: list[Config]) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "sddlskd.sweeps.precheck", "--parent", str(os.getpid())]
     done = subprocess.run(
-        command, input=pickle.dumps((todo, finished)), stdout=subprocess.PIPE, check=False
+        command,
+        input=pickle.dumps((todo, finished, runs_locally)),
+        stdout=subprocess.PIPE,
+        check=False,
     )
     if done.returncode:
         how = f"exit code {done.returncode}"
@@ -117,8 +124,9 @@ def make_plan(
         runs_locally: whether the jobs are going to run on this machine. If not, their settings
             trainer.device, trainer.devices and dataset.workers are not checked.
         max_group_size: largest number of jobs that train together; None for no limit.
-        precheck: function that checks the jobs, called with the jobs to run and the finished jobs
-            unless there are neither. It returns a dictionary like that of `ask_precheck`.
+        precheck: function that checks the jobs, called with the jobs to run, the finished jobs
+            and `runs_locally` unless there are no jobs. It returns a dictionary like that of
+            `ask_precheck`.
 
     Returns:
         The plan. Jobs that cannot run are in `Plan.invalid`; they raise no error.
@@ -149,8 +157,7 @@ def make_plan(
         "devices": [],
     }
     if todo or finished:
-        checked = todo if runs_locally else [_on_any_device(job) for job in todo]
-        answer = precheck(checked, finished)
+        answer = precheck(todo, finished, runs_locally)
     groups = groups_of(todo, max_group_size)
     return Plan(
         name=name,
@@ -176,15 +183,6 @@ def _skipped_states(rerun: Rerun) -> set[str]:
     if rerun is Rerun.none:
         skipped.add("failed")
     return skipped
-
-
-def _on_any_device(job: Config) -> Config:
-    """Return the job without its devices and workers, which this machine need not have."""
-    return replace(
-        job,
-        trainer=replace(job.trainer, device="auto", devices=1),
-        dataset=replace(job.dataset, workers=None),
-    )
 
 
 def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list[list[Config]]:

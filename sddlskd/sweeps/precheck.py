@@ -9,7 +9,7 @@ import json
 import pickle
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from sddlskd.training.build import (
     check_cache,
     check_images,
     check_objective,
+    check_one_process,
     check_same_data,
     check_teacher,
     check_teacher_data,
@@ -194,27 +195,41 @@ def _load(job: Config) -> DataSet | Exception:
     return DataSet(N, (C, H, W), of_files, fingerprint(splits), splits.train.labels_N)
 
 
-def problems(jobs: Sequence[Config]) -> list[tuple[Config, str]]:
+def problems(jobs: Sequence[Config], runs_locally: bool = True) -> list[tuple[Config, str]]:
     """Return (job, reason) for each job that cannot run, in order; [] if all jobs can run.
 
-    Each job is checked by `Checker.check`. An error of any type becomes a reason, as one line.
+    Each job is checked by `Checker.check`. If the jobs do not run on this machine, their devices
+    and worker processes are left out. An error of any type becomes a reason, as one line.
     """
     checker = Checker()
     found = []
     for job in jobs:
         try:
-            checker.check(job)
+            check_one_process(job)
+            checker.check(job if runs_locally else _on_any_device(job))
         except Exception as error:  # a network or a data set may raise anything
             found.append((job, explain(error)))
     return found
 
 
-def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]:
+def _on_any_device(job: Config) -> Config:
+    """Return the job without its devices and workers, which this machine need not have."""
+    return replace(
+        job,
+        trainer=replace(job.trainer, device="auto", devices=1),
+        dataset=replace(job.dataset, workers=None),
+    )
+
+
+def report(
+    todo: Sequence[Config], finished: Sequence[Config], runs_locally: bool = True
+) -> dict[str, Any]:
     """Check the jobs of a sweep before it starts, and return what is wrong with them.
 
     Args:
         todo: jobs to run.
         finished: finished jobs.
+        runs_locally: whether the jobs run on this machine.
 
     Returns:
         A dictionary of plain values for JSON, with these keys:
@@ -235,7 +250,7 @@ def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]
     if torch.cuda.is_available():
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {
-        "problems": [(index_of[id(job)], reason) for job, reason in problems(todo)],
+        "problems": [(index_of[id(job)], reason) for job, reason in problems(todo, runs_locally)],
         "changed": [
             index
             for index, job in enumerate(finished)
@@ -253,7 +268,7 @@ def report(todo: Sequence[Config], finished: Sequence[Config]) -> dict[str, Any]
 def main() -> None:
     """Read jobs from stdin, check them, and write the dictionary of `report` to stdout as JSON.
 
-    The jobs come as a pickled pair (jobs to run, finished jobs). Output of the checks, such as that
+    The pickled arguments of `report` come from stdin. Output of the checks, such as that
     of a user's network, goes to stderr. With --parent PID on the command line, this process ends
     when its parent, the process PID, ends.
     """
@@ -261,11 +276,11 @@ def main() -> None:
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")
     if parent := parser.parse_args().parent:
         end_with_parent(parent)
-    todo, finished = pickle.load(sys.stdin.buffer)
+    arguments = pickle.load(sys.stdin.buffer)
     answers = sys.stdout
     # A user's network or data set may print, which must not mix with the JSON.
     sys.stdout = sys.stderr
-    answers.write(json.dumps(report(todo, finished)))
+    answers.write(json.dumps(report(*arguments)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
 from sddlskd.training import teacher_files
-from sddlskd.training.devices import check_memory
+from sddlskd.training.devices import check_memory, seeded
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import Feature, Objective, Optimisation, Run
@@ -50,6 +50,7 @@ __all__ = [
     "check_images",
     "check_maps",
     "check_objective",
+    "check_one_process",
     "check_same_data",
     "check_teacher",
     "check_teacher_data",
@@ -322,21 +323,34 @@ def check_objective(job: Config, device: torch.device) -> None:
 
     Raises:
         ValueError: If the loss, its learnt temperature or the optimizer cannot be found, is not
-            allowed or does not work with its arguments, or if the loss compares the images of a
-            batch while `trainer.devices` is above 1.
+            allowed or does not work with its arguments, or as `check_one_process` does.
     """
     if job.distiller.loss:
         try_loss(
             job.distiller.loss, job.dataset.num_classes, job.distiller.learned_temperature or None
         )
-        loss = instantiate(job.distiller.loss, _partial_=True)
-        if job.trainer.devices > 1 and compares_images(loss):
-            raise ValueError(
-                f"trainer.devices={job.trainer.devices} cannot train distiller="
-                f"{job.distiller.name}: this loss compares all images of a batch; "
-                "set trainer.devices=1"
-            )
     try_optimizer(job.optimizer.algorithm, job.optimizer.lr, device)
+    check_one_process(job)
+
+
+def check_one_process(job: Config) -> None:
+    """Raise ValueError if several processes share a batch of which a loss must see all images.
+
+    The number of processes is `trainer.devices`. Such losses are those of the feature and relation
+    methods, and losses on the logits that compare images (see `compares_images`).
+    """
+    if job.trainer.devices == 1:
+        return
+    whole = ""
+    if job.features:
+        whole = f"features=[{','.join(job.features)}]: these losses compare"
+    elif job.distiller.loss and compares_images(instantiate(job.distiller.loss, _partial_=True)):
+        whole = f"distiller={job.distiller.name}: this loss compares"
+    if whole:
+        raise ValueError(
+            f"trainer.devices={job.trainer.devices} cannot train {whole} all images of a batch; "
+            "set trainer.devices=1"
+        )
 
 
 def check_workers(job: Config) -> None:
@@ -386,8 +400,7 @@ def build_network(
         InstantiationException: If the network's code raises an error, or if code outside of these
             packages cannot be found.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed, device):
         network: nn.Module = instantiate(model, num_classes=num_classes)
     return network.to(  # type: ignore[call-overload, no-any-return]
         device=device, memory_format=torch.channels_last

@@ -1,15 +1,28 @@
 """Turn the settings `trainer.device` and `trainer.precision` into torch objects."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from sddlskd.processes.cores import check_processes
 
-__all__ = ["autocast", "check_memory", "check_places", "describe", "pick_device"]
+__all__ = ["autocast", "check_memory", "check_places", "describe", "pick_device", "seeded"]
 
 RANK_MB = 200  # memory of a process that has imported torch, in megabytes
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random generators for a block, and restore those of the CPU and `device` after.
+
+    `device` is the device that the block may draw random numbers on, besides the CPU.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

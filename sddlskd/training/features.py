@@ -20,6 +20,7 @@ from sddlskd.data.device import Batch, seed_of
 from sddlskd.methods import Method, Taps
 from sddlskd.models import LogitMapModel
 from sddlskd.training.build import build_network, without_weights
+from sddlskd.training.devices import seeded
 from sddlskd.training.run import Feature
 
 __all__ = ["build_features", "rebuild_student", "reuses_teacher", "student_network"]
@@ -74,8 +75,7 @@ def student_network(
         wrap = _wrapper(build)
         if wrap is None:
             continue
-        with torch.random.fork_rng(devices=[]), _refused_as(job, name):
-            torch.default_generator.manual_seed(seed_of("seed", job.seed, "student of", name))
+        with seeded(seed_of("seed", job.seed, "student of", name), device), _refused_as(job, name):
             shown = _example(student, image_CHW, device)
             student = wrap(student, teacher, shown, **build.keywords)
         student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,20 +137,13 @@ def build_features(
         Each method with its weight and warm-up, in the order of `job.features`; {} without methods.
 
     Raises:
-        ValueError: If the job has methods and `trainer.devices` is above 1. Also if a method cannot
-            be used: it does not suit the networks, does not take its options, needs two views of an
-            image while the job has one, or begins with a first stage without a task loss while the
-            optimizer is DOT, which needs this loss.
+        ValueError: If a method cannot be used: it does not suit the networks, does not take its
+            options, needs two views of an image while the job has one, or begins with a first stage
+            without a task loss while the optimizer is DOT, which needs this loss.
         torch.OutOfMemoryError: If the device is full.
     """
     if not job.features:
         return {}
-    if job.trainer.devices > 1:
-        raise ValueError(
-            f"trainer.devices={job.trainer.devices} cannot train features="
-            f"[{','.join(job.features)}]: these losses compare all images of a batch; "
-            "set trainer.devices=1"
-        )
     taps = [_example(network, image_CHW, device) for network in (student, teacher)]
     facts = {
         "labels_N": labels_N,
@@ -161,11 +154,9 @@ def build_features(
     }
     features = {}
     for name, feature in job.features.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of("seed", job.seed, "method", name))
-            with _refused_as(job, name):
-                method = _build(feature.method, taps, facts)
-                _try(method.to(device), taps, images_CHW=image_CHW)
+        with seeded(seed_of("seed", job.seed, "method", name), device), _refused_as(job, name):
+            method = _build(feature.method, taps, facts)
+            _try(method.to(device), taps, images_CHW=image_CHW)
         if method.first_stage_epochs and job.optimizer.name == "dot":
             raise ValueError(
                 f"features={name} has a first stage without a task loss, which DOT needs; "
