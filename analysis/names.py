@@ -32,8 +32,8 @@ PAPERS_LOSSES = {
     "ft": "FT",
     "gdkd": "GDKD",
     "kd": "KD",
-    "kd_bs": "LumiNet",
-    "kd_cs": "NormKD",
+    "kd_ls_batch": "LumiNet",
+    "kd_ls_scaled": "NormKD",
     "kd_dot": "KD+DOT",
     "kdsvd": "KDSVD",
     "locality_guidance": "locality guidance",
@@ -60,7 +60,7 @@ PAPERS_LOSSES = {
 }
 """Names of the losses that the papers compare, as the papers spell them."""
 
-SUFFIXES = {"_ls": "+LS", "_bs": "+BS", "_cs": "+CS"}
+SUFFIXES = {"_ls": "+LS", "_ls_batch": "+BS", "_ls_scaled": "+CS"}
 """Suffixes of losses on standardised logits, and what tables write for them."""
 NO_LOSS = {
     "": "method not known",

@@ -257,7 +257,7 @@ METHOD_PARTS = (
     "optimizer",
 )
 """Columns that determine the method: the arguments of `method_of`."""
-STANDARDIZED = {"batch": "_bs", "class_scaled": "_cs"}
+STANDARDIZED = {"batch": "_ls_batch", "class_scaled": "_ls_scaled"}
 """Suffixes of losses on logits that are standardised otherwise than by LSKD."""
 SHORT_NAMES = {
     "kd+dot": "kd_dot",
@@ -301,8 +301,8 @@ def method_of(
         learned_temperature: whether the temperature of the loss is learnt (CTKD). The loss "kd"
             then becomes "ctkd", and another loss becomes, for example, "dkd+ctkd".
         optimizer: name of the optimizer. "dot" is added as the last part; other names are not.
-        standardization: another way to standardise the logits: "batch" adds the suffix "_bs", and
-            "class_scaled" the suffix "_cs". "" for none.
+        standardization: another way to standardise the logits: "batch" adds the suffix
+            "_ls_batch", and "class_scaled" the suffix "_ls_scaled". "" for none.
 
     Returns:
         The loss, the feature methods and "dot", joined by "+", or the short name in `SHORT_NAMES`

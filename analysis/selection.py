@@ -543,14 +543,16 @@ def gain_over(
         return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
     ((over, base),) = fitting.items()
     looks = max((one.looks or 0 for one in result.runs), default=0)
+    if not base.by_seed.keys() >= result.by_seed.keys():
+        # Results of other rows may have decided how many seeds the baseline got.
+        looks = max(looks, *(one.looks or 0 for one in base.runs))
     if looks:
         difference = stats.sequential(result.by_seed, base.by_seed, looks)
     else:
         values, base_values = list(result.values.values()), list(base.values.values())
-        if any(one.looks for one in base.runs) and result.by_seed.keys() & base.by_seed.keys():
-            # Results of other rows decided how many seeds the baseline got. Its numbers for the
-            # seeds of this row do not depend on that.
-            base_values = [base.by_seed[s] for s in sorted(result.by_seed.keys() & base.by_seed)]
+        if result.by_seed and any(one.looks for one in base.runs):
+            # Its numbers for the seeds of this row do not depend on the results.
+            base_values = [base.by_seed[seed] for seed in result.by_seed]
         spread = None if beside is None else spread_beside(result, beside)
         if beside is not None and (spread is None or spread.equal):
             return Gain(over, base, stats.pooled(values, base_values, spread))

@@ -394,7 +394,8 @@ def _aggregates(
 
 def _samples(result: Result, gain: Gain) -> tuple[list[float], list[float]]:
     """Return the numbers of a cell and those of its baseline that a gain was computed from."""
-    if gain.difference.test in ("paired", "sequential"):
+    of_looks = any(run.looks for run, _ in gain.base.counted.values())
+    if of_looks or gain.difference.test in ("paired", "sequential"):
         shared = sorted(result.by_seed.keys() & gain.base.by_seed.keys())
         return [result.by_seed[s] for s in shared], [gain.base.by_seed[s] for s in shared]
     return list(result.values.values()), list(gain.base.values.values())

@@ -212,6 +212,13 @@ def test_an_optimizer_that_makes_weights_infinite_is_refused() -> None:
         try_optimizer(algorithm, 1000.0, torch.device("cpu"))
 
 
+def test_code_that_cannot_be_found_is_refused_as_other_errors() -> None:
+    with pytest.raises(ValueError, match=r"distiller\.loss=nopackage\.f\(\) cannot be computed"):
+        try_loss({"_target_": "nopackage.f"}, 10)
+    with pytest.raises(ValueError, match=r"optimizer\.algorithm=nopackage\.F\(\) cannot update"):
+        try_optimizer({"_target_": "nopackage.F"}, 0.1, torch.device("cpu"))
+
+
 def test_trying_leaves_the_random_numbers_alone() -> None:
     before = torch.random.get_rng_state()
     try_loss({"_target_": "sddlskd.losses.kd", "temperature": 4.0}, 10)

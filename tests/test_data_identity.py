@@ -129,6 +129,12 @@ def test_many_files_are_looked_at_in_part(pets: Path, monkeypatch: pytest.Monkey
     assert fingerprint(image_folder(str(pets))) != before
 
 
+def test_the_same_classes_in_another_order_are_named_as_that() -> None:
+    now = {"class_names": ["cat", "dog"], "classes": 2}
+    then = {"class_names": ["dog", "cat"], "classes": 2}
+    assert differing_classes(then, now) == "the same classes in another order"
+
+
 def test_files_without_a_folder_a_class_have_no_class_names(tmp_path: Path) -> None:
     layouts.write(tmp_path / "a.jpg", b"")
     layouts.write(tmp_path / "b.jpg", b"")

@@ -96,6 +96,10 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
     assert [(one.job, one.run_dirs) for one in submissions(tmp_path)] == [
         (f"17_{n}", [f"/runs/{n}"]) for n in range(3)
     ]
+    for damaged in ("{", "[1]", '[{"other": 1}]'):
+        (tmp_path / "slurm.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"slurm\.json is damaged"):
+            submissions(tmp_path)
 
 
 def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(

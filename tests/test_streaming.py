@@ -484,6 +484,7 @@ def test_of_very_many_bad_files_the_log_names_the_first(
         ({"batch_size": 58}, r"batch_size is 58; give 1..57"),
         ({"batch_size": 0}, r"batch_size is 0; give 1..57"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0, must be at least 1"),
+        ({"view": ImageTransform(8, centre=0.0)}, "centre is 0.0, must be above 0 and at most 1"),
         ({"view": ImageTransform(8, centre=1.5)}, "centre is 1.5, must be above 0 and at most 1"),
         ({"view": ImageTransform(0)}, "size is 0, must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0; it must lie in"),
@@ -567,6 +568,17 @@ def test_a_teacher_and_its_student_train_on_files(job_of: Jobs) -> None:
     assert found["images"] == 9
     assert found["top1"] == pytest.approx(result["test_top1"])
     assert gone(children() - before)
+
+
+def test_predictions_without_a_region_that_differs_have_no_images(job_of: Jobs) -> None:
+    fit([job_of("distiller=vanilla", "trainer.epochs=1")])  # the teacher
+    # The whole map is the only region.
+    job = job_of("M=[1]", "tracking.predictions=true", "trainer.epochs=1")
+    (result,) = fit([job])
+    assert (result["status"], result["reason"]) == ("FINISHED", "")
+    with np.load(Path(job.run_dir, "predictions.npz")) as kept:
+        assert len(kept["sample"]) == 0
+        assert "images" not in kept
 
 
 def test_a_run_that_is_stopped_goes_on_with_the_same_bits(job_of: Jobs, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Test the rule that adds seeds until a sweep's gains are decided."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from analysis.runs import _typed
 from analysis.schema import frame_of
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.record import read_result
 from sddlskd.sweeps import until_decided
 from sddlskd.sweeps.grid import InvalidJobs
+from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.pool import Pool
+from sddlskd.sweeps.status import status_of
 from sddlskd.sweeps.until_decided import Comparison, compare, find_baselines, run_until_decided
-from tests.composing import loader_of
-from tests.tiny import composed
+from tests.composing import REPO, loader_of
+from tests.tiny import ForkedCommand, composed
 
 MOST = 10
 COMMON = ("dataset=digits", "teacher=resnet8", "tracking=none")
@@ -63,20 +67,15 @@ def test_more_seeds_than_decided_it_change_nothing() -> None:
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_tables_and_sweeps_compute_one_p(n: int) -> None:
-    rng = np.random.default_rng(n)
-    ours, theirs = rng.normal(72.5, 0.5, n).tolist(), rng.normal(70, 0.5, n).tolist()
+    ours, theirs = [70.3, 70.9, 69.9, 70.6, 70.4][:n], [70.0, 70.6, 69.8, 70.1, 70.5][:n]
     ((comparison,), _) = compare(numbered(theirs, ours), {1: 0}, n)
     shown = stats.sequential(dict(enumerate(ours)), dict(enumerate(theirs)), n - 2)
     assert shown is not None
-    if comparison.seeds == n:
-        assert comparison.p == pytest.approx(shown.p)
+    assert comparison.seeds == n  # undecided at every look
+    assert comparison.p == pytest.approx(shown.p)
     alone = stats.welch(ours, theirs)
     assert shown.p == pytest.approx(min(1.0, (n - 2) * (alone.p or 0)))
-    low, high = shown.low, shown.high
-    assert low is not None
-    assert high is not None
-    assert alone.low is not None
-    assert low <= alone.low < shown.mean < high
+    assert shown.half_width() == pytest.approx(alone.half_width(1 - 0.05 / (n - 2)))
 
 
 def simulated(gains: Sequence[float], repeats: int) -> tuple[float, float, float]:
@@ -247,6 +246,51 @@ def test_a_sweep_adds_seeds_and_a_second_launch_adds_none(
     again = Trained({})
     assert sorted(launched(tmp_path, monkeypatch, again, "sweep.max_seeds=4")) == sorted(jobs)
     assert again.rounds == [0]
+
+
+def test_jobs_that_run_on_without_this_process_are_waited_for_by_the_next_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As SLURM's tasks do: `run_sweep` returns while the jobs are in the queue."""
+    submitted = []
+
+    def submit(jobs: Sequence[Config], name: str, **options: Any) -> None:
+        submitted.append(len(jobs))
+
+    loader, sweep = loader_of(
+        [*COMMON, f"home={tmp_path}", "sweep.name=test", "sweep.seeds=until_decided"]
+    )
+    monkeypatch.setattr(until_decided, "run_sweep", submit)
+    cells = [[f"home={tmp_path}", *COMMON, f"recipe={one}"] for one in ("vanilla", "kd")]
+    _, jobs, results = run_until_decided(
+        cells, loader, sweep, runner=Pool(["cpu"], fail_fast=False)
+    )
+    assert submitted == [6]
+    assert [result["status"] for result in results] == ["NEW"] * len(jobs)
+    assert "run the same command again when these jobs have ended" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_trains_until_all_is_decided(tmp_path: Path) -> None:
+    words = ("-m", "dataset=digits", "teacher=resnet8", "student=resnet8", "trainer=debug")
+    words += ("trainer.max_steps=2", "teacher.train_epochs=1", "tracking=none", f"home={tmp_path}")
+    words += ("recipe=kd", "M=[1],[2]", "sweep.name=test")
+    words += ("sweep.seeds=until_decided", "sweep.max_seeds=4")
+    code, out, err = ForkedCommand(tmp_path, "sddlskd.train", *words, cwd=REPO).end()
+    assert code == 0, out + err
+    (line,) = [text for text in out.splitlines() if "over KD" in text]
+    assert re.search(r"SD-KD \[2\] over KD: \w+ after [34] seeds, [+-]\d", line)
+    folder = tmp_path / "runs/sweeps/test"
+    jobs = read_manifest(folder)["jobs"]
+    assert len(jobs) in (6, 8)
+    assert {read_result(Path(job))["status"] for job in jobs} == {"FINISHED"}
+    status = status_of(folder)
+    # All jobs are finished, and the sweep may add others.
+    assert "sweep.seeds=until_decided" in status.command
+    code, again, err = ForkedCommand(tmp_path, "sddlskd.train", *words, cwd=REPO).end()
+    assert code == 0, again + err
+    assert line in again
+    assert read_manifest(folder)["jobs"] == jobs
 
 
 def test_another_largest_number_of_seeds_is_refused(

@@ -49,9 +49,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the content of the file sweep.json in the folder of a sweep.
 
     The keys are "name" (of the sweep), "command" (that continues the sweep), "folder" (working
-    directory for the command), "time" (of the last launch, in Unix seconds) and "jobs" (list of the
-    jobs' run directories). Raise FileNotFoundError if there is no such file, and record.Damaged (a
-    ValueError) if the file is not a JSON object.
+    directory for the command), "time" (of the last launch, in Unix seconds), "jobs" (list of the
+    jobs' run directories) and "until_decided" (whether the command may add jobs). Raise
+    FileNotFoundError if there is no such file, and record.Damaged (a ValueError) if the file is not
+    a JSON object.
     """
     content = record.read_json(folder / MANIFEST)
     if not content:
@@ -87,6 +88,7 @@ def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
             "folder": os.getcwd(),
             "time": time.time(),
             "jobs": list(dict.fromkeys(run_dirs)),
+            "until_decided": jobs[0].sweep.seeds is not None,
         }
         record.write_text(folder / MANIFEST, json.dumps(content, indent=1))
 

@@ -142,9 +142,9 @@ def status_of(folder: Path) -> SweepStatus:
         group_size = result.get("group_size", 1)
         epoch_seconds += [row["time/epoch_s"] / group_size for row in rows[-LAST_EPOCHS:]]
     command = ""
-    # A sweep with seeds until decided may add jobs, which only its command knows.
-    until_decided = "sweep.seeds=until_decided" in manifest["command"]
-    if until_decided or any(job.state != "finished" for job in jobs):
+    # A sweep with seeds until decided may add jobs, which only its command knows. Manifests of
+    # earlier versions do not have the entry.
+    if manifest.get("until_decided") or any(job.state != "finished" for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
     return SweepStatus(
         sweep=manifest["name"],

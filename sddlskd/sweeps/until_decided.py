@@ -143,47 +143,44 @@ def run_until_decided(
         log.warning("without a baseline in this sweep, so never decided: %s", "; ".join(lonely))
     words = list(words_of.values())
     runs = [(index, seed) for index in range(len(words)) for seed in range(FIRST_SEEDS)]
-    launched = False
+    ran = False
     while True:
         overrides = [[*words[index], f"seed={seed}"] for index, seed in runs]
         jobs = compose_grid(loader, sweep, overrides)
+        if not _all_finished(jobs):
+            run_sweep(jobs, name, runner=runner, max_group_size=max_group_size, print_results=False)
+            ran = True
         results = [result_of(job) for job in jobs]
-        comparisons, missing = list[Comparison](), list[tuple[int, int]]()
-        if all(result["status"] == FINISHED for result in results):
-            if launched or not sweep.sweep.plan:
-                _check_rule(Path(jobs[0].home, "runs", "sweeps", name), max_seeds)
-            numbers: list[dict[int, float]] = [{} for _ in words]
-            for (index, seed), result in zip(runs, results, strict=True):
-                # As in the tables: on the held-out images if there are some.
-                numbers[index][seed] = float(result["best_top1"])
-            comparisons, missing = compare(numbers, baselines, max_seeds)
-            runs += missing
-        elif launched:  # the tasks of SLURM run on without this process
+        if not _all_finished(jobs):  # the tasks of SLURM run on without this process
             write_line(
                 "run the same command again when these jobs have ended: it adds seeds to what is "
                 "undecided, or prints the decisions"
             )
+            return overrides, jobs, results
+        if not sweep.sweep.plan:
+            _check_rule(Path(jobs[0].home, "runs", "sweeps", name), max_seeds)
+        numbers: list[dict[int, float]] = [{} for _ in words]
+        for (index, seed), result in zip(runs, results, strict=True):
+            # As in the tables: on the held-out images if there are some.
+            numbers[index][seed] = float(result["best_top1"])
+        comparisons, missing = compare(numbers, baselines, max_seeds)
+        if not missing:
             break
-        if missing:
-            if launched:
-                _log_round(comparisons, missing)
-            launched = False
-        elif launched and comparisons:
-            break
-        else:
-            results = run_sweep(
-                jobs,
-                name,
-                runner=runner,
-                max_group_size=max_group_size,
-                print_results=False,
-            )
-            launched = True
-    if comparisons:
-        outcomes(jobs, results)
-        for one in comparisons:
-            write_line(describe(one, distinct))
+        if ran:
+            _log_round(comparisons, missing)
+        runs += missing
+    if (
+        not ran
+    ):  # other launches ran all jobs: print the plan, or note the jobs in the sweep's files
+        run_sweep(jobs, name, runner=runner, max_group_size=max_group_size, print_results=False)
+    outcomes(jobs, results)
+    for one in comparisons:
+        write_line(describe(one, distinct))
     return overrides, jobs, results
+
+
+def _all_finished(jobs: Sequence[Config]) -> bool:
+    return all(result_of(job)["status"] == FINISHED for job in jobs)
 
 
 def _check_rule(folder: Path, max_seeds: int) -> None:

@@ -472,6 +472,17 @@ def test_a_row_with_chosen_seeds_is_compared_with_its_own_seeds_of_such_a_baseli
     assert adaptive.gain.difference.n_base == 3
 
 
+def test_a_row_with_more_chosen_seeds_than_such_a_baseline_is_corrected_for_its_looks() -> None:
+    gain = only(
+        runs(*SHUFFLE, [74.0, 74.2, 73.9], looks=8)
+        + runs(*SHUFFLE, [76.0, 76.5, 76.3, 76.1], **sd_kd()),
+        "sdd_table_2",
+        "SD-KD",
+    ).gain
+    assert gain is not None
+    assert (gain.difference.test, gain.difference.looks, gain.difference.n) == ("sequential", 8, 3)
+
+
 def test_a_mean_over_pairs_of_a_sweep_that_added_seeds_has_no_interval() -> None:
     rows = []
     for pair in (SHUFFLE, ("resnet32x4", "shufflev2")):
