@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from sddlskd.models import names
 from tests.pages import FENCE, LINK, READMES, REPO, broken, commands, headings, name_of
@@ -61,3 +62,16 @@ def test_its_results_are_those_of_the_pages(text: str) -> None:
     differences = re.findall(r"^\| \w+, \w+ -> \w+ \|.* (\d+e-\d+) \|$", methods, re.MULTILINE)
     assert len(differences) == 12
     assert f"[{max(differences, key=float)}](docs/methods.md" in text
+
+
+def test_the_citation_is_complete() -> None:
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0"
+    # The keys that the schema requires of a work and of a reference.
+    assert {"message", "title", "authors"} <= cited.keys()
+    for paper in cited["references"]:
+        assert {"type", "title", "authors"} <= paper.keys()
+        assert all({"family-names", "given-names"} == author.keys() for author in paper["authors"])
+        assert f"]({paper['url']})" in README
+        assert f"]({paper['repository-code']})" in README
+    assert f'version = "{cited["version"]}"' in (REPO / "pyproject.toml").read_text()
