@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
 PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow test-services test-servers test-slurm test-long tracking-server lint bench gpu clean
+.PHONY: setup demo test test-slow test-services test-servers test-slurm test-long tracking-server lint docs bench gpu clean
 
 setup: .venv/installed
 
@@ -31,7 +31,7 @@ demo: setup
 test: setup
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal --durations 12
 
-# The slow tests: ranks, killed sweeps, every method in one group, the README's examples.
+# The slow tests: ranks, killed sweeps, every method in one group, the documentation's examples.
 test-slow: setup
 	$(PYTEST) -m slow --numprocesses 3 --dist worksteal --durations 12
 
@@ -59,6 +59,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site in build/site; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks

@@ -8,7 +8,7 @@ import pytest
 
 from sddlskd.datasets import arrays, folders
 from sddlskd.teachers import PUBLISHED
-from tests.test_readme import composed
+from tests.pages import composed
 from tests.tiny import CONF
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()

@@ -1,0 +1,229 @@
+"""Test the pages of the documentation: their place, links, commands and examples."""
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torchvision
+from onnx import TensorProto, helper
+
+from sddlskd import __main__ as cli
+from sddlskd import record
+from sddlskd.files import checkpoint
+from sddlskd.models import create
+from tests.pages import (
+    PAGES,
+    REPO,
+    TEXTS,
+    broken,
+    commands,
+    composed,
+    example,
+    name_of,
+    write_files,
+)
+from tests.tiny import ForkedCommand
+
+DOCS = REPO / "docs"
+# tests/test_data_page.py and tests/slurm/test_docs.py run the commands of these pages.
+ELSEWHERE = {DOCS / "data.md", DOCS / "cluster.md"}
+COMMANDS = [(path, line) for path in TEXTS if path not in ELSEWHERE for line in commands(path)]
+TRAINING = sorted(
+    {
+        line.removesuffix(" sweep.plan=true")
+        for _, line in COMMANDS
+        if line.startswith("python -m sddlskd.train") and "--config-dir" not in line
+    }
+)
+MODULES = sorted(
+    {
+        line
+        for _, line in COMMANDS
+        if line.startswith("python -m ") and not line.startswith("python -m sddlskd.train")
+    }
+)
+# Programs of others, and words of the shell.
+OTHERS = {".", "cd", "cp", "export", "git", "mlflow", "pip"}
+OF_PACKAGE = re.compile(r"python -m |make |sddlskd |PGPASSFILE=")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken(path) == []
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    nav = (REPO / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", nav, re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert {path.relative_to(DOCS).as_posix() for path in PAGES} <= set(listed)
+    for name in listed:
+        assert (DOCS / name).exists() or (REPO / name).exists()
+
+
+def test_every_command_is_known() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    assert len(COMMANDS) > 50
+    for path, line in COMMANDS:
+        first = line.split()[0]
+        assert first in OTHERS or OF_PACKAGE.match(line), f"{name_of(path)}: {line}"
+        if first == "make":
+            assert f"\n{line.split()[1]}:" in makefile, line
+        if first == "sddlskd":
+            assert line.split()[1] in cli.COMMANDS, line
+
+
+def test_every_target_of_make_that_is_named_exists() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    for path in TEXTS:
+        for target in re.findall(r"`make ([\w-]+)", path.read_text()):
+            assert f"\n{target}:" in makefile, f"{name_of(path)}: make {target}"
+
+
+def test_contributing_names_every_target_of_make() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    parts = {"test-servers", "test-slurm"}  # of test-services
+    said = re.findall(r"^\| `make ([\w-]+)` \|", (REPO / "CONTRIBUTING.md").read_text(), re.M)
+    assert set(said) == set(phony.split()) - parts
+
+
+def test_the_page_of_one_run_names_every_choice() -> None:
+    page = (DOCS / "one-run.md").read_text()
+    for group in ("recipe", "dataset", "scales", "optimizer", "trainer"):
+        for path in (REPO / "conf" / group).glob("*.yaml"):
+            assert re.search(rf"[` ]{path.stem}[` ]", page), f"{group}={path.stem}"
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_every_training_command_composes(command: str) -> None:
+    if "--help" in command or "--cfg" in command:
+        return  # tests/test_cli.py and tests/test_config.py have these
+    jobs = composed(command)
+    assert jobs
+    assert (len(jobs) > 1) == ("-m" in shlex.split(command)[3:])
+
+
+class Parsed(Exception):
+    """Raised in place of what a command would do."""
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+@pytest.mark.parametrize("command", MODULES)
+def test_every_other_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, module, *words = shlex.split(command)
+
+    def only(parsing: Callable[..., object]) -> Callable[..., None]:
+        def parse(*arguments: object) -> None:
+            parsing(*arguments)
+            raise Parsed
+
+        return parse
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        parser = argparse.ArgumentParser
+        monkeypatch.setattr(parser, name, only(getattr(parser, name)))
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(Parsed):
+        runpy.run_module(module, run_name="__main__", alter_sys=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loss", "method", "connector", "network", "dataset"])
+def test_examples_run(name: str, tmp_path: Path) -> None:
+    blocks = example(DOCS / "extending.md", name)
+    assert [language for language, _ in blocks] == ["python", "yaml", "sh"]
+    for _, text in blocks:
+        assert len(text.splitlines()) < 20
+    write_files(blocks, tmp_path)
+    words = shlex.split(blocks[-1][1])
+    teacher = dict(word.split("=", 1) for word in words if "=" in word)["teacher"]
+    torch.manual_seed(0)
+    checkpoint.write(
+        tmp_path / f"teachers/digits/{teacher}.pt", {"model": create(teacher, 10).state_dict()}
+    )
+    quick = ["trainer=debug", "tracking=none"]
+    assert words[:2] == ["python", "-m"]
+    at_home = {"SDDLSKD_HOME": str(tmp_path)}
+    code, out, err = ForkedCommand(tmp_path, *words[2:], *quick, cwd=tmp_path, env=at_home).end()
+    assert code == 0, out + err
+    results = [
+        record.read_result(path.parent)
+        for path in (tmp_path / "runs").glob(f"*/{teacher}-*/result.json")
+    ]
+    jobs = {"loss": 2, "method": 2, "connector": 1, "network": 1, "dataset": 1}[name]
+    assert [result["status"] for result in results if result.get("teacher_sha256")] == [
+        "FINISHED"
+    ] * jobs
+
+
+def test_a_loss_of_ones_own_stands_beside_other_methods(tmp_path: Path) -> None:
+    blocks = example(DOCS / "sweeps.md", "own sweep")
+    write_files(blocks, tmp_path)
+    jobs = composed(blocks[-1][1].strip(), tmp_path)
+    assert len(jobs) == 15
+    own = [job for job in jobs if job.recipe == "mse"]
+    assert [job.seed for job in own] == [0, 1, 2]
+    assert {job.distiller.loss["_target_"] for job in own} == {"my_losses.mse"}
+    # The example is the one that tests/test_docs.py runs.
+    assert blocks[:2] == example(DOCS / "extending.md", "loss")[:2]
+
+
+def test_example_of_a_loop_of_ones_own() -> None:
+    ((_, code), *_) = example(DOCS / "extending.md", "loop")
+    torch.manual_seed(0)
+    teacher_network, student_network = (
+        torchvision.models.resnet18(num_classes=5),
+        torchvision.models.resnet18(num_classes=5),
+    )
+    before = student_network.fc.weight.clone()
+    scope = {
+        "teacher_network": teacher_network, "student_network": student_network,
+        "loader": [(torch.randn(4, 3, 64, 64), torch.arange(4))],
+        "optimizer": torch.optim.SGD(student_network.parameters(), 0.01),
+    }  # fmt: skip
+    exec(code, scope)
+    assert scope["loss"].isfinite()
+    assert not torch.equal(student_network.fc.weight, before)
+
+
+def test_example_of_an_exported_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, code), *_) = example(DOCS / "export.md", "onnx")
+    shape = ["B", 3, 8, 8]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "best.onnx")
+    monkeypatch.chdir(tmp_path)
+    scope = {"images": np.ones((2, 3, 8, 8), np.float32)}
+    exec(code, scope)
+    assert scope["logits"].shape == (2, 3, 8, 8)
+
+
+def test_the_method_of_the_guide_for_contributors() -> None:
+    text = (REPO / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"^    ```python\n(.*?)^    ```$", text, re.DOTALL | re.MULTILINE)
+    scope: dict[str, Any] = {}
+    exec(re.sub(r"^    ", "", block, flags=re.MULTILINE), scope)
+    images = torch.randn(2, 3, 32, 32)
+    student, teacher = (create(name, 10).taps(images) for name in ("resnet8", "resnet8x4"))
+    assert scope["MyMethod"](student, teacher)(student, teacher, None).isfinite()
+    assert len(block.splitlines()) < 30
+
+
+def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = DOCS / "figures/method.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in script.parent.glob("*.svg"))
+    assert all("</svg>" in (tmp_path / name).read_text() for name in drawn)
