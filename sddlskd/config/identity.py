@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from sddlskd.config.schema import CacheDtype, Config, DatasetConfig, Pooling
+from sddlskd.config.schema import CacheDtype, Capture, Config, DatasetConfig, Pooling
 from sddlskd.config.targets import with_first_names
 
 __all__ = [
@@ -181,14 +181,16 @@ def sharing_key(config: Config) -> str:
     """Return twelve hex digits that are equal for jobs that can be trained side by side.
 
     Such jobs have the same batches and the same teacher with the same cache. They also have the
-    same device, number of processes, epochs, precision and compilation. `fit` trains them together,
-    with one forward pass of the teacher per batch.
+    same device, number of processes, epochs, precision, compilation and capture. `fit` trains them
+    together, with one forward pass of the teacher per batch.
     """
     trainer = dict(_identity(config.trainer)) | {
         "data_seed": data_seed(config),
         "device": config.trainer.device,
         "devices": config.trainer.devices,
     }
+    if config.trainer.capture != Capture.auto:
+        trainer["capture"] = config.trainer.capture
     teacher: list[Any] = [
         config.teacher.name,
         config.teacher.model,

@@ -176,6 +176,25 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class Capture(StrEnum):
+    """Choice whether training steps are captured: recorded once and repeated with one call.
+
+    "auto" captures them on a GPU, if one process trains. "on" also does so on the CPU, where it
+    saves nothing and gives the same numbers.
+    """
+
+    auto = "auto"  # on CUDA
+    on = "on"  # on every device; for tests
+    off = "off"  # never
+
+
+class CompileMode(StrEnum):
+    """Mode of torch.compile. Modes that capture by themselves are left out."""
+
+    default = "default"
+    max_autotune = "max_autotune"  # try more kernels, which takes minutes
+
+
 class Schedule(StrEnum):
     """Shape of the learning rate after the warm-up: steps, half a cosine or constant."""
 
@@ -465,6 +484,13 @@ class TrainerConfig:
     # Number format of the networks' forward pass; losses are always float32
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile the networks
+    # Mode of torch.compile
+    compile_mode: CompileMode = _later(CompileMode.default)
+    # Whether convolutions on a GPU round their float32 inputs to TF32 (10 bits), as torch does by
+    # default; products of matrices, and so the losses, stay float32
+    tf32: bool = _later(True)
+    # Whether steps are captured in CUDA graphs
+    capture: Capture = _plumbing(Capture.auto)
     # Steps between two readings of the training loss from the device
     log_every: int = bounded(50, gt=0, le=MOST_STEPS, identity=False)
     progress: Progress = _plumbing(Progress.auto)  # how progress is shown

@@ -16,7 +16,7 @@ from filelock import FileLock
 from torch import nn
 
 from sddlskd import config as cfg
-from sddlskd.config import Config
+from sddlskd.config import Capture, Config
 from sddlskd.config.targets import instantiate
 from sddlskd.data.decoding import ImageTransform
 from sddlskd.data.device import DeviceData, share_of
@@ -535,6 +535,7 @@ def build_teacher(
         device=device,
         precision=job.trainer.precision,
         compile=job.trainer.compile,
+        compile_mode=job.trainer.compile_mode,
     )
     top1 = None
     if ranks.is_rank_zero:
@@ -819,12 +820,22 @@ def build_run(
         device=device,
         precision=job.trainer.precision,
         compile=job.trainer.compile,
+        compile_mode=job.trainer.compile_mode,
+        capture=_captures(job, device),
         seed=job.seed,
         steps=steps,
         images=images,
         batch_size=job.trainer.batch_size,
         ranks=ranks or Ranks(),
     )
+
+
+def _captures(job: Config, device: torch.device) -> bool:
+    """Return whether the steps of a job are to be captured, if they can be."""
+    choice = job.trainer.capture
+    if choice == Capture.auto:
+        return device.type == "cuda" and job.trainer.devices == 1
+    return choice == Capture.on
 
 
 def _learned_temperature(job: Config, device: torch.device) -> nn.Module | None:

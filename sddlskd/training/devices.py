@@ -1,16 +1,27 @@
 """Turn the settings `trainer.device` and `trainer.precision` into torch objects."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sddlskd.processes.cores import check_processes
 
-__all__ = ["autocast", "check_memory", "check_places", "describe", "pick_device", "seeded"]
+__all__ = [
+    "autocast",
+    "check_memory",
+    "check_places",
+    "compiled",
+    "describe",
+    "number_formats",
+    "pick_device",
+    "seeded",
+]
 
 RANK_MB = 200  # memory of a process that has imported torch, in megabytes
+_COMPILE_MODES = {"max_autotune": "max-autotune-no-cudagraphs"}
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,17 +46,48 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """Return a function or network with torch.compile applied.
+
+    `mode` is the setting trainer.compile_mode. No mode of torch that captures CUDA graphs is used,
+    because whole steps are captured.
+    """
+    if mode == "default":
+        return torch.compile(function)
+    return torch.compile(function, mode=_COMPILE_MODES[mode])
+
+
+@contextmanager
+def number_formats(tf32: bool) -> Iterator[None]:
+    """Choose for a block how a GPU computes in float32, and let cuDNN time its algorithms.
+
+    Convolutions round their inputs to TF32, with 10 bits, if `tf32` is set. Products of matrices,
+    which the losses are made of, keep all bits. The earlier choices are restored after the block.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
 def describe(device: torch.device) -> str:
     """Return a short text about a device for records.
 
-    The text is the name of the GPU for CUDA, else the device type and the number of CPU threads,
+    For CUDA, the text is the name of the GPU and how it computes now, such as "NVIDIA H100, TF32
+    convolutions, cudnn.benchmark". Otherwise it is the device type and the number of CPU threads,
     such as "cpu, 16 threads".
     """
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
+    if device.type != "cuda":
+        return f"{device.type}, {torch.get_num_threads()} threads"
+    words = [torch.cuda.get_device_name(device)]
+    if torch.backends.cudnn.allow_tf32:
+        words.append("TF32 convolutions")
+    if torch.backends.cudnn.benchmark:
+        words.append("cudnn.benchmark")
+    return ", ".join(words)
 
 
 def pick_device(name: str, place: int = 0, places: int = 1) -> torch.device:

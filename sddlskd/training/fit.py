@@ -47,7 +47,7 @@ from sddlskd.training.build import (
     teacher_changed,
     trained_first,
 )
-from sddlskd.training.devices import check_places, describe, pick_device
+from sddlskd.training.devices import check_places, describe, number_formats, pick_device
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.features import build_features, student_network
 from sddlskd.training.loop import failures_of, train
@@ -382,10 +382,11 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
         ranks: the ranks that share each batch.
     """
     _check_group(jobs, ranks)
-    group = _prepare(jobs, stop, sweep, ranks)
-    with stop.acting(at_once=False), _open_runs(group) as opened:
-        _train_runs(group, opened, stop)
-        _close_runs(group, opened, stop)
+    with number_formats(jobs[0].trainer.tf32):
+        group = _prepare(jobs, stop, sweep, ranks)
+        with stop.acting(at_once=False), _open_runs(group) as opened:
+            _train_runs(group, opened, stop)
+            _close_runs(group, opened, stop)
 
 
 def _check_group(jobs: Sequence[Config], ranks: Ranks) -> None:
@@ -429,7 +430,6 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     # Check a given path early, so that a mistyped path fails before any data is downloaded.
     if first.teacher.checkpoint:
         check_teacher(first)
-    torch.backends.cudnn.benchmark = True
     # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
     with ranks.rank_zero_first():
         data, noted = _load_data(jobs, device, ranks)

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 
 import torch
 
-from sddlskd.data.device import Batch
 from sddlskd.data.streaming import Data
-from sddlskd.models import Taps
 from sddlskd.record import FAILED
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training.evaluation import evaluate
+from sddlskd.training.inputs import Inputs
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import NonFiniteLoss, Run
 from sddlskd.training.stop import Stop
@@ -72,6 +71,7 @@ def train(
             NonFiniteLoss.
     """
     saved = time.monotonic()
+    inputs = Inputs(runs, teacher)
 
     def stop_or_save() -> list[int]:
         save = ranks.is_rank_zero and time.monotonic() - saved > save_every_s
@@ -88,9 +88,7 @@ def train(
                 break
             agreed = ranks.all_reduce_max(stop_or_save)
             runs_at_step = [run for run in runs_in_epoch if run.alive and run.step == step]
-            teacher_taps = None
-            if teacher and runs_at_step:
-                teacher_taps = ask(teacher, batch, runs_at_step)
+            batch, teacher_taps = inputs(batch, runs_at_step)
             for run in runs_at_step:
                 with failures_of(run, on_change):
                     run.train_step(batch, teacher_taps)
@@ -133,31 +131,6 @@ def train(
         if signalled:
             stop.signal = signal.Signals(signalled)
             return
-
-
-def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> Taps:
-    """Return the teacher's taps of a batch: its logit map, and the inner maps if a loss reads them.
-
-    Args:
-        teacher: the teacher that the runs share.
-        batch: the images, in two views if a run needs two.
-        runs: the runs that train on the batch. The teacher computes only what their losses read.
-
-    Returns:
-        `Taps` without gradients. `logit_map` is (B, K, H, W). `strong_map` is the logit map of the
-        second view, or None if no run reads it.
-    """
-    if any(run.objective.needs_taps for run in runs):
-        taps = teacher.taps(batch.images, batch.views)
-    else:
-        logit_map_BKHW = teacher(batch.images, batch.views)
-        if any(run.objective.features for run in runs):
-            logit_map_BKHW = logit_map_BKHW.clone()  # autograd refuses inference tensors
-        taps = Taps.of_map(logit_map_BKHW)
-    if any("strong_map" in run.objective.needs for run in runs):
-        assert batch.strong is not None
-        taps = taps._replace(strong_map=teacher(batch.strong, None).clone())
-    return taps
 
 
 @contextmanager

@@ -7,13 +7,16 @@ Shapes: B batch, C channels, H W sides, K classes, R ranks, S sums of an epoch.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sddlskd.data.device import Batch, seed_of
 from sddlskd.distill import ScaleDecoupled
@@ -21,7 +24,8 @@ from sddlskd.files import checkpoint
 from sddlskd.methods import Method, Taps
 from sddlskd.models import LogitMapModel
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
-from sddlskd.training.devices import autocast
+from sddlskd.training.capture import Captured
+from sddlskd.training.devices import autocast, compiled
 from sddlskd.training.dot import DOT
 from sddlskd.training.ranks import Ranks
 
@@ -29,6 +33,8 @@ __all__ = ["Feature", "NonFiniteLoss", "Objective", "Optimisation", "Progress", 
 
 
 CURE = "lower optimizer.lr or set optimizer.clip_norm"
+# Optimizers that can read the learning rate from a tensor without handing it to the host.
+CAPTURED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -78,6 +84,17 @@ class Progress:
         return cls(*state["position"], *state["scores"], *state["seconds"])
 
 
+class _Noting(Batch):
+    """A batch that notes whether its epoch is read."""
+
+    was_read = False
+
+    @property
+    def epoch(self) -> int:
+        self.was_read = True
+        return self[4]
+
+
 @dataclass
 class Feature:
     """Feature or relation method (a loss on inner maps) of a run, and how much its loss counts.
@@ -114,6 +131,7 @@ class Objective:
         features: the feature and relation methods by name.
         temperature: module that maps an epoch to the learnt temperature of the distillation loss;
             None for the loss's own temperature.
+        reads_epoch: whether a method has read the number of the epoch in a batch so far.
     """
 
     distill: ScaleDecoupled | None
@@ -122,6 +140,7 @@ class Objective:
     warmup_epochs: int
     features: Mapping[str, Feature] = field(default_factory=dict)
     temperature: nn.Module | None = None
+    reads_epoch: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -187,6 +206,16 @@ class Objective:
         kd_weight = self.kd_weight * min(epoch / self.warmup_epochs, 1.0)
         return {"loss_ce": self.ce_weight, "loss_kd": kd_weight, **weights}
 
+    def fixed_by(self, epoch: int) -> Hashable:
+        """Return all values of Python that the losses depend on in an epoch.
+
+        Two epochs with equal results compute the same functions of the tensors.
+        """
+        weights = tuple(self.weights(epoch).items())
+        if epoch < 1 or self.reads_epoch or self.temperature is not None:
+            return weights, epoch
+        return weights
+
     def losses(self, student: Taps, teacher: Taps | None, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch by their `names`.
 
@@ -243,14 +272,16 @@ class Objective:
         Before epoch 1, only the methods whose first stage has begun are in the result.
         """
         values = {}
+        shown = _Noting(*batch)
         with torch.autocast(student.logit_map.device.type, enabled=False):
             student, teacher = student.wide(), teacher.wide()
             for name, feature in self.features.items():
                 method = feature.method
                 if batch.epoch > 0:
-                    values[f"loss_{name}"] = method(student, teacher, batch)
+                    values[f"loss_{name}"] = method(student, teacher, shown)
                 elif batch.epoch > -method.first_stage_epochs:
-                    values[f"loss_{name}"] = method.first_stage(student, teacher, batch)
+                    values[f"loss_{name}"] = method.first_stage(student, teacher, shown)
+        self.reads_epoch |= shown.was_read
         return values
 
 
@@ -264,12 +295,15 @@ class Optimisation:
             rate.
         clip_norm: largest gradient norm; None for no clipping.
         scaler: scaler of the loss, which is enabled for fp16 alone.
+        rate: the present learning rate as a scalar on the device, for captured steps; None if steps
+            are not captured.
     """
 
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[float], float]
     clip_norm: float | None
     scaler: torch.amp.GradScaler
+    rate: Tensor | None = None
 
     @property
     def in_parts(self) -> bool:
@@ -279,7 +313,45 @@ class Optimisation:
         """
         return isinstance(self.optimizer, DOT)
 
-    def step(self, losses: Sequence[Tensor], epochs_done: float) -> None:
+    def set_rate(self, epochs_done: float) -> None:
+        """Set the learning rate of the next step.
+
+        `epochs_done` is the number of epochs done so far, with fractions.
+        """
+        value = self.learning_rate(epochs_done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+        if self.rate is not None:
+            self.rate.fill_(value)
+
+    def capture_on(self, device: torch.device) -> None:
+        """Keep the learning rate on `device`, too, so that steps can be captured."""
+        # The CUDA kernels of the optimizers read float32. The CPU reads a number of Python's kind.
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self.rate = torch.zeros((), dtype=dtype, device=device)
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Let the optimizer read the learning rate from `rate` in the block.
+
+        The settings of the optimizer, which checkpoints hold, are as before after the block.
+        """
+        assert self.rate is not None
+        settings: dict[str, Any] = {"lr": self.rate}
+        if self.rate.device.type == "cuda":
+            # Only the fused kernels read the learning rate on the device.
+            settings |= {"fused": True, "foreach": False, "capturable": True}
+        groups = self.optimizer.param_groups
+        before = [{key: group[key] for key in settings if key in group} for group in groups]
+        for group, old in zip(groups, before, strict=True):
+            group.update({key: settings[key] for key in old})
+        try:
+            yield
+        finally:
+            for group, old in zip(groups, before, strict=True):
+                group.update(old)
+
+    def step(self, losses: Sequence[Tensor]) -> None:
         """Update the parameters by one step against the gradient of the losses.
 
         With an enabled scaler, a step whose gradients are not finite is skipped.
@@ -287,11 +359,7 @@ class Optimisation:
         Args:
             losses: scalars: [the loss], or [distillation loss, task loss] for the optimizer DOT
                 (see `in_parts`).
-            epochs_done: number of epochs done so far, with fractions; it determines the learning
-                rate.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(epochs_done)
         self.optimizer.zero_grad(set_to_none=True)
         *distillation, loss = losses
         if isinstance(self.optimizer, DOT):
@@ -306,6 +374,14 @@ class Optimisation:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.rate is not None:
+            self._move_counters(self.rate.device)
+
+    def _move_counters(self, device: torch.device) -> None:
+        """Move the numbers of steps that Adam keeps on the CPU to the device."""
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].to(device)
 
 
 class Run:
@@ -323,6 +399,8 @@ class Run:
         device: device of this rank.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile to the student.
+        compile_mode: mode of torch.compile.
+        capture: whether to capture the steps, if they can be captured.
         seed: seed of random layers such as dropout, which depend on (seed, epoch, step) alone, and
             on the rank if several ranks share a batch.
         steps: batches per epoch.
@@ -339,6 +417,8 @@ class Run:
         val_top1: validation top-1 of the last epoch in percent; NaN before an epoch has ended.
         info: facts for result.json, such as {"teacher_top1": 79.4, "environment": "..."}.
         crowded: whether other runs share the device.
+        compiled: whether torch.compile is applied to the student.
+        captured: repeats captured steps; None if steps are not captured.
 
     Raises:
         UnreadableFile: If the run directory holds checkpoints and none can be read. The error is a
@@ -356,6 +436,8 @@ class Run:
         device: torch.device,
         precision: str,
         compile: bool,
+        compile_mode: str = "default",
+        capture: bool = False,
         seed: int,
         steps: int,
         images: int,
@@ -379,6 +461,8 @@ class Run:
         self.sums = torch.zeros(len(objective.names) + 1, device=device)
         # Step and value of the first non-finite loss; the step is -1 if there is none.
         self.first_bad = torch.full((2,), -1.0, device=device)
+        # Number of the present step from 1. A captured step reads it on the device.
+        self._number = torch.zeros((), device=device)
         self.state = RUNNING
         self.loss = math.nan
         self.val_top1 = math.nan
@@ -386,11 +470,31 @@ class Run:
         self.crowded = False
         self._resume()
         shared = ranks.wrap(model)
-        self.forward = torch.compile(shared) if compile else shared
+        self.compiled = compile
+        self.forward = compiled(shared, compile_mode) if compile else shared
         self._taps: Callable[[Tensor], Taps] | None = None
         if objective.needs_taps:
             assert isinstance(model, LogitMapModel)  # as the methods have checked
-            self._taps = torch.compile(model.taps) if compile else model.taps
+            self._taps = compiled(model.taps, compile_mode) if compile else model.taps
+        self.captured: Captured | None = None
+        if capture and not (reason := self._why_not_captured()):
+            optimisation.capture_on(device)
+            self.captured = Captured(
+                "steps", device, record.log, watched=not self.compiled, around=optimisation.captured
+            )
+        elif capture:
+            record.log.info("steps are not captured, but started kernel by kernel: %s", reason)
+
+    def _why_not_captured(self) -> str:
+        """Return why no step of this run can be captured; "" if nothing is known against it."""
+        kind = type(self.optimisation.optimizer)
+        if self.ranks.world_size > 1:
+            return "several processes share each batch"
+        if self.optimisation.scaler.is_enabled():
+            return "fp16 scales the loss"
+        if kind not in CAPTURED_OPTIMIZERS:
+            return f"the optimizer {kind.__name__} cannot be captured"
+        return ""
 
     @property
     def epoch(self) -> int:
@@ -424,6 +528,8 @@ class Run:
         """
         self.info = dict(info)
         self.crowded = crowded
+        if self.captured is not None:
+            self.captured.crowded = crowded
         self.report(RUNNING)
 
     def train_step(self, batch: Batch, teacher: Taps | None) -> None:
@@ -440,20 +546,45 @@ class Run:
         own = len(batch.labels)
         whole = self._images_of_step(own)
         count = self.ranks.images_of_step(own, whole)
+        self.wait()
         # Seed each step, so that a run draws the same numbers alone, in a group and after a resume.
         torch.manual_seed(self._seed_of_step())
+        self._number.fill_(self.step + 1)
+        self.optimisation.set_rate(self.epoch - 1 + self.step / self.steps)
+        learn = partial(self._learn, batch, teacher, count, whole)
+        if self.captured is None:
+            learn()
+        elif own < self.batch_size:
+            self.captured.plainly(learn)
+        else:
+            self.captured(learn, self._read(batch, teacher), self.objective.fixed_by(self.epoch))
+        self.progress.step += 1
+        self.progress.seen += whole
+
+    def _learn(self, batch: Batch, teacher: Taps | None, count: float, whole: int) -> None:
+        """Update the weights and the sums of the epoch from one batch, on the device alone.
+
+        A captured step repeats this work, so it must neither read a value of the device nor depend
+        on values of Python that change from step to step.
+
+        Args:
+            batch: this rank's share of the batch.
+            teacher: taps of the teacher; None for a student without a teacher.
+            count: number of images that this rank counts for.
+            whole: number of images of the batch, over all ranks.
+        """
+        own = len(batch.labels)
         with autocast(self.device, self.precision):
             student = self._see(batch)
         losses = self.objective.losses(student, teacher, batch)
         loss = losses["loss"]
         parts = [loss]
         if self.optimisation.in_parts:
-            parts = self.objective.parts(losses, self.epoch)
+            parts = self.objective.parts(losses, batch.epoch)
         # The gradients are averaged over the ranks. Weighting each rank's loss by its share of the
         # images makes that average the gradient of the whole batch.
         share = count * self.ranks.world_size / whole
-        epochs_done = self.epoch - 1 + self.step / self.steps
-        self.optimisation.step([part * share for part in parts], epochs_done)
+        self.optimisation.step([part * share for part in parts])
 
         with torch.no_grad():
             class_B = _logits(student.logit_map).argmax(1)
@@ -461,10 +592,20 @@ class Run:
             counted = [losses[name] * count for name in self.objective.names]
             self.sums += torch.stack([*counted, right.to(loss.dtype)])
             is_first = ~torch.isfinite(loss) & (self.first_bad[0] < 0)
-            found = torch.stack((loss.new_full((), self.step + 1.0), loss))
-            self.first_bad = torch.where(is_first, found, self.first_bad)
-        self.progress.step += 1
-        self.progress.seen += whole
+            found = torch.stack((self._number, loss.float()))
+            self.first_bad.copy_(torch.where(is_first, found, self.first_bad))
+
+    def _read(self, batch: Batch, teacher: Taps | None) -> list[Tensor]:
+        """Return the tensors that a step reads and that differ from batch to batch."""
+        read = [batch.images, batch.labels, batch.strong, *tree_leaves(teacher)]
+        if self.objective.features:
+            read.append(batch.index)
+        return [tensor for tensor in read if isinstance(tensor, Tensor)]
+
+    def wait(self) -> None:
+        """Let further work on the device wait for the steps that it has been given so far."""
+        if self.captured is not None:
+            self.captured.wait()
 
     def _see(self, batch: Batch) -> Taps:
         """Return the taps of the student that the losses read."""
@@ -496,6 +637,7 @@ class Run:
             NonFiniteLoss: On all ranks, if the loss of any rank was infinite or NaN in a step of
                 this epoch. The message tells the first such step and the value.
         """
+        self.wait()
         found = self.ranks.all_gather(torch.cat((self.sums, self.first_bad)))
         bad = [(int(step), value) for step, value in found[:, -2:].tolist() if step >= 0]
         if bad:
@@ -584,6 +726,7 @@ class Run:
         Raises:
             OSError: If the checkpoint cannot be written; the old checkpoints stay as they were.
         """
+        self.wait()
         sums_RS = self.ranks.all_gather(self.sums) if self.step else self.sums[None]
         if not self.ranks.is_rank_zero:
             return
@@ -636,6 +779,8 @@ class Run:
             Damaged: If requeues.json in the run directory is damaged. The error is a ValueError.
         """
         self.state = status
+        if not self.alive and self.captured is not None:
+            self.captured.release()
         log = self.record.log.error if status == FAILED else self.record.log.info
         log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
         progress = self.progress

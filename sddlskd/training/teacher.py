@@ -15,7 +15,7 @@ from torch.fx.experimental.optimization import fuse
 
 from sddlskd.files.checkpoint import check_finite, load_weights
 from sddlskd.models import LogitMapModel, Taps
-from sddlskd.training.devices import autocast
+from sddlskd.training.devices import autocast, compiled
 
 __all__ = ["Teacher"]
 
@@ -37,6 +37,7 @@ class Teacher:
         device: device on which the forward pass runs.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile.
+        compile_mode: mode of torch.compile.
 
     Raises:
         ValueError: If the file cannot be read, does not hold weights of this network, or holds NaN
@@ -53,6 +54,7 @@ class Teacher:
         device: torch.device,
         precision: str,
         compile: bool,
+        compile_mode: str = "default",
     ) -> None:
         if path is not None:
             load_weights(network, path, name)
@@ -71,7 +73,7 @@ class Teacher:
         self._taps: Callable[[Tensor], Taps] = tapped
         if compile:
             # The compiler runs at the first call, so taps that nobody asks for cost nothing.
-            self._forward, self._taps = torch.compile(network), torch.compile(tapped)
+            self._forward, self._taps = (compiled(each, compile_mode) for each in (network, tapped))
 
     def __call__(self, images_BCHW: Tensor, views_B: Tensor | None = None) -> Tensor:
         """Return the logit map (B, K, H, W) of a batch, as an inference tensor.

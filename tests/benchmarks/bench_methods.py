@@ -21,7 +21,7 @@ from sddlskd.models import LogitMapModel, Taps
 from sddlskd.record import Record
 from sddlskd.training.build import build_network, build_run
 from sddlskd.training.features import build_features
-from sddlskd.training.loop import ask
+from sddlskd.training.inputs import ask
 from sddlskd.training.run import Run
 from sddlskd.training.teacher import Teacher
 from tests.benchmarks.bench_step import in_turn, ratio

@@ -19,7 +19,7 @@ from sddlskd.models import Taps
 from sddlskd.record import Onlooker
 from sddlskd.training.build import build_network, build_run
 from sddlskd.training.features import build_features, student_network
-from sddlskd.training.loop import ask
+from sddlskd.training.inputs import ask
 from sddlskd.training.run import Feature, Run
 from sddlskd.training.teacher import Teacher
 from tests.tiny import CONF, composed

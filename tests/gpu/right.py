@@ -35,7 +35,7 @@ from sddlskd.record import freeze, read_result
 from sddlskd.sweeps.pool import Pool
 from sddlskd.training.devices import autocast
 from sddlskd.training.fit import fit
-from sddlskd.training.loop import ask
+from sddlskd.training.inputs import ask
 from sddlskd.training.run import Run
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache

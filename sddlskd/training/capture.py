@@ -1,0 +1,294 @@
+"""Record the work that a function gives to the device, and repeat the recording with one call.
+
+A training step of small networks is hundreds of short kernels (programs of the GPU), and starting
+them one by one takes longer than computing them. A CUDA graph is a recording of kernels that is
+started as a whole. It repeats the same kernels on the same memory, with the numbers that Python
+gave them when they were recorded. So everything that changes between two calls must lie in tensors
+that keep their place in memory.
+
+On the CPU there are no CUDA graphs. A stand-in keeps the function and calls it again, so that the
+code around it is the same on both devices.
+"""
+
+import logging
+import random
+import traceback
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Captured", "Watch"]
+
+# Operations whose result or whose success the host must know before it can go on.
+READ_BY_HOST = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount"),
+        *("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
+        *("_linalg_svd", "_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_check_errors"),
+    )
+)
+INDEXED = frozenset(f"aten::{name}" for name in ("index", "index_put", "index_put_"))
+
+
+class Captured:
+    """Calls functions of one kind, and repeats a recording of the last one where that is right.
+
+    The first call with certain tensors and certain values of Python runs the function, and watches
+    whether it can be recorded. The second such call records it, and this and all later calls repeat
+    the recording. A call with other tensors or values begins anew. If a function cannot be
+    recorded, this is logged once, and from then on every function is just called.
+
+    On CUDA, all work runs on a stream of its own, which waits for the work that the current stream
+    has been given before the call. `wait` makes the current stream wait in turn.
+
+    Args:
+        what: what the functions do, for messages, such as "steps".
+        device: device that the functions compute on.
+        log: log for the message that says why nothing is recorded.
+        watched: whether the first call is watched for operations that cannot be recorded. Compiled
+            functions cannot be watched; errors while they are recorded are noticed.
+        around: returns the context that a function is recorded in.
+
+    Attributes:
+        reason: why functions are not recorded; "" if they are.
+        crowded: whether others share the device. If so, an out-of-memory error while a function is
+            recorded is raised; otherwise the function is not recorded.
+        replays: number of calls that repeated a recording.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        device: torch.device,
+        log: logging.Logger,
+        *,
+        watched: bool = True,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.reason = ""
+        self.crowded = False
+        self.replays = 0
+        self._what, self._device, self._log = what, device, log
+        self._watched, self._around = watched, around
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._has_work = False
+        self._graph: _Graph | _StandIn | None = None
+        # Tensors and values of the recording, and those of the last call that was watched.
+        self._key: Hashable = None
+        self._seen: Hashable = None
+        # As long as the recording exists, its memory must not be given to other tensors.
+        self._kept: list[Tensor] = []
+
+    def __call__(
+        self, function: Callable[[], None], reads: Sequence[Tensor], baked: Hashable
+    ) -> None:
+        """Call a function, or repeat its recording.
+
+        Args:
+            function: the function. It leaves its results in tensors that exist already.
+            reads: all tensors that the function reads and that another call may replace by others.
+                Tensors that always stay the same, such as weights, may be left out.
+            baked: the values of Python that the function's work depends on.
+
+        Raises:
+            torch.OutOfMemoryError: If the device is full.
+            Exception: Any error that the function raises when it is called.
+        """
+        key = tuple(map(_place, reads)), baked
+        with self._on_stream():
+            if self._graph is not None and key == self._key:
+                self._repeat()
+            elif self.reason:
+                function()
+            elif key != self._seen:
+                self.release()
+                self._watch(function)
+                self._seen = key
+            elif self._record(function):
+                self._key, self._kept = key, list(reads)
+                self._repeat()
+            else:
+                function()
+
+    def plainly(self, function: Callable[[], None]) -> None:
+        """Call a function without recording it, on the stream of the recorded ones."""
+        with self._on_stream():
+            function()
+
+    def wait(self) -> None:
+        """Let all further work of the current stream wait for the work of the calls so far."""
+        if self._has_work and self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._has_work = False
+
+    def release(self) -> None:
+        """Drop the recording and its memory."""
+        if self._graph is not None and self._stream is not None:
+            self._stream.synchronize()  # the memory may be in use
+        self._graph, self._key, self._kept = None, None, []
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._stream is None or self.reason:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._has_work = True
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _repeat(self) -> None:
+        assert self._graph is not None
+        self._graph.replay()
+        self.replays += 1
+
+    def _watch(self, function: Callable[[], None]) -> None:
+        """Call a function and find out whether it can be recorded."""
+        before = _random_state(self._device)
+        if not self._watched:
+            function()
+            found = []
+        else:
+            with Watch(self._device) as watch:
+                function()
+            found = watch.found
+        if found:
+            self._refuse(found[0])
+        elif _random_state(self._device) != before:
+            self._refuse("random numbers are drawn")
+
+    def _record(self, function: Callable[[], None]) -> bool:
+        """Record a function, and return whether that went well."""
+
+        def recorded() -> None:
+            with self._around():
+                function()
+
+        try:
+            if self._stream is None:
+                self._graph = _StandIn(recorded)
+            else:
+                self._graph = _Graph(recorded, self._stream)
+        # The work of any network may fail to be recorded, in any way.
+        except Exception as error:
+            full = _out_of_memory(error)
+            if full is not None and self.crowded:
+                raise full from error
+            self._refuse(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return False
+        return True
+
+    def _refuse(self, reason: str) -> None:
+        self.reason = reason
+        self.release()
+        self._log.info("%s are not captured, but started kernel by kernel: %s", self._what, reason)
+
+
+class _Graph:
+    """A CUDA graph of a function, with a pool of memory of its own.
+
+    Graphs that run at the same time must not share a pool.
+    """
+
+    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those that send records to MLflow, do not concern the recording.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class _StandIn:
+    """A substitute for a CUDA graph, which calls the function again."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.replay = function
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the operations in a block that a recording could not repeat.
+
+    Such an operation hands a value or a size to the host, or brings values from the host to the
+    device. The optimizers of torch are left out, because they are recorded in another way than they
+    are called.
+
+    Args:
+        device: the device whose tensors are watched.
+
+    Attributes:
+        found: each operation as "file:line: what it does".
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+        self._type = device.type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        ours = [tensor for tensor in given if tensor.device.type == self._type]
+        if ours and name in READ_BY_HOST:
+            self._note(f"the host waits for {name.removeprefix('aten::')}")
+        elif ours and name in INDEXED and any(tensor.dtype == torch.bool for tensor in given[1:]):
+            self._note("a mask selects a number of values that the host must know")
+        elif name in ("aten::_to_copy", "aten::copy_"):
+            source = given[-1].device.type
+            target = torch.device(kwargs.get("device") or given[0].device).type
+            if source != target and self._type in (source, target):
+                self._note("values are copied between the host and the device")
+        elif ours and name == "aten::lift_fresh" and self._type != "cpu":
+            self._note("a number or list of Python becomes a tensor")
+        return func(*args, **kwargs)
+
+    def _note(self, what: str) -> None:
+        frames = traceback.extract_stack()
+        if any("torch/optim/" in frame.filename for frame in frames):
+            return
+        note = f"{_innermost(frames)}: {what}"
+        if note not in self.found:
+            self.found.append(note)
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """Return what identifies the memory of a tensor and how the memory is read."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _random_state(device: torch.device) -> Hashable:
+    """Return the state of all random generators that a network may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return random.getstate(), *(state.numpy().tobytes() for state in states)
+
+
+def _innermost(frames: traceback.StackSummary) -> str:
+    """Return the innermost line of the package on a stack, as file:line."""
+    package = Path(__file__).parents[1]
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if path.is_relative_to(package) and path != Path(__file__):
+            return f"{path.relative_to(package.parent)}:{frame.lineno}"
+    return "a backward pass"
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """Return the out-of-memory error among an error and its causes; None if there is none."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,147 @@
+"""What the runs of a group read in a step: the batch, and what the teacher shows of it.
+
+Shapes: B batch, K classes, H W sides.
+"""
+
+import logging
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sddlskd.data.device import Batch
+from sddlskd.models import Taps
+from sddlskd.training.capture import Captured
+from sddlskd.training.run import Run
+from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher_cache import TeacherCache
+
+__all__ = ["Inputs", "ask"]
+
+log = logging.getLogger(__name__)
+
+
+def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> Taps:
+    """Return the teacher's taps of a batch: its logit map, and the inner maps if a loss reads them.
+
+    Args:
+        teacher: the teacher that the runs share.
+        batch: the images, in two views if a run needs two.
+        runs: the runs that train on the batch. The teacher computes only what their losses read.
+
+    Returns:
+        `Taps` without gradients. `logit_map` is (B, K, H, W). `strong_map` is the logit map of the
+        second view, or None if no run reads it.
+    """
+    if any(run.objective.needs_taps for run in runs):
+        taps = teacher.taps(batch.images, batch.views)
+    else:
+        logit_map_BKHW = teacher(batch.images, batch.views)
+        if any(run.objective.features for run in runs):
+            logit_map_BKHW = logit_map_BKHW.clone()  # autograd refuses inference tensors
+        taps = Taps.of_map(logit_map_BKHW)
+    if any("strong_map" in run.objective.needs for run in runs):
+        assert batch.strong is not None
+        taps = taps._replace(strong_map=teacher(batch.strong, None).clone())
+    return taps
+
+
+class Inputs:
+    """Gives the runs of a group what they read in each step, and asks the teacher once a batch.
+
+    If steps are captured (`Run.captured`), batch and taps lie in the same memory in every step, as
+    a recording of the step needs it. The forward pass of the teacher is captured, too, unless its
+    logit maps come from a cache. A batch that is shorter than an earlier one, as the last one of an
+    epoch, is passed on as it is.
+
+    Args:
+        runs: all runs of the group.
+        teacher: the teacher that the runs share; None without distillation.
+    """
+
+    def __init__(self, runs: Sequence[Run], teacher: Teacher | TeacherCache | None) -> None:
+        self._runs, self._teacher = runs, teacher
+        self._device = runs[0].device
+        self._is_captured = any(run.captured is not None for run in runs)
+        # Methods may read which images these are.
+        self._has_index = any(run.objective.features for run in runs)
+        self._batch: dict[str, Tensor] = {}
+        self._taps: Taps | None = None
+        self._asked: Hashable = None
+        self._forward: Captured | None = None
+        if self._is_captured and isinstance(teacher, Teacher):
+            watched = not any(run.compiled for run in runs)
+            self._forward = Captured(
+                "forward passes of the teacher", self._device, log, watched=watched
+            )
+            self._forward.crowded = len(runs) > 1
+
+    def __call__(self, batch: Batch, runs: Sequence[Run]) -> tuple[Batch, Taps | None]:
+        """Return the batch and the taps of the teacher for one step of some runs of the group.
+
+        The results hold until the next call.
+
+        Args:
+            batch: the batch as the data set makes it.
+            runs: the runs that train on the batch.
+
+        Returns:
+            The batch and the teacher's taps of it; the taps are None without runs or teacher.
+        """
+        # The memory of the last step may be overwritten or freed from here on.
+        for run in self._runs:
+            run.wait()
+        fits = self._is_captured and self._hold(batch)
+        if fits:
+            batch = batch._replace(**self._batch)  # type: ignore[arg-type]
+        if self._teacher is None or not runs:
+            return batch, None
+        if fits:
+            return batch, self._held_taps(batch, runs)
+        return batch, ask(self._teacher, batch, runs)
+
+    def _hold(self, batch: Batch) -> bool:
+        """Copy a batch to the memory of the earlier ones; return False if it is shorter."""
+        new = {"images": batch.images, "labels": batch.labels}
+        if batch.strong is not None:
+            new["strong"] = batch.strong
+        if self._has_index:
+            new["index"] = batch.index
+        size = len(batch.labels)
+        if not self._batch or size > len(self._batch["labels"]):
+            self._batch = {name: tensor.to(self._device, copy=True) for name, tensor in new.items()}
+            return True
+        if size < len(self._batch["labels"]):
+            return False
+        for name, tensor in new.items():
+            self._batch[name].copy_(tensor, non_blocking=True)
+        return True
+
+    def _held_taps(self, batch: Batch, runs: Sequence[Run]) -> Taps:
+        """Return the taps of a batch in the memory of the earlier ones."""
+        teacher = self._teacher
+        assert teacher is not None
+        needs = frozenset[str]().union(*(run.objective.needs for run in runs))
+        asked = needs, batch.images.data_ptr()
+        if self._taps is None or asked != self._asked:
+            self._taps = tree_map_only(Tensor, Tensor.clone, ask(teacher, batch, runs))
+            self._asked = asked
+            return self._taps
+        held = _tensors(self._taps)
+
+        def fill() -> None:
+            for old, new in zip(held, _tensors(ask(teacher, batch, runs)), strict=True):
+                old.copy_(new)
+
+        if self._forward is None:
+            fill()
+        else:
+            read = [batch.images, *([] if batch.strong is None else [batch.strong])]
+            self._forward(fill, read, needs)
+            self._forward.wait()
+        return self._taps
+
+
+def _tensors(taps: Taps) -> list[Tensor]:
+    """Return all tensors of taps, in a fixed order."""
+    return [leaf for leaf in tree_leaves(taps) if isinstance(leaf, Tensor)]
