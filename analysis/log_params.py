@@ -28,7 +28,11 @@ __all__ = [
 LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
 NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 DATASETS = {"c100": "cifar100"}
-OPTION = re.compile(r",? *-*([A-Z]+(?:\.[A-Z0-9_]+)+|M):")  # in a name: M: or SOLVER.LR:
+# An option in a name: M: or SOLVER.LR: anywhere, another word such as gpu: only after "," or "]"
+_KNOWN = r"(?:[A-Z]+(?:\.[A-Z0-9_]+)+|M):"
+OPTION = re.compile(
+    rf"(?:,? *-*(?={_KNOWN})|(?:,|(?<=\])) *-*(?![\w.]*?{_KNOWN}))([A-Za-z][\w.]*):"
+)
 # Params that the options of the authors' command line set.
 OPTIONS = {
     "M": "M",

@@ -44,7 +44,7 @@ from sddlskd.export import TRUST, described, load_run
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.models.base import LogitMapModel
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.terminal.console import explain, log_to_terminal, write_line
+from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training.build import (
     build_data,
     build_network,
@@ -362,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [word for word in chosen.words if not _is_source(word)]
     if not sources:
         parser.error("name a run directory or a weights file")
+    refuse_another_checkout()
     cfg.frame()
     log_to_terminal()
     try:

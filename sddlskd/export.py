@@ -30,7 +30,7 @@ from sddlskd.config.targets import instantiate, refuse_interpolations
 from sddlskd.files.atomic import write_atomically
 from sddlskd.files.checkpoint import load_weights, read_safetensors
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.terminal.console import explain, log_to_terminal, write_line
+from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training.build import shape_of, without_weights
 from sddlskd.training.features import rebuild_student, reuses_teacher
 
@@ -382,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, metavar="PATH", help="the output path (default: inside RUN_DIR)"
     )
     chosen = parser.parse_intermixed_args(arguments)
+    refuse_another_checkout()
     cfg.frame()
     log_to_terminal()
     logging.getLogger("sddlskd").info("%s of %s", chosen.to, chosen.folder)

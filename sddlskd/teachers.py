@@ -42,7 +42,7 @@ from sddlskd.files.archive import unpack
 from sddlskd.files.checkpoint import read_weights, write
 from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.terminal.console import explain, log_to_terminal, write_line
+from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training import teacher_files
 from sddlskd.training.build import build_data, build_network, teacher_path
 from sddlskd.training.devices import pick_device
@@ -443,6 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dataset = dict(word.split("=", 1) for word in overrides).get("dataset", "cifar100")
         prefix = "imagenet_" if dataset == "imagenet" else ""  # the names in conf/teacher
         words = [prefix + name for name in PUBLISHED.get(dataset, PUBLISHED["cifar100"])]
+    refuse_another_checkout()
     cfg.frame()
     log_to_terminal()
     mirrors = [*chosen.mirror, *os.environ.get("SDDLSKD_TEACHER_MIRRORS", "").split()]

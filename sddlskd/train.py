@@ -6,7 +6,6 @@ Heavy modules are imported only when a job runs, so that --help, --cfg and plann
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -19,7 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from sddlskd import config as cfg
 from sddlskd.config import Rerun
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.terminal.console import choices, explain, log_to_terminal, outcomes
+from sddlskd.terminal.console import (
+    choices,
+    explain,
+    log_to_terminal,
+    outcomes,
+    refuse_another_checkout,
+)
 
 __all__ = ["main"]
 
@@ -95,22 +100,6 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(1)
 
 
-def _refuse_another_checkout() -> None:
-    """Exit with code 1 if Hydra's launchers come from another checkout than this code.
-
-    Python takes the code from the current folder, and Hydra takes the launchers from the checkout
-    that the environment was installed from. A sweep would then mix two revisions.
-    """
-    import hydra_plugins.shared_teacher as launchers
-
-    package, found = Path(__file__).resolve().parent, Path(launchers.__file__).resolve().parent
-    if found not in (package / "hydra_plugins", package.parent / "hydra_plugins"):
-        _refuse(
-            f"the code is that of {package}, but this environment was installed from "
-            f"{found.parent}; run `make setup` in {package.parent} and use its .venv/bin/python"
-        )
-
-
 def main() -> None:
     """Train the job, or run the sweep, that the command line (`sys.argv`) describes.
 
@@ -123,7 +112,7 @@ def main() -> None:
             sweep with code 1 if a job is invalid, else with 0.
     """
     log_to_terminal()
-    _refuse_another_checkout()
+    refuse_another_checkout()
     _mend_arguments()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then raises its errors, and only this function prints them.

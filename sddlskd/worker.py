@@ -18,7 +18,7 @@ from sddlskd.config import Config
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.parent import save_and_end_with_parent
 from sddlskd.record import KILLED, InUse
-from sddlskd.terminal.console import explain, log_to_terminal
+from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout
 from sddlskd.training.stop import Stop
 
 __all__ = ["main", "run"]
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--progress", help="used instead of the jobs' trainer.progress")
     parser.add_argument("--parent", type=int, help="process id; stop when that process ends")
     chosen = parser.parse_args()
+    refuse_another_checkout()
     if chosen.parent:
         # An orphaned worker would keep its run directories locked.
         save_and_end_with_parent(chosen.parent, signal.SIGTERM)

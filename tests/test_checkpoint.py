@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gzip
 import logging
 import os
 import pickle
@@ -10,6 +11,7 @@ import re
 import resource
 import signal
 import warnings
+import zipfile
 from collections import OrderedDict
 from fractions import Fraction
 from io import BytesIO
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sddlskd.files.atomic import write_atomically
@@ -472,6 +475,8 @@ def test_prefix_that_all_keys_share(tmp_path: Path, prefix: str, legacy: bool) -
         lambda w: {"state_dict": w, "hyper_parameters": {"lr": 0.1}, "loops": {"fit_loop": {}}},
         lambda w: {"model": {"state_dict": w}},
         lambda w: {"model": {"depth": 8}, "state_dict": w},
+        lambda w: {"student": w, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3},
+        lambda w: {"model": {"network_weights": w}},
     ],
 )
 def test_key_that_holds_the_state_dict(tmp_path: Path, wrap: Any) -> None:
@@ -536,10 +541,56 @@ def test_prefix_that_some_keys_lack_is_shown_beside_what_is_expected(tmp_path: P
     assert same(dict(model.state_dict()), before)
 
 
-def test_unknown_wrapper_is_shown(tmp_path: Path) -> None:
+def test_several_state_dicts_under_unknown_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    path.write_bytes(saved({"ours": create("resnet8", num_classes=10).state_dict(), "epoch": 1}))
-    with pytest.raises(UnreadableFile, match=r"first keys of the file are ours, epoch$"):
+    weights = create("resnet8", num_classes=10).state_dict()
+    path.write_bytes(saved({"student": weights, "teacher": weights, "epoch": 1}))
+    says = (
+        "the first keys of the file are student, teacher, epoch; "
+        "save one of student, teacher alone: torch.save({'model': ...}, FILE)"
+    )
+    with pytest.raises(UnreadableFile, match=re.escape(says)):
+        read_weights(path)
+
+
+def test_the_content_decides_whether_a_file_is_safetensors(tmp_path: Path) -> None:
+    weights = {"w": torch.arange(3.0)}
+    save_file(weights, tmp_path / "x.pth")
+    write(tmp_path / "x.safetensors", {"model": weights})
+    for path in tmp_path.iterdir():
+        assert same(read_weights(path), weights)
+    (tmp_path / "damaged.safetensors").write_bytes(b"123")
+    with pytest.raises(UnreadableFile, match="not a safetensors file"):
+        read_weights(tmp_path / "damaged.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_weights(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "run: git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "is a web page, not a checkpoint; download the"),
+        (gzip.compress(b"weights"), "is compressed; unpack it with gunzip"),
+        (b"\x89PNG\r\n\x1a\n", "bytes: torch.save did not write it); get it again"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFile, match=re.escape(says)) as caught:
+        read_weights(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_torchscript_program_is_refused_unrun(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    # torch writes this file into such an archive, and recognises the archive by it.
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/constants.pkl", pickle.dumps(()))
+        archive.writestr("x/data.pkl", pickle.dumps({}))
+        archive.writestr("x/version", "3")
+    with pytest.raises(UnreadableFile, match=r"TorchScript program.*torch\.jit\.load"):
         read_weights(path)
 
 

@@ -558,6 +558,11 @@ def test_cub200_brings_its_papers_training() -> None:
         assert (o.lr, o.algorithm["weight_decay"], t.epochs, t.batch_size) == (0.01, 5e-4, 240, 64)
         assert [part * t.epochs for part in o.milestones] == [150, 180, 210]
         assert job.student.model["stem"] == "large"
+        assert job.student.model["new_ends"] is job.teacher.model["new_ends"] is True
+    d = job.dataset
+    assert (d.crop, d.size, d.size / d.centre, d.drop_last) == ("squeezed", 224, 256, True)
+    teacher = cfg.teacher_job(job)
+    assert (teacher.dataset.drop_last, teacher.student.model) == (True, job.teacher.model)
     assert job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd").optimizer.lr == 0.05
     assert "stem" not in job_of("dataset=cub200", "pair=vgg13_vgg8", "recipe=kd").student.model
 
@@ -1097,6 +1102,7 @@ def test_the_crops_of_the_decoder_have_the_defaults_of_a_data_set() -> None:
     assert crops.centre == default.centre
     assert crops.pixel_limit == default.pixel_limit
     assert crops.upright == default.upright
+    assert crops.squeezed == (default.crop == cfg.Crop.squeezed)
 
 
 def test_every_field_has_a_comment() -> None:

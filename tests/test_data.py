@@ -174,6 +174,17 @@ def test_a_resumed_epoch_is_the_tail_of_the_whole(batch_size: int) -> None:
         assert same(data.batches(4, start=start), iter(whole[start:]))
 
 
+@pytest.mark.parametrize(("batch_size", "steps"), [(40, 3), (50, 3), (150, 1)])
+def test_the_last_smaller_batch_can_be_left_out(batch_size: int, steps: int) -> None:
+    data = device_data(batch_size=batch_size, drop_last=True)
+    assert data.steps_per_epoch == steps
+    batches = list(data.batches(1))
+    assert [len(batch.labels) for batch in batches] == [batch_size] * steps
+    assert values_are_same(batches, list(device_data(batch_size=batch_size).batches(1))[:steps])
+    assert values_are_same(list(data.batches(1, steps - 1)), batches[-1:])
+    assert list(data.batches(1, steps)) == []
+
+
 def test_batch_size_does_not_change_the_views() -> None:
     reference = joined(device_data(batch_size=32).batches(1))
     for batch_size in (1, 50, 149, 150):

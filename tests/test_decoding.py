@@ -103,6 +103,36 @@ def test_the_centre_crop_is_torchvisions(jpegs: list[str], centre: float) -> Non
         assert apart.mean() < 0.5
 
 
+def test_squeezed_crops_are_torchvisions(jpegs: list[str]) -> None:
+    """Compare with SDD's transforms for CUB-200, on images that are not square.
+
+    Those are Resize((side, side)), then RandomCrop(size) in training and CenterCrop(size) in
+    evaluation. A random crop must be one of torchvision's, each place must be possible, and the
+    crop must not depend on the pixels.
+    """
+    view = ImageTransform(SIZE, centre=SIZE / (SIZE + 3), squeezed=True)
+    whole = v2.Resize((SIZE + 3, SIZE + 3), antialias=True)
+    places = set()
+    for n, path in enumerate(jpegs):
+        image = as_tensor(path)
+        assert image.shape[1] != image.shape[2]
+        centre_HWC = v2.CenterCrop(SIZE)(whole(image)).permute(1, 2, 0)
+        assert torch.equal(decode(Job(path, None), view)[0], centre_HWC)
+        for draw in range(30):
+            crop_HWC, _ = decode(Job(path, f"image {n} draw {draw}"), view)
+            found = [
+                (top, left)
+                for top in range(4)
+                for left in range(4)
+                if torch.equal(
+                    crop_HWC, whole(image)[:, top : top + SIZE, left : left + SIZE].permute(1, 2, 0)
+                )
+            ]
+            assert found
+            places.update(found)
+    assert places == {(top, left) for top in range(4) for left in range(4)}
+
+
 def test_large_jpegs_are_decoded_at_a_smaller_scale_and_look_the_same(tmp_path: Path) -> None:
     """Compare with torchvision at full scale, on an image with the spectrum of a photograph.
 

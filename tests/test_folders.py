@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from sddlskd.datasets import arrays, folders
 from sddlskd.datasets.arrays import Files, Splits, cifar10, fashion_mnist, stl10
@@ -591,6 +593,14 @@ def test_batches_of_a_job(tmp_path: Path, name: str, size: int) -> None:
     data = build.build_data(job, torch.device("cpu"))
     x_BCHW, y_B, *_ = next(data.batches(1))
     assert x_BCHW.shape == (4, 3, size, size)
+    if name == "cub200":  # 6 training images: the last batch of 2 is left out, as by SDD's code
+        assert data.steps_per_epoch == 1
+        path = data._splits["test"].paths[0]
+        image_CHW = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+        assert image_CHW.shape[1] != image_CHW.shape[2]
+        squeezed_CHW = v2.Resize((256, 256), antialias=True)(image_CHW)
+        cropped_CHW = v2.CenterCrop(224)(squeezed_CHW)
+        assert torch.equal(data.test_images([0])[0], cropped_CHW.permute(1, 2, 0))
     assert len(y_B) == 4
     assert data.test_size == {"cub200": 6, "imagenet": 6, "tiny_imagenet": 3}[name]
     assert int(y_B.max()) < job.dataset.num_classes

@@ -520,6 +520,34 @@ def test_compiles_without_a_graph_break(name):
         assert_near(torch.compile(model, backend="eager", fullgraph=True)(x), model(x), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "stem", "changed"),
+    [
+        ("resnet8x4", "large", {"conv1.weight", "fc.weight", "fc.bias"}),
+        ("resnet50", "large", {"conv1.weight", "linear.weight", "linear.bias"}),
+        ("vgg8", "small", {"classifier.weight", "classifier.bias"}),
+        ("mobilev2", "large", {"conv1.0.weight"}),
+        ("shufflev1", "large", {"conv1.weight", "linear.weight", "linear.bias"}),
+        ("mobilev2", "small", set()),
+    ],
+)
+def test_new_ends_are_those_that_sdds_code_replaces(name, stem, changed):
+    """Compare with the layers that SDD's train_origin.py puts into its networks for CUB-200."""
+    torch.manual_seed(0)
+    plain = create(name, 200, stem).state_dict()
+    torch.manual_seed(0)
+    drawn = create(name, 200, stem, new_ends=True)
+    differing = {key for key, value in drawn.state_dict().items() if not value.equal(plain[key])}
+    assert differing == changed
+    for key in changed:
+        # PyTorch's default is uniform in +-1 / sqrt(inputs of an output), for weights and biases.
+        layer = drawn.get_submodule(key.rpartition(".")[0])
+        bound = layer.weight[0].numel() ** -0.5
+        value = drawn.state_dict()[key]
+        assert value.abs().max() <= bound
+        assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
 def test_initialisation():
     torch.manual_seed(0)
     wrn, vgg, mobile = create("wrn_40_2", 100), create("vgg13", 100), create("mobilev2", 100)

@@ -15,6 +15,7 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.config.targets import instantiate
+from sddlskd.terminal import console
 from sddlskd.training.fit import fit
 from tests.conftest import Compose
 from tests.tiny import net, rows, tiny
@@ -84,6 +85,8 @@ PUBLIC = {
 # (overrides, config_hash, settings_hash, run name) at the commit before modules moved into rooms
 # Values of two recipes from before they clipped gradients and pooled as SDD's code does.
 BEFORE = "optimizer.clip_norm=null distiller.pooling=direct"
+# Values of CUB-200 from before its images, batches and networks were those of SDD's code.
+BEFORE_CUB = "dataset.crop=area dataset.drop_last=false dataset.new_ends=false"
 HASHES = [
     ("", "3755aa485b69", "3755aa485b69", "cifar100/resnet32x4-resnet8x4-kd-ls-M-1-2-4-s0"),
     (
@@ -105,7 +108,7 @@ HASHES = [
         "cifar100/vgg13-vgg8-dkd-M-1-s0",
     ),
     (
-        f"recipe=sd_nkd dataset=cub200 pair=vgg13_mobilev2 {BEFORE}",
+        f"recipe=sd_nkd dataset=cub200 pair=vgg13_mobilev2 {BEFORE} {BEFORE_CUB}",
         "e267ec0a3eaf",
         "e267ec0a3eaf",
         "cub200/vgg13-mobilev2-nkd-M-1-2-4-s0",
@@ -270,3 +273,35 @@ def test_a_second_checkout_is_refused_by_the_launchers_of_the_first(second_check
     assert line.startswith("error: ")
     assert str(second_checkout) in line
     assert "make setup" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("sddlskd.train", ["--cfg", "job"]),
+        ("sddlskd.worker", ["run"]),
+        ("sddlskd.teachers", ["list"]),
+        ("sddlskd.evaluate", ["run"]),
+        ("sddlskd.export", ["run"]),
+        ("sddlskd.tracking.__main__", ["sync", "runs"]),
+        ("sddlskd.sweeps.__main__", ["status", "mine"]),
+        ("sddlskd.sweeps.precheck", []),
+    ],
+)
+def test_every_command_refuses_the_launchers_of_another_checkout(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(console, "launchers_folder", lambda: tmp_path / "first" / "hydra_plugins")
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(module).main()
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the code is that of {ROOT / 'sddlskd'}, but this environment ")
+    assert str(tmp_path / "first") in line
+    assert list(tmp_path.iterdir()) == []

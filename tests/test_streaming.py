@@ -258,6 +258,18 @@ def test_a_resumed_epoch_is_the_rest_of_an_uninterrupted_one(folder: Path) -> No
         data.close()
 
 
+def test_the_last_smaller_batch_can_be_left_out(folder: Path) -> None:
+    data = streamed(folder, drop_last=True)  # 57 images in batches of 20
+    assert data.steps_per_epoch == 2
+    kept = streamed(folder)
+    for epoch in (1, 2):
+        assert equal(list(data.batches(epoch)), list(kept.batches(epoch))[:2])
+        assert equal(list(data.val_batches()), list(kept.val_batches()))
+    assert equal(list(data.batches(2, 1)), list(kept.batches(2))[1:2])
+    data.close()
+    kept.close()
+
+
 def test_resuming_decodes_nothing_of_what_is_done(own_folder: Path) -> None:
     data = streamed(own_folder)
     paths = image_folder(str(own_folder)).train

@@ -1,5 +1,6 @@
 """Test the training loop: the outcome must be the same, whatever interrupts the training."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -678,13 +679,17 @@ def test_a_last_batch_of_one_image_is_refused_before_the_first_step(
     with pytest.raises(
         ValueError,
         match=r"^student=mobilev2 cannot train on a batch of one image \(Expected more than 1 .*"
-        rf"{images} images in batches of {size}; set trainer\.batch_size={cure}$",
+        rf"{images} images in batches of {size}; set trainer\.batch_size={cure}, "
+        r"or leave that batch out with dataset\.drop_last=true$",
     ):
         fit([job])
     assert not Path(job.run_dir).exists()
+    without = dataclasses.replace(job, dataset=dataclasses.replace(job.dataset, drop_last=True))
+    without.run_dir += "-without"
     job.trainer.batch_size = cure
-    (result,) = fit([job])
-    assert result["status"] == "FINISHED"
+    for mended in (job, without):
+        (result,) = fit([mended])
+        assert result["status"] == "FINISHED"
 
 
 @pytest.mark.parametrize(

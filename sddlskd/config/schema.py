@@ -274,6 +274,19 @@ class Views(StrEnum):
     weak_strong = "weak_strong"
 
 
+class Crop(StrEnum):
+    """Way to cut a square out of an image file: by area, or out of the image squeezed to a square.
+
+    "area" cuts a random part of the image in training (`dataset.crop_area`), and the centre square
+    in evaluation. Proportions are kept in evaluation. "squeezed" first resizes the whole image to a
+    square, which does not keep its proportions, and cuts a square of `dataset.size` pixels out of
+    it: at a random place in training, at the centre in evaluation.
+    """
+
+    area = "area"  # as most code for ImageNet
+    squeezed = "squeezed"  # as SDD's code for CUB-200
+
+
 # Ways to standardise the logits, by name, with the values that a job keeps. Before there was a
 # choice, the values were true and false.
 STANDARDIZE: dict[str, bool | str] = {
@@ -409,6 +422,8 @@ class DatasetConfig:
     # Fraction of the training split held out for validation; 0: validate on the test split, as in
     # the papers
     val_fraction: float = bounded(0.0, ge=0, lt=1)
+    # Leave out the last training batch of an epoch if it is smaller than the others
+    drop_last: bool = _later(False)
     # Fraction of each class of the remaining training images that students learn from; 1: all.
     # Teachers learn from all.
     train_fraction: float = bounded(1.0, gt=0, le=1, later=True)
@@ -416,9 +431,13 @@ class DatasetConfig:
     # (sddlskd/data/streaming.py).
     # Side of the networks' input, in pixels
     size: int = bounded(224, gt=0, le=100_000, later=True)
-    # Least and largest fraction of the image area that a random crop covers
+    # How squares are cut out of the images; docs/methods.md says which numbers need `squeezed`
+    crop: Crop = _later(Crop.area)
+    # Least and largest fraction of the image area that a random crop covers; not read by
+    # crop=squeezed
     crop_area: list[float] = bounded([0.08, 1.0], later=True)
-    # Side of the centre square for evaluation, as a fraction of the shorter side; 1: the full side
+    # Side of the centre square for evaluation, as a fraction of the shorter side; 1: the full side.
+    # With crop=squeezed, `size` as a fraction of the squeezed image's side
     centre: float = bounded(0.875, ge=0.01, le=1, later=True)
     # Rotate images according to their EXIF orientation; false: keep the stored orientation
     upright: bool = _later(False)
@@ -443,6 +462,9 @@ class DatasetConfig:
     milestones: list[float] = bounded(list(MILESTONES), identity=False)
     # Stem of this package's CIFAR networks: small for images of 32 pixels, large for images of 224
     stem: str = _plumbing("small")
+    # Initialise the large stem and the classifier of these networks as layers that are put into a
+    # finished network: with PyTorch's defaults (docs/methods.md)
+    new_ends: bool = _plumbing(False)
     train_teachers: bool = _plumbing(False)  # default of teacher.train_if_missing
 
 

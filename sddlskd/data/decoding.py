@@ -91,6 +91,8 @@ class ImageTransform(NamedTuple):
             for a centre crop, the limit also holds for its new size.
         upright: whether to turn the image as its EXIF orientation says; if False, the orientation
             is ignored.
+        squeezed: whether both crops are cut out of the image resized to a square of size / centre
+            pixels, whatever its shape; `area` is then not read.
     """
 
     size: int
@@ -98,6 +100,7 @@ class ImageTransform(NamedTuple):
     centre: float = 0.875
     pixel_limit: int = PIXEL_LIMIT
     upright: bool = False
+    squeezed: bool = False
 
 
 class Job(NamedTuple):
@@ -143,10 +146,12 @@ def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
     """Return a square crop of an image file, and what is unusual about the image.
 
     If `job.draw` is a text, the crop is a `random_crop`, resized to `view.size`. If `job.draw` is
-    None, the crop is that of torchvision's Resize(size / centre) and CenterCrop(size). Both are
-    resized bilinearly with antialiasing. Grey, palette and CMYK images become RGB, and alpha is
-    dropped, as in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits. The EXIF
-    orientation is ignored unless `view.upright` is set.
+    None, the crop is that of torchvision's Resize(size / centre) and CenterCrop(size). If
+    `view.squeezed` is set, the image is resized to a square of the side size / centre instead, and
+    the crop is that of torchvision's RandomCrop(size) for a text, and of CenterCrop(size) for None.
+    All are resized bilinearly with antialiasing. Grey, palette and CMYK images become RGB, and
+    alpha is dropped, as in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits. The
+    EXIF orientation is ignored unless `view.upright` is set.
 
     Args:
         job: file to decode and kind of crop.
@@ -187,7 +192,7 @@ def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, li
     odd = _oddities(image, job.path)
     if view.upright and image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if job.draw is not None:
+    if job.draw is not None and not view.squeezed:
         left, top, width, height = random_crop(
             random.Random(job.draw), image.width, image.height, view.area
         )
@@ -204,15 +209,20 @@ def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, li
             _rgb(image.crop((left, top, left + width, top + height))), view.size, view.size
         ), odd
     short = round(view.size / view.centre)
-    width, height = _with_shorter_side(short, image.width, image.height)
+    width = height = short
+    if not view.squeezed:
+        width, height = _with_shorter_side(short, image.width, image.height)
     # A narrow strip of few pixels, such as 1x6000, becomes very large.
     if width * height > view.pixel_limit:
         raise Unreadable(
-            f"{image.width}x{image.height} become {width}x{height} for the centre crop, "
+            f"{image.width}x{image.height} become {width}x{height} for the crop, "
             f"more than {view.pixel_limit} pixels (dataset.pixel_limit)"
         )
     whole_HWC = _resized(_rgb(image), width, height)
     top, left = round((height - view.size) / 2), round((width - view.size) / 2)
+    if job.draw is not None:
+        draw = random.Random(job.draw)
+        top, left = draw.randint(0, height - view.size), draw.randint(0, width - view.size)
     return whole_HWC[top : top + view.size, left : left + view.size], odd
 
 

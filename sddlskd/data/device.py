@@ -134,6 +134,17 @@ def share_of(count: int, rank: int, ranks: int) -> slice:
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
 
+def steps_per_epoch(images: int, batch_size: int, drop_last: bool) -> int:
+    """Return the number of batches of an epoch.
+
+    Args:
+        images: number of images of the epoch.
+        batch_size: number of images of a batch, over all ranks.
+        drop_last: whether the last batch is left out if it is smaller than `batch_size`.
+    """
+    return images // batch_size if drop_last else math.ceil(images / batch_size)
+
+
 class DeviceData:
     """Training, validation and test batches of a data set whose pixels all stay on the device.
 
@@ -161,6 +172,8 @@ class DeviceData:
         train_fraction: fraction of each class that is trained on, of the training images that are
             not held out; the same images for every seed.
         eval_batch_size: images per batch of validation and test.
+        drop_last: whether the last training batch of an epoch is left out if it is smaller than
+            `batch_size`.
         rank: number of this rank, from 0.
         ranks: number of ranks that share each batch.
         strong: whether each training batch also has strongly augmented versions of its images, in
@@ -198,6 +211,7 @@ class DeviceData:
         val_fraction: float = 0.0,
         train_fraction: float = 1.0,
         eval_batch_size: int = 500,
+        drop_last: bool = False,
         rank: int = 0,
         ranks: int = 1,
         strong: bool = False,
@@ -239,7 +253,7 @@ class DeviceData:
                 f"give 1..{self.train_size}, the number of training images"
             )
         self.image_shape = (channels, height, width)
-        self.steps_per_epoch = math.ceil(self.train_size / batch_size)
+        self.steps_per_epoch = steps_per_epoch(self.train_size, batch_size, drop_last)
         self._seed, self._padding, self._flip = seed, padding, flip
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._rank, self._ranks = rank, ranks
@@ -262,7 +276,8 @@ class DeviceData:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Return an iterator over the augmented training batches of one epoch, in random order.
 
-        Over a whole epoch, each image that is trained on is in exactly one batch.
+        Over a whole epoch, each image that is trained on is in exactly one batch, except those of
+        the last batch if `drop_last` leaves it out.
 
         Args:
             epoch: number of the epoch; with the seed, the number decides the order, crops and
@@ -328,7 +343,7 @@ class DeviceData:
 
         Both begin at batch `start`.
         """
-        firsts = range(start * self._batch_size, self.train_size, self._batch_size)
+        firsts = [step * self._batch_size for step in range(start, self.steps_per_epoch)]
         batches = [range(first, min(first + self._batch_size, self.train_size)) for first in firsts]
         shares = [batch[share_of(len(batch), self._rank, self._ranks)] for batch in batches]
         places = [torch.arange(share.start, share.stop) for share in shares]

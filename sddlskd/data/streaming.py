@@ -36,6 +36,7 @@ from sddlskd.data.device import (
     mirrored,
     seed_of,
     share_of,
+    steps_per_epoch,
     trained_on,
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
@@ -84,6 +85,7 @@ class _Plan:
         seed: int,
         batch_size: int,
         eval_batch_size: int,
+        drop_last: bool,
         rank: int,
         ranks: int,
         strong: bool,
@@ -91,7 +93,9 @@ class _Plan:
         self.splits, self.seed, self.rank, self.ranks = splits, seed, rank, ranks
         self.sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
         self.batches = {
-            split: math.ceil(len(files.paths) / self.sizes[split])
+            split: steps_per_epoch(
+                len(files.paths), self.sizes[split], drop_last and split == "train"
+            )
             for split, files in splits.items()
         }
         self.strong = strong
@@ -207,6 +211,8 @@ class StreamedData:
         train_fraction: fraction of each class that is trained on, of the training images that are
             not held out; the same images for every seed.
         eval_batch_size: images per batch of validation and test.
+        drop_last: whether the last training batch of an epoch is left out if it is smaller than
+            `batch_size`.
         workers: number of worker processes; 0 to decode in this process, None for
             `decoding.default_workers`, which counts the cores.
         bad: what to do with an image that cannot be decoded. "fail" raises ValueError when the
@@ -253,6 +259,7 @@ class StreamedData:
         val_fraction: float = 0.0,
         train_fraction: float = 1.0,
         eval_batch_size: int = 500,
+        drop_last: bool = False,
         workers: int | None = None,
         bad: str = "fail",
         irregular: str = "convert",
@@ -288,7 +295,7 @@ class StreamedData:
                 f"give 1..{self.train_size}, the number of training images"
             )
         self.image_shape = (3, view.size, view.size)
-        self.steps_per_epoch = math.ceil(self.train_size / batch_size)
+        self.steps_per_epoch = steps_per_epoch(self.train_size, batch_size, drop_last)
         self._view, self._flip, self._bad, self._irregular = view, flip, bad, irregular
         self._device = torch.device(device)
         self._normalise = Normalise(mean, std, 3, view.size, self._device)
@@ -298,7 +305,9 @@ class StreamedData:
             "val": Files(val.paths[part], val.labels_N[part]),
             "test": test,
         }
-        self._plan = _Plan(self._splits, seed, batch_size, eval_batch_size, rank, ranks, strong)
+        self._plan = _Plan(
+            self._splits, seed, batch_size, eval_batch_size, drop_last, rank, ranks, strong
+        )
         self._workers = default_workers(ranks) if workers is None else workers
         # Decode at least two batches ahead.
         decodings = self._plan.views("train") * batch_size / ranks
@@ -312,7 +321,8 @@ class StreamedData:
         """Return an iterator over the augmented training batches of one epoch, in random order.
 
         Over a whole epoch, each image that is trained on is in exactly one batch, apart from
-        unusable images and their replacements.
+        unusable images and their replacements, and from the last batch if `drop_last` leaves it
+        out.
 
         Args:
             epoch: number of the epoch; with the seed, the number decides the order, crops and

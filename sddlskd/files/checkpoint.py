@@ -44,6 +44,13 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "state_dict_ema", 
 # Buffers that count something and take no part in a forward pass: of torch's AveragedModel and of
 # thop.
 COUNTERS = {"n_averaged", "total_ops", "total_params"}
+ZIP = b"PK\x03\x04"  # beginning of a zip file, and so of a file of torch.save
+# What a file is that is given in place of weights, by its beginning in lower case
+FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file; run: git lfs pull",
+    b"<": "a web page, not a checkpoint; download the file itself",
+    b"\x1f\x8b": "compressed; unpack it with gunzip, and give the unpacked file",
+}
 MOST_NESTED = 8  # wrappers around a state dict, and prefixes of its keys
 
 
@@ -111,7 +118,20 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"{path} is refused: it would run {name} while being read. Nothing was run. Save its "
             "state_dict alone (torch.save({'model': model.state_dict()}, file)) and use that file"
         )
+    if "TorchScript" in str(error):
+        return (
+            f"{path} is refused: it is a TorchScript program, which would run while being read. "
+            "Save its state_dict alone (torch.save({'model': torch.jit.load(file).state_dict()}, "
+            "other)) and use that file"
+        )
+    with open(path, "rb") as file:
+        start = file.read(64)
+    for beginning, what in FOREIGN.items():
+        if start.lstrip().lower().startswith(beginning):
+            return f"{path} is {what}"
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    if first_line.startswith("Weights only load failed"):  # the rest is advice to run its code
+        first_line = "torch.save did not write it"
     size = path.stat().st_size
     return (
         f"{path} is truncated, damaged or not a checkpoint ({size} bytes: {first_line:.120}); "
@@ -176,9 +196,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the state dict in a weights file, on the CPU.
 
     The file may be a checkpoint of this package, RepDistiller or mdistiller ({"model": ...}), a
-    state dict under another usual key ("state_dict", "net", ...; see WRAPPERS), a bare state dict
-    or a .safetensors file. The prefix "module.", which DataParallel puts in front of every name, is
-    removed.
+    state dict under another usual key ("state_dict", "net", ...; see WRAPPERS), the only state dict
+    under any other key, a bare state dict or a safetensors file. The prefix "module.", which
+    DataParallel puts in front of every name, is removed.
 
     Raises:
         UnreadableFile: If the file is damaged, would run code, or holds no state dict.
@@ -190,7 +210,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """Return the state dict in a weights file as `read_weights` does, with the file's own keys."""
-    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read(path)
+    content = read_safetensors(path)[0] if _is_safetensors(path) else read(path)
     taken = None
     # A limit, because a file can hold a dict that contains itself.
     for _ in range(MOST_NESTED):
@@ -206,11 +226,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
                 min(averages),
             )
         content = content[taken]
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(_is_weight(*item) for item in content.items())
-    ):
+    if not _is_state_dict(content):
         message = (
             f"{path} holds no state dict; expected {{'model': state_dict}} or a bare state dict "
             f"({', '.join(WRAPPERS)} are known instead of model)"
@@ -218,21 +234,63 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and content:
             place = f"under {taken}" if taken else "of the file"
             message += f"; the first keys {place} are {_first_keys(content)}"
+            if several := _state_dicts(content):
+                names = ", ".join(map(_printable, several))
+                message += f"; save one of {names} alone: torch.save({{'model': ...}}, FILE)"
         raise UnreadableFile(message)
     return dict(content)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file is to be read as safetensors: by its content, or else by its name.
+
+    A file of that format begins with the length of its header in 8 bytes, then the header in JSON.
+    """
+    if not path.is_file():
+        return path.suffix == ".safetensors"
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith(ZIP):
+        return False
+    return path.suffix == ".safetensors" or start[8:] == b"{"
+
+
 def _wrapped(content: Any) -> list[str]:
-    """Return the keys of WRAPPERS under which `content` holds tensors, the preferred key first."""
+    """Return the keys under which `content` holds a state dict, the preferred key first.
+
+    They are the keys of WRAPPERS under which there are tensors. If there is none, it is the only
+    key under which there is a state dict, if there is exactly one such key.
+    """
     if not isinstance(content, Mapping):
         return []
     inner = {key: content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)}
     # A dict of plain values is for example the configuration of a model.
-    return [
+    found = [
         key
         for key, values in inner.items()
         if any(isinstance(value, Tensor | Mapping) for value in values.values())
     ]
+    state_dicts = _state_dicts(content)
+    if not found and len(state_dicts) == 1:
+        return state_dicts
+    return found
+
+
+def _state_dicts(content: Mapping[Any, Any]) -> list[str]:
+    """Return the keys of `content` under which there is nothing but tensors by name."""
+    return [
+        str(key)
+        for key, values in content.items()
+        if isinstance(key, str) and _is_state_dict(values)
+    ]
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(_is_weight(*item) for item in content.items())
+    )
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

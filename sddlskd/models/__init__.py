@@ -9,6 +9,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
+from torch import nn
+
 from sddlskd.models.base import STEMS, LogitMapModel, Taps
 from sddlskd.models.foreign import from_network
 from sddlskd.models.libraries import from_timm, from_torchvision
@@ -65,7 +67,9 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
-def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
+def create(
+    name: str, num_classes: int, stem: str = "small", new_ends: bool = False
+) -> LogitMapModel:
     """Return a new network with random weights, by name.
 
     The network maps images (B, 3, H, W) to a logit map (B, K, h, w), which holds the logits of each
@@ -78,6 +82,9 @@ def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
         stem: "small" for first layers that suit images of 32 pixels. "large" for a first
             convolution of 7x7 with stride 2, for images of 224 pixels. The VGGs and mobilev1 have
             the same first layers for images of every size; their stem is called "small".
+        new_ends: Whether the first convolution of a large stem and the classifier are drawn once
+            more after the initialisation, with PyTorch's default distribution. The classifier of
+            mobilev2 is not drawn again.
 
     Returns:
         The network, in train mode.
@@ -95,10 +102,28 @@ def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r} of {name}; choose one of: {', '.join(STEMS)}")
     if stem == STEMS[0]:
-        return _NETWORKS[name](num_classes=num_classes)
-    if name.startswith(_ONE_STEM):
+        network = _NETWORKS[name](num_classes=num_classes)
+    elif name.startswith(_ONE_STEM):
         raise ValueError(
             f"{name} has no {stem} stem: it is the same network for images of every size; "
             "leave stem out"
         )
-    return _NETWORKS[name](num_classes=num_classes, stem=stem)
+    else:
+        network = _NETWORKS[name](num_classes=num_classes, stem=stem)
+    if new_ends:
+        _draw_ends(network, name, stem)
+    return network
+
+
+def _draw_ends(network: LogitMapModel, name: str, stem: str) -> None:
+    """Draw the layers once more that SDD's code replaces in a network for CUB-200.
+
+    `name` and `stem` are those that the network was made with. The layers are the first convolution
+    of a large stem and the classifier, except that of mobilev2. Source:
+    modify_student_model_for_cub200 in SDD's train_origin.py at e412036.
+    """
+    if stem != STEMS[0]:
+        first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+        first.reset_parameters()
+    if name != "mobilev2":
+        network.head.reset_parameters()

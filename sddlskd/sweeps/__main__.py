@@ -12,7 +12,7 @@ from sddlskd import config as cfg
 from sddlskd.sweeps import slurm
 from sddlskd.sweeps.report import print_status
 from sddlskd.sweeps.status import status_of
-from sddlskd.terminal.console import write_line
+from sddlskd.terminal.console import refuse_another_checkout, write_line
 
 
 def status(folder: Path, *, as_json: bool = False) -> None:
@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.json and chosen.command != "status":
         parser.error(f"--json belongs to status, not to {chosen.command}")
+    refuse_another_checkout()
     cfg.frame()
     folder = _folder_of(chosen.sweep, Path(chosen.home, "runs", "sweeps"))
     try:

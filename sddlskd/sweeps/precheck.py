@@ -23,7 +23,7 @@ from sddlskd.data.device import trained_on
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.processes.parent import end_with_parent
-from sddlskd.terminal.console import explain
+from sddlskd.terminal.console import explain, refuse_another_checkout
 from sddlskd.training.build import (
     build_network,
     check_batch_size,
@@ -274,6 +274,7 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")
+    refuse_another_checkout()
     if parent := parser.parse_args().parent:
         end_with_parent(parent)
     arguments = pickle.load(sys.stdin.buffer)

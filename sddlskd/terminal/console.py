@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "log_to_terminal",
     "outcomes",
+    "refuse_another_checkout",
     "write_line",
 ]
 
@@ -50,6 +52,30 @@ FULL_KEY = re.compile(r"full_key: (\S+)")  # OmegaConf appends the key to its me
 UNITS = {"_min": "minutes", "_minutes": "minutes", "_s": "seconds"}
 # Folders of conf/ from which a user does not choose.
 NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
+
+
+def refuse_another_checkout() -> None:
+    """Exit with code 1 and a message if Hydra's launchers are not of the checkout of this code.
+
+    Python takes the code from the current folder, and Hydra takes the launchers from the checkout
+    that the environment was installed from. A command would then mix two revisions.
+    """
+    package = Path(__file__).resolve().parents[1]
+    found = launchers_folder()
+    if found not in (package / "hydra_plugins", package.parent / "hydra_plugins"):
+        sys.stderr.write(
+            f"error: the code is that of {package}, but this environment was installed from "
+            f"{found.parent}; run `make setup` in {package.parent} and use its .venv/bin/python\n"
+        )
+        sys.exit(1)
+
+
+def launchers_folder() -> Path:
+    """Return the folder from which Hydra takes the launchers of this package."""
+    spec = find_spec("hydra_plugins.shared_teacher")
+    assert spec
+    assert spec.origin
+    return Path(spec.origin).resolve().parent
 
 
 def write_line(text: str) -> None:

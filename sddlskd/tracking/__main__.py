@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sddlskd import config as cfg
+from sddlskd.terminal.console import refuse_another_checkout
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.tracking.runs import sync
 from sddlskd.tracking.sweeps import is_planned, sweep_folder, sync_sweep
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="deliver everything again, for example after runs were deleted in MLflow",
     )
     chosen = parser.parse_args(arguments)
+    refuse_another_checkout()
     cfg.frame()
     runs = sorted(
         {path.parent for folder in chosen.folders for path in folder.rglob("config.yaml")}

@@ -4,7 +4,6 @@ The parts are the data, the networks, the teacher, the optimizer and the loss.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,7 +18,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Capture, Config
 from sddlskd.config.targets import instantiate
 from sddlskd.data.decoding import ImageTransform
-from sddlskd.data.device import DeviceData, share_of
+from sddlskd.data.device import DeviceData, share_of, steps_per_epoch
 from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
@@ -214,6 +213,7 @@ def build_data(
         flip=d.flip,
         val_fraction=d.val_fraction,
         train_fraction=d.train_fraction,
+        drop_last=d.drop_last,
         rank=rank,
         ranks=ranks,
         strong=strong,
@@ -223,7 +223,12 @@ def build_data(
         check_workers(job)
         low, high = d.crop_area
         view = ImageTransform(
-            d.size, area=(low, high), centre=d.centre, pixel_limit=d.pixel_limit, upright=d.upright
+            d.size,
+            area=(low, high),
+            centre=d.centre,
+            pixel_limit=d.pixel_limit,
+            upright=d.upright,
+            squeezed=d.crop == cfg.Crop.squeezed,
         )
         return StreamedData(
             splits,
@@ -722,7 +727,7 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
     """
     size, images = job.trainer.batch_size, data.train_size
     # `data.steps_per_epoch` may not fit: the job of a teacher can have another batch size.
-    steps = math.ceil(images / size)
+    steps = steps_per_epoch(images, size, job.dataset.drop_last)
     steps = min(steps, job.trainer.max_steps or steps)
     sizes = {min(size, images - step * size) for step in {0, steps - 1}}
     if not any(1 in _shares(batch, ranks.world_size) for batch in sizes):
@@ -742,7 +747,8 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
         raise ValueError(
             f"student={job.student.name} cannot train on a batch of one image "
             f"({' '.join(str(error).split())[:200]}), and the last batch of an epoch has one: "
-            f"{images} images in batches of {size}; {batch_size_cure(job, str(fitting))}"
+            f"{images} images in batches of {size}; {batch_size_cure(job, str(fitting))}, "
+            "or leave that batch out with dataset.drop_last=true"
         ) from error
     finally:
         with torch.no_grad():

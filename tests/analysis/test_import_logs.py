@@ -525,6 +525,15 @@ def test_options_that_the_authors_trainers_append_to_the_name_are_read(
     assert "name" not in run.reason
 
 
+@pytest.mark.parametrize("end", [",gpu:0", "gpu:0", ",--gpu:0", " gpu:0"])
+def test_an_unknown_option_after_the_scales_is_noted(logs: Path, end: str) -> None:
+    name = f"SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4]{end}"
+    path = written(logs / f"cifar100_baselines/{name}/worklog.txt", worklog([50.0]))
+    (run,) = module._read(path, {}, [])
+    assert (run.params["M"], run.params["student.name"]) == ("[1,2,4]", "shufflev1")
+    assert "gpu:0 in the name is not imported" in run.reason
+
+
 @pytest.mark.parametrize(
     ("option", "note"),
     [
