@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sddlskd import config as cfg
 from sddlskd.config import Rerun
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.terminal.console import choices, explain, log_to_terminal, outcomes
+from sddlskd.terminal.choices import choices
+from sddlskd.terminal.console import explain, log_to_terminal, outcomes
 
 __all__ = ["main"]
 

@@ -172,6 +172,14 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
                                "valid are .*batch_size"]),
         (["studnet=resnet8"], ["studnet", "did you mean student", "valid are .*recipe"]),
         (["recip=kd"], ["recip", "did you mean recipe"]),
+        (["temperature=2"], [r"did you mean distiller\.temperature\?"]),
+        (["lr=0.1"], [r"did you mean teacher\.lr or student\.lr or optimizer\.lr\?"]),
+        (["epochs=3"], [r"did you mean trainer\.epochs\?"]),
+        (["ce_weight=1"], [r"did you mean distiller\.ce_weight\?"]),
+        (["batch_size=32"], [r"did you mean trainer\.batch_size\?"]),
+        (["root=data"], [r"did you mean dataset\.root\?"]),
+        (["distiller.lr=0.1"], [r"distiller\.lr is unknown; did you mean teacher\.lr or student"]),
+        (["max_group_size=3"], [r"did you mean hydra\.launcher\.max_group_size\?"]),
         (["distiller.loss.temprature=3"], ["did you mean distiller.loss.temperature"]),
         (["+trainer.foo=1"], ["trainer.foo is unknown", "valid are .*epochs"]),
         (["+foo=1"], ["foo is unknown", "valid are .*seed"]),
@@ -546,20 +554,25 @@ def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
     done = shell(SCRIPT, "--help", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     for group in (
-        "teacher",
-        "student",
-        "distiller",
-        "scales",
-        "dataset",
-        "optimizer",
-        "trainer",
-        "pair",
-        "recipe",
-        "tracking",
-    ):
-        assert re.search(rf"^\s*{group}: ", done.out, re.MULTILINE), group
-    for choice in ("shufflev1", "sd_kd_ls", "fashion_mnist", "resnet32x4_resnet8x4", "skip"):
+        "teacher, student", "distiller", "scales", "dataset", "optimizer", "trainer", "pair",
+        "recipe", "tracking", "features",
+    ):  # fmt: skip
+        assert re.search(rf"^\s*{group}:", done.out, re.MULTILINE), group
+    for choice in ("shufflev1", "sd_kd_ls", "fashion_mnist", "wrn_40_2_wrn_40_1", "skip"):
         assert choice in done.out
+    # Choices are sorted by kind. The names of the pairs follow from those of the networks.
+    for kind, names in {
+        "for 224 pixels": "imagenet_resnet18, imagenet_resnet34, imagenet_resnet50, mobilev1",
+        "without a teacher": "vanilla",
+        "standardised logits": "ctkd_ls, dkd_ls, kd_ls, luminet, normkd",
+        "in scales, standardised": "sd_dkd_ls, sd_kd_ls",
+        "SDD with features": "sd_kd_crd, sd_kd_sp, sd_sp",
+        "your own": "image_folder",
+    }.items():
+        assert re.search(rf"^    {kind}: +{names}$", done.out, re.MULTILINE), kind
+    assert "pair: 28 of the papers' tables" in done.out
+    assert "resnet32x4_mobilev2" not in done.out
+    assert "others" not in done.out
     assert "_submitit" not in done.out
     # These groups are chosen by the data set, the recipe and the pair.
     assert "tuned" not in done.out
@@ -573,7 +586,7 @@ def test_help_lists_the_choices_of_another_folder(tmp_path: Path) -> None:
     (tmp_path / "student" / "mine.yaml").write_text("name: mine\n")
     done = shell(*MODULE, "--help", f"--config-dir={tmp_path}", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
-    assert re.search(r"^\s*student: [^:]* mine,", done.out, re.MULTILINE)
+    assert re.search(r"^  student:\n(    .*\n)+    others: +mine$", done.out, re.MULTILINE)
 
 
 HEAVY = "{'torch', 'torchvision', 'mlflow', 'pandas', 'sklearn', 'numpy'}"
