@@ -41,7 +41,11 @@ def test_its_sums_and_accuracies_are_the_codes() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_composes(command: str) -> None:
+def test_every_command_composes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)  # the folder of the examples
+    monkeypatch.chdir(tmp_path)
     jobs = composed(command)
     assert jobs
     given = [word for word in shlex.split(command) if word.startswith("dataset=")]

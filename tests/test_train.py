@@ -148,6 +148,10 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "teacher=resnet8"]),
         (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4",
                                           "student=mobilev2"]),
+        # Its stem is made for 224 pixels, so that 32 pixels leave a map of one place.
+        (["student=timm", "student.model.name=resnet18", "M=[1,2,4]"],
+         [r"M=\[1, 2, 4\]", r"student=timm_resnet18 has 1x1 places.* 32x32 pixels",
+          r"set M=\[1\], or choose a network"]),
         (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8",
                                "valid are .*shufflev1.*wrn_40_2"]),
         (["teacher=resnet9"], ["teacher=resnet9", "did you mean teacher=resnet8",
@@ -551,7 +555,7 @@ def test_editing_yaml_later_changes_no_launched_job(
 
 
 def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
-    done = shell(SCRIPT, "--help", cwd=tmp_path)
+    done = shell(SCRIPT, "--help", cwd=tmp_path, env={"COLUMNS": "100"})
     assert (done.code, done.err) == (0, "")
     for group in (
         "teacher, student", "distiller", "scales", "dataset", "optimizer", "trainer", "pair",

@@ -372,7 +372,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["M=[1,32]"], r"M=\[1, 32\] asks for 32x32 regions.*the largest scale here is 8"),
+        (["M=[1,32]"], r"M=\[1, 32\] is too fine: the largest scale here is 8.*set M=\[1\]"),
         (["trainer.batch_size=193"], "batch_size=193 is larger than the 192 images of"),
         (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
         (

@@ -99,6 +99,7 @@ def frame() -> None:
     Plugins.instance()
     ConfigStore.instance().repo["hydra"]["launcher"].pop("submitit_local.yaml", None)
     ConfigStore.instance().store("frame", node=Config)
+    OmegaConf.register_new_resolver("class_folders", _class_folders, replace=True)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
     OmegaConf.register_new_resolver("default", _default, replace=True)
     OmegaConf.register_new_resolver("sqlite_uri", sqlite_uri, replace=True)
@@ -136,6 +137,23 @@ def _default(key: str) -> Any:
 def _given(*values: Any) -> Any:
     """Return the first value that is not null, or None if all are null."""
     return next((value for value in values if value is not None), None)
+
+
+def _class_folders(root: str) -> int:
+    """Return the number of classes of an image folder: the folders in <root>/train.
+
+    Folders whose names begin with "." do not count. The loader checks the number again, together
+    with the images.
+    """
+    train = Path(root).expanduser().absolute() / "train"
+    try:
+        return sum(e.is_dir() and not e.name.startswith(".") for e in os.scandir(train))
+    except OSError:
+        raise ValueError(
+            f"the classes of dataset=image_folder cannot be counted, because there is no folder "
+            f"{train}; set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
+            "dataset.num_classes=NUMBER"
+        ) from None
 
 
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:

@@ -32,6 +32,7 @@ from sddlskd.training.build import (
     check_objective,
     check_one_process,
     check_same_data,
+    check_scales,
     check_teacher,
     check_teacher_data,
     check_workers,
@@ -72,7 +73,7 @@ class Checker:
     def __init__(self) -> None:
         self._data_sets: dict[str, DataSet | Exception] = {}
         self._fingerprints: dict[str, dict[str, Any] | None] = {}
-        self._map_sides: dict[tuple[str, int, tuple[int, ...]], int] = {}
+        self._map_sides: dict[tuple[str, int, tuple[int, ...]], tuple[int, ...]] = {}
         self._networks: dict[tuple[str, int], nn.Module] = {}
 
     def check(self, job: Config) -> None:
@@ -107,11 +108,12 @@ class Checker:
             check_cache(job)
             check_workers(job)
         classes = job.dataset.num_classes
-        side = self._map_side(job.student.model, classes, data.image_CHW)
+        of_student = self._map_sides_of(job.student.model, classes, data.image_CHW)
         if job.distiller.loss:
-            side = min(side, self._map_side(job.teacher.model, classes, data.image_CHW))
-            if max(job.M) > 2 * side:
-                raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
+            of_teacher = self._map_sides_of(job.teacher.model, classes, data.image_CHW)
+            sides = {f"student={job.student.name}": of_student}
+            sides[f"teacher={job.teacher.name}"] = of_teacher
+            check_scales(job, sides, data.image_CHW)
         if job.features:
             cpu = torch.device("cpu")
             teacher = self._network(job.teacher.model, classes)
@@ -163,16 +165,16 @@ class Checker:
             self._networks[key] = build_network(model, num_classes, 0, torch.device("cpu"))
         return self._networks[key]
 
-    def _map_side(
+    def _map_sides_of(
         self, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
-    ) -> int:
-        """Return the shorter side of the network's logit map, computed without weights."""
+    ) -> tuple[int, ...]:
+        """Return height and width of the network's logit map, computed without weights."""
         key = (canonical(model), num_classes, image_CHW)
         if key not in self._map_sides:
             with torch.device("meta"), torch.no_grad():
                 network: nn.Module = instantiate(model, num_classes=num_classes)
                 logit_map = network.eval()(torch.empty(1, *image_CHW))
-            self._map_sides[key] = int(min(logit_map.shape[2:]))
+            self._map_sides[key] = tuple(logit_map.shape[2:])
         return self._map_sides[key]
 
 

@@ -56,7 +56,9 @@ def choices() -> str:
         by_kind = _by_kind(recipes, RECIPES, lambda name: _kind_of_recipe(loader, name))
         lines += _with_kinds("recipe", by_kind)
     if pairs := names.pop("pair", None):
-        lines += [f"  pair: {len(pairs)} of the papers' tables, named TEACHER_STUDENT, as {pairs[-1]}"]
+        lines += [
+            f"  pair: {len(pairs)} of the papers' tables, named TEACHER_STUDENT, as {pairs[-1]}"
+        ]
     students, teachers = names.pop("student", []), names.pop("teacher", [])
     networks = {"teacher": teachers, "student": students}
     if students == teachers:
