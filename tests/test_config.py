@@ -33,9 +33,9 @@ from sddlskd.data.decoding import ImageTransform
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.terminal.console import explain
+from tests.composing import loader_of
 from tests.conftest import Compose, compose_in
 from tests.each import check_each
-from tests.composing import loader_of
 from tests.tiny import CONF
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -991,7 +991,7 @@ def test_sweep_names_are_deterministic_and_safe() -> None:
 def test_a_sweep_name_has_the_choices_that_tell_it_from_others() -> None:
     grid = ("dataset=digits", "teacher=resnet14", "student=resnet8,wrn_16_1", "M=[1],[1,2,4]",
             "seed=range(0,3)", "optimizer.lr=0.1,0.2")  # fmt: skip
-    _, sweep = loader_of(list(grid))
+    _, sweep = loader_of(["hydra.mode=MULTIRUN", *grid])
     assert re.fullmatch(r"digits-M-lr-seed-student-[0-9a-f]{6}", sweep.sweep.name)
 
 

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -462,6 +464,25 @@ def test_the_same_command_again_says_that_it_is_done(
     assert {k: v for k, v in content(folder).items() if not k.startswith(".")} == {
         k: v for k, v in before.items() if not k.startswith(".")
     }
+
+
+@pytest.mark.parametrize("when", ["as fit ends", "as the outcome is printed"])
+def test_ctrl_c_after_the_end_is_no_failure(
+    here: Command, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from sddlskd.training import fit as training
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    place = (training, "fit") if when == "as fit ends" else (train, "outcomes")
+    original = getattr(*place)
+    monkeypatch.setattr(*place, interrupted)
+    done = here("seed=21")
+    assert (done.code, done.err.count("stopped")) == (0, 0)
+    assert "FINISHED" in done.out
 
 
 def test_another_process_in_the_same_run_directory(module_home: Path, tmp_path: Path) -> None:
