@@ -44,7 +44,8 @@ def test_its_sums_and_accuracies_are_the_codes() -> None:
 def test_every_command_composes(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)  # the folder of the examples
+    for animal in ("cat", "dog"):  # the folder of the examples
+        (tmp_path / "pets" / "train" / animal).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     jobs = composed(command)
     assert jobs

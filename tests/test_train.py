@@ -147,7 +147,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["M=[1"], [r"M=\[1 ", r"key=value"]),
         (["scales=[1,2]"], [r"scales=\[1,2\]", r"M=\[1,2\]", r"scales=global\|two"]),
         (["scales=4"], ["scales=4", r"M=\[4\]"]),
-        (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "teacher=resnet8"]),
+        (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "student=resnet8"]),
         (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4",
                                           "student=mobilev2"]),
         # Its stem is made for 224 pixels, so that 32 pixels leave a map of one place.
