@@ -145,7 +145,7 @@ def _criterion(node: Mapping[str, Any], found: Translation) -> None:
         alpha = arguments.get("alpha") or 0.0
         beta = arguments.get("beta")
         if beta is None:
-            beta = 1 - alpha
+            beta = round(1 - alpha, 12)  # 0.1 rather than 0.09999999999999998
         if not alpha:  # torchdistill then leaves out the weight and the factor T^2
             beta = 1 / temperature**2
         ce_weight += factor * alpha
