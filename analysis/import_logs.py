@@ -15,6 +15,7 @@ Params that the caller gives take precedence over the name. The authors write na
   own code names standardised runs in this form too. Give `standardize=true` for such runs.
 - `dkd,vgg13,vgg8,2,15,2.0`: LSKD, standardised, with temperature, weight and beta.
 - `deit-ti_c100_KD_ours_3_10`: LSKD, standardised: student, data set, method, temperature, weight.
+  The teacher is resnet56, as in all of LSKD's configurations of transformers.
 - `SDD_KD,res32x4_sdd,shuv1_sddM:[1,2,4],SOLVER.LR:0.01`: options of the command line follow. The
   options in log_params.OPTIONS are imported.
 The scales of a method with SDD are never guessed: a run that does not state them is refused.

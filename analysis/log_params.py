@@ -28,6 +28,9 @@ __all__ = [
 LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
 NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 DATASETS = {"c100": "cifar100"}
+# Teacher of LSKD's transformers, by data set. Their logs do not name it, but their configurations
+# do (TEACHER_WEIGHTS: work_dirs/r-56_c100/model.pyth).
+TEACHERS_OF_TRANSFORMERS = {"cifar100": "resnet56"}
 # An option in a name: M: or SOLVER.LR: anywhere, another word such as gpu: only after "," or "]"
 _KNOWN = r"(?:[A-Z]+(?:\.[A-Z0-9_]+)+|M):"
 OPTION = re.compile(
@@ -150,7 +153,7 @@ def _params_of_tag(tag: str) -> dict[str, str]:
         standardized = True
         if student in DATASETS:
             params["dataset.name"] = DATASETS[student]
-            teacher, student = "", teacher
+            teacher, student = TEACHERS_OF_TRANSFORMERS[params["dataset.name"]], teacher
     else:
         return {}
     params |= params_of_method(method) | {"teacher.name": teacher, "student.name": student}

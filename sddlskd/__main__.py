@@ -37,6 +37,9 @@ COMMANDS = {
     "logs": Command("sddlskd.sweeps", ["logs"], "show the logs of a sweep's SLURM tasks"),
     "cancel": Command("sddlskd.sweeps", ["cancel"], "cancel a sweep's SLURM jobs"),
     "teachers": Command("sddlskd.teachers", [], "list, fetch, verify or import teachers"),
+    "convert-config": Command(
+        "sddlskd.convert", [], "print the command for a file of mdistiller, SDD, LSKD, torchdistill"
+    ),
     "evaluate": Command("sddlskd.evaluate", [], "measure a trained network"),
     "export": Command("sddlskd.export", [], "export a trained student"),
     "tables": Command("analysis", [], "write the tables, figures and report of a sweep"),

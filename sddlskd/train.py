@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sddlskd import config as cfg
 from sddlskd.config import Rerun
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.processes.interrupts import ignore_interrupts
+from sddlskd.terminal.choices import choices
 from sddlskd.terminal.console import (
-    choices,
     explain,
     log_to_terminal,
     outcomes,
@@ -65,12 +66,33 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
                 "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
                 "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
             )
-        from sddlskd.training.fit import fit
-
-        (result,) = fit([job])
+        result = _fit(job)
     except ERRORS as error:
         raise _Refused from error
     outcomes([job], [result])
+    return result
+
+
+def _fit(job: cfg.Config) -> dict[str, Any]:
+    """Train the student of a job, and return the content of its result.json.
+
+    If Ctrl-C comes after the run is FINISHED, it is ignored from then on.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C comes earlier, and there is nothing to save.
+        Exception: As `fit` raises it.
+    """
+    from sddlskd.record import FINISHED, read_result
+    from sddlskd.training.fit import fit
+
+    try:
+        (result,) = fit([job])
+    except KeyboardInterrupt:
+        result = read_result(Path(job.run_dir))
+        if result.get("status") != FINISHED:
+            raise
+    if result["status"] == FINISHED:
+        ignore_interrupts()
     return result
 
 

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,14 +53,16 @@ def hydra_reads_each_file_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Restore the logging and MLFLOW_TRACKING_URI after each test.
+    """Restore the logging, MLFLOW_TRACKING_URI and the handling of Ctrl-C after each test.
 
-    A command that runs in this process sets up logging, and MLflow keeps an address in the
-    environment.
+    A command that runs in this process sets up logging and ignores Ctrl-C at its end, and MLflow
+    keeps an address in the environment.
     """
+    interrupt = signal.getsignal(signal.SIGINT)
     package, address = logging.getLogger("sddlskd"), os.environ.get("MLFLOW_TRACKING_URI")
     handlers, level, propagate = package.handlers[:], package.level, package.propagate
     yield
+    signal.signal(signal.SIGINT, interrupt)
     package.handlers[:], package.level, package.propagate = handlers, level, propagate
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if address is not None:

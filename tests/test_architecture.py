@@ -24,18 +24,20 @@ LAYERS = (
     {"training"},
     {"worker", "export"},
     {"sweeps"},
-    {"evaluate", "server", "teachers", "train", "hydra_plugins"},
+    {"convert", "evaluate", "server", "teachers", "train", "hydra_plugins"},
     {"__main__"},
 )
 # Only this code may see a configuration. The functions of all other code take values.
 SEE_A_CONFIG = {
     "config",
+    "convert",
     "evaluate",
     "export",
     "hydra_plugins",
     "record",
     "sweeps",
     "teachers",
+    "terminal/choices.py",
     "terminal/console.py",
     "tracking",
     "train",

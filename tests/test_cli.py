@@ -22,6 +22,7 @@ CALLS = {
     "logs": ["sddlskd.sweeps", "logs", "X"],
     "cancel": ["sddlskd.sweeps", "cancel", "X"],
     "teachers": ["sddlskd.teachers", "X"],
+    "convert-config": ["sddlskd.convert", "X"],
     "evaluate": ["sddlskd.evaluate", "X"],
     "export": ["sddlskd.export", "X"],
     "tables": ["sddlskd.analysis", "X"],

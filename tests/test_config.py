@@ -33,6 +33,7 @@ from sddlskd.data.decoding import ImageTransform
 from sddlskd.distill import ScaleDecoupled
 from sddlskd.models import names
 from sddlskd.terminal.console import explain
+from tests.composing import loader_of
 from tests.conftest import Compose, compose_in
 from tests.each import check_each
 from tests.tiny import CONF
@@ -979,7 +980,7 @@ def sweep_name(*overrides: str, name: str = "config") -> Any:
 def test_sweep_names_are_deterministic_and_safe() -> None:
     name = sweep_name("student=resnet8", "M=[1,2,4]", "optimizer.lr=0.1")
     assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
-    assert "M-1-2-4" in name
+    assert re.fullmatch(r"M-lr-student-[0-9a-f]{6}", name)
     # The order of the overrides does not matter.
     assert name == sweep_name("optimizer.lr=0.1", "student=resnet8", "M=[1,2,4]")
     assert name == sweep_name(
@@ -987,9 +988,16 @@ def test_sweep_names_are_deterministic_and_safe() -> None:
     )
     assert name != sweep_name("student=resnet8", "M=[1,2]", "optimizer.lr=0.1")
     long = [f"+optimizer.algorithm.key_{i}={i}" for i in range(50)]
-    assert len(sweep_name(*long)) < 80
+    assert len(sweep_name(*long)) < 40
     assert sweep_name(*long) != sweep_name(*long[:-1])
     assert sweep_name("sweep.name=mine") == "mine"
+
+
+def test_a_sweep_name_has_the_choices_that_tell_it_from_others() -> None:
+    grid = ("dataset=digits", "teacher=resnet14", "student=resnet8,wrn_16_1", "M=[1],[1,2,4]",
+            "seed=range(0,3)", "optimizer.lr=0.1,0.2")  # fmt: skip
+    _, sweep = loader_of(["hydra.mode=MULTIRUN", *grid])
+    assert re.fullmatch(r"digits-M-lr-seed-student-[0-9a-f]{6}", sweep.sweep.name)
 
 
 def test_a_single_job_belongs_to_no_sweep() -> None:

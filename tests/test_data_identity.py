@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd.config import Config
 from sddlskd.datasets import cifar10, fake, fashion_mnist, image_folder
@@ -19,6 +20,7 @@ from sddlskd.datasets.places import without_downloads
 from sddlskd.files.checkpoint import read, write
 from sddlskd.sweeps import precheck, run_sweep
 from sddlskd.sweeps.plan import make_plan
+from sddlskd.terminal.console import explain
 from sddlskd.training.build import build_data, build_network, build_teacher
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher_files import path_of
@@ -66,6 +68,32 @@ def change_result(job: Config, **entries: Any) -> None:
     """Change entries of the job's result.json; None removes an entry."""
     changed = {k: v for k, v in (result_of(job) | entries).items() if v is not None}
     Path(job.run_dir, "result.json").write_text(json.dumps(changed))
+
+
+def test_the_classes_of_a_folder_are_counted(pets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (pets / "train" / ".cache").mkdir()  # what a program left behind
+    counting = [word for word in SHAPE if not word.startswith("dataset.num_classes")]
+    root = f"dataset.root={pets}"
+    job = composed(pets.parent / "home", *counting, root, *ALONE)
+    stated = job_of(pets, *ALONE)
+    assert (job.dataset.num_classes, job.run_dir) == (2, stated.run_dir)
+    with caplog.at_level("INFO", "sddlskd"):
+        (result,) = fit([job])
+    assert result["status"] == "FINISHED"
+    assert (
+        f"dataset=image_folder: 2 classes in {pets}; trainer.epochs=1, trainer.batch_size=4, "
+        "optimizer.lr=0.05, dataset.size=32 pixels" in caplog.text
+    )
+
+
+def test_a_folder_without_classes_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(OmegaConfBaseException) as caught:
+        composed(tmp_path, "dataset=image_folder", f"dataset.root={tmp_path}/pets")
+    told = explain(caught.value)
+    assert "\n" not in told
+    for part in (f"there is no folder {tmp_path}/pets/train", "dataset.root=FOLDER",
+                 "dataset.num_classes=NUMBER"):  # fmt: skip
+        assert part in told
 
 
 # Fingerprints

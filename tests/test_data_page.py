@@ -41,7 +41,12 @@ def test_its_sums_and_accuracies_are_the_codes() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_composes(command: str) -> None:
+def test_every_command_composes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for animal in ("cat", "dog"):  # the folder of the examples
+        (tmp_path / "pets" / "train" / animal).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     jobs = composed(command)
     assert jobs
     given = [word for word in shlex.split(command) if word.startswith("dataset=")]

@@ -27,6 +27,7 @@ from sddlskd.models import create
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.sweeps import groups_of, precheck, run_sweep
 from sddlskd.sweeps.__main__ import main
+from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
 from sddlskd.sweeps.grid import InvalidJobs, compose_grid
 from sddlskd.sweeps.manifest import (
     command_to_continue,
@@ -248,6 +249,86 @@ def test_a_plan_starts_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert "3 jobs (3 new), 3 to do in 2 groups" in told
     assert "2 times an epoch instead of 3" in told
     assert not (home / "runs").exists()
+
+
+def test_a_plan_needs_neither_data_nor_teacher_and_names_every_obstacle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    common = ("dataset=cifar100", "teacher=resnet32x4", "sweep.plan=true")
+    small = "student=timm student.model.name=resnet18"
+    jobs = jobs_of(empty, "M=[1]", "M=[2] seed=1", f"{small} M=[1,4]", common=common)
+    _, code = sweep(jobs, devices=["cpu", "cpu"])
+    told = capsys.readouterr().out
+    assert code == 1
+    assert told.count("to download: ") == 1
+    assert f"there is no file {empty}/data/cifar-100-python.tar.gz; the sweep downloads it" in told
+    obstacles = [line for line in told.splitlines() if line.startswith("cannot run: ")]
+    assert len(obstacles) == 2
+    assert "and" not in obstacles[0].split(": ")[1]  # all three jobs are named
+    assert "teacher=resnet32x4 for cifar100 is missing" in obstacles[0]
+    assert "M=[1, 4] is too fine: the largest scale here is 2" in obstacles[1]
+    assert "the time is not known" in told
+    assert not empty.exists()
+
+
+def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = jobs_of(home, *(f"M=[{m}]" for m in (1, 2, 4, 8)), "seed=1", common=("sweep.plan=true",))
+    record_of_past_run(jobs[0], seconds=60.0)
+    sweep(jobs, devices=["cpu", "cpu"])
+    told = capsys.readouterr().out
+    assert "groups: 1 of 4 jobs, 1 of 1 job" in told
+    assert "devices: cpu 4 jobs, cpu 1 job" in told
+    assert "hydra.launcher.max_group_size=3 would end earlier: no device then trains more" in told
+    # An epoch of a job took a minute; five jobs of one epoch each are to do.
+    assert "about 5:00 on one device" in told
+    assert "about 4:00 on these 2 devices" in told
+
+
+def record_of_past_run(job: Config, seconds: float) -> None:
+    """Leave the result of an earlier run of the same networks and data, with another seed."""
+    folder = Path(job.run_dir).with_name(Path(job.run_dir).name.replace("-s0-", "-s99-"))
+    folder.mkdir(parents=True)
+    result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": 1}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize(
+    ("together", "devices", "largest", "better"),
+    [
+        ([12], 1, None, None),  # one device has nothing to share
+        ([12], 4, None, 3),
+        ([4, 4, 4], 3, None, None),  # even already
+        ([4, 4, 4], 2, None, 2),
+        ([6], 2, 1, 3),  # groups share the teacher's passes
+        ([], 2, None, None),
+    ],
+)
+def test_a_better_group_size(
+    together: list[int], devices: int, largest: int | None, better: int | None
+) -> None:
+    assert better_group_size(together, devices, largest) == better
+    assert sum(jobs_of_devices(split(together, better), devices)) == sum(together)
+
+
+def test_a_network_of_a_library_is_a_job_of_a_sweep(home: Path) -> None:
+    (job,) = jobs_of(home, "student=torchvision student.model.name=resnet18 M=[1]")
+    assert job.student.name == "torchvision_resnet18"
+
+
+def test_ctrl_c_after_the_last_job_is_no_failure(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Pool) -> None:
+        collect(self)
+        if not self.busy and not self.queue:
+            signal.raise_signal(signal.SIGINT)
+
+    collect = Pool._collect_workers
+    monkeypatch.setattr(Pool, "_collect_workers", interrupted)
+    results, code = sweep(jobs_of(home, network("Tiny")))
+    assert (statuses(results), code) == (["FINISHED"], 0)
+    assert "the same command continues" not in capsys.readouterr().out
 
 
 def test_a_killed_worker_goes_on_from_its_checkpoints(home: Path) -> None:

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,9 +147,13 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["M=[1"], [r"M=\[1 ", r"key=value"]),
         (["scales=[1,2]"], [r"scales=\[1,2\]", r"M=\[1,2\]", r"scales=global\|two"]),
         (["scales=4"], ["scales=4", r"M=\[4\]"]),
-        (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "teacher=resnet8"]),
+        (["M=[17]"], [r"M=\[17\]", "the largest scale here is 16", "student=resnet8"]),
         (["M=[16]", "student=mobilev2"], [r"M=\[16\]", "the largest scale here is 4",
                                           "student=mobilev2"]),
+        # Its stem is made for 224 pixels, so that 32 pixels leave a map of one place.
+        (["student=timm", "student.model.name=resnet18", "M=[1,2,4]"],
+         [r"M=\[1, 2, 4\]", r"student=timm_resnet18 has 1x1 places.* 32x32 pixels",
+          r"set M=\[1\], or choose a network"]),
         (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8",
                                "valid are .*shufflev1.*wrn_40_2"]),
         (["teacher=resnet9"], ["teacher=resnet9", "did you mean teacher=resnet8",
@@ -172,6 +178,14 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
                                "valid are .*batch_size"]),
         (["studnet=resnet8"], ["studnet", "did you mean student", "valid are .*recipe"]),
         (["recip=kd"], ["recip", "did you mean recipe"]),
+        (["temperature=2"], [r"did you mean distiller\.temperature\?"]),
+        (["lr=0.1"], [r"did you mean teacher\.lr or student\.lr or optimizer\.lr\?"]),
+        (["epochs=3"], [r"did you mean trainer\.epochs\?"]),
+        (["ce_weight=1"], [r"did you mean distiller\.ce_weight\?"]),
+        (["batch_size=32"], [r"did you mean trainer\.batch_size\?"]),
+        (["root=data"], [r"did you mean dataset\.root\?"]),
+        (["distiller.lr=0.1"], [r"distiller\.lr is unknown; did you mean teacher\.lr or student"]),
+        (["max_group_size=3"], [r"did you mean hydra\.launcher\.max_group_size\?"]),
         (["distiller.loss.temprature=3"], ["did you mean distiller.loss.temperature"]),
         (["+trainer.foo=1"], ["trainer.foo is unknown", "valid are .*epochs"]),
         (["+foo=1"], ["foo is unknown", "valid are .*seed"]),
@@ -452,6 +466,25 @@ def test_the_same_command_again_says_that_it_is_done(
     }
 
 
+@pytest.mark.parametrize("when", ["as fit ends", "as the outcome is printed"])
+def test_ctrl_c_after_the_end_is_no_failure(
+    here: Command, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from sddlskd.training import fit as training
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    place = (training, "fit") if when == "as fit ends" else (train, "outcomes")
+    original = getattr(*place)
+    monkeypatch.setattr(*place, interrupted)
+    done = here("seed=21")
+    assert (done.code, done.err.count("stopped")) == (0, 0)
+    assert "FINISHED" in done.out
+
+
 def test_another_process_in_the_same_run_directory(module_home: Path, tmp_path: Path) -> None:
     overrides = (*SMALL, "tracking=none", "seed=11")
     held = record.Record(compose_in(module_home, *overrides))
@@ -543,23 +576,28 @@ def test_editing_yaml_later_changes_no_launched_job(
 
 
 def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
-    done = shell(SCRIPT, "--help", cwd=tmp_path)
+    done = shell(SCRIPT, "--help", cwd=tmp_path, env={"COLUMNS": "100"})
     assert (done.code, done.err) == (0, "")
     for group in (
-        "teacher",
-        "student",
-        "distiller",
-        "scales",
-        "dataset",
-        "optimizer",
-        "trainer",
-        "pair",
-        "recipe",
-        "tracking",
-    ):
-        assert re.search(rf"^\s*{group}: ", done.out, re.MULTILINE), group
-    for choice in ("shufflev1", "sd_kd_ls", "fashion_mnist", "resnet32x4_resnet8x4", "skip"):
+        "teacher, student", "distiller", "scales", "dataset", "optimizer", "trainer", "pair",
+        "recipe", "tracking", "features",
+    ):  # fmt: skip
+        assert re.search(rf"^\s*{group}:", done.out, re.MULTILINE), group
+    for choice in ("shufflev1", "sd_kd_ls", "fashion_mnist", "wrn_40_2_wrn_40_1", "skip"):
         assert choice in done.out
+    # Choices are sorted by kind. The names of the pairs follow from those of the networks.
+    for kind, names in {
+        "for 224 pixels": "imagenet_resnet18, imagenet_resnet34, imagenet_resnet50, mobilev1",
+        "without a teacher": "vanilla",
+        "standardised logits": "ctkd_ls, dkd_ls, kd_ls, luminet, normkd",
+        "in scales, standardised": "sd_dkd_ls, sd_kd_ls",
+        "SDD with features": "sd_kd_crd, sd_kd_sp, sd_sp",
+        "your own": "image_folder",
+    }.items():
+        assert re.search(rf"^    {kind}: +{names}$", done.out, re.MULTILINE), kind
+    assert "pair: 28 of the papers' tables" in done.out
+    assert "resnet32x4_mobilev2" not in done.out
+    assert "others" not in done.out
     assert "_submitit" not in done.out
     # These groups are chosen by the data set, the recipe and the pair.
     assert "tuned" not in done.out
@@ -573,7 +611,7 @@ def test_help_lists_the_choices_of_another_folder(tmp_path: Path) -> None:
     (tmp_path / "student" / "mine.yaml").write_text("name: mine\n")
     done = shell(*MODULE, "--help", f"--config-dir={tmp_path}", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
-    assert re.search(r"^\s*student: [^:]* mine,", done.out, re.MULTILINE)
+    assert re.search(r"^  student:\n(    .*\n)+    others: +mine$", done.out, re.MULTILINE)
 
 
 HEAVY = "{'torch', 'torchvision', 'mlflow', 'pandas', 'sklearn', 'numpy'}"

@@ -373,7 +373,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["M=[1,32]"], r"M=\[1, 32\] asks for 32x32 regions.*the largest scale here is 8"),
+        (["M=[1,32]"], r"M=\[1, 32\] is too fine: the largest scale here is 8.*set M=\[1\]"),
         (["trainer.batch_size=193"], "batch_size=193 is larger than the 192 images of"),
         (["trainer.device=cuda:99"], "trainer.device=cuda:99"),
         (
@@ -401,7 +401,7 @@ def test_refused_early_leaves_nothing_behind(
 
 def test_scales_are_checked_before_a_teacher_is_trained(tmp_path: Path) -> None:
     job = tiny(tmp_path, "M=[32]", "teacher.train_if_missing=true", teacher=False)
-    with pytest.raises(ValueError, match="asks for 32x32"):
+    with pytest.raises(ValueError, match=r"M=\[32\] is too fine"):
         fit([job])
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -63,6 +64,8 @@ __all__ = [
 
 SQLITE = "sqlite:///"  # beginning of the address of a SQLite file
 LONGEST_SHOWN = 60  # characters of a value that a message shows
+LONGEST_SWEEP_NAME = 32  # characters of an automatic name, without its hash
+NAMING = ("dataset", "recipe", "pair")  # groups whose choice is part of an automatic name
 TARGETS = (
     ("student", "model"),
     ("teacher", "model"),
@@ -99,6 +102,7 @@ def frame() -> None:
     Plugins.instance()
     ConfigStore.instance().repo["hydra"]["launcher"].pop("submitit_local.yaml", None)
     ConfigStore.instance().store("frame", node=Config)
+    OmegaConf.register_new_resolver("class_folders", _class_folders, replace=True)
     OmegaConf.register_new_resolver("cwd", lambda: str(Path.cwd()), replace=True)
     OmegaConf.register_new_resolver("default", _default, replace=True)
     OmegaConf.register_new_resolver("sqlite_uri", sqlite_uri, replace=True)
@@ -138,12 +142,29 @@ def _given(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _class_folders(root: str) -> int:
+    """Return the number of classes of an image folder: the folders in <root>/train.
+
+    Folders whose names begin with "." do not count. The loader checks the number again, together
+    with the images.
+    """
+    train = Path(root).expanduser().absolute() / "train"
+    try:
+        return sum(e.is_dir() and not e.name.startswith(".") for e in os.scandir(train))
+    except OSError:
+        raise ValueError(
+            f"the classes of dataset=image_folder cannot be counted, because there is no folder "
+            f"{train}; set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
+            "dataset.num_classes=NUMBER"
+        ) from None
+
+
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
     """Return a name for the sweep, or None for a single run.
 
     The name consists of the sweep's configuration file, unless the file is the default `config`, of
-    the overrides that change what is computed, and of a hash of both. An example is
-    student-shufflev1-mobilev2-1f0c2a. Without such overrides the name is that of the file.
+    `_telling_words`, and of a hash of the file and the overrides that change what is computed. An
+    example is digits-M-student-1f0c2a. Without such overrides the name is that of the file.
     """
     if "hydra" not in _root_ or _root_.hydra.mode is not RunMode.MULTIRUN:
         return None
@@ -164,8 +185,28 @@ def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:
     file = str(_root_.hydra.job.config_name)
     if not overrides:
         return plain(file)
-    words = overrides if file == "config" else [file, *overrides]
-    return f"{plain('-'.join(words))[:60].strip('-')}-{digest([file, overrides])[:6]}"
+    words = _telling_words(overrides)
+    if file != "config":
+        words = [file, *words]
+    name = plain("-".join(words))[:LONGEST_SWEEP_NAME].strip("-")
+    return f"{name}-{digest([file, overrides])[:6]}"
+
+
+def _telling_words(overrides: Sequence[str]) -> list[str]:
+    """Return the words of a sweep's overrides that tell it from other sweeps.
+
+    The words are the data set, recipe and pair, if the sweep has one of each, and the last part of
+    each key that has several values. If there are no such words, they are those of all keys.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = {override.key_or_group: override.is_sweep_override() for override in parsed}
+    chosen = [
+        str(override.value())
+        for override in parsed
+        if override.key_or_group in NAMING and not override.is_sweep_override()
+    ]
+    swept = [key.rpartition(".")[2] for key, several in keys.items() if several]
+    return [*chosen, *swept] or [key.rpartition(".")[2] for key in keys]
 
 
 def resolve(composed: DictConfig) -> Config:

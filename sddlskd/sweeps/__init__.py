@@ -19,6 +19,7 @@ from typing import Any
 from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config, Rerun
+from sddlskd.processes.interrupts import ignore_interrupts
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
 from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import planned_jobs, write_manifest, write_plan
@@ -104,7 +105,7 @@ def run_sweep(
             change,
         )
     if only_print:
-        print_plan(plan)
+        print_plan(plan, runner.places(plan.todo, plan.devices))
         if plan.invalid:
             sys.exit(1)
         sys.exit(0)
@@ -113,6 +114,8 @@ def run_sweep(
     if ended == RUNNING:
         write_line(f"state: python -m sddlskd.sweeps status {plan.folder}")
     else:
+        if print_results and _status_of_all(plan.jobs) == FINISHED:
+            ignore_interrupts()
         results = [result_of(job) for job in plan.jobs]
         if print_results or ended == KILLED or _status_of_all(plan.jobs) != FINISHED:
             print_outcome(plan, results, stopped=ended == KILLED, locally=runner.runs_locally)
@@ -145,6 +148,8 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
         record.queue_again(Path(job.run_dir))
     tracking.log_plan(registered[0], write_plan(plan.folder, plan.name, plan.jobs))
     ended = runner.run(plan.groups, plan.folder, plan.devices)
+    if ended == KILLED and _status_of_all(plan.jobs) == FINISHED:
+        ended = FINISHED  # the signal came when the last job had finished
     if ended != RUNNING:
         status = KILLED if ended == KILLED else _status_of_all(plan.jobs)
         tracking.finish_sweep(registered[0], status)

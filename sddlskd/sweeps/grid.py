@@ -32,6 +32,8 @@ NEEDED = (
     "teacher.cache_dtype",
     "allow_foreign_targets",
     "dataset.num_classes",
+    "student.model.name",  # the name of a network of timm or torchvision
+    "teacher.model.name",
 )
 
 

@@ -41,9 +41,13 @@ class Plan:
         todo: jobs that the launch runs, if none is invalid.
         groups: the jobs of `todo` in groups. The jobs of a group are trained together, with one
             teacher forward pass per batch.
+        max_group_size: largest number of jobs in a group; None for no limit.
         seconds: estimated seconds for `todo` on one device; None if a job has no past runs of the
             same student, teacher and data set.
-        invalid: (name of the job, reason) of each job of `todo` that cannot run.
+        invalid: (name of the job, reason) of each job of `todo` that cannot run. A job of a plan
+            that is only printed (`sweep.plan`) has an entry for each of its obstacles.
+        downloads: files of data sets that are missing here and that the sweep would download; [] if
+            the plan is not only printed, because such files have been downloaded then.
         changed: finished jobs that learnt from another teacher file than the current one.
         other_data: (finished job, how the data differ) of each job that was trained on other data
             than its data set has now.
@@ -57,8 +61,10 @@ class Plan:
     states: dict[str, str]
     todo: list[Config]
     groups: list[list[Config]]
+    max_group_size: int | None
     seconds: float | None
     invalid: list[tuple[str, str]]
+    downloads: list[str]
     changed: list[Config]
     other_data: list[tuple[Config, str]]
     devices: list[str]
@@ -78,6 +84,7 @@ def ask_precheck(
         A dictionary with these keys:
 
         - "problems": [index in `todo`, reason] of each job that cannot run;
+        - "downloads": missing files of data sets that the sweep would download;
         - "changed": index in `finished` of each job that learnt from another teacher file than the
           current one;
         - "other_data": [index in `finished`, how the data differ] of each job that was trained on
@@ -115,7 +122,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a launch, which is one call of a sweep's command; start no job.
 
-    Nothing is written, except that the check of the jobs may download a missing data set.
+    Nothing is written, except that the check of the jobs may download a missing data set. If
+    `sweep.plan` of the first job is set, nothing is downloaded either.
 
     Args:
         jobs: jobs of the sweep, at least one; duplicates count once. `sweep.rerun` of the first job
@@ -152,6 +160,7 @@ def make_plan(
     finished = [job for job in unique if states[job.run_dir] == "finished"]
     answer: dict[str, Any] = {
         "problems": [],
+        "downloads": [],
         "changed": [],
         "other_data": [],
         "devices": [],
@@ -167,8 +176,10 @@ def make_plan(
         states=states,
         todo=todo,
         groups=groups,
+        max_group_size=max_group_size,
         seconds=_expected_seconds(todo),
         invalid=[(cfg.run_name(todo[index]), reason) for index, reason in answer["problems"]],
+        downloads=answer["downloads"],
         changed=[finished[index] for index in answer["changed"]],
         other_data=[(finished[index], change) for index, change in answer["other_data"]],
         devices=answer["devices"],

@@ -99,6 +99,16 @@ class Pool(GroupRunner):
     def validate(self, jobs: Sequence[Config]) -> None:
         """Do nothing with `jobs`: a pool accepts all jobs."""
 
+    def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
+        """Return the devices that train the jobs, one for each worker; see `GroupRunner.places`."""
+        if not self.auto:
+            return self.devices
+        asked_for = {job.trainer.device for job in jobs}
+        if "auto" in asked_for:
+            asked_for.remove("auto")
+            asked_for.update(visible)
+        return sorted(asked_for)
+
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group, and wait until all of them have ended.
 
@@ -120,12 +130,7 @@ class Pool(GroupRunner):
             OSError: If a worker cannot be started.
         """
         self.queue.extend(Task(list(group)) for group in groups)
-        if self.auto:
-            asked_for = {task.jobs[0].trainer.device for task in self.queue}
-            if "auto" in asked_for:
-                asked_for.remove("auto")
-                asked_for.update(visible)
-            self.devices = sorted(asked_for)
+        self.devices = self.places([task.jobs[0] for task in self.queue], visible)
         cpu_workers = self.devices.count("cpu")
         if cpu_workers > 1:
             self.threads = max(len(os.sched_getaffinity(0)) // cpu_workers, 1)

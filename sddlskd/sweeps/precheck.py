@@ -8,8 +8,9 @@ import argparse
 import json
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sddlskd.config.targets import instantiate
 from sddlskd.data.device import trained_on
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
+from sddlskd.datasets.places import without_downloads
 from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import explain, refuse_another_checkout
 from sddlskd.training.build import (
@@ -32,6 +34,7 @@ from sddlskd.training.build import (
     check_objective,
     check_one_process,
     check_same_data,
+    check_scales,
     check_teacher,
     check_teacher_data,
     check_workers,
@@ -45,6 +48,10 @@ from sddlskd.training.devices import check_places, pick_device
 from sddlskd.training.features import build_features, student_network
 
 __all__ = ["main", "problems", "report"]
+
+# Side of the images of the data sets that are arrays, in pixels, by the loaders' names
+SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32, "fashion_mnist": 32, "stl10": 96}
+OF_FILES = ("cub200", "image_folder", "imagenet", "tiny_imagenet")  # loaders of image files
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,17 @@ class DataSet:
     labels_N: Tensor
 
 
+class Downloadable(Exception):
+    """Error for a missing file of a data set, which the job would download when it starts."""
+
+
 class Checker:
     """Checker of single jobs; an instance loads each data set and builds each network only once."""
 
     def __init__(self) -> None:
         self._data_sets: dict[str, DataSet | Exception] = {}
         self._fingerprints: dict[str, dict[str, Any] | None] = {}
-        self._map_sides: dict[tuple[str, int, tuple[int, ...]], int] = {}
+        self._map_sides: dict[tuple[str, int, tuple[int, ...]], tuple[int, ...]] = {}
         self._networks: dict[tuple[str, int], nn.Module] = {}
 
     def check(self, job: Config) -> None:
@@ -88,47 +99,88 @@ class Checker:
                 not fit the job.
             Exception: Any other error that the code of a network or a data set raises.
         """
-        check_places(job.trainer.device, job.trainer.devices)
-        device = pick_device(job.trainer.device)
-        check_objective(job, device)
+        _check_settings(job)
         # Report a mistyped path before any data is downloaded.
         if job.teacher.checkpoint:
             check_teacher(job)
         data = self._data_set(job)
-        labels_N = _trained_on(job, data.labels_N)
-        check_batch_size(job, len(labels_N), data.size)
-        C, H, W = data.image_CHW
-        check_images(job, (data.size, H, W, C), device, of_files=data.of_files)
-        if job.sweep.rerun is not Rerun.all:  # `all` sets earlier records aside
-            check_same_data(job, data.noted)
+        _check_images(job, data)
         check_teacher(job)
         check_teacher_data(job, data.noted)
-        if data.of_files:
-            check_cache(job)
-            check_workers(job)
+        self._check_networks(job, data.image_CHW, _trained_on(job, data.labels_N))
+
+    def obstacles(self, job: Config) -> Iterator[Exception]:
+        """Yield every error that keeps a job from running; download nothing.
+
+        The checks are those of `check`. Without the data, the sizes of images are those of the
+        published data set, and what depends on the labels is not checked. A missing file that the
+        job would download is yielded as `Downloadable`.
+        """
+        data: DataSet | None = None
+        try:
+            with without_downloads():
+                data = self._data_set(job)
+        except Exception as error:
+            # Hydra wraps the error of a loader.
+            if isinstance(error, FileNotFoundError) or isinstance(
+                error.__cause__, FileNotFoundError
+            ):
+                yield Downloadable(explain(error))
+            else:
+                yield error
+        checks: list[Callable[[], object]] = [
+            partial(_check_settings, job),
+            partial(check_teacher, job),
+        ]
+        image_CHW = _published_image(job)
+        labels_N = None
+        if data is not None:
+            checks += [
+                partial(_check_images, job, data),
+                partial(check_teacher_data, job, data.noted),
+            ]
+            image_CHW, labels_N = data.image_CHW, _trained_on(job, data.labels_N)
+        if image_CHW is not None:
+            checks.append(partial(self._check_networks, job, image_CHW, labels_N))
+        for check in checks:
+            try:
+                check()
+            except Exception as error:
+                yield error
+
+    def _check_networks(
+        self, job: Config, image_CHW: tuple[int, int, int], labels_N: Tensor | None
+    ) -> None:
+        """Check the scales and the feature methods of a job with its two networks.
+
+        Args:
+            job: the job.
+            image_CHW: channels, height and width of an image, in pixels.
+            labels_N: class ids of the images that the student learns from; None if they are
+                unknown. The feature methods are not checked then.
+
+        Raises:
+            ValueError: If a scale or a method does not fit the networks.
+        """
         classes = job.dataset.num_classes
-        side = self._map_side(job.student.model, classes, data.image_CHW)
+        of_student = self._map_sides_of(job.student.model, classes, image_CHW)
         if job.distiller.loss:
-            side = min(side, self._map_side(job.teacher.model, classes, data.image_CHW))
-            if max(job.M) > 2 * side:
-                raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
-        if job.features:
+            of_teacher = self._map_sides_of(job.teacher.model, classes, image_CHW)
+            sides = {f"student={job.student.name}": of_student}
+            sides[f"teacher={job.teacher.name}"] = of_teacher
+            check_scales(job, sides, image_CHW)
+        if job.features and labels_N is not None:
             cpu = torch.device("cpu")
             teacher = self._network(job.teacher.model, classes)
             student = student_network(
                 job,
                 self._network(job.student.model, classes),
                 teacher,
-                image_CHW=data.image_CHW,
+                image_CHW=image_CHW,
                 device=cpu,
             )
             build_features(
-                job,
-                student,
-                teacher,
-                image_CHW=data.image_CHW,
-                labels_N=labels_N,
-                device=cpu,
+                job, student, teacher, image_CHW=image_CHW, labels_N=labels_N, device=cpu
             )
 
     def data_change(self, job: Config) -> str:
@@ -163,17 +215,45 @@ class Checker:
             self._networks[key] = build_network(model, num_classes, 0, torch.device("cpu"))
         return self._networks[key]
 
-    def _map_side(
+    def _map_sides_of(
         self, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
-    ) -> int:
-        """Return the shorter side of the network's logit map, computed without weights."""
+    ) -> tuple[int, ...]:
+        """Return height and width of the network's logit map, computed without weights."""
         key = (canonical(model), num_classes, image_CHW)
         if key not in self._map_sides:
             with torch.device("meta"), torch.no_grad():
                 network: nn.Module = instantiate(model, num_classes=num_classes)
                 logit_map = network.eval()(torch.empty(1, *image_CHW))
-            self._map_sides[key] = int(min(logit_map.shape[2:]))
+            self._map_sides[key] = tuple(logit_map.shape[2:])
         return self._map_sides[key]
+
+
+def _check_settings(job: Config) -> None:
+    """Raise ValueError if the devices, the loss or the optimizer of a job do not work here."""
+    check_places(job.trainer.device, job.trainer.devices)
+    check_objective(job, pick_device(job.trainer.device))
+
+
+def _check_images(job: Config, data: DataSet) -> None:
+    """Raise ValueError if the data do not fit the batches, the memory or the record of a job."""
+    device = pick_device(job.trainer.device)
+    C, H, W = data.image_CHW
+    check_batch_size(job, len(_trained_on(job, data.labels_N)), data.size)
+    check_images(job, (data.size, H, W, C), device, of_files=data.of_files)
+    if job.sweep.rerun is not Rerun.all:  # `all` sets earlier records aside
+        check_same_data(job, data.noted)
+    if data.of_files:
+        check_cache(job)
+        check_workers(job)
+
+
+def _published_image(job: Config) -> tuple[int, int, int] | None:
+    """Return (C, H, W) of the images of a data set of this package; None for another data set."""
+    loader = str(job.dataset.load.get("_target_")).removeprefix("sddlskd.datasets.")
+    if loader in OF_FILES:
+        return 3, job.dataset.size, job.dataset.size
+    side = SIDES.get(loader)
+    return None if side is None else (3, side, side)
 
 
 def _trained_on(job: Config, labels_N: Tensor) -> Tensor:
@@ -212,6 +292,31 @@ def problems(jobs: Sequence[Config], runs_locally: bool = True) -> list[tuple[Co
     return found
 
 
+def obstacles(
+    jobs: Sequence[Config], runs_locally: bool = True
+) -> tuple[list[tuple[Config, str]], list[str]]:
+    """Return what keeps jobs from running, for a plan that is only printed; download nothing.
+
+    Args:
+        jobs: jobs to check by `Checker.obstacles`.
+        runs_locally: whether the jobs run on this machine, as for `problems`.
+
+    Returns:
+        (job, reason) of each obstacle, in the order of the jobs, and the missing files of data sets
+        that the jobs would download.
+    """
+    checker = Checker()
+    found: list[tuple[Config, str]] = []
+    downloads: dict[str, None] = {}
+    for job in jobs:
+        for error in checker.obstacles(job if runs_locally else _on_any_device(job)):
+            if isinstance(error, Downloadable):
+                downloads[str(error).removeprefix("there is no ")] = None
+            else:
+                found.append((job, explain(error)))
+    return found, list(downloads)
+
+
 def _on_any_device(job: Config) -> Config:
     """Return the job without its devices and workers, which this machine need not have."""
     return replace(
@@ -234,7 +339,9 @@ def report(
     Returns:
         A dictionary of plain values for JSON, with these keys:
 
-        - "problems": (index in `todo`, reason) of each job that cannot run;
+        - "problems": (index in `todo`, reason) of each job that cannot run; for a plan that is
+          only printed (`sweep.plan`), of each obstacle;
+        - "downloads": missing files of data sets that the jobs would download, for such a plan;
         - "changed": index in `finished` of each job that learnt from another teacher file than the
           current one;
         - "other_data": (index in `finished`, how the data differ) of each job that was trained on
@@ -249,8 +356,14 @@ def report(
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    downloads: list[str] = []
+    if todo and todo[0].sweep.plan:
+        found, downloads = obstacles(todo, runs_locally)
+    else:
+        found = problems(todo, runs_locally)
     return {
-        "problems": [(index_of[id(job)], reason) for job, reason in problems(todo, runs_locally)],
+        "problems": [(index_of[id(job)], reason) for job, reason in found],
+        "downloads": downloads,
         "changed": [
             index
             for index, job in enumerate(finished)

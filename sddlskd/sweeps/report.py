@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED
+from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
 from sddlskd.sweeps.grid import reasons_together
-from sddlskd.sweeps.plan import Plan
+from sddlskd.sweeps.plan import Plan, groups_of
 from sddlskd.sweeps.status import JobStatus, SweepStatus, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
 
@@ -47,15 +48,53 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def print_plan(plan: Plan) -> None:
-    """Print what a sweep would run (`plan_lines`), and why jobs cannot run.
+def print_plan(plan: Plan, devices: Sequence[str]) -> None:
+    """Print what a sweep would run (`plan_lines`), how it spreads, and every obstacle.
 
-    Each reason is printed once, with the names of up to three of its jobs.
+    Each obstacle is printed once, with the names of up to three of its jobs.
+
+    Args:
+        plan: plan of the sweep.
+        devices: devices of this machine that would train the jobs; [] on a cluster.
     """
-    for line in plan_lines(plan):
+    for line in (*plan_lines(plan), *_spread_lines(plan, devices)):
         write_line(line)
+    for file in plan.downloads:
+        write_line(f"to download: there is no {file}; the sweep downloads it when it starts")
     for line in reasons_together(plan.invalid):
         write_line(f"cannot run: {line}")
+
+
+def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
+    """Return lines that say how many jobs each group and device gets, and a better group size.
+
+    Nothing is said of devices if a cluster or several devices together train a job.
+    """
+    if not plan.groups:
+        return []
+    sizes = [len(group) for group in plan.groups]
+    numbers = [f"{count} of {_jobs(size)}" for size, count in Counter(sizes).items()]
+    lines = [f"groups: {', '.join(numbers)}"]
+    if not devices or any(job.trainer.devices > 1 for job in plan.todo):
+        return lines
+    per_device = jobs_of_devices(sizes, len(devices))
+    shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
+    lines.append(f"devices: {', '.join(shares)}")
+    together = [len(group) for group in groups_of(plan.todo)]
+    if better := better_group_size(together, len(devices), plan.max_group_size):
+        most = max(jobs_of_devices(split(together, better), len(devices)))
+        lines.append(
+            f"hydra.launcher.max_group_size={better} would end earlier: "
+            f"no device then trains more than {_jobs(most)}"
+        )
+    if plan.seconds is not None and len(devices) > 1:
+        share = max(per_device) / len(plan.todo)
+        lines.append(f"about {duration(plan.seconds * share)} on these {len(devices)} devices")
+    return lines
+
+
+def _jobs(number: int) -> str:
+    return "1 job" if number == 1 else f"{number} jobs"
 
 
 def print_status(status: SweepStatus) -> None:

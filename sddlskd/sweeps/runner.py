@@ -29,6 +29,15 @@ class GroupRunner(Protocol):
         """
         ...
 
+    def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
+        """Return the devices of this machine that train the jobs; [] if a cluster trains them.
+
+        Args:
+            jobs: jobs to run.
+            visible: devices of this machine, such as ["cuda:0"].
+        """
+        ...
+
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group.
 

@@ -406,6 +406,10 @@ class Slurm(GroupRunner):
         # SLURM marks the default partition with an asterisk.
         return {host for host, name in rows if name.endswith("*")}
 
+    def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
+        """Return [], because SLURM chooses the devices."""
+        return []
+
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Submit every group, and wait until no task of the sweep is in SLURM's queue.
 

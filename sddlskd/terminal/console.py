@@ -3,22 +3,20 @@
 import logging
 import re
 import shlex
-import shutil
 import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     HydraException,
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
 )
+from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -32,7 +30,6 @@ from sddlskd.config.schema import M_CURE
 from sddlskd.processes.exit_codes import ExitCode
 
 __all__ = [
-    "choices",
     "duration",
     "explain",
     "log_to_terminal",
@@ -94,30 +91,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}:{m:02d}:{s:02d}"
     return f"{m}:{s:02d}"
-
-
-def choices() -> str:
-    """Return the groups of the configuration with the options of each, as text for --help.
-
-    Each group has a paragraph, such as "  student: resnet8, resnet14", wrapped to the width of the
-    terminal and to at most 100 letters. Call this function only while Hydra runs.
-    """
-    loader = GlobalHydra.instance().config_loader()
-    groups = [group for group in loader.list_groups("") if group not in NO_CHOICES]
-    options = {group: loader.get_group_options(group) for group in groups}
-    indent = max(map(len, groups)) + 4
-    paragraphs = [
-        textwrap.fill(
-            ", ".join(names),
-            width=min(shutil.get_terminal_size().columns, 100),
-            initial_indent=f"  {group}: ".ljust(indent),
-            subsequent_indent=" " * indent,
-            break_on_hyphens=False,
-        )
-        for group, names in options.items()
-        if names
-    ]
-    return "\n".join(paragraphs)
 
 
 def outcomes(
@@ -249,7 +222,35 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             if group.is_dir() and group.name not in (*valid, *NO_CHOICES)
         ]
     prefix = f"{path}." if path else ""
-    return f"{prefix}{key} is unknown; {_valid_names(key, valid, prefix)}"
+    names = _valid_names(key, valid, prefix)
+    if places := _places_of(key, OmegaConf.to_container(node._get_root(), resolve=False)):
+        names = f"did you mean {' or '.join(places)}? Valid are {', '.join(valid)}"
+    return f"{prefix}{key} is unknown; {names}"
+
+
+def _places_of(key: str, config: Any) -> list[str]:
+    """Return the dotted keys of a configuration that end in `key`; of several, the least deep ones.
+
+    A key of the data set is left out if another group has it, too, because it is then only the
+    default of the other. Of hydra's keys, only those of the launcher count.
+    """
+    found = [place for place in _dotted_keys(config) if place.rpartition(".")[2] == key]
+    found = [
+        place
+        for place in found
+        if not place.startswith("hydra.") or place.startswith("hydra.launcher.")
+    ]
+    depth = min((place.count(".") for place in found), default=0)
+    nearest = [place for place in found if place.count(".") == depth > 0]
+    return [place for place in nearest if not place.startswith("dataset.")] or nearest
+
+
+def _dotted_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of every value below a dictionary."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield f"{prefix}{key}"
+            yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
 def _valid_names(bad: str, valid: Sequence[str], prefix: str) -> str:

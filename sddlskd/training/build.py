@@ -51,6 +51,7 @@ __all__ = [
     "check_objective",
     "check_one_process",
     "check_same_data",
+    "check_scales",
     "check_teacher",
     "check_teacher_data",
     "check_workers",
@@ -671,8 +672,8 @@ def check_maps(
 
     Raises:
         ValueError: If a network raises a RuntimeError for the image, if its output is not a logit
-            map with the classes of the data set, or if, with a teacher, the largest scale m in
-            `job.M` (m x m regions of a map) is more than twice the shortest side of the two maps.
+            map with the classes of the data set, or if, with a teacher, `check_scales` refuses the
+            scales.
         torch.OutOfMemoryError: If the device is full.
     """
     image = torch.zeros(1, *data.image_shape, device=device)
@@ -697,15 +698,31 @@ def check_maps(
                 f"{name} returns shape {tuple(logit_map.shape)}; "
                 f"it must return a logit map of shape (B, {job.dataset.num_classes}, H, W)"
             )
-    side = min(min(logit_map.shape[2:]) for logit_map in maps.values())
-    if teacher is not None and max(job.M) > 2 * side:
-        sides = ", ".join(
-            f"{name} {tuple(logit_map.shape[2:])}" for name, logit_map in maps.items()
-        )
-        raise ValueError(
-            f"M={job.M} asks for {max(job.M)}x{max(job.M)} regions, "
-            f"more than twice the smaller map ({sides}); the largest scale here is {2 * side}"
-        )
+    if teacher is not None:
+        check_scales(job, {name: tuple(m.shape[2:]) for name, m in maps.items()}, data.image_shape)
+
+
+def check_scales(
+    job: Config, sides: Mapping[str, tuple[int, ...]], image_CHW: tuple[int, ...]
+) -> None:
+    """Raise ValueError if the largest scale of a job is more than twice the side of a logit map.
+
+    Args:
+        job: configuration of a training run with a teacher.
+        sides: {network, such as "student=resnet8": (height, width) of its logit map}.
+        image_CHW: channels, height and width of an image, in pixels.
+    """
+    name, (height, width) = min(sides.items(), key=lambda item: min(item[1]))
+    side = min(height, width)
+    if max(job.M) <= 2 * side:
+        return
+    fitting = [m for m in job.M if m <= side] or [1]
+    raise ValueError(
+        f"M={job.M} is too fine: the largest scale here is {2 * side}, because the logit map of "
+        f"{name} has {height}x{width} places for images of {image_CHW[1]}x{image_CHW[2]} pixels; "
+        f"set M=[{','.join(map(str, fitting))}], or choose a network whose first layers shrink "
+        "the images less"
+    )
 
 
 def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> None:

@@ -70,6 +70,8 @@ __all__ = ["fit"]
 
 log = logging.getLogger(__name__)
 
+IMAGE_FOLDER = "sddlskd.datasets.image_folder"  # loader of data sets of the user's own
+
 
 def fit(
     configs: Sequence[Config | DictConfig], *, sweep: str | None = None, stop: Stop | None = None
@@ -517,10 +519,22 @@ def _load_data(
     noted = None
     if ranks.is_rank_zero:
         noted = fingerprint(splits)
+        if job.dataset.load.get("_target_") == IMAGE_FOLDER:
+            log.info("%s", _settings_of_own_data(job))
     data = build_data(
         job, device, splits=splits, rank=ranks.rank, ranks=ranks.world_size, strong=strong
     )
     return data, noted
+
+
+def _settings_of_own_data(job: Config) -> str:
+    """Return the settings that no paper gives for a user's data set, as a line for the log."""
+    d, t = job.dataset, job.trainer
+    return (
+        f"dataset={d.name}: {d.num_classes} classes in {d.root}; trainer.epochs={t.epochs}, "
+        f"trainer.batch_size={t.batch_size}, optimizer.lr={job.optimizer.lr:g}, "
+        f"dataset.size={d.size} pixels; these are defaults unless you set them"
+    )
 
 
 def _is_unregistered(job: Config) -> bool:

@@ -348,8 +348,10 @@ def test_imported_runs_stand_in_the_frame(uri: str, logs: Path) -> None:
         ("kd,resnet32x4,wrn_16_2,3,9", "kd", "resnet32x4", "wrn_16_2", ("3.0", "9.0", None)),
         ("r34_r18_kd_ours", "kd", "resnet34", "resnet18", (None, None, None)),
         ("r34_r18_kd_ours_2_6", "kd", "resnet34", "resnet18", ("2.0", "6.0", None)),
-        ("pvt-ti_c100_KD_ours", "kd", None, "pvt_tiny", (None, None, None)),
-        ("t2t-7_c100_KD_ours_3_6", "kd", None, "t2t_vit_7", ("3.0", "6.0", None)),
+        ("deit-ti_c100_KD_ours_3_10", "kd", "resnet56", "deit_tiny", ("3.0", "10.0", None)),
+        ("pit-ti_c100_KD_ours", "kd", "resnet56", "pit_tiny", (None, None, None)),
+        ("pvt-ti_c100_KD_ours", "kd", "resnet56", "pvt_tiny", (None, None, None)),
+        ("t2t-7_c100_KD_ours_3_6", "kd", "resnet56", "t2t_vit_7", ("3.0", "6.0", None)),
         ("reviewkd,wrn40_2,shuv1", "reviewkd", "wrn_40_2", "shufflev1", (None, None, None)),
         ("SDD_KD,res32x4_sdd,shuv1_sdd", "kd", "resnet32x4", "shufflev1", (None, None, None)),
         ("vanilla,res32x4,res8x4", "vanilla", "none", "resnet8x4", (None, None, None)),
@@ -360,16 +362,14 @@ def test_names_that_people_give(
     logs: Path,
     name: str,
     method: str,
-    teacher: str | None,
+    teacher: str,
     student: str,
     rest: Sequence[str | None],
 ) -> None:
-    given = {"dataset.name": "cifar100", "M": "[1]"} | (
-        {} if teacher else {"teacher.name": "resnet56"}
-    )
+    given = {"dataset.name": "cifar100", "M": "[1]"}
     params = only(uri, [written(logs / f"{name}.txt", worklog([50.0]))], given).data.params
     assert params["distiller.name"] == method
-    assert params["teacher.name"] == (teacher or "resnet56")
+    assert params["teacher.name"] == teacher
     assert params["student.name"] == student
     keys = ("distiller.temperature", "distiller.kd_weight", "distiller.loss.beta")
     assert tuple(params.get(key) for key in keys) == tuple(rest)

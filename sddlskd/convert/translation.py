@@ -1,0 +1,113 @@
+"""What a file of another code says in terms of this package, and the command for it."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+
+__all__ = ["Translation", "command", "dotted", "milestones"]
+
+PROGRAM = "python -m sddlskd.train"
+
+
+@dataclass
+class Translation:
+    """What a file of another code says in terms of this package.
+
+    Attributes:
+        choices: {group: choice}, such as {"recipe": "kd"}; the command states all of them.
+        values: {dotted key: value} that the other code trains with. The command states those that
+            the choices do not set anyway.
+        ignored: a line for each key or flag that is not translated, with the reason.
+    """
+
+    choices: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def command(translation: Translation) -> str:
+    """Return the training command for a translation.
+
+    The command has the choices, and an override for each value that differs from what the choices
+    set. A key that the choices do not have is added with "+".
+
+    Raises:
+        ValueError, HydraException, OmegaConfBaseException: If this package refuses a value.
+    """
+    choices = [f"{group}={choice}" for group, choice in translation.choices.items()]
+    composed = _composed(choices)
+    overrides = []
+    for key, value in translation.values.items():
+        present = OmegaConf.select(composed, key, default=None)
+        if _same(present, value):
+            continue
+        add = "" if _has(composed, key) else "+"
+        overrides.append(f"{add}{key}={_text(value)}")
+    _composed([*choices, *overrides])  # whatever the command is, it must be one that composes
+    return " ".join([PROGRAM, *map(shlex.quote, [*choices, *overrides])])
+
+
+def milestones(stages: Sequence[float], epochs: int) -> list[float]:
+    """Return epochs after which the learning rate falls as fractions of all epochs.
+
+    Stages that the training does not reach are left out.
+    """
+    return [stage / epochs for stage in stages if stage < epochs]
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """Return the checked job of overrides, as a configuration with dotted keys."""
+    cfg.frame()
+    with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
+        job: Config = cfg.resolve(hydra.compose("config", overrides=list(overrides)))
+    structured: DictConfig = OmegaConf.structured(job)
+    return structured
+
+
+def _has(composed: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, parent) if parent else composed
+    return isinstance(node, DictConfig) and name in node
+
+
+def _same(present: Any, value: Any) -> bool:
+    """Return whether two values are equal; numbers need only be close, and 1 is not true."""
+    if OmegaConf.is_config(present):
+        present = OmegaConf.to_container(present)
+    if isinstance(present, list) and isinstance(value, list):
+        return len(present) == len(value) and all(map(_same, present, value))
+    if isinstance(present, bool) or isinstance(value, bool):
+        return present is value
+    if isinstance(present, int | float) and isinstance(value, int | float):
+        return math.isclose(present, value, rel_tol=1e-9)
+    return bool(present == value)
+
+
+def _text(value: Any) -> str:
+    """Return a value as Hydra reads it: true, null, [1,2], 0.05."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def dotted(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of all values of nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

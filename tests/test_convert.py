@@ -1,0 +1,273 @@
+"""Test that files of other codes become commands which train what those codes would train."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sddlskd.config import Config
+from sddlskd.convert.__main__ import main
+from tests.conftest import compose_in
+
+Said = tuple[int, str, list[str]]  # exit code, command, lines on stderr
+MDISTILLER = """\
+EXPERIMENT:
+  TAG: "{method}"
+DISTILLER:
+  TYPE: "{method}"
+  TEACHER: "{teacher}"
+  STUDENT: "{student}"
+SOLVER:
+  BATCH_SIZE: 64
+  EPOCHS: 240
+  LR: {lr}
+  LR_DECAY_STAGES: [150, 180, 210]
+  WEIGHT_DECAY: 0.0005
+"""
+ON_IMAGENET = """\
+DATASET: {{TYPE: imagenet}}
+DISTILLER: {{TYPE: {method}, TEACHER: {teacher}, STUDENT: {student}}}
+SOLVER:
+  BATCH_SIZE: {batch}
+  EPOCHS: 100
+  LR: 0.2
+  LR_DECAY_STAGES: [30, 60, 90]
+  WEIGHT_DECAY: 0.0001
+"""
+TORCHDISTILL = """\
+datasets:
+  &train cifar100/train: !import_call
+    _root: &root !join ['~/datasets/', 'cifar100']
+    key: 'torchvision.datasets.CIFAR100'
+models:
+  teacher_model:
+    key: 'wide_resnet40_2'
+    kwargs: {num_classes: 100, pretrained: True}
+  student_model:
+    key: 'wide_resnet'
+    kwargs: {depth: 16, k: 2, num_classes: 100}
+train:
+  num_epochs: 200
+  train_data_loader:
+    dataset_id: *train
+    kwargs: {batch_size: 128, num_workers: 16}
+  teacher: {wrapper: 'DataParallel'}
+  optimizer:
+    key: 'SGD'
+    kwargs: {lr: 0.1, momentum: 0.9, weight_decay: 0.0005, nesterov: True}
+  scheduler:
+    key: 'MultiStepLR'
+    kwargs: {milestones: [60, 120, 160], gamma: 0.2}
+  criterion:
+    key: 'WeightedSumLoss'
+    kwargs:
+      sub_terms:
+        kd:
+          criterion:
+            key: 'KDLoss'
+            kwargs: {student_module_path: '.', temperature: 4.0, alpha: 0.9}
+          weight: 1.0
+"""
+
+
+@pytest.fixture
+def convert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Return a function of a file's text and flags, which runs the command on that file."""
+
+    def run(text: str, *flags: str) -> Said:
+        path = tmp_path / "their.yaml"
+        path.write_text(text)
+        monkeypatch.setattr(sys, "argv", ["convert", str(path), *flags])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, out.strip(), err.splitlines()
+
+    return run
+
+
+def job_of(told: str, home: Path) -> Config:
+    """Return the job of a printed command, which must compose."""
+    words = shlex.split(told)
+    assert words[:3] == ["python", "-m", "sddlskd.train"]
+    return compose_in(home, *words[3:])
+
+
+def cifar(method: str, teacher: str, student: str, lr: float = 0.05, more: str = "") -> str:
+    return MDISTILLER.format(method=method, teacher=teacher, student=student, lr=lr) + more
+
+
+def imagenet(method: str, teacher: str, student: str, batch: int = 512, more: str = "") -> str:
+    text = ON_IMAGENET.format(method=method, teacher=teacher, student=student, batch=batch)
+    return text + more
+
+
+START = "python -m sddlskd.train recipe="
+LS = ("--logit-stand", "--base-temp", "2", "--kd-weight", "9")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "command"),
+    [
+        (cifar("NONE", "vgg13", "vgg8"), (), "vanilla dataset=cifar100 student=vgg8"),
+        (cifar("KD", "resnet32x4", "resnet8x4"), (),
+         "kd dataset=cifar100 teacher=resnet32x4 student=resnet8x4"),
+        # The file states the rate of small networks, 0.01, which is also the recipe's.
+        (cifar("DKD", "vgg13", "MobileNetV2", 0.01, "DKD: {BETA: 6.0}\n"), (),
+         "dkd dataset=cifar100 teacher=vgg13 student=mobilev2"),
+        (cifar("DKD", "vgg13", "MobileNetV2", 0.05), (),
+         "dkd dataset=cifar100 teacher=vgg13 student=mobilev2 distiller.loss.beta=8.0 "
+         "optimizer.lr=0.05"),
+        (cifar("KD", "resnet32x4", "resnet8x4"), LS,
+         "kd_ls dataset=cifar100 teacher=resnet32x4 student=resnet8x4"),
+        # LSKD's defaults of plain KD are not mdistiller's.
+        (cifar("KD", "resnet32x4", "resnet8x4"), ("--from", "lskd"),
+         "kd dataset=cifar100 teacher=resnet32x4 student=resnet8x4 distiller.temperature=2 "
+         "distiller.kd_weight=9"),
+        (cifar("DKD", "resnet32x4", "resnet8x4"), (*LS[:4], "18"),
+         "dkd_ls dataset=cifar100 teacher=resnet32x4 student=resnet8x4 distiller.kd_weight=18.0"),
+        (cifar("SDD_DKD", "resnet32x4_sdd", "ShuffleV1_sdd", 0.01),
+         ("--cfg", "--gpu", "1", "--M", "[1,2,4]"), "sd_dkd dataset=cifar100 teacher=resnet32x4 student=shufflev1"),
+        (cifar("SDD_KD", "resnet32x4_sdd", "ShuffleV1_sdd", 0.01), ("--M", "[1,2]"),
+         "sd_kd dataset=cifar100 teacher=resnet32x4 student=shufflev1 'M=[1,2]'"),
+        (cifar("SDD_DKD", "resnet32x4_sdd", "resnet8x4_sdd"), ("--M", "[1,2]", "--warmup", "30"),
+         "sd_dkd dataset=cifar100 teacher=resnet32x4 student=resnet8x4 distiller.warmup_epochs=30"),
+        (cifar("SDD_NKD", "resnet32x4_sdd", "ShuffleV1_sdd", 0.01), ("--M", "[1,2,4]"),
+         "sd_nkd dataset=cifar100 teacher=resnet32x4 student=shufflev1"),
+        # Of each of two processes; the gradients are clipped, and the target is not left out.
+        (imagenet("NKD", "ResNet34", "ResNet18", 256, "DKD: {WARMUP: 1}\n"), ("--seed", "3"),
+         "nkd dataset=imagenet teacher=imagenet_resnet34 student=imagenet_resnet18 "
+         "distiller.loss.exclude_target=false optimizer.clip_norm=40.0 seed=3"),
+        (imagenet("KD", "ResNet50", "MobileNetV1", more="KD: {TEMPERATURE: 1, LOSS: "
+                  "{CE_WEIGHT: 0.5, KD_WEIGHT: 0.5}}\n"), (),
+         "kd dataset=imagenet teacher=imagenet_resnet50 student=mobilev1"),
+        (cifar("AT", "resnet32x4", "resnet8x4", more="AT: {LOSS: {FEAT_WEIGHT: 500}}\n"), (),
+         "at dataset=cifar100 teacher=resnet32x4 student=resnet8x4 features.at.weight=500"),
+        (cifar("CRD", "resnet32x4", "resnet8x4", more="CRD: {NCE: {TEMPERATURE: 0.1}}\n"), (),
+         "crd dataset=cifar100 teacher=resnet32x4 student=resnet8x4 "
+         "+features.crd.method.temperature=0.1"),
+        (cifar("VID", "resnet32x4", "resnet8x4"), (),
+         "vid dataset=cifar100 teacher=resnet32x4 student=resnet8x4 "
+         "features.vid.method.train_variance=false"),
+        (cifar("REVIEWKD", "vgg13", "vgg8", more="REVIEWKD: {REVIEWKD_WEIGHT: 5.0}\n"), (),
+         "reviewkd dataset=cifar100 teacher=vgg13 student=vgg8"),
+        (cifar("MLKD", "resnet32x4", "resnet8x4", 0.025), (*LS, "SOLVER.EPOCHS", "480"),
+         "mlkd_ls dataset=cifar100 teacher=resnet32x4 student=resnet8x4"),
+        (cifar("KD", "vgg13", "vgg8", more="  TRAINER: dot\n  DOT: {DELTA: 0.09}\n"), (),
+         "dot dataset=cifar100 teacher=vgg13 student=vgg8 optimizer.algorithm.delta=0.09"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR", "1e-1", "SOLVER.EPOCHS", "300"),
+         "kd dataset=cifar100 teacher=vgg13 student=vgg8 trainer.epochs=300 optimizer.lr=0.1 "
+         "'optimizer.milestones=[0.5,0.6,0.7]'"),
+        (TORCHDISTILL, (),
+         "kd dataset=cifar100 teacher=wrn_40_2 student=wrn_16_2 distiller.kd_weight=0.1 "
+         "distiller.ce_weight=0.9 trainer.epochs=200 trainer.batch_size=128 "
+         "optimizer.lr=0.1 +optimizer.algorithm.nesterov=true "
+         "'optimizer.milestones=[0.3,0.6,0.8]' optimizer.decay=0.2"),
+        (TORCHDISTILL.replace("KDLoss", "LogitStdKDLoss").replace(
+            "temperature: 4.0, alpha: 0.9", "temperature: 2.0, alpha: 0.1, beta: 9.0").replace(
+            ", nesterov: True", ""), ("--seed", "7"),
+         "kd_ls dataset=cifar100 teacher=wrn_40_2 student=wrn_16_2 trainer.epochs=200 "
+         "trainer.batch_size=128 optimizer.lr=0.1 'optimizer.milestones=[0.3,0.6,0.8]' "
+         "optimizer.decay=0.2 seed=7"),
+    ],
+)  # fmt: skip
+def test_files_become_commands_that_compose(
+    convert: Any, tmp_path: Path, text: str, flags: tuple[str, ...], command: str
+) -> None:
+    code, told, _ = convert(text, *flags)
+    assert (code, told) == (0, START + command)
+    job_of(told, tmp_path)
+
+
+def test_the_job_trains_what_the_file_says(convert: Any, tmp_path: Path) -> None:
+    more = "DKD: {ALPHA: 2.0, BETA: 4.0, T: 3.0, WARMUP: 10, CE_WEIGHT: 0.5}\n"
+    _, told, _ = convert(
+        cifar("SDD_DKD", "wrn_40_2_sdd", "ShuffleV2_sdd", 0.02, more)
+        .replace("EPOCHS: 240", "EPOCHS: 100").replace("[150, 180, 210]", "[50, 80, 150]")
+        .replace("BATCH_SIZE: 64", "BATCH_SIZE: 32").replace("0.0005", "0.001"),
+        "--M", "[2,4]", "--warmup", "5", "SOLVER.MOMENTUM", "0.8", "SOLVER.LR_DECAY_RATE", "0.2",
+    )  # fmt: skip
+    job = OmegaConf.structured(job_of(told, tmp_path))
+    said = {
+        "M": [2, 4], "standardize": False, "distiller.temperature": 3.0,
+        "distiller.ce_weight": 0.5, "distiller.kd_weight": 1.0, "distiller.loss.alpha": 2.0,
+        "distiller.loss.beta": 4.0, "distiller.loss.temperature": 3.0,
+        # SDD's program has the warm-up of its flag, not that of the file.
+        "distiller.warmup_epochs": 5, "trainer.epochs": 100, "trainer.batch_size": 32,
+        # Epoch 150 is never reached.
+        "optimizer.lr": 0.02, "optimizer.milestones": [0.5, 0.8], "optimizer.decay": 0.2,
+        "optimizer.algorithm.momentum": 0.8, "optimizer.algorithm.weight_decay": 0.001,
+        "optimizer.clip_norm": 40.0, "teacher.name": "wrn_40_2", "student.name": "shufflev2",
+    }  # fmt: skip
+    assert {key: OmegaConf.select(job, key) for key in said} == said
+
+
+def test_every_key_that_is_not_translated_is_named(convert: Any) -> None:
+    more = (
+        "KD: {TEMPERATURE: 4}\nFITNET: {INPUT_SIZE: [32, 32]}\nNEW: {KEY: 1}\n"
+        "LOG: {WANDB: true}\nDATASET: {NUM_WORKERS: 3}\n"
+    )
+    _, _, lines = convert(cifar("FITNET", "vgg13", "vgg8", more=more), "--logit-stand",
+                          "--from", "lskd", "--resume")  # fmt: skip
+    assert [line.partition(": ")[0] for line in lines] == [
+        "EXPERIMENT.TAG", "KD.TEMPERATURE", "FITNET.INPUT_SIZE", "NEW.KEY", "LOG.WANDB",
+        "DATASET.NUM_WORKERS", "--logit-stand", "--resume",
+    ]  # fmt: skip
+    assert lines[1].endswith("DISTILLER.TYPE=FITNET does not read it")
+    assert lines[3].endswith("because it is unknown")
+    _, _, lines = convert(TORCHDISTILL)
+    assert [line.partition(": ")[0] for line in lines] == [
+        "train.train_data_loader.batch_size", "datasets",
+        "models.teacher_model.kwargs.pretrained", "train.train_data_loader.kwargs.num_workers",
+        "train.teacher.wrapper",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        ("", (), "not a configuration of mdistiller, SDD or LSKD"),
+        ("name: cifar100\n", (), "not a configuration of mdistiller, SDD or LSKD"),
+        ("[1, 2\n", (), "not a YAML file"),
+        ("a: \x00\n", (), "not a YAML file"),
+        (cifar("KD_ours", "vgg13", "vgg8"), (), "DISTILLER.TYPE=KD_ours has no translation; valid"),
+        (cifar("KD", "vgg13", "vgg9"), (), "student=vgg9 is unknown; did you mean student=vgg"),
+        (imagenet("KD", "ResNet101", "ResNet18"), (), "the network ResNet101 has no translation"),
+        (cifar("KD", "vgg13", "vgg8", more="DATASET: {TYPE: svhn}\n"), (), "DATASET.TYPE=svhn has"),
+        (cifar("KD", "vgg13", "vgg8", more="  TYPE: Adam\n"), (), "SOLVER.TYPE=Adam has"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR", "fast"), "SOLVER.LR=fast is not a number"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR", "-1"), "optimizer.lr=-1"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR",), "SOLVER.LR has no value; give options as"),
+        (cifar("SDD_KD", "vgg13", "vgg8"), ("--M", "12"), "--M 12 is not a list of scales"),
+        (TORCHDISTILL.replace("KDLoss", "FSPLoss"), (), "the criterion FSPLoss has no translation"),
+        (TORCHDISTILL.replace("num_epochs", "stage1"), (), "train.stage1: a training in several"),
+        (TORCHDISTILL.replace("'SGD'", "'Adam'"), (), "train.optimizer Adam has no translation"),
+        (TORCHDISTILL.replace("MultiStepLR", "PolyLR"), (), "train.scheduler PolyLR has no"),
+        (TORCHDISTILL.replace("cifar100/train", "coco/train"), (), "dataset_id=coco/train has no"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_translated_is_refused_in_one_line(
+    convert: Any, text: str, flags: tuple[str, ...], said: str
+) -> None:
+    code, told, lines = convert(text, *flags)
+    assert (code, told, len(lines)) == (1, "", 1)
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+
+
+def test_a_missing_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert", "/no/such.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: /no/such.yaml: No such file")
