@@ -60,6 +60,11 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
                 "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
                 "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
             )
+        if job.sweep.halving:
+            raise ValueError(
+                f"sweep.halving={job.sweep.halving} requires a sweep with one of the launchers of "
+                "sddlskd; put -m before the overrides: -m sweep.halving=[1,2,4] M=[1],[1,2,4]"
+            )
         from sddlskd.training.fit import fit
 
         (result,) = fit([job])

@@ -178,6 +178,10 @@ class SharedTeacherLauncher(Launcher):
                 "sweep.seeds=until_decided compares all jobs of the sweep; "
                 "leave out hydra.sweeper.max_batch_size"
             )
+        if self.config.sweep.halving:
+            raise ValueError(
+                "sweep.seeds=until_decided needs all runs to the end; leave out sweep.halving"
+            )
         named = [*self.config.hydra.overrides.task, *(word for cell in cells for word in cell)]
         if any(word.lstrip("+").startswith("seed=") for word in named):
             raise ValueError(
