@@ -63,9 +63,7 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
         )
 
 
-def notes_on_pruned(
-    declaration: Declaration, pruned: Sequence[tuple[Run, str]]
-) -> Iterator[str]:
+def notes_on_pruned(declaration: Declaration, pruned: Sequence[tuple[Run, str]]) -> Iterator[str]:
     """Yield a note that names the runs that halving dropped on the data sets of a table, if any.
 
     Args:

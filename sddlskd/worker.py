@@ -100,8 +100,8 @@ def run(
     except torch.OutOfMemoryError as error:
         if jobs[0].sweep.halving:
             sys.stderr.write(
-                f"error: {len(jobs)} jobs do not fit side by side, and sweep.halving compares them; "
-                "lower hydra.launcher.max_group_size\n"
+                f"error: {len(jobs)} jobs do not fit side by side, and sweep.halving compares "
+                "them; lower hydra.launcher.max_group_size\n"
             )
             return 1
         logging.getLogger("sddlskd").warning(

@@ -50,7 +50,8 @@ def run_sweep(
     SLURM's queue. If the setting `sweep.rerun` is `all`, FINISHED, FAILED and interrupted jobs
     start anew, and their old run directories are renamed. If the setting is `none`, FAILED jobs are
     left alone. Jobs that halving has dropped (PRUNED) are left alone, unless `sweep.halving` is
-    empty or `sweep.rerun` is `all`. If `sweep.plan` is set, the function only prints what it would do, and exits.
+    empty or `sweep.rerun` is `all`. If `sweep.plan` is set, the function only prints what it would
+    do, and exits.
 
     Args:
         jobs: configurations of the jobs, at least one; duplicates run once. The settings `sweep` of
@@ -65,8 +66,8 @@ def run_sweep(
 
     Returns:
         The content of each job's result.json, in the order of `jobs`. All jobs are FINISHED or
-        PRUNED, unless a `Slurm` with wait=False runs them: then jobs may still wait or run, and the result of a
-        job that has not started has the status "NEW".
+        PRUNED, unless a `Slurm` with wait=False runs them: then jobs may still wait or run, and the
+        result of a job that has not started has the status "NEW".
 
     Raises:
         ValueError: If the sweep cannot be run: jobs are invalid (`InvalidJobs`), different jobs

@@ -75,10 +75,10 @@ class ArrayTask:
         """Train the jobs and exit; submitit calls this method in each process of the task.
 
         Raises:
-            SystemExit: Always. The code is 0 if all jobs are FINISHED or PRUNED, 1 if all have ended
-                and some FAILED, `ExitCode.REQUEUE` if SLURM's warning stopped the training, and else that of
-                `worker.run`. A process other than the first exits with 0 if the first one stopped
-                the training.
+            SystemExit: Always. The code is 0 if all jobs are FINISHED or PRUNED, 1 if all have
+                ended and some FAILED, `ExitCode.REQUEUE` if SLURM's warning stopped the training,
+                and else that of `worker.run`. A process other than the first exits with 0 if the
+                first one stopped the training.
         """
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restarts < self.max_requeues:

@@ -14,12 +14,11 @@ from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd import record
-from sddlskd.config import Config, Rerun
-from sddlskd.config.schema import SweepConfig
+from sddlskd.config import Config, Rerun, SweepConfig
 from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.status import states_of
 
-__all__ = ["Plan", "Precheck", "ask_precheck", "groups_of", "make_plan"]
+__all__ = ["Plan", "Precheck", "ask_precheck", "check_halving", "groups_of", "make_plan"]
 
 # Check of a launch: (jobs to run, finished jobs, whether the jobs run on this machine) -> the
 # dictionary of `precheck.report`.
@@ -133,8 +132,8 @@ def make_plan(
         The plan. Jobs that cannot run are in `Plan.invalid`; they raise no error.
 
     Raises:
-        ValueError: If different jobs have the same run directory, if a job has no other to be
-            compared with by halving, or if a file of the sweep or of a run is damaged.
+        ValueError: If different jobs have the same run directory, or if a file of the sweep or of a
+            run is damaged.
         ConnectionError: If the sweep has SLURM tasks and squeue is missing, fails or does not
             answer.
         ChildProcessError: If the process that `ask_precheck` starts dies.
@@ -145,8 +144,6 @@ def make_plan(
             "several jobs of the sweep have one run_dir; "
             "leave run_dir out, so that each job gets its own"
         )
-    if unique[0].sweep.halving:
-        _check_halving(unique, max_group_size)
     home = unique[0].home
     folder = Path(home, "runs", "sweeps", name)
     states = states_of(folder, [job.run_dir for job in unique])
@@ -178,10 +175,12 @@ def make_plan(
     )
 
 
-def _check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
+def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
     """Raise ValueError if a job would train in a group of its own, in which nothing can be halved.
 
-    The groups are those of all jobs, so that the last unfinished job of a sweep can still run.
+    Args:
+        jobs: all jobs of the sweep, at least one, and not only those that have not finished.
+        max_group_size: largest number of jobs that train together; None for no limit.
     """
     for group in groups_of(jobs, max_group_size):
         if len(group) == 1:

@@ -73,7 +73,7 @@ def print_status(status: SweepStatus) -> None:
     if not status.command:
         return
     if all(job.state in DONE for job in status.jobs):
-        write_line(f"to add seeds to what is undecided, or see the decisions: {status.command}")
+        write_line(f"to add what is left, or see the decisions or the best job: {status.command}")
         return
     if status.seconds_left is None:
         write_line("time left: not known yet")

@@ -13,6 +13,7 @@ from sddlskd import record
 from sddlskd.sweeps import slurm
 from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.outcome import STATES, state_of
+from sddlskd.sweeps.search import DATABASE
 
 __all__ = ["JobStatus", "SweepStatus", "count_states", "states_of", "status_of"]
 
@@ -33,8 +34,8 @@ class JobStatus:
             have, do not count.
         epochs: number of epochs of the job; 0 if its config.yaml has not been written yet.
         top1: best validation top-1 (%) so far; None before the first epoch has ended.
-        reason: why the job failed, was stopped or was dropped by halving; "" if there is no reason, or if the job is queued
-            or running again.
+        reason: why the job failed, was stopped or was dropped by halving; "" if there is no reason,
+            or if the job is queued or running again.
         requeues: how often SLURM put the job back into its queue.
         slurm_job: id of the job's latest SLURM task; None if the job has finished or failed, or was
             never submitted to SLURM.
@@ -145,9 +146,10 @@ def status_of(folder: Path) -> SweepStatus:
         group_size = result.get("group_size", 1)
         epoch_seconds += [row["time/epoch_s"] / group_size for row in rows[-LAST_EPOCHS:]]
     command = ""
-    # A sweep with seeds until decided may add jobs, which only its command knows. Manifests of
-    # earlier versions do not have the entry.
-    if manifest.get("until_decided") or any(job.state not in DONE for job in jobs):
+    # A search and a sweep with seeds until decided may add jobs, which only their command knows.
+    # Manifests of earlier versions do not have the entry.
+    may_add = manifest.get("until_decided") or (folder / DATABASE).exists()
+    if may_add or any(job.state not in DONE for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
     return SweepStatus(
         sweep=manifest["name"],

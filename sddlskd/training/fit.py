@@ -79,9 +79,9 @@ def fit(
 
     A job is one training run. A job that is already FINISHED is not run again, and an interrupted
     job is resumed. A job that halving has dropped (PRUNED) is resumed unless it still has the
-    setting `sweep.halving`. If the environment variable `WORLD_SIZE` is above 1, this process joins a group
-    of processes that share each batch. Otherwise the function starts `trainer.devices` processes if
-    that setting is above 1.
+    setting `sweep.halving`. If the environment variable `WORLD_SIZE` is above 1, this process joins
+    a group of processes that share each batch. Otherwise the function starts `trainer.devices`
+    processes if that setting is above 1.
 
     If a single run raises an error, its result.json says FAILED and the other runs go on. With
     several processes, an error other than an infinite or NaN loss also ends the other runs, as
