@@ -68,7 +68,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
 
     Returns:
         The overrides with one value, and {key: override} of those with several. Such an override
-        is a list of choices (`M=[1],[1,2]`), a range, or an interval (`optimizer.lr=interval(0,1)`).
+        is a list of choices (`M=[1],[1,2]`), a range, or an interval (`seed=interval(0,9)`).
 
     Raises:
         HydraException: If an override cannot be read.
@@ -83,19 +83,15 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
             "hydra/sweeper=optuna has nothing to search; vary a key, such as "
             "distiller.temperature=interval(1.0,8.0)"
         )
-    fixed = [
-        f"{key}={one.get_value_element_as_str()}"
-        for key, one in parsed.items()
-        if key not in varied
-    ]
+    fixed = [str(one.input_line) for key, one in parsed.items() if key not in varied]
     return fixed, varied
 
 
 def _distribution(override: Override) -> Any:
     """Return Optuna's distribution of the values of an override.
 
-    An interval between two integers has integers, and another one has real numbers. The tag `log`
-    draws them on a logarithmic scale. All other values are choices without an order.
+    `int(interval(1,9))` has integers, and another interval has real numbers. The tag `log` draws
+    them on a logarithmic scale. All other values are choices without an order.
     """
     from optuna import distributions
 
