@@ -14,7 +14,7 @@ from .declarations import PAPERS_METRIC, Declaration, Quantity
 from .schema import Run
 from .selection import Gain, GainOptions, Result, spread_beside
 
-__all__ = ["notes", "notes_on_gains"]
+__all__ = ["notes", "notes_on_gains", "notes_on_pruned"]
 
 
 def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
@@ -60,6 +60,22 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
         yield (
             f"{repeated} failed or stopped runs were run again in the same configuration and "
             "finished: the finished runs count."
+        )
+
+
+def notes_on_pruned(declaration: Declaration, pruned: Sequence[tuple[Run, str]]) -> Iterator[str]:
+    """Yield a note that names the runs that halving dropped on the data sets of a table, if any.
+
+    Args:
+        declaration: description of the table.
+        pruned: the dropped runs of all data sets, each with its label.
+    """
+    datasets = {run.dataset for run in declaration.runs}
+    named = [f"{label} ({run.reason})" for run, label in pruned if run.dataset in datasets]
+    if named:
+        yield (
+            f"Left out because halving dropped them, so the means are over chosen runs: "
+            f"{'; '.join(named)}."
         )
 
 

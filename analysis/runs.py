@@ -38,6 +38,8 @@ __all__ = ["Runs", "listing", "load"]
 
 NAMES_SHOWN = 10  # names that an error message lists
 # Fields of a job in a plan, besides its params.
+# Begins the reason of a run that halving dropped.
+PRUNED = "PRUNED: "
 PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
 LEARNED_TEMPERATURE = "distiller.learned_temperature"
 """Param that holds the arguments of a temperature that is learnt, or {}."""
@@ -323,8 +325,10 @@ def _row(run: Any) -> dict[str, Any]:
     steps = {metric.key: metric.step for metric in run.data._metric_objs}
     size, size_complaints = _parsed(tags, {"group_size": TAGS["group_size"]})
     text = {column: tags.get(tag, "") for column, tag in TAGS.items() if COLUMNS[column] == "str"}
-    reasons = [tags.get(TAGS["reason"], ""), *complaints, *size_complaints]
     status = "RUNNING" if run.info.status == "SCHEDULED" else run.info.status
+    reason = tags.get(TAGS["reason"], "")
+    if status == "KILLED" and reason.startswith(PRUNED):  # MLflow has no such status
+        status, reason = "PRUNED", reason.removeprefix(PRUNED)
     done = steps.get("val/top1")
     if done is not None:
         done = max(done, 0)  # a first stage of training has the epochs 0, -1, ...
@@ -334,7 +338,7 @@ def _row(run: Any) -> dict[str, Any]:
         **{column: metrics.get(key) for column, key in METRICS.items()},
         **text,
         "source": tags.get(TAGS["source"], "sddlskd"),
-        "reason": "; ".join(filter(None, reasons)),
+        "reason": "; ".join(filter(None, [reason, *complaints, *size_complaints])),
         "run_id": run.info.run_id,
         "name": run.info.run_name or "",
         "status": status,

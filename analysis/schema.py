@@ -32,8 +32,9 @@ __all__ = [
     "runs_of",
 ]
 
-STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED", "MISSING")
-"""Statuses of a run. MISSING: a sweep planned the job, but MLflow has no run of the job."""
+STATUSES = ("FINISHED", "RUNNING", "PRUNED", "FAILED", "KILLED", "MISSING")
+"""Statuses of a run. PRUNED: halving dropped the run, because other runs of its group were better.
+MISSING: a sweep planned the job, but MLflow has no run of the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Run:
     name: str = ""  # name of the run directory
     source: str = "sddlskd"  # "sddlskd" or "imported"
     status: str = ""  # one of STATUSES
-    reason: str = ""  # why the run failed or was stopped
+    reason: str = ""  # why the run failed, was stopped or was dropped
     sweep: str = ""
     config_hash: str = ""  # hash of all that determines the result of the job, with the seed
     settings_hash: str = ""  # the same without the seed

@@ -195,9 +195,9 @@ def _as_optimizer(value: Any) -> Any:
 def latest(attempts: Sequence[Run]) -> Run:
     """Return the run that counts among several runs of one configuration.
 
-    The run whose status comes first in `STATUSES` counts: FINISHED, RUNNING, FAILED, KILLED,
-    MISSING. Among runs of this status, the last run counts. `attempts` are the runs, oldest first.
-    Raise ValueError if there are none, or if a status is not in `STATUSES`.
+    The run whose status comes first in `STATUSES` counts: FINISHED, RUNNING, PRUNED, FAILED,
+    KILLED, MISSING. Among runs of this status, the last run counts. `attempts` are the runs, oldest
+    first. Raise ValueError if there are none, or if a status is not in `STATUSES`.
     """
     return min(reversed(attempts), key=lambda run: STATUSES.index(run.status))
 

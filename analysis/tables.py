@@ -17,8 +17,8 @@ import pandas as pd
 from . import published, stats
 from .cells import Cell, Key, Table
 from .declarations import Declaration, Quantity, declare
-from .names import pair_name, setting_name, value_name
-from .notes import notes, notes_on_gains
+from .names import pair_name, row_key, row_name, setting_name, value_name
+from .notes import notes, notes_on_gains, notes_on_pruned
 from .protocol import other_budget, other_method
 from .published import PrintedGain, Published
 from .schema import Run
@@ -76,10 +76,32 @@ def build(
         KeyError: If the frame lacks a column.
     """
     options = options or GainOptions()
-    declarations = declare(standing(frame), metric)
+    runs = standing(frame)
+    declarations = declare([run for run in runs if run.status != "PRUNED"], metric)
     if options.baseline:
         _refuse_unknown_baseline(options.baseline, declarations)
-    return [_table(declaration, sweep, command, options) for declaration in declarations]
+    pruned = _pruned(runs)
+    return [_table(declaration, pruned, sweep, command, options) for declaration in declarations]
+
+
+def _pruned(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Return the runs that halving dropped, with the labels that tell them from other runs.
+
+    A run whose configuration has another run that is not dropped is left out.
+    """
+    others = {run.config_hash for run in runs if run.status != "PRUNED"}
+    found = []
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        here = [run for run in runs if run.dataset == dataset]
+        for row in rows(here, lambda run: row_key(run.method, run.M)):
+            label = row.label(row_name(row.name))
+            for members in row.cells.values():
+                found += [
+                    (run, f"{pair_name(run.teacher, run.student)}, {label}, seed {run.seed}")
+                    for run in members
+                    if run.status == "PRUNED" and run.config_hash not in others
+                ]
+    return found
 
 
 def _refuse_unknown_baseline(baseline: str, declarations: Sequence[Declaration]) -> None:
@@ -94,11 +116,19 @@ def _refuse_unknown_baseline(baseline: str, declarations: Sequence[Declaration])
         )
 
 
-def _table(declaration: Declaration, sweep: str, command: str, options: GainOptions) -> Table:
+def _table(
+    declaration: Declaration,
+    pruned: Sequence[tuple[Run, str]],
+    sweep: str,
+    command: str,
+    options: GainOptions,
+) -> Table:
     """Build one table from its declaration.
 
     Args:
         declaration: which runs and published numbers the table shows, and in which rows.
+        pruned: the runs that halving dropped, with their labels. A note names those on the data
+            sets of the table.
         sweep: name of the sweep for the notes; "" for none.
         command: command that runs the whole sweep; "" if unknown.
         options: how gains are tested.
@@ -146,7 +176,7 @@ def _table(declaration: Declaration, sweep: str, command: str, options: GainOpti
         rows=tuple(labelled),
         columns=tuple(columns.values()),
         cells=cells,
-        notes=(*notes(declaration, cells, sweep), *on_gains),
+        notes=(*notes(declaration, cells, sweep), *notes_on_pruned(declaration, pruned), *on_gains),
         commands=_commands(declaration.runs, command),
         aggregates=aggregates,
     )

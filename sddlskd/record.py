@@ -2,7 +2,8 @@
 
 The files are config.yaml (the configuration), code.json and code.diff (the state of the code),
 metrics.jsonl (one line per epoch), result.json (status and scores), train.log, the checkpoints,
-requeues.json (requeues by SLURM) and mlflow.json (what MLflow has). The run directory is the
+requeues.json (requeues by SLURM), rivals.json (the runs that halving compares) and mlflow.json
+(what MLflow has). The run directory is the
 authoritative record; MLflow mirrors it.
 """
 
@@ -13,7 +14,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -31,6 +32,7 @@ __all__ = [
     "FAILED",
     "FINISHED",
     "KILLED",
+    "PRUNED",
     "RUNNING",
     "Damaged",
     "InUse",
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+PRUNED = "PRUNED"  # dropped by halving: other runs of its group were better
+RIVALS = "rivals.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,13 +80,13 @@ class Damaged(ValueError):
 def read_result(folder: Path) -> dict[str, Any]:
     """Return the content of the result.json in the run directory `folder`.
 
-    The entry "status" is "RUNNING", "FINISHED", "FAILED" or "KILLED". If the file is missing, the
-    run has not started, and the result is {}. Raise Damaged if the file is not a JSON object or has
-    another status; the message says how to repair the run.
+    The entry "status" is "RUNNING", "FINISHED", "FAILED", "KILLED" or "PRUNED". If the file is
+    missing, the run has not started, and the result is {}. Raise Damaged if the file is not a JSON
+    object or has another status; the message says how to repair the run.
     """
     try:
         content = read_json(folder / "result.json")
-        if content and content.get("status") not in (RUNNING, FINISHED, FAILED, KILLED):
+        if content and content.get("status") not in (RUNNING, FINISHED, FAILED, KILLED, PRUNED):
             raise Damaged(f"{folder / 'result.json'} is damaged (status {content.get('status')!r})")
     except Damaged as error:
         raise Damaged(f"{error}; delete it: the run then goes on from its checkpoint") from None
@@ -127,16 +131,37 @@ def _requeues(folder: Path) -> dict[str, int]:
 
 
 def queue_again(folder: Path) -> None:
-    """Change the status of a FAILED run to KILLED (interrupted), before the run is tried again.
+    """Change the status of a FAILED or PRUNED run to KILLED (interrupted), before it runs again.
 
     `folder` is the run directory. The new reason in result.json quotes the old reason. Do nothing
     if the run has another status or has not started. Raise Damaged if result.json is damaged, and
     OSError if the file cannot be written.
     """
     result = read_result(folder)
-    if result.get("status") == FAILED:
+    if result.get("status") in (FAILED, PRUNED):
         result |= {"status": KILLED, "reason": f"queued again after: {result['reason']}"}
         write_text(folder / "result.json", json.dumps(result, indent=1))
+
+
+def note_rivals(folder: Path, rivals: Sequence[Path]) -> None:
+    """Write to rivals.json with which runs halving compares a run.
+
+    Args:
+        folder: run directory of the run.
+        rivals: run directories of all runs that are compared, this one included.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    write_text(folder / RIVALS, json.dumps({"run_dirs": [str(rival) for rival in rivals]}))
+
+
+def read_rivals(folder: Path) -> list[Path]:
+    """Return the run directories that `note_rivals` wrote into the run directory `folder`.
+
+    Return [] if there is no rivals.json, and raise Damaged if it is not a JSON object.
+    """
+    return [Path(run_dir) for run_dir in read_json(folder / RIVALS).get("run_dirs", [])]
 
 
 def freeze(config: Config, text: str = "") -> Path:
@@ -369,7 +394,8 @@ class Record:
         """Write result.json and return its content.
 
         Args:
-            status: "RUNNING", "FINISHED", "FAILED" or "KILLED" (interrupted).
+            status: "RUNNING", "FINISHED", "FAILED", "KILLED" (interrupted) or "PRUNED" (dropped by
+                halving).
             reason: why the run ended, in one line; "" if there is nothing to explain.
             **values: further entries, such as best_top1 (%) or seconds.
 

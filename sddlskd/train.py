@@ -6,6 +6,7 @@ Heavy modules are imported only when a job runs, so that --help, --cfg and plann
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -43,7 +44,7 @@ class _Refused(SystemExit):
 
 
 @hydra.main(version_base="1.3", config_path=str(cfg.conf_folder()), config_name="config")
-def _run_job(composed: DictConfig) -> dict[str, Any]:
+def _run_job(composed: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     # Only a file can have set hydra.run.dir: `_mend_arguments` renames it on the command line.
     if hydra_config.mode is RunMode.RUN and hydra_config.run.dir != ".":
@@ -66,11 +67,18 @@ def _run_job(composed: DictConfig) -> dict[str, Any]:
                 "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
                 "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
             )
+        if job.sweep.halving:
+            raise ValueError(
+                f"sweep.halving={job.sweep.halving} requires a sweep with one of the launchers of "
+                "sddlskd; put -m before the overrides: -m sweep.halving=[1,2,4] M=[1],[1,2,4]"
+            )
+        from sddlskd.sweeps.search import objective_of
+
         result = _fit(job)
     except ERRORS as error:
         raise _Refused from error
     outcomes([job], [result])
-    return result
+    return objective_of(job, result)  # for sweepers of Hydra that search
 
 
 def _fit(job: cfg.Config) -> dict[str, Any]:

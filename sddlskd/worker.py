@@ -75,7 +75,8 @@ def run(
         - 76 (ExitCode.BUSY) if another process has the run directory of a job open;
         - 130 (ExitCode.STOPPED) if a signal stopped the training, or a job is left interrupted;
         - 1 after printing a ValueError or OSError that prevents the training, such as the error for
-          a config.yaml that is missing or damaged;
+          a config.yaml that is missing or damaged, or that jobs with the setting `sweep.halving` do
+          not fit into the device's memory;
         - otherwise 0, even if jobs failed: the result.json of a job has its outcome.
 
     Raises:
@@ -98,6 +99,12 @@ def run(
     try:
         results = fit(jobs, stop=stop)
     except torch.OutOfMemoryError as error:
+        if jobs[0].sweep.halving:
+            sys.stderr.write(
+                f"error: {len(jobs)} jobs do not fit side by side, and sweep.halving compares "
+                "them; lower hydra.launcher.max_group_size\n"
+            )
+            return 1
         logging.getLogger("sddlskd").warning(
             "%d jobs do not fit side by side: %s", len(jobs), explain(error)
         )

@@ -30,6 +30,7 @@ from sddlskd.config.resolve import (
 from sddlskd.config.schema import (
     M_CURE,
     NO_TEACHER,
+    OBJECTIVES,
     BadImages,
     CacheDtype,
     Capture,
@@ -60,6 +61,7 @@ from sddlskd.config.schema import (
 __all__ = [
     "M_CURE",
     "NO_TEACHER",
+    "OBJECTIVES",
     "BadImages",
     "CacheDtype",
     "Capture",

@@ -26,6 +26,7 @@ from sddlskd.config.schema import (
     LAUNCHER,
     M_CURE,
     NO_TEACHER,
+    OBJECTIVES,
     STANDARDIZE,
     Bounds,
     CacheDtype,
@@ -401,6 +402,7 @@ def _check(config: Config, *, frozen: bool) -> None:
         _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}", frozen=frozen)
     _check_fractions(config)
     _check_dot(config)
+    _check_search(config)
     if config.standardize == "batch" and config.trainer.devices > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} cannot train standardize=batch: it reads "
@@ -410,6 +412,25 @@ def _check(config: Config, *, frozen: bool) -> None:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} would learn a temperature in each process; "
             "set trainer.devices=1"
+        )
+
+
+def _check_search(config: Config) -> None:
+    """Raise ValueError if no run logs the objective, or if the epochs of halving are not valid."""
+    if config.objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective={config.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
+        )
+    if config.objective == "test/top1" and not config.dataset.val_fraction:
+        raise ValueError(
+            "objective=test/top1 is logged only with held-out images; set "
+            "dataset.val_fraction=0.1, or give objective=last/top1"
+        )
+    epochs = config.sweep.halving
+    if epochs and (epochs != sorted(set(epochs)) or epochs[-1] >= config.trainer.epochs):
+        raise ValueError(
+            f"sweep.halving={_shorten(epochs)} is not valid; give increasing epochs before the "
+            f"last one (trainer.epochs={config.trainer.epochs}), such as [1,2,4] of 8"
         )
 
 

@@ -297,11 +297,23 @@ STANDARDIZE: dict[str, bool | str] = {
 }
 
 
+# Numbers that a job can return to a search, with the entry of result.json or the metric of the last
+# epoch that holds the number, and whether a larger number is better.
+OBJECTIVES: dict[str, tuple[str, bool]] = {
+    "best/top1": ("best_top1", True),
+    "last/top1": ("last_top1", True),
+    "test/top1": ("test_top1", True),
+    "val/top5": ("val/top5", True),
+    "val/loss": ("val/loss", False),
+}
+
+
 class Rerun(StrEnum):
     """Choice of the jobs that run when a sweep is launched again.
 
     New and interrupted jobs always run. "failed" adds the failed jobs, "all" adds all other jobs,
-    and "none" adds none.
+    and "none" adds none. Jobs that halving has dropped run again with "all", and in a sweep without
+    halving.
     """
 
     failed = "failed"  # failed, interrupted and new jobs
@@ -561,6 +573,11 @@ class SweepConfig:
     # Method that until_decided compares every job with, such as "KD+LS" or "SD-KD [1,2,4]"; null:
     # the method without its last part that the sweep has, else the student alone, else KD
     baseline: str | None = _plumbing(None)
+    # Epochs at whose end the worse half of the runs of a group is dropped, such as [30,60,120];
+    # []: no run is dropped
+    halving: list[int] = field(
+        default_factory=list, metadata={"identity": False, "bounds": Bounds(ge=1, le=MOST_EPOCHS)}
+    )
 
 
 @dataclass
@@ -588,6 +605,8 @@ class Config:
     complementary_weight: float = bounded(2.0, ge=0, le=MOST_WEIGHT)
     # Seed of the initialisation, and of the batches unless trainer.data_seed is given
     seed: int = bounded(0, ge=0, le=MOST_SEED)
+    # Number that a search compares its jobs by, one of OBJECTIVES
+    objective: str = _plumbing("best/top1")
     # Name of the choice recipe=..., which the recipe's file states; "" without one
     recipe: str = _plumbing("")
     # Whether _target_ may name code outside of targets.PACKAGES (this package, torch, torchvision

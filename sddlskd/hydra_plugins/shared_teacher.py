@@ -93,6 +93,7 @@ class SharedTeacherLauncher(Launcher):
         fail_fast: whether to stop the sweep at the first job that fails.
         config: configuration of the sweep as Hydra composes it; set by `setup`.
         hydra_context: Hydra's loaders; set by `setup`.
+        searches: whether a search calls the launcher, again and again, and prints the results.
     """
 
     devices: Any
@@ -100,6 +101,7 @@ class SharedTeacherLauncher(Launcher):
     fail_fast: bool
     config: DictConfig = field(init=False)
     hydra_context: HydraContext = field(init=False)
+    searches: bool = field(default=False, init=False)
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -130,7 +132,7 @@ class SharedTeacherLauncher(Launcher):
 
         Returns:
             A JobReturn for each job, with its overrides, its run directory, the status COMPLETED
-            and the content of its result.json.
+            and its objective (None if it has not finished).
 
         Raises:
             ValueError: If the sweep cannot be run: an option of the launcher is out of bounds, jobs
@@ -144,15 +146,13 @@ class SharedTeacherLauncher(Launcher):
             folder = Path(self.config.hydra.sweep.dir)
             # A plan or a refused sweep must leave no files, but Hydra has written multirun.yaml.
             if not (folder / "sweep.json").exists():
-                (folder / "multirun.yaml").unlink(missing_ok=True)
-                for empty in (folder, folder.parent, folder.parent.parent):
-                    with suppress(OSError):
-                        empty.rmdir()
+                leave_no_files(folder)
 
     def _launch(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         from sddlskd import config as cfg
         from sddlskd.sweeps import run_sweep
         from sddlskd.sweeps.grid import compose_grid
+        from sddlskd.sweeps.plan import check_halving
 
         cfg.check_launcher(self.config.hydra.launcher)
         if self.config.sweep.jobs:
@@ -161,11 +161,14 @@ class SharedTeacherLauncher(Launcher):
         if self.config.sweep.seeds is not None:
             return self._launch_until_decided(job_overrides)
         jobs = compose_grid(self.hydra_context.config_loader, self.config, job_overrides)
+        if self.config.sweep.halving and not self.searches:
+            check_halving(jobs, self.max_group_size)
         results = run_sweep(
             jobs,
             str(self.config.sweep.name),
             runner=self._runner(),
             max_group_size=self.max_group_size,
+            print_results=not self.searches,
         )
         return _returned(job_overrides, jobs, results)
 
@@ -177,6 +180,10 @@ class SharedTeacherLauncher(Launcher):
             raise ValueError(
                 "sweep.seeds=until_decided compares all jobs of the sweep; "
                 "leave out hydra.sweeper.max_batch_size"
+            )
+        if self.config.sweep.halving:
+            raise ValueError(
+                "sweep.seeds=until_decided needs all runs to the end; leave out sweep.halving"
             )
         named = [*self.config.hydra.overrides.task, *(word for cell in cells for word in cell)]
         if any(word.lstrip("+").startswith("seed=") for word in named):
@@ -201,20 +208,33 @@ class SharedTeacherLauncher(Launcher):
         return Pool(devices, fail_fast=self.fail_fast)
 
 
+def leave_no_files(folder: Path) -> None:
+    """Remove Hydra's multirun.yaml, and the folders that are then empty.
+
+    `folder` is the folder of a sweep, <home>/runs/sweeps/<name>.
+    """
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    for empty in (folder, folder.parent, folder.parent.parent):
+        with suppress(OSError):
+            empty.rmdir()
+
+
 def _returned(
     overrides: Sequence[Sequence[str]], jobs: Sequence[Any], results: Sequence[dict[str, Any]]
 ) -> list[JobReturn]:
-    """Return what Hydra expects of each job.
+    """Return what Hydra expects of each job, with the objective as the value that the job returns.
 
     If a job failed, `run_sweep` has exited before. Any other status than COMPLETED would make Hydra
     raise an error although nothing is wrong.
     """
+    from sddlskd.sweeps.search import objective_of
+
     return [
         JobReturn(
             overrides=list(words),
             working_dir=job.run_dir,
             status=JobStatus.COMPLETED,
-            _return_value=result,
+            _return_value=objective_of(job, result),
         )
         for words, job, result in zip(overrides, jobs, results, strict=True)
     ]

@@ -27,6 +27,7 @@ from sddlskd.sweeps.outcome import result_of, state_of
 from sddlskd.sweeps.plan import Plan, Precheck, ask_precheck, groups_of, make_plan
 from sddlskd.sweeps.report import plan_lines, print_outcome, print_plan
 from sddlskd.sweeps.runner import GroupRunner
+from sddlskd.sweeps.status import DONE
 from sddlskd.terminal.console import write_line
 
 __all__ = ["groups_of", "run_sweep"]
@@ -49,7 +50,9 @@ def run_sweep(
     last checkpoints. FINISHED jobs are left alone, and so are jobs that run already or are in
     SLURM's queue. If the setting `sweep.rerun` is `all`, FINISHED, FAILED and interrupted jobs
     start anew, and their old run directories are renamed. If the setting is `none`, FAILED jobs are
-    left alone. If `sweep.plan` is set, the function only prints what it would do, and exits.
+    left alone. Jobs that halving has dropped (PRUNED) are left alone, unless `sweep.halving` is
+    empty or `sweep.rerun` is `all`. If `sweep.plan` is set, the function only prints what it would
+    do, and exits.
 
     Args:
         jobs: configurations of the jobs, at least one; duplicates run once. The settings `sweep` of
@@ -60,12 +63,12 @@ def run_sweep(
             per batch; None for no limit.
         precheck: function that checks the jobs before any of them starts. It has the arguments and
             the result of `ask_precheck`.
-        print_results: False to print no table of results if all jobs are FINISHED.
+        print_results: False to print no table of results if all jobs are FINISHED or PRUNED.
 
     Returns:
-        The content of each job's result.json, in the order of `jobs`. All jobs are FINISHED, unless
-        a `Slurm` with wait=False runs them: then jobs may still wait or run, and the result of a
-        job that has not started has the status "NEW".
+        The content of each job's result.json, in the order of `jobs`. All jobs are FINISHED or
+        PRUNED, unless a `Slurm` with wait=False runs them: then jobs may still wait or run, and the
+        result of a job that has not started has the status "NEW".
 
     Raises:
         ValueError: If the sweep cannot be run: jobs are invalid (`InvalidJobs`), different jobs
@@ -75,8 +78,9 @@ def run_sweep(
         ConnectionError: If MLflow or SLURM does not answer.
         ChildProcessError: If the process that checks the jobs dies.
         KeyboardInterrupt: If Ctrl-C ends the wait for SLURM's tasks.
-        SystemExit: With code 130 if the sweep or a job was stopped, else with 1 if a job is not
-            FINISHED at the end. After printing a plan with code 1 if a job is invalid, else with 0.
+        SystemExit: With code 130 if the sweep or a job was stopped, else with 1 if a job is neither
+            FINISHED nor PRUNED at the end. After printing a plan with code 1 if a job is invalid,
+            else with 0.
     """
     plan = make_plan(
         jobs,
@@ -109,6 +113,11 @@ def run_sweep(
         if plan.invalid:
             sys.exit(1)
         sys.exit(0)
+    if plan.todo and plan.jobs[0].sweep.halving and not plan.jobs[0].dataset.val_fraction:
+        log.warning(
+            "sweep.halving chooses runs by their accuracy on the test split; "
+            "dataset.val_fraction=0.1 holds out training images for the choice"
+        )
     log.info("%s", "; ".join(plan_lines(plan)))
     ended = _run(plan, runner)
     if ended == RUNNING:
@@ -157,7 +166,7 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
 
 
 def _status_of_all(jobs: Iterable[Config]) -> str:
-    if all(state_of(Path(job.run_dir)) == "finished" for job in jobs):
+    if all(state_of(Path(job.run_dir)) in DONE for job in jobs):
         return FINISHED
     return FAILED
 

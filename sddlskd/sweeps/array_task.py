@@ -18,7 +18,7 @@ from typing import NoReturn
 from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.record import FAILED, FINISHED
+from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.outcome import state_of
 from sddlskd.training.stop import Stop
@@ -75,10 +75,10 @@ class ArrayTask:
         """Train the jobs and exit; submitit calls this method in each process of the task.
 
         Raises:
-            SystemExit: Always. The code is 0 if all jobs are FINISHED, 1 if all have ended and some
-                FAILED, `ExitCode.REQUEUE` if SLURM's warning stopped the training, and else that of
-                `worker.run`. A process other than the first exits with 0 if the first one stopped
-                the training.
+            SystemExit: Always. The code is 0 if all jobs are FINISHED or PRUNED, 1 if all have
+                ended and some FAILED, `ExitCode.REQUEUE` if SLURM's warning stopped the training,
+                and else that of `worker.run`. A process other than the first exits with 0 if the
+                first one stopped the training.
         """
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restarts < self.max_requeues:
@@ -105,7 +105,7 @@ class ArrayTask:
         not_failed = [folder for folder in folders if _status(folder) != FAILED]
         code = _fit(not_failed, stop) if not_failed else 1
         statuses = {_status(folder) for folder in folders}
-        if statuses <= {FINISHED, FAILED}:
+        if statuses <= {FINISHED, FAILED, PRUNED}:
             code = 1 if FAILED in statuses else 0
         elif stop.signal is signal.SIGUSR2:
             code = ExitCode.REQUEUE
@@ -167,11 +167,11 @@ def _fit(folders: Sequence[Path], stop: Stop) -> int:
 
 
 def _close_sweep(sweep: Path, folder: Path) -> None:
-    """Tell MLflow that the sweep is over if all its jobs have finished or failed.
+    """Tell MLflow that the sweep is over if all its jobs have finished, failed or are pruned.
 
     The last task to end does this, because no launching process may be running any more.
     """
     states = {state_of(Path(run_dir)) for run_dir in read_manifest(sweep)["jobs"]}
-    if states <= {"finished", "failed"}:
+    if states <= {"finished", "failed", "pruned"}:
         status = FAILED if "failed" in states else FINISHED
         tracking.finish_sweep(cfg.load(folder / "config.yaml"), status)

@@ -6,13 +6,13 @@ from typing import Any
 
 from sddlskd import record, tracking
 from sddlskd.config import Config
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
+from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING
 
 __all__ = ["STATES", "record_outcome", "result_of", "state_of"]
 
 log = logging.getLogger(__name__)
 
-STATES = ("finished", "running", "queued", "interrupted", "failed", "new")
+STATES = ("finished", "running", "queued", "interrupted", "failed", "pruned", "new")
 
 
 def state_of(folder: Path) -> str:
@@ -22,13 +22,20 @@ def state_of(folder: Path) -> str:
     - "running": a process is training the run.
     - "interrupted": the run was stopped, or its process died.
     - "finished" or "failed": the run has ended.
+    - "pruned": halving has dropped the run.
 
     Raise record.Damaged if result.json is damaged.
     """
     status = record.read_result(folder).get("status")
     if status == RUNNING:
         return "interrupted" if record.abandoned(folder) else "running"
-    states = {None: "new", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}
+    states = {
+        None: "new",
+        FINISHED: "finished",
+        FAILED: "failed",
+        KILLED: "interrupted",
+        PRUNED: "pruned",
+    }
     return states[status]
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd import record
-from sddlskd.config import Config, Rerun
+from sddlskd.config import Config, Rerun, SweepConfig
 from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.status import states_of
 
-__all__ = ["Plan", "Precheck", "ask_precheck", "groups_of", "make_plan"]
+__all__ = ["Plan", "Precheck", "ask_precheck", "check_halving", "groups_of", "make_plan"]
 
 # Check of a launch: (jobs to run, finished jobs, whether the jobs run on this machine) -> the
 # dictionary of `precheck.report`.
@@ -37,7 +37,7 @@ class Plan:
         command: shell command that continues the sweep.
         jobs: jobs of the launch, without duplicates.
         states: {run directory: state} of every job. The states are "finished", "running", "queued",
-            "interrupted", "failed" and "new".
+            "interrupted", "failed", "pruned" (dropped by halving) and "new".
         todo: jobs that the launch runs, if none is invalid.
         groups: the jobs of `todo` in groups. The jobs of a group are trained together, with one
             teacher forward pass per batch.
@@ -155,7 +155,7 @@ def make_plan(
     home = unique[0].home
     folder = Path(home, "runs", "sweeps", name)
     states = states_of(folder, [job.run_dir for job in unique])
-    skipped = _skipped_states(unique[0].sweep.rerun)
+    skipped = _skipped_states(unique[0].sweep)
     todo = [job for job in unique if states[job.run_dir] not in skipped]
     finished = [job for job in unique if states[job.run_dir] == "finished"]
     answer: dict[str, Any] = {
@@ -186,12 +186,31 @@ def make_plan(
     )
 
 
-def _skipped_states(rerun: Rerun) -> set[str]:
-    """Return the states of the jobs that a launch leaves alone."""
+def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
+    """Raise ValueError if a job would train in a group of its own, in which nothing can be halved.
+
+    Args:
+        jobs: all jobs of the sweep, at least one, and not only those that have not finished.
+        max_group_size: largest number of jobs that train together; None for no limit.
+    """
+    for group in groups_of(jobs, max_group_size):
+        if len(group) == 1:
+            raise ValueError(
+                f"sweep.halving={group[0].sweep.halving} compares the runs of a group, but "
+                f"{cfg.run_name(group[0])} trains alone; vary what leaves teacher, data and epochs "
+                "the same, set trainer.data_seed=0 for several seeds, and set "
+                "hydra.launcher.max_group_size=null"
+            )
+
+
+def _skipped_states(settings: SweepConfig) -> set[str]:
+    """Return the states of the jobs that a launch with these settings leaves alone."""
     skipped = {"running", "queued"}
-    if rerun is not Rerun.all:
+    if settings.rerun is not Rerun.all:
         skipped.add("finished")
-    if rerun is Rerun.none:
+        if settings.halving:  # a sweep without halving continues the jobs that halving has dropped
+            skipped.add("pruned")
+    if settings.rerun is Rerun.none:
         skipped.add("failed")
     return skipped
 

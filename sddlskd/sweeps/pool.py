@@ -15,7 +15,7 @@ from typing import Any
 
 from sddlskd.config import Config
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.record import FAILED, FINISHED, KILLED
+from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
 from sddlskd.sweeps.runner import GroupRunner
 
@@ -212,7 +212,8 @@ class Pool(GroupRunner):
 
     def _ended(self, code: int, task: Task) -> None:
         """Queue the unfinished jobs of a worker that has ended with exit code `code`, if useful."""
-        left = [job for job in task.jobs if result_of(job)["status"] not in (FINISHED, FAILED)]
+        ended = (FINISHED, FAILED, PRUNED)
+        left = [job for job in task.jobs if result_of(job)["status"] not in ended]
         if self.fail_fast and _any_failed(task.jobs):
             self._halt(FAILED_FAST)
         if not left or self.stop_signals or not self.queue_open:

@@ -9,11 +9,11 @@ from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.record import FAILED, FINISHED
+from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
 from sddlskd.sweeps.grid import reasons_together
 from sddlskd.sweeps.plan import Plan, groups_of
-from sddlskd.sweeps.status import JobStatus, SweepStatus, count_states
+from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
 
 __all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
@@ -111,8 +111,8 @@ def print_status(status: SweepStatus) -> None:
         write_line(_job_line(job))
     if not status.command:
         return
-    if all(job.state == "finished" for job in status.jobs):
-        write_line(f"to add seeds to what is undecided, or see the decisions: {status.command}")
+    if all(job.state in DONE for job in status.jobs):
+        write_line(f"to add what is left, or see the decisions or the best job: {status.command}")
         return
     if status.seconds_left is None:
         write_line("time left: not known yet")
@@ -144,7 +144,7 @@ def print_outcome(
 ) -> None:
     """Print how a sweep ended: the failures, a table of the results, and how to continue.
 
-    If all jobs are FINISHED, only the table is printed.
+    If all jobs are FINISHED or PRUNED, only the table is printed.
 
     Args:
         plan: plan of the sweep, with its jobs.
@@ -155,11 +155,11 @@ def print_outcome(
 
     Raises:
         SystemExit: With code 130 (`ExitCode.STOPPED`) if a job or the sweep was stopped, else with
-            1 if a job is not FINISHED.
+            1 if a job is neither FINISHED nor PRUNED.
         ValueError: If there are not as many results as jobs.
     """
     print_failures(plan.jobs, results)
-    if any(result["status"] != FINISHED for result in results):
+    if any(result["status"] not in (FINISHED, PRUNED) for result in results):
         write_line(
             f"to go on: {plan.command}    (state: python -m sddlskd.sweeps status {plan.folder})"
         )

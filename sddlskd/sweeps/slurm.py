@@ -27,7 +27,7 @@ from filelock import FileLock
 from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
+from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING
 from sddlskd.sweeps.array_task import SETUP, TEARDOWN, ArrayTask
 from sddlskd.sweeps.manifest import LOCK, read_manifest
 from sddlskd.sweeps.outcome import record_outcome, state_of
@@ -612,7 +612,7 @@ def _record_dead_jobs(sweep: Path) -> None:
     unfinished = {
         run_dir: task
         for run_dir, task in latest.items()
-        if results[run_dir].get("status") not in (FINISHED, FAILED)
+        if results[run_dir].get("status") not in (FINISHED, FAILED, PRUNED)
     }
     causes = causes_of_death(unfinished.values())
     for run_dir, task in unfinished.items():

@@ -13,10 +13,12 @@ from sddlskd import record
 from sddlskd.sweeps import slurm
 from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.outcome import STATES, state_of
+from sddlskd.sweeps.search import DATABASE
 
 __all__ = ["JobStatus", "SweepStatus", "count_states", "states_of", "status_of"]
 
-ENDED = ("finished", "failed")
+ENDED = ("finished", "failed", "pruned")
+DONE = ("finished", "pruned")  # what is left of a sweep whose jobs are all done
 LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
 
 
@@ -27,13 +29,13 @@ class JobStatus:
     Attributes:
         name: name of the run directory.
         run_dir: path of the run directory.
-        state: "finished", "running", "queued", "interrupted", "failed" or "new".
+        state: "finished", "running", "queued", "interrupted", "failed", "pruned" or "new".
         epochs_done: number of epochs that have ended. Epochs of a first stage, which some methods
             have, do not count.
         epochs: number of epochs of the job; 0 if its config.yaml has not been written yet.
         top1: best validation top-1 (%) so far; None before the first epoch has ended.
-        reason: why the job failed or was stopped; "" if there is no reason, or if the job is queued
-            or running again.
+        reason: why the job failed, was stopped or was dropped by halving; "" if there is no reason,
+            or if the job is queued or running again.
         requeues: how often SLURM put the job back into its queue.
         slurm_job: id of the job's latest SLURM task; None if the job has finished or failed, or was
             never submitted to SLURM.
@@ -63,7 +65,8 @@ class SweepStatus:
         jobs: status of every job, in the order of sweep.json.
         seconds_left: estimated seconds on one device for the jobs that have neither finished nor
             failed; 0 without such jobs, None if no epoch of the sweep has ended yet.
-        command: shell command that runs all jobs that have not finished; "" if all have finished.
+        command: shell command that runs all jobs that have not finished; "" if all have finished or
+            are pruned, unless the sweep may add jobs.
         slurm_error: why SLURM could not be asked; "" if SLURM answered, or if the sweep has no
             SLURM tasks.
     """
@@ -79,8 +82,9 @@ class SweepStatus:
 def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
     """Return the state of each job of a sweep: {run directory: state}.
 
-    The states are "finished", "running", "queued", "interrupted", "failed" and "new". A job whose
-    task is in SLURM's queue is "queued" or "running", unless the job has finished.
+    The states are "finished", "running", "queued", "interrupted", "failed", "pruned" (dropped by
+    halving) and "new". A job whose task is in SLURM's queue is "queued" or "running", unless the
+    job has finished or is pruned.
 
     Args:
         folder: folder of the sweep.
@@ -94,7 +98,7 @@ def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
     states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
     in_queue = slurm.states(folder)
     for run_dir, state in states.items():
-        if state != "finished":
+        if state not in DONE:
             states[run_dir] = in_queue.get(run_dir, state)
     return states
 
@@ -142,9 +146,10 @@ def status_of(folder: Path) -> SweepStatus:
         group_size = result.get("group_size", 1)
         epoch_seconds += [row["time/epoch_s"] / group_size for row in rows[-LAST_EPOCHS:]]
     command = ""
-    # A sweep with seeds until decided may add jobs, which only its command knows. Manifests of
-    # earlier versions do not have the entry.
-    if manifest.get("until_decided") or any(job.state != "finished" for job in jobs):
+    # A search and a sweep with seeds until decided may add jobs, which only their command knows.
+    # Manifests of earlier versions do not have the entry.
+    may_add = manifest.get("until_decided") or (folder / DATABASE).exists()
+    if may_add or any(job.state not in DONE for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
     return SweepStatus(
         sweep=manifest["name"],

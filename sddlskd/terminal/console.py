@@ -98,7 +98,7 @@ def outcomes(
 ) -> None:
     """Print the results as a table, and the folders of the run directories; exit after a failure.
 
-    Return normally only if every run is FINISHED and `stopped` is false.
+    Return normally only if every run is FINISHED or PRUNED and `stopped` is false.
 
     Args:
         jobs: configuration of each run.
@@ -107,7 +107,7 @@ def outcomes(
 
     Raises:
         SystemExit: With `ExitCode.STOPPED` (130) if a run is KILLED or `stopped` is true, else with
-            1 if a run is not FINISHED.
+            1 if a run is neither FINISHED nor PRUNED.
         ValueError: If there are not as many results as jobs.
     """
     from rich.console import Console
@@ -141,7 +141,7 @@ def outcomes(
     if "KILLED" in statuses or stopped:
         console.print("stopped; the same command continues where it stopped")
         sys.exit(ExitCode.STOPPED)
-    if statuses - {"FINISHED"}:
+    if statuses - {"FINISHED", "PRUNED"}:
         sys.exit(1)
 
 

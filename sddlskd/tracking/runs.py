@@ -44,7 +44,14 @@ SUMMARY = {
     **{f"student/{name}": name for name in ("parameters", "flops")},
 }
 SUPERSEDED = ".superseded"  # a file that marks a record as replaced
-OUTCOMES = (record.FINISHED, record.FAILED, record.KILLED)
+# MLflow's status for each outcome. MLflow has none for a run that halving dropped: the tag
+# status_reason of such a run begins with PRUNED.
+OUTCOMES = {
+    record.FINISHED: "FINISHED",
+    record.FAILED: "FAILED",
+    record.KILLED: "KILLED",
+    record.PRUNED: "KILLED",
+}
 
 
 def _cut(value: Any, limit: int) -> str:
@@ -325,7 +332,10 @@ def _send_outcome(
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)
         return
-    client.set_tag(run_id, "status_reason", _cut(result.get("reason", ""), LONGEST_TAG))
+    reason = result.get("reason", "")
+    if status == record.PRUNED:
+        reason = f"{status}: {reason}"
+    client.set_tag(run_id, "status_reason", _cut(reason, LONGEST_TAG))
     for tag in ("teacher_sha256", "environment", "group_size", "requeues"):
         if result.get(tag):
             client.set_tag(run_id, tag, _cut(result[tag], LONGEST_TAG))
@@ -336,7 +346,7 @@ def _send_outcome(
         if row["epoch"] == result.get("epochs"):
             step = row["epoch"] if stepped else 0
             _send_rows(client, run_id, [{**summary, "epoch": step, "time": row["time"]}])
-    client.set_terminated(run_id, status)
+    client.set_terminated(run_id, OUTCOMES[status])
     # The files come last because a server may accept metrics but no files.
     for name in ("config.yaml", "code.diff", "result.json", "predictions.npz"):
         if (folder / name).exists():

@@ -26,7 +26,7 @@ from sddlskd.config import Config, Views
 from sddlskd.data.streaming import Data
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.files import checkpoint
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, InUse, Onlooker, Record
+from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, InUse, Onlooker, Record
 from sddlskd.terminal.console import log_to_terminal
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training import predictions
@@ -50,6 +50,7 @@ from sddlskd.training.build import (
 from sddlskd.training.devices import check_places, describe, number_formats, pick_device
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.features import build_features, student_network
+from sddlskd.training.halving import Halving
 from sddlskd.training.loop import failures_of, train
 from sddlskd.training.ranks import (
     Cause,
@@ -79,9 +80,10 @@ def fit(
     """Train one student per configuration, side by side on the same batches and with one teacher.
 
     A job is one training run. A job that is already FINISHED is not run again, and an interrupted
-    job is resumed. If the environment variable `WORLD_SIZE` is above 1, this process joins a group
-    of processes that share each batch. Otherwise the function starts `trainer.devices` processes if
-    that setting is above 1.
+    job is resumed. A job that halving has dropped (PRUNED) is resumed unless it still has the
+    setting `sweep.halving`. If the environment variable `WORLD_SIZE` is above 1, this process joins
+    a group of processes that share each batch. Otherwise the function starts `trainer.devices`
+    processes if that setting is above 1.
 
     If a single run raises an error, its result.json says FAILED and the other runs go on. With
     several processes, an error other than an infinite or NaN loss also ends the other runs, as
@@ -115,8 +117,8 @@ def fit(
     begun = time.time()
     with stop.listening(), process_group(trainer.device, trainer.timeout_s) as ranks:
         unblock_signals()
-        finished = _finished(jobs, ranks)
-        todo = list({job.run_dir: job for job in jobs if job not in finished}.values())
+        ended = [*_finished(jobs, ranks), *_pruned(jobs, ranks)]
+        todo = list({job.run_dir: job for job in jobs if job not in ended}.values())
         try:
             if todo and ranks.world_size == 1 and trainer.devices > 1:
                 _fit_on_ranks(todo, stop, sweep)
@@ -129,7 +131,7 @@ def fit(
         except Exception as error:
             ranks.report_failure(error)
             # After out-of-memory the caller may retry with fewer runs.
-            may_retry = len(todo) > 1 and isinstance(error, torch.OutOfMemoryError)
+            may_retry = _may_retry(todo, error)
             if ranks.is_rank_zero and not has_launcher() and not may_retry:
                 # A single process has written the outcome of each run that had started.
                 since = begun if ranks.world_size > 1 else math.inf
@@ -168,6 +170,27 @@ def _finished(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
                 "%s was trained with another teacher file than the current one", job.run_dir
             )
     return finished
+
+
+def _pruned(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
+    """Return the jobs with the setting `sweep.halving` that halving has dropped, and log them."""
+    results = {job.run_dir: _result(job) for job in jobs if job.sweep.halving}
+    found = [run_dir for run_dir, result in results.items() if result.get("status") == PRUNED]
+    run_dirs = ranks.broadcast(found)
+    pruned = [job for job in jobs if job.run_dir in run_dirs]
+    for job in pruned:
+        log.info("%s was dropped by sweep.halving: %s", job.run_dir, _result(job)["reason"])
+    return pruned
+
+
+def _may_retry(jobs: Sequence[Config], error: Exception) -> bool:
+    """Return whether the caller may train the jobs in smaller groups after this error.
+
+    That is the case after out-of-memory. Halving compares the runs of a group, so its groups stay
+    as they are.
+    """
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    return out_of_memory and len(jobs) > 1 and not jobs[0].sweep.halving
 
 
 def _why_other_data(finished: Sequence[Config]) -> str:
@@ -691,6 +714,7 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
                 log_every=first.trainer.log_every,
                 save_every_s=60 * first.checkpoint.every_minutes,
                 precision=first.trainer.precision,
+                halving=_halving_of(group),
                 ranks=group.ranks,
                 view=view,
                 stop=stop,
@@ -706,10 +730,28 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
     except Exception as error:
         if group.ranks.world_size == 1:
             # After out-of-memory the caller may retry with fewer runs.
-            may_retry = len(opened.runs) > 1 and isinstance(error, torch.OutOfMemoryError)
+            may_retry = _may_retry(opened.jobs, error)
             status = KILLED if may_retry else FAILED
             opened.report_unfinished(status, f"{type(error).__name__}: {error}")
         raise
+
+
+def _halving_of(group: _Group) -> Halving:
+    """Return the halving of a group, and note in its run directories which runs are compared.
+
+    These runs are those of the group, and those that earlier processes have noted for a run of the
+    group that has ended an epoch. A resumed group may lack runs that have ended before.
+    """
+    epochs = group.jobs[0].sweep.halving
+    if not epochs or not group.ranks.is_rank_zero:
+        return Halving(epochs, [])
+    folders = [Path(job.run_dir) for job in group.jobs]
+    begun = [folder for folder in folders if record.read_rows(folder)]
+    noted = [rival for folder in begun for rival in record.read_rivals(folder)]
+    rivals = list(dict.fromkeys([*noted, *folders]))
+    for folder in folders:
+        record.note_rivals(folder, rivals)
+    return Halving(epochs, rivals)
 
 
 def _close_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from sddlskd.data.streaming import Data
-from sddlskd.record import FAILED
+from sddlskd.record import FAILED, PRUNED
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training.evaluation import evaluate
+from sddlskd.training.halving import Halving
 from sddlskd.training.inputs import Inputs
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import NonFiniteLoss, Run
@@ -37,6 +38,7 @@ def train(
     log_every: int,
     save_every_s: float,
     precision: str,
+    halving: Halving,
     ranks: Ranks,
     view: ProgressDisplay,
     stop: Stop,
@@ -46,8 +48,9 @@ def train(
 
     A run is the training of one student. Each run joins at its own epoch and step, so a group can
     hold resumed and new runs. A run that raises an error is marked FAILED and the other runs
-    continue. After a signal, all ranks stop after the same step, save the runs that have not
-    failed, and return. The caller marks runs as FINISHED or KILLED.
+    continue. A run that halving drops is marked PRUNED. After a signal, all ranks stop after the
+    same step, save the runs that have not failed, and return. The caller marks runs as FINISHED or
+    KILLED.
 
     Args:
         runs: the runs of the group, at least one.
@@ -59,6 +62,7 @@ def train(
             copies the loss from the device.
         save_every_s: seconds between two checkpoints inside an epoch.
         precision: precision of the validation pass: "fp32", "bf16" or "fp16".
+        halving: which runs are dropped at the end of which epochs.
         ranks: the processes that share each batch; all of them must call this function.
         view: the progress display.
         stop: the stop request, checked after each step. If a signal reaches one rank, `stop.signal`
@@ -78,6 +82,11 @@ def train(
         return [stop.signal or 0, save]
 
     for epoch in range(min(run.epoch for run in runs), epochs + 1):
+        # Not at the end of the epoch before: a process may have died before it had dropped all.
+        for run, reason in halving.to_prune(epoch, runs, ranks).items():
+            with failures_of(run, on_change):
+                run.report(PRUNED, reason)
+            on_change(run)
         runs_in_epoch = [run for run in runs if run.alive and run.epoch == epoch]
         if not runs_in_epoch:
             continue

@@ -23,7 +23,7 @@ from sddlskd.distill import ScaleDecoupled
 from sddlskd.files import checkpoint
 from sddlskd.methods import Method, Taps
 from sddlskd.models import LogitMapModel
-from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING, Onlooker, Record
+from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, Onlooker, Record
 from sddlskd.training.capture import Captured
 from sddlskd.training.devices import autocast, compiled
 from sddlskd.training.dot import DOT
@@ -411,7 +411,7 @@ class Run:
     Attributes:
         label: name of the run in logs.
         progress: position of the run and the accuracy that it has reached.
-        state: the status of the run: RUNNING, FINISHED, FAILED or KILLED.
+        state: the status of the run: RUNNING, FINISHED, FAILED, KILLED or PRUNED.
         loss: mean training loss of the current epoch when `check_loss` was last called, or of the
             last epoch after `end_epoch`; NaN before.
         val_top1: validation top-1 of the last epoch in percent; NaN before an epoch has ended.
@@ -512,8 +512,8 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Return whether the run can still be trained: not FINISHED, FAILED or KILLED."""
-        return self.state not in (FINISHED, FAILED, KILLED)
+        """Return whether the run can still be trained: not FINISHED, FAILED, KILLED or PRUNED."""
+        return self.state not in (FINISHED, FAILED, KILLED, PRUNED)
 
     def start(self, info: Mapping[str, Any], *, crowded: bool) -> None:
         """Store `info` and `crowded` as attributes, and report the run as RUNNING in result.json.
@@ -768,7 +768,7 @@ class Run:
         """Set the status of the run, write it with the scores to result.json, and log it.
 
         Args:
-            status: RUNNING at the start; FINISHED, FAILED or KILLED at the end.
+            status: RUNNING at the start; FINISHED, FAILED, KILLED or PRUNED at the end.
             reason: why the run ended, in one line; "" if there is nothing to explain.
 
         Returns:

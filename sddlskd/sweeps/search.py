@@ -1,0 +1,290 @@
+"""Search of the best settings with Optuna: jobs are proposed, trained in batches, and judged.
+
+A trial is a job that Optuna proposes. The search is kept in the file optuna.db (SQLite) of the
+sweep's folder, so that the same command continues it after an interruption.
+"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+
+from sddlskd.config import OBJECTIVES, Config
+from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
+from sddlskd.sweeps.outcome import result_of
+from sddlskd.terminal.console import outcomes, write_line
+
+__all__ = ["DATABASE", "Search", "objective_of", "split_words"]
+
+log = logging.getLogger(__name__)
+
+DATABASE = "optuna.db"
+INSTALL = "hydra/sweeper=optuna needs the package optuna: pip install 'sddlskd[search]'"
+
+
+def objective_of(job: Config, result: Mapping[str, Any]) -> float | None:
+    """Return the number that a search compares a job by, which the key `objective` names.
+
+    Args:
+        job: configuration of the job.
+        result: content of the job's result.json.
+
+    Returns:
+        The number: an accuracy in percent, or a loss. None if the job has not finished.
+    """
+    if result["status"] != FINISHED:
+        return None
+    name, _ = OBJECTIVES[job.objective]
+    number = result.get(name)
+    if number is None:
+        number = read_rows(Path(job.run_dir))[-1].get(name)
+    return None if number is None else float(number)
+
+
+def _tell_if_not_held_out(job: Config) -> None:
+    """Log a warning if the objective of a search is measured on the test split."""
+    if job.objective == "test/top1":
+        log.warning("objective=test/top1 is measured on the test split; choose by best/top1")
+    elif not job.dataset.val_fraction:
+        log.warning(
+            "objective=%s is measured on the test split; dataset.val_fraction=0.1 holds out "
+            "training images for the search",
+            job.objective,
+        )
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
+    """Return the overrides of a search in two parts: those of all jobs, and those that vary.
+
+    Args:
+        words: overrides as on the command line. A later one replaces an earlier one of its key.
+
+    Returns:
+        The overrides with one value, and {key: override} of those with several. Such an override
+        is a list of choices (`M=[1],[1,2]`), a range, or an interval (`seed=interval(0,9)`).
+
+    Raises:
+        HydraException: If an override cannot be read.
+        ValueError: If no override has several values.
+    """
+    parsed = {
+        one.get_key_element(): one for one in OverridesParser.create().parse_overrides(list(words))
+    }
+    varied = {key: one for key, one in parsed.items() if one.is_sweep_override()}
+    if not varied:
+        raise ValueError(
+            "hydra/sweeper=optuna has nothing to search; vary a key, such as "
+            "distiller.temperature=interval(1.0,8.0)"
+        )
+    fixed = [str(one.input_line) for key, one in parsed.items() if key not in varied]
+    return fixed, varied
+
+
+def _distribution(override: Override) -> Any:
+    """Return Optuna's distribution of the values of an override.
+
+    `int(interval(1,9))` has integers, and another interval has real numbers. The tag `log` draws
+    them on a logarithmic scale. All other values are choices without an order.
+    """
+    from optuna import distributions
+
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
+    assert value.start is not None
+    assert value.end is not None
+    is_log = "log" in value.tags
+    if isinstance(value.start, int) and isinstance(value.end, int):
+        return distributions.IntDistribution(value.start, value.end, log=is_log)
+    return distributions.FloatDistribution(value.start, value.end, log=is_log)
+
+
+@dataclass
+class Search:
+    """Search of a sweep with Optuna's sampler TPE.
+
+    Attributes:
+        folder: folder of the sweep, which holds the database; None to keep nothing, for a plan.
+        objective: key of `OBJECTIVES`.
+        varied: the varied overrides by key.
+        n_trials: number of trials, at least 1.
+        n_jobs: number of trials in a batch, at least 1. They are proposed and trained together.
+        seed: seed of the proposals.
+    """
+
+    folder: Path | None
+    objective: str
+    varied: Mapping[str, Override]
+    n_trials: int
+    n_jobs: int
+    seed: int
+
+    _study: Any = field(default=None, init=False)
+    _space: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def open(self) -> None:
+        """Open the study in the folder's database, or begin it.
+
+        Raises:
+            ValueError: If Optuna is not installed, if the folder cannot hold the database, or if
+                the study there had another objective.
+        """
+        try:
+            import optuna
+        except ImportError:
+            raise ValueError(INSTALL) from None
+
+        storage = None
+        if self.folder is not None:
+            if "?" in str(self.folder):
+                raise ValueError(f"{self.folder} holds a '?', which no address of SQLite can hold")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            storage = f"sqlite:///{self.folder / DATABASE}"
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        _, larger_is_better = OBJECTIVES[self.objective]
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name="search",
+            direction="maximize" if larger_is_better else "minimize",
+            load_if_exists=True,
+        )
+        earlier = self._study.user_attrs.get("objective", self.objective)
+        if earlier != self.objective:
+            raise ValueError(
+                f"objective={self.objective} differs from the objective that this search began "
+                f"with ({earlier}); keep it, or give the search another sweep.name"
+            )
+        self._study.set_user_attr("objective", self.objective)
+        self._space = {key: _distribution(one) for key, one in self.varied.items()}
+
+    @property
+    def has_begun(self) -> bool:
+        """Return whether a trial has ended."""
+        return self._study is not None and any(
+            trial.state.is_finished() for trial in self._study.trials
+        )
+
+    def next_batch(self) -> list[tuple[int, list[str]]]:
+        """Return the trials to train next, as (number, overrides); [] after the last trial.
+
+        Trials that an earlier process has proposed but not judged come again. A batch begins at a
+        multiple of `n_jobs`, and each proposal is drawn with a seed of its own. A search that was
+        interrupted thus proposes the same trials as an undisturbed one.
+        """
+        from optuna.samplers import TPESampler
+
+        trials = self._study.get_trials(deepcopy=False)
+        number = next((one.number for one in trials if not one.state.is_finished()), len(trials))
+        end = min(self.n_trials, (number // self.n_jobs + 1) * self.n_jobs)
+        for number in range(len(trials), end):
+            # The liar keeps the proposals of a batch apart: it takes unjudged trials for bad ones.
+            self._study.sampler = TPESampler(seed=1000 * self.seed + number, constant_liar=True)
+            self._study.ask(fixed_distributions=self._space)
+        return [
+            (trial.number, _words(trial.params))
+            for trial in self._study.get_trials(deepcopy=False)
+            if not trial.state.is_finished()
+        ]
+
+    def judge(self, number: int, job: Config, result: Mapping[str, Any]) -> None:
+        """Tell Optuna how a trial has ended.
+
+        Args:
+            number: number of the trial.
+            job: configuration of the trial's job.
+            result: content of the job's result.json, with a status other than RUNNING.
+        """
+        from optuna.trial import TrialState
+
+        states = {FAILED: TrialState.FAIL, PRUNED: TrialState.PRUNED}
+        self._study.tell(number, objective_of(job, result), state=states.get(result["status"]))
+
+    def trials(self) -> list[list[str]]:
+        """Return the varied overrides of all trials, in the order of their numbers."""
+        return [_words(trial.params) for trial in self._study.get_trials(deepcopy=False)]
+
+    def best(self) -> tuple[int, float, list[str]] | None:
+        """Return number, value and varied overrides of the best trial; None if none has a value."""
+        with suppress(ValueError):
+            trial = self._study.best_trial
+            assert trial.value is not None
+            return trial.number, trial.value, _words(trial.params)
+        return None
+
+    def run(
+        self,
+        fixed: Sequence[str],
+        compose: Callable[[list[list[str]]], list[Config]],
+        launch: Callable[[list[list[str]]], object],
+    ) -> None:
+        """Train and judge batches until the last trial; then print all trials and the best one.
+
+        Args:
+            fixed: overrides of all jobs.
+            compose: function that returns the jobs of some overrides.
+            launch: function that trains the jobs of some overrides. It may raise SystemExit with
+                code 1 if a job failed.
+
+        Raises:
+            SystemExit: With code 1 if a trial failed, and as `launch` raises it.
+            Exception: As `compose` and `launch` raise it.
+        """
+        is_told = False
+        while batch := self.next_batch():
+            overrides = [[*fixed, *words] for _, words in batch]
+            jobs = compose(overrides)
+            if not is_told:
+                _tell_if_not_held_out(jobs[0])
+                is_told = True
+            try:
+                launch(overrides)
+            except SystemExit as ended:
+                if ended.code != 1 or any(_has_no_end(job) for job in jobs):
+                    raise
+            for (number, _), job in zip(batch, jobs, strict=True):
+                self.judge(number, job, result_of(job))
+            self._log_progress()
+        self._report(fixed, compose([[*fixed, *words] for words in self.trials()]))
+
+    def _log_progress(self) -> None:
+        best = self.best()
+        value = f"best {self.objective} {best[1]:.6g}" if best else "none has a value yet"
+        log.info("%d of %d trials: %s", len(self._study.trials), self.n_trials, value)
+
+    def _report(self, fixed: Sequence[str], jobs: Sequence[Config]) -> None:
+        """Print a table of all trials, the best trial, and the command that runs it again."""
+        code: Any = 0
+        try:
+            outcomes(jobs, [result_of(job) for job in jobs])
+        except SystemExit as ended:
+            code = ended.code
+        if best := self.best():
+            number, value, words = best
+            write_line(
+                f"best of {len(jobs)} trials: trial {number} with {self.objective} {value:.6g}: "
+                f"{' '.join(words)}"
+            )
+            kept = [word for word in fixed if not word.lstrip("+").startswith("sweep.")]
+            if not any(word.startswith("home=") for word in kept):
+                kept.append(f"home={jobs[0].home}")
+            command = shlex.join(["python", "-m", "sddlskd.train", *kept, *words])
+            write_line(f"to run it again: {command}")
+        else:
+            write_line(f"none of the {len(jobs)} trials has a value")
+        if code:
+            sys.exit(code)
+
+
+def _words(params: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in params.items()]
+
+
+def _has_no_end(job: Config) -> bool:
+    return result_of(job)["status"] not in (FINISHED, FAILED, PRUNED)

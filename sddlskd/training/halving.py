@@ -1,0 +1,77 @@
+"""Successive halving: the worse half of a group's runs is dropped at the end of given epochs.
+
+Jamieson & Talwalkar 2016 (arXiv:1502.07943). Hyperband (Li et al. 2018) runs several such brackets;
+one group is one bracket.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sddlskd.record import read_rows
+from sddlskd.training.ranks import Ranks
+from sddlskd.training.run import Run
+
+__all__ = ["Halving"]
+
+
+class Halving:
+    """Rule that says which runs of a group are dropped, and when.
+
+    At the end of each of some epochs, the runs are ranked by their val/top1 of that epoch, and the
+    worse half of them is dropped; of an odd number, the run in the middle stays. Equal runs are
+    ranked by val/loss, then by name. Only runs that have ended the epoch are ranked.
+
+    The ranks depend only on the metrics in the run directories. A group that was killed and resumed
+    thus drops the same runs as an undisturbed one.
+
+    Args:
+        epochs: numbers of the epochs, increasing; empty to drop no run.
+        rivals: run directories of the runs that are compared. They include runs of the group that
+            this process does not train, because they have ended before.
+    """
+
+    def __init__(self, epochs: Sequence[int], rivals: Sequence[Path]) -> None:
+        self._due = list(epochs)
+        self._rivals = rivals
+
+    def to_prune(self, epoch: int, runs: Sequence[Run], ranks: Ranks) -> dict[Run, str]:
+        """Return the runs to drop before an epoch, each with the reason in one line.
+
+        Args:
+            epoch: number of the epoch that is about to begin. All runs have ended the epochs before
+                it. A later call must have a later epoch.
+            runs: the runs of the group in this process.
+            ranks: the processes that share each batch; all of them must call this method.
+
+        Returns:
+            {run: reason}; a reason is, for example, "rank 5 of 8 at epoch 3: val/top1 41.20".
+        """
+        due = [ended for ended in self._due if ended < epoch]
+        self._due = self._due[len(due) :]
+        if not due:
+            return {}
+        reasons: dict[str, str] = {}
+        if ranks.is_rank_zero:  # only rank 0 may be able to read the run directories
+            reasons = self._reasons(due)
+        reasons = ranks.broadcast(reasons)
+        alive = {str(run.record.folder): run for run in runs if run.alive}
+        return {alive[folder]: reason for folder, reason in reasons.items() if folder in alive}
+
+    def _reasons(self, epochs: Sequence[int]) -> dict[str, str]:
+        """Return {run directory: reason} of all rivals that are dropped at one of the epochs."""
+        rows = {
+            str(folder): {row["epoch"]: row for row in read_rows(folder)} for folder in self._rivals
+        }
+        reasons: dict[str, str] = {}
+        for epoch in epochs:
+            ended = {folder: of_run[epoch] for folder, of_run in rows.items() if epoch in of_run}
+            ranked = sorted(
+                (-row["val/top1"], row["val/loss"], folder) for folder, row in ended.items()
+            )
+            kept = len(ranked) - len(ranked) // 2
+            for rank, (minus_top1, _, folder) in enumerate(ranked[kept:], start=kept + 1):
+                reason = (
+                    f"rank {rank} of {len(ranked)} at epoch {epoch}: val/top1 {-minus_top1:.2f}"
+                )
+                reasons.setdefault(folder, reason)
+        return reasons

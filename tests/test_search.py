@@ -1,0 +1,137 @@
+"""Test the search with Optuna: its proposals, its objective, and the command."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sddlskd.config import Config
+from sddlskd.sweeps.search import DATABASE, Search, objective_of, split_words
+from sddlskd.sweeps.status import status_of
+from tests.test_halving import leave_rows
+from tests.tiny import BASE, ForkedCommand, leave_teacher
+
+REPO = Path(__file__).parents[1]
+WORDS = ("student=resnet8", "x=interval(1.0,8.0)", "n=int(interval(1,9))", "M=[1],[1,2]")
+LOG = "rate=tag(log, interval(1e-4,1e-1))"
+
+
+def search(folder: Path | None, n_trials: int = 6, **options: Any) -> Search:
+    _, varied = split_words([*WORDS, LOG])
+    chosen = {"objective": "best/top1", "n_jobs": 2, "seed": 0, **options}
+    found = Search(folder=folder, varied=varied, n_trials=n_trials, **chosen)
+    found.open()
+    return found
+
+
+def judge(one: Search, number: int, words: list[str], status: str = "FINISHED") -> None:
+    """Judge a trial by a number that its overrides determine."""
+    x = float(words[0].removeprefix("x="))
+    one.judge(number, Config(), {"status": status, "best_top1": 10 * x})
+
+
+def finished(one: Search) -> list[list[str]]:
+    while batch := one.next_batch():
+        for number, words in batch:
+            judge(one, number, words)
+    return one.trials()
+
+
+def test_the_overrides_of_all_jobs_and_those_that_vary() -> None:
+    fixed, varied = split_words(["a=1", *WORDS, "a=2", "~dataset.load.size"])
+    assert fixed == ["a=2", "student=resnet8", "~dataset.load.size"]
+    assert list(varied) == ["x", "n", "M"]
+    with pytest.raises(ValueError, match="has nothing to search; vary a key"):
+        split_words(["a=1", "M=[1,2]"])
+
+
+def test_proposals_lie_in_their_ranges(tmp_path: Path) -> None:
+    drawn = [dict(word.split("=") for word in words) for words in finished(search(None, 12))]
+    assert {one["M"] for one in drawn} == {"[1]", "[1,2]"}
+    assert all(1 <= int(one["n"]) <= 9 for one in drawn)
+    assert all(1 <= float(one["x"]) <= 8 for one in drawn)
+    rates = [float(one["rate"]) for one in drawn]
+    assert min(rates) < 0.003 < max(rates)  # far apart on a logarithmic scale alone
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+
+
+@pytest.mark.parametrize("judged", [0, 1, 2, 3])
+def test_an_interrupted_search_proposes_the_same(tmp_path: Path, judged: int) -> None:
+    undisturbed = finished(search(None))
+    first = search(tmp_path)
+    left = judged
+    while left:
+        for number, words in first.next_batch()[:left]:
+            judge(first, number, words)
+            left -= 1
+    again = search(tmp_path)
+    assert again.has_begun == (judged > 0)
+    assert finished(again) == undisturbed
+    best = again.best()
+    assert best is not None
+    assert best[1] == max(10 * float(words[0].removeprefix("x=")) for words in undisturbed)
+    # A larger number continues the search.
+    assert finished(search(tmp_path, 8))[:6] == undisturbed
+
+
+def test_failed_and_dropped_trials_have_no_value() -> None:
+    one = search(None, 4)
+    for number, words in one.next_batch():
+        judge(one, number, words, ("FAILED", "PRUNED")[number])
+    assert one.best() is None
+    finished(one)
+    best = one.best()
+    assert best is not None
+    assert best[0] in (2, 3)
+
+
+def test_a_loss_is_minimised(tmp_path: Path) -> None:
+    one = search(tmp_path, 2, objective="val/loss")
+    job = Config(objective="val/loss")
+    for number, _ in one.next_batch():
+        folder = leave_rows(tmp_path / str(number), (50.0, 9.0), (50.0, 2.0 - number))
+        one.judge(number, replace(job, run_dir=str(folder)), {"status": "FINISHED"})
+    best = one.best()
+    assert best is not None
+    assert best[:2] == (1, 1.0)
+    with pytest.raises(ValueError, match=r"differs from the objective .* \(val/loss\)"):
+        search(tmp_path, 2)
+
+
+def test_the_objective_of_a_job() -> None:
+    job, result = Config(), {"status": "FINISHED", "best_top1": 70.0, "last_top1": 69.0}
+    assert objective_of(job, result) == 70.0
+    assert objective_of(replace(job, objective="last/top1"), result) == 69.0
+    assert objective_of(job, {**result, "status": "PRUNED"}) is None
+
+
+def test_without_optuna_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match=r"pip install 'sddlskd\[search\]'"):
+        search(None)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_the_best_trial(tmp_path: Path) -> None:
+    leave_teacher(tmp_path)
+    words = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3")
+    words += (*BASE, f"home={tmp_path}", "sweep.name=test", "recipe=kd", "sweep.halving=[1]")
+    words += ("distiller.temperature=interval(1.0,8.0)", "optimizer.lr=0.01,0.1")
+    code, out, err = ForkedCommand(tmp_path, "sddlskd.train", *words, cwd=REPO).end()
+    assert code == 0, out + err
+    assert "objective=best/top1 is measured on the test split; dataset.val_fraction=0.1" in err
+    assert "2 jobs are" not in err
+    assert out.count("PRUNED") == 2  # one of three in each batch
+    best, again = out.splitlines()[-2:]
+    assert best.startswith("best of 6 trials: trial ")
+    assert again.startswith("to run it again: python -m sddlskd.train dataset=fake ")
+    assert best.partition("distiller.temperature=")[2].split()[0] in again
+    folder = tmp_path / "runs/sweeps/test"
+    assert (folder / DATABASE).exists()
+    assert "hydra/sweeper=optuna" in status_of(folder).command
+    # The same command trains nothing, and prints the same.
+    code, out, err = ForkedCommand(tmp_path, "sddlskd.train", *words, cwd=REPO).end()
+    assert (code, out.splitlines()[-2:]) == (0, [best, again]), out + err
+    assert ": running" not in err
