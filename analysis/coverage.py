@@ -23,6 +23,8 @@ GROUPS = ("recipe", "dataset", "teacher", "student")
 RECIPES = {
     "teacher": "vanilla",  # a teacher is a student that was trained alone
     "kd_dot": "dot",
+    "kd_ls_batch": "luminet",
+    "kd_ls_scaled": "normkd",
 }
 """Recipe of each published method, if the names of recipe and method differ."""
 DECIDED = ("within", "above", "below")
@@ -48,8 +50,8 @@ def recipe_of(method: str) -> str:
     """Return the name of the recipe of a published method: "sd_kd_crd" for "sd_kd+crd".
 
     A recipe is a file conf/recipe/NAME.yaml that configures one method. The name is that of the
-    method with "_" for "+", but "vanilla" for "teacher" and "dot" for "kd_dot". Whether the file
-    exists is not checked.
+    method with "_" for "+", except for the methods in `RECIPES`: "vanilla" is the recipe of
+    "teacher". Whether the file exists is not checked.
     """
     return RECIPES.get(method, method.replace("+", "_"))
 

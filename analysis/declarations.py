@@ -69,6 +69,16 @@ README_TABLES = {
     "CTKD README CIFAR-100": ("CIFAR-100", True),
     "CTKD README ImageNet": ("ImageNet", True),
     "ReviewKD README ImageNet": ("ImageNet", True),
+    "TTM README CIFAR-100 identical": ("identical architectures, CIFAR-100", True),
+    "TTM README CIFAR-100 distinct": ("distinct architectures, CIFAR-100", True),
+    "TTM README ImageNet": ("ImageNet", True),
+    "DIST README CIFAR-100": ("CIFAR-100", True),
+    "DIST README ImageNet": ("ImageNet", True),
+    "DIST README ImageNet stronger teachers": ("stronger teachers, ImageNet", True),
+    "LumiNet README CIFAR-100 identical": ("identical architectures, CIFAR-100", True),
+    "LumiNet README CIFAR-100 distinct": ("distinct architectures, CIFAR-100", True),
+    "LumiNet README ImageNet": ("ImageNet", True),
+    "SKD README CIFAR-100": ("identical architectures, CIFAR-100", True),
 }
 PAPERS_METRIC = (
     "The papers report the best epoch on the test set, which lay 0.3 points above the last on "

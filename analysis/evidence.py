@@ -29,9 +29,9 @@ HEAD = f"""\
 # What the papers' own numbers say
 
 `python -m analysis evidence` writes this page from `analysis/reference`: the published numbers
-(`published.csv`, `published_more.csv`) and the logs that LSKD's authors published in the folder
-`logs` of github.com/sunshangquan/logit-standardization-KD (`{LOGS}` has the best and the last epoch
-of each run, as `python -m analysis import-logs` reads them)."""
+(`published.csv`, `published_more.csv`, `published_readmes.csv`) and the logs that LSKD's authors
+published in the folder `logs` of github.com/sunshangquan/logit-standardization-KD (`{LOGS}` has the
+best and the last epoch of each run, as `python -m analysis import-logs` reads them)."""
 
 
 @dataclass(frozen=True)
@@ -218,4 +218,5 @@ def _printed_differently() -> Iterator[str]:
 
 
 def _source(number: Published) -> str:
-    return f"{number.table}, {number.flag}" if number.flag else number.table
+    # The name of the table says already that the number is from a README.
+    return f"{number.table}, {number.flag}" if number.flag not in ("", "readme") else number.table

@@ -138,11 +138,14 @@ def other_budget(run: Run, number: Published) -> list[str]:
 
     Returns:
         The settings that differ, each as "name=value" with the value of the run, such as
-        "epochs=30"; [] if none differs. If the flag of the number is "other_teacher", no setting is
-        compared: the list holds one sentence, which says that the paper's teacher is stronger.
+        "epochs=30"; [] if none differs. If the flag of the number is "other_teacher" or
+        "other_settings", no setting is compared: the list holds one clause, which says that the
+        source has a stronger teacher, or settings of its own.
     """
     if number.flag == "other_teacher":
         return ["the source trains with a stronger teacher"]
+    if number.flag == "other_settings":
+        return ["the source's settings are not known, or are not those of the recipe"]
     whole: dict[str, Any] = {"val_fraction": 0.0, "train_fraction": 1.0, "max_steps": "all"}
     expected = {**whole, **settings_of(number)}
     for name in ("M", "complementary_weight"):  # `other_method` compares them

@@ -14,12 +14,19 @@ from pathlib import Path
 __all__ = ["FLAGS", "REFERENCE", "PrintedGain", "Published", "gains", "numbers", "of_table"]
 
 REFERENCE = Path(__file__).parent / "reference"
-FILES = ("published.csv", "published_more.csv")
-"""Files of published numbers. The second one has the numbers that were found later."""
+FILES = ("published.csv", "published_more.csv", "published_readmes.csv")
+"""Files of published numbers.
+
+The second one has the numbers that were found later. The third one has those of the losses of 2022
+to 2026, from the READMEs of the authors' code.
+"""
 FLAGS = {
     "disputed": "two sources of the same authors print different numbers",
     "suspect": "very likely a misprint, the value is kept as printed",
     "other_teacher": "the source trains with another, stronger teacher",
+    "readme": "from the README of the authors' code, not compared with the paper",
+    "other_settings": "from the README of the authors' code, whose settings are not published or "
+    "are not those of the recipe",
 }
 """Doubts about published numbers: the meaning of each flag in the files of `FILES`."""
 STUDENTS = {

@@ -146,7 +146,10 @@ def test_who_uses_what() -> None:
     assert using["mlflow"] == {"tracking"}
     commands = {"evaluate", "export", "teachers", "train"}
     assert using["hydra"] <= commands | {"config", "hydra_plugins", "sweeps", "terminal"}
-    assert not using["torch"] & {"train", "tracking", "record", "hydra_plugins", "terminal"}
+    assert not using["torch"] & {"train", "record", "hydra_plugins", "terminal"}
+    tracking = [path for path in FILES if room_of(path) == "tracking"]
+    # It takes torch's writer of event files, and loads it when a run is copied.
+    assert [path.name for path in tracking if "torch" in outside(path)] == ["tensorboard.py"]
 
 
 def test_starting_and_planning_load_nothing_heavy() -> None:

@@ -308,6 +308,13 @@ OBJECTIVES: dict[str, tuple[str, bool]] = {
 }
 
 
+class FileMirror(StrEnum):
+    """Program that a copy in the run directory is for."""
+
+    tensorboard = "tensorboard"  # event files, in the folder tensorboard
+    wandb = "wandb"  # an offline run, in the folder wandb; `wandb sync` uploads it
+
+
 class Rerun(StrEnum):
     """Choice of the jobs that run when a sweep is launched again.
 
@@ -547,6 +554,8 @@ class TrackingConfig:
     experiment: str = _plumbing("sddlskd")  # MLflow experiment
     # Continue without MLflow if it is unreachable; `sync` delivers the runs later
     offline: bool = _plumbing(False)
+    # Copies in each run directory, for TensorBoard and W&B (offline); [] for none
+    mirrors: list[FileMirror] = field(default_factory=list, metadata={"identity": False})
     # Keep logits, region predictions and features on the test split, for figures
     predictions: bool = _plumbing(False)
     experiment_id: str | None = _plumbing(None)  # set by the launching process

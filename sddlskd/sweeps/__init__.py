@@ -138,6 +138,7 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
     SLURM runs the groups on without this process.
     """
     if plan.todo:  # these checks come before anything is written
+        tracking.check_packages(plan.todo)
         tracking.check_reachable(plan.todo)
         runner.validate(plan.todo)
     write_manifest(plan.folder, plan.name, plan.jobs)

@@ -80,7 +80,7 @@ def record_outcome(job: Config, status: str, reason: str) -> None:
         opened.write_outcome(status, reason)
     finally:
         opened.close()
-    if job.tracking.enabled:
-        mirror = tracking.Mirror()
+    if tracking.is_copied(job):
+        mirror = tracking.Copies([job])
         mirror.update(Path(job.run_dir))
         mirror.close()

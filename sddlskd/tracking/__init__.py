@@ -1,5 +1,9 @@
-"""Mirror runs and sweeps to MLflow. The run directory is the record; MLflow holds a copy."""
+"""Mirror runs and sweeps to MLflow. The run directory is the record; MLflow holds a copy.
 
+Further copies, for TensorBoard and W&B, lie in the run directory.
+"""
+
+from sddlskd.tracking.copies import Copies, check_packages, is_copied
 from sddlskd.tracking.mirror import Mirror
 from sddlskd.tracking.models import log_model, save_model
 from sddlskd.tracking.runs import supersede, sync
@@ -13,10 +17,13 @@ from sddlskd.tracking.sweeps import (
 )
 
 __all__ = [
+    "Copies",
     "Mirror",
+    "check_packages",
     "check_reachable",
     "check_shared",
     "finish_sweep",
+    "is_copied",
     "log_model",
     "log_plan",
     "register",

@@ -1,4 +1,4 @@
-"""`python -m sddlskd.tracking sync DIR [DIR ...]`: deliver run directories to MLflow."""
+"""`python -m sddlskd.tracking sync DIR [DIR ...]`: bring the copies of runs up to date."""
 
 import argparse
 import sys
@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sddlskd import config as cfg
+from sddlskd import record
+from sddlskd.config import FileMirror
 from sddlskd.terminal.console import refuse_another_checkout
 from sddlskd.tracking import uri as tracking_uri
+from sddlskd.tracking.copies import write_copies
 from sddlskd.tracking.runs import sync
 from sddlskd.tracking.sweeps import is_planned, sweep_folder, sync_sweep
 from sddlskd.tracking.uri import Deleted, first_line
@@ -15,6 +18,10 @@ from sddlskd.tracking.uri import Deleted, first_line
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Deliver to MLflow the run directories and sweeps in and below the given folders.
+
+    The copies in the run directories that `tracking.mirrors` names are brought up to date, too,
+    except those of runs in training. With `--to`, only the named copies are written instead, also
+    those of runs without `tracking.mirrors`.
 
     The exit status is 1, with a message, if the folders hold no run directory and no sweep, or if a
     run directory or sweep cannot be delivered.
@@ -27,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="deliver everything again, for example after runs were deleted in MLflow",
     )
+    parser.add_argument(
+        "--to",
+        action="append",
+        choices=[str(mirror) for mirror in FileMirror],
+        help="write this copy in the run directories, and do not deliver to MLflow",
+    )
     chosen = parser.parse_args(arguments)
     refuse_another_checkout()
     cfg.frame()
@@ -36,12 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweeps = {path.parent for folder in chosen.folders for path in folder.rglob("plan.json")}
     if not runs and not sweeps:
         sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")
+    if chosen.to:
+        _write_copies(runs, [FileMirror(name) for name in chosen.to], again=chosen.again)
+        return
     problems: list[str] = []
     delivered = 0  # runs
     answering: set[str | None] = set()  # addresses of MLflow that have answered
     for run in runs:
         try:
             config = cfg.load(run / "config.yaml")
+            if config.tracking.mirrors and record.abandoned(run):
+                write_copies(run, config.tracking.mirrors, again=chosen.again)
             if config.tracking.uri not in answering:
                 tracking_uri.check_answers(str(config.tracking.uri))
                 answering.add(config.tracking.uri)
@@ -66,6 +84,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if problems:
         # Of a deleted experiment every run has the same problem.
         sys.exit("\n".join(dict.fromkeys(problems)))
+
+
+def _write_copies(runs: Sequence[Path], mirrors: Sequence[FileMirror], *, again: bool) -> None:
+    """Write copies in run directories, and exit with status 1 if some cannot be written.
+
+    A run in training is left out, because its process writes its copies.
+    """
+    problems: list[str] = []
+    ended = [run for run in runs if record.abandoned(run)]
+    for run in ended:
+        try:
+            write_copies(run, mirrors, again=again)
+        except Exception as error:  # one damaged run must not block the copies of the others
+            problems.append(f"error: {run} could not be copied: {first_line(error)}")
+    if training := len(runs) - len(ended):
+        sys.stdout.write(f"left out: {training} runs in training\n")
+    sys.stdout.write(f"{len(ended) - len(problems)} runs have their copies up to date\n")
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ SUMMARY = {
     **{f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")},
     **{f"student/{name}": name for name in ("parameters", "flops")},
 }
+FINAL_TAGS = ("teacher_sha256", "environment", "group_size", "requeues")
 SUPERSEDED = ".superseded"  # a file that marks a record as replaced
 # MLflow's status for each outcome. MLflow has none for a run that halving dropped: the tag
 # status_reason of such a run begins with PRUNED.
@@ -107,17 +108,11 @@ def sync(folder: Path, *, again: bool = False) -> None:
     """
     folder = folder.absolute()  # MLflow records the absolute path
     with FileLock(folder / MIRROR_LOCK):
-        # Check the process before reading the result: otherwise a run that finishes in between
-        # would count as KILLED. Read the rows after the result, so that no outcome is delivered
-        # without its last rows.
-        abandoned = record.abandoned(folder)
-        result = record.read_result(folder)
+        # The rows are read after the result, so that no outcome is delivered without its last rows.
+        result = result_of(folder)
         if not result:
             return
         status = result["status"]
-        if status == record.RUNNING and abandoned:
-            status = record.KILLED
-            result["reason"] = "the process ended without writing a result"
         config = cfg.load(folder / "config.yaml")
         # The id is None if the job was launched without tracking or while MLflow was unreachable.
         if config.tracking.experiment_id is None:
@@ -159,6 +154,56 @@ def sync(folder: Path, *, again: bool = False) -> None:
             _send_outcome(client, run_id, folder, status, result, rows)
             _delete_twins(client, config, delivery)
             record.write_mirror(folder, {**delivery, "status": status})
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """Return the result of a run for its copies; {} if the run has not started.
+
+    The result is the content of result.json. The status is KILLED if the process of the run has
+    ended without writing an outcome. Raise Damaged if result.json is damaged.
+    """
+    # Check the process first: otherwise a run that finishes in between would count as KILLED.
+    abandoned = record.abandoned(folder)
+    result = record.read_result(folder)
+    if result and result["status"] == record.RUNNING and abandoned:
+        reason = "the process ended without writing a result"
+        return {**result, "status": record.KILLED, "reason": reason}
+    return result
+
+
+def params_of(config: Config) -> dict[str, Any]:
+    """Return the parameters of a run's copies: the flattened configuration, and its "method"."""
+    return {**cfg.flatten(config), "method": cfg.method_name(config)}
+
+
+def tags_of(folder: Path, config: Config) -> dict[str, str]:
+    """Return the tags that a run's copies have from the start, such as "config_hash"."""
+    code = json.loads((folder / "code.json").read_text())
+    tags = {
+        "kind": "job",
+        "config_hash": cfg.config_hash(config),
+        "settings_hash": cfg.settings_hash(config),
+        "git_sha": code["git_sha"],
+        "sweep": config.sweep.name or "",
+        "run_dir": str(folder),
+    }
+    if config.recipe:
+        tags["recipe"] = config.recipe
+    return tags
+
+
+def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of a run that has ended, from its result.json, such as "status_reason"."""
+    given = {tag: str(result[tag]) for tag in FINAL_TAGS if result.get(tag)}
+    reason = str(result.get("reason", ""))
+    if result["status"] == record.PRUNED:
+        reason = f"{record.PRUNED}: {reason}"
+    return {"status_reason": reason, **given}
+
+
+def summary_of(result: dict[str, Any]) -> dict[str, float]:
+    """Return the final metrics of a run that has ended, such as "best/top1" (%)."""
+    return {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
 
 
 def _in_experiment(config: Config, experiment_id: str) -> Config:
@@ -247,21 +292,10 @@ def _create_run(
     record.write_mirror(folder, {"key": key, "uri": config.tracking.uri})
     config = replace(config, tracking=replace(config.tracking, parent_run_id=parent_of(config)))
     found = _runs_with_key(client, config, key) if delivery else []
-    code = json.loads((folder / "code.json").read_text())
     if found:
         run = found[0]
     else:
-        tags = {
-            "record": key,
-            "kind": "job",
-            "config_hash": cfg.config_hash(config),
-            "settings_hash": cfg.settings_hash(config),
-            "git_sha": code["git_sha"],
-            "sweep": config.sweep.name or "",
-            "run_dir": str(folder),
-        }
-        if config.recipe:
-            tags["recipe"] = config.recipe
+        tags = {"record": key, **tags_of(folder, config)}
         if config.tracking.parent_run_id:
             tags["mlflow.parentRunId"] = config.tracking.parent_run_id
         tags = {name: _cut(value, LONGEST_TAG) for name, value in tags.items()}
@@ -273,7 +307,7 @@ def _create_run(
 
     # Send no parameter twice: MLflow refuses a changed value, and some values may change between
     # two starts of a job, such as the folder or the device.
-    known = {**cfg.flatten(config), "method": cfg.method_name(config)}
+    known = params_of(config)
     params = [
         Param(_cut(name, LONGEST_KEY), _cut(value, LONGEST_PARAM))
         for name, value in known.items()
@@ -332,14 +366,9 @@ def _send_outcome(
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)
         return
-    reason = result.get("reason", "")
-    if status == record.PRUNED:
-        reason = f"{status}: {reason}"
-    client.set_tag(run_id, "status_reason", _cut(reason, LONGEST_TAG))
-    for tag in ("teacher_sha256", "environment", "group_size", "requeues"):
-        if result.get(tag):
-            client.set_tag(run_id, tag, _cut(result[tag], LONGEST_TAG))
-    summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
+    for tag, value in final_tags_of(result).items():
+        client.set_tag(run_id, tag, _cut(value, LONGEST_TAG))
+    summary = summary_of(result)
     stepped = _has_steps(client, run_id)
     for row in rows:
         # Use the epoch's own time, because a run may stop at the same epoch twice.

@@ -283,8 +283,8 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
         with suppress(ValueError, OSError):
             if _is_open_ended(_result(job), since) and _write_failure(job, cause, since, culprit):
                 marked.append(job)
-    if any(job.tracking.enabled for job in marked):
-        with closing(tracking.Mirror()) as mirror:
+    if any(map(tracking.is_copied, marked)):
+        with closing(tracking.Copies(marked)) as mirror:
             for job in marked:
                 mirror.update(Path(job.run_dir))
 
@@ -365,15 +365,15 @@ class _OpenRuns:
     Attributes:
         jobs: the jobs whose runs could be built or resumed.
         runs: the run of each of these jobs.
-        mirror: the mirror of the runs in MLflow; None without tracking and on ranks other than 0.
+        mirror: the copies of the runs; None without tracking and on ranks other than 0.
     """
 
     jobs: list[Config]
     runs: list[Run]
-    mirror: tracking.Mirror | None
+    mirror: tracking.Copies | None
 
     def on_change(self, run: Run) -> None:
-        """Tell the MLflow mirror that a run's record has changed; do nothing without a mirror."""
+        """Tell the copies that a run's record has changed; do nothing without copies."""
         if self.mirror:
             self.mirror.update(run.record.folder)
 
@@ -451,6 +451,7 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     for job in jobs:
         check_objective(job, device)
     if ranks.is_rank_zero:
+        tracking.check_packages(jobs)
         tracking.check_reachable(jobs)
     # Check a given path early, so that a mistyped path fails before any data is downloaded.
     if first.teacher.checkpoint:
@@ -617,9 +618,9 @@ def _open_runs(group: _Group) -> Iterator[_OpenRuns]:
             else:
                 opened.jobs.append(job)
                 opened.runs.append(run)
-        if group.ranks.is_rank_zero and any(job.tracking.enabled for job in group.jobs):
+        if group.ranks.is_rank_zero and any(map(tracking.is_copied, group.jobs)):
             # Entered last, so that the mirror closes first, while the records are still locked.
-            opened.mirror = stack.enter_context(closing(tracking.Mirror()))
+            opened.mirror = stack.enter_context(closing(tracking.Copies(group.jobs)))
             for folder, _ in refused:
                 opened.mirror.update(folder)
         if not opened.runs:

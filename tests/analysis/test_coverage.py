@@ -93,3 +93,7 @@ def test_sums_of_methods_have_the_recipe_of_the_sum() -> None:
         "vanilla",
         "at",
     ]
+    assert [recipe_of(method) for method in ("kd_ls_batch", "kd_ls_scaled")] == [
+        "luminet",
+        "normkd",
+    ]

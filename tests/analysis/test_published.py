@@ -14,7 +14,7 @@ def rows_of(name: str) -> pd.DataFrame:
 
 def test_every_row_of_the_file_is_a_number() -> None:
     rows = pd.concat([rows_of(name) for name in published.FILES])
-    assert len(published.numbers()) == len(rows) == 918 + 74
+    assert len(published.numbers()) == len(rows) == 918 + 74 + 190
     for number, row in zip(published.numbers(), rows.to_dict("records"), strict=True):
         assert number.value == float(row["value"])
         assert number.pair == row["teacher"] + "_" + row["student"]
@@ -96,3 +96,35 @@ def test_nine_printed_gains_are_not_their_difference() -> None:
     wrong = {key: gain.printed for key, gain in published.gains().items() if not gain.agrees}
     assert len(wrong) == 9
     assert wrong["SDD Table 2", "resnet32x4_shufflev2", "sd_kd"] == 2.32
+
+
+README_ROWS = "published_readmes.csv"
+
+
+def test_every_number_of_a_readme_names_commit_and_line_and_is_flagged() -> None:
+    rows = rows_of(README_ROWS)
+    assert rows.source_note.str.fullmatch(r"[\w-]+/\w+@[0-9a-f]{7} README\.md:\d+(; .+)?").all()
+    assert set(rows.flag) == {"readme", "other_settings"}
+    # A number whose settings are not those of a recipe says why.
+    assert rows[rows.flag == "other_settings"].source_note.str.contains("; ").all()
+
+
+def test_the_numbers_of_the_newer_losses_on_the_pair_that_all_print() -> None:
+    rows = rows_of(README_ROWS)
+    pair = rows[(rows.teacher == "resnet32x4") & (rows.student == "resnet8x4")]
+    found = {
+        (row.table.split()[0], row.method): float(row.value)
+        for row in pair.itertuples()
+        if row.method not in ("teacher", "vanilla")
+    }
+    assert found == {
+        ("TTM", "kd"): 73.33,
+        ("TTM", "dist"): 76.31,
+        ("TTM", "ttm"): 76.17,
+        ("TTM", "wttm"): 76.06,
+        ("DIST", "dist"): 76.31,
+        ("LumiNet", "kd"): 73.33,
+        ("LumiNet", "kd_ls_batch"): 77.50,
+        ("SKD", "kd"): 74.75,
+        ("SKD", "skd"): 78.33,
+    }

@@ -119,6 +119,23 @@ def test_published_numbers_are_those_of_the_file(table: str, pairs: set[str] | N
         assert [cell.published.value for cell in matching if cell.published] == [row.value]
 
 
+def test_newer_losses_have_the_tables_of_their_readmes() -> None:
+    rows = runs("resnet32x4", "resnet8x4", [76.2, 76.4, 76.3], distiller="dist", temperature=4.0)
+    rows += runs("resnet32x4", "resnet8x4", [78.0, 78.2], distiller="skd", temperature=4.0)
+    rows += runs("resnet32x4", "resnet8x4", [77.4, 77.6], standardization="batch")
+    built = build(rows)
+    dist = built["dist_readme_cifar_100"].cells["DIST", SMALL_COLUMN]
+    assert dist.published is not None
+    assert (dist.published.value, dist.mean) == (76.31, pytest.approx(76.3))
+    assert "readme: from the README of the authors' code" in dist.footnotes["published"][0]
+    luminet = built["luminet_readme_cifar_100_identical"].cells["LumiNet", SMALL_COLUMN]
+    assert luminet.published is not None
+    assert (luminet.published.value, luminet.n) == (77.5, 2)
+    skd = built["skd_readme_cifar_100"].cells["SKD", SMALL_COLUMN]
+    assert skd.verdict == "not comparable"
+    assert "the source's settings are not known" in skd.footnotes["verdict"][0]
+
+
 def test_each_paper_keeps_its_own_baseline() -> None:
     built = build(runs("wrn_40_2", "mobilev2", [69.0]))
     for table, value in (("sdd_table_1", 68.87), ("lskd_table_1", 68.36)):

@@ -1,0 +1,129 @@
+"""Choose the copies of runs: MLflow, TensorBoard's event files, and offline runs of W&B.
+
+`tracking.enabled` asks for MLflow, and `tracking.mirrors` for copies in the run directory. All hold
+what the record holds, under the same names.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from sddlskd.config import Config, FileMirror
+from sddlskd.tracking.mirror import Mirror
+from sddlskd.tracking.tensorboard import EventFiles
+from sddlskd.tracking.uri import first_line
+from sddlskd.tracking.wandb import OfflineRun
+
+__all__ = ["Copies", "check_packages", "is_copied", "write_copies"]
+
+log = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+    """Writer of one copy of one run."""
+
+    def update(self) -> None:
+        """Write what the copy lacks."""
+
+    def close(self) -> None:
+        """Close the copy's files."""
+
+
+WRITERS: dict[FileMirror, Callable[..., Writer]] = {
+    FileMirror.tensorboard: EventFiles,
+    FileMirror.wandb: OfflineRun,
+}
+CURES = {
+    FileMirror.tensorboard: "pip install 'sddlskd[tensorboard]'",
+    FileMirror.wandb: "pip install wandb",
+}
+
+
+class Copies:
+    """All copies of the runs of a group, which follow their run directories.
+
+    MLflow gets its copy from a background thread (`Mirror`). The copies in the run directories are
+    written at once. No error of a copy reaches the caller: the first error of a copy is logged as a
+    warning, and the next update tries again.
+
+    Args:
+        configs: The configurations of the runs.
+    """
+
+    def __init__(self, configs: Sequence[Config]) -> None:
+        self._mlflow: Mirror | None = None
+        if any(config.tracking.enabled for config in configs):
+            self._mlflow = Mirror()
+        self._writers: dict[Path, list[tuple[FileMirror, Writer]]] = {
+            Path(config.run_dir): [
+                (name, WRITERS[name](Path(config.run_dir))) for name in config.tracking.mirrors
+            ]
+            for config in configs
+        }
+        self._warned: set[tuple[Path, FileMirror]] = set()
+
+    def update(self, folder: Path) -> None:
+        """Bring the copies of a run up to date; `folder` is its run directory, which has changed.
+
+        The copies in the run directory are complete when the call returns. MLflow follows later.
+        """
+        for name, writer in self._writers.get(folder, ()):
+            try:
+                writer.update()
+            except Exception as error:  # an error of a copy must not end the training
+                if (folder, name) not in self._warned:
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    log.warning("%s: no copy for %s (%s); training continues", folder, name, reason)
+                self._warned.add((folder, name))
+        if self._mlflow:
+            self._mlflow.update(folder)
+
+    def close(self) -> None:
+        """Close all copies; wait for MLflow as `Mirror.close` does."""
+        for writers in self._writers.values():
+            for _, writer in writers:
+                writer.close()
+        if self._mlflow:
+            self._mlflow.close()
+
+
+def is_copied(config: Config) -> bool:
+    """Return whether a run has any copy, in MLflow or in its run directory."""
+    return config.tracking.enabled or bool(config.tracking.mirrors)
+
+
+def check_packages(configs: Iterable[Config]) -> None:
+    """Raise ValueError if the package of a mirror in `tracking.mirrors` is not installed."""
+    for name in {name for config in configs for name in config.tracking.mirrors}:
+        _check_package(name)
+
+
+def _check_package(name: FileMirror) -> None:
+    if find_spec(str(name)) is None:
+        raise ValueError(
+            f"tracking.mirrors: {name} is not installed: {CURES[name]}, or leave {name} out"
+        )
+
+
+def write_copies(folder: Path, mirrors: Iterable[FileMirror], *, again: bool = False) -> None:
+    """Write the copies of a run in its run directory.
+
+    Args:
+        folder: The run directory. Its run must not be in training: the process that trains a run
+            writes its copies.
+        mirrors: The copies to write.
+        again: Whether to write everything anew, including what the copies hold already.
+
+    Raises:
+        ValueError: If the package of a mirror is not installed.
+        Damaged: If the record of the run is damaged.
+    """
+    for name in mirrors:
+        _check_package(name)
+        writer = WRITERS[name](folder, again=again)
+        try:
+            writer.update()
+        finally:
+            writer.close()
