@@ -51,13 +51,13 @@ def jobs_of(home: Path, capture: str) -> list[Config]:
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """Count the replays of each recorder."""
-    counted: Counter[int] = Counter()
+def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[Captured]:
+    """Count the repeated recordings of each object that records."""
+    counted: Counter[Captured] = Counter()
     original = Captured._repeat
 
     def counting(self: Captured) -> None:
-        counted[id(self)] += 1
+        counted[self] += 1
         original(self)
 
     monkeypatch.setattr(Captured, "_repeat", counting)
@@ -73,7 +73,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> list[Config]:
 
 
 def test_captured_steps_give_the_same_numbers(
-    tmp_path: Path, eager: list[Config], replays: Counter[int]
+    tmp_path: Path, eager: list[Config], replays: Counter[Captured]
 ) -> None:
     jobs = jobs_of(tmp_path, "on")
     assert [result["status"] for result in fit(jobs)] == ["FINISHED"] * len(jobs)
@@ -81,6 +81,8 @@ def test_captured_steps_give_the_same_numbers(
         assert same_outcome(ours, theirs)
     # Every run and the teacher have repeated a step.
     assert len(replays) == len(jobs) + 1
+    # A run that has ended keeps no recording.
+    assert [each for each in replays if each._what == "steps" and each._graph is not None] == []
 
 
 def test_a_captured_run_alone_equals_the_one_in_a_group(
@@ -157,7 +159,7 @@ def test_a_recording_is_kept_while_nothing_that_it_bakes_in_changes(
     ids=["dropout", "dot", "svd"],
 )
 def test_what_cannot_be_captured_runs_as_before(
-    tmp_path: Path, replays: Counter[int], words: tuple[str, ...], model: Any, reason: str
+    tmp_path: Path, replays: Counter[Captured], words: tuple[str, ...], model: Any, reason: str
 ) -> None:
     jobs = [
         tiny(tmp_path / capture, f"trainer.capture={capture}", *words, model=model)
@@ -172,8 +174,7 @@ def test_what_cannot_be_captured_runs_as_before(
     assert len(replays) <= 1  # the teacher alone
 
 
-def test_recorded_work_is_dropped_with_the_run(tmp_path: Path) -> None:
-    """A run that has ended or failed holds no memory of its recording."""
+def test_work_is_called_after_its_recording_was_dropped() -> None:
     log = logging.getLogger("sddlskd.test")
     total, batch = torch.zeros(()), torch.ones(3)
     captured = Captured("sums", CPU, log)

@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd.config import Config
-from sddlskd.training.capture import Watch
+from sddlskd.training.capture import Captured, Watch
 from sddlskd.training.devices import number_formats
 from sddlskd.training.inputs import ask
 from tests.gpu.group import build_group, recipes, small_job
 from tests.gpu.placement import META, meta_as_gpu
-from tests.gpu.report import Differs
+from tests.gpu.report import CannotRun, Differs
 
-__all__ = ["NOT_CAPTURED", "captured_is_eager", "obstacles", "what_can_be_captured"]
+__all__ = [
+    "NOT_CAPTURED",
+    "captured_is_eager",
+    "failed_recording",
+    "obstacles",
+    "what_can_be_captured",
+]
 
 SMALL_CHW = (3, 8, 8)
 # Recipes whose steps cannot be captured, and a part of the reason.
@@ -105,6 +111,35 @@ def captured_is_eager(device: torch.device, folder: Path) -> str:
     if not distance <= allowed:
         raise Differs(f"weights after {STEPS} steps are {distance:.1e} apart ({name})")
     return f"largest distance {distance:.1e} ({name}); replays: {', '.join(told)}"
+
+
+def failed_recording(device: torch.device) -> str:
+    """Check that a recording that fails disturbs nothing that comes after it."""
+    if device.type != "cuda":
+        raise CannotRun("needs CUDA")
+    log = logging.getLogger("sddlskd.checks")
+    total, ones = torch.zeros((), device=device), torch.ones(1000, device=device)
+
+    def read() -> None:
+        total.add_(ones.sum())
+        total.item()
+
+    refused = Captured("functions that read a value", device, log, watched=False)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        refused(read, [ones], None)
+        refused.wait()
+    captured = Captured("sums", device, log)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        captured(lambda: total.add_(ones.sum()), [ones], None)
+        captured.wait()
+    if not refused.reason or captured.replays != 3 or float(total) != 8000:
+        raise Differs(
+            f"sum {float(total):g} instead of 8000, {captured.replays} replays instead of 3; "
+            f"first failure: {refused.reason or 'none'}"
+        )
+    return f"refused ({refused.reason}), and then repeated another recording"
 
 
 @contextmanager
