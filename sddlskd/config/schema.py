@@ -192,7 +192,7 @@ class CompileMode(StrEnum):
     """Mode of torch.compile. Modes that capture by themselves are left out."""
 
     default = "default"
-    max_autotune = "max_autotune"  # try more kernels, which takes minutes
+    max_autotune = "max_autotune"  # try more kernels, which takes longer
 
 
 class Schedule(StrEnum):

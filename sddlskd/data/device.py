@@ -307,6 +307,10 @@ class DeviceData:
         if self._flip:
             view_N = 2 * view_N + flip_N
         views_N = index_N * self.views + view_N[index_N]
+        if self._device.type == "cuda":
+            index_N = (
+                index_N.pin_memory()
+            )  # so that copying a batch's part to the GPU takes no wait
         # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
         batches = self._chunks(
             corner_N[index_N].to(self._device),

@@ -14,7 +14,7 @@ import logging
 import random
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,6 @@ class Captured:
         log: log for the message that says why nothing is recorded.
         watched: whether the first call is watched for operations that cannot be recorded. Compiled
             functions cannot be watched; errors while they are recorded are noticed.
-        around: returns the context that a function is recorded in.
 
     Attributes:
         reason: why functions are not recorded; "" if they are.
@@ -70,13 +69,12 @@ class Captured:
         log: logging.Logger,
         *,
         watched: bool = True,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.reason = ""
         self.crowded = False
         self.replays = 0
         self._what, self._device, self._log = what, device, log
-        self._watched, self._around = watched, around
+        self._watched = watched
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -168,16 +166,11 @@ class Captured:
 
     def _record(self, function: Callable[[], None]) -> bool:
         """Record a function, and return whether that went well."""
-
-        def recorded() -> None:
-            with self._around():
-                function()
-
         try:
             if self._stream is None:
-                self._graph = _StandIn(recorded)
+                self._graph = _StandIn(function)
             else:
-                self._graph = _Graph(recorded, self._stream)
+                self._graph = _Graph(function, self._stream)
         # The work of any network may fail to be recorded, in any way.
         except Exception as error:
             full = _out_of_memory(error)
@@ -220,8 +213,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the operations in a block that a recording could not repeat.
 
     Such an operation hands a value or a size to the host, or brings values from the host to the
-    device. The optimizers of torch are left out, because they are recorded in another way than they
-    are called.
+    device. The optimizers of torch are left out: those that are captured do neither on a GPU.
 
     Args:
         device: the device whose tensors are watched.

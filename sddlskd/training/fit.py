@@ -681,10 +681,11 @@ def _report_running(group: _Group, opened: _OpenRuns) -> None:
     environment = f"{record.versions()}, {describe(group.device)}"
     if group.ranks.world_size > 1:
         environment += f", {group.ranks.world_size} ranks"
-    info = {**group.facts, "group_size": len(opened.runs), "environment": environment}
+    info = {**group.facts, "group_size": len(opened.runs)}
     for run in opened.runs:
         size = size_of(run.model, group.data.image_shape)
-        run.start({**info, **size}, crowded=len(opened.runs) > 1)
+        how = f"{environment}, captured steps" if run.captured is not None else environment
+        run.start({**info, "environment": how, **size}, crowded=len(opened.runs) > 1)
         opened.on_change(run)
 
 

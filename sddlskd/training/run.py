@@ -326,21 +326,28 @@ class Optimisation:
 
     def capture_on(self, device: torch.device) -> None:
         """Keep the learning rate on `device`, too, so that steps can be captured."""
-        # The CUDA kernels of the optimizers read float32. The CPU reads a number of Python's kind.
-        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        # The CUDA kernels of the optimizers read float32. On the CPU, float64 is what Python has.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.rate = torch.zeros((), dtype=dtype, device=device)
 
     @contextmanager
-    def captured(self) -> Iterator[None]:
-        """Let the optimizer read the learning rate from `rate` in the block.
+    def _reading_rate(self) -> Iterator[None]:
+        """Let the optimizer read the learning rate from `rate`, if there is one, for the block.
 
         The settings of the optimizer, which checkpoints hold, are as before after the block.
         """
-        assert self.rate is not None
+        if self.rate is None or self._lacks_some_momenta():
+            yield
+            return
         settings: dict[str, Any] = {"lr": self.rate}
         if self.rate.device.type == "cuda":
-            # Only the fused kernels read the learning rate on the device.
-            settings |= {"fused": True, "foreach": False, "capturable": True}
+            # Only the fused kernels read the learning rate on the device. Every step uses them, so
+            # that a captured step has the bits of any other.
+            capturing = torch.cuda.is_current_stream_capturing()
+            settings |= {"fused": True, "foreach": False, "capturable": capturing}
+            for state in self.optimizer.state.values():
+                if "step" in state:  # Adam keeps it on the CPU; checkpoints bring it there
+                    state["step"] = state["step"].to(self.rate.device)
         groups = self.optimizer.param_groups
         before = [{key: group[key] for key in settings if key in group} for group in groups]
         for group, old in zip(groups, before, strict=True):
@@ -350,6 +357,15 @@ class Optimisation:
         finally:
             for group, old in zip(groups, before, strict=True):
                 group.update(old)
+
+    def _lacks_some_momenta(self) -> bool:
+        """Return whether SGD has momenta of some gradients only, which its fused kernel refuses."""
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return False
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [self.optimizer.state.get(p, {}) for p in parameters if p.grad is not None]
+        present = [state.get("momentum_buffer") is not None for state in states]
+        return any(present) and not all(present)
 
     def step(self, losses: Sequence[Tensor]) -> None:
         """Update the parameters by one step against the gradient of the losses.
@@ -372,16 +388,9 @@ class Optimisation:
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        self.scaler.step(self.optimizer)
+        with self._reading_rate():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.rate is not None:
-            self._move_counters(self.rate.device)
-
-    def _move_counters(self, device: torch.device) -> None:
-        """Move the numbers of steps that Adam keeps on the CPU to the device."""
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].to(device)
 
 
 class Run:
@@ -471,6 +480,7 @@ class Run:
         self._resume()
         shared = ranks.wrap(model)
         self.compiled = compile
+        self._is_uncompiled = compile  # until the first step, in which the compiler runs
         self.forward = compiled(shared, compile_mode) if compile else shared
         self._taps: Callable[[Tensor], Taps] | None = None
         if objective.needs_taps:
@@ -479,9 +489,7 @@ class Run:
         self.captured: Captured | None = None
         if capture and not (reason := self._why_not_captured()):
             optimisation.capture_on(device)
-            self.captured = Captured(
-                "steps", device, record.log, watched=not self.compiled, around=optimisation.captured
-            )
+            self.captured = Captured("steps", device, record.log, watched=not self.compiled)
         elif capture:
             record.log.info("steps are not captured, but started kernel by kernel: %s", reason)
 
@@ -543,6 +551,7 @@ class Run:
             teacher: what the teacher shows of `batch`: the logit map (B, K, H, W) and the inner
                 maps that the losses read. None for a student without a teacher.
         """
+        began = time.monotonic()
         own = len(batch.labels)
         whole = self._images_of_step(own)
         count = self.ranks.images_of_step(own, whole)
@@ -557,9 +566,13 @@ class Run:
         elif own < self.batch_size:
             self.captured.plainly(learn)
         else:
-            self.captured(learn, self._read(batch, teacher), self.objective.fixed_by(self.epoch))
+            self.captured(learn, self._read(batch, teacher), self.objective.fixed_by(batch.epoch))
         self.progress.step += 1
         self.progress.seen += whole
+        if self._is_uncompiled:
+            self._is_uncompiled = False
+            took = time.monotonic() - began
+            self.record.log.info("torch.compile: %.1f s with the first step", took)
 
     def _learn(self, batch: Batch, teacher: Taps | None, count: float, whole: int) -> None:
         """Update the weights and the sums of the epoch from one batch, on the device alone.

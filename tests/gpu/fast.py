@@ -5,10 +5,10 @@ say nothing.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -22,6 +22,7 @@ from sddlskd.config import Config
 from sddlskd.data.device import Batch, DeviceData
 from sddlskd.datasets.arrays import fake
 from sddlskd.training.build import build_network
+from sddlskd.training.devices import number_formats
 from tests.gpu.group import STEPS, Group, build_group, recipes
 from tests.gpu.plain_step import MEAN, STD, PlainJob, endless
 from tests.gpu.report import CannotRun, Check, table
@@ -32,6 +33,7 @@ __all__ = ["measurements"]
 BATCH_SIZE = 64
 EPOCHS = 240
 LOADER_WORKERS = 4
+WEAK = "weak views"
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,34 @@ class Variant:
     Attributes:
         name: its name in the report.
         precision: "fp32", "bf16" or "fp16".
-        tf32: whether float32 convolutions and products may round their inputs to TF32.
+        tf32: whether float32 convolutions may round their inputs to TF32, as trainer.tf32 says.
+        capture: whether the steps are captured.
         compile: whether the networks are compiled.
     """
 
     name: str
     precision: str
     tf32: bool
+    capture: bool = False
     compile: bool = False
 
 
-# A further way to compute a step, such as a captured one, is one more entry.
 EAGER = (
     Variant("eager fp32", "fp32", tf32=False),
     Variant("eager fp32 with TF32", "fp32", tf32=True),
     Variant("eager bf16", "bf16", tf32=True),
     Variant("eager fp16", "fp16", tf32=True),
 )
-COMPILED = (Variant("compiled bf16", "bf16", tf32=True, compile=True),)
-FASTEST = EAGER[2]
+CAPTURED = (
+    Variant("captured fp32", "fp32", tf32=False, capture=True),
+    Variant("captured fp32 with TF32", "fp32", tf32=True, capture=True),
+    Variant("captured bf16", "bf16", tf32=True, capture=True),
+)
+COMPILED = (
+    Variant("compiled and captured bf16", "bf16", tf32=True, capture=True, compile=True),
+    Variant("compiled bf16", "bf16", tf32=True, compile=True),
+)
+FASTEST = CAPTURED[2]
 
 
 @dataclass(frozen=True)
@@ -91,21 +102,23 @@ class Timed:
     Attributes:
         wall_ms: time of a step.
         kernel_ms: sum of the times of its kernels; None if they were not counted.
+        busy_ms: time in which at least one kernel runs; None if they were not counted.
         kernels: number of its kernels; None if they were not counted.
         peak_mib: most memory that tensors take; None on the CPU.
     """
 
     wall_ms: float
     kernel_ms: float | None = None
+    busy_ms: float | None = None
     kernels: float | None = None
     peak_mib: float | None = None
 
     @property
     def busy(self) -> float | None:
-        """Return the time of the kernels in % of the whole time; None if it was not measured."""
-        if self.kernel_ms is None:
+        """Return the time in which a kernel runs in % of the whole; None if it was not measured."""
+        if self.busy_ms is None:
             return None
-        return 100 * self.kernel_ms / self.wall_ms
+        return 100 * self.busy_ms / self.wall_ms
 
 
 class Bench:
@@ -122,6 +135,7 @@ class Bench:
         if device.type == "cpu":
             self.size = SMALL
         self.commands: dict[str, Timed] = {}
+        self.found: dict[str, float] = {}
 
     def jobs(self, variant: Variant, *more: str) -> list[Config]:
         """Return the jobs of the command of record: each student with M=[1] and M=[1,2,4]."""
@@ -141,6 +155,7 @@ class Bench:
             f"trainer.batch_size={BATCH_SIZE}",
             f"trainer.precision={variant.precision}",
             f"trainer.compile={str(variant.compile).lower()}",
+            f"trainer.capture={'on' if variant.capture else 'off'}",
             *overrides,
         )
 
@@ -169,8 +184,8 @@ class Bench:
         self._wait()
         return 1000 * (time.perf_counter() - began) / self.size.steps
 
-    def _kernels(self, step: Callable[[], object]) -> tuple[float, float]:
-        """Return (time in ms, number) of the kernels and copies of a step."""
+    def _kernels(self, step: Callable[[], object]) -> tuple[float, float, float]:
+        """Return (sum of times in ms, time with a kernel in ms, number) of a step's kernels."""
         steps = 5
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(steps):
@@ -182,24 +197,22 @@ class Bench:
             for event in profile.events()
             if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
         ]
-        micros = sum(event.time_range.elapsed_us() for event in on_gpu)
-        return micros / 1000 / steps, len(on_gpu) / steps
+        spans = sorted((event.time_range.start, event.time_range.end) for event in on_gpu)
+        total = sum(end - start for start, end in spans)
+        return total / 1000 / steps, covered(spans) / 1000 / steps, len(spans) / steps
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-@contextmanager
-def allowing_tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in float32 convolutions and products, for the block."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the length that spans (start, end), sorted by start, cover together."""
+    total, reached = 0.0, -math.inf
+    for start, end in spans:
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
 
 
 def measurements(device: torch.device, folder: Path) -> list[Check]:
@@ -209,15 +222,15 @@ def measurements(device: torch.device, folder: Path) -> list[Check]:
         device: the device that is measured.
         folder: home of the jobs.
     """
-    torch.backends.cudnn.benchmark = True  # as a training sets it
     bench = Bench(device, folder)
     size = bench.size
     record = f"{size.teacher} -> {', '.join(size.students)} x M=[1],[1,2,4], batch {BATCH_SIZE}"
     listed: list[tuple[str, Callable[[], str], float]] = [
-        (f"A step of four students: {record}", partial(command, bench, EAGER), 60),
+        (f"A step of four students: {record}", partial(command, bench, (*CAPTURED, *EAGER)), 90),
         ("Grouped, alone, and the plain way", partial(against_plain, bench), 60),
         ("Images per second of the input pipeline", partial(pipeline, bench), 30),
         ("A part of an epoch, batches included", partial(epoch, bench), 30),
+        ("The bars of the project", partial(bars, bench), 30),
         ("Hours of the 20 experiments of sweeps/seed", partial(seed_sweep, bench), 60),
         ("A step of each recipe", partial(each_recipe, bench), 90),
         ("Compiled", partial(command, bench, COMPILED), 150),
@@ -232,23 +245,30 @@ def command(bench: Bench, variants: Sequence[Variant]) -> str:
         if bench.device.type == "cpu" and variant.precision == "fp16":
             continue  # CPUs have no fast fp16
         began = time.perf_counter()
-        with allowing_tf32(variant.tf32):
+        with number_formats(variant.tf32):
             group = bench.group(bench.jobs(variant))
             group.step()
             bench._wait()
             first_s = time.perf_counter() - began
             found = bench.timed(group.step)
         bench.commands[variant.name] = found
-        lines.append(
-            (variant.name, *_row(found), f"{STEPS * found.wall_ms / 1000:.2f}", f"{first_s:.1f}")
-        )
+        seconds = f"{STEPS * found.wall_ms / 1000:.2f}", f"{first_s:.1f}"
+        lines.append((variant.name, *_row(found), *seconds, _replays(group)))
         del group
         _release()
-    head = (*ROW, f"s for {STEPS} steps", "s to build and to do the first step")
+    head = (*ROW, f"s for {STEPS} steps", "s to build and to do the first step", "captured")
     return table(("variant", *head), lines)
 
 
-ROW = ("ms", "kernel ms", "kernels' time in %", "kernels", "peak MiB")
+def _replays(group: Group) -> str:
+    """Return how many runs of a group repeat captured steps, and why others do not."""
+    recorders = [run.captured for run in group.runs]
+    reasons = {each.reason for each in recorders if each is not None and each.reason}
+    replayed = sum(each is not None and each.replays > 0 for each in recorders)
+    return "; ".join([f"{replayed} of {len(recorders)}", *sorted(reasons)])
+
+
+ROW = ("ms", "kernel ms", "GPU busy in %", "kernels", "peak MiB")
 
 
 def _row(found: Timed) -> tuple[str, ...]:
@@ -275,8 +295,8 @@ def _release() -> None:
 def against_plain(bench: Bench) -> str:
     """Compare a step of the group with one step of each run alone, and with the plain way."""
     lines = []
-    for variant in (EAGER[1], FASTEST):
-        with allowing_tf32(variant.tf32):
+    for variant in (EAGER[2], CAPTURED[1], FASTEST):
+        with number_formats(variant.tf32):
             jobs = bench.jobs(variant)
             grouped = bench.timed(bench.group(jobs).step, profiled=False)
             alone = [bench.timed(bench.group([job]).step, profiled=False) for job in jobs]
@@ -288,7 +308,7 @@ def against_plain(bench: Bench) -> str:
         total = sum(_plain_ms(bench, job, images, loaded) for job in bench.jobs(EAGER[1]))
         batches = f"DataLoader with {LOADER_WORKERS} workers" if loaded else "one batch again"
         lines.append((f"the plain way, job by job, fp32 with TF32, {batches}", total))
-    plain = lines[-1][1]
+    bench.found["plain ms"] = plain = lines[-1][1]
     rows = [(name, f"{ms:.3f}", f"{plain / ms:.2f}") for name, ms in lines]
     students = len(bench.jobs(FASTEST))
     return table((f"a step of {students} students", "ms", "times as fast as the last line"), rows)
@@ -303,7 +323,7 @@ def _plain_ms(bench: Bench, job: Config, images: Any, loaded: bool) -> float:
     workers = LOADER_WORKERS if bench.device.type == "cuda" else 0
     batches = endless(images, BATCH_SIZE, workers)
     first = next(batches)
-    with allowing_tf32(True):
+    with number_formats(True):
         if loaded:
             found = bench.timed(lambda: plain.step(*next(batches)), profiled=False)
         else:
@@ -329,7 +349,7 @@ def _data(bench: Bench, *, strong: bool = False) -> DeviceData:
 def pipeline(bench: Bench) -> str:
     """Measure whole epochs of batches, with weak and with strong views."""
     lines = []
-    for name, strong in (("weak views", False), ("weak and strong views", True)):
+    for name, strong in ((WEAK, False), ("weak and strong views", True)):
         data = _data(bench, strong=strong)
         rates = []
         for epoch in range(1, 4):
@@ -339,7 +359,8 @@ def pipeline(bench: Bench) -> str:
             bench._wait()
             rates.append(seen / (time.perf_counter() - began))
         spread = f"{min(rates[1:]):,.0f} to {max(rates[1:]):,.0f}"
-        lines.append((name, f"{statistics.median(rates[1:]):,.0f}", spread))
+        bench.found[name] = statistics.median(rates[1:])
+        lines.append((name, f"{bench.found[name]:,.0f}", spread))
         del data
         _release()
     return table(("batches of 64", "images/s", "range"), lines)
@@ -348,15 +369,50 @@ def pipeline(bench: Bench) -> str:
 def epoch(bench: Bench) -> str:
     """Measure steps of the command of record on batches of the pipeline."""
     lines = []
-    for variant in (EAGER[1], FASTEST):
-        with allowing_tf32(variant.tf32):
+    for variant in CAPTURED[1:]:
+        with number_formats(variant.tf32):
             group = bench.group(bench.jobs(variant))
             step = partial(_next_step, group, _forever(_data(bench)))
             found = bench.timed(step)
+        bench.found[variant.name] = STEPS * found.wall_ms / 1000
         lines.append((variant.name, *_row(found), f"{STEPS * found.wall_ms / 1000:.2f}"))
         del group, step
         _release()
     return table(("variant", *ROW, f"s for {STEPS} steps"), lines)
+
+
+def bars(bench: Bench) -> str:
+    """Compare what was measured before with the bars that the project has set for a large GPU."""
+    step, found = bench.commands.get(FASTEST.name), bench.found
+    if step is None:
+        raise CannotRun("a captured step was not measured")
+    faster = busy = spread = None
+    if "plain ms" in found:
+        faster = found["plain ms"] / step.wall_ms
+    if step.busy is not None and step.kernel_ms is not None:
+        busy, spread = step.busy, step.wall_ms / step.kernel_ms
+    tf32 = CAPTURED[1].name
+    lines = [
+        _bar("a captured step, times as fast as the plain way", faster, least=5),
+        _bar("GPU busy in a captured step, in %", busy, least=80),
+        _bar("a captured step / the sum of its kernels' times", spread, most=1.25),
+        _bar("images/s of the input pipeline", found.get(WEAK), least=1e6),
+        _bar(f"s for 50,000 images, {FASTEST.name}", found.get(FASTEST.name), most=4),
+        _bar(f"s for 50,000 images, {tf32}", found.get(tf32), most=8),
+    ]
+    told = table(("bar", "limit", "measured", "outcome"), lines)
+    return f"{told}\n\nThe outcome is for information: the limits are those of an H100-class GPU."
+
+
+def _bar(
+    name: str, value: float | None, *, least: float = 0.0, most: float = math.inf
+) -> tuple[str, str, str, str]:
+    """Return a line of the table of bars; `value` is None if it was not measured."""
+    limit = f"at most {most:g}" if most < math.inf else f"at least {least:,.0f}"
+    if value is None:
+        return name, limit, "-", "not measured"
+    outcome = "pass" if least <= value <= most else "fail"
+    return name, limit, f"{value:,.3g}", outcome
 
 
 def _forever(data: DeviceData) -> Iterator[Batch]:
@@ -386,7 +442,7 @@ def seed_sweep(bench: Bench) -> str:
             )
             for each in words
         ]
-        with allowing_tf32(FASTEST.tf32):
+        with number_formats(FASTEST.tf32):
             found = bench.timed(bench.group(jobs).step)
         hours = EPOCHS * STEPS * found.wall_ms / 3.6e6
         total_h += hours
@@ -422,7 +478,7 @@ def each_recipe(bench: Bench) -> str:
         run.progress.epoch = group.batch.epoch
         shortened = Bench(bench.device, bench.folder)
         shortened.size = few
-        with allowing_tf32(FASTEST.tf32):
+        with number_formats(FASTEST.tf32):
             lines.append((recipe, *_row(shortened.timed(group.step))))
         del group, run
         _release()

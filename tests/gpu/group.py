@@ -19,7 +19,7 @@ from sddlskd.models import Taps
 from sddlskd.record import Onlooker
 from sddlskd.training.build import build_network, build_run
 from sddlskd.training.features import build_features, student_network
-from sddlskd.training.inputs import ask
+from sddlskd.training.inputs import Inputs
 from sddlskd.training.run import Feature, Run
 from sddlskd.training.teacher import Teacher
 from tests.tiny import CONF, composed
@@ -36,20 +36,21 @@ class Group:
         runs: the runs.
         teacher: the teacher; None if the runs learn from the labels alone.
         batch: the batch.
+        inputs: gives the runs what they read in a step.
     """
 
     runs: list[Run]
     teacher: Teacher | None
     batch: Batch
+    inputs: Inputs
 
     def step(self, batch: Batch | None = None) -> None:
         """Ask the teacher once, and train each run for a step, as the training loop does."""
-        batch = batch or self.batch
-        taps = None
-        if self.teacher is not None:
-            taps = ask(self.teacher, batch, self.runs)
+        batch, taps = self.inputs(batch or self.batch, self.runs)
         for run in self.runs:
             run.train_step(batch, taps)
+        for run in self.runs:
+            run.wait()
 
 
 def recipes() -> list[str]:
@@ -74,6 +75,7 @@ def small_job(folder: Path, recipe: str, *overrides: str) -> Config:
         "student=resnet8",
         "tracking=none",
         "trainer.batch_size=16",
+        "trainer.capture=off",
         f"recipe={recipe}",
         *overrides,
     )
@@ -171,9 +173,10 @@ def build_group(
             device=device,
             precision=first.trainer.precision,
             compile=first.trainer.compile,
+            compile_mode=first.trainer.compile_mode,
         )
     batch = random_batch(image_CHW, first.trainer.batch_size, classes, device, dtype)
-    return Group(runs, teacher, batch)
+    return Group(runs, teacher, batch, Inputs(runs, teacher))
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:

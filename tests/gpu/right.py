@@ -39,6 +39,7 @@ from sddlskd.training.inputs import ask
 from sddlskd.training.run import Run
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
+from tests.gpu.captured import captured_is_eager, failed_recording, what_can_be_captured
 from tests.gpu.group import build_group, flat_taps, recipes, small_job, values
 from tests.gpu.placement import META, Placement, meta_as_gpu
 from tests.gpu.report import CannotRun, Check, Differs
@@ -87,6 +88,9 @@ def checks(device: torch.device, folder: Path) -> list[Check]:
         ("a step of every recipe, fp32", partial(every_recipe, device, folder), 90),
         ("a step of every recipe, bf16", partial(every_recipe_in_bf16, device, folder, some), 60),
         ("steps mix no devices", partial(placement, folder), 60),
+        ("what can be captured", partial(what_can_be_captured, folder), 60),
+        ("captured = eager", partial(captured_is_eager, device, folder), 60),
+        ("a recording that fails", partial(failed_recording, device), 30),
         ("steps do not wait for the GPU", partial(waits, device, folder), 60),
         ("batches, bit for bit", partial(batches, device), 30),
         ("strong views, bit for bit", partial(strong_views, device), 30),

@@ -1,0 +1,312 @@
+"""Test captured steps: on the CPU, a stand-in for the graph gives the same numbers as before."""
+
+import logging
+import signal
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sddlskd import config as cfg
+from sddlskd.config import Config
+from sddlskd.training.capture import Captured, Watch
+from sddlskd.training.devices import number_formats
+from sddlskd.training.fit import fit
+from sddlskd.training.run import Run
+from tests.gpu.captured import NOT_CAPTURED, obstacles
+from tests.gpu.group import build_group, small_job
+from tests.gpu.placement import META
+from tests.tiny import net, same_outcome, tiny
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+SHORT = ("+dataset.load.train=176",)  # the last of three batches has 48 images
+COMMON = (*SHORT[:0], "trainer.epochs=3")
+# Each with something that a recording bakes in: warm-ups, methods that read the epoch and the
+# indices, a first stage, a learnt temperature, clipping, and Adam with its counters.
+GROUP = (
+    ("recipe=kd", "distiller.warmup_epochs=2"),
+    ("recipe=sd_kd_ls", "M=[1,2]", "optimizer.clip_norm=1.0", "student=wrn_16_1"),
+    ("recipe=crd", "features.crd.method.K=16", "features.crd.warmup_epochs=2"),
+    ("recipe=fsp", "features.fsp.method.stage_epochs=2"),
+    ("recipe=ctkd", "optimizer=adamw"),
+)
+
+
+def job_of(home: Path, capture: str, *words: str) -> Config:
+    """Return a small job whose epochs end with a shorter batch."""
+    return tiny(
+        home, "dataset.load.train=176", "trainer.epochs=3", f"trainer.capture={capture}", *words
+    )
+
+
+def jobs_of(home: Path, capture: str) -> list[Config]:
+    return [job_of(home, capture, *words) for words in GROUP]
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[Captured]:
+    """Count the repeated recordings of each object that records."""
+    counted: Counter[Captured] = Counter()
+    original = Captured._repeat
+
+    def counting(self: Captured) -> None:
+        counted[self] += 1
+        original(self)
+
+    monkeypatch.setattr(Captured, "_repeat", counting)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> list[Config]:
+    """Return a group of jobs that was trained without captured steps."""
+    jobs = jobs_of(tmp_path_factory.mktemp("eager"), "off")
+    assert [result["status"] for result in fit(jobs)] == ["FINISHED"] * len(jobs)
+    return jobs
+
+
+def test_captured_steps_give_the_same_numbers(
+    tmp_path: Path, eager: list[Config], replays: Counter[Captured]
+) -> None:
+    jobs = jobs_of(tmp_path, "on")
+    assert [result["status"] for result in fit(jobs)] == ["FINISHED"] * len(jobs)
+    for ours, theirs in zip(jobs, eager, strict=True):
+        assert same_outcome(ours, theirs)
+    # Every run and the teacher have repeated a step.
+    assert len(replays) == len(jobs) + 1
+    # A run that has ended keeps no recording.
+    assert [each for each in replays if each._what == "steps" and each._graph is not None] == []
+
+
+def test_a_captured_run_alone_equals_the_one_in_a_group(
+    tmp_path: Path, eager: list[Config]
+) -> None:
+    job = job_of(tmp_path, "on", *GROUP[2])
+    fit([job])
+    assert same_outcome(job, eager[2])
+
+
+@pytest.mark.parametrize(("before", "after"), [("on", "on"), ("on", "off"), ("off", "on")])
+def test_a_resumed_run_may_be_captured_or_not(
+    tmp_path: Path, eager: list[Config], monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    some = (1, 4)
+    original, left = Run.train_step, [True]
+
+    def step_then_stop(self: Run, *arguments: Any) -> None:
+        original(self, *arguments)
+        if left and (self.epoch, self.step) == (2, 2):
+            left.pop()
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "train_step", step_then_stop)
+    stopped = [job_of(tmp_path, before, *GROUP[number]) for number in some]
+    assert {result["status"] for result in fit(stopped)} == {"KILLED"}
+    jobs = [job_of(tmp_path, after, *GROUP[number]) for number in some]
+    assert [job.run_dir for job in jobs] == [job.run_dir for job in stopped]
+    fit(jobs)
+    for job, number in zip(jobs, some, strict=True):
+        assert same_outcome(job, eager[number])
+
+
+def test_a_recording_is_kept_while_nothing_that_it_bakes_in_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Counter[str] = Counter()
+    original = Captured._record
+
+    def counting(self: Captured, function: Any) -> bool:
+        made[self._what] += 1
+        return original(self, function)
+
+    monkeypatch.setattr(Captured, "_record", counting)
+    jobs = [
+        tiny(tmp_path, "trainer.capture=on", "trainer.epochs=4", words)
+        for words in ("recipe=at", "M=[1]")
+    ]
+    fit(jobs)
+    assert made == {"steps": 2, "forward passes of the teacher": 1}
+    made.clear()
+    fit(
+        [
+            tiny(
+                tmp_path,
+                "trainer.capture=on",
+                "trainer.epochs=4",
+                "recipe=kd",
+                "distiller.warmup_epochs=2",
+            )
+        ]
+    )
+    # Weights change once, after the first epoch, and the second step of an epoch is recorded.
+    assert made["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "reason"),
+    [
+        ((), net(dropout=0.5), "random numbers are drawn"),
+        (("optimizer=dot",), None, "the optimizer DOT cannot be captured"),
+        (("recipe=kdsvd",), None, "the host waits for _linalg_svd"),
+    ],
+    ids=["dropout", "dot", "svd"],
+)
+def test_what_cannot_be_captured_runs_as_before(
+    tmp_path: Path, replays: Counter[Captured], words: tuple[str, ...], model: Any, reason: str
+) -> None:
+    jobs = [
+        tiny(tmp_path / capture, f"trainer.capture={capture}", *words, model=model)
+        for capture in ("on", "off")
+    ]
+    for job in jobs:
+        fit([job])
+    assert same_outcome(*jobs)
+    told = Path(jobs[0].run_dir, "train.log").read_text()
+    assert told.count("steps are not captured") == 1
+    assert reason in told
+    assert len(replays) <= 1  # the teacher alone
+
+
+def test_work_is_called_after_its_recording_was_dropped() -> None:
+    log = logging.getLogger("sddlskd.test")
+    total, batch = torch.zeros(()), torch.ones(3)
+    captured = Captured("sums", CPU, log)
+    for _ in range(3):
+        captured(lambda: total.add_(batch.sum()), [batch], None)
+    assert (float(total), captured.replays) == (9.0, 2)
+    captured.release()
+    captured(lambda: total.zero_(), [batch], None)
+    assert float(total) == 0.0
+
+
+def test_other_tensors_and_other_values_are_recorded_anew() -> None:
+    log = logging.getLogger("sddlskd.test")
+    total = torch.zeros(())
+    captured = Captured("sums", CPU, log)
+    one, two = torch.ones(3), torch.ones(3)
+
+    def add(batch: Tensor, weight: float) -> None:
+        total.add_(weight * batch.sum())
+
+    for batch, weight in [(one, 1.0)] * 3 + [(two, 1.0)] * 3 + [(two, 2.0)] * 3:
+        captured(partial(add, batch, weight), [batch], weight)
+    assert float(total) == 9 + 9 + 18
+    assert captured.replays == 6
+    # The recording repeats what it was given, whatever function comes with the same tensors.
+    captured(lambda: total.zero_(), [two], 2.0)
+    assert float(total) == 42.0
+
+
+def test_an_error_while_recording_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    log = logging.getLogger("sddlskd.test")
+    monkeypatch.setattr("sddlskd.training.capture._StandIn", refused)
+    total, batch = torch.zeros(()), torch.ones(3)
+    captured = Captured("sums", CPU, log)
+    for _ in range(3):
+        captured(lambda: total.add_(batch.sum()), [batch], None)
+    assert float(total) == 9.0
+    assert captured.reason == "RuntimeError: operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_a_full_device_halves_a_group_and_does_not_end_a_run_alone(
+    monkeypatch: pytest.MonkeyPatch, crowded: bool
+) -> None:
+    """The end of a recording raises an error of its own, which hides the one that counts."""
+
+    def full(*_: Any) -> None:
+        try:
+            raise torch.OutOfMemoryError("full")
+        finally:
+            raise RuntimeError("the recording is not valid")
+
+    monkeypatch.setattr("sddlskd.training.capture._StandIn", full)
+    total, batch = torch.zeros(()), torch.ones(3)
+    captured = Captured("sums", CPU, logging.getLogger("sddlskd.test"))
+    captured.crowded = crowded
+    add = partial(total.add_, 1.0)
+    captured(add, [batch], None)
+    if crowded:
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            captured(add, [batch], None)
+    else:
+        captured(add, [batch], None)
+        assert float(total) == 2.0
+
+
+def test_which_recipes_can_be_captured(tmp_path: Path) -> None:
+    """The checks of tests/gpu look at all recipes."""
+    some = ("sd_kd_ls", "crd", "mgd", "mlkd", "semckd", "fsp", "ctkd", *NOT_CAPTURED)
+    found = obstacles(tmp_path, some)
+    assert found.keys() == NOT_CAPTURED.keys()
+    assert all(reason in found[recipe] for recipe, reason in NOT_CAPTURED.items())
+
+
+def test_the_watch_finds_what_a_recording_cannot_repeat() -> None:
+    gpu, mask = torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.bool, device="meta")
+    for work in (
+        lambda: gpu.copy_(torch.ones(3), non_blocking=True),
+        lambda: torch.ones(3).to("meta", non_blocking=True),
+        lambda: torch.tensor([1.0, 2.0], device="meta"),
+        lambda: gpu[mask] if False else torch.ops.aten.index_put(gpu, [mask], gpu[:1]),
+        lambda: torch.linalg.eigh(torch.zeros(3, 3, device="meta")),
+    ):
+        with Watch(META) as watch:
+            work()
+        assert len(watch.found) == 1
+    with Watch(META) as watch:
+        gpu.add_(1.0).sum().mul(2.0).to(torch.bfloat16)
+        torch.full((), 2.0, device="meta")
+    assert watch.found == []
+
+
+def test_what_a_method_reads_of_the_epoch_is_noted(tmp_path: Path) -> None:
+    for recipe, reads in (("at", False), ("crd", True), ("mgd", True)):
+        group = build_group([small_job(tmp_path, recipe)], CPU, image_CHW=(3, 16, 16), images=192)
+        group.step()
+        (run,) = group.runs
+        assert run.objective.reads_epoch is reads
+        assert (run.objective.fixed_by(5) == run.objective.fixed_by(6)) is not reads
+
+
+def test_number_formats_are_restored() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    for tf32 in (True, False):
+        with number_formats(tf32):
+            assert (cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32) == (True, tf32, False)
+        assert (cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32) == before
+
+
+def test_which_new_settings_count(tmp_path: Path) -> None:
+    plain = tiny(tmp_path)
+    for word, counts in (
+        ("capture=on", False),
+        ("tf32=false", True),
+        ("compile_mode=max_autotune", True),
+    ):
+        job = tiny(tmp_path, f"trainer.{word}")
+        assert (cfg.config_hash(job) != cfg.config_hash(plain)) is counts
+        assert cfg.sharing_key(job) != cfg.sharing_key(plain)
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_gpu_pass_on_a_cpu(tmp_path: Path) -> None:
+    """`make gpu DEVICE=cpu` passes, so that a GPU is not the first to find what is broken."""
+    report = tmp_path / "report.md"
+    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--only", "right"]
+    done = subprocess.run(
+        [*command, "--out", str(report)], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Outcome: passed" in report.read_text()
