@@ -22,6 +22,7 @@ transfer from CIFAR-100 to STL-10 and Tiny ImageNet.
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,13 +45,16 @@ from sddlskd.export import TRUST, described, load_run
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.models.base import LogitMapModel
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.record import read_result
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training.build import (
     build_data,
     build_network,
     check_maps,
     check_teacher,
+    data_changed,
     load_splits,
+    present_fingerprint,
     teacher_path,
     without_weights,
 )
@@ -63,6 +67,8 @@ from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import missing
 
 __all__ = ["main", "measure", "probe", "throughput"]
+
+log = logging.getLogger(__name__)
 
 TIMED_S = 1.0  # seconds of timing, after the warm-up
 WARM_UP = 2  # batches
@@ -372,6 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         every = [_job_and_weights(source, overrides) for source in sources]
         rows = []
         for source, asked in zip(sources, every, strict=True):
+            job, _, trained = asked
+            if source.is_dir() and job.dataset.name == trained.dataset.name:
+                _name_other_data(source, job)
             found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
             rows.append((str(source), found))
     except KeyboardInterrupt:
@@ -387,6 +396,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         for name, value in rows[0][1].items():
             write_line(f"{name:>14}  {_shown(value)}")
+
+
+def _name_other_data(folder: Path, job: Config) -> None:
+    """Log a warning if the run in `folder` was trained on other data than those of `job`."""
+    result = read_result(folder)
+    if not result.get("data"):
+        return
+    if differs := data_changed(result, present_fingerprint(job)):
+        log.warning(
+            "%s was trained on other data than dataset=%s has now (%s)",
+            folder,
+            job.dataset.name,
+            differs,
+        )
 
 
 def _is_source(word: str) -> bool:

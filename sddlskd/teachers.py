@@ -18,6 +18,7 @@ dataset= or trainer.device=.
 
 import argparse
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -44,13 +45,21 @@ from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training import teacher_files
-from sddlskd.training.build import build_data, build_network, teacher_path
+from sddlskd.training.build import (
+    build_data,
+    build_network,
+    check_teacher_data,
+    present_fingerprint,
+    teacher_path,
+)
 from sddlskd.training.devices import pick_device
 from sddlskd.training.evaluation import evaluate, metered_test_batches
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import file_hash, missing, path_of, pin_key
 
 __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
+
+log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
@@ -300,8 +309,8 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         FileNotFoundError: If the teacher's file is missing.
         ValueError: If the two values differ by more than TOLERANCE (0.1 percentage points), if the
             file does not hold finite weights of the network, if the file differs from the sha256
-            that was noted when it first came (not checked with teacher.checkpoint), or if the
-            device or the data cannot be used.
+            that was noted when it first came (not checked with teacher.checkpoint), if the teacher
+            was trained on other classes, or if the device or the data cannot be used.
         InstantiationException: If the code of the network or the data set raises an error, for
             example because the data set is missing.
     """
@@ -312,6 +321,11 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
         raise missing(path, name, job.dataset.name)
     if not job.teacher.checkpoint:
         teacher_files.check_pin(job.home, key, file_hash(path))
+    differs = ""
+    if teacher_files.data_of(path) and (now := present_fingerprint(job)):
+        differs = check_teacher_data(job, now)
+    if differs:
+        log.warning("%s learnt from other data (%s)", name, differs)
     device = pick_device(job.trainer.device)
     network = build_network(job.teacher.model, job.dataset.num_classes, 0, device)
     teacher = Teacher(

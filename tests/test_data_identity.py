@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
+from sddlskd import evaluate, teachers
 from sddlskd.config import Config
 from sddlskd.datasets import cifar10, fake, fashion_mnist, image_folder
 from sddlskd.datasets import fingerprint as fingerprints
@@ -314,6 +315,40 @@ def test_each_data_set_has_its_own_cached_maps(tmp_path: Path) -> None:
         network = build_network(job.teacher.model, 10, 0, CPU)
         build_teacher(job, network, data, CPU, lambda _: None, noted=noted)
     assert len(list((tmp_path / "cache").glob("*.maps"))) == 3
+
+
+# Commands that measure
+
+
+def test_evaluate_and_verify_name_other_data(
+    pets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = job_of(pets, *ALONE)
+    fit([job])
+    verify = ["verify", "resnet8", *SHAPE, f"home={job.home}", f"dataset.root={pets}"]
+
+    def warnings() -> list[str]:
+        capsys.readouterr()
+        evaluate.main([job.run_dir])
+        with pytest.raises(SystemExit) as caught:
+            teachers.main(verify)
+        assert caught.value.code == 0
+        lines = capsys.readouterr().err.splitlines()
+        return [line.partition(" ")[2] for line in lines if "other data" in line]
+
+    assert warnings() == []
+    add_image(pets)
+    differs = "(8 training images then, 9 now)"
+    assert warnings() == [
+        f"{job.run_dir} was trained on other data than dataset=image_folder has now {differs}",
+        f"resnet8 learnt from other data {differs}",
+    ]
+    rename_class(pets)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        teachers.main(verify)
+    assert caught.value.code == 1
+    assert "classes dog then, wolf now" in capsys.readouterr().err
 
 
 # Sweeps

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental import optimization
 
-from sddlskd.models import LogitMapModel, create, names
+from sddlskd.models import LogitMapModel, create, draw_ends, names
 from sddlskd.models.wrn import WideResNet
 
 CHECKPOINT_KEYS: dict[str, dict[str, list[int]]] = json.loads(
@@ -534,9 +534,9 @@ def test_compiles_without_a_graph_break(name):
 def test_new_ends_are_those_that_sdds_code_replaces(name, stem, changed):
     """Compare with the layers that SDD's train_origin.py puts into its networks for CUB-200."""
     torch.manual_seed(0)
-    plain = create(name, 200, stem).state_dict()
-    torch.manual_seed(0)
-    drawn = create(name, 200, stem, new_ends=True)
+    drawn = create(name, 200, stem)
+    plain = {key: value.clone() for key, value in drawn.state_dict().items()}
+    draw_ends(drawn)
     differing = {key for key, value in drawn.state_dict().items() if not value.equal(plain[key])}
     assert differing == changed
     for key in changed:
@@ -546,6 +546,13 @@ def test_new_ends_are_those_that_sdds_code_replaces(name, stem, changed):
         value = drawn.state_dict()[key]
         assert value.abs().max() <= bound
         assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def test_the_ends_of_other_networks_are_left_alone():
+    network = nn.Sequential(nn.Conv2d(3, 4, 7), nn.ReLU())
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    draw_ends(network)
+    assert all(value.equal(before[key]) for key, value in network.state_dict().items())
 
 
 def test_initialisation():

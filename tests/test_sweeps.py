@@ -749,3 +749,16 @@ def test_a_job_of_several_devices_has_the_pool_to_itself(
     two.busy = {0: (two.busy[0][0], Task([narrow]))}
     two.queue.extend([Task([wide])])
     assert [task.jobs for task in iter(lambda: two._next("cuda:2"), None)] == [[narrow]]
+
+
+def test_more_workers_than_cores_are_refused_before_anything_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDDLSKD_MOST_PROCESSES", "2")
+    jobs = jobs_of(home, "seed=0", "seed=1", "seed=2")
+    before = sorted(home.rglob("*"))
+    said = "^the number of workers in hydra.launcher.devices=3 asks for more .* give at most 2"
+    with pytest.raises(ValueError, match=said):
+        run(jobs, devices=["cpu"] * 1000)
+    assert sorted(home.rglob("*")) == before
+    pool(devices=["cpu"] * 1000).validate(jobs[:2])

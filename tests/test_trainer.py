@@ -717,6 +717,16 @@ def test_a_teacher_that_is_trained_on_the_spot_names_the_batch_size_of_the_data_
     assert not Path(job.run_dir).exists()
 
 
+def test_new_ends_are_another_start_of_the_student(tmp_path: Path) -> None:
+    words = ("student=vgg8", "recipe=vanilla", "trainer.epochs=1", "trainer.max_steps=1")
+    losses = []
+    for new_ends in (False, True):
+        job = tiny(tmp_path, *words, f"dataset.new_ends={new_ends}")
+        fit([job])
+        losses += [row["train/loss"] for row in rows(job)]
+    assert losses[0] != losses[1]
+
+
 def test_the_check_of_the_batches_changes_nothing(tmp_path: Path) -> None:
     job = tiny(tmp_path, "trainer.batch_size=191")
     student = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.Dropout(0.5))

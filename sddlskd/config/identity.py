@@ -74,7 +74,7 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
 
     - a field with the metadata later=True that has its default;
     - the argument of `dataset.load` that repeats `dataset.root`;
-    - the arguments `stem` and `new_ends` of this package's networks, if they have their default.
+    - the argument `stem` of this package's networks, if `stem` has its default.
 
     Whole floats become ints. A `_target_` that has moved gets its first name.
     """
@@ -88,7 +88,6 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
             value = _without(value, place, getattr(node, place))
         if f.name == "model" and str(value.get("_target_")).startswith("sddlskd.models."):
             value = _without(value, "stem", DatasetConfig.stem)
-            value = _without(value, "new_ends", DatasetConfig.new_ends)
         if is_dataclass(value):
             yield f.name, dict(_identity(value))
         elif f.name == "features":

@@ -481,9 +481,9 @@ class DatasetConfig:
     milestones: list[float] = bounded(list(MILESTONES), identity=False)
     # Stem of this package's CIFAR networks: small for images of 32 pixels, large for images of 224
     stem: str = _plumbing("small")
-    # Initialise the large stem and the classifier of these networks as layers that are put into a
-    # finished network: with PyTorch's defaults (docs/methods.md)
-    new_ends: bool = _plumbing(False)
+    # Initialise the student's large stem and classifier as layers that are put into a finished
+    # network: with PyTorch's defaults (docs/methods.md). Only for this package's own networks.
+    new_ends: bool = _later(False)
     train_teachers: bool = _plumbing(False)  # default of teacher.train_if_missing
 
 

@@ -53,7 +53,8 @@ class Method(nn.Module, ABC):
         facts: Names of the constructor's keyword arguments whose values come from the training, not
             from the configuration. Possible names: `labels_N` (class of each training image, int64,
             on the CPU), `num_classes` (K), `seed` (of the run), `batch_size` (images per batch),
-            `teacher_network` (the teacher with its BatchNorms, in eval mode).
+            `drop_last` (whether an epoch leaves out a smaller last batch), `teacher_network` (the
+            teacher with its BatchNorms, in eval mode).
         first_stage_epochs: Number of epochs of a first stage of training, which comes before epoch
             1; 0 if there is none. The epochs of the first stage are numbered ..., -1, 0. Their loss
             is `first_stage` with the weight 1, without cross-entropy and without distillation of

@@ -42,17 +42,18 @@ class ReviewKD(Method):
         labels_N: Class of each training image, (N,), of which only the number N is read. None to
             leave out the check for a batch of one image.
         batch_size: Images per batch. None to leave out the check for a batch of one image.
+        drop_last: Whether an epoch leaves out its last batch if that batch is smaller.
 
     Raises:
         ValueError: If a network shows no stages after the stem or no pooled features, if the
             teacher (or, with `student_preacts`, the student) shows no maps before a ReLU, if
             `alignment` is unknown or refuses the two networks, if `student_preacts` is not a bool,
             or if N images in batches of `batch_size` leave a batch of one image, which BatchNorm
-            cannot normalise.
+            cannot normalise, and `drop_last` is not set.
     """
 
     needs = frozenset({"stages", "preacts", "pooled"})
-    facts = frozenset({"labels_N", "batch_size"})
+    facts = frozenset({"labels_N", "batch_size", "drop_last"})
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class ReviewKD(Method):
         student_preacts: bool = False,
         labels_N: Tensor | None = None,
         batch_size: int | None = None,
+        drop_last: bool = False,
     ) -> None:
         if not student_preacts:
             student = student._replace(preacts=student.stages)
@@ -75,7 +77,7 @@ class ReviewKD(Method):
                 f"the student has {own} stages after the stem and the teacher {other}; set "
                 "alignment=from_end to leave out the finest maps of the network that has more"
             )
-        if labels_N is not None and batch_size is not None:
+        if labels_N is not None and batch_size is not None and not drop_last:
             _check_batches(len(labels_N), batch_size)
         self.student_preacts = student_preacts
         self.levels = min(own, other) + 1
@@ -204,5 +206,6 @@ def _check_batches(images: int, batch_size: int) -> None:
     if batch_size == 1 or images % batch_size == 1:
         raise ValueError(
             "ReviewKD normalises the pooled features over a batch and cannot train on one image; "
-            f"{images} images in batches of {batch_size} leave one: set another trainer.batch_size"
+            f"{images} images in batches of {batch_size} leave one: set another "
+            "trainer.batch_size, or dataset.drop_last=true"
         )

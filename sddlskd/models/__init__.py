@@ -27,6 +27,7 @@ __all__ = [
     "LogitMapModel",
     "Taps",
     "create",
+    "draw_ends",
     "from_network",
     "from_timm",
     "from_torchvision",
@@ -60,6 +61,16 @@ _NETWORKS: dict[str, Callable[..., LogitMapModel]] = {
     "shufflev2": ShuffleNetV2,
 }
 _ONE_STEM = ("vgg", "mobilev1")
+_FAMILIES = (
+    MobileNetV1,
+    MobileNetV2,
+    ResNet,
+    ResNet4Stage,
+    ShuffleNetV1,
+    ShuffleNetV2,
+    VGG,
+    WideResNet,
+)
 
 
 def names() -> tuple[str, ...]:
@@ -67,9 +78,7 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
-def create(
-    name: str, num_classes: int, stem: str = "small", new_ends: bool = False
-) -> LogitMapModel:
+def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
     """Return a new network with random weights, by name.
 
     The network maps images (B, 3, H, W) to a logit map (B, K, h, w), which holds the logits of each
@@ -82,9 +91,6 @@ def create(
         stem: "small" for first layers that suit images of 32 pixels. "large" for a first
             convolution of 7x7 with stride 2, for images of 224 pixels. The VGGs and mobilev1 have
             the same first layers for images of every size; their stem is called "small".
-        new_ends: Whether the first convolution of a large stem and the classifier are drawn once
-            more after the initialisation, with PyTorch's default distribution. The classifier of
-            mobilev2 is not drawn again.
 
     Returns:
         The network, in train mode.
@@ -102,28 +108,28 @@ def create(
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r} of {name}; choose one of: {', '.join(STEMS)}")
     if stem == STEMS[0]:
-        network = _NETWORKS[name](num_classes=num_classes)
-    elif name.startswith(_ONE_STEM):
+        return _NETWORKS[name](num_classes=num_classes)
+    if name.startswith(_ONE_STEM):
         raise ValueError(
             f"{name} has no {stem} stem: it is the same network for images of every size; "
             "leave stem out"
         )
-    else:
-        network = _NETWORKS[name](num_classes=num_classes, stem=stem)
-    if new_ends:
-        _draw_ends(network, name, stem)
-    return network
+    return _NETWORKS[name](num_classes=num_classes, stem=stem)
 
 
-def _draw_ends(network: LogitMapModel, name: str, stem: str) -> None:
-    """Draw the layers once more that SDD's code replaces in a network for CUB-200.
+def draw_ends(network: nn.Module) -> None:
+    """Draw the layers once more that SDD's code replaces in a network for CUB-200, in place.
 
-    `name` and `stem` are those that the network was made with. The layers are the first convolution
-    of a large stem and the classifier, except that of mobilev2. Source:
-    modify_student_model_for_cub200 in SDD's train_origin.py at e412036.
+    The layers are the first convolution, if it is that of a large stem, and the classifier, except
+    that of mobilev2. They are drawn from PyTorch's default distribution, by torch's global
+    generator. A network of another package does not change.
+
+    Source: modify_student_model_for_cub200 in train_origin.py of SDD at e412036.
     """
-    if stem != STEMS[0]:
-        first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    if not isinstance(network, _FAMILIES):
+        return
+    first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    if first.kernel_size == (7, 7):
         first.reset_parameters()
-    if name != "mobilev2":
+    if not isinstance(network, MobileNetV2):
         network.head.reset_parameters()

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from sddlskd.config import Config
+from sddlskd.processes.cores import check_processes
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
@@ -23,6 +24,7 @@ __all__ = ["Pool", "Task"]
 
 log = logging.getLogger(__name__)
 
+WORKER_MB = 200  # memory of a process that has imported torch, in megabytes
 POLL_S = 0.1  # seconds between two looks at the workers
 FAILED_FAST = "a job failed and fail_fast is on"
 
@@ -97,7 +99,10 @@ class Pool(GroupRunner):
         self.last_signal = 0  # number of the last stop signal
 
     def validate(self, jobs: Sequence[Config]) -> None:
-        """Do nothing with `jobs`: a pool accepts all jobs."""
+        """Raise ValueError if the pool would start more workers on the CPU than there are cores."""
+        # The pool with the devices "auto" has at most one worker for each device.
+        workers = min(self.devices.count("cpu"), len(jobs))
+        check_processes("the number of workers in hydra.launcher.devices", workers, WORKER_MB)
 
     def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
         """Return the devices that train the jobs, one for each worker; see `GroupRunner.places`."""

@@ -24,6 +24,7 @@ from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
 from sddlskd.datasets.places import without_downloads
 from sddlskd.distill import ScaleDecoupled, compares_images
+from sddlskd.models import draw_ends
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
@@ -384,7 +385,12 @@ def check_cache(job: Config) -> None:
 
 
 def build_network(
-    model: dict[str, Any], num_classes: int, seed: int, device: torch.device
+    model: dict[str, Any],
+    num_classes: int,
+    seed: int,
+    device: torch.device,
+    *,
+    new_ends: bool = False,
 ) -> nn.Module:
     """Return a newly initialised network, whose weights depend on the arguments alone.
 
@@ -396,6 +402,7 @@ def build_network(
         num_classes: number of classes, passed to the network as the argument `num_classes`.
         seed: seed of the initialisation.
         device: device that the network is moved to.
+        new_ends: whether stem and classifier are drawn once more, see `models.draw_ends`.
 
     Returns:
         The network, in the channels_last memory format.
@@ -408,6 +415,8 @@ def build_network(
     """
     with seeded(seed, device):
         network: nn.Module = instantiate(model, num_classes=num_classes)
+        if new_ends:
+            draw_ends(network)
     return network.to(  # type: ignore[call-overload, no-any-return]
         device=device, memory_format=torch.channels_last
     )

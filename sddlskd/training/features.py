@@ -150,6 +150,7 @@ def build_features(
         "num_classes": job.dataset.num_classes,
         "seed": job.seed,
         "batch_size": job.trainer.batch_size,
+        "drop_last": job.dataset.drop_last,
         "teacher_network": teacher,
     }
     features = {}

@@ -459,7 +459,12 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
     with ranks.rank_zero_first():
         data, noted = _load_data(jobs, device, ranks)
-        students = [build_network(job.student.model, classes, job.seed, device) for job in jobs]
+        students = [
+            build_network(
+                job.student.model, classes, job.seed, device, new_ends=job.dataset.new_ends
+            )
+            for job in jobs
+        ]
     noted = ranks.broadcast(noted)
     plain_students = [ranks.with_shared_norm(student) for student in students]
     teacher_network = None

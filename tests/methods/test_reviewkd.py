@@ -116,6 +116,13 @@ def test_what_does_not_fit_is_refused(options: dict, message: str) -> None:
         create("reviewkd", student, teacher, **options)
 
 
+def test_a_last_batch_of_one_image_may_be_left_out() -> None:
+    taps = drawn.taps(drawn.STUDENT), drawn.taps(drawn.STUDENT)
+    create("reviewkd", *taps, labels_N=torch.zeros(33), batch_size=16, drop_last=True)
+    with pytest.raises(ValueError, match=r"or dataset\.drop_last=true"):
+        create("reviewkd", *taps, labels_N=torch.zeros(33), batch_size=16)
+
+
 @pytest.mark.parametrize(
     ("who", "options"), [("teacher", {}), ("student", {"student_preacts": True})]
 )
