@@ -157,13 +157,13 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
 def _say_what_is_missing(runs: "Runs") -> None:
     """Print the runs that are not finished, with the commands that finish them.
 
-    Superseded runs (replaced by a later run of the job) are not printed. Nothing is printed if all
-    other runs are finished.
+    Superseded runs (replaced by a later run of the job) and runs that halving dropped are not
+    printed. Nothing is printed if all other runs are finished.
     """
     from .schema import runs_of
 
     standing = [run for run in runs_of(runs.frame) if not run.superseded]
-    open_runs = [run for run in standing if run.status != "FINISHED"]
+    open_runs = [run for run in standing if run.status not in ("FINISHED", "PRUNED")]
     if not open_runs:
         return
     _say(f"{len(open_runs)} of {len(standing)} runs are not finished:")

@@ -184,12 +184,10 @@ def sweep(jobs: list[Config]) -> None:
 def test_a_sweep_leaves_dropped_runs_alone_until_it_is_told_otherwise(
     tmp_path: Path,
     full: list[Config],
-    caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     jobs = group(tmp_path, [1], RATES[:2])
     sweep(jobs)  # exits with code 0
-    assert "on the test split; dataset.val_fraction=0.1 holds out" in caplog.text
     worse = Path(jobs[1].run_dir)
     first = record.read_result(worse)
     assert (first["status"], first["epochs"]) == ("PRUNED", 1)
@@ -227,9 +225,15 @@ def test_a_group_that_does_not_fit_is_not_divided(
     assert [status for status, _ in statuses(jobs)] == ["FAILED", "FAILED"]
 
 
-def test_a_job_that_trains_alone_is_refused(tmp_path: Path) -> None:
+def test_a_job_that_trains_alone_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     jobs = group(tmp_path, [1])
+    held_out = [replace(job, dataset=replace(job.dataset, val_fraction=0.1)) for job in jobs]
+    check_halving(held_out, None)
+    assert caplog.text == ""
     check_halving(jobs, None)
+    assert "on the test split; dataset.val_fraction=0.1 holds out" in caplog.text
     with pytest.raises(ValueError, match="trains alone"):
         check_halving(jobs, 3)
     with pytest.raises(ValueError, match=cfg.run_name(jobs[0])):

@@ -370,6 +370,15 @@ def test_a_resumed_run_has_no_reason_left(home: Path) -> None:
     assert (run.info.status, run.data.tags["status_reason"]) == ("RUNNING", "")
 
 
+def test_a_dropped_run_is_killed_with_its_reason(home: Path) -> None:
+    (job,) = register([tracked(home, teacher=False)])
+    folder = write_record(job, epochs=1, status=record.PRUNED, reason="rank 2 of 2 at epoch 1")
+    sync(folder)
+    (run,) = runs_of(job)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["status_reason"] == "PRUNED: rank 2 of 2 at epoch 1"
+
+
 def test_failed_run(home: Path) -> None:
     job = tracked(home, DIVERGES)
     fit([job])

@@ -113,11 +113,6 @@ def run_sweep(
         if plan.invalid:
             sys.exit(1)
         sys.exit(0)
-    if plan.todo and plan.jobs[0].sweep.halving and not plan.jobs[0].dataset.val_fraction:
-        log.warning(
-            "sweep.halving chooses runs by their accuracy on the test split; "
-            "dataset.val_fraction=0.1 holds out training images for the choice"
-        )
     log.info("%s", "; ".join(plan_lines(plan)))
     ended = _run(plan, runner)
     if ended == RUNNING:

@@ -1,6 +1,7 @@
 """The plan of a launch: which jobs of a sweep are to do, in which groups, and which cannot run."""
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -19,6 +20,8 @@ from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.status import states_of
 
 __all__ = ["Plan", "Precheck", "ask_precheck", "check_halving", "groups_of", "make_plan"]
+
+log = logging.getLogger(__name__)
 
 # Check of a launch: (jobs to run, finished jobs, whether the jobs run on this machine) -> the
 # dictionary of `precheck.report`.
@@ -189,6 +192,8 @@ def make_plan(
 def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
     """Raise ValueError if a job would train in a group of its own, in which nothing can be halved.
 
+    Log a warning if halving would compare the jobs on the test split.
+
     Args:
         jobs: all jobs of the sweep, at least one, and not only those that have not finished.
         max_group_size: largest number of jobs that train together; None for no limit.
@@ -201,6 +206,11 @@ def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
                 "the same, set trainer.data_seed=0 for several seeds, and set "
                 "hydra.launcher.max_group_size=null"
             )
+    if not jobs[0].dataset.val_fraction:
+        log.warning(
+            "sweep.halving chooses runs by their accuracy on the test split; "
+            "dataset.val_fraction=0.1 holds out training images for the choice"
+        )
 
 
 def _skipped_states(settings: SweepConfig) -> set[str]:

@@ -166,10 +166,12 @@ def test_without_a_name_lists_what_there_is(
     assert main([]) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"^ *kind +name +runs +finished +running +failed +killed +missing$", said, re.MULTILINE
+        r"^ *kind +name +runs +finished +running +pruned +failed +killed +missing$",
+        said,
+        re.MULTILINE,
     )
-    assert re.search(r"^ *sweep +study +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
-    assert re.search(r"^ *experiment +sddlskd +21 +18 +1 +1 +0 +1$", said, re.MULTILINE)
+    assert re.search(r"^ *sweep +study +21 +18 +1 +0 +1 +0 +1$", said, re.MULTILINE)
+    assert re.search(r"^ *experiment +sddlskd +21 +18 +1 +0 +1 +0 +1$", said, re.MULTILINE)
 
 
 def test_which_store_is_read(

@@ -177,6 +177,18 @@ def test_no_run_is_dropped(path: Path) -> None:
     assert len(load(None, uri_of(path)).frame) == len(rows)
 
 
+def test_a_run_that_halving_dropped_is_pruned(path: Path) -> None:
+    reason = "rank 2 of 2 at epoch 1: val/top1 9.00"
+    rows = [
+        {"sweep": "s", "status": "KILLED", "reason": f"PRUNED: {reason}"},
+        {"sweep": "s", "status": "FINISHED", "reason": "PRUNED: of an earlier attempt"},
+    ]
+    make_store(path, rows)
+    frame = load("s", uri_of(path)).frame
+    assert list(frame["status"]) == ["PRUNED", "FINISHED"]
+    assert frame["reason"][0] == reason
+
+
 def test_a_job_whose_only_run_is_superseded_is_missing(path: Path) -> None:
     make_store(path, [{"sweep": "s", "superseded": True}])
     assert list(load("s", uri_of(path)).frame["status"]) == ["FINISHED", "MISSING"]
@@ -446,7 +458,8 @@ def test_listing(path: Path) -> None:
         ("experiment", "sddlskd"),
     ]
     assert found.loc[("sweep", "b")].to_dict() == {
-        **{"runs": 2, "FINISHED": 1, "RUNNING": 0, "FAILED": 0, "KILLED": 0, "MISSING": 1}
+        **{"runs": 2, "FINISHED": 1, "RUNNING": 0, "PRUNED": 0},
+        **{"FAILED": 0, "KILLED": 0, "MISSING": 1},
     }
     assert found.loc[("experiment", "sddlskd"), "runs"] == 3
 

@@ -409,6 +409,24 @@ def test_failed_stopped_missing_and_running_runs_are_counted_with_their_commands
     )
 
 
+def test_runs_that_halving_dropped_are_left_out_and_named() -> None:
+    reason = "rank 2 of 2 at epoch 1: val/top1 9.00"
+    hot = run(*SHUFFLE, 0, 9.0, status="PRUNED", reason=reason, temperature=16.0)
+    elsewhere = run(*SHUFFLE, 0, 9.0, status="PRUNED", reason=reason, dataset="cub200")
+    kept = run(*SHUFFLE, 1, 74.0)
+    continued = {**kept, "run_id": "first", "status": "PRUNED", "best": 9.0, "reason": reason}
+    table = build([hot, elsewhere, continued, kept])["sdd_table_2"]
+    cell = table.cells["KD", COLUMN]
+    assert (cell.n, cell.planned, cell.mean, cell.troubles) == (1, 1, 74.0, ())
+    (note,) = [text for text in table.notes if "halving" in text]
+    assert note == (
+        "Left out because halving dropped them, so the means are over chosen runs: "
+        f"{COLUMN}, KD, temperature=16, seed 0 ({reason})."
+    )
+    assert table.commands == ()
+    assert build([hot]) == {}
+
+
 def test_a_table_of_missing_runs_alone_is_there() -> None:
     table = build(runs(*SHUFFLE, [None, None], status="MISSING"))["sdd_table_2"]
     assert table.cells["KD", COLUMN].troubles == ("2 missing",)
