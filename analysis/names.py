@@ -39,6 +39,7 @@ PAPERS_LOSSES = {
     "locality_guidance": "locality guidance",
     "lskd": "LSKD",
     "mgd": "MGD",
+    "mld": "MLD",
     "mlkd": "MLKD",
     "nkd": "NKD",
     "nst": "NST",

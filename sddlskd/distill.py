@@ -26,6 +26,7 @@ __all__ = [
     "region_logits",
     "standardize",
     "standardize_over_batch",
+    "takes_label_sets",
 ]
 
 PerSampleLoss = Callable[..., Tensor]
@@ -146,6 +147,18 @@ def compares_images(loss: PerSampleLoss) -> bool:
         return False
 
 
+def takes_label_sets(loss: PerSampleLoss) -> bool:
+    """Return whether a loss is for images with several labels.
+
+    Such a loss has a parameter `labels_NK` in the place of `target_N`: it is 1 for the classes of a
+    sample, and 0 for the others.
+    """
+    try:
+        return "labels_NK" in inspect.signature(loss).parameters
+    except ValueError:  # some callables that are not written in Python have no signature
+        return False
+
+
 class ScaleDecoupled:
     """Distillation loss of a batch that compares the logit maps of two networks region by region.
 
@@ -180,7 +193,8 @@ class ScaleDecoupled:
 
     Raises:
         ValueError: If `M` is not a sequence of different integers of at least 1, if
-            `complementary_weight` is negative or NaN, or if `standardize`, `knowledge`, `reduction`
+            `complementary_weight` is negative or NaN, if `knowledge` is not "fusion" for a loss of
+            `takes_label_sets`, or if `standardize`, `knowledge`, `reduction`
             or `pooling` is not one of the names above.
     """
 
@@ -205,6 +219,11 @@ class ScaleDecoupled:
             raise ValueError(f"standardize={standardize!r} is not one of {', '.join(STANDARDIZE)}")
         if not complementary_weight >= 0:  # also true for NaN
             raise ValueError(f"complementary_weight={complementary_weight} must not be negative")
+        if takes_label_sets(loss) and knowledge != "fusion":
+            raise ValueError(
+                f"knowledge={knowledge!r} needs one class per image; give 'fusion' for a loss of "
+                "several labels"
+            )
         self.loss = loss
         self.compares_images = compares_images(loss)
         self.M = check_scales(M)
@@ -229,7 +248,7 @@ class ScaleDecoupled:
             student_map_BKHW: logit map of the student, (B, K, H, W).
             teacher_map_BKHW: logit map of the teacher, (B, K, H, W); H and W may differ from the
                 student's.
-            target_B: class ids, int64, (B,).
+            target_B: class ids, int64, (B,); or (B, K) for a loss of `takes_label_sets`.
             **options: keyword arguments that are passed on to the per-sample loss, such as a learnt
                 `temperature`.
 
@@ -253,11 +272,11 @@ class ScaleDecoupled:
                 teacher_BRK = standardize_over_batch(teacher_BRK)
             elif self.standardize:
                 student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
-            target_BR = target_B[:, None].expand(B, R)
+            target_BR = target_B[:, None].expand(B, R, *target_B.shape[1:])
             loss_N = self.loss(
                 student_BRK.flatten(0, 1),
                 teacher_BRK.flatten(0, 1),
-                target_BR.flatten(),
+                target_BR.flatten(0, 1),
                 **options,
                 **({"regions_per_image": R} if self.compares_images else {}),
             )
@@ -277,7 +296,12 @@ class ScaleDecoupled:
         return F.adaptive_avg_pool2d(wide_BKHW, NESTED_SIDE)
 
     def _weights(self, teacher_map_BKHW: Tensor, teacher_BRK: Tensor, target_B: Tensor) -> Tensor:
-        """Return the weight of each region, (B, R), from the teacher's logits (SDD Eq. 6 to 9)."""
+        """Return the weight of each region, (B, R), from the teacher's logits (SDD Eq. 6 to 9).
+
+        For images with several labels, no region is consistent or complementary: all weights are 1.
+        """
+        if target_B.ndim > 1:
+            return teacher_BRK.new_ones(teacher_BRK.shape[:2])
         right_globally_B1 = (teacher_map_BKHW.mean((2, 3)).argmax(1) == target_B)[:, None]
         complementary_BR = (teacher_BRK.argmax(2) == target_B[:, None]) != right_globally_B1
         consistent, complementary = KNOWLEDGE[self.knowledge]

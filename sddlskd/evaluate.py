@@ -91,13 +91,13 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
 
     Returns:
         The results by name: "images" (number of test images), "top1" and "top5" (%), "ece"
-        (expected calibration error, %), "loss" (mean cross-entropy), "parameters" (number), "flops"
-        (operations for one image), "images_per_s" (throughput), "batch" (images per timed batch),
-        "ms_per_image" (milliseconds for a batch of one image) and "environment" (name of the
-        device). On a GPU also "memory_mib" (peak memory in MiB while a batch is computed). With a
-        teacher also "teacher_top1" (%) and "agreement" (percentage of images for which both
-        networks predict the same class). "parameters" or "flops" is missing if the number cannot be
-        counted.
+        (expected calibration error, %) or "mAP" (%, for several labels per image), "loss" (mean
+        cross-entropy), "parameters" (number), "flops" (operations for one image), "images_per_s"
+        (throughput), "batch" (images per timed batch), "ms_per_image" (milliseconds for a batch of
+        one image) and "environment" (name of the device). On a GPU also "memory_mib" (peak memory
+        in MiB while a batch is computed). With a teacher also "teacher_top1" (%) and "agreement"
+        (percentage of images for which both networks predict the same class). "parameters" or
+        "flops" is missing if the number cannot be counted.
 
     Raises:
         FileNotFoundError: If the file of the student or of the teacher is missing.
@@ -173,6 +173,11 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
         InstantiationException: If the code of a network or a data set raises an error.
     """
     device, precision = pick_device(job.trainer.device), job.trainer.precision
+    if job.dataset.multi_label:
+        raise ValueError(
+            f"--probe classifies into one class per image, but dataset={job.dataset.name} has "
+            "several labels per image"
+        )
     if side is not None and side < 1:
         raise ValueError(f"--size {side} must be at least 1")
     network = rebuild_student(trained, device)

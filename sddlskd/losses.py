@@ -10,6 +10,9 @@ A loss that compares images with each other, such as `dist` and `skd`, takes a f
 `regions_per_image`. Row b*R + r is region r of image b, and only rows of the same region are
 compared.
 
+`mld` is for images with several labels: in place of class ids it takes `labels_NK`, which is 1 for
+the classes that an image has and 0 for the others.
+
 Losses are computed in float32 (float64 stays float64), with autocast disabled. They work on
 log-probabilities, so that no loss takes the logarithm of a probability that has underflowed.
 """
@@ -20,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["abkd", "dist", "dkd", "gdkd", "kd", "nkd", "rld", "skd", "sld", "ttm", "wttm"]
+__all__ = ["abkd", "dist", "dkd", "gdkd", "kd", "mld", "nkd", "rld", "skd", "sld", "ttm", "wttm"]
 
 
 def _log_probabilities(logits_NK: Tensor, temperature: float) -> Tensor:
@@ -582,3 +585,47 @@ def skd(
         whitened_RBB = torch.linalg.solve_triangular(L_RBB, D_RBB.mT, upper=False)
         term_RB: Tensor = torch.linalg.vector_norm(whitened_RBB, dim=1)
         return kd_N + term_RB.T.flatten()
+
+
+def mld(
+    student_NK: Tensor,
+    teacher_NK: Tensor,
+    labels_NK: Tensor,
+    *,
+    temperature: float,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """Return the distillation loss of each sample for images with several labels (MLD).
+
+    Every class is a problem of two events, present and absent, with the probability p = sigmoid(z /
+    T) of "present". The loss is T^2 times the sum over the classes of KL(teacher || student) of
+    these two events. The classes that the sample has count `alpha` times, and the others `beta`
+    times: as DKD does for one label, this parts the knowledge on the labels from the rest.
+
+    Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (ICCV), the multi-label logits
+    distillation, of which the released code sums the classes. There T = alpha = beta = 1; the
+    temperature is that of Hinton et al. 2015, and the two weights are of this package.
+
+    Args:
+        student_NK: logits of the student, (N, K).
+        teacher_NK: logits of the teacher, (N, K).
+        labels_NK: 1 for the classes of a sample and 0 for the others, (N, K), of any type.
+        temperature: T, a number or a scalar tensor, greater than 0 (not checked).
+        alpha: weight of the classes that a sample has.
+        beta: weight of the other classes.
+
+    Returns:
+        Loss of each sample, (N,), in float32, or in float64 for float64 logits.
+    """
+    wide = torch.promote_types(student_NK.dtype, torch.float32)
+    with torch.autocast(student_NK.device.type, enabled=False):
+        student_NK, teacher_NK = (z.to(wide) / temperature for z in (student_NK, teacher_NK))
+        present_NK = F.kl_div(
+            F.logsigmoid(student_NK), F.logsigmoid(teacher_NK), reduction="none", log_target=True
+        )
+        absent_NK = F.kl_div(
+            F.logsigmoid(-student_NK), F.logsigmoid(-teacher_NK), reduction="none", log_target=True
+        )
+        weight_NK = torch.where(labels_NK.bool(), alpha, beta)
+        return temperature**2 * (weight_NK * (present_NK + absent_NK)).sum(-1)

@@ -450,7 +450,10 @@ class Record:
         # The epochs of a first stage count neither as epochs nor for the best score.
         rows = [row for row in self.rows() if row["epoch"] > 0]
         earlier = read_result(self.folder)
-        best = max(rows, key=lambda row: row["val/top1"], default=None)
+        best = max(rows, key=lambda row: row.get("val/mAP", row["val/top1"]), default=None)
+        several = {}
+        if best and "val/mAP" in best:  # images have several labels
+            several = {"best_mAP": best["val/mAP"], "last_mAP": rows[-1]["val/mAP"]}
         return self.result(
             status,
             reason,
@@ -459,6 +462,7 @@ class Record:
             last_top1=rows[-1]["val/top1"] if rows else None,
             epochs=len(rows),
             seconds=round(sum(row["time/epoch_s"] for row in rows), 3),
+            **several,
             **{k: v for k, v in earlier.items() if k.startswith("teacher_") or k in KEPT},
         )
 

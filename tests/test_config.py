@@ -58,7 +58,10 @@ LIBRARIES = {"timm", "torchvision"}
 # Networks for images of 224 pixels
 IMAGENET = {"imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50", "mobilev1"}
 # Values that a choice requires from its user
-UNSAID = {"dataset=image_folder": ("dataset.num_classes=37",)}
+UNSAID = {
+    "dataset=image_folder": ("dataset.num_classes=37",),
+    "dataset=label_sets": ("dataset.num_classes=20",),
+}
 
 
 def choices(group: str) -> list[str]:
@@ -146,17 +149,24 @@ def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
 
 def test_the_choices_are_those_that_the_project_promises() -> None:
     losses = {"kd", "dkd", "nkd", "ttm", "wttm", "rld", "gdkd", "abkd", "dist", "sld", "skd"}
+    losses.add("mld")
     assert set(choices("distiller")) == {"vanilla", "features_only"} | losses
     assert set(choices("scales")) == {"global", "two", "three", "skip"}
     small = {"cifar10", "cifar100", "digits", "fake", "fashion_mnist", "stl10"}
     assert set(choices("dataset")) == small | {
         "cub200",
+        "fake_label_sets",
         "image_folder",
         "imagenet",
+        "label_sets",
         "tiny_imagenet",
     }
     assert set(choices("trainer")) == {"default", "debug", "cpu"}
-    assert set(choices("recipe")) == set(RECIPES) | set(OF_METHODS) | LOGITS | {"luminet", "normkd"}
+    assert set(choices("recipe")) == set(RECIPES) | set(OF_METHODS) | LOGITS | {
+        "luminet",
+        "normkd",
+        "mld",
+    }
     # The teachers of LSKD Table 5. They are built by their class and are not in models.names().
     wide = {"wrn_16_4", "wrn_28_2", "wrn_28_4"}
     assert (

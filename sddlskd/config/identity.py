@@ -41,6 +41,7 @@ METHOD_NAMES = {
     "kd": "KD",
     "kdsvd": "KDSVD",
     "mgd": "MGD",
+    "mld": "MLD",
     "mlkd": "MLKD",
     "nkd": "NKD",
     "nst": "NST",

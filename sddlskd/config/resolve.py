@@ -403,6 +403,7 @@ def _check(config: Config, *, frozen: bool) -> None:
     _check_fractions(config)
     _check_dot(config)
     _check_search(config)
+    _check_multi_label(config)
     if config.standardize == "batch" and config.trainer.devices > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} cannot train standardize=batch: it reads "
@@ -458,6 +459,45 @@ def _check_dot(config: Config) -> None:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} averages one gradient over the processes, "
             f"but {reason}; set trainer.devices=1"
+        )
+
+
+def _check_multi_label(config: Config) -> None:
+    """Raise ValueError for a setting that has no meaning for images with several labels."""
+    if not config.dataset.multi_label:
+        return
+    on = "dataset.multi_label=true"
+    if config.features:
+        raise ValueError(
+            f"features=[{','.join(config.features)}] cannot be trained with {on}: feature methods "
+            "are tested with one class per image alone; set features=[]"
+        )
+    if config.trainer.devices > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} cannot measure val/mAP, which {on} asks "
+            "for: it ranks all images; set trainer.devices=1"
+        )
+    if config.tracking.predictions:
+        raise ValueError(
+            f"tracking.predictions=true keeps one class per image, but {on}; set "
+            "tracking.predictions=false"
+        )
+    if not config.distiller.loss:
+        return
+    if config.standardize is not False:
+        raise ValueError(
+            f"standardize={config.standardize} moves the zero of the logits, above which {on} "
+            "predicts a class; set standardize=false"
+        )
+    if config.distiller.knowledge != "fusion":
+        raise ValueError(
+            f"distiller.knowledge={config.distiller.knowledge} needs one class per image, but "
+            f"{on}; set distiller.knowledge=fusion"
+        )
+    if config.M != [1] and config.complementary_weight != 1:
+        raise ValueError(
+            f"complementary_weight={config.complementary_weight:g} needs one class per image, but "
+            f"{on}: no region is complementary; set complementary_weight=1"
         )
 
 

@@ -435,6 +435,9 @@ class DatasetConfig:
     # Pixels of zero padding before the random crop; 0: no crop
     padding: int = bounded(4, ge=0, le=1_000_000)
     flip: bool = True  # mirror half of the images
+    # Several labels per image: the loader gives labels (N, num_classes) of zeros and ones, and a
+    # binary cross-entropy replaces the cross-entropy
+    multi_label: bool = _later(False)
     # Views of each training image; methods such as MLKD need two. Jobs with one view and jobs with
     # two can share their batches.
     views: Views = _later(Views.weak)

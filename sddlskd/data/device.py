@@ -44,7 +44,8 @@ class Batch(NamedTuple):
 
     Attributes:
         images: normalised images, float32 (B, C, H, W), channels_last, on the device.
-        labels: class of each image, int64 (B,), on the device.
+        labels: class of each image, int64 (B,), on the device. For images with several labels,
+            int64 (B, K): 1 for the classes of an image, and 0 for the others.
         index: index of each image among the images that are trained on, int64 (B,), on the CPU.
             Images of the training split that are held out or left out have no index.
         views: number that identifies the image, its crop and its flip, int64 (B,), on the CPU. The
@@ -576,6 +577,7 @@ def trained_on(
         raise ValueError(
             f"train_fraction is {train_fraction}; it must lie in (0, 1]: give 0.1 for a tenth"
         )
+    labels_N = _classes_to_draw_from(labels_N)
     rest_N = torch.ones(len(labels_N), dtype=torch.bool)
     if val_fraction:
         rest_N = ~held_out(labels_N, val_fraction, num_classes)
@@ -612,6 +614,7 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
         raise ValueError(
             f"val_fraction is {fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth"
         )
+    labels_N = _classes_to_draw_from(labels_N)
     generator = torch.Generator().manual_seed(0)
     held_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label in range(num_classes):
@@ -626,6 +629,27 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
         )
         raise ValueError(f"{message}: give one that leaves images for training and validation")
     return held_N
+
+
+def _classes_to_draw_from(labels: Tensor) -> Tensor:
+    """Return the class of each image, within which images are drawn; one class for label sets."""
+    return labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.int64)
+
+
+def _check_label_sets(name: str, labels_NK: Tensor, count: int, num_classes: int) -> None:
+    """Raise ValueError unless the labels are zeros and ones, one for each image and class."""
+    expected = (count, num_classes)
+    if labels_NK.dtype != torch.int64 or labels_NK.shape != expected or not count:
+        raise ValueError(
+            f"{name} labels are {labels_NK.dtype} {tuple(labels_NK.shape)}; for several labels per "
+            f"image they must be torch.int64 {expected}, with at least one image: set "
+            "dataset.num_classes, or convert them in the loader"
+        )
+    if ((labels_NK != 0) & (labels_NK != 1)).any():
+        raise ValueError(
+            f"{name} labels are not all 0 or 1, which several labels per image must be: convert "
+            "them in the loader"
+        )
 
 
 def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.Size) -> None:
@@ -646,11 +670,12 @@ def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.
 
 
 def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
-    """Raise ValueError unless a split has at least one image, and one valid label for each image.
+    """Raise ValueError unless a split has at least one image, and valid labels for each image.
 
     Args:
         name: name of the split, for the message.
-        labels: class of each image; must be int64, (count,), in 0..num_classes-1.
+        labels: class of each image; must be int64, (count,), in 0..num_classes-1. For images with
+            several labels, int64 (count, num_classes) of zeros and ones.
         count: number of images in the split.
         num_classes: number of classes.
 
@@ -658,6 +683,9 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> Non
         ValueError: If `count` is 0, or if `labels` has another shape, another type, or an entry out
             of range.
     """
+    if labels.ndim == 2:
+        _check_label_sets(name, labels, count, num_classes)
+        return
     if labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"
         raise ValueError(

@@ -8,10 +8,11 @@ from sddlskd.datasets.arrays import (
     cifar100,
     digits,
     fake,
+    fake_label_sets,
     fashion_mnist,
     stl10,
 )
-from sddlskd.datasets.folders import cub200, image_folder, imagenet, tiny_imagenet
+from sddlskd.datasets.folders import cub200, image_folder, imagenet, label_sets, tiny_imagenet
 
 __all__ = [
     "Files",
@@ -22,9 +23,11 @@ __all__ = [
     "cub200",
     "digits",
     "fake",
+    "fake_label_sets",
     "fashion_mnist",
     "image_folder",
     "imagenet",
+    "label_sets",
     "stl10",
     "tiny_imagenet",
 ]

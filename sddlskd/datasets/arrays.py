@@ -95,7 +95,8 @@ class Images(NamedTuple):
 
     Attributes:
         images_NHWC: pixels 0..255, uint8 (N, H, W, C).
-        labels_N: class of each image, counted from 0, int64 (N,).
+        labels_N: class of each image, counted from 0, int64 (N,). For images with several labels,
+            int64 (N, K): 1 for the classes of an image, and 0 for the others.
     """
 
     images_NHWC: Tensor
@@ -107,7 +108,7 @@ class Files(NamedTuple):
 
     Attributes:
         paths: absolute paths of the N image files. The loaders do not open the files.
-        labels_N: class of each image, counted from 0, int64 (N,).
+        labels_N: labels of the images, as those of `Images`.
     """
 
     paths: Sequence[str]
@@ -347,6 +348,42 @@ def fake(
             256, (count, size, size, 3), dtype=torch.uint8, generator=generator
         )
         splits.append(Images(images_NHWC, torch.arange(count) % num_classes))
+    return Splits(*splits)
+
+
+def fake_label_sets(
+    num_classes: int = 6, size: int = 32, train: int = 2_000, test: int = 500, seed: int = 0
+) -> Splits:
+    """Return random pixels with several labels per image that can be learnt, for smoke tests.
+
+    Each class has a colour and a place: for each class of an image, a square of the class's colour
+    lies over the noise at the class's place. An image has each class with probability 0.4.
+
+    Args:
+        num_classes: number of classes, at least 1.
+        size: side of the square images in pixels, at least 8.
+        train: number of training images.
+        test: number of test images.
+        seed: seed of the pixels and labels.
+
+    Returns:
+        Splits of `Images` with 3 channels and labels (N, num_classes) of zeros and ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    colours_K3 = torch.randint(256, (num_classes, 3), dtype=torch.uint8, generator=generator)
+    side = size // 4
+    corners_K2 = torch.randint(size - side + 1, (num_classes, 2), generator=generator).tolist()
+    splits = []
+    for count in (train, test):
+        labels_NK = (torch.rand(count, num_classes, generator=generator) < 0.4).long()
+        images_NHWC = torch.randint(
+            256, (count, size, size, 3), dtype=torch.uint8, generator=generator
+        )
+        for label, (top, left) in enumerate(corners_K2):
+            having_N = labels_NK[:, label].bool()
+            square_NHWC = images_NHWC[:, top : top + side, left : left + side]
+            square_NHWC[having_N] = colours_K3[label]
+        splits.append(Images(images_NHWC, labels_NK))
     return Splits(*splits)
 
 

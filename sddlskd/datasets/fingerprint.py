@@ -29,7 +29,8 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
         A dictionary that can be written as JSON, with the keys
 
         - train, test: number of images of the split;
-        - classes: largest label of both splits + 1; 0 without images;
+        - classes: largest label of both splits + 1, or the number of columns of label sets; 0
+          without images;
         - class_names: names of the class folders of the training images, in the order of the
           labels; None for `Images`, and for `Files` that do not lie in one folder per class;
         - sha256: hash in hex. For `Images`, of the labels and all pixels. For `Files`, of the
@@ -39,12 +40,12 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
     """
     counts = {name: len(split.labels_N) for name, split in splits._asdict().items()}
     names = None
-    if isinstance(splits.train, Files):
+    if isinstance(splits.train, Files) and splits.train.labels_N.ndim == 1:
         names = _class_names(splits.train)
     labels = [split.labels_N for split in splits if len(split.labels_N)]
     return {
         **counts,
-        "classes": max(int(labels_N.max()) + 1 for labels_N in labels) if labels else 0,
+        "classes": max(map(_classes, labels), default=0),
         "class_names": names,
         "sha256": _hash(splits),
     }
@@ -81,6 +82,10 @@ def differing_classes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
     if earlier["classes"] != now["classes"]:
         return f"{earlier['classes']} classes then, {now['classes']} now"
     return ""
+
+
+def _classes(labels: torch.Tensor) -> int:
+    return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -75,6 +75,69 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     return Splits(train, tested)
 
 
+def label_sets(root: str, num_classes: int | None = None) -> Splits:
+    """Return the images of a data set with several labels per image, which text files list.
+
+    The training images are those of `root`/train/labels.csv, and the test images those of
+    `root`/val/labels.csv. A line of such a file is "a.jpg,cat;dog": the path of an image below the
+    folder of the file, a comma, and the names of its classes, which are separated by ";". An image
+    may have no class. Classes are numbered from 0 by their sorted names in both files. A first line
+    "file,labels" is left out. No image is opened.
+
+    Args:
+        root: folder that holds the folders train and val.
+        num_classes: expected number of classes; None to accept any number.
+
+    Returns:
+        Splits of `Files` with labels (N, K) of zeros and ones.
+
+    Raises:
+        ValueError: If a file cannot be used: it is missing or empty, a line has no comma, an image
+            is missing or listed twice, or the number of classes is not `num_classes`. The message
+            names the file and the line.
+    """
+    top = Path(root).expanduser().absolute()
+    listed = [_listed_images(top / split) for split in ("train", "val")]
+    names = sorted({name for images in listed for labels in images.values() for name in labels})
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(
+            f"{top}: the two labels.csv name {len(names)} classes, not {num_classes}; set "
+            f"dataset.num_classes={len(names)}"
+        )
+    place = {name: label for label, name in enumerate(names)}
+    splits = []
+    for images in listed:
+        labels_NK = torch.zeros(len(images), len(names), dtype=torch.int64)
+        for row, labels in enumerate(images.values()):
+            labels_NK[row, [place[name] for name in labels]] = 1
+        splits.append(Files(list(images), labels_NK))
+    return Splits(*splits)
+
+
+def _listed_images(folder: Path) -> dict[str, list[str]]:
+    """Return the names of the classes of each image that labels.csv in a folder lists, by path."""
+    listing = folder / "labels.csv"
+    if not listing.is_file():
+        raise ValueError(
+            f"there is no file {listing}; it should list the images as a.jpg,class1;class2"
+        )
+    images: dict[str, list[str]] = {}
+    for line, text in enumerate(listing.read_text(errors="replace").splitlines(), 1):
+        if not text.strip() or (line == 1 and text.strip() == "file,labels"):
+            continue
+        name, comma, labels = text.rpartition(",")
+        path = str(folder / name)
+        if not comma or path in images or not os.path.isfile(path):
+            raise ValueError(
+                f"{listing}:{line}: {text[:60]!a} is not an image below {folder}, a comma and its "
+                "classes, or lists an image twice"
+            )
+        images[path] = [label.strip() for label in labels.split(";") if label.strip()]
+    if not images:
+        raise ValueError(f"{listing} lists no image; give lines such as a.jpg,class1;class2")
+    return images
+
+
 def _class_folders(folder: Path) -> tuple[list[str], Files]:
     """Return the sorted class names of a folder of class folders, and all their image files.
 

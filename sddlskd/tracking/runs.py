@@ -42,6 +42,8 @@ CUT = " ... (cut)"
 SUMMARY = {
     **{f"{name}/top1": f"{name}_top1" for name in ("best", "last", "test", "teacher")},
     **{f"student/{name}": name for name in ("parameters", "flops")},
+    # Of images with several labels.
+    **{f"{name}/mAP": f"{name}_mAP" for name in ("best", "last", "test")},
 }
 FINAL_TAGS = ("teacher_sha256", "environment", "group_size", "requeues")
 SUPERSEDED = ".superseded"  # a file that marks a record as replaced

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 
@@ -23,14 +24,14 @@ from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
 from sddlskd.datasets.places import without_downloads
-from sddlskd.distill import ScaleDecoupled, compares_images
+from sddlskd.distill import ScaleDecoupled, compares_images, takes_label_sets
 from sddlskd.models import draw_ends
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
 from sddlskd.training import teacher_files
 from sddlskd.training.devices import check_memory, seeded
-from sddlskd.training.evaluation import evaluate
+from sddlskd.training.evaluation import binary_cross_entropy, evaluate
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import Feature, Objective, Optimisation, Run
 from sddlskd.training.schedule import learning_rate
@@ -201,6 +202,7 @@ def build_data(
     """
     d = job.dataset
     splits = splits or load_splits(job)
+    _check_label_sets(job, splits)
     shape_NHWC = shape_of(job, splits)
     check_batch_size(job, shape_NHWC[0])
     check_images(job, shape_NHWC, device, of_files=isinstance(splits.train, Files))
@@ -241,6 +243,17 @@ def build_data(
             **common,
         )
     return DeviceData(splits, padding=d.padding, **common)
+
+
+def _check_label_sets(job: Config, splits: Splits) -> None:
+    """Raise ValueError unless `dataset.multi_label` says whether images have several labels."""
+    several = splits.train.labels_N.ndim > 1
+    if several != job.dataset.multi_label:
+        found = "several labels" if several else "one class"
+        raise ValueError(
+            f"dataset={job.dataset.name} has {found} per image; set "
+            f"dataset.multi_label={str(several).lower()}"
+        )
 
 
 def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:
@@ -333,11 +346,38 @@ def check_objective(job: Config, device: torch.device) -> None:
             allowed or does not work with its arguments, or as `check_one_process` does.
     """
     if job.distiller.loss:
+        _check_kind_of_loss(job)
         try_loss(
             job.distiller.loss, job.dataset.num_classes, job.distiller.learned_temperature or None
         )
     try_optimizer(job.optimizer.algorithm, job.optimizer.lr, device)
     check_one_process(job)
+
+
+def _check_kind_of_loss(job: Config) -> None:
+    """Raise ValueError if the logit loss is not for the labels of the data set.
+
+    Log a warning if the standardisation leaves a loss of two classes without a gradient.
+    """
+    try:
+        several = takes_label_sets(instantiate(job.distiller.loss, _partial_=True))
+    except Exception:  # `try_loss` says what is wrong with it
+        return
+    if several != job.dataset.multi_label:
+        needs, other = "one class per image", "recipe=mld or recipe=vanilla"
+        if several:
+            needs, other = "several labels per image", "another distiller, such as distiller=kd"
+        raise ValueError(
+            f"distiller={job.distiller.name} needs {needs}, which dataset={job.dataset.name} does "
+            f"not have; choose {other}"
+        )
+    if job.dataset.num_classes == 2 and job.standardize in (True, "class_scaled"):
+        log.warning(
+            "standardize=%s leaves the sign alone of the logits of two classes (they become "
+            "+-0.707), so distiller=%s has no gradient: set standardize=none or standardize=batch",
+            str(job.standardize).lower(),
+            job.distiller.name,
+        )
 
 
 def check_one_process(job: Config) -> None:
@@ -606,6 +646,8 @@ def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks
 
 def _warn_at_chance(job: Config, top1: float) -> None:
     """Log a warning if a teacher with this top-1 (%) is hardly better than guessing."""
+    if job.dataset.multi_label:  # guessing depends on how many labels images have
+        return
     chance = 100 / job.dataset.num_classes
     if top1 < chance + 0.05 * (100 - chance):
         log.warning(
@@ -838,6 +880,7 @@ def build_run(
         warmup_epochs=job.distiller.warmup_epochs,
         features=features or {},
         temperature=_learned_temperature(job, device),
+        cross_entropy=binary_cross_entropy if job.dataset.multi_label else F.cross_entropy,
     )
     parameters = [
         parameter

@@ -4,6 +4,7 @@ Shapes: B batch, N images, C channels, K classes, H W sides.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,15 @@ from sddlskd.terminal.meter import meter
 from sddlskd.training.devices import autocast
 from sddlskd.training.ranks import Ranks
 
-__all__ = ["answers", "calibration_error", "evaluate", "metered_test_batches", "scores"]
+__all__ = [
+    "answers",
+    "binary_cross_entropy",
+    "calibration_error",
+    "evaluate",
+    "mean_average_precision",
+    "metered_test_batches",
+    "scores",
+]
 
 
 @torch.inference_mode()
@@ -31,18 +40,28 @@ def evaluate(
 
     Args:
         model: function from images_BCHW to a logit map (B, K, H, W).
-        batches: (images_BCHW, target_B) of this rank, with targets as int64 class ids.
+        batches: (images_BCHW, target_B) of this rank, with targets as int64 class ids, or (B, K)
+            for images with several labels.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         ranks: the processes that evaluate together, each on its own batches or on none; all of them
             must call this function. None for this process alone.
 
     Returns:
         {"top1": percent, "top5": percent, "loss": mean cross-entropy per image}, over the images of
-        all ranks and the same on every rank.
+        all ranks and the same on every rank. For images with several labels, the values are those
+        of `scores`.
 
     Raises:
-        ValueError: If no rank has any image.
+        ValueError: If no rank has any image, or if several ranks hold images with several labels.
     """
+    batches = iter(batches)
+    first_batch = next(batches, None)
+    if first_batch is not None:
+        batches = chain([first_batch], batches)
+        if first_batch[1].ndim > 1:
+            if ranks is not None and ranks.world_size > 1:
+                raise ValueError("mAP ranks all images: evaluate them in one process")
+            return scores(*answers(model, batches, precision))
     parts, count = [torch.zeros(3, device=ranks.device if ranks else None)], 0
     for images_BCHW, target_B in batches:
         with autocast(images_BCHW.device, precision):
@@ -61,10 +80,56 @@ def evaluate(
 
 
 def _sums(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Return the numbers of top-1 and top-5 hits and the summed cross-entropy, as a tensor (3,)."""
-    ranked_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices == target_B[:, None]
-    loss = F.cross_entropy(logits_BK, target_B, reduction="sum")
-    return torch.stack((ranked_B5[:, 0].sum(), ranked_B5.sum(), loss))
+    """Return the numbers of top-1 and top-5 hits and the summed cross-entropy, as a tensor (3,).
+
+    An image with several labels is a top-1 hit if the class with the largest logit is one of them,
+    and a top-5 hit if one of the five largest is. Its cross-entropy is the binary one.
+    """
+    best_B5 = logits_BK.topk(min(5, logits_BK.shape[1])).indices
+    if target_B.ndim == 1:
+        ranked_B5 = best_B5 == target_B[:, None]
+        loss = F.cross_entropy(logits_BK, target_B, reduction="sum")
+    else:
+        ranked_B5 = target_B.gather(1, best_B5) == 1
+        loss = binary_cross_entropy(logits_BK, target_B) * len(target_B)
+    return torch.stack((ranked_B5[:, 0].sum(), ranked_B5.any(1).sum(), loss))
+
+
+def binary_cross_entropy(logits_BK: Tensor, labels_BK: Tensor) -> Tensor:
+    """Return the binary cross-entropy of images with several labels, a scalar.
+
+    It is the sum over the classes and the mean over the images. `labels_BK` is 1 for the classes of
+    an image, and 0 for the others.
+    """
+    loss_BK = F.binary_cross_entropy_with_logits(
+        logits_BK, labels_BK.to(logits_BK.dtype), reduction="none"
+    )
+    return loss_BK.sum(1).mean()
+
+
+def mean_average_precision(logits_NK: Tensor, labels_NK: Tensor) -> float:
+    """Return the mean over the classes of the average precision, in percent (mAP).
+
+    The average precision of a class is the mean, over the images that have the class, of the share
+    of such images among all images with a logit that is at least as large. Classes that no image
+    has are left out; the result is 0 if no image has a class.
+
+    Args:
+        logits_NK: logits, (N, K).
+        labels_NK: 1 for the classes of an image and 0 for the others, (N, K).
+    """
+    precisions = []
+    for logits_N, labels_N in zip(logits_NK.T.contiguous(), labels_NK.T.bool(), strict=True):
+        if not labels_N.any():
+            continue
+        own_P = logits_N[labels_N].contiguous()
+        # How many logits, of the images with the class and of all, are at least as large.
+        counts = [
+            len(found) - torch.searchsorted(found.sort().values, own_P)
+            for found in (own_P, logits_N)
+        ]
+        precisions.append((counts[0].double() / counts[1]).mean())
+    return 100 * float(sum(precisions)) / max(len(precisions), 1)
 
 
 @torch.inference_mode()
@@ -80,7 +145,8 @@ def answers(
 
     Args:
         model: function from images_BCHW to a logit map (B, K, H, W).
-        batches: (images_BCHW, target_B), with targets as int64 class ids.
+        batches: (images_BCHW, target_B), with targets as int64 class ids, or (B, K) for images
+            with several labels.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
 
     Returns:
@@ -104,14 +170,16 @@ def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
 
     Both tensors must be on the CPU. The keys of the result are "top1" (%), "top5" (%), "loss" (mean
     cross-entropy) and "ece" (%, see `calibration_error`). All values are NaN for N = 0.
+
+    For images with several labels, `target_N` is (N, K) with zeros and ones. There is "mAP" (%, see
+    `mean_average_precision`) in the place of "ece". "top1" and "top5" are the percentages of images
+    that have the class with the largest logit, or one of those with the five largest.
     """
     first, five, loss_sum = (_sums(logits_NK, target_N).double() / len(target_N)).tolist()
-    return {
-        "top1": 100 * first,
-        "top5": 100 * five,
-        "loss": loss_sum,
-        "ece": calibration_error(logits_NK, target_N),
-    }
+    found = {"top1": 100 * first, "top5": 100 * five, "loss": loss_sum}
+    if target_N.ndim > 1:
+        return {**found, "mAP": mean_average_precision(logits_NK, target_N)}
+    return {**found, "ece": calibration_error(logits_NK, target_N)}
 
 
 def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> float:

@@ -790,5 +790,6 @@ def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data
     if job.dataset.val_fraction:
         run.model.load_state_dict(checkpoint.read(run.record.folder / "best.ckpt")["model"])
         run.model.eval()
-        run.info["test_top1"] = evaluate(run.forward, data.test_batches(), run.precision)["top1"]
+        found = evaluate(run.forward, data.test_batches(), run.precision)
+        run.info |= {f"test_{name}": found[name] for name in ("top1", "mAP") if name in found}
     run.report(FINISHED)

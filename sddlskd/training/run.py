@@ -60,6 +60,9 @@ class Progress:
             ended.
         seconds: seconds spent on all epochs that have ended.
         spent: seconds that earlier processes spent on the current epoch.
+        best_mAP: highest validation mAP of an epoch in percent, which then decides the best epoch
+            in the place of top-1; -1 unless images have several labels.
+        last_mAP: validation mAP of the epoch that ended last, in percent; -1 as above.
     """
 
     epoch: int = 1
@@ -70,6 +73,8 @@ class Progress:
     last_top1: float = -1.0
     seconds: float = 0.0
     spent: float = 0.0
+    best_mAP: float = -1.0
+    last_mAP: float = -1.0
 
     @classmethod
     def saved_in(cls, state: Mapping[str, Any]) -> "Progress":
@@ -131,6 +136,8 @@ class Objective:
         features: the feature and relation methods by name.
         temperature: module that maps an epoch to the learnt temperature of the distillation loss;
             None for the loss's own temperature.
+        cross_entropy: the cross-entropy of logits (B, K) with the labels, as a mean over the
+            images. Images with several labels need `binary_cross_entropy`.
         reads_epoch: whether a method has read the number of the epoch in a batch so far.
     """
 
@@ -140,6 +147,7 @@ class Objective:
     warmup_epochs: int
     features: Mapping[str, Feature] = field(default_factory=dict)
     temperature: nn.Module | None = None
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     reads_epoch: bool = False
 
     @property
@@ -224,7 +232,7 @@ class Objective:
         Args:
             student: taps of the student; without methods, only the logit map is read.
             teacher: taps of the teacher; None for a student without a teacher.
-            batch: the batch with its labels, int64 (B,), and the number of its epoch, which
+            batch: the batch with its labels, and the number of its epoch, which
                 determines the warm-up. Some methods also read other fields.
 
         Returns:
@@ -233,7 +241,7 @@ class Objective:
             temperature, if there is one. A value that is not computed, such as "loss_kd" in a first
             stage or without a distillation loss, is 0.
         """
-        loss_ce = F.cross_entropy(_logits(student.logit_map), batch.labels)
+        loss_ce = self.cross_entropy(_logits(student.logit_map), batch.labels)
         values = {"loss_ce": loss_ce}
         extra = {}
         if teacher is not None:
@@ -601,7 +609,7 @@ class Run:
 
         with torch.no_grad():
             class_B = _logits(student.logit_map).argmax(1)
-            right = (class_B == batch.labels).sum() * (count / own)
+            right = _are_right(class_B, batch.labels).sum() * (count / own)
             counted = [losses[name] * count for name in self.objective.names]
             self.sums += torch.stack([*counted, right.to(loss.dtype)])
             is_first = ~torch.isfinite(loss) & (self.first_bad[0] < 0)
@@ -684,9 +692,14 @@ class Run:
         self.val_top1 = val["top1"]
         progress.seconds += row["time/epoch_s"]
         progress.last_top1 = val["top1"]
+        score, best = val["top1"], progress.best_top1
+        if "mAP" in val:
+            score, best = val["mAP"], progress.best_mAP
+            progress.last_mAP = val["mAP"]
         # An epoch of a first stage does not count for the best weights.
-        if progress.epoch > 0 and val["top1"] > progress.best_top1:
+        if progress.epoch > 0 and score > best:
             progress.best_top1 = val["top1"]
+            progress.best_mAP = val.get("mAP", -1.0)
             progress.best_epoch = progress.epoch
             self._save_best()
         if progress.epoch == 0:
@@ -798,6 +811,7 @@ class Run:
         log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
         progress = self.progress
         has_scores = progress.best_epoch > 0
+        several = {"best_mAP": progress.best_mAP, "last_mAP": progress.last_mAP}
         return self.record.result(
             status,
             reason,
@@ -806,8 +820,16 @@ class Run:
             last_top1=progress.last_top1 if has_scores else None,
             epochs=max(progress.epoch - 1, 0),
             seconds=round(progress.seconds, 3),
+            **{name: value for name, value in several.items() if value >= 0},
             **self.info,
         )
+
+
+def _are_right(class_B: Tensor, labels: Tensor) -> Tensor:
+    """Return whether each class is the label (B,) of its image, or one of its labels (B, K)."""
+    if labels.ndim == 1:
+        return class_B == labels
+    return labels.gather(1, class_B[:, None]) == 1
 
 
 def _logits(logit_map_BKHW: Tensor) -> Tensor:

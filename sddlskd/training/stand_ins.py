@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sddlskd.config.targets import instantiate
-from sddlskd.distill import ScaleDecoupled
+from sddlskd.distill import ScaleDecoupled, takes_label_sets
 
 __all__ = ["try_loss", "try_optimizer"]
 
@@ -55,7 +56,10 @@ def try_loss(
     teacher_BKHW = torch.randn(shape_BKHW, generator=generator)
     target_B = torch.arange(IMAGES) % num_classes
     try:
-        distill = ScaleDecoupled(instantiate(loss, _partial_=True), [1])
+        per_sample = instantiate(loss, _partial_=True)
+        distill = ScaleDecoupled(per_sample, [1])
+        if takes_label_sets(per_sample):
+            target_B = F.one_hot(target_B, num_classes)
         with torch.random.fork_rng(devices=[]):
             value = distill(student_BKHW, teacher_BKHW, target_B, **options)
             value.backward()  # type: ignore[no-untyped-call]
