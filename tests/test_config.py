@@ -57,6 +57,7 @@ GROUPS = (
 LIBRARIES = {"timm", "torchvision"}
 # Networks for images of 224 pixels
 IMAGENET = {"imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50", "mobilev1"}
+VITS = {"deit_tiny", "pit_tiny"}
 # Values that a choice requires from its user
 UNSAID = {
     "dataset=image_folder": ("dataset.num_classes=37",),
@@ -172,12 +173,12 @@ def test_the_choices_are_those_that_the_project_promises() -> None:
     assert (
         set(choices("student"))
         == set(choices("teacher"))
-        == set(names()) | wide | LIBRARIES | IMAGENET
+        == set(names()) | wide | LIBRARIES | IMAGENET | VITS
     )
-    assert len(set(choices("student")) - LIBRARIES - IMAGENET) == 26
+    assert len(set(choices("student")) - LIBRARIES - IMAGENET - VITS) == 26
 
 
-@pytest.mark.parametrize("name", sorted(set(choices("student")) - LIBRARIES - IMAGENET))
+@pytest.mark.parametrize("name", sorted(set(choices("student")) - LIBRARIES - IMAGENET - VITS))
 def test_every_network_is_built_as_student_and_as_teacher(name: str) -> None:
     job = job_of(f"student={name}", f"teacher={name}")
     assert (job.student.name, job.teacher.name) == (name, name)
@@ -499,9 +500,11 @@ def test_every_published_pair_is_a_choice_and_sets_its_two_networks() -> None:
     rows = reference("pairs") + [
         row for row in reference("experiments_seed") if row["repo"] == "sdd"
     ]
-    assert set(choices("pair")) == {f"{row['teacher']}_{row['student']}" for row in rows} | set(
-        IMAGENET_PAIRS
-    )
+    assert set(choices("pair")) == {
+        *(f"{row['teacher']}_{row['student']}" for row in rows),
+        *IMAGENET_PAIRS,
+        *(f"resnet56_{student}" for student in VITS),
+    }
     for row in reference("pairs"):
         with open(CONF / "pair" / f"{row['teacher']}_{row['student']}.yaml") as file:
             defaults = yaml.safe_load(file)["defaults"]
@@ -522,6 +525,36 @@ IMAGENET_PAIRS = {
 def test_the_pairs_of_imagenet(pair: str) -> None:
     job = job_of("dataset=imagenet", f"pair={pair}")
     assert (job.teacher.name, job.student.name) == IMAGENET_PAIRS[pair]
+
+
+# Source: tiny-transformers in LSKD's repository: configs/*/*_c100_base.yaml, *_c100_KD_ours.yaml,
+# pycls/core/trainer.py (the weight of the cross-entropy) and the names of the logs
+@pytest.mark.parametrize(
+    ("student", "network", "temperature", "kd_weight"),
+    [
+        ("deit_tiny", "deit_tiny_distilled_patch16_224", 3.0, 10.0),
+        ("pit_tiny", "pit_ti_224", 2.0, 9.0),
+    ],
+)
+def test_the_pairs_with_transformers(
+    student: str, network: str, temperature: float, kd_weight: float
+) -> None:
+    job = job_of(f"pair=resnet56_{student}", "recipe=kd_ls")
+    assert (job.teacher.name, job.student.name) == ("resnet56", student)
+    o, t, d = job.optimizer, job.trainer, job.distiller
+    assert (o.name, o.lr, o.algorithm["weight_decay"]) == ("adamw", 5e-4, 0.05)
+    assert (o.schedule, o.warmup_epochs, t.epochs, t.batch_size) == ("cosine", 20, 300, 128)
+    assert (d.temperature, d.kd_weight, d.ce_weight) == (temperature, kd_weight, 0.5)
+    assert job.student.model["name"] == network
+    alone = job_of(f"pair=resnet56_{student}", "recipe=vanilla")
+    assert alone.student.model["name"] == network.replace("_distilled", "")
+    assert alone.optimizer == o
+    # A teacher of the pair is trained as the data set says.
+    assert cfg.teacher_job(job).optimizer.name == "sgd"
+    with torch.device("meta"), torch.no_grad():
+        model = instantiate(job.student.model, num_classes=100).eval()
+        logit_map = model(torch.empty(1, 3, 32, 32))
+    assert logit_map.shape == (1, 100, *{"deit_tiny": (14, 14), "pit_tiny": (7, 7)}[student])
 
 
 # The settings of the data sets

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 from sddlskd import export
@@ -17,7 +18,7 @@ from sddlskd.config import Config
 from sddlskd.files import checkpoint
 from sddlskd.models import create, from_network, names
 from sddlskd.training.fit import fit
-from tests.test_foreign import Late
+from tests.test_foreign import VIT, Late
 from tests.tiny import same, tiny
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -99,6 +100,40 @@ def test_onnx_gives_torchs_logits(tmp_path: Path, name: str) -> None:
             expected = network(normalised).mean((2, 3)).numpy()
         assert np.abs(got - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())
     assert session.get_modelmeta().custom_metadata_map == {"a": "b"}
+
+
+class Headed(torch.nn.Module):
+    """A network with layers between average and head, as MobileNetV3 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 8, 3, 4)
+        self.wide, self.act = torch.nn.Linear(8, 16), torch.nn.Hardswish()
+        self.head = torch.nn.Linear(16, 7)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        pooled_BC = self.body(images_BCHW).mean((2, 3))
+        logits_BK: torch.Tensor = self.head(self.act(self.wide(pooled_BC)))
+        return logits_BK
+
+
+@pytest.mark.parametrize("what", ["class token", "layers after the average"])
+def test_onnx_gives_the_logits_of_the_wrapped_network(tmp_path: Path, what: str) -> None:
+    torch.manual_seed(0)
+    if what == "class token":
+        own = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, **VIT)
+        model = from_network(own)
+    else:
+        own = Headed()
+        model = from_network(own, map="per_cell")
+    classifier = export.Classifier(model.eval(), MEAN, STD)
+    export.to_onnx(classifier, tmp_path / "x.onnx", (3, 32, 32), {})
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    x = images(5, 32)
+    (got,) = session.run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        expected = own.eval()((x - classifier.mean) / classifier.std).numpy()
+    assert np.abs(got - expected).max() <= 1e-5
 
 
 def test_a_model_for_mlflow_has_a_signature_and_stands_beside_its_run(

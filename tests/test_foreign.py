@@ -19,8 +19,17 @@ import torchvision
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from sddlskd import export
 from sddlskd.files import checkpoint
-from sddlskd.models import LogitMapModel, create, from_network, from_timm, from_torchvision, names
+from sddlskd.models import (
+    ForeignNetwork,
+    LogitMapModel,
+    create,
+    from_network,
+    from_timm,
+    from_torchvision,
+    names,
+)
 from sddlskd.sweeps import precheck
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher import Teacher
@@ -118,20 +127,20 @@ def test_each_family_of_ours_gives_the_same_map_as_a_strangers_network(name: str
     ("make", "why"),
     [
         (
-            lambda: of_timm("vit_tiny_patch16_224", **VIT),
-            "stands the selection of the class token .*global_pool=avg",
-        ),
-        (
             lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="avg"),
-            "stands layer_norm in `fc_norm`",
+            r"stands layer_norm in `fc_norm`.*\. Set map=per_cell \(\+student.model.map=per_cell, ",
         ),
         (
             lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="max", fc_norm=False),
             "stands amax",
         ),
         (
-            lambda: of_timm("deit_tiny_distilled_patch16_224", **VIT),
-            "two heads, one of them of a distillation token",
+            lambda: of_timm("pit_ti_distilled_224"),
+            "its head reads a token that lies beside no patch tokens",
+        ),
+        (
+            lambda: of_timm("mobilenetv4_conv_small_035"),
+            "stands batch_norm in `norm_head`, .* Build the network without it",
         ),
         (lambda: of_timm("convnext_atto"), "stands layer_norm in `head.norm`"),
         (
@@ -187,6 +196,239 @@ def test_what_is_done_after_pooling_is_named_also_in_place(
 ) -> None:
     with pytest.raises(ValueError, match=f"stands {named} in the forward of the network itself"):
         from_network(Late(act))
+
+
+# A class token, and layers between average and head
+
+
+def of_torchvision_vit(**options: Any) -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=48,
+        num_classes=7, **options,
+    )  # fmt: skip
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Return the network in eval mode, with values that tell images and cells apart."""
+    for name, parameter in network.named_parameters():
+        if "head" in name or "classifier" in name:
+            nn.init.normal_(parameter, std=0.5)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics of the images below
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        network.train()(images(8, 64))
+    return network.eval()
+
+
+TOKENS: list[tuple[Callable[[], nn.Module], tuple[str, ...]]] = [
+    (lambda: of_timm("vit_tiny_patch16_224", **VIT), ("head",)),
+    (lambda: of_timm("deit_tiny_patch16_224", **VIT), ("head",)),
+    (lambda: of_timm("vit_tiny_patch16_224", **VIT, reg_tokens=4), ("head",)),
+    (lambda: of_timm("vit_tiny_patch16_224", **VIT, dynamic_img_size=True), ("head",)),
+    (lambda: of_timm("deit_tiny_distilled_patch16_224", **VIT), ("head", "head_dist")),
+    (of_torchvision_vit, ("heads.head",)),
+]
+
+
+@pytest.mark.parametrize(("make", "heads"), TOKENS)
+def test_the_class_token_is_the_mean_of_the_map_and_patches_its_cells(
+    make: Callable[[], nn.Module], heads: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    network = lively(make())
+    model = from_network(network).eval()
+    images_BCHW = images(3, 32)
+    map_BKHW = assert_mean_is_logits(network, model, images_BCHW)
+    assert map_BKHW.shape == (3, 7, 4, 4)
+    # Each cell is the heads' output for its patch token, up to one shift for each image and class.
+    tokens_BNC = normed_tokens(network, images_BCHW)[:, -16:]
+    with torch.no_grad():
+        outputs = [network.get_submodule(name)(tokens_BNC) for name in heads]
+    cells_BNK = torch.stack(outputs).mean(0)
+    shift_BNK = map_BKHW.flatten(2).transpose(1, 2) - cells_BNK
+    assert torch.allclose(shift_BNK, shift_BNK[:, :1].expand_as(shift_BNK), atol=1e-5)
+    assert cells_BNK.std(1).min() > 1e-2
+    # The stages are the token grids of the two blocks.
+    taps = model.taps(images_BCHW)
+    assert [stage.shape for stage in taps.stages] == [(3, 24, 4, 4)] * 2
+    assert (taps.preacts, taps.pooled.shape) == ((), (3, 24 * len(heads)))
+
+
+def normed_tokens(network: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Return the tokens (B, N, C) after the last norm of a transformer."""
+    seen: list[Tensor] = []
+    norm = network.get_submodule("encoder.ln" if hasattr(network, "encoder") else "norm")
+    handle = norm.register_forward_hook(lambda module, args, result: seen.append(result))
+    with torch.no_grad():
+        network(images_BCHW)
+    handle.remove()
+    return seen[0]
+
+
+def test_stages_are_the_blocks_outputs() -> None:
+    network = of_timm("vit_tiny_patch16_224", **VIT).eval()
+    seen: list[Tensor] = []
+    network.get_submodule("blocks.0").register_forward_hook(
+        lambda module, args, result: seen.append(result)
+    )
+    model = from_network(network).eval()
+    taps = model.taps(images(2, 32))
+    patches_BNC = seen[-1][:, 1:]
+    assert torch.equal(taps.stages[0].flatten(2).transpose(1, 2), patches_BNC)
+
+
+def maps_of(network: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Return the map that a network averages, as cells (B, N, C)."""
+    features: Any = getattr(network, "forward_features", None) or network.features
+    with torch.no_grad():
+        shown = features(images_BCHW)
+    return shown[:, 1:] if shown.ndim == 3 else shown.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "side", "classify"),
+    [
+        (  # a 1x1 convolution and an activation in place
+            lambda: of_timm("mobilenetv3_small_050", drop_rate=0.2),
+            64,
+            lambda n, rows: n.classifier(n.act2(n.conv_head(rows[..., None, None])).flatten(1)),
+        ),
+        (  # a linear layer, an activation and dropout
+            lambda: of_torchvision("mobilenet_v3_small"), 64, lambda n, rows: n.classifier(rows),
+        ),
+        (  # a norm
+            lambda: of_timm("vit_tiny_patch16_224", **VIT, global_pool="avg"),
+            32,
+            lambda n, rows: n.head(n.fc_norm(rows)),
+        ),
+        (  # a norm that permutes its result
+            lambda: of_timm("convnext_atto"),
+            64,
+            lambda n, rows: n.head.fc(n.head.norm(rows[..., None, None]).flatten(1)),
+        ),
+    ],
+)  # fmt: skip
+def test_layers_between_average_and_head_are_applied_to_each_cell(
+    make: Callable[[], nn.Module], side: int, classify: Callable[[Any, Tensor], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    network = lively(make())
+    model = from_network(network, map="per_cell").eval()
+    map_BKHW = assert_mean_is_logits(network, model, images(3, side))
+    cells_BNC = maps_of(network, images(3, side))
+    with torch.no_grad():
+        rows_NK = classify(network, cells_BNC.reshape(-1, cells_BNC.shape[2]))
+    shift_BNK = map_BKHW.flatten(2).transpose(1, 2) - rows_NK.unflatten(0, cells_BNC.shape[:2])
+    assert torch.allclose(shift_BNK, shift_BNK[:, :1].expand_as(shift_BNK), atol=1e-4)
+    # The activation is not linear: the mean of the cells is not what the network says.
+    assert shift_BNK.abs().max() > 1e-3
+    assert list(model.state_dict()) == list(network.state_dict())
+
+
+def test_per_cell_changes_no_network_that_needs_no_cure() -> None:
+    network = of_timm("resnet18").eval()
+    exact, per_cell = from_network(network).eval(), from_network(network, map="per_cell").eval()
+    assert torch.equal(exact(images()), per_cell(images()))
+
+
+def test_dropout_after_the_layers_leaves_out_whole_channels_in_training() -> None:
+    model = from_network(of_torchvision("mobilenet_v3_small"), map="per_cell").train()
+    dropped_BC = (model.features(images(4, 64)) == 0).all(3).all(2)
+    assert 0.15 < dropped_BC.float().mean() < 0.25
+
+
+def test_images_are_enlarged_for_a_network_that_needs_it() -> None:
+    model = from_timm("vit_tiny_patch16_224", 7, resize=32, **VIT).eval()
+    assert isinstance(model, ForeignNetwork)
+    small_BCHW = images(2, 16)
+    large_BCHW = F.interpolate(small_BCHW, (32, 32), mode="bilinear")
+    with torch.no_grad():
+        assert torch.equal(model(small_BCHW), model(large_BCHW))
+        assert torch.allclose(model(small_BCHW).mean((2, 3)), model.network(large_BCHW), atol=1e-5)
+    assert model.taps(small_BCHW).stages[0].shape == (2, 24, 4, 4)
+    with pytest.raises(ValueError, match=r"takes none of the images tried .*\(2, 3, 24, 24\)"):
+        from_timm("vit_tiny_patch16_224", 7, resize=24, **VIT)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"map": "cells"}, "map='cells' is not one of exact, per_cell"),
+        ({"resize": 0}, "resize=0 must be a number of pixels, such as 224"),
+        ({"resize": "224"}, "resize='224' must be a number of pixels, such as 224"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], why: str) -> None:
+    for build in (from_timm, from_torchvision):
+        with pytest.raises(ValueError, match=why):
+            build("resnet18", 7, **options)
+
+
+def test_two_heads_are_no_head() -> None:
+    model = from_network(of_timm("deit_tiny_distilled_patch16_224", **VIT))
+    with pytest.raises(ValueError, match=r"has 2 heads \(head, head_dist\), and a single one is"):
+        model.head  # noqa: B018
+
+
+def test_pits_stages_are_its_token_grids() -> None:
+    """PiT passes its class token alone through the last norm, so the norm is a layer of each cell.
+
+    Its three transformers have grids of their own.
+    """
+    torch.manual_seed(0)
+    network = lively(small_pit())
+    model = from_network(network, images(1, 64)).eval()
+    assert_mean_is_logits(network, model, images(2, 64))
+    shapes = [tuple(stage.shape) for stage in model.taps(images(2, 64)).stages]
+    assert shapes == [(2, 8, 7, 7), (2, 16, 4, 4), (2, 32, 2, 2)]
+
+
+def small_pit() -> nn.Module:
+    network: nn.Module = timm.models.pit.PoolingVisionTransformer(
+        img_size=64, patch_size=16, stride=8, stem_type="overlap", base_dims=(4, 4, 4),
+        depth=(1, 1, 2), heads=(2, 4, 8), mlp_ratio=2, num_classes=7,
+    )  # fmt: skip
+    return network
+
+
+def test_students_with_a_shifted_map_share_a_group_with_a_cnn(tmp_path: Path) -> None:
+    small = {**VIT, "img_size": 16, "patch_size": 4}
+    options = [f"+student.model.{key}={value}" for key, value in small.items()]
+    common = ("recipe=sd_kd_ls", "M=[1,2,4]", "trainer.epochs=1", "trainer.max_steps=2")
+    students = [
+        ("student=timm", "student.model.name=deit_tiny_distilled_patch16_224", *options),
+        ("student=timm", "student.model.name=mobilenetv3_small_050", "+student.model.resize=64",
+         "+student.model.map=per_cell"),
+        ("student=resnet8",),
+    ]  # fmt: skip
+    jobs = [tiny(tmp_path, *words, *common) for words in students]
+    assert precheck.problems(jobs) == []
+    results = fit(jobs)
+    assert [(result["status"], result["group_size"]) for result in results] == [("FINISHED", 3)] * 3
+    assert all(result["flops"] > result["parameters"] for result in results)
+
+
+def test_a_teacher_with_a_class_token_teaches_a_cnn(tmp_path: Path) -> None:
+    small = {**VIT, "img_size": 16, "patch_size": 4}
+    options = [f"+teacher.model.{key}={value}" for key, value in small.items()]
+    words = ("teacher=timm", "teacher.model.name=vit_tiny_patch16_224", *options)
+    more = ("teacher.train_if_missing=true", "teacher.train_epochs=1", "trainer.max_steps=2")
+    features = tiny(tmp_path, *words, *more, "trainer.epochs=1", "features=[at,rkd]", teacher=False)
+    plain = tiny(tmp_path, *words, *more, "trainer.epochs=1", "M=[1,2,4]", teacher=False)
+    assert precheck.problems([features, plain]) == []
+    assert [result["status"] for result in fit([features, plain])] == ["FINISHED"] * 2
+
+
+def test_simkd_rebuilds_a_student_that_accepts_one_size(tmp_path: Path) -> None:
+    small = {**VIT, "img_size": 16, "patch_size": 4}
+    options = [f"+student.model.{key}={value}" for key, value in small.items()]
+    words = ("student=timm", "student.model.name=vit_tiny_patch16_224", *options)
+    job = tiny(tmp_path, *words, "recipe=simkd", "trainer.epochs=1", "trainer.max_steps=2")
+    (result,) = fit([job])
+    assert result["status"] == "FINISHED"
+    network = export.best_student(job, Path(job.run_dir))
+    assert network(images(2, 16)).shape == (2, 10, 4, 4)
 
 
 def test_scaled_logits_are_refused() -> None:

@@ -377,12 +377,12 @@ class Overwriting(nn.Module):
             ),
             [(12, 16), (24, 8), (48, 4), (96, 2)],
         ),
-        (  # one map of tokens after another, all of one size
+        (  # one map of tokens after another, all of one size: the blocks
             lambda: timm.create_model(
                 "vit_tiny_patch16_224", num_classes=K, img_size=64, embed_dim=24, depth=2,
                 num_heads=2, global_pool="avg", fc_norm=False,
             ),
-            [],
+            [(24, 4), (24, 4)],
         ),
         (Overwriting, [(4, 32), (8, 16)]),
     ],

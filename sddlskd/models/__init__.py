@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from sddlskd.models.base import STEMS, LogitMapModel, Taps
-from sddlskd.models.foreign import from_network
+from sddlskd.models.foreign import ForeignNetwork, from_network
 from sddlskd.models.libraries import from_timm, from_torchvision
 from sddlskd.models.mobilenetv1 import MobileNetV1
 from sddlskd.models.mobilenetv2 import MobileNetV2
@@ -24,6 +24,7 @@ from sddlskd.models.vgg import VGG
 from sddlskd.models.wrn import WideResNet
 
 __all__ = [
+    "ForeignNetwork",
     "LogitMapModel",
     "Taps",
     "create",

@@ -2,9 +2,14 @@
 
 The code of the network need not change. The network runs once on random images while every function
 call is recorded. The search starts at the logits and goes back to the linear head. From the head's
-input, the search goes back to a global average of a feature map (or of patch tokens). If another
-operation lies in between, the mean of the logit map would not be the network's logits. The network
-is then rejected with an error that names the operation.
+input, the search goes back to a global average of a feature map (or of patch tokens), or to a class
+token.
+
+The mean of the logit map is always the logits of the network. After an average alone, the head
+applied to each cell gives such a map. In two other cases, the map is shifted to the right mean, see
+`ForeignNetwork`: if the head reads a class token, and, if the user asks for it, if layers lie
+between average and head. Any other network is rejected with an error that names the operation in
+between.
 
 Shapes: B batch, C channels, H W height and width (of an image in pixels, of a map in cells), N
 tokens, K classes.
@@ -20,11 +25,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from sddlskd.models.base import LogitMapModel, Taps
 
-__all__ = ["ForeignNetwork", "from_network"]
+__all__ = ["MAPS", "ForeignNetwork", "from_network"]
+
+MAPS = ("exact", "per_cell")
+"""What happens to layers between the average of a network and its head.
+
+exact: a network with such layers is rejected. per_cell: the layers are applied to each cell, and
+the map is shifted so that its mean is the logits of the network, see `ForeignNetwork`.
+"""
 
 # Image sides in pixels, tried in this order until the network accepts one.
 SIDES = (64, 224, 32, 96, 128, 256, 288, 299, 320, 384, 448, 512)
@@ -33,7 +46,10 @@ CURES = (
     "Build the network without it, or write it as a module that gives the logit map (B, K, H, W) "
     "itself"
 )
-CLASS_TOKEN = "an average of the patch tokens is needed (timm: global_pool=avg fc_norm=false)"
+PER_CELL = (
+    "Set map=per_cell (+student.model.map=per_cell, +teacher.model.map=per_cell) to apply that "
+    "layer to each cell and to keep the network's logits as the mean of the map"
+)
 
 
 class _Step(NamedTuple):
@@ -118,17 +134,27 @@ class _Trace(TorchFunctionMode):
             self.given[name] = result._version
 
 
-class _Tap(NamedTuple):
-    """The place in a network at which its feature map is taken.
+class _Layer(NamedTuple):
+    """A module between average (or class token) and head, which sees one cell of each image."""
 
-    The mean of this map is the input of the head.
+    module: str  # the name of the module
+    shape: tuple[int, ...]  # the shape of its input without the batch, such as (C,) or (C, 1, 1)
+
+
+class _Tap(NamedTuple):
+    """The place in a network at which its feature map is taken, and how the head's input follows.
+
+    The head's input is the mean of this map, or a token beside the map, after the layers of `tail`.
     """
 
     module: str  # the name of the module whose output or input is taken
     output: bool  # True: the module's output; False: its input
     steps: tuple[_Step, ...]  # functions of one tensor that lead from there to the map
     layout: str  # the layout of the result: BCHW, BHWC, BNC or BCN
-    dropout: float  # the dropout probability between pooling and head
+    dropout: float  # the dropout probability in front of the head
+    tokens: tuple[int, ...] = ()  # the token that each head reads; (): the mean of the map
+    prefix: int = 0  # the number of tokens in front of the patch tokens, class tokens included
+    tail: tuple[_Layer, ...] = ()  # the layers between mean or token and head, in their order
 
 
 class _Stage(NamedTuple):
@@ -136,6 +162,7 @@ class _Stage(NamedTuple):
 
     module: str  # the name of the module
     overwritten: bool  # whether a later operation changes the output in place
+    prefix: int = 0  # the number of tokens in front of the patch tokens
     relu: str = ""  # the name of the ReLU inside the module that gives the output; "" if none
     # The name of the BatchNorm inside the module that gives the input of this ReLU, or a summand of
     # the input; "" if there is none.
@@ -144,6 +171,8 @@ class _Stage(NamedTuple):
 
 # The dimensions that global pooling averages, by layout.
 LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BNC": (1,), "BCN": (2,)}
+# The heads of class token and distillation token, as timm names them.
+TWO_HEADS = ("head", "head_dist")
 NO_MAP = (0, 0)  # height and width of a value that is no map
 
 
@@ -151,26 +180,54 @@ class ForeignNetwork(LogitMapModel):
     """Logit-map model around any network, whose feature map is taken by a forward hook.
 
     Create instances with `from_network`. The linear head of the network is applied to each position
-    of the feature map; the result is the logit map (B, K, h, w). The state dict has the keys of the
+    of a feature map z; the result is the logit map (B, K, h, w). The state dict has the keys of the
     wrapped network, so weights files can be exchanged with code that uses the network directly.
+
+    The mean of the logit map is the logits of the network. For a network that averages a feature
+    map and applies its head, z is that map. In two cases, the mean of the cells is not what the
+    head reads. The map is then shifted: z = cells + (g - mean of the cells), with g the input of
+    the head. The mean of the logit map is then the head's output for g, and cells differ as the
+    head sees them. This is a definition of this package; no paper has one.
+
+    - Class token: the cells are the patch tokens, and g is the class token, both after the layers
+      that the network applies to the class token.
+    - Layers between average and head (`map="per_cell"`): the cells are those of the averaged map,
+      and g is their mean, each after these layers.
+
+    A network with a class and a distillation token (DeiT) has two heads, and the mean of their
+    outputs is its logits, in training, too. Then z holds the shifted cells for either head, one
+    after the other.
 
     Args:
         network: Network to wrap, which is not copied. Hooks are added to its modules.
-        head: Name of the network's linear head, a module.
+        heads: Names of the network's linear heads, modules. With two, the logits are their mean.
         tap: Where the feature map is taken: the output or input of a module, and the functions that
-            lead from this tensor to the map.
+            lead from this tensor to the map. Also what lies between this map and the heads.
         stages: Modules whose outputs are the maps of the stages (groups of layers); () if they are
             unknown.
+        resize: Side in pixels to which images are resized before the network sees them; None to
+            leave them as they are.
+
+    Attributes:
+        image_CHW: Shape of an image that the network has accepted.
     """
 
+    image_CHW: tuple[int, ...]
+
     def __init__(
-        self, network: nn.Module, head: str, tap: _Tap, stages: tuple[_Stage, ...] = ()
+        self,
+        network: nn.Module,
+        heads: tuple[str, ...],
+        tap: _Tap,
+        stages: tuple[_Stage, ...] = (),
+        resize: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
-        self._head = head
+        self._heads = heads
         self._tap = tap
         self._stages = stages
+        self._resize = resize
         self._taken: Tensor | None = None
         self._taken_stages: dict[nn.Module, Tensor] | None = None  # None if nobody asks for them
         tapped = network.get_submodule(tap.module)
@@ -191,10 +248,31 @@ class ForeignNetwork(LogitMapModel):
 
     @property
     def head(self) -> nn.Linear:
-        """Return the linear head of the wrapped network, with C input features and K classes."""
-        linear = self.network.get_submodule(self._head)
+        """Return the linear head of the wrapped network, with C input features and K classes.
+
+        Raise ValueError if the network has two heads.
+        """
+        if len(self._heads) > 1:
+            raise ValueError(
+                f"{type(self.network).__name__} has {len(self._heads)} heads "
+                f"({', '.join(self._heads)}), and a single one is needed; "
+                "take the network without a distillation token"
+            )
+        return self._linear(self._heads[0])
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self.network.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         return linear
+
+    def _logit_map(self, last_BCHW: Tensor) -> Tensor:
+        if len(self._heads) == 1:
+            return super()._logit_map(last_BCHW)
+        cells_BHWC = last_BCHW.permute(0, 2, 3, 1).chunk(len(self._heads), 3)
+        maps = [
+            self._linear(name)(cells) for name, cells in zip(self._heads, cells_BHWC, strict=True)
+        ]
+        return torch.stack(maps).mean(0).permute(0, 3, 1, 2)
 
     def _take_output(self, module: nn.Module, args: Any, result: Any) -> None:
         self._taken = result
@@ -220,12 +298,22 @@ class ForeignNetwork(LogitMapModel):
         """Return the map (B, C, h, w) that the head is applied to, for images (B, 3, H, W).
 
         The patch tokens of a transformer are placed row by row on a grid that has the aspect ratio
-        of the image. Dropout between pooling and head becomes dropout of whole channels of the map,
-        which has the same effect.
+        of the image. Dropout in front of the head becomes dropout of whole channels of the map,
+        which has the same effect. With two heads, the map has the channels of both.
 
         Raise RuntimeError if the module that gives the map did not run. Raise ValueError if the
         tokens do not form a grid of square patches of the image.
         """
+        return self._features(self.resized(x_BCHW))
+
+    def resized(self, x_BCHW: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) as the wrapped network sees them: with the side `resize`."""
+        if self._resize is None or x_BCHW.shape[-2:] == (self._resize, self._resize):
+            return x_BCHW
+        sides = (self._resize, self._resize)
+        return F.interpolate(x_BCHW, sides, mode="bilinear", align_corners=False)
+
+    def _features(self, x_BCHW: Tensor) -> Tensor:
         self.network(x_BCHW)
         taken = self._taken
         self._taken = None
@@ -236,17 +324,38 @@ class ForeignNetwork(LogitMapModel):
             )
         for step in self._tap.steps:
             taken = _again(step, taken)
-        map_BCHW = _as_map(taken, self._tap.layout, x_BCHW.shape)
+        map_BCHW = _as_map(taken, self._tap.layout, x_BCHW.shape, self._tap.prefix)
+        if self._tap.tokens:
+            map_BCHW = self._shifted(map_BCHW, taken[:, self._tap.tokens])
+        elif self._tap.tail:
+            map_BCHW = self._shifted(map_BCHW, map_BCHW.mean((2, 3))[:, None])
         if not self._tap.dropout:
             return map_BCHW
         return F.dropout2d(map_BCHW, self._tap.dropout, self.training)
+
+    def _shifted(self, map_BCHW: Tensor, global_BGC: Tensor) -> Tensor:
+        """Return a map whose mean is what the heads read of `global_BGC`, one entry for each head.
+
+        Cells and `global_BGC` go through the layers in front of the heads as images of one cell.
+        Then the cells are shifted to the mean of each head in turn.
+        """
+        B, G, C = global_BGC.shape
+        rows = torch.cat((global_BGC, map_BCHW.flatten(2).transpose(1, 2)), 1).reshape(-1, C)
+        for layer in self._tap.tail:
+            rows = self.network.get_submodule(layer.module)(rows.reshape(-1, *layer.shape))
+        rows_BNC = rows.reshape(B, G + map_BCHW[0, 0].numel(), -1)
+        cells_BNC = rows_BNC[:, G:]
+        centred_BNC = cells_BNC - cells_BNC.mean(1, keepdim=True)
+        shifted_BNC = torch.cat([centred_BNC + rows_BNC[:, g, None] for g in range(G)], 2)
+        return shifted_BNC.transpose(1, 2).reshape(B, -1, *map_BCHW.shape[2:])
 
     def taps(self, x_BCHW: Tensor) -> Taps:
         """Return the logit map (B, K, h, w) and the inner maps of images (B, 3, H, W).
 
         `stages` are the maps of the modules that timm names for the network (`feature_info`).
         Without usable names, they are the last map of each size among the outputs of the network's
-        modules. They are () if fewer than two are found. `preacts` are the maps before the last
+        modules. If the maps are patch tokens of one size, they are the outputs of the network's
+        blocks. They are () if fewer than two are found. `preacts` are the maps before the last
         ReLU of each stage, except that `preacts[0]` is `stages[0]`. They are () unless each stage
         after the first ends in an nn.ReLU. `last` is `features(x_BCHW)`, and `pooled` is its mean
         over h and w.
@@ -254,26 +363,25 @@ class ForeignNetwork(LogitMapModel):
         Raise RuntimeError if a module that gives a map did not run. Raise ValueError if the tokens
         do not form a grid of square patches of the image.
         """
+        x_BCHW = self.resized(x_BCHW)
         self._taken_stages = {}
         try:
-            last_BCHW = self.features(x_BCHW)
+            last_BCHW = self._features(x_BCHW)
             taken = self._taken_stages
         finally:
             self._taken_stages = None
 
-        def maps(names: Iterable[str]) -> list[Tensor]:
-            found = []
-            for name in names:
-                module = self.network.get_submodule(name)
-                if module not in taken:
-                    raise RuntimeError(f"{name} did not run, which gives the map of a stage")
-                found.append(_as_map(taken[module], self._tap.layout, x_BCHW.shape))
-            return found
+        def map_of(name: str, prefix: int) -> Tensor:
+            module = self.network.get_submodule(name)
+            if module not in taken:
+                raise RuntimeError(f"{name} did not run, which gives the map of a stage")
+            return _as_map(taken[module], self._tap.layout, x_BCHW.shape, prefix)
 
-        stages = maps(stage.module for stage in self._stages)
+        stages = [map_of(stage.module, stage.prefix) for stage in self._stages]
         preacts = []
         if self._has_preacts:
-            preacts = [stages[0], *maps(stage.relu for stage in self._stages[1:])]
+            later = [map_of(stage.relu, stage.prefix) for stage in self._stages[1:]]
+            preacts = [stages[0], *later]
         return self._taps(stages, preacts, last_BCHW)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d, ...]:
@@ -321,12 +429,16 @@ def _with_tensor(step: _Step, tensor: Tensor) -> _Step:
     return step._replace(args=tuple(args), kwargs=kwargs)
 
 
-def _as_map(value: Tensor, layout: str, image_BCHW: torch.Size) -> Tensor:
+def _as_map(value: Tensor, layout: str, image_BCHW: torch.Size, prefix: int = 0) -> Tensor:
+    """Return a map (B, C, H, W) of a value with the given layout.
+
+    The first `prefix` tokens of a value with tokens are left out.
+    """
     if layout == "BCHW":
         return value
     if layout == "BHWC":
         return value.permute(0, 3, 1, 2)
-    tokens_BCN = value.transpose(1, 2) if layout == "BNC" else value
+    tokens_BCN = value[:, prefix:].transpose(1, 2) if layout == "BNC" else value
     rows, columns = _grid(tokens_BCN.shape[2], image_BCHW)
     return tokens_BCN.reshape(*tokens_BCN.shape[:2], rows, columns)
 
@@ -347,46 +459,68 @@ def _grid(tokens: int, image_BCHW: torch.Size) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def from_network(network: nn.Module, image_BCHW: Tensor | None = None) -> ForeignNetwork:
+def from_network(
+    network: nn.Module,
+    image_BCHW: Tensor | None = None,
+    map: str = "exact",
+    resize: int | None = None,
+) -> ForeignNetwork:
     """Return a logit-map model around a network that classifies images (B, 3, H, W).
 
     The model maps the images to a logit map (B, K, h, w), whose mean over h and w is the logits of
     the network. The network may come from timm, torchvision or your own code. It must accept
-    batches of any size, average a feature map or patch tokens globally, and end in one nn.Linear
-    that gives the logits (B, K). There may be dropout between the average and the linear layer. The
-    network is run on images to check these conditions. On the meta device, only shapes are checked.
+    batches of any size, average a feature map or patch tokens globally or read a class token, and
+    end in one nn.Linear that gives the logits (B, K). There may be dropout in front of the linear
+    layer. With a class token, cells differ from the logits as the head sees them, see
+    `ForeignNetwork`. The network is run on images to check these conditions. On the meta device,
+    only shapes are checked.
 
     Args:
         network: Network to wrap. Its modules keep their modes (train or eval).
         image_BCHW: One or more images that the network accepts, (B, C, H, W). None to try random
             RGB images, first with a side of 64 pixels, then of other usual sizes.
+        map: One of `MAPS`. "exact" to reject a network with further layers between average and
+            head, as MobileNetV3 has them. "per_cell" to apply these layers to each cell, see
+            `ForeignNetwork`. Other networks are the same with either.
+        resize: Side in pixels to which the model resizes images (bilinearly) before the network
+            sees them, for instance 224 for a transformer and images of 32 pixels. None to leave
+            them as they are. `image_BCHW` must have that side.
 
     Returns:
         A model that shares the modules of `network`, without a copy. The model itself is in eval
         mode: call `train()` or `eval()` on the model before use.
 
     Raises:
-        ValueError: If the network accepts none of the images, does not meet the conditions above,
-            or cannot be wrapped for another reason; the message says why. Also if the mean of the
-            logit map differs from the network's logits by more than 1e-4 times the largest absolute
-            logit or 1, whichever is larger.
+        ValueError: If `map` or `resize` is invalid. If the network accepts none of the images, does
+            not meet the conditions above, or cannot be wrapped for another reason; the message says
+            why. Also if the mean of the logit map differs from the network's logits by more than
+            1e-4 times the largest absolute logit or 1, whichever is larger.
     """
+    if map not in MAPS:
+        raise ValueError(f"map={map!r} is not one of {', '.join(MAPS)}")
+    if resize is not None and (
+        isinstance(resize, bool) or not isinstance(resize, int) or resize < 1
+    ):
+        raise ValueError(f"resize={resize!r} must be a number of pixels, such as 224")
     training = {module: module.training for module in network.modules()}
     try:
         network.eval()
-        return _tapped(network, image_BCHW)
+        return _tapped(network, image_BCHW, map, resize)
     finally:
         for module, was in training.items():
             module.training = was
 
 
 @torch.no_grad()
-def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
+def _tapped(
+    network: nn.Module, image_BCHW: Tensor | None, map: str, resize: int | None
+) -> ForeignNetwork:
     what = type(network).__name__
     like = next(network.parameters(), None)
     if like is None:
         raise ValueError(f"{what} has no parameters, so no linear head. {CURES}")
-    tried: Iterable[Tensor] = (_noise(like, side) for side in SIDES)
+    sides = SIDES if resize is None else (resize,)
+    tried: Iterable[Tensor] = (_noise(like, side) for side in sides)
     if image_BCHW is not None:
         tried = (image_BCHW.to(like.device),)
     not_taken: list[str] = []
@@ -400,15 +534,16 @@ def _tapped(network: nn.Module, image_BCHW: Tensor | None) -> ForeignNetwork:
             not_taken.append(f"{tuple(images_BCHW.shape)}: {' '.join(str(error).split())[:200]}")
             continue
         try:
-            head = _head_of(network, trace, logits, what)
-            tap = _tap_of(trace, trace.took[head], images_BCHW, what, head)
+            heads = _heads_of(network, trace, logits, what)
+            tap = _tap_of(network, trace, images_BCHW, what, heads, map)
         except _OneCell as error:  # nothing is averaged here: try a larger image
             refusals.append(error)
             if len(refusals) == 2:
                 break
             continue
-        stages = _stages_of(network, trace, tap)
-        model = ForeignNetwork(network, head, tap, stages).eval()
+        stages = _stages_of(network, trace, tap, images_BCHW)
+        model = ForeignNetwork(network, heads, tap, stages, resize).eval()
+        model.image_CHW = tuple(images_BCHW.shape[1:])
         _check_logits(model, images_BCHW, what)
         return model
     if refusals:
@@ -438,11 +573,12 @@ def _listening(network: nn.Module, trace: _Trace) -> Iterator[None]:
         yield
 
 
-def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
-    """Return the name of the linear layer that computes the logits.
+def _heads_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> tuple[str, ...]:
+    """Return the name of the linear layer that computes the logits, or the names of two.
 
-    Raise ValueError if the output of the network is not logits (B, K), or if no linear layer
-    computes the logits.
+    With two layers, the logits are the mean of their outputs; they are called as in timm's networks
+    with a distillation token. Raise ValueError if the output of the network is not logits (B, K),
+    or if no linear layers compute the logits.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -461,62 +597,146 @@ def _head_of(network: nn.Module, trace: _Trace, logits: Any, what: str) -> str:
             if result is not value or name not in trace.took or not isinstance(module, nn.Linear):
                 continue
             if _equal(F.linear(trace.took[name], module.weight, module.bias), value):
-                return name  # also for a subclass with a forward of its own, as in timm
+                return (name,)  # also for a subclass with a forward of its own, as in timm
         changed = trace.touched.get(id(value))
         step = changed[-1] if changed else trace.made.get(id(value))
         before = _same_values(step, value) if step else None
         if before is None:
+            outputs = [trace.gave[name] for name in TWO_HEADS if name in trace.gave]
+            linear = [isinstance(getattr(network, name, None), nn.Linear) for name in TWO_HEADS]
+            if all(linear) and len(outputs) == 2 and _equal(torch.stack(outputs).mean(0), value):
+                return TWO_HEADS
             origin = str(step or "an operation that was not recorded")
-            if hasattr(network, "head_dist"):
-                origin += "; it averages two heads, one of them of a distillation token"
             raise ValueError(
                 f"{what}: its logits do not come from an nn.Linear, but from {origin}. {CURES}"
             )
         value = before
 
 
-def _tap_of(trace: _Trace, pooled: Tensor, images_BCHW: Tensor, what: str, head: str) -> _Tap:
-    """Return the place of the feature map whose mean is the head's input `pooled`.
+class _Read(NamedTuple):
+    """How the input of one head follows from a feature map."""
 
-    The search goes back from the head's input to the map, and on to a module that has the map as
-    its input or output. Raise ValueError if the head's input is not the global average of a map.
+    source: Tensor  # the value that holds the map
+    layout: str  # the layout of `source`
+    token: int | None  # the token that the head reads; None: the mean of the map
+    tail: tuple[_Layer, ...]  # the layers between mean or token and head
+    dropout: float  # the dropout probability in front of the head
+    reason: str  # what is wrong with a non-empty tail
+
+
+def _tap_of(
+    network: nn.Module,
+    trace: _Trace,
+    images_BCHW: Tensor,
+    what: str,
+    heads: tuple[str, ...],
+    map: str,
+) -> _Tap:
+    """Return the place of the feature map from which the inputs of the heads follow.
+
+    The search goes back from each head's input to the map, and on to a module that has the map as
+    its input or output. Raise ValueError if the input of a head is neither the global average of a
+    map nor a class token, or if `map` does not allow the layers in between.
     """
-    value = pooled
+    reads = [_read_of(network, trace, head, what) for head in heads]
+    first = reads[0]
+    if any(read.source is not first.source or read.tail != first.tail for read in reads):
+        raise ValueError(f"{what}: its heads {' and '.join(heads)} read different maps. {CURES}")
+    tokens = tuple(read.token for read in reads if read.token is not None)
+    if first.tail and not tokens and map == "exact":
+        raise ValueError(f"{first.reason}. {PER_CELL}")
+    prefix = 0
+    if tokens:
+        prefix = int(getattr(network, "num_prefix_tokens", max(tokens) + 1))
+        if first.source.shape[1] <= prefix:
+            raise ValueError(
+                f"{what}: its head reads a token that lies beside no patch tokens. {CURES}"
+            )
+    if first.layout in ("BNC", "BCN"):
+        _grid(first.source.shape[LAYOUTS[first.layout][0]] - prefix, images_BCHW.shape)
+    module, output, steps = _place(trace, first.source, images_BCHW, what)
+    return _Tap(module, output, steps, first.layout, first.dropout, tokens, prefix, first.tail)
+
+
+def _read_of(network: nn.Module, trace: _Trace, head: str, what: str) -> _Read:
+    """Return how the input of a head follows from a map; raise ValueError if it does not."""
+    value = trace.took[head]
+    order = list(trace.gave)
+    position = order.index(head)  # modules that ended later are not searched
+    tail: list[_Layer] = []
     dropout = 0.0
     one_cell = False
+    reason = ""
     while True:
-        changed = [step for step in trace.touched.get(id(value), ()) if step.name != "dropout"]
-        for step in trace.touched.get(id(value), ()):
+        touched = trace.touched.get(id(value), ())
+        used = {layer.module for layer in tail}
+        changed = [step for step in touched if step.name != "dropout" and step.owner not in used]
+        for step in touched if not tail else ():
             if step.name == "dropout":
                 p = _probability(step)
                 dropout += p - dropout * p
         made = changed[-1] if changed else trace.made.get(id(value))
         sources = [] if changed or made is None else made.sources
-        layouts = [(source, _layout(source, value)) for source in sources]
-        found = [(source, layout) for source, layout in layouts if layout]
-        if found:
-            source, layout = found[0]
-            break
+        for source in sources:
+            assert made is not None
+            token = _token(made, source, value)
+            layout = _layout(source, value) if token is None else "BNC"
+            if layout:
+                return _Read(source, layout, token, tuple(tail), dropout, reason)
         before = None if changed or made is None else _same_values(made, value)
-        if before is None:
+        if before is not None:
+            one_cell = one_cell or before.ndim > 2
+            value = before
+            continue
+        why = _why(made)
+        reason = reason or f"{what}: between map and head `{head}` stands {why}"
+        layer = _layer_before(network, trace, value, made, order[:position])
+        if layer is None:
             kind = _OneCell if one_cell else ValueError
-            raise kind(
-                f"{what}: between map and head `{head}` stands {_why(made, value, sources)}. "
-                f"{CURES}"
-            )
-        value = before
-        one_cell = one_cell or before.ndim > 2
-    if layout in ("BNC", "BCN"):
-        _grid(source.shape[LAYOUTS[layout][0]], images_BCHW.shape)
-    module, output, steps = _place(trace, source, images_BCHW, what)
-    return _Tap(module, output, steps, layout, dropout)
+            raise kind(f"{what}: between map and head `{head}` stands {why}. {CURES}")
+        position = order.index(layer.module)
+        tail.insert(0, layer)
+        value = trace.took[layer.module]
 
 
-def _why(step: _Step | None, value: Tensor, sources: list[Tensor]) -> str:
+def _token(step: _Step, source: Tensor, value: Tensor) -> int | None:
+    """Return the number of the token that `step` takes from tokens (B, N, C); None if none."""
+    if step.name != "__getitem__" or source.ndim != 3 or source.shape[1] < 2:
+        return None
+    if value.numel() != source[:, 0].numel() or len(value) != len(source):
+        return None
+    numbers_N = torch.arange(source.shape[1], device="cpu")
+    taken = set(_again(step, numbers_N[None, :, None].expand(source.shape)).flatten().tolist())
+    return int(taken.pop()) if len(taken) == 1 else None
+
+
+def _layer_before(
+    network: nn.Module, trace: _Trace, value: Tensor, made: _Step | None, names: list[str]
+) -> _Layer | None:
+    """Return the last of the named modules that gave `value`, if it can be applied to each cell.
+
+    The module must see one cell of each image. BatchNorm is no such layer, because its statistics
+    would depend on the number of cells. Modules with children, identity and dropout are passed
+    over. `made` is the step that made `value`; the module may reshape its result. Return None if
+    there is no such module.
+    """
+    for name in reversed(names):
+        gave, took = trace.gave[name], trace.took.get(name)
+        reshaped = made is not None and made.owner == name and gave.numel() == value.numel()
+        module = network.get_submodule(name)
+        passed = isinstance(module, nn.Identity | nn.Dropout) or bool(list(module.children()))
+        if passed or not (gave is value or reshaped):
+            continue
+        if took is None or isinstance(module, _BatchNorm):
+            return None
+        of_one_cell = took[0].numel() == max(took.shape[1:]) and len(took) == len(value)
+        return _Layer(name, tuple(took.shape[1:])) if of_one_cell else None
+    return None
+
+
+def _why(step: _Step | None) -> str:
     if step is None:
         return "a value whose computation was not recorded"
-    if any(s.ndim == 3 and s.shape[1] > 1 and _equal(s[:, 0], value) for s in sources):
-        return f"the selection of the class token ({step}); {CLASS_TOKEN}"
     return f"{step}, which is neither a global average nor a change of shape"
 
 
@@ -551,18 +771,79 @@ def _place(
         value = step.sources[0]
 
 
-def _stages_of(network: nn.Module, trace: _Trace, tap: _Tap) -> tuple[_Stage, ...]:
-    """Return the stages that timm names, or else those found by size; () without two or more."""
-    info = getattr(network, "feature_info", None)
-    named = []
-    if isinstance(info, list) and all(isinstance(entry, dict) for entry in info):
-        named = [str(entry.get("module")) for entry in info]
-    for names in (named, _last_of_each_size(trace, tap)):
+def _stages_of(
+    network: nn.Module, trace: _Trace, tap: _Tap, images_BCHW: Tensor
+) -> tuple[_Stage, ...]:
+    """Return the stages that timm names, or else those found by size; () without two or more.
+
+    If all maps have the size of the tapped one, the network's blocks are the stages.
+    """
+    if tap.layout == "BNC":
+        return _token_stages(network, trace, tap, images_BCHW)
+    for names in (_named_stages(network), _last_of_each_size(trace, tap)):
         sizes = [_size(trace.gave.get(name), tap) for name in names]
         falling = sizes == sorted(set(sizes), reverse=True)
         if len(names) > 1 and falling and all(trace.runs[name] == 1 for name in names):
             return tuple(_stage(network, trace, name) for name in names)
     return ()
+
+
+def _named_stages(network: nn.Module) -> list[str]:
+    """Return the names of the modules that timm lists as stages; [] for a network without them."""
+    info = getattr(network, "feature_info", None)
+    if not isinstance(info, list) or not all(isinstance(entry, dict) for entry in info):
+        return []
+    return [str(entry.get("module")) for entry in info]
+
+
+def _token_stages(
+    network: nn.Module, trace: _Trace, tap: _Tap, images_BCHW: Tensor
+) -> tuple[_Stage, ...]:
+    """Return the stages of a network whose maps are tokens (B, N, C); () without two or more."""
+    order = list(trace.gave)
+    sizes: dict[str, tuple[int, int]] = {}
+    prefixes: dict[str, int] = {}
+    most = int(getattr(network, "num_prefix_tokens", tap.prefix))
+    for name in order[: order.index(tap.module) + tap.output]:
+        prefix = _prefix_of(trace.gave[name], most, images_BCHW.shape)
+        has_parameters = next(network.get_submodule(name).parameters(), None) is not None
+        if prefix is not None and has_parameters and trace.runs[name] == 1:
+            prefixes[name] = prefix
+            sizes[name] = _grid(trace.gave[name].shape[1] - prefix, images_BCHW.shape)
+    names = _named_stages(network)
+    if not set(names) <= sizes.keys():
+        names = list({size: name for name, size in sizes.items()}.values())
+    if len(names) < 2:
+        names = _blocks(network, list(sizes))
+    if len(names) < 2:
+        return ()
+    return tuple(_stage(network, trace, name)._replace(prefix=prefixes[name]) for name in names)
+
+
+def _prefix_of(value: Tensor, most: int, image_BCHW: torch.Size) -> int | None:
+    """Return the number of tokens in front of the patch tokens: `most` or 0; None if no grid."""
+    if value.ndim != 3 or value.shape[1] <= most:
+        return None
+    for prefix in (most, 0):
+        try:
+            _grid(value.shape[1] - prefix, image_BCHW)
+        except ValueError:
+            continue
+        return prefix
+    return None
+
+
+def _blocks(network: nn.Module, names: list[str]) -> list[str]:
+    """Return the largest modules of which there are several of one class in one module.
+
+    The result is the outermost such group among the named modules, and [] if there is none.
+    """
+    groups: dict[tuple[str, type], list[str]] = {}
+    for name in names:
+        key = (name.rpartition(".")[0], type(network.get_submodule(name)))
+        groups.setdefault(key, []).append(name)
+    several = [group for group in groups.values() if len(group) > 1]
+    return min(several, key=lambda group: group[0].count("."), default=[])
 
 
 def _stage(network: nn.Module, trace: _Trace, name: str) -> _Stage:
@@ -584,7 +865,7 @@ def _stage(network: nn.Module, trace: _Trace, name: str) -> _Stage:
             module = network.get_submodule(other)
             if isinstance(module, nn.BatchNorm2d) and trace.gave[other] is trace.took[relu]:
                 norm = other
-    return _Stage(name, overwritten, relu, norm)
+    return _Stage(name, overwritten, relu=relu, norm=norm)
 
 
 def _last_of_each_size(trace: _Trace, tap: _Tap) -> list[str]:

@@ -17,7 +17,12 @@ __all__ = ["from_timm", "from_torchvision"]
 
 
 def from_timm(
-    name: str, num_classes: int, pretrained: bool = False, **options: Any
+    name: str,
+    num_classes: int,
+    pretrained: bool = False,
+    map: str = "exact",
+    resize: int | None = None,
+    **options: Any,
 ) -> LogitMapModel:
     """Return a timm network as a logit-map model, see `from_network`.
 
@@ -30,6 +35,8 @@ def from_timm(
         num_classes: K, the number of classes.
         pretrained: Whether to load timm's published weights, which are downloaded if needed. The
             head keeps random weights if the published head has another number of classes.
+        map: "exact" or "per_cell", see `from_network`.
+        resize: Side in pixels to which images are resized, see `from_network`.
         **options: Further arguments of timm.create_model. With `img_size`, the network is checked
             with images of that size, in pixels.
 
@@ -61,11 +68,16 @@ def from_timm(
             raise ValueError(
                 f"timm does not build {name} with {options} ({error}); see its documentation"
             ) from error
-    return _placed(network, options.get("img_size"))
+    return _placed(network, map, resize, options.get("img_size"))
 
 
 def from_torchvision(
-    name: str, num_classes: int, weights: str | None = None, **options: Any
+    name: str,
+    num_classes: int,
+    weights: str | None = None,
+    map: str = "exact",
+    resize: int | None = None,
+    **options: Any,
 ) -> LogitMapModel:
     """Return a torchvision network as a logit-map model, see `from_network`.
 
@@ -79,7 +91,10 @@ def from_torchvision(
         weights: Name of the published weights to load, such as DEFAULT or IMAGENET1K_V1; they are
             downloaded if needed. None for random weights. The head keeps random weights if the
             published head has another number of classes.
-        **options: Further arguments of torchvision.models.get_model.
+        map: "exact" or "per_cell", see `from_network`.
+        resize: Side in pixels to which images are resized, see `from_network`.
+        **options: Further arguments of torchvision.models.get_model. With `image_size`, the network
+            is checked with images of that size, in pixels.
 
     Returns:
         The model, which shares its parameters with the torchvision network. Call `train()` or
@@ -109,7 +124,7 @@ def from_torchvision(
             raise ValueError(
                 f"torchvision does not build {name} with {options} ({error})"
             ) from error
-    model = _placed(network)
+    model = _placed(network, map, resize, options.get("image_size"))
     if weights is not None and not _meta():
         _load_but_other_heads(
             model, published[weights].get_state_dict(check_hash=True, weights_only=True)
@@ -137,18 +152,26 @@ def _meta() -> bool:
     return torch.empty(0).is_meta
 
 
-def _placed(network: nn.Module, size: int | Sequence[int] | None = None) -> LogitMapModel:
+def _placed(
+    network: nn.Module, map: str, resize: int | None, size: int | Sequence[int] | None
+) -> LogitMapModel:
     """Return the checked logit-map model of a network, on the meta device if torch's default is it.
 
-    `size` is the side or the (height, width) of the images to check the network with, in pixels.
-    None if the network accepts several sizes.
+    Args:
+        network: Network of a library, on the CPU.
+        map: Passed to `from_network`.
+        resize: Passed to `from_network`.
+        size: Side or (height, width) of the images to check the network with, in pixels. None if
+            the network accepts several sizes. With `resize`, its side is taken instead.
     """
     with torch.device("cpu"):
         sides = (size, size) if isinstance(size, int) else size
+        if resize is not None:
+            sides = None
         noise_BCHW = None
         if sides is not None:
             noise_BCHW = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
-        model = from_network(network, noise_BCHW)
+        model = from_network(network, noise_BCHW, map, resize)
     return model.to("meta") if _meta() else model
 
 

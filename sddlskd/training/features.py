@@ -18,15 +18,16 @@ from sddlskd.config import Config, Views
 from sddlskd.config.targets import instantiate
 from sddlskd.data.device import Batch, seed_of
 from sddlskd.methods import Method, Taps
-from sddlskd.models import LogitMapModel
+from sddlskd.models import ForeignNetwork, LogitMapModel
 from sddlskd.training.build import build_network, without_weights
 from sddlskd.training.devices import seeded
 from sddlskd.training.run import Feature
 
 __all__ = ["build_features", "rebuild_student", "reuses_teacher", "student_network"]
 
-# Shape of an image that all networks accept. The channels of their maps do not depend on its sides.
-PROBE_CHW = (3, 64, 64)
+# Shape of an image that all networks of this package accept. The channels of their maps do not
+# depend on its sides.
+PROBE_CHW: tuple[int, ...] = (3, 64, 64)
 
 
 def reuses_teacher(job: Config) -> bool:
@@ -106,7 +107,10 @@ def rebuild_student(job: Config, device: torch.device) -> nn.Module:
     if not reuses_teacher(job):
         return student
     teacher = build_network(without_weights(job.teacher.model), classes, 0, device)
-    return student_network(job, student, teacher, image_CHW=PROBE_CHW, device=device)
+    image_CHW = PROBE_CHW
+    if isinstance(student, ForeignNetwork):  # a transformer may accept images of one size alone
+        image_CHW = student.image_CHW
+    return student_network(job, student, teacher, image_CHW=image_CHW, device=device)
 
 
 def build_features(

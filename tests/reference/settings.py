@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from analysis import published
-from analysis.coverage import available, reason_without_recipe, recipe_of
+from analysis.coverage import CONF, available, reason_without_recipe, recipe_of
 from analysis.protocol import SETTINGS_FILE
 from analysis.published import Published
 from analysis.schema import details_of
@@ -61,6 +61,8 @@ def job_of(number: Published, *overrides: str) -> Config:
         if own in available()[group]:
             choices[group] = own
     chosen = [f"{group}={choice}" for group, choice in choices.items()]
+    if (CONF / "pair" / f"{number.pair}.yaml").is_file():  # a pair may set the optimizer
+        chosen = [f"pair={number.pair}"]
     recipe = recipe_of(number.method)
     return composed(HOME, f"dataset={number.dataset}", f"recipe={recipe}", *chosen, *overrides)
 
