@@ -11,6 +11,7 @@ from sddlskd.config.identity import (
     run_name,
     settings_hash,
     sharing_key,
+    teacher_name,
     title,
 )
 from sddlskd.config.resolve import (
@@ -18,6 +19,7 @@ from sddlskd.config.resolve import (
     check_launcher,
     conf_folder,
     default_run_dir,
+    each_teacher,
     frame,
     load,
     normalise,
@@ -25,7 +27,9 @@ from sddlskd.config.resolve import (
     sqlite_file,
     sqlite_uri,
     teacher_job,
+    teacher_weights,
     to_yaml,
+    with_each_teacher,
 )
 from sddlskd.config.schema import (
     M_CURE,
@@ -33,6 +37,7 @@ from sddlskd.config.schema import (
     BadImages,
     CacheDtype,
     CheckpointConfig,
+    Combine,
     Config,
     DatasetConfig,
     DistillerConfig,
@@ -60,6 +65,7 @@ __all__ = [
     "BadImages",
     "CacheDtype",
     "CheckpointConfig",
+    "Combine",
     "Config",
     "DatasetConfig",
     "DistillerConfig",
@@ -87,6 +93,7 @@ __all__ = [
     "config_hash",
     "data_seed",
     "default_run_dir",
+    "each_teacher",
     "flatten",
     "frame",
     "identity_keys",
@@ -100,6 +107,9 @@ __all__ = [
     "sqlite_file",
     "sqlite_uri",
     "teacher_job",
+    "teacher_name",
+    "teacher_weights",
     "title",
     "to_yaml",
+    "with_each_teacher",
 ]

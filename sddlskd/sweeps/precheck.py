@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd import record
-from sddlskd.config import Config, Rerun, canonical
+from sddlskd.config import Config, Rerun, canonical, each_teacher
 from sddlskd.config.targets import instantiate
 from sddlskd.data.device import trained_on
 from sddlskd.datasets.arrays import Files
@@ -92,8 +92,10 @@ class Checker:
         device = pick_device(job.trainer.device)
         check_objective(job, device)
         # Report a mistyped path before any data is downloaded.
-        if job.teacher.checkpoint:
-            check_teacher(job)
+        teachers = each_teacher(job)
+        for one in teachers:
+            if one.teacher.checkpoint:
+                check_teacher(one)
         data = self._data_set(job)
         labels_N = _trained_on(job, data.labels_N)
         check_batch_size(job, len(labels_N), data.size)
@@ -102,14 +104,16 @@ class Checker:
         if job.sweep.rerun is not Rerun.all:  # `all` sets earlier records aside
             check_same_data(job, data.noted)
         check_teacher(job)
-        check_teacher_data(job, data.noted)
+        for one in teachers:
+            check_teacher_data(one, data.noted)
         if data.of_files:
             check_cache(job)
             check_workers(job)
         classes = job.dataset.num_classes
         side = self._map_side(job.student.model, classes, data.image_CHW)
         if job.distiller.loss:
-            side = min(side, self._map_side(job.teacher.model, classes, data.image_CHW))
+            for one in teachers:
+                side = min(side, self._map_side(one.teacher.model, classes, data.image_CHW))
             if max(job.M) > 2 * side:
                 raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
         if job.features:

@@ -330,6 +330,8 @@ def _send_outcome(
         if result.get(tag):
             client.set_tag(run_id, tag, _cut(result[tag], LONGEST_TAG))
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
+    for name, top1 in result.get("teacher_top1_each", {}).items():
+        summary[f"teacher/top1/{name}"] = top1
     stepped = _has_steps(client, run_id)
     for row in rows:
         # Use the epoch's own time, because a run may stop at the same epoch twice.

@@ -19,6 +19,7 @@ from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import NonFiniteLoss, Run
+from sddlskd.training.several import Teachers
 from sddlskd.training.stop import Stop
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 def train(
     runs: Sequence[Run],
     data: Data,
-    teacher: Teacher | TeacherCache | None,
+    teacher: Teacher | TeacherCache | Teachers | None,
     *,
     epochs: int,
     steps: int,
@@ -53,7 +54,7 @@ def train(
     Args:
         runs: the runs of the group, at least one.
         data: the batches of this rank.
-        teacher: the teacher that all runs share; None without distillation.
+        teacher: the teacher, or the teachers, that all runs share; None without distillation.
         epochs: number of the last epoch, counted from 1.
         steps: batches per epoch.
         log_every: number of steps between two checks that the loss of a run is finite. Each check
@@ -135,7 +136,7 @@ def train(
             return
 
 
-def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> Taps:
+def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence[Run]) -> Taps:
     """Return the teacher's taps of a batch: its logit map, and the inner maps if a loss reads them.
 
     Args:
@@ -144,10 +145,11 @@ def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> T
         runs: the runs that train on the batch. The teacher computes only what their losses read.
 
     Returns:
-        `Taps` without gradients. `logit_map` is (B, K, H, W). `strong_map` is the logit map of the
-        second view, or None if no run reads it.
+        `Taps` without gradients. `logit_map` is (B, K, H, W), and `others` are the maps of further
+        teachers. `strong_map` is the logit map of the second view, or None if no run reads it.
     """
-    if any(run.objective.needs_taps for run in runs):
+    # Methods that read inner maps have a single teacher.
+    if isinstance(teacher, Teachers) or any(run.objective.needs_taps for run in runs):
         taps = teacher.taps(batch.images, batch.views)
     else:
         logit_map_BKHW = teacher(batch.images, batch.views)
