@@ -363,9 +363,8 @@ class SeveralTeachers:
             not read them.
         combine: how the teachers are combined:
             "logits": the logits of each region, and those of the whole map, are the weighted mean
-            over the teachers, and the loss compares the student with this mixture (an ensemble as
-            in Hinton et al. 2015, with the mean of the logits). With M=[1] it is the mean of the
-            teachers' logits.
+            over the teachers, and the loss compares the student with this mixture. The softmax of
+            the mean is the geometric mean of the teachers' predictions (Hinton et al. 2015).
             "losses": the loss is the weighted mean of the losses with each teacher. With the loss
             kd, its gradient is that of kd with the mean of the teachers' softened probabilities
             (You et al. 2017).
