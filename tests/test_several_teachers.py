@@ -10,12 +10,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hydra.errors import HydraException
 from torch import Tensor
 
+from analysis.names import pair_name
+from analysis.runs import _typed
+from analysis.schema import frame_of, runs_of
+from analysis.selection import rows as table_rows
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.distill import COMBINATIONS, ScaleDecoupled, SeveralTeachers, confidence_weights
@@ -25,6 +30,7 @@ from sddlskd.losses import dist, dkd, kd
 from sddlskd.models import create
 from sddlskd.sweeps.precheck import problems
 from sddlskd.terminal.console import explain
+from sddlskd.tracking.runs import _send_outcome
 from sddlskd.training.build import build_data
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
@@ -453,3 +459,30 @@ def test_the_students_teacher_can_be_another_in_an_evaluation(tmp_path: Path) ->
     changed = _override(job, ["teacher=resnet8"])
     assert (cfg.teacher_name(changed), changed.more_teachers) == ("resnet8", {})
     assert cfg.teacher_name(_override(changed, ["teacher=[vgg8,vgg13]"])) == "vgg8+vgg13"
+
+
+# Where the results go
+
+
+def test_tables_have_a_pair_of_its_own_and_tell_the_ways_apart(compose: Compose) -> None:
+    ways = [[], ["teacher.combine=losses"], ["teacher.weights=[0.3,0.7]"]]
+    jobs = [compose(TWO, *way) for way in ways]
+    params = [{key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs]
+    hashes = [{"settings_hash": cfg.settings_hash(job)} for job in jobs]
+    runs = runs_of(
+        frame_of([_typed(one)[0] | more for one, more in zip(params, hashes, strict=True)])
+    )
+    assert {run.pair for run in runs} == {"resnet8+resnet14_resnet8x4"}
+    assert pair_name(runs[0].teacher, runs[0].student) == "resnet8+resnet14 → resnet8x4"
+    split = [row.split for row in table_rows(runs, lambda run: run.method)]
+    assert len(split) == len(jobs)
+    assert set(split[0]) == {"teacher.combine", "teacher.weights"}
+
+
+def test_mlflow_has_the_top1_of_each_teacher(tmp_path: Path) -> None:
+    client = Mock()
+    client.get_metric_history.return_value = []
+    result = {"epochs": 1, "teacher_top1": 3.0, "teacher_top1_each": {"resnet8": 1.0, "vgg8": 2.0}}
+    _send_outcome(client, "id", tmp_path, "FINISHED", result, [{"epoch": 1, "time": 0.0}])
+    sent = {one.key: one.value for one in client.log_batch.call_args.kwargs["metrics"]}
+    assert sent == {"teacher/top1": 3.0, "teacher/top1/resnet8": 1.0, "teacher/top1/vgg8": 2.0}
