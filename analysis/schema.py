@@ -177,6 +177,8 @@ DETAILS = (
     "optimizer.milestones",
     "optimizer.schedule",
     "optimizer.warmup_epochs",
+    "teacher.combine",
+    "teacher.weights",
 )
 """Params that `details` holds, besides those that begin with "features." or "distiller.loss."."""
 

@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "COMBINATIONS",
     "KNOWLEDGE",
     "POOLINGS",
     "REDUCTIONS",
     "STANDARDIZE",
     "PerSampleLoss",
     "ScaleDecoupled",
+    "SeveralTeachers",
     "check_scales",
     "compares_images",
+    "confidence_weights",
     "region_logits",
     "standardize",
     "standardize_over_batch",
@@ -64,6 +67,9 @@ to 4x4 first, and every scale is pooled from the result (SDD's released code). F
 and 4, both are equal if the sides of the map are multiples of 4.
 """
 NESTED_SIDE = 4
+
+COMBINATIONS = ("logits", "losses", "confidence")
+"""How several teachers are combined, see `SeveralTeachers`."""
 
 
 def check_scales(M: Sequence[int]) -> tuple[int, ...]:
@@ -259,34 +265,72 @@ class ScaleDecoupled:
             ValueError: If the per-sample loss does not return one value per region.
         """
         with torch.autocast(student_map_BKHW.device.type, enabled=False):
-            student_map_BKHW = self._to_pool(student_map_BKHW)
-            teacher_map_BKHW = self._to_pool(teacher_map_BKHW)
-            student_BRK = region_logits(student_map_BKHW, self.M)
-            teacher_BRK = region_logits(teacher_map_BKHW, self.M)
-            B, R, _ = student_BRK.shape
-            weight_BR = self._weights(teacher_map_BKHW, teacher_BRK, target_B)
-            if self.standardize == "class_scaled":
-                weight_BR = weight_BR * teacher_BRK.std(2) ** 2
-            if self.standardize == "batch":
-                student_BRK = standardize_over_batch(student_BRK)
-                teacher_BRK = standardize_over_batch(teacher_BRK)
-            elif self.standardize:
-                student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
-            target_BR = target_B[:, None].expand(B, R, *target_B.shape[1:])
-            loss_N = self.loss(
-                student_BRK.flatten(0, 1),
-                teacher_BRK.flatten(0, 1),
-                target_BR.flatten(0, 1),
-                **options,
-                **({"regions_per_image": R} if self.compares_images else {}),
+            student_BRK = self.regions(student_map_BKHW)
+            teacher_BRK, teacher_BK = self.regions_and_logits(teacher_map_BKHW)
+            return self.compare(student_BRK, teacher_BRK, teacher_BK, target_B, **options)
+
+    def regions(self, logit_map_BKHW: Tensor) -> Tensor:
+        """Return the logits of all regions of a logit map, (B, R, K), in float32 or float64."""
+        return region_logits(self._to_pool(logit_map_BKHW), self.M)
+
+    def regions_and_logits(self, logit_map_BKHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the result of `regions`, and the logits (B, K) of the whole map."""
+        logit_map_BKHW = self._to_pool(logit_map_BKHW)
+        return region_logits(logit_map_BKHW, self.M), logit_map_BKHW.mean((2, 3))
+
+    def compare(
+        self,
+        student_BRK: Tensor,
+        teacher_BRK: Tensor,
+        teacher_BK: Tensor,
+        target_B: Tensor,
+        *,
+        image_weight_B: Tensor | None = None,
+        **options: Tensor,
+    ) -> Tensor:
+        """Return the loss of a batch as a scalar, from the logits of the regions.
+
+        Args:
+            student_BRK: logits of the student's regions.
+            teacher_BRK: logits of the teacher's regions.
+            teacher_BK: logits of the teacher's whole map.
+            target_B: class ids, int64, (B,); or (B, K) for a loss of `takes_label_sets`.
+            image_weight_B: weight that multiplies the losses of all regions of an image; None for
+                1.
+            **options: keyword arguments that are passed on to the per-sample loss.
+
+        Returns:
+            The weighted and reduced loss, a scalar tensor.
+
+        Raises:
+            ValueError: If the per-sample loss does not return one value per region.
+        """
+        B, R, _ = student_BRK.shape
+        weight_BR = self._weights(teacher_BK, teacher_BRK, target_B)
+        if image_weight_B is not None:
+            weight_BR = weight_BR * image_weight_B[:, None]
+        if self.standardize == "class_scaled":
+            weight_BR = weight_BR * teacher_BRK.std(2) ** 2
+        if self.standardize == "batch":
+            student_BRK = standardize_over_batch(student_BRK)
+            teacher_BRK = standardize_over_batch(teacher_BRK)
+        elif self.standardize:
+            student_BRK, teacher_BRK = standardize(student_BRK), standardize(teacher_BRK)
+        target_BR = target_B[:, None].expand(B, R, *target_B.shape[1:])
+        loss_N = self.loss(
+            student_BRK.flatten(0, 1),
+            teacher_BRK.flatten(0, 1),
+            target_BR.flatten(0, 1),
+            **options,
+            **({"regions_per_image": R} if self.compares_images else {}),
+        )
+        if loss_N.shape != (B * R,):
+            raise ValueError(
+                f"the loss returned shape {tuple(loss_N.shape)} for {B * R} regions; "
+                "it must return one value per region"
             )
-            if loss_N.shape != (B * R,):
-                raise ValueError(
-                    f"the loss returned shape {tuple(loss_N.shape)} for {B * R} regions; "
-                    "it must return one value per region"
-                )
-            total = (weight_BR.flatten() * loss_N).sum()
-            return total / (B * R if self.reduction == "mean" else B)
+        total = (weight_BR.flatten() * loss_N).sum()
+        return total / (B * R if self.reduction == "mean" else B)
 
     def _to_pool(self, logit_map_BKHW: Tensor) -> Tensor:
         """Return the map from which all regions are pooled, in float32 (float64 stays float64)."""
@@ -295,18 +339,129 @@ class ScaleDecoupled:
             return wide_BKHW
         return F.adaptive_avg_pool2d(wide_BKHW, NESTED_SIDE)
 
-    def _weights(self, teacher_map_BKHW: Tensor, teacher_BRK: Tensor, target_B: Tensor) -> Tensor:
+    def _weights(self, teacher_BK: Tensor, teacher_BRK: Tensor, target_B: Tensor) -> Tensor:
         """Return the weight of each region, (B, R), from the teacher's logits (SDD Eq. 6 to 9).
 
         For images with several labels, no region is consistent or complementary: all weights are 1.
         """
         if target_B.ndim > 1:
             return teacher_BRK.new_ones(teacher_BRK.shape[:2])
-        right_globally_B1 = (teacher_map_BKHW.mean((2, 3)).argmax(1) == target_B)[:, None]
+        right_globally_B1 = (teacher_BK.argmax(1) == target_B)[:, None]
         complementary_BR = (teacher_BRK.argmax(2) == target_B[:, None]) != right_globally_B1
         consistent, complementary = KNOWLEDGE[self.knowledge]
         weight_BR = teacher_BRK.new_full(complementary_BR.shape, consistent)
         return weight_BR.masked_fill(complementary_BR, complementary * self.complementary_weight)
+
+
+def confidence_weights(teachers_TBK: Tensor, target_B: Tensor) -> Tensor:
+    """Return the weight of each of several teachers for each image, (T, B), with the sum 1 over T.
+
+    The weight is (1 - softmax_T(CE)) / (T - 1), with the cross-entropy CE of a teacher's prediction
+    and the label: a teacher that predicts the label of an image better counts more for it.
+
+    Args:
+        teachers_TBK: logits of T teachers for B images, without a temperature. T is at least 2.
+        target_B: class ids, int64, (B,).
+
+    Returns:
+        The weights, not negative. Teachers with equal logits have equal weights.
+
+    Source: CA-MKD (Zhang, Chen, Wang 2022, arXiv:2201.00007), section 2, the weights of the
+    teachers' predictions.
+    """
+    T, B, _ = teachers_TBK.shape
+    target_TB = target_B.expand(T, B)
+    ce_TB = F.cross_entropy(teachers_TBK.transpose(1, 2), target_TB, reduction="none")
+    return (1 - ce_TB.softmax(0)) / (T - 1)
+
+
+class SeveralTeachers:
+    """Distillation loss of a batch that compares a student with several teachers.
+
+    The logit maps of the teachers may have different sides. Each map is pooled to its regions
+    first, so the regions of all teachers can be mixed.
+
+    Args:
+        distill: the distillation loss with a single teacher.
+        weights: weight of each teacher, not negative, with the sum 1. `combine` "confidence" does
+            not read them.
+        combine: how the teachers are combined:
+            "logits": the logits of each region, and those of the whole map, are the weighted mean
+            over the teachers, and the loss compares the student with this mixture. The softmax of
+            the mean is the geometric mean of the teachers' predictions (Hinton et al. 2015).
+            "losses": the loss is the weighted mean of the losses with each teacher. With the loss
+            kd, its gradient is that of kd with the mean of the teachers' softened probabilities
+            (You et al. 2017).
+            "confidence": as "losses", with the weights of `confidence_weights` for each image
+            (CA-MKD without its loss on features).
+
+    Raises:
+        ValueError: If `combine` is not one of these names.
+    """
+
+    def __init__(
+        self, distill: ScaleDecoupled, weights: Sequence[float], combine: str = "logits"
+    ) -> None:
+        if combine not in COMBINATIONS:
+            raise ValueError(f"combine={combine!r} is not one of {', '.join(COMBINATIONS)}")
+        self.distill = distill
+        self.weights = tuple(weights)
+        self.combine = combine
+
+    def __call__(
+        self,
+        student_map_BKHW: Tensor,
+        teacher_maps: Sequence[Tensor],
+        target_B: Tensor,
+        **options: Tensor,
+    ) -> Tensor:
+        """Return the loss of a batch as a scalar.
+
+        Args:
+            student_map_BKHW: logit map of the student, (B, K, H, W).
+            teacher_maps: logit map (B, K, H, W) of each teacher; H and W may differ.
+            target_B: class ids, int64, (B,).
+            **options: keyword arguments of the per-sample loss, such as a learnt `temperature`.
+
+        Returns:
+            The weighted and reduced loss, a scalar tensor, in float32 (float64 stays float64).
+
+        Raises:
+            ValueError: If the per-sample loss does not return one value per region, or if there are
+                not as many maps as weights.
+        """
+        with torch.autocast(student_map_BKHW.device.type, enabled=False):
+            student_BRK = self.distill.regions(student_map_BKHW)
+            teachers = [self.distill.regions_and_logits(map_BKHW) for map_BKHW in teacher_maps]
+            weighted = list(zip(self.weights, teachers, strict=True))
+            if self.combine == "logits":
+                teacher_BRK = _sum([weight * regions_BRK for weight, (regions_BRK, _) in weighted])
+                teacher_BK = _sum([weight * logits_BK for weight, (_, logits_BK) in weighted])
+                return self.distill.compare(
+                    student_BRK, teacher_BRK, teacher_BK, target_B, **options
+                )
+            if self.combine == "losses":
+                return _sum(
+                    [
+                        weight * self.distill.compare(student_BRK, *teacher, target_B, **options)
+                        for weight, teacher in weighted
+                    ]
+                )
+            weight_TB = confidence_weights(
+                torch.stack([logits_BK for _, logits_BK in teachers]), target_B
+            )
+            return _sum(
+                [
+                    self.distill.compare(
+                        student_BRK, *teacher, target_B, image_weight_B=weight_B, **options
+                    )
+                    for weight_B, teacher in zip(weight_TB, teachers, strict=True)
+                ]
+            )
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ from sddlskd.training.devices import autocast, describe, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
 from sddlskd.training.probe import features_of, linear_probe
+from sddlskd.training.several import Teachers
 from sddlskd.training.size import size_of
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import missing
@@ -96,8 +97,9 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
         (throughput), "batch" (images per timed batch), "ms_per_image" (milliseconds for a batch of
         one image) and "environment" (name of the device). On a GPU also "memory_mib" (peak memory
         in MiB while a batch is computed). With a teacher also "teacher_top1" (%) and "agreement"
-        (percentage of images for which both networks predict the same class). "parameters" or
-        "flops" is missing if the number cannot be counted.
+        (percentage of images for which both networks predict the same class); several teachers
+        predict by the weighted mean of their logits. "parameters" or "flops" is missing if the
+        number cannot be counted.
 
     Raises:
         FileNotFoundError: If the file of the student or of the teacher is missing.
@@ -110,12 +112,19 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
     device = pick_device(job.trainer.device)
     network = rebuild_student(replace(trained or job, dataset=job.dataset), device)
     load_weights(network, weights, job.student.name)
-    teacher = _build_teacher(job, device)
-    teacher_network = teacher.network if teacher else None
+    alone = cfg.each_teacher(job)
+    teachers = [_build_teacher(one, device) for one in alone]
     data = build_data(job, device)
     try:
-        check_maps(job, network, teacher_network, data, device)
-        found = _measure_on(data, job, network.eval(), teacher)
+        check_maps(job, network, None, data, device)
+        for one, teacher in zip(alone, teachers, strict=True):
+            check_maps(one, network, teacher.network, data, device)
+        together: Teacher | Teachers | None = None
+        if teachers:
+            together = teachers[0]
+        if len(teachers) > 1:
+            together = Teachers(teachers, cfg.teacher_weights(job))
+        found = _measure_on(data, job, network.eval(), together)
     finally:
         if isinstance(data, StreamedData):
             data.close()
@@ -123,14 +132,14 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
 
 
 def _measure_on(
-    data: Data, job: Config, network: nn.Module, teacher: Teacher | None
+    data: Data, job: Config, network: nn.Module, teacher: Teacher | Teachers | None
 ) -> dict[str, Any]:
     precision = job.trainer.precision
     batches = metered_test_batches(data, f"{job.student.name} on {job.dataset.name}")
     logits_NK, target_N = answers(network, batches, precision)
     found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
     if teacher:
-        batches = metered_test_batches(data, f"teacher {teacher.name}")
+        batches = metered_test_batches(data, f"teacher {cfg.teacher_name(job)}")
         teacher_NK, _ = answers(teacher, batches, precision)
         found["teacher_top1"] = scores(teacher_NK, target_N)["top1"]
         agree_N = logits_NK.argmax(1) == teacher_NK.argmax(1)
@@ -206,9 +215,7 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
     }
 
 
-def _build_teacher(job: Config, device: torch.device) -> Teacher | None:
-    if not job.has_teacher:
-        return None
+def _build_teacher(job: Config, device: torch.device) -> Teacher:
     check_teacher(job)
     path = teacher_path(job)
     if not path.exists():
@@ -267,7 +274,8 @@ def _wait_for(device: torch.device) -> None:
 
 def _compose_job(overrides: Sequence[str]) -> Config:
     with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
-        return cfg.resolve(hydra.compose("config", overrides=["tracking=none", *overrides]))
+        words = cfg.with_each_teacher(["tracking=none", *overrides])
+        return cfg.resolve(hydra.compose("config", overrides=words))
 
 
 def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Path, Config]:
@@ -338,6 +346,8 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
         for group in WHOLE:
             if group in chosen:
                 plain[group] = OmegaConf.structured(getattr(composed, group))
+        if "teacher" in chosen:
+            plain.more_teachers = composed.more_teachers
         if "dataset" in chosen:
             plain.dataset.mean = job.dataset.mean
             plain.dataset.std = job.dataset.std

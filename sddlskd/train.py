@@ -108,14 +108,20 @@ def _mend_arguments() -> None:
     """Change the words of sys.argv that argparse and Hydra do not take well, or refuse them.
 
     argparse fails on -m after the overrides, so -m moves to the front. Hydra makes the folder
-    hydra.run.dir before a job is checked, so run_dir takes its place. Hydra fails on scales=1,2 and
-    on a number that has more digits than Python reads; both exit with code 1 and a message.
+    hydra.run.dir before a job is checked, so run_dir takes its place. Hydra
+    merges the teachers of a list, so `config.with_each_teacher` spells them out. Hydra fails on
+    scales=1,2 and on a number that has more digits than Python reads; both exit with code 1 and a
+    message, and so does a teacher that is named twice.
     """
     words = sys.argv[1:]
     flags = [word for word in words if word in ("-m", "--multirun")]
     words = [word for word in words if word not in flags]
     if not flags:
         words = [re.sub(r"^hydra\.run\.dir=", "run_dir=", word) for word in words]
+    try:
+        words = cfg.with_each_teacher(words)
+    except ValueError as error:
+        _refuse(str(error))
     sys.argv[1:] = flags + words
     for word in words:
         if re.search(rf"\d{{{sys.get_int_max_str_digits() + 1}}}", word):

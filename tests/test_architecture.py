@@ -44,6 +44,7 @@ SEE_A_CONFIG = {
     "training/build.py",
     "training/features.py",
     "training/fit.py",
+    "training/several.py",
     "worker",
 }
 KNOW_NOTHING_ELSE = ("losses", "distill", "models", "config", "processes")

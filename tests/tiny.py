@@ -74,8 +74,9 @@ def _composed(overrides: tuple[str, ...], *surroundings: str | None) -> Config:
 
 
 def _composed_by_hydra(overrides: Sequence[str]) -> Config:
+    words = cfg.with_each_teacher([f"home={NOWHERE}", *overrides])
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return cfg.resolve(hydra.compose("config", overrides=[f"home={NOWHERE}", *overrides]))
+        return cfg.resolve(hydra.compose("config", overrides=words))
 
 
 # The environment in which `Remembering` may compose: no address of MLflow, pytest's own folder.

@@ -11,6 +11,7 @@ from sddlskd.config.identity import (
     run_name,
     settings_hash,
     sharing_key,
+    teacher_name,
     title,
 )
 from sddlskd.config.resolve import (
@@ -18,6 +19,7 @@ from sddlskd.config.resolve import (
     check_launcher,
     conf_folder,
     default_run_dir,
+    each_teacher,
     frame,
     load,
     normalise,
@@ -25,7 +27,9 @@ from sddlskd.config.resolve import (
     sqlite_file,
     sqlite_uri,
     teacher_job,
+    teacher_weights,
     to_yaml,
+    with_each_teacher,
 )
 from sddlskd.config.schema import (
     M_CURE,
@@ -35,6 +39,7 @@ from sddlskd.config.schema import (
     CacheDtype,
     Capture,
     CheckpointConfig,
+    Combine,
     CompileMode,
     Config,
     Crop,
@@ -67,6 +72,7 @@ __all__ = [
     "CacheDtype",
     "Capture",
     "CheckpointConfig",
+    "Combine",
     "CompileMode",
     "Config",
     "Crop",
@@ -97,6 +103,7 @@ __all__ = [
     "config_hash",
     "data_seed",
     "default_run_dir",
+    "each_teacher",
     "flatten",
     "frame",
     "identity_keys",
@@ -110,6 +117,9 @@ __all__ = [
     "sqlite_file",
     "sqlite_uri",
     "teacher_job",
+    "teacher_name",
+    "teacher_weights",
     "title",
     "to_yaml",
+    "with_each_teacher",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "run_name",
     "settings_hash",
     "sharing_key",
+    "teacher_name",
     "title",
 ]
 
@@ -66,6 +67,8 @@ STANDARDIZED: dict[bool | str, str] = {True: "LS", "batch": "BS", "class_scaled"
 STANDARDIZED_KD = {"KD+BS": "LumiNet", "KD+CS": "NormKD"}
 # The authors of SemCKD always add KD: the name SemCKD stands for the sum of both losses.
 SHORT_NAMES = {"KD+SemCKD": "SemCKD", "SemCKD": "SemCKD without KD"}
+# Fields of `Config` that hold settings by name; the names differ between jobs.
+BY_NAME = ("features", "more_teachers")
 
 
 def _identity(node: Any) -> Iterator[tuple[str, Any]]:
@@ -93,6 +96,8 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
             yield f.name, dict(_identity(value))
         elif f.name == "features":
             yield f.name, {name: dict(_identity(feature)) for name, feature in value.items()}
+        elif f.name == "more_teachers":  # their order counts, as the weights follow it
+            yield f.name, [dict(_identity(teacher)) for teacher in value.values()]
         else:
             yield f.name, with_first_names(_same_numbers(value))
 
@@ -119,8 +124,8 @@ def _same_numbers(value: Any) -> Any:
 def identity_keys() -> set[str]:
     """Return the dotted configuration keys that `config_hash` counts, such as "optimizer.lr".
 
-    Keys below `features` are left out, because they differ between jobs. Included are keys that
-    `config_hash` ignores as long as they have their default.
+    Keys below `features` and `more_teachers` are left out, because they differ between jobs.
+    Included are keys that `config_hash` ignores as long as they have their default.
     """
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
@@ -130,7 +135,7 @@ def identity_keys() -> set[str]:
             value = getattr(node, f.name, None)
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
-            elif f.name != "features":
+            elif f.name not in BY_NAME:
                 yield prefix + f.name
 
     return set(walk(Config(), ""))
@@ -203,6 +208,8 @@ def sharing_key(config: Config) -> str:
     if config.teacher.cache:
         # A job must read the same cached maps, whatever the jobs beside it need.
         teacher += [cached_side(config), bool(config.features)]
+    if config.more_teachers:
+        teacher += [dict(_identity(one)) for one in config.more_teachers.values()]
     # Jobs with and without strong views can share batches: their weak views are the same.
     dataset = _without(dict(_identity(config.dataset)), "views", config.dataset.views)
     return digest([trainer, teacher, dataset, config.dataset.root])
@@ -233,7 +240,7 @@ def run_name(config: Config) -> str:
     if config.distiller.loss or not config.features:
         parts.append(config.distiller.name)
     if config.has_teacher:
-        parts.insert(0, config.teacher.name)
+        parts.insert(0, teacher_name(config))
     if config.distiller.loss:
         if config.distiller.learned_temperature:
             parts.append("ctkd")
@@ -243,6 +250,11 @@ def run_name(config: Config) -> str:
     parts += config.features
     label = "-".join([*parts, f"s{config.seed}", config_hash(config)])
     return f"{plain(config.dataset.name)}/{plain(label)}"
+
+
+def teacher_name(config: Config) -> str:
+    """Return the name of a job's teacher in tables; several are joined by "+": "vgg13+wrn_40_2"."""
+    return "+".join([config.teacher.name, *(one.name for one in config.more_teachers.values())])
 
 
 def method_name(config: Config) -> str:
@@ -320,7 +332,8 @@ def flatten(config: Config) -> dict[str, Any]:
     """Return all settings of a job in one flat dict with dotted keys, such as "teacher.name".
 
     Lists and dicts become compact JSON text, such as "[1,2,4]"; other values keep their type. The
-    settings of a feature method have keys such as "features.crd.weight".
+    settings of a feature method have keys such as "features.crd.weight". The value of
+    "teacher.name" names all teachers, see `teacher_name`.
     """
 
     def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -328,12 +341,12 @@ def flatten(config: Config) -> dict[str, Any]:
             value = getattr(node, f.name)
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
-            elif f.name == "features":
-                for name, feature in value.items():
-                    yield from walk(feature, f"{prefix}features.{name}.")
+            elif f.name in BY_NAME:
+                for name, inner in value.items():
+                    yield from walk(inner, f"{prefix}{f.name}.{name}.")
             elif isinstance(value, dict | list):
                 yield prefix + f.name, json.dumps(value, separators=(",", ":"))
             else:
                 yield prefix + f.name, value
 
-    return dict(walk(config, ""))
+    return dict(walk(config, "")) | {"teacher.name": teacher_name(config)}

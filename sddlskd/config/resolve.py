@@ -4,6 +4,7 @@ A job is one training run. `resolve` takes what Hydra composed. `load` reads the
 a run directory holds.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,16 +25,19 @@ from sddlskd.config.schema import (
     ARGUMENT,
     ARGUMENTS,
     LAUNCHER,
+    LR,
     M_CURE,
     NO_TEACHER,
     OBJECTIVES,
     STANDARDIZE,
     Bounds,
     CacheDtype,
+    Combine,
     Config,
     DatasetConfig,
     DistillerConfig,
     FeatureConfig,
+    MoreTeacherConfig,
     OptimizerConfig,
     Precision,
     StudentConfig,
@@ -52,6 +56,7 @@ __all__ = [
     "check_launcher",
     "conf_folder",
     "default_run_dir",
+    "each_teacher",
     "frame",
     "load",
     "normalise",
@@ -59,7 +64,9 @@ __all__ = [
     "sqlite_file",
     "sqlite_uri",
     "teacher_job",
+    "teacher_weights",
     "to_yaml",
+    "with_each_teacher",
 ]
 
 
@@ -231,6 +238,34 @@ def resolve(composed: DictConfig) -> Config:
     return config
 
 
+def with_each_teacher(overrides: Sequence[str]) -> list[str]:
+    """Return overrides with a list of teachers spelled as Hydra's package overrides.
+
+    Hydra would merge the settings of the teachers in a list. "teacher=[a,b]" therefore becomes
+    "teacher=a" and "+teacher@more_teachers.b=b". Other overrides stay as they are.
+
+    Raise ValueError if a list names a teacher twice, or no teacher.
+    """
+    words: list[str] = []
+    for text in overrides:
+        chosen = re.fullmatch(r"teacher=\[([^\[\]]*)\]", text)
+        if not chosen:
+            words.append(text)
+            continue
+        first, *others = (name.strip() for name in chosen[1].split(","))
+        if not first:
+            raise ValueError(f"{text} names no teacher; choose one, or take recipe=vanilla")
+        if len({first, *others}) < 1 + len(others):
+            raise ValueError(
+                f"{text} names a teacher twice; give the second one a name and a file of its own: "
+                f"teacher={first} +teacher@more_teachers.second={first} "
+                "more_teachers.second.checkpoint=FILE"
+            )
+        words.append(f"teacher={first}")
+        words += [f"+teacher@more_teachers.{name}={name}" for name in others]
+    return words
+
+
 def check_choices(overrides: Sequence[str]) -> None:
     """Raise ValueError if an override lists a feature method twice, such as "features=[crd,crd]".
 
@@ -316,6 +351,8 @@ def normalise(config: Config, *, frozen: bool = False) -> Config:
         _check_bounds(config, "", frozen=frozen)
         _check_scales(config.M)
         _drop_what_needs_a_logit_loss(config)
+    if not config.more_teachers:
+        config.teacher.combine = Combine.logits  # has no effect with a single teacher
     if config.teacher.cache is None or config.features:
         # A float32 cache does not round, so a job with such a cache equals a job without a cache.
         # Jobs with features do not read the cache.
@@ -331,11 +368,17 @@ def normalise(config: Config, *, frozen: bool = False) -> Config:
     for group, name in TARGETS:
         part = getattr(config, group)
         setattr(part, name, with_names_of_today(getattr(part, name)))
+    for one in config.more_teachers.values():
+        one.model = with_names_of_today(one.model)
+        if one.checkpoint:
+            one.checkpoint = os.path.abspath(one.checkpoint)
     # The order in which the methods are named changes nothing.
     config.features = dict(sorted(config.features.items()))
     for feature in config.features.values():
         feature.method = with_names_of_today(feature.method)
     _check(config, frozen=frozen)
+    if len(set(config.teacher.weights)) == 1:
+        config.teacher.weights = []  # equal weights, which are the default
     config.home = os.path.abspath(config.home)
     database = sqlite_file(config.tracking.uri or "")
     if database:
@@ -360,6 +403,7 @@ def _drop_what_needs_a_logit_loss(config: Config) -> None:
     default = Config()
     if not config.has_teacher:
         config.teacher = TeacherConfig(name=NO_TEACHER)
+        config.more_teachers = {}
     config.distiller = DistillerConfig(
         name=config.distiller.name, ce_weight=config.distiller.ce_weight, kd_weight=0.0
     )
@@ -389,6 +433,13 @@ def _check(config: Config, *, frozen: bool) -> None:
         check_names(feature.method, f"{key}.method", config.allow_foreign_targets)
         _check_bounds(feature, f"{key}.", frozen=frozen)
         _check_arguments(feature.method, f"{key}.method", frozen=frozen)
+    for name, teacher in config.more_teachers.items():
+        key = f"more_teachers.{name}"
+        if not teacher.model:
+            raise ValueError(f"{key} has no network; add one with +teacher@{key}=CHOICE")
+        check_names(teacher.model, f"{key}.model", config.allow_foreign_targets)
+        _check_bounds(teacher, f"{key}.", frozen=frozen)
+        _check_arguments(teacher.model, f"{key}.model", frozen=frozen)
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
     _check_home(config.home)
@@ -401,6 +452,7 @@ def _check(config: Config, *, frozen: bool) -> None:
     for group, name in TARGETS:
         _check_arguments(getattr(getattr(config, group), name), f"{group}.{name}", frozen=frozen)
     _check_fractions(config)
+    _check_teachers(config)
     _check_dot(config)
     _check_search(config)
     _check_multi_label(config)
@@ -432,6 +484,40 @@ def _check_search(config: Config) -> None:
         raise ValueError(
             f"sweep.halving={_shorten(epochs)} is not valid; give increasing epochs before the "
             f"last one (trainer.epochs={config.trainer.epochs}), such as [1,2,4] of 8"
+        )
+
+
+def _check_teachers(config: Config) -> None:
+    """Raise ValueError if a job cannot learn from its teachers together, or not so weighted."""
+    weights, names = config.teacher.weights, [config.teacher.name, *config.more_teachers]
+    if weights and len(weights) != len(names):
+        raise ValueError(
+            f"teacher.weights={weights} does not have one weight for each of "
+            f"teacher=[{','.join(names)}]; give {len(names)} of them"
+        )
+    if weights and not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise ValueError(
+            f"teacher.weights={weights} has the sum {sum(weights):.6g}; give weights whose sum is 1"
+        )
+    if not config.more_teachers:
+        return
+    if weights and config.teacher.combine == Combine.confidence:
+        raise ValueError(
+            f"teacher.weights={weights} would not be used: teacher.combine=confidence computes "
+            "weights for each image; leave teacher.weights out"
+        )
+    if config.features:
+        raise ValueError(
+            f"features=[{','.join(config.features)}] compares the student with one teacher, not "
+            f"with teacher=[{','.join(names)}]; choose one teacher, or features=[]"
+        )
+    files = {(one.name, one.checkpoint) for one in config.more_teachers.values()}
+    files.add((config.teacher.name, config.teacher.checkpoint))
+    if len(set(names)) < len(names) or len(files) < len(names):
+        raise ValueError(
+            f"teacher=[{','.join(names)}] has the same network and file twice; give the second one "
+            "a name and a file of its own: +teacher@more_teachers.second=CHOICE "
+            "more_teachers.second.checkpoint=FILE"
         )
 
 
@@ -539,7 +625,12 @@ def _check_networks(config: Config) -> None:
         if config.features:
             needing, other = f"features=[{','.join(config.features)}]", "recipe=vanilla"
         raise ValueError(f"{needing} needs a teacher; choose one with teacher=..., or {other}")
-    for group, network in (("student", config.student), ("teacher", config.teacher)):
+    networks: dict[str, StudentConfig | MoreTeacherConfig] = {
+        "student": config.student,
+        "teacher": config.teacher,
+        **{f"more_teachers.{name}": one for name, one in config.more_teachers.items()},
+    }
+    for group, network in networks.items():
         ours = network.model.get("_target_") == "sddlskd.models.create"
         if config.dataset.name == "imagenet" and ours and network.name in ("resnet18", "resnet50"):
             raise ValueError(
@@ -623,10 +714,35 @@ def _check_fractions(config: Config) -> None:
         )
 
 
+def each_teacher(config: Config) -> list[Config]:
+    """Return a copy of a job for each of its teachers, with this teacher alone.
+
+    The order is that of `teacher_weights`. A further teacher has the cache and the training of the
+    first one, except for the learning rate. A job without a teacher gives [].
+    """
+    if not config.has_teacher:
+        return []
+    alone = replace(config.teacher, combine=Combine.logits, weights=[])
+    teachers = [alone]
+    for one in config.more_teachers.values():
+        rate = one.lr or config.dataset.lr or LR
+        teachers.append(
+            replace(alone, name=one.name, model=one.model, checkpoint=one.checkpoint, lr=rate)
+        )
+    return [replace(config, teacher=teacher, more_teachers={}) for teacher in teachers]
+
+
+def teacher_weights(config: Config) -> list[float]:
+    """Return the weight of each teacher of a job: `teacher.weights`, or equal weights for []."""
+    count = 1 + len(config.more_teachers)
+    return config.teacher.weights or [1 / count] * count
+
+
 def teacher_job(config: Config) -> Config:
     """Return the job that trains the teacher of `config` from scratch, without distillation.
 
-    Network, epochs, learning rate and seed are those of `config.teacher`. The data set is that of
+    `config` has a single teacher, see `each_teacher`. Network, epochs, learning rate and seed are
+    those of `config.teacher`. The data set is that of
     `config`, but with one view per image and with `train_fraction` 1: the teacher learns from all
     images that are not held out. Batch size, weight decay and milestones are the defaults of the
     data set, and the optimizer is SGD. Of `config.trainer`, only the device, the number of

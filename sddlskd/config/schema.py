@@ -237,6 +237,19 @@ class Pooling(StrEnum):
     nested = "nested"  # every scale from the map pooled to 4x4 (SDD's code)
 
 
+class Combine(StrEnum):
+    """Way in which a student learns from several teachers.
+
+    "logits" mixes the teachers' logits, and the loss compares the student with the mixture.
+    "losses" mixes the losses with each teacher. "confidence" mixes the losses, too, with weights
+    for each image that are larger for a teacher that predicts the image's label well (CA-MKD).
+    """
+
+    logits = "logits"  # weighted mean of the logits of each region
+    losses = "losses"  # weighted mean of the losses
+    confidence = "confidence"  # mean of the losses, with weights for each image (CA-MKD)
+
+
 class CacheDtype(StrEnum):
     """Number format of the teacher's logit maps in the cache on disk: float16 or float32."""
 
@@ -375,6 +388,23 @@ class TeacherConfig(StudentConfig):
     train_epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS, identity=False)
     # Seed with which a missing teacher is trained
     train_seed: int = bounded(0, ge=0, le=MOST_SEED, identity=False)
+    # How a student learns from several teachers
+    combine: Combine = _later(Combine.logits)
+    # Weight of each of several teachers, with the sum 1; []: equal weights
+    weights: list[float] = bounded([], ge=0, le=1, later=True)
+
+
+@dataclass
+class MoreTeacherConfig:
+    """Settings of a further teacher that differ from those of the first one, `TeacherConfig`."""
+
+    name: str = MISSING  # name of the network in tables
+    # _target_ and its arguments; num_classes is added
+    model: dict[str, Any] = field(default_factory=dict)
+    # Peak learning rate with which this teacher is trained if its file is missing; null: dataset.lr
+    # or, if that is null, the papers' rate for CIFAR-100
+    lr: float | None = bounded(None, gt=0, le=MOST_LR, identity=False)
+    checkpoint: str | None = None  # weights file; null: <home>/teachers/<dataset>/<name>.pt
 
 
 @dataclass
@@ -597,6 +627,10 @@ class Config:
     """All settings of a job, which is one training run."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    # Further teachers by name, in the order in which teacher=[a,b] lists them
+    more_teachers: dict[str, MoreTeacherConfig] = field(
+        default_factory=dict, metadata={"later": True}
+    )
     student: StudentConfig = field(default_factory=StudentConfig)
     distiller: DistillerConfig = field(default_factory=DistillerConfig)
     # Feature and relation methods by name; their losses are added to the distiller's

@@ -36,6 +36,8 @@ class Taps(NamedTuple):
             None if the images have one view.
         last: Map (B, C, H, W) that the classifier is applied to at each position. None for a
             network that shows a logit map alone.
+        others: Logit maps (B, K, H, W) of further teachers, whose sides may differ; () for a single
+            network.
     """
 
     logit_map: Tensor
@@ -44,6 +46,7 @@ class Taps(NamedTuple):
     pooled: Tensor
     strong_map: Tensor | None = None
     last: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
 
     @classmethod
     def of_map(cls, logit_map_BKHW: Tensor) -> "Taps":
@@ -68,6 +71,7 @@ class Taps(NamedTuple):
             _wide(self.pooled),
             strong_map,
             last,
+            tuple(map(_wide, self.others)),
         )
 
 

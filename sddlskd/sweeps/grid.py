@@ -163,8 +163,9 @@ class _Composer:
     def _compose(self, overrides: tuple[str, ...]) -> _Composed:
         if overrides not in self._composed:
             cfg.check_choices(overrides)
+            words = cfg.with_each_teacher(overrides)
             with open_dict(self._sweep):
-                job = self._loader.load_sweep_config(self._sweep, list(overrides))
+                job = self._loader.load_sweep_config(self._sweep, words)
             with open_dict(job):
                 job.sweep.name = self._sweep.sweep.name
             has_default_run_dir = not job.run_dir
@@ -192,7 +193,7 @@ class _Composer:
         # Only Hydra can resolve interpolations and merge dictionaries.
         if "${" in text or isinstance(override.value(), dict):
             return False
-        if key in NEEDED or key.startswith(("hydra", "features")):
+        if key in NEEDED or key.startswith(("hydra", "features", "more_teachers")):
             return False
         return not any(
             key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")

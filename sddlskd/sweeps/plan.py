@@ -263,7 +263,8 @@ def _expected_seconds_of(job: Config) -> float | None:
     """
     networks = job.student.name
     if job.has_teacher:
-        networks = f"{job.teacher.name}-{job.student.name}"
+        # As in `config.run_name`
+        networks = f"{cfg.teacher_name(job).replace('+', '-')}-{job.student.name}"
     epoch_seconds: list[float] = []
     for path in Path(job.run_dir).parent.glob(f"{networks}-*/result.json"):
         result = record.read_result(path.parent)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd import record
-from sddlskd.config import Config, Rerun, canonical
+from sddlskd.config import Config, Rerun, canonical, each_teacher
 from sddlskd.config.targets import instantiate
 from sddlskd.data.device import trained_on
 from sddlskd.datasets.arrays import Files
@@ -101,12 +101,15 @@ class Checker:
         """
         _check_settings(job)
         # Report a mistyped path before any data is downloaded.
-        if job.teacher.checkpoint:
-            check_teacher(job)
+        teachers = each_teacher(job)
+        for one in teachers:
+            if one.teacher.checkpoint:
+                check_teacher(one)
         data = self._data_set(job)
         _check_images(job, data)
         check_teacher(job)
-        check_teacher_data(job, data.noted)
+        for one in teachers:
+            check_teacher_data(one, data.noted)
         self._check_networks(job, data.image_CHW, _trained_on(job, data.labels_N))
 
     def obstacles(self, job: Config) -> Iterator[Exception]:
@@ -137,7 +140,7 @@ class Checker:
         if data is not None:
             checks += [
                 partial(_check_images, job, data),
-                partial(check_teacher_data, job, data.noted),
+                *(partial(check_teacher_data, one, data.noted) for one in each_teacher(job)),
             ]
             image_CHW, labels_N = data.image_CHW, _trained_on(job, data.labels_N)
         if image_CHW is not None:
@@ -165,9 +168,10 @@ class Checker:
         classes = job.dataset.num_classes
         of_student = self._map_sides_of(job.student.model, classes, image_CHW)
         if job.distiller.loss:
-            of_teacher = self._map_sides_of(job.teacher.model, classes, image_CHW)
             sides = {f"student={job.student.name}": of_student}
-            sides[f"teacher={job.teacher.name}"] = of_teacher
+            for one in each_teacher(job):
+                of_teacher = self._map_sides_of(one.teacher.model, classes, image_CHW)
+                sides[f"teacher={one.teacher.name}"] = of_teacher
             check_scales(job, sides, image_CHW)
         if job.features and labels_N is not None:
             cpu = torch.device("cpu")

@@ -327,7 +327,7 @@ def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
     cell, baseline = cells[comparison.cell], cells[comparison.baseline]
     pair = cell.student.name
     if cell.has_teacher:
-        pair = f"{cell.teacher.name} {cell.student.name}"
+        pair = f"{cfg.teacher_name(cell)} {cell.student.name}"
     verdict = "undecided"
     if comparison.decided:
         verdict = "better" if comparison.gain > 0 else "worse"
@@ -397,7 +397,7 @@ def _on_pair(cell: Config, other: Config) -> bool:
     """Return whether two cells have the same student, data set and, if `other` has one, teacher."""
     if cell.student != other.student or cell.dataset.name != other.dataset.name:
         return False
-    return not other.has_teacher or cell.teacher.name == other.teacher.name
+    return not other.has_teacher or cfg.teacher_name(cell) == cfg.teacher_name(other)
 
 
 def _agree(cell: Config, other: Config, keys: Sequence[str]) -> bool:

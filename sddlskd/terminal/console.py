@@ -119,7 +119,7 @@ def outcomes(
     for job, result in zip(jobs, results, strict=True):
         pair = job.student.name
         if job.has_teacher:
-            pair = f"{job.teacher.name} {job.student.name}"
+            pair = f"{cfg.teacher_name(job)} {job.student.name}"
         status = result["status"]
         if result["reason"]:
             status = f"{status}: {result['reason']}"

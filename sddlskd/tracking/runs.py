@@ -205,7 +205,10 @@ def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:
     """Return the final metrics of a run that has ended, such as "best/top1" (%)."""
-    return {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
+    summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
+    for name, top1 in result.get("teacher_top1_each", {}).items():
+        summary[f"teacher/top1/{name}"] = top1
+    return summary
 
 
 def _in_experiment(config: Config, experiment_id: str) -> Config:

@@ -24,7 +24,12 @@ from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
 from sddlskd.datasets.places import without_downloads
-from sddlskd.distill import ScaleDecoupled, compares_images, takes_label_sets
+from sddlskd.distill import (
+    ScaleDecoupled,
+    SeveralTeachers,
+    compares_images,
+    takes_label_sets,
+)
 from sddlskd.models import draw_ends
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
@@ -142,6 +147,8 @@ def check_same_data(job: Config, now: Mapping[str, Any] | None) -> None:
 
 def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
     """Return in words how the job's data differ from the data that its teacher was trained on.
+
+    The job has a single teacher, see `config.each_teacher`.
 
     Args:
         job: configuration of the training run.
@@ -309,7 +316,7 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
         ValueError: If there are fewer than two images, or fewer images than the batch size, for the
             student or for a teacher that is trained first.
     """
-    if teacher_job := trained_first(job):
+    for teacher_job in trained_first(job):
         check_batch_size(teacher_job, images if of_teacher is None else of_teacher)
     size = job.trainer.batch_size
     if images < 2:
@@ -473,7 +480,7 @@ def without_weights(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def teacher_path(job: Config) -> Path:
-    """Return the path of the teacher's weight file, which need not exist.
+    """Return the path of the (first) teacher's weight file, which need not exist.
 
     The path is `teacher.checkpoint` if set, else <home>/teachers/<data set>/<teacher>.pt.
     """
@@ -483,20 +490,23 @@ def teacher_path(job: Config) -> Path:
     )
 
 
-def trained_first(job: Config) -> Config | None:
-    """Return the job that trains the missing teacher of `job`, or None if none is to be trained.
+def trained_first(job: Config) -> list[Config]:
+    """Return the jobs that train the missing teachers of `job`.
 
-    A teacher is to be trained if `job` has a teacher, the teacher's file is missing,
-    `teacher.train_if_missing` is set and `teacher.checkpoint` is not.
+    A teacher is to be trained if its file is missing, `teacher.train_if_missing` is set and its
+    `checkpoint` is not.
     """
-    on_the_spot = job.teacher.train_if_missing and not job.teacher.checkpoint
-    if not job.has_teacher or not on_the_spot or teacher_path(job).exists():
-        return None
-    return cfg.teacher_job(job)
+    return [
+        cfg.teacher_job(one)
+        for one in cfg.each_teacher(job)
+        if one.teacher.train_if_missing
+        and not one.teacher.checkpoint
+        and not teacher_path(one).exists()
+    ]
 
 
 def check_teacher(job: Config) -> None:
-    """Raise an error if the teacher file of a job is missing or was replaced.
+    """Raise an error if a teacher file of a job is missing or was replaced.
 
     Do nothing for a job without a teacher. For a file named by `teacher.checkpoint`, check only
     that it exists. The default file, <home>/teachers/<data set>/<teacher>.pt, may be missing if
@@ -509,29 +519,28 @@ def check_teacher(job: Config) -> None:
         ValueError: If the default file has another sha256 than the recorded one, or if lock.json is
             damaged.
     """
-    if not job.has_teacher:
-        return
-    path = teacher_path(job)
-    if not path.exists():
-        if job.teacher.checkpoint or not job.teacher.train_if_missing:
-            raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
-    elif not job.teacher.checkpoint:
-        key = teacher_files.pin_key(job.dataset.name, job.teacher.name)
-        teacher_files.check_pin(job.home, key, teacher_files.file_hash(path))
+    for one in cfg.each_teacher(job):
+        path = teacher_path(one)
+        if not path.exists():
+            if one.teacher.checkpoint or not one.teacher.train_if_missing:
+                raise teacher_files.missing(path, one.teacher.name, one.dataset.name)
+        elif not one.teacher.checkpoint:
+            key = teacher_files.pin_key(one.dataset.name, one.teacher.name)
+            teacher_files.check_pin(one.home, key, teacher_files.file_hash(path))
 
 
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
     """Return whether a run was trained with another teacher file than its job would use now.
 
     `result` is the content of the run's result.json; its entry "teacher_sha256" is the hash of the
-    teacher file. Return False if the job has no teacher, if the present file is missing, or if
-    `result` has no such entry.
+    teacher file, or the hashes of several teacher files joined by "+". Return False if the job has
+    no teacher, if a present file is missing, or if `result` has no such entry.
     """
     earlier = result.get("teacher_sha256")
-    path = teacher_path(job)
-    if not job.has_teacher or not path.exists():
+    paths = [teacher_path(one) for one in cfg.each_teacher(job)]
+    if not paths or not all(path.exists() for path in paths):
         return False
-    return earlier not in (None, teacher_files.file_hash(path))
+    return earlier not in (None, "+".join(map(teacher_files.file_hash, paths)))
 
 
 def build_teacher(
@@ -545,7 +554,8 @@ def build_teacher(
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
     """Return the teacher of a job; train it first if its file is missing and the job allows it.
 
-    A warning is logged if the teacher's top-1 on the test split is hardly better than guessing.
+    The job has a single teacher; `training/several.py` builds several. A warning is logged if the
+    teacher's top-1 on the test split is hardly better than guessing.
 
     Args:
         job: configuration of the training run.
@@ -862,7 +872,7 @@ def build_run(
         UnreadableFile: If checkpoints exist and none can be read. The error is a ValueError.
         ValueError, RuntimeError: If the checkpoint does not fit the network or the optimizer.
     """
-    distill = None
+    distill: ScaleDecoupled | SeveralTeachers | None = None
     if job.distiller.loss:
         distill = ScaleDecoupled(
             instantiate(job.distiller.loss, _partial_=True),
@@ -873,6 +883,8 @@ def build_run(
             reduction=job.distiller.reduction,
             pooling=job.distiller.pooling,
         )
+        if job.more_teachers:
+            distill = SeveralTeachers(distill, cfg.teacher_weights(job), job.teacher.combine)
     objective = Objective(
         distill,
         ce_weight=job.distiller.ce_weight,

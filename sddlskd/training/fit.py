@@ -35,7 +35,6 @@ from sddlskd.training.build import (
     build_data,
     build_network,
     build_run,
-    build_teacher,
     check_batches,
     check_maps,
     check_objective,
@@ -62,6 +61,7 @@ from sddlskd.training.ranks import (
     unblock_signals,
 )
 from sddlskd.training.run import Feature, Run
+from sddlskd.training.several import Teachers, build_teachers
 from sddlskd.training.size import size_of
 from sddlskd.training.stop import Stop
 from sddlskd.training.teacher import Teacher
@@ -260,7 +260,7 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
     """Mark as FAILED the jobs that have a run directory but no outcome yet.
 
     If one of the runs caused the failure, only that run is FAILED, and the other runs of the group
-    are KILLED. The job that trains the teacher is included if `since` is finite.
+    are KILLED. The jobs that train the teachers are included if `since` is finite.
 
     Args:
         jobs: the jobs of the group that failed.
@@ -270,10 +270,9 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
     """
     frozen = [job for job in jobs if Path(job.run_dir, "config.yaml").exists()]
     # The ranks may have been training the teacher when they failed.
-    if jobs[0].has_teacher and since < math.inf:
-        teacher_job = cfg.teacher_job(jobs[0])
-        if Path(teacher_job.run_dir, "config.yaml").exists():
-            frozen.insert(0, teacher_job)
+    if since < math.inf:
+        teacher_jobs = map(cfg.teacher_job, cfg.each_teacher(jobs[0]))
+        frozen = [job for job in teacher_jobs if Path(job.run_dir, "config.yaml").exists()] + frozen
     culprit = ""
     if cause.folder in {job.run_dir for job in jobs}:
         culprit = cause.folder
@@ -338,8 +337,9 @@ class _Group:
         students: network of each job's student, in the order of `jobs`.
         features: methods of each job by name, in the order of `jobs`.
         data: the batches of this rank.
-        teacher: the shared teacher; None without distillation.
-        teacher_network: network of the teacher with its BatchNorm; None without distillation.
+        teacher: the shared teacher, or teachers; None without distillation.
+        teacher_network: network of the teacher with its BatchNorm; None without distillation and
+            with several teachers.
         facts: facts about the data and the teacher, for result.json.
         device: device of this rank.
         ranks: the ranks that share each batch.
@@ -350,7 +350,7 @@ class _Group:
     students: Sequence[nn.Module]
     features: Sequence[Mapping[str, Feature]]
     data: Data
-    teacher: Teacher | TeacherCache | None
+    teacher: Teacher | TeacherCache | Teachers | None
     teacher_network: nn.Module | None
     facts: dict[str, Any]
     device: torch.device
@@ -422,7 +422,7 @@ def _check_group(jobs: Sequence[Config], ranks: Ranks) -> None:
             "call fit once for each value of config.sharing_key"
         )
     least = 2 * ranks.world_size
-    for job in filter(None, (jobs[0], trained_first(jobs[0]))):
+    for job in (jobs[0], *trained_first(jobs[0])):
         if ranks.world_size > 1 and job.trainer.batch_size < least:
             raise ValueError(
                 f"trainer.batch_size={job.trainer.batch_size} is too small for "
@@ -434,7 +434,7 @@ def _check_group(jobs: Sequence[Config], ranks: Ranks) -> None:
 def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> _Group:
     """Build data, networks and teacher of a group of jobs, and register the jobs in MLflow.
 
-    Train the teacher first if its file is missing and the jobs allow it.
+    Train the teachers first whose files are missing, if the jobs allow it.
 
     Args:
         jobs: the jobs.
@@ -454,8 +454,9 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
         tracking.check_packages(jobs)
         tracking.check_reachable(jobs)
     # Check a given path early, so that a mistyped path fails before any data is downloaded.
-    if first.teacher.checkpoint:
-        check_teacher(first)
+    for one in cfg.each_teacher(first):
+        if one.teacher.checkpoint:
+            check_teacher(one)
     # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
     with ranks.rank_zero_first():
         data, noted = _load_data(jobs, device, ranks)
@@ -467,26 +468,28 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
         ]
     noted = ranks.broadcast(noted)
     plain_students = [ranks.with_shared_norm(student) for student in students]
-    teacher_network = None
-    if first.has_teacher:
-        teacher_network = build_network(first.teacher.model, classes, 0, device)
+    networks = [
+        build_network(one.teacher.model, classes, 0, device) for one in cfg.each_teacher(first)
+    ]
+    teacher_network = networks[0] if len(networks) == 1 else None
     students = _student_networks(jobs, plain_students, teacher_network, data, device)
     for job, student in zip(jobs, students, strict=True):
-        check_maps(job, student, teacher_network, data, device)
+        _check_maps(job, student, networks, data, device)
         check_batches(job, student, data, ranks)
         # Refuse a method before a missing teacher is trained.
         _build_features(job, student, teacher_network, data, device)
-    if teacher_network is not None and (teacher_job := trained_first(first)):
-        # A teacher that learns from other images is checked by its own training.
-        if teacher_job.dataset.train_fraction == first.dataset.train_fraction:
-            check_batches(teacher_job, teacher_network, data, ranks)
-        teacher_network.eval()
-    teacher: Teacher | TeacherCache | None = None
+    for one, network in zip(cfg.each_teacher(first), networks, strict=True):
+        for teacher_job in trained_first(one):
+            # A teacher that learns from other images is checked by its own training.
+            if teacher_job.dataset.train_fraction == first.dataset.train_fraction:
+                check_batches(teacher_job, network, data, ranks)
+            network.eval()
+    teacher: Teacher | TeacherCache | Teachers | None = None
     facts: dict[str, Any] = {"data": noted}
-    if teacher_network is not None:
+    if networks:
         train_teacher = partial(_train_teacher, stop=stop, ranks=ranks)
-        teacher, of_teacher = build_teacher(
-            first, teacher_network, data, device, train_teacher, ranks, noted
+        teacher, of_teacher = build_teachers(
+            first, networks, data, device, train_teacher, ranks, noted
         )
         facts |= of_teacher
         # Once more, because the teacher has its weights now.
@@ -503,6 +506,20 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     )
 
 
+def _check_maps(
+    job: Config,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    data: Data,
+    device: torch.device,
+) -> None:
+    """Check the logit maps of a student beside each of its teachers; see `check_maps`."""
+    if not teachers:
+        check_maps(job, student, None, data, device)
+    for one, teacher in zip(cfg.each_teacher(job), teachers, strict=True):
+        check_maps(one, student, teacher, data, device)
+
+
 def _student_networks(
     jobs: Sequence[Config],
     students: Sequence[nn.Module],
@@ -510,7 +527,10 @@ def _student_networks(
     data: Data,
     device: torch.device,
 ) -> list[nn.Module]:
-    """Return the network that each job trains as its student; see `student_network`."""
+    """Return the network that each job trains as its student; see `student_network`.
+
+    `teacher` is None for jobs without a teacher, and for jobs with several, which have no methods.
+    """
     if teacher is None:
         return list(students)
     return [
@@ -522,7 +542,7 @@ def _student_networks(
 def _build_features(
     job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
 ) -> dict[str, Feature]:
-    """Return the methods of a job by name; {} for a job without a teacher."""
+    """Return the methods of a job by name; {} if the job has no teacher or several teachers."""
     if teacher is None:
         return {}
     return build_features(

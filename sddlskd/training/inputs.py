@@ -13,6 +13,7 @@ from sddlskd.data.device import Batch
 from sddlskd.models import Taps
 from sddlskd.training.capture import Captured
 from sddlskd.training.run import Run
+from sddlskd.training.several import Teachers
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
 
@@ -21,7 +22,7 @@ __all__ = ["Inputs", "ask"]
 log = logging.getLogger(__name__)
 
 
-def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> Taps:
+def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence[Run]) -> Taps:
     """Return the teacher's taps of a batch: its logit map, and the inner maps if a loss reads them.
 
     Args:
@@ -30,10 +31,11 @@ def ask(teacher: Teacher | TeacherCache, batch: Batch, runs: Sequence[Run]) -> T
         runs: the runs that train on the batch. The teacher computes only what their losses read.
 
     Returns:
-        `Taps` without gradients. `logit_map` is (B, K, H, W). `strong_map` is the logit map of the
-        second view, or None if no run reads it.
+        `Taps` without gradients. `logit_map` is (B, K, H, W), and `others` are the maps of further
+        teachers. `strong_map` is the logit map of the second view, or None if no run reads it.
     """
-    if any(run.objective.needs_taps for run in runs):
+    # Methods that read inner maps have a single teacher.
+    if isinstance(teacher, Teachers) or any(run.objective.needs_taps for run in runs):
         taps = teacher.taps(batch.images, batch.views)
     else:
         logit_map_BKHW = teacher(batch.images, batch.views)
@@ -59,7 +61,9 @@ class Inputs:
         teacher: the teacher that the runs share; None without distillation.
     """
 
-    def __init__(self, runs: Sequence[Run], teacher: Teacher | TeacherCache | None) -> None:
+    def __init__(
+        self, runs: Sequence[Run], teacher: Teacher | TeacherCache | Teachers | None
+    ) -> None:
         self._runs, self._teacher = runs, teacher
         self._device = runs[0].device
         self._is_captured = any(run.captured is not None for run in runs)
@@ -69,7 +73,7 @@ class Inputs:
         self._taps: Taps | None = None
         self._asked: Hashable = None
         self._forward: Captured | None = None
-        if self._is_captured and isinstance(teacher, Teacher):
+        if self._is_captured and _has_no_cache(teacher):
             watched = not any(run.compiled for run in runs)
             self._forward = Captured(
                 "forward passes of the teacher", self._device, log, watched=watched
@@ -140,6 +144,13 @@ class Inputs:
             self._forward(fill, read, needs)
             self._forward.wait()
         return self._taps
+
+
+def _has_no_cache(teacher: Teacher | TeacherCache | Teachers | None) -> bool:
+    """Return whether each logit map comes from a forward pass of a teacher."""
+    if isinstance(teacher, Teachers):
+        return all(isinstance(one, Teacher) for one in teacher.teachers)
+    return isinstance(teacher, Teacher)
 
 
 def _tensors(taps: Taps) -> list[Tensor]:

@@ -19,6 +19,7 @@ from sddlskd.training.halving import Halving
 from sddlskd.training.inputs import Inputs
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import NonFiniteLoss, Run
+from sddlskd.training.several import Teachers
 from sddlskd.training.stop import Stop
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 def train(
     runs: Sequence[Run],
     data: Data,
-    teacher: Teacher | TeacherCache | None,
+    teacher: Teacher | TeacherCache | Teachers | None,
     *,
     epochs: int,
     steps: int,
@@ -55,7 +56,7 @@ def train(
     Args:
         runs: the runs of the group, at least one.
         data: the batches of this rank.
-        teacher: the teacher that all runs share; None without distillation.
+        teacher: the teacher, or the teachers, that all runs share; None without distillation.
         epochs: number of the last epoch, counted from 1.
         steps: batches per epoch.
         log_every: number of steps between two checks that the loss of a run is finite. Each check

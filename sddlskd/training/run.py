@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sddlskd.data.device import Batch, seed_of
-from sddlskd.distill import ScaleDecoupled
+from sddlskd.distill import ScaleDecoupled, SeveralTeachers
 from sddlskd.files import checkpoint
 from sddlskd.methods import Method, Taps
 from sddlskd.models import LogitMapModel
@@ -129,7 +129,8 @@ class Objective:
     method with n such epochs takes part from epoch 1 - n on.
 
     Attributes:
-        distill: the distillation loss of two logit maps; None without such a loss.
+        distill: the distillation loss of two logit maps, or that of a student and several teachers;
+            None without such a loss.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the distillation loss.
         warmup_epochs: number of epochs of the warm-up of the distillation loss.
@@ -141,7 +142,7 @@ class Objective:
         reads_epoch: whether a method has read the number of the epoch in a batch so far.
     """
 
-    distill: ScaleDecoupled | None
+    distill: ScaleDecoupled | SeveralTeachers | None
     ce_weight: float
     kd_weight: float
     warmup_epochs: int
@@ -249,8 +250,10 @@ class Objective:
                 options = {}
                 if self.temperature is not None:
                     options["temperature"] = extra["temperature"] = self.temperature(batch.epoch)
-                maps = student.logit_map, teacher.logit_map
-                values["loss_kd"] = self.distill(*maps, batch.labels, **options)
+                shown: Any = teacher.logit_map
+                if isinstance(self.distill, SeveralTeachers):
+                    shown = (teacher.logit_map, *teacher.others)
+                values["loss_kd"] = self.distill(student.logit_map, shown, batch.labels, **options)
             values |= self._of_methods(student, teacher, batch)
         weights = self.weights(batch.epoch)
         counted = [weights[name] * value for name, value in values.items() if name in weights]

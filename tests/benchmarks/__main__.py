@@ -8,6 +8,7 @@ from tests.benchmarks import (
     bench_stream,
     bench_strong,
     bench_sweep,
+    bench_teachers,
 )
 
 ALL = (
@@ -16,6 +17,7 @@ ALL = (
     bench_stream,
     bench_step,
     bench_sweep,
+    bench_teachers,
     bench_methods,
     bench_analysis,
 )
