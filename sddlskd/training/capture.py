@@ -213,7 +213,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the operations in a block that a recording could not repeat.
 
     Such an operation hands a value or a size to the host, or brings values from the host to the
-    device. The optimizers of torch are left out: those that are captured do neither on a GPU.
+    device. `torch.tensor` with a device is not noticed; on CUDA, recording it raises an error. The
+    optimizers of torch are left out: those that are captured do neither on a GPU.
 
     Args:
         device: the device whose tensors are watched.
@@ -241,8 +242,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             target = torch.device(kwargs.get("device") or given[0].device).type
             if source != target and self._type in (source, target):
                 self._note("values are copied between the host and the device")
-        elif ours and name == "aten::lift_fresh" and self._type != "cpu":
-            self._note("a number or list of Python becomes a tensor")
         return func(*args, **kwargs)
 
     def _note(self, what: str) -> None:
