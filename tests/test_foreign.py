@@ -259,6 +259,7 @@ def test_the_class_token_is_the_mean_of_the_map_and_patches_its_cells(
     taps = model.taps(images_BCHW)
     assert [stage.shape for stage in taps.stages] == [(3, 24, 4, 4)] * 2
     assert (taps.preacts, taps.pooled.shape) == ((), (3, 24 * len(heads)))
+    assert list(model.state_dict()) == list(network.state_dict())
 
 
 def normed_tokens(network: nn.Module, images_BCHW: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
 from sddlskd.datasets.places import without_downloads
 from sddlskd.distill import ScaleDecoupled, compares_images
+from sddlskd.models import ForeignNetwork
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
@@ -680,9 +681,13 @@ def check_maps(
             raise
         except (RuntimeError, AssertionError) as error:  # timm asserts the size of the images
             channels, height, width = data.image_shape
+            cure = "choose another network or size"
+            if isinstance(network, ForeignNetwork):
+                who, side = name.partition("=")[0], network.image_CHW[-1]
+                cure += f", or set +{who}.model.resize={side}"
             raise ValueError(
                 f"{name} cannot take images of {channels}x{height}x{width} "
-                f"({' '.join(str(error).split())[:200]}); choose another network or size"
+                f"({' '.join(str(error).split())[:200]}); {cure}"
             ) from error
     student.train()
     for name, logit_map in maps.items():
