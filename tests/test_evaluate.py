@@ -15,7 +15,7 @@ from sddlskd.config import Config
 from sddlskd.datasets import digits
 from sddlskd.datasets.arrays import Images
 from sddlskd.files import checkpoint
-from sddlskd.models import create
+from sddlskd.models import create, from_timm
 from sddlskd.training.build import build_data, check_maps
 from sddlskd.training.evaluation import answers, calibration_error, scores
 from sddlskd.training.evaluation import evaluate as stream
@@ -179,6 +179,11 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
 
     pair = (Sized(), good) if group == "student" else (good, Sized())
     with pytest.raises(ValueError, match=rf"^{group}=resnet8 cannot take .*match model \(224\)"):
+        check_maps(trained, *pair, data, cpu)
+    # A network of timm names its cure.
+    sized = from_timm("vit_tiny_patch16_224", 10, embed_dim=12, depth=1, num_heads=1)
+    pair = (sized, good) if group == "student" else (good, sized)
+    with pytest.raises(ValueError, match=rf"; .*, or set \+{group}\.model\.resize=224$"):
         check_maps(trained, *pair, data, cpu)
     # The error must come through unchanged: the caller then halves the group of jobs.
     with pytest.raises(torch.OutOfMemoryError):

@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H W sides, N tokens, K classes.
 """
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torchvision
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from sddlskd import export
+from sddlskd import evaluate, export
 from sddlskd.files import checkpoint
 from sddlskd.models import (
     ForeignNetwork,
@@ -249,10 +250,16 @@ def test_the_class_token_is_the_mean_of_the_map_and_patches_its_cells(
     shift_BNK = map_BKHW.flatten(2).transpose(1, 2) - cells_BNK
     assert torch.allclose(shift_BNK, shift_BNK[:, :1].expand_as(shift_BNK), atol=1e-5)
     assert cells_BNK.std(1).min() > 1e-2
+    teacher = Teacher(
+        copy.deepcopy(model), None, name="x", device=torch.device("cpu"), precision="fp32",
+        compile=False,
+    )  # fmt: skip
+    assert torch.allclose(teacher(images_BCHW), map_BKHW, atol=1e-5)
     # The stages are the token grids of the two blocks.
     taps = model.taps(images_BCHW)
     assert [stage.shape for stage in taps.stages] == [(3, 24, 4, 4)] * 2
     assert (taps.preacts, taps.pooled.shape) == ((), (3, 24 * len(heads)))
+    assert list(model.state_dict()) == list(network.state_dict())
 
 
 def normed_tokens(network: nn.Module, images_BCHW: Tensor) -> Tensor:
@@ -321,8 +328,14 @@ def test_layers_between_average_and_head_are_applied_to_each_cell(
         rows_NK = classify(network, cells_BNC.reshape(-1, cells_BNC.shape[2]))
     shift_BNK = map_BKHW.flatten(2).transpose(1, 2) - rows_NK.unflatten(0, cells_BNC.shape[:2])
     assert torch.allclose(shift_BNK, shift_BNK[:, :1].expand_as(shift_BNK), atol=1e-4)
-    # The activation is not linear: the mean of the cells is not what the network says.
+    # These layers are not linear: the mean of the cells is not what the network says.
     assert shift_BNK.abs().max() > 1e-3
+    teacher = Teacher(
+        copy.deepcopy(model), None, name="x", device=torch.device("cpu"), precision="fp32",
+        compile=False,
+    )  # fmt: skip
+    size = map_BKHW.abs().max().item()
+    assert torch.allclose(teacher(images(3, side)), map_BKHW, atol=1e-5 * size)
     assert list(model.state_dict()) == list(network.state_dict())
 
 
@@ -365,6 +378,45 @@ def test_bad_options_are_named(options: dict[str, Any], why: str) -> None:
             build("resnet18", 7, **options)
 
 
+class TwoHeads(Late):
+    """A network whose two heads read one average."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.head, self.head_dist = nn.Linear(8, 7), nn.Linear(8, 7)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        pooled_BC = self.body(images_BCHW).mean((2, 3))
+        logits_BK: Tensor = (self.head(pooled_BC) + self.head_dist(pooled_BC)) / 2
+        return logits_BK
+
+
+def test_two_heads_of_one_average_give_the_mean_of_their_maps() -> None:
+    network = TwoHeads()
+    map_BKHW = assert_mean_is_logits(network, from_network(network), images(2, 32))
+    cells_BHWC = network.body(images(2, 32)).permute(0, 2, 3, 1)
+    expected = (network.head(cells_BHWC) + network.head_dist(cells_BHWC)) / 2
+    assert torch.allclose(map_BKHW, expected.permute(0, 3, 1, 2), atol=1e-5)
+
+
+class DropoutFirst(Late):
+    """A network with dropout in front of a layer between average and head."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Dropout(0.5))
+        self.wide = nn.Linear(8, 8)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        pooled_BC = self.act(self.body(images_BCHW).mean((2, 3)))
+        logits_BK: Tensor = self.fc(self.wide(pooled_BC))
+        return logits_BK
+
+
+def test_dropout_in_front_of_a_layer_is_named() -> None:
+    with pytest.raises(ValueError, match="dropout stands in front of `wide`, and not directly in"):
+        from_network(DropoutFirst(), map="per_cell")
+
+
 def test_two_heads_are_no_head() -> None:
     model = from_network(of_timm("deit_tiny_distilled_patch16_224", **VIT))
     with pytest.raises(ValueError, match=r"has 2 heads \(head, head_dist\), and a single one is"):
@@ -392,7 +444,9 @@ def small_pit() -> nn.Module:
     return network
 
 
-def test_students_with_a_shifted_map_share_a_group_with_a_cnn(tmp_path: Path) -> None:
+def test_students_with_a_shifted_map_share_a_group_with_a_cnn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = {**VIT, "img_size": 16, "patch_size": 4}
     options = [f"+student.model.{key}={value}" for key, value in small.items()]
     common = ("recipe=sd_kd_ls", "M=[1,2,4]", "trainer.epochs=1", "trainer.max_steps=2")
@@ -407,6 +461,10 @@ def test_students_with_a_shifted_map_share_a_group_with_a_cnn(tmp_path: Path) ->
     results = fit(jobs)
     assert [(result["status"], result["group_size"]) for result in results] == [("FINISHED", 3)] * 3
     assert all(result["flops"] > result["parameters"] for result in results)
+    capsys.readouterr()
+    for job, result in zip(jobs[:2], results, strict=False):
+        evaluate.main([job.run_dir, "trainer.device=cpu", "--json"])
+        assert json.loads(capsys.readouterr().out)["top1"] == result["best_top1"]
 
 
 def test_a_teacher_with_a_class_token_teaches_a_cnn(tmp_path: Path) -> None:

@@ -327,8 +327,9 @@ class ForeignNetwork(LogitMapModel):
         map_BCHW = _as_map(taken, self._tap.layout, x_BCHW.shape, self._tap.prefix)
         if self._tap.tokens:
             map_BCHW = self._shifted(map_BCHW, taken[:, self._tap.tokens])
-        elif self._tap.tail:
-            map_BCHW = self._shifted(map_BCHW, map_BCHW.mean((2, 3))[:, None])
+        elif self._tap.tail or len(self._heads) > 1:
+            mean_BGC = map_BCHW.mean((2, 3))[:, None].expand(-1, len(self._heads), -1)
+            map_BCHW = self._shifted(map_BCHW, mean_BGC)
         if not self._tap.dropout:
             return map_BCHW
         return F.dropout2d(map_BCHW, self._tap.dropout, self.training)
@@ -640,9 +641,10 @@ def _tap_of(
     """
     reads = [_read_of(network, trace, head, what) for head in heads]
     first = reads[0]
-    if any(read.source is not first.source or read.tail != first.tail for read in reads):
-        raise ValueError(f"{what}: its heads {' and '.join(heads)} read different maps. {CURES}")
     tokens = tuple(read.token for read in reads if read.token is not None)
+    differ = any(read.source is not first.source or read.tail != first.tail for read in reads)
+    if differ or len(tokens) not in (0, len(heads)):
+        raise ValueError(f"{what}: its heads {' and '.join(heads)} read different maps. {CURES}")
     if first.tail and not tokens and map == "exact":
         raise ValueError(f"{first.reason}. {PER_CELL}")
     prefix = 0
@@ -664,6 +666,7 @@ def _read_of(network: nn.Module, trace: _Trace, head: str, what: str) -> _Read:
     order = list(trace.gave)
     position = order.index(head)  # modules that ended later are not searched
     tail: list[_Layer] = []
+    visited: set[int] = set()
     dropout = 0.0
     one_cell = False
     reason = ""
@@ -671,10 +674,15 @@ def _read_of(network: nn.Module, trace: _Trace, head: str, what: str) -> _Read:
         touched = trace.touched.get(id(value), ())
         used = {layer.module for layer in tail}
         changed = [step for step in touched if step.name != "dropout" and step.owner not in used]
-        for step in touched if not tail else ():
-            if step.name == "dropout":
-                p = _probability(step)
-                dropout += p - dropout * p
+        for step in touched if id(value) not in visited else ():
+            p = _probability(step) if step.name == "dropout" else 0.0
+            dropout += p - dropout * p
+            if p and tail:
+                raise ValueError(
+                    f"{what}: dropout stands in front of `{tail[0].module}`, and not directly in "
+                    f"front of the head `{head}`. {CURES}"
+                )
+        visited.add(id(value))
         made = changed[-1] if changed else trace.made.get(id(value))
         sources = [] if changed or made is None else made.sources
         for source in sources:

@@ -30,7 +30,7 @@ from sddlskd.distill import (
     compares_images,
     takes_label_sets,
 )
-from sddlskd.models import draw_ends
+from sddlskd.models import ForeignNetwork, draw_ends
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, Onlooker, Record, read_result
 from sddlskd.terminal.console import explain
@@ -748,9 +748,13 @@ def check_maps(
             raise
         except (RuntimeError, AssertionError) as error:  # timm asserts the size of the images
             channels, height, width = data.image_shape
+            cure = "choose another network or size"
+            if isinstance(network, ForeignNetwork):
+                who, side = name.partition("=")[0], network.image_CHW[-1]
+                cure += f", or set +{who}.model.resize={side}"
             raise ValueError(
                 f"{name} cannot take images of {channels}x{height}x{width} "
-                f"({' '.join(str(error).split())[:200]}); choose another network or size"
+                f"({' '.join(str(error).split())[:200]}); {cure}"
             ) from error
     student.train()
     for name, logit_map in maps.items():
