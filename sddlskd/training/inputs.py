@@ -67,8 +67,10 @@ class Inputs:
         self._runs, self._teacher = runs, teacher
         self._device = runs[0].device
         self._is_captured = any(run.captured is not None for run in runs)
-        # Methods may read which images these are.
-        self._has_index = any(run.objective.features for run in runs)
+        # Only methods read which images these are, and only a cache which views.
+        self._unread = {"views", "index"}
+        if any(run.objective.features for run in runs):
+            self._unread = {"views"}
         self._batch: dict[str, Tensor] = {}
         self._taps: Taps | None = None
         self._asked: Hashable = None
@@ -106,11 +108,11 @@ class Inputs:
 
     def _hold(self, batch: Batch) -> bool:
         """Copy a batch to the memory of the earlier ones; return False if it is shorter."""
-        new = {"images": batch.images, "labels": batch.labels}
-        if batch.strong is not None:
-            new["strong"] = batch.strong
-        if self._has_index:
-            new["index"] = batch.index
+        new = {
+            name: value
+            for name, value in batch._asdict().items()
+            if isinstance(value, Tensor) and name not in self._unread
+        }
         size = len(batch.labels)
         if not self._batch or size > len(self._batch["labels"]):
             self._batch = {name: tensor.to(self._device, copy=True) for name, tensor in new.items()}

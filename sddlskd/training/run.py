@@ -97,7 +97,7 @@ class _Noting(Batch):
     @property
     def epoch(self) -> int:
         self.was_read = True
-        return self[4]
+        return super().epoch
 
 
 @dataclass
@@ -621,10 +621,10 @@ class Run:
 
     def _read(self, batch: Batch, teacher: Taps | None) -> list[Tensor]:
         """Return the tensors that a step reads and that differ from batch to batch."""
-        read = [batch.images, batch.labels, batch.strong, *tree_leaves(teacher)]
-        if self.objective.features:
-            read.append(batch.index)
-        return [tensor for tensor in read if isinstance(tensor, Tensor)]
+        unread = {"views"} if self.objective.features else {"views", "index"}
+        fields = batch._asdict()
+        read = [value for name, value in fields.items() if name not in unread]
+        return [value for value in (*read, *tree_leaves(teacher)) if isinstance(value, Tensor)]
 
     def wait(self) -> None:
         """Let further work on the device wait for the steps that it has been given so far."""
