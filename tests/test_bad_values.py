@@ -235,6 +235,7 @@ UNFIT = {
     ("+optimizer.algorithm.lr=3",): "optimizer.algorithm.lr=3 would be ignored; set optimizer.lr",
     ("+distiller.loss.foo=1",): "losses.kd(temperature=2.0, foo=1) cannot be computed (TypeError",
     ("dataset.padding=100000",): "dataset.padding=100000 needs 23043.7 GB of memory",
+    ("dataset.mean=[0,0]",): "mean has 2 and std 3 entries for 3 channels: give one of each",
     ("trainer.batch_size=193",): "of dataset=fake; set trainer.batch_size=192 or less",
     ("teacher=resnet14", "teacher.train_if_missing=true", "trainer.batch_size=64",
      "dataset.batch_size=194"): "set dataset.batch_size=192 or less, which trainer.batch_size",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sddlskd import record
 from sddlskd.config import Config, Rerun, canonical, each_teacher
 from sddlskd.config.targets import instantiate
-from sddlskd.data.device import trained_on
+from sddlskd.data.device import Normalise, trained_on
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.datasets.places import without_downloads
@@ -243,6 +243,8 @@ def _check_images(job: Config, data: DataSet) -> None:
     device = pick_device(job.trainer.device)
     C, H, W = data.image_CHW
     check_batch_size(job, len(_trained_on(job, data.labels_N)), data.size)
+    # Raises if mean and std do not fit the channels.
+    Normalise(job.dataset.mean, job.dataset.std, C, W, torch.device("cpu"))
     check_images(job, (data.size, H, W, C), device, of_files=data.of_files)
     if job.sweep.rerun is not Rerun.all:  # `all` sets earlier records aside
         check_same_data(job, data.noted)
