@@ -145,7 +145,7 @@ def test_who_uses_what() -> None:
         for library in ("mlflow", "hydra", "torch")
     }
     assert using["mlflow"] == {"tracking"}
-    commands = {"evaluate", "export", "teachers", "train"}
+    commands = {"convert", "evaluate", "export", "teachers", "train"}
     assert using["hydra"] <= commands | {"config", "hydra_plugins", "sweeps", "terminal"}
     assert not using["torch"] & {"train", "record", "hydra_plugins", "terminal"}
     tracking = [path for path in FILES if room_of(path) == "tracking"]
@@ -159,6 +159,7 @@ def test_starting_and_planning_load_nothing_heavy() -> None:
         *LAUNCHERS,
         PACKAGE / "train.py",
         *(PACKAGE / "config").glob("*.py"),
+        PACKAGE / "terminal" / "choices.py",
         PACKAGE / "terminal" / "console.py",
     ]
     loaded = {}
