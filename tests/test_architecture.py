@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sddlskd"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LAUNCHERS = [PACKAGE / "hydra_plugins" / name for name in ("shared_teacher.py", "slurm.py")]
+LAUNCHERS = [
+    PACKAGE / "hydra_plugins" / name for name in ("search.py", "shared_teacher.py", "slurm.py")
+]
 
 # The layers from the bottom up. A room (a folder of sddlskd/, or a module that lies directly in it)
 # imports only from rooms of lower layers.
@@ -154,7 +156,7 @@ def test_who_uses_what() -> None:
 
 
 def test_starting_and_planning_load_nothing_heavy() -> None:
-    heavy = {"torch", "torchvision", "mlflow", "pandas", "numpy", "sklearn", "submitit"}
+    heavy = {"torch", "optuna", "torchvision", "mlflow", "pandas", "numpy", "sklearn", "submitit"}
     planning = [
         *LAUNCHERS,
         PACKAGE / "train.py",

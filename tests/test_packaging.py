@@ -96,7 +96,11 @@ def test_the_wheel_holds_what_a_job_needs_and_no_more(wheel: Path) -> None:
         if "hydra_plugins" not in p.parts
     }
     assert modules <= names
-    assert {"hydra_plugins/shared_teacher.py", "sddlskd/py.typed"} <= names
+    assert {
+        "hydra_plugins/search.py",
+        "hydra_plugins/shared_teacher.py",
+        "sddlskd/py.typed",
+    } <= names
     assert "hydra_plugins/__init__.py" not in names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"sddlskd", "hydra_plugins"}
