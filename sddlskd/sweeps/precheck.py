@@ -43,6 +43,7 @@ from sddlskd.training.build import (
 )
 from sddlskd.training.devices import check_places, pick_device
 from sddlskd.training.features import build_features, student_network
+from sddlskd.training.teacher import image_of_teacher
 
 __all__ = ["main", "problems", "report"]
 
@@ -113,7 +114,8 @@ class Checker:
         side = self._map_side(job.student.model, classes, data.image_CHW)
         if job.distiller.loss:
             for one in teachers:
-                side = min(side, self._map_side(one.teacher.model, classes, data.image_CHW))
+                C, H, W = image_of_teacher(data.image_CHW, one.teacher.image_size)
+                side = min(side, self._map_side(one.teacher.model, classes, (C, H, W)))
             if max(job.M) > 2 * side:
                 raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
         if job.features:

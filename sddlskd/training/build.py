@@ -35,7 +35,7 @@ from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import Feature, Objective, Optimisation, Run
 from sddlskd.training.schedule import learning_rate
 from sddlskd.training.stand_ins import try_loss, try_optimizer
-from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher import Teacher, image_of_teacher
 from sddlskd.training.teacher_cache import TeacherCache, cache_path, stored_shape
 
 __all__ = [
@@ -540,7 +540,10 @@ def build_teacher(
         device=device,
         precision=job.trainer.precision,
         compile=job.trainer.compile,
+        image_size=job.teacher.image_size,
     )
+    if job.teacher.image_size:
+        measured_on += f":{job.teacher.image_size} pixels"
     top1 = None
     if ranks.is_rank_zero:
         top1 = teacher_files.measured_top1(
@@ -641,6 +644,8 @@ def _cached(
     }
     if d.train_fraction < 1:
         seen.append(d.train_fraction)
+    if job.teacher.image_size:
+        seen.append({"teacher.image_size": job.teacher.image_size})
     path = cache_path(Path(str(job.teacher.cache)), sha256, about)
     return TeacherCache(
         teacher,
@@ -658,8 +663,8 @@ def check_maps(
     """Check that both networks accept the images and return suitable logit maps.
 
     A logit map (B, K, H, W) holds the logits of K classes for each place of a grid. One image of
-    zeros is passed through each network in eval mode. Afterwards the student is in training mode
-    and the teacher in eval mode.
+    zeros, with the size that the network is to see, is passed through each network in eval mode.
+    Afterwards the student is in training mode and the teacher in eval mode.
 
     Args:
         job: configuration of the training run.
@@ -674,17 +679,20 @@ def check_maps(
             `job.M` (m x m regions of a map) is more than twice the shortest side of the two maps.
         torch.OutOfMemoryError: If the device is full.
     """
-    image = torch.zeros(1, *data.image_shape, device=device)
-    networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
+    teachers_CHW = image_of_teacher(data.image_shape, job.teacher.image_size)
+    networks = {
+        f"student={job.student.name}": (student, data.image_shape),
+        f"teacher={job.teacher.name}": (teacher, teachers_CHW),
+    }
     maps = {}
-    for name, network in networks.items():
+    for name, (network, image_CHW) in networks.items():
         try:
             if network is not None:
-                maps[name] = network.eval()(image)
+                maps[name] = network.eval()(torch.zeros(1, *image_CHW, device=device))
         except torch.OutOfMemoryError:  # the device is full, which says nothing about the network
             raise
         except (RuntimeError, AssertionError) as error:  # timm asserts the size of the images
-            channels, height, width = data.image_shape
+            channels, height, width = image_CHW
             raise ValueError(
                 f"{name} cannot take images of {channels}x{height}x{width} "
                 f"({' '.join(str(error).split())[:200]}); choose another network or size"
