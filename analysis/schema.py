@@ -178,6 +178,7 @@ DETAILS = (
     "optimizer.schedule",
     "optimizer.warmup_epochs",
     "teacher.combine",
+    "teacher.image_size",
     "teacher.weights",
 )
 """Params that `details` holds, besides those that begin with "features." or "distiller.loss."."""

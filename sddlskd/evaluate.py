@@ -228,6 +228,7 @@ def _build_teacher(job: Config, device: torch.device) -> Teacher:
         device=device,
         precision=job.trainer.precision,
         compile=False,
+        image_size=job.teacher.image_size,
     )
 
 

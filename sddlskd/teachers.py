@@ -329,7 +329,13 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
     device = pick_device(job.trainer.device)
     network = build_network(job.teacher.model, job.dataset.num_classes, 0, device)
     teacher = Teacher(
-        network, path, name=name, device=device, precision=job.trainer.precision, compile=False
+        network,
+        path,
+        name=name,
+        device=device,
+        precision=job.trainer.precision,
+        compile=False,
+        image_size=job.teacher.image_size,
     )
     batches = metered_test_batches(test_split(), f"{name} on {job.dataset.name}")
     top1 = evaluate(teacher, batches)["top1"]

@@ -468,10 +468,10 @@ def test_tables_have_a_pair_of_its_own_and_tell_the_ways_apart(compose: Compose)
     ways = [[], ["teacher.combine=losses"], ["teacher.weights=[0.3,0.7]"]]
     jobs = [compose(TWO, *way) for way in ways]
     params = [{key: str(value) for key, value in cfg.flatten(job).items()} for job in jobs]
-    hashes = [{"settings_hash": cfg.settings_hash(job)} for job in jobs]
-    runs = runs_of(
-        frame_of([_typed(one)[0] | more for one, more in zip(params, hashes, strict=True)])
-    )
+    found = [_typed(one)[0] for one in params]
+    for row, job in zip(found, jobs, strict=True):
+        row["settings_hash"] = cfg.settings_hash(job)
+    runs = runs_of(frame_of(found))
     assert {run.pair for run in runs} == {"resnet8+resnet14_resnet8x4"}
     assert pair_name(runs[0].teacher, runs[0].student) == "resnet8+resnet14 → resnet8x4"
     split = [row.split for row in table_rows(runs, lambda run: run.method)]

@@ -208,6 +208,8 @@ def sharing_key(config: Config) -> str:
     if config.teacher.cache:
         # A job must read the same cached maps, whatever the jobs beside it need.
         teacher += [cached_side(config), bool(config.features)]
+    if config.teacher.image_size:
+        teacher.append(config.teacher.image_size)
     if config.more_teachers:
         teacher += [dict(_identity(one)) for one in config.more_teachers.values()]
     # Jobs with and without strong views can share batches: their weak views are the same.

@@ -718,7 +718,8 @@ def each_teacher(config: Config) -> list[Config]:
     """Return a copy of a job for each of its teachers, with this teacher alone.
 
     The order is that of `teacher_weights`. A further teacher has the cache and the training of the
-    first one, except for the learning rate. A job without a teacher gives [].
+    first one, except for the learning rate and the size of the images. A job without a teacher
+    gives [].
     """
     if not config.has_teacher:
         return []
@@ -727,7 +728,14 @@ def each_teacher(config: Config) -> list[Config]:
     for one in config.more_teachers.values():
         rate = one.lr or config.dataset.lr or LR
         teachers.append(
-            replace(alone, name=one.name, model=one.model, checkpoint=one.checkpoint, lr=rate)
+            replace(
+                alone,
+                name=one.name,
+                model=one.model,
+                checkpoint=one.checkpoint,
+                lr=rate,
+                image_size=one.image_size,
+            )
         )
     return [replace(config, teacher=teacher, more_teachers={}) for teacher in teachers]
 

@@ -388,6 +388,9 @@ class TeacherConfig(StudentConfig):
     train_epochs: int = bounded(EPOCHS, gt=0, le=MOST_EPOCHS, identity=False)
     # Seed with which a missing teacher is trained
     train_seed: int = bounded(0, ge=0, le=MOST_SEED, identity=False)
+    # Side in pixels to which the images are resized for this teacher; null: as the student sees
+    # them
+    image_size: int | None = bounded(None, gt=0, le=100_000, later=True)
     # How a student learns from several teachers
     combine: Combine = _later(Combine.logits)
     # Weight of each of several teachers, with the sum 1; []: equal weights
@@ -405,6 +408,8 @@ class MoreTeacherConfig:
     # or, if that is null, the papers' rate for CIFAR-100
     lr: float | None = bounded(None, gt=0, le=MOST_LR, identity=False)
     checkpoint: str | None = None  # weights file; null: <home>/teachers/<dataset>/<name>.pt
+    # As teacher.image_size, for this teacher
+    image_size: int | None = bounded(None, gt=0, le=100_000, later=True)
 
 
 @dataclass

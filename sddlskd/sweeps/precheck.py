@@ -46,6 +46,7 @@ from sddlskd.training.build import (
 )
 from sddlskd.training.devices import check_places, pick_device
 from sddlskd.training.features import build_features, student_network
+from sddlskd.training.teacher import image_of_teacher
 
 __all__ = ["main", "problems", "report"]
 
@@ -170,7 +171,8 @@ class Checker:
         if job.distiller.loss:
             sides = {f"student={job.student.name}": of_student}
             for one in each_teacher(job):
-                of_teacher = self._map_sides_of(one.teacher.model, classes, image_CHW)
+                teachers_CHW = image_of_teacher(image_CHW, one.teacher.image_size)
+                of_teacher = self._map_sides_of(one.teacher.model, classes, teachers_CHW)
                 sides[f"teacher={one.teacher.name}"] = of_teacher
             check_scales(job, sides, image_CHW)
         if job.features and labels_N is not None:

@@ -41,7 +41,7 @@ from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import Feature, Objective, Optimisation, Run
 from sddlskd.training.schedule import learning_rate
 from sddlskd.training.stand_ins import try_loss, try_optimizer
-from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher import Teacher, image_of_teacher
 from sddlskd.training.teacher_cache import TeacherCache, cache_path, stored_shape
 
 __all__ = [
@@ -601,7 +601,10 @@ def build_teacher(
         precision=job.trainer.precision,
         compile=job.trainer.compile,
         compile_mode=job.trainer.compile_mode,
+        image_size=job.teacher.image_size,
     )
+    if job.teacher.image_size:
+        measured_on += f":{job.teacher.image_size} pixels"
     top1 = None
     if ranks.is_rank_zero:
         top1 = teacher_files.measured_top1(
@@ -704,6 +707,8 @@ def _cached(
     }
     if d.train_fraction < 1:
         seen.append(d.train_fraction)
+    if job.teacher.image_size:
+        seen.append({"teacher.image_size": job.teacher.image_size})
     path = cache_path(Path(str(job.teacher.cache)), sha256, about)
     return TeacherCache(
         teacher,
@@ -721,8 +726,8 @@ def check_maps(
     """Check that both networks accept the images and return suitable logit maps.
 
     A logit map (B, K, H, W) holds the logits of K classes for each place of a grid. One image of
-    zeros is passed through each network in eval mode. Afterwards the student is in training mode
-    and the teacher in eval mode.
+    zeros, with the size that the network is to see, is passed through each network in eval mode.
+    Afterwards the student is in training mode and the teacher in eval mode.
 
     Args:
         job: configuration of the training run.
@@ -737,17 +742,20 @@ def check_maps(
             scales.
         torch.OutOfMemoryError: If the device is full.
     """
-    image = torch.zeros(1, *data.image_shape, device=device)
-    networks = {f"student={job.student.name}": student, f"teacher={job.teacher.name}": teacher}
+    teachers_CHW = image_of_teacher(data.image_shape, job.teacher.image_size)
+    networks = {
+        f"student={job.student.name}": (student, data.image_shape),
+        f"teacher={job.teacher.name}": (teacher, teachers_CHW),
+    }
     maps = {}
-    for name, network in networks.items():
+    for name, (network, image_CHW) in networks.items():
         try:
             if network is not None:
-                maps[name] = network.eval()(image)
+                maps[name] = network.eval()(torch.zeros(1, *image_CHW, device=device))
         except torch.OutOfMemoryError:  # the device is full, which says nothing about the network
             raise
         except (RuntimeError, AssertionError) as error:  # timm asserts the size of the images
-            channels, height, width = data.image_shape
+            channels, height, width = image_CHW
             cure = "choose another network or size"
             if isinstance(network, ForeignNetwork):
                 who, side = name.partition("=")[0], network.image_CHW[-1]

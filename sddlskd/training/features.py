@@ -22,6 +22,7 @@ from sddlskd.models import ForeignNetwork, LogitMapModel
 from sddlskd.training.build import build_network, without_weights
 from sddlskd.training.devices import seeded
 from sddlskd.training.run import Feature
+from sddlskd.training.teacher import image_of_teacher
 
 __all__ = ["build_features", "rebuild_student", "reuses_teacher", "student_network"]
 
@@ -133,7 +134,7 @@ def build_features(
         student: network that is trained as the student, see `student_network`.
         teacher: network of the teacher, whose BatchNorm layers are not folded into convolutions.
             Some methods read its weights.
-        image_CHW: (C, H, W) of an image.
+        image_CHW: (C, H, W) of an image as the student sees it.
         labels_N: class of each training image, int64, on the CPU.
         device: device of the networks and of the methods.
 
@@ -148,7 +149,8 @@ def build_features(
     """
     if not job.features:
         return {}
-    taps = [_example(network, image_CHW, device) for network in (student, teacher)]
+    teachers_CHW = image_of_teacher(image_CHW, job.teacher.image_size)
+    taps = [_example(student, image_CHW, device), _example(teacher, teachers_CHW, device)]
     facts = {
         "labels_N": labels_N,
         "num_classes": job.dataset.num_classes,

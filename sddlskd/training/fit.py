@@ -64,7 +64,7 @@ from sddlskd.training.run import Feature, Run
 from sddlskd.training.several import Teachers, build_teachers
 from sddlskd.training.size import size_of
 from sddlskd.training.stop import Stop
-from sddlskd.training.teacher import Teacher
+from sddlskd.training.teacher import Resized, Teacher
 from sddlskd.training.teacher_cache import TeacherCache
 
 __all__ = ["fit"]
@@ -338,8 +338,8 @@ class _Group:
         features: methods of each job by name, in the order of `jobs`.
         data: the batches of this rank.
         teacher: the shared teacher, or teachers; None without distillation.
-        teacher_network: network of the teacher with its BatchNorm; None without distillation and
-            with several teachers.
+        teacher_network: network of the teacher with its BatchNorm, which resizes the images if the
+            teacher sees another size; None without distillation and with several teachers.
         facts: facts about the data and the teacher, for result.json.
         device: device of this rank.
         ranks: the ranks that share each batch.
@@ -500,6 +500,8 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     ]
     if ranks.is_rank_zero and any(_is_unregistered(job) for job in jobs):
         jobs = tracking.register(jobs, sweep)
+    if teacher_network is not None and first.teacher.image_size:
+        teacher_network = Resized(teacher_network, first.teacher.image_size)
     steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
     return _Group(
         jobs, students, features, data, teacher, teacher_network, facts, device, ranks, steps

@@ -6,10 +6,11 @@ Shapes: B batch, C channels, K classes, H W sides.
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -17,7 +18,7 @@ from sddlskd.files.checkpoint import check_finite, load_weights
 from sddlskd.models import LogitMapModel, Taps
 from sddlskd.training.devices import autocast, compiled
 
-__all__ = ["Teacher"]
+__all__ = ["Resized", "Teacher", "image_of_teacher"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Teacher:
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile.
         compile_mode: mode of torch.compile.
+        image_size: side in pixels to which the images are resized first; None for no resizing.
 
     Raises:
         ValueError: If the file cannot be read, does not hold weights of this network, or holds NaN
@@ -55,16 +57,19 @@ class Teacher:
         precision: str,
         compile: bool,
         compile_mode: str = "default",
+        image_size: int | None = None,
     ) -> None:
         if path is not None:
             load_weights(network, path, name)
             check_finite(network, path)
         self.name = name
         network.eval().requires_grad_(False)
-        tapped: nn.Module = _Tapped(network)
+        tapped: nn.Module = _Tapped(network, image_size)
         folded = _folded(tapped, name)
         if folded is not None:
             tapped, network = folded, _logit_map_alone(folded)
+        elif image_size is not None:
+            network = Resized(network, image_size)
         for module in (tapped, network):
             module.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network
@@ -103,14 +108,53 @@ class Teacher:
             return self._taps(images_BCHW)
 
 
-class _Tapped(nn.Module):
-    """A network whose forward pass returns its taps, so that torch.fx can trace them."""
+def image_of_teacher(image_CHW: Sequence[int], image_size: int | None) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of an image as a teacher with this `image_size` sees it."""
+    if image_size is None:
+        return tuple(image_CHW)
+    return image_CHW[0], image_size, image_size
 
-    def __init__(self, network: nn.Module) -> None:
+
+def _resized(images_BCHW: Tensor, side: int) -> Tensor:
+    """Return images resized to squares with `side` pixels, bilinearly with antialiasing."""
+    return F.interpolate(
+        images_BCHW, (side, side), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+class Resized(nn.Module):
+    """A network that sees its images resized to squares, bilinearly with antialiasing.
+
+    Args:
+        network: the network, from images (B, C, side, side) to logit maps.
+        side: side of the squares, in pixels.
+    """
+
+    def __init__(self, network: nn.Module, side: int) -> None:
         super().__init__()
         self.network = network
+        self.side = side
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return the logit map of images (B, C, H, W) of any size."""
+        logit_map_BKHW: Tensor = self.network(_resized(images_BCHW, self.side))
+        return logit_map_BKHW
+
+
+class _Tapped(nn.Module):
+    """A network whose forward pass returns its taps, so that torch.fx can trace them.
+
+    If `image_size` is not None, the images are resized to squares with this side first.
+    """
+
+    def __init__(self, network: nn.Module, image_size: int | None) -> None:
+        super().__init__()
+        self.network = network
+        self.image_size = image_size
 
     def forward(self, images_BCHW: Tensor) -> Taps:
+        if self.image_size is not None:
+            images_BCHW = _resized(images_BCHW, self.image_size)
         if isinstance(self.network, LogitMapModel):
             return self.network.taps(images_BCHW)
         return Taps.of_map(self.network(images_BCHW))
