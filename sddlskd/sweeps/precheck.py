@@ -30,12 +30,14 @@ from sddlskd.training.build import (
     check_cache,
     check_images,
     check_objective,
+    check_one_image,
     check_one_process,
     check_same_data,
     check_teacher,
     check_teacher_data,
     check_workers,
     data_changed,
+    leaves_one_image,
     load_splits,
     present_fingerprint,
     shape_of,
@@ -114,6 +116,9 @@ class Checker:
             side = min(side, self._map_side(job.teacher.model, classes, data.image_CHW))
             if max(job.M) > 2 * side:
                 raise ValueError(f"M={job.M} is too fine: the largest scale here is {2 * side}")
+        if job.trainer.devices == 1 and leaves_one_image(job, len(labels_N)):
+            student = self._network(job.student.model, classes)
+            check_one_image(job, student, len(labels_N), data.image_CHW)
         if job.features:
             cpu = torch.device("cpu")
             teacher = self._network(job.teacher.model, classes)
@@ -159,7 +164,7 @@ class Checker:
         return found
 
     def _network(self, model: dict[str, Any], num_classes: int) -> nn.Module:
-        """Return a network on the CPU, for the feature methods of a job."""
+        """Return a network on the CPU, for checks that need its layers."""
         key = (canonical(model), num_classes)
         if key not in self._networks:
             self._networks[key] = build_network(model, num_classes, 0, torch.device("cpu"))
