@@ -676,13 +676,15 @@ def test_a_last_batch_of_one_image_is_refused_before_the_first_step(
 ) -> None:
     job = tiny(tmp_path, "student=mobilev2", "recipe=vanilla", f"trainer.batch_size={size}")
     job.dataset.load["train"] = images
-    with pytest.raises(
-        ValueError,
-        match=r"^student=mobilev2 cannot train on a batch of one image \(Expected more than 1 .*"
+    says = (
+        r"^student=mobilev2 cannot train on a batch of one image \(Expected more than 1 .*"
         rf"{images} images in batches of {size}; set trainer\.batch_size={cure}, "
-        r"or leave that batch out with dataset\.drop_last=true$",
-    ):
+        r"or leave that batch out with dataset\.drop_last=true$"
+    )
+    with pytest.raises(ValueError, match=says):
         fit([job])
+    ((_, reason),) = problems([job])
+    assert re.search(says, reason)
     assert not Path(job.run_dir).exists()
     without = dataclasses.replace(job, dataset=dataclasses.replace(job.dataset, drop_last=True))
     without.run_dir += "-without"

@@ -32,6 +32,7 @@ from sddlskd.training.build import (
     check_cache,
     check_images,
     check_objective,
+    check_one_image,
     check_one_process,
     check_same_data,
     check_scales,
@@ -39,6 +40,7 @@ from sddlskd.training.build import (
     check_teacher_data,
     check_workers,
     data_changed,
+    leaves_one_image,
     load_splits,
     present_fingerprint,
     shape_of,
@@ -175,6 +177,8 @@ class Checker:
                 of_teacher = self._map_sides_of(one.teacher.model, classes, teachers_CHW)
                 sides[f"teacher={one.teacher.name}"] = of_teacher
             check_scales(job, sides, image_CHW)
+        if labels_N is not None:
+            self._check_last_batch(job, image_CHW, len(labels_N))
         if job.features and labels_N is not None:
             cpu = torch.device("cpu")
             teacher = self._network(job.teacher.model, classes)
@@ -188,6 +192,15 @@ class Checker:
             build_features(
                 job, student, teacher, image_CHW=image_CHW, labels_N=labels_N, device=cpu
             )
+
+    def _check_last_batch(self, job: Config, image_CHW: tuple[int, int, int], images: int) -> None:
+        """Raise ValueError if the student cannot train on a last batch of one image.
+
+        `images` is the number of images that the student learns from.
+        """
+        if job.trainer.devices == 1 and leaves_one_image(job, images):
+            student = self._network(job.student.model, job.dataset.num_classes)
+            check_one_image(job, student, images, image_CHW)
 
     def data_change(self, job: Config) -> str:
         """Return in words how the data of a finished job have changed since the job was trained.
@@ -215,7 +228,7 @@ class Checker:
         return found
 
     def _network(self, model: dict[str, Any], num_classes: int) -> nn.Module:
-        """Return a network on the CPU, for the feature methods of a job."""
+        """Return a network on the CPU, for checks that need its layers."""
         key = (canonical(model), num_classes)
         if key not in self._networks:
             self._networks[key] = build_network(model, num_classes, 0, torch.device("cpu"))

@@ -56,6 +56,7 @@ __all__ = [
     "check_images",
     "check_maps",
     "check_objective",
+    "check_one_image",
     "check_one_process",
     "check_same_data",
     "check_scales",
@@ -64,6 +65,7 @@ __all__ = [
     "check_workers",
     "data_changed",
     "leave_as_teacher",
+    "leaves_one_image",
     "load_splits",
     "present_fingerprint",
     "shape_of",
@@ -801,9 +803,7 @@ def check_scales(
 def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> None:
     """Check that the student can train on a batch of one image, if an epoch has such a batch.
 
-    BatchNorm cannot train if it sees a single value per channel. One image of zeros is passed
-    through the network in training mode. Afterwards the buffers have their earlier values, and the
-    network is in training mode. If no batch has a single image, nothing is done.
+    The check is that of `check_one_image`. If no batch has a single image, nothing is done.
 
     Args:
         job: configuration of the training run, which gives the batch size.
@@ -815,17 +815,52 @@ def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> 
         ValueError: If a rank gets a batch of one image on which the network cannot train.
         torch.OutOfMemoryError: If the device is full.
     """
-    size, images = job.trainer.batch_size, data.train_size
-    # `data.steps_per_epoch` may not fit: the job of a teacher can have another batch size.
-    steps = steps_per_epoch(images, size, job.dataset.drop_last)
-    steps = min(steps, job.trainer.max_steps or steps)
-    sizes = {min(size, images - step * size) for step in {0, steps - 1}}
-    if not any(1 in _shares(batch, ranks.world_size) for batch in sizes):
+    if not leaves_one_image(job, data.train_size, ranks.world_size):
         return
     # This call tells SharedBatchNorm that every rank holds the whole batch.
     ranks.images_of_step(1, 1)
+    check_one_image(job, student, data.train_size, data.image_shape)
+
+
+def leaves_one_image(job: Config, images: int, ranks: int = 1) -> bool:
+    """Return whether a rank gets a batch of one image in an epoch.
+
+    Args:
+        job: configuration of the training run, which gives the batch size.
+        images: number of images of an epoch, over all ranks.
+        ranks: number of processes that share each batch.
+    """
+    size = job.trainer.batch_size
+    # The job of a teacher can have another batch size than the data that were built.
+    steps = steps_per_epoch(images, size, job.dataset.drop_last)
+    steps = min(steps, job.trainer.max_steps or steps)
+    sizes = {min(size, images - step * size) for step in {0, steps - 1}}
+    return any(1 in _shares(batch, ranks) for batch in sizes)
+
+
+def check_one_image(
+    job: Config, student: nn.Module, images: int, image_CHW: tuple[int, ...]
+) -> None:
+    """Check that the student of a job can train on a batch of one image.
+
+    BatchNorm cannot train if it sees a single value per channel. One image of zeros is passed
+    through the network in training mode. Afterwards the buffers have their earlier values, and the
+    network is in training mode.
+
+    Args:
+        job: configuration of the training run, for the message.
+        student: network of the student.
+        images: number of images of an epoch, for the message.
+        image_CHW: (C, H, W) of an image.
+
+    Raises:
+        ValueError: If the network cannot train on one image; the message names a batch size that
+            leaves no such batch.
+        torch.OutOfMemoryError: If the device is full.
+    """
+    size = job.trainer.batch_size
     device = next(student.parameters()).device
-    image = torch.zeros(1, *data.image_shape, device=device)
+    image = torch.zeros(1, *image_CHW, device=device)
     before = {name: buffer.clone() for name, buffer in student.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
