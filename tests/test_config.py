@@ -59,7 +59,9 @@ IMAGENET = {"imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50", "mobi
 # Values that a choice requires from its user
 UNSAID = {
     "dataset=image_folder": ("dataset.num_classes=37",),
-    "dataset=label_sets": ("dataset.num_classes=20",),
+    # The losses of one class per image are refused.
+    "dataset=fake_label_sets": ("recipe=mld",),
+    "dataset=label_sets": ("dataset.num_classes=20", "recipe=mld"),
 }
 
 
