@@ -29,7 +29,8 @@ USAGE = """
   %(prog)s evidence               write what the papers' own logs and numbers say as Markdown
   %(prog)s import-logs PATH ...   import text logs and CSV files of other projects as runs"""
 METRIC = """best: best epoch on the test set, as the papers report; last: last epoch;
-val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0). Default: best"""
+val: test accuracy at the best epoch of a held-out split (dataset.val_fraction>0); mAP: of several
+labels per image. Default: best"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +75,9 @@ def _analyse(given: Sequence[str]) -> None:
         "--out", type=Path, default=Path("results"), help="folder to write to. Default: results"
     )
     _add_store(parser)
-    parser.add_argument("--metric", choices=("best", "last", "val"), default="best", help=METRIC)
+    parser.add_argument(
+        "--metric", choices=("best", "last", "val", "mAP"), default="best", help=METRIC
+    )
     parser.add_argument(
         "--mixed-epochs",
         action="store_true",

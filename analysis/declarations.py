@@ -140,7 +140,7 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
 
     Args:
         runs: the runs that count, as `selection.standing` returns them.
-        metric: accuracy to show: "best", "last" or "val", the keys of `selection.METRICS`.
+        metric: accuracy to show, a key of `selection.METRICS`, such as "best".
 
     Returns:
         The descriptions, in the order in which the tables are written. Without runs, the list is
@@ -191,6 +191,8 @@ def _accuracy(metric: str) -> Quantity:
     def read(run: Run) -> float | str:
         if run.method != "teacher":
             return accuracy_of_student(run)
+        if metric == "mAP":
+            return "without mAP"
         if run.teacher_top1 is None:
             return "several teachers"
         return run.teacher_top1

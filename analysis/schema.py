@@ -104,6 +104,7 @@ class Run:
     best: float | None = None  # top-1 (%), best epoch
     last: float | None = None  # top-1 (%), last epoch
     test: float | None = None  # top-1 (%) on the test split, at the best epoch on held-out images
+    mAP: float | None = None  # mAP (%) of several labels per image, best epoch
     teacher_top1: float | None = None  # top-1 (%) of the teacher
     parameters: float | None = None  # number of parameters of the student
     flops: float | None = None  # operations of the student for one image
@@ -158,6 +159,7 @@ METRICS = {
     "best": "best/top1",
     "last": "last/top1",
     "test": "test/top1",
+    "mAP": "best/mAP",
     "teacher_top1": "teacher/top1",
     "parameters": "student/parameters",
     "flops": "student/flops",

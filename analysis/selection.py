@@ -45,6 +45,7 @@ METRICS = {
     "best": ("best", "top-1 (%), best epoch"),
     "last": ("last", "top-1 (%), last epoch"),
     "val": ("test", "top-1 (%) on the test set, at the epoch that held-out images chose"),
+    "mAP": ("mAP", "mAP (%), best epoch"),
 }
 """Column of the frame that holds each metric, and the label of the metric."""
 
@@ -75,11 +76,11 @@ Read = Callable[[Run], float | str]
 
 
 def accuracy(metric: str) -> Read:
-    """Return a function that reads the top-1 accuracy (%) of a run.
+    """Return a function that reads the top-1 accuracy or the mAP (%) of a run.
 
     The function takes a `Run` and returns its accuracy or, if the run has none, a text with the
-    reason. `metric` is "best" (best epoch), "last" (last epoch), or "val" (on the test set, at the
-    epoch that held-out images chose). Raise ValueError for another metric.
+    reason. `metric` is "best" (best epoch), "last" (last epoch), "val" (on the test set, at the
+    epoch that held-out images chose), or "mAP" (best epoch). Raise ValueError for another metric.
     """
     if metric not in METRICS:
         raise ValueError(f"metric={metric} is not valid; give one of {', '.join(METRICS)}")

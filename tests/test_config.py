@@ -61,7 +61,9 @@ VITS = {"deit_tiny", "pit_tiny"}
 # Values that a choice requires from its user
 UNSAID = {
     "dataset=image_folder": ("dataset.num_classes=37",),
-    "dataset=label_sets": ("dataset.num_classes=20",),
+    # The losses of one class per image are refused.
+    "dataset=fake_label_sets": ("recipe=mld",),
+    "dataset=label_sets": ("dataset.num_classes=20", "recipe=mld"),
 }
 
 

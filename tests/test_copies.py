@@ -252,6 +252,16 @@ def test_a_missing_package_is_named_before_training(
     assert not Path(job.run_dir).exists()
 
 
+def test_a_folder_of_its_name_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        tracking.check_packages([tiny(tmp_path, "tracking.mirrors=[wandb]", teacher=False)])
+
+
 def test_an_unknown_mirror_is_refused(compose: Compose) -> None:
     with pytest.raises(Exception, match=r"tracking.mirrors"):
         compose("tracking.mirrors=[neptune]")
@@ -286,7 +296,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
     fake: Any = ModuleType("wandb")
     fake.init, fake.Settings = init, SimpleNamespace
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(copies, "find_spec", lambda name: name)
+    monkeypatch.setattr(copies, "find_spec", lambda name: SimpleNamespace(origin=name))
     return runs
 
 

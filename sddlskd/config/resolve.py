@@ -573,7 +573,7 @@ def _check_multi_label(config: Config) -> None:
     if config.standardize is not False:
         raise ValueError(
             f"standardize={config.standardize} moves the zero of the logits, above which {on} "
-            "predicts a class; set standardize=false"
+            "predicts a class; set standardize=false, as recipe=mld does"
         )
     if config.distiller.knowledge != "fusion":
         raise ValueError(

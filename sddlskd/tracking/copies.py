@@ -101,7 +101,9 @@ def check_packages(configs: Iterable[Config]) -> None:
 
 
 def _check_package(name: FileMirror) -> None:
-    if find_spec(str(name)) is None:
+    found = find_spec(str(name))
+    # A folder of this name in the working directory is a package without an origin.
+    if found is None or found.origin is None:
         raise ValueError(
             f"tracking.mirrors: {name} is not installed: {CURES[name]}, or leave {name} out"
         )

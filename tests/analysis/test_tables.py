@@ -136,6 +136,17 @@ def test_newer_losses_have_the_tables_of_their_readmes() -> None:
     assert "the source's settings are not known" in skd.footnotes["verdict"][0]
 
 
+def test_several_labels_have_a_table_of_their_map() -> None:
+    rows = runs(*SMALL, [97.0, 97.5], dataset="voc", distiller="mld")
+    for row, value in zip(rows, (61.0, 62.0), strict=True):
+        row["mAP"] = value
+    (table,) = tables.build(frame_of(rows), metric="mAP")
+    assert table.quantity == "mAP (%), best epoch"
+    assert table.cells["MLD", SMALL_COLUMN].mean == 61.5
+    (without,) = tables.build(frame_of(runs(*SMALL, [97.0], dataset="voc")), metric="mAP")
+    assert without.cells["KD", SMALL_COLUMN].mean is None
+
+
 def test_each_paper_keeps_its_own_baseline() -> None:
     built = build(runs("wrn_40_2", "mobilev2", [69.0]))
     for table, value in (("sdd_table_1", 68.87), ("lskd_table_1", 68.36)):
