@@ -31,7 +31,7 @@ def test_the_chinese_one_has_the_same_parts() -> None:
     assert [link for link in links[0] if link != "README.zh.md"] == [
         link for link in links[1] if link != "README.md"
     ]
-    start, shown = QUICK_START, r"^    .*$"
+    start, shown = QUICK_START, r"^(?:    |\|).*$"
     outputs = [re.findall(shown, text.split("\n## ")[start], re.M) for text in (README, CHINESE)]
     assert outputs[0] == outputs[1] != []
 
