@@ -42,8 +42,8 @@ VALID = {
         "trainer.data_seed",
     },
     "null": {
-        "dataset.lr", "dataset.workers", "optimizer.clip_norm", "trainer.data_seed",
-        "trainer.max_steps",
+        "dataset.lr", "dataset.workers", "optimizer.clip_norm", "teacher.image_size",
+        "trainer.data_seed", "trainer.max_steps",
     },
     # Infinitely many minutes between checkpoints: only at the end of each epoch
     **{value: {"checkpoint.every_minutes"} for value in ("inf", str(2**63), str(2**70), "1e300")},
