@@ -63,7 +63,7 @@ lint: setup
 # The documentation as a site in build/site; a warning is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; its search needs a server: $(BIN)/python -m http.server -d build/site"
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
