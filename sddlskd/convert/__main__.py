@@ -1,4 +1,4 @@
-"""Print the command for a configuration file of another code: `python -m sddlskd.convert FILE`."""
+"""Print the training command that matches another code's file: `python -m sddlskd.convert FILE`."""
 
 import argparse
 import re
@@ -47,9 +47,13 @@ _Loader.add_multi_constructor("!", _untagged)
 
 
 def main() -> None:
-    """Print the command for the file that the command line names; exit with code 1 if it cannot be.
+    """Print the training command of this package for the file that the command line names.
 
     The command goes to stdout. A line for each key or flag that is not translated goes to stderr.
+
+    Raises:
+        SystemExit: With code 1 after printing why the file cannot be translated, or 2 if the
+            arguments cannot be parsed.
     """
     options = _parse(sys.argv[1:])
     try:
