@@ -402,9 +402,9 @@ def report(
 def main() -> None:
     """Read jobs from stdin, check them, and write the dictionary of `report` to stdout as JSON.
 
-    The pickled arguments of `report` come from stdin. Output of the checks, such as that
-    of a user's network, goes to stderr. With --parent PID on the command line, this process ends
-    when its parent, the process PID, ends.
+    The pickled arguments of `report` come from stdin. Output of the checks, such as that of a
+    user's network, goes to stderr. With --parent PID on the command line, this process ends when
+    its parent, the process PID, ends.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")
