@@ -321,7 +321,7 @@ def number_of(key: str, text: str) -> float:
 def whole_number(key: str, text: str) -> str:
     """Return a whole number as a text of digits: "1200" if `text` is "1,200" or "1200.0".
 
-    `key` is the name of the param or column, for the error message. Raises ValueError if `text` is
+    `key` is the name of the param or column, for the error message. Raise ValueError if `text` is
     not a whole number, or is negative.
     """
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text):  # 1,200

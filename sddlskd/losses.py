@@ -601,11 +601,12 @@ def mld(
     Every class is a problem of two events, present and absent, with the probability p = sigmoid(z /
     T) of "present". The loss is T^2 times the sum over the classes of KL(teacher || student) of
     these two events. The classes that the sample has count `alpha` times, and the others `beta`
-    times: as DKD does for one label, this parts the knowledge on the labels from the rest.
+    times, as DKD weights the target class and the other classes.
 
-    Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (ICCV), the multi-label logits
-    distillation, of which the released code sums the classes. There T = alpha = beta = 1; the
-    temperature is that of Hinton et al. 2015, and the two weights are of this package.
+    Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (ICCV), "multi-label logits
+    distillation". The sum over the classes is that of the released code. There, T, alpha and beta
+    are 1. The temperature follows Hinton et al. 2015, and the two weights are an addition of this
+    package.
 
     Args:
         student_NK: logits of the student, (N, K).

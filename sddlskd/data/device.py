@@ -159,7 +159,8 @@ class DeviceData:
 
     Args:
         splits: training and test split, as `Images`.
-        num_classes: number of classes; labels are 0..num_classes-1.
+        num_classes: number of classes. A label is 0..num_classes-1; several labels of an image are
+            num_classes zeros and ones.
         batch_size: training images per batch, over all ranks; at most the number of training
             images.
         seed: seed of the order, crops and flips.
@@ -191,10 +192,11 @@ class DeviceData:
 
     Raises:
         ValueError: If the data or an argument cannot be used: the splits are `Files`, the images
-            are not uint8 (N, H, W, C) of one size in both splits, a split is empty, a label is not
-            int64 in 0..num_classes-1, `strong` is set and the images do not have 3 channels, `mean`
-            or `std` does not suit `Normalise`, or `padding`, a batch size or a fraction is out of
-            range. A `val_fraction` other than 0 must hold out some images, but not all.
+            are not uint8 (N, H, W, C) of one size in both splits, a split is empty, the labels are
+            not those that `check_labels` accepts, `strong` is set and the images do not have 3
+            channels, `mean` or `std` does not suit `Normalise`, or `padding`, a batch size or a
+            fraction is out of range. A `val_fraction` other than 0 must hold out some images, but
+            not all.
     """
 
     def __init__(
@@ -357,9 +359,9 @@ class DeviceData:
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
-        B is `eval_batch_size`, or less in the last batch. The images come from the test split if
-        `val_fraction` is 0.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
+        or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch.
+        The images come from the test split if `val_fraction` is 0.
         """
         return self._plain(self._val)
 
@@ -558,7 +560,8 @@ def trained_on(
     `val_fraction`, the images of a smaller `train_fraction` are among those of a larger one.
 
     Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU.
+        labels_N: class of each image of the training split, int64 (N,) on the CPU. With several
+            labels per image, int64 (N, K): all images then count as one class in the choice.
         val_fraction: fraction of each class that is held out for validation, see `held_out`; 0 to
             hold out nothing.
         train_fraction: fraction of each class to train on, of the images that are not held out. The
@@ -598,7 +601,8 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
     The choice is random but fixed: it does not depend on the seed of a run.
 
     Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU.
+        labels_N: class of each image of the training split, int64 (N,) on the CPU. With several
+            labels per image, int64 (N, K): all images then count as one class in the choice.
         fraction: fraction of each class to hold out. The number of images is rounded to the nearest
             integer.
         num_classes: number of classes.

@@ -197,7 +197,8 @@ class StreamedData:
 
     Args:
         splits: training and test split, as `Files`.
-        num_classes: number of classes; labels are 0..num_classes-1.
+        num_classes: number of classes. A label is 0..num_classes-1; several labels of an image are
+            num_classes zeros and ones.
         batch_size: training images per batch, over all ranks; at most the number of training
             images.
         seed: seed of the order, crops and flips.
@@ -238,10 +239,10 @@ class StreamedData:
 
     Raises:
         ValueError: If the data or an argument cannot be used: the splits are `Images`, a split is
-            empty, a label is not int64 in 0..num_classes-1, `mean` or `std` does not suit
-            `Normalise`, `view.size` is below 1, `view.centre` is not in (0, 1], or a batch size or
-            a fraction is out of range. A `val_fraction` other than 0 must hold out some images, but
-            not all.
+            empty, the labels are not those that `device.check_labels` accepts, `mean` or `std` does
+            not suit `Normalise`, `view.size` is below 1, `view.centre` is not in (0, 1], or a batch
+            size or a fraction is out of range. A `val_fraction` other than 0 must hold out some
+            images, but not all.
     """
 
     def __init__(
