@@ -283,7 +283,7 @@ def rld(
 ) -> Tensor:
     """Return the refined logit distillation (RLD) loss of each sample.
 
-    The loss is alpha * A^2 * SCD + beta * T^2 * MCD, where A is `alpha_temperature` and T is
+    The loss is alpha * A^2 * SCD + beta * T^2 * MCD, with A = `alpha_temperature` and T =
     `temperature`. Both terms are KL(teacher || student):
     - SCD (sample confidence) compares binary distributions at temperature A: the teacher's (most
       probable class, all others) and the student's (target class, all others).
@@ -546,7 +546,7 @@ def skd(
         term = sqrt(d^T (C + ridge * identity)^-1 d)
 
     C is the covariance of the rows of D, with the divisor B - 1. For a batch of one image, D and
-    the term are 0. Where d is 0, the gradient of the square root counts as 0. Logits that are all 0
+    the term are 0. If d is 0, the gradient of the square root counts as 0. Logits that are all 0
     have no direction: their row of u or v is 0, and the term has no gradient for them.
 
     Source: "Streamlined Knowledge Distillation" (CVPR 2026), in the form of its released code.

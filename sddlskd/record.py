@@ -506,7 +506,7 @@ class Onlooker:
 
 
 def abandoned(folder: Path) -> bool:
-    """Return True if no process has the run directory `folder` open to write, not even this one."""
+    """Return whether no process has the run directory `folder` open to write, not even this one."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -561,7 +561,7 @@ def _check_multi_label(config: Config) -> None:
     if config.trainer.devices > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} cannot measure val/mAP, which {on} asks "
-            "for: it ranks all images; set trainer.devices=1"
+            "for: val/mAP ranks all images; set trainer.devices=1"
         )
     if config.tracking.predictions:
         raise ValueError(
@@ -572,8 +572,8 @@ def _check_multi_label(config: Config) -> None:
         return
     if config.standardize is not False:
         raise ValueError(
-            f"standardize={config.standardize} moves the zero of the logits, above which {on} "
-            "predicts a class; set standardize=false, as recipe=mld does"
+            f"standardize={config.standardize} moves the zero of the logits, but with {on} a class "
+            "is predicted if its logit is above zero; set standardize=false, as recipe=mld does"
         )
     if config.distiller.knowledge != "fusion":
         raise ValueError(

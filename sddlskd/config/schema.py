@@ -591,7 +591,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Settings of the copies of runs (settings, metrics, files) that are sent to MLflow."""
+    """Settings of the copies of runs (settings, metrics, files), in MLflow and elsewhere."""
 
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path

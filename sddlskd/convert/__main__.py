@@ -88,7 +88,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--from",
         dest="code",
         choices=mdistiller.CODES,
-        help="the code that the file is of; by default, its keys and the flags tell",
+        help="the code that the file was written for; by default, the file and the flags decide",
     )
     parser.add_argument("--cfg", action="store_true", help="may stand before the file")
     parser.add_argument("--M", help="SDD: scales, such as [1,2,4]")
@@ -141,7 +141,7 @@ def _merge(values: dict[str, Any], options: Sequence[str]) -> None:
 
 
 def _translate(values: Mapping[str, Any], options: argparse.Namespace) -> Translation:
-    """Return the translation of a file and of the flags, by the code that the file is of."""
+    """Return the translation of a file and of the flags."""
     if mdistiller.is_of_mdistiller(values):
         flags = mdistiller.Flags(
             M=_scales(options.M),

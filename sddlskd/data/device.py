@@ -333,7 +333,8 @@ class DeviceData:
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n. For images with several labels,
+        the result is (N, K) with zeros and ones.
         """
         return self._train_labels_N.cpu()
 
@@ -368,8 +369,8 @@ class DeviceData:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the batches of the whole test split, in order, not augmented.
 
-        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
-        B is `eval_batch_size`, or less in the last batch.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
+        or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch.
         """
         return self._plain(self._test)
 
@@ -651,8 +652,8 @@ def _check_label_sets(name: str, labels_NK: Tensor, count: int, num_classes: int
         )
     if ((labels_NK != 0) & (labels_NK != 1)).any():
         raise ValueError(
-            f"{name} labels are not all 0 or 1, which several labels per image must be: convert "
-            "them in the loader"
+            f"{name} labels are not all 0 or 1, as several labels per image must be: convert the "
+            "labels in the loader"
         )
 
 

@@ -343,9 +343,10 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
         network: Name of the network, for the message.
 
     Raises:
-        ValueError: If a tensor is missing or unknown, has another shape, or is floating-point where
-            the network has an integer one or vice versa; the message names the first three. Also if
-            a .safetensors file is given and the package safetensors is not installed.
+        ValueError: If a tensor is missing or unknown, has another shape, or is floating-point
+            although the network has an integer one or vice versa; the message names the first
+            three. Also if a .safetensors file is given and the package safetensors is not
+            installed.
         UnreadableFile: If the file is damaged, would run code, or holds no state dict.
         FileNotFoundError: If there is no such file.
     """

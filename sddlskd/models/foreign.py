@@ -379,7 +379,7 @@ class ForeignNetwork(LogitMapModel):
         def map_of(name: str, prefix: int) -> Tensor:
             module = self.network.get_submodule(name)
             if module not in taken:
-                raise RuntimeError(f"{name} did not run, which gives the map of a stage")
+                raise RuntimeError(f"the module {name} did not run, but gives the map of a stage")
             return _as_map(taken[module], self._tap.layout, x_BCHW.shape, prefix)
 
         stages = [map_of(stage.module, stage.prefix) for stage in self._stages]

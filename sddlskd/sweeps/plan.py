@@ -203,8 +203,8 @@ def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
         if len(group) == 1:
             raise ValueError(
                 f"sweep.halving={group[0].sweep.halving} compares the runs of a group, but "
-                f"{cfg.run_name(group[0])} trains alone; vary what leaves teacher, data and epochs "
-                "the same, set trainer.data_seed=0 for several seeds, and set "
+                f"{cfg.run_name(group[0])} trains alone; vary only what leaves teacher, data and "
+                "epochs the same, set trainer.data_seed=0 for several seeds, and set "
                 "hydra.launcher.max_group_size=null"
             )
     if not jobs[0].dataset.val_fraction:

@@ -66,7 +66,8 @@ class DataSet:
         image_CHW: channels, height and width in pixels of an image, as the networks receive it.
         of_files: whether the images are files that stay on disk.
         noted: fingerprint of the data: numbers of images, classes and a hash.
-        labels_N: class ids of the training images, int64, (N,).
+        labels_N: class ids of the training images, int64, (N,); zeros and ones (N, K) for images
+            with several labels.
     """
 
     size: int

@@ -382,7 +382,7 @@ def _check_kind_of_loss(job: Config) -> None:
         )
     if job.dataset.num_classes == 2 and job.standardize in (True, "class_scaled"):
         log.warning(
-            "standardize=%s leaves the sign alone of the logits of two classes (they become "
+            "standardize=%s leaves only the sign of the logits of two classes (the logits become "
             "+-0.707), so distiller=%s has no gradient: set standardize=none or standardize=batch",
             str(job.standardize).lower(),
             job.distiller.name,

@@ -217,7 +217,7 @@ def metered_test_batches(data: Data, title: str) -> Iterator[tuple[Tensor, Tenso
 
     Yields:
         (images_BCHW, target_B) on the device of `data`: normalised float32 images, and class ids,
-        int64.
+        int64, (B,), or zeros and ones (B, K) for images with several labels.
     """
     done = 0
     with meter(title, data.test_size, "images") as show:
