@@ -306,7 +306,7 @@ def param(key: str, text: str) -> str:
 def number_of(key: str, text: str) -> float:
     """Return the finite number that `text` states, as a float.
 
-    `key` is the name of the param or column, for the error message. Raises ValueError if `text` is
+    `key` is the name of the param or column, for the error message. Raise ValueError if `text` is
     not a number, or is NaN or infinite.
     """
     try:
