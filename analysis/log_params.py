@@ -28,8 +28,8 @@ __all__ = [
 LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
 NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 DATASETS = {"c100": "cifar100"}
-# Teacher of LSKD's transformers, by data set. Their logs do not name it, but their configurations
-# do (TEACHER_WEIGHTS: work_dirs/r-56_c100/model.pyth).
+# Teacher of LSKD's transformers, by data set. The logs do not name the teacher, but the
+# configurations do (TEACHER_WEIGHTS: work_dirs/r-56_c100/model.pyth).
 TEACHERS_OF_TRANSFORMERS = {"cifar100": "resnet56"}
 # An option in a name: M: or SOLVER.LR: anywhere, another word such as gpu: only after "," or "]"
 _KNOWN = r"(?:[A-Z]+(?:\.[A-Z0-9_]+)+|M):"

@@ -48,7 +48,7 @@ def _binary_divergence(
 
 
 def _by_region(x_NK: Tensor, regions_per_image: int) -> Tensor:
-    """Return the rows of a batch as (B, R, K), where R is `regions_per_image`.
+    """Return the rows of a batch as (B, R, K), with R = `regions_per_image`.
 
     Raise ValueError if R is less than 1, or if the number of rows is not a multiple of R.
     """
@@ -61,7 +61,7 @@ def _by_region(x_NK: Tensor, regions_per_image: int) -> Tensor:
 
 
 def _unit(x: Tensor, dim: int, tolerance: float = 0.0) -> Tensor:
-    """Return `x` divided by its length along `dim`; 0 where the length is at most `tolerance`."""
+    """Return `x` divided by its length along `dim`; 0 if the length is at most `tolerance`."""
     length: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     nothing = length <= tolerance
     return (x / length.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)

@@ -173,7 +173,7 @@ def is_of_mdistiller(values: Mapping[str, Any]) -> bool:
 def code_of(values: Mapping[str, Any], flags: Flags) -> str:
     """Return which code a configuration file was written for: "mdistiller", "sdd" or "lskd".
 
-    The names of methods and networks in the file decide, and the flags. If neither shows SDD or
+    The keys, the method and the networks in the file decide, and the flags. If nothing shows SDD or
     LSKD, the result is "mdistiller". `values` is the content of the file.
     """
     named = dotted(values)
@@ -218,7 +218,7 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
         raise ValueError(
             f"DISTILLER.TYPE={kind} has no translation; valid are {', '.join(METHODS)}"
         )
-    found.choices["recipe"] = "none"  # each method sets its own; the recipe comes first
+    found.choices["recipe"] = "none"  # the first choice of the command; `method` sets it
     found.choices["dataset"] = dataset
     if kind != "NONE":
         found.choices["teacher"] = _network(str(file["DISTILLER.TEACHER"]), dataset)

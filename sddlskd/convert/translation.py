@@ -52,7 +52,7 @@ def command(translation: Translation) -> str:
             continue
         add = "" if _has(composed, key) else "+"
         overrides.append(f"{add}{key}={_text(value)}")
-    _composed([*choices, *overrides])  # whatever the command is, it must be one that composes
+    _composed([*choices, *overrides])  # raises if Hydra cannot compose the command
     return " ".join([PROGRAM, *map(shlex.quote, [*choices, *overrides])])
 
 

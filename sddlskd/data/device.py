@@ -313,7 +313,7 @@ class DeviceData:
         if self._device.type == "cuda":
             index_N = (
                 index_N.pin_memory()
-            )  # so that copying a batch's part to the GPU takes no wait
+            )  # so that a batch's part is copied to the GPU without waiting
         # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
         batches = self._chunks(
             corner_N[index_N].to(self._device),

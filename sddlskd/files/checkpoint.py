@@ -45,7 +45,7 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "state_dict_ema", 
 # thop.
 COUNTERS = {"n_averaged", "total_ops", "total_params"}
 ZIP = b"PK\x03\x04"  # beginning of a zip file, and so of a file of torch.save
-# What a file is that is given in place of weights, by its beginning in lower case
+# What a file is that a user gave in place of weights, by the first bytes of the file in lower case
 FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; run: git lfs pull",
     b"<": "a web page, not a checkpoint; download the file itself",

@@ -94,7 +94,7 @@ class SharedTeacherLauncher(Launcher):
         config: configuration of the sweep as Hydra composes it; set by `setup`.
         hydra_context: Hydra's loaders; set by `setup`.
         searches: whether a search calls the launcher several times. The launcher then prints no
-            results, because the search prints them at its end.
+            results unless a job failed, because the search prints all results at its end.
     """
 
     devices: Any

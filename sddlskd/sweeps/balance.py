@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 __all__ = ["better_group_size", "jobs_of_devices", "split"]
 
-# Cost of a group's teacher, in students. A rough value: it decides only whether a proposal is made.
+# Rough cost of a group's teacher, in students. It decides only whether a group size is proposed.
 TEACHER = 1
 
 

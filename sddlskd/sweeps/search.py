@@ -187,7 +187,8 @@ class Search:
         number = next((one.number for one in trials if not one.state.is_finished()), len(trials))
         end = min(self.n_trials, (number // self.n_jobs + 1) * self.n_jobs)
         for number in range(len(trials), end):
-            # The liar keeps the proposals of a batch apart: it takes unjudged trials for bad ones.
+            # With constant_liar, the sampler takes trials that are not judged yet for bad ones, so
+            # that the proposals of a batch differ.
             self._study.sampler = TPESampler(seed=1000 * self.seed + number, constant_liar=True)
             self._study.ask(fixed_distributions=self._space)
         return [

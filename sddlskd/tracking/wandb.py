@@ -66,7 +66,7 @@ class OfflineRun:
             mode="offline",
             project=config.tracking.experiment,
             group=config.sweep.name,
-            # The same run has the same id when it is written anew.
+            # A run that is written anew keeps its id.
             id=f"{cfg.config_hash(config)}-{self._folder.name}"[:64],
             name=cfg.title(config),
             dir=str(self._folder),

@@ -370,7 +370,7 @@ def _check_kind_of_loss(job: Config) -> None:
     """
     try:
         several = takes_label_sets(instantiate(job.distiller.loss, _partial_=True))
-    except Exception:  # `try_loss` says what is wrong with it
+    except Exception:  # `try_loss` says what is wrong with the loss
         return
     if several != job.dataset.multi_label:
         needs, other = "one class per image", "recipe=mld or recipe=vanilla"
