@@ -184,7 +184,7 @@ def _accuracy(metric: str) -> Quantity:
     """Return the quantity top-1 accuracy (%) of a student.
 
     For an entry of `_teachers`, the quantity is the accuracy of the teacher. `metric` is a key of
-    `METRICS`. Raises ValueError for another metric.
+    `METRICS`. Raise ValueError for another metric.
     """
     accuracy_of_student = selection.accuracy(metric)
 

@@ -218,7 +218,7 @@ def params_of_method(text: str) -> dict[str, str]:
       does not state the scales, so the result has no M. Without the prefix, M is "[1]", the whole
       map.
 
-    Prefix and suffix may be in lower case, and may have "-" in place of "_". Raises ValueError if
+    Prefix and suffix may be in lower case, and may have "-" in place of "_". Raise ValueError if
     `text` is blank or has a line break.
     """
     name = re.sub(
@@ -250,7 +250,7 @@ def network(text: str) -> str:
     """Return the name that sddlskd has for a network: "resnet32x4" for "ResNet32x4" or "res32x4".
 
     The name of an unknown network is only put into lower case, with "_" for "-" and without the
-    suffix "_sdd". Raises ValueError if the result does not start with a letter, or has characters
+    suffix "_sdd". Raise ValueError if the result does not start with a letter, or has characters
     other than letters a to z, digits and "_".
     """
     name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
@@ -339,7 +339,7 @@ def complete(params: Mapping[str, str]) -> dict[str, str]:
     `network` returns them. A student that was trained alone (distiller.name is "vanilla") gets
     teacher "none", M "[1]" and standardize "False", whatever `params` says.
 
-    Raises ValueError if one of the params `NEEDED` (data set, teacher, student, distiller, M,
+    Raise ValueError if one of the params `NEEDED` (data set, teacher, student, distiller, M,
     standardize) is missing or empty, or if `network` refuses a name.
     """
     whole = dict(params)
