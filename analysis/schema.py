@@ -181,6 +181,7 @@ DETAILS = (
     "optimizer.warmup_epochs",
     "teacher.combine",
     "teacher.image_size",
+    "teacher.view",
     "teacher.weights",
 )
 """Params that `details` holds, besides those that begin with "features." or "distiller.loss."."""

@@ -42,6 +42,7 @@ from sddlskd.config.schema import (
     Precision,
     StudentConfig,
     TeacherConfig,
+    TeacherView,
     TrainerConfig,
 )
 from sddlskd.config.targets import (
@@ -498,6 +499,12 @@ def _check_teachers(config: Config) -> None:
     if weights and not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(
             f"teacher.weights={weights} has the sum {sum(weights):.6g}; give weights whose sum is 1"
+        )
+    if config.teacher.view == TeacherView.plain and config.features:
+        raise ValueError(
+            f"features=[{','.join(config.features)}] compares what both networks show of one "
+            "image, but teacher.view=plain shows them two; set teacher.view=augmented, or "
+            "features=[]"
         )
     if not config.more_teachers:
         return

@@ -55,6 +55,8 @@ class Batch(NamedTuple):
             1, the epochs of that stage are numbered ..., -1, 0.
         strong: strongly augmented versions of the same images, float32 (B, C, H, W), channels_last,
             on the device. None if the data were made without `strong`.
+        plain: the same images without augmentation, float32 (B, C, H, W), channels_last, on the
+            device. None if the data were made without `plain`.
     """
 
     images: Tensor
@@ -63,6 +65,7 @@ class Batch(NamedTuple):
     views: Tensor | None
     epoch: int = 1
     strong: Tensor | None = None
+    plain: Tensor | None = None
 
 
 class Draws(NamedTuple):
@@ -181,6 +184,8 @@ class DeviceData:
             `Batch.strong`. A strong version has its own random crop, its own mirroring if `flip` is
             set, then RandAugment and Cutout (`sddlskd.data.strong`). The setting does not change
             `Batch.images`.
+        plain: whether each training batch also has its images without augmentation, in
+            `Batch.plain`. The setting does not change `Batch.images`.
 
     Attributes:
         train_size: number of images that are trained on, over all ranks.
@@ -216,6 +221,7 @@ class DeviceData:
         rank: int = 0,
         ranks: int = 1,
         strong: bool = False,
+        plain: bool = False,
     ) -> None:
         train, test = splits
         if isinstance(train, Files) or isinstance(test, Files):
@@ -258,7 +264,7 @@ class DeviceData:
         self._seed, self._padding, self._flip = seed, padding, flip
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._rank, self._ranks = rank, ranks
-        self._strong = strong
+        self._strong, self._with_plain = strong, plain
 
         self._train_labels_N = train.labels_N.to(self._device)
         padded_NHWC = F.pad(
@@ -322,10 +328,13 @@ class DeviceData:
             sizes,
             epoch,
         )
-        if not self._strong:
-            return batches
-        pairs = zip(batches, self._strong_views(index_N, sizes, epoch), strict=True)
-        return (batch._replace(strong=x_BCHW) for batch, x_BCHW in pairs)
+        if self._strong:
+            pairs = zip(batches, self._strong_views(index_N, sizes, epoch), strict=True)
+            batches = (batch._replace(strong=x_BCHW) for batch, x_BCHW in pairs)
+        if self._with_plain:
+            pairs = zip(batches, self._plain_views(index_N, sizes), strict=True)
+            batches = (batch._replace(plain=x_BCHW) for batch, x_BCHW in pairs)
+        return batches
 
     @property
     def train_labels(self) -> Tensor:
@@ -453,6 +462,23 @@ class DeviceData:
 
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         return self._normalise(self._crops(corner_B, flip_B))
+
+    def _plain_views(self, index_N: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+        """Return an iterator over the images of an epoch without augmentation, batch by batch.
+
+        Args:
+            index_N: index of each image, in the order of the batches.
+            sizes: number of images of each batch.
+
+        Returns:
+            Iterator over x_BCHW, normalised float32, one per batch.
+        """
+        middle_N = torch.full_like(index_N, self._padding)
+        corner_N = self._corners(middle_N, middle_N, index_N).to(self._device)
+        channels, height, width = self.image_shape
+        for corner_B in torch.split(corner_N, sizes):
+            x_BHX = self._windows_PHX.index_select(0, corner_B)
+            yield self._normalise(x_BHX.view(-1, height, width, channels))
 
     def _crops(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         channels, height, width = self.image_shape

@@ -621,7 +621,7 @@ class Run:
 
     def _read(self, batch: Batch, teacher: Taps | None) -> list[Tensor]:
         """Return the tensors that a step reads and that differ from batch to batch."""
-        unread = {"views"} if self.objective.features else {"views", "index"}
+        unread = {"views", "plain"} if self.objective.features else {"views", "plain", "index"}
         fields = batch._asdict()
         read = [value for name, value in fields.items() if name not in unread]
         return [value for value in (*read, *tree_leaves(teacher)) if isinstance(value, Tensor)]
