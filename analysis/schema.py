@@ -169,6 +169,7 @@ METRICS = {
 """MLflow metric of each column that holds a final number of the run."""
 
 DETAILS = (
+    "dataset.unlabelled",
     "dataset.views",
     "distiller.learned_temperature",
     "distiller.loss",

@@ -497,6 +497,8 @@ class DatasetConfig:
     # Fraction of each class of the remaining training images that students learn from; 1: all.
     # Teachers learn from all.
     train_fraction: float = bounded(1.0, gt=0, le=1, later=True)
+    # Whether students also see the images that train_fraction leaves out, without their labels
+    unlabelled: bool = _later(False)
     # The keys from here to pixel_limit apply only to data sets of image files
     # (sddlskd/data/streaming.py).
     # Side of the networks' input, in pixels

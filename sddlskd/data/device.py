@@ -30,8 +30,11 @@ __all__ = [
     "mirrored",
     "seed_of",
     "share_of",
+    "shown",
     "trained_on",
 ]
+
+UNLABELLED = -1  # label of an image whose class students must not see
 
 # Images augmented together. Measured: 128 to 512 are equally fast; more do not fit in the cache.
 CHUNK = 256
@@ -44,8 +47,9 @@ class Batch(NamedTuple):
 
     Attributes:
         images: normalised images, float32 (B, C, H, W), channels_last, on the device.
-        labels: class of each image, int64 (B,), on the device. For images with several labels,
-            int64 (B, K): 1 for the classes of an image, and 0 for the others.
+        labels: class of each image, int64 (B,), on the device; -1 for an image without label. For
+            images with several labels, int64 (B, K): 1 for the classes of an image, and 0 for the
+            others.
         index: index of each image among the images that are trained on, int64 (B,), on the CPU.
             Images of the training split that are held out or left out have no index.
         views: number that identifies the image, its crop and its flip, int64 (B,), on the CPU. The
@@ -175,6 +179,8 @@ class DeviceData:
             the same images for every seed. With 0, the test split serves as validation split.
         train_fraction: fraction of each class that is trained on, of the training images that are
             not held out; the same images for every seed.
+        unlabelled: whether the training batches also hold the images that `train_fraction` leaves
+            out, with the label -1.
         eval_batch_size: images per batch of validation and test.
         drop_last: whether the last training batch of an epoch is left out if it is smaller than
             `batch_size`.
@@ -216,6 +222,7 @@ class DeviceData:
         flip: bool = True,
         val_fraction: float = 0.0,
         train_fraction: float = 1.0,
+        unlabelled: bool = False,
         eval_batch_size: int = 500,
         drop_last: bool = False,
         rank: int = 0,
@@ -249,9 +256,10 @@ class DeviceData:
         if val_fraction:
             val = _chosen(train, held_out(train.labels_N.cpu(), val_fraction, num_classes))
         if val_fraction or train_fraction != 1:
-            train = _chosen(
-                train, trained_on(train.labels_N.cpu(), val_fraction, train_fraction, num_classes)
+            mask_N, labels_N = shown(
+                train.labels_N.cpu(), val_fraction, train_fraction, num_classes, unlabelled
             )
+            train = _chosen(train._replace(labels_N=labels_N), mask_N)
         self.train_size, self.val_size = len(train.labels_N), len(val.labels_N)
         self.test_size = len(test.labels_N)
         if not 1 <= batch_size <= self.train_size:
@@ -340,7 +348,7 @@ class DeviceData:
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n; -1 if it has no label.
         """
         return self._train_labels_N.cpu()
 
@@ -616,6 +624,36 @@ def trained_on(
         count = max(1, round(train_fraction * len(ids)))
         chosen_N[ids[torch.randperm(len(ids), generator=generator)[:count]]] = True
     return chosen_N
+
+
+def shown(
+    labels_N: Tensor,
+    val_fraction: float,
+    train_fraction: float,
+    num_classes: int,
+    unlabelled: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return which images of the training split students see, and the labels that they see.
+
+    Args:
+        labels_N: class of each image of the training split, int64 (N,) on the CPU.
+        val_fraction: fraction that is held out for validation, see `trained_on`.
+        train_fraction: fraction of the other images to learn from with labels, see `trained_on`.
+        num_classes: number of classes.
+        unlabelled: whether students also see the rest of these images, without labels.
+
+    Returns:
+        A bool mask of shape (N,), true for the images that students see, and the labels (N,), which
+        are -1 for those without label.
+
+    Raises:
+        ValueError: As `trained_on` does.
+    """
+    labelled_N = trained_on(labels_N, val_fraction, train_fraction, num_classes)
+    if not unlabelled:
+        return labelled_N, labels_N
+    seen_N = trained_on(labels_N, val_fraction, 1.0, num_classes)
+    return seen_N, labels_N.masked_fill(~labelled_N, UNLABELLED)
 
 
 def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:

@@ -36,8 +36,8 @@ from sddlskd.data.device import (
     mirrored,
     seed_of,
     share_of,
+    shown,
     steps_per_epoch,
-    trained_on,
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Splits
@@ -212,6 +212,8 @@ class StreamedData:
             the same images for every seed. With 0, the test split serves as validation split.
         train_fraction: fraction of each class that is trained on, of the training images that are
             not held out; the same images for every seed.
+        unlabelled: whether the training batches also hold the images that `train_fraction` leaves
+            out, with the label -1.
         eval_batch_size: images per batch of validation and test.
         drop_last: whether the last training batch of an epoch is left out if it is smaller than
             `batch_size`.
@@ -262,6 +264,7 @@ class StreamedData:
         flip: bool = True,
         val_fraction: float = 0.0,
         train_fraction: float = 1.0,
+        unlabelled: bool = False,
         eval_batch_size: int = 500,
         drop_last: bool = False,
         workers: int | None = None,
@@ -287,8 +290,10 @@ class StreamedData:
         if val_fraction:
             val = _chosen(train, held_out(train.labels_N, val_fraction, num_classes))
         if val_fraction or train_fraction != 1:
-            mask_N = trained_on(train.labels_N, val_fraction, train_fraction, num_classes)
-            train = _chosen(train, mask_N)
+            mask_N, labels_N = shown(
+                train.labels_N, val_fraction, train_fraction, num_classes, unlabelled
+            )
+            train = _chosen(train._replace(labels_N=labels_N), mask_N)
         self.train_size, self.val_size, self.test_size = (
             len(train.paths),
             len(val.paths),
@@ -356,7 +361,7 @@ class StreamedData:
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n; -1 if it has no label.
         """
         return self._splits["train"].labels_N
 
@@ -421,12 +426,12 @@ class StreamedData:
             # A replacement is mirrored as the unusable image would have been.
             ids = self._plan.ids("train", epoch, batch)
             x_BHWC = self._mirrored(views["weak"], flip_N[ids])
-            shown = Batch(self._normalise(x_BHWC), labels_B, index_B, None, epoch=epoch)
+            made = Batch(self._normalise(x_BHWC), labels_B, index_B, None, epoch=epoch)
             if "strong" in views:
-                shown = shown._replace(strong=self._strong(views["strong"], epoch, ids))
+                made = made._replace(strong=self._strong(views["strong"], epoch, ids))
             if "plain" in views:
-                shown = shown._replace(plain=self._normalise(views["plain"]))
-            yield shown
+                made = made._replace(plain=self._normalise(views["plain"]))
+            yield made
         self._count()
 
     def _mirrored(self, x_BHWC: Tensor, flip_B: Tensor) -> Tensor:

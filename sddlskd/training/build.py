@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Capture, Config, TeacherView
@@ -38,7 +38,13 @@ from sddlskd.training import teacher_files
 from sddlskd.training.devices import check_memory, seeded
 from sddlskd.training.evaluation import binary_cross_entropy, evaluate
 from sddlskd.training.ranks import Ranks
-from sddlskd.training.run import Feature, Objective, Optimisation, Run
+from sddlskd.training.run import (
+    Feature,
+    Objective,
+    Optimisation,
+    Run,
+    labelled_cross_entropy,
+)
 from sddlskd.training.schedule import learning_rate
 from sddlskd.training.stand_ins import try_loss, try_optimizer
 from sddlskd.training.teacher import Teacher, image_of_teacher
@@ -226,6 +232,7 @@ def build_data(
         flip=d.flip,
         val_fraction=d.val_fraction,
         train_fraction=d.train_fraction,
+        unlabelled=d.unlabelled,
         drop_last=d.drop_last,
         rank=rank,
         ranks=ranks,
@@ -726,7 +733,7 @@ def _cached(
         "dtype": job.teacher.cache_dtype,
         "precision": job.trainer.precision,
     }
-    if d.train_fraction < 1:
+    if d.train_fraction < 1 and not d.unlabelled:
         seen.append(d.train_fraction)
     if job.teacher.image_size:
         seen.append({"teacher.image_size": job.teacher.image_size})
@@ -958,7 +965,8 @@ def build_run(
         warmup_epochs=job.distiller.warmup_epochs,
         features=features or {},
         temperature=_learned_temperature(job, device),
-        cross_entropy=binary_cross_entropy if job.dataset.multi_label else F.cross_entropy,
+        cross_entropy=_cross_entropy(job),
+        unlabelled=job.dataset.unlabelled,
     )
     parameters = [
         parameter
@@ -981,6 +989,13 @@ def build_run(
         batch_size=job.trainer.batch_size,
         ranks=ranks or Ranks(),
     )
+
+
+def _cross_entropy(job: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the cross-entropy for the labels of a job's training images."""
+    if job.dataset.multi_label:
+        return binary_cross_entropy
+    return labelled_cross_entropy if job.dataset.unlabelled else F.cross_entropy
 
 
 def _captures(job: Config, device: torch.device) -> bool:
