@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.runs import _typed
+from analysis.schema import frame_of, runs_of
+from analysis.selection import rows as table_rows
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.data import device
@@ -238,3 +241,15 @@ def test_what_has_no_meaning_is_refused(compose: Compose, overrides: list[str], 
     with pytest.raises(ValueError, match=f"^{re.escape(says)}") as caught:
         compose(*overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_tables_tell_the_ways_apart(compose: Compose) -> None:
+    ways = [[], PART[1:], [*PART[1:], "teacher.view=plain"]]
+    jobs = [compose("recipe=kd", PART[0], *way) for way in ways]
+    found = []
+    for job in jobs:
+        row, _ = _typed({key: str(value) for key, value in cfg.flatten(job).items()})
+        found.append(row | {"settings_hash": cfg.settings_hash(job)})
+    split = [row.split for row in table_rows(runs_of(frame_of(found)), lambda run: run.method)]
+    assert len(split) == len(jobs)
+    assert set(split[0]) == {"dataset.unlabelled", "teacher.view"}

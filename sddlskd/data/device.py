@@ -20,6 +20,7 @@ from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Images, Splits
 
 __all__ = [
+    "UNLABELLED",
     "Batch",
     "DeviceData",
     "Draws",
