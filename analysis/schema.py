@@ -169,6 +169,7 @@ METRICS = {
 """MLflow metric of each column that holds a final number of the run."""
 
 DETAILS = (
+    "dataset.unlabelled",
     "dataset.views",
     "distiller.learned_temperature",
     "distiller.loss",
@@ -181,6 +182,7 @@ DETAILS = (
     "optimizer.warmup_epochs",
     "teacher.combine",
     "teacher.image_size",
+    "teacher.view",
     "teacher.weights",
 )
 """Params that `details` holds, besides those that begin with "features." or "distiller.loss."."""

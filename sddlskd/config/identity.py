@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from sddlskd.config.schema import CacheDtype, Capture, Config, DatasetConfig, Pooling
+from sddlskd.config.schema import (
+    CacheDtype,
+    Capture,
+    Config,
+    DatasetConfig,
+    Pooling,
+    TeacherView,
+)
 from sddlskd.config.targets import with_first_names
 
 __all__ = [
@@ -210,6 +217,8 @@ def sharing_key(config: Config) -> str:
         teacher += [cached_side(config), bool(config.features)]
     if config.teacher.image_size:
         teacher.append(config.teacher.image_size)
+    if config.teacher.view != TeacherView.augmented:
+        teacher.append(config.teacher.view)
     if config.more_teachers:
         teacher += [dict(_identity(one)) for one in config.more_teachers.values()]
     # Jobs with and without strong views can share batches: their weak views are the same.

@@ -42,6 +42,7 @@ from sddlskd.config.schema import (
     Precision,
     StudentConfig,
     TeacherConfig,
+    TeacherView,
     TrainerConfig,
 )
 from sddlskd.config.targets import (
@@ -456,6 +457,7 @@ def _check(config: Config, *, frozen: bool) -> None:
     _check_dot(config)
     _check_search(config)
     _check_multi_label(config)
+    _check_unlabelled(config)
     if config.standardize == "batch" and config.trainer.devices > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} cannot train standardize=batch: it reads "
@@ -498,6 +500,12 @@ def _check_teachers(config: Config) -> None:
     if weights and not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(
             f"teacher.weights={weights} has the sum {sum(weights):.6g}; give weights whose sum is 1"
+        )
+    if config.teacher.view == TeacherView.plain and config.features:
+        raise ValueError(
+            f"features=[{','.join(config.features)}] compares what both networks show of one "
+            "image, but teacher.view=plain shows them two; set teacher.view=augmented, or "
+            "features=[]"
         )
     if not config.more_teachers:
         return
@@ -584,6 +592,43 @@ def _check_multi_label(config: Config) -> None:
         raise ValueError(
             f"complementary_weight={config.complementary_weight:g} needs one class per image, but "
             f"{on}: no region is complementary; set complementary_weight=1"
+        )
+
+
+def _check_unlabelled(config: Config) -> None:
+    """Raise ValueError if a job cannot learn from images without their labels."""
+    if not config.dataset.unlabelled:
+        return
+    on = "dataset.unlabelled=true"
+    if config.dataset.train_fraction == 1:
+        raise ValueError(
+            f"{on} has no images without labels, as dataset.train_fraction=1; set "
+            "dataset.train_fraction=0.1 to keep the labels of a tenth"
+        )
+    if not config.has_teacher:
+        raise ValueError(
+            f"distiller={config.distiller.name} learns from labels alone, but {on}; choose "
+            "another distiller, such as distiller=kd, or set dataset.unlabelled=false"
+        )
+    if config.dataset.multi_label:
+        raise ValueError(
+            f"{on} takes the class that the teacher predicts as label, but "
+            "dataset.multi_label=true; set dataset.unlabelled=false"
+        )
+    if config.features:
+        raise ValueError(
+            f"features=[{','.join(config.features)}] cannot be trained with {on}: feature methods "
+            "may read the labels of all images; set features=[]"
+        )
+    if config.more_teachers:
+        raise ValueError(
+            f"teacher=[{','.join([config.teacher.name, *config.more_teachers])}] may predict "
+            f"several classes for an image without label, but {on}; choose one teacher"
+        )
+    if config.trainer.devices > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} would weigh labels by process, not by "
+            f"image, with {on}; set trainer.devices=1"
         )
 
 
@@ -766,7 +811,9 @@ def teacher_job(config: Config) -> Config:
         teacher=TeacherConfig(name=NO_TEACHER),
         student=StudentConfig(config.teacher.name, config.teacher.model, config.teacher.lr),
         distiller=DistillerConfig(name="vanilla", kd_weight=0.0),
-        dataset=replace(config.dataset, views=DatasetConfig.views, train_fraction=1.0),
+        dataset=replace(
+            config.dataset, views=DatasetConfig.views, train_fraction=1.0, unlabelled=False
+        ),
         # As in conf/optimizer/sgd.yaml, so that the students' optimizer does not matter.
         optimizer=OptimizerConfig(
             name="sgd",

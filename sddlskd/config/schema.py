@@ -253,6 +253,17 @@ class Combine(StrEnum):
     confidence = "confidence"  # mean of the losses, with weights for each image (CA-MKD)
 
 
+class TeacherView(StrEnum):
+    """Version of each training image that the teacher sees.
+
+    "augmented" is the student's own version. "plain" is the image without crop and mirroring: the
+    image itself, or of an image file the centre crop of the evaluation.
+    """
+
+    augmented = "augmented"  # as the student sees the image
+    plain = "plain"  # as the evaluation shows the image
+
+
 class CacheDtype(StrEnum):
     """Number format of the teacher's logit maps in the cache on disk: float16 or float32."""
 
@@ -394,6 +405,8 @@ class TeacherConfig(StudentConfig):
     # Side in pixels to which the images are resized for this teacher; null: as the student sees
     # them
     image_size: int | None = bounded(None, gt=0, le=100_000, later=True)
+    # Version of the training images that the teacher sees, or that all teachers see
+    view: TeacherView = _later(TeacherView.augmented)
     # How a student learns from several teachers
     combine: Combine = _later(Combine.logits)
     # Weight of each of several teachers, with the sum 1; []: equal weights
@@ -490,6 +503,8 @@ class DatasetConfig:
     # Fraction of each class of the remaining training images that students learn from; 1: all.
     # Teachers learn from all.
     train_fraction: float = bounded(1.0, gt=0, le=1, later=True)
+    # Whether students also see the images that train_fraction leaves out, without their labels
+    unlabelled: bool = _later(False)
     # The keys from here to pixel_limit apply only to data sets of image files
     # (sddlskd/data/streaming.py).
     # Side of the networks' input, in pixels

@@ -20,6 +20,7 @@ from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Images, Splits
 
 __all__ = [
+    "UNLABELLED",
     "Batch",
     "DeviceData",
     "Draws",
@@ -30,8 +31,11 @@ __all__ = [
     "mirrored",
     "seed_of",
     "share_of",
+    "shown",
     "trained_on",
 ]
+
+UNLABELLED = -1  # label of an image whose class students must not see
 
 # Images augmented together. Measured: 128 to 512 are equally fast; more do not fit in the cache.
 CHUNK = 256
@@ -44,8 +48,9 @@ class Batch(NamedTuple):
 
     Attributes:
         images: normalised images, float32 (B, C, H, W), channels_last, on the device.
-        labels: class of each image, int64 (B,), on the device. For images with several labels,
-            int64 (B, K): 1 for the classes of an image, and 0 for the others.
+        labels: class of each image, int64 (B,), on the device; -1 for an image without label. For
+            images with several labels, int64 (B, K): 1 for the classes of an image, and 0 for the
+            others.
         index: index of each image among the images that are trained on, int64 (B,), on the CPU.
             Images of the training split that are held out or left out have no index.
         views: number that identifies the image, its crop and its flip, int64 (B,), on the CPU. The
@@ -55,6 +60,8 @@ class Batch(NamedTuple):
             1, the epochs of that stage are numbered ..., -1, 0.
         strong: strongly augmented versions of the same images, float32 (B, C, H, W), channels_last,
             on the device. None if the data were made without `strong`.
+        plain: the same images without augmentation, float32 (B, C, H, W), channels_last, on the
+            device. None if the data were made without `plain`.
     """
 
     images: Tensor
@@ -63,6 +70,7 @@ class Batch(NamedTuple):
     views: Tensor | None
     epoch: int = 1
     strong: Tensor | None = None
+    plain: Tensor | None = None
 
 
 class Draws(NamedTuple):
@@ -173,6 +181,8 @@ class DeviceData:
             the same images for every seed. With 0, the test split serves as validation split.
         train_fraction: fraction of each class that is trained on, of the training images that are
             not held out; the same images for every seed.
+        unlabelled: whether the training batches also hold the images that `train_fraction` leaves
+            out, with the label -1.
         eval_batch_size: images per batch of validation and test.
         drop_last: whether the last training batch of an epoch is left out if it is smaller than
             `batch_size`.
@@ -182,6 +192,8 @@ class DeviceData:
             `Batch.strong`. A strong version has its own random crop, its own mirroring if `flip` is
             set, then RandAugment and Cutout (`sddlskd.data.strong`). The setting does not change
             `Batch.images`.
+        plain: whether each training batch also has its images without augmentation, in
+            `Batch.plain`. The setting does not change `Batch.images`.
 
     Attributes:
         train_size: number of images that are trained on, over all ranks.
@@ -213,11 +225,13 @@ class DeviceData:
         flip: bool = True,
         val_fraction: float = 0.0,
         train_fraction: float = 1.0,
+        unlabelled: bool = False,
         eval_batch_size: int = 500,
         drop_last: bool = False,
         rank: int = 0,
         ranks: int = 1,
         strong: bool = False,
+        plain: bool = False,
     ) -> None:
         train, test = splits
         if isinstance(train, Files) or isinstance(test, Files):
@@ -245,9 +259,10 @@ class DeviceData:
         if val_fraction:
             val = _chosen(train, held_out(train.labels_N.cpu(), val_fraction, num_classes))
         if val_fraction or train_fraction != 1:
-            train = _chosen(
-                train, trained_on(train.labels_N.cpu(), val_fraction, train_fraction, num_classes)
+            mask_N, labels_N = shown(
+                train.labels_N.cpu(), val_fraction, train_fraction, num_classes, unlabelled
             )
+            train = _chosen(train._replace(labels_N=labels_N), mask_N)
         self.train_size, self.val_size = len(train.labels_N), len(val.labels_N)
         self.test_size = len(test.labels_N)
         if not 1 <= batch_size <= self.train_size:
@@ -260,7 +275,7 @@ class DeviceData:
         self._seed, self._padding, self._flip = seed, padding, flip
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._rank, self._ranks = rank, ranks
-        self._strong = strong
+        self._strong, self._with_plain = strong, plain
 
         self._train_labels_N = train.labels_N.to(self._device)
         padded_NHWC = F.pad(
@@ -324,17 +339,20 @@ class DeviceData:
             sizes,
             epoch,
         )
-        if not self._strong:
-            return batches
-        pairs = zip(batches, self._strong_views(index_N, sizes, epoch), strict=True)
-        return (batch._replace(strong=x_BCHW) for batch, x_BCHW in pairs)
+        if self._strong:
+            pairs = zip(batches, self._strong_views(index_N, sizes, epoch), strict=True)
+            batches = (batch._replace(strong=x_BCHW) for batch, x_BCHW in pairs)
+        if self._with_plain:
+            pairs = zip(batches, self._plain_views(index_N, sizes), strict=True)
+            batches = (batch._replace(plain=x_BCHW) for batch, x_BCHW in pairs)
+        return batches
 
     @property
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n. For images with several labels,
-        the result is (N, K) with zeros and ones.
+        Entry n is the class of the image whose `Batch.index` is n; -1 if the image has no label.
+        For images with several labels, the result is (N, K) with zeros and ones.
         """
         return self._train_labels_N.cpu()
 
@@ -456,6 +474,23 @@ class DeviceData:
 
     def _augment(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         return self._normalise(self._crops(corner_B, flip_B))
+
+    def _plain_views(self, index_N: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+        """Return an iterator over the images of an epoch without augmentation, batch by batch.
+
+        Args:
+            index_N: index of each image, in the order of the batches.
+            sizes: number of images of each batch.
+
+        Returns:
+            Iterator over x_BCHW, normalised float32, one per batch.
+        """
+        middle_N = torch.full_like(index_N, self._padding)
+        corner_N = self._corners(middle_N, middle_N, index_N).to(self._device)
+        channels, height, width = self.image_shape
+        for corner_B in torch.split(corner_N, sizes):
+            x_BHX = self._windows_PHX.index_select(0, corner_B)
+            yield self._normalise(x_BHX.view(-1, height, width, channels))
 
     def _crops(self, corner_B: Tensor, flip_B: Tensor) -> Tensor:
         channels, height, width = self.image_shape
@@ -594,6 +629,36 @@ def trained_on(
         count = max(1, round(train_fraction * len(ids)))
         chosen_N[ids[torch.randperm(len(ids), generator=generator)[:count]]] = True
     return chosen_N
+
+
+def shown(
+    labels_N: Tensor,
+    val_fraction: float,
+    train_fraction: float,
+    num_classes: int,
+    unlabelled: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return which images of the training split students see, and the labels that they see.
+
+    Args:
+        labels_N: class of each image of the training split, int64 (N,) on the CPU.
+        val_fraction: fraction that is held out for validation, see `trained_on`.
+        train_fraction: fraction of the other images to learn from with labels, see `trained_on`.
+        num_classes: number of classes.
+        unlabelled: whether students also see the rest of these images, without labels.
+
+    Returns:
+        A bool mask of shape (N,), true for the images that students see, and the labels (N,), which
+        are -1 for those without label.
+
+    Raises:
+        ValueError: As `trained_on` does.
+    """
+    labelled_N = trained_on(labels_N, val_fraction, train_fraction, num_classes)
+    if not unlabelled:
+        return labelled_N, labels_N
+    seen_N = trained_on(labels_N, val_fraction, 1.0, num_classes)
+    return seen_N, labels_N.masked_fill(~labelled_N, UNLABELLED)
 
 
 def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:

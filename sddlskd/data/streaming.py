@@ -36,8 +36,8 @@ from sddlskd.data.device import (
     mirrored,
     seed_of,
     share_of,
+    shown,
     steps_per_epoch,
-    trained_on,
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Splits
@@ -73,8 +73,8 @@ class _Plan:
     After the rest of an epoch, the plan goes on with the validation batches and the next epoch. The
     workers therefore have images ready at each change between training and evaluation.
 
-    Each step yields the jobs of the place `next` and moves `next` on. With strong views, the jobs
-    of a training place are those of the weak views, then those of the strong views. `sent` holds
+    Each step yields the jobs of the place `next` and moves `next` on. The jobs of a training place
+    are those of its first view, then those of the next one, in the order of `views`. `sent` holds
     the places that were given to the workers and are not yet received, with the image indices of
     each.
     """
@@ -89,6 +89,7 @@ class _Plan:
         rank: int,
         ranks: int,
         strong: bool,
+        plain: bool,
     ) -> None:
         self.splits, self.seed, self.rank, self.ranks = splits, seed, rank, ranks
         self.sizes = {"train": batch_size, "val": eval_batch_size, "test": eval_batch_size}
@@ -98,7 +99,7 @@ class _Plan:
             )
             for split, files in splits.items()
         }
-        self.strong = strong
+        self._of_training = ("weak", *(["strong"] * strong), *(["plain"] * plain))
         # Index of an unusable training image -> index of the image that replaces it.
         self.instead: dict[int, int] = {}
         self.next, self.sent = Place("train", 1, 0, 0), deque[tuple[Place, list[int]]]()
@@ -123,14 +124,13 @@ class _Plan:
                 (place, [self.instead.get(n, n) if place.split == "train" else n for n in images])
             )
             self.next = self._after(place)
-            jobs = [self.job(place, image) for image in images]
-            if self.views(place.split) == 2:
-                jobs += [self.job(place, image, strong=True) for image in images]
-            yield jobs
+            yield [
+                self.job(place, image, view) for view in self.views(place.split) for image in images
+            ]
 
-    def views(self, split: str) -> int:
-        """Return the views decoded per image: 2 for training with strong views, else 1."""
-        return 2 if self.strong and split == "train" else 1
+    def views(self, split: str) -> tuple[str, ...]:
+        """Return the views decoded of each image: "weak" and others for training, else "plain"."""
+        return self._of_training if split == "train" else ("plain",)
 
     def ids(self, split: str, epoch: int, batch: int) -> list[int]:
         """Return the image indices of this rank's share of a batch, in the order of the batch."""
@@ -143,32 +143,34 @@ class _Plan:
 
     def pieces(self, split: str, epoch: int, batch: int) -> int:
         """Return how many pieces this rank's share of a batch has."""
-        return math.ceil(len(self.ids(split, epoch, batch)) / (CHUNK // self.views(split)))
+        return math.ceil(len(self.ids(split, epoch, batch)) / (CHUNK // len(self.views(split))))
 
     def piece(self, place: Place) -> list[int]:
         """Return the image indices of one piece of a batch."""
-        size = CHUNK // self.views(place.split)
+        size = CHUNK // len(self.views(place.split))
         return self.ids(place.split, place.epoch, place.batch)[place.piece * size :][:size]
 
-    def job(self, place: Place, image: int, *, strong: bool = False) -> Job:
+    def job(self, place: Place, image: int, view: str) -> Job:
         """Return the job that decodes an image of a place.
 
         Args:
             place: piece of the batch that the image is in.
             image: index of the image. If the image is unusable and has a replacement, the file is
                 that of the replacement, and the crop stays that of `image`.
-            strong: whether to decode the strong view.
+            view: one of the `views` of the split.
 
         Returns:
-            The job: a random crop for training, the centre crop otherwise.
+            The job: the centre crop for the view "plain", a random crop otherwise.
         """
-        paths = self.splits[place.split].paths
-        if place.split != "train":
-            return Job(paths[image], None)
+        path = self.splits[place.split].paths[image]
+        if place.split == "train":
+            path = self.splits["train"].paths[self.instead.get(image, image)]
+        if view == "plain":
+            return Job(path, None)
         draw = f"seed {self.seed} epoch {place.epoch} image {image}"
-        if strong:
+        if view == "strong":
             draw += " view strong"
-        return Job(paths[self.instead.get(image, image)], draw)
+        return Job(path, draw)
 
     def _after(self, place: Place) -> Place:
         """Return the place to decode next: validation follows training, and training evaluation."""
@@ -211,6 +213,8 @@ class StreamedData:
             the same images for every seed. With 0, the test split serves as validation split.
         train_fraction: fraction of each class that is trained on, of the training images that are
             not held out; the same images for every seed.
+        unlabelled: whether the training batches also hold the images that `train_fraction` leaves
+            out, with the label -1.
         eval_batch_size: images per batch of validation and test.
         drop_last: whether the last training batch of an epoch is left out if it is smaller than
             `batch_size`.
@@ -229,6 +233,8 @@ class StreamedData:
             `Batch.strong`. A strong version has its own random crop, its own mirroring if `flip` is
             set, then RandAugment and Cutout (`sddlskd.data.strong`) on `device`. The setting does
             not change `Batch.images`.
+        plain: whether each training batch also has the centre crops of its images, in
+            `Batch.plain`. The setting does not change `Batch.images`.
 
     Attributes:
         train_size: number of images that are trained on, over all ranks.
@@ -259,6 +265,7 @@ class StreamedData:
         flip: bool = True,
         val_fraction: float = 0.0,
         train_fraction: float = 1.0,
+        unlabelled: bool = False,
         eval_batch_size: int = 500,
         drop_last: bool = False,
         workers: int | None = None,
@@ -267,6 +274,7 @@ class StreamedData:
         rank: int = 0,
         ranks: int = 1,
         strong: bool = False,
+        plain: bool = False,
     ) -> None:
         train, test = splits
         if not isinstance(train, Files) or not isinstance(test, Files):
@@ -283,8 +291,10 @@ class StreamedData:
         if val_fraction:
             val = _chosen(train, held_out(train.labels_N, val_fraction, num_classes))
         if val_fraction or train_fraction != 1:
-            mask_N = trained_on(train.labels_N, val_fraction, train_fraction, num_classes)
-            train = _chosen(train, mask_N)
+            mask_N, labels_N = shown(
+                train.labels_N, val_fraction, train_fraction, num_classes, unlabelled
+            )
+            train = _chosen(train._replace(labels_N=labels_N), mask_N)
         self.train_size, self.val_size, self.test_size = (
             len(train.paths),
             len(val.paths),
@@ -307,11 +317,11 @@ class StreamedData:
             "test": test,
         }
         self._plan = _Plan(
-            self._splits, seed, batch_size, eval_batch_size, drop_last, rank, ranks, strong
+            self._splits, seed, batch_size, eval_batch_size, drop_last, rank, ranks, strong, plain
         )
         self._workers = default_workers(ranks) if workers is None else workers
         # Decode at least two batches ahead.
-        decodings = self._plan.views("train") * batch_size / ranks
+        decodings = len(self._plan.views("train")) * batch_size / ranks
         self._ahead = max(2, math.ceil(2 * decodings / CHUNK / max(self._workers, 1)))
         self._stream: Generator[Chunk] | None = None
         self._faults: dict[str, set[str]] = {}  # fault -> paths of the files that have it
@@ -352,8 +362,8 @@ class StreamedData:
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n. For images with several labels,
-        the result is (N, K) with zeros and ones.
+        Entry n is the class of the image whose `Batch.index` is n; -1 if the image has no label.
+        For images with several labels, the result is (N, K) with zeros and ones.
         """
         return self._splits["train"].labels_N
 
@@ -417,11 +427,13 @@ class StreamedData:
             views, labels_B, index_B = self._read("train", epoch, batch)
             # A replacement is mirrored as the unusable image would have been.
             ids = self._plan.ids("train", epoch, batch)
-            x_BHWC = self._mirrored(views[0], flip_N[ids])
-            strong_BCHW = self._strong(views[1], epoch, ids) if len(views) == 2 else None
-            yield Batch(
-                self._normalise(x_BHWC), labels_B, index_B, None, epoch=epoch, strong=strong_BCHW
-            )
+            x_BHWC = self._mirrored(views["weak"], flip_N[ids])
+            made = Batch(self._normalise(x_BHWC), labels_B, index_B, None, epoch=epoch)
+            if "strong" in views:
+                made = made._replace(strong=self._strong(views["strong"], epoch, ids))
+            if "plain" in views:
+                made = made._replace(plain=self._normalise(views["plain"]))
+            yield made
         self._count()
 
     def _mirrored(self, x_BHWC: Tensor, flip_B: Tensor) -> Tensor:
@@ -440,9 +452,9 @@ class StreamedData:
     def _plain(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         shown = 0
         for batch in range(self._plan.batches[split]):
-            (x_BHWC,), labels_B, _ = self._read(split, 0, batch)
+            views, labels_B, _ = self._read(split, 0, batch)
             if len(labels_B):
-                yield self._normalise(x_BHWC), labels_B
+                yield self._normalise(views["plain"]), labels_B
             shown += len(labels_B)
         self._count()
         # A rank has only a share of the validation images: other ranks may have usable ones.
@@ -452,13 +464,13 @@ class StreamedData:
                 "look at the log"
             )
 
-    def _read(self, split: str, epoch: int, batch: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return uint8 x_BHWC of each view, labels_B and index_B of a batch.
+    def _read(self, split: str, epoch: int, batch: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return uint8 x_BHWC of each view by its name, labels_B and index_B of a batch.
 
         Bad images are replaced or left out. The pixels and the labels are on the device, the
         indices on the CPU.
         """
-        parts: list[list[Tensor]] = [[] for _ in range(self._plan.views(split))]
+        parts: dict[str, list[Tensor]] = {view: [] for view in self._plan.views(split)}
         index: list[int] = []
         for piece in range(self._plan.pieces(split, epoch, batch)):
             try:
@@ -473,12 +485,13 @@ class StreamedData:
             else:
                 pixels_BHWC = pixels_BHWC.to(self._device, copy=True)
             views = torch.split(pixels_BHWC, len(ids) or 1)
-            for part, view_BHWC in zip(parts, views, strict=True):
+            for part, view_BHWC in zip(parts.values(), views, strict=True):
                 part.append(view_BHWC)
             index += ids
         index_B = torch.tensor(index, dtype=torch.int64)
         labels_B = self._splits[split].labels_N[index_B]
-        return [torch.cat(part) for part in parts], labels_B.to(self._device), index_B
+        pixels = {view: torch.cat(part) for view, part in parts.items()}
+        return pixels, labels_B.to(self._device), index_B
 
     def _received(self, place: Place) -> tuple[Place, list[int], Chunk]:
         """Return the place, the image indices that the workers decoded for it, and their chunk.
@@ -500,7 +513,7 @@ class StreamedData:
         """Return the pixels and indices of a place's images, with faulty images handled.
 
         The settings `bad` and `irregular` decide whether an image is kept, replaced (training) or
-        left out. With two views, the pixels of the strong views follow those of the weak views.
+        left out. With several views, the pixels of one view of all images follow those of another.
         """
         pixels_BHWC, paths = chunk.pixels_BHWC, self._splits[place.split].paths
         count = len(ids)
@@ -511,11 +524,8 @@ class StreamedData:
         }
         if place.split == "train":
             for n in sorted(out):
-                image = self._plan.piece(place)[n]
-                pixels_BHWC[n], ids[n] = self._replacement(place, image)
-                if len(pixels_BHWC) > count:
-                    job = self._plan.job(place, image, strong=True)
-                    pixels_BHWC[count + n] = decode(job, self._view)[0]
+                # Every `count`-th image is another view of image n.
+                pixels_BHWC[n::count], ids[n] = self._replacement(place, self._plan.piece(place)[n])
             return pixels_BHWC, ids
         kept = [n for n in range(len(ids)) if n not in out]
         return (pixels_BHWC[kept], [ids[n] for n in kept]) if out else (pixels_BHWC, ids)
@@ -523,22 +533,24 @@ class StreamedData:
     def _replacement(self, place: Place, image: int) -> tuple[Tensor, int]:
         """Return (pixels, index) of the next usable image, cropped as `image` would have been.
 
-        Raise ValueError if none of the next IN_A_ROW images is usable.
+        The pixels (V, H, W, C) are those of the V views of a training image. Raise ValueError if
+        none of the next IN_A_ROW images is usable.
         """
-        job = self._plan.job(place, image)
+        jobs = [self._plan.job(place, image, view) for view in self._plan.views("train")]
         paths = self._splits[place.split].paths
         for other in range(image + 1, image + 1 + IN_A_ROW):
             other %= len(paths)
             if paths[other] in self._unusable:
                 continue
             try:
-                pixels_HWC, odd = decode(job._replace(path=paths[other]), self._view)
+                views = [decode(job._replace(path=paths[other]), self._view) for job in jobs]
             except Unreadable as error:
                 self._left_out(paths[other], str(error), bad=True)
                 continue
+            odd = views[0][1]
             if not any([self._left_out(paths[other], why, bad=False) for why in odd]):
                 self._plan.instead[image] = other
-                return pixels_HWC, other
+                return torch.stack([pixels_HWC for pixels_HWC, _ in views]), other
         raise ValueError(
             f"{paths[image]} and the {IN_A_ROW} images after it cannot be used: "
             "look at the disk and the log"

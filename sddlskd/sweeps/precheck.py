@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sddlskd import record
 from sddlskd.config import Config, Rerun, canonical, each_teacher
 from sddlskd.config.targets import instantiate
-from sddlskd.data.device import Normalise, trained_on
+from sddlskd.data.device import Normalise, shown
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.datasets.places import without_downloads
@@ -279,11 +279,12 @@ def _published_image(job: Config) -> tuple[int, int, int] | None:
 
 
 def _trained_on(job: Config, labels_N: Tensor) -> Tensor:
-    """Return the labels of the images that the student of a job learns from."""
+    """Return the labels of the images that the student of a job learns from, -1 for none."""
     d = job.dataset
     if not d.val_fraction and d.train_fraction == 1:
         return labels_N
-    return labels_N[trained_on(labels_N, d.val_fraction, d.train_fraction, d.num_classes)]
+    mask_N, seen_N = shown(labels_N, d.val_fraction, d.train_fraction, d.num_classes, d.unlabelled)
+    return seen_N[mask_N]
 
 
 def _load(job: Config) -> DataSet | Exception:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from sddlskd import config as cfg
-from sddlskd.config import Capture, Config
+from sddlskd.config import Capture, Config, TeacherView
 from sddlskd.config.targets import instantiate
 from sddlskd.data.decoding import ImageTransform
 from sddlskd.data.device import DeviceData, share_of, steps_per_epoch
@@ -38,7 +38,13 @@ from sddlskd.training import teacher_files
 from sddlskd.training.devices import check_memory, seeded
 from sddlskd.training.evaluation import binary_cross_entropy, evaluate
 from sddlskd.training.ranks import Ranks
-from sddlskd.training.run import Feature, Objective, Optimisation, Run
+from sddlskd.training.run import (
+    Feature,
+    Objective,
+    Optimisation,
+    Run,
+    labelled_cross_entropy,
+)
 from sddlskd.training.schedule import learning_rate
 from sddlskd.training.stand_ins import try_loss, try_optimizer
 from sddlskd.training.teacher import Teacher, image_of_teacher
@@ -204,7 +210,7 @@ def build_data(
 
     Raises:
         ValueError: If a setting or the data is not valid, if the device has too little memory, or
-            if `teacher.cache` is set for image files.
+            if `teacher.cache` is set for random crops of image files.
         InstantiationException: If `splits` is None and the loader raises an error.
     """
     d = job.dataset
@@ -224,10 +230,12 @@ def build_data(
         flip=d.flip,
         val_fraction=d.val_fraction,
         train_fraction=d.train_fraction,
+        unlabelled=d.unlabelled,
         drop_last=d.drop_last,
         rank=rank,
         ranks=ranks,
         strong=strong,
+        plain=job.teacher.view == TeacherView.plain,
     )
     if isinstance(splits.train, Files):
         check_cache(job)
@@ -366,7 +374,8 @@ def check_objective(job: Config, device: torch.device) -> None:
 def _check_kind_of_loss(job: Config) -> None:
     """Raise ValueError if the logit loss is not for the labels of the data set.
 
-    Log a warning if the standardisation leaves a loss of two classes without a gradient.
+    Log a warning if the standardisation leaves a loss of two classes without a gradient, or if
+    regions are compared that do not show the same part of an image.
     """
     try:
         several = takes_label_sets(instantiate(job.distiller.loss, _partial_=True))
@@ -386,6 +395,13 @@ def _check_kind_of_loss(job: Config) -> None:
             "+-0.707), so distiller=%s has no gradient: set standardize=none or standardize=batch",
             str(job.standardize).lower(),
             job.distiller.name,
+        )
+    if job.teacher.view == TeacherView.plain and job.M != [1]:
+        log.warning(
+            "teacher.view=plain with M=%s compares a region of the augmented image with the region "
+            "at the same place of the plain one, which shows something else after a crop or a "
+            "mirroring: M=[1] compares whole images",
+            job.M,
         )
 
 
@@ -420,16 +436,16 @@ def check_workers(job: Config) -> None:
 
 
 def check_cache(job: Config) -> None:
-    """Raise ValueError if `teacher.cache`, the folder for cached logit maps of the teacher, is set.
+    """Raise ValueError if `teacher.cache` would keep logit maps of random crops.
 
     Call this function only for a data set of image files. Their random crops never repeat, so the
-    cache would be of no use.
+    cache would be of no use, unless the teacher sees the images without augmentation.
     """
-    if job.teacher.cache:
+    if job.teacher.cache and job.teacher.view == TeacherView.augmented:
         raise ValueError(
             f"teacher.cache={job.teacher.cache} cannot hold the crops of "
             f"dataset={job.dataset.name}: its random crops never repeat, so the cache would never "
-            "hit; set teacher.cache=null"
+            "hit; set teacher.cache=null, or teacher.view=plain"
         )
 
 
@@ -574,7 +590,8 @@ def build_teacher(
     Returns:
         The teacher, and facts for result.json: {"teacher_top1": percent, "teacher_sha256": hash of
         the teacher file}. The teacher caches its logit maps (`TeacherCache`) if `teacher.cache` is
-        set, `data` is `DeviceData` and the job has no feature method.
+        set, the views that the teacher sees repeat (see `check_cache`) and the job has no feature
+        method.
 
     Raises:
         FileNotFoundError: If the file is missing and the job may not train the teacher, or if the
@@ -620,8 +637,8 @@ def build_teacher(
     _warn_at_chance(job, top1)
     sha256 = teacher_files.file_hash(path)
     facts = {"teacher_top1": top1, "teacher_sha256": sha256}
-    # Only DeviceData has views that repeat, see `check_cache`.
-    if not (job.teacher.cache and isinstance(data, DeviceData)):
+    has_rows = isinstance(data, DeviceData) or job.teacher.view == TeacherView.plain
+    if not (job.teacher.cache and has_rows):
         return teacher, facts
     if job.features:
         log.info(
@@ -679,7 +696,7 @@ def _warn_at_chance(job: Config, top1: float) -> None:
 def _cached(
     job: Config,
     teacher: Teacher,
-    data: DeviceData,
+    data: Data,
     device: torch.device,
     sha256: str,
     data_hash: str,
@@ -699,7 +716,16 @@ def _cached(
         data, augmentation, precision, and shape and number format of the maps.
     """
     d = job.dataset
-    seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
+    seen: list[Any] = [d.name, d.load, d.mean, d.std]
+    views = 1
+    if job.teacher.view == TeacherView.plain:
+        # Of image files, these are the settings of the centre crop.
+        seen.append(["plain", data.image_shape, d.crop, d.centre, d.upright])
+    else:
+        assert isinstance(data, DeviceData)
+        views = data.views
+        seen += [d.padding, d.flip]
+    seen += [d.val_fraction, data.train_size]
     full_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
     map_KHW = stored_shape(full_KHW, cfg.cached_side(job))
     about = {
@@ -709,7 +735,7 @@ def _cached(
         "dtype": job.teacher.cache_dtype,
         "precision": job.trainer.precision,
     }
-    if d.train_fraction < 1:
+    if d.train_fraction < 1 and not d.unlabelled:
         seen.append(d.train_fraction)
     if job.teacher.image_size:
         seen.append({"teacher.image_size": job.teacher.image_size})
@@ -717,7 +743,7 @@ def _cached(
     return TeacherCache(
         teacher,
         path,
-        rows=data.train_size * data.views,
+        rows=data.train_size * views,
         map_KHW=map_KHW,
         dtype=job.teacher.cache_dtype,
     )
@@ -941,7 +967,8 @@ def build_run(
         warmup_epochs=job.distiller.warmup_epochs,
         features=features or {},
         temperature=_learned_temperature(job, device),
-        cross_entropy=binary_cross_entropy if job.dataset.multi_label else F.cross_entropy,
+        cross_entropy=_cross_entropy(job),
+        unlabelled=job.dataset.unlabelled,
     )
     parameters = [
         parameter
@@ -964,6 +991,13 @@ def build_run(
         batch_size=job.trainer.batch_size,
         ranks=ranks or Ranks(),
     )
+
+
+def _cross_entropy(job: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the cross-entropy for the labels of a job's training images."""
+    if job.dataset.multi_label:
+        return binary_cross_entropy
+    return labelled_cross_entropy if job.dataset.unlabelled else F.cross_entropy
 
 
 def _captures(job: Config, device: torch.device) -> bool:

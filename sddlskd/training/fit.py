@@ -562,7 +562,7 @@ def _load_data(
 ) -> tuple[Data, dict[str, Any] | None]:
     """Return the batches of a group for this rank, and on rank 0 the fingerprint of its data set.
 
-    The batches have strong views if a job asks for them.
+    The batches have strong views if a job asks for them, and plain ones if the teacher sees them.
     """
     job = jobs[0]
     strong = any(job.dataset.views == Views.weak_strong for job in jobs)

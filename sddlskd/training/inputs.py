@@ -37,11 +37,12 @@ def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence
         `Taps` without gradients. `logit_map` is (B, K, H, W), and `others` are the maps of further
         teachers. `strong_map` is the logit map of the second view, or None if no run reads it.
     """
+    images_BCHW, rows_B = _shown(batch)
     # Methods that read inner maps have a single teacher.
     if isinstance(teacher, Teachers) or any(run.objective.needs_taps for run in runs):
-        taps = teacher.taps(batch.images, batch.views)
+        taps = teacher.taps(images_BCHW, rows_B)
     else:
-        logit_map_BKHW = teacher(batch.images, batch.views)
+        logit_map_BKHW = teacher(images_BCHW, rows_B)
         if any(run.objective.features for run in runs):
             logit_map_BKHW = logit_map_BKHW.clone()  # autograd refuses inference tensors
         taps = Taps.of_map(logit_map_BKHW)
@@ -49,6 +50,16 @@ def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence
         assert batch.strong is not None
         taps = taps._replace(strong_map=teacher(batch.strong, None).clone())
     return taps
+
+
+def _shown(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return the images of a batch that the teacher sees, and the row of each one in a cache.
+
+    A batch holds plain images only if the teacher sees them. An image then has a single row.
+    """
+    if batch.plain is None:
+        return batch.images, batch.views
+    return batch.plain, batch.index
 
 
 class Inputs:
@@ -132,7 +143,8 @@ class Inputs:
         teacher = self._teacher
         assert teacher is not None
         needs = frozenset[str]().union(*(run.objective.needs for run in runs))
-        asked = needs, batch.images.data_ptr()
+        images_BCHW, _ = _shown(batch)
+        asked = needs, images_BCHW.data_ptr()
         if self._taps is None or asked != self._asked:
             self._taps = tree_map_only(Tensor, Tensor.clone, ask(teacher, batch, runs))
             self._asked = asked
@@ -146,7 +158,7 @@ class Inputs:
         if self._forward is None:
             fill()
         else:
-            read = [batch.images, *([] if batch.strong is None else [batch.strong])]
+            read = [images_BCHW, *([] if batch.strong is None else [batch.strong])]
             self._forward(fill, read, needs)
             self._forward.wait()
         return self._taps

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sddlskd.data.device import Batch, seed_of
+from sddlskd.data.device import UNLABELLED, Batch, seed_of
 from sddlskd.distill import ScaleDecoupled, SeveralTeachers
 from sddlskd.files import checkpoint
 from sddlskd.methods import Method, Taps
@@ -29,7 +29,15 @@ from sddlskd.training.devices import autocast, compiled
 from sddlskd.training.dot import DOT
 from sddlskd.training.ranks import Ranks
 
-__all__ = ["Feature", "NonFiniteLoss", "Objective", "Optimisation", "Progress", "Run"]
+__all__ = [
+    "Feature",
+    "NonFiniteLoss",
+    "Objective",
+    "Optimisation",
+    "Progress",
+    "Run",
+    "labelled_cross_entropy",
+]
 
 
 CURE = "lower optimizer.lr or set optimizer.clip_norm"
@@ -128,6 +136,9 @@ class Objective:
     0. In these epochs the loss is the sum of the methods' first-stage losses, without weights. A
     method with n such epochs takes part from epoch 1 - n on.
 
+    An image without label has the label -1. The distillation loss takes the class that the teacher
+    predicts as its label, and the cross-entropy leaves the image out.
+
     Attributes:
         distill: the distillation loss of two logit maps, or that of a student and several teachers;
             None without such a loss.
@@ -138,7 +149,9 @@ class Objective:
         temperature: module that maps an epoch to the learnt temperature of the distillation loss;
             None for the loss's own temperature.
         cross_entropy: the cross-entropy of logits (B, K) with the labels, as a mean over the
-            images. Images with several labels need `binary_cross_entropy`.
+            images. Images with several labels need `binary_cross_entropy`, and images without label
+            `labelled_cross_entropy`.
+        unlabelled: whether batches may hold images without label.
         reads_epoch: whether a method has read `Batch.epoch` so far, so that its loss may change
             from epoch to epoch.
     """
@@ -150,18 +163,21 @@ class Objective:
     features: Mapping[str, Feature] = field(default_factory=dict)
     temperature: nn.Module | None = None
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    unlabelled: bool = False
     reads_epoch: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the values in the result of `losses`.
 
-        The names are "loss", "loss_ce", "loss_kd", "loss_<method>" for each method, and
-        "temperature" if the temperature is learnt. The mean of a value over an epoch is the metric
-        train/<name>.
+        The names are "loss", "loss_ce", "loss_kd", "loss_<method>" for each method, "temperature"
+        if the temperature is learnt, and "labelled" if batches may hold images without label. The
+        mean of a value over an epoch is the metric train/<name>.
         """
-        learnt = ["temperature"] if self.temperature is not None else []
-        return ("loss", "loss_ce", "loss_kd", *(f"loss_{name}" for name in self.features), *learnt)
+        others = ["temperature"] if self.temperature is not None else []
+        if self.unlabelled:
+            others.append("labelled")
+        return ("loss", "loss_ce", "loss_kd", *(f"loss_{name}" for name in self.features), *others)
 
     @property
     def modules(self) -> nn.ModuleDict:
@@ -241,12 +257,18 @@ class Objective:
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
             "loss_ce", "loss_kd" and "loss_<method>" for each method. "temperature" is the learnt
-            temperature, if there is one. A value that is not computed, such as "loss_kd" in a first
-            stage or without a distillation loss, is 0.
+            temperature, if there is one, and "labelled" the share of images with a label, if some
+            may have none. A value that is not computed, such as "loss_kd" in a first stage or
+            without a distillation loss, is 0.
         """
         loss_ce = self.cross_entropy(_logits(student.logit_map), batch.labels)
         values = {"loss_ce": loss_ce}
         extra = {}
+        target_B = batch.labels
+        if self.unlabelled:
+            assert teacher is not None
+            extra["labelled"] = (batch.labels != UNLABELLED).to(loss_ce.dtype).mean()
+            target_B = _with_predictions(batch.labels, teacher.logit_map)
         if teacher is not None:
             if self.distill is not None and batch.epoch > 0:
                 options = {}
@@ -255,7 +277,7 @@ class Objective:
                 shown: Any = teacher.logit_map
                 if isinstance(self.distill, SeveralTeachers):
                     shown = (teacher.logit_map, *teacher.others)
-                values["loss_kd"] = self.distill(student.logit_map, shown, batch.labels, **options)
+                values["loss_kd"] = self.distill(student.logit_map, shown, target_B, **options)
             values |= self._of_methods(student, teacher, batch)
         weights = self.weights(batch.epoch)
         counted = [weights[name] * value for name, value in values.items() if name in weights]
@@ -627,7 +649,7 @@ class Run:
 
     def _read(self, batch: Batch, teacher: Taps | None) -> list[Tensor]:
         """Return the tensors that a step reads and that differ from batch to batch."""
-        unread = {"views"} if self.objective.features else {"views", "index"}
+        unread = {"views", "plain"} if self.objective.features else {"views", "plain", "index"}
         fields = batch._asdict()
         read = [value for name, value in fields.items() if name not in unread]
         return [value for value in (*read, *tree_leaves(teacher)) if isinstance(value, Tensor)]
@@ -727,17 +749,22 @@ class Run:
         self.record.append(row)
 
     def _metrics(self, val: dict[str, float], epoch_s: float) -> dict[str, Any]:
-        """Return the metrics of the epoch that ends, which took `epoch_s` seconds in all."""
+        """Return the metrics of the epoch that ends, which took `epoch_s` seconds in all.
+
+        "train/top1" counts the images with a label; it is 0 if the epoch had none.
+        """
         means = self.ranks.all_gather(self.sums).sum(0) / self.progress.seen
         *losses, right = means.tolist()
+        values = dict(zip(self.objective.names, losses, strict=True))
+        labelled = values.get("labelled", 1.0)
+        top1 = 0.0
+        if labelled:
+            top1 = 100 * right / labelled
         return {
             "epoch": self.epoch,
             "time": time.time(),
-            **{
-                f"train/{name}": value
-                for name, value in zip(self.objective.names, losses, strict=True)
-            },
-            "train/top1": 100 * right,
+            **{f"train/{name}": value for name, value in values.items()},
+            "train/top1": top1,
             **{f"val/{name}": value for name, value in val.items()},
             "lr": self.optimisation.optimizer.param_groups[0]["lr"],
             "time/epoch_s": epoch_s,
@@ -837,6 +864,25 @@ class Run:
             **{name: value for name, value in several.items() if value >= 0},
             **self.info,
         )
+
+
+def labelled_cross_entropy(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the images with a label; 0 if there are none.
+
+    Args:
+        logits_BK: logits of the images.
+        labels_B: class of each image, int64; -1 for an image without label.
+
+    Returns:
+        The loss, a scalar.
+    """
+    total = F.cross_entropy(logits_BK, labels_B, ignore_index=UNLABELLED, reduction="sum")
+    return total / (labels_B != UNLABELLED).sum().clamp(min=1)
+
+
+def _with_predictions(labels_B: Tensor, teacher_map_BKHW: Tensor) -> Tensor:
+    """Return the labels (B,), with the class that the teacher predicts where there is no label."""
+    return torch.where(labels_B != UNLABELLED, labels_B, _logits(teacher_map_BKHW).argmax(1))
 
 
 def _are_right(class_B: Tensor, labels: Tensor) -> Tensor:
