@@ -133,8 +133,8 @@ def test_every_number_is_accepted_up_to_its_bounds(refusal: Callable[[str], str]
                 assert refusal(override(key, repr(edge))) == ""
                 assert refusal(override(key, repr(beyond))).startswith(f"{key}=")
 
-    # The sum of teacher.weights must be 1, too.
-    check_each(NUMBERS.keys() - {"teacher.weights"}, check, str)
+    # The sum of teacher.weights must be 1, too, and runs are halved before their last epoch.
+    check_each(NUMBERS.keys() - {"teacher.weights", "sweep.halving"}, check, str)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ REFUSED = [
      "compares the trials of a batch that train together; set hydra.sweeper.n_jobs to at least 2"),
     (["-m", "hydra/sweeper=optuna", "sweep.seeds=until_decided", "M=[1],[1,2]"],
      "sweep.seeds cannot be used with hydra/sweeper=optuna; leave it out"),
-    (["-m", "hydra/sweeper=optuna", "dataset.val_fraction=0.25", "M=[98],[99]"], "is too fine"),
+    (["-m", "hydra/sweeper=optuna", "dataset.val_fraction=0.25", "dataset.mean=[0],[1]"], "dataset.mean"),
     (["-m", "hydra/sweeper=optuna", "optimizer.lr=interval(0.2,0.1)"], "0.2"),
     (["dataset.unlabelled=true"],
      "dataset.unlabelled=true has no images without labels, as dataset.train_fraction=1; set"),

@@ -85,7 +85,9 @@ def test_the_scales_must_fit_the_map_of_the_resized_images(tmp_path: Path) -> No
     fits = tiny(tmp_path, "M=[8]")
     assert problems([fits]) == []
     ((_, reason),) = problems([tiny(tmp_path, "M=[8]", "teacher.image_size=8")])
-    assert reason == "M=[8] is too fine: the largest scale here is 4"
+    assert reason.startswith(
+        "M=[8] is too fine: the largest scale here is 4, because the logit map of teacher=resnet8 "
+    )
     with pytest.raises(ValueError, match="the largest scale here is 4"):
         fit([tiny(tmp_path, "M=[8]", "teacher.image_size=8")])
 

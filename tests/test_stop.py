@@ -41,7 +41,7 @@ def test_it_acts_at_once_where_nothing_would_be_lost() -> None:
             stop.acting(at_once=True).__enter__()
 
 
-@pytest.mark.parametrize("phase", ["build_data", "build_teacher"])
+@pytest.mark.parametrize("phase", ["build_data", "build_teachers"])
 def test_before_the_first_step_a_job_stops_at_once(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -379,7 +379,7 @@ def bad_files(proof: Path) -> dict[str, tuple[bytes, str]]:
         "bare pickle": (pickle.dumps(Malicious(proof), protocol=2), " is "),
         "a page of errors": (
             b"<html>Please log in</html>",
-            "truncated, damaged or not a checkpoint",
+            "is a web page, not a c",
         ),
         "empty": (b"", "truncated, damaged or not a checkpoint"),
         "half": (GOOD[: len(GOOD) // 2], "truncated, damaged or not a checkpoint"),

@@ -22,11 +22,13 @@ NETWORKS = {
     "VGGs": r"vgg\d+",
     "mobile networks": r"mobilev2|shufflev[12]",
     "for 224 pixels": r"imagenet_.+|mobilev1",
+    "vision transformers": r"(deit|pit)_.+",
     "any of a library": r"timm|torchvision",
 }
 DATA_SETS = {
     "small images": r"cifar100?|digits|fake|fashion_mnist|stl10",
     "image files": r"cub200|imagenet|tiny_imagenet",
+    "several labels": r"(fake_)?label_sets",
     "your own": r"image_folder",
 }
 RECIPES = (

@@ -209,7 +209,7 @@ def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
     """
     given = {tag: str(result[tag]) for tag in FINAL_TAGS if result.get(tag)}
     reason = str(result.get("reason", ""))
-    if result["status"] == record.PRUNED:
+    if result.get("status") == record.PRUNED:
         reason = f"{record.PRUNED}: {reason}"
     return {"status_reason": reason, **given}
 
