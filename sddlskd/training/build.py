@@ -1042,10 +1042,19 @@ def leave_as_teacher(job: Config, run: Run) -> None:
 
     The file is the one that `teacher=<student's name>` loads. An existing file is kept. The log of
     the run says whether the file was written. Do nothing for a distilled student, or if
-    `trainer.max_steps` is set, because the epochs are then incomplete. Raise OSError if the file
-    cannot be written.
+    `trainer.max_steps` is set, because the epochs are then incomplete. Write no file if
+    `dataset.train_fraction` is less than 1, because teachers learn from all images. Raise OSError
+    if the file cannot be written.
     """
     if job.has_teacher or job.trainer.max_steps is not None:
+        return
+    if job.dataset.train_fraction < 1:
+        run.record.log.info(
+            "no teacher file is written, as dataset.train_fraction=%g; "
+            "teacher.checkpoint=%s/best.ckpt uses this network",
+            job.dataset.train_fraction,
+            job.run_dir,
+        )
         return
     path = teacher_files.path_of(job.home, job.dataset.name, job.student.name)
     written = teacher_files.publish(
