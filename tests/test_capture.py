@@ -149,6 +149,19 @@ def test_a_recording_is_kept_while_nothing_that_it_bakes_in_changes(
     assert made["steps"] == 2
 
 
+def test_a_recording_of_the_teacher_fills_the_taps_that_students_read(tmp_path: Path) -> None:
+    """A run that reads inner maps joins for a single step, after which there are new taps."""
+    jobs = [small_job(tmp_path, recipe, "trainer.capture=on") for recipe in ("kd", "at")]
+    group = build_group(jobs, CPU, image_CHW=(3, 16, 16), images=192)
+    alone = group.runs[:1]
+    assert group.teacher is not None
+    for runs in (*[alone] * 3, group.runs, *[alone] * 4):
+        batch = group.batch._replace(images=torch.randn_like(group.batch.images))
+        _, taps = group.inputs(batch, runs)
+        assert taps is not None
+        assert torch.equal(taps.logit_map, group.teacher(batch.images))
+
+
 def test_a_cached_teacher_is_not_captured_and_its_students_are(
     tmp_path: Path, replays: Counter[Captured]
 ) -> None:

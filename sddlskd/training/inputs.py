@@ -147,7 +147,8 @@ class Inputs:
             fill()
         else:
             read = [batch.images, *([] if batch.strong is None else [batch.strong])]
-            self._forward(fill, read, needs)
+            # The recording writes to `held`, so it is of no use for other taps.
+            self._forward(fill, [*read, *held], needs)
             self._forward.wait()
         return self._taps
 
