@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.training.capture import Captured, Watch
 from sddlskd.training.devices import number_formats
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Run
+from sddlskd.training.run import Optimisation, Run
 from tests.gpu.captured import NOT_CAPTURED, obstacles
 from tests.gpu.group import build_group, small_job
 from tests.gpu.placement import META
@@ -291,6 +292,23 @@ def test_the_watch_finds_what_a_recording_cannot_repeat() -> None:
     with Watch(META) as watch:
         gpu.add_(1.0).sum().mul(2.0).to(torch.bfloat16)
         torch.full((), 2.0, device="meta")
+    assert watch.found == []
+
+
+def test_a_resumed_adam_copies_nothing_in_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without numbers stand for those on the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(3, device=gpu))
+        weight.grad = torch.empty(3, device=gpu)
+        adam = torch.optim.AdamW([weight], lr=1e-3)
+        state = {"step": torch.tensor(5.0), "exp_avg": weight.grad, "exp_avg_sq": weight.grad}
+        adam.load_state_dict({**adam.state_dict(), "state": {0: state}})
+        optimisation = Optimisation(adam, lambda _: 1e-3, None, torch.amp.GradScaler(enabled=False))
+        optimisation.capture_on(gpu)
+        with Watch(gpu) as watch, optimisation._reading_rate():
+            assert adam.state[weight]["step"].device == gpu  # where the fused kernel reads it
     assert watch.found == []
 
 

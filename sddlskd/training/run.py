@@ -340,11 +340,15 @@ class Optimisation:
     def capture_on(self, device: torch.device) -> None:
         """Keep the learning rate also in a tensor on `device`, so that steps can be captured.
 
-        A captured step is recorded once and replayed; it reads the rate from this tensor.
+        A captured step is recorded once and replayed; it reads the rate from this tensor. Call this
+        method after the optimizer has loaded its state, whose numbers of steps move to `device`.
         """
         # The CUDA kernels of the optimizers read float32. On the CPU, float64 is what Python has.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.rate = torch.zeros((), dtype=dtype, device=device)
+        for state in self.optimizer.state.values():
+            if "step" in state:  # Adam keeps it on the CPU, and so do checkpoints
+                state["step"] = state["step"].to(device)
 
     @contextmanager
     def _reading_rate(self) -> Iterator[None]:
@@ -361,9 +365,6 @@ class Optimisation:
             # that a captured step has the bits of any other.
             capturing = torch.cuda.is_current_stream_capturing()
             settings |= {"fused": True, "foreach": False, "capturable": capturing}
-            for state in self.optimizer.state.values():
-                if "step" in state:  # Adam keeps it on the CPU; checkpoints bring it there
-                    state["step"] = state["step"].to(self.rate.device)
         groups = self.optimizer.param_groups
         before = [{key: group[key] for key in settings if key in group} for group in groups]
         for group, old in zip(groups, before, strict=True):
