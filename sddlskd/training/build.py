@@ -696,7 +696,7 @@ def _cached(
 
     Returns:
         The teacher with the cache. A cache file is shared by all jobs with the same teacher file,
-        data, augmentation, precision, and shape and number format of the maps.
+        data, augmentation, precision, TF32, and shape and number format of the maps.
     """
     d = job.dataset
     seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
@@ -713,6 +713,8 @@ def _cached(
         seen.append(d.train_fraction)
     if job.teacher.image_size:
         seen.append({"teacher.image_size": job.teacher.image_size})
+    if not job.trainer.tf32:
+        about["tf32"] = False
     path = cache_path(Path(str(job.teacher.cache)), sha256, about)
     return TeacherCache(
         teacher,
