@@ -343,6 +343,10 @@ def test_jobs_with_one_class_have_no_map_and_their_hash(compose: Compose, tmp_pa
         (["distiller.knowledge=consistent"], "distiller.knowledge=consistent needs one class"),
         (["features=[crd]"], r"features=\[crd\] cannot be trained with dataset.multi_label=true"),
         (["trainer.devices=2"], "trainer.devices=2 cannot measure val/mAP"),
+        (
+            ["+teacher@more_teachers.resnet14=resnet14", "teacher.combine=confidence"],
+            "teacher.combine=confidence weighs teachers by the class of each image",
+        ),
         (["tracking.predictions=true"], "tracking.predictions=true keeps one class per image"),
     ],
 )

@@ -568,6 +568,11 @@ def _check_multi_label(config: Config) -> None:
             f"tracking.predictions=true keeps one class per image, but {on}; set "
             "tracking.predictions=false"
         )
+    if config.teacher.combine == Combine.confidence:
+        raise ValueError(
+            f"teacher.combine=confidence weighs teachers by the class of each image, but {on}; set "
+            "teacher.combine=logits"
+        )
     if not config.distiller.loss:
         return
     if config.standardize is not False:
@@ -757,8 +762,8 @@ def teacher_job(config: Config) -> Config:
     those of `config.teacher`. The data set is that of `config`, but with one view per image and
     with `train_fraction` 1: the teacher learns from all images that are not held out. Batch size,
     weight decay and milestones are the defaults of the data set, and the optimizer is SGD. Of
-    `config.trainer`, only the device, the number of processes, the time-out, `log_every` and the
-    display are taken. The run directory is that of `default_run_dir`.
+    `config.trainer`, only the device, the number of processes, the time-out, `log_every`, the
+    display and `capture` are taken. The run directory is that of `default_run_dir`.
 
     Raise ValueError if a value of the new job is not valid.
     """
@@ -786,6 +791,7 @@ def teacher_job(config: Config) -> Config:
             timeout_s=config.trainer.timeout_s,
             log_every=config.trainer.log_every,
             progress=config.trainer.progress,
+            capture=config.trainer.capture,
         ),
         tracking=config.tracking,
         seed=config.teacher.train_seed,
