@@ -474,10 +474,16 @@ def _check_search(config: Config) -> None:
         raise ValueError(
             f"objective={config.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
         )
-    if config.objective == "test/top1" and not config.dataset.val_fraction:
+    moment, _, metric = config.objective.partition("/")
+    if metric == "mAP" and not config.dataset.multi_label:
         raise ValueError(
-            "objective=test/top1 is logged only with held-out images; set "
-            "dataset.val_fraction=0.1, or give objective=last/top1"
+            f"objective={config.objective} is logged only with dataset.multi_label=true; give "
+            f"objective={moment}/top1"
+        )
+    if moment == "test" and not config.dataset.val_fraction:
+        raise ValueError(
+            f"objective={config.objective} is logged only with held-out images; set "
+            f"dataset.val_fraction=0.1, or give objective=last/{metric}"
         )
     epochs = config.sweep.halving
     if epochs and (epochs != sorted(set(epochs)) or epochs[-1] >= config.trainer.epochs):
