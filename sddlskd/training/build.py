@@ -702,7 +702,7 @@ def _cached(
     seen = [d.name, d.load, d.mean, d.std, d.padding, d.flip, d.val_fraction, data.train_size]
     full_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
     map_KHW = stored_shape(full_KHW, cfg.cached_side(job))
-    about = {
+    about: dict[str, Any] = {
         "images": seen,
         "data": data_hash,
         "map": map_KHW,

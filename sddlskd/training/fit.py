@@ -714,8 +714,7 @@ def _report_running(group: _Group, opened: _OpenRuns) -> None:
     for job, run in zip(opened.jobs, opened.runs, strict=True):
         info = {**facts[job.run_dir], "group_size": len(opened.runs)}
         size = size_of(run.model, group.data.image_shape)
-        how = f"{environment}, captured steps" if run.captured is not None else environment
-        run.start({**info, "environment": how, **size}, crowded=len(opened.runs) > 1)
+        run.start({**info, "environment": environment, **size}, crowded=len(opened.runs) > 1)
         opened.on_change(run)
 
 

@@ -84,7 +84,6 @@ class Inputs:
             self._forward = Captured(
                 "forward passes of the teacher", self._device, log, watched=watched
             )
-            self._forward.crowded = len(runs) > 1
 
     def __call__(self, batch: Batch, runs: Sequence[Run]) -> tuple[Batch, Taps | None]:
         """Return the batch and the taps of the teacher for one step of some runs of the group.

@@ -22,6 +22,7 @@ from sddlskd.data.device import Batch, seed_of
 from sddlskd.distill import ScaleDecoupled, SeveralTeachers
 from sddlskd.files import checkpoint
 from sddlskd.methods import Method, Taps
+from sddlskd.methods.ctkd import LearnedTemperature
 from sddlskd.models import LogitMapModel
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, Onlooker, Record
 from sddlskd.training.capture import Captured
@@ -90,7 +91,10 @@ class Progress:
 
 
 class _Noting(Batch):
-    """A batch that notes whether its epoch is read."""
+    """A batch that notes whether its epoch is read.
+
+    Reading all fields, as unpacking and `_replace` do, counts as reading the epoch.
+    """
 
     was_read = False
 
@@ -98,6 +102,14 @@ class _Noting(Batch):
     def epoch(self) -> int:
         self.was_read = True
         return super().epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        self.was_read = True
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.was_read = True
+        return super().__getitem__(index)
 
 
 @dataclass
@@ -223,7 +235,11 @@ class Objective:
         epochs, so a recorded step of one epoch can be replayed in the other.
         """
         weights = tuple(self.weights(epoch).items())
-        if epoch < 1 or self.reads_epoch or self.temperature is not None:
+        if epoch < 1 or self.reads_epoch:
+            return weights, epoch
+        if isinstance(self.temperature, LearnedTemperature):
+            return weights, self.temperature.factor(epoch)
+        if self.temperature is not None:
             return weights, epoch
         return weights
 
@@ -554,8 +570,6 @@ class Run:
         """
         self.info = dict(info)
         self.crowded = crowded
-        if self.captured is not None:
-            self.captured.crowded = crowded
         self.report(RUNNING)
 
     def train_step(self, batch: Batch, teacher: Taps | None) -> None:
@@ -826,6 +840,9 @@ class Run:
         log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
         progress = self.progress
         has_scores = progress.best_epoch > 0
+        info = dict(self.info)
+        if self.captured is not None and self.captured.replays:
+            info["environment"] = f"{info.get('environment', '')}, captured steps"
         several = {"best_mAP": progress.best_mAP, "last_mAP": progress.last_mAP}
         return self.record.result(
             status,
@@ -836,7 +853,7 @@ class Run:
             epochs=max(progress.epoch - 1, 0),
             seconds=round(progress.seconds, 3),
             **{name: value for name, value in several.items() if value >= 0},
-            **self.info,
+            **info,
         )
 
 
