@@ -58,7 +58,7 @@ from sddlskd.training.build import (
     teacher_path,
     without_weights,
 )
-from sddlskd.training.devices import autocast, describe, pick_device
+from sddlskd.training.devices import autocast, describe, number_formats, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
 from sddlskd.training.probe import features_of, linear_probe
@@ -124,11 +124,13 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
             together = teachers[0]
         if len(teachers) > 1:
             together = Teachers(teachers, cfg.teacher_weights(job))
-        found = _measure_on(data, job, network.eval(), together)
+        with number_formats(job.trainer.tf32):
+            found = _measure_on(data, job, network.eval(), together)
+            found["environment"] = describe(device)
     finally:
         if isinstance(data, StreamedData):
             data.close()
-    return {**found, "environment": describe(device)}
+    return found
 
 
 def _measure_on(
@@ -202,7 +204,8 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
         data = build_data(job, device, splits=splits._replace(test=test))
         batches = metered_test_batches(data, f"{name} images of {job.dataset.name}")
         try:
-            arrays += features_of(student, batches, precision, side)
+            with number_formats(job.trainer.tf32):
+                arrays += features_of(student, batches, precision, side)
         finally:
             if isinstance(data, StreamedData):
                 data.close()

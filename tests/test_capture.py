@@ -5,20 +5,27 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.training.capture import Captured, Watch
+from sddlskd.data.device import Batch
+from sddlskd.record import read_result
+from sddlskd.training.capture import Captured, Watch, _Graph
 from sddlskd.training.devices import number_formats
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Run
+from sddlskd.training.run import Optimisation, Run, _Noting
 from tests.gpu.captured import NOT_CAPTURED, obstacles
 from tests.gpu.group import build_group, small_job
 from tests.gpu.placement import META
@@ -79,6 +86,8 @@ def test_captured_steps_give_the_same_numbers(
     assert [result["status"] for result in fit(jobs)] == ["FINISHED"] * len(jobs)
     for ours, theirs in zip(jobs, eager, strict=True):
         assert same_outcome(ours, theirs)
+    for job in jobs:
+        assert read_result(Path(job.run_dir))["environment"].endswith(", captured steps")
     # Every run and the teacher have repeated a step.
     assert len(replays) == len(jobs) + 1
     # A run that has ended keeps no recording.
@@ -149,6 +158,19 @@ def test_a_recording_is_kept_while_nothing_that_it_bakes_in_changes(
     assert made["steps"] == 2
 
 
+def test_a_recording_of_the_teacher_fills_the_taps_that_students_read(tmp_path: Path) -> None:
+    """A run that reads inner maps joins for a single step, after which there are new taps."""
+    jobs = [small_job(tmp_path, recipe, "trainer.capture=on") for recipe in ("kd", "at")]
+    group = build_group(jobs, CPU, image_CHW=(3, 16, 16), images=192)
+    alone = group.runs[:1]
+    assert group.teacher is not None
+    for runs in (*[alone] * 3, group.runs, *[alone] * 4):
+        batch = group.batch._replace(images=torch.randn_like(group.batch.images))
+        _, taps = group.inputs(batch, runs)
+        assert taps is not None
+        assert torch.equal(taps.logit_map, group.teacher(batch.images))
+
+
 def test_a_cached_teacher_is_not_captured_and_its_students_are(
     tmp_path: Path, replays: Counter[Captured]
 ) -> None:
@@ -180,6 +202,7 @@ def test_what_cannot_be_captured_runs_as_before(
     for job in jobs:
         fit([job])
     assert same_outcome(*jobs)
+    assert "captured steps" not in read_result(Path(jobs[0].run_dir))["environment"]
     told = Path(jobs[0].run_dir, "train.log").read_text()
     assert told.count("steps are not captured") == 1
     assert reason in told
@@ -216,6 +239,17 @@ def test_other_tensors_and_other_values_are_recorded_anew() -> None:
     assert float(total) == 42.0
 
 
+def no_room() -> None:
+    raise torch.OutOfMemoryError("no room for the step either")
+
+
+def test_numbers_of_numpy_are_not_recorded() -> None:
+    total, batch = torch.zeros(()), torch.ones(3)
+    captured = Captured("sums", CPU, logging.getLogger("sddlskd.test"))
+    captured(lambda: total.add_(float(np.random.rand())), [batch], None)
+    assert captured.reason == "random numbers are drawn"
+
+
 def test_an_error_while_recording_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -230,11 +264,11 @@ def test_an_error_while_recording_is_no_error(monkeypatch: pytest.MonkeyPatch) -
     assert captured.reason == "RuntimeError: operation not permitted when stream is capturing"
 
 
-@pytest.mark.parametrize("crowded", [True, False])
-def test_a_full_device_halves_a_group_and_does_not_end_a_run_alone(
-    monkeypatch: pytest.MonkeyPatch, crowded: bool
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_device_that_is_too_full_for_a_recording_may_hold_the_step(
+    monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
-    """The end of a recording raises an error of its own, which hides the one that counts."""
+    """The end of a recording raises an error of its own."""
 
     def full(*_: Any) -> None:
         try:
@@ -245,20 +279,39 @@ def test_a_full_device_halves_a_group_and_does_not_end_a_run_alone(
     monkeypatch.setattr("sddlskd.training.capture._StandIn", full)
     total, batch = torch.zeros(()), torch.ones(3)
     captured = Captured("sums", CPU, logging.getLogger("sddlskd.test"))
-    captured.crowded = crowded
-    add = partial(total.add_, 1.0)
-    captured(add, [batch], None)
-    if crowded:
-        with pytest.raises(torch.OutOfMemoryError, match="full"):
-            captured(add, [batch], None)
+    captured(partial(total.add_, 1.0), [batch], None)
+    if is_full:
+        with pytest.raises(torch.OutOfMemoryError, match="no room for the step either"):
+            captured(no_room, [batch], None)
     else:
-        captured(add, [batch], None)
+        captured(partial(total.add_, 1.0), [batch], None)
         assert float(total) == 2.0
+    assert captured.reason == "RuntimeError: the recording is not valid"
+
+
+def test_torch_records_once_more_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older versions of torch need that, and the graph that failed."""
+    ended: list[object] = []
+
+    @contextmanager
+    def recording(graph: object, **_: Any) -> Iterator[None]:
+        yield
+        ended.append(graph)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr("sddlskd.training.capture.FAILED", failed := list[object]())
+    stream: Any = SimpleNamespace(device=CPU)
+    with pytest.raises(torch.OutOfMemoryError):
+        _Graph(no_room, stream)
+    assert (len(failed), len(ended)) == (1, 1)
+    _Graph(lambda: None, stream)
+    assert (len(failed), len(ended)) == (1, 2)
 
 
 def test_which_recipes_can_be_captured(tmp_path: Path) -> None:
     """The checks of tests/gpu look at all recipes."""
-    some = ("crd", "mlkd", "fsp", *NOT_CAPTURED)
+    some = ("crd", "mlkd", "fsp", "mld", *NOT_CAPTURED)
     found = obstacles(tmp_path, some)
     assert found.keys() == NOT_CAPTURED.keys()
     assert all(reason in found[recipe] for recipe, reason in NOT_CAPTURED.items())
@@ -281,6 +334,23 @@ def test_the_watch_finds_what_a_recording_cannot_repeat() -> None:
     assert watch.found == []
 
 
+def test_a_resumed_adam_copies_nothing_in_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without numbers stand for those on the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(3, device=gpu))
+        weight.grad = torch.empty(3, device=gpu)
+        adam = torch.optim.AdamW([weight], lr=1e-3)
+        state = {"step": torch.tensor(5.0), "exp_avg": weight.grad, "exp_avg_sq": weight.grad}
+        adam.load_state_dict({**adam.state_dict(), "state": {0: state}})
+        optimisation = Optimisation(adam, lambda _: 1e-3, None, torch.amp.GradScaler(enabled=False))
+        optimisation.capture_on(gpu)
+        with Watch(gpu) as watch, optimisation._reading_rate():
+            assert adam.state[weight]["step"].device == gpu  # where the fused kernel reads it
+    assert watch.found == []
+
+
 def test_what_a_method_reads_of_the_epoch_is_noted(tmp_path: Path) -> None:
     for recipe, reads in (("at", False), ("crd", True), ("mgd", True)):
         group = build_group([small_job(tmp_path, recipe)], CPU, image_CHW=(3, 16, 16), images=192)
@@ -288,6 +358,32 @@ def test_what_a_method_reads_of_the_epoch_is_noted(tmp_path: Path) -> None:
         (run,) = group.runs
         assert run.objective.reads_epoch is reads
         assert (run.objective.fixed_by(5) == run.objective.fixed_by(6)) is not reads
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda batch: batch._replace(strong=None),
+        lambda batch: batch._asdict(),
+        lambda batch: Batch(*batch),
+        lambda batch: batch[4],
+        lambda batch: batch.epoch,
+    ],
+    ids=["replace", "asdict", "unpack", "index", "epoch"],
+)
+def test_no_way_of_reading_the_epoch_is_missed(read: Callable[[Batch], object]) -> None:
+    batch = _Noting(torch.zeros(1), torch.zeros(1), torch.zeros(1), None, 3)
+    assert (batch.images, batch.labels, batch.was_read) == (0, 0, False)
+    read(batch)
+    assert batch.was_read
+
+
+def test_a_learnt_temperature_is_fixed_after_its_ramp(tmp_path: Path) -> None:
+    job = small_job(tmp_path, "ctkd")
+    (run,) = build_group([job], CPU, image_CHW=(3, 16, 16), images=192).runs
+    ramp = int(job.distiller.learned_temperature["ramp_epochs"])
+    fixed = [run.objective.fixed_by(epoch) for epoch in (ramp - 1, ramp, ramp + 1)]
+    assert fixed[0] != fixed[1] == fixed[2]
 
 
 def test_number_formats_are_restored() -> None:

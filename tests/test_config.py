@@ -994,6 +994,15 @@ def test_the_teachers_own_job_does_not_depend_on_the_student(compose: Compose) -
     )
 
 
+def test_the_teachers_own_job_is_captured_as_the_students_are(compose: Compose) -> None:
+    plain, chosen = (
+        cfg.teacher_job(compose("dataset=digits", "teacher=resnet14", f"trainer.capture={choice}"))
+        for choice in ("auto", "off")
+    )
+    assert (plain.trainer.capture, chosen.trainer.capture) == ("auto", "off")
+    assert plain.run_dir == chosen.run_dir
+
+
 def test_jobs_share_a_teacher_where_they_see_the_same_batches() -> None:
     base = job_of(*SMALL)
     for same in ("student=vgg8", "M=[1]", "recipe=dkd", "optimizer.lr=1"):

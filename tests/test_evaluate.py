@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sddlskd.datasets import digits
 from sddlskd.datasets.arrays import Images
 from sddlskd.files import checkpoint
 from sddlskd.models import create, from_timm
+from sddlskd.models.base import LogitMapModel
 from sddlskd.training.build import build_data, check_maps
 from sddlskd.training.evaluation import answers, calibration_error, scores
 from sddlskd.training.evaluation import evaluate as stream
@@ -112,6 +114,24 @@ def test_a_run_is_judged_with_its_teacher_and_its_best_epoch(
         100 * (s_NK.argmax(1) == t_NK.argmax(1)).double().mean().item()
     )
     assert found["ece"] == pytest.approx(slow_ece(s_NK, target_N, 15), abs=1e-3)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_the_number_formats_are_those_of_the_job(
+    trained: Config, monkeypatch: pytest.MonkeyPatch, tf32: bool
+) -> None:
+    seen = set()
+    original = LogitMapModel.forward
+
+    def noting(self: LogitMapModel, *arguments: Any) -> Any:
+        seen.add(torch.backends.cudnn.allow_tf32)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LogitMapModel, "forward", noting)
+    job = replace(trained, trainer=replace(trained.trainer, tf32=tf32))
+    monkeypatch.setattr(evaluate, "check_maps", lambda *_: None)
+    evaluate.measure(job, Path(trained.run_dir, "best.ckpt"))
+    assert seen == {tf32}
 
 
 def test_a_teacher_agrees_with_itself(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,18 @@ def test_the_worse_half_is_dropped_and_the_middle_stays(tmp_path: Path) -> None:
     assert set(dropped(Halving([1, 2], folders), 3, folders[3], folders[4])) == {"d", "e"}
 
 
+def test_runs_with_several_labels_per_image_are_ranked_by_map(tmp_path: Path) -> None:
+    folders = [
+        leave_rows(tmp_path / name, (top1, 1.0)) for name, top1 in (("a", 50.0), ("b", 60.0))
+    ]
+    for folder, mAP in zip(folders, (40.0, 30.0), strict=True):
+        (row,) = record.read_rows(folder)
+        (folder / "metrics.jsonl").write_text(json.dumps({**row, "val/mAP": mAP}) + "\n")
+    assert dropped(Halving([1], folders), 2, *folders) == {
+        "b": "rank 2 of 2 at epoch 1: val/mAP 30.00"
+    }
+
+
 def group(home: Path, halving: list[int], rates: tuple[float, ...] = RATES) -> list[Config]:
     """Return jobs of the digits whose learning rates differ."""
     jobs = []

@@ -321,6 +321,15 @@ def test_the_best_epoch_of_several_labels_is_that_of_the_best_map(tmp_path: Path
     }
 
 
+def test_several_labels_are_searched_by_their_map(compose: Compose) -> None:
+    assert compose(*SETS, "objective=last/mAP").objective == "last/mAP"
+    assert compose(*SETS, "objective=test/mAP", "dataset.val_fraction=0.2").objective == "test/mAP"
+    with pytest.raises(ValueError, match=r"objective=test/mAP is logged only with held-out.*/mAP$"):
+        compose(*SETS, "objective=test/mAP")
+    with pytest.raises(ValueError, match=r"only with .*multi_label=true; give objective=best/top1"):
+        compose("dataset=digits", "objective=best/mAP")
+
+
 def test_jobs_with_one_class_have_no_map_and_their_hash(compose: Compose, tmp_path: Path) -> None:
     job = tiny(tmp_path, "recipe=vanilla", "trainer.epochs=1", teacher=False)
     (result,) = fit([job])
@@ -343,6 +352,10 @@ def test_jobs_with_one_class_have_no_map_and_their_hash(compose: Compose, tmp_pa
         (["distiller.knowledge=consistent"], "distiller.knowledge=consistent needs one class"),
         (["features=[crd]"], r"features=\[crd\] cannot be trained with dataset.multi_label=true"),
         (["trainer.devices=2"], "trainer.devices=2 cannot measure val/mAP"),
+        (
+            ["+teacher@more_teachers.resnet14=resnet14", "teacher.combine=confidence"],
+            "teacher.combine=confidence weighs teachers by the class of each image",
+        ),
         (["tracking.predictions=true"], "tracking.predictions=true keeps one class per image"),
     ],
 )

@@ -3,6 +3,7 @@
 Shapes: B batch, K classes, N = B*R regions of a batch, T teachers.
 """
 
+import json
 import math
 import os
 import signal
@@ -24,10 +25,11 @@ from analysis.selection import rows as table_rows
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.distill import COMBINATIONS, ScaleDecoupled, SeveralTeachers, confidence_weights
-from sddlskd.evaluate import _override
+from sddlskd.evaluate import _override, measure
 from sddlskd.files.checkpoint import read
 from sddlskd.losses import dist, dkd, kd
 from sddlskd.models import create
+from sddlskd.record import read_result
 from sddlskd.sweeps.precheck import problems
 from sddlskd.terminal.console import explain
 from sddlskd.tracking.runs import _send_outcome
@@ -326,6 +328,22 @@ def test_two_teachers_train_a_student_and_are_recorded(tmp_path: Path) -> None:
     # The maps of both teachers have the same sides.
     assert result["teacher_top1"] == top1(lambda x: (first(x) + second(x)) / 2, data)
     assert len(result["teacher_top1_each"]) == 2
+
+
+def test_the_top1_of_the_mean_has_the_weights_and_image_sizes_of_the_job(tmp_path: Path) -> None:
+    few = ("trainer.epochs=1", "trainer.max_steps=1")
+    uneven = ["teacher.weights=[0.99,0.01]", "teacher.combine=losses"]
+    fit([two(tmp_path, *few), two(tmp_path, *few, *uneven)])  # a group with two means
+    job = two(tmp_path, *few, *uneven)
+    result = read_result(Path(job.run_dir))
+    assert measure(job, Path(job.run_dir, "best.ckpt"))["teacher_top1"] == result["teacher_top1"]
+    plain = read_result(Path(two(tmp_path, *few).run_dir))
+    assert result["teacher_top1"] != plain["teacher_top1"]
+    small = ("teacher.image_size=8", "more_teachers.resnet14.image_size=8")
+    fit([two(tmp_path, *few, *small)])
+    notes = path_of(str(tmp_path), "fake", "resnet8").with_name("resnet8.pt.top1.json")
+    # Those of the first teacher and of both means, and with small images of a teacher and a mean.
+    assert len(json.loads(notes.read_text())) == 5
 
 
 def top1(network: Any, data: Any) -> float:

@@ -92,6 +92,20 @@ def test_what_the_status_of_a_sweep_holds(sweep: Path) -> None:
     assert {job.slurm_job for job in found.jobs} == {None}
 
 
+def test_jobs_with_several_labels_show_their_map(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = leave_job(tmp_path, 0, (70.0,), status="FINISHED", best_top1=70.0, best_mAP=51.5)
+    running = leave_job(tmp_path, 1, (60.0,), status="KILLED")
+    row = {"epoch": 1, "val/top1": 60.0, "val/mAP": 41.25, "time/epoch_s": 1.0}
+    (running / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    leave_sweep(tmp_path, done, running)
+    main(["status", "mine", "--home", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "top-1 70.00  mAP 51.50" in told
+    assert "top-1 60.00  mAP 41.25" in told
+
+
 def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [Path(path).name for path in json.loads((sweep / "sweep.json").read_text())["jobs"]]
     main(["status", "mine", "--home", str(tmp_path)])

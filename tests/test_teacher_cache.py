@@ -168,5 +168,6 @@ def test_training_with_a_cache(compose: Compose, tmp_path: Path) -> None:
     rounded_hash, _ = weights(kept, f"run_dir={tmp_path}/rounded")
     assert exact_hash == plain_hash != rounded_hash
     assert all(torch.equal(exact[key], plain[key]) for key in plain)
-    assert len(list((tmp_path / "maps").glob("*.maps"))) == 2
+    weights(kept, "trainer.tf32=false", "trainer.max_steps=1", f"run_dir={tmp_path}/full")
+    assert len(list((tmp_path / "maps").glob("*.maps"))) == 3
     assert record.read_result(tmp_path / "rounded")["status"] == "FINISHED"

@@ -32,6 +32,7 @@ from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, RUNNING, Record
 from sddlskd.sweeps.manifest import write_manifest, write_plan
 from sddlskd.tracking import __main__ as sync_command
+from sddlskd.tracking import cells
 from sddlskd.tracking import mirror as mirror_module
 from sddlskd.tracking import runs as tracking_runs
 from sddlskd.tracking import uri as tracking_uri
@@ -499,6 +500,11 @@ def finished_sweep(home: Path, seeds: Sequence[int]) -> list[Config]:
         sync(with_best.folder)
     tracking.finish_sweep(jobs[0], "FINISHED")
     return jobs
+
+
+def test_a_cell_of_several_labels_has_their_map() -> None:
+    numbers = dict(cells._numbers([{"best_mAP": 40.0}, {"best_mAP": 42.0}]))
+    assert numbers["best/mAP/mean"] == 41.0
 
 
 def test_a_cell_has_mean_and_deviation_over_seeds(home: Path) -> None:

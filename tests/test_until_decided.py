@@ -195,16 +195,18 @@ def test_a_sweep_without_a_baseline_is_refused(tmp_path: Path) -> None:
 class Trained:
     """A stand-in for `run_sweep` that writes results in place of training."""
 
-    def __init__(self, top1: Mapping[str, Sequence[float]]) -> None:
-        self.top1 = top1
+    def __init__(self, scores: Mapping[str, Sequence[float]], **others: float) -> None:
+        self.scores, self.others = scores, others
+        self.name = "best_mAP" if "best_top1" in others else "best_top1"
         self.rounds: list[int] = []  # number of jobs that were not finished, by round
 
     def __call__(self, jobs: Sequence[Config], name: str, **options: Any) -> list[dict[str, Any]]:
         new = [job for job in jobs if not Path(job.run_dir, "result.json").exists()]
         self.rounds.append(len(new))
         for one in new:
-            top1 = self.top1[cfg.method_name(one)][one.seed]
-            result = {"status": "FINISHED", "reason": "", "best_top1": top1, "seconds": 1.0}
+            score = self.scores[cfg.method_name(one)][one.seed]
+            result = {"status": "FINISHED", "reason": "", self.name: score, "seconds": 1.0}
+            result |= self.others
             Path(one.run_dir).mkdir(parents=True)
             Path(one.run_dir, "result.json").write_text(json.dumps(result))
         return [until_decided.result_of(job) for job in jobs]
@@ -246,6 +248,14 @@ def test_a_sweep_adds_seeds_and_a_second_launch_adds_none(
     again = Trained({})
     assert sorted(launched(tmp_path, monkeypatch, again, "sweep.max_seeds=4")) == sorted(jobs)
     assert again.rounds == [0]
+
+
+def test_several_labels_are_decided_by_their_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"student alone": [30.0, 30.1, 29.9], "KD": [40.0, 40.1, 39.9], "KD+LS": [50.0] * 3}
+    launched(tmp_path, monkeypatch, Trained(scores, best_top1=70.0))
+    assert "KD over student alone: better after 3 seeds, +10.00 points" in capsys.readouterr().out
 
 
 def test_jobs_that_run_on_without_this_process_are_waited_for_by_the_next_launch(

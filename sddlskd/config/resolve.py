@@ -476,10 +476,16 @@ def _check_search(config: Config) -> None:
         raise ValueError(
             f"objective={config.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
         )
-    if config.objective == "test/top1" and not config.dataset.val_fraction:
+    moment, _, metric = config.objective.partition("/")
+    if metric == "mAP" and not config.dataset.multi_label:
         raise ValueError(
-            "objective=test/top1 is logged only with held-out images; set "
-            "dataset.val_fraction=0.1, or give objective=last/top1"
+            f"objective={config.objective} is logged only with dataset.multi_label=true; give "
+            f"objective={moment}/top1"
+        )
+    if moment == "test" and not config.dataset.val_fraction:
+        raise ValueError(
+            f"objective={config.objective} is logged only with held-out images; set "
+            f"dataset.val_fraction=0.1, or give objective=last/{metric}"
         )
     epochs = config.sweep.halving
     if epochs and (epochs != sorted(set(epochs)) or epochs[-1] >= config.trainer.epochs):
@@ -575,6 +581,11 @@ def _check_multi_label(config: Config) -> None:
         raise ValueError(
             f"tracking.predictions=true keeps one class per image, but {on}; set "
             "tracking.predictions=false"
+        )
+    if config.teacher.combine == Combine.confidence:
+        raise ValueError(
+            f"teacher.combine=confidence weighs teachers by the class of each image, but {on}; set "
+            "teacher.combine=logits"
         )
     if not config.distiller.loss:
         return
@@ -802,8 +813,8 @@ def teacher_job(config: Config) -> Config:
     those of `config.teacher`. The data set is that of `config`, but with one view per image and
     with `train_fraction` 1: the teacher learns from all images that are not held out. Batch size,
     weight decay and milestones are the defaults of the data set, and the optimizer is SGD. Of
-    `config.trainer`, only the device, the number of processes, the time-out, `log_every` and the
-    display are taken. The run directory is that of `default_run_dir`.
+    `config.trainer`, only the device, the number of processes, the time-out, `log_every`, the
+    display and `capture` are taken. The run directory is that of `default_run_dir`.
 
     Raise ValueError if a value of the new job is not valid.
     """
@@ -833,6 +844,7 @@ def teacher_job(config: Config) -> Config:
             timeout_s=config.trainer.timeout_s,
             log_every=config.trainer.log_every,
             progress=config.trainer.progress,
+            capture=config.trainer.capture,
         ),
         tracking=config.tracking,
         seed=config.teacher.train_seed,

@@ -332,6 +332,10 @@ OBJECTIVES: dict[str, tuple[str, bool]] = {
     "test/top1": ("test_top1", True),
     "val/top5": ("val/top5", True),
     "val/loss": ("val/loss", False),
+    # With several labels per image
+    "best/mAP": ("best_mAP", True),
+    "last/mAP": ("last_mAP", True),
+    "test/mAP": ("test_mAP", True),
 }
 
 

@@ -45,10 +45,13 @@ class LearnedTemperature(nn.Module):
 
         `epoch`, which counts from 1, changes only the gradient of theta, not the temperature.
         """
-        done = min(epoch, self.ramp_epochs) / self.ramp_epochs
-        factor = -(1 - math.cos(math.pi * done)) / 2
-        theta: Tensor = _ScaledGradient.apply(self.global_T, factor)
+        theta: Tensor = _ScaledGradient.apply(self.global_T, self.factor(epoch))
         return (self.start + self.span * torch.sigmoid(theta))[0]
+
+    def factor(self, epoch: int) -> float:
+        """Return the factor of the gradient of theta in an epoch, which counts from 1."""
+        done = min(epoch, self.ramp_epochs) / self.ramp_epochs
+        return -(1 - math.cos(math.pi * done)) / 2
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -126,6 +126,8 @@ def _job_line(job: JobStatus) -> str:
     parts = [f"  {job.state:<12} {job.epochs_done}/{job.epochs} epochs"]
     if job.top1 is not None:
         parts.append(f"top-1 {job.top1:.2f}")
+    if job.mAP is not None:
+        parts.append(f"mAP {job.mAP:.2f}")
     parts.append(job.name)
     if job.reason:
         parts.append(job.reason)

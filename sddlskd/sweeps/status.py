@@ -34,6 +34,7 @@ class JobStatus:
             have, do not count.
         epochs: number of epochs of the job; 0 if its config.yaml has not been written yet.
         top1: best validation top-1 (%) so far; None before the first epoch has ended.
+        mAP: best validation mAP (%) so far; None as above, or if images have one class each.
         reason: why the job failed, was stopped or was dropped by halving; "" if there is no reason,
             or if the job is queued or running again.
         requeues: how often SLURM put the job back into its queue.
@@ -49,6 +50,7 @@ class JobStatus:
     epochs_done: int
     epochs: int
     top1: float | None
+    mAP: float | None
     reason: str
     requeues: int
     slurm_job: str | None
@@ -199,6 +201,7 @@ def _job_status(
     top1 = result.get("best_top1")
     if top1 is None:
         top1 = max((row["val/top1"] for row in rows), default=None)
+    found = max((row["val/mAP"] for row in rows if "val/mAP" in row), default=None)
     reason = result.get("reason") or ""
     if state in ("queued", "running"):  # the reason is that of an earlier attempt
         reason = ""
@@ -210,6 +213,7 @@ def _job_status(
         epochs_done=sum(row["epoch"] > 0 for row in rows),
         epochs=epochs,
         top1=top1,
+        mAP=result.get("best_mAP", found),
         reason=reason,
         requeues=result.get("requeues", 0),
         slurm_job=task,

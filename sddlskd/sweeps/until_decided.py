@@ -162,7 +162,7 @@ def run_until_decided(
         numbers: list[dict[int, float]] = [{} for _ in words]
         for (index, seed), result in zip(runs, results, strict=True):
             # As in the tables: on the held-out images if there are some.
-            numbers[index][seed] = float(result["best_top1"])
+            numbers[index][seed] = float(result.get("best_mAP", result["best_top1"]))
         comparisons, missing = compare(numbers, baselines, max_seeds)
         if not missing:
             break

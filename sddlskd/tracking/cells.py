@@ -20,7 +20,7 @@ from sddlskd.tracking import uri as tracking_uri
 __all__ = ["cells_of", "send_cells"]
 
 FEWEST = 2  # finished runs that a mean needs
-NUMBERS = ("best_top1", "last_top1", "test_top1")
+NUMBERS = ("best_top1", "last_top1", "test_top1", "best_mAP", "last_mAP", "test_mAP")
 PARAMS = ("dataset.name", "teacher.name", "student.name", "M", "recipe", "trainer.epochs")
 
 
@@ -32,8 +32,8 @@ def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
         {settings_hash: runs}, with the hash of the settings without the seed. Each run is a dict
-        with "run_dir" (path of its folder) and the accuracies "best_top1", "last_top1" and
-        "test_top1" in percent, None if the run has no such accuracy. The result is {} if the plan
+        with "run_dir" (path of its folder) and the accuracies of `NUMBERS`, such as "best_top1", in
+        percent, None if the run has no such accuracy. The result is {} if the plan
         is missing or cannot be read.
     """
     finished: dict[str, list[dict[str, Any]]] = defaultdict(list)

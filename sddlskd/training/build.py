@@ -713,7 +713,7 @@ def _cached(
 
     Returns:
         The teacher with the cache. A cache file is shared by all jobs with the same teacher file,
-        data, augmentation, precision, and shape and number format of the maps.
+        data, augmentation, precision, TF32, and shape and number format of the maps.
     """
     d = job.dataset
     seen: list[Any] = [d.name, d.load, d.mean, d.std]
@@ -728,7 +728,7 @@ def _cached(
     seen += [d.val_fraction, data.train_size]
     full_KHW = tuple(teacher(torch.zeros(1, *data.image_shape, device=device)).shape[1:])
     map_KHW = stored_shape(full_KHW, cfg.cached_side(job))
-    about = {
+    about: dict[str, Any] = {
         "images": seen,
         "data": data_hash,
         "map": map_KHW,
@@ -739,6 +739,8 @@ def _cached(
         seen.append(d.train_fraction)
     if job.teacher.image_size:
         seen.append({"teacher.image_size": job.teacher.image_size})
+    if not job.trainer.tf32:
+        about["tf32"] = False
     path = cache_path(Path(str(job.teacher.cache)), sha256, about)
     return TeacherCache(
         teacher,

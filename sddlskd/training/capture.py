@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +35,8 @@ READ_BY_HOST = frozenset(
         *("_linalg_svd", "_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_check_errors"),
     )
 )
+# Graphs whose recording failed. The random generator of older versions of torch still uses them.
+FAILED: list[torch.cuda.CUDAGraph] = []
 INDEXED = frozenset(f"aten::{name}" for name in ("index", "index_put", "index_put_"))
 
 
@@ -60,8 +63,6 @@ class Captured:
 
     Attributes:
         reason: why the function is not recorded; "" if it can be.
-        crowded: whether other runs share the device. If so, an out-of-memory error during the
-            recording is raised. Otherwise, the function is then not recorded.
         replays: number of calls that replayed a recording.
     """
 
@@ -74,7 +75,6 @@ class Captured:
         watched: bool = True,
     ) -> None:
         self.reason = ""
-        self.crowded = False
         self.replays = 0
         self._what, self._device, self._log = what, device, log
         self._watched = watched
@@ -175,11 +175,9 @@ class Captured:
                 self._graph = _StandIn(function)
             else:
                 self._graph = _Graph(function, self._stream)
-        # The work of any network may fail to be recorded, in any way.
+        # The work of any network may fail to be recorded, in any way. A full device is no error
+        # either: without a recording, the function needs less memory.
         except Exception as error:
-            full = _out_of_memory(error)
-            if full is not None and self.crowded:
-                raise full from error
             self._refuse(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return False
         return True
@@ -197,13 +195,30 @@ class _Graph:
     """
 
     def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that send records to MLflow, do not concern the recording.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            function()
+        try:
+            self._graph = _recorded(function, stream)
+        except Exception:
+            # After a failure, the random generator and the allocator of older versions of torch
+            # go on as if they were recorded, until a recording goes well.
+            number = torch.zeros((), device=stream.device)
+            _recorded(lambda: number.zero_(), stream)
+            raise
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def _recorded(function: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of a function; raise any error of the function or of the recording."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads, such as those that send records to MLflow, do not concern the recording.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            function()
+    except Exception:
+        FAILED.append(graph)
+        raise
+    return graph
 
 
 class _StandIn:
@@ -269,7 +284,9 @@ def _random_state(device: torch.device) -> Hashable:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return random.getstate(), *(state.numpy().tobytes() for state in states)
+    of_numpy: Any = np.random.get_state()
+    arrays = [np.asarray(part) for part in (*states, *of_numpy)]
+    return random.getstate(), *(array.tobytes() for array in arrays)
 
 
 def _innermost(frames: traceback.StackSummary) -> str:
@@ -280,12 +297,3 @@ def _innermost(frames: traceback.StackSummary) -> str:
         if path.is_relative_to(package) and path != Path(__file__):
             return f"{path.relative_to(package.parent)}:{frame.lineno}"
     return "a backward pass"
-
-
-def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """Return the out-of-memory error among an error and its causes; None if there is none."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

@@ -340,7 +340,8 @@ class _Group:
         teacher: the shared teacher, or teachers; None without distillation.
         teacher_network: network of the teacher with its BatchNorm, which resizes the images if the
             teacher sees another size; None without distillation and with several teachers.
-        facts: facts about the data and the teacher, for result.json.
+        facts: facts about the data and the teacher for each job's result.json, in the order of
+            `jobs`.
         device: device of this rank.
         ranks: the ranks that share each batch.
         steps: batches per epoch.
@@ -352,7 +353,7 @@ class _Group:
     data: Data
     teacher: Teacher | TeacherCache | Teachers | None
     teacher_network: nn.Module | None
-    facts: dict[str, Any]
+    facts: Sequence[dict[str, Any]]
     device: torch.device
     ranks: Ranks
     steps: int
@@ -485,13 +486,13 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
                 check_batches(teacher_job, network, data, ranks)
             network.eval()
     teacher: Teacher | TeacherCache | Teachers | None = None
-    facts: dict[str, Any] = {"data": noted}
+    facts: list[dict[str, Any]] = [{"data": noted} for _ in jobs]
     if networks:
         train_teacher = partial(_train_teacher, stop=stop, ranks=ranks)
         teacher, of_teacher = build_teachers(
-            first, networks, data, device, train_teacher, ranks, noted
+            jobs, networks, data, device, train_teacher, ranks, noted
         )
-        facts |= of_teacher
+        facts = [{**one, **more} for one, more in zip(facts, of_teacher, strict=True)]
         # Once more, because the teacher has its weights now.
         students = _student_networks(jobs, plain_students, teacher_network, data, device)
     features = [
@@ -677,8 +678,9 @@ def _build_run(
     Raise ValueError if the checkpoint was made with other data or with another teacher file.
     """
     if group.ranks.is_rank_zero:
-        check_same_data(job, group.facts["data"])
-        _check_same_teacher(directory.folder, group.facts)
+        facts = group.facts[0]  # the data and the files of the teachers are those of all jobs
+        check_same_data(job, facts["data"])
+        _check_same_teacher(directory.folder, facts)
     return build_run(
         job,
         student,
@@ -708,11 +710,11 @@ def _report_running(group: _Group, opened: _OpenRuns) -> None:
     environment = f"{record.versions()}, {describe(group.device)}"
     if group.ranks.world_size > 1:
         environment += f", {group.ranks.world_size} ranks"
-    info = {**group.facts, "group_size": len(opened.runs)}
-    for run in opened.runs:
+    facts = {job.run_dir: one for job, one in zip(group.jobs, group.facts, strict=True)}
+    for job, run in zip(opened.jobs, opened.runs, strict=True):
+        info = {**facts[job.run_dir], "group_size": len(opened.runs)}
         size = size_of(run.model, group.data.image_shape)
-        how = f"{environment}, captured steps" if run.captured is not None else environment
-        run.start({**info, "environment": how, **size}, crowded=len(opened.runs) > 1)
+        run.start({**info, "environment": environment, **size}, crowded=len(opened.runs) > 1)
         opened.on_change(run)
 
 

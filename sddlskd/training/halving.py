@@ -19,9 +19,10 @@ __all__ = ["Halving"]
 class Halving:
     """Rule that says which runs of a group are dropped, and when.
 
-    At the end of each of some epochs, the runs are ranked by their val/top1 of that epoch, and the
-    worse half of them is dropped; of an odd number, the run in the middle stays. Equal runs are
-    ranked by val/loss, then by name. Only runs that have ended the epoch are ranked.
+    At the end of each of some epochs, the runs are ranked by their val/top1 of that epoch (val/mAP
+    if images have several labels), and the worse half of them is dropped; of an odd number, the run
+    in the middle stays. Equal runs are ranked by val/loss, then by name. Only runs that have ended
+    the epoch are ranked.
 
     The ranks depend only on the metrics in the run directories. A group that was killed and resumed
     thus drops the same runs as an undisturbed one.
@@ -67,13 +68,16 @@ class Halving:
         reasons: dict[str, str] = {}
         for epoch in epochs:
             ended = {folder: of_run[epoch] for folder, of_run in rows.items() if epoch in of_run}
+            metric = "val/top1"
+            if all("val/mAP" in row for row in ended.values()):
+                metric = "val/mAP"
             ranked = sorted(
-                (-row["val/top1"], row["val/loss"], folder) for folder, row in ended.items()
+                (-row[metric], row["val/loss"], folder) for folder, row in ended.items()
             )
             kept = len(ranked) - len(ranked) // 2
-            for rank, (minus_top1, _, folder) in enumerate(ranked[kept:], start=kept + 1):
+            for rank, (minus_score, _, folder) in enumerate(ranked[kept:], start=kept + 1):
                 reason = (
-                    f"rank {rank} of {len(ranked)} at epoch {epoch}: val/top1 {-minus_top1:.2f}"
+                    f"rank {rank} of {len(ranked)} at epoch {epoch}: {metric} {-minus_score:.2f}"
                 )
                 reasons.setdefault(folder, reason)
         return reasons

@@ -95,7 +95,6 @@ class Inputs:
             self._forward = Captured(
                 "forward passes of the teacher", self._device, log, watched=watched
             )
-            self._forward.crowded = len(runs) > 1
 
     def __call__(self, batch: Batch, runs: Sequence[Run]) -> tuple[Batch, Taps | None]:
         """Return the batch and the taps of the teacher for one step of some runs of the group.
@@ -159,7 +158,8 @@ class Inputs:
             fill()
         else:
             read = [images_BCHW, *([] if batch.strong is None else [batch.strong])]
-            self._forward(fill, read, needs)
+            # The recording writes to `held`, so it is of no use for other taps.
+            self._forward(fill, [*read, *held], needs)
             self._forward.wait()
         return self._taps
 

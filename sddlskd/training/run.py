@@ -22,6 +22,7 @@ from sddlskd.data.device import UNLABELLED, Batch, seed_of
 from sddlskd.distill import ScaleDecoupled, SeveralTeachers
 from sddlskd.files import checkpoint
 from sddlskd.methods import Method, Taps
+from sddlskd.methods.ctkd import LearnedTemperature
 from sddlskd.models import LogitMapModel
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, Onlooker, Record
 from sddlskd.training.capture import Captured
@@ -98,7 +99,10 @@ class Progress:
 
 
 class _Noting(Batch):
-    """A batch that notes whether its epoch is read."""
+    """A batch that notes whether its epoch is read.
+
+    Reading all fields, as unpacking and `_replace` do, counts as reading the epoch.
+    """
 
     was_read = False
 
@@ -106,6 +110,14 @@ class _Noting(Batch):
     def epoch(self) -> int:
         self.was_read = True
         return super().epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        self.was_read = True
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.was_read = True
+        return super().__getitem__(index)
 
 
 @dataclass
@@ -239,7 +251,11 @@ class Objective:
         epochs, so a recorded step of one epoch can be replayed in the other.
         """
         weights = tuple(self.weights(epoch).items())
-        if epoch < 1 or self.reads_epoch or self.temperature is not None:
+        if epoch < 1 or self.reads_epoch:
+            return weights, epoch
+        if isinstance(self.temperature, LearnedTemperature):
+            return weights, self.temperature.factor(epoch)
+        if self.temperature is not None:
             return weights, epoch
         return weights
 
@@ -362,11 +378,15 @@ class Optimisation:
     def capture_on(self, device: torch.device) -> None:
         """Keep the learning rate also in a tensor on `device`, so that steps can be captured.
 
-        A captured step is recorded once and replayed; it reads the rate from this tensor.
+        A captured step is recorded once and replayed; it reads the rate from this tensor. Call this
+        method after the optimizer has loaded its state, whose numbers of steps move to `device`.
         """
         # The CUDA kernels of the optimizers read float32. On the CPU, float64 is what Python has.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.rate = torch.zeros((), dtype=dtype, device=device)
+        for state in self.optimizer.state.values():
+            if "step" in state:  # Adam keeps it on the CPU, and so do checkpoints
+                state["step"] = state["step"].to(device)
 
     @contextmanager
     def _reading_rate(self) -> Iterator[None]:
@@ -383,9 +403,6 @@ class Optimisation:
             # that a captured step has the bits of any other.
             capturing = torch.cuda.is_current_stream_capturing()
             settings |= {"fused": True, "foreach": False, "capturable": capturing}
-            for state in self.optimizer.state.values():
-                if "step" in state:  # Adam keeps it on the CPU; checkpoints bring it there
-                    state["step"] = state["step"].to(self.rate.device)
         groups = self.optimizer.param_groups
         before = [{key: group[key] for key in settings if key in group} for group in groups]
         for group, old in zip(groups, before, strict=True):
@@ -575,8 +592,6 @@ class Run:
         """
         self.info = dict(info)
         self.crowded = crowded
-        if self.captured is not None:
-            self.captured.crowded = crowded
         self.report(RUNNING)
 
     def train_step(self, batch: Batch, teacher: Taps | None) -> None:
@@ -852,6 +867,9 @@ class Run:
         log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
         progress = self.progress
         has_scores = progress.best_epoch > 0
+        info = dict(self.info)
+        if self.captured is not None and self.captured.replays:
+            info["environment"] = f"{info.get('environment', '')}, captured steps"
         several = {"best_mAP": progress.best_mAP, "last_mAP": progress.last_mAP}
         return self.record.result(
             status,
@@ -862,7 +880,7 @@ class Run:
             epochs=max(progress.epoch - 1, 0),
             seconds=round(progress.seconds, 3),
             **{name: value for name, value in several.items() if value >= 0},
-            **self.info,
+            **info,
         )
 
 

@@ -4,7 +4,6 @@ Shapes: B batch, C channels, H W sides, K classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,21 +70,21 @@ class Teachers:
 
 
 def build_teachers(
-    job: Config,
+    jobs: Sequence[Config],
     networks: Sequence[nn.Module],
     data: Data,
     device: torch.device,
     train: Callable[[Config], None],
     ranks: Ranks | None = None,
     noted: Mapping[str, Any] | None = None,
-) -> tuple[Teacher | TeacherCache | Teachers, dict[str, Any]]:
-    """Return the teacher of a job, or its teachers; train those that are missing first.
+) -> tuple[Teacher | TeacherCache | Teachers, list[dict[str, Any]]]:
+    """Return the teacher of a group of jobs, or its teachers; train those that are missing first.
 
     Args:
-        job: configuration of the training run.
+        jobs: the jobs, which share their teachers.
         networks: network of each teacher, in the order of `config.each_teacher`; the weights are
             loaded from the teacher files.
-        data: data set of the job; the teachers' accuracies are measured on its test split.
+        data: data set of the jobs; the teachers' accuracies are measured on its test split.
         device: device of the teachers.
         train: function that trains a given teacher job and writes the teacher file.
         ranks: the processes that share each batch; all of them must call this function. None for
@@ -93,50 +92,54 @@ def build_teachers(
         noted: fingerprint of the data set (`present_fingerprint`); None if it is unknown.
 
     Returns:
-        The teacher or `Teachers`, and facts for result.json. With a single teacher both are those
-        of `build_teacher`. With several, the facts are "teacher_top1" (top-1 in percent of the mean
-        of the teachers' logits), "teacher_top1_each" (top-1 of each teacher by its name in the
-        configuration) and "teacher_sha256" (hashes of the teacher files, joined by "+").
+        The teacher or `Teachers`, and each job's facts for result.json. With a single teacher both
+        are those of `build_teacher`. With several, the facts are "teacher_top1" (top-1 in percent
+        of the mean of the teachers' logits, with the job's weights), "teacher_top1_each" (top-1 of
+        each teacher by its name in the configuration) and "teacher_sha256" (hashes of the teacher
+        files, joined by "+").
 
     Raises:
         FileNotFoundError, ValueError: As `build_teacher` does, for any of the teachers.
         Exception: Any error that `train` raises.
     """
     ranks = ranks or Ranks()
-    alone = cfg.each_teacher(job)
+    first = jobs[0]
+    alone = cfg.each_teacher(first)
     built = [
         build_teacher(one, network, data, device, train, ranks, noted)
         for one, network in zip(alone, networks, strict=True)
     ]
     if len(built) == 1:
-        return built[0]
-    teachers = Teachers([teacher for teacher, _ in built])
+        return built[0][0], [built[0][1] for _ in jobs]
+    teachers = [teacher for teacher, _ in built]
     hashes = [facts["teacher_sha256"] for _, facts in built]
-    names = [job.teacher.name, *job.more_teachers]
-    top1 = None
+    names = [first.teacher.name, *first.more_teachers]
+    top1s: list[float] = []
     if ranks.is_rank_zero:
-        top1 = _top1_of_mean(teachers, hashes, teacher_path(job), data, job, noted)
+        top1s = [_top1_of_mean(teachers, hashes, data, job, noted) for job in jobs]
     each = {name: facts["teacher_top1"] for name, (_, facts) in zip(names, built, strict=True)}
-    return teachers, {
-        "teacher_top1": ranks.broadcast(top1),
-        "teacher_top1_each": each,
-        "teacher_sha256": "+".join(hashes),
-    }
+    shared = {"teacher_top1_each": each, "teacher_sha256": "+".join(hashes)}
+    return Teachers(teachers), [{"teacher_top1": top1, **shared} for top1 in ranks.broadcast(top1s)]
 
 
 def _top1_of_mean(
-    teachers: Teachers,
+    teachers: Sequence[Teacher | TeacherCache],
     hashes: Sequence[str],
-    path: Path,
     data: Data,
     job: Config,
     noted: Mapping[str, Any] | None,
 ) -> float:
-    """Return the top-1 (%) of the mean of the teachers' logits, measured only once.
+    """Return the top-1 (%) of the weighted mean of the teachers' logits, measured only once.
 
-    The value is kept beside the file of the first teacher, `path`. `hashes` are those of all files.
+    The value is kept beside the file of the first teacher. `hashes` are those of all files.
     """
     measured_on = f"{job.dataset.name}:{noted['sha256'] if noted else ''}:{'+'.join(hashes[1:])}"
+    sizes = [one.teacher.image_size for one in cfg.each_teacher(job)]
+    if any(sizes):
+        measured_on += f":{sizes} pixels"
+    if job.teacher.weights:
+        measured_on += f":weights {job.teacher.weights}"
+    together = Teachers(teachers, cfg.teacher_weights(job))
     return teacher_files.measured_top1(
-        path, measured_on, lambda: evaluate(teachers, data.test_batches())["top1"]
+        teacher_path(job), measured_on, lambda: evaluate(together, data.test_batches())["top1"]
     )

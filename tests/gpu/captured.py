@@ -114,11 +114,20 @@ def captured_is_eager(device: torch.device, folder: Path) -> str:
 
 
 def failed_recording(device: torch.device) -> str:
-    """Check that a recording that fails disturbs nothing that comes after it."""
+    """Check that a recording that fails disturbs nothing that comes after it or was before it."""
     if device.type != "cuda":
         raise CannotRun("needs CUDA")
     log = logging.getLogger("sddlskd.checks")
     total, ones = torch.zeros((), device=device), torch.ones(1000, device=device)
+
+    def drawn() -> Tensor:
+        torch.manual_seed(0)
+        return torch.rand(8, device=device)
+
+    before, count = drawn(), torch.zeros((), device=device)
+    older = Captured("older sums", device, log)
+    for _ in range(3):
+        older(lambda: count.add_(ones.sum()), [ones], None)
 
     def read() -> None:
         total.add_(ones.sum())
@@ -129,6 +138,10 @@ def failed_recording(device: torch.device) -> str:
         torch.manual_seed(seed)
         refused(read, [ones], None)
         refused.wait()
+    older(lambda: count.add_(ones.sum()), [ones], None)
+    older.wait()
+    if not torch.equal(drawn(), before) or older.replays != 3 or float(count) != 4000:
+        raise Differs(f"an older recording gave {float(count):g}, not 4000, or draws differ")
     captured = Captured("sums", device, log)
     for seed in range(4):
         torch.manual_seed(seed)

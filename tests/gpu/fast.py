@@ -23,7 +23,7 @@ from sddlskd.data.device import Batch, DeviceData
 from sddlskd.datasets.arrays import fake
 from sddlskd.training.build import build_network
 from sddlskd.training.devices import number_formats
-from tests.gpu.group import STEPS, Group, build_group, recipes
+from tests.gpu.group import NEEDED, STEPS, Group, build_group, recipes
 from tests.gpu.plain_step import MEAN, STD, PlainJob, endless
 from tests.gpu.report import CannotRun, Check, table
 from tests.tiny import CONF, composed
@@ -471,7 +471,11 @@ def each_recipe(bench: Bench) -> str:
     lines = []
     for recipe in names:
         job = bench.job(
-            FASTEST, f"student={student}", f"recipe={recipe}", "dataset.views=weak_strong"
+            FASTEST,
+            f"student={student}",
+            f"recipe={recipe}",
+            "dataset.views=weak_strong",
+            *NEEDED.get(recipe, ()),
         )
         group = bench.group([job])
         (run,) = group.runs

@@ -26,6 +26,8 @@ from tests.tiny import CONF, composed
 
 SEED = 0
 STEPS = 782  # of an epoch of 50,000 images in batches of 64
+# Settings without which a recipe is refused
+NEEDED = {"mld": ("dataset.multi_label=true",)}
 
 
 @dataclass
@@ -77,6 +79,7 @@ def small_job(folder: Path, recipe: str, *overrides: str) -> Config:
         "trainer.batch_size=16",
         "trainer.capture=off",
         f"recipe={recipe}",
+        *NEEDED.get(recipe, ()),
         *overrides,
     )
     for feature in job.features.values():
@@ -94,6 +97,7 @@ def random_batch(
     classes: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    multi_label: bool = False,
 ) -> Batch:
     """Return a batch of two random views, with its indices on the CPU as the data sets give them.
 
@@ -103,6 +107,7 @@ def random_batch(
         classes: number of classes.
         device: device of images and labels.
         dtype: number format of the images.
+        multi_label: whether images have several labels.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -111,9 +116,11 @@ def random_batch(
         return x_BCHW.to(device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
     weak, strong = view(), view()
-    labels = torch.randint(classes, (images,), generator=generator).to(device)
+    labels = torch.randint(classes, (images,), generator=generator)
+    if multi_label:
+        labels = torch.randint(2, (images, classes), generator=generator)
     index = torch.arange(images)
-    return Batch(weak, labels, index, index * 162, epoch=1, strong=strong)
+    return Batch(weak, labels.to(device), index, index * 162, epoch=1, strong=strong)
 
 
 def build_group(
@@ -175,7 +182,14 @@ def build_group(
             compile=first.trainer.compile,
             compile_mode=first.trainer.compile_mode,
         )
-    batch = random_batch(image_CHW, first.trainer.batch_size, classes, device, dtype)
+    batch = random_batch(
+        image_CHW,
+        first.trainer.batch_size,
+        classes,
+        device,
+        dtype,
+        multi_label=first.dataset.multi_label,
+    )
     return Group(runs, teacher, batch, Inputs(runs, teacher))
 
 
