@@ -170,7 +170,7 @@ def count_seeds(counts: Iterable[int]) -> str:
     """Return a text on how many seeds the marks of a figure stand for: "n = 2 to 3 seeds".
 
     `counts` has the number of seeds of each mark. If all are equal, the text is, for example,
-    "n = 3 seeds". Raises ValueError if `counts` is empty.
+    "n = 3 seeds". Raise ValueError if `counts` is empty.
     """
     counts = list(counts)
     low = min(counts)

@@ -147,7 +147,7 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
         empty.
         1. The tables of the SDD paper.
         2. Ablations and training times in the form of SDD's tables, also of other methods and data
-           sets. After these, the seed suite, a table of SD-KD+LS over the scales.
+           sets. After these, a table of SD-KD+LS (KD with SDD and LSKD) over the scales.
         3. The tables of the LSKD paper.
         4. The tables in the READMEs of the authors' code.
         5. An overview of each data set. It shows every pair of teacher and student with at least
@@ -184,7 +184,7 @@ def _accuracy(metric: str) -> Quantity:
     """Return the quantity top-1 accuracy (%) of a student.
 
     For an entry of `_teachers`, the quantity is the accuracy of the teacher. `metric` is a key of
-    `METRICS`. Raises ValueError for another metric.
+    `METRICS`. Raise ValueError for another metric.
     """
     accuracy_of_student = selection.accuracy(metric)
 

@@ -63,11 +63,16 @@ class Source(Predictions, Protocol):
     """
 
     @property
-    def frame(self) -> pd.DataFrame: ...
+    def frame(self) -> pd.DataFrame:
+        """Return the runs, one per row, with the columns of `analysis.schema.COLUMNS`."""
 
     def history(
         self, metrics: Sequence[str] = ..., run_ids: Iterable[str] | None = ...
-    ) -> pd.DataFrame: ...
+    ) -> pd.DataFrame:
+        """Return metrics of runs by epoch, as `analysis.runs.Runs.history` does.
+
+        `metrics` are names such as "val/top1". `run_ids` are ids of runs in MLflow; None for all.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]
     Args:
         runs: the runs to draw, with their metrics by epoch and their predictions.
         out: folder for the PNG and SVG files, created if it is missing.
-        metric: accuracy to show: "best", "last" or "val", the keys of `analysis.selection.METRICS`.
+        metric: accuracy to show, a key of `analysis.selection.METRICS`, such as "best".
         test: test of the gains: "pooled" or "paired", see `analysis.selection.GainOptions`.
 
     Returns:

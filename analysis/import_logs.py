@@ -404,7 +404,7 @@ def _row(
 def _complete(params: Mapping[str, str], row: Mapping[str, str]) -> dict[str, str]:
     """Return the params of a CSV row as `log_params.complete` does.
 
-    Raises ValueError if params are missing. If a finished run lacks the accuracy as well, the
+    Raise ValueError if params are missing. If a finished run lacks the accuracy as well, the
     message says both.
     """
     try:
@@ -428,7 +428,7 @@ def _require_percent(metrics: Iterable[tuple[str, float, int]]) -> None:
 def _make_database(uri: str) -> None:
     """Create the database if `uri` names a missing SQLite file.
 
-    Other stores are checked later, when they are opened. Raises ValueError if the file cannot be
+    Other stores are checked later, when they are opened. Raise ValueError if the file cannot be
     created.
     """
     path = sqlite_file(uri)

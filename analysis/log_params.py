@@ -28,8 +28,8 @@ __all__ = [
 LOG_SUFFIXES = {".txt", ".log", ".json", ".csv"}  # files that are read from a folder
 NEEDED = ("dataset.name", "teacher.name", "student.name", "distiller.name", "M", "standardize")
 DATASETS = {"c100": "cifar100"}
-# Teacher of LSKD's transformers, by data set. Their logs do not name it, but their configurations
-# do (TEACHER_WEIGHTS: work_dirs/r-56_c100/model.pyth).
+# Teacher of LSKD's transformers, by data set. The logs do not name the teacher, but the
+# configurations do (TEACHER_WEIGHTS: work_dirs/r-56_c100/model.pyth).
 TEACHERS_OF_TRANSFORMERS = {"cifar100": "resnet56"}
 # An option in a name: M: or SOLVER.LR: anywhere, another word such as gpu: only after "," or "]"
 _KNOWN = r"(?:[A-Z]+(?:\.[A-Z0-9_]+)+|M):"
@@ -218,7 +218,7 @@ def params_of_method(text: str) -> dict[str, str]:
       does not state the scales, so the result has no M. Without the prefix, M is "[1]", the whole
       map.
 
-    Prefix and suffix may be in lower case, and may have "-" in place of "_". Raises ValueError if
+    Prefix and suffix may be in lower case, and may have "-" in place of "_". Raise ValueError if
     `text` is blank or has a line break.
     """
     name = re.sub(
@@ -250,7 +250,7 @@ def network(text: str) -> str:
     """Return the name that sddlskd has for a network: "resnet32x4" for "ResNet32x4" or "res32x4".
 
     The name of an unknown network is only put into lower case, with "_" for "-" and without the
-    suffix "_sdd". Raises ValueError if the result does not start with a letter, or has characters
+    suffix "_sdd". Raise ValueError if the result does not start with a letter, or has characters
     other than letters a to z, digits and "_".
     """
     name = text.strip().lower().replace("-", "_").removesuffix("_sdd")
@@ -306,7 +306,7 @@ def param(key: str, text: str) -> str:
 def number_of(key: str, text: str) -> float:
     """Return the finite number that `text` states, as a float.
 
-    `key` is the name of the param or column, for the error message. Raises ValueError if `text` is
+    `key` is the name of the param or column, for the error message. Raise ValueError if `text` is
     not a number, or is NaN or infinite.
     """
     try:
@@ -321,7 +321,7 @@ def number_of(key: str, text: str) -> float:
 def whole_number(key: str, text: str) -> str:
     """Return a whole number as a text of digits: "1200" if `text` is "1,200" or "1200.0".
 
-    `key` is the name of the param or column, for the error message. Raises ValueError if `text` is
+    `key` is the name of the param or column, for the error message. Raise ValueError if `text` is
     not a whole number, or is negative.
     """
     if re.fullmatch(r"\d{1,3}(,\d{3})+", text):  # 1,200
@@ -339,7 +339,7 @@ def complete(params: Mapping[str, str]) -> dict[str, str]:
     `network` returns them. A student that was trained alone (distiller.name is "vanilla") gets
     teacher "none", M "[1]" and standardize "False", whatever `params` says.
 
-    Raises ValueError if one of the params `NEEDED` (data set, teacher, student, distiller, M,
+    Raise ValueError if one of the params `NEEDED` (data set, teacher, student, distiller, M,
     standardize) is missing or empty, or if `network` refuses a name.
     """
     whole = dict(params)

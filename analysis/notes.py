@@ -64,11 +64,14 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
 
 
 def notes_on_pruned(declaration: Declaration, pruned: Sequence[tuple[Run, str]]) -> Iterator[str]:
-    """Yield a note that names the runs that halving dropped on the data sets of a table, if any.
+    """Yield one note that names the runs that halving dropped on the data sets of a table, if any.
+
+    Halving drops the worse half of the runs that are trained together.
 
     Args:
         declaration: description of the table.
-        pruned: the dropped runs of all data sets, each with its label.
+        pruned: the dropped runs of all data sets, each with the text that names the run in the
+            note.
     """
     datasets = {run.dataset for run in declaration.runs}
     named = [f"{label} ({run.reason})" for run, label in pruned if run.dataset in datasets]

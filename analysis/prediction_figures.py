@@ -209,8 +209,9 @@ def correlation_chart(kept: Kept) -> Chart | None:
     """Draw how much the correlations between class logits differ from student to teacher.
 
     A heat map shows the matrix of `correlation_gap` (K, K) for one run of a point, which is the
-    result of one method with its options on one pair of networks. At most `PANELS` (12) points of
-    `kept` are drawn; the caption names the others. The result is None if `kept` has no run.
+    result of one method with its options on one pair of networks. `kept` holds the runs whose
+    predictions were saved. At most `PANELS` (12) points of `kept` are drawn; the caption names the
+    others. The result is None if `kept` has no run.
     """
     if not kept.firsts:
         return None

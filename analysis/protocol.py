@@ -128,13 +128,13 @@ def other_method(run: Run, number: Published) -> list[str]:
 
 
 def other_budget(run: Run, number: Published) -> list[str]:
-    """Return the training settings in which a run differs from a published number.
+    """Return the training settings in which a run differs from those of a published number.
 
     The settings of `settings_of` are compared, except the scales and the weight of complementary
-    regions. A run must also train on all training images and all batches of an epoch. A setting
-    that is unknown for the run or for the number is not compared. The learning rate of a student
-    alone on CUB-200 is not compared either. An imported run may have its learning rate rounded to
-    two decimals.
+    regions, which belong to the method. A run must also train on all training images and all
+    batches of an epoch. A setting that is unknown for the run or for the number is not compared.
+    The learning rate of a student alone on CUB-200 is not compared either. A learning rate of an
+    imported run that is rounded to two decimals does not count as a difference.
 
     Returns:
         The settings that differ, each as "name=value" with the value of the run, such as

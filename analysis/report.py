@@ -72,13 +72,20 @@ class Source(Protocol):
     """
 
     @property
-    def frame(self) -> pd.DataFrame: ...
+    def frame(self) -> pd.DataFrame:
+        """Return the runs, one per row, with the columns of `schema.COLUMNS`."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Return the name of the sweep or experiment; "" for all runs of the MLflow store."""
+
     @property
-    def uri(self) -> str: ...
+    def uri(self) -> str:
+        """Return the address of the MLflow store."""
+
     @property
-    def command(self) -> str: ...
+    def command(self) -> str:
+        """Return the command that starts the sweep; "" if the command is unknown."""
 
 
 def write(

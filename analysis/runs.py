@@ -38,7 +38,7 @@ __all__ = ["Runs", "listing", "load"]
 
 NAMES_SHOWN = 10  # names that an error message lists
 # Fields of a job in a plan, besides its params.
-# Begins the reason of a run that halving dropped.
+# Beginning of the reason of a run that halving dropped.
 PRUNED = "PRUNED: "
 PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
 LEARNED_TEMPERATURE = "distiller.learned_temperature"

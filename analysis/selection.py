@@ -80,7 +80,8 @@ def accuracy(metric: str) -> Read:
 
     The function takes a `Run` and returns its accuracy or, if the run has none, a text with the
     reason. `metric` is "best" (best epoch), "last" (last epoch), "val" (on the test set, at the
-    epoch that held-out images chose), or "mAP" (best epoch). Raise ValueError for another metric.
+    epoch with the best accuracy on held-out images), or "mAP" (best epoch, for images with several
+    labels). Raise ValueError for another metric.
     """
     if metric not in METRICS:
         raise ValueError(f"metric={metric} is not valid; give one of {', '.join(METRICS)}")
@@ -197,8 +198,9 @@ def latest(attempts: Sequence[Run]) -> Run:
     """Return the run that counts among several runs of one configuration.
 
     The run whose status comes first in `STATUSES` counts: FINISHED, RUNNING, PRUNED, FAILED,
-    KILLED, MISSING. Among runs of this status, the last run counts. `attempts` are the runs, oldest
-    first. Raise ValueError if there are none, or if a status is not in `STATUSES`.
+    KILLED (interrupted), MISSING (planned, but never run). Among runs of this status, the last run
+    counts. `attempts` are the runs, oldest first. Raise ValueError if there are none, or if a
+    status is not in `STATUSES`.
     """
     return min(reversed(attempts), key=lambda run: STATUSES.index(run.status))
 

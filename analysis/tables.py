@@ -56,7 +56,8 @@ def build(
     The tables of the SDD paper come first, followed by ablations and training times in the same
     form. The tables of the LSKD paper follow, and then those of the READMEs of the papers' code. An
     overview of each data set comes last. Runs that a later run replaced (column `superseded`) are
-    left out.
+    left out. A gain is the difference to the mean of a baseline method. A verdict says whether the
+    mean of the runs is above, below or within the noise of a published number.
 
     Args:
         frame: runs, one per row, with the columns of `analysis.schema.COLUMNS`.

@@ -156,8 +156,8 @@ def compares_images(loss: PerSampleLoss) -> bool:
 def takes_label_sets(loss: PerSampleLoss) -> bool:
     """Return whether a loss is for images with several labels.
 
-    Such a loss has a parameter `labels_NK` in the place of `target_N`: it is 1 for the classes of a
-    sample, and 0 for the others.
+    Such a loss has a parameter `labels_NK` in the place of `target_N` (class ids). `labels_NK` is 1
+    for the classes of a sample and 0 for the others.
     """
     try:
         return "labels_NK" in inspect.signature(loss).parameters
@@ -175,7 +175,7 @@ class ScaleDecoupled:
     `region_logits` gives the logits of R regions of each map, and `loss` gives a value for each
     region. A region is consistent if the teacher's predictions for the region and for the whole
     image are both right or both wrong. Otherwise the region is complementary. The two kinds have
-    different weights.
+    different weights. If images have several labels, all regions have weight 1.
 
     Args:
         loss: function (student_NK, teacher_NK, target_N) -> loss_N with one value for each of the N
@@ -199,9 +199,9 @@ class ScaleDecoupled:
 
     Raises:
         ValueError: If `M` is not a sequence of different integers of at least 1, if
-            `complementary_weight` is negative or NaN, if `knowledge` is not "fusion" for a loss of
-            `takes_label_sets`, or if `standardize`, `knowledge`, `reduction`
-            or `pooling` is not one of the names above.
+            `complementary_weight` is negative or NaN, if `knowledge` is not "fusion" although the
+            loss is for images with several labels (`takes_label_sets`), or if `standardize`,
+            `knowledge`, `reduction` or `pooling` is not one of the names above.
     """
 
     def __init__(
@@ -291,12 +291,13 @@ class ScaleDecoupled:
         """Return the loss of a batch as a scalar, from the logits of the regions.
 
         Args:
-            student_BRK: logits of the student's regions.
-            teacher_BRK: logits of the teacher's regions.
-            teacher_BK: logits of the teacher's whole map.
-            target_B: class ids, int64, (B,); or (B, K) for a loss of `takes_label_sets`.
-            image_weight_B: weight that multiplies the losses of all regions of an image; None for
-                1.
+            student_BRK: logits of the student's regions, (B, R, K), as `regions` returns them.
+            teacher_BRK: logits of the teacher's regions, (B, R, K).
+            teacher_BK: logits of the teacher's whole map, (B, K).
+            target_B: class ids, int64, (B,). For images with several labels, zeros and ones,
+                (B, K).
+            image_weight_B: weight of each image, (B,), which multiplies the losses of all its
+                regions; None for 1.
             **options: keyword arguments that are passed on to the per-sample loss.
 
         Returns:
@@ -354,10 +355,11 @@ class ScaleDecoupled:
 
 
 def confidence_weights(teachers_TBK: Tensor, target_B: Tensor) -> Tensor:
-    """Return the weight of each of several teachers for each image, (T, B), with the sum 1 over T.
+    """Return the weight of each of T teachers for each image, (T, B); the sum over T is 1.
 
     The weight is (1 - softmax_T(CE)) / (T - 1), with the cross-entropy CE of a teacher's prediction
-    and the label: a teacher that predicts the label of an image better counts more for it.
+    and the label. The better a teacher predicts the label of an image, the more the teacher counts
+    for this image.
 
     Args:
         teachers_TBK: logits of T teachers for B images, without a temperature. T is at least 2.
@@ -378,8 +380,9 @@ def confidence_weights(teachers_TBK: Tensor, target_B: Tensor) -> Tensor:
 class SeveralTeachers:
     """Distillation loss of a batch that compares a student with several teachers.
 
-    The logit maps of the teachers may have different sides. Each map is pooled to its regions
-    first, so the regions of all teachers can be mixed.
+    An instance is called with the student's logit map, a list of the teachers' logit maps and the
+    class ids (B,), and returns a scalar. The teachers' maps may have different sides: each map is
+    pooled to its regions first, so the regions of all teachers can be mixed.
 
     Args:
         distill: the distillation loss with a single teacher.

@@ -157,10 +157,10 @@ def _measure_on(
 
 
 def probe(job: Config, weights: Path, trained: Config, side: int | None = None) -> dict[str, Any]:
-    """Return the test accuracy of a linear classifier of a student's features.
+    """Return the test accuracy of a linear classifier that is trained on a student's features.
 
     The classifier learns from all training images of `job.dataset`, without augmentation (see
-    `linear_probe`). The student does not change.
+    `linear_probe`). The student is not trained.
 
     Args:
         job: configuration with the data set, the device and the precision.
@@ -175,9 +175,10 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
 
     Raises:
         FileNotFoundError: If the file of the student is missing.
-        ValueError: If the file does not hold weights of the student, if the network shows
-            no features (is no `LogitMapModel`), if the data set has a single class, if a feature is
-            not finite, or if any other setting is wrong.
+        ValueError: If the file does not hold weights of the student, if the network shows no
+            features (is no `LogitMapModel`), if images of the data set have several labels, if the
+            data set has a single class, if `side` is below 1, if a feature is not finite, or if any
+            other setting is wrong.
         RuntimeError: If the student cannot take images of this size.
         InstantiationException: If the code of a network or a data set raises an error.
     """

@@ -48,7 +48,7 @@ def _binary_divergence(
 
 
 def _by_region(x_NK: Tensor, regions_per_image: int) -> Tensor:
-    """Return the rows of a batch as (B, R, K), where R is `regions_per_image`.
+    """Return the rows of a batch as (B, R, K), with R = `regions_per_image`.
 
     Raise ValueError if R is less than 1, or if the number of rows is not a multiple of R.
     """
@@ -61,7 +61,7 @@ def _by_region(x_NK: Tensor, regions_per_image: int) -> Tensor:
 
 
 def _unit(x: Tensor, dim: int, tolerance: float = 0.0) -> Tensor:
-    """Return `x` divided by its length along `dim`; 0 where the length is at most `tolerance`."""
+    """Return `x` divided by its length along `dim`; 0 if the length is at most `tolerance`."""
     length: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     nothing = length <= tolerance
     return (x / length.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
@@ -283,7 +283,7 @@ def rld(
 ) -> Tensor:
     """Return the refined logit distillation (RLD) loss of each sample.
 
-    The loss is alpha * A^2 * SCD + beta * T^2 * MCD, where A is `alpha_temperature` and T is
+    The loss is alpha * A^2 * SCD + beta * T^2 * MCD, with A = `alpha_temperature` and T =
     `temperature`. Both terms are KL(teacher || student):
     - SCD (sample confidence) compares binary distributions at temperature A: the teacher's (most
       probable class, all others) and the student's (target class, all others).
@@ -546,7 +546,7 @@ def skd(
         term = sqrt(d^T (C + ridge * identity)^-1 d)
 
     C is the covariance of the rows of D, with the divisor B - 1. For a batch of one image, D and
-    the term are 0. Where d is 0, the gradient of the square root counts as 0. Logits that are all 0
+    the term are 0. If d is 0, the gradient of the square root counts as 0. Logits that are all 0
     have no direction: their row of u or v is 0, and the term has no gradient for them.
 
     Source: "Streamlined Knowledge Distillation" (CVPR 2026), in the form of its released code.
@@ -601,11 +601,12 @@ def mld(
     Every class is a problem of two events, present and absent, with the probability p = sigmoid(z /
     T) of "present". The loss is T^2 times the sum over the classes of KL(teacher || student) of
     these two events. The classes that the sample has count `alpha` times, and the others `beta`
-    times: as DKD does for one label, this parts the knowledge on the labels from the rest.
+    times, as DKD weights the target class and the other classes.
 
-    Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (ICCV), the multi-label logits
-    distillation, of which the released code sums the classes. There T = alpha = beta = 1; the
-    temperature is that of Hinton et al. 2015, and the two weights are of this package.
+    Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (ICCV), "multi-label logits
+    distillation". The sum over the classes is that of the released code. There, T, alpha and beta
+    are 1. The temperature follows Hinton et al. 2015, and the two weights are an addition of this
+    package.
 
     Args:
         student_NK: logits of the student, (N, K).

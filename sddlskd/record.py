@@ -2,9 +2,9 @@
 
 The files are config.yaml (the configuration), code.json and code.diff (the state of the code),
 metrics.jsonl (one line per epoch), result.json (status and scores), train.log, the checkpoints,
-requeues.json (requeues by SLURM), rivals.json (the runs that halving compares) and mlflow.json
-(what MLflow has). The run directory is the
-authoritative record; MLflow mirrors it.
+requeues.json (how often SLURM put the run back into its queue), rivals.json (the runs that halving
+compares with this run) and mlflow.json (what MLflow has). The run directory is the authoritative
+record; MLflow holds a copy.
 """
 
 import json
@@ -144,11 +144,11 @@ def queue_again(folder: Path) -> None:
 
 
 def note_rivals(folder: Path, rivals: Sequence[Path]) -> None:
-    """Write to rivals.json with which runs halving compares a run.
+    """Write into rivals.json the list of the runs that halving compares with each other.
 
     Args:
-        folder: run directory of the run.
-        rivals: run directories of all runs that are compared, this one included.
+        folder: run directory of one of these runs, which gets the file.
+        rivals: run directories of all runs that are compared, this run included.
 
     Raises:
         OSError: If the file cannot be written.
@@ -157,9 +157,10 @@ def note_rivals(folder: Path, rivals: Sequence[Path]) -> None:
 
 
 def read_rivals(folder: Path) -> list[Path]:
-    """Return the run directories that `note_rivals` wrote into the run directory `folder`.
+    """Return the list that `note_rivals` wrote: run directories of runs that halving compares.
 
-    Return [] if there is no rivals.json, and raise Damaged if it is not a JSON object.
+    `folder` is the run directory of one of these runs. Return [] if the folder has no rivals.json.
+    Raise Damaged if that file is not a JSON object.
     """
     return [Path(run_dir) for run_dir in read_json(folder / RIVALS).get("run_dirs", [])]
 
@@ -431,10 +432,11 @@ class Record:
         """Write result.json for a run that did not write its outcome itself.
 
         The best and last validation top-1 (%), the number of epochs and the seconds come from
-        metrics.jsonl. Epochs of a first stage, which some methods have (numbers 0 and below), do
-        not count. Without epochs, the top-1 values are None. Entries about the data, the teacher,
-        the environment, the network's size and the number of runs that were trained together stay
-        as in the earlier result.json.
+        metrics.jsonl; for images with several labels also the best and last mAP (%). Epochs of a
+        first stage, which some methods have (numbers 0 and below), do not count. Without epochs,
+        the top-1 values are None. Entries about the data, the teacher, the environment, the
+        network's size and the number of runs that were trained together stay as in the earlier
+        result.json.
 
         Args:
             status: "FINISHED", "FAILED" or "KILLED" (interrupted).
@@ -504,7 +506,7 @@ class Onlooker:
 
 
 def abandoned(folder: Path) -> bool:
-    """Return True if no process has the run directory `folder` open to write, not even this one."""
+    """Return whether no process has the run directory `folder` open to write, not even this one."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

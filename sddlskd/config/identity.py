@@ -96,7 +96,7 @@ def _identity(node: Any) -> Iterator[tuple[str, Any]]:
             yield f.name, dict(_identity(value))
         elif f.name == "features":
             yield f.name, {name: dict(_identity(feature)) for name, feature in value.items()}
-        elif f.name == "more_teachers":  # their order counts, as the weights follow it
+        elif f.name == "more_teachers":  # the order counts, because `weights` follows it
             yield f.name, [dict(_identity(teacher)) for teacher in value.values()]
         else:
             yield f.name, with_first_names(_same_numbers(value))

@@ -561,7 +561,7 @@ def _check_multi_label(config: Config) -> None:
     if config.trainer.devices > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} cannot measure val/mAP, which {on} asks "
-            "for: it ranks all images; set trainer.devices=1"
+            "for: val/mAP ranks all images; set trainer.devices=1"
         )
     if config.tracking.predictions:
         raise ValueError(
@@ -572,8 +572,8 @@ def _check_multi_label(config: Config) -> None:
         return
     if config.standardize is not False:
         raise ValueError(
-            f"standardize={config.standardize} moves the zero of the logits, above which {on} "
-            "predicts a class; set standardize=false, as recipe=mld does"
+            f"standardize={config.standardize} moves the zero of the logits, but with {on} a class "
+            "is predicted if its logit is above zero; set standardize=false, as recipe=mld does"
         )
     if config.distiller.knowledge != "fusion":
         raise ValueError(
@@ -715,11 +715,12 @@ def _check_fractions(config: Config) -> None:
 
 
 def each_teacher(config: Config) -> list[Config]:
-    """Return a copy of a job for each of its teachers, with this teacher alone.
+    """Return one copy of a job for each of its teachers; the copy has this teacher alone.
 
-    The order is that of `teacher_weights`. A further teacher has the cache and the training of the
-    first one, except for the learning rate and the size of the images. A job without a teacher
-    gives [].
+    The first teacher (`config.teacher`) comes first, then those of `config.more_teachers`. In the
+    copy of a further teacher, network, weights file, learning rate and image size are its own; the
+    cache and the other settings are those of the first teacher. Return [] for a job without a
+    teacher.
     """
     if not config.has_teacher:
         return []
@@ -741,7 +742,10 @@ def each_teacher(config: Config) -> list[Config]:
 
 
 def teacher_weights(config: Config) -> list[float]:
-    """Return the weight of each teacher of a job: `teacher.weights`, or equal weights for []."""
+    """Return the weight of each teacher of a job, in the order of `each_teacher`.
+
+    The weights are `config.teacher.weights`. If that list is empty, all are equal, with the sum 1.
+    """
     count = 1 + len(config.more_teachers)
     return config.teacher.weights or [1 / count] * count
 
@@ -750,12 +754,11 @@ def teacher_job(config: Config) -> Config:
     """Return the job that trains the teacher of `config` from scratch, without distillation.
 
     `config` has a single teacher, see `each_teacher`. Network, epochs, learning rate and seed are
-    those of `config.teacher`. The data set is that of
-    `config`, but with one view per image and with `train_fraction` 1: the teacher learns from all
-    images that are not held out. Batch size, weight decay and milestones are the defaults of the
-    data set, and the optimizer is SGD. Of `config.trainer`, only the device, the number of
-    processes, the time-out, `log_every` and the display are taken. The run directory is that of
-    `default_run_dir`.
+    those of `config.teacher`. The data set is that of `config`, but with one view per image and
+    with `train_fraction` 1: the teacher learns from all images that are not held out. Batch size,
+    weight decay and milestones are the defaults of the data set, and the optimizer is SGD. Of
+    `config.trainer`, only the device, the number of processes, the time-out, `log_every` and the
+    display are taken. The run directory is that of `default_run_dir`.
 
     Raise ValueError if a value of the new job is not valid.
     """

@@ -177,10 +177,10 @@ class Precision(StrEnum):
 
 
 class Capture(StrEnum):
-    """Choice whether training steps are captured: recorded once and repeated with one call.
+    """Choice whether training steps are captured, that is, recorded as a CUDA graph and replayed.
 
-    "auto" captures them on a GPU, if one process trains. "on" also does so on the CPU, where it
-    saves nothing and gives the same numbers.
+    "auto" captures the steps on a GPU if a single process trains the job. "on" also captures steps
+    on the CPU, which saves no time and gives the same numbers. "off" captures nothing.
     """
 
     auto = "auto"  # on CUDA
@@ -189,7 +189,10 @@ class Capture(StrEnum):
 
 
 class CompileMode(StrEnum):
-    """Mode of torch.compile. Modes that capture by themselves are left out."""
+    """Mode of torch.compile.
+
+    The modes of torch that record CUDA graphs themselves are left out; see `Capture` instead.
+    """
 
     default = "default"
     max_autotune = "max_autotune"  # try more kernels, which takes longer
@@ -322,7 +325,7 @@ OBJECTIVES: dict[str, tuple[str, bool]] = {
 
 
 class FileMirror(StrEnum):
-    """Program that a copy in the run directory is for."""
+    """Program for which the metrics of a run are copied into files in the run directory."""
 
     tensorboard = "tensorboard"  # event files, in the folder tensorboard
     wandb = "wandb"  # an offline run, in the folder wandb; `wandb sync` uploads it
@@ -399,7 +402,10 @@ class TeacherConfig(StudentConfig):
 
 @dataclass
 class MoreTeacherConfig:
-    """Settings of a further teacher that differ from those of the first one, `TeacherConfig`."""
+    """Settings of a further teacher of a job with several teachers.
+
+    All other settings of the teacher are those of the first teacher, `TeacherConfig`.
+    """
 
     name: str = MISSING  # name of the network in tables
     # _target_ and its arguments; num_classes is added
@@ -585,7 +591,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """Settings of the copies of runs (settings, metrics, files) that are sent to MLflow."""
+    """Settings of the copies of runs (settings, metrics, files), in MLflow and elsewhere."""
 
     enabled: bool = _plumbing(True)  # mirror runs to MLflow
     uri: str | None = _plumbing(None)  # MLflow server or sqlite:////absolute/path

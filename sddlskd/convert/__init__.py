@@ -2,6 +2,7 @@
 
     python -m sddlskd.convert FILE [FLAGS] [KEY VALUE ...]    print the command for a file
 
-`mdistiller` reads the files of mdistiller, SDD and LSKD, which have the same keys, and
-`torchdistill` those of torchdistill. Both make a `Translation`, which `command` turns into text.
+The module `mdistiller` reads the files of mdistiller, SDD and LSKD, which have the same keys. The
+module `torchdistill` reads the files of torchdistill. Both return a `Translation`, which the
+function `command` of the module `translation` turns into the text of a command.
 """

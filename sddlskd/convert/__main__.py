@@ -1,4 +1,4 @@
-"""Print the command for a configuration file of another code: `python -m sddlskd.convert FILE`."""
+"""Print the training command that matches another code's file: `python -m sddlskd.convert FILE`."""
 
 import argparse
 import re
@@ -47,9 +47,13 @@ _Loader.add_multi_constructor("!", _untagged)
 
 
 def main() -> None:
-    """Print the command for the file that the command line names; exit with code 1 if it cannot be.
+    """Print the training command of this package for the file that the command line names.
 
     The command goes to stdout. A line for each key or flag that is not translated goes to stderr.
+
+    Raises:
+        SystemExit: With code 1 after printing why the file cannot be translated, or 2 if the
+            arguments cannot be parsed.
     """
     options = _parse(sys.argv[1:])
     try:
@@ -84,7 +88,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--from",
         dest="code",
         choices=mdistiller.CODES,
-        help="the code that the file is of; by default, its keys and the flags tell",
+        help="the code that the file was written for; by default, the file and the flags decide",
     )
     parser.add_argument("--cfg", action="store_true", help="may stand before the file")
     parser.add_argument("--M", help="SDD: scales, such as [1,2,4]")
@@ -137,7 +141,7 @@ def _merge(values: dict[str, Any], options: Sequence[str]) -> None:
 
 
 def _translate(values: Mapping[str, Any], options: argparse.Namespace) -> Translation:
-    """Return the translation of a file and of the flags, by the code that the file is of."""
+    """Return the translation of a file and of the flags."""
     if mdistiller.is_of_mdistiller(values):
         flags = mdistiller.Flags(
             M=_scales(options.M),

@@ -121,15 +121,15 @@ SDD_CLIP_NORM = 40.0
 
 @dataclass(frozen=True)
 class Flags:
-    """Flags of the command lines of SDD and LSKD; None stands for a flag that is not given.
+    """Flags of the command lines of SDD and LSKD.
 
     Attributes:
-        M: scales of SDD.
-        warmup: epochs of SDD's warm-up.
+        M: scales of SDD; None if the flag is not given.
+        warmup: epochs of SDD's warm-up; None if the flag is not given.
         logit_stand: whether LSKD standardises logits.
         base_temp: temperature of LSKD, for standardised logits.
-        kd_weight: weight of LSKD, for standardised logits.
-        seed: random seed, which SDD has on ImageNet.
+        kd_weight: weight of LSKD's distillation loss, for standardised logits.
+        seed: random seed, a flag of SDD's program for ImageNet; None if the flag is not given.
     """
 
     M: list[int] | None = None
@@ -161,14 +161,21 @@ class _File:
 
 
 def is_of_mdistiller(values: Mapping[str, Any]) -> bool:
-    """Return whether a file has the keys of mdistiller: DISTILLER and SOLVER."""
+    """Return whether `values`, the content of a file, has keys of mdistiller: DISTILLER, SOLVER.
+
+    SOLVER may be missing.
+    """
     return isinstance(values.get("DISTILLER"), Mapping) and isinstance(
         values.get("SOLVER", {}), Mapping
     )
 
 
 def code_of(values: Mapping[str, Any], flags: Flags) -> str:
-    """Return the code that a file is of, one of `CODES`; mdistiller if nothing tells."""
+    """Return which code a configuration file was written for: "mdistiller", "sdd" or "lskd".
+
+    The keys, the method and the networks in the file decide, and the flags. If nothing shows SDD or
+    LSKD, the result is "mdistiller". `values` is the content of the file.
+    """
     named = dotted(values)
     kind = str(named.get("DISTILLER.TYPE", ""))
     networks = f"{named.get('DISTILLER.TEACHER')} {named.get('DISTILLER.STUDENT')}"
@@ -180,12 +187,17 @@ def code_of(values: Mapping[str, Any], flags: Flags) -> str:
 
 
 def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) -> Translation:
-    """Return what a file of mdistiller, SDD or LSKD says in terms of this package.
+    """Translate a configuration file of mdistiller, SDD or LSKD into settings of this package.
 
     Args:
-        values: content of the file, with the options of the command line merged into it.
+        values: content of the file, as nested mappings. Options of the command line have already
+            replaced values of the file.
         flags: flags of the command line.
-        code: "mdistiller", "sdd" or "lskd"; None to tell it from the file and the flags.
+        code: code that the file was written for: "mdistiller", "sdd" or "lskd"; None to decide by
+            `code_of`.
+
+    Returns:
+        The choices and values that give the same training, and what is not translated.
 
     Raises:
         ValueError: If the file asks for a method, network, data set or optimizer that this package
@@ -206,7 +218,7 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
         raise ValueError(
             f"DISTILLER.TYPE={kind} has no translation; valid are {', '.join(METHODS)}"
         )
-    found.choices["recipe"] = "none"  # each method sets its own; the recipe comes first
+    found.choices["recipe"] = "none"  # the first choice of the command; `method` sets it
     found.choices["dataset"] = dataset
     if kind != "NONE":
         found.choices["teacher"] = _network(str(file["DISTILLER.TEACHER"]), dataset)

@@ -1,6 +1,7 @@
-"""Read the configuration files of torchdistill, of its first form (type, params) and of today's.
+"""Read the configuration files of torchdistill, in their first form and in today's form.
 
-Today's form names code by `key` and `kwargs`. Of the losses, those of the logits are translated.
+The first form names code by the keys `type` and `params`, and today's form by `key` and `kwargs`.
+Only losses of the logits are translated.
 """
 
 import re
@@ -24,15 +25,18 @@ BLOCKS = ("datasets", "test")
 
 
 def is_of_torchdistill(values: Mapping[str, Any]) -> bool:
-    """Return whether a file has the keys of torchdistill: models and train."""
+    """Return whether `values`, the content of a file, has torchdistill's keys: models and train."""
     return isinstance(values.get("models"), Mapping) and isinstance(values.get("train"), Mapping)
 
 
 def translate(values: Mapping[str, Any]) -> Translation:
-    """Return what a file of torchdistill says in terms of this package.
+    """Translate a configuration file of torchdistill into settings of this package.
 
     Args:
-        values: content of the file.
+        values: content of the file, as nested mappings with the keys "models" and "train".
+
+    Returns:
+        The choices and values that give the same training, and what is not translated.
 
     Raises:
         ValueError: If the file trains in several stages, or asks for a loss, network, data set,

@@ -1,4 +1,4 @@
-"""What a file of another code says in terms of this package, and the command for it."""
+"""Keep the translation of another code's file, and make the training command from it."""
 
 import math
 import shlex
@@ -19,13 +19,13 @@ PROGRAM = "python -m sddlskd.train"
 
 @dataclass
 class Translation:
-    """What a file of another code says in terms of this package.
+    """Settings of this package that train like a configuration file of another code.
 
     Attributes:
-        choices: {group: choice}, such as {"recipe": "kd"}; the command states all of them.
-        values: {dotted key: value} that the other code trains with. The command states those that
-            the choices do not set anyway.
-        ignored: a line for each key or flag that is not translated, with the reason.
+        choices: {group: choice} of the folders in conf/, such as {"recipe": "kd"}.
+        values: {dotted key of this package: value}, such as {"trainer.epochs": 240}. The choices
+            may already set some of these values.
+        ignored: for the user, a line for each key or flag that is not translated, with the reason.
     """
 
     choices: dict[str, str] = field(default_factory=dict)
@@ -34,13 +34,14 @@ class Translation:
 
 
 def command(translation: Translation) -> str:
-    """Return the training command for a translation.
+    """Return the training command for a translation, as one line for a shell.
 
     The command has the choices, and an override for each value that differs from what the choices
     set. A key that the choices do not have is added with "+".
 
     Raises:
-        ValueError, HydraException, OmegaConfBaseException: If this package refuses a value.
+        ValueError, HydraException, OmegaConfBaseException: If this package refuses a choice or a
+            value.
     """
     choices = [f"{group}={choice}" for group, choice in translation.choices.items()]
     composed = _composed(choices)
@@ -51,14 +52,20 @@ def command(translation: Translation) -> str:
             continue
         add = "" if _has(composed, key) else "+"
         overrides.append(f"{add}{key}={_text(value)}")
-    _composed([*choices, *overrides])  # whatever the command is, it must be one that composes
+    _composed([*choices, *overrides])  # raises if Hydra cannot compose the command
     return " ".join([PROGRAM, *map(shlex.quote, [*choices, *overrides])])
 
 
 def milestones(stages: Sequence[float], epochs: int) -> list[float]:
-    """Return epochs after which the learning rate falls as fractions of all epochs.
+    """Convert the epochs at which the learning rate falls to fractions of the training.
 
-    Stages that the training does not reach are left out.
+    Args:
+        stages: numbers of epochs after which the learning rate falls, such as [150, 180, 210].
+            Numbers that the training does not reach are left out.
+        epochs: number of epochs of the training.
+
+    Returns:
+        The fractions, such as [0.625, 0.75, 0.875], the form of the setting optimizer.milestones.
     """
     return [stage / epochs for stage in stages if stage < epochs]
 
@@ -103,7 +110,10 @@ def _text(value: Any) -> str:
 
 
 def dotted(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of all values of nested mappings."""
+    """Return {dotted key: value} of all values of nested mappings, such as {"SOLVER.LR": 0.05}.
+
+    An empty mapping counts as a value. `prefix` is put before each key.
+    """
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:

@@ -145,13 +145,15 @@ class Chunk(NamedTuple):
 def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
     """Return a square crop of an image file, and what is unusual about the image.
 
-    If `job.draw` is a text, the crop is a `random_crop`, resized to `view.size`. If `job.draw` is
-    None, the crop is that of torchvision's Resize(size / centre) and CenterCrop(size). If
-    `view.squeezed` is set, the image is resized to a square of the side size / centre instead, and
-    the crop is that of torchvision's RandomCrop(size) for a text, and of CenterCrop(size) for None.
-    All are resized bilinearly with antialiasing. Grey, palette and CMYK images become RGB, and
-    alpha is dropped, as in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits. The
-    EXIF orientation is ignored unless `view.upright` is set.
+    If `job.draw` is a text (the seed of a random crop), the crop is a `random_crop`, resized to
+    `view.size`. If `job.draw` is None, the crop is that of torchvision's Resize(size / centre) and
+    CenterCrop(size). If `view.squeezed` is set, the image is first resized to a square with the
+    side size / centre. The crop is then that of RandomCrop(size) if `job.draw` is a text, and that
+    of CenterCrop(size) if it is None.
+
+    All images are resized bilinearly with antialiasing. Grey, palette and CMYK images become RGB,
+    and alpha is dropped, as in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits.
+    The EXIF orientation is ignored unless `view.upright` is set.
 
     Args:
         job: file to decode and kind of crop.

@@ -159,7 +159,8 @@ class DeviceData:
 
     Args:
         splits: training and test split, as `Images`.
-        num_classes: number of classes; labels are 0..num_classes-1.
+        num_classes: number of classes. A label is 0..num_classes-1; several labels of an image are
+            num_classes zeros and ones.
         batch_size: training images per batch, over all ranks; at most the number of training
             images.
         seed: seed of the order, crops and flips.
@@ -191,10 +192,11 @@ class DeviceData:
 
     Raises:
         ValueError: If the data or an argument cannot be used: the splits are `Files`, the images
-            are not uint8 (N, H, W, C) of one size in both splits, a split is empty, a label is not
-            int64 in 0..num_classes-1, `strong` is set and the images do not have 3 channels, `mean`
-            or `std` does not suit `Normalise`, or `padding`, a batch size or a fraction is out of
-            range. A `val_fraction` other than 0 must hold out some images, but not all.
+            are not uint8 (N, H, W, C) of one size in both splits, a split is empty, the labels are
+            not those that `check_labels` accepts, `strong` is set and the images do not have 3
+            channels, `mean` or `std` does not suit `Normalise`, or `padding`, a batch size or a
+            fraction is out of range. A `val_fraction` other than 0 must hold out some images, but
+            not all.
     """
 
     def __init__(
@@ -311,7 +313,7 @@ class DeviceData:
         if self._device.type == "cuda":
             index_N = (
                 index_N.pin_memory()
-            )  # so that copying a batch's part to the GPU takes no wait
+            )  # so that a batch's part is copied to the GPU without waiting
         # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
         batches = self._chunks(
             corner_N[index_N].to(self._device),
@@ -331,7 +333,8 @@ class DeviceData:
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n. For images with several labels,
+        the result is (N, K) with zeros and ones.
         """
         return self._train_labels_N.cpu()
 
@@ -357,17 +360,17 @@ class DeviceData:
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
-        B is `eval_batch_size`, or less in the last batch. The images come from the test split if
-        `val_fraction` is 0.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
+        or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch.
+        The images come from the test split if `val_fraction` is 0.
         """
         return self._plain(self._val)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the batches of the whole test split, in order, not augmented.
 
-        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
-        B is `eval_batch_size`, or less in the last batch.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
+        or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch.
         """
         return self._plain(self._test)
 
@@ -558,7 +561,8 @@ def trained_on(
     `val_fraction`, the images of a smaller `train_fraction` are among those of a larger one.
 
     Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU.
+        labels_N: class of each image of the training split, int64 (N,) on the CPU. With several
+            labels per image, int64 (N, K): all images then count as one class in the choice.
         val_fraction: fraction of each class that is held out for validation, see `held_out`; 0 to
             hold out nothing.
         train_fraction: fraction of each class to train on, of the images that are not held out. The
@@ -598,7 +602,8 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
     The choice is random but fixed: it does not depend on the seed of a run.
 
     Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU.
+        labels_N: class of each image of the training split, int64 (N,) on the CPU. With several
+            labels per image, int64 (N, K): all images then count as one class in the choice.
         fraction: fraction of each class to hold out. The number of images is rounded to the nearest
             integer.
         num_classes: number of classes.
@@ -647,8 +652,8 @@ def _check_label_sets(name: str, labels_NK: Tensor, count: int, num_classes: int
         )
     if ((labels_NK != 0) & (labels_NK != 1)).any():
         raise ValueError(
-            f"{name} labels are not all 0 or 1, which several labels per image must be: convert "
-            "them in the loader"
+            f"{name} labels are not all 0 or 1, as several labels per image must be: convert the "
+            "labels in the loader"
         )
 
 

@@ -197,7 +197,8 @@ class StreamedData:
 
     Args:
         splits: training and test split, as `Files`.
-        num_classes: number of classes; labels are 0..num_classes-1.
+        num_classes: number of classes. A label is 0..num_classes-1; several labels of an image are
+            num_classes zeros and ones.
         batch_size: training images per batch, over all ranks; at most the number of training
             images.
         seed: seed of the order, crops and flips.
@@ -238,10 +239,10 @@ class StreamedData:
 
     Raises:
         ValueError: If the data or an argument cannot be used: the splits are `Images`, a split is
-            empty, a label is not int64 in 0..num_classes-1, `mean` or `std` does not suit
-            `Normalise`, `view.size` is below 1, `view.centre` is not in (0, 1], or a batch size or
-            a fraction is out of range. A `val_fraction` other than 0 must hold out some images, but
-            not all.
+            empty, the labels are not those that `device.check_labels` accepts, `mean` or `std` does
+            not suit `Normalise`, `view.size` is below 1, `view.centre` is not in (0, 1], or a batch
+            size or a fraction is out of range. A `val_fraction` other than 0 must hold out some
+            images, but not all.
     """
 
     def __init__(
@@ -351,17 +352,18 @@ class StreamedData:
     def train_labels(self) -> Tensor:
         """Return the class of each image that is trained on, int64 (N,), on the CPU.
 
-        Entry n is the class of the image whose `Batch.index` is n.
+        Entry n is the class of the image whose `Batch.index` is n. For images with several labels,
+        the result is (N, K) with zeros and ones.
         """
         return self._splits["train"].labels_N
 
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over this rank's validation batches, in order, not augmented.
 
-        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
-        B is `eval_batch_size`, or less in the last batch and if images are left out. A batch
-        without any usable image is left out. The images come from the test split if `val_fraction`
-        is 0.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
+        or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch
+        and if images are left out. A batch without any usable image is left out. The images come
+        from the test split if `val_fraction` is 0.
 
         Raises:
             ValueError: If an image has a fault whose setting (`bad` or `irregular`) is "fail", or
@@ -373,9 +375,9 @@ class StreamedData:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over the batches of the whole test split, in order, not augmented.
 
-        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,).
-        B is `eval_batch_size`, or less in the last batch and if images are left out. A batch
-        without any usable image is left out.
+        A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
+        or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch
+        and if images are left out. A batch without any usable image is left out.
 
         Raises:
             ValueError: If an image has a fault whose setting (`bad` or `irregular`) is "fail", or

@@ -354,7 +354,7 @@ def fake(
 def fake_label_sets(
     num_classes: int = 6, size: int = 32, train: int = 2_000, test: int = 500, seed: int = 0
 ) -> Splits:
-    """Return random pixels with several labels per image that can be learnt, for smoke tests.
+    """Return fake images with several labels each, which a network can learn, for smoke tests.
 
     Each class has a colour and a place: for each class of an image, a square of the class's colour
     lies over the noise at the class's place. An image has each class with probability 0.4.

@@ -29,8 +29,8 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
         A dictionary that can be written as JSON, with the keys
 
         - train, test: number of images of the split;
-        - classes: largest label of both splits + 1, or the number of columns of label sets; 0
-          without images;
+        - classes: largest label of both splits + 1 or, for images with several labels, the number
+          K of columns of the labels (N, K); 0 without images;
         - class_names: names of the class folders of the training images, in the order of the
           labels; None for `Images`, and for `Files` that do not lie in one folder per class;
         - sha256: hash in hex. For `Images`, of the labels and all pixels. For `Files`, of the

@@ -129,8 +129,8 @@ def _listed_images(folder: Path) -> dict[str, list[str]]:
         path = str(folder / name)
         if not comma or path in images or not os.path.isfile(path):
             raise ValueError(
-                f"{listing}:{line}: {text[:60]!a} is not an image below {folder}, a comma and its "
-                "classes, or lists an image twice"
+                f"{listing}:{line}: {text[:60]!a} is not an image below {folder}, a comma and the "
+                "image's classes, or lists an image twice"
             )
         images[path] = [label.strip() for label in labels.split(";") if label.strip()]
     if not images:

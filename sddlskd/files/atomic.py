@@ -66,9 +66,9 @@ def write_atomically(
 def put(new: Path, path: Path) -> None:
     """Rename the finished file `new` to `path`, unless `path` exists already.
 
-    Both paths must be on the same file system.
-    If several processes do this for the same `path` at once, one of them succeeds. On a file system
-    without hard links, two may succeed, and the file of the last process remains.
+    Both paths must be on the same file system. If several processes call the function for the same
+    `path` at once, one of them succeeds. On a file system without hard links, two may succeed, and
+    the file of the last process remains.
 
     Raises:
         FileExistsError: If `path` exists; `new` then stays.

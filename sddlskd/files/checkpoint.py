@@ -45,7 +45,7 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "state_dict_ema", 
 # thop.
 COUNTERS = {"n_averaged", "total_ops", "total_params"}
 ZIP = b"PK\x03\x04"  # beginning of a zip file, and so of a file of torch.save
-# What a file is that is given in place of weights, by its beginning in lower case
+# What a file is that a user gave in place of weights, by the first bytes of the file in lower case
 FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; run: git lfs pull",
     b"<": "a web page, not a checkpoint; download the file itself",
@@ -343,9 +343,10 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
         network: Name of the network, for the message.
 
     Raises:
-        ValueError: If a tensor is missing or unknown, has another shape, or is floating-point where
-            the network has an integer one or vice versa; the message names the first three. Also if
-            a .safetensors file is given and the package safetensors is not installed.
+        ValueError: If a tensor is missing or unknown, has another shape, or is floating-point
+            although the network has an integer one or vice versa; the message names the first
+            three. Also if a .safetensors file is given and the package safetensors is not
+            installed.
         UnreadableFile: If the file is damaged, would run code, or holds no state dict.
         FileNotFoundError: If there is no such file.
     """

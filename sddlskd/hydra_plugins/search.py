@@ -1,8 +1,8 @@
 """Hydra plugin for a search: a sweeper that lets Optuna propose the jobs.
 
 hydra-optuna-sweeper requires Optuna 2, whose SQLite storage fails with the SQLAlchemy of MLflow.
-This sweeper takes its place. Hydra imports every plugin at start, so this module imports nothing
-heavy.
+The sweeper of this module replaces hydra-optuna-sweeper. Hydra imports every plugin at start, so
+this module imports nothing heavy.
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,14 @@ ConfigStore.instance().store(
 
 @dataclass
 class OptunaSweeper(Sweeper):
-    """Hydra sweeper that searches the settings with the best `objective`.
+    """Hydra sweeper that searches for the settings that give the best result.
 
-    Jobs are trained in batches of `n_jobs`. With a launcher of sddlskd, the jobs of a batch share
-    the teacher's forward passes.
+    The configuration key `objective` names the result, an accuracy or a loss. Jobs are trained
+    `n_jobs` at a time. With a launcher of sddlskd, these jobs share the teacher's forward passes.
 
     Attributes:
         n_trials: number of jobs that the search trains.
-        n_jobs: number of jobs in a batch.
+        n_jobs: number of jobs that are proposed and trained together.
         seed: seed of the proposals.
         params: varied keys and their values, as in `OptunaConfig`.
         config: configuration of the sweep as Hydra composes it; set by `setup`.

@@ -93,7 +93,8 @@ class SharedTeacherLauncher(Launcher):
         fail_fast: whether to stop the sweep at the first job that fails.
         config: configuration of the sweep as Hydra composes it; set by `setup`.
         hydra_context: Hydra's loaders; set by `setup`.
-        searches: whether a search calls the launcher, again and again, and prints the results.
+        searches: whether a search calls the launcher several times. The launcher then prints no
+            results unless a job failed, because the search prints all results at its end.
     """
 
     devices: Any

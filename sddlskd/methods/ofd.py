@@ -37,10 +37,10 @@ class OFD(Method):
         teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
         teacher_network: Teacher, a `LogitMapModel`. The margins come from the BatchNorms that its
             `norms_before_relu` returns.
-        alignment: What happens if the teacher has more stages than the student. "strict": the two
-            networks are refused, as the released code cannot serve them. "from_end": the teacher's
-            first stages are left out. With both values, the first stages of a student with more
-            stages are left out.
+        alignment: What happens if the teacher has more stages than the student. "strict": a
+            ValueError, because the released code cannot train such a pair. "from_end": the
+            teacher's first stages are left out. With both values, the first stages of a student
+            with more stages are left out.
         stages_for_preacts: Whether a student that shows no maps before a ReLU gives the final maps
             of its stages instead.
         kernel: Side of the convolution's kernel, an odd number in 1..31.

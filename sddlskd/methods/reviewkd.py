@@ -34,10 +34,10 @@ class ReviewKD(Method):
     Args:
         student: Maps of the student (`Taps`) for any batch; only their shapes are read.
         teacher: Maps of the teacher (`Taps`) for any batch; only their shapes are read.
-        alignment: What happens if the numbers of stages differ. "strict": the two networks are
-            refused, as the released code cannot serve them. "from_end": the first stages of the
-            network with more stages are left out. With both values, the levels are paired from the
-            top.
+        alignment: What happens if the two networks have different numbers of stages. "strict": a
+            ValueError, because the released code cannot train such a pair. "from_end": the first
+            stages of the network with more stages are left out. With both values, the levels are
+            paired from the top.
         student_preacts: Whether the student's maps are taken before the last ReLU, too.
         labels_N: Class of each training image, (N,), of which only the number N is read. None to
             leave out the check for a batch of one image.

@@ -119,11 +119,11 @@ def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
 
 
 def draw_ends(network: nn.Module) -> None:
-    """Draw the layers once more that SDD's code replaces in a network for CUB-200, in place.
+    """Initialise anew, in place, the layers that SDD's code replaces in a network for CUB-200.
 
-    The layers are the first convolution, if it is that of a large stem, and the classifier, except
-    that of mobilev2. They are drawn from PyTorch's default distribution, by torch's global
-    generator. A network of another package does not change.
+    These layers are the first convolution, if the network has the large stem (7x7), and the
+    classifier, except that of mobilev2. Their weights are drawn from PyTorch's default distribution
+    by torch's global generator. A network of another package does not change.
 
     Source: modify_student_model_for_cub200 in train_origin.py of SDD at e412036.
     """

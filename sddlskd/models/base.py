@@ -52,8 +52,8 @@ class Taps(NamedTuple):
     def of_map(cls, logit_map_BKHW: Tensor) -> "Taps":
         """Return taps with a logit map (B, K, H, W) alone, for a network that shows no other maps.
 
-        `stages` and `preacts` are (), `pooled` has the shape (B, 0), `strong_map` and `last` are
-        None.
+        `stages`, `preacts` and `others` are (), `pooled` has the shape (B, 0), and `strong_map` and
+        `last` are None.
         """
         return cls(logit_map_BKHW, (), (), logit_map_BKHW[:, :0, 0, 0])
 

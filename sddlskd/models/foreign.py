@@ -184,10 +184,11 @@ class ForeignNetwork(LogitMapModel):
     wrapped network, so weights files can be exchanged with code that uses the network directly.
 
     The mean of the logit map is the logits of the network. For a network that averages a feature
-    map and applies its head, z is that map. In two cases, the mean of the cells is not what the
-    head reads. The map is then shifted: z = cells + (g - mean of the cells), with g the input of
-    the head. The mean of the logit map is then the head's output for g, and cells differ as the
-    head sees them. This is a definition of this package; no paper has one.
+    map and applies its head, z is that map. In two cases, the head reads a vector g that is not the
+    mean of the map. The map is then shifted to the mean g: z = cells + (g - mean of the cells),
+    with the vectors at the map's positions as the cells. The mean of the logit map is then the
+    head's output for g, and the differences between the cells stay. This is a definition of this
+    package; no paper has one.
 
     - Class token: the cells are the patch tokens, and g is the class token, both after the layers
       that the network applies to the class token.
@@ -307,7 +308,10 @@ class ForeignNetwork(LogitMapModel):
         return self._features(self.resized(x_BCHW))
 
     def resized(self, x_BCHW: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) as the wrapped network sees them: with the side `resize`."""
+        """Return images (B, 3, H, W) as the wrapped network sees them.
+
+        The images are resized to squares, bilinearly, if `resize` was given.
+        """
         if self._resize is None or x_BCHW.shape[-2:] == (self._resize, self._resize):
             return x_BCHW
         sides = (self._resize, self._resize)
@@ -375,7 +379,7 @@ class ForeignNetwork(LogitMapModel):
         def map_of(name: str, prefix: int) -> Tensor:
             module = self.network.get_submodule(name)
             if module not in taken:
-                raise RuntimeError(f"{name} did not run, which gives the map of a stage")
+                raise RuntimeError(f"the module {name} did not run, but gives the map of a stage")
             return _as_map(taken[module], self._tap.layout, x_BCHW.shape, prefix)
 
         stages = [map_of(stage.module, stage.prefix) for stage in self._stages]

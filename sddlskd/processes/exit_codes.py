@@ -9,10 +9,10 @@ __all__ = ["ExitCode"]
 class ExitCode(IntEnum):
     """Exit codes besides 0 (success) and 1 (an error that the output of the process explains).
 
-    TOO_LARGE is a group of runs that needs too much device memory, BUSY a run directory that is
-    open elsewhere. After SLURM's warning before a time limit, REQUEUE is a task that has saved its
-    checkpoints, and WARNED_EARLY a task that had no signal handler yet. STOPPED is a stop by a user
-    or a scheduler, and PARENT_GONE the death of the process that started this one.
+    TOO_LARGE: a group of runs needs more memory than the device has. BUSY: another process has a
+    run directory open. REQUEUE: after SLURM's warning before a time limit, the task has saved its
+    checkpoints. WARNED_EARLY: the task got this warning before it had a signal handler. STOPPED: a
+    user or a scheduler stopped the process. PARENT_GONE: the process that started this one died.
     """
 
     # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.

@@ -1,4 +1,4 @@
-"""Ctrl-C after the work is done."""
+"""Ignore Ctrl-C in a process whose work is done."""
 
 import signal
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""How the groups of a sweep spread over the devices of this machine, and which group size is best.
+"""Estimate how a sweep's groups spread over this machine's devices, and which group size is best.
 
 A group is a list of jobs that are trained together, with one teacher forward pass per batch.
 """
@@ -8,12 +8,17 @@ from collections.abc import Sequence
 
 __all__ = ["better_group_size", "jobs_of_devices", "split"]
 
-# Cost of a group's teacher, in students. A rough value: it decides only whether a proposal is made.
+# Rough cost of a group's teacher, in students. It decides only whether a group size is proposed.
 TEACHER = 1
 
 
 def split(sizes: Sequence[int], largest: int | None) -> list[int]:
-    """Return the sizes of groups after groups above `largest` jobs are divided, as a sweep does."""
+    """Return the sizes of the groups that a sweep forms with a largest group size.
+
+    Args:
+        sizes: numbers of jobs that could be trained together, one number for each group.
+        largest: largest number of jobs in a group; a larger group is divided. None for no limit.
+    """
     if largest is None:
         return list(sizes)
     return [min(largest, size - first) for size in sizes for first in range(0, size, largest)]
@@ -22,7 +27,7 @@ def split(sizes: Sequence[int], largest: int | None) -> list[int]:
 def jobs_of_devices(sizes: Sequence[int], devices: int) -> list[int]:
     """Return the number of jobs that each device trains.
 
-    A device takes the next group as soon as it is free.
+    As soon as a device is free, the next group starts on this device.
 
     Args:
         sizes: number of jobs of each group, in the order in which the groups start.
@@ -38,16 +43,18 @@ def jobs_of_devices(sizes: Sequence[int], devices: int) -> list[int]:
 
 
 def better_group_size(together: Sequence[int], devices: int, largest: int | None) -> int | None:
-    """Return a largest group size with which a sweep ends earlier; None if there is none.
+    """Return a limit on the group size with which a sweep ends earlier than with the present one.
 
     Args:
-        together: numbers of jobs that can share a teacher, one number for each teacher.
+        together: numbers of jobs that can be trained together, one number for each group without a
+            limit.
         devices: number of devices, at least 1.
-        largest: present largest size of a group; None for no limit.
+        largest: present limit on the number of jobs in a group; None for no limit.
 
     Returns:
-        The size with which the device that has most to do has least. Of several such sizes, it is
-        the largest, because a group shares the passes of its teacher.
+        The limit for which the busiest device has the least work. Of several such limits, the
+        largest, because the jobs of a group share the passes of the teacher. None if no limit is
+        better than the present one.
     """
     if not together:
         return None

@@ -59,8 +59,9 @@ def result_of(job: Config) -> dict[str, Any]:
 def record_outcome(job: Config, status: str, reason: str) -> None:
     """Write the outcome of a job whose process died without writing one.
 
-    The outcome goes to the job's result.json and, if tracking is on, to MLflow. Scores and epochs
-    come from the job's metrics.jsonl. If another process is training the job, only log a warning.
+    The outcome goes to the job's result.json and to the copies of the run, such as MLflow, that the
+    job's setting `tracking` asks for. Scores and epochs come from the job's metrics.jsonl. If
+    another process is training the job, only log a warning.
 
     Args:
         job: configuration of the job, with its run directory.

@@ -1,4 +1,4 @@
-"""The plan of a launch: which jobs of a sweep are to do, in which groups, and which cannot run."""
+"""Plan a launch of a sweep: which jobs will run, in which groups, and which jobs cannot run."""
 
 import json
 import logging
@@ -190,9 +190,10 @@ def make_plan(
 
 
 def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
-    """Raise ValueError if a job would train in a group of its own, in which nothing can be halved.
+    """Raise ValueError if halving has nothing to compare, because a job would train alone.
 
-    Log a warning if halving would compare the jobs on the test split.
+    Halving drops the worse half of the runs of a group, which are trained together. Log a warning
+    if the runs would be compared on the test split.
 
     Args:
         jobs: all jobs of the sweep, at least one, and not only those that have not finished.
@@ -202,8 +203,8 @@ def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:
         if len(group) == 1:
             raise ValueError(
                 f"sweep.halving={group[0].sweep.halving} compares the runs of a group, but "
-                f"{cfg.run_name(group[0])} trains alone; vary what leaves teacher, data and epochs "
-                "the same, set trainer.data_seed=0 for several seeds, and set "
+                f"{cfg.run_name(group[0])} trains alone; vary only what leaves teacher, data and "
+                "epochs the same, set trainer.data_seed=0 for several seeds, and set "
                 "hydra.launcher.max_group_size=null"
             )
     if not jobs[0].dataset.val_fraction:

@@ -99,7 +99,10 @@ class Pool(GroupRunner):
         self.last_signal = 0  # number of the last stop signal
 
     def validate(self, jobs: Sequence[Config]) -> None:
-        """Raise ValueError if the pool would start more workers on the CPU than there are cores."""
+        """Raise ValueError if the pool would start more workers on the CPU than there are cores.
+
+        `jobs` are the jobs of the sweep; there are never more workers than jobs.
+        """
         # The pool with the devices "auto" has at most one worker for each device.
         workers = min(self.devices.count("cpu"), len(jobs))
         check_processes("the number of workers in hydra.launcher.devices", workers, WORKER_MB)

@@ -66,7 +66,8 @@ class DataSet:
         image_CHW: channels, height and width in pixels of an image, as the networks receive it.
         of_files: whether the images are files that stay on disk.
         noted: fingerprint of the data: numbers of images, classes and a hash.
-        labels_N: class ids of the training images, int64, (N,).
+        labels_N: class ids of the training images, int64, (N,); zeros and ones (N, K) for images
+            with several labels.
     """
 
     size: int
@@ -402,9 +403,9 @@ def report(
 def main() -> None:
     """Read jobs from stdin, check them, and write the dictionary of `report` to stdout as JSON.
 
-    The pickled arguments of `report` come from stdin. Output of the checks, such as that
-    of a user's network, goes to stderr. With --parent PID on the command line, this process ends
-    when its parent, the process PID, ends.
+    The pickled arguments of `report` come from stdin. Output of the checks, such as that of a
+    user's network, goes to stderr. With --parent PID on the command line, this process ends when
+    its parent, the process PID, ends.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")

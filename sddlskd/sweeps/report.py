@@ -49,9 +49,10 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def print_plan(plan: Plan, devices: Sequence[str]) -> None:
-    """Print what a sweep would run (`plan_lines`), how it spreads, and every obstacle.
+    """Print what a sweep would run, how its jobs spread over the devices, and every obstacle.
 
-    Each obstacle is printed once, with the names of up to three of its jobs.
+    An obstacle is a reason why a job cannot run. Each one is printed once, with the names of up to
+    three of its jobs.
 
     Args:
         plan: plan of the sweep.
@@ -100,9 +101,9 @@ def _jobs(number: int) -> str:
 def print_status(status: SweepStatus) -> None:
     """Print the state of every job of a sweep, the time left, and the command to continue.
 
-    If all jobs have finished, the time is left out, and so is the command, unless the sweep may add
-    seeds. If SLURM could not be asked,
-    the first line says why.
+    If all jobs have finished or were dropped by halving, the time is left out. The command is then
+    printed only if it may add jobs, as in a search. If SLURM could not be asked, the first line
+    says why.
     """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")

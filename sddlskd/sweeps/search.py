@@ -1,7 +1,7 @@
-"""Search of the best settings with Optuna: jobs are proposed, trained in batches, and judged.
+"""Search for the best settings with Optuna: jobs are proposed, trained in batches, and judged.
 
-A trial is a job that Optuna proposes. The search is kept in the file optuna.db (SQLite) of the
-sweep's folder, so that the same command continues it after an interruption.
+A trial is a job that Optuna proposes. The file optuna.db (SQLite) in the sweep's folder keeps all
+trials, so that the same command continues the search after an interruption.
 """
 
 import logging
@@ -51,7 +51,7 @@ def objective_of(job: Config, result: Mapping[str, Any]) -> float | None:
 def _tell_if_not_held_out(job: Config) -> None:
     """Log a warning if the objective of a search is measured on the test split."""
     if job.objective == "test/top1":
-        log.warning("objective=test/top1 is measured on the test split; choose by best/top1")
+        log.warning("objective=test/top1 is measured on the test split; set objective=best/top1")
     elif not job.dataset.val_fraction:
         log.warning(
             "objective=%s is measured on the test split; dataset.val_fraction=0.1 holds out "
@@ -108,12 +108,14 @@ def _distribution(override: Override) -> Any:
 
 @dataclass
 class Search:
-    """Search of a sweep with Optuna's sampler TPE.
+    """Search for the best settings of a sweep, which Optuna's sampler TPE proposes.
+
+    Call `open` before the other methods. A trial is a job that Optuna proposes.
 
     Attributes:
         folder: folder of the sweep, which holds the database; None to keep nothing, for a plan.
-        objective: key of `OBJECTIVES`.
-        varied: the varied overrides by key.
+        objective: what is compared, a key of `OBJECTIVES`, such as "best/top1".
+        varied: the overrides with several values, by key, as `split_words` returns them.
         n_trials: number of trials, at least 1.
         n_jobs: number of trials in a batch, at least 1. They are proposed and trained together.
         seed: seed of the proposals.
@@ -130,7 +132,7 @@ class Search:
     _space: dict[str, Any] = field(default_factory=dict, init=False)
 
     def open(self) -> None:
-        """Open the study in the folder's database, or begin it.
+        """Open Optuna's study (the list of trials) in the folder's database, or begin a new one.
 
         Raises:
             ValueError: If Optuna is not installed, if the folder cannot hold the database, or if
@@ -166,7 +168,7 @@ class Search:
 
     @property
     def has_begun(self) -> bool:
-        """Return whether a trial has ended."""
+        """Return whether at least one trial has been judged."""
         return self._study is not None and any(
             trial.state.is_finished() for trial in self._study.trials
         )
@@ -174,9 +176,10 @@ class Search:
     def next_batch(self) -> list[tuple[int, list[str]]]:
         """Return the trials to train next, as (number, overrides); [] after the last trial.
 
-        Trials that an earlier process has proposed but not judged come again. A batch begins at a
-        multiple of `n_jobs`, and each proposal is drawn with a seed of its own. A search that was
-        interrupted thus proposes the same trials as an undisturbed one.
+        The overrides are those that vary. Trials that an earlier process has proposed but not
+        judged come again. A batch begins at a multiple of `n_jobs`, and each proposal is drawn with
+        a seed of its own. An interrupted search thus proposes the same trials as an undisturbed
+        one.
         """
         from optuna.samplers import TPESampler
 
@@ -184,7 +187,8 @@ class Search:
         number = next((one.number for one in trials if not one.state.is_finished()), len(trials))
         end = min(self.n_trials, (number // self.n_jobs + 1) * self.n_jobs)
         for number in range(len(trials), end):
-            # The liar keeps the proposals of a batch apart: it takes unjudged trials for bad ones.
+            # With constant_liar, the sampler takes trials that are not judged yet for bad ones, so
+            # that the proposals of a batch differ.
             self._study.sampler = TPESampler(seed=1000 * self.seed + number, constant_liar=True)
             self._study.ask(fixed_distributions=self._space)
         return [
@@ -194,7 +198,7 @@ class Search:
         ]
 
     def judge(self, number: int, job: Config, result: Mapping[str, Any]) -> None:
-        """Tell Optuna how a trial has ended.
+        """Tell Optuna how a trial has ended, and its value if the trial has one.
 
         Args:
             number: number of the trial.
@@ -211,7 +215,10 @@ class Search:
         return [_words(trial.params) for trial in self._study.get_trials(deepcopy=False)]
 
     def best(self) -> tuple[int, float, list[str]] | None:
-        """Return number, value and varied overrides of the best trial; None if none has a value."""
+        """Return (number, value, varied overrides) of the best trial; None if none has a value.
+
+        The value is that of the objective, an accuracy in percent or a loss.
+        """
         with suppress(ValueError):
             trial = self._study.best_trial
             assert trial.value is not None
@@ -227,10 +234,10 @@ class Search:
         """Train and judge batches until the last trial; then print all trials and the best one.
 
         Args:
-            fixed: overrides of all jobs.
-            compose: function that returns the jobs of some overrides.
-            launch: function that trains the jobs of some overrides. It may raise SystemExit with
-                code 1 if a job failed.
+            fixed: overrides that all jobs have.
+            compose: function that returns the job for each list of overrides in a list.
+            launch: function that trains the job for each list of overrides in a list. The function
+                may raise SystemExit with code 1 if a job failed.
 
         Raises:
             SystemExit: With code 1 if a trial failed, and as `launch` raises it.

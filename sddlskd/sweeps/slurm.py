@@ -283,7 +283,7 @@ class Slurm(GroupRunner):
     A group is a list of jobs that are trained together, with one teacher forward pass per batch.
 
     Args:
-        wait: whether `run` waits until the tasks have ended; if False, it only submits them.
+        wait: whether `run` waits until the tasks have ended; if False, `run` only submits them.
         max_requeues: how often at most a task goes back into SLURM's queue after it was preempted,
             or warned of its time limit.
         fail_fast: whether to cancel the sweep's tasks as soon as a job fails; without effect if

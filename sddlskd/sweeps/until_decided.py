@@ -319,10 +319,14 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
 
 
 def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
-    """Return a line that states a comparison: pair, methods, verdict, seeds, gain and p.
+    """Return a line that states a comparison: pair, methods, verdict, seeds, gain and p-value.
 
-    If several cells of the pair have the same method, the settings that tell them apart follow the
-    names of the methods.
+    A cell is a job without its seed. If several cells of the pair of teacher and student have the
+    same method, the settings that tell these cells apart follow the names of the methods.
+
+    Args:
+        comparison: the comparison of a cell with its baseline.
+        cells: configuration of each cell of the sweep; the indices in `comparison` point to them.
     """
     cell, baseline = cells[comparison.cell], cells[comparison.baseline]
     pair = cell.student.name

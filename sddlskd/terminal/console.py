@@ -52,10 +52,11 @@ NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
 
 
 def refuse_another_checkout() -> None:
-    """Exit with code 1 and a message if Hydra's launchers are not of the checkout of this code.
+    """Exit with code 1 and a message if Hydra would use launchers of another checkout.
 
-    Python takes the code from the current folder, and Hydra takes the launchers from the checkout
-    that the environment was installed from. A command would then mix two revisions.
+    Python takes the code from the current folder, but Hydra takes this package's launchers from the
+    checkout that the environment was installed from. If the two differ, a command would mix two
+    revisions.
     """
     package = Path(__file__).resolve().parents[1]
     found = launchers_folder()

@@ -49,7 +49,7 @@ class RunStatus(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Return whether the run is still training: not finished, failed or killed."""
+        """Return whether the run is still training: not finished, failed, stopped or dropped."""
         ...
 
 

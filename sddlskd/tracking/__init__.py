@@ -1,6 +1,7 @@
-"""Mirror runs and sweeps to MLflow. The run directory is the record; MLflow holds a copy.
+"""Copy runs and sweeps to MLflow, and to files for TensorBoard and W&B.
 
-Further copies, for TensorBoard and W&B, lie in the run directory.
+The run directory is the record of a run, and the others are copies of it. The files for TensorBoard
+and W&B lie in the run directory.
 """
 
 from sddlskd.tracking.copies import Copies, check_packages, is_copied

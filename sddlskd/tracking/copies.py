@@ -1,7 +1,8 @@
-"""Choose the copies of runs: MLflow, TensorBoard's event files, and offline runs of W&B.
+"""Keep copies of runs: in MLflow, in TensorBoard's event files, and in offline runs of W&B.
 
-`tracking.enabled` asks for MLflow, and `tracking.mirrors` for copies in the run directory. All hold
-what the record holds, under the same names.
+The setting `tracking.enabled` asks for the copy in MLflow, and `tracking.mirrors` for copies in the
+run directory. All copies hold the metrics, parameters and outcome of the record (the files of the
+run directory), under the same names.
 """
 
 import logging
@@ -22,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """Writer of one copy of one run."""
+    """Interface of the classes that write a copy of one run into its run directory."""
 
     def update(self) -> None:
-        """Write what the copy lacks."""
+        """Write what the record of the run holds and the copy lacks."""
 
     def close(self) -> None:
         """Close the copy's files."""
@@ -42,14 +43,14 @@ CURES = {
 
 
 class Copies:
-    """All copies of the runs of a group, which follow their run directories.
+    """Keeps all copies of the runs of a group up to date with the run directories.
 
-    MLflow gets its copy from a background thread (`Mirror`). The copies in the run directories are
+    A background thread (`Mirror`) writes the copy in MLflow. The copies in the run directories are
     written at once. No error of a copy reaches the caller: the first error of a copy is logged as a
     warning, and the next update tries again.
 
     Args:
-        configs: The configurations of the runs.
+        configs: The configurations of the runs, whose settings `tracking` choose the copies.
     """
 
     def __init__(self, configs: Sequence[Config]) -> None:
@@ -81,7 +82,7 @@ class Copies:
             self._mlflow.update(folder)
 
     def close(self) -> None:
-        """Close all copies; wait for MLflow as `Mirror.close` does."""
+        """Close the files of all copies, and wait for MLflow as `Mirror.close` does."""
         for writers in self._writers.values():
             for _, writer in writers:
                 writer.close()
@@ -90,12 +91,15 @@ class Copies:
 
 
 def is_copied(config: Config) -> bool:
-    """Return whether a run has any copy, in MLflow or in its run directory."""
+    """Return whether a run is to have any copy, in MLflow or in its run directory."""
     return config.tracking.enabled or bool(config.tracking.mirrors)
 
 
 def check_packages(configs: Iterable[Config]) -> None:
-    """Raise ValueError if the package of a mirror in `tracking.mirrors` is not installed."""
+    """Raise ValueError if a run wants a copy (`tracking.mirrors`) whose package is not installed.
+
+    The packages are tensorboard and wandb. `configs` are the configurations of the runs.
+    """
     for name in {name for config in configs for name in config.tracking.mirrors}:
         _check_package(name)
 
@@ -110,16 +114,16 @@ def _check_package(name: FileMirror) -> None:
 
 
 def write_copies(folder: Path, mirrors: Iterable[FileMirror], *, again: bool = False) -> None:
-    """Write the copies of a run in its run directory.
+    """Write copies of a run for TensorBoard or W&B into the run directory.
 
     Args:
-        folder: The run directory. Its run must not be in training: the process that trains a run
-            writes its copies.
+        folder: The run directory. The run must not be in training, because the process that trains
+            a run also writes the copies.
         mirrors: The copies to write.
         again: Whether to write everything anew, including what the copies hold already.
 
     Raises:
-        ValueError: If the package of a mirror is not installed.
+        ValueError: If the package that writes one of the copies is not installed.
         Damaged: If the record of the run is damaged.
     """
     for name in mirrors:

@@ -101,8 +101,8 @@ def sync(folder: Path, *, again: bool = False) -> None:
 
     Raises:
         Deleted: If the run or its experiment was deleted in MLflow, or MLflow does not know the run
-            any more. With `again`, or if the run is superseded, a deleted or unknown run is no
-            error.
+            any more. With `again`, or if the run is superseded (a later run replaces it), a deleted
+            or unknown run is no error.
         StillUnreachable: If `tracking.offline` is set, MLflow was unreachable at launch, and still
             is.
         Damaged: If the result or the metrics in the run directory are damaged.
@@ -159,10 +159,11 @@ def sync(folder: Path, *, again: bool = False) -> None:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """Return the result of a run for its copies; {} if the run has not started.
+    """Return the result of a run, as its copies in MLflow and elsewhere show it.
 
-    The result is the content of result.json. The status is KILLED if the process of the run has
-    ended without writing an outcome. Raise Damaged if result.json is damaged.
+    The result is the content of the result.json in the run directory `folder`; {} if the run has
+    not started. The status is KILLED if the process of the run has ended without writing an
+    outcome. Raise Damaged if result.json is damaged.
     """
     # Check the process first: otherwise a run that finishes in between would count as KILLED.
     abandoned = record.abandoned(folder)
@@ -174,12 +175,19 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def params_of(config: Config) -> dict[str, Any]:
-    """Return the parameters of a run's copies: the flattened configuration, and its "method"."""
+    """Return the parameters that the copies of a run have, in MLflow and elsewhere.
+
+    They are the flattened configuration with dotted keys, such as "optimizer.lr", and "method", the
+    name of the method in tables.
+    """
     return {**cfg.flatten(config), "method": cfg.method_name(config)}
 
 
 def tags_of(folder: Path, config: Config) -> dict[str, str]:
-    """Return the tags that a run's copies have from the start, such as "config_hash"."""
+    """Return the tags that the copies of a run have from its start, such as "config_hash".
+
+    `folder` is the run directory, and `config` the configuration of the run.
+    """
     code = json.loads((folder / "code.json").read_text())
     tags = {
         "kind": "job",
@@ -195,7 +203,10 @@ def tags_of(folder: Path, config: Config) -> dict[str, str]:
 
 
 def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
-    """Return the tags of a run that has ended, from its result.json, such as "status_reason"."""
+    """Return the further tags of a run that has ended, such as "status_reason".
+
+    `result` is the content of the run's result.json.
+    """
     given = {tag: str(result[tag]) for tag in FINAL_TAGS if result.get(tag)}
     reason = str(result.get("reason", ""))
     if result["status"] == record.PRUNED:
@@ -204,7 +215,10 @@ def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:
-    """Return the final metrics of a run that has ended, such as "best/top1" (%)."""
+    """Return the final metrics of a run that has ended, such as {"best/top1": 76.3} (%).
+
+    `result` is the content of the run's result.json. Metrics that it lacks are left out.
+    """
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
     for name, top1 in result.get("teacher_top1_each", {}).items():
         summary[f"teacher/top1/{name}"] = top1

@@ -1,8 +1,8 @@
 """Copy a run directory to TensorBoard event files in its folder `tensorboard`.
 
 The run directory is the record. The event files hold the metrics, parameters, tags and outcome that
-MLflow holds, under the same names. What they hold already is read back from the files themselves,
-so a writer that was killed loses nothing: the next one writes what is missing.
+MLflow holds, under the same names. A writer first reads what the event files hold already, and then
+writes what is missing. So nothing is lost if a writer is killed.
 """
 
 import json
@@ -33,7 +33,7 @@ PARAMS = "_hparams_/session_start_info"  # TensorBoard's name for the parameters
 
 
 class EventFiles:
-    """Writer of the event files of one run, which it keeps open between updates.
+    """Writer of the event files of one run. Between updates, the file that it writes stays open.
 
     Args:
         folder: The run directory, that is, the folder of one training run.

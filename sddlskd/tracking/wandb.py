@@ -1,8 +1,8 @@
 """Copy a run directory to an offline run of Weights & Biases in its folder `wandb`.
 
 The run directory is the record. The copy holds the metrics, parameters, tags and outcome that
-MLflow holds, under the same names. It is written when the run has ended, and written anew when the
-run ends again, because an offline run cannot be continued. `wandb sync` uploads it.
+MLflow holds, under the same names. An offline run cannot be continued. So the copy is written when
+the run has ended, and written anew if the run is resumed and ends again. `wandb sync` uploads it.
 """
 
 import shutil
@@ -26,7 +26,7 @@ FOLDER = "wandb"
 
 
 class OfflineRun:
-    """Writer of the offline run of one training run.
+    """Writer of the offline run of W&B that copies one training run.
 
     Args:
         folder: The run directory, that is, the folder of one training run.
@@ -66,7 +66,7 @@ class OfflineRun:
             mode="offline",
             project=config.tracking.experiment,
             group=config.sweep.name,
-            # The same run has the same id when it is written anew.
+            # A run that is written anew keeps its id.
             id=f"{cfg.config_hash(config)}-{self._folder.name}"[:64],
             name=cfg.title(config),
             dir=str(self._folder),

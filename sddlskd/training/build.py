@@ -148,12 +148,10 @@ def check_same_data(job: Config, now: Mapping[str, Any] | None) -> None:
 
 
 def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
-    """Return in words how the job's data differ from the data that its teacher was trained on.
-
-    The job has a single teacher, see `config.each_teacher`.
+    """Return in words how a job's data differ from the data that the job's teacher was trained on.
 
     Args:
-        job: configuration of the training run.
+        job: configuration of the training run, with a single teacher (see `config.each_teacher`).
         now: fingerprint of the data that the job would use now (`present_fingerprint`).
 
     Returns:
@@ -352,7 +350,9 @@ def check_objective(job: Config, device: torch.device) -> None:
 
     Raises:
         ValueError: If the loss, its learnt temperature or the optimizer cannot be found, is not
-            allowed or does not work with its arguments, or as `check_one_process` does.
+            allowed or does not work with its arguments; if the loss does not suit the labels (one
+            or several per image); or if several processes are to train a job that needs a single
+            one (`check_one_process`).
     """
     if job.distiller.loss:
         _check_kind_of_loss(job)
@@ -370,7 +370,7 @@ def _check_kind_of_loss(job: Config) -> None:
     """
     try:
         several = takes_label_sets(instantiate(job.distiller.loss, _partial_=True))
-    except Exception:  # `try_loss` says what is wrong with it
+    except Exception:  # `try_loss` says what is wrong with the loss
         return
     if several != job.dataset.multi_label:
         needs, other = "one class per image", "recipe=mld or recipe=vanilla"
@@ -382,7 +382,7 @@ def _check_kind_of_loss(job: Config) -> None:
         )
     if job.dataset.num_classes == 2 and job.standardize in (True, "class_scaled"):
         log.warning(
-            "standardize=%s leaves the sign alone of the logits of two classes (they become "
+            "standardize=%s leaves only the sign of the logits of two classes (the logits become "
             "+-0.707), so distiller=%s has no gradient: set standardize=none or standardize=batch",
             str(job.standardize).lower(),
             job.distiller.name,
@@ -451,7 +451,8 @@ def build_network(
         num_classes: number of classes, passed to the network as the argument `num_classes`.
         seed: seed of the initialisation.
         device: device that the network is moved to.
-        new_ends: whether stem and classifier are drawn once more, see `models.draw_ends`.
+        new_ends: whether first layers and classifier are initialised anew, as `models.draw_ends`
+            does.
 
     Returns:
         The network, in the channels_last memory format.
@@ -482,9 +483,10 @@ def without_weights(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def teacher_path(job: Config) -> Path:
-    """Return the path of the (first) teacher's weight file, which need not exist.
+    """Return the path of the weight file of a job's teacher, which need not exist.
 
-    The path is `teacher.checkpoint` if set, else <home>/teachers/<data set>/<teacher>.pt.
+    The path is `teacher.checkpoint` if set, else <home>/teachers/<data set>/<teacher>.pt. If the
+    job has several teachers, the path is that of the first one.
     """
     return Path(
         job.teacher.checkpoint
@@ -493,10 +495,10 @@ def teacher_path(job: Config) -> Path:
 
 
 def trained_first(job: Config) -> list[Config]:
-    """Return the jobs that train the missing teachers of `job`.
+    """Return the jobs that must train missing teachers before `job` can run; [] if there are none.
 
-    A teacher is to be trained if its file is missing, `teacher.train_if_missing` is set and its
-    `checkpoint` is not.
+    A teacher is to be trained if the default weight file of the teacher is missing,
+    `teacher.train_if_missing` is set, and `checkpoint` names no other file.
     """
     return [
         cfg.teacher_job(one)
@@ -536,7 +538,7 @@ def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
 
     `result` is the content of the run's result.json; its entry "teacher_sha256" is the hash of the
     teacher file, or the hashes of several teacher files joined by "+". Return False if the job has
-    no teacher, if a present file is missing, or if `result` has no such entry.
+    no teacher, if a teacher file is missing now, or if `result` has no such entry.
     """
     earlier = result.get("teacher_sha256")
     paths = [teacher_path(one) for one in cfg.each_teacher(job)]

@@ -1,4 +1,4 @@
-"""Record the work that a function gives to the device, and repeat the recording with one call.
+"""Record the work that a function starts on the device, and repeat the recording with one call.
 
 A training step of small networks is hundreds of short kernels (programs of the GPU), and starting
 them one by one takes longer than computing them. A CUDA graph is a recording of kernels that is
@@ -38,28 +38,31 @@ INDEXED = frozenset(f"aten::{name}" for name in ("index", "index_put", "index_pu
 
 
 class Captured:
-    """Calls functions of one kind, and repeats a recording of the last one where that is right.
+    """Recorder of a function that is called again and again: later calls replay the recording.
 
-    The first call with certain tensors and certain values of Python runs the function, and watches
-    whether it can be recorded. The second such call records it, and this and all later calls repeat
-    the recording. A call with other tensors or values begins anew. If a function cannot be
-    recorded, this is logged once, and from then on every function is just called.
+    A call names the tensors that the function reads and the Python values that its work depends on.
+    The first call with certain tensors (the same memory) and values runs the function, and checks
+    whether the function can be recorded. The second such call records the function. This call and
+    all later ones replay the recording. A call with other tensors or values drops the recording and
+    begins anew. If the function cannot be recorded, a message says so once, and from then on all
+    calls just run the function.
 
-    On CUDA, all work runs on a stream of its own, which waits for the work that the current stream
-    has been given before the call. `wait` makes the current stream wait in turn.
+    On CUDA, all work runs on a stream of its own. This stream waits for the work that the current
+    stream was given before the call, and `wait` makes the current stream wait for this stream.
 
     Args:
-        what: what the functions do, for messages, such as "steps".
-        device: device that the functions compute on.
+        what: what the function computes, in the plural, for messages, such as "steps".
+        device: device that the function computes on.
         log: log for the message that says why nothing is recorded.
-        watched: whether the first call is watched for operations that cannot be recorded. Compiled
-            functions cannot be watched; errors while they are recorded are noticed.
+        watched: whether `Watch` checks in the first call for operations that cannot be recorded.
+            Set it to false for functions with torch.compile, which cannot be checked; an error
+            while such a function is recorded is noticed anyway.
 
     Attributes:
-        reason: why functions are not recorded; "" if they are.
-        crowded: whether others share the device. If so, an out-of-memory error while a function is
-            recorded is raised; otherwise the function is not recorded.
-        replays: number of calls that repeated a recording.
+        reason: why the function is not recorded; "" if it can be.
+        crowded: whether other runs share the device. If so, an out-of-memory error during the
+            recording is raised. Otherwise, the function is then not recorded.
+        replays: number of calls that replayed a recording.
     """
 
     def __init__(
@@ -89,13 +92,14 @@ class Captured:
     def __call__(
         self, function: Callable[[], None], reads: Sequence[Tensor], baked: Hashable
     ) -> None:
-        """Call a function, or repeat its recording.
+        """Call a function, or replay its recording.
 
         Args:
-            function: the function. It leaves its results in tensors that exist already.
-            reads: all tensors that the function reads and that another call may replace by others.
-                Tensors that always stay the same, such as weights, may be left out.
-            baked: the values of Python that the function's work depends on.
+            function: the function, which writes its results into tensors that exist already.
+            reads: the tensors that the function reads, except those that are the same tensors in
+                every call, such as weights.
+            baked: the Python values that the function's work depends on. A recording keeps the
+                values of the call that was recorded.
 
         Raises:
             torch.OutOfMemoryError: If the device is full.
@@ -118,18 +122,18 @@ class Captured:
                 function()
 
     def plainly(self, function: Callable[[], None]) -> None:
-        """Call a function without recording it, on the stream of the recorded ones."""
+        """Call a function without recording it, on the stream on which recordings are replayed."""
         with self._on_stream():
             function()
 
     def wait(self) -> None:
-        """Let all further work of the current stream wait for the work of the calls so far."""
+        """Make the current CUDA stream wait for the work of all calls so far; the host goes on."""
         if self._has_work and self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._has_work = False
 
     def release(self) -> None:
-        """Drop the recording and its memory."""
+        """Drop the recording, if there is one, and free its memory."""
         if self._graph is not None and self._stream is not None:
             self._stream.synchronize()  # the memory may be in use
         self._graph, self._key, self._kept = None, None, []
@@ -210,17 +214,19 @@ class _StandIn:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the operations in a block that a recording could not repeat.
+    """Context manager that lists the operations in its block that cannot be recorded.
 
-    Such an operation hands a value or a size to the host, or brings values from the host to the
-    device. `torch.tensor` with a device is not noticed; on CUDA, recording it raises an error. The
-    optimizers of torch are left out: those that are captured do neither on a GPU.
+    Such an operation hands a value or a size to the host, as `item()` does, or copies values from
+    the host to the device. `torch.tensor` with a device is not noticed; on CUDA, recording this
+    call raises an error. Operations of torch's optimizers are not listed: the optimizers that are
+    recorded copy nothing between host and GPU.
 
     Args:
-        device: the device whose tensors are watched.
+        device: the device of the operations to check.
 
     Attributes:
-        found: each operation as "file:line: what it does".
+        found: the operations that cannot be recorded, each as "file:line: what it does"; [] if
+            there are none.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -49,8 +49,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
     """Return a function or network with torch.compile applied.
 
-    `mode` is the setting trainer.compile_mode. No mode of torch that captures CUDA graphs is used,
-    because whole steps are captured.
+    `mode` is the setting trainer.compile_mode: "default" or "max_autotune". torch's modes that
+    record CUDA graphs themselves are not used, because whole training steps are recorded.
     """
     if mode == "default":
         return torch.compile(function)
@@ -59,10 +59,11 @@ def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
 
 @contextmanager
 def number_formats(tf32: bool) -> Iterator[None]:
-    """Choose for a block how a GPU computes in float32, and let cuDNN time its algorithms.
+    """Choose for a `with` block how a GPU computes in float32, and let cuDNN pick fast algorithms.
 
-    Convolutions round their inputs to TF32, with 10 bits, if `tf32` is set. Products of matrices,
-    which the losses are made of, keep all bits. The earlier choices are restored after the block.
+    If `tf32` is true, convolutions round their float32 inputs to TF32, which keeps 10 bits of the
+    mantissa. Matrix products, which the losses need, keep full float32. cuDNN times its algorithms
+    and takes the fastest (cudnn.benchmark). The earlier settings of torch are restored at the end.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32

@@ -96,10 +96,10 @@ def _sums(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits_BK: Tensor, labels_BK: Tensor) -> Tensor:
-    """Return the binary cross-entropy of images with several labels, a scalar.
+    """Return the binary cross-entropy of B images with several labels, a scalar tensor.
 
-    It is the sum over the classes and the mean over the images. `labels_BK` is 1 for the classes of
-    an image, and 0 for the others.
+    The cross-entropy is summed over the K classes and averaged over the images. `logits_BK` are the
+    logits, (B, K). `labels_BK`, (B, K), is 1 for the classes of an image, and 0 for the others.
     """
     loss_BK = F.binary_cross_entropy_with_logits(
         logits_BK, labels_BK.to(logits_BK.dtype), reduction="none"
@@ -108,11 +108,12 @@ def binary_cross_entropy(logits_BK: Tensor, labels_BK: Tensor) -> Tensor:
 
 
 def mean_average_precision(logits_NK: Tensor, labels_NK: Tensor) -> float:
-    """Return the mean over the classes of the average precision, in percent (mAP).
+    """Return the mean average precision (mAP) over the classes, in percent.
 
-    The average precision of a class is the mean, over the images that have the class, of the share
-    of such images among all images with a logit that is at least as large. Classes that no image
-    has are left out; the result is 0 if no image has a class.
+    The average precision of a class is a mean over the images that have the class. For each of
+    them, take all images with at least as large a logit of the class: the value is the fraction of
+    these images that have the class. Classes that no image has are left out; the result is 0 if no
+    image has a class.
 
     Args:
         logits_NK: logits, (N, K).
@@ -150,8 +151,8 @@ def answers(
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
 
     Returns:
-        logits_NK, float32, and target_N for all N images, both on the CPU and in the order of the
-        batches.
+        logits_NK, float32, and the targets of all N images, (N,) or (N, K). Both are on the CPU and
+        in the order of the batches.
 
     Raises:
         ValueError, RuntimeError: If there is no batch; the type depends on the version of torch.
@@ -171,9 +172,10 @@ def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
     Both tensors must be on the CPU. The keys of the result are "top1" (%), "top5" (%), "loss" (mean
     cross-entropy) and "ece" (%, see `calibration_error`). All values are NaN for N = 0.
 
-    For images with several labels, `target_N` is (N, K) with zeros and ones. There is "mAP" (%, see
-    `mean_average_precision`) in the place of "ece". "top1" and "top5" are the percentages of images
-    that have the class with the largest logit, or one of those with the five largest.
+    For images with several labels, `target_N` holds zeros and ones, (N, K). The result then has
+    "mAP" (%, see `mean_average_precision`) instead of "ece". "top1" is the percentage of images
+    that have the class with the largest logit, and "top5" the percentage that have one of the five
+    classes with the largest logits. "loss" is the mean of `binary_cross_entropy`.
     """
     first, five, loss_sum = (_sums(logits_NK, target_N).double() / len(target_N)).tolist()
     found = {"top1": 100 * first, "top5": 100 * five, "loss": loss_sum}
@@ -215,7 +217,7 @@ def metered_test_batches(data: Data, title: str) -> Iterator[tuple[Tensor, Tenso
 
     Yields:
         (images_BCHW, target_B) on the device of `data`: normalised float32 images, and class ids,
-        int64.
+        int64, (B,), or zeros and ones (B, K) for images with several labels.
     """
     done = 0
     with meter(title, data.test_size, "images") as show:

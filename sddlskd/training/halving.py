@@ -1,7 +1,9 @@
 """Successive halving: the worse half of a group's runs is dropped at the end of given epochs.
 
-Jamieson & Talwalkar 2016 (arXiv:1502.07943). Hyperband (Li et al. 2018) runs several such brackets;
-one group is one bracket.
+A group is a list of runs that are trained side by side.
+
+Source: Jamieson and Talwalkar 2016 (arXiv:1502.07943). Hyperband (Li et al. 2018) repeats
+successive halving with several schedules ("brackets"); a group has a single schedule.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ class Halving:
         self._rivals = rivals
 
     def to_prune(self, epoch: int, runs: Sequence[Run], ranks: Ranks) -> dict[Run, str]:
-        """Return the runs to drop before an epoch, each with the reason in one line.
+        """Return the runs to drop before an epoch, each with the reason in one line; {} if none.
 
         Args:
             epoch: number of the epoch that is about to begin. All runs have ended the epochs before

@@ -1,6 +1,9 @@
-"""What the runs of a group read in a step: the batch, and what the teacher shows of it.
+"""Prepare what the runs of a group read in a step: the batch, and the teacher's outputs for it.
 
-Shapes: B batch, K classes, H W sides.
+A group is a list of runs that are trained side by side. The outputs (`Taps`) are the teacher's
+logit map and, if a loss needs them, the maps of its stages and the input of its classifier.
+
+Shapes: B batch, K classes, H W sides of a map.
 """
 
 import logging
@@ -23,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence[Run]) -> Taps:
-    """Return the teacher's taps of a batch: its logit map, and the inner maps if a loss reads them.
+    """Return the teacher's taps of a batch: the logit map, and the inner maps if a loss reads them.
 
     Args:
-        teacher: the teacher that the runs share.
+        teacher: the teacher, or the teachers, that the runs share.
         batch: the images, in two views if a run needs two.
         runs: the runs that train on the batch. The teacher computes only what their losses read.
 
@@ -49,16 +52,17 @@ def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence
 
 
 class Inputs:
-    """Gives the runs of a group what they read in each step, and asks the teacher once a batch.
+    """Source of the batch and the teacher's taps for all runs of a group, in each step.
 
-    If steps are captured (`Run.captured`), batch and taps lie in the same memory in every step, as
-    a recording of the step needs it. The forward pass of the teacher is captured, too, unless its
-    logit maps come from a cache. A batch that is shorter than an earlier one, as the last one of an
-    epoch, is passed on as it is.
+    Call the instance with the batch and the runs of the step; the teacher processes the batch once
+    for all runs. If steps are captured (recorded as a CUDA graph and replayed), batch and taps lie
+    in the same memory in every step, because a recording always reads the same memory. The forward
+    pass of the teacher is captured, too, unless the logit maps come from a cache. A batch that is
+    shorter than an earlier one, such as the last one of an epoch, is passed on as it is.
 
     Args:
         runs: all runs of the group.
-        teacher: the teacher that the runs share; None without distillation.
+        teacher: the teacher, or the teachers, that the runs share; None without distillation.
     """
 
     def __init__(

@@ -465,8 +465,8 @@ def spawn(
         arguments: arguments of `work`; they must be picklable.
         count: number of ranks.
         threads: CPU threads of each rank.
-        stop: function that returns the number of a signal to send to all ranks, or 0 for none. It
-            is called about every 0.1 seconds. Only the first signal is sent.
+        stop: function that returns the number of a signal to send to all ranks, or 0 for none. The
+            function is called about every 0.1 seconds. Only the first signal is sent.
 
     Raises:
         RankFailed: If a rank failed. The error's `cause` holds the error of the first rank that

@@ -139,7 +139,8 @@ class Objective:
             None for the loss's own temperature.
         cross_entropy: the cross-entropy of logits (B, K) with the labels, as a mean over the
             images. Images with several labels need `binary_cross_entropy`.
-        reads_epoch: whether a method has read the number of the epoch in a batch so far.
+        reads_epoch: whether a method has read `Batch.epoch` so far, so that its loss may change
+            from epoch to epoch.
     """
 
     distill: ScaleDecoupled | SeveralTeachers | None
@@ -216,9 +217,10 @@ class Objective:
         return {"loss_ce": self.ce_weight, "loss_kd": kd_weight, **weights}
 
     def fixed_by(self, epoch: int) -> Hashable:
-        """Return all values of Python that the losses depend on in an epoch.
+        """Return the Python values, such as weights, that the losses depend on in an epoch.
 
-        Two epochs with equal results compute the same functions of the tensors.
+        If two epochs have equal results, the losses are the same function of the tensors in both
+        epochs, so a recorded step of one epoch can be replayed in the other.
         """
         weights = tuple(self.weights(epoch).items())
         if epoch < 1 or self.reads_epoch or self.temperature is not None:
@@ -233,8 +235,8 @@ class Objective:
         Args:
             student: taps of the student; without methods, only the logit map is read.
             teacher: taps of the teacher; None for a student without a teacher.
-            batch: the batch with its labels, and the number of its epoch, which
-                determines the warm-up. Some methods also read other fields.
+            batch: the batch with its labels, and the number of its epoch, which determines the
+                warm-up. Some methods also read other fields.
 
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
@@ -306,8 +308,8 @@ class Optimisation:
             rate.
         clip_norm: largest gradient norm; None for no clipping.
         scaler: scaler of the loss, which is enabled for fp16 alone.
-        rate: the present learning rate as a scalar on the device, for captured steps; None if steps
-            are not captured.
+        rate: the present learning rate as a scalar tensor on the device, which captured (recorded)
+            steps read; None if steps are not captured.
     """
 
     optimizer: torch.optim.Optimizer
@@ -336,7 +338,10 @@ class Optimisation:
             self.rate.fill_(value)
 
     def capture_on(self, device: torch.device) -> None:
-        """Keep the learning rate on `device`, too, so that steps can be captured."""
+        """Keep the learning rate also in a tensor on `device`, so that steps can be captured.
+
+        A captured step is recorded once and replayed; it reads the rate from this tensor.
+        """
         # The CUDA kernels of the optimizers read float32. On the CPU, float64 is what Python has.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.rate = torch.zeros((), dtype=dtype, device=device)
@@ -420,7 +425,8 @@ class Run:
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile to the student.
         compile_mode: mode of torch.compile.
-        capture: whether to capture the steps, if they can be captured.
+        capture: whether to capture the steps (record them as a CUDA graph and replay it). Steps
+            that cannot be captured run as usual.
         seed: seed of random layers such as dropout, which depend on (seed, epoch, step) alone, and
             on the rank if several ranks share a batch.
         steps: batches per epoch.
@@ -438,7 +444,7 @@ class Run:
         info: facts for result.json, such as {"teacher_top1": 79.4, "environment": "..."}.
         crowded: whether other runs share the device.
         compiled: whether torch.compile is applied to the student.
-        captured: repeats captured steps; None if steps are not captured.
+        captured: the object that captures and replays the steps; None if steps are not captured.
 
     Raises:
         UnreadableFile: If the run directory holds checkpoints and none can be read. The error is a
@@ -627,7 +633,11 @@ class Run:
         return [value for value in (*read, *tree_leaves(teacher)) if isinstance(value, Tensor)]
 
     def wait(self) -> None:
-        """Let further work on the device wait for the steps that it has been given so far."""
+        """Make later work on the device wait for the steps of this run so far; the host goes on.
+
+        Captured steps run on a CUDA stream of their own. Call this method before other code reads
+        the weights or results of the run.
+        """
         if self.captured is not None:
             self.captured.wait()
 
@@ -677,7 +687,8 @@ class Run:
         After the last epoch of a first stage, the state of the optimizer (momentum) is cleared.
 
         Args:
-            val: validation metrics by name, with "loss" and "top1" (percent).
+            val: validation metrics by name, with "loss" and "top1" (percent), and with "mAP"
+                (percent) if images have several labels.
             seconds: seconds since this process started or resumed the epoch.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Several teachers of one job: their logit maps of a batch, and how they are built.
+"""Build the several teachers of a job, and compute their logit maps for a batch.
 
 Shapes: B batch, C channels, H W sides, K classes.
 """
@@ -25,9 +25,10 @@ __all__ = ["Teachers", "build_teachers"]
 
 
 class Teachers:
-    """Several teachers that go over the same batches, for all students of a group.
+    """Several teachers that process the same batches, for all students of a group.
 
-    Call the instance for the mean of the teachers' logits, and `taps` for all logit maps.
+    Call the instance for the weighted mean of the teachers' logits, as a map with 1 x 1 positions.
+    Call `taps` for the logit maps of all teachers.
 
     Args:
         teachers: the teachers, in the order of `config.each_teacher`.

@@ -38,7 +38,7 @@ class Teacher:
         device: device on which the forward pass runs.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile.
-        compile_mode: mode of torch.compile.
+        compile_mode: mode of torch.compile: "default" or "max_autotune".
         image_size: side in pixels to which the images are resized first; None for no resizing.
 
     Raises:
@@ -109,7 +109,11 @@ class Teacher:
 
 
 def image_of_teacher(image_CHW: Sequence[int], image_size: int | None) -> tuple[int, ...]:
-    """Return the shape (C, H, W) of an image as a teacher with this `image_size` sees it."""
+    """Return the shape (C, H, W) of an image as a teacher sees it.
+
+    `image_CHW` is the shape of the image in the data set. `image_size` is the side in pixels to
+    which the teacher resizes images; None for no resizing.
+    """
     if image_size is None:
         return tuple(image_CHW)
     return image_CHW[0], image_size, image_size
@@ -123,7 +127,7 @@ def _resized(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 class Resized(nn.Module):
-    """A network that sees its images resized to squares, bilinearly with antialiasing.
+    """A network in front of which images are resized to squares, bilinearly with antialiasing.
 
     Args:
         network: the network, from images (B, C, side, side) to logit maps.
