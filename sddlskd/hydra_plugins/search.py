@@ -111,6 +111,7 @@ class OptunaSweeper(Sweeper):
         search = Search(
             folder=None if self.config.sweep.plan else folder,
             objective=self.config.objective,
+            fixed=fixed,
             varied=varied,
             n_trials=self.n_trials,
             n_jobs=self.n_jobs,
@@ -118,7 +119,7 @@ class OptunaSweeper(Sweeper):
         )
         try:
             search.open()
-            search.run(fixed, self._compose, self._launch)
+            search.run(self._compose, self._launch)
         finally:
             # A refused search must leave no files.
             if is_new and not search.has_begun and not (folder / "sweep.json").exists():
