@@ -131,6 +131,10 @@ class OptunaSweeper(Sweeper):
         for name in ("n_trials", "n_jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"hydra.sweeper.{name}={getattr(self, name)} must be at least 1")
+        from hydra_plugins.shared_teacher import SharedTeacherLauncher, refuse_settings
+
+        if not isinstance(self.launcher, SharedTeacherLauncher):
+            refuse_settings(self.config, [])
         settings, launcher = self.config.sweep, self.config.hydra.launcher
         for key, refused in {
             "sweep.jobs": bool(settings.jobs),

@@ -240,7 +240,7 @@ class Checker:
         return self._networks[key]
 
     def _map_sides_of(
-        self, name: str, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
+        self, name: str, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, ...]
     ) -> tuple[int, ...]:
         """Return height and width of the network's logit map, computed without weights.
 
@@ -350,8 +350,8 @@ def obstacles(
             placed = _on_any_device(job)  # has one process
             try:
                 check_one_process(job)
-            except ValueError as error:
-                found.append((job, explain(error)))
+            except ValueError as refusal:
+                found.append((job, explain(refusal)))
         for error in checker.obstacles(placed):
             if isinstance(error, Downloadable):
                 downloads[str(error).removeprefix("there is no ")] = None
