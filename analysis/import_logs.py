@@ -48,6 +48,7 @@ from .log_params import (
     params_of_name,
     whole_number,
 )
+from .runs import PRUNED
 from .schema import METRICS, PARAMS
 from .store import reading, sqlite_file
 
@@ -70,6 +71,7 @@ STATUS_WORDS = {
     **dict.fromkeys(("", "finished", "complete"), "FINISHED"),
     **dict.fromkeys(("killed", "partial", "running"), "KILLED"),
     **dict.fromkeys(("failed", "crashed"), "FAILED"),
+    "pruned": "PRUNED",
 }
 # Name of a param or metric in MLflow, or of another value, by the name of a column in a CSV file.
 CSV_NAMES = {
@@ -390,6 +392,8 @@ def _row(
     reason = ""
     if status != "FINISHED" and done < int(planned):
         reason = f"{done} of {planned} epochs"
+    if status == "PRUNED":  # MLflow has no such status
+        status, reason = "KILLED", f"{PRUNED}{reason}"
     return _Import(
         name,
         path,

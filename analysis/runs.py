@@ -34,7 +34,7 @@ from .schema import (
 )
 from .store import MAKE_RUNS, artifact, experiments_of, points_of, quoted, reading, search
 
-__all__ = ["Runs", "listing", "load"]
+__all__ = ["PRUNED", "Runs", "listing", "load"]
 
 NAMES_SHOWN = 10  # names that an error message lists
 # Fields of a job in a plan, besides its params.

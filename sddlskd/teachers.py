@@ -459,6 +459,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = [chosen.name]
     elif not words:
         parser.error(f"{chosen.command} what? Give names, such as {chosen.command} resnet32x4")
+    if named := [word for word in overrides if word.startswith("teacher=")]:
+        parser.error(f"{named[0]} cannot be given; name teachers as words: resnet14 resnet8")
     if chosen.command == "fetch" and words == ["all"]:
         dataset = dict(word.split("=", 1) for word in overrides).get("dataset", "cifar100")
         prefix = "imagenet_" if dataset == "imagenet" else ""  # the names in conf/teacher

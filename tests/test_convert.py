@@ -110,6 +110,12 @@ def imagenet(method: str, teacher: str, student: str, batch: int = 512, more: st
     return text + more
 
 
+def theirs(old: str, new: str) -> str:
+    """Return the file of torchdistill with one part replaced."""
+    assert TORCHDISTILL.count(old) == 1
+    return TORCHDISTILL.replace(old, new)
+
+
 START = "python -m sddlskd.train recipe="
 LS = ("--logit-stand", "--base-temp", "2", "--kd-weight", "9")
 
@@ -253,6 +259,23 @@ def test_every_key_that_is_not_translated_is_named(convert: Any) -> None:
         (TORCHDISTILL.replace("'SGD'", "'Adam'"), (), "train.optimizer Adam has no translation"),
         (TORCHDISTILL.replace("MultiStepLR", "PolyLR"), (), "train.scheduler PolyLR has no"),
         (TORCHDISTILL.replace("cifar100/train", "coco/train"), (), "dataset_id=coco/train has no"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.EPOCHS", ".inf"), "SOLVER.EPOCHS=inf is not a num"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.EPOCHS", "0"), "SOLVER.EPOCHS=0 must be at least"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR", "["), "SOLVER.LR [ has a value that is not"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR_DECAY_STAGES", "150"), "=150 is not a list of"),
+        (cifar("KD", "vgg13", "vgg8"), ("SOLVER.LR", "1" + 400 * "0"), "is not a number"),
+        (theirs("milestones: [60, 120, 160], ", ""), (), "train.scheduler.milestones=None is not"),
+        (theirs("[60, 120, 160]", "3"), (), "train.scheduler.milestones=3 is not a list of num"),
+        (theirs("gamma: 0.2", "gamma: x"), (), "train.scheduler.gamma=x is not a number"),
+        (theirs("temperature: 4.0", "temperature: 0"), (), "temperature=0 of KDLoss must be great"),
+        (theirs("alpha: 0.9", "alpha: 0.9, beta: x"), (), "beta=x is not a number"),
+        (theirs("alpha: 0.9", "alpha: [1]"), (), "alpha=[1] is not a number"),
+        (theirs("          criterion:", "          loss:"), (), "train.criterion: kd has no crit"),
+        (theirs("{lr: 0.1, momentum: 0.9,", "{lr: 0.1, momentum: a,"), (), "momentum=a is not"),
+        (theirs("kwargs: {milestones: [60, 120, 160], gamma: 0.2}", "kwargs: 3"), (),
+         "the arguments of MultiStepLR, 3, are not a mapping"),
+        (theirs("kwargs: {batch_size: 128, num_workers: 16}", "kwargs: 3"), (),
+         "train.train_data_loader.kwargs=3 is not a mapping"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_translated_is_refused_in_one_line(
@@ -262,6 +285,18 @@ def test_what_cannot_be_translated_is_refused_in_one_line(
     assert (code, told, len(lines)) == (1, "", 1)
     assert lines[0].startswith("error: ")
     assert said in lines[0]
+
+
+def test_an_error_that_nobody_expected_is_one_line(
+    convert: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(values: Any) -> None:
+        raise KeyError("what\nthey")
+
+    monkeypatch.setattr("sddlskd.convert.torchdistill.translate", fail)
+    code, told, (line,) = convert(TORCHDISTILL)
+    assert (code, told) == (1, "")
+    assert line.endswith(r"their.yaml: the file cannot be translated (KeyError: 'what\nthey')")
 
 
 def test_a_missing_file_is_refused(

@@ -1,5 +1,6 @@
 """Test the search with Optuna: its proposals, its objective, and the command."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ LOG = "rate=tag(log, interval(1e-4,1e-1))"
 
 
 def search(folder: Path | None, n_trials: int = 6, **options: Any) -> Search:
-    _, varied = split_words([*WORDS, LOG])
+    words = options.pop("words", [*WORDS, LOG])
+    fixed, varied = split_words(words)
     chosen = {"objective": "best/top1", "n_jobs": 2, "seed": 0, **options}
-    found = Search(folder=folder, varied=varied, n_trials=n_trials, **chosen)
+    found = Search(folder=folder, fixed=fixed, varied=varied, n_trials=n_trials, **chosen)
     found.open()
     return found
 
@@ -85,6 +87,52 @@ def test_failed_and_dropped_trials_have_no_value() -> None:
     best = one.best()
     assert best is not None
     assert best[0] in (2, 3)
+
+
+def test_the_next_process_tries_a_failed_trial_again(tmp_path: Path) -> None:
+    first = search(tmp_path, 4)
+    for number, words in first.next_batch():
+        judge(first, number, words, ("FAILED", "FINISHED")[number])
+    assert [number for number, _ in first.next_batch()] == [2, 3]  # not the failed one at once
+    again = search(tmp_path, 4)
+    batch = again.next_batch()
+    assert [number for number, _ in batch] == [0, 2, 3]
+    for number, words in batch:
+        judge(again, number, words, "FAILED" if number == 0 else "FINISHED")
+    assert again.next_batch() == []
+    assert [number for number, _ in search(tmp_path, 4).next_batch()] == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["student=resnet20", *WORDS[1:], LOG],
+         r"student=resnet20 differs .* \(student=resnet8\); .* another sweep.name"),
+        ([WORDS[0], "x=1.0,8.0", *WORDS[2:], LOG],
+         r"x=1.0,8.0 differs .* \(x=interval\(1.0,8.0\)\)"),
+        ([*WORDS, LOG, "seed=1"], r"seed=1 differs .* \(nothing\)"),
+    ],
+)  # fmt: skip
+def test_another_search_needs_another_name(tmp_path: Path, words: list[str], said: str) -> None:
+    search(tmp_path)
+    unchanged = ["home=/there", "sweep.halving=[1]", "+tracking.x=1", LOG, *reversed(WORDS)]
+    search(tmp_path, words=unchanged)
+    with pytest.raises(ValueError, match=said):
+        search(tmp_path, words=words)
+
+
+def test_a_bad_objective_or_range_is_refused_by_its_key() -> None:
+    with pytest.raises(ValueError, match="objective=foo is logged by no run; give best/top1"):
+        search(None, objective="foo")
+    for word in ("x=interval(8.0,1.0)", "x=tag(log,interval(0,1))", "n=int(interval(3,1))"):
+        with pytest.raises(ValueError, match=f"^{re.escape(word)}: "):
+            search(None, words=[word])
+
+
+def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / DATABASE).write_text("no database" * 100)
+    with pytest.raises(ValueError, match=rf"{DATABASE} cannot be used \(.*not a database\); .*del"):
+        search(tmp_path)
 
 
 def test_a_loss_is_minimised(tmp_path: Path) -> None:

@@ -272,6 +272,46 @@ def test_a_plan_needs_neither_data_nor_teacher_and_names_every_obstacle(
     assert not empty.exists()
 
 
+def test_a_plan_names_what_a_launch_would_refuse(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sddlskd.tracking.copies.find_spec", lambda name: None)
+    monkeypatch.setenv("SDDLSKD_MOST_PROCESSES", "1")
+    common = ("sweep.plan=true", "tracking.mirrors=[wandb]")
+    _, code = sweep(jobs_of(home, "seed=1", "seed=2", common=common), devices=["cpu", "cpu"])
+    assert code == 1
+    refused = [line for line in capsys.readouterr().out.splitlines() if "cannot run: " in line]
+    assert len(refused) == 2
+    assert refused[0].startswith("cannot run: tracking.mirrors: wandb is not installed")
+    assert refused[1].startswith("cannot run: the number of workers in hydra.launcher.devices")
+
+
+def test_a_plan_for_a_cluster_refuses_processes_that_share_a_batch(home: Path) -> None:
+    jobs = jobs_of(home, "recipe=crd", common=("trainer.devices=2", "sweep.plan=true"))
+    found, _ = precheck.obstacles(jobs, runs_locally=False)
+    assert [reason for _, reason in found if reason.startswith("trainer.devices=2 cannot train")]
+
+
+def test_a_plan_without_files_of_label_sets_checks_the_networks(tmp_path: Path) -> None:
+    words = ("dataset=label_sets", f"dataset.load.root={tmp_path}", "dataset.num_classes=4")
+    jobs = jobs_of(tmp_path, "recipe=mld teacher=resnet8 M=[64]", common=words)
+    reasons = [reason for _, reason in precheck.obstacles(jobs)[0]]
+    assert any(reason.startswith("M=[64] is too fine") for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("check", [precheck.problems, lambda jobs: precheck.obstacles(jobs)[0]])
+def test_labels_of_the_other_kind_and_images_of_another_size_are_refused(
+    home: Path, check: Any
+) -> None:
+    vit = "student=timm student.model.name=vit_tiny_patch16_224"
+    jobs = jobs_of(home, "dataset.multi_label=true recipe=mld", vit)
+    (one, labels), (two, size) = check(jobs)
+    assert [one, two] == jobs
+    assert labels.endswith("set dataset.multi_label=false")
+    assert size.startswith("student=timm_vit_tiny_patch16_224 cannot take images of 3x32x32")
+    assert size.endswith("or set +student.model.resize=224")
+
+
 def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = jobs_of(home, *(f"M=[{m}]" for m in (1, 2, 4, 8)), "seed=1", common=("sweep.plan=true",))
     record_of_past_run(jobs[0], seconds=60.0)

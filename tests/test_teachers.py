@@ -557,6 +557,12 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, *capsys.readouterr()
 
 
+def test_teachers_are_named_as_words(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "verify", "resnet14", "teacher=[resnet14,resnet8]")
+    said = "teacher=[resnet14,resnet8] cannot be given; name teachers as words: resnet14 resnet8"
+    assert (code, err.splitlines()[-1].partition("error: ")[2]) == (2, said)
+
+
 def test_list(
     web: Site, job: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,9 @@ def main() -> None:
         text = command(translation)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         _refuse(f"{options.file}: {explain(error)}")
+    except Exception as error:  # a file of another code may hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _refuse(f"{options.file}: the file cannot be translated ({reason})")
     for line in translation.ignored:
         sys.stderr.write(f"{line}\n")
     write_line(text)
@@ -137,7 +140,10 @@ def _merge(values: dict[str, Any], options: Sequence[str]) -> None:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ValueError(f"{key} is no key: {parent} has a value")
-        node[name] = yaml.safe_load(text)
+        try:
+            node[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"{key} {text} has a value that is not YAML") from None
 
 
 def _translate(values: Mapping[str, Any], options: argparse.Namespace) -> Translation:

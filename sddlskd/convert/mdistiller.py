@@ -5,11 +5,11 @@ weight 9), in flags of the command line and in SDD's clipped gradients. Keys tha
 state have the default of its code's `mdistiller/engine/cfg.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sddlskd.convert.translation import Translation, dotted, milestones
+from sddlskd.convert.translation import Translation, dotted, milestones, number, numbers
 
 __all__ = ["CODES", "Flags", "is_of_mdistiller", "translate"]
 
@@ -153,7 +153,7 @@ class _File:
         value = self.stated.get(key, self._defaults[key])
         default = self._defaults[key]
         if isinstance(default, int | float) and not isinstance(default, bool):
-            return _number(key, value)
+            return number(key, value)
         return value
 
     def unread(self) -> list[str]:
@@ -264,16 +264,15 @@ def _solver(file: _File, code: str, found: Translation) -> None:
         else:
             found.choices["optimizer"] = "dot"
         found.values["optimizer.algorithm.delta"] = file["SOLVER.DOT.DELTA"]
-    batch, epochs = int(file["SOLVER.BATCH_SIZE"]), int(file["SOLVER.EPOCHS"])
+    batch = int(file["SOLVER.BATCH_SIZE"])
+    epochs = int(number("SOLVER.EPOCHS", file["SOLVER.EPOCHS"], 1))
     if code == "sdd" and found.choices["dataset"] == "imagenet":
         batch *= 2
         found.ignored.append(
             "SOLVER.BATCH_SIZE: of each of the two processes of SDD's run.sh, so that "
             f"trainer.batch_size={batch}; for another number of processes, change it"
         )
-    stages = file["SOLVER.LR_DECAY_STAGES"]
-    if not isinstance(stages, Sequence) or not all(isinstance(n, int | float) for n in stages):
-        raise ValueError(f"SOLVER.LR_DECAY_STAGES={stages} is not a list of epochs")
+    stages = numbers("SOLVER.LR_DECAY_STAGES", file["SOLVER.LR_DECAY_STAGES"])
     found.values |= {
         "trainer.epochs": epochs,
         "trainer.batch_size": batch,
@@ -427,17 +426,6 @@ METHODS: dict[str, Callable[[_File, Flags, Translation], None]] = {
 def _states(file: _File, key: str) -> bool:
     """Return whether the file itself, which only LSKD's may, sets a switch."""
     return key in file.stated and bool(file[key])
-
-
-def _number(key: str, value: Any) -> float | int:
-    if isinstance(value, str):  # YAML reads 1e-4 as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{key}={value} is not a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{key}={value} is not a number")
-    return value
 
 
 def _reason(key: str, kind: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sddlskd.convert.translation import Translation, dotted, milestones
+from sddlskd.convert.translation import Translation, dotted, milestones, number, numbers
 
 __all__ = ["is_of_torchdistill", "translate"]
 
@@ -59,9 +59,11 @@ def translate(values: Mapping[str, Any]) -> Translation:
     if not isinstance(student, Mapping):
         raise ValueError("models.student_model is missing")
     _network("student", student, dataset, found)
-    epochs = int(_number("train.num_epochs", train.get("num_epochs")))
+    epochs = int(number("train.num_epochs", train.get("num_epochs"), 1))
     options = loader.get("kwargs", loader)
-    batch = _number("train.train_data_loader.batch_size", options.get("batch_size"))
+    if not isinstance(options, Mapping):
+        raise ValueError(f"train.train_data_loader.kwargs={options} is not a mapping")
+    batch = number("train.train_data_loader.batch_size", options.get("batch_size"))
     found.values |= {"trainer.epochs": epochs, "trainer.batch_size": int(batch)}
     _optimizer(_mapping(train, "optimizer"), found)
     _scheduler(_mapping(train, "scheduler"), epochs, found)
@@ -92,6 +94,8 @@ def _called(node: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the arguments of code that a node names, in either form."""
     name = str(node.get("key", node.get("type", node.get("name", ""))))
     arguments = node.get("kwargs", node.get("params")) or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"the arguments of {name}, {arguments}, are not a mapping")
     return name.rpartition(".")[2], arguments
 
 
@@ -138,18 +142,21 @@ def _criterion(node: Mapping[str, Any], found: Translation) -> None:
         if name == "DISTLoss":
             recipe = "dist"
             found.values |= {
-                "distiller.temperature": arguments.get("tau", 1.0),
-                "distiller.loss.beta": arguments.get("beta", 1.0),
-                "distiller.loss.gamma": arguments.get("gamma", 1.0),
+                "distiller.temperature": number("tau", arguments.get("tau", 1.0)),
+                "distiller.loss.beta": number("beta", arguments.get("beta", 1.0)),
+                "distiller.loss.gamma": number("gamma", arguments.get("gamma", 1.0)),
                 "distiller.kd_weight": factor,
             }
             continue
         recipe = "kd" if name == "KDLoss" else "kd_ls"
-        temperature = _number("temperature", arguments.get("temperature"))
-        alpha = arguments.get("alpha") or 0.0
-        beta = arguments.get("beta")
-        if beta is None:
-            beta = round(1 - alpha, 12)  # 0.1 rather than 0.09999999999999998
+        temperature = number("temperature", arguments.get("temperature"))
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} of {name} must be greater than 0")
+        alpha = number("alpha", arguments.get("alpha") or 0.0)
+        # 0.1 rather than 0.09999999999999998
+        beta: float = round(1 - alpha, 12)
+        if arguments.get("beta") is not None:
+            beta = number("beta", arguments["beta"])
         if not alpha:  # torchdistill then leaves out the weight and the factor T^2
             beta = 1 / temperature**2
         ce_weight += factor * alpha
@@ -166,13 +173,18 @@ def _terms(node: Mapping[str, Any]) -> list[tuple[tuple[str, Mapping[str, Any]],
     name, arguments = _called(node)
     if name not in ("WeightedSumLoss", "GeneralizedCustomLoss"):
         return [((name, arguments), 1.0)]
-    parts = dict(arguments.get("sub_terms") or node.get("sub_terms") or {})
+    parts = arguments.get("sub_terms") or node.get("sub_terms") or {}
+    if not isinstance(parts, Mapping):
+        raise ValueError(f"train.criterion: sub_terms={parts} is not a mapping")
+    parts = dict(parts)
     if org := node.get("org_term"):
         parts["org_term"] = org
     terms = []
     for key, part in parts.items():
+        if not isinstance(part, Mapping) or not isinstance(part.get("criterion"), Mapping):
+            raise ValueError(f"train.criterion: {key} has no criterion")
         weight = part.get("weight", part.get("factor", 1.0))
-        terms.append((_called(part["criterion"]), float(_number(f"{key}.weight", weight))))
+        terms.append((_called(part["criterion"]), float(number(f"{key}.weight", weight))))
     return terms
 
 
@@ -180,23 +192,25 @@ def _optimizer(node: Mapping[str, Any], found: Translation) -> None:
     name, arguments = _called(node)
     if name != "SGD":
         raise ValueError(f"train.optimizer {name} has no translation; valid is SGD")
-    found.values["optimizer.lr"] = _number("train.optimizer.lr", arguments.get("lr"))
+    found.values["optimizer.lr"] = number("train.optimizer.lr", arguments.get("lr"))
     for option in ("momentum", "weight_decay"):
-        found.values[f"optimizer.algorithm.{option}"] = arguments.get(option, 0)
+        value = number(f"train.optimizer.{option}", arguments.get(option, 0))
+        found.values[f"optimizer.algorithm.{option}"] = value
     if arguments.get("nesterov"):
         found.values["optimizer.algorithm.nesterov"] = True
 
 
 def _scheduler(node: Mapping[str, Any], epochs: int, found: Translation) -> None:
     name, arguments = _called(node)
+    gamma = arguments.get("gamma", 0.1)
     if name == "MultiStepLR":
-        found.values["optimizer.milestones"] = milestones(arguments["milestones"], epochs)
-        found.values["optimizer.decay"] = arguments.get("gamma", 0.1)
-    elif name == "StepLR":
-        step = int(arguments["step_size"])
-        stages = list(range(step, epochs, step))
+        stages = numbers("train.scheduler.milestones", arguments.get("milestones"))
         found.values["optimizer.milestones"] = milestones(stages, epochs)
-        found.values["optimizer.decay"] = arguments.get("gamma", 0.1)
+        found.values["optimizer.decay"] = number("train.scheduler.gamma", gamma)
+    elif name == "StepLR":
+        step = int(number("train.scheduler.step_size", arguments.get("step_size"), 1))
+        found.values["optimizer.milestones"] = milestones(range(step, epochs, step), epochs)
+        found.values["optimizer.decay"] = number("train.scheduler.gamma", gamma)
     elif name == "CosineAnnealingLR" and arguments.get("T_max") == epochs:
         found.values["optimizer.schedule"] = "cosine"
     else:
@@ -204,9 +218,3 @@ def _scheduler(node: Mapping[str, Any], epochs: int, found: Translation) -> None
             f"train.scheduler {name} has no translation; valid are MultiStepLR, StepLR, and "
             "CosineAnnealingLR with T_max = train.num_epochs"
         )
-
-
-def _number(key: str, value: Any) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{key}={value} is not a number")
-    return value

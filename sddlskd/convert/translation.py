@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from sddlskd import config as cfg
 from sddlskd.config import Config
 
-__all__ = ["Translation", "command", "dotted", "milestones"]
+__all__ = ["Translation", "command", "dotted", "milestones", "number", "numbers"]
 
 PROGRAM = "python -m sddlskd.train"
 
@@ -68,6 +68,38 @@ def milestones(stages: Sequence[float], epochs: int) -> list[float]:
         The fractions, such as [0.625, 0.75, 0.875], the form of the setting optimizer.milestones.
     """
     return [stage / epochs for stage in stages if stage < epochs]
+
+
+def number(key: str, value: Any, least: float = -math.inf) -> float | int:
+    """Return a number of a file; a text such as "1e-4", which YAML does not read, becomes a number.
+
+    Args:
+        key: key of the value in the file, for messages.
+        value: value of any type.
+        least: smallest valid number.
+
+    Raises:
+        ValueError: If the value is not a finite number, or if it is less than `least`.
+    """
+    found = value
+    try:
+        if isinstance(value, str):
+            found = float(value)
+        is_finite = math.isfinite(found) and not isinstance(value, bool)
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of 400 digits
+        is_finite = False
+    if not is_finite:
+        raise ValueError(f"{key}={value} is not a number")
+    if found < least:
+        raise ValueError(f"{key}={value} must be at least {least}")
+    return found  # type: ignore[no-any-return]
+
+
+def numbers(key: str, value: Any) -> list[float | int]:
+    """Return a list of numbers of a file; raise ValueError that names `key` if it is no list."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{key}={value} is not a list of numbers")
+    return [number(key, one) for one in value]
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:

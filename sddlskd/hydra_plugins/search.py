@@ -111,6 +111,7 @@ class OptunaSweeper(Sweeper):
         search = Search(
             folder=None if self.config.sweep.plan else folder,
             objective=self.config.objective,
+            fixed=fixed,
             varied=varied,
             n_trials=self.n_trials,
             n_jobs=self.n_jobs,
@@ -118,7 +119,7 @@ class OptunaSweeper(Sweeper):
         )
         try:
             search.open()
-            search.run(fixed, self._compose, self._launch)
+            search.run(self._compose, self._launch)
         finally:
             # A refused search must leave no files.
             if is_new and not search.has_begun and not (folder / "sweep.json").exists():
@@ -130,6 +131,10 @@ class OptunaSweeper(Sweeper):
         for name in ("n_trials", "n_jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"hydra.sweeper.{name}={getattr(self, name)} must be at least 1")
+        from hydra_plugins.shared_teacher import SharedTeacherLauncher, refuse_settings
+
+        if not isinstance(self.launcher, SharedTeacherLauncher):
+            refuse_settings(self.config, [])
         settings, launcher = self.config.sweep, self.config.hydra.launcher
         for key, refused in {
             "sweep.jobs": bool(settings.jobs),

@@ -74,9 +74,15 @@ class GridSweeper(BasicSweeper):
         """Check that Hydra can compose each job, unless the launcher checks the jobs itself.
 
         Hydra calls this method. `batch` holds the overrides of each job. If a job cannot be
-        composed, the error of Hydra or OmegaConf is raised.
+        composed, the error of Hydra or OmegaConf is raised. Raise ValueError, and leave no files,
+        if a job needs a launcher of this package.
         """
         if not isinstance(self.launcher, SharedTeacherLauncher):
+            try:
+                refuse_settings(self.config, [word for words in batch for word in words])
+            except ValueError:
+                leave_no_files(Path(self.config.hydra.sweep.dir))
+                raise
             super().validate_batch_is_legal(batch)
 
 
@@ -207,6 +213,31 @@ class SharedTeacherLauncher(Launcher):
         if OmegaConf.is_list(devices):
             devices = OmegaConf.to_container(devices)
         return Pool(devices, fail_fast=self.fail_fast)
+
+
+def refuse_settings(config: DictConfig, words: Sequence[str]) -> None:
+    """Raise ValueError if a sweep has a setting that only the launchers of this package know.
+
+    Args:
+        config: configuration of a sweep with another launcher, such as Hydra's basic one.
+        words: overrides of all jobs of the sweep.
+    """
+    settings = config.sweep
+    refused = {
+        "sweep.plan=true": bool(settings.plan),
+        f"sweep.rerun={settings.rerun}": str(settings.rerun) != "failed",
+        "sweep.seeds=until_decided": settings.seeds is not None,
+        f"sweep.halving={settings.halving}": bool(settings.halving),
+    }
+    # Hydra merges the teachers of a list; a launcher of this package spells each of them.
+    refused |= {word: True for word in words if word.startswith("teacher=[")}
+    for setting, is_set in refused.items():
+        if is_set:
+            launcher = config.hydra.runtime.choices["hydra/launcher"]
+            raise ValueError(
+                f"{setting} cannot be used with hydra/launcher={launcher}, which trains each job "
+                "alone; leave hydra/launcher out"
+            )
 
 
 def leave_no_files(folder: Path) -> None:

@@ -79,8 +79,8 @@ def run_sweep(
         ChildProcessError: If the process that checks the jobs dies.
         KeyboardInterrupt: If Ctrl-C ends the wait for SLURM's tasks.
         SystemExit: With code 130 if the sweep or a job was stopped, else with 1 if a job is neither
-            FINISHED nor PRUNED at the end. After printing a plan with code 1 if a job is invalid,
-            else with 0.
+            FINISHED nor PRUNED at the end. After printing a plan with code 1 if a job is invalid
+            or the sweep would be refused, else with 0.
     """
     plan = make_plan(
         jobs,
@@ -110,7 +110,10 @@ def run_sweep(
         )
     if only_print:
         print_plan(plan, runner.places(plan.todo, plan.devices))
-        if plan.invalid:
+        refusals = _refusals(plan, runner)
+        for reason in refusals:
+            write_line(f"cannot run: {reason}")
+        if plan.invalid or refusals:
             sys.exit(1)
         sys.exit(0)
     log.info("%s", "; ".join(plan_lines(plan)))
@@ -124,6 +127,18 @@ def run_sweep(
         if print_results or ended == KILLED or _status_of_all(plan.jobs) != FINISHED:
             print_outcome(plan, results, stopped=ended == KILLED, locally=runner.runs_locally)
     return [result_of(job) for job in jobs]
+
+
+def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:
+    """Return why a launch of the sweep would be refused although its single jobs can run."""
+    found = []
+    if plan.todo:
+        for check in (tracking.check_packages, runner.validate):
+            try:
+                check(plan.todo)
+            except (ValueError, ConnectionError) as error:
+                found.append(str(error))
+    return found
 
 
 def _run(plan: Plan, runner: GroupRunner) -> str:

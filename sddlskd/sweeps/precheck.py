@@ -31,6 +31,7 @@ from sddlskd.training.build import (
     check_batch_size,
     check_cache,
     check_images,
+    check_label_sets,
     check_objective,
     check_one_image,
     check_one_process,
@@ -45,6 +46,7 @@ from sddlskd.training.build import (
     present_fingerprint,
     shape_of,
     teacher_changed,
+    wrong_images,
 )
 from sddlskd.training.devices import check_places, pick_device
 from sddlskd.training.features import build_features, student_network
@@ -54,7 +56,8 @@ __all__ = ["main", "problems", "report"]
 
 # Side of the images of the data sets that are arrays, in pixels, by the loaders' names
 SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32, "fashion_mnist": 32, "stl10": 96}
-OF_FILES = ("cub200", "image_folder", "imagenet", "tiny_imagenet")  # loaders of image files
+# Loaders of image files
+OF_FILES = ("cub200", "image_folder", "imagenet", "label_sets", "tiny_imagenet")
 
 
 @dataclass(frozen=True)
@@ -170,13 +173,14 @@ class Checker:
             ValueError: If a scale or a method does not fit the networks.
         """
         classes = job.dataset.num_classes
-        of_student = self._map_sides_of(job.student.model, classes, image_CHW)
+        name = f"student={job.student.name}"
+        of_student = self._map_sides_of(name, job.student.model, classes, image_CHW)
         if job.distiller.loss:
-            sides = {f"student={job.student.name}": of_student}
+            sides = {name: of_student}
             for one in each_teacher(job):
                 teachers_CHW = image_of_teacher(image_CHW, one.teacher.image_size)
-                of_teacher = self._map_sides_of(one.teacher.model, classes, teachers_CHW)
-                sides[f"teacher={one.teacher.name}"] = of_teacher
+                name = f"teacher={one.teacher.name}"
+                sides[name] = self._map_sides_of(name, one.teacher.model, classes, teachers_CHW)
             check_scales(job, sides, image_CHW)
         if labels_N is not None:
             self._check_last_batch(job, image_CHW, len(labels_N))
@@ -236,14 +240,23 @@ class Checker:
         return self._networks[key]
 
     def _map_sides_of(
-        self, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, int, int]
+        self, name: str, model: dict[str, Any], num_classes: int, image_CHW: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return height and width of the network's logit map, computed without weights."""
+        """Return height and width of the network's logit map, computed without weights.
+
+        Raise ValueError if the network does not accept images of the shape `image_CHW`. The message
+        calls the network `name`, such as "student=timm".
+        """
         key = (canonical(model), num_classes, image_CHW)
         if key not in self._map_sides:
             with torch.device("meta"), torch.no_grad():
                 network: nn.Module = instantiate(model, num_classes=num_classes)
-                logit_map = network.eval()(torch.empty(1, *image_CHW))
+                try:
+                    logit_map = network.eval()(torch.empty(1, *image_CHW))
+                except NotImplementedError:  # not possible without weights, whatever the images
+                    raise
+                except (RuntimeError, AssertionError) as error:  # timm asserts the size
+                    raise wrong_images(name, network, image_CHW, error) from error
             self._map_sides[key] = tuple(logit_map.shape[2:])
         return self._map_sides[key]
 
@@ -256,6 +269,7 @@ def _check_settings(job: Config) -> None:
 
 def _check_images(job: Config, data: DataSet) -> None:
     """Raise ValueError if the data do not fit the batches, the memory or the record of a job."""
+    check_label_sets(job, data.labels_N)
     device = pick_device(job.trainer.device)
     C, H, W = data.image_CHW
     check_batch_size(job, len(_trained_on(job, data.labels_N)), data.size)
@@ -332,7 +346,14 @@ def obstacles(
     found: list[tuple[Config, str]] = []
     downloads: dict[str, None] = {}
     for job in jobs:
-        for error in checker.obstacles(job if runs_locally else _on_any_device(job)):
+        placed = job
+        if not runs_locally:
+            placed = _on_any_device(job)  # has one process
+            try:
+                check_one_process(job)
+            except ValueError as refusal:
+                found.append((job, explain(refusal)))
+        for error in checker.obstacles(placed):
             if isinstance(error, Downloadable):
                 downloads[str(error).removeprefix("there is no ")] = None
             else:

@@ -7,8 +7,8 @@ trials, so that the same command continues the search after an interruption.
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ __all__ = ["DATABASE", "Search", "objective_of", "split_words"]
 log = logging.getLogger(__name__)
 
 DATABASE = "optuna.db"
+# Settings that change neither the results of trials nor their comparison
+NOT_COMPARED = ("sweep.", "hydra.", "hydra/", "tracking.", "home=", "objective=")
 INSTALL = "hydra/sweeper=optuna needs the package optuna: pip install 'sddlskd[search]'"
 
 
@@ -91,7 +93,8 @@ def _distribution(override: Override) -> Any:
     """Return Optuna's distribution of the values of an override.
 
     `int(interval(1,9))` has integers, and another interval has real numbers. The tag `log` draws
-    them on a logarithmic scale. All other values are choices without an order.
+    them on a logarithmic scale. All other values are choices without an order. Raise ValueError if
+    an interval is empty, or if a logarithmic one does not begin above 0.
     """
     from optuna import distributions
 
@@ -101,9 +104,13 @@ def _distribution(override: Override) -> Any:
     assert value.start is not None
     assert value.end is not None
     is_log = "log" in value.tags
+    kind: Any = distributions.FloatDistribution
     if isinstance(value.start, int) and isinstance(value.end, int):
-        return distributions.IntDistribution(value.start, value.end, log=is_log)
-    return distributions.FloatDistribution(value.start, value.end, log=is_log)
+        kind = distributions.IntDistribution
+    try:
+        return kind(value.start, value.end, log=is_log)
+    except ValueError as error:
+        raise ValueError(f"{override.input_line}: {error}") from None
 
 
 @dataclass
@@ -115,6 +122,7 @@ class Search:
     Attributes:
         folder: folder of the sweep, which holds the database; None to keep nothing, for a plan.
         objective: what is compared, a key of `OBJECTIVES`, such as "best/top1".
+        fixed: overrides that all jobs have, as `split_words` returns them.
         varied: the overrides with several values, by key, as `split_words` returns them.
         n_trials: number of trials, at least 1.
         n_jobs: number of trials in a batch, at least 1. They are proposed and trained together.
@@ -123,6 +131,7 @@ class Search:
 
     folder: Path | None
     objective: str
+    fixed: Sequence[str]
     varied: Mapping[str, Override]
     n_trials: int
     n_jobs: int
@@ -130,19 +139,26 @@ class Search:
 
     _study: Any = field(default=None, init=False)
     _space: dict[str, Any] = field(default_factory=dict, init=False)
+    _failed: set[int] = field(default_factory=set, init=False)  # trials that failed in this process
 
     def open(self) -> None:
         """Open Optuna's study (the list of trials) in the folder's database, or begin a new one.
 
         Raises:
-            ValueError: If Optuna is not installed, if the folder cannot hold the database, or if
-                the study there had another objective.
+            ValueError: If Optuna is not installed, if the objective or a range is not valid, if the
+                folder cannot hold the database, if the database is damaged or locked, or if the
+                study there had another objective or other overrides.
         """
         try:
             import optuna
         except ImportError:
             raise ValueError(INSTALL) from None
 
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective={self.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
+            )
+        self._space = {key: _distribution(one) for key, one in self.varied.items()}
         storage = None
         if self.folder is not None:
             if "?" in str(self.folder):
@@ -151,20 +167,56 @@ class Search:
             storage = f"sqlite:///{self.folder / DATABASE}"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         _, larger_is_better = OBJECTIVES[self.objective]
-        self._study = optuna.create_study(
-            storage=storage,
-            study_name="search",
-            direction="maximize" if larger_is_better else "minimize",
-            load_if_exists=True,
-        )
+        with self._database():
+            self._study = optuna.create_study(
+                storage=storage,
+                study_name="search",
+                direction="maximize" if larger_is_better else "minimize",
+                load_if_exists=True,
+            )
+            self._refuse_other_settings()
+
+    def _refuse_other_settings(self) -> None:
+        """Raise ValueError if the study began with another objective or other overrides.
+
+        A new study keeps the objective and the overrides of this search.
+        """
         earlier = self._study.user_attrs.get("objective", self.objective)
         if earlier != self.objective:
             raise ValueError(
                 f"objective={self.objective} differs from the objective that this search began "
                 f"with ({earlier}); keep it, or give the search another sweep.name"
             )
+        words = {one for one in self.fixed if not one.lstrip("+~").startswith(NOT_COMPARED)}
+        words |= {str(one.input_line) for one in self.varied.values()}
+        kept = set(self._study.user_attrs.get("overrides", words))
+        if kept != words:
+            now = " ".join(sorted(words - kept)) or "nothing"
+            before = " ".join(sorted(kept - words)) or "nothing"
+            raise ValueError(
+                f"{now} differs from what this search began with ({before}); keep it, or give the "
+                "search another sweep.name"
+            )
         self._study.set_user_attr("objective", self.objective)
-        self._space = {key: _distribution(one) for key, one in self.varied.items()}
+        self._study.set_user_attr("overrides", sorted(words))
+
+    @contextmanager
+    def _database(self) -> Iterator[None]:
+        """Turn an error of the database in the body of `with` into a ValueError of one line."""
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (SQLAlchemyError, StorageInternalError) as error:
+            assert self.folder is not None
+            cause = error.__cause__ or error
+            reason = str(getattr(cause, "orig", cause)).partition("\n")[0]
+            raise ValueError(
+                f"{self.folder / DATABASE} cannot be used ({reason}); if another process holds it, "
+                "wait for that process; if it is damaged, delete it, or give the search another "
+                "sweep.name"
+            ) from error
 
     @property
     def has_begun(self) -> bool:
@@ -177,14 +229,16 @@ class Search:
         """Return the trials to train next, as (number, overrides); [] after the last trial.
 
         The overrides are those that vary. Trials that an earlier process has proposed but not
-        judged come again. A batch begins at a multiple of `n_jobs`, and each proposal is drawn with
-        a seed of its own. An interrupted search thus proposes the same trials as an undisturbed
-        one.
+        judged come again, and so do trials that failed in an earlier process. A batch begins at a
+        multiple of `n_jobs`, and each proposal is drawn with a seed of its own. An interrupted
+        search thus proposes the same trials as an undisturbed one.
         """
         from optuna.samplers import TPESampler
 
         trials = self._study.get_trials(deepcopy=False)
-        number = next((one.number for one in trials if not one.state.is_finished()), len(trials))
+        failed = self._study.user_attrs.get("failed", [])
+        unjudged = [one.number for one in trials if not one.state.is_finished()]
+        number = next((one for one in unjudged if one not in failed), len(trials))
         end = min(self.n_trials, (number // self.n_jobs + 1) * self.n_jobs)
         for number in range(len(trials), end):
             # With constant_liar, the sampler takes trials that are not judged yet for bad ones, so
@@ -194,11 +248,13 @@ class Search:
         return [
             (trial.number, _words(trial.params))
             for trial in self._study.get_trials(deepcopy=False)
-            if not trial.state.is_finished()
+            if not trial.state.is_finished() and trial.number not in self._failed
         ]
 
     def judge(self, number: int, job: Config, result: Mapping[str, Any]) -> None:
         """Tell Optuna how a trial has ended, and its value if the trial has one.
+
+        A failed trial stays without a judgement, so that the next process tries it again.
 
         Args:
             number: number of the trial.
@@ -207,8 +263,13 @@ class Search:
         """
         from optuna.trial import TrialState
 
-        states = {FAILED: TrialState.FAIL, PRUNED: TrialState.PRUNED}
-        self._study.tell(number, objective_of(job, result), state=states.get(result["status"]))
+        if result["status"] == FAILED:
+            self._failed.add(number)
+            failed = self._failed.union(self._study.user_attrs.get("failed", []))
+            self._study.set_user_attr("failed", sorted(failed))
+            return
+        state = TrialState.PRUNED if result["status"] == PRUNED else None
+        self._study.tell(number, objective_of(job, result), state=state)
 
     def trials(self) -> list[list[str]]:
         """Return the varied overrides of all trials, in the order of their numbers."""
@@ -227,25 +288,28 @@ class Search:
 
     def run(
         self,
-        fixed: Sequence[str],
         compose: Callable[[list[list[str]]], list[Config]],
         launch: Callable[[list[list[str]]], object],
     ) -> None:
         """Train and judge batches until the last trial; then print all trials and the best one.
 
         Args:
-            fixed: overrides that all jobs have.
             compose: function that returns the job for each list of overrides in a list.
             launch: function that trains the job for each list of overrides in a list. The function
                 may raise SystemExit with code 1 if a job failed.
 
         Raises:
             SystemExit: With code 1 if a trial failed, and as `launch` raises it.
+            ValueError: If the database is damaged or locked.
             Exception: As `compose` and `launch` raise it.
         """
         is_told = False
-        while batch := self.next_batch():
-            overrides = [[*fixed, *words] for _, words in batch]
+        while True:
+            with self._database():
+                batch = self.next_batch()
+            if not batch:
+                break
+            overrides = [[*self.fixed, *words] for _, words in batch]
             jobs = compose(overrides)
             if not is_told:
                 _tell_if_not_held_out(jobs[0])
@@ -255,17 +319,18 @@ class Search:
             except SystemExit as ended:
                 if ended.code != 1 or any(_has_no_end(job) for job in jobs):
                     raise
-            for (number, _), job in zip(batch, jobs, strict=True):
-                self.judge(number, job, result_of(job))
+            with self._database():
+                for (number, _), job in zip(batch, jobs, strict=True):
+                    self.judge(number, job, result_of(job))
             self._log_progress()
-        self._report(fixed, compose([[*fixed, *words] for words in self.trials()]))
+        self._report(compose([[*self.fixed, *words] for words in self.trials()]))
 
     def _log_progress(self) -> None:
         best = self.best()
         value = f"best {self.objective} {best[1]:.6g}" if best else "none has a value yet"
         log.info("%d of %d trials: %s", len(self._study.trials), self.n_trials, value)
 
-    def _report(self, fixed: Sequence[str], jobs: Sequence[Config]) -> None:
+    def _report(self, jobs: Sequence[Config]) -> None:
         """Print a table of all trials, the best trial, and the command that runs it again."""
         code: Any = 0
         try:
@@ -278,7 +343,7 @@ class Search:
                 f"best of {len(jobs)} trials: trial {number} with {self.objective} {value:.6g}: "
                 f"{' '.join(words)}"
             )
-            kept = [word for word in fixed if not word.lstrip("+").startswith("sweep.")]
+            kept = [word for word in self.fixed if not word.lstrip("+").startswith("sweep.")]
             if not any(word.startswith("home=") for word in kept):
                 kept.append(f"home={jobs[0].home}")
             command = shlex.join(["python", "-m", "sddlskd.train", *kept, *words])

@@ -60,6 +60,7 @@ __all__ = [
     "check_batches",
     "check_cache",
     "check_images",
+    "check_label_sets",
     "check_maps",
     "check_objective",
     "check_one_image",
@@ -78,6 +79,7 @@ __all__ = [
     "teacher_changed",
     "teacher_path",
     "without_weights",
+    "wrong_images",
 ]
 
 log = logging.getLogger(__name__)
@@ -215,7 +217,7 @@ def build_data(
     """
     d = job.dataset
     splits = splits or load_splits(job)
-    _check_label_sets(job, splits)
+    check_label_sets(job, splits.train.labels_N)
     shape_NHWC = shape_of(job, splits)
     check_batch_size(job, shape_NHWC[0])
     check_images(job, shape_NHWC, device, of_files=isinstance(splits.train, Files))
@@ -260,9 +262,13 @@ def build_data(
     return DeviceData(splits, padding=d.padding, **common)
 
 
-def _check_label_sets(job: Config, splits: Splits) -> None:
-    """Raise ValueError unless `dataset.multi_label` says whether images have several labels."""
-    several = splits.train.labels_N.ndim > 1
+def check_label_sets(job: Config, labels_N: Tensor) -> None:
+    """Raise ValueError unless `dataset.multi_label` says whether images have several labels.
+
+    `labels_N` are the class ids of the training images (N,), or zeros and ones (N, K) for images
+    with several labels.
+    """
+    several = labels_N.ndim > 1
     if several != job.dataset.multi_label:
         found = "several labels" if several else "one class"
         raise ValueError(
@@ -787,15 +793,8 @@ def check_maps(
         except torch.OutOfMemoryError:  # the device is full, which says nothing about the network
             raise
         except (RuntimeError, AssertionError) as error:  # timm asserts the size of the images
-            channels, height, width = image_CHW
-            cure = "choose another network or size"
-            if isinstance(network, ForeignNetwork):
-                who, side = name.partition("=")[0], network.image_CHW[-1]
-                cure += f", or set +{who}.model.resize={side}"
-            raise ValueError(
-                f"{name} cannot take images of {channels}x{height}x{width} "
-                f"({' '.join(str(error).split())[:200]}); {cure}"
-            ) from error
+            assert network is not None
+            raise wrong_images(name, network, image_CHW, error) from error
     student.train()
     for name, logit_map in maps.items():
         if logit_map.ndim != 4 or logit_map.shape[1] != job.dataset.num_classes:
@@ -805,6 +804,28 @@ def check_maps(
             )
     if teacher is not None:
         check_scales(job, {name: tuple(m.shape[2:]) for name, m in maps.items()}, data.image_shape)
+
+
+def wrong_images(
+    name: str, network: nn.Module, image_CHW: tuple[int, ...], error: BaseException
+) -> ValueError:
+    """Return the error for a network that does not accept the images of a job.
+
+    Args:
+        name: the network as the job names it, such as "student=timm".
+        network: the network.
+        image_CHW: channels, height and width of an image, in pixels.
+        error: what the network raised.
+    """
+    channels, height, width = image_CHW
+    cure = "choose another network or size"
+    if isinstance(network, ForeignNetwork):
+        who, side = name.partition("=")[0], network.image_CHW[-1]
+        cure += f", or set +{who}.model.resize={side}"
+    return ValueError(
+        f"{name} cannot take images of {channels}x{height}x{width} "
+        f"({' '.join(str(error).split())[:200]}); {cure}"
+    )
 
 
 def check_scales(

@@ -316,6 +316,15 @@ def test_csv_takes_columns_by_the_names_of_others(uri: str, logs: Path) -> None:
     assert second.data.params["student.name"] == "shufflev1"
 
 
+def test_a_row_that_halving_dropped_is_pruned_in_the_frame(uri: str, logs: Path) -> None:
+    head = "dataset,teacher,student,method,epochs,epochs_done,top1,status\n"
+    rows = "cifar100,vgg13,vgg8,kd,240,30,41.2,PRUNED\ncifar100,vgg13,vgg8,dkd,240,240,74.0,\n"
+    import_logs([written(logs / "runs.csv", head + rows)], uri)
+    frame = load("imported", uri).frame.set_index("method")
+    assert frame["status"].to_dict() == {"kd": "PRUNED", "dkd": "FINISHED"}
+    assert frame.loc["kd", "reason"].startswith("30 of 240 epochs")
+
+
 def test_imported_runs_stand_in_the_frame(uri: str, logs: Path) -> None:
     written(logs / "dkd,vgg13,MobileNetV2,3,9,2.0.txt", worklog([60.0, 70.12]))
     written(logs / "ctkd,vgg13,vgg8,2,9.txt", ctkd([74.64, 74.5]))
