@@ -97,6 +97,14 @@ def test_a_folder_without_classes_says_what_to_set(tmp_path: Path) -> None:
         assert part in told
 
 
+@pytest.mark.parametrize("root", ["pets/train", "pets/train/cat", "."])
+def test_a_root_beside_the_classes_names_the_right_one(tmp_path: Path, root: str) -> None:
+    (tmp_path / "pets/train/cat").mkdir(parents=True)
+    with pytest.raises(OmegaConfBaseException) as caught:
+        composed(tmp_path, "dataset=image_folder", f"dataset.root={tmp_path / root}")
+    assert explain(caught.value).endswith(f"set dataset.root={tmp_path}/pets")
+
+
 # Fingerprints
 
 

@@ -203,7 +203,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["+dataset.load.size=3"], ["size"]),
         (["teacher=resnet14", "teacher.train_if_missing=false"],
          ["teacher=resnet14 for digits is missing",
-          "distiller=vanilla student=resnet14 dataset=digits", "teacher.train_if_missing=true",
+          "distiller=vanilla student=resnet14 and the dataset.* and trainer.* words of this job", "teacher.train_if_missing=true",
           "teacher.checkpoint=FILE"]),
         (["teacher.checkpoint=/no/such.pt"], [r"/no/such\.pt", "teacher.checkpoint=FILE"]),
     ],

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sddlskd import config as cfg
 from sddlskd.sweeps.precheck import problems
+from sddlskd.training.fit import fit
 from tests.tiny import composed
 
 SHAPE = ("dataset=digits", "teacher=resnet8", "student=resnet8", "tracking=none")
@@ -34,3 +35,15 @@ def test_crd_draws_its_negatives_from_the_part(tmp_path: Path) -> None:
     overrides = ("recipe=crd", "dataset.train_fraction=0.1", "trainer.batch_size=32")
     ((_, reason),) = problems([job_of(tmp_path, *overrides, "features.crd.method.K=200")])
     assert "K=200" in reason
+
+
+def test_a_network_of_a_part_leaves_no_teacher_file(tmp_path: Path) -> None:
+    words = (
+        "distiller=vanilla",
+        "trainer.epochs=1",
+        "trainer.batch_size=16",
+        "trainer.progress=off",
+    )
+    (part,) = fit([job_of(tmp_path, *words, "dataset.train_fraction=0.1")])
+    assert part["status"] == "FINISHED"
+    assert not (tmp_path / "teachers").exists()

@@ -161,11 +161,28 @@ def _class_folders(root: str) -> int:
     try:
         return sum(e.is_dir() and not e.name.startswith(".") for e in os.scandir(train))
     except OSError:
+        cure = (
+            "set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
+            "dataset.num_classes=NUMBER"
+        )
+        if other := _image_folder_near(train.parent):
+            cure = f"set dataset.root={other}"
         raise ValueError(
             f"the classes of dataset=image_folder cannot be counted, because there is no folder "
-            f"{train}; set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
-            "dataset.num_classes=NUMBER"
+            f"{train}; {cure}"
         ) from None
+
+
+def _image_folder_near(root: Path) -> Path | None:
+    """Return the folder with train/ that lies up to two levels above or one below `root`.
+
+    Return None if there is no such folder, or if several lie below.
+    """
+    above = [folder for folder in root.parents[:2] if (folder / "train").is_dir()]
+    below = [train.parent for train in root.glob("*/train") if train.is_dir()]
+    if above:
+        return above[0]
+    return below[0] if len(below) == 1 else None
 
 
 def _sweep_name_of_root(*, _root_: DictConfig) -> str | None:

@@ -52,8 +52,12 @@ def objective_of(job: Config, result: Mapping[str, Any]) -> float | None:
 
 def _tell_if_not_held_out(job: Config) -> None:
     """Log a warning if the objective of a search is measured on the test split."""
-    if job.objective == "test/top1":
-        log.warning("objective=test/top1 is measured on the test split; set objective=best/top1")
+    if job.objective.startswith("test/"):
+        log.warning(
+            "objective=%s is measured on the test split; set objective=%s",
+            job.objective,
+            job.objective.replace("test/", "best/"),
+        )
     elif not job.dataset.val_fraction:
         log.warning(
             "objective=%s is measured on the test split; dataset.val_fraction=0.1 holds out "

@@ -108,15 +108,16 @@ class Teacher:
             return self._taps(images_BCHW)
 
 
-def image_of_teacher(image_CHW: Sequence[int], image_size: int | None) -> tuple[int, ...]:
+def image_of_teacher(image_CHW: Sequence[int], image_size: int | None) -> tuple[int, int, int]:
     """Return the shape (C, H, W) of an image as a teacher sees it.
 
     `image_CHW` is the shape of the image in the data set. `image_size` is the side in pixels to
     which the teacher resizes images; None for no resizing.
     """
+    channels, height, width = image_CHW
     if image_size is None:
-        return tuple(image_CHW)
-    return image_CHW[0], image_size, image_size
+        return channels, height, width
+    return channels, image_size, image_size
 
 
 def _resized(images_BCHW: Tensor, side: int) -> Tensor:

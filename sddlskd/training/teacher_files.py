@@ -72,8 +72,8 @@ def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
     """
     return FileNotFoundError(
         f"teacher={network} for {dataset} is missing: no file {path}. Train it with "
-        f"`python -m sddlskd.train distiller=vanilla student={network} dataset={dataset}` "
-        "(or teacher.train_if_missing=true), fetch it if it is published "
+        f"distiller=vanilla student={network} and the dataset.* and trainer.* words of this job "
+        "(or set teacher.train_if_missing=true), fetch it if it is published "
         "(`python -m sddlskd.teachers list`), or set teacher.checkpoint=FILE to a checkpoint of "
         "sddlskd, RepDistiller or mdistiller"
     )
