@@ -355,7 +355,7 @@ REFUSED = [
     (["-m", "hydra/sweeper=optuna", "sweep.seeds=until_decided", "M=[1],[1,2]"],
      "sweep.seeds cannot be used with hydra/sweeper=optuna; leave it out"),
     (["-m", "hydra/sweeper=optuna", "dataset.val_fraction=0.25", "dataset.mean=[0],[1]"],
-     "dataset.mean"),
+     "mean has 1 and std 3 entries for 3 channels"),
     (["-m", "hydra/sweeper=optuna", "optimizer.lr=interval(0.2,0.1)"], "0.2"),
     (["dataset.unlabelled=true"],
      "dataset.unlabelled=true has no images without labels, as dataset.train_fraction=1; set"),

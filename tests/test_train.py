@@ -596,7 +596,7 @@ def test_help_says_what_one_can_choose(tmp_path: Path) -> None:
         "your own": "image_folder",
     }.items():
         assert re.search(rf"^    {kind}: +{names}$", done.out, re.MULTILINE), kind
-    assert "pair: 28 of the papers' tables" in done.out
+    assert "pair: 30 of the papers' tables" in done.out
     assert "resnet32x4_mobilev2" not in done.out
     assert "others" not in done.out
     assert "_submitit" not in done.out

@@ -248,7 +248,9 @@ class Objective:
         """Return the Python values, such as weights, that the losses depend on in an epoch.
 
         If two epochs have equal results, the losses are the same function of the tensors in both
-        epochs, so a recorded step of one epoch can be replayed in the other.
+        epochs, so a recorded step of one epoch can be replayed in the other. This holds only once
+        `losses` has been called for a batch: only then is it known whether a method reads the
+        number of the epoch (`reads_epoch`). So ask anew at each step.
         """
         weights = tuple(self.weights(epoch).items())
         if epoch < 1 or self.reads_epoch:
