@@ -72,6 +72,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--only", choices=("right", "fast"), help="one half; default: both")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report here")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="multiply all time limits, for a machine that is busy with other work",
+    )
     options = parser.parse_args(words)
 
     import torch
@@ -80,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA here; --device cpu runs the checks that a CPU can run")
-    clock = report.Clock(SECONDS)
+    clock = report.Clock(SECONDS * options.patience)
     # The trainings of the checks fail on purpose now and then; the outcome says what matters.
     logging.getLogger("sddlskd").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Error importing 'hydra_plugins")
@@ -98,7 +105,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if options.only != "fast":
             from tests.gpu import right
 
-            outcomes = report.run_all(right.checks(device, Path(folder)), clock, tell)
+            checks = report.with_patience(right.checks(device, Path(folder)), options.patience)
+            outcomes = report.run_all(checks, clock, tell)
             failed |= any(outcome.verdict == report.FAIL for outcome in outcomes)
             sections.append(report.checks_section(outcomes))
         if options.only == "fast" or (options.only is None and options.device == "cuda"):

@@ -72,6 +72,11 @@ class Clock:
         return self._end - time.monotonic()
 
 
+def with_patience(checks: Sequence[Check], factor: float) -> list[Check]:
+    """Return the checks with `factor` times their limits."""
+    return [replace(check, limit_s=factor * check.limit_s) for check in checks]
+
+
 def run_all(
     checks: Sequence[Check], clock: Clock, tell: Callable[[Outcome], None]
 ) -> list[Outcome]:
