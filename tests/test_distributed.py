@@ -589,7 +589,7 @@ REFUSED = {
     (
         "trainer.batch_size=3",
     ): r"batch_size=3 is too small for 2 processes to share; give at least 4",
-    ("M=[1,32]",): "M=\[1, 32\] is too fine: the largest scale here is 8",
+    ("M=[1,32]",): r"M=\[1, 32\] is too fine: the largest scale here is 8",
     # Every rank takes a batch of one image as a whole: BatchNorm sees it once, not twice.
     ("student=mobilev2", "M=[1]", "trainer.batch_size=191"): (
         r"mobilev2 cannot train on .* set trainer.batch_size=192"
