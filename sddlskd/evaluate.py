@@ -50,14 +50,11 @@ from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_ch
 from sddlskd.training.build import (
     build_data,
     build_network,
-    check_maps,
-    check_teacher,
-    data_changed,
     load_splits,
     present_fingerprint,
-    teacher_path,
     without_weights,
 )
+from sddlskd.training.checks import check_maps, check_teacher, data_changed, teacher_path
 from sddlskd.training.devices import autocast, describe, number_formats, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student

@@ -45,13 +45,8 @@ from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training import teacher_files
-from sddlskd.training.build import (
-    build_data,
-    build_network,
-    check_teacher_data,
-    present_fingerprint,
-    teacher_path,
-)
+from sddlskd.training.build import build_data, build_network, present_fingerprint
+from sddlskd.training.checks import check_teacher_data, teacher_path
 from sddlskd.training.devices import pick_device
 from sddlskd.training.evaluation import evaluate, metered_test_batches
 from sddlskd.training.teacher import Teacher

@@ -44,6 +44,7 @@ SEE_A_CONFIG = {
     "tracking",
     "train",
     "training/build.py",
+    "training/checks.py",
     "training/features.py",
     "training/fit.py",
     "training/several.py",

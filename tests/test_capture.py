@@ -1,7 +1,6 @@
 """Test captured steps: on the CPU, a stand-in for the graph gives the same numbers as before."""
 
 import logging
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -25,10 +24,11 @@ from sddlskd.record import read_result
 from sddlskd.training.capture import Captured, Watch, _Graph
 from sddlskd.training.devices import number_formats
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Optimisation, Run, _Noting
+from sddlskd.training.run import Optimisation, _Noting
 from tests.gpu.captured import NOT_CAPTURED, obstacles
 from tests.gpu.group import build_group, small_job
 from tests.gpu.placement import META
+from tests.stopping import stopped_at
 from tests.tiny import net, same_outcome, tiny
 
 CPU = torch.device("cpu")
@@ -104,20 +104,12 @@ def test_a_captured_run_alone_equals_the_one_in_a_group(
 
 @pytest.mark.parametrize(("before", "after"), [("on", "on"), ("on", "off"), ("off", "on")])
 def test_a_resumed_run_may_be_captured_or_not(
-    tmp_path: Path, eager: list[Config], monkeypatch: pytest.MonkeyPatch, before: str, after: str
+    tmp_path: Path, eager: list[Config], before: str, after: str
 ) -> None:
     some = (1, 4)
-    original, left = Run.train_step, [True]
-
-    def step_then_stop(self: Run, *arguments: Any) -> None:
-        original(self, *arguments)
-        if left and (self.epoch, self.step) == (2, 2):
-            left.pop()
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "train_step", step_then_stop)
     stopped = [job_of(tmp_path, before, *GROUP[number]) for number in some]
-    assert {result["status"] for result in fit(stopped)} == {"KILLED"}
+    with stopped_at(2, 2):
+        assert {result["status"] for result in fit(stopped)} == {"KILLED"}
     jobs = [job_of(tmp_path, after, *GROUP[number]) for number in some]
     assert [job.run_dir for job in jobs] == [job.run_dir for job in stopped]
     fit(jobs)

@@ -18,7 +18,8 @@ from sddlskd.datasets.arrays import Images
 from sddlskd.files import checkpoint
 from sddlskd.models import create, from_timm
 from sddlskd.models.base import LogitMapModel
-from sddlskd.training.build import build_data, check_maps
+from sddlskd.training.build import build_data
+from sddlskd.training.checks import check_maps
 from sddlskd.training.evaluation import answers, calibration_error, scores
 from sddlskd.training.evaluation import evaluate as stream
 from sddlskd.training.fit import fit

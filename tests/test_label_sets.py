@@ -24,7 +24,7 @@ from sddlskd.datasets import Files, Splits, fake_label_sets, label_sets
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.distill import STANDARDIZE, ScaleDecoupled, region_logits, takes_label_sets
 from sddlskd.losses import kd, mld
-from sddlskd.training.build import check_objective
+from sddlskd.training.checks import check_objective
 from sddlskd.training.evaluation import binary_cross_entropy, mean_average_precision, scores
 from sddlskd.training.fit import fit
 from tests.conftest import Compose

@@ -19,7 +19,7 @@ from sddlskd.config.identity import METHOD_NAMES
 from sddlskd.config.targets import instantiate
 from sddlskd.distill import ScaleDecoupled, compares_images, region_logits
 from sddlskd.losses import abkd, dist, dkd, gdkd, kd, rld, skd, sld, ttm, wttm
-from sddlskd.training.build import check_objective
+from sddlskd.training.checks import check_objective
 from sddlskd.training.stand_ins import try_loss
 from tests.newer import COMPARING, NEWER, SINGLE
 from tests.test_distill import some_maps

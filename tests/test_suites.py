@@ -20,7 +20,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.sweeps import groups_of
 from sddlskd.sweeps.grid import compose_grid
-from sddlskd.training.build import teacher_path
+from sddlskd.training.checks import teacher_path
 
 REPO = Path(__file__).parent.parent
 SUITES = sorted(path.stem for path in (REPO / "sweeps").glob("*.yaml"))

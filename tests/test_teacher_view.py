@@ -1,6 +1,5 @@
 """Teachers that see the images without the student's augmentation."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from sddlskd.data.streaming import StreamedData
 from sddlskd.datasets import image_folder
 from sddlskd.datasets.arrays import Images, fake
 from sddlskd.sweeps.precheck import problems
-from sddlskd.training.build import check_objective
+from sddlskd.training.checks import check_objective
 from sddlskd.training.fit import fit
 from sddlskd.training.inputs import ask
-from sddlskd.training.run import Run
 from sddlskd.training.teacher import Teacher
 from tests.conftest import Compose
 from tests.photographs import class_folders
+from tests.stopping import stopped_at
 from tests.tiny import final, same, same_outcome, tiny
 
 CPU = torch.device("cpu")
@@ -237,27 +236,16 @@ def test_streamed_images_can_be_cached(of_files: Jobs, tmp_path: Path, asked: li
     assert reason.endswith("set teacher.cache=null, or teacher.view=plain")
 
 
-def test_a_group_equals_its_runs_alone_and_a_stopped_run_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_equals_its_runs_alone_and_a_stopped_run_continues(tmp_path: Path) -> None:
     ways = [["recipe=kd", "M=[1]", PLAIN], ["recipe=sd_kd_ls", "M=[1,2]", PLAIN]]
     together, alone = (
         [tiny(tmp_path / at, "dataset.views=weak_strong", *way) for way in ways]
         for at in ("together", "alone")
     )
     fit(together)
-    real, left = Run.train_step, [True]
-
-    def step_then_stop(self: Run, *arguments: Any) -> None:
-        real(self, *arguments)
-        if left and (self.epoch, self.step) == (2, 2):
-            left.pop()
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "train_step", step_then_stop)
     for a, b in zip(together, alone, strict=True):
-        left[:] = [True]
-        assert [result["status"] for result in fit([b])] == ["KILLED"]
+        with stopped_at(2, 2):
+            assert [result["status"] for result in fit([b])] == ["KILLED"]
         fit([b])
         assert same_outcome(a, b)
 

@@ -32,7 +32,7 @@ from sddlskd.files import download
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.models import create
 from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
-from sddlskd.training import build, teacher_files
+from sddlskd.training import build, checks, teacher_files
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher_files import file_hash, path_of, publish
 from tests.conftest import Compose, compose_in
@@ -191,7 +191,7 @@ def test_an_imagenet_teacher_is_fetched_and_loads_strictly(
     assert run(capsys, *words)[:2] == (0, f"resnet18 from {web.url}models/{file}: {path}\n")
     job = compose_in(tmp_path, "dataset=imagenet", "teacher=imagenet_resnet18")
     network = build.build_network(job.teacher.model, 1000, 0, torch.device("cpu"))
-    load_weights(network, build.teacher_path(job), "resnet18")
+    load_weights(network, checks.teacher_path(job), "resnet18")
     assert same(
         dict(network.state_dict()), dict(torch.load(io.BytesIO(content), weights_only=True))
     )

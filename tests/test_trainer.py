@@ -30,7 +30,8 @@ from sddlskd.models import Taps
 from sddlskd.record import Record
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training import fit as trainer
-from sddlskd.training.build import build_data, build_network, check_batches
+from sddlskd.training.build import build_data, build_network
+from sddlskd.training.checks import check_batches
 from sddlskd.training.devices import seeded
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit

@@ -1,7 +1,6 @@
 """Students that see some images without their labels."""
 
 import re
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from sddlskd.models import Taps
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training import fit as fitting
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Objective, Run, labelled_cross_entropy
+from sddlskd.training.run import Objective, labelled_cross_entropy
 from tests.conftest import Compose
 from tests.photographs import class_folders
+from tests.stopping import stopped_at
 from tests.tiny import final, rows, same, same_outcome, tiny
 
 PART = ("dataset.train_fraction=0.25", "dataset.unlabelled=true")
@@ -153,9 +153,7 @@ def test_a_change_of_these_labels_matters_if_students_see_them(
     assert not same(*(final(job)["model"] for job in jobs))
 
 
-def test_a_group_equals_its_runs_alone_and_a_stopped_run_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_equals_its_runs_alone_and_a_stopped_run_continues(tmp_path: Path) -> None:
     ways = [["recipe=kd", "teacher.view=plain"], ["recipe=sd_kd_ls", "teacher.view=plain"]]
     together, alone, captured = (
         [tiny(tmp_path / at, "M=[1,2]", *PART, *way) for way in ways]
@@ -166,18 +164,9 @@ def test_a_group_equals_its_runs_alone_and_a_stopped_run_continues(
         job.trainer.capture = cfg.Capture.on
     fit(captured)
     assert "not captured" not in Path(captured[0].run_dir, "train.log").read_text()
-    real, left = Run.train_step, [True]
-
-    def step_then_stop(self: Run, *arguments: Any) -> None:
-        real(self, *arguments)
-        if left and (self.epoch, self.step) == (2, 2):
-            left.pop()
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "train_step", step_then_stop)
     for a, b, c in zip(together, alone, captured, strict=True):
-        left[:] = [True]
-        assert [result["status"] for result in fit([b])] == ["KILLED"]
+        with stopped_at(2, 2):
+            assert [result["status"] for result in fit([b])] == ["KILLED"]
         fit([b])
         assert same_outcome(a, b)
         assert same_outcome(a, c)

@@ -26,8 +26,8 @@ from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.datasets.places import without_downloads
 from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import explain, refuse_another_checkout
-from sddlskd.training.build import (
-    build_network,
+from sddlskd.training.build import build_network, load_splits, present_fingerprint, shape_of
+from sddlskd.training.checks import (
     check_batch_size,
     check_cache,
     check_images,
@@ -42,9 +42,6 @@ from sddlskd.training.build import (
     check_workers,
     data_changed,
     leaves_one_image,
-    load_splits,
-    present_fingerprint,
-    shape_of,
     teacher_changed,
     wrong_images,
 )

@@ -31,18 +31,20 @@ from sddlskd.terminal.console import log_to_terminal
 from sddlskd.terminal.progress import ProgressDisplay
 from sddlskd.training import predictions
 from sddlskd.training.build import (
-    batch_size_cure,
     build_data,
     build_network,
     build_run,
+    leave_as_teacher,
+    load_splits,
+    present_fingerprint,
+)
+from sddlskd.training.checks import (
+    batch_size_cure,
     check_batches,
     check_maps,
     check_objective,
     check_same_data,
     check_teacher,
-    leave_as_teacher,
-    load_splits,
-    present_fingerprint,
     teacher_changed,
     trained_first,
 )

@@ -14,7 +14,8 @@ from sddlskd.config import Config
 from sddlskd.data.streaming import Data
 from sddlskd.models import Taps
 from sddlskd.training import teacher_files
-from sddlskd.training.build import build_teacher, teacher_path
+from sddlskd.training.build import build_teacher
+from sddlskd.training.checks import teacher_path
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.teacher import Teacher

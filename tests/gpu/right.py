@@ -10,7 +10,6 @@ import copy
 import gc
 import json
 import math
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from tests.gpu.captured import captured_is_eager, failed_recording, what_can_be_
 from tests.gpu.group import build_group, flat_taps, recipes, small_job, values
 from tests.gpu.placement import META, Placement, meta_as_gpu
 from tests.gpu.report import CannotRun, Check, Differs
+from tests.stopping import stopped_at
 from tests.tiny import STEPS, composed, final, rows, same, tiny
 
 __all__ = ["checks"]
@@ -571,28 +571,13 @@ def resumed(device: torch.device, folder: Path) -> str:
         whole = [_job(folder / "whole", device, *words) for words in GROUP[1:]]
         _finished(whole)
         parts = [_job(folder / "parts", device, *words) for words in GROUP[1:]]
-        with _stopped_at(2, 1):
+        with stopped_at(2, 1):
             results = fit(parts)
         if {result["status"] for result in results} != {"KILLED"}:
             raise Differs("the training was not stopped")
         _finished(parts)
     distances = [_compare(a, b) for a, b in zip(whole, parts, strict=True)]
     return _bits(max(distances), warned, f"{len(whole)} students, stopped in epoch 2 of 2")
-
-
-@contextmanager
-def _stopped_at(epoch: int, step: int) -> Iterator[None]:
-    """Send this process a signal after a step of the block."""
-    original, left = Run.train_step, [True]
-
-    def step_then_stop(self: Run, *arguments: Any) -> None:
-        original(self, *arguments)
-        if left and (self.epoch, self.step) == (epoch, step):
-            left.pop()
-            signal.raise_signal(signal.SIGTERM)
-
-    with mock.patch.object(Run, "train_step", step_then_stop):
-        yield
 
 
 def plain(device: torch.device, folder: Path) -> str:
