@@ -24,7 +24,8 @@ from sddlskd.record import read_result
 from sddlskd.training.capture import Captured, Watch, _Graph
 from sddlskd.training.devices import number_formats
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Optimisation, _Noting
+from sddlskd.training.objective import _Noting
+from sddlskd.training.optimisation import Optimisation
 from tests.gpu.captured import NOT_CAPTURED, obstacles
 from tests.gpu.group import build_group, small_job
 from tests.gpu.placement import META

@@ -35,8 +35,9 @@ from sddlskd.training.checks import check_batches
 from sddlskd.training.devices import seeded
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
+from sddlskd.training.objective import Objective
 from sddlskd.training.ranks import Ranks
-from sddlskd.training.run import Objective, Progress, Run
+from sddlskd.training.run import Progress, Run
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import path_of
 from tests.test_tracking import runs_of

@@ -27,7 +27,7 @@ from sddlskd.models import Taps
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training import fit as fitting
 from sddlskd.training.fit import fit
-from sddlskd.training.run import Objective, labelled_cross_entropy
+from sddlskd.training.objective import Objective, labelled_cross_entropy
 from tests.conftest import Compose
 from tests.photographs import class_folders
 from tests.stopping import stopped_at

@@ -44,14 +44,10 @@ from sddlskd.training.checks import (
 )
 from sddlskd.training.devices import seeded
 from sddlskd.training.evaluation import binary_cross_entropy, evaluate
+from sddlskd.training.objective import Feature, Objective, labelled_cross_entropy
+from sddlskd.training.optimisation import Optimisation
 from sddlskd.training.ranks import Ranks
-from sddlskd.training.run import (
-    Feature,
-    Objective,
-    Optimisation,
-    Run,
-    labelled_cross_entropy,
-)
+from sddlskd.training.run import Run
 from sddlskd.training.schedule import learning_rate
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_cache import TeacherCache, cache_path, stored_shape

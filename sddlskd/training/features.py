@@ -21,7 +21,7 @@ from sddlskd.methods import Method, Taps
 from sddlskd.models import ForeignNetwork, LogitMapModel
 from sddlskd.training.build import build_network, without_weights
 from sddlskd.training.devices import seeded
-from sddlskd.training.run import Feature
+from sddlskd.training.objective import Feature
 from sddlskd.training.teacher import image_of_teacher
 
 __all__ = ["build_features", "rebuild_student", "reuses_teacher", "student_network"]

@@ -53,6 +53,7 @@ from sddlskd.training.evaluation import evaluate
 from sddlskd.training.features import build_features, student_network
 from sddlskd.training.halving import Halving
 from sddlskd.training.loop import failures_of, train
+from sddlskd.training.objective import Feature
 from sddlskd.training.ranks import (
     Cause,
     RankFailed,
@@ -62,7 +63,7 @@ from sddlskd.training.ranks import (
     spawn,
     unblock_signals,
 )
-from sddlskd.training.run import Feature, Run
+from sddlskd.training.run import Run
 from sddlskd.training.several import Teachers, build_teachers
 from sddlskd.training.size import size_of
 from sddlskd.training.stop import Stop

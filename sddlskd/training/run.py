@@ -1,4 +1,4 @@
-"""Training of one student: the loss, the training step, the progress and the record of a run.
+"""Training of one student: the training step, the progress and the record of a run.
 
 Taps are what a network shows of a batch: its logit map and the maps on the way to it.
 
@@ -7,43 +7,30 @@ Shapes: B batch, C channels, H W sides, K classes, R ranks, S sums of an epoch.
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sddlskd.data.device import UNLABELLED, Batch, seed_of
-from sddlskd.distill import ScaleDecoupled, SeveralTeachers
+from sddlskd.data.device import Batch, seed_of
 from sddlskd.files import checkpoint
-from sddlskd.methods import Method, Taps
-from sddlskd.methods.ctkd import LearnedTemperature
+from sddlskd.methods import Taps
 from sddlskd.models import LogitMapModel
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, Onlooker, Record
 from sddlskd.training.capture import Captured
 from sddlskd.training.devices import autocast, compiled
-from sddlskd.training.dot import DOT
+from sddlskd.training.objective import Objective, logits_of
+from sddlskd.training.optimisation import CAPTURED_OPTIMIZERS, Optimisation
 from sddlskd.training.ranks import Ranks
 
-__all__ = [
-    "Feature",
-    "NonFiniteLoss",
-    "Objective",
-    "Optimisation",
-    "Progress",
-    "Run",
-    "labelled_cross_entropy",
-]
+__all__ = ["NonFiniteLoss", "Progress", "Run"]
 
 
 CURE = "lower optimizer.lr or set optimizer.clip_norm"
-# Optimizers that can read the learning rate from a tensor without handing it to the host.
-CAPTURED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -96,358 +83,6 @@ class Progress:
             return cls(**state["progress"])
         # The older lists hold the values in the order of the attributes.
         return cls(*state["position"], *state["scores"], *state["seconds"])
-
-
-class _Noting(Batch):
-    """A batch that notes whether its epoch is read.
-
-    Reading all fields, as unpacking and `_replace` do, counts as reading the epoch.
-    """
-
-    was_read = False
-
-    @property
-    def epoch(self) -> int:
-        self.was_read = True
-        return super().epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        self.was_read = True
-        return super().__iter__()
-
-    def __getitem__(self, index: Any) -> Any:
-        self.was_read = True
-        return super().__getitem__(index)
-
-
-@dataclass
-class Feature:
-    """Feature or relation method (a loss on inner maps) of a run, and how much its loss counts.
-
-    Attributes:
-        method: the method.
-        weight: weight of its loss.
-        warmup_epochs: number of epochs over which the weight rises linearly; 1 for the full weight
-            from the first epoch.
-    """
-
-    method: Method
-    weight: float
-    warmup_epochs: int
-
-
-@dataclass
-class Objective:
-    """Loss that a student is trained with.
-
-    The loss is the sum of ce_weight * cross-entropy, kd_weight * warm-up * distillation loss, and
-    weight * warm-up * loss for each feature or relation method. A warm-up is epoch / warmup_epochs,
-    but at most 1. A student without a teacher has ce_weight * cross-entropy alone.
-
-    Some methods have a first stage of training before epoch 1. Its epochs have the numbers ..., -1,
-    0. In these epochs the loss is the sum of the methods' first-stage losses, without weights. A
-    method with n such epochs takes part from epoch 1 - n on.
-
-    An image without label has the label -1. The distillation loss takes the class that the teacher
-    predicts as its label, and the cross-entropy leaves the image out.
-
-    Attributes:
-        distill: the distillation loss of two logit maps, or that of a student and several teachers;
-            None without such a loss.
-        ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the distillation loss.
-        warmup_epochs: number of epochs of the warm-up of the distillation loss.
-        features: the feature and relation methods by name.
-        temperature: module that maps an epoch to the learnt temperature of the distillation loss;
-            None for the loss's own temperature.
-        cross_entropy: the cross-entropy of logits (B, K) with the labels, as a mean over the
-            images. Images with several labels need `binary_cross_entropy`, and images without label
-            `labelled_cross_entropy`.
-        unlabelled: whether batches may hold images without label.
-        reads_epoch: whether a method has read `Batch.epoch` so far, so that its loss may change
-            from epoch to epoch.
-    """
-
-    distill: ScaleDecoupled | SeveralTeachers | None
-    ce_weight: float
-    kd_weight: float
-    warmup_epochs: int
-    features: Mapping[str, Feature] = field(default_factory=dict)
-    temperature: nn.Module | None = None
-    cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    unlabelled: bool = False
-    reads_epoch: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the values in the result of `losses`.
-
-        The names are "loss", "loss_ce", "loss_kd", "loss_<method>" for each method, "temperature"
-        if the temperature is learnt, and "labelled" if batches may hold images without label. The
-        mean of a value over an epoch is the metric train/<name>.
-        """
-        others = ["temperature"] if self.temperature is not None else []
-        if self.unlabelled:
-            others.append("labelled")
-        return ("loss", "loss_ce", "loss_kd", *(f"loss_{name}" for name in self.features), *others)
-
-    @property
-    def modules(self) -> nn.ModuleDict:
-        """Return all modules of the loss: the methods by name, and "temperature" if it is learnt.
-
-        Their parameters are trained with the student, and their state is saved in checkpoints.
-        """
-        modules: dict[str, nn.Module] = {
-            name: feature.method for name, feature in self.features.items()
-        }
-        if self.temperature is not None:
-            modules["temperature"] = self.temperature
-        return nn.ModuleDict(modules)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Return the fields of `Taps` that the methods read beside `logit_map`, such as "stages".
-
-        `Taps` holds the logit map and the inner maps of a network; `Method.needs` lists the
-        possible fields. The set is empty without methods.
-        """
-        return frozenset().union(*(feature.method.needs for feature in self.features.values()))
-
-    @property
-    def needs_taps(self) -> bool:
-        """Return whether a method reads inner maps or pooled features of the networks.
-
-        Without such a method, the logit maps of the images and of their second view are enough.
-        """
-        return bool(self.needs - {"strong_map"})
-
-    @property
-    def first_epoch(self) -> int:
-        """Return the number of the first epoch.
-
-        The number is 1, or 1 - n if the longest first stage of a method has n epochs.
-        """
-        stages = [feature.method.first_stage_epochs for feature in self.features.values()]
-        return 1 - max(stages, default=0)
-
-    def weights(self, epoch: int) -> dict[str, float]:
-        """Return the weight of each loss in an epoch, warm-up included, by name.
-
-        The names are "loss_ce", "loss_kd" and "loss_<method>" for each method. Before epoch 1, in a
-        first stage, only the losses of the methods are in the result, each with the weight 1.
-        """
-        weights = {f"loss_{name}": feature.weight for name, feature in self.features.items()}
-        if epoch < 1:
-            return dict.fromkeys(weights, 1.0)
-        for name, feature in self.features.items():
-            weights[f"loss_{name}"] *= min(epoch / feature.warmup_epochs, 1.0)
-        kd_weight = self.kd_weight * min(epoch / self.warmup_epochs, 1.0)
-        return {"loss_ce": self.ce_weight, "loss_kd": kd_weight, **weights}
-
-    def fixed_by(self, epoch: int) -> Hashable:
-        """Return the Python values, such as weights, that the losses depend on in an epoch.
-
-        If two epochs have equal results, the losses are the same function of the tensors in both
-        epochs, so a recorded step of one epoch can be replayed in the other. This holds only once
-        `losses` has been called for a batch: only then is it known whether a method reads the
-        number of the epoch (`reads_epoch`). So ask anew at each step.
-        """
-        weights = tuple(self.weights(epoch).items())
-        if epoch < 1 or self.reads_epoch:
-            return weights, epoch
-        if isinstance(self.temperature, LearnedTemperature):
-            return weights, self.temperature.factor(epoch)
-        if self.temperature is not None:
-            return weights, epoch
-        return weights
-
-    def losses(self, student: Taps, teacher: Taps | None, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses of a batch by their `names`.
-
-        `Taps` are what a network shows of a batch: the logit map (B, K, H, W) and the inner maps.
-
-        Args:
-            student: taps of the student; without methods, only the logit map is read.
-            teacher: taps of the teacher; None for a student without a teacher.
-            batch: the batch with its labels, and the number of its epoch, which determines the
-                warm-up. Some methods also read other fields.
-
-        Returns:
-            Scalars: "loss", which is to be minimised, and its parts without their weights:
-            "loss_ce", "loss_kd" and "loss_<method>" for each method. "temperature" is the learnt
-            temperature, if there is one, and "labelled" the share of images with a label, if some
-            may have none. A value that is not computed, such as "loss_kd" in a first stage or
-            without a distillation loss, is 0.
-        """
-        loss_ce = self.cross_entropy(_logits(student.logit_map), batch.labels)
-        values = {"loss_ce": loss_ce}
-        extra = {}
-        target_B = batch.labels
-        if self.unlabelled:
-            assert teacher is not None
-            extra["labelled"] = (batch.labels != UNLABELLED).to(loss_ce.dtype).mean()
-            target_B = _with_predictions(batch.labels, teacher.logit_map)
-        if teacher is not None:
-            if self.distill is not None and batch.epoch > 0:
-                options = {}
-                if self.temperature is not None:
-                    options["temperature"] = extra["temperature"] = self.temperature(batch.epoch)
-                shown: Any = teacher.logit_map
-                if isinstance(self.distill, SeveralTeachers):
-                    shown = (teacher.logit_map, *teacher.others)
-                values["loss_kd"] = self.distill(student.logit_map, shown, target_B, **options)
-            values |= self._of_methods(student, teacher, batch)
-        weights = self.weights(batch.epoch)
-        counted = [weights[name] * value for name, value in values.items() if name in weights]
-        loss = sum(counted[1:], counted[0])
-        absent = dict.fromkeys(self.names, torch.zeros_like(loss_ce))
-        return absent | {"loss": loss} | values | extra
-
-    def parts(self, losses: Mapping[str, Tensor], epoch: int) -> list[Tensor]:
-        """Return the loss in two parts, as the optimizer DOT needs them.
-
-        Args:
-            losses: the losses by name, as `losses` returns them.
-            epoch: number of the epoch, which determines the weights.
-
-        Returns:
-            Two scalars, weights and warm-up included: the sum of all losses except the
-            cross-entropy, then the cross-entropy.
-        """
-        weights = self.weights(epoch)
-        task = weights.pop("loss_ce", 0.0) * losses["loss_ce"]
-        others = [weight * losses[name] for name, weight in weights.items()]
-        return [sum(others[1:], others[0]), task]
-
-    def _of_methods(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss of each method, computed in float32 (float64 stays) outside of autocast.
-
-        Before epoch 1, only the methods whose first stage has begun are in the result.
-        """
-        values = {}
-        shown = _Noting(*batch)
-        with torch.autocast(student.logit_map.device.type, enabled=False):
-            student, teacher = student.wide(), teacher.wide()
-            for name, feature in self.features.items():
-                method = feature.method
-                if batch.epoch > 0:
-                    values[f"loss_{name}"] = method(student, teacher, shown)
-                elif batch.epoch > -method.first_stage_epochs:
-                    values[f"loss_{name}"] = method.first_stage(student, teacher, shown)
-        self.reads_epoch |= shown.was_read
-        return values
-
-
-@dataclass
-class Optimisation:
-    """Optimizer of a student with its learning-rate schedule, gradient clipping and loss scaling.
-
-    Attributes:
-        optimizer: optimizer of the parameters of the student and of the modules of its loss.
-        learning_rate: function from the number of epochs done, with fractions, to the learning
-            rate.
-        clip_norm: largest gradient norm; None for no clipping.
-        scaler: scaler of the loss, which is enabled for fp16 alone.
-        rate: the present learning rate as a scalar tensor on the device, which captured (recorded)
-            steps read; None if steps are not captured.
-    """
-
-    optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[float], float]
-    clip_norm: float | None
-    scaler: torch.amp.GradScaler
-    rate: Tensor | None = None
-
-    @property
-    def in_parts(self) -> bool:
-        """Return whether the optimizer needs the distillation loss and the task loss separately.
-
-        This is the case for DOT alone.
-        """
-        return isinstance(self.optimizer, DOT)
-
-    def set_rate(self, epochs_done: float) -> None:
-        """Set the learning rate of the next step.
-
-        `epochs_done` is the number of epochs done so far, with fractions.
-        """
-        value = self.learning_rate(epochs_done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = value
-        if self.rate is not None:
-            self.rate.fill_(value)
-
-    def capture_on(self, device: torch.device) -> None:
-        """Keep the learning rate also in a tensor on `device`, so that steps can be captured.
-
-        A captured step is recorded once and replayed; it reads the rate from this tensor. Call this
-        method after the optimizer has loaded its state, whose numbers of steps move to `device`.
-        """
-        # The CUDA kernels of the optimizers read float32. On the CPU, float64 is what Python has.
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self.rate = torch.zeros((), dtype=dtype, device=device)
-        for state in self.optimizer.state.values():
-            if "step" in state:  # Adam keeps it on the CPU, and so do checkpoints
-                state["step"] = state["step"].to(device)
-
-    @contextmanager
-    def _reading_rate(self) -> Iterator[None]:
-        """Let the optimizer read the learning rate from `rate`, if there is one, for the block.
-
-        The settings of the optimizer, which checkpoints hold, are as before after the block.
-        """
-        if self.rate is None or self._lacks_some_momenta():
-            yield
-            return
-        settings: dict[str, Any] = {"lr": self.rate}
-        if self.rate.device.type == "cuda":
-            # Only the fused kernels read the learning rate on the device. Every step uses them, so
-            # that a captured step has the bits of any other.
-            capturing = torch.cuda.is_current_stream_capturing()
-            settings |= {"fused": True, "foreach": False, "capturable": capturing}
-        groups = self.optimizer.param_groups
-        before = [{key: group[key] for key in settings if key in group} for group in groups]
-        for group, old in zip(groups, before, strict=True):
-            group.update({key: settings[key] for key in old})
-        try:
-            yield
-        finally:
-            for group, old in zip(groups, before, strict=True):
-                group.update(old)
-
-    def _lacks_some_momenta(self) -> bool:
-        """Return whether SGD has momenta of some gradients only, which its fused kernel refuses."""
-        if not isinstance(self.optimizer, torch.optim.SGD):
-            return False
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        states = [self.optimizer.state.get(p, {}) for p in parameters if p.grad is not None]
-        present = [state.get("momentum_buffer") is not None for state in states]
-        return any(present) and not all(present)
-
-    def step(self, losses: Sequence[Tensor]) -> None:
-        """Update the parameters by one step against the gradient of the losses.
-
-        With an enabled scaler, a step whose gradients are not finite is skipped.
-
-        Args:
-            losses: scalars: [the loss], or [distillation loss, task loss] for the optimizer DOT
-                (see `in_parts`).
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        *distillation, loss = losses
-        if isinstance(self.optimizer, DOT):
-            for part in distillation:
-                if part.requires_grad:  # not for a student alone
-                    part.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            self.optimizer.keep_distillation()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        with self._reading_rate():
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
 
 
 class Run:
@@ -656,7 +291,7 @@ class Run:
         self.optimisation.step([part * share for part in parts])
 
         with torch.no_grad():
-            class_B = _logits(student.logit_map).argmax(1)
+            class_B = logits_of(student.logit_map).argmax(1)
             right = _are_right(class_B, batch.labels).sum() * (count / own)
             counted = [losses[name] * count for name in self.objective.names]
             self.sums += torch.stack([*counted, right.to(loss.dtype)])
@@ -886,33 +521,8 @@ class Run:
         )
 
 
-def labelled_cross_entropy(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the images with a label; 0 if there are none.
-
-    Args:
-        logits_BK: logits of the images.
-        labels_B: class of each image, int64; -1 for an image without label.
-
-    Returns:
-        The loss, a scalar.
-    """
-    total = F.cross_entropy(logits_BK, labels_B, ignore_index=UNLABELLED, reduction="sum")
-    return total / (labels_B != UNLABELLED).sum().clamp(min=1)
-
-
-def _with_predictions(labels_B: Tensor, teacher_map_BKHW: Tensor) -> Tensor:
-    """Return the labels (B,), with the class that the teacher predicts where there is no label."""
-    return torch.where(labels_B != UNLABELLED, labels_B, _logits(teacher_map_BKHW).argmax(1))
-
-
 def _are_right(class_B: Tensor, labels: Tensor) -> Tensor:
     """Return whether each class is the label (B,) of its image, or one of its labels (B, K)."""
     if labels.ndim == 1:
         return class_B == labels
     return labels.gather(1, class_B[:, None]) == 1
-
-
-def _logits(logit_map_BKHW: Tensor) -> Tensor:
-    """Return the logits (B, K) of a logit map in float32; float64 stays float64."""
-    dtype = torch.promote_types(logit_map_BKHW.dtype, torch.float32)
-    return logit_map_BKHW.to(dtype).mean((2, 3))

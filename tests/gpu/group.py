@@ -20,7 +20,8 @@ from sddlskd.record import Onlooker
 from sddlskd.training.build import build_network, build_run
 from sddlskd.training.features import build_features, student_network
 from sddlskd.training.inputs import Inputs
-from sddlskd.training.run import Feature, Run
+from sddlskd.training.objective import Feature
+from sddlskd.training.run import Run
 from sddlskd.training.teacher import Teacher
 from tests.tiny import CONF, composed
 

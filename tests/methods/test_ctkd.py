@@ -12,7 +12,7 @@ from sddlskd.distill import ScaleDecoupled
 from sddlskd.losses import kd
 from sddlskd.methods.ctkd import LearnedTemperature
 from sddlskd.models import Taps
-from sddlskd.training.run import Objective
+from sddlskd.training.objective import Objective
 
 
 def test_the_temperature_begins_as_its_authors_code_does() -> None:
