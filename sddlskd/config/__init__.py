@@ -1,5 +1,6 @@
 """Configuration of a job (one training run): its typed settings, their checks, and its names."""
 
+from sddlskd.config.checks import check_launcher
 from sddlskd.config.identity import (
     cached_side,
     canonical,
@@ -16,7 +17,6 @@ from sddlskd.config.identity import (
 )
 from sddlskd.config.resolve import (
     check_choices,
-    check_launcher,
     conf_folder,
     default_run_dir,
     each_teacher,
