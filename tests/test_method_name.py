@@ -87,6 +87,18 @@ def test_a_run_has_a_title(compose: Compose) -> None:
     )
 
 
+def test_outcomes_tell_jobs_of_one_method_by_their_settings(
+    compose: Compose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    jobs = [compose(f"distiller.temperature={T}") for T in (2, 4.25)] + [compose("seed=1")]
+    outcomes(jobs, 3 * [{"status": "FINISHED", "reason": "", "seconds": 61.0}])
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [row[4].strip() for row in rows] == [
+        "distiller.temperature=2", "distiller.temperature=4.25", "",
+    ]  # fmt: skip
+
+
 def test_outcomes_name_the_method(
     compose: Compose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -319,10 +319,22 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert "groups: 1 of 4 jobs, 1 of 1 job" in told
     assert "devices: cpu 4 jobs, cpu 1 job" in told
-    assert "hydra.launcher.max_group_size=3 would end earlier: no device then trains more" in told
+    assert "hydra.launcher.max_group_size=3 would end earlier: it makes 3 groups, and no" in told
+    assert "\n  resnet8, 1 epochs: KD+LS seed 0, resnet8x4; SD-KD+LS [2] seed 0, resnet8x4;" in told
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
     assert "about 4:00 on these 2 devices" in told
+
+
+def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    common = ("sweep.plan=true", "teacher.train_if_missing=true", "teacher.train_epochs=7")
+    sweep(jobs_of(tmp_path, "seed=1", "seed=2", common=common), devices=["cuda:0", "cpu"])
+    told = capsys.readouterr().out
+    assert told.count("trained first: teacher resnet8 for digits (7 epochs)") == 1
+    assert "this machine has no cuda:0" in told
 
 
 def record_of_past_run(job: Config, seconds: float) -> None:

@@ -55,6 +55,8 @@ class Plan:
         other_data: (finished job, how the data differ) of each job that was trained on other data
             than its data set has now.
         devices: devices of this machine, such as ["cuda:0"]; empty if no job was checked.
+        teachers: missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
+            epochs)".
     """
 
     name: str
@@ -71,6 +73,7 @@ class Plan:
     changed: list[Config]
     other_data: list[tuple[Config, str]]
     devices: list[str]
+    teachers: list[str]
 
 
 def ask_precheck(
@@ -92,7 +95,8 @@ def ask_precheck(
           current one;
         - "other_data": [index in `finished`, how the data differ] of each job that was trained on
           other data than its data set has now;
-        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
+        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
+        - "teachers": missing teachers that jobs train first, see `Plan.teachers`.
 
     Raises:
         ChildProcessError: If the separate process dies or ends with an error.
@@ -167,8 +171,10 @@ def make_plan(
         "changed": [],
         "other_data": [],
         "devices": [],
+        "teachers": [],
     }
     if todo or finished:
+        log.info("checking %d jobs", len(todo) + len(finished))
         answer = precheck(todo, finished, runs_locally)
     groups = groups_of(todo, max_group_size)
     return Plan(
@@ -186,6 +192,7 @@ def make_plan(
         changed=[finished[index] for index in answer["changed"]],
         other_data=[(finished[index], change) for index, change in answer["other_data"]],
         devices=answer["devices"],
+        teachers=answer["teachers"],
     )
 
 

@@ -43,6 +43,7 @@ from sddlskd.training.checks import (
     data_changed,
     leaves_one_image,
     teacher_changed,
+    trained_first,
     wrong_images,
 )
 from sddlskd.training.devices import check_places, pick_device
@@ -387,7 +388,9 @@ def report(
           current one;
         - "other_data": (index in `finished`, how the data differ) of each job that was trained on
           other data than its data set has now;
-        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"].
+        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
+        - "teachers": missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
+          epochs)".
 
     Raises:
         record.Damaged: If the result.json of a finished job is damaged.
@@ -416,7 +419,14 @@ def report(
             if (change := checker.data_change(job))
         ],
         "devices": devices,
+        "teachers": list(
+            dict.fromkeys(_teacher_line(one) for job in todo for one in trained_first(job))
+        ),
     }
+
+
+def _teacher_line(job: Config) -> str:
+    return f"{job.student.name} for {job.dataset.name} ({job.trainer.epochs} epochs)"
 
 
 def main() -> None:

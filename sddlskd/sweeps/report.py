@@ -19,6 +19,7 @@ from sddlskd.terminal.console import duration, outcomes, write_line
 __all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
 
 LOG_LINES = 3  # last lines of the log of a failed job
+SHOWN_GROUPS = 12  # groups that a plan lists
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -60,6 +61,8 @@ def print_plan(plan: Plan, devices: Sequence[str]) -> None:
     """
     for line in (*plan_lines(plan), *_spread_lines(plan, devices)):
         write_line(line)
+    for teacher in plan.teachers:
+        write_line(f"trained first: teacher {teacher}")
     for file in plan.downloads:
         write_line(f"to download: there is no {file}; the sweep downloads it when it starts")
     for line in reasons_together(plan.invalid):
@@ -75,22 +78,41 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
         return []
     sizes = [len(group) for group in plan.groups]
     numbers = [f"{count} of {_jobs(size)}" for size, count in Counter(sizes).items()]
-    lines = [f"groups: {', '.join(numbers)}"]
+    lines = [f"groups: {', '.join(numbers)}", *_group_lines(plan.groups)]
     if not devices or any(job.trainer.devices > 1 for job in plan.todo):
         return lines
     per_device = jobs_of_devices(sizes, len(devices))
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
     lines.append(f"devices: {', '.join(shares)}")
+    if missing := [
+        name for name in devices if name.startswith("cuda") and name not in plan.devices
+    ]:
+        lines.append(f"this machine has no {', '.join(missing)}")
     together = [len(group) for group in groups_of(plan.todo)]
     if better := better_group_size(together, len(devices), plan.max_group_size):
-        most = max(jobs_of_devices(split(together, better), len(devices)))
+        parts = split(together, better)
+        most, number = max(jobs_of_devices(parts, len(devices))), len(parts)
         lines.append(
-            f"hydra.launcher.max_group_size={better} would end earlier: "
-            f"no device then trains more than {_jobs(most)}"
+            f"hydra.launcher.max_group_size={better} would end earlier: it makes "
+            f"{number} groups, and no device then trains more than {_jobs(most)}"
         )
     if plan.seconds is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
         lines.append(f"about {duration(plan.seconds * share)} on these {len(devices)} devices")
+    return lines
+
+
+def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
+    """Return a line for each of the first groups, with the jobs that train together."""
+    lines = []
+    for group in groups[:SHOWN_GROUPS]:
+        teacher = "no teacher"
+        if group[0].has_teacher:
+            teacher = cfg.teacher_name(group[0])
+        titles = "; ".join(map(cfg.title, group))
+        lines.append(f"  {teacher}, {group[0].trainer.epochs} epochs: {titles}")
+    if len(groups) > SHOWN_GROUPS:
+        lines.append(f"  and {len(groups) - SHOWN_GROUPS} more groups")
     return lines
 
 

@@ -114,26 +114,33 @@ def outcomes(
     from rich.console import Console
     from rich.table import Table
 
+    settings = _differing_settings(jobs)
+    columns = ["pair", "method", "M", "seed", "settings", "status", "best", "last", "time"]
+    if not any(settings):
+        columns.remove("settings")
     table = Table(title="top-1 (%) of the best and of the last epoch", title_justify="left")
-    for column in ("pair", "method", "M", "seed", "status", "best", "last", "time"):
-        table.add_column(column, overflow="fold", no_wrap=column not in ("pair", "status"))
-    for job, result in zip(jobs, results, strict=True):
+    for column in columns:
+        may_wrap = column in ("pair", "settings", "status")
+        table.add_column(column, overflow="fold", no_wrap=not may_wrap)
+    for job, own, result in zip(jobs, settings, results, strict=True):
         pair = job.student.name
         if job.has_teacher:
             pair = f"{cfg.teacher_name(job)} {job.student.name}"
         status = result["status"]
         if result["reason"]:
             status = f"{status}: {result['reason']}"
-        table.add_row(
-            pair,
-            cfg.method_name(job),
-            ",".join(map(str, job.M)),
-            str(job.seed),
-            status,
-            _score(result.get("best_top1")),
-            _score(result.get("last_top1")),
-            duration(result["seconds"]),
-        )
+        cells = {
+            "pair": pair,
+            "method": cfg.method_name(job),
+            "M": ",".join(map(str, job.M)),
+            "seed": str(job.seed),
+            "settings": own,
+            "status": status,
+            "best": _score(result.get("best_top1")),
+            "last": _score(result.get("last_top1")),
+            "time": duration(result["seconds"]),
+        }
+        table.add_row(*(cells[column] for column in columns))
     console = Console(markup=False)  # a reason may contain brackets
     console.print(table)
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
@@ -144,6 +151,33 @@ def outcomes(
         sys.exit(ExitCode.STOPPED)
     if statuses - {"FINISHED", "PRUNED"}:
         sys.exit(1)
+
+
+def _differing_settings(jobs: Sequence[Config]) -> list[str]:
+    """Return, for each job, the settings that tell it from jobs with the same other columns.
+
+    The other columns of the table are the pair, the method, M and the seed. A text is "" if no
+    other job has the same.
+    """
+    groups: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    flat = []
+    for job in jobs:
+        values = {key: value for key, value in cfg.flatten(job).items() if key != "run_dir"}
+        columns = cfg.teacher_name(job), job.student.name, cfg.title(job)
+        groups.setdefault(columns, []).append(values)
+        flat.append((columns, values))
+    found = []
+    for columns, values in flat:
+        rivals = groups[columns]
+        differing = [key for key in values if len({str(one.get(key)) for one in rivals}) > 1]
+        # A mapping such as distiller.loss repeats what keys of their own say.
+        plain = [key for key in differing if not str(values[key]).startswith("{")]
+        found.append(" ".join(f"{key}={_short(values[key])}" for key in plain or differing))
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _score(top1: float | None) -> str:
