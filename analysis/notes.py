@@ -35,6 +35,8 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
     yield f"{runs}{quantity.label}, mean ± sample standard deviation (n {quantity.counted})."
     if quantity.note:
         yield quantity.note
+    if settings := _common(declaration.runs):
+        yield f"Settings of all runs: {settings}."
     if any(cell.planned > cell.n > 0 for cell in cells.values()):
         yield f"2/3 {quantity.counted}: of three planned, two have a number."
     if any(cell.rank for cell in cells.values()):
@@ -80,6 +82,20 @@ def notes_on_pruned(declaration: Declaration, pruned: Sequence[tuple[Run, str]])
             f"Left out because halving dropped them, so the means are over chosen runs: "
             f"{'; '.join(named)}."
         )
+
+
+def _common(runs: Iterable[Run]) -> str:
+    """Return the number of epochs and the parts of the data, if all finished runs agree on them.
+
+    Settings that stand for all images and all batches are left out.
+    """
+    finished = [run for run in runs if run.status == "FINISHED" and run.source == "sddlskd"]
+    found = []
+    for name, usual in (("epochs", None), ("train_fraction", 1.0), ("val_fraction", 0.0)):
+        values = {getattr(run, name) for run in finished}
+        if len(values) == 1 and not values & {usual, None}:
+            found.append(f"{name}={values.pop():g}")
+    return ", ".join(found)
 
 
 def _sizes(runs: Iterable[Run]) -> list[str]:
