@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.slurm import Slurm, submissions
 
@@ -66,6 +67,61 @@ def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
     assert pool.options["name"] == "mine"
     assert pool.srun_args == ["--container-image=image.sqsh"]
     assert pool.wait is False
+
+
+def test_a_plan_says_what_a_cluster_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    groups = [[Config(run_dir=f"/runs/{n}")] for n in range(3)]
+    asked = "each task asks for: "
+    default = "the cluster's default"
+    bare = chosen(tmp_path, "hydra/launcher=slurm")._runner()
+    assert bare.requests(groups) == [
+        "SLURM: a job array of 3 tasks, at most 3 at once",
+        f"{asked}partition: {default}; GPUs: {default}; CPU cores per process: 2; "
+        f"memory: {default}; time limit: 60 minutes",
+    ]
+    assert bare.requests([]) == []
+    monkeypatch.setenv("SBATCH_PARTITION", "short")
+    assert f"{asked}partition: short; " in bare.requests(groups)[1]
+    for group in groups[1:]:
+        group[0].trainer.devices = 2
+    words = ("partition=gpu", "gpus_per_node=2", "mem_gb=8", "timeout_min=90", "qos=high")
+    given = [f"hydra.launcher.{word}" for word in (*words, "nodes=2", "array_parallelism=1")]
+    given.append("+hydra.launcher.additional_parameters.mail-type=FAIL")
+    assert chosen(tmp_path, "hydra/launcher=slurm", *given)._runner().requests(groups) == [
+        "SLURM: a job array of 1 task, at most 1 at once",
+        "SLURM: a job array of 2 tasks of 2 processes each, at most 1 at once",
+        f"{asked}partition: gpu; GPUs per node: 2; CPU cores per process: 2; "
+        "GB of memory per node: 8; time limit: 90 minutes; nodes: 2; qos: high; mail-type: FAIL",
+    ]
+    assert Pool("auto", fail_fast=False).requests(groups) == []
+
+
+def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    monkeypatch.setattr("sddlskd.sweeps.slurm.shutil.which", lambda command: None)
+    job = Config(home=str(tmp_path), run_dir=str(tmp_path / "runs/x"))
+    job.sweep.plan = True
+    answer: dict[str, list[Any]] = {
+        name: []
+        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+    }
+    launcher = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.partition=gpu")
+    with pytest.raises(SystemExit, match="1"):
+        run_sweep(
+            [job],
+            "mine",
+            runner=launcher._runner(),
+            precheck=lambda todo, finished, runs_locally: answer,
+        )
+    told = capsys.readouterr().out
+    assert "\nSLURM: a job array of 1 task, at most 1 at once\n" in told
+    assert "\neach task asks for: partition: gpu; " in told
+    assert "\ncannot run: hydra/launcher=slurm needs sbatch" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -109,7 +109,8 @@ def run_sweep(
             change,
         )
     if only_print:
-        print_plan(plan, runner.places(plan.todo, plan.devices))
+        devices = runner.places(plan.todo, plan.devices)
+        print_plan(plan, devices, runner.requests(plan.groups))
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")

@@ -117,6 +117,10 @@ class Pool(GroupRunner):
             asked_for.update(visible)
         return sorted(asked_for)
 
+    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
+        """Return [], because the pool asks nobody for its devices."""
+        return []
+
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group, and wait until all of them have ended.
 

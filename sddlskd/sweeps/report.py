@@ -49,7 +49,7 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def print_plan(plan: Plan, devices: Sequence[str]) -> None:
+def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> None:
     """Print what a sweep would run, how its jobs spread over the devices, and every obstacle.
 
     An obstacle is a reason why a job cannot run. Each one is printed once, with the names of up to
@@ -58,8 +58,9 @@ def print_plan(plan: Plan, devices: Sequence[str]) -> None:
     Args:
         plan: plan of the sweep.
         devices: devices of this machine that would train the jobs; [] on a cluster.
+        requests: lines that say what the sweep would ask a cluster for; [] on this machine.
     """
-    for line in (*plan_lines(plan), *_spread_lines(plan, devices)):
+    for line in (*plan_lines(plan), *_spread_lines(plan, devices), *requests):
         write_line(line)
     for teacher in plan.teachers:
         write_line(f"trained first: teacher {teacher}")

@@ -38,6 +38,14 @@ class GroupRunner(Protocol):
         """
         ...
 
+    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
+        """Return lines of text that say what the groups ask a cluster for; [] on this machine.
+
+        Args:
+            groups: jobs to run.
+        """
+        ...
+
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group.
 

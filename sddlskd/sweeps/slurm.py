@@ -52,6 +52,19 @@ SUBMITTED_FOR_ALL = {
     "mem_gb",
     "nodes",
 }
+# For each resource of a task, the options that ask for it, with their labels in a plan
+RESOURCES = {
+    "partition": {"partition": "partition"},
+    "GPUs": {"gpus_per_node": "GPUs per node", "gpus_per_task": "GPUs per process", "gres": "gres"},
+    "CPU cores": {"cpus_per_task": "CPU cores per process", "cpus_per_gpu": "CPU cores per GPU"},
+    "memory": {
+        "mem_gb": "GB of memory per node",
+        "mem_per_cpu": "memory per CPU core",
+        "mem_per_gpu": "memory per GPU",
+    },
+}
+# Options that a plan names only if they are set
+FURTHER = ("account", "qos", "constraint", "exclude", "comment")
 # The task index that scontrol shows for tasks that were cancelled before they started.
 NO_INDEX = "4294967294"
 # This refusal may be temporary: nodes may be down for a moment.
@@ -399,16 +412,53 @@ class Slurm(GroupRunner):
             row.split()
             for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()
         ]
-        chosen = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
-        if chosen:
+        if chosen := self._partition():
             names = chosen.split(",")
             return {host for host, name in rows if name.rstrip("*") in names}
         # SLURM marks the default partition with an asterisk.
         return {host for host, name in rows if name.endswith("*")}
 
+    def _partition(self) -> str | None:
+        """Return the partitions of the jobs, separated by commas; None for SLURM's default."""
+        partition: str | None = self.options.get("partition") or os.environ.get("SBATCH_PARTITION")
+        return partition
+
     def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
         """Return [], because SLURM chooses the devices."""
         return []
+
+    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
+        """Return the numbers of tasks, and what each task asks for; see `GroupRunner.requests`."""
+        lines = []
+        for ranks, tasks in _by_ranks(groups).items():
+            number = "1 task"
+            if len(tasks) > 1:
+                number = f"{len(tasks)} tasks"
+            if ranks > 1:
+                number = f"{number} of {ranks} processes each"
+            at_once = min(self.array_parallelism, len(tasks))
+            lines.append(f"SLURM: a job array of {number}, at most {at_once} at once")
+        if lines:
+            lines.append(f"each task asks for: {'; '.join(self._resources())}")
+        return lines
+
+    def _resources(self) -> list[str]:
+        """Return the resources of a task, such as "partition: gpu" and "GPUs per node: 1"."""
+        values = {**self.options, "partition": self._partition()}
+        parts = []
+        for resource, options in RESOURCES.items():
+            asked = [
+                f"{label}: {values[name]}"
+                for name, label in options.items()
+                if values.get(name) is not None
+            ]
+            parts += asked or [f"{resource}: the cluster's default"]
+        further = {"time limit": f"{values['timeout_min']} minutes"}
+        if values["nodes"] > 1:
+            further["nodes"] = values["nodes"]
+        further |= {name: values[name] for name in FURTHER if values.get(name) is not None}
+        further |= values.get("additional_parameters") or {}
+        return [*parts, *(f"{name}: {value}" for name, value in further.items())]
 
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Submit every group, and wait until no task of the sweep is in SLURM's queue.
@@ -436,17 +486,13 @@ class Slurm(GroupRunner):
         # The lock guards against another launch that submits the same jobs at the same time.
         with FileLock(folder / ".submit.lock"):
             in_queue = states(folder)
-            submitted = 0
-            by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
-            for group in groups:
-                if left := [job for job in group if job.run_dir not in in_queue]:
-                    by_ranks[left[0].trainer.devices].append(left)
-                    submitted += 1
-            for ranks, groups_of_ranks in by_ranks.items():
+            left = [[job for job in group if job.run_dir not in in_queue] for group in groups]
+            new_groups = [group for group in left if group]
+            for ranks, groups_of_ranks in _by_ranks(new_groups).items():
                 self._submit(groups_of_ranks, folder, ranks)
         if not self.wait:
             tasks = [one.job for one in submissions(folder)]
-            new = " ".join(tasks[len(tasks) - submitted :])
+            new = " ".join(tasks[len(tasks) - len(new_groups) :])
             write_line(f"submitted to SLURM: {new or 'nothing new'}")
             return RUNNING
         try:
@@ -586,6 +632,14 @@ class Slurm(GroupRunner):
             else:
                 empty_answers += 1
                 time.sleep(1.0)
+
+
+def _by_ranks(groups: Iterable[Sequence[Config]]) -> dict[int, list[Sequence[Config]]]:
+    """Return the groups by the number of processes of their tasks, which is trainer.devices."""
+    by_ranks: dict[int, list[Sequence[Config]]] = defaultdict(list)
+    for group in groups:
+        by_ranks[group[0].trainer.devices].append(group)
+    return by_ranks
 
 
 def _queue_line(live: Mapping[str, tuple[str, str]]) -> str:
