@@ -1,6 +1,8 @@
 """Test the search with Optuna: its proposals, its objective, and the command."""
 
+import json
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from sddlskd.config import Config
 from sddlskd.sweeps.search import DATABASE, Search, objective_of, split_words
 from sddlskd.sweeps.status import status_of
 from tests.test_halving import leave_rows
-from tests.tiny import BASE, ForkedCommand, leave_teacher
+from tests.tiny import BASE, ForkedCommand, leave_teacher, tiny
 
 REPO = Path(__file__).parents[1]
 WORDS = ("student=resnet8", "x=interval(1.0,8.0)", "n=int(interval(1,9))", "M=[1],[1,2]")
@@ -159,6 +161,41 @@ def test_without_optuna_one_line_names_the_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError, match=r"pip install 'sddlskd\[search\]'"):
         search(None)
+
+
+@pytest.mark.parametrize("held_out", [0.25, 0.0])
+def test_the_report_names_the_command_of_the_final_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: float
+) -> None:
+    given = ["student=resnet8", f"dataset.val_fraction={held_out}", "objective=last/top1"]
+    given += ["sweep.name=s", "home=a b", "x=interval(1.0,8.0)", "seed=3,5", "M=[1],[1,2]"]
+    one = search(None, 2, words=given)
+    job = replace(tiny(tmp_path, f"dataset.val_fraction={held_out}"), seed=5)
+
+    def jobs_of(words: list[list[str]]) -> list[Config]:
+        return [replace(job, run_dir=str(tmp_path / str(n))) for n in range(len(words))]
+
+    def finish(words: list[list[str]]) -> None:
+        for number in range(len(words)):
+            result = {"status": "FINISHED", "best_top1": 50.0 + number, "reason": "", "seconds": 1}
+            (tmp_path / str(number)).mkdir()
+            (tmp_path / str(number) / "result.json").write_text(json.dumps(result))
+
+    one.run(jobs_of, finish)
+    *_, again, final = capsys.readouterr().out.splitlines()
+    if not held_out:
+        assert final.startswith("to run it again: ")
+        return
+    best = one.best()
+    assert best is not None
+    assert again.startswith("to run it again: python -m sddlskd.train student=resnet8 ")
+    said, _, command = final.partition(": ")
+    assert said == "to train it on all training images, with new seeds"
+    assert shlex.split(command) == [
+        *("python", "-m", "sddlskd.train", "-m", "student=resnet8", "home=a b"),
+        *(word for word in best[2] if not word.startswith("seed=")),
+        "seed=6,7,8",
+    ]
 
 
 @pytest.mark.slow

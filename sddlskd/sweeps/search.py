@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 DATABASE = "optuna.db"
 # Settings that change neither the results of trials nor their comparison
 NOT_COMPARED = ("sweep.", "hydra.", "hydra/", "tracking.", "home=", "objective=")
+TRAIN = ("python", "-m", "sddlskd.train")
+# Settings of the trials that the final training does not have
+NOT_IN_FINAL = ("dataset.val_fraction=", "objective=", "seed=")
+FINAL_SEEDS = 3  # number of seeds in the command of the final training
 INSTALL = "hydra/sweeper=optuna needs the package optuna: pip install 'sddlskd[search]'"
 
 
@@ -335,7 +339,10 @@ class Search:
         log.info("%d of %d trials: %s", len(self._study.trials), self.n_trials, value)
 
     def _report(self, jobs: Sequence[Config]) -> None:
-        """Print a table of all trials, the best trial, and the command that runs it again."""
+        """Print a table of all trials, the best trial, and the command that runs it again.
+
+        If the trials held out images for validation, print the command of the final training, too.
+        """
         code: Any = 0
         try:
             outcomes(jobs, [result_of(job) for job in jobs])
@@ -350,12 +357,28 @@ class Search:
             kept = [word for word in self.fixed if not word.lstrip("+").startswith("sweep.")]
             if not any(word.startswith("home=") for word in kept):
                 kept.append(f"home={jobs[0].home}")
-            command = shlex.join(["python", "-m", "sddlskd.train", *kept, *words])
+            command = shlex.join([*TRAIN, *kept, *words])
             write_line(f"to run it again: {command}")
+            if jobs[number].dataset.val_fraction:
+                command = _final_command([*kept, *words], jobs)
+                write_line(f"to train it on all training images, with new seeds: {command}")
         else:
             write_line(f"none of the {len(jobs)} trials has a value")
         if code:
             sys.exit(code)
+
+
+def _final_command(words: Sequence[str], jobs: Sequence[Config]) -> str:
+    """Return the command that trains a trial on all training images, with three new seeds.
+
+    Args:
+        words: overrides of the trial.
+        jobs: jobs of all trials, whose seeds are not taken again.
+    """
+    chosen = [word for word in words if not word.lstrip("+").startswith(NOT_IN_FINAL)]
+    first = max(job.seed for job in jobs) + 1
+    seeds = ",".join(str(first + more) for more in range(FINAL_SEEDS))
+    return shlex.join([*TRAIN, "-m", *chosen, f"seed={seeds}"])
 
 
 def _words(params: Mapping[str, Any]) -> list[str]:
