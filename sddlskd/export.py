@@ -52,6 +52,7 @@ TOLERANCE = 1e-4  # relative to the largest absolute logit or to 1, whichever is
 # The command line argument that allows code from outside targets.PACKAGES.
 TRUST = "allow_foreign_targets=true"
 NEEDS = "pip install 'sddlskd[export]'"
+SHOWN_CLASSES = 5  # names of classes that the log shows
 FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "mlflow_model"}
 
 
@@ -127,19 +128,22 @@ def best_student(job: Config, folder: Path) -> nn.Module:
     return network.to(memory_format=torch.contiguous_format).eval()
 
 
-def about(job: Config, folder: Path) -> dict[str, str]:
+def about(job: Config, folder: Path, image_CHW: Sequence[int] | None = None) -> dict[str, str]:
     """Return the metadata of an exported student, for the header of its file.
 
     Args:
         job: configuration of the run.
-        folder: run directory, whose result.json has the best top-1 and its epoch.
+        folder: run directory, whose result.json has the best top-1 and its epoch, and the names of
+            the classes if the images lie in class folders.
+        image_CHW: shape of one image: channels, height and width in pixels; None if it is unknown.
 
     Returns:
         Two texts: "format" is "pt", the mark of PyTorch tensors in .safetensors files. "sddlskd" is
         a JSON object with the network's name and configuration, the name of the data set, the
-        number of classes, the mean and std of the images, the hash of the configuration, and the
-        best top-1 (%) with its epoch (null if unknown). If the student holds a part of its teacher,
-        as with SimKD, the object also has the teacher's network and the feature methods.
+        number of classes, their names in the order of the logits (null if unknown), the shape of an
+        image (null if unknown), the mean and std of the images, the hash of the configuration, and
+        the best top-1 (%) with its epoch (null if unknown). If the student holds a part of its
+        teacher, as with SimKD, the object also has the teacher's network and the feature methods.
 
     Raises:
         record.Damaged: If result.json is damaged.
@@ -150,6 +154,8 @@ def about(job: Config, folder: Path) -> dict[str, str]:
         "model": without_weights(job.student.model),
         "dataset": job.dataset.name,
         "num_classes": job.dataset.num_classes,
+        "class_names": _class_names(folder),
+        "image_shape": image_CHW,
         "mean": job.dataset.mean,
         "std": job.dataset.std,
         "config_hash": cfg.config_hash(job),
@@ -160,6 +166,13 @@ def about(job: Config, folder: Path) -> dict[str, str]:
         facts["teacher"] = without_weights(job.teacher.model)
         facts["methods"] = {name: feature.method for name, feature in job.features.items()}
     return {"format": "pt", "sddlskd": json.dumps(facts)}
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    """Return the names of the classes that a run has noted; None if it noted none."""
+    data = record.read_result(folder).get("data") or {}
+    names: list[str] | None = data.get("class_names")
+    return names
 
 
 def described(path: Path) -> dict[str, Any] | None:
@@ -339,20 +352,41 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
     job = load_run(folder, allow_foreign)
     network = best_student(job, folder)
     target = out or folder / FORMATS[to]
-    facts = about(job, folder)
     if to == "safetensors":
-        to_safetensors(network, target, facts)
+        to_safetensors(network, target, about(job, folder))
         return str(target)
     image_CHW = _image_shape(job)
+    facts = about(job, folder, image_CHW)
     classifier = Classifier(network, job.dataset.mean, job.dataset.std)
     if to == "onnx":
         to_onnx(classifier, target, image_CHW, facts)
+        logging.getLogger("sddlskd").info("%s", _how_to_load(target, image_CHW, job, folder))
         return str(target)
     with TemporaryDirectory() as scratch:
         to_onnx(classifier, Path(scratch, "best.onnx"), image_CHW, facts)
         to_mlflow(Path(scratch, "best.onnx"), target, image_CHW, job.dataset.num_classes)
     uri = tracking.log_model(folder, target)
     return f"{target}, in MLflow as {uri}" if uri else str(target)
+
+
+def _how_to_load(path: Path, image_CHW: Sequence[int], job: Config, folder: Path) -> str:
+    """Return one line on the input, the classes and the use of an exported ONNX model.
+
+    Args:
+        path: ONNX model.
+        image_CHW: shape of one image: channels, height and width in pixels.
+        job: configuration of the run.
+        folder: run directory.
+    """
+    shape = ", ".join(map(str, image_CHW))
+    classes = f"{job.dataset.num_classes} classes of {job.dataset.name}"
+    if names := _class_names(folder):
+        more = ", ..." if len(names) > SHOWN_CLASSES else ""
+        classes = f"{classes} ({', '.join(names[:SHOWN_CLASSES])}{more})"
+    return (
+        f"{path}: images (B, {shape}), float32 in 0..1 -> logits of {classes}; "
+        f"load it with onnxruntime.InferenceSession({str(path)!r})"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Test the pages of the documentation: their place, links, commands and examples."""
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -205,16 +206,21 @@ def test_example_of_a_loop_of_ones_own() -> None:
 
 
 def test_example_of_an_exported_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((_, code), *_) = example(DOCS / "export.md", "onnx")
+    (_, code), (_, facts) = example(DOCS / "export.md", "onnx")
     shape = ["B", 3, 8, 8]
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
     opset = helper.make_opsetid("", 17)
-    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "best.onnx")
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
+    helper.set_model_props(model, {"sddlskd": json.dumps({"class_names": ["cat"]})})
+    onnx.save(model, tmp_path / "best.onnx")
     monkeypatch.chdir(tmp_path)
     scope = {"images": np.ones((2, 3, 8, 8), np.float32)}
     exec(code, scope)
     assert scope["logits"].shape == (2, 3, 8, 8)
+    scope["logits"] = np.zeros((2, 1))
+    exec(facts, scope)
+    assert scope["best"] == "cat"
 
 
 def test_the_method_of_the_guide_for_contributors() -> None:

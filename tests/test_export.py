@@ -1,6 +1,7 @@
 """Test exported models: every format must give the numbers of the run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,31 @@ def test_a_model_for_mlflow_replaces_nothing_else(
         in capsys.readouterr().err
     )
     assert before == sorted((path, path.stat().st_mtime_ns) for path in [out, *out.rglob("*")])
+
+
+def test_an_onnx_model_says_what_it_takes_and_gives(
+    tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained.run_dir, folder)
+    result = json.loads((folder / "result.json").read_text())
+    names = [f"class{number}" for number in range(10)]
+    result["data"]["class_names"] = names
+    (folder / "result.json").write_text(json.dumps(result))
+    export.main([str(folder), "--to", "onnx"])
+    out, err = capsys.readouterr()
+    path = folder / "best.onnx"
+    assert out == f"{path}\n"
+    assert err.splitlines()[-1].partition(" ")[2] == (
+        f"{path}: images (B, 3, 16, 16), float32 in 0..1 -> logits of 10 classes of fake "
+        "(class0, class1, class2, class3, class4, ...); "
+        f"load it with onnxruntime.InferenceSession('{path}')"
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["sddlskd"])
+    assert facts["class_names"] == names
+    assert facts["image_shape"] == [3, 16, 16]
+    assert (facts["mean"], facts["std"]) == (trained.dataset.mean, trained.dataset.std)
 
 
 def test_onnx_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
