@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,13 @@ def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         return f"there is no configuration {name}; use --config-dir to search another folder"
-    return f"{group}={name} is unknown; {_valid_names(name, error.options, f'{group}=')}"
+    reason = f"{group}={name} is unknown; {_valid_names(name, error.options, f'{group}=')}"
+    if group in ("teacher", "student"):
+        reason = (
+            f"{reason}; {group}=timm {group}.model.name=NAME takes a network of timm, and "
+            f"{group}=torchvision one of torchvision"
+        )
+    return reason
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
@@ -294,10 +300,28 @@ def _valid_names(bad: str, valid: Sequence[str], prefix: str) -> str:
     `prefix` stands before that name, as in "did you mean student=resnet8?".
     """
     names = f"are {', '.join(valid)}"
-    close = get_close_matches(bad, valid, n=1)
-    if close:
-        return f"did you mean {prefix}{close[0]}? Valid {names}"
+    if close := _closest(bad, valid):
+        return f"did you mean {prefix}{close}? Valid {names}"
     return f"valid {names}"
+
+
+def _closest(bad: str, valid: Sequence[str]) -> str | None:
+    """Return the valid name most like `bad`, or None if none is like it.
+
+    A name that ends in all of `bad`, as imagenet_resnet34 ends in resnet34, comes first. Of names
+    that are equally like `bad`, the one with the same letters in another order comes first.
+    """
+    if longer := [name for name in valid if name.endswith(f"_{bad}")]:
+        return longer[0]
+    return max(
+        get_close_matches(bad, valid),
+        key=lambda name: _likeness(bad, name) + _likeness(sorted(bad), sorted(name)),
+        default=None,
+    )
+
+
+def _likeness(one: Sequence[str], other: Sequence[str]) -> float:
+    return SequenceMatcher(None, one, other).ratio()
 
 
 def _bad_value(key: str, message: str, whole: str) -> str:
