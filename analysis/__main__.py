@@ -119,9 +119,10 @@ def _analyse(given: Sequence[str]) -> None:
     if chosen.name is None:
         _list(uri)
         return
+    _say(f"reading {chosen.name} from {uri}")
+    _tell_what_is_read(uri)
     from .runs import load
 
-    _say(f"reading {chosen.name} from {uri}")
     runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
     _say(f"{len(runs.frame)} runs: {_by_status(runs)}")
     _write(runs, chosen, formats)
@@ -135,6 +136,7 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
     out, metric = chosen.out, chosen.metric
     options = GainOptions(chosen.test, chosen.margin, chosen.baseline)
     (out / "tables").mkdir(parents=True, exist_ok=True)
+    _tell("computing the tables and their tests")
     built = tables.build(
         runs.frame, metric=metric, sweep=runs.name, command=runs.command, options=options
     )
@@ -145,11 +147,13 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
         _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
     if not built:
         _say("no table written: there are no runs for any table")
+    _tell("drawing the figures")
     drawn = figures.build(runs, out / "figures", metric=metric, test=chosen.test)
     for figure in drawn:
         _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
     runs.frame.to_csv(out / "runs.csv", index=False)
     _say(f"wrote {out / 'runs.csv'}: one row per run")
+    _tell("writing the report")
     report.write(out / "report.html", runs, built, drawn, metric=metric)
     _say(
         f"wrote {out / 'report.html'}: "
@@ -193,6 +197,7 @@ def _by_status(runs: "Runs") -> str:
 
 
 def _list(uri: str) -> None:
+    _tell_what_is_read(uri)
     from .runs import listing
     from .store import MAKE_RUNS
 
@@ -223,6 +228,7 @@ def _coverage(given: Sequence[str]) -> None:
     if database and not database.exists() and not (chosen.uri or chosen.home):
         _say(f"there is no {database}, so no runs are counted")
     else:
+        _tell_what_is_read(uri)
         built = build(load(None, uri, mixed_epochs=True).frame)
     for line in lines(cover(built)):
         _say(line)
@@ -287,6 +293,26 @@ def _uri(chosen: argparse.Namespace) -> str:
     server = None if chosen.home else os.environ.get("MLFLOW_TRACKING_URI")
     home = chosen.home or os.environ.get("SDDLSKD_HOME", ".")
     return chosen.uri or server or sqlite_uri(f"{os.path.abspath(home)}/mlflow.db")
+
+
+def _tell_what_is_read(uri: str) -> None:
+    """Print to stderr how many runs are searched, and where: loading MLflow alone takes seconds.
+
+    Print nothing if the store is a file that cannot be read, because an error follows at once.
+    """
+    from .store import count_runs, sqlite_file
+
+    database = sqlite_file(uri)
+    if database is None:
+        _tell(f"loading MLflow, to search the runs at {uri}")
+    elif (count := count_runs(database)) is not None:
+        _tell(f"loading MLflow, to search the {count} runs at {uri}")
+
+
+def _tell(line: str) -> None:
+    """Print a line on the progress to stderr; stdout has the results alone."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _say(line: str) -> None:

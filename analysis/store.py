@@ -26,6 +26,7 @@ from urllib.parse import quote, unquote
 __all__ = [
     "MAKE_RUNS",
     "artifact",
+    "count_runs",
     "experiments_of",
     "points_of",
     "quoted",
@@ -64,6 +65,22 @@ def sqlite_file(uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path(unquote(uri.removeprefix("sqlite:///"), errors="surrogateescape"))
+
+
+def count_runs(database: Path) -> int | None:
+    """Return the number of runs in a SQLite database of MLflow, without loading MLflow.
+
+    Runs of sweeps as a whole and of means over seeds count, too. Deleted runs do not. Return None
+    if the file is missing, is locked or is not a database of MLflow.
+    """
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=0)) as connection:
+            query = "SELECT count(*) FROM runs WHERE lifecycle_stage = 'active'"
+            (count,) = connection.execute(query).fetchone()
+    except sqlite3.Error:
+        return None
+    return int(count)
 
 
 @contextmanager
