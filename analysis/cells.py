@@ -78,6 +78,7 @@ class Table:
     # Mean gain over all columns by row label. A row has one if at least two columns have a gain,
     # all over the same baseline method.
     aggregates: Mapping[str, stats.Aggregate] = field(default_factory=dict)
+    baselines: frozenset[str] = frozenset()  # labels of the rows that the user compares others with
 
     @cached_property
     def footnotes(self) -> dict[str, int]:

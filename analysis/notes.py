@@ -136,7 +136,7 @@ def notes_on_gains(
     aggregated: bool,
     baselines: Sequence[str],
 ) -> Iterator[str]:
-    """Yield the notes below a table on its gains: the tests, and the smallest significant gain.
+    """Yield the notes below a table on its gains: the tests, and how large a gain must be to count.
 
     A gain compares the mean of a cell with that of its baseline, another row of the same column.
 
@@ -151,8 +151,8 @@ def notes_on_gains(
     Yields:
         Texts of one or more sentences. If the baseline that the user chose names no row or several,
         a note says so. If there are gains, a note on their tests follows, or a note that there is
-        no test. If there are tests, further notes are on the smallest gain that would be
-        significant in each column, and on the column of all pairs.
+        no test. If there are tests, further notes are on the smallest gain of each column that
+        would be significant if no other were, and on the column of all pairs.
     """
     if options.baseline and not baselines:
         yield f"There is no row of {options.baseline} here: gains are over the table's baselines."
@@ -196,8 +196,8 @@ def notes_on_gains(
         for column in columns
         if any(key[1] == column for key in tested)
     }
-    shown = ", ".join(f"{gain:.2f} ({column})" for column, gain in smallest.items())
-    yield f"Smallest gain that would be significant here if no other were: {shown}."
+    shown = " or ".join(f"{gain:.2f} points ({column})" for column, gain in smallest.items())
+    yield f"A gain below about {shown} may be chance alone: to find smaller gains, run more seeds."
     if aggregated:
         yield (
             "All pairs: mean of the gains with its 95 % interval (bootstrap of the runs within "

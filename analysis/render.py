@@ -176,6 +176,11 @@ def _over(table: Table, row: str, columns: Sequence[str]) -> str:
     )
 
 
+def _heading_of(table: Table, row: str) -> str:
+    """Return the label of a row as it is shown, which names a baseline that the user chose."""
+    return f"{row} (baseline)" if row in table.baselines else row
+
+
 def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
     """Yield the lines of every row of a table, restricted to some columns.
 
@@ -192,7 +197,7 @@ def _lines(table: Table, columns: Sequence[str]) -> Iterator[Line]:
         ours = any("ours" in text for text in texts)
         published = "published" if ours else f"{row} (published)"
         labels = {
-            "ours": row,
+            "ours": _heading_of(table, row),
             "published": published,
             "gain": f"gain over {_over(table, row, columns)}",
             "interval": "95 % interval",
@@ -390,7 +395,8 @@ def html(table: Table) -> str:
     for i, row in enumerate(table.rows):
         over = _over(table, row, table.columns)
         under = f"<div><small>gain over {escape(over)}</small></div>" if over else ""
-        out.append(f'<tr><th scope="row" data-sort="{i}">{escape(row)}{under}</th>')
+        head = escape(_heading_of(table, row))
+        out.append(f'<tr><th scope="row" data-sort="{i}">{head}{under}</th>')
         out += [cell(row, column) for column in table.columns]
         if table.aggregates:
             found = _aggregate(table, row)

@@ -180,6 +180,9 @@ def _table(
         notes=(*notes(declaration, cells, sweep), *notes_on_pruned(declaration, pruned), *on_gains),
         commands=_commands(declaration.runs, command),
         aggregates=aggregates,
+        baselines=frozenset(
+            gain.over for gain in gains.values() if isinstance(gain, Gain) and baselines
+        ),
     )
 
 

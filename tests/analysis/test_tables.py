@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import stats, tables
+from analysis import render, stats, tables
 from analysis.cells import Cell, Table
 from analysis.schema import frame_of
 from analysis.selection import GainOptions
@@ -708,7 +708,8 @@ def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
         "4 degrees of freedom",
         "Bartlett's p",
         "Equivalent: within ±0.3",
-        "Smallest gain that would be significant",
+        "A gain below about ",
+        " may be chance alone",
         "Holm",
         "SDD Table 2",
     ):
@@ -979,6 +980,7 @@ def test_any_method_can_be_the_baseline(baseline: str) -> None:
     rows += runs(*SHUFFLE, [75.0, 75.1, 75.3], distiller="my_loss")
     overview = build(rows, options=GainOptions(baseline=baseline))["overview_cifar100"]
     assert gains_of(overview, COLUMN) == {"my_loss": "KD", "SD-KD [1,2,4]": "KD"}
+    assert overview.baselines == {"KD"}
     own = build(rows, options=GainOptions(baseline="my_loss"))["overview_cifar100"]
     assert gains_of(own, COLUMN) == {"KD": "my_loss", "SD-KD [1,2,4]": "my_loss"}
     for cell in own.cells.values():
@@ -1002,8 +1004,18 @@ def test_a_table_without_the_baseline_or_with_several_says_so() -> None:
     rows += runs(*SHUFFLE, SD_KD, M="[1,2]") + runs(*SHUFFLE, KD, distiller="my_loss")
     built = build(rows, options=GainOptions(baseline="sd_kd"))
     assert any("no row of sd_kd here" in note for note in built["scales_cifar100_kd"].notes)
+    assert not built["scales_cifar100_kd"].baselines
     notes = " ".join(built["overview_cifar100"].notes)
     assert "sd_kd names several rows; give --baseline 'SD-KD [1,2" in notes
+
+
+def test_a_chosen_baseline_is_marked_and_another_is_not() -> None:
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd())
+    shown = [render.markdown, render.html, render.latex]
+    for options, marks in ((GainOptions(baseline="kd"), 1), (GainOptions(), 0)):
+        table = build(rows, options=options)["sdd_table_2"]
+        assert [form(table).count("KD (baseline)") for form in shown] == [marks] * 3
+        assert "baseline" not in render.csv(table)
 
 
 def test_a_plain_method_is_compared_with_the_student_alone_else_with_kd() -> None:
