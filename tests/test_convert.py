@@ -287,6 +287,37 @@ def test_what_cannot_be_translated_is_refused_in_one_line(
     assert said in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        (cifar("KD", "vgg13", "vgg9", more="  TYPE: Adam\n  TRAINER: own\nKD: {TEMPERATURE: t}\n"),
+         ("SOLVER.LR", "fast", "SOLVER.EPOCHS", "0", "SOLVER.LR_DECAY_STAGES", "150"),
+         ["KD.TEMPERATURE=t is not a number", "SOLVER.TYPE=Adam has no", "SOLVER.TRAINER=own has",
+          "SOLVER.EPOCHS=0 must", "SOLVER.LR=fast is not", "SOLVER.LR_DECAY_STAGES=150 is not",
+          "student=vgg9 is unknown; did you mean student=vgg"]),
+        (cifar("NEW", "VGG13", "VGG8"), ("SOLVER.LR", "-1", "SOLVER.BATCH_SIZE", "0"),
+         ["the network VGG13 has", "the network VGG8 has", "DISTILLER.TYPE=NEW has no translation",
+          "trainer.batch_size=0 must", "optimizer.lr=-1.0 must"]),
+        (theirs("temperature: 4.0", "temperature: 0").replace("'SGD'", "'Adam'").replace(
+            "MultiStepLR", "PolyLR").replace("cifar100/train", "coco/train").replace(
+            "num_epochs: 200", "num_epochs: 0").replace("batch_size: 128", "batch_size: a"), (),
+         ["temperature=0 of KDLoss", "dataset_id=coco/train has no", "train.num_epochs=0 must",
+          "batch_size=a is not a number", "train.optimizer Adam has no", "train.scheduler PolyLR"]),
+        (theirs("{lr: 0.1, momentum: 0.9,", "{lr: -1, momentum: a,"), (),
+         ["train.optimizer.momentum=a is not a number", "optimizer.lr=-1.0 must"]),
+    ],
+)  # fmt: skip
+def test_every_fault_of_a_file_is_named_in_a_line_of_its_own(
+    convert: Any, text: str, flags: tuple[str, ...], said: list[str]
+) -> None:
+    code, told, lines = convert(text, *flags)
+    assert (code, told) == (1, "")
+    assert len(lines) == len(said), lines
+    for line, part in zip(lines, said, strict=True):
+        assert line.startswith("error: ")
+        assert part in line
+
+
 def test_an_error_that_nobody_expected_is_one_line(
     convert: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd.convert import mdistiller, torchdistill
-from sddlskd.convert.translation import Translation, command
+from sddlskd.convert.translation import Refused, Translation, command
 from sddlskd.terminal.console import explain, write_line
 
 __all__ = ["main"]
@@ -52,8 +50,8 @@ def main() -> None:
     The command goes to stdout. A line for each key or flag that is not translated goes to stderr.
 
     Raises:
-        SystemExit: With code 1 after printing why the file cannot be translated, or 2 if the
-            arguments cannot be parsed.
+        SystemExit: With code 1 after printing why the file cannot be translated, with a line for
+            each reason, or 2 if the arguments cannot be parsed.
     """
     options = _parse(sys.argv[1:])
     try:
@@ -61,7 +59,9 @@ def main() -> None:
         _merge(values, options.options)
         translation = _translate(values, options)
         text = command(translation)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except Refused as error:
+        _refuse(*(f"{options.file}: {reason}" for reason in error.reasons))
+    except (ValueError, OSError) as error:
         _refuse(f"{options.file}: {explain(error)}")
     except Exception as error:  # a file of another code may hold anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -71,8 +71,9 @@ def main() -> None:
     write_line(text)
 
 
-def _refuse(reason: str) -> NoReturn:
-    sys.stderr.write(f"error: {reason}\n")
+def _refuse(*reasons: str) -> NoReturn:
+    for reason in reasons:
+        sys.stderr.write(f"error: {reason}\n")
     sys.exit(1)
 
 

@@ -141,11 +141,22 @@ class Flags:
 
 
 class _File:
-    """Keys of a file, with the defaults of its code; remembers which keys were read."""
+    """Keys of a file, with the defaults of its code; remembers which keys were read.
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    A value that should be a number and is none becomes a fault, and its default stands for it.
+
+    Args:
+        values: content of the file.
+        defaults: default of each key that may be read.
+        found: translation that gets the faults.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], found: Translation
+    ) -> None:
         self.stated = dotted(values)
         self._defaults = defaults
+        self._found = found
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -153,7 +164,9 @@ class _File:
         value = self.stated.get(key, self._defaults[key])
         default = self._defaults[key]
         if isinstance(default, int | float) and not isinstance(default, bool):
-            return number(key, value)
+            with self._found.noting_faults():
+                return number(key, value)
+            return default
         return value
 
     def unread(self) -> list[str]:
@@ -197,35 +210,36 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
             `code_of`.
 
     Returns:
-        The choices and values that give the same training, and what is not translated.
-
-    Raises:
-        ValueError: If the file asks for a method, network, data set or optimizer that this package
-            does not have, or if a number is not a number.
+        The choices and values that give the same training, and what is not translated. Its faults
+        name each method, network, data set or optimizer of the file that this package does not
+        have, and each number that is not a number.
     """
     code = code or code_of(values, flags)
     defaults = DEFAULTS | (LSKD_DEFAULTS if code == "lskd" else {})
-    file = _File(values, defaults)
     found = Translation()
+    file = _File(values, defaults, found)
     dataset = str(file["DATASET.TYPE"]).lower()
-    if dataset not in DATA_SETS:
-        raise ValueError(
+    kind = str(file["DISTILLER.TYPE"])
+    found.choices["recipe"] = "none"  # the first choice of the command; `method` sets it
+    networks = {key: str(file[f"DISTILLER.{key.upper()}"]) for key in ("teacher", "student")}
+    if kind == "NONE":
+        del networks["teacher"]
+    if dataset in DATA_SETS:
+        found.choices["dataset"] = dataset
+        for group, name in networks.items():
+            with found.noting_faults():
+                found.choices[group] = _network(name, dataset)
+    else:
+        found.faults.append(
             f"DATASET.TYPE={dataset} has no translation; valid are {', '.join(DATA_SETS)}"
         )
-    kind = str(file["DISTILLER.TYPE"])
-    method = METHODS.get(kind)
-    if method is None:
-        raise ValueError(
+    if method := METHODS.get(kind):
+        with found.noting_faults():
+            method(file, flags, found)
+    else:
+        found.faults.append(
             f"DISTILLER.TYPE={kind} has no translation; valid are {', '.join(METHODS)}"
         )
-    found.choices["recipe"] = "none"  # the first choice of the command; `method` sets it
-    found.choices["dataset"] = dataset
-    if kind != "NONE":
-        found.choices["teacher"] = _network(str(file["DISTILLER.TEACHER"]), dataset)
-    found.choices["student"] = _network(str(file["DISTILLER.STUDENT"]), dataset)
-    if kind == "NONE":
-        file["DISTILLER.TEACHER"]
-    method(file, flags, found)
     _solver(file, code, found)
     if code == "sdd":
         found.values["optimizer.clip_norm"] = SDD_CLIP_NORM
@@ -252,10 +266,10 @@ def _network(name: str, dataset: str) -> str:
 def _solver(file: _File, code: str, found: Translation) -> None:
     """Translate the block SOLVER."""
     if file["SOLVER.TYPE"] != "SGD":
-        raise ValueError(f"SOLVER.TYPE={file['SOLVER.TYPE']} has no translation; valid is SGD")
+        found.faults.append(f"SOLVER.TYPE={file['SOLVER.TYPE']} has no translation; valid is SGD")
     trainer = str(file["SOLVER.TRAINER"])
     if trainer not in ("base", "crd", "dot", "crd_dot", "ours"):
-        raise ValueError(
+        found.faults.append(
             f"SOLVER.TRAINER={trainer} has no translation; valid are base, crd, dot, crd_dot, ours"
         )
     if trainer in ("dot", "crd_dot"):
@@ -265,19 +279,24 @@ def _solver(file: _File, code: str, found: Translation) -> None:
             found.choices["optimizer"] = "dot"
         found.values["optimizer.algorithm.delta"] = file["SOLVER.DOT.DELTA"]
     batch = int(file["SOLVER.BATCH_SIZE"])
-    epochs = int(number("SOLVER.EPOCHS", file["SOLVER.EPOCHS"], 1))
-    if code == "sdd" and found.choices["dataset"] == "imagenet":
+    if code == "sdd" and found.choices.get("dataset") == "imagenet":
         batch *= 2
         found.ignored.append(
             "SOLVER.BATCH_SIZE: of each of the two processes of SDD's run.sh, so that "
             f"trainer.batch_size={batch}; for another number of processes, change it"
         )
-    stages = numbers("SOLVER.LR_DECAY_STAGES", file["SOLVER.LR_DECAY_STAGES"])
+    epochs = DEFAULTS["SOLVER.EPOCHS"]
+    with found.noting_faults():
+        epochs = int(number("SOLVER.EPOCHS", file["SOLVER.EPOCHS"], 1))
     found.values |= {
         "trainer.epochs": epochs,
         "trainer.batch_size": batch,
         "optimizer.lr": file["SOLVER.LR"],
-        "optimizer.milestones": milestones(stages, epochs),
+    }
+    with found.noting_faults():
+        stages = numbers("SOLVER.LR_DECAY_STAGES", file["SOLVER.LR_DECAY_STAGES"])
+        found.values["optimizer.milestones"] = milestones(stages, epochs)
+    found.values |= {
         "optimizer.decay": file["SOLVER.LR_DECAY_RATE"],
         "optimizer.algorithm.weight_decay": file["SOLVER.WEIGHT_DECAY"],
         "optimizer.algorithm.momentum": file["SOLVER.MOMENTUM"],
@@ -335,7 +354,7 @@ def _sdd_dkd(file: _File, flags: Flags, found: Translation) -> None:
     found.choices["recipe"] = "sd_dkd"
     _dkd_block(file, found)
     _scales(flags, found)
-    default = 1 if found.choices["dataset"] == "imagenet" else 20  # train.py, train_origin.py
+    default = 1 if found.choices.get("dataset") == "imagenet" else 20  # train.py, train_origin.py
     warmup = default if flags.warmup is None else flags.warmup
     found.values["distiller.warmup_epochs"] = max(int(warmup), 1)
 

@@ -36,43 +36,61 @@ def translate(values: Mapping[str, Any]) -> Translation:
         values: content of the file, as nested mappings with the keys "models" and "train".
 
     Returns:
-        The choices and values that give the same training, and what is not translated.
+        The choices and values that give the same training, and what is not translated. Its faults
+        name what is missing, and each loss, data set, optimizer or schedule of the file that has no
+        translation.
 
     Raises:
-        ValueError: If the file trains in several stages, or asks for a loss, network, data set,
-            optimizer or schedule that has no translation.
+        ValueError: If the file trains in several stages.
     """
     train, models = values["train"], values["models"]
     if stages := [key for key in train if re.fullmatch(r"stage\d+", str(key))]:
         raise ValueError(f"train.{stages[0]}: a training in several stages has no translation")
     found = Translation()
-    loader = _mapping(train, "train_data_loader")
+    with found.noting_faults():
+        _criterion(_mapping(train, "criterion"), found)
+    with found.noting_faults():
+        _data_and_networks(_mapping(train, "train_data_loader"), models, found)
+    with found.noting_faults():
+        found.values["trainer.epochs"] = int(number("train.num_epochs", train.get("num_epochs"), 1))
+    with found.noting_faults():
+        _batch_size(_mapping(train, "train_data_loader"), found)
+    with found.noting_faults():
+        _optimizer(_mapping(train, "optimizer"), found)
+    with found.noting_faults():
+        _scheduler(_mapping(train, "scheduler"), found.values.get("trainer.epochs", 1), found)
+    found.ignored += [f"{key}: not translated" for key in _unread(values)]
+    return found
+
+
+def _data_and_networks(
+    loader: Mapping[str, Any], models: Mapping[str, Any], found: Translation
+) -> None:
+    """Translate the data set of a loader, and the networks, whose names depend on it."""
     dataset = _data_set(str(loader.get("dataset_id", "")))
-    _criterion(_mapping(train, "criterion"), found)
     found.choices["dataset"] = dataset
+    recipe = found.choices.get("recipe", "vanilla")  # none if the criterion has a fault
     teacher = models.get("teacher_model")
-    if found.choices["recipe"] != "vanilla":
-        if not isinstance(teacher, Mapping):
-            raise ValueError("models.teacher_model is missing, but the criterion needs a teacher")
+    if recipe != "vanilla" and isinstance(teacher, Mapping):
         _network("teacher", teacher, dataset, found)
+    elif recipe != "vanilla":
+        found.faults.append("models.teacher_model is missing, but the criterion needs a teacher")
     student = models.get("student_model", models.get("model"))
     if not isinstance(student, Mapping):
         raise ValueError("models.student_model is missing")
     _network("student", student, dataset, found)
-    epochs = int(number("train.num_epochs", train.get("num_epochs"), 1))
+
+
+def _batch_size(loader: Mapping[str, Any], found: Translation) -> None:
     options = loader.get("kwargs", loader)
     if not isinstance(options, Mapping):
         raise ValueError(f"train.train_data_loader.kwargs={options} is not a mapping")
-    batch = number("train.train_data_loader.batch_size", options.get("batch_size"))
-    found.values |= {"trainer.epochs": epochs, "trainer.batch_size": int(batch)}
-    _optimizer(_mapping(train, "optimizer"), found)
-    _scheduler(_mapping(train, "scheduler"), epochs, found)
+    batch = int(number("train.train_data_loader.batch_size", options.get("batch_size")))
+    found.values["trainer.batch_size"] = batch
     found.ignored.append(
         "train.train_data_loader.batch_size: of each process; for N processes, multiply "
-        f"trainer.batch_size={int(batch)} by N"
+        f"trainer.batch_size={batch} by N"
     )
-    found.ignored += [f"{key}: not translated" for key in _unread(values)]
-    return found
 
 
 def _unread(values: Mapping[str, Any]) -> list[str]:
@@ -192,10 +210,12 @@ def _optimizer(node: Mapping[str, Any], found: Translation) -> None:
     name, arguments = _called(node)
     if name != "SGD":
         raise ValueError(f"train.optimizer {name} has no translation; valid is SGD")
-    found.values["optimizer.lr"] = number("train.optimizer.lr", arguments.get("lr"))
+    with found.noting_faults():
+        found.values["optimizer.lr"] = number("train.optimizer.lr", arguments.get("lr"))
     for option in ("momentum", "weight_decay"):
-        value = number(f"train.optimizer.{option}", arguments.get(option, 0))
-        found.values[f"optimizer.algorithm.{option}"] = value
+        with found.noting_faults():
+            value = number(f"train.optimizer.{option}", arguments.get(option, 0))
+            found.values[f"optimizer.algorithm.{option}"] = value
     if arguments.get("nesterov"):
         found.values["optimizer.algorithm.nesterov"] = True
 

@@ -1,20 +1,51 @@
 """Keep the translation of another code's file, and make the training command from it."""
 
+import copy
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.terminal.console import explain
 
-__all__ = ["Translation", "command", "dotted", "milestones", "number", "numbers"]
+__all__ = [
+    "ERRORS",
+    "Refused",
+    "Translation",
+    "command",
+    "dotted",
+    "milestones",
+    "number",
+    "numbers",
+]
 
 PROGRAM = "python -m sddlskd.train"
+# Errors of a choice or a value that this package refuses
+ERRORS = (ValueError, HydraException, OmegaConfBaseException)
+
+
+class Refused(ValueError):
+    """Error for all that prevents the translation of a file.
+
+    Args:
+        reasons: one line for each fault of the file, at least one.
+
+    Attributes:
+        reasons: the argument `reasons`, without repetitions.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = list(dict.fromkeys(reasons))
+        super().__init__(" | ".join(self.reasons))
 
 
 @dataclass
@@ -26,11 +57,22 @@ class Translation:
         values: {dotted key of this package: value}, such as {"trainer.epochs": 240}. The choices
             may already set some of these values.
         ignored: for the user, a line for each key or flag that is not translated, with the reason.
+        faults: for the user, a line for each fault of the file, because of which it cannot be
+            translated.
     """
 
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noting_faults(self) -> Iterator[None]:
+        """Add the message of a ValueError in the body of `with` to `faults`, and go on after it."""
+        try:
+            yield
+        except ValueError as error:
+            self.faults.append(str(error))
 
 
 def command(translation: Translation) -> str:
@@ -40,11 +82,16 @@ def command(translation: Translation) -> str:
     set. A key that the choices do not have is added with "+".
 
     Raises:
-        ValueError, HydraException, OmegaConfBaseException: If this package refuses a choice or a
-            value.
+        Refused: If the translation has faults, or if this package refuses a choice or a value. The
+            error, a ValueError, holds the reasons of all of them.
     """
     choices = [f"{group}={choice}" for group, choice in translation.choices.items()]
-    composed = _composed(choices)
+    if unknown := _unknown(choices):
+        raise Refused([*translation.faults, *unknown])
+    try:
+        composed = _composed(choices)
+    except ERRORS as error:
+        raise Refused([*translation.faults, explain(error)]) from error
     overrides = []
     for key, value in translation.values.items():
         present = OmegaConf.select(composed, key, default=None)
@@ -52,8 +99,48 @@ def command(translation: Translation) -> str:
             continue
         add = "" if _has(composed, key) else "+"
         overrides.append(f"{add}{key}={_text(value)}")
-    _composed([*choices, *overrides])  # raises if Hydra cannot compose the command
+    try:
+        _composed([*choices, *overrides])
+    except ERRORS as error:
+        bad = _bad_values(composed, translation.values) or [explain(error)]
+        raise Refused([*translation.faults, *bad]) from error
+    if translation.faults:
+        raise Refused(translation.faults)
     return " ".join([PROGRAM, *map(shlex.quote, [*choices, *overrides])])
+
+
+def _unknown(choices: Sequence[str]) -> list[str]:
+    """Return a line for each choice, such as "student=vgg9", that conf/ does not have."""
+    found = []
+    for choice in choices:
+        group, _, name = choice.partition("=")
+        if "." in group or (cfg.conf_folder() / group / f"{name}.yaml").is_file():
+            continue
+        try:
+            _composed([choice])
+        except ERRORS as error:
+            found.append(explain(error))
+    return found
+
+
+def _bad_values(composed: DictConfig, values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value that this package refuses whatever the other values are.
+
+    Args:
+        composed: job with the choices of a translation alone.
+        values: {dotted key: value} of the translation.
+    """
+    found = []
+    for key, value in values.items():
+        job = copy.deepcopy(composed)
+        try:
+            OmegaConf.update(job, key, value, force_add=True)
+            changed = OmegaConf.to_object(job)
+            assert isinstance(changed, Config)
+            cfg.normalise(changed)
+        except ERRORS as error:
+            found.append(explain(error))
+    return found
 
 
 def milestones(stages: Sequence[float], epochs: int) -> list[float]:
