@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.bench_methods
 
-The teacher is resnet32x4, the student of each method resnet8x4, with batch 64. The ratios compare
-steps that run in turn in one process, on two CPU threads.
+The share of a step that each method's losses take follows, also for the newer logit methods at
+M=[1] and M=[1,2,4]. The teacher is resnet32x4, the student of each method resnet8x4, with batch 64.
+The ratios compare steps that run in turn in one process, on two CPU threads.
 """
 
 import tempfile
@@ -31,13 +32,14 @@ RECIPES = (
     *("sd_kd_ls", "kd", "ctkd", "at", "fitnet", "rkd", "sp", "pkt", "vid", "nst", "crd"),
     "reviewkd",
 )
+NEWER = ("ttm", "wttm", "rld", "gdkd", "abkd", "dist", "sld", "skd", "luminet", "normkd")
 
 
-def job_of(home: Path, recipe: str) -> Config:
+def job_of(home: Path, recipe: str, *more: str) -> Config:
     """Return a job of the group."""
     overrides = ["dataset=fake", "tracking=none", f"home={home}", "trainer=cpu"]
     pair = ["teacher=resnet32x4", "student=resnet8x4"]
-    return cfg.resolve(compose("config", [*overrides, *pair, f"recipe={recipe}"]))
+    return cfg.resolve(compose("config", [*overrides, *pair, f"recipe={recipe}", *more]))
 
 
 def own_arithmetic(runs: list[Run], teacher_taps: Taps, batch: Batch) -> Callable[[], None]:
@@ -59,8 +61,19 @@ def own_arithmetic(runs: list[Run], teacher_taps: Taps, batch: Batch) -> Callabl
     return compute
 
 
+def print_share(name: str, run: Run, teacher: Teacher, batch: Batch) -> None:
+    """Print which share of a step of `run`, trained alone, its losses and their gradients take."""
+    losses = own_arithmetic([run], ask(teacher, batch, [run]), batch)
+
+    def step() -> None:
+        run.train_step(batch, ask(teacher, batch, [run]))
+
+    loss_s, step_s = in_turn(losses, step, repeats=3)
+    print(f"{name:>17}: its losses / its step alone: {ratio(loss_s, step_s)}")
+
+
 def main() -> None:
-    """Print the ratios and the seconds of each method's own arithmetic."""
+    """Print the ratios and the share that each method's own arithmetic has in its step."""
     torch.set_num_threads(2)
     cfg.frame()
     device = torch.device("cpu")
@@ -71,17 +84,17 @@ def main() -> None:
         jobs = [job_of(Path(folder), recipe) for recipe in RECIPES]
         network = build_network(jobs[0].teacher.model, 100, 0, device)
         labels_N = torch.arange(50_000) % 100
-        runs = []
-        for job in jobs:
+
+        def run_of(job: Config) -> Run:
             student = build_network(job.student.model, 100, job.seed, device)
             features = build_features(
                 job, student, network, image_CHW=(3, 32, 32), labels_N=labels_N, device=device
             )
-            runs.append(
-                build_run(
-                    job, student, Record(job), device, steps=782, images=50_000, features=features
-                )
+            return build_run(
+                job, student, Record(job), device, steps=782, images=50_000, features=features
             )
+
+        runs = [run_of(job) for job in jobs]
         teacher = Teacher(
             network, None, name="resnet32x4", device=device, precision="fp32", compile=False
         )
@@ -117,11 +130,11 @@ def main() -> None:
             f"{ratio(grouped_s, parts_s)}"
         )
         for run, recipe in zip(runs, RECIPES, strict=True):
-            one = own_arithmetic([run], ask(teacher, batch, [run]), batch)
-            loss_s, step_s = in_turn(
-                one, lambda r=run: r.train_step(batch, ask(teacher, batch, [r])), repeats=3
-            )  # type: ignore[misc]
-            print(f"{recipe:>10}: its losses / its step alone: {ratio(loss_s, step_s)}")
+            print_share(recipe, run, teacher, batch)
+        for recipe in NEWER:
+            for scales in ("[1]", "[1,2,4]"):
+                job = job_of(Path(folder), recipe, f"M={scales}")
+                print_share(f"{recipe} {scales}", run_of(job), teacher, batch)
 
 
 if __name__ == "__main__":
