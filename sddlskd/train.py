@@ -32,8 +32,22 @@ __all__ = ["main"]
 
 # Errors that a user can fix. OverflowError comes from a number with hundreds of digits.
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError)
+HELP = re.compile(r"-[a-z]*h[a-z]*|--h.*")  # what argparse takes for --help
+
+
+def _choices() -> str:
+    """Return the choices of each group if the command line asks for help, else "".
+
+    Hydra fills in its help text each time that it composes a job, and to read the choices takes as
+    long as to compose one.
+    """
+    if any(map(HELP.fullmatch, sys.argv[1:])):
+        return choices()
+    return ""
+
+
 cfg.frame()
-OmegaConf.register_new_resolver("choices", choices, replace=True)  # for conf/hydra/help
+OmegaConf.register_new_resolver("choices", _choices, replace=True)  # for conf/hydra/help
 
 
 class _Refused(SystemExit):
