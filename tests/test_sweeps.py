@@ -320,7 +320,9 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     assert "groups: 1 of 4 jobs, 1 of 1 job" in told
     assert "devices: cpu 4 jobs, cpu 1 job" in told
     assert "hydra.launcher.max_group_size=3 would end earlier: it makes 3 groups, and no" in told
-    assert "\n  resnet8, 1 epochs: KD+LS seed 0, resnet8x4; SD-KD+LS [2] seed 0, resnet8x4;" in told
+    assert (
+        "\n  resnet8, 1 epochs:\n    resnet8x4 seed 0: KD+LS; SD-KD+LS [2]; SD-KD+LS [4];" in told
+    )
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
     assert "about 4:00 on these 2 devices" in told

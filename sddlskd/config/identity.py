@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "cached_side",
     "canonical",
     "config_hash",
+    "differing_settings",
     "flatten",
     "identity_keys",
     "method_name",
@@ -309,7 +311,7 @@ def method_name(config: Config) -> str:
     return SHORT_NAMES.get(name, name)
 
 
-def title(config: Config, *, seed: bool = True) -> str:
+def title(config: Config, *, seed: bool = True, student: bool = True) -> str:
     """Return a title for a job: method, scales, seed and student.
 
     An example is "SD-KD+LS [1,2,4] seed 0, resnet8". The scales are left out if they are [1] or if
@@ -318,6 +320,7 @@ def title(config: Config, *, seed: bool = True) -> str:
     Args:
         config: The job.
         seed: Whether the title names the seed.
+        student: Whether the title names the student.
 
     Returns:
         The title. Different jobs may have the same title.
@@ -327,6 +330,8 @@ def title(config: Config, *, seed: bool = True) -> str:
         words.append(f"[{','.join(map(str, config.M))}]")
     if seed:
         words.append(f"seed {config.seed}")
+    if not student:
+        return " ".join(words)
     return f"{' '.join(words)}, {config.student.name}"
 
 
@@ -361,3 +366,36 @@ def flatten(config: Config) -> dict[str, Any]:
                 yield prefix + f.name, value
 
     return dict(walk(config, "")) | {"teacher.name": teacher_name(config)}
+
+
+def differing_settings(jobs: Sequence[Config]) -> list[str]:
+    """Return for each job the settings that tell it from the others with its teacher and title.
+
+    A text has words such as "lr=0.1". A key is written in full, as in "distiller.temperature=2.0",
+    if its last part is that of several keys. The text is "" if no other job has the same teacher
+    and title.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    flat = []
+    for job in jobs:
+        values = {key: value for key, value in flatten(job).items() if key != "run_dir"}
+        shown = teacher_name(job), title(job)
+        groups.setdefault(shown, []).append(values)
+        flat.append((shown, values))
+    return [_differing(values, groups[shown]) for shown, values in flat]
+
+
+def _differing(values: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
+    """Return the settings `values` that not all of `rivals` share, as words of text."""
+    differing = [key for key in values if len({str(one.get(key)) for one in rivals}) > 1]
+    # A mapping such as distiller.loss repeats what keys of their own say.
+    plain = [key for key in differing if not str(values[key]).startswith("{")]
+    last_parts = Counter(key.rpartition(".")[2] for key in values)
+    words = []
+    for key in plain or differing:
+        name, value = key.rpartition(".")[2], values[key]
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if last_parts[name] > 1:
+            name = key
+        words.append(f"{name}={text}")
+    return " ".join(words)

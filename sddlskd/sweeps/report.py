@@ -33,15 +33,13 @@ def plan_lines(plan: Plan) -> list[str]:
     counts = _counts(count_states(plan.states.values()))
     lines = [
         f"sweep {plan.name}: {len(plan.jobs)} jobs ({counts}), "
-        f"{len(plan.todo)} to do in {len(plan.groups)} groups"
+        f"{len(plan.todo)} to do in {_number(len(plan.groups), 'group')}"
     ]
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
     if len(with_teacher) < alone:
-        lines.append(
-            f"the teacher goes through the data {len(with_teacher)} times an epoch "
-            f"instead of {alone}"
-        )
+        often = "once" if len(with_teacher) == 1 else f"{len(with_teacher)} times"
+        lines.append(f"the teacher goes through the data {often} an epoch instead of {alone}")
     if plan.todo and plan.seconds is None:
         lines.append("there are no similar runs yet, so the time is not known")
     elif plan.todo and plan.seconds is not None:
@@ -104,21 +102,31 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
 
 
 def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
-    """Return a line for each of the first groups, with the jobs that train together."""
+    """Return the first groups' teachers and, in a line for each student and seed, their jobs."""
     lines = []
     for group in groups[:SHOWN_GROUPS]:
         teacher = "no teacher"
         if group[0].has_teacher:
             teacher = cfg.teacher_name(group[0])
-        titles = "; ".join(map(cfg.title, group))
-        lines.append(f"  {teacher}, {group[0].trainer.epochs} epochs: {titles}")
+        lines.append(f"  {teacher}, {group[0].trainer.epochs} epochs:")
+        methods: dict[str, list[str]] = {}
+        for job, settings in zip(group, cfg.differing_settings(group), strict=True):
+            method = cfg.title(job, seed=False, student=False)
+            if settings:
+                method += f" ({settings})"
+            methods.setdefault(f"{job.student.name} seed {job.seed}", []).append(method)
+        lines += [f"    {student}: {'; '.join(names)}" for student, names in methods.items()]
     if len(groups) > SHOWN_GROUPS:
-        lines.append(f"  and {len(groups) - SHOWN_GROUPS} more groups")
+        lines.append(f"  and {_number(len(groups) - SHOWN_GROUPS, 'more group')}")
     return lines
 
 
 def _jobs(number: int) -> str:
-    return "1 job" if number == 1 else f"{number} jobs"
+    return _number(number, "job")
+
+
+def _number(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def print_status(status: SweepStatus) -> None:

@@ -114,7 +114,7 @@ def outcomes(
     from rich.console import Console
     from rich.table import Table
 
-    settings = _differing_settings(jobs)
+    settings = cfg.differing_settings(jobs)
     columns = ["pair", "method", "M", "seed", "settings", "status", "best", "last", "time"]
     if not any(settings):
         columns.remove("settings")
@@ -151,33 +151,6 @@ def outcomes(
         sys.exit(ExitCode.STOPPED)
     if statuses - {"FINISHED", "PRUNED"}:
         sys.exit(1)
-
-
-def _differing_settings(jobs: Sequence[Config]) -> list[str]:
-    """Return, for each job, the settings that tell it from jobs with the same other columns.
-
-    The other columns of the table are the pair, the method, M and the seed. A text is "" if no
-    other job has the same.
-    """
-    groups: dict[tuple[object, ...], list[dict[str, Any]]] = {}
-    flat = []
-    for job in jobs:
-        values = {key: value for key, value in cfg.flatten(job).items() if key != "run_dir"}
-        columns = cfg.teacher_name(job), job.student.name, cfg.title(job)
-        groups.setdefault(columns, []).append(values)
-        flat.append((columns, values))
-    found = []
-    for columns, values in flat:
-        rivals = groups[columns]
-        differing = [key for key in values if len({str(one.get(key)) for one in rivals}) > 1]
-        # A mapping such as distiller.loss repeats what keys of their own say.
-        plain = [key for key in differing if not str(values[key]).startswith("{")]
-        found.append(" ".join(f"{key}={_short(values[key])}" for key in plain or differing))
-    return found
-
-
-def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _score(top1: float | None) -> str:
