@@ -1,7 +1,7 @@
 """Count the published numbers that have a recipe here, runs of ours, and a verdict.
 
 A recipe is a file of `conf/recipe` that configures one method. Data sets and networks are files of
-`conf` too.
+`conf` too. A verdict says how the mean of our runs compares with the number (`stats.verdict`).
 """
 
 from collections import Counter, defaultdict
@@ -122,12 +122,17 @@ def cover(built: Iterable[Table]) -> list[Cover]:
 
 
 def lines(covers: Sequence[Cover]) -> Iterator[str]:
-    """Yield the lines of a text report on how many published numbers can be compared with runs.
+    """Yield the lines of a report that counts the published numbers with recipe, run and verdict.
 
-    First come a heading and counts: numbers, and how many have a recipe (configuration of the
-    method), a run and a verdict. There is one line for each published table, and one for each file
-    of published numbers. The numbers without a recipe follow, grouped by the reason. The lines end
-    without a line break.
+    The report has three parts:
+
+    - a heading, then one line for each published table and for each file of published numbers. The
+      line counts the numbers of this table or file, and those of them that have a recipe
+      (configuration of the method), a run, a verdict, and each of the verdicts in `DECIDED`;
+    - an explanation of the verdicts;
+    - the number of numbers without a recipe, then one line for each reason why there is none.
+
+    No line ends with a line break.
 
     Args:
         covers: the published numbers to count, as `cover` returns them.

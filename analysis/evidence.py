@@ -1,7 +1,7 @@
 """Compare the published numbers with each other and with the logs of LSKD's authors.
 
-`lines` makes docs/evidence.md from the files of `reference`: the published numbers, and the best
-and the last epoch of the logs that LSKD's authors published.
+`lines` makes the text of docs/evidence.md from the files of `reference`: the published numbers, and
+the best and the last epoch of the logs that LSKD's authors published.
 """
 
 import csv
@@ -70,10 +70,13 @@ def logs() -> list[Log]:
 def lines() -> Iterator[str]:
     """Yield the Markdown text of docs/evidence.md in pieces, to be joined by line breaks.
 
-    The text compares published numbers with the logs of LSKD's authors, and with each other. A
-    first section compares the best epochs with the last ones. The others list numbers that differ
-    from the log of their run, means that equal a single run, and results that several tables print
-    with different numbers.
+    The text has four sections:
+
+    - the accuracies of the best and of the last epochs in the logs of LSKD's authors;
+    - runs whose best epoch in the log differs from the published mean by at least `FAR` (0.3)
+      points;
+    - published means that equal the best epoch of a single run;
+    - results of a method on a pair that several tables print with different numbers.
     """
     runs = logs()
     yield HEAD

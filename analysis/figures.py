@@ -59,7 +59,7 @@ class Source(Predictions, Protocol):
     """Runs that the figures are drawn from, such as `analysis.runs.Runs`.
 
     `frame` has one row per run, with the columns of `analysis.schema.COLUMNS`. `history` returns
-    metrics by epoch, and `predictions` the arrays that a run saved, both as those of `Runs` do.
+    metrics by epoch, and `predictions` the arrays that a run saved, as the methods of `Runs` do.
     """
 
     @property
@@ -210,7 +210,7 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
 
     Returns:
         The chart, or None if no run has an accuracy after the first epoch. The chart has at most 12
-        panels and 12 lines. Its caption names what is left out.
+        panels and 12 lines. Its caption names the panels and settings that it has no room for.
 
     Raises:
         ValueError: If the accuracies by epoch cannot be read.
@@ -268,13 +268,13 @@ def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
     settings may have several lines.
 
     Args:
-        points: results of methods. Students that were trained alone, results with unknown M and
-            lines with a single M are left out.
+        points: results of methods. Not drawn are students that were trained alone, results with
+            unknown M, and lines with a single M.
         metric: accuracy that the points hold, a key of `METRICS`. The caption names the metric.
 
     Returns:
         The chart, or None if no line has several M. The chart has at most 12 panels and 12 lines.
-        Its caption names what is left out.
+        Its caption names the panels and lines that it has no room for.
     """
     scales: dict[tuple[str, str], set[str]] = {}
     for point in points:
@@ -355,7 +355,7 @@ def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | Non
 
     Returns:
         The chart, or None if no point has a gain. The caption names the gains that cannot be
-        computed, and what is left out for lack of space.
+        computed, and the panels and settings that the chart has no room for.
     """
     gains, without = comparisons(points, test)
     if not gains:

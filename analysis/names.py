@@ -80,7 +80,7 @@ def method_name(method: str, M: str = "[1]") -> str:
     Args:
         method: method as `schema.method_of` spells it, such as "sd_kd_ls" or "sd_kd+crd".
         M: scales of the method, such as "[1,2,4]"; a scale m stands for m x m regions of the logit
-            map. Left out are "[1]" (the whole map) and "".
+            map. For "[1]" (the whole map) and "", the name has no scales.
     """
     if method in NO_LOSS:
         return NO_LOSS[method]
@@ -107,7 +107,7 @@ def row_key(method: str, M: str) -> str:
     """Return the key of a table row: the method and its scales M, such as "sd_kd [1,2]" or "kd".
 
     `method` is as `schema.method_of` spells it; "" becomes "unknown". A scale m stands for m x m
-    regions of the logit map. The scales "[1]" (the whole map) and "" are left out.
+    regions of the logit map. For "[1]" (the whole map) and "", the key is the method alone.
     """
     return f"{method or 'unknown'} {M or '[1]'}".removesuffix(" [1]")
 

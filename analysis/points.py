@@ -40,7 +40,7 @@ class Rank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Result of one setting in one panel of a figure: the top-1 accuracies (%) of its runs.
+    """Result of one setting in one panel of a figure: the accuracies (%, top-1 or mAP) of its runs.
 
     A setting is a method with its options, such as "SD-KD [1,2], temperature=4". A panel is a pair
     of teacher and student on a data set, or a student without a teacher.
@@ -57,7 +57,7 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Return the mean top-1 accuracy of the runs, in per cent."""
+        """Return the mean accuracy (%) of the runs in `runs`."""
         mean, _ = mean_std(self.values)
         return mean
 
@@ -68,7 +68,7 @@ class Point:
 
     @property
     def values(self) -> list[float]:
-        """Return the top-1 accuracy (%) of each run in `runs`, in the same order."""
+        """Return the accuracy (%) of each run in `runs`, in the same order."""
         return list(self.result.values.values())
 
     @property
@@ -89,7 +89,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Gain in top-1 accuracy of a `Point` over a baseline, another `Point` of the same panel.
+    """Gain in accuracy of a `Point` over a baseline, another `Point` of the same panel.
 
     The panel is a pair of teacher and student on a data set.
     """
@@ -103,7 +103,7 @@ def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
     """Return the results that figures show: one `Point` per setting and panel.
 
     A setting is a method with its options. A panel is a pair of teacher and student on a data set.
-    Only finished runs with the accuracy, a student and a method count, one per seed.
+    Only finished runs that have the accuracy `metric`, a student and a method count, one per seed.
 
     Args:
         frame: runs, one per row, with the columns of `analysis.schema.COLUMNS`.

@@ -87,8 +87,9 @@ class First:
 class Kept:
     """Part of the runs' predictions that the figures show, as `kept_of` returns it.
 
-    An instance holds how often each run agrees with its teacher, further arrays of one run per
-    `Point`, and sentences for captions on what is left out.
+    For each `Point`, an instance holds how often each of its runs agrees with the teacher, and the
+    saved arrays (without logits) of one of these runs. It also holds the sentences for captions on
+    the panels, settings and runs that are not shown.
     """
 
     agreements: Mapping[Point, list[float]]  # result of `agreement` (%) for each run of a point
@@ -332,9 +333,10 @@ def regions_chart(kept: Kept) -> Chart | None:
     """Draw test images for which the teacher's class for a region differs from that for the image.
 
     A region is one of m x m parts of the teacher's logit map, with the run's largest scale m. The
-    images, at most `PANELS` (12), are from the run in `kept` that saved the most of them. The
-    teacher's class for the image is wrong on half of them, if the run saved enough such images, and
-    enough others. The result is None if no run in `kept` saved images with a differing region.
+    images, at most `PANELS` (12), are from the run in `kept` that saved the most such images. On
+    half of the images, the teacher's class for the image is wrong; on the other half, it is right.
+    If the run saved too few images of one kind, more images of the other kind are drawn. The result
+    is None if no run in `kept` saved images with a differing region.
     """
     able = [
         first

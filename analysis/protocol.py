@@ -1,5 +1,6 @@
-"""Tell whether a run of ours was trained like a published number, so that the two can be compared.
+"""Compare the settings of our runs with those of published numbers.
 
+A run and a number that differ in a compared setting get no verdict in the tables.
 `reference/settings.csv` holds the settings of each published number: those that the recipe of its
 method in `conf` sets for its data set and pair of networks. `tests/reference/settings.py` writes
 the file.
@@ -58,10 +59,10 @@ def _value(column: str, text: str) -> Any:
 def settings_of(number: Published) -> Mapping[str, Any]:
     """Return the settings that a published number was trained with, as far as they are known.
 
-    Settings that the paper's table prints take precedence. Further settings are those of the
-    method's recipe (YAML files in conf/) for the data set and pair of networks. If there is no such
-    recipe, the recipe of KD for this data set and pair, if any, gives the learning rate, batch size
-    and epochs.
+    Settings that the paper's table prints take precedence. Settings that it does not print come
+    from the method's recipe (YAML files in conf/) for the data set and pair of networks. If there
+    is no such recipe, the recipe of KD for this data set and pair, if any, gives the learning rate,
+    batch size and epochs.
 
     Returns:
         A mapping from a field of `schema.Run`, such as "lr", to its value. The value of "details"
@@ -97,8 +98,8 @@ def other_method(run: Run, number: Published) -> list[str]:
     `number` must be of the run's method, data set and pair. Two kinds of methods are compared:
 
     - "sd_..." (losses on regions): the scales `M` and the weight of complementary regions are
-      compared. On CUB-200, the scales [1,2,4] always fit. If the weight is unknown for the number,
-      the weight 2 of the SDD paper counts.
+      compared. On CUB-200, the scales [1,2,4] always fit. If the scales are unknown for the number,
+      every run differs. If the weight is unknown, the weight 2 of the SDD paper counts.
     - "kd_ls": the weight of the cross-entropy is compared. If the weight is unknown for the number,
       every run with a known weight differs.
 
@@ -130,17 +131,26 @@ def other_method(run: Run, number: Published) -> list[str]:
 def other_budget(run: Run, number: Published) -> list[str]:
     """Return the training settings in which a run differs from those of a published number.
 
-    The settings of `settings_of` are compared, except the scales and the weight of complementary
-    regions, which belong to the method. A run must also train on all training images and all
-    batches of an epoch. A setting that is unknown for the run or for the number is not compared.
-    The learning rate of a student alone on CUB-200 is not compared either. A learning rate of an
-    imported run that is rounded to two decimals does not count as a difference.
+    These settings are compared:
+
+    - the settings of `settings_of`, except the scales and the weight of complementary regions,
+      which `other_method` compares;
+    - `val_fraction`, `train_fraction` and `max_steps`: a run must train on all training images and
+      all batches of an epoch.
+
+    These are not compared:
+
+    - a setting that is unknown for the run or for the number;
+    - the learning rate of a student alone on CUB-200;
+    - the learning rate of an imported run, if the two values differ by less than 0.0051 (rounding
+      to two decimals);
+    - all settings, if the flag of the number is "other_teacher" or "other_settings".
 
     Returns:
         The settings that differ, each as "name=value" with the value of the run, such as
-        "epochs=30"; [] if none differs. If the flag of the number is "other_teacher" or
-        "other_settings", no setting is compared: the list holds one clause, which says that the
-        source has a stronger teacher, or settings of its own.
+        "epochs=30"; [] if none differs. For a number with one of the two flags, the list holds one
+        clause instead, which says that the source has a stronger teacher, or settings that are not
+        known or not those of the recipe.
     """
     if number.flag == "other_teacher":
         return ["the source trains with a stronger teacher"]

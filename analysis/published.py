@@ -42,8 +42,8 @@ STUDENTS = {
 class Published:
     """Number that one table of a paper prints, such as the top-1 accuracy (%) of a method.
 
-    Further fields are the data set, the pair of networks, the settings that the table states, and
-    the source of the number.
+    Besides `value`, the number itself, the fields hold the data set, the pair of networks, the
+    method, the settings that the table states, and the place where the number is printed.
     """
 
     table: str  # for example "SDD Table 1"
@@ -72,14 +72,14 @@ class Published:
 
 @dataclass(frozen=True)
 class PrintedGain:
-    """Gain of a method over its baseline as a paper prints it, in points of accuracy.
+    """Gain in accuracy of a method with SDD or LSKD over the same method without it, as printed.
 
-    `difference` is the difference of the two accuracies that the paper prints. `agrees` says
-    whether the printed gain equals this difference.
+    The paper that prints the gain also prints the two accuracies. Their difference may be another
+    number than the printed gain.
     """
 
     printed: float  # printed gain, in points of accuracy
-    difference: float  # printed number of the method minus that of its baseline, in points
+    difference: float  # printed accuracy with SDD or LSKD minus that without it, in points
     agrees: bool  # whether `printed` equals `difference`
     source: str  # line of the paper's text that prints the gain
 
@@ -122,7 +122,7 @@ def _number(text: str) -> float | None:
 
 
 def of_table(table: str, metric: str = "top1") -> list[Published]:
-    """Return the numbers that one table prints for one metric, in the order of the file.
+    """Return the numbers that one table prints for one metric, in the order of `numbers`.
 
     `table` is a name such as "SDD Table 1". `metric` is "top1", "top5", "top1_last" or
     "ms_per_batch". The list is empty if the table has no number for the metric. Raise ValueError if
@@ -135,10 +135,11 @@ def of_table(table: str, metric: str = "top1") -> list[Published]:
 
 @cache
 def gains() -> dict[tuple[str, str, str], PrintedGain]:
-    """Return the gains in top-1 accuracy that the papers print, by (table, pair, method).
+    """Return the printed gains in top-1 accuracy of SDD and LSKD, by (table, pair, method).
 
-    A key is, for example, ("SDD Table 1", "resnet32x4_mobilev2", "sd_kd"). A pair is the names of
-    teacher and student, joined by "_".
+    Each gain is that of a method with SDD ("sd_kd") or with LSKD ("kd_ls") over the same method
+    without it ("kd"). A key is, for example, ("SDD Table 1", "resnet32x4_mobilev2", "sd_kd"). A
+    pair is the names of teacher and student, joined by "_".
     """
     return {
         (

@@ -294,12 +294,12 @@ def latex(table: Table) -> str:
     """Return a table as LaTeX: `table*` floats, and then the footnotes and notes as text.
 
     The commands that run missing and failed runs follow as text, if there are any. A float has at
-    most `COLUMNS_A_FLOAT` (4) columns of the table and about a page of lines; further floats have
-    the rest. The column of the gains over all pairs, if there is one, is added to the floats with
-    the last column of the table. The floats use the rules of booktabs, or plain lines if the
-    document does not load that package. The mean of our runs is bold in a cell of rank "best" and
-    underlined in a cell of rank "second". Characters from U+0180 on that `LATEX` does not list
-    become question marks.
+    most `COLUMNS_A_FLOAT` (4) columns of the table and about a page of lines; a larger table is
+    split into several floats. The column of the gains over all pairs, if there is one, is added to
+    the floats with the last column of the table. The floats use the rules of booktabs, or plain
+    lines if the document does not load that package. The mean of our runs is bold in a cell of rank
+    "best" and underlined in a cell of rank "second". Characters from U+0180 on that `LATEX` does
+    not list become question marks.
     """
 
     def shown(text: Text | None) -> str:

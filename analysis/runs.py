@@ -37,9 +37,9 @@ from .store import MAKE_RUNS, artifact, experiments_of, points_of, quoted, readi
 __all__ = ["PRUNED", "Runs", "listing", "load"]
 
 NAMES_SHOWN = 10  # names that an error message lists
-# Fields of a job in a plan, besides its params.
 # Beginning of the reason of a run that halving dropped.
 PRUNED = "PRUNED: "
+# Fields of a job in a plan, besides its params.
 PLANNED = ("config_hash", "settings_hash", "run_dir", "command")
 LEARNED_TEMPERATURE = "distiller.learned_temperature"
 """Param that holds the arguments of a temperature that is learnt, or {}."""

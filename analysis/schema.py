@@ -1,7 +1,7 @@
 """Define what is known of a run: as a `Run`, as a row of a frame (pandas DataFrame), and in MLflow.
 
-The analysis depends on the trainer by these names only: `PARAMS` are dotted configuration keys,
-`METRICS` are final metrics, `TAGS` are tags of a run.
+`PARAMS`, `METRICS` and `TAGS` map columns of the frame to the names of the params, final metrics
+and tags that the trainer writes to MLflow. The name of a param is its dotted configuration key.
 """
 
 import json
@@ -211,14 +211,23 @@ def canonical_M(text: str) -> str:
 
 
 def details_of(params: Mapping[str, str]) -> str:
-    """Return settings of a run that no other field of `Run` holds in full, as a JSON object's text.
+    """Return the settings of a run for the field `details` of `Run`, as the text of a JSON object.
 
-    `params` holds all MLflow params of the run, texts by dotted key. The settings are the params in
-    `DETAILS` and those that begin with "features." or "distiller.loss.". A param that is a JSON
-    object is split into keys such as "features.crd.method.K", without `_target_`. The key
-    "distiller.loss.temperature" is left out if its value equals that of "distiller.temperature". If
-    the run has no loss on the logits, all params that begin with "distiller." are left out. Equal
-    settings give equal texts. The result is "" if no setting is left.
+    `params` holds all MLflow params of the run, as texts by dotted key. The result has the params
+
+    - that `DETAILS` lists, such as "optimizer.schedule";
+    - whose keys begin with "features." or "distiller.loss.".
+
+    Of these, the result does not have
+
+    - the params whose keys begin with "distiller.", if the run has no loss on the logits
+      ("distiller.name" is in `NO_LOGIT_LOSS`);
+    - "distiller.loss.temperature", if it equals "distiller.temperature";
+    - the entries `_target_` of a param that is a JSON object. Each other entry has a key of its
+      own, such as "features.crd.method.K".
+
+    The keys are sorted, and 4.0 becomes 4, so that equal settings give equal texts. The result is
+    "" if `params` has none of these settings.
     """
     found: dict[str, Any] = {}
     no_loss = params.get("distiller.name") in NO_LOGIT_LOSS
@@ -300,7 +309,8 @@ def method_of(
 
     Args:
         distiller: name of the loss on the logits, such as "kd", or one of `NO_LOGIT_LOSS`. In the
-            latter case, `M`, `standardize` and `learned_temperature` do not matter.
+            latter case, `M`, `standardize`, `standardization` and `learned_temperature` do not
+            matter.
         M: scales as `canonical_M` writes them; "[1]" is the whole logit map. Any other text adds
             the prefix "sd_" to the loss.
         standardize: whether the logits are standardised over the classes, which adds the suffix

@@ -108,11 +108,13 @@ def standing(frame: pd.DataFrame) -> list[Run]:
     without a start time, such as planned jobs that were never run, come last. The result does not
     depend on the order of the rows.
 
-    The runs differ from their rows in a few fields. A setting that the loss of a run does not use
-    gets a fixed value, so that `agree` and `rows` do not tell runs apart by it; `unread` keeps the
-    recorded value. In a run of sddlskd, max_steps=None becomes "all" and train_fraction=None
-    becomes 1. An empty config_hash becomes the run_id, or, if that is empty too, "row <number>"
-    with the place of the run in the result.
+    The runs differ from their rows in these fields:
+
+    - A setting that the loss of a run does not use gets a fixed value, so that `agree` and `rows`
+      do not tell runs apart by this setting. `unread` keeps the recorded value.
+    - In a run of sddlskd, max_steps=None becomes "all" and train_fraction=None becomes 1.
+    - An empty config_hash becomes the run_id. If the run_id is empty too, it becomes
+      "row <number>", with the place of the run in the result, counted from 0.
 
     Args:
         frame: runs, one per row, with the columns of `schema.COLUMNS`.
@@ -255,7 +257,8 @@ def rows(
         runs: runs on one data set, oldest first.
         name: function that returns the name of the row of a run, such as its method.
         settings: fields of `Run` that the runs of one row and pair must share. With the default
-            `SETTINGS`, rows are split by settings that have no field of their own, too.
+            `SETTINGS`, rows are also split by the settings in `Run.details`, and by `settings_hash`
+            if no known setting tells the runs apart.
 
     Returns:
         The rows, sorted by name. Among rows of one name, the source "sddlskd" comes first; then the
@@ -477,7 +480,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class GainOptions:
-    """Options for the tests of gains.
+    """How the gains of a table are tested, and over which baseline they are.
 
     Attributes:
         test: "pooled" takes the variance that the rows of a column have in common. If Bartlett's
@@ -485,8 +488,8 @@ class GainOptions:
             if they share fewer than two seeds. "paired" always pairs the runs by seed.
         margin: Largest difference, in points of accuracy, that counts as no difference.
         baseline: Row that all others are compared with: its method, name or label, such as "sd_kd",
-            "sd_kd [1,2]" or "SD-KD [1,2]". In a table without this row, and for "", each row has
-            its own baseline.
+            "sd_kd [1,2]" or "SD-KD [1,2]". In a table without this row, and for "", each row is
+            compared with the baseline that the table declares for it.
 
     Raises:
         ValueError: If `test` is not in `stats.TESTS`, or if `margin` is not a positive finite
@@ -513,11 +516,13 @@ def gain_over(
     """Return the gain of a result over its baseline, or a sentence that says why there is none.
 
     The baseline is the candidate that agrees with the result in the settings `same`. If several
-    candidates do, it is the one that also agrees in the temperature and the weights of the losses
-    (`TUNED`).
+    candidates do, the baseline is the one of them that also agrees in the temperature and the
+    weights of the losses (`TUNED`).
 
-    If a run of either side is of a sweep that added seeds until its gains were decided, the test is
-    `stats.sequential`. Otherwise `beside` determines the test.
+    A sweep may have added seeds until its gains were decided. The test is `stats.sequential` if a
+    run of the method is of such a sweep, or if a run of the baseline is and the baseline lacks a
+    seed of the method. In all other cases, `beside` determines the test; of a baseline from such a
+    sweep, only the seeds of the method count.
 
     Args:
         result: result of the method, with at least one number.

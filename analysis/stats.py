@@ -57,7 +57,7 @@ class Spread:
     """Standard deviation that several methods on one pair of teacher and student have in common."""
 
     std: float  # in the unit of the numbers
-    df: int  # degrees of freedom: number of runs minus number of methods
+    df: int  # degrees of freedom: runs minus methods, of the methods that count (`spread_of`)
     # p-value of Bartlett's test of equal variances; None for a single method
     bartlett: float | None
 
@@ -117,13 +117,13 @@ class Difference:
 
     @property
     def low(self) -> float | None:
-        """Return the lower end of the 95 % interval of the gain; None if `error` is None."""
+        """Return the lower end of the 95 % t interval of the difference; None without `error`."""
         half = self.half_width()
         return None if half is None else self.mean - half
 
     @property
     def high(self) -> float | None:
-        """Return the upper end of the 95 % interval of the gain; None if `error` is None."""
+        """Return the upper end of the 95 % t interval of the difference; None without `error`."""
         half = self.half_width()
         return None if half is None else self.mean + half
 
@@ -175,8 +175,8 @@ def spread_of(groups: Sequence[Sequence[float]]) -> Spread | None:
     """Return the standard deviation that several methods have in common (pooled variance).
 
     `groups` holds the numbers of each method, such as its accuracies; at least one number per
-    method. Methods with a single number or with equal numbers do not count. The result is None if
-    no method is left. Raise ValueError if a group is empty.
+    method. Only methods with at least two different numbers count. The result is None if there is
+    no such method. Raise ValueError if a group is empty.
     """
     varying = [group for group in groups if not _is_zero(mean_std(group)[1] or 0.0)]
     if not varying:

@@ -70,8 +70,9 @@ def sqlite_file(uri: str) -> Path | None:
 def count_runs(database: Path) -> int | None:
     """Return the number of runs in a SQLite database of MLflow, without loading MLflow.
 
-    Runs of sweeps as a whole and of means over seeds count, too. Deleted runs do not. Return None
-    if the file is missing, is locked or is not a database of MLflow.
+    The number includes the MLflow runs that stand for a sweep as a whole or for a mean over seeds,
+    but not deleted runs. Return None if the file is missing, is locked or is not a database of
+    MLflow.
     """
     address = f"{database.absolute().as_uri()}?mode=ro"
     try:
@@ -88,7 +89,8 @@ def reading(uri: str) -> Iterator[Any]:
     """Open an MLflow store for reading, as a context manager that yields an MlflowClient.
 
     `uri` is `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`. Python's garbage
-    collection is off within the context.
+    collection is off within the context. MLflow's loggers are silenced, and its environment
+    variables for retries and time-outs are set unless they have values. Both stay so afterwards.
 
     Raises:
         ValueError: If `uri` has another form, or if the store cannot be read, for example because

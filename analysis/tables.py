@@ -55,9 +55,12 @@ def build(
 
     The tables of the SDD paper come first, followed by ablations and training times in the same
     form. The tables of the LSKD paper follow, and then those of the READMEs of the papers' code. An
-    overview of each data set comes last. Runs that a later run replaced (column `superseded`) are
-    left out. A gain is the difference to the mean of a baseline method. A verdict says whether the
-    mean of the runs is above, below or within the noise of a published number.
+    overview of each data set comes last. A gain is the difference to the mean of a baseline method.
+    A verdict says whether the mean of the runs is above, below or within the noise of a published
+    number.
+
+    Two kinds of runs are in no cell: runs that a later run replaced (column `superseded`), and runs
+    that halving dropped (status PRUNED), which a note below the table names.
 
     Args:
         frame: runs, one per row, with the columns of `analysis.schema.COLUMNS`.
@@ -69,7 +72,7 @@ def build(
 
     Returns:
         The tables in order, ready to be rendered. Accuracies are in percent, and training times in
-        milliseconds per batch. The list is empty if every run is left out.
+        milliseconds per batch. The list is empty if all runs are superseded or PRUNED.
 
     Raises:
         ValueError: If `metric` is not in `METRICS`, if a status in the frame is not valid, or if no
