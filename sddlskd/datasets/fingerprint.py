@@ -32,7 +32,8 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
         - classes: largest label of both splits + 1 or, for images with several labels, the number
           K of columns of the labels (N, K); 0 without images;
         - class_names: names of the class folders of the training images, in the order of the
-          labels; None for `Images`, and for `Files` that do not lie in one folder per class;
+          labels; None for `Images`, for images with several labels, and for `Files` that do not lie
+          in one folder per class;
         - sha256: hash in hex. For `Images`, of the labels and all pixels. For `Files`, of the
           labels, of the paths relative to the folder that all files of a split share, of the sizes
           of at most 100,000 files of a split (MOST_SIZES), and of the first 16 KiB of at most 1,000

@@ -1,4 +1,4 @@
-"""Load data sets whose images stay files: any folder of class folders, and three published ones.
+"""Load data sets whose images stay files: your own in two layouts, and three published ones.
 
 Each loader returns `Splits` of `Files`, whose images `sddlskd.data.streaming` reads. The loaders of
 CUB-200-2011, ImageNet and Tiny ImageNet read the layout in which the data set is published. Text
@@ -82,7 +82,7 @@ def label_sets(root: str, num_classes: int | None = None) -> Splits:
     `root`/val/labels.csv. A line of such a file is "a.jpg,cat;dog": the path of an image below the
     folder of the file, a comma, and the names of its classes, which are separated by ";". An image
     may have no class. Classes are numbered from 0 by their sorted names in both files. A first line
-    "file,labels" is left out. No image is opened.
+    "file,labels" and blank lines are skipped. No image is opened.
 
     Args:
         root: folder that holds the folders train and val.
@@ -94,7 +94,7 @@ def label_sets(root: str, num_classes: int | None = None) -> Splits:
     Raises:
         ValueError: If a file cannot be used: it is missing or empty, a line has no comma, an image
             is missing or listed twice, or the number of classes is not `num_classes`. The message
-            names the file and the line.
+            names the file or folder and, for a fault of a line, the line.
     """
     top = Path(root).expanduser().absolute()
     listed = [_listed_images(top / split) for split in ("train", "val")]
@@ -171,9 +171,9 @@ def _class_folders(folder: Path) -> tuple[list[str], Files]:
 def image_files(folder: Path) -> list[str]:
     """Return the paths of the image files in a folder and in all folders below it.
 
-    The paths begin with `folder`. They are sorted by folder, and within a folder by name. These are
-    the files, in the order, that torchvision's ImageFolder has for one class folder, except that
-    files whose names begin with "._" are left out.
+    The paths begin with `folder`. They are sorted by folder, and within a folder by name. Files
+    whose names begin with "._" are not returned. Apart from that, torchvision's ImageFolder takes
+    the same files in the same order if `folder` is one of its class folders.
 
     Raises:
         ValueError: If there is no image file, or if a link leads to a folder that holds the link.

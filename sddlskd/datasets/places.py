@@ -84,17 +84,18 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def check_named_root(data: Path, files: Collection[str], archive: str) -> None:
-    """Raise ValueError if not `dataset.root` but a folder above or below it holds a data set.
+    """Raise ValueError if a data set is not in `dataset.root`, but in a folder above or below it.
 
-    `dataset.root` is the folder that the user names; the data set has a subfolder there, `data`,
-    with a fixed name. The check is that of `check_root`: if no folder holds the data set, nothing
-    is raised.
+    `dataset.root`, the folder that the user names, is the parent of `data`. The folders above and
+    below are those that `check_root` checks. If none of them holds the data set either, nothing is
+    raised.
 
     Args:
-        data: path that the data set's subfolder has in `dataset.root`; need not exist.
+        data: folder of the unpacked data set in `dataset.root`, whose name the data set prescribes;
+            need not exist.
         files: names of the files in `data` by which the data set is recognised; all must exist.
-        archive: name of the data set's archive, which lies beside `data`. A folder with the archive
-            holds the data set, too.
+        archive: name of the data set's archive, which lies beside `data`. A folder that has the
+            archive alone counts as holding the data set.
 
     Raises:
         ValueError: If neither the files nor the archive are there, but a folder above or below

@@ -154,7 +154,8 @@ def write_latest(folder: Path, state: Mapping[str, Any]) -> None:
     """Save the newest checkpoint of a run, and keep the previous checkpoint as a spare.
 
     `folder` is the run directory, which holds the files of one training run. `state` is saved as by
-    `write`, to last.ckpt in this folder. An existing last.ckpt becomes last.previous.ckpt.
+    `write`, to last.ckpt in this folder. An existing last.ckpt becomes last.previous.ckpt, and an
+    older last.previous.ckpt is replaced.
 
     Raises:
         OSError: If the checkpoint cannot be written; the old checkpoints can still be read.

@@ -113,7 +113,7 @@ class Method(nn.Module, ABC):
                 0.
 
         Returns:
-            The loss, which is minimised without a further weight.
+            The loss, which the training minimises as it is (weight 1).
 
         Raises:
             NotImplementedError: If the method has no first stage.

@@ -23,9 +23,9 @@ class MGD(Method):
 
     Both maps (B, C, H, W) are average-pooled to the smaller height and the smaller width. If the
     channels differ, a 1x1 convolution gives the student's map the channels of the teacher's. Random
-    channels or positions of the student's map are then set to 0. Two 3x3 convolutions with a ReLU
-    between them generate the teacher's map from the rest. What is set to 0 in an image's map
-    depends on the seed, the epoch and the image alone.
+    channels or positions of the student's map are then set to 0. From the map with these zeros, two
+    3x3 convolutions with a ReLU between them generate the teacher's map. Which channels or
+    positions are set to 0 depends on the seed, the epoch and the image alone.
 
     Args:
         student: Maps of the student (`Taps`) for any batch; only their shapes are read.

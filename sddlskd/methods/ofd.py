@@ -21,7 +21,7 @@ MOST_KERNEL = 31  # largest side of the connectors' kernel
 
 
 class OFD(Method):
-    """Loss of OFD: the squared distance of the maps before the last ReLU of each stage.
+    """Loss of OFD: the squared distance of two networks' maps before the last ReLU of each stage.
 
     A stage is a group of layers after the stem (the first layers). Stages are paired from the last.
     A convolution and a BatchNorm give the student's map (B, C, H, W) the channels of the teacher's.

@@ -17,13 +17,13 @@ __all__ = ["RKD"]
 
 
 class RKD(Method):
-    """Loss of RKD: the differences between distances and angles of images in the pooled features.
+    """Loss of RKD: how much two networks differ in the distances and angles between images.
 
-    The pooled features are the inputs of the classifiers. In each network, the distances of all
-    pairs of images are divided by their mean over pairs of different images. The angle of three
-    images i, j, k is the cosine at i between the directions to j and to k. The loss is the smooth
-    L1 loss between student and teacher: the mean over all B x B pairs for the distances, and over
-    all B x B x B triples for the angles.
+    An image is the point that its pooled features (the input of the classifier) describe. In each
+    network, the distances of all pairs of images are divided by their mean over pairs of different
+    images. The angle of three images i, j, k is the cosine at i between the directions to j and to
+    k. The loss is the smooth L1 loss between student and teacher: the mean over all B x B pairs for
+    the distances, and over all B x B x B triples for the angles.
 
     Args:
         student: Maps of the student (`Taps`) for any batch; only their shapes are read.
