@@ -174,9 +174,10 @@ class _File:
 
 
 def is_of_mdistiller(values: Mapping[str, Any]) -> bool:
-    """Return whether `values`, the content of a file, has keys of mdistiller: DISTILLER, SOLVER.
+    """Return whether `values`, the content of a file, is a configuration of mdistiller.
 
-    SOLVER may be missing.
+    This is so if DISTILLER holds a mapping, and SOLVER holds a mapping or is missing. The files of
+    SDD and LSKD have the same keys.
     """
     return isinstance(values.get("DISTILLER"), Mapping) and isinstance(
         values.get("SOLVER", {}), Mapping
@@ -186,8 +187,9 @@ def is_of_mdistiller(values: Mapping[str, Any]) -> bool:
 def code_of(values: Mapping[str, Any], flags: Flags) -> str:
     """Return which code a configuration file was written for: "mdistiller", "sdd" or "lskd".
 
-    The keys, the method and the networks in the file decide, and the flags. If nothing shows SDD or
-    LSKD, the result is "mdistiller". `values` is the content of the file.
+    The method, the networks and the key EXPERIMENT.LOGIT_STAND in the file decide, and the flags
+    `M` and `logit_stand`. If none of them shows SDD or LSKD, the result is "mdistiller". `values`
+    is the content of the file.
     """
     named = dotted(values)
     kind = str(named.get("DISTILLER.TYPE", ""))
@@ -210,9 +212,9 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
             `code_of`.
 
     Returns:
-        The choices and values that give the same training, and what is not translated. Its faults
-        name each method, network, data set or optimizer of the file that this package does not
-        have, and each number that is not a number.
+        The choices and values that give the same training, and what is not translated. The field
+        `faults` names each method, network, data set or optimizer of the file that this package
+        does not have, and each key whose value should be a number but is none.
     """
     code = code or code_of(values, flags)
     defaults = DEFAULTS | (LSKD_DEFAULTS if code == "lskd" else {})

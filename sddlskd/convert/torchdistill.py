@@ -25,7 +25,10 @@ BLOCKS = ("datasets", "test")
 
 
 def is_of_torchdistill(values: Mapping[str, Any]) -> bool:
-    """Return whether `values`, the content of a file, has torchdistill's keys: models and train."""
+    """Return whether `values`, the content of a file, is a configuration of torchdistill.
+
+    This is so if the keys "models" and "train" both hold a mapping.
+    """
     return isinstance(values.get("models"), Mapping) and isinstance(values.get("train"), Mapping)
 
 
@@ -36,9 +39,9 @@ def translate(values: Mapping[str, Any]) -> Translation:
         values: content of the file, as nested mappings with the keys "models" and "train".
 
     Returns:
-        The choices and values that give the same training, and what is not translated. Its faults
-        name what is missing, and each loss, data set, optimizer or schedule of the file that has no
-        translation.
+        The choices and values that give the same training, and what is not translated. The field
+        `faults` names each part that the file lacks, and each loss, data set, optimizer or schedule
+        of the file that has no translation.
 
     Raises:
         ValueError: If the file trains in several stages.

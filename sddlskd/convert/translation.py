@@ -68,7 +68,7 @@ class Translation:
 
     @contextmanager
     def noting_faults(self) -> Iterator[None]:
-        """Add the message of a ValueError in the body of `with` to `faults`, and go on after it."""
+        """Catch a ValueError that the `with` block raises, and add its message to `faults`."""
         try:
             yield
         except ValueError as error:
@@ -148,7 +148,7 @@ def milestones(stages: Sequence[float], epochs: int) -> list[float]:
 
     Args:
         stages: numbers of epochs after which the learning rate falls, such as [150, 180, 210].
-            Numbers that the training does not reach are left out.
+            Numbers of at least `epochs` give no fraction.
         epochs: number of epochs of the training.
 
     Returns:
@@ -158,7 +158,7 @@ def milestones(stages: Sequence[float], epochs: int) -> list[float]:
 
 
 def number(key: str, value: Any, least: float = -math.inf) -> float | int:
-    """Return a number of a file; a text such as "1e-4", which YAML does not read, becomes a number.
+    """Return a number of a file; a text that states a number, such as "1e-4", becomes a float.
 
     Args:
         key: key of the value in the file, for messages.
@@ -183,7 +183,11 @@ def number(key: str, value: Any, least: float = -math.inf) -> float | int:
 
 
 def numbers(key: str, value: Any) -> list[float | int]:
-    """Return a list of numbers of a file; raise ValueError that names `key` if it is no list."""
+    """Return a list of a file with each entry as a number, as by `number`.
+
+    `key` is the key of the list in the file, for messages. Raise ValueError if `value` is not a
+    list, or if an entry is not a finite number.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{key}={value} is not a list of numbers")
     return [number(key, one) for one in value]

@@ -46,6 +46,9 @@ RECIPES = (
 def choices() -> str:
     """Return the groups of the configuration with the choices of each, as text for --help.
 
+    A group is a folder of conf/, such as student, and a choice is a file in it. Groups from which a
+    user does not choose (`NO_CHOICES`) are not in the text.
+
     Networks, data sets and recipes are sorted by kind. Of the pairs, whose names follow from those
     of the networks, the text has only the number and an example. Lines are wrapped to the width of
     the terminal and to at most 100 letters. Call this function only while Hydra runs.

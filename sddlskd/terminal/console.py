@@ -52,11 +52,11 @@ NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
 
 
 def refuse_another_checkout() -> None:
-    """Exit with code 1 and a message if Hydra would use launchers of another checkout.
+    """Exit with code 1 and a message if Hydra would load the plugins of another checkout.
 
-    Python takes the code from the current folder, but Hydra takes this package's launchers from the
-    checkout that the environment was installed from. If the two differ, a command would mix two
-    revisions.
+    Python takes this package from the current folder. Hydra takes the package's plugins (the
+    modules of `hydra_plugins`) from the checkout that the environment was installed from. If these
+    are two checkouts, a command would mix two revisions.
     """
     package = Path(__file__).resolve().parents[1]
     found = launchers_folder()
@@ -69,7 +69,11 @@ def refuse_another_checkout() -> None:
 
 
 def launchers_folder() -> Path:
-    """Return the folder from which Hydra takes the launchers of this package."""
+    """Return the folder `hydra_plugins` from which Hydra loads this package's plugins.
+
+    The plugins are Python modules with the launchers and sweepers of `hydra/launcher=...` and
+    `hydra/sweeper=...`. The path is absolute, and links in it are resolved.
+    """
     spec = find_spec("hydra_plugins.shared_teacher")
     assert spec
     assert spec.origin
@@ -97,9 +101,9 @@ def duration(seconds: float) -> str:
 def outcomes(
     jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
 ) -> None:
-    """Print the results as a table, and the folders of the run directories; exit after a failure.
+    """Print a table of the results of runs, and the folders that hold the run directories.
 
-    Return normally only if every run is FINISHED or PRUNED and `stopped` is false.
+    Then exit, unless every run is FINISHED or PRUNED and `stopped` is false.
 
     Args:
         jobs: configuration of each run.
@@ -328,7 +332,8 @@ def _one_line(text: str) -> str:
 def log_to_terminal() -> None:
     """Send the package's log to stderr: coloured on a terminal, else as lines without colours.
 
-    Messages below level INFO are dropped. Earlier handlers of the package's log are removed.
+    Messages below level INFO are not shown. Earlier handlers of the package's log are removed, and
+    the root logger gets none of its messages.
     """
     from rich.console import Console
     from rich.logging import RichHandler
