@@ -150,6 +150,12 @@ def _saved(chart: Chart, out: Path, left_out: str) -> Figure:
     return Figure(chart.name, chart.title, f"{chart.caption}{left_out}", png, svg)
 
 
+def _axis_label(metric: str) -> str:
+    """Return the label of an axis with this metric: "top-1 (%)" or "mAP (%)"."""
+    _, label = METRICS[metric]
+    return label.partition(",")[0].partition(" on ")[0]
+
+
 def _metric_label(metric: str, points: Iterable[Point]) -> str:
     """Return the start of a caption: the label of the metric, and which images it is of."""
     _, label = METRICS[metric]
@@ -261,7 +267,7 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
 
 
 def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw top-1 accuracy (%) against the scales M, with one panel per pair of networks.
+    """Draw accuracy (%, top-1 or mAP) against the scales M, with one panel per pair of networks.
 
     With a scale m, the loss is computed on m x m regions of the logit map. A line joins the means
     of one method at different M, such as [1] and [1,2,4]. A method that was trained in several
@@ -287,7 +293,7 @@ def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
     if not several:
         return None
     shown, lines, rest = few(several, lambda point: point.line)
-    drawing, axes = panels_of(_panels(shown), "scales M", "top-1 (%)")
+    drawing, axes = panels_of(_panels(shown), "scales M", _axis_label(metric))
     for panel, axis in axes.items():
         here = [point for point in shown if point.panel == panel]
         by_size = sorted(here, key=lambda point: (point.rank.number_of_scales, point.rank.scales))
@@ -449,7 +455,7 @@ def _mean_by_kind(
 
 
 def cost(points: Sequence[Point], metric: str) -> Chart | None:
-    """Draw top-1 accuracy (%) against training time (s per epoch), one panel per pair of networks.
+    """Draw accuracy (%, top-1 or mAP) against training time (s per epoch), one panel per pair.
 
     A mark shows one method: the mean accuracy of its runs, and the mean time of their last epochs.
     Runs that trained side by side have only the time of their whole group. They count for the mean
@@ -474,7 +480,7 @@ def cost(points: Sequence[Point], metric: str) -> Chart | None:
     if len({point.setting for point in timed}) < 2:
         return None
     shown, settings, rest = few(timed, lambda point: point.setting)
-    drawing, axes = panels_of(_panels(shown), "time (s per epoch)", "top-1 (%)")
+    drawing, axes = panels_of(_panels(shown), "time (s per epoch)", _axis_label(metric))
     for point in shown:
         style = style_of(settings.index(point.setting))
         axes[point.panel].errorbar(
