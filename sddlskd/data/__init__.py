@@ -1,4 +1,4 @@
-"""Make batches of a data set held on the device, or of image files read when they are needed."""
+"""Make batches of a data set: of pixels held on the device, or of image files read when needed."""
 
 from sddlskd.data.device import DeviceData
 from sddlskd.data.streaming import StreamedData

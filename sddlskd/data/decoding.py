@@ -91,8 +91,8 @@ class ImageTransform(NamedTuple):
             for a centre crop, the limit also holds for its new size.
         upright: whether to turn the image as its EXIF orientation says; if False, the orientation
             is ignored.
-        squeezed: whether both crops are cut out of the image resized to a square of size / centre
-            pixels, whatever its shape; `area` is then not read.
+        squeezed: whether the image, whatever its shape, is first resized to a square with the side
+            size / centre, from which random and centre crops are cut. `area` is then not read.
     """
 
     size: int
@@ -145,11 +145,14 @@ class Chunk(NamedTuple):
 def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
     """Return a square crop of an image file, and what is unusual about the image.
 
-    If `job.draw` is a text (the seed of a random crop), the crop is a `random_crop`, resized to
-    `view.size`. If `job.draw` is None, the crop is that of torchvision's Resize(size / centre) and
-    CenterCrop(size). If `view.squeezed` is set, the image is first resized to a square with the
-    side size / centre. The crop is then that of RandomCrop(size) if `job.draw` is a text, and that
-    of CenterCrop(size) if it is None.
+    The kind of crop depends on `job.draw`, and size and centre are those of `view`:
+
+    - A text is the seed of a `random_crop`, which is resized to size x size pixels. If
+      `view.squeezed` is set, the crop is instead that of torchvision's RandomCrop(size), cut from
+      the image resized to a square with the side size / centre.
+    - None stands for the centre crop: that of torchvision's Resize(size / centre) and
+      CenterCrop(size). If `view.squeezed` is set, the image is instead resized to a square with the
+      side size / centre before CenterCrop(size).
 
     All images are resized bilinearly with antialiasing. Grey, palette and CMYK images become RGB,
     and alpha is dropped, as in torchvision's ImageFolder. Images of 16 bits keep the higher 8 bits.
@@ -372,12 +375,13 @@ def default_workers(ranks: int = 1) -> int:
     """Return how many processes one rank should start to decode images: 1 to 16 (MOST_WORKERS).
 
     Ranks are the processes that train together; `ranks` is their number, at least 1. The result is
-    a number of cores divided by the number of ranks that share these cores, rounded down.
+    a number of cores divided by the number of ranks that share these cores, rounded down:
 
-    The number of cores is the environment variable SLURM_CPUS_PER_TASK if it is set, else the
-    number of cores that this process may use. The ranks on this machine share the cores: `ranks`,
-    or LOCAL_WORLD_SIZE if that variable is set and smaller. If SLURM_CPUS_PER_TASK is set and
-    SLURM_NTASKS is above 1, each rank is a task of its own and does not share its cores.
+    - The number of cores is the environment variable SLURM_CPUS_PER_TASK if it is set, else the
+      number of cores that this process may use.
+    - The number of ranks that share them is `ranks`, or LOCAL_WORLD_SIZE if that variable is set
+      and smaller. It is 1 if SLURM_CPUS_PER_TASK is set and SLURM_NTASKS is above 1, because each
+      rank is then a task with cores of its own.
 
     Raises:
         ValueError: If one of these environment variables is not an integer.

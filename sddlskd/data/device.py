@@ -52,7 +52,7 @@ class Batch(NamedTuple):
             images with several labels, int64 (B, K): 1 for the classes of an image, and 0 for the
             others.
         index: index of each image among the images that are trained on, int64 (B,), on the CPU.
-            Images of the training split that are held out or left out have no index.
+            Images of the training split that are not trained on have no index.
         views: number that identifies the image, its crop and its flip, int64 (B,), on the CPU. The
             number is index * `DeviceData.views` + number of the crop and flip. None for streamed
             images, whose crops never repeat.
@@ -294,8 +294,8 @@ class DeviceData:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Return an iterator over the augmented training batches of one epoch, in random order.
 
-        Over a whole epoch, each image that is trained on is in exactly one batch, except those of
-        the last batch if `drop_last` leaves it out.
+        Over a whole epoch, each image that is trained on is in exactly one batch. The images of the
+        last batch are in none if `drop_last` leaves that batch out.
 
         Args:
             epoch: number of the epoch; with the seed, the number decides the order, crops and
@@ -601,8 +601,8 @@ def trained_on(
         val_fraction: fraction of each class that is held out for validation, see `held_out`; 0 to
             hold out nothing.
         train_fraction: fraction of each class to train on, of the images that are not held out. The
-            number of images is rounded to the nearest integer, but at least one image is taken of
-            each class that has any left.
+            number of images is rounded to the nearest integer, but is at least one for a class with
+            images that are not held out.
         num_classes: number of classes.
 
     Returns:
@@ -638,18 +638,20 @@ def shown(
     num_classes: int,
     unlabelled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return which images of the training split students see, and the labels that they see.
+    """Return which images of the training split students see, and with which labels.
 
     Args:
         labels_N: class of each image of the training split, int64 (N,) on the CPU.
         val_fraction: fraction that is held out for validation, see `trained_on`.
-        train_fraction: fraction of the other images to learn from with labels, see `trained_on`.
+        train_fraction: fraction that students see with labels, of the images that are not held out,
+            see `trained_on`.
         num_classes: number of classes.
-        unlabelled: whether students also see the rest of these images, without labels.
+        unlabelled: whether students also see all other images that are not held out, without
+            labels.
 
     Returns:
-        A bool mask of shape (N,), true for the images that students see, and the labels (N,), which
-        are -1 for those without label.
+        A bool mask of shape (N,), true for the images that students see, and the labels (N,): if
+        `unlabelled` is true, -1 for each image that students do not see with its label.
 
     Raises:
         ValueError: As `trained_on` does.

@@ -331,9 +331,9 @@ class StreamedData:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Return an iterator over the augmented training batches of one epoch, in random order.
 
-        Over a whole epoch, each image that is trained on is in exactly one batch, apart from
-        unusable images and their replacements, and from the last batch if `drop_last` leaves it
-        out.
+        Over a whole epoch, each image that is trained on is in exactly one batch, with three
+        exceptions: an unusable image is in none, its replacement is in a batch once more, and the
+        images of the last batch are in none if `drop_last` leaves that batch out.
 
         Args:
             epoch: number of the epoch; with the seed, the number decides the order, crops and
@@ -372,8 +372,8 @@ class StreamedData:
 
         A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
         or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch
-        and if images are left out. A batch without any usable image is left out. The images come
-        from the test split if `val_fraction` is 0.
+        and in batches with images that `bad` or `irregular` skips. A batch of skipped images alone
+        is not returned. The images come from the test split if `val_fraction` is 0.
 
         Raises:
             ValueError: If an image has a fault whose setting (`bad` or `irregular`) is "fail", or
@@ -387,7 +387,8 @@ class StreamedData:
 
         A batch is (images, labels) on the device: normalised float32 (B, C, H, W) and int64 (B,),
         or (B, K) for images with several labels. B is `eval_batch_size`, or less in the last batch
-        and if images are left out. A batch without any usable image is left out.
+        and in batches with images that `bad` or `irregular` skips. A batch of skipped images alone
+        is not returned.
 
         Raises:
             ValueError: If an image has a fault whose setting (`bad` or `irregular`) is "fail", or
@@ -400,12 +401,12 @@ class StreamedData:
         """Return the raw pixels of some test images, centre-cropped, uint8 (B, H, W, C) on the CPU.
 
         `indices`, at least one, count the images that the test batches show, from 0. Images that
-        are left out do not count. Which images are left out is known only after `test_batches` has
-        been read to the end, so call this method after that.
+        `bad` or `irregular` skips do not count. Which images these are is known only after
+        `test_batches` has been read to the end, so call this method after that.
 
         Raises:
             Unreadable: If an image cannot be decoded.
-            IndexError: If an index is not below the number of images that are shown.
+            IndexError: If an index is not below the number of images that the test batches show.
         """
         shown = [path for path in self._splits["test"].paths if path not in self._unusable]
         return torch.stack([decode(Job(shown[n], None), self._view)[0] for n in indices])

@@ -297,8 +297,8 @@ OPERATIONS: tuple[tuple[Operation, float, float], ...] = (
 For brightness, colour, contrast and sharpness, the value is the weight of the original image in a
 blend. For `_posterize`, the value is the number of bits kept; for `_rotate`, an angle in degrees;
 for `_solarize`, the lowest level that is inverted. For shears, the value is the shift in pixels per
-row or column; for translations, the shift as a fraction of the width or height. The other
-operations ignore the value.
+row or column; for translations, the shift as a fraction of the width or height. `_auto_contrast`,
+`_equalize` and `_identity` ignore the value.
 """
 
 

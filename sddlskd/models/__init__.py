@@ -121,9 +121,13 @@ def create(name: str, num_classes: int, stem: str = "small") -> LogitMapModel:
 def draw_ends(network: nn.Module) -> None:
     """Initialise anew, in place, the layers that SDD's code replaces in a network for CUB-200.
 
-    These layers are the first convolution, if the network has the large stem (7x7), and the
-    classifier, except that of mobilev2. Their weights are drawn from PyTorch's default distribution
-    by torch's global generator. A network of another package does not change.
+    These layers are
+
+    - the first convolution of a network with the large stem (7x7);
+    - the classifier of every network but mobilev2.
+
+    Their weights are drawn from PyTorch's default distribution by torch's global generator. A
+    network that is not of a class in `sddlskd.models` does not change.
 
     Source: modify_student_model_for_cub200 in train_origin.py of SDD at e412036.
     """

@@ -24,8 +24,8 @@ class Taps(NamedTuple):
 
     Attributes:
         logit_map: Logit map, (B, K, H, W).
-        stages: Maps (B, C, H, W) after the stem (the first layers) and after each stage (further
-            group of layers), with the division into stages of RepDistiller and mdistiller. () for a
+        stages: Maps (B, C, H, W) after the stem (the first layers) and after each stage (a group of
+            later layers), with the division into stages of RepDistiller and mdistiller. () for a
             network whose stages are unknown.
         preacts: For each entry of `stages`, the map (B, C, H, W) before the last ReLU; for a WRN,
             the map before the next ReLU. The first entry is `stages[0]` itself. () for a network
@@ -36,8 +36,8 @@ class Taps(NamedTuple):
             None if the images have one view.
         last: Map (B, C, H, W) that the classifier is applied to at each position. None for a
             network that shows a logit map alone.
-        others: Logit maps (B, K, H, W) of further teachers, whose sides may differ; () for a single
-            network.
+        others: If these are the taps of several teachers, the logit maps (B, K, H, W) of all but
+            the first, whose sides may differ; else ().
     """
 
     logit_map: Tensor

@@ -357,13 +357,15 @@ class ForeignNetwork(LogitMapModel):
     def taps(self, x_BCHW: Tensor) -> Taps:
         """Return the logit map (B, K, h, w) and the inner maps of images (B, 3, H, W).
 
-        `stages` are the maps of the modules that timm names for the network (`feature_info`).
-        Without usable names, they are the last map of each size among the outputs of the network's
-        modules. If the maps are patch tokens of one size, they are the outputs of the network's
-        blocks. They are () if fewer than two are found. `preacts` are the maps before the last
-        ReLU of each stage, except that `preacts[0]` is `stages[0]`. They are () unless each stage
-        after the first ends in an nn.ReLU. `last` is `features(x_BCHW)`, and `pooled` is its mean
-        over h and w.
+        `stages` are () unless one of these, the first that applies, gives at least two maps:
+
+        - the maps of the modules that timm names for the network (`feature_info`);
+        - the last map of each size among the outputs of the network's modules;
+        - if the maps are patch tokens of one size, the outputs of the network's blocks.
+
+        `preacts` are the maps before the last ReLU of each stage, except that `preacts[0]` is
+        `stages[0]`. They are () unless each stage after the first ends in an nn.ReLU. `last` is
+        `features(x_BCHW)`, and `pooled` is its mean over h and w.
 
         Raise RuntimeError if a module that gives a map did not run. Raise ValueError if the tokens
         do not form a grid of square patches of the image.
@@ -473,20 +475,25 @@ def from_network(
     """Return a logit-map model around a network that classifies images (B, 3, H, W).
 
     The model maps the images to a logit map (B, K, h, w), whose mean over h and w is the logits of
-    the network. The network may come from timm, torchvision or your own code. It must accept
-    batches of any size, average a feature map or patch tokens globally or read a class token, and
-    end in one nn.Linear that gives the logits (B, K). There may be dropout in front of the linear
-    layer. With a class token, cells differ from the logits as the head sees them, see
-    `ForeignNetwork`. The network is run on images to check these conditions. On the meta device,
-    only shapes are checked.
+    the network. The network may come from timm, torchvision or your own code. It must
+
+    - accept batches of any size;
+    - average a feature map or patch tokens globally, or read a class token;
+    - end in one nn.Linear that gives the logits (B, K), or in two whose mean is the logits, as
+      timm's networks with a distillation token. There may be dropout in front of the linear layer.
+
+    The network is run on images to check these conditions. On the meta device, only shapes are
+    checked. If the head reads a class token, the map is shifted so that its mean is the logits, see
+    `ForeignNetwork`.
 
     Args:
         network: Network to wrap. Its modules keep their modes (train or eval).
         image_BCHW: One or more images that the network accepts, (B, C, H, W). None to try random
             RGB images, first with a side of 64 pixels, then of other usual sizes.
-        map: One of `MAPS`. "exact" to reject a network with further layers between average and
-            head, as MobileNetV3 has them. "per_cell" to apply these layers to each cell, see
-            `ForeignNetwork`. Other networks are the same with either.
+        map: One of `MAPS`, for a network with layers (other than dropout) between average and head,
+            such as MobileNetV3. "exact" to reject such a network. "per_cell" to apply these layers
+            to each cell, see `ForeignNetwork`. For a network without such layers, both give the
+            same model.
         resize: Side in pixels to which the model resizes images (bilinearly) before the network
             sees them, for instance 224 for a transformer and images of 32 pixels. None to leave
             them as they are. `image_BCHW` must have that side.

@@ -27,8 +27,8 @@ def from_timm(
     """Return a timm network as a logit-map model, see `from_network`.
 
     The model maps images (B, 3, H, W) to a logit map (B, K, h, w), whose mean over h and w is the
-    network's logits. If torch's default device is the meta device, the model is created there and
-    no weights are loaded.
+    network's logits. If torch's default device is the meta device, the model is moved there after
+    it was created on the CPU, and its weights are lost.
 
     Args:
         name: Name of the network in timm.
@@ -82,8 +82,8 @@ def from_torchvision(
     """Return a torchvision network as a logit-map model, see `from_network`.
 
     The model maps images (B, 3, H, W) to a logit map (B, K, h, w), whose mean over h and w is the
-    network's logits. If torch's default device is the meta device, the model is created there and
-    no weights are loaded.
+    network's logits. If torch's default device is the meta device, the model is on that device and
+    no published weights are loaded.
 
     Args:
         name: Name of the network in torchvision.

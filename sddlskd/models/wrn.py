@@ -21,7 +21,7 @@ class Unit(nn.Module):
     Args:
         in_channels: Number of input channels.
         channels: Number of output channels.
-        stride: Stride of the first convolution; 1 if `channels` equals `in_channels`.
+        stride: Stride of the first convolution; must be 1 if `channels` equals `in_channels`.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:

@@ -1,1 +1,1 @@
-"""Training: from the configurations of runs to trained students."""
+"""Train students: from a list of jobs (one configuration per training run) to trained networks."""

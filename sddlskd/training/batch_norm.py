@@ -18,10 +18,10 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass
 class Sharing:
-    """Mutable state that tells BatchNorm layers whether the ranks divide a batch among them.
+    """Mutable state from which BatchNorm layers learn whether the ranks hold different images.
 
-    The ranks are the processes that share each batch. The trainer sets `divided` before each step,
-    and the layers of class `SharedBatchNorm` read it.
+    The ranks are the processes that share each batch. `Ranks.images_of_step` sets `divided` before
+    each step, and layers of the class `SharedBatchNorm` read this attribute.
 
     Attributes:
         divided: whether the ranks hold different images of the current batch. False means that
@@ -34,8 +34,8 @@ class Sharing:
 def share_norm(model: nn.Module, device: torch.device, sharing: Sharing) -> nn.Module:
     """Replace every BatchNorm of a network by one whose training statistics cover all ranks.
 
-    The ranks are the processes that share each batch. Parameters, buffers and their names stay the
-    same. On CUDA the new layers are torch's SyncBatchNorm; on other devices they are
+    The ranks are the processes that share each batch. The parameters and buffers of the network and
+    their names stay the same. If `device` is CUDA, the new layers are torch's SyncBatchNorm, else
     `SharedBatchNorm`. SyncBatchNorm does not look at `sharing`: if every rank holds the whole
     batch, each image counts once per rank, and running_var becomes slightly smaller than with plain
     BatchNorm.

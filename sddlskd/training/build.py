@@ -127,8 +127,9 @@ def build_data(
         image files, which are decoded when a batch needs them.
 
     Raises:
-        ValueError: If a setting or the data is not valid, if the device has too little memory, or
-            if `teacher.cache` is set for random crops of image files.
+        ValueError: If the labels or pixels are not as the settings `dataset.*` say, if one of these
+            settings or a batch size is out of range, if the device has too little memory, or if
+            `teacher.cache` is set for random crops of image files.
         InstantiationException: If `splits` is None and the loader raises an error.
     """
     d = job.dataset
@@ -207,8 +208,8 @@ def build_network(
         num_classes: number of classes, passed to the network as the argument `num_classes`.
         seed: seed of the initialisation.
         device: device that the network is moved to.
-        new_ends: whether first layers and classifier are initialised anew, as `models.draw_ends`
-            does.
+        new_ends: whether `models.draw_ends` then initialises the first convolution and the
+            classifier anew, as SDD's code does for CUB-200.
 
     Returns:
         The network, in the channels_last memory format.
@@ -249,8 +250,9 @@ def build_teacher(
 ) -> tuple[Teacher | TeacherCache, dict[str, Any]]:
     """Return the teacher of a job; train it first if its file is missing and the job allows it.
 
-    The job has a single teacher; `training/several.py` builds several. A warning is logged if the
-    teacher's top-1 on the test split is hardly better than guessing.
+    The job has a single teacher; `training/several.py` builds several. Log a warning if the
+    teacher's top-1 on the test split is hardly better than guessing, or if the teacher was trained
+    on other data with the same classes.
 
     Args:
         job: configuration of the training run.
@@ -549,13 +551,17 @@ def _optimisation(
 
 
 def leave_as_teacher(job: Config, run: Run) -> None:
-    """Write the weights of a network that was trained without a teacher as a teacher file.
+    """Write the weights of a network that was trained without a teacher to a teacher file.
 
-    The file is the one that `teacher=<student's name>` loads. An existing file is kept. The log of
-    the run says whether the file was written. Do nothing for a distilled student, or if
-    `trainer.max_steps` is set, because the epochs are then incomplete. Write no file if
-    `dataset.train_fraction` is less than 1, because teachers learn from all images. Raise OSError
-    if the file cannot be written.
+    The file is the one that `teacher=<student's name>` loads by default. Write no file
+
+    - if the job has a teacher;
+    - if `trainer.max_steps` is set, because the epochs are then incomplete;
+    - if `dataset.train_fraction` is less than 1, because teachers learn from all images;
+    - if the file exists already.
+
+    The log of the run says whether the file was written, except in the first two cases. Raise
+    OSError if the file cannot be written.
     """
     if job.has_teacher or job.trainer.max_steps is not None:
         return

@@ -41,17 +41,22 @@ INDEXED = frozenset(f"aten::{name}" for name in ("index", "index_put", "index_pu
 
 
 class Captured:
-    """Recorder of a function that is called again and again: later calls replay the recording.
+    """Caller of a function that records the function's work as a CUDA graph, and replays the graph.
 
-    A call names the tensors that the function reads and the Python values that its work depends on.
-    The first call with certain tensors (the same memory) and values runs the function, and checks
-    whether the function can be recorded. The second such call records the function. This call and
-    all later ones replay the recording. A call with other tensors or values drops the recording and
-    begins anew. If the function cannot be recorded, a message says so once, and from then on all
-    calls just run the function.
+    A call names the function, the tensors that it reads and the Python values that its work depends
+    on:
 
-    On CUDA, all work runs on a stream of its own. This stream waits for the work that the current
-    stream was given before the call, and `wait` makes the current stream wait for this stream.
+    - The first call with certain tensors (the same memory) and values runs the function, and checks
+      whether the function can be recorded.
+    - The second such call records the function. This call and all later ones replay the recording.
+    - A call with tensors or values other than those of the recording drops the recording and begins
+      anew.
+    - If the function cannot be recorded, a message says so once, and from then on all calls just
+      run the function.
+
+    On the CPU, a replay calls the function that was recorded. On CUDA, all work runs on a stream of
+    its own. This stream waits for the work that the current stream was given before the call, and
+    `wait` makes the current stream wait for this stream.
 
     Args:
         what: what the function computes, in the plural, for messages, such as "steps".
@@ -229,12 +234,12 @@ class _StandIn:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager that lists the operations in its block that cannot be recorded.
+    """Context manager that lists the operations in its block that a CUDA graph cannot record.
 
     Such an operation hands a value or a size to the host, as `item()` does, or copies values from
     the host to the device. `torch.tensor` with a device is not noticed; on CUDA, recording this
-    call raises an error. Operations of torch's optimizers are not listed: the optimizers that are
-    recorded copy nothing between host and GPU.
+    call raises an error. Operations inside torch.optim are never listed: the optimizers in
+    `optimisation.CAPTURED_OPTIMIZERS` copy nothing between host and GPU.
 
     Args:
         device: the device of the operations to check.

@@ -125,10 +125,10 @@ def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
 
 
 def check_label_sets(job: Config, labels_N: Tensor) -> None:
-    """Raise ValueError unless `dataset.multi_label` says whether images have several labels.
+    """Raise ValueError if `dataset.multi_label` contradicts the labels of the training images.
 
-    `labels_N` are the class ids of the training images (N,), or zeros and ones (N, K) for images
-    with several labels.
+    The setting must be true if `labels_N` holds several labels per image, as zeros and ones (N, K).
+    It must be false if `labels_N` holds one class id per image, (N,).
     """
     several = labels_N.ndim > 1
     if several != job.dataset.multi_label:
@@ -212,6 +212,8 @@ def check_objective(job: Config, device: torch.device) -> None:
 
     Both are tried on small tensors: the loss on the CPU (`try_loss`), the optimizer on `device`
     (`try_optimizer`). A job without a distillation loss of the logits has only its optimizer tried.
+    Log a warning if `standardize` leaves the loss of two classes without a gradient, or if
+    `teacher.view=plain` makes `M` compare regions that show different parts of an image.
 
     Raises:
         ValueError: If the loss, its learnt temperature or the optimizer cannot be found, is not
@@ -321,8 +323,8 @@ def teacher_path(job: Config) -> Path:
 def trained_first(job: Config) -> list[Config]:
     """Return the jobs that must train missing teachers before `job` can run; [] if there are none.
 
-    A teacher is to be trained if the default weight file of the teacher is missing,
-    `teacher.train_if_missing` is set, and `checkpoint` names no other file.
+    The list has a job for each teacher of `job` whose weight file (`teacher_path`) is missing, if
+    `teacher.train_if_missing` is set and `teacher.checkpoint` is not.
     """
     return [
         cfg.teacher_job(one)
@@ -375,7 +377,7 @@ def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
 def check_maps(
     job: Config, student: nn.Module, teacher: nn.Module | None, data: Data, device: torch.device
 ) -> None:
-    """Check that both networks accept the images and return suitable logit maps.
+    """Check that student and teacher accept the images and return suitable logit maps.
 
     A logit map (B, K, H, W) holds the logits of K classes for each place of a grid. One image of
     zeros, with the size that the network is to see, is passed through each network in eval mode.
@@ -389,9 +391,9 @@ def check_maps(
         device: device of the networks.
 
     Raises:
-        ValueError: If a network raises a RuntimeError for the image, if its output is not a logit
-            map with the classes of the data set, or if, with a teacher, `check_scales` refuses the
-            scales.
+        ValueError: If a network raises a RuntimeError or AssertionError for the image, if its
+            output is not a logit map with the classes of the data set, or if, with a teacher,
+            `check_scales` refuses the scales.
         torch.OutOfMemoryError: If the device is full.
     """
     teachers_CHW = image_of_teacher(data.image_shape, job.teacher.image_size)
@@ -423,7 +425,7 @@ def check_maps(
 def wrong_images(
     name: str, network: nn.Module, image_CHW: tuple[int, ...], error: BaseException
 ) -> ValueError:
-    """Return the error for a network that does not accept the images of a job.
+    """Return the ValueError that says that a network does not accept images, and what to change.
 
     Args:
         name: the network as the job names it, such as "student=timm".
@@ -445,7 +447,9 @@ def wrong_images(
 def check_scales(
     job: Config, sides: Mapping[str, tuple[int, ...]], image_CHW: tuple[int, ...]
 ) -> None:
-    """Raise ValueError if the largest scale of a job is more than twice the side of a logit map.
+    """Raise ValueError if the largest scale of a job exceeds twice the side of the smallest map.
+
+    If a map is not square, its shorter side counts.
 
     Args:
         job: configuration of a training run with a teacher.
@@ -468,7 +472,8 @@ def check_scales(
 def check_batches(job: Config, student: nn.Module, data: Data, ranks: Ranks) -> None:
     """Check that the student can train on a batch of one image, if an epoch has such a batch.
 
-    The check is that of `check_one_image`. If no batch has a single image, nothing is done.
+    The check is that of `check_one_image`. It is made only if a rank gets a batch of one image in
+    an epoch (`leaves_one_image`).
 
     Args:
         job: configuration of the training run, which gives the batch size.

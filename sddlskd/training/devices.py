@@ -1,4 +1,4 @@
-"""Turn the settings `trainer.device` and `trainer.precision` into torch objects."""
+"""Choose and check the device of a job, and set how it computes: seed, precision, compilation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +27,9 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random generators for a block, and restore those of the CPU and `device` after.
+    """Seed torch's random generators for a `with` block, and restore the CPU's generator after it.
 
-    `device` is the device that the block may draw random numbers on, besides the CPU.
+    If `device` is CUDA, the generator of `device` is restored, too.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -110,10 +110,10 @@ def binary_cross_entropy(logits_BK: Tensor, labels_BK: Tensor) -> Tensor:
 def mean_average_precision(logits_NK: Tensor, labels_NK: Tensor) -> float:
     """Return the mean average precision (mAP) over the classes, in percent.
 
-    The average precision of a class is a mean over the images that have the class. For each of
-    them, take all images with at least as large a logit of the class: the value is the fraction of
-    these images that have the class. Classes that no image has are left out; the result is 0 if no
-    image has a class.
+    The average precision of a class is the mean precision over the images that have the class. The
+    precision at such an image is a fraction of the images whose logit of the class is at least as
+    large as its own: the fraction that has the class. The mean over the classes does not count
+    classes that no image has; the result is 0 if no image has any class.
 
     Args:
         logits_NK: logits, (N, K).

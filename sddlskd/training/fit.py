@@ -82,17 +82,22 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train one student per configuration, side by side on the same batches and with one teacher.
 
-    A job is one training run. A job that is already FINISHED is not run again, and an interrupted
-    job is resumed. A job that halving has dropped (PRUNED) is resumed unless it still has the
-    setting `sweep.halving`. If the environment variable `WORLD_SIZE` is above 1, this process joins
-    a group of processes that share each batch. Otherwise the function starts `trainer.devices`
-    processes if that setting is above 1.
+    A job is one training run, and its status is in result.json in its run directory:
 
-    If a single run raises an error, its result.json says FAILED and the other runs go on. With
-    several processes, an error other than an infinite or NaN loss also ends the other runs, as
-    KILLED. An error that concerns all runs is raised. Runs that have started are then FAILED,
-    except after out-of-memory with several runs. A signal during training is no error: the runs
-    that it stops are KILLED.
+    - A job that is FINISHED is not run again. A job that halving has dropped (PRUNED) is not run
+      again if it still has `sweep.halving`. Any other job continues from its newest checkpoint, or
+      begins if it has none.
+    - If a single run raises an error, the run becomes FAILED and the other runs go on. If several
+      processes share each batch, the other runs go on only after an infinite or NaN loss; after any
+      other error they become KILLED.
+    - If an error concerns all runs, the runs that have started become FAILED, and the error is
+      raised. After out-of-memory, several runs that halving does not compare do not become FAILED,
+      because the caller may train fewer of them together.
+    - If a signal stops runs during training, they become KILLED, and no error is raised.
+
+    If the environment variable `WORLD_SIZE` is above 1, this process joins a group of processes
+    that share each batch. Otherwise the function starts `trainer.devices` processes if that setting
+    is above 1.
 
     Args:
         configs: the jobs, at least one, with equal `config.sharing_key` (same data, teacher and

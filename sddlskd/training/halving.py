@@ -17,20 +17,20 @@ __all__ = ["Halving"]
 
 
 class Halving:
-    """Rule that says which runs of a group are dropped, and when.
+    """Rule that drops the worse half of a group's runs at the end of given epochs.
 
-    At the end of each of some epochs, the runs are ranked by their val/top1 of that epoch (val/mAP
-    if images have several labels), and the worse half of them is dropped; of an odd number, the run
-    in the middle stays. Equal runs are ranked by val/loss, then by name. Only runs that have ended
-    the epoch are ranked.
+    At the end of each epoch in `epochs`, the runs in `rivals` that have ended this epoch are ranked
+    by their val/top1 of the epoch (val/mAP if images have several labels). Runs with equal values
+    are ranked by val/loss, then by run directory. The worse half is dropped; of an odd number, the
+    run in the middle stays.
 
-    The ranks depend only on the metrics in the run directories. A group that was killed and resumed
-    thus drops the same runs as an undisturbed one.
+    The ranking depends only on the metrics in the run directories. A group that was killed and
+    resumed thus drops the same runs as an undisturbed one.
 
     Args:
         epochs: numbers of the epochs, increasing; empty to drop no run.
-        rivals: run directories of the runs that are compared. They include runs of the group that
-            this process does not train, because they have ended before.
+        rivals: run directories of the runs that are compared, with those runs of the group that
+            ended in an earlier process and that this process does not train.
     """
 
     def __init__(self, epochs: Sequence[int], rivals: Sequence[Path]) -> None:
@@ -38,16 +38,17 @@ class Halving:
         self._rivals = rivals
 
     def to_prune(self, epoch: int, runs: Sequence[Run], ranks: Ranks) -> dict[Run, str]:
-        """Return the runs to drop before an epoch, each with the reason in one line; {} if none.
+        """Return the runs to drop now, before an epoch begins, each with the reason in one line.
 
         Args:
-            epoch: number of the epoch that is about to begin. All runs have ended the epochs before
-                it. A later call must have a later epoch.
-            runs: the runs of the group in this process.
+            epoch: number of the epoch that is about to begin. The runs are ranked for those epochs
+                of the rule that have ended since the last call.
+            runs: the runs of the group in this process. Only those that are alive are returned.
             ranks: the processes that share each batch; all of them must call this method.
 
         Returns:
-            {run: reason}; a reason is, for example, "rank 5 of 8 at epoch 3: val/top1 41.20".
+            {run: reason}, {} if no run is dropped. A reason is, for example, "rank 5 of 8 at epoch
+            3: val/top1 41.20".
         """
         due = [ended for ended in self._due if ended < epoch]
         self._due = self._due[len(due) :]

@@ -34,8 +34,9 @@ def ask(teacher: Teacher | TeacherCache | Teachers, batch: Batch, runs: Sequence
         runs: the runs that train on the batch. The teacher computes only what their losses read.
 
     Returns:
-        `Taps` without gradients. `logit_map` is (B, K, H, W), and `others` are the maps of further
-        teachers. `strong_map` is the logit map of the second view, or None if no run reads it.
+        `Taps` without gradients. `logit_map` is (B, K, H, W), of the first teacher if there are
+        several; `others` are the logit maps of the second teacher and the following ones.
+        `strong_map` is the logit map of the second view, or None if no run reads it.
     """
     images_BCHW, rows_B = _shown(batch)
     # Methods that read inner maps have a single teacher.
@@ -66,10 +67,11 @@ class Inputs:
     """Source of the batch and the teacher's taps for all runs of a group, in each step.
 
     Call the instance with the batch and the runs of the step; the teacher processes the batch once
-    for all runs. If steps are captured (recorded as a CUDA graph and replayed), batch and taps lie
-    in the same memory in every step, because a recording always reads the same memory. The forward
-    pass of the teacher is captured, too, unless the logit maps come from a cache. A batch that is
-    shorter than an earlier one, such as the last one of an epoch, is passed on as it is.
+    for all runs. If steps are captured (recorded as a CUDA graph and replayed), batch and taps are
+    copied to the same memory in every step, because a recording always reads the same memory. Only
+    a batch that is shorter than an earlier one, such as the last of an epoch, and its taps are not
+    copied. The forward pass of the teacher is captured, too, unless the logit maps come from a
+    cache.
 
     Args:
         runs: all runs of the group.
@@ -99,14 +101,15 @@ class Inputs:
     def __call__(self, batch: Batch, runs: Sequence[Run]) -> tuple[Batch, Taps | None]:
         """Return the batch and the taps of the teacher for one step of some runs of the group.
 
-        The results hold until the next call.
+        The next call may overwrite the returned tensors.
 
         Args:
             batch: the batch as the data set makes it.
             runs: the runs that train on the batch.
 
         Returns:
-            The batch and the teacher's taps of it; the taps are None without runs or teacher.
+            The batch, and the teacher's taps of this batch: None if `runs` is empty or if there is
+            no teacher.
         """
         # The memory of the last step may be overwritten or freed from here on.
         for run in self._runs:

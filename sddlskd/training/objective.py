@@ -71,8 +71,8 @@ class Objective:
     0. In these epochs the loss is the sum of the methods' first-stage losses, without weights. A
     method with n such epochs takes part from epoch 1 - n on.
 
-    An image without label has the label -1. The distillation loss takes the class that the teacher
-    predicts as its label, and the cross-entropy leaves the image out.
+    An image without label has the label -1. The distillation loss then uses the class that the
+    teacher predicts for the image. The cross-entropy does not count the image.
 
     Attributes:
         distill: the distillation loss of two logit maps, or that of a student and several teachers;
@@ -138,9 +138,10 @@ class Objective:
 
     @property
     def needs_taps(self) -> bool:
-        """Return whether a method reads inner maps or pooled features of the networks.
+        """Return whether a method reads more of the networks' taps than logit maps.
 
-        Without such a method, the logit maps of the images and of their second view are enough.
+        More means inner maps or pooled features. The logit maps are those of the images and of
+        their second, strongly augmented view.
         """
         return bool(self.needs - {"strong_map"})
 
@@ -193,7 +194,7 @@ class Objective:
             student: taps of the student; without methods, only the logit map is read.
             teacher: taps of the teacher; None for a student without a teacher.
             batch: the batch with its labels, and the number of its epoch, which determines the
-                warm-up. Some methods also read other fields.
+                warm-up. Some methods also read `index`.
 
         Returns:
             Scalars: "loss", which is to be minimised, and its parts without their weights:
@@ -281,6 +282,9 @@ def _with_predictions(labels_B: Tensor, teacher_map_BKHW: Tensor) -> Tensor:
 
 
 def logits_of(logit_map_BKHW: Tensor) -> Tensor:
-    """Return the logits (B, K) of a logit map in float32; float64 stays float64."""
+    """Return the logits (B, K) of a logit map: its mean over H and W, in float32.
+
+    If the map is float64, the logits are float64, too.
+    """
     dtype = torch.promote_types(logit_map_BKHW.dtype, torch.float32)
     return logit_map_BKHW.to(dtype).mean((2, 3))

@@ -56,10 +56,11 @@ class Optimisation:
             self.rate.fill_(value)
 
     def capture_on(self, device: torch.device) -> None:
-        """Keep the learning rate also in a tensor on `device`, so that steps can be captured.
+        """Move the optimizer's step counters to `device`, and keep the learning rate there, too.
 
-        A captured step is recorded once and replayed; it reads the rate from this tensor. Call this
-        method after the optimizer has loaded its state, whose numbers of steps move to `device`.
+        Steps can then be captured, that is, recorded once and replayed: a captured step reads the
+        learning rate from the tensor `rate`. Call this method after the optimizer has loaded its
+        state.
         """
         # The CUDA kernels of the optimizers read float32. On the CPU, float64 is what Python has.
         dtype = torch.float64 if device.type == "cpu" else torch.float32

@@ -1,4 +1,4 @@
-"""Test-split logits, region predictions and features of a run, for figures; one file per run.
+"""Collect and store a run's test-split logits, region predictions and features, for figures.
 
 Shapes: N test images, n the first of them, k examples, K classes, R = m*m regions of the finest
 scale m, C channels.

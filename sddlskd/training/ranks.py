@@ -205,7 +205,7 @@ class Ranks:
             self.broadcast()
 
     def images_of_step(self, own: int, whole: int) -> float:
-        """Set whether a batch is divided among the ranks, and return this rank's number of images.
+        """Return how many images of a batch this rank counts for, and set `sharing.divided`.
 
         A batch that is too small to divide is held by every rank as a whole. BatchNorm layers read
         from `sharing` whether the batch is divided.

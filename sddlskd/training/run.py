@@ -50,15 +50,17 @@ class Progress:
         step: number of batches of the current epoch that are done.
         seen: number of images of the current epoch that are done, over all ranks (processes that
             share each batch).
-        best_top1: highest validation top-1 of an epoch in percent; -1 before epoch 1 has ended.
-        best_epoch: epoch of the highest validation top-1; 0 before epoch 1 has ended.
+        best_top1: validation top-1 of the best epoch in percent; -1 before epoch 1 has ended.
+        best_epoch: number of the best epoch, 0 before epoch 1 has ended. The best epoch is the one
+            with the highest validation top-1, or mAP if images have several labels.
         last_top1: validation top-1 of the epoch that ended last, in percent; -1 before an epoch has
             ended.
         seconds: seconds spent on all epochs that have ended.
         spent: seconds that earlier processes spent on the current epoch.
-        best_mAP: highest validation mAP of an epoch in percent, which then decides the best epoch
-            in the place of top-1; -1 unless images have several labels.
-        last_mAP: validation mAP of the epoch that ended last, in percent; -1 as above.
+        best_mAP: validation mAP of the best epoch in percent; -1 before epoch 1 has ended, and -1
+            unless images have several labels.
+        last_mAP: validation mAP of the epoch that ended last, in percent; -1 before an epoch has
+            ended, and -1 unless images have several labels.
     """
 
     epoch: int = 1
@@ -116,7 +118,8 @@ class Run:
         state: the status of the run: RUNNING, FINISHED, FAILED, KILLED or PRUNED.
         loss: mean training loss of the current epoch when `check_loss` was last called, or of the
             last epoch after `end_epoch`; NaN before.
-        val_top1: validation top-1 of the last epoch in percent; NaN before an epoch has ended.
+        val_top1: validation top-1 of the epoch that ended last, in percent; NaN before an epoch has
+            ended.
         info: facts for result.json, such as {"teacher_top1": 79.4, "environment": "..."}.
         crowded: whether other runs share the device.
         compiled: whether torch.compile is applied to the student.
@@ -354,11 +357,13 @@ class Run:
         self.loss = (found[:, 0].sum() / max(self.progress.seen, 1)).item()
 
     def end_epoch(self, val: dict[str, float], seconds: float) -> None:
-        """End an epoch: save the best weights and a checkpoint, and record the metrics.
+        """End an epoch: record its metrics, write a checkpoint, and move on to the next epoch.
 
-        The run moves on to the next epoch. All ranks must call this method together. The metrics
-        are appended last; the checkpoint holds a copy of them in case the process dies in between.
-        After the last epoch of a first stage, the state of the optimizer (momentum) is cleared.
+        If the epoch is the best one so far, the weights are also written to best.ckpt; an epoch of
+        a first stage (before epoch 1) is never the best. After the last epoch of a first stage, the
+        state of the optimizer (momentum) is cleared. The metrics are recorded last; the checkpoint
+        holds a copy of them in case the process dies in between. All ranks must call this method
+        together.
 
         Args:
             val: validation metrics by name, with "loss" and "top1" (percent), and with "mAP"

@@ -79,7 +79,9 @@ def build_teachers(
     ranks: Ranks | None = None,
     noted: Mapping[str, Any] | None = None,
 ) -> tuple[Teacher | TeacherCache | Teachers, list[dict[str, Any]]]:
-    """Return the teacher of a group of jobs, or its teachers; train those that are missing first.
+    """Return the teacher or teachers of a group of jobs; train those first whose files are missing.
+
+    The jobs allow this training with `teacher.train_if_missing`.
 
     Args:
         jobs: the jobs, which share their teachers.

@@ -44,7 +44,7 @@ def cache_path(folder: Path, teacher_sha256: str, about: Mapping[str, Any]) -> P
             augmentation and the number format. JSON must be able to hold the values.
 
     Returns:
-        <folder>/<16 hex digits of the hash of the other arguments>.maps
+        <folder>/<16 hex digits of the hash of `teacher_sha256` and `about`>.maps
     """
     key = hashlib.sha256(json.dumps([teacher_sha256, about], sort_keys=True).encode()).hexdigest()[
         :16
@@ -78,7 +78,8 @@ class TeacherCache:
 
     Args:
         teacher: the teacher that computes missing maps.
-        path: the cache file, see `cache_path`; it is made if it is missing.
+        path: the cache file, see `cache_path`. This file and a file of checksums beside it (.sums)
+            are made if they are missing.
         rows: V, the number of images times the number of views of an image.
         map_KHW: shape of a stored map, (K, H, W), see `stored_shape`. The teacher's maps are pooled
             to this shape.
@@ -127,8 +128,8 @@ class TeacherCache:
     def __call__(self, images_BCHW: Tensor, views_B: Tensor | None) -> Tensor:
         """Return the logit map of a batch, (B, K, H, W), with the sides of the stored maps.
 
-        Maps that the file does not hold yet are computed and stored first. All maps have the
-        precision of the file, so that numbers do not depend on whether a view was cached.
+        Maps that the file does not hold yet are first computed by the teacher and stored. All maps
+        have the precision of the file, so that numbers do not depend on whether a view was cached.
 
         Args:
             images_BCHW: the images.

@@ -119,11 +119,11 @@ def publish(
 def install(
     file: Path, model: nn.Module, *, home: str, dataset: str, network: str, source: str
 ) -> None:
-    """Check that a file holds a teacher's weights, then move it to the path that the teacher has.
+    """Check that a file holds a teacher's weights, move it to the teacher's path, and pin it.
 
-    The path is the one that `teacher=<network>` loads (`path_of`). The file must agree with the
-    teacher's pin, the sha256 that <home>/teachers/lock.json records. If the teacher has no pin yet,
-    the file's sha256 becomes the pin.
+    The path is the one that `teacher=<network>` loads (`path_of`). A pin is the sha256 that
+    <home>/teachers/lock.json records for the teacher. The file must agree with an existing pin. If
+    the teacher has no pin yet, the file's sha256 becomes the pin.
 
     Args:
         file: the file. It must be on the file system of the new path, whose folder must exist.
@@ -134,9 +134,9 @@ def install(
         source: the file's origin (address or path), for error messages and the pin.
 
     Raises:
-        ValueError: If the file cannot be used: it is too large, is not readable, holds other
-            weights or values that are not finite, or differs from the pin. Also if lock.json is
-            damaged, or if another file already has the path.
+        ValueError: If the file cannot be used: it is larger than 512 MiB, is not readable, does not
+            hold the weights of `model`, holds values that are not finite, or differs from the pin.
+            Also if lock.json is damaged, or if a file has the teacher's path already.
         FileNotFoundError: If `file` is missing.
         OSError: If lock.json cannot be written or the file cannot be moved.
     """
