@@ -563,6 +563,22 @@ def test_it_is_one_override_away_for_student_and_teacher(tmp_path: Path, library
     assert planned.eval()(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 7, 2, 2)
 
 
+def test_planning_loads_no_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan could otherwise download weights that it never uses."""
+    asked: list[bool] = []
+    create = timm.create_model
+
+    def without_weights(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+        asked.append(pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_weights)
+    with torch.device("meta"):
+        assert next(from_timm("resnet18", 7, pretrained=True).parameters()).is_meta
+    from_timm("resnet18", 7, pretrained=True)
+    assert asked == [False, True]
+
+
 def test_a_student_of_timm_is_trained_by_a_teacher_of_ours(tmp_path: Path) -> None:
     options = [
         f"+student.model.{key}={value}" for key, value in {**VIT, "img_size": 16, **PATCHES}.items()

@@ -95,7 +95,7 @@ def test_outcomes_tell_jobs_of_one_method_by_their_settings(
     outcomes(jobs, 3 * [{"status": "FINISHED", "reason": "", "seconds": 61.0}])
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert [row[4].strip() for row in rows] == [
-        "distiller.temperature=2", "distiller.temperature=4.25", "",
+        "temperature=2", "temperature=4.25", "",
     ]  # fmt: skip
 
 

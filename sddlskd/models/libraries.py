@@ -27,8 +27,8 @@ def from_timm(
     """Return a timm network as a logit-map model, see `from_network`.
 
     The model maps images (B, 3, H, W) to a logit map (B, K, h, w), whose mean over h and w is the
-    network's logits. If torch's default device is the meta device, the model is moved there after
-    it was created on the CPU, and its weights are lost.
+    network's logits. If torch's default device is the meta device, the model is on that device and
+    no published weights are loaded.
 
     Args:
         name: Name of the network in timm.
@@ -58,12 +58,11 @@ def from_timm(
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}{_close(name, timm.list_models())}")
+    load = pretrained and not _meta()
     # Planning builds networks on the meta device, on which `from_network` cannot check values.
     with torch.device("cpu"):
         try:
-            network = timm.create_model(
-                name, num_classes=num_classes, pretrained=pretrained and not _meta(), **options
-            )
+            network = timm.create_model(name, num_classes=num_classes, pretrained=load, **options)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"timm does not build {name} with {options} ({error}); see its documentation"

@@ -180,6 +180,17 @@ def test_the_metric_chooses_the_column(tmp_path: Path) -> None:
     assert figures.build(Standin(rows), tmp_path, metric="val") == []
 
 
+def test_an_axis_names_the_metric(tmp_path: Path, drawings: list[Drawing]) -> None:
+    rows = [one | {"mAP": one["best"]} for one in grid(PAIRS[:1], ["vanilla", "kd", "sd_kd"])]
+    made = figures.build(Standin(rows), tmp_path, metric="mAP")
+    labels = {
+        drawing.axes[0].get_ylabel()
+        for figure, drawing in zip(made, drawings, strict=True)
+        if figure.name in ("accuracy_by_scales", "cost")
+    }
+    assert labels == {"mAP (%)"}
+
+
 def test_lines_differ_without_colour() -> None:
     styles = [charts.style_of(index) for index in range(charts.LINES)]
     assert len({style["marker"] for style in styles}) == charts.LINES
