@@ -69,7 +69,11 @@ def refuse_another_checkout() -> None:
 
 
 def launchers_folder() -> Path:
-    """Return the folder from which Hydra takes the launchers of this package."""
+    """Return the folder of the Python modules that Hydra imports as this package's plugins.
+
+    The plugins are its launchers and sweepers. The folder may belong to another checkout than this
+    code: it is the one that `import hydra_plugins.shared_teacher` finds.
+    """
     spec = find_spec("hydra_plugins.shared_teacher")
     assert spec
     assert spec.origin
