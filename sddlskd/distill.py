@@ -141,11 +141,11 @@ def standardize_over_batch(logits_BRK: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def compares_images(loss: PerSampleLoss) -> bool:
-    """Return whether a loss compares the images of a batch with each other.
+    """Return whether a loss compares the images of a batch: has a parameter `regions_per_image`.
 
-    Such a loss has a keyword `regions_per_image`. `ScaleDecoupled` sets it to the number of regions
-    R: row b*R + r of the logits is region r of image b, and only rows of the same region are
-    comparable.
+    `ScaleDecoupled` sets this parameter to R, the number of regions of an image: row b*R + r of the
+    logits is region r of image b, and the loss must compare rows of the same region only. Return
+    False for a callable that has no signature.
     """
     try:
         return "regions_per_image" in inspect.signature(loss).parameters
@@ -154,10 +154,10 @@ def compares_images(loss: PerSampleLoss) -> bool:
 
 
 def takes_label_sets(loss: PerSampleLoss) -> bool:
-    """Return whether a loss is for images with several labels.
+    """Return whether a loss is for images with several labels: has a parameter `labels_NK`.
 
-    Such a loss has a parameter `labels_NK` in the place of `target_N` (class ids). `labels_NK` is 1
-    for the classes of a sample and 0 for the others.
+    The parameter stands in the place of `target_N` (class ids). It is 1 for the classes of a sample
+    and 0 for all other classes, (N, K). Return False for a callable that has no signature.
     """
     try:
         return "labels_NK" in inspect.signature(loss).parameters
@@ -254,7 +254,8 @@ class ScaleDecoupled:
             student_map_BKHW: logit map of the student, (B, K, H, W).
             teacher_map_BKHW: logit map of the teacher, (B, K, H, W); H and W may differ from the
                 student's.
-            target_B: class ids, int64, (B,); or (B, K) for a loss of `takes_label_sets`.
+            target_B: class ids, int64, (B,). For a loss of images with several labels
+                (`takes_label_sets`), zeros and ones, (B, K).
             **options: keyword arguments that are passed on to the per-sample loss, such as a learnt
                 `temperature`.
 

@@ -235,7 +235,7 @@ def _foreign_target(node: dict[str, Any], package: str) -> str:
 
 
 def to_safetensors(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write a network's state dict to a .safetensors file, with the same names of the tensors.
+    """Write a network's state dict to a .safetensors file, with the names of its tensors unchanged.
 
     Args:
         network: network to save, on any device.

@@ -137,8 +137,8 @@ def dkd(
     The loss is T^2 * (alpha * TCKD + beta * NCKD). Both terms are KL(teacher || student) of
     distributions from softmax(logits / T):
     - TCKD compares the distributions over two events: the target class, and any other class.
-    - NCKD compares the distributions over the K-1 other classes, rescaled to sum to 1. The target
-      class is left out exactly; the released code subtracts 1000 from its entry instead.
+    - NCKD compares the distributions over the K-1 classes other than the target, rescaled to sum
+      to 1. The released code keeps the target class instead, with 1000 subtracted from its logit.
 
     Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", Eq. 7.
 
@@ -446,10 +446,11 @@ def dist(
     - intra is the mean over the classes of 1 minus Pearson's correlation of p and q over the images
       of the batch. Each region has its own intra.
 
-    1 minus a correlation is half the squared distance of two vectors of length 1. For intra, these
-    vectors have one entry per image. The loss of a sample therefore has a share of intra in its
-    place: the squared difference of the image's two entries, averaged over the classes and scaled
-    such that the mean of all images' shares is intra.
+    intra is one number for all images of a region. The loss of a sample has its image's share of
+    this number instead. 1 minus a correlation over the images is half the squared distance of two
+    vectors of length 1, with one entry per image. The share of an image is the squared difference
+    of its two entries, averaged over the classes and scaled such that the mean of the shares over
+    the images is intra.
 
     There is no correlation if a network's probabilities are all equal over the classes or images.
     If this is so in both networks, as in a batch of one image, 1 minus the correlation counts as 0.
@@ -600,8 +601,8 @@ def mld(
 
     Every class is a problem of two events, present and absent, with the probability p = sigmoid(z /
     T) of "present". The loss is T^2 times the sum over the classes of KL(teacher || student) of
-    these two events. The classes that the sample has count `alpha` times, and the others `beta`
-    times, as DKD weights the target class and the other classes.
+    these two events. A class that the sample has counts `alpha` times, and a class that it does not
+    have counts `beta` times, as DKD weights the target class and the other classes.
 
     Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (ICCV), "multi-label logits
     distillation". The sum over the classes is that of the released code. There, T, alpha and beta
@@ -611,10 +612,10 @@ def mld(
     Args:
         student_NK: logits of the student, (N, K).
         teacher_NK: logits of the teacher, (N, K).
-        labels_NK: 1 for the classes of a sample and 0 for the others, (N, K), of any type.
+        labels_NK: 1 for the classes of a sample and 0 for all other classes, (N, K), of any type.
         temperature: T, a number or a scalar tensor, greater than 0 (not checked).
         alpha: weight of the classes that a sample has.
-        beta: weight of the other classes.
+        beta: weight of the classes that a sample does not have.
 
     Returns:
         Loss of each sample, (N,), in float32, or in float64 for float64 logits.

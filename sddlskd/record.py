@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """Logging handler for a run's train.log; a line that cannot be written is dropped silently."""
+    """Logging handler for a run's train.log that silently drops a line that cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Do nothing with `record`, a line that could not be written; logging calls this method."""
@@ -168,10 +168,13 @@ def read_rivals(folder: Path) -> list[Path]:
 def freeze(config: Config, text: str = "") -> Path:
     """Write a job's configuration and the state of the code into its run directory.
 
-    The files are config.yaml, code.json and, if there are uncommitted changes, code.diff. If the
-    directory has a config.yaml of the same job, only config.yaml is updated, because settings that
-    do not identify a job (tracking, device, folders) may have changed. While a process has the
-    directory open for writing, nothing is updated.
+    What is written depends on the directory:
+
+    - A directory without a config.yaml gets config.yaml, code.json and, if the code has uncommitted
+      changes, code.diff.
+    - In a directory with a config.yaml of the same job, only config.yaml is replaced, because
+      settings that do not identify a job (tracking, device, folders) may have changed. If a process
+      has this directory open for writing, no file is written.
 
     Args:
         config: configuration of the job; `config.run_dir` is the directory, made if missing.
@@ -362,9 +365,9 @@ class Record:
     def append(self, row: Mapping[str, Any]) -> None:
         """Append the metrics of an epoch to metrics.jsonl.
 
-        `row` holds numbers by name, with the number of the epoch (an int) under "epoch". Nothing is
-        done if the file has a row of the same or of a later epoch already, because a resumed run
-        can repeat an epoch. Raise OSError if the row cannot be written, and Damaged if the file is
+        `row` holds numbers by name, with the number of the epoch (an int) under "epoch". Do nothing
+        if the last row of the file is of the same or of a later epoch, because a resumed run can
+        repeat an epoch. Raise OSError if the row cannot be written, and Damaged if the file is
         damaged.
         """
         rows = self.rows()
@@ -398,7 +401,7 @@ class Record:
             status: "RUNNING", "FINISHED", "FAILED", "KILLED" (interrupted) or "PRUNED" (dropped by
                 halving).
             reason: why the run ended, in one line; "" if there is nothing to explain.
-            **values: further entries, such as best_top1 (%) or seconds.
+            **values: more entries of result.json, such as best_top1 (%) or seconds.
 
         Returns:
             The content: the arguments and the entries "run_id" (of the MLflow run; None without
@@ -431,12 +434,15 @@ class Record:
     def write_outcome(self, status: str, reason: str) -> dict[str, Any]:
         """Write result.json for a run that did not write its outcome itself.
 
-        The best and last validation top-1 (%), the number of epochs and the seconds come from
-        metrics.jsonl; for images with several labels also the best and last mAP (%). Epochs of a
-        first stage, which some methods have (numbers 0 and below), do not count. Without epochs,
-        the top-1 values are None. Entries about the data, the teacher, the environment, the
-        network's size and the number of runs that were trained together stay as in the earlier
-        result.json.
+        The entries come from two files:
+
+        - From metrics.jsonl: the top-1 (%) on the validation images of the best and of the last
+          epoch, the number of epochs and the seconds; for images with several labels also the mAP
+          (%) of these two epochs. The best epoch has the highest mAP if there is one, else the
+          highest top-1. Without epochs, the top-1 values are None. Epochs of a first stage, which
+          some methods have (numbers 0 and below), do not count.
+        - From the earlier result.json: the entries about the data, the teacher, the environment,
+          the network's size and the number of runs that were trained together.
 
         Args:
             status: "FINISHED", "FAILED" or "KILLED" (interrupted).
@@ -520,8 +526,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of every finished epoch of a run, one dict per line of metrics.jsonl.
 
     `folder` is the run directory. A dict holds numbers by name, such as "epoch" and "val/top1".
-    Return [] if the file is missing. An incomplete last line is left out. Raise Damaged, with the
-    number of the line, if a line is not a JSON object of numbers with an integer "epoch".
+    Return [] if the file is missing. Ignore a last line without a line break, which a crash leaves.
+    Raise Damaged, with the number of the line, if any other line is not a JSON object of numbers
+    with an integer "epoch".
     """
     try:
         content = (folder / "metrics.jsonl").read_bytes()

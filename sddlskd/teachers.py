@@ -58,10 +58,10 @@ log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """Published teacher that papers on distillation use.
+    """Weights file of a teacher that others have trained and published, with its accuracy.
 
     Attributes:
-        top1: top-1 on the test split in %, as published.
+        top1: published top-1 on the test split, in %.
         file: path of the weights file, relative to a base URL or inside an archive. `PLACES` lists
             these URLs and archives by data set.
     """

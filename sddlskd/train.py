@@ -159,7 +159,7 @@ def main() -> None:
     Raises:
         SystemExit: With code 1 after such a message, or if a run failed. With code 130
             (`ExitCode.STOPPED`) if a signal stopped the training. After printing the plan of a
-            sweep with code 1 if a job is invalid, else with 0.
+            sweep, with code 1 if a job is invalid or the sweep would be refused, else with 0.
     """
     log_to_terminal()
     refuse_another_checkout()

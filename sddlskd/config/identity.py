@@ -133,8 +133,9 @@ def _same_numbers(value: Any) -> Any:
 def identity_keys() -> set[str]:
     """Return the dotted configuration keys that `config_hash` counts, such as "optimizer.lr".
 
-    Keys below `features` and `more_teachers` are left out, because they differ between jobs.
-    Included are keys that `config_hash` ignores as long as they have their default.
+    The result has keys that `config_hash` ignores as long as they have their default. It has no
+    keys below `features` and `more_teachers`, which `config_hash` counts, too: the names there
+    differ between jobs.
     """
 
     def walk(node: Any, prefix: str) -> Iterator[str]:
@@ -314,8 +315,8 @@ def method_name(config: Config) -> str:
 def title(config: Config, *, seed: bool = True, student: bool = True) -> str:
     """Return a title for a job: method, scales, seed and student.
 
-    An example is "SD-KD+LS [1,2,4] seed 0, resnet8". The scales are left out if they are [1] or if
-    the job has no loss on the logits.
+    An example is "SD-KD+LS [1,2,4] seed 0, resnet8". The title does not name the scales if they are
+    [1], or if the job has no loss on the logits.
 
     Args:
         config: The job.
@@ -369,11 +370,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differing_settings(jobs: Sequence[Config]) -> list[str]:
-    """Return for each job the settings that tell it from the others with its teacher and title.
+    """Return for each job a text with those settings that tell namesakes apart, such as "lr=0.1".
 
-    A text has words such as "lr=0.1". A key is written in full, as in "distiller.temperature=2.0",
-    if its last part is that of several keys. The text is "" if no other job has the same teacher
-    and title.
+    Namesakes are the jobs in `jobs` with the same teacher and the same `title`. The text has the
+    job's value of every setting in which its namesakes differ, except `run_dir`. A key is written
+    in full, as in "distiller.temperature=2.0", if its last part is that of several keys. The text
+    is "" for a job without namesakes.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     flat = []

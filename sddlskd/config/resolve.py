@@ -401,10 +401,10 @@ def _drop_what_needs_a_logit_loss(config: Config) -> None:
 def each_teacher(config: Config) -> list[Config]:
     """Return one copy of a job for each of its teachers; the copy has this teacher alone.
 
-    The first teacher (`config.teacher`) comes first, then those of `config.more_teachers`. In the
-    copy of a further teacher, network, weights file, learning rate and image size are its own; the
-    cache and the other settings are those of the first teacher. Return [] for a job without a
-    teacher.
+    The teacher `config.teacher` comes first, then those of `config.more_teachers`. The copy for one
+    of `config.more_teachers` has the network, weights file, learning rate and image size of that
+    teacher; the cache and all other settings are those of `config.teacher`. Return [] for a job
+    without a teacher.
     """
     if not config.has_teacher:
         return []

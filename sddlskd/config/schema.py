@@ -189,9 +189,9 @@ class Capture(StrEnum):
 
 
 class CompileMode(StrEnum):
-    """Mode of torch.compile.
+    """Mode of torch.compile: "default", or "max_autotune", which tries more kernels.
 
-    The modes of torch that record CUDA graphs themselves are left out; see `Capture` instead.
+    Modes in which torch itself records CUDA graphs cannot be chosen; `Capture` is for that.
     """
 
     default = "default"
@@ -349,9 +349,12 @@ class FileMirror(StrEnum):
 class Rerun(StrEnum):
     """Choice of the jobs that run when a sweep is launched again.
 
-    New and interrupted jobs always run. "failed" adds the failed jobs, "all" adds all other jobs,
-    and "none" adds none. Jobs that halving has dropped run again with "all", and in a sweep without
-    halving.
+    - "failed": new, interrupted and failed jobs.
+    - "all": these and the finished jobs; every job starts anew, and its old record is set aside.
+    - "none": new and interrupted jobs.
+
+    Jobs that halving has dropped run again with "all", and with each choice if `sweep.halving` is
+    empty now. Jobs that are running or in SLURM's queue are never started a second time.
     """
 
     failed = "failed"  # failed, interrupted and new jobs
@@ -419,9 +422,9 @@ class TeacherConfig(StudentConfig):
 
 @dataclass
 class MoreTeacherConfig:
-    """Settings of a further teacher of a job with several teachers.
+    """Settings of each teacher but the first, in a job with several teachers.
 
-    All other settings of the teacher are those of the first teacher, `TeacherConfig`.
+    Settings of `TeacherConfig` that are missing here are those of the first teacher.
     """
 
     name: str = MISSING  # name of the network in tables
@@ -439,7 +442,8 @@ class MoreTeacherConfig:
 class DistillerConfig:
     """Settings of the loss on logits, a weighted sum of cross-entropy and a distillation loss.
 
-    Some options of scale decoupled distillation (SDD) are here, too; others are in `Config`.
+    Of scale decoupled distillation (SDD), the options `knowledge`, `reduction` and `pooling` are
+    here; `M`, `standardize` and `complementary_weight` are in `Config`.
     """
 
     name: str = MISSING  # name of the loss in tables

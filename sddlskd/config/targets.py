@@ -1,4 +1,4 @@
-"""Check the code that a configuration names by `_target_`, and call it; nothing else calls it.
+"""Check the code that a configuration names by `_target_`, and call it; only this module does so.
 
 A configuration is data: it comes from files, sweeps and other people's run directories. Its targets
 must belong to this package, torch, torchvision or timm, unless `allow_foreign_targets` is set. Of

@@ -47,7 +47,7 @@ ConfigStore.instance().store(
 
 @dataclass
 class GridConfig:
-    """Options of Hydra's sweeper `GridSweeper` (hydra/sweeper=grid).
+    """Options of this package's sweeper `GridSweeper` (hydra/sweeper=grid).
 
     Attributes:
         max_batch_size: number of jobs that the launcher receives at once; None for all of them, so
@@ -65,17 +65,24 @@ ConfigStore.instance().store("grid", GridConfig, group="hydra/sweeper", provider
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, without its slow check of the jobs if the launcher has a check itself.
+    """Hydra's basic sweeper, except that it does not check jobs that the launcher checks itself.
 
-    Such launchers are `SharedTeacherLauncher` and its subclasses.
+    The launchers that do so are `SharedTeacherLauncher` and its subclasses. Hydra's own check takes
+    minutes for a large grid.
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Check that Hydra can compose each job, unless the launcher checks the jobs itself.
+        """Check that Hydra can compose each job, unless the launcher is a `SharedTeacherLauncher`.
 
-        Hydra calls this method. `batch` holds the overrides of each job. If a job cannot be
-        composed, the error of Hydra or OmegaConf is raised. Raise ValueError, and leave no files,
-        if a job needs a launcher of this package.
+        Such a launcher checks the jobs itself. Hydra calls this method before it launches the jobs.
+
+        Args:
+            batch: overrides of each job.
+
+        Raises:
+            ValueError: If the sweep has a setting that only a `SharedTeacherLauncher` knows (see
+                `refuse_settings`). The files that Hydra made for the sweep are removed then.
+            Exception: The error of Hydra or OmegaConf if a job cannot be composed.
         """
         if not isinstance(self.launcher, SharedTeacherLauncher):
             try:
@@ -241,9 +248,10 @@ def refuse_settings(config: DictConfig, words: Sequence[str]) -> None:
 
 
 def leave_no_files(folder: Path) -> None:
-    """Remove Hydra's multirun.yaml, and the folders that are then empty.
+    """Remove Hydra's multirun.yaml from the folder of a sweep, and then empty folders.
 
-    `folder` is the folder of a sweep, <home>/runs/sweeps/<name>.
+    `folder`, which is <home>/runs/sweeps/<name>, and its two parents are removed if they are empty.
+    A missing file or folder is no error.
     """
     (folder / "multirun.yaml").unlink(missing_ok=True)
     for empty in (folder, folder.parent, folder.parent.parent):

@@ -28,7 +28,7 @@ class SlurmConfig(SlurmQueueConf):
         max_requeues: how often at most a task goes back into SLURM's queue.
         python: command that starts Python on a node; None for the Python that submits the tasks.
         container: image for `srun --container-image`; None for no container.
-        srun_args: further arguments of srun.
+        srun_args: arguments of srun, in addition to those that submitit gives it.
     """
 
     _target_: str = "hydra_plugins.slurm.SlurmLauncher"

@@ -46,13 +46,16 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """Run the unfinished jobs of a sweep and return the result of every job.
 
-    A job is one training run. New jobs start, and interrupted and FAILED jobs continue from their
-    last checkpoints. FINISHED jobs are left alone, and so are jobs that run already or are in
-    SLURM's queue. If the setting `sweep.rerun` is `all`, FINISHED, FAILED and interrupted jobs
-    start anew, and their old run directories are renamed. If the setting is `none`, FAILED jobs are
-    left alone. Jobs that halving has dropped (PRUNED) are left alone, unless `sweep.halving` is
-    empty or `sweep.rerun` is `all`. If `sweep.plan` is set, the function only prints what it would
-    do, and exits.
+    A job is one training run:
+
+    - New jobs start, and interrupted jobs continue from their last checkpoints.
+    - FAILED jobs continue, too, unless the setting `sweep.rerun` is `none`.
+    - Jobs that halving has dropped (PRUNED) continue only if `sweep.halving` is empty.
+    - FINISHED jobs are left alone, and so are jobs that run already or are in SLURM's queue.
+
+    If `sweep.rerun` is `all`, all jobs start anew instead, except those that run already or are in
+    SLURM's queue. Old run directories are renamed. If `sweep.plan` is set, the function only prints
+    what it would do, and exits.
 
     Args:
         jobs: configurations of the jobs, at least one; duplicates run once. The settings `sweep` of

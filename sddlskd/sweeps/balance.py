@@ -13,11 +13,12 @@ TEACHER = 1
 
 
 def split(sizes: Sequence[int], largest: int | None) -> list[int]:
-    """Return the sizes of the groups that a sweep forms with a largest group size.
+    """Return the sizes of the groups that a sweep forms if none may have more than `largest` jobs.
 
     Args:
         sizes: numbers of jobs that could be trained together, one number for each group.
-        largest: largest number of jobs in a group; a larger group is divided. None for no limit.
+        largest: largest number of jobs in a group; a larger group is divided into groups of this
+            size and, if jobs remain, a smaller one. None for no limit.
     """
     if largest is None:
         return list(sizes)
@@ -25,9 +26,10 @@ def split(sizes: Sequence[int], largest: int | None) -> list[int]:
 
 
 def jobs_of_devices(sizes: Sequence[int], devices: int) -> list[int]:
-    """Return the number of jobs that each device trains.
+    """Return the estimated number of jobs that each device trains, in the order of the devices.
 
-    As soon as a device is free, the next group starts on this device.
+    As soon as a device is free, the next group starts on this device. The time of a group is
+    estimated as its number of jobs plus 1, for the teacher.
 
     Args:
         sizes: number of jobs of each group, in the order in which the groups start.
@@ -43,7 +45,7 @@ def jobs_of_devices(sizes: Sequence[int], devices: int) -> list[int]:
 
 
 def better_group_size(together: Sequence[int], devices: int, largest: int | None) -> int | None:
-    """Return a limit on the group size with which a sweep ends earlier than with the present one.
+    """Return the limit on the group size with which a sweep is estimated to end earliest.
 
     Args:
         together: numbers of jobs that can be trained together, one number for each group without a

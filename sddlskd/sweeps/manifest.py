@@ -35,9 +35,9 @@ FOR_ONE_LAUNCH = ("sweep.rerun=all", "sweep.plan=true")
 def command_to_continue(home: str) -> str:
     """Return the shell command that continues the sweep of this process.
 
-    The command is `python -m sddlskd.train` with the arguments of this process (`sys.argv`). The
-    overrides sweep.rerun=all and sweep.plan=true are left out, because they are meant for one call.
-    If the arguments have no override home=..., home=<home> is added.
+    The command is `python -m sddlskd.train` with the arguments of this process (`sys.argv`), except
+    the overrides sweep.rerun=all and sweep.plan=true, which are meant for one call. If the
+    arguments have no override home=..., home=<home> is added.
     """
     words = [word for word in sys.argv[1:] if word not in FOR_ONE_LAUNCH]
     if not any(word.startswith("home=") for word in words):
@@ -97,8 +97,8 @@ def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
     """Write plan.json, the list of a sweep's jobs that MLflow receives.
 
     The file has the settings that all jobs share, and for each job its run directory, hashes of its
-    settings, a command that runs the job, and its other settings. Jobs of earlier calls stay in the
-    file.
+    settings, a command that runs the job, and those of its settings that not all jobs share. Jobs
+    of earlier calls stay in the file.
 
     Args:
         folder: folder of the sweep; it must exist.
@@ -109,7 +109,7 @@ def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:
         The path of plan.json.
 
     Raises:
-        record.Damaged: If there is a plan.json that is not a JSON object.
+        record.Damaged: If there is a plan.json that is not a JSON object, or that lists no jobs.
         OSError: If the file cannot be written.
     """
     path = folder / PLAN
@@ -155,7 +155,7 @@ def planned_jobs(folder: Path) -> set[str]:
     """Return the run directory of each job in the plan.json of a sweep's `folder`.
 
     The paths are absolute. The result is empty if the file is missing. Raise record.Damaged if the
-    file is not a JSON object.
+    file is not a JSON object, or if it lists no jobs.
     """
     path = folder / PLAN
     if not path.exists():

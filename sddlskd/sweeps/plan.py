@@ -81,6 +81,8 @@ def ask_precheck(
 ) -> dict[str, Any]:
     """Check the jobs of a sweep in a separate process, and return what is wrong with them.
 
+    The process downloads missing data sets, unless `sweep.plan` of the first job in `todo` is set.
+
     Args:
         todo: jobs to run.
         finished: finished jobs.
@@ -89,8 +91,10 @@ def ask_precheck(
     Returns:
         A dictionary with these keys:
 
-        - "problems": [index in `todo`, reason] of each job that cannot run;
-        - "downloads": missing files of data sets that the sweep would download;
+        - "problems": [index in `todo`, reason] of each job that cannot run; if `sweep.plan` is set,
+          of each obstacle, of which a job may have several;
+        - "downloads": missing files of data sets that the sweep would download; [] unless
+          `sweep.plan` is set;
         - "changed": index in `finished` of each job that learnt from another teacher file than the
           current one;
         - "other_data": [index in `finished`, how the data differ] of each job that was trained on
@@ -136,8 +140,9 @@ def make_plan(
         jobs: jobs of the sweep, at least one; duplicates count once. `sweep.rerun` of the first job
             says which jobs run again.
         name: name of the sweep.
-        runs_locally: whether the jobs are going to run on this machine. If not, their settings
-            trainer.device, trainer.devices and dataset.workers are not checked.
+        runs_locally: whether the jobs are going to run on this machine. If false, it is not checked
+            whether this machine has the devices (trainer.device, trainer.devices) and the cores
+            (dataset.workers) that they ask for.
         max_group_size: largest number of jobs that train together; None for no limit.
         precheck: function that checks the jobs, called with the jobs to run, the finished jobs
             and `runs_locally` unless there are no jobs. It returns a dictionary like that of

@@ -35,8 +35,8 @@ class Task:
 
     Attributes:
         jobs: jobs that one worker process trains together, at least one.
-        deaths: 1 if an earlier worker process of these jobs died or was stopped, or counts as such;
-            else 0.
+        deaths: 1 if an earlier worker process of these jobs died or was stopped, or could not train
+            them because of another process, which has ended since; else 0.
     """
 
     jobs: list[Config]
@@ -52,10 +52,12 @@ class Pool(GroupRunner):
     """Runner that trains the groups of a sweep on this machine, each group in a worker process.
 
     The jobs of a group are trained together, with one teacher forward pass per batch. One worker at
-    a time runs per device. A group that is too large for the device's memory is halved. If a worker
-    dies, its unfinished jobs continue from their checkpoints in a second worker. If that worker
-    dies, too, several jobs are tried one by one, and a single job is marked FAILED. If a signal
-    stopped the second worker, its jobs stay interrupted.
+    a time runs per device. A group that is too large for the device's memory is halved.
+
+    - If a worker dies, its unfinished jobs continue from their checkpoints in a second worker.
+    - If the second worker dies, too, a single unfinished job is marked FAILED. Of several, each
+      gets a worker of its own, and is marked FAILED if that worker dies.
+    - If a signal stopped the second worker, its unfinished jobs stay interrupted.
 
     Args:
         devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker

@@ -1,4 +1,4 @@
-"""Checks that find invalid jobs before they start, without creating weights or writing files.
+"""Checks that find invalid jobs before they start. They train nothing; some download missing data.
 
 A sweep runs these checks in a separate process. The process that then waits for hours holds neither
 torch nor images.
@@ -83,7 +83,12 @@ class Downloadable(Exception):
 
 
 class Checker:
-    """Checker of single jobs; an instance loads each data set and builds each network only once."""
+    """Checks whether a job can run, and whether the data of a finished job have changed.
+
+    `check` raises the first error that keeps the job from running, and `obstacles` yields all such
+    errors. `data_change` compares the present data with those of a finished job. An instance loads
+    each data set and builds each network only once, however many jobs it checks.
+    """
 
     def __init__(self) -> None:
         self._data_sets: dict[str, DataSet | Exception] = {}
@@ -92,10 +97,10 @@ class Checker:
         self._networks: dict[tuple[str, int], nn.Module] = {}
 
     def check(self, job: Config) -> None:
-        """Check that a job can run on this machine, without training it; download missing data.
+        """Raise the first error that keeps a job from running on this machine; do not train it.
 
         The checks cover the devices, the loss, the optimizer, the data, the teacher's file, the
-        scales M, and the feature methods.
+        scales M, and the feature methods. A missing data set is downloaded.
 
         Raises:
             FileNotFoundError: If the teacher's file is missing, and the job does not train the
@@ -118,11 +123,14 @@ class Checker:
         self._check_networks(job, data.image_CHW, _trained_on(job, data.labels_N))
 
     def obstacles(self, job: Config) -> Iterator[Exception]:
-        """Yield every error that keeps a job from running; download nothing.
+        """Yield every error that keeps a job from running on this machine; download nothing.
 
-        The checks are those of `check`. Without the data, the sizes of images are those of the
-        published data set, and what depends on the labels is not checked. A missing file that the
-        job would download is yielded as `Downloadable`.
+        The checks are those of `check`. A missing file that the job would download is yielded as
+        `Downloadable`. If the data cannot be loaded:
+
+        - the images, the labels, the last batch and the feature methods are not checked;
+        - the scales are checked with the image size of the published data set, and not at all for a
+          data set that is not one of this package.
         """
         data: DataSet | None = None
         try:
@@ -311,10 +319,14 @@ def _load(job: Config) -> DataSet | Exception:
 
 
 def problems(jobs: Sequence[Config], runs_locally: bool = True) -> list[tuple[Config, str]]:
-    """Return (job, reason) for each job that cannot run, in order; [] if all jobs can run.
+    """Check each job by `Checker.check`, and return (job, reason) of the jobs that cannot run.
 
-    Each job is checked by `Checker.check`. If the jobs do not run on this machine, their devices
-    and worker processes are left out. An error of any type becomes a reason, as one line.
+    The reason is the first error that the check raises, of any type, as one line. The pairs have
+    the order of `jobs`; there are none if all jobs can run. Missing data sets are downloaded.
+
+    If `runs_locally` is false, the jobs are going to run on other machines. It is then not checked
+    whether this machine has the devices (trainer.device, trainer.devices) and the cores
+    (dataset.workers) that they ask for.
     """
     checker = Checker()
     found = []
@@ -330,15 +342,18 @@ def problems(jobs: Sequence[Config], runs_locally: bool = True) -> list[tuple[Co
 def obstacles(
     jobs: Sequence[Config], runs_locally: bool = True
 ) -> tuple[list[tuple[Config, str]], list[str]]:
-    """Return what keeps jobs from running, for a plan that is only printed; download nothing.
+    """Return everything that keeps jobs from running, for a plan that is only printed.
+
+    Nothing is downloaded.
 
     Args:
         jobs: jobs to check by `Checker.obstacles`.
-        runs_locally: whether the jobs run on this machine, as for `problems`.
+        runs_locally: whether the jobs are going to run on this machine, as for `problems`.
 
     Returns:
-        (job, reason) of each obstacle, in the order of the jobs, and the missing files of data sets
-        that the jobs would download.
+        Two lists: (job, reason) of each obstacle, in the order of `jobs`, with several entries for
+        a job that has several; and the missing files of data sets that the jobs would download,
+        which are not among the obstacles.
     """
     checker = Checker()
     found: list[tuple[Config, str]] = []
@@ -372,6 +387,8 @@ def report(
     todo: Sequence[Config], finished: Sequence[Config], runs_locally: bool = True
 ) -> dict[str, Any]:
     """Check the jobs of a sweep before it starts, and return what is wrong with them.
+
+    Missing data sets are downloaded, unless `sweep.plan` of the first job in `todo` is set.
 
     Args:
         todo: jobs to run.

@@ -132,9 +132,8 @@ def _number(number: int, noun: str) -> str:
 def print_status(status: SweepStatus) -> None:
     """Print the state of every job of a sweep, the time left, and the command to continue.
 
-    If all jobs have finished or were dropped by halving, the time is left out. The command is then
-    printed only if it may add jobs, as in a search. If SLURM could not be asked, the first line
-    says why.
+    If all jobs have finished or were dropped by halving, no time is printed, and the command only
+    if it may add jobs, as in a search. If SLURM could not be asked, the first line says why.
     """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")

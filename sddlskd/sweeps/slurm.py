@@ -303,7 +303,7 @@ class Slurm(GroupRunner):
             `wait` is False.
         python: command that starts Python on a node; None for the Python of this process.
         container: image for `srun --container-image`; None for no container.
-        srun_args: further arguments of srun.
+        srun_args: arguments of srun, in addition to those that submitit gives it.
         array_parallelism: largest number of tasks that run at once. If the jobs differ in
             trainer.devices, this limit holds for each value of trainer.devices by itself.
         **options: options of submitit, without the prefix slurm_. Required are signal_delay_s

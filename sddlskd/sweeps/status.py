@@ -24,7 +24,7 @@ LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Status of one job of a sweep.
+    """State, progress and SLURM task of one job of a sweep.
 
     Attributes:
         name: name of the run directory.
@@ -59,7 +59,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """Status of a sweep.
+    """State of every job of a sweep, the time left, and the command to continue.
 
     Attributes:
         sweep: name of the sweep.

@@ -123,8 +123,9 @@ def run_until_decided(
         overrides, its configuration, and the content of its result.json.
 
     Raises:
-        ValueError: If `sweep.rerun` is `all`, if no cell has a baseline or the method
-            `sweep.baseline`, or if the sweep cannot be run (see `run_sweep`).
+        ValueError: If `sweep.rerun` is `all`, if no cell has a baseline, if no cell has the method
+            `sweep.baseline`, if an earlier launch of the sweep had another `sweep.max_seeds`, or if
+            the sweep cannot be run (see `run_sweep`).
         OSError, ChildProcessError, KeyboardInterrupt, SystemExit: As `run_sweep` raises them.
     """
     if Rerun(sweep.sweep.rerun) is Rerun.all:
@@ -269,18 +270,27 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict[int, int]:
-    """Return the index of the baseline of each cell that has one in the sweep.
+    """Return {index of a cell: index of its baseline} of the cells that have a baseline in `cells`.
 
-    The rule is that of the tables. A baseline has the cell's student, teacher, optimizer, learning
-    rate, budget and precision. Without `baseline`, the first of these methods that the sweep has on
-    the cell's student and teacher is taken: the cell's method without its last part, with M=[1],
-    without standardisation, the student alone, KD. If several cells of this method fit, the one
-    with the cell's temperature and weights is taken, or none.
+    A cell is a job without its seed. Its baseline is a cell of another method that has the same
+    student and data, the same teacher unless the baseline is the student alone, and the same
+    optimizer (DOT counts as SGD), learning rate, epochs, steps, batch size and precision. If the
+    argument `baseline` is None, the baseline's method is the first of these that `cells` has for
+    the same student, data set and teacher:
+
+    1. the cell's method without its last part;
+    2. the cell's method with M=[1];
+    3. the cell's method without standardisation;
+    4. the student alone;
+    5. KD.
+
+    If several cells have this method and a teacher, the one with the cell's temperature and weights
+    is the baseline. If no single cell is left, the cell has no baseline.
 
     Args:
         cells: one job of each cell; its seed does not matter.
-        baseline: name of the method that every cell is compared with, such as "KD+LS" or
-            "SD-KD [1,2,4]"; None for the choice above.
+        baseline: name of the method of every baseline, such as "KD+LS" or "SD-KD [1,2,4]"; None for
+            the choice above.
 
     Raises:
         ValueError: If no cell has the method `baseline`, or if no cell has a baseline.

@@ -1,7 +1,7 @@
 """Copy runs and sweeps to MLflow, and to files for TensorBoard and W&B.
 
-The run directory is the record of a run, and the others are copies of it. The files for TensorBoard
-and W&B lie in the run directory.
+The run directory is the record of a run; MLflow and these files hold copies of the record. The
+files for TensorBoard and W&B lie in the run directory.
 """
 
 from sddlskd.tracking.copies import Copies, check_packages, is_copied

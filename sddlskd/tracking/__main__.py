@@ -19,12 +19,13 @@ from sddlskd.tracking.uri import Deleted, first_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Deliver to MLflow the run directories and sweeps in and below the given folders.
 
-    The copies in the run directories that `tracking.mirrors` names are brought up to date, too,
-    except those of runs in training. With `--to`, only the named copies are written instead, also
-    those of runs without `tracking.mirrors`.
+    The copies for TensorBoard and W&B that a run's setting `tracking.mirrors` names are brought up
+    to date in its run directory, too. With `--to`, nothing is delivered to MLflow: only the copies
+    that `--to` names are written, whatever `tracking.mirrors` says. In both cases, no copies are
+    written for runs in training, whose own processes write them.
 
     The exit status is 1, with a message, if the folders hold no run directory and no sweep, or if a
-    run directory or sweep cannot be delivered.
+    run directory or sweep cannot be delivered or copied.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])

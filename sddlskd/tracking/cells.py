@@ -27,14 +27,14 @@ PARAMS = ("dataset.name", "teacher.name", "student.name", "M", "recipe", "traine
 def cells_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the finished runs of a sweep in groups; the runs of a group differ only in the seed.
 
-    `folder` is the sweep's folder, with the list of its runs in plan.json. A run is left out if its
-    result is missing or cannot be read. A group of only one finished run is left out, too.
+    `folder` is the sweep's folder, with the list of its runs in plan.json. Runs whose result is
+    missing or cannot be read do not count as finished.
 
     Returns:
-        {settings_hash: runs}, with the hash of the settings without the seed. Each run is a dict
-        with "run_dir" (path of its folder) and the accuracies of `NUMBERS`, such as "best_top1", in
-        percent, None if the run has no such accuracy. The result is {} if the plan
-        is missing or cannot be read.
+        {settings_hash: runs} of each group with at least two finished runs. The hash is that of the
+        settings without the seed. Each run is a dict with "run_dir" (path of its folder) and the
+        accuracies of `NUMBERS`, such as "best_top1", in percent, or None for an accuracy that the
+        run does not have. The result is {} if the plan is missing or cannot be read.
     """
     finished: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for job in _planned(folder):

@@ -45,9 +45,9 @@ CURES = {
 class Copies:
     """Keeps all copies of the runs of a group up to date with the run directories.
 
-    A background thread (`Mirror`) writes the copy in MLflow. The copies in the run directories are
-    written at once. No error of a copy reaches the caller: the first error of a copy is logged as a
-    warning, and the next update tries again.
+    A background thread (`Mirror`) writes the copy in MLflow; `update` itself writes the copies in
+    the run directories. No error of a copy reaches the caller: the first error of a copy is logged
+    as a warning, and the next call of `update` tries again.
 
     Args:
         configs: The configurations of the runs, whose settings `tracking` choose the copies.

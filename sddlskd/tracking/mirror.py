@@ -47,9 +47,10 @@ class Mirror:
             self._wake.notify()
 
     def close(self, timeout: float = 60.0, retry: float = 10.0) -> None:
-        """Wait until the remaining run directories are delivered, and stop the thread.
+        """Wait until all run directories given to `update` are delivered, and stop the thread.
 
-        If some could not be delivered, a warning names them and the command that delivers them.
+        If some could not be delivered in time, a warning names them and the command that delivers
+        them.
 
         Args:
             timeout: The longest time to wait, in seconds, if the last delivery before this call

@@ -184,9 +184,12 @@ def params_of(config: Config) -> dict[str, Any]:
 
 
 def tags_of(folder: Path, config: Config) -> dict[str, str]:
-    """Return the tags that the copies of a run have from its start, such as "config_hash".
+    """Return the tags that the copies of a run have from its start, in MLflow and elsewhere.
 
-    `folder` is the run directory, and `config` the configuration of the run.
+    They are "kind" (always "job"), "config_hash", "settings_hash", "git_sha" (of the code), "sweep"
+    (name of the run's sweep or ""), "run_dir" and, if the run has a recipe, "recipe". `folder` is
+    the run directory, and `config` the configuration of the run. Raise FileNotFoundError if the
+    directory has no code.json.
     """
     code = json.loads((folder / "code.json").read_text())
     tags = {
@@ -203,9 +206,14 @@ def tags_of(folder: Path, config: Config) -> dict[str, str]:
 
 
 def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
-    """Return the further tags of a run that has ended, such as "status_reason".
+    """Return the tags that the copies of a run get when it ends, in addition to those of `tags_of`.
 
-    `result` is the content of the run's result.json.
+    `result` is the content of the run's result.json. The tags are:
+
+    - "status_reason": why the run ended, or "" if `result` has no reason. For a run that halving
+      dropped, the text begins with "PRUNED: ".
+    - "teacher_sha256", "environment", "group_size" and "requeues" (`FINAL_TAGS`): the entries of
+      these names in `result`, as text. An entry that is missing, 0 or "" gives no tag.
     """
     given = {tag: str(result[tag]) for tag in FINAL_TAGS if result.get(tag)}
     reason = str(result.get("reason", ""))
@@ -217,7 +225,9 @@ def final_tags_of(result: dict[str, Any]) -> dict[str, str]:
 def summary_of(result: dict[str, Any]) -> dict[str, float]:
     """Return the final metrics of a run that has ended, such as {"best/top1": 76.3} (%).
 
-    `result` is the content of the run's result.json. Metrics that it lacks are left out.
+    `result` is the content of the run's result.json. `SUMMARY` maps the name of a metric to its
+    entry in `result`; an entry that is missing or None gives no metric. With several teachers,
+    "teacher/top1/<name>" is the top-1 (%) of each.
     """
     summary = {key: result[name] for key, name in SUMMARY.items() if result.get(name) is not None}
     for name, top1 in result.get("teacher_top1_each", {}).items():

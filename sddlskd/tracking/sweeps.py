@@ -143,9 +143,9 @@ def _experiment(client: Any, config: Config) -> str:
 def check_reachable(configs: Sequence[Config]) -> None:
     """Raise ConnectionError if the MLflow of a job that is about to start does not accept runs.
 
-    A job is checked if it has tracking and was not registered in MLflow by the launching process
-    (`tracking.experiment_id` is None). An MLflow that accepts no runs is no error if all checked
-    jobs with its address have `tracking.offline`.
+    A job is checked if its setting `tracking.enabled` is true and the launching process has not
+    registered it in MLflow (`tracking.experiment_id` is None). An MLflow that accepts no runs is no
+    error if `tracking.offline` is true for all checked jobs with its address.
 
     Raises:
         ConnectionError: If a server or SQLite file does not accept runs; the message names its
@@ -166,9 +166,9 @@ def check_reachable(configs: Sequence[Config]) -> None:
 def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
     """Raise ValueError if jobs on other hosts than this one would write to a SQLite file.
 
-    `configs` are the configurations of the jobs, of which only those with tracking count. `hosts`
-    are the names of all hosts that run jobs; this host may be among them, with or without its
-    domain.
+    `configs` are the configurations of the jobs; those whose `tracking.enabled` is false are not
+    checked. `hosts` are the names of all hosts that run jobs; this host may be among them, with or
+    without its domain.
     """
     here = {"localhost", socket.gethostname().split(".")[0]}
     others = sorted({host for host in hosts if host.split(".")[0] not in here})
@@ -184,7 +184,7 @@ def check_shared(configs: Sequence[Config], hosts: Iterable[str]) -> None:
 def search_runs(client: Any, experiment_id: str | None, condition: str) -> list[Any]:
     """Return the MLflow runs of an experiment that fulfil a condition, the earliest first.
 
-    Deleted runs are left out. At most 1,000 runs are returned. Errors of MLflow propagate.
+    Deleted runs are not returned, and at most 1,000 runs are. Errors of MLflow propagate.
 
     Args:
         client: The MLflow client.
@@ -224,8 +224,8 @@ def log_plan(config: Config, path: Path) -> None:
 
     The plan is the file plan.json in the sweep's folder, which lists the sweep's jobs. `config` is
     a configuration that `register` returned for one of the jobs. The argument `path` is not used.
-    If the upload fails, a warning is logged, and `sync_sweep` can deliver the plan later. Without
-    tracking, nothing is done.
+    If the upload fails, a warning is logged, and `sync_sweep` can deliver the plan later. If
+    `config.tracking.enabled` is false, nothing is done.
     """
     _set_status(config, record.RUNNING, what="plan")
 
@@ -235,7 +235,7 @@ def finish_sweep(config: Config, status: str) -> None:
 
     `config` is a configuration that `register` returned for a job of the sweep. `status` is one of
     FINISHED, FAILED and KILLED. If the delivery fails, a warning is logged, and `sync_sweep` can
-    deliver the status later. Without tracking, nothing is done.
+    deliver the status later. If `config.tracking.enabled` is false, nothing is done.
     """
     _set_status(config, status, what="outcome")
 

@@ -305,10 +305,11 @@ def _collect(ask: Callable[[], Answer], answers: list[Answer], errors: list[Exce
 def check_answers(uri: str) -> None:
     """Raise an error unless `uri` is an MLflow server or SQLite file that accepts runs.
 
-    A server must answer a search for experiments within six seconds (ANSWER_S). MLflow must be able
-    to open and write a SQLite file, and no other host may write to it; the check records this host
-    in a file beside it, and an empty file becomes a database. A missing SQLite file passes if it
-    can be created; it is not created here.
+    - A server must answer a search for experiments within six seconds (ANSWER_S).
+    - MLflow must be able to open and write an existing SQLite file, and no other host may write to
+      the file. The check records this host in a file beside the SQLite file, and turns an empty
+      SQLite file into a database.
+    - A missing SQLite file passes if it can be created; the check does not create it.
 
     Raises:
         ConnectionError: If the server or file does not accept runs; the message says what to do.
