@@ -256,10 +256,17 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         for name, inner in value.items():
             if name != "_target_":
                 yield from _flat(f"{key}.{name}", inner)
-    elif isinstance(value, float) and value.is_integer():
-        yield key, int(value)
+    elif isinstance(value, list):
+        yield key, [_whole(entry) for entry in value]
     else:
-        yield key, value
+        yield key, _whole(value)
+
+
+def _whole(value: Any) -> Any:
+    """Return a float without a fraction as an int, any other value as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 NO_LOGIT_LOSS = ("vanilla", "features_only")

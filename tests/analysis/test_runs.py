@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 
 from analysis import store
 from analysis.runs import listing, load
-from analysis.schema import COLUMNS, frame_of
+from analysis.schema import COLUMNS, details_of, frame_of
 from tests.analysis.store import empty_store, make_store
 
 
@@ -647,3 +647,12 @@ def test_a_cell_of_the_tracker_is_no_run(tmp_path: Path) -> None:
     client.create_run(experiment.experiment_id, tags={"kind": "cell", "settings_hash": "x"})
     assert list(load(None, uri_of(path)).frame["name"]) == ["one"]
     assert listing(uri_of(path))["runs"].max() == 1
+
+
+def test_equal_settings_have_equal_details() -> None:
+    with_lists = [
+        details_of({"distiller.name": "sld", "distiller.loss.temperatures": temperatures})
+        for temperatures in ("[1.0, 4.5]", "[1, 4.5]", "[1, 4]")
+    ]
+    assert with_lists[0] == with_lists[1] != with_lists[2]
+    assert "4.5" in with_lists[0]
