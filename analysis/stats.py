@@ -408,10 +408,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def prediction_half_width(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % t prediction interval for the number of one more run.
+    """Return half the width of the 95 % t prediction interval for the result of one more run.
 
-    `values` are the numbers of the runs so far. The result has their unit. The result is None for a
-    single run and 0 for equal numbers. Raise ValueError if `values` is empty.
+    `values` are the results of the runs so far, such as accuracies in %. The half width has the
+    same unit. It is None for a single run and 0 for equal results. Raise ValueError if `values` is
+    empty.
     """
     _, std = mean_std(values)
     if std is None:

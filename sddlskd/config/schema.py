@@ -179,8 +179,10 @@ class Precision(StrEnum):
 class Capture(StrEnum):
     """Choice whether training steps are captured, that is, recorded as a CUDA graph and replayed.
 
-    "auto" captures the steps on a GPU if a single process trains the job. "on" also captures steps
-    on the CPU, which saves no time and gives the same numbers. "off" captures nothing.
+    - "auto" captures the steps on a GPU if a single process trains the job.
+    - "on" tries it with several processes, too. On a CPU, "on" runs the same code with a plain
+      function in place of the graph: for tests, with the same numbers and no gain.
+    - "off" captures nothing.
     """
 
     auto = "auto"  # on CUDA

@@ -39,7 +39,10 @@ class GroupRunner(Protocol):
         ...
 
     def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
-        """Return lines of text that say what the groups ask a cluster for; [] on this machine.
+        """Return lines for a plan that name the resources which a cluster will be asked for.
+
+        The resources are, for example, the number of tasks, GPUs and the time limit. A runner that
+        trains on the local machine returns [].
 
         Args:
             groups: jobs to run.

@@ -64,14 +64,16 @@ def _shown(batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 
 class Inputs:
-    """Source of the batch and the teacher's taps for all runs of a group, in each step.
+    """Function that prepares the tensors of a step for the runs of a group: batch and taps.
 
-    Call the instance with the batch and the runs of the step; the teacher processes the batch once
-    for all runs. If steps are captured (recorded as a CUDA graph and replayed), batch and taps are
-    copied to the same memory in every step, because a recording always reads the same memory. Only
-    a batch that is shorter than an earlier one, such as the last of an epoch, and its taps are not
-    copied. The forward pass of the teacher is captured, too, unless the logit maps come from a
-    cache.
+    Call the instance with the data set's batch and the runs that train on it. The call returns the
+    batch that the runs shall use, and the teacher's taps of it; without a teacher, the taps are
+    None. The teacher processes the batch once for all runs.
+
+    If steps are captured (recorded as a CUDA graph and replayed), batch and taps are copied to the
+    same memory in every step, because a recording always reads the same memory. Only a batch that
+    is shorter than an earlier one, such as the last of an epoch, and its taps are not copied. The
+    forward pass of the teacher is captured, too, unless the logit maps come from a cache.
 
     Args:
         runs: all runs of the group.
