@@ -16,6 +16,9 @@ from .selection import Gain, GainOptions, Result, spread_beside
 
 __all__ = ["notes", "notes_on_gains", "notes_on_pruned"]
 
+WEIGHTS = ("temperature", "ce_weight", "kd_weight")
+"""Settings of a loss that recipes choose beside its scales and standardisation."""
+
 
 def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
     """Yield the notes below a table that explain its numbers, except those on gains.
@@ -36,7 +39,7 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
     if quantity.note:
         yield quantity.note
     if settings := _common(declaration.runs):
-        yield f"Settings of all runs: {settings}."
+        yield f"Settings of all students: {settings}."
     if any(cell.planned > cell.n > 0 for cell in cells.values()):
         yield f"2/3 {quantity.counted}: of three planned, two have a number."
     if any(cell.rank for cell in cells.values()):
@@ -87,9 +90,17 @@ def notes_on_pruned(declaration: Declaration, pruned: Sequence[tuple[Run, str]])
 def _common(runs: Iterable[Run]) -> str:
     """Return the number of epochs and the parts of the data, if all finished runs agree on them.
 
-    Settings that stand for all images and all batches are left out.
+    Runs that trained a teacher of other runs do not count. Fractions that stand for all training
+    images are left out.
     """
-    finished = [run for run in runs if run.status == "FINISHED" and run.source == "sddlskd"]
+    runs = list(runs)
+    teachers = {run.teacher for run in runs}
+    finished = [
+        run
+        for run in runs
+        if run.status == "FINISHED" and run.source == "sddlskd"
+        if run.teacher != "none" or run.student not in teachers
+    ]
     found = []
     for name, usual in (("epochs", None), ("train_fraction", 1.0), ("val_fraction", 0.0)):
         values = {getattr(run, name) for run in finished}
@@ -189,21 +200,50 @@ def notes_on_gains(
         f"table's {len(tested)} tests. Equivalent: within ±{options.margin:g} points, by two "
         "one-sided tests."
     )
+    yield from _differing_baselines(gains, results)
+    # Rows that are paired, or compared by Welch's test, have an error of their own each.
+    alike = [key for key in tested if gains[key].difference.test == "pooled"]
     smallest = {
         column: statistics.median(
-            gains[key].difference.detectable(len(tested)) or 0 for key in tested if key[1] == column
+            gains[key].difference.detectable(len(tested)) or 0 for key in alike if key[1] == column
         )
         for column in columns
-        if any(key[1] == column for key in tested)
+        if any(key[1] == column for key in alike)
     }
-    shown = " or ".join(f"{gain:.2f} points ({column})" for column, gain in smallest.items())
-    yield f"A gain below about {shown} may be chance alone: to find smaller gains, run more seeds."
+    if smallest:
+        shown = " or ".join(f"{gain:.2f} points ({column})" for column, gain in smallest.items())
+        yield (
+            f"A gain below about {shown} may be chance alone: to find smaller gains, run more "
+            "seeds."
+        )
     if aggregated:
         yield (
             "All pairs: mean of the gains with its 95 % interval (bootstrap of the runs within "
             "pair and method); P(better): probability that a run of the row is better than one of "
             "its baseline."
         )
+
+
+def _differing_baselines(gains: Mapping[Key, Gain], results: Mapping[Key, Result]) -> Iterator[str]:
+    """Yield a note on the rows whose baseline has the same loss with other weights or temperature.
+
+    The gain of such a row is not the effect of the scales or of the standardisation alone.
+    """
+    found: dict[str, None] = {}
+    for (row, column), gain in gains.items():
+        own, base = results[row, column].runs[0], gain.base.runs[0]
+        if own.distiller != base.distiller:
+            continue
+        differing = [name for name in WEIGHTS if getattr(own, name) != getattr(base, name)]
+        if differing:
+            values = [
+                f"{name} ({getattr(own, name):g} and {getattr(base, name):g})"
+                for name in differing
+                if None not in (getattr(own, name), getattr(base, name))
+            ]
+            found[f"{row} and {gain.over} in {', '.join(values or differing)}"] = None
+    if found:
+        yield f"Other settings differ, too: {'; '.join(found)}."
 
 
 def _tests_of(
@@ -233,7 +273,10 @@ def _tests_of(
                 spread = spread_beside(results[key], beside)
                 bartlett = ""
                 if with_bartlett and spread and spread.bartlett is not None:
-                    bartlett = f", Bartlett's p {spread.bartlett:.2f}"
+                    digits = 2
+                    if abs(spread.bartlett - stats.ALPHA) < 0.005:
+                        digits = 4  # the two sides of the threshold are told apart
+                    bartlett = f", Bartlett's p {spread.bartlett:.{digits}f}"
                 details.add(f"{gain.difference.df:.3g} degrees of freedom{bartlett}")
         if details:
             yield f"{column}: {' or '.join(sorted(details))}"

@@ -7,6 +7,7 @@ compares with this run) and mlflow.json (what MLflow has). The run directory is 
 record; MLflow holds a copy.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
+from sddlskd.config.targets import foreign_files
 from sddlskd.files.atomic import append, rotate, write_atomically
 
 __all__ = [
@@ -195,9 +198,10 @@ def freeze(config: Config, text: str = "") -> Path:
         return folder
     code = code_state()
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(
-        folder / "code.json", json.dumps({k: v for k, v in code.items() if k != "diff"}, indent=1)
-    )
+    kept: dict[str, Any] = {k: v for k, v in code.items() if k != "diff"}
+    if own_code := own_code_of(config):
+        kept["own_code"] = own_code
+    write_text(folder / "code.json", json.dumps(kept, indent=1))
     if code["diff"]:
         write_text(folder / "code.diff", code["diff"])
     # Last, because the presence of config.yaml says that the record is complete.
@@ -231,6 +235,33 @@ def holds(config: Config, text: str = "") -> bool:
             "another run_dir"
         )
     return True
+
+
+def own_code_of(config: Config) -> dict[str, str]:
+    """Return {module: sha256 of its source file} for the outside code that a job names.
+
+    Outside code is, for example, a loss of the user (`allow_foreign_targets`). Modules that such a
+    module imports are not in the result.
+    """
+    if not config.allow_foreign_targets:
+        return {}
+    return {
+        module: hashlib.sha256(file.read_bytes()).hexdigest()
+        for module, file in sorted(foreign_files(asdict(config)).items())
+    }
+
+
+def changed_code(config: Config) -> list[str]:
+    """Return the modules of outside code that have changed since a job's record was made.
+
+    A module is compared only if code.json has its hash, and if its source file is found now. See
+    `own_code_of`. Raise `Damaged` if code.json is damaged.
+    """
+    now = own_code_of(config)
+    if not now:
+        return []
+    then = read_json(Path(config.run_dir, "code.json")).get("own_code", {})
+    return [module for module in now if then.get(module, now[module]) != now[module]]
 
 
 @cache

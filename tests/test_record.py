@@ -280,3 +280,25 @@ def test_a_damaged_count_of_requeues_is_named(tmp_path: Path) -> None:
     (tmp_path / "requeues.json").write_text("{")
     with pytest.raises(record.Damaged, match=r"requeues.json is damaged"):
         record.note_requeues(tmp_path, "7", 1)
+
+
+def test_outside_code_is_kept_as_a_hash_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    loss, network = tmp_path / "my_loss.py", tmp_path / "my_room" / "networks.py"
+    network.parent.mkdir()
+    for file in (loss, network, network.parent / "__init__.py"):
+        file.write_text("raise RuntimeError('nobody may import this')")
+    job = tiny(tmp_path / "home")
+    job.allow_foreign_targets = True
+    job.distiller.loss = {"_target_": "my_loss.kl"}
+    job.student.model = {"_target_": "my_room.networks.Small", "block": {"_target_": "lost.Block"}}
+    freeze(job)
+    kept = json.loads(Path(job.run_dir, "code.json").read_text())["own_code"]
+    assert kept.keys() == {"my_loss", "my_room.networks"}
+    assert record.changed_code(job) == []
+    network.write_text("edited")
+    assert record.changed_code(job) == ["my_room.networks"]
+    job.allow_foreign_targets = False
+    assert record.changed_code(job) == []

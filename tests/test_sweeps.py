@@ -763,6 +763,21 @@ def test_a_teacher_file_that_was_replaced_is_named(
     assert "1 finished jobs learnt from another teacher file" in caplog.text
 
 
+def test_a_loss_that_was_edited_is_named(
+    home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(home, network("Tiny"))
+    sweep(jobs)
+    logging.getLogger("sddlskd").propagate = True
+    sweep(jobs)
+    assert "than the current one" not in caplog.text
+    kept = Path(jobs[0].run_dir, "code.json")
+    module = next(iter(json.loads(kept.read_text())["own_code"]))
+    monkeypatch.setattr(record, "own_code_of", lambda job: {module: "edited"})
+    sweep(jobs)
+    assert f"1 finished jobs ran another {module} than the current one" in caplog.text
+
+
 def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:
     auto = pool()
     jobs = [Config(), Config()]

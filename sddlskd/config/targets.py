@@ -9,8 +9,10 @@ path resolves to.
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
@@ -117,6 +119,39 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         if _is_ours(target):
             _check_kind(target)
     return hydra_instantiate(node, **arguments)
+
+
+def foreign_files(node: Any) -> dict[str, Path]:
+    """Return {module: its source file} for the targets in nested values that are outside code.
+
+    Outside code is code that is not in `PACKAGES` (sddlskd, torch, torchvision, timm). A module
+    without a source file is left out. No module is imported.
+    """
+    files = {}
+    for _, target in _targets(node, ""):
+        if not _is_ours(target):
+            module, file = _source_of(target)
+            if file is not None:
+                files[module] = file
+    return files
+
+
+def _source_of(target: str) -> tuple[str, Path | None]:
+    """Return the name and the source file of the module of a dotted name; None without a file."""
+    module, *rest = target.split(".")
+    spec = None
+    with suppress(ImportError, ValueError):
+        spec = find_spec(module)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return module, None
+    file = Path(spec.origin)
+    for name in rest:
+        inner, package = file.parent / f"{name}.py", file.parent / name / "__init__.py"
+        if file.name != "__init__.py" or not (inner.is_file() or package.is_file()):
+            break
+        module = f"{module}.{name}"
+        file = package if package.is_file() else inner
+    return module, file
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:

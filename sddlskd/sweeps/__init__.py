@@ -111,6 +111,15 @@ def run_sweep(
             cfg.run_name(job),
             change,
         )
+    if plan.changed_code:
+        job, modules = plan.changed_code[0]
+        log.warning(
+            "%d finished jobs ran another %s than the current one (%s ...); sweep.rerun=all runs "
+            "them again",
+            len(plan.changed_code),
+            ", ".join(modules),
+            cfg.run_name(job),
+        )
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
         print_plan(plan, devices, runner.requests(plan.groups))

@@ -54,6 +54,8 @@ class Plan:
         changed: finished jobs that learnt from another teacher file than the current one.
         other_data: (finished job, how the data differ) of each job that was trained on other data
             than its data set has now.
+        changed_code: (finished job, modules) of each job whose outside code, such as a loss of the
+            user, has changed since its record was made.
         devices: devices of this machine, such as ["cuda:0"]; empty if no job was checked.
         teachers: missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
             epochs)".
@@ -72,6 +74,7 @@ class Plan:
     downloads: list[str]
     changed: list[Config]
     other_data: list[tuple[Config, str]]
+    changed_code: list[tuple[Config, list[str]]]
     devices: list[str]
     teachers: list[str]
 
@@ -196,6 +199,7 @@ def make_plan(
         downloads=answer["downloads"],
         changed=[finished[index] for index in answer["changed"]],
         other_data=[(finished[index], change) for index, change in answer["other_data"]],
+        changed_code=[(job, modules) for job in finished if (modules := record.changed_code(job))],
         devices=answer["devices"],
         teachers=answer["teachers"],
     )
