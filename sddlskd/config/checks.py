@@ -111,8 +111,9 @@ def check(config: Config, *, frozen: bool) -> None:
 def _check_search(config: Config) -> None:
     """Raise ValueError if no run logs the objective, or if the epochs of halving are not valid."""
     if config.objective not in OBJECTIVES:
+        valid = [name for name in OBJECTIVES if config.dataset.multi_label or "mAP" not in name]
         raise ValueError(
-            f"objective={config.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
+            f"objective={config.objective} is logged by no run; give {', '.join(valid)}"
         )
     moment, _, metric = config.objective.partition("/")
     if metric == "mAP" and not config.dataset.multi_label:

@@ -39,6 +39,21 @@ __all__ = [
 ]
 
 # Errors of this package's own checks, with messages for users.
+# What Hydra says of several values, and what a user can do
+SWEEP_WITHOUT_FLAG = (
+    (
+        r"Ambiguous value for argument '([^']*)'",
+        "{} has several values; put -m before the overrides to run a sweep, or [] around a list",
+    ),
+    (
+        r"Sweep parameters '([^']*)' requires --multirun",
+        "{} has several values; put -m before the overrides to run a sweep",
+    ),
+    (
+        r"BasicSweeper does not support sweep type",
+        "values such as interval(1,8) require a search; add hydra/sweeper=optuna",
+    ),
+)
 OWN_ERRORS = (ValueError, OSError, RuntimeError)
 # OmegaConf's message about a value of the wrong type
 WRONG_TYPE = re.compile(
@@ -194,7 +209,11 @@ def explain(error: BaseException) -> str:
             return f"{key[1]} is too large for a number; give a smaller one"
         if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
             return _one_line(str(link))
-    return _one_line(str(error))
+    said = _one_line(str(error))
+    for pattern, reason in SWEEP_WITHOUT_FLAG:
+        if match := re.search(pattern, said):
+            return reason.format(*match.groups())
+    return said
 
 
 def _readable(override: str) -> str:
