@@ -41,7 +41,7 @@ test-services: test-servers test-slurm
 
 test-servers: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
-	$(PYTEST) -m services tests/services --numprocesses 2 --dist worksteal --durations 12
+	$(PYTEST) -m services tests/services --durations 12
 
 test-slurm: setup
 	.ci/install slurm-wlm slurmdbd munge || true
