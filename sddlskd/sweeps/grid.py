@@ -61,8 +61,8 @@ class InvalidJobs(ValueError):
 def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
     """Return one line per distinct reason, with the names of up to three jobs that have the reason.
 
-    `reasons` holds (name of the job, reason) of each job. A line reads "a, b, c and 2 more:
-    reason". Return [] if there are no reasons.
+    `reasons` holds (name of the job, reason) of each job. A line reads "reason (a, b, c and 2
+    more)". Return [] if there are no reasons.
     """
     names_of: dict[str, list[str]] = {}
     for name, reason in reasons:
@@ -72,7 +72,7 @@ def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:
         listed = ", ".join(names[:3])
         if len(names) > 3:
             listed = f"{listed} and {len(names) - 3} more"
-        lines.append(f"{listed}: {reason}")
+        lines.append(f"{reason} ({listed})")
     return lines
 
 
