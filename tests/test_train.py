@@ -197,7 +197,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["optimizer.lr=high"], ["optimizer.lr=high is not a number"]),
         (["teacher.checkpoint=[1]"], [r"teacher.checkpoint=\[1\]", "string"]),
         (["seed=-1"], ["seed=-1", "not be negative"]),
-        (["student=resnet8,resnet14"], ["student=resnet8,resnet14", "--multirun"]),
+        (["student=resnet8,resnet14"], ["student=resnet8,resnet14", "put -m before"]),
         (["student"], ["student", "key=value"]),
         (["home="], ["home is empty", r"home=\."]),
         (["hydra/launcher=slrum"], ["hydra/launcher=slrum", "did you mean hydra/launcher=slurm",
