@@ -47,6 +47,7 @@ def test_every_method_has_a_choice_and_a_recipe() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 50 runs
 def test_a_run_beside_all_other_methods_equals_the_run_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
