@@ -360,6 +360,7 @@ REFUSED = [
      "mean has 1 and std 3 entries for 3 channels"),
     (["-m", "hydra/sweeper=optuna", "optimizer.lr=interval(0.2,0.1)"], "0.2"),
     (["distiller.temperature=1,2"], "distiller.temperature=1,2 has several values; put -m before"),
+    (["distiller.temperature=interval(1,8)"], "has several values; put -m before the overrides"),
     (["-m", "distiller.temperature=interval(1,8)"], "require a search; add hydra/sweeper=optuna"),
     (["dataset.unlabelled=true"],
      "dataset.unlabelled=true has no images without labels, as dataset.train_fraction=1; set"),

@@ -775,7 +775,9 @@ def test_a_loss_that_was_edited_is_named(
     module = next(iter(json.loads(kept.read_text())["own_code"]))
     monkeypatch.setattr(record, "own_code_of", lambda job: {module: "edited"})
     sweep(jobs)
-    assert f"1 finished jobs ran another {module} than the current one" in caplog.text
+    fit(jobs)
+    assert f"{jobs[0].run_dir} ran another version of {module} than" in caplog.text
+    assert f"1 finished jobs ran another version of {module} than the current one" in caplog.text
 
 
 def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:

@@ -95,31 +95,7 @@ def run_sweep(
     only_print = plan.jobs[0].sweep.plan
     if plan.invalid and not only_print:
         raise InvalidJobs(plan.invalid)
-    if plan.changed:
-        log.warning(
-            "%d finished jobs learnt from another teacher file than the current one (%s ...); "
-            "sweep.rerun=all runs them again",
-            len(plan.changed),
-            ", ".join(map(cfg.run_name, plan.changed[:3])),
-        )
-    if plan.other_data:
-        job, change = plan.other_data[0]
-        log.warning(
-            "%d finished jobs were trained on other data than their data sets have now "
-            "(%s: %s ...); choose another dataset.name, or sweep.rerun=all runs them again",
-            len(plan.other_data),
-            cfg.run_name(job),
-            change,
-        )
-    if plan.changed_code:
-        job, modules = plan.changed_code[0]
-        log.warning(
-            "%d finished jobs ran another %s than the current one (%s ...); sweep.rerun=all runs "
-            "them again",
-            len(plan.changed_code),
-            ", ".join(modules),
-            cfg.run_name(job),
-        )
+    _warn_of_finished(plan)
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
         print_plan(plan, devices, runner.requests(plan.groups))
@@ -140,6 +116,35 @@ def run_sweep(
         if print_results or ended == KILLED or _status_of_all(plan.jobs) != FINISHED:
             print_outcome(plan, results, stopped=ended == KILLED, locally=runner.runs_locally)
     return [result_of(job) for job in jobs]
+
+
+def _warn_of_finished(plan: Plan) -> None:
+    """Log a warning for each way in which finished jobs differ from what would run now."""
+    if plan.changed:
+        log.warning(
+            "%d finished jobs learnt from another teacher file than the current one (%s ...); "
+            "sweep.rerun=all runs them again",
+            len(plan.changed),
+            ", ".join(map(cfg.run_name, plan.changed[:3])),
+        )
+    if plan.other_data:
+        job, change = plan.other_data[0]
+        log.warning(
+            "%d finished jobs were trained on other data than their data sets have now "
+            "(%s: %s ...); choose another dataset.name, or sweep.rerun=all runs them again",
+            len(plan.other_data),
+            cfg.run_name(job),
+            change,
+        )
+    if plan.changed_code:
+        job, modules = plan.changed_code[0]
+        log.warning(
+            "%d finished jobs ran another version of %s than the current one (%s ...); "
+            "sweep.rerun=all runs them again",
+            len(plan.changed_code),
+            ", ".join(modules),
+            cfg.run_name(job),
+        )
 
 
 def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:

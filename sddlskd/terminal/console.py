@@ -39,8 +39,9 @@ __all__ = [
 ]
 
 # Errors of this package's own checks, with messages for users.
-# What Hydra says of several values, and what a user can do
-SWEEP_WITHOUT_FLAG = (
+OWN_ERRORS = (ValueError, OSError, RuntimeError)
+# Hydra's message about several values, and the line for a user
+SEVERAL_VALUES = (
     (
         r"Ambiguous value for argument '([^']*)'",
         "{} has several values; put -m before the overrides to run a sweep, or [] around a list",
@@ -54,7 +55,6 @@ SWEEP_WITHOUT_FLAG = (
         "values such as interval(1,8) require a search; add hydra/sweeper=optuna",
     ),
 )
-OWN_ERRORS = (ValueError, OSError, RuntimeError)
 # OmegaConf's message about a value of the wrong type
 WRONG_TYPE = re.compile(
     r"Value '(?P<value>.*)' of type '.*' could not be converted to (?P<type>Integer|Float)"
@@ -210,7 +210,7 @@ def explain(error: BaseException) -> str:
         if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
             return _one_line(str(link))
     said = _one_line(str(error))
-    for pattern, reason in SWEEP_WITHOUT_FLAG:
+    for pattern, reason in SEVERAL_VALUES:
         if match := re.search(pattern, said):
             return reason.format(*match.groups())
     return said

@@ -119,8 +119,8 @@ def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
         raise ValueError(
             f"teacher={job.teacher.name} was trained on other classes than "
             f"dataset={job.dataset.name} has now ({differs}; file {path}); "
-            "choose another dataset.name, or set teacher.checkpoint=FILE (of a second teacher: "
-            f"more_teachers.{job.teacher.name}.checkpoint=FILE)"
+            "choose another dataset.name, or set teacher.checkpoint=FILE "
+            "(more_teachers.NAME.checkpoint=FILE for a further teacher)"
         )
     return difference(earlier, now)
 

@@ -178,7 +178,9 @@ def _finished(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
                 "%s was trained with another teacher file than the current one", job.run_dir
             )
         if modules := record.changed_code(job):
-            log.warning("%s ran another %s than the current one", job.run_dir, ", ".join(modules))
+            log.warning(
+                "%s ran another version of %s than the current one", job.run_dir, ", ".join(modules)
+            )
     return finished
 
 

@@ -694,6 +694,37 @@ def test_only_the_best_epoch_is_compared_with_the_papers(metric: str) -> None:
     assert any("0.3 points above the last" in note for note in table.notes)
 
 
+def test_the_notes_state_the_budget_of_the_students() -> None:
+    small = {"dataset": "digits", "epochs": 5, "train_fraction": 0.1}
+    students = runs(*SMALL, KD, **small) + runs(*SMALL, SD_KD, **small, **sd_kd())
+    teacher = [run("none", SMALL[0], 0, 79.0, dataset="digits", epochs=20, distiller="vanilla")]
+    stated = "Settings of all students: epochs=5, train_fraction=0.1."
+    assert stated in build(students + teacher)["overview_digits"].notes
+    other = runs("none", SMALL[1], [60.0], **small | {"epochs": 9}, distiller="vanilla")
+    notes = build(students + other)["overview_digits"].notes
+    assert "Settings of all students: train_fraction=0.1." in notes
+
+
+def test_the_notes_name_weights_in_which_a_row_differs_from_its_baseline() -> None:
+    alike = runs(*SMALL, KD, dataset="digits", ce_weight=0.1)
+    alike += runs(*SMALL, SD_KD, **sd_kd(), dataset="digits", ce_weight=0.1)
+    assert "Other settings differ" not in " ".join(build(alike)["overview_digits"].notes)
+    for row in alike[len(KD) :]:
+        row["ce_weight"] = 1.0
+    notes = build(alike)["overview_digits"].notes
+    assert "Other settings differ, too: SD-KD [1,2,4] and KD in ce_weight (1 and 0.1)." in notes
+
+
+@pytest.mark.parametrize(("p", "shown"), [(0.05011, "0.0501"), (0.2, "0.20"), (0.04996, "0.0500")])
+def test_the_notes_tell_a_p_value_at_the_threshold_from_the_threshold(
+    p: float, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = stats.Spread(std=1.0, df=4, bartlett=p)
+    monkeypatch.setattr("analysis.notes.spread_beside", lambda *arguments: spread)
+    notes = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd()))["sdd_table_2"].notes
+    assert f"Bartlett's p {shown})" in " ".join(notes)
+
+
 def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
     table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd()), sweep="pilot")[
         "sdd_table_2"
@@ -1054,6 +1085,8 @@ def test_rows_of_unequal_variances_are_compared_apart() -> None:
     assert gain is not None
     assert gain.difference.test == "paired"
     assert any("paired by seed, since their variances differ" in note for note in table.notes)
+    # Each row has an error of its own, so no single size of a gain can be named.
+    assert not any("may be chance alone" in note for note in table.notes)
     apart = [row | {"seed": row["seed"] + 10 * (row["M"] != "[1]")} for row in rows]
     table = build(apart)["sdd_table_2"]
     gain = table.cells["SD-KD", COLUMN].gain
