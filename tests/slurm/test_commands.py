@@ -68,8 +68,9 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         for name in ("calm", "rough", "long", "twin")
     }
     mlflow = ["tracking=mlflow"]
-    long = ["trainer.epochs=3", "trainer.max_steps=20", "checkpoint.every_minutes=0.02"]
-    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10")
+    long = ["trainer.epochs=3", "trainer.max_steps=30", "checkpoint.every_minutes=0.02"]
+    # 75 seconds for a start and a part of the 90 steps; the rest is for a slow machine's last step.
+    limits = ("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=45")
     one_second = network("Slow", seconds=1.0).split()
     launch(homes["long"], "long", *one_second, *long, *mlflow, *limits)
     launch(homes["rough"], "rough", *slow(0.4, *GRID, *mlflow, "checkpoint.every_minutes=0.01"))
@@ -177,7 +178,7 @@ def test_a_job_longer_than_its_time_limit_goes_on_after_it(story: dict[str, Path
     (twin,) = jobs_of(
         story["twin"],
         " ".join(network("Slow", seconds=0.0).split()),
-        common=("trainer.epochs=3", "trainer.max_steps=20"),
+        common=("trainer.epochs=3", "trainer.max_steps=30"),
     )
     fit([twin])
     assert same_weights(folder, Path(twin.run_dir))
