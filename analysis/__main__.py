@@ -148,7 +148,9 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
     if not built:
         _say("no table written: there are no runs for any table")
     _tell("drawing the figures")
-    drawn = figures.build(runs, out / "figures", metric=metric, test=chosen.test)
+    drawn = figures.build(
+        runs, out / "figures", metric=metric, test=chosen.test, baseline=chosen.baseline
+    )
     for figure in drawn:
         _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
     runs.frame.to_csv(out / "runs.csv", index=False)

@@ -303,3 +303,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "val: test accuracy" in words
     )
     assert "import-logs" in words
+
+
+def test_tables_and_figures_get_the_same_options(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(figures, "build", lambda *_, **options: asked.append(options) or [])
+    words = ["study", "--home", str(home), "--out", str(tmp_path), "--format", "md"]
+    chosen = ["--metric", "last", "--test", "paired", "--baseline", "kd"]
+    assert main([*words, *chosen]) == 0
+    assert asked == [{"metric": "last", "test": "paired", "baseline": "kd"}]
+    shown = "".join(path.read_text() for path in (tmp_path / "tables").iterdir())
+    assert "| KD (baseline) |" in shown
