@@ -44,6 +44,15 @@ def test_methods_have_the_same_names_in_the_program_and_in_the_tables() -> None:
     assert METHOD_NAMES.items() <= PAPERS_LOSSES.items()
 
 
+def test_every_loss_and_method_of_the_package_has_the_name_of_its_paper() -> None:
+    known = {
+        path.stem
+        for group in ("distiller", "features")
+        for path in Path(__file__).parents[1].joinpath("conf", group).glob("*.yaml")
+    }
+    assert known - {"features_only", "vanilla"} == METHOD_NAMES.keys()
+
+
 def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose) -> None:
     job = compose("recipe=kd")
     other = replace(job, recipe="none")
@@ -67,6 +76,7 @@ def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose)
         ("recipe=semckd", "SemCKD"),
         ("recipe=semckd distiller=features_only", "SemCKD without KD"),
         ("distiller.name=my_Loss", "SD-my_Loss+LS"),
+        ("distiller.name=My-Loss M=[1] standardize=false", "My-Loss"),
         ("recipe=luminet M=[1,2]", "SD-LumiNet"),
         ("recipe=normkd", "NormKD"),
         ("recipe=sd_dkd standardize=batch", "SD-DKD+BS"),
