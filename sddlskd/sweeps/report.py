@@ -159,6 +159,8 @@ def _job_line(job: JobStatus) -> str:
     if job.mAP is not None:
         parts.append(f"mAP {job.mAP:.2f}")
     parts.append(job.name)
+    if job.settings:
+        parts.append(job.settings)
     if job.reason:
         parts.append(job.reason)
     if job.slurm_job:

@@ -21,7 +21,7 @@ from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.terminal.console import outcomes, write_line
 
-__all__ = ["DATABASE", "Search", "objective_of", "split_words"]
+__all__ = ["DATABASE", "Search", "objective_of", "searched_keys", "split_words"]
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,17 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
         )
     fixed = [str(one.input_line) for key, one in parsed.items() if key not in varied]
     return fixed, varied
+
+
+def searched_keys(command: str) -> list[str]:
+    """Return the keys that a search varies, from the command that continues it.
+
+    `command` is that of the sweep's manifest. The list is empty if no override of the command has
+    several values.
+    """
+    words = [word for word in shlex.split(command) if "=" in word and not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(words)
+    return [one.get_key_element() for one in parsed if one.is_sweep_override()]
 
 
 def _distribution(override: Override) -> Any:
@@ -345,7 +356,7 @@ class Search:
         """
         code: Any = 0
         try:
-            outcomes(jobs, [result_of(job) for job in jobs])
+            outcomes(jobs, [result_of(job) for job in jobs], searched=self.varied)
         except SystemExit as ended:
             code = ended.code
         if best := self.best():

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,7 +119,11 @@ def duration(seconds: float) -> str:
 
 
 def outcomes(
-    jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
+    jobs: Sequence[Config],
+    results: Sequence[dict[str, Any]],
+    *,
+    stopped: bool = False,
+    searched: Collection[str] = (),
 ) -> None:
     """Print a table of the results of runs, and the folders that hold the run directories.
 
@@ -129,6 +133,7 @@ def outcomes(
         jobs: configuration of each run.
         results: content of result.json of each run, in the order of `jobs`.
         stopped: whether the sweep as a whole was stopped.
+        searched: keys that a search varies, as for `cfg.differing_settings`.
 
     Raises:
         SystemExit: With `ExitCode.STOPPED` (130) if a run is KILLED or `stopped` is true, else with
@@ -138,7 +143,7 @@ def outcomes(
     from rich.console import Console
 
     console = Console(markup=False)  # a reason may contain brackets
-    _print_results(console, jobs, results)
+    _print_results(console, jobs, results, cfg.differing_settings(jobs, searched))
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
         console.print(f"records in {folder}", soft_wrap=True)
     statuses = {result["status"] for result in results}
@@ -150,10 +155,19 @@ def outcomes(
 
 
 def _print_results(
-    console: "RichConsole", jobs: Sequence[Config], results: Sequence[dict[str, Any]]
+    console: "RichConsole",
+    jobs: Sequence[Config],
+    results: Sequence[dict[str, Any]],
+    settings: Sequence[str],
 ) -> None:
-    """Print a row for each run; settings that have no room in the table stand below it."""
-    settings = cfg.differing_settings(jobs)
+    """Print a row for each run; settings that have no room in the table stand below it.
+
+    Args:
+        console: the terminal.
+        jobs: configuration of each run.
+        results: content of result.json of each run, in the order of `jobs`.
+        settings: text with the settings of each run that the table shows, in the same order.
+    """
     columns = ["pair", "method", "M", "seed", "settings", "status", "best", "last", "time"]
     if not any(settings):
         columns.remove("settings")
