@@ -31,6 +31,7 @@ from .charts import (
     stop_at_100,
     style_of,
 )
+from .names import counted
 from .points import (
     Comparison,
     Point,
@@ -555,7 +556,9 @@ def cost(points: Sequence[Point], metric: str) -> Chart | None:
         notes += f" The times of {len(environments)} environments cannot be compared."
     untimed = sum(point.n - len(times[point]) for point in shown)
     if untimed:
-        notes += f" {untimed} runs without a time of their own count for the accuracy only."
+        notes += (
+            f" Without a separate time, and so for the accuracy only: {counted(untimed, 'run')}."
+        )
     caption = (
         f"{_metric_label(metric, shown)}, against training time (of the last epoch). Marks: mean "
         "of both over seeds; bars: 95 % interval of the mean accuracy (Student's t), none for a "

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "PAPERS_LOSSES",
     "SUFFIXES",
+    "counted",
     "method_name",
     "pair_name",
     "row_key",
@@ -128,6 +129,13 @@ def pair_name(teacher: str, student: str) -> str:
     if teacher == "none":
         return f"{student} alone"
     return f"{teacher} → {student}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which is given in the singular: "1 run", "2 runs"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
 def value_name(value: Any) -> str:

@@ -167,6 +167,15 @@ def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_a_single_job_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = leave_job(tmp_path, 0, (41.0,), ("trainer.epochs=1",), status="KILLED", requeues=1)
+    leave_sweep(tmp_path, alone)
+    main(["status", "mine", "--home", str(tmp_path)])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sweep mine: 1 job: 1 interrupted"
+    assert told[1] == f"  interrupted  1/1 epoch  top-1 41.00  {alone.name}  requeued 1 time"
+
+
 def test_the_json_holds_the_same(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

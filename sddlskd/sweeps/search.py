@@ -20,6 +20,7 @@ from sddlskd.config import OBJECTIVES, Config
 from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.terminal.console import outcomes, write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["DATABASE", "Search", "objective_of", "searched_keys", "split_words"]
 
@@ -347,7 +348,7 @@ class Search:
     def _log_progress(self) -> None:
         best = self.best()
         value = f"best {self.objective} {best[1]:.6g}" if best else "none has a value yet"
-        log.info("%d of %d trials: %s", len(self._study.trials), self.n_trials, value)
+        log.info("%d of %s: %s", len(self._study.trials), counted(self.n_trials, "trial"), value)
 
     def _report(self, jobs: Sequence[Config]) -> None:
         """Print a table of all trials, the best trial, and the command that runs it again.
@@ -362,7 +363,8 @@ class Search:
         if best := self.best():
             number, value, words = best
             write_line(
-                f"best of {len(jobs)} trials: trial {number} with {self.objective} {value:.6g}: "
+                f"best of {counted(len(jobs), 'trial')}: trial {number} with {self.objective} "
+                f"{value:.6g}: "
                 f"{' '.join(words)}"
             )
             kept = [word for word in self.fixed if not word.lstrip("+").startswith("sweep.")]
@@ -374,7 +376,7 @@ class Search:
                 command = _final_command([*kept, *words], jobs)
                 write_line(f"to train it on all training images, with new seeds: {command}")
         else:
-            write_line(f"none of the {len(jobs)} trials has a value")
+            write_line(f"none of {counted(len(jobs), 'trial')} has a value")
         if code:
             sys.exit(code)
 

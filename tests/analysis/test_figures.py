@@ -95,7 +95,7 @@ def test_captions_say_seeds_interval_metric_and_what_is_left_out(
         assert "95 % interval" in captions[name]
         assert "n = 3 seeds" in captions[name]
     assert "sample standard deviation" in captions["learning_curves"]
-    assert "1 runs without a time of their own count for the accuracy only" in captions["cost"]
+    assert "Without a separate time, and so for the accuracy only: 1 run." in captions["cost"]
 
 
 def test_runs_side_by_side_have_no_mark_of_cost(tmp_path: Path) -> None:

@@ -89,3 +89,9 @@ def test_a_run_of_an_unknown_method_says_so() -> None:
     frame["method"] = ""
     (overview,) = tables.build(frame)
     assert overview.rows == ("method not known",)
+
+
+def test_a_number_has_its_noun() -> None:
+    assert [names.counted(number, "new run") for number in range(3)] == [
+        "0 new runs", "1 new run", "2 new runs",
+    ]  # fmt: skip
