@@ -133,9 +133,11 @@ def _analyse(given: Sequence[str]) -> None:
 
 def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> None:
     from . import figures, render, report, tables
-    from .selection import GainOptions
+    from .schema import runs_of
+    from .selection import GainOptions, refuse_absent
 
     out, metric = chosen.out, chosen.metric
+    refuse_absent(metric, runs_of(runs.frame))
     options = GainOptions(chosen.test, chosen.margin, chosen.baseline)
     (out / "tables").mkdir(parents=True, exist_ok=True)
     _tell("computing the tables and their tests")

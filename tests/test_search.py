@@ -124,7 +124,10 @@ def test_another_search_needs_another_name(tmp_path: Path, words: list[str], sai
 
 
 def test_a_bad_objective_or_range_is_refused_by_its_key() -> None:
-    with pytest.raises(ValueError, match="objective=foo is logged by no run; give best/top1"):
+    with pytest.raises(
+        ValueError,
+        match="objective=foo is logged by no run; give objective=best/top1; runs log best/",
+    ):
         search(None, objective="foo")
     for word in ("x=interval(8.0,1.0)", "x=tag(log,interval(0,1))", "n=int(interval(3,1))"):
         with pytest.raises(ValueError, match=f"^{re.escape(word)}: "):

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 
+from sddlskd import config as cfg
 from sddlskd.config import OBJECTIVES, Config
 from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
 from sddlskd.sweeps.outcome import result_of
@@ -175,9 +176,7 @@ class Search:
             raise ValueError(INSTALL) from None
 
         if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective={self.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
-            )
+            raise ValueError(cfg.unknown_objective(self.objective, list(OBJECTIVES)))
         self._space = {key: _distribution(one) for key, one in self.varied.items()}
         storage = None
         if self.folder is not None:

@@ -316,3 +316,19 @@ def test_tables_and_figures_get_the_same_options(
     assert asked == [{"metric": "last", "test": "paired", "baseline": "kd"}]
     shown = "".join(path.read_text() for path in (tmp_path / "tables").iterdir())
     assert "| KD (baseline) |" in shown
+
+
+def test_a_metric_that_no_run_logs_is_refused_with_those_that_they_log(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for metric, needs in (
+        ("mAP", "runs have mAP if their images have several labels (dataset.multi_label=true)"),
+        ("val", "runs have val if dataset.val_fraction is above 0"),
+    ):
+        words = ["study", "--home", str(home), "--out", str(tmp_path / "out"), "--metric", metric]
+        assert main(words) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: --metric {metric} is logged by none of 18 finished runs; give --metric best; "
+            f"the runs log best, last; {needs}"
+        )
+    assert not (tmp_path / "out").exists()
