@@ -44,6 +44,7 @@ from sddlskd.files.checkpoint import read_weights, write
 from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
+from sddlskd.terminal.layout import fitting_table
 from sddlskd.training import teacher_files
 from sddlskd.training.build import build_data, build_network, present_fingerprint
 from sddlskd.training.checks import check_teacher_data, teacher_path
@@ -357,11 +358,9 @@ def table(home: str) -> str:
     ValueError if lock.json, which holds the noted sha256 values, is damaged.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    rows = Table(title=f"teachers of {home}", title_justify="left")
-    for column in ("data set", "network", "published top-1", "file", "source"):
-        rows.add_column(column, overflow="fold")
+    columns = ("data set", "network", "published top-1", "file", "source")
+    rows = []
     known = teacher_files.pinned(home)
     here = {
         f"{path.parent.name}/{path.stem}": path for path in Path(home, "teachers").glob("*/*.pt")
@@ -381,10 +380,12 @@ def table(home: str) -> str:
             presence = "present, as pinned"
         else:
             presence = "present, CHANGED"
-        rows.add_row(dataset, name, top1, presence, source)
+        rows.append(dict(zip(columns, (dataset, name, top1, presence, source), strict=True)))
     console = Console()
+    drawn, width = fitting_table(f"teachers of {home}", columns, rows, console.width, ["source"])
+    console.width = max(console.width, width)
     with console.capture() as text:
-        console.print(rows)
+        console.print(drawn)
     return text.get().rstrip()
 
 

@@ -124,7 +124,10 @@ def test_another_search_needs_another_name(tmp_path: Path, words: list[str], sai
 
 
 def test_a_bad_objective_or_range_is_refused_by_its_key() -> None:
-    with pytest.raises(ValueError, match="objective=foo is logged by no run; give best/top1"):
+    with pytest.raises(
+        ValueError,
+        match="objective=foo is logged by no run; give objective=best/top1; runs log best/",
+    ):
         search(None, objective="foo")
     for word in ("x=interval(8.0,1.0)", "x=tag(log,interval(0,1))", "n=int(interval(3,1))"):
         with pytest.raises(ValueError, match=f"^{re.escape(word)}: "):
@@ -168,12 +171,26 @@ def test_the_report_names_the_command_of_the_final_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: float
 ) -> None:
     given = ["student=resnet8", f"dataset.val_fraction={held_out}", "objective=last/top1"]
-    given += ["sweep.name=s", "home=a b", "x=interval(1.0,8.0)", "seed=3,5", "M=[1],[1,2]"]
+    given += [
+        "sweep.name=s",
+        "home=a b",
+        "distiller.temperature=interval(1.0,8.0)",
+        "seed=3,5",
+        "M=[1],[1,2]",
+    ]
     one = search(None, 2, words=given)
     job = replace(tiny(tmp_path, f"dataset.val_fraction={held_out}"), seed=5)
 
     def jobs_of(words: list[list[str]]) -> list[Config]:
-        return [replace(job, run_dir=str(tmp_path / str(n))) for n in range(len(words))]
+        return [
+            replace(
+                job,
+                run_dir=str(tmp_path / str(n)),
+                seed=5 - n,  # no trial has the name of another
+                distiller=replace(job.distiller, temperature=2.5 + n),
+            )
+            for n in range(len(words))
+        ]
 
     def finish(words: list[list[str]]) -> None:
         for number in range(len(words)):
@@ -182,7 +199,10 @@ def test_the_report_names_the_command_of_the_final_training(
             (tmp_path / str(number) / "result.json").write_text(json.dumps(result))
 
     one.run(jobs_of, finish)
-    *_, again, final = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    assert "│temperature=2.5" in out
+    assert "│temperature=3.5" in out
+    *_, again, final = out.splitlines()
     if not held_out:
         assert final.startswith("to run it again: ")
         return

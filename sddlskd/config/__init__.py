@@ -1,6 +1,6 @@
 """Configuration of a job (one training run): its typed settings, their checks, and its names."""
 
-from sddlskd.config.checks import check_launcher
+from sddlskd.config.checks import check_launcher, unknown_objective
 from sddlskd.config.identity import (
     cached_side,
     canonical,
@@ -125,5 +125,6 @@ __all__ = [
     "teacher_weights",
     "title",
     "to_yaml",
+    "unknown_objective",
     "with_each_teacher",
 ]

@@ -41,6 +41,7 @@ from sddlskd.data.device import (
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Splits
+from sddlskd.terminal.words import counted
 
 __all__ = ["Data", "StreamedData"]
 
@@ -461,7 +462,7 @@ class StreamedData:
         # A rank has only a share of the validation images: other ranks may have usable ones.
         if not shown and (self._plan.ranks == 1 or split == "test"):
             raise ValueError(
-                f"none of the {len(self._splits[split].paths)} {split} images can be used: "
+                f"none of {counted(len(self._splits[split].paths), f'{split} image')} can be used: "
                 "look at the log"
             )
 

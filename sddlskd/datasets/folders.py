@@ -15,6 +15,7 @@ import torch
 from sddlskd.datasets.arrays import EXTENSIONS, Files, Splits
 from sddlskd.datasets.places import check_named_root, check_root, fetch
 from sddlskd.files.archive import unpack_folder
+from sddlskd.terminal.words import counted
 
 __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 
@@ -64,11 +65,11 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
         if len(differing) > 5:
             shown += ", ..."
         raise ValueError(
-            f"{top}: {len(differing)} classes are in one split only ({shown}); "
+            f"{top}: only one split has {counted(len(differing), 'class', 'classes')} ({shown}); "
             "both need the same folders"
         )
     if num_classes is not None and len(train_classes) != num_classes:
-        found = f"{top / 'train'} holds {len(train_classes)} classes"
+        found = f"{top / 'train'} holds {counted(len(train_classes), 'class', 'classes')}"
         raise ValueError(
             f"{found}, not {num_classes}; set dataset.num_classes={len(train_classes)}"
         )
@@ -101,7 +102,8 @@ def label_sets(root: str, num_classes: int | None = None) -> Splits:
     names = sorted({name for images in listed for labels in images.values() for name in labels})
     if num_classes is not None and len(names) != num_classes:
         raise ValueError(
-            f"{top}: the two labels.csv name {len(names)} classes, not {num_classes}; set "
+            f"{top}: the two labels.csv name {counted(len(names), 'class', 'classes')}, "
+            f"not {num_classes}; set "
             f"dataset.num_classes={len(names)}"
         )
     place = {name: label for label, name in enumerate(names)}
@@ -345,7 +347,8 @@ def imagenet(root: str, num_classes: int = 1000) -> Splits:
     found = int(splits.train.labels_N.max()) + 1
     if found != num_classes:
         raise ValueError(
-            f"{top / 'train'} holds {found} classes, and ImageNet has {num_classes}; "
+            f"{top / 'train'} holds {counted(found, 'class', 'classes')}, "
+            f"and ImageNet has {num_classes}; "
             f"for another data set use dataset=image_folder dataset.num_classes={found}"
         )
     return splits

@@ -29,6 +29,7 @@ from sddlskd.sweeps.report import plan_lines, print_outcome, print_plan
 from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.sweeps.status import DONE
 from sddlskd.terminal.console import write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["groups_of", "run_sweep"]
 
@@ -122,26 +123,26 @@ def _warn_of_finished(plan: Plan) -> None:
     """Log a warning for each way in which finished jobs differ from what would run now."""
     if plan.changed:
         log.warning(
-            "%d finished jobs learnt from another teacher file than the current one (%s ...); "
+            "%s learnt from another teacher file than the current one (%s ...); "
             "sweep.rerun=all runs them again",
-            len(plan.changed),
+            counted(len(plan.changed), "finished job"),
             ", ".join(map(cfg.run_name, plan.changed[:3])),
         )
     if plan.other_data:
         job, change = plan.other_data[0]
         log.warning(
-            "%d finished jobs were trained on other data than their data sets have now "
+            "%s learnt from other data than there is now "
             "(%s: %s ...); choose another dataset.name, or sweep.rerun=all runs them again",
-            len(plan.other_data),
+            counted(len(plan.other_data), "finished job"),
             cfg.run_name(job),
             change,
         )
     if plan.changed_code:
         job, modules = plan.changed_code[0]
         log.warning(
-            "%d finished jobs ran another version of %s than the current one (%s ...); "
+            "%s ran another version of %s than the current one (%s ...); "
             "sweep.rerun=all runs them again",
-            len(plan.changed_code),
+            counted(len(plan.changed_code), "finished job"),
             ", ".join(modules),
             cfg.run_name(job),
         )

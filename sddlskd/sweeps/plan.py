@@ -18,6 +18,7 @@ from sddlskd import record
 from sddlskd.config import Config, Rerun, SweepConfig
 from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.status import states_of
+from sddlskd.terminal.words import counted
 
 __all__ = ["Plan", "Precheck", "ask_precheck", "check_halving", "groups_of", "make_plan"]
 
@@ -182,7 +183,7 @@ def make_plan(
         "teachers": [],
     }
     if todo or finished:
-        log.info("checking %d jobs", len(todo) + len(finished))
+        log.info("checking %s", counted(len(todo) + len(finished), "job"))
         answer = precheck(todo, finished, runs_locally)
     groups = groups_of(todo, max_group_size)
     return Plan(

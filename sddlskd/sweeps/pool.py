@@ -19,6 +19,7 @@ from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
 from sddlskd.sweeps.runner import GroupRunner
+from sddlskd.terminal.words import counted
 
 __all__ = ["Pool", "Task"]
 
@@ -245,7 +246,9 @@ class Pool(GroupRunner):
             self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
         elif code == ExitCode.STOPPED and task.deaths:
             # The jobs are interrupted, not failed: the sweep's command continues them.
-            log.warning("a worker was stopped twice: its %d jobs are left interrupted", len(left))
+            log.warning(
+                "a worker was stopped twice; left interrupted: %s", counted(len(left), "job")
+            )
         else:
             self._retry(left, task.deaths, code)
 
@@ -253,7 +256,8 @@ class Pool(GroupRunner):
         """Leave the jobs that another process is running to that process, and run the others."""
         free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
         log.warning(
-            "%d jobs are left to another process, which is running them", len(left) - len(free)
+            "left to another process, which is running them: %s",
+            counted(len(left) - len(free), "job"),
         )
         if free and len(free) < len(left):
             self.queue.append(Task(free, deaths))
@@ -265,7 +269,9 @@ class Pool(GroupRunner):
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if deaths == 0:
             log.warning(
-                "a worker died (%s): its %d jobs continue from their checkpoints", why, len(left)
+                "a worker died (%s); to continue from its checkpoints: %s",
+                why,
+                counted(len(left), "job"),
             )
             self.queue.appendleft(Task(left, 1))
         elif len(left) > 1:

@@ -15,6 +15,7 @@ from sddlskd.sweeps.grid import reasons_together
 from sddlskd.sweeps.plan import Plan, groups_of
 from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
 
@@ -32,8 +33,8 @@ def plan_lines(plan: Plan) -> list[str]:
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
-        f"sweep {plan.name}: {len(plan.jobs)} jobs ({counts}), "
-        f"{len(plan.todo)} to do in {_number(len(plan.groups), 'group')}"
+        f"sweep {plan.name}: {counted(len(plan.jobs), 'job')} ({counts}), "
+        f"{len(plan.todo)} to do in {counted(len(plan.groups), 'group')}"
     ]
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
@@ -93,7 +94,7 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
         most, number = max(jobs_of_devices(parts, len(devices))), len(parts)
         lines.append(
             f"hydra.launcher.max_group_size={better} would end earlier: it makes "
-            f"{number} groups, and no device then trains more than {_jobs(most)}"
+            f"{counted(number, 'group')}, and no device then trains more than {_jobs(most)}"
         )
     if plan.seconds is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
@@ -108,7 +109,7 @@ def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
         teacher = "no teacher"
         if group[0].has_teacher:
             teacher = cfg.teacher_name(group[0])
-        lines.append(f"  {teacher}, {group[0].trainer.epochs} epochs:")
+        lines.append(f"  {teacher}, {counted(group[0].trainer.epochs, 'epoch')}:")
         methods: dict[str, list[str]] = {}
         for job, settings in zip(group, cfg.differing_settings(group), strict=True):
             method = cfg.title(job, seed=False, student=False)
@@ -117,16 +118,12 @@ def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
             methods.setdefault(f"{job.student.name} seed {job.seed}", []).append(method)
         lines += [f"    {student}: {'; '.join(names)}" for student, names in methods.items()]
     if len(groups) > SHOWN_GROUPS:
-        lines.append(f"  and {_number(len(groups) - SHOWN_GROUPS, 'more group')}")
+        lines.append(f"  and {counted(len(groups) - SHOWN_GROUPS, 'more group')}")
     return lines
 
 
 def _jobs(number: int) -> str:
-    return _number(number, "job")
-
-
-def _number(number: int, noun: str) -> str:
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
+    return counted(number, "job")
 
 
 def print_status(status: SweepStatus) -> None:
@@ -137,7 +134,9 @@ def print_status(status: SweepStatus) -> None:
     """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")
-    write_line(f"sweep {status.sweep}: {len(status.jobs)} jobs: {_counts(status.counts)}")
+    write_line(
+        f"sweep {status.sweep}: {counted(len(status.jobs), 'job')}: {_counts(status.counts)}"
+    )
     for job in status.jobs:
         write_line(_job_line(job))
     if not status.command:
@@ -153,18 +152,20 @@ def print_status(status: SweepStatus) -> None:
 
 
 def _job_line(job: JobStatus) -> str:
-    parts = [f"  {job.state:<12} {job.epochs_done}/{job.epochs} epochs"]
+    parts = [f"  {job.state:<12} {job.epochs_done}/{counted(job.epochs, 'epoch')}"]
     if job.top1 is not None:
         parts.append(f"top-1 {job.top1:.2f}")
     if job.mAP is not None:
         parts.append(f"mAP {job.mAP:.2f}")
     parts.append(job.name)
+    if job.settings:
+        parts.append(job.settings)
     if job.reason:
         parts.append(job.reason)
     if job.slurm_job:
         parts.append(f"SLURM job {job.slurm_job}: {job.slurm_state}")
     if job.requeues:
-        parts.append(f"requeued {job.requeues} times")
+        parts.append(f"requeued {counted(job.requeues, 'time')}")
     return "  ".join(parts)
 
 

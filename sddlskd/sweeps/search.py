@@ -16,12 +16,14 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 
+from sddlskd import config as cfg
 from sddlskd.config import OBJECTIVES, Config
 from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.terminal.console import outcomes, write_line
+from sddlskd.terminal.words import counted
 
-__all__ = ["DATABASE", "Search", "objective_of", "split_words"]
+__all__ = ["DATABASE", "Search", "objective_of", "searched_keys", "split_words"]
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,17 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
     return fixed, varied
 
 
+def searched_keys(command: str) -> list[str]:
+    """Return the keys that a search varies, from the command that continues it.
+
+    `command` is that of the sweep's manifest. The list is empty if no override of the command has
+    several values.
+    """
+    words = [word for word in shlex.split(command) if "=" in word and not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(words)
+    return [one.get_key_element() for one in parsed if one.is_sweep_override()]
+
+
 def _distribution(override: Override) -> Any:
     """Return Optuna's distribution of the values of an override.
 
@@ -163,9 +176,7 @@ class Search:
             raise ValueError(INSTALL) from None
 
         if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective={self.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
-            )
+            raise ValueError(cfg.unknown_objective(self.objective, list(OBJECTIVES)))
         self._space = {key: _distribution(one) for key, one in self.varied.items()}
         storage = None
         if self.folder is not None:
@@ -336,7 +347,7 @@ class Search:
     def _log_progress(self) -> None:
         best = self.best()
         value = f"best {self.objective} {best[1]:.6g}" if best else "none has a value yet"
-        log.info("%d of %d trials: %s", len(self._study.trials), self.n_trials, value)
+        log.info("%d of %s: %s", len(self._study.trials), counted(self.n_trials, "trial"), value)
 
     def _report(self, jobs: Sequence[Config]) -> None:
         """Print a table of all trials, the best trial, and the command that runs it again.
@@ -345,13 +356,14 @@ class Search:
         """
         code: Any = 0
         try:
-            outcomes(jobs, [result_of(job) for job in jobs])
+            outcomes(jobs, [result_of(job) for job in jobs], searched=self.varied)
         except SystemExit as ended:
             code = ended.code
         if best := self.best():
             number, value, words = best
             write_line(
-                f"best of {len(jobs)} trials: trial {number} with {self.objective} {value:.6g}: "
+                f"best of {counted(len(jobs), 'trial')}: trial {number} with {self.objective} "
+                f"{value:.6g}: "
                 f"{' '.join(words)}"
             )
             kept = [word for word in self.fixed if not word.lstrip("+").startswith("sweep.")]
@@ -363,7 +375,7 @@ class Search:
                 command = _final_command([*kept, *words], jobs)
                 write_line(f"to train it on all training images, with new seeds: {command}")
         else:
-            write_line(f"none of the {len(jobs)} trials has a value")
+            write_line(f"none of {counted(len(jobs), 'trial')} has a value")
         if code:
             sys.exit(code)
 

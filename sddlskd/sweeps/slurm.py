@@ -33,6 +33,7 @@ from sddlskd.sweeps.manifest import LOCK, read_manifest
 from sddlskd.sweeps.outcome import record_outcome, state_of
 from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.terminal.console import write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["Slurm", "Submission", "cancel_tasks", "causes_of_death", "queue", "submissions"]
 
@@ -431,9 +432,7 @@ class Slurm(GroupRunner):
         """Return the numbers of tasks, and what each task asks for; see `GroupRunner.requests`."""
         lines = []
         for ranks, tasks in _by_ranks(groups).items():
-            number = "1 task"
-            if len(tasks) > 1:
-                number = f"{len(tasks)} tasks"
+            number = counted(len(tasks), "task")
             if ranks > 1:
                 number = f"{number} of {ranks} processes each"
             at_once = min(self.array_parallelism, len(tasks))
@@ -453,7 +452,7 @@ class Slurm(GroupRunner):
                 if values.get(name) is not None
             ]
             parts += asked or [f"{resource}: the cluster's default"]
-        further = {"time limit": f"{values['timeout_min']} minutes"}
+        further = {"time limit": counted(values["timeout_min"], "minute")}
         if values["nodes"] > 1:
             further["nodes"] = values["nodes"]
         further |= {name: values[name] for name in FURTHER if values.get(name) is not None}
@@ -542,8 +541,9 @@ class Slurm(GroupRunner):
                         jobs = [executor.submit(task) for task in tasks]
                 except refusals as error:
                     raise ValueError(
-                        f"sbatch: {_message(str(error))}; {len(submissions(sweep))} tasks are "
-                        "submitted, the same command submits the others"
+                        f"sbatch: {_message(str(error))}; submitted so far: "
+                        f"{counted(len(submissions(sweep)), 'task')}; the same command submits the "
+                        "others"
                     ) from None
                 submitted = []
                 for job, task in zip(jobs, tasks, strict=True):

@@ -25,6 +25,7 @@ from sddlskd.distill import (
 from sddlskd.models import ForeignNetwork
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, read_result
+from sddlskd.terminal.words import counted
 from sddlskd.training import teacher_files
 from sddlskd.training.devices import check_memory
 from sddlskd.training.ranks import Ranks
@@ -187,11 +188,12 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
     size = job.trainer.batch_size
     if images < 2:
         raise ValueError(
-            f"dataset={job.dataset.name} has {images} training images; BatchNorm needs at least 2"
+            f"dataset={job.dataset.name} has {counted(images, 'training image')}; "
+            "BatchNorm needs at least 2"
         )
     if size > images:
         raise ValueError(
-            f"trainer.batch_size={size} is larger than the {images} images of "
+            f"trainer.batch_size={size} is larger than the {counted(images, 'image')} of "
             f"dataset={job.dataset.name}; {batch_size_cure(job, f'{images} or less')}"
         )
 
