@@ -44,11 +44,24 @@ from sddlskd.training.ranks import RankFailed, Ranks, process_group, spawn
 from sddlskd.training.run import Run
 from sddlskd.training.teacher_files import path_of
 from tests.made_once import made_once
-from tests.tiny import DIVERGES, Net, child, final, net, processes, rows, same, same_outcome, tiny
+from tests.tiny import (
+    DIVERGES,
+    TEST_IMAGES,
+    Net,
+    child,
+    final,
+    net,
+    processes,
+    rows,
+    same,
+    same_outcome,
+    tiny,
+)
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
+ONE_IMAGE = 100 / TEST_IMAGES + 1e-6  # in %
 PATIENCE = 240  # seconds until a rank counts as hanging; a loaded machine is slow
 
 
@@ -359,12 +372,21 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def close(a: Config, b: Config, epochs: int = 2) -> bool:
-    """Return whether the metrics of two jobs are equal up to rounding."""
-    metrics = [[list(row.values()) for row in rows(job)] for job in (a, b)]
-    return len(metrics[0]) == epochs and all(
-        ours == pytest.approx(theirs, rel=2e-2, abs=1e-4)
-        for ours, theirs in zip(*metrics, strict=True)
-    )
+    """Return whether the metrics of two jobs are equal up to rounding.
+
+    On some processors, rounding changes the class of one of the test images.
+    """
+    ours, theirs = rows(a), rows(b)
+    if len(ours) != epochs or len(theirs) != epochs:
+        return False
+    for own, other in zip(ours, theirs, strict=True):
+        for name in own.keys() | other.keys():
+            tolerance = 1e-4
+            if "top" in name:
+                tolerance = ONE_IMAGE
+            if own[name] != pytest.approx(other[name], rel=2e-2, abs=tolerance):
+                return False
+    return True
 
 
 def test_two_ranks_train_as_one(house: Path, tmp_path: Path) -> None:

@@ -33,11 +33,12 @@ from sddlskd.training.teacher_files import path_of, publish
 
 CONF = Path(__file__).parents[1] / "conf"
 STEPS = 3  # batches of an epoch
+TEST_IMAGES = 64
 BASE = (
     "dataset=fake",
     "dataset.num_classes=10",
     "+dataset.load.train=192",
-    "+dataset.load.test=64",
+    f"+dataset.load.test={TEST_IMAGES}",
     "+dataset.load.size=16",
     "teacher=resnet8",
     "student=resnet8",
