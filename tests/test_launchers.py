@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -22,13 +22,18 @@ from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.slurm import Slurm, submissions
 
 
-def chosen(folder: Path, *overrides: str) -> Any:
+def composed(folder: Path, *overrides: str) -> tuple[ConfigLoaderImpl, Any]:
+    """Return Hydra's loader and the configuration of a sweep; `folder` is home, unless given."""
     cfg.frame()
     search = create_config_search_path(str(files("sddlskd.conf")))
     search.prepend("command-line", f"file://{folder}")
+    loader = ConfigLoaderImpl(search)
     given = [f"home={folder}", "sweep.name=mine", *overrides]
-    config = ConfigLoaderImpl(search).load_configuration("config", given, RunMode.MULTIRUN)
-    return instantiate(config.hydra.launcher)
+    return loader, loader.load_configuration("config", given, RunMode.MULTIRUN)
+
+
+def chosen(folder: Path, *overrides: str) -> Any:
+    return instantiate(composed(folder, *overrides)[1].hydra.launcher)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,65 @@ def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
     assert pool.options["name"] == "mine"
     assert pool.srun_args == ["--container-image=image.sqsh"]
     assert pool.wait is False
+
+
+def swept(
+    folder: Path, *overrides: str, launch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the sweeper of a sweep of two jobs; `launch` stands for the work of the launcher."""
+
+    def launched(launcher: Any, jobs: Sequence[Sequence[str]]) -> list[Any]:
+        assert list(jobs) == [["seed=0"], ["seed=1"]]
+        launch()
+        return []
+
+    loader, config = composed(folder, *overrides)
+    sweeper = instantiate(config.hydra.sweeper)
+    launcher = instantiate(config.hydra.launcher)
+    monkeypatch.setattr(type(launcher), "_launch", launched)
+    context = SimpleNamespace(config_loader=loader)
+    launcher.setup(hydra_context=context, task_function=None, config=config)
+    sweeper.config, sweeper.hydra_context, sweeper.launcher = config, context, launcher
+    sweeper.sweep(["seed=0,1"])
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = (f"home={tmp_path}/my/home", "sweep.plan=true")
+
+    def launch() -> None:
+        assert list(tmp_path.iterdir()) == []
+
+    swept(tmp_path, *plan, launch=launch, monkeypatch=monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+    # The plan of a sweep that has run before
+    folder = tmp_path / "my/home/runs/sweeps/mine"
+    folder.mkdir(parents=True)
+    for name in ("sweep.json", "multirun.yaml"):
+        (folder / name).write_text("earlier")
+    swept(tmp_path, *plan, launch=lambda: None, monkeypatch=monkeypatch)
+    assert {path.read_text() for path in folder.iterdir()} == {"earlier"}
+
+
+def test_a_refused_sweep_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my/home/runs/sweeps/mine"
+
+    def refuse() -> None:
+        assert (folder / "multirun.yaml").exists()
+        raise ValueError("refused")
+
+    def launch() -> None:
+        (folder / "sweep.json").write_text("{}")
+
+    for kept in (tmp_path, tmp_path / "my/home", folder):
+        kept.mkdir(parents=True, exist_ok=True)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match="refused"):
+            swept(tmp_path, f"home={tmp_path}/my/home", launch=refuse, monkeypatch=monkeypatch)
+        assert sorted(tmp_path.rglob("*")) == before
+    swept(tmp_path, f"home={tmp_path}/my/home", launch=launch, monkeypatch=monkeypatch)
+    assert (folder / "multirun.yaml").exists()
 
 
 def test_a_plan_says_what_a_cluster_is_asked_for(

@@ -99,7 +99,7 @@ class OptunaSweeper(Sweeper):
                 installed, jobs are invalid, or any other setting or file is wrong.
             SystemExit: With code 1 if a job failed, and as the launcher raises it.
         """
-        from hydra_plugins.shared_teacher import leave_no_files
+        from hydra_plugins.shared_teacher import leave_no_files, missing_paths
 
         from sddlskd.sweeps.search import DATABASE, Search, split_words
 
@@ -108,6 +108,7 @@ class OptunaSweeper(Sweeper):
         fixed, varied = split_words([*swept, *arguments])
         folder = Path(self.config.hydra.sweep.dir)
         is_new = not (folder / DATABASE).exists()
+        missing = missing_paths(folder)
         search = Search(
             folder=None if self.config.sweep.plan else folder,
             objective=self.config.objective,
@@ -124,7 +125,7 @@ class OptunaSweeper(Sweeper):
             # A refused search must leave no files.
             if is_new and not search.has_begun and not (folder / "sweep.json").exists():
                 (folder / DATABASE).unlink(missing_ok=True)
-                leave_no_files(folder)
+                leave_no_files(missing)
 
     def _check(self) -> None:
         """Raise ValueError if an option of the sweep or of the launcher does not suit a search."""
