@@ -1,5 +1,6 @@
 """Test how the launchers use their configuration, without a cluster."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from sddlskd.config import Config
 from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.slurm import Slurm, submissions
+from tests.tiny import tiny
 
 
 def composed(folder: Path, *overrides: str) -> tuple[ConfigLoaderImpl, Any]:
@@ -141,26 +143,73 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
     asked = "each task asks for: "
     default = "the cluster's default"
     bare = chosen(tmp_path, "hydra/launcher=slurm")._runner()
-    assert bare.requests(groups) == [
+    unknown = [None] * 3
+    assert bare.requests(groups, unknown) == [
         "SLURM: a job array of 3 tasks, at most 3 at once",
         f"{asked}partition: {default}; GPUs: {default}; CPU cores per process: 2; "
         f"memory: {default}; time limit: 60 minutes",
+        "whether hydra.launcher.timeout_min=60 suffices is not known without similar runs; a task "
+        "that needs longer is requeued and goes on from its checkpoint",
     ]
-    assert bare.requests([]) == []
+    assert bare.requests([], []) == []
     monkeypatch.setenv("SBATCH_PARTITION", "short")
-    assert f"{asked}partition: short; " in bare.requests(groups)[1]
+    assert f"{asked}partition: short; " in bare.requests(groups, unknown)[1]
     for group in groups[1:]:
         group[0].trainer.devices = 2
     words = ("partition=gpu", "gpus_per_node=2", "mem_gb=8", "timeout_min=90", "qos=high")
     given = [f"hydra.launcher.{word}" for word in (*words, "nodes=2", "array_parallelism=1")]
     given.append("+hydra.launcher.additional_parameters.mail-type=FAIL")
-    assert chosen(tmp_path, "hydra/launcher=slurm", *given)._runner().requests(groups) == [
+    *lines, _ = chosen(tmp_path, "hydra/launcher=slurm", *given)._runner().requests(groups, unknown)
+    assert lines == [
         "SLURM: a job array of 1 task, at most 1 at once",
         "SLURM: a job array of 2 tasks of 2 processes each, at most 1 at once",
         f"{asked}partition: gpu; GPUs per node: 2; CPU cores per process: 2; "
         "GB of memory per node: 8; time limit: 90 minutes; nodes: 2; qos: high; mail-type: FAIL",
     ]
-    assert Pool("auto", fail_fast=False).requests(groups) == []
+    assert Pool("auto", fail_fast=False).requests(groups, unknown) == []
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        ((5.0, 58.0), "the longest task needs about 58:00: hydra.launcher.timeout_min=60 suffices"),
+        # The warning comes two minutes before the limit.
+        ((59.0, None), "the longest task with similar runs needs about 59:00, too long for "
+         "hydra.launcher.timeout_min=60: it will be requeued about once, and goes on from its "
+         "checkpoint each time"),
+        ((58.0 * 3, 1.0), "the longest task needs about 2:54:00, too long for "
+         "hydra.launcher.timeout_min=60: it will be requeued about 2 times, and goes on from its "
+         "checkpoint each time"),
+        ((58.0 * 3 + 1,), "the longest task needs about 2:55:00, too long for "
+         "hydra.launcher.timeout_min=60: it will be requeued about 3 times, and goes on from its "
+         "checkpoint each time; hydra.launcher.max_requeues=2 stops it before its end, so raise "
+         "one of the two, or run the same command again"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_whether_the_time_limit_suffices(
+    tmp_path: Path, minutes: Sequence[float | None], said: str
+) -> None:
+    runner = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.max_requeues=2")._runner()
+    groups = [[Config(run_dir=f"/runs/{n}")] for n in range(len(minutes))]
+    seconds = [None if one is None else 60 * one for one in minutes]
+    assert runner.requests(groups, seconds)[-1] == said
+
+
+def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
+    """Plan a sweep on a cluster, which must end with exit code 1."""
+    answer: dict[str, list[Any]] = {
+        name: []
+        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+    }
+    launcher = chosen(folder, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", *overrides)
+    with pytest.raises(SystemExit, match="1"):
+        run_sweep(
+            jobs,
+            "mine",
+            runner=launcher._runner(),
+            max_group_size=launcher.max_group_size,
+            precheck=lambda todo, finished, runs_locally: answer,
+        )
 
 
 def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
@@ -168,24 +217,63 @@ def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
 ) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
     monkeypatch.setattr("sddlskd.sweeps.slurm.shutil.which", lambda command: None)
-    job = Config(home=str(tmp_path), run_dir=str(tmp_path / "runs/x"))
-    job.sweep.plan = True
-    answer: dict[str, list[Any]] = {
-        name: []
-        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
-    }
-    launcher = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.partition=gpu")
-    with pytest.raises(SystemExit, match="1"):
-        run_sweep(
-            [job],
-            "mine",
-            runner=launcher._runner(),
-            precheck=lambda todo, finished, runs_locally: answer,
-        )
+    jobs = [tiny(tmp_path, f"M=[{m}]", "sweep.plan=true", teacher=False) for m in (1, 2)]
+    planned(tmp_path, jobs=jobs)
     told = capsys.readouterr().out
-    assert "\nSLURM: a job array of 1 task, at most 1 at once\n" in told
+    assert "\nSLURM: a job array of 2 tasks, at most 2 at once\n" in told
     assert "\neach task asks for: partition: gpu; " in told
     assert "\ncannot run: hydra/launcher=slurm needs sbatch" in told
+    assert (
+        "\njobs that share a teacher and batches: 2 jobs could train in 1 task instead of 2, which "
+        "run the teacher once for all their jobs: hydra/launcher=slurm_shared_teacher, or "
+    ) in told
+    planned(tmp_path, "hydra.launcher.max_group_size=null", jobs=jobs)
+    assert "slurm_shared_teacher" not in capsys.readouterr().out
+
+
+def test_the_plan_of_a_sweep_on_a_cluster_names_every_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*command: str, text: str | None = None) -> str:
+        raise ConnectionError(f"{command[0]}: no answer")
+
+    monkeypatch.setattr("sddlskd.sweeps.slurm.shutil.which", lambda command: command)
+    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", fails)
+    inner = SimpleNamespace(_make_submission_file_text=lambda command, name: "#!/bin/sh")
+    # submitit makes its executor on a machine with SLURM alone.
+    monkeypatch.setattr(Slurm, "_executor", lambda *_: SimpleNamespace(_executor=inner))
+    monkeypatch.setattr(
+        "sddlskd.tracking.check_reachable", lambda jobs: fails(*(job.tracking.uri for job in jobs))
+    )
+    folder = tmp_path / "runs/sweeps/mine"
+    folder.mkdir(parents=True)
+    earlier = {"job": "17_0", "run_dirs": ["/runs/0"], "log": "log"}
+    (folder / "slurm.json").write_text(json.dumps([earlier]))
+    words = ("tracking=mlflow", "tracking.uri=http://here:1", "sweep.plan=true", "teacher.cache=c")
+    jobs = [
+        tiny(tmp_path, f"trainer.devices={n}", f"seed={n}", *words, teacher=False) for n in (2, 3)
+    ]
+    options = ("nodes=2", "timeout_min=1", "setup=['export MY_TOKEN=x']")
+    planned(tmp_path, *(f"hydra.launcher.{option}" for option in options), jobs=jobs)
+    refused = [
+        line.removeprefix("cannot run: ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("cannot run: ")
+    ]
+    for line, start in zip(
+        refused,
+        (
+            "squeue: no answer",
+            "http://here:1: no answer",
+            "hydra.launcher.signal_delay_s=120 must be less",
+            "hydra.launcher.setup would write export MY_TOKEN",
+            "sinfo: no answer",
+            "sbatch: no answer; see hydra.launcher.partition",
+            "trainer.devices=3 does not spread evenly over hydra.launcher.nodes=2",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(start), refused
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
