@@ -471,7 +471,8 @@ def check_scales(
 ) -> None:
     """Raise ValueError if the largest scale of a job exceeds twice the side of the smallest map.
 
-    If a map is not square, its shorter side counts.
+    If a map is not square, its shorter side counts. Scales above the side repeat places of the map.
+    They are allowed up to twice the side, because the papers train mobilev2 (2x2) with M=[1,2,4].
 
     Args:
         job: configuration of a training run with a teacher.
@@ -485,7 +486,8 @@ def check_scales(
     fitting = [m for m in job.M if m <= side] or [1]
     raise ValueError(
         f"M={job.M} is too fine: the largest scale here is {2 * side}, because the logit map of "
-        f"{name} has {height}x{width} places for images of {image_CHW[1]}x{image_CHW[2]} pixels; "
+        f"{name} has {height}x{width} places for images of {image_CHW[1]}x{image_CHW[2]} pixels, "
+        "and twice its side is the limit (scales above the side repeat places); "
         f"set M=[{','.join(map(str, fitting))}], or choose a network whose first layers shrink "
         "the images less"
     )
