@@ -46,6 +46,7 @@ from sddlskd.files.checkpoint import load_weights
 from sddlskd.models.base import LogitMapModel
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import read_result
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training.build import (
     build_data,
@@ -387,7 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--probe", action="store_true", help="train a linear classifier instead")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="resize the images of --probe")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    chosen = parser.parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given):
+        parser.error(wrong)
+    chosen = parser.parse_intermixed_args(given)
     sources = [Path(word) for word in chosen.words if _is_source(word)]
     overrides = [word for word in chosen.words if not _is_source(word)]
     if not sources:

@@ -42,6 +42,7 @@ from sddlskd.files.archive import unpack
 from sddlskd.files.checkpoint import read_weights, write
 from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training import teacher_files
 from sddlskd.training.build import build_data, build_network, present_fingerprint
@@ -417,7 +418,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="fetch: a URL to try first, of an archive or of a folder laid out like "
         "RepDistiller's; more can be listed in SDDLSKD_TEACHER_MIRRORS",
     )  # fmt: skip
-    chosen = parser.parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given):
+        parser.error(wrong)
+    chosen = parser.parse_intermixed_args(given)
     words = [word for word in chosen.words if "=" not in word]
     overrides = [word for word in chosen.words if "=" in word]
     file = ""
