@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,23 +16,30 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.pool import Pool
+from sddlskd.sweeps.search import Start
 from sddlskd.sweeps.slurm import Slurm, submissions
 from tests.tiny import tiny
 
 
-def composed(folder: Path, *overrides: str) -> tuple[ConfigLoaderImpl, Any]:
-    """Return Hydra's loader and the configuration of a sweep; `folder` is home, unless given."""
+def composed(
+    folder: Path, *overrides: str, name: str = "config"
+) -> tuple[ConfigLoaderImpl, DictConfig]:
+    """Return Hydra's loader and the configuration `name`, with `folder` as --config-dir and home.
+
+    Overrides may give another home.
+    """
     cfg.frame()
     search = create_config_search_path(str(files("sddlskd.conf")))
     search.prepend("command-line", f"file://{folder}")
     loader = ConfigLoaderImpl(search)
     given = [f"home={folder}", "sweep.name=mine", *overrides]
-    return loader, loader.load_configuration("config", given, RunMode.MULTIRUN)
+    return loader, loader.load_configuration(name, given, RunMode.MULTIRUN)
 
 
 def chosen(folder: Path, *overrides: str) -> Any:
@@ -77,23 +85,33 @@ def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
 
 
 def swept(
-    folder: Path, *overrides: str, launch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Run the sweeper of a sweep of two jobs; `launch` stands for the work of the launcher."""
+    folder: Path,
+    *overrides: str,
+    launch: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    words: Sequence[str] = ("seed=0,1",),
+    name: str = "config",
+) -> list[list[str]]:
+    """Run the sweeper, and return the overrides of each job.
+
+    `launch` stands for the work of the launcher, and `words` are the overrides of the sweep.
+    """
+    launched_jobs: list[list[str]] = []
 
     def launched(launcher: Any, jobs: Sequence[Sequence[str]]) -> list[Any]:
-        assert list(jobs) == [["seed=0"], ["seed=1"]]
+        launched_jobs.extend(map(list, jobs))
         launch()
         return []
 
-    loader, config = composed(folder, *overrides)
+    loader, config = composed(folder, *overrides, name=name)
     sweeper = instantiate(config.hydra.sweeper)
     launcher = instantiate(config.hydra.launcher)
     monkeypatch.setattr(type(launcher), "_launch", launched)
     context = SimpleNamespace(config_loader=loader)
     launcher.setup(hydra_context=context, task_function=None, config=config)
     sweeper.config, sweeper.hydra_context, sweeper.launcher = config, context, launcher
-    sweeper.sweep(["seed=0,1"])
+    sweeper.sweep(list(words))
+    return launched_jobs
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +149,44 @@ def test_a_refused_sweep_leaves_what_was_there(
         with pytest.raises(ValueError, match="refused"):
             swept(tmp_path, f"home={tmp_path}/my/home", launch=refuse, monkeypatch=monkeypatch)
         assert sorted(tmp_path.rglob("*")) == before
-    swept(tmp_path, f"home={tmp_path}/my/home", launch=launch, monkeypatch=monkeypatch)
+    jobs = swept(tmp_path, f"home={tmp_path}/my/home", launch=launch, monkeypatch=monkeypatch)
+    assert jobs == [["seed=0"], ["seed=1"]]
     assert (folder / "multirun.yaml").exists()
+
+
+def test_the_commands_of_a_search_repeat_how_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["dataset=digits", "distiller.temperature=2.0"]
+    folder = ["--config-dir", str(tmp_path)]
+    _, plain = composed(tmp_path, "hydra/sweeper=optuna")
+    again = shlex.split(Start.of(plain).command(words))
+    assert again == ["python", "-m", "sddlskd.train", *folder, *words]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.partition=my gpu"]
+    _, on_cluster = composed(tmp_path, "hydra/sweeper=optuna", *launcher)
+    again = shlex.split(Start.of(on_cluster).command(words))
+    assert again == ["python", "-m", "sddlskd.train", "-m", *folder, *launcher, *words]
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, override hydra/sweeper: optuna, _self_]\n"
+        "hydra: {mode: MULTIRUN, sweeper: {n_trials: 3, "
+        'params: {distiller.temperature: "interval(1.0,8.0)"}}}\n'
+    )
+    _, of_file = composed(tmp_path, name="mine")
+    start = Start.of(of_file)
+    named = [*folder, "--config-name", "mine"]
+    assert shlex.split(start.command(words))[3:] == [*named, "hydra.mode=RUN", *words]
+    several = shlex.split(start.command([*words, "seed=1,2"], of_several=True))[3:]
+    assert several == ["-m", *named, "hydra/sweeper=grid", *words, "seed=1,2"]
+    # Hydra runs that command, although the file is that of a search.
+    jobs = swept(
+        tmp_path,
+        "hydra/sweeper=grid",
+        launch=lambda: None,
+        monkeypatch=monkeypatch,
+        words=several[-3:],
+        name="mine",
+    )
+    assert [set(job) for job in jobs] == [{*words, f"seed={seed}"} for seed in (1, 2)]
 
 
 def test_a_plan_says_what_a_cluster_is_asked_for(

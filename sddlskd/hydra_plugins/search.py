@@ -101,7 +101,7 @@ class OptunaSweeper(Sweeper):
         """
         from hydra_plugins.shared_teacher import leave_no_files, missing_paths
 
-        from sddlskd.sweeps.search import DATABASE, Search, split_words
+        from sddlskd.sweeps.search import DATABASE, Search, Start, split_words
 
         self._check()
         swept = [f"{key}={value}" for key, value in self.params.items()]
@@ -117,6 +117,7 @@ class OptunaSweeper(Sweeper):
             n_trials=self.n_trials,
             n_jobs=self.n_jobs,
             seed=self.seed,
+            start=Start.of(self.config),
         )
         try:
             search.open()

@@ -56,11 +56,17 @@ class GridConfig:
             that the launcher can group them.
         params: swept keys and their values, written as on the command line, such as
             {"seed": "0,1,2"}.
+        n_trials: not used; an option of a search, whose file may be run as a grid.
+        n_jobs: not used, as `n_trials`.
+        seed: not used, as `n_trials`.
     """
 
     _target_: str = "hydra_plugins.shared_teacher.GridSweeper"
     max_batch_size: int | None = None
     params: dict[str, str] = field(default_factory=dict)
+    n_trials: int | None = None
+    n_jobs: int | None = None
+    seed: int | None = None
 
 
 ConfigStore.instance().store("grid", GridConfig, group="hydra/sweeper", provider="sddlskd")
@@ -72,7 +78,17 @@ class GridSweeper(BasicSweeper):
     It does not check jobs that the launcher checks itself. The launchers that do so are
     `SharedTeacherLauncher` and its subclasses. Hydra's own check takes minutes for a large grid. A
     plan (`sweep.plan`) and a refused sweep leave no files.
+
+    Args:
+        max_batch_size: number of jobs that the launcher receives at once; None for all of them.
+        params: swept keys and their values, as in `GridConfig`.
+        **of_search: not used; options of `OptunaSweeper`.
     """
+
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, str], **of_search: int | None
+    ) -> None:
+        super().__init__(max_batch_size=max_batch_size, params=params)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run or plan the sweep; Hydra calls this method.
@@ -86,6 +102,9 @@ class GridSweeper(BasicSweeper):
         Raises:
             Exception: As Hydra's basic sweeper and the launcher raise it.
         """
+        # Hydra refuses intervals of a search, also if the command line replaces them.
+        replaced = {word.partition("=")[0] for word in arguments}
+        self.params = {key: text for key, text in self.params.items() if key not in replaced}
         settings = self.config.hydra.sweep
         self._missing = missing_paths(Path(settings.dir))
         if not self.config.sweep.plan:

@@ -15,19 +15,21 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig
 
-from sddlskd.config import OBJECTIVES, Config
+from sddlskd.config import OBJECTIVES, Config, conf_folder
 from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.terminal.console import outcomes, write_line
 
-__all__ = ["DATABASE", "Search", "objective_of", "split_words"]
+__all__ = ["DATABASE", "Search", "Start", "objective_of", "split_words"]
 
 log = logging.getLogger(__name__)
 
 DATABASE = "optuna.db"
 # Settings that change neither the results of trials nor their comparison
 NOT_COMPARED = ("sweep.", "hydra.", "hydra/", "tracking.", "home=", "objective=")
+DEFAULT_LAUNCHER = "shared_teacher"
 TRAIN = ("python", "-m", "sddlskd.train")
 # Settings of the trials that the final training does not have
 NOT_IN_FINAL = ("dataset.val_fraction=", "objective=", "seed=")
@@ -121,6 +123,64 @@ def _distribution(override: Override) -> Any:
         raise ValueError(f"{override.input_line}: {error}") from None
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a search was started, as far as the commands that it prints must repeat it.
+
+    Attributes:
+        options: options that choose the configuration file and its folder, and overrides of
+            Hydra's search path; such as ["--config-dir", "/my_conf", "--config-name", "mine"].
+        launcher: overrides of the launcher, such as ["hydra/launcher=slurm"].
+        has_launcher: whether the command line or the file has chosen or set a launcher.
+        has_file: whether a configuration file was chosen. It may hold a sweeper or hydra.mode.
+    """
+
+    options: Sequence[str] = ()
+    launcher: Sequence[str] = ()
+    has_launcher: bool = False
+    has_file: bool = False
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Start":
+        """Return the start of the search with this configuration, as Hydra composes it."""
+        hydra = config.hydra
+        options = []
+        for source in hydra.runtime.config_sources:
+            if source.provider == "command-line":
+                options += ["--config-dir", source.path]
+            elif source.provider == "main" and Path(source.path) != conf_folder():
+                options += ["--config-path", source.path]
+        has_file = hydra.job.config_name != "config"
+        if has_file:
+            options += ["--config-name", hydra.job.config_name]
+        words = [(word.lstrip("+~"), word) for word in hydra.overrides.hydra]
+        options += [word for key, word in words if key.startswith("hydra.searchpath=")]
+        launcher = [
+            word for key, word in words if key.startswith(("hydra/launcher=", "hydra.launcher."))
+        ]
+        is_chosen = hydra.runtime.choices["hydra/launcher"] != DEFAULT_LAUNCHER
+        return cls(options, launcher, bool(launcher) or is_chosen, has_file)
+
+    def command(self, words: Sequence[str], *, of_several: bool = False) -> str:
+        """Return the shell command that trains the jobs of these overrides.
+
+        Args:
+            words: overrides.
+            of_several: whether the overrides describe several jobs. A single job is trained by this
+                process unless the search had a launcher.
+        """
+        start = [*TRAIN]
+        if of_several or self.has_launcher:
+            start += ["-m", *self.options, *self.launcher]
+            if self.has_file:
+                start.append("hydra/sweeper=grid")
+        else:
+            start += self.options
+            if self.has_file:
+                start.append("hydra.mode=RUN")
+        return shlex.join([*start, *words])
+
+
 @dataclass
 class Search:
     """Search for the best settings of a sweep, which Optuna's sampler TPE proposes.
@@ -135,6 +195,7 @@ class Search:
         n_trials: number of trials, at least 1.
         n_jobs: number of trials in a batch, at least 1. They are proposed and trained together.
         seed: seed of the proposals.
+        start: how the search was started, for the commands that it prints.
     """
 
     folder: Path | None
@@ -144,6 +205,7 @@ class Search:
     n_trials: int
     n_jobs: int
     seed: int
+    start: Start = field(default_factory=Start)
 
     _study: Any = field(default=None, init=False)
     _space: dict[str, Any] = field(default_factory=dict, init=False)
@@ -357,10 +419,10 @@ class Search:
             kept = [word for word in self.fixed if not word.lstrip("+").startswith("sweep.")]
             if not any(word.startswith("home=") for word in kept):
                 kept.append(f"home={jobs[0].home}")
-            command = shlex.join([*TRAIN, *kept, *words])
-            write_line(f"to run it again: {command}")
+            write_line(f"to run it again: {self.start.command([*kept, *words])}")
             if jobs[number].dataset.val_fraction:
-                command = _final_command([*kept, *words], jobs)
+                final = _final_words([*kept, *words], jobs)
+                command = self.start.command(final, of_several=True)
                 write_line(f"to train it on all training images, with new seeds: {command}")
         else:
             write_line(f"none of the {len(jobs)} trials has a value")
@@ -368,8 +430,8 @@ class Search:
             sys.exit(code)
 
 
-def _final_command(words: Sequence[str], jobs: Sequence[Config]) -> str:
-    """Return the command that trains a trial on all training images, with three new seeds.
+def _final_words(words: Sequence[str], jobs: Sequence[Config]) -> list[str]:
+    """Return the overrides that train a trial on all training images, with three new seeds.
 
     Args:
         words: overrides of the trial.
@@ -378,7 +440,7 @@ def _final_command(words: Sequence[str], jobs: Sequence[Config]) -> str:
     chosen = [word for word in words if not word.lstrip("+").startswith(NOT_IN_FINAL)]
     first = max(job.seed for job in jobs) + 1
     seeds = ",".join(str(first + more) for more in range(FINAL_SEEDS))
-    return shlex.join([*TRAIN, "-m", *chosen, f"seed={seeds}"])
+    return [*chosen, f"seed={seeds}"]
 
 
 def _words(params: Mapping[str, Any]) -> list[str]:
