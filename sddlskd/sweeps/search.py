@@ -5,6 +5,7 @@ trials, so that the same command continues the search after an interruption.
 """
 
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,25 +103,48 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
 def _distribution(override: Override) -> Any:
     """Return Optuna's distribution of the values of an override.
 
-    `int(interval(1,9))` has integers, and another interval has real numbers. The tag `log` draws
-    them on a logarithmic scale. All other values are choices without an order. Raise ValueError if
-    an interval is empty, or if a logarithmic one does not begin above 0.
+    `int(interval(1,9))` has integers, and another interval has real numbers, which may be negative.
+    The tag `log` draws them on a logarithmic scale. All other values are choices without an order.
+
+    Raises:
+        ValueError: If there are no values: an interval ends before it begins, has an infinite end,
+            or begins at 0 or below with the tag `log`; or a range is empty. Also if there is
+            another tag than `log`, or if it belongs to no interval.
     """
     from optuna import distributions
 
     value = override.value()
+    wrong = _wrong_with(value)
+    if wrong:
+        raise ValueError(f"{override.input_line}: {wrong}")
+    if isinstance(value, IntervalSweep):
+        kind: Any = distributions.FloatDistribution
+        if isinstance(value.start, int) and isinstance(value.end, int):
+            kind = distributions.IntDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
+    choices = list(override.sweep_string_iterator())
+    if not choices:
+        raise ValueError(f"{override.input_line}: it has no values")
+    return distributions.CategoricalDistribution(choices)
+
+
+def _wrong_with(value: Any) -> str:
+    """Return what is wrong with the values of an override, in words; "" if nothing is."""
+    tags: set[str] = getattr(value, "tags", set())
+    if other := sorted(tags - {"log"}):
+        return f"{other[0]} is no tag of a search; give tag(log, interval(LOW,HIGH))"
     if not isinstance(value, IntervalSweep):
-        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
-    assert value.start is not None
-    assert value.end is not None
-    is_log = "log" in value.tags
-    kind: Any = distributions.FloatDistribution
-    if isinstance(value.start, int) and isinstance(value.end, int):
-        kind = distributions.IntDistribution
-    try:
-        return kind(value.start, value.end, log=is_log)
-    except ValueError as error:
-        raise ValueError(f"{override.input_line}: {error}") from None
+        return "a logarithmic scale needs tag(log, interval(LOW,HIGH))" if tags else ""
+    low, high = value.start, value.end
+    assert low is not None
+    assert high is not None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "both ends of an interval must be finite numbers"
+    if low > high:
+        return f"the interval ends before it begins; give interval({high},{low})"
+    if tags and low <= 0:
+        return f"a logarithmic scale must begin above 0, not at {low}; raise it or leave out tag"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -321,6 +345,16 @@ class Search:
             if not trial.state.is_finished() and trial.number not in self._failed
         ]
 
+    def _extremes(self) -> list[list[str]]:
+        """Return varied overrides with each end of each interval, and with each choice."""
+        values = {
+            key: getattr(one, "choices", None) or (one.low, one.high)
+            for key, one in self._space.items()
+        }
+        first = {key: ends[0] for key, ends in values.items()}
+        others = [{**first, key: value} for key, ends in values.items() for value in ends[1:]]
+        return [_words(params) for params in (first, *others)]
+
     def judge(self, number: int, job: Config, result: Mapping[str, Any]) -> None:
         """Tell Optuna how a trial has ended, and its value if the trial has one.
 
@@ -373,6 +407,8 @@ class Search:
             ValueError: If the database is damaged or locked.
             Exception: As `compose` and `launch` raise it.
         """
+        # A value that no job may have must not end the search after hours.
+        compose([[*self.fixed, *words] for words in self._extremes()])
         is_told = False
         while True:
             with self._database():
