@@ -7,6 +7,7 @@ are slow to import are imported only by the commands that need them.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def _analyse(given: Sequence[str]) -> None:
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="formats of the tables. Default: %(default)s"
     )
-    chosen = parser.parse_args(given)
+    chosen = _parse(parser, given)
     formats = chosen.format.split(",")
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(
@@ -129,6 +130,17 @@ def _analyse(given: Sequence[str]) -> None:
     _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
     _write(runs, chosen, formats)
     _say_what_is_missing(runs)
+
+
+def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; refuse home=FOLDER, the form of other commands, by the right form."""
+    options = parser._option_string_actions
+    for before, word in zip(["", *given], given, strict=False):
+        key, assigns, value = word.partition("=")
+        option = f"--{key.replace('_', '-')}"
+        if assigns and option in options and before not in options:
+            parser.error(f"{key}= is unknown; did you mean {option} {shlex.quote(value)}?")
+    return parser.parse_args(given)
 
 
 def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> None:
@@ -223,7 +235,7 @@ def _coverage(given: Sequence[str]) -> None:
         "and a verdict, and name those without a recipe.",
     )
     _add_store(parser)
-    chosen = parser.parse_args(given)
+    chosen = _parse(parser, given)
     from .coverage import cover, lines
     from .runs import load
     from .store import sqlite_file
@@ -272,7 +284,7 @@ def _import_logs(given: Sequence[str]) -> None:
         metavar="PARAM=VALUE",
         help="params that the logs do not state, such as teacher=resnet32x4 (docs/import.md)",
     )
-    chosen = parser.parse_args(given)
+    chosen = _parse(parser, given)
     if wrong := [text for text in chosen.set if "=" not in text]:
         raise ValueError(
             f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"

@@ -221,6 +221,20 @@ def test_code_that_cannot_be_found_is_refused_as_other_errors() -> None:
         try_optimizer({"_target_": "nopackage.F"}, 0.1, torch.device("cpu"))
 
 
+def summed(student_NK: torch.Tensor, teacher_NK: torch.Tensor, target_N: torch.Tensor) -> Any:
+    """Return a loss without one value per sample, as a user may write it."""
+    return (student_NK - teacher_NK).square().sum()
+
+
+def test_a_loss_that_reduces_is_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match="summed") as caught:
+        try_loss({"_target_": "tests.test_bad_values.summed"}, 10)
+    assert str(caught.value).startswith(
+        "distiller.loss=tests.test_bad_values.summed() cannot be used: the loss returned shape () "
+    )
+    assert str(caught.value).endswith("then 'return loss.mean(1)'")
+
+
 def test_trying_leaves_the_random_numbers_alone() -> None:
     before = torch.random.get_rng_state()
     try_loss({"_target_": "sddlskd.losses.kd", "temperature": 4.0}, 10)

@@ -129,9 +129,61 @@ def test_a_bad_objective_or_range_is_refused_by_its_key() -> None:
         match="objective=foo is logged by no run; give objective=best/top1; runs log best/",
     ):
         search(None, objective="foo")
-    for word in ("x=interval(8.0,1.0)", "x=tag(log,interval(0,1))", "n=int(interval(3,1))"):
-        with pytest.raises(ValueError, match=f"^{re.escape(word)}: "):
+    for word, said in {
+        "x=interval(8.0,-1.0)": "the interval ends before it begins; give interval(-1.0,8.0)",
+        "n=int(interval(3,1))": "the interval ends before it begins; give interval(1,3)",
+        "x=tag(log,interval(0,1))": "a logarithmic scale must begin above 0, not at 0.0; ",
+        "x=tag(log,int(interval(-2,1)))": "a logarithmic scale must begin above 0, not at -2; ",
+        "x=interval(0,inf)": "both ends of an interval must be finite numbers",
+        "x=interval(nan,1)": "both ends of an interval must be finite numbers",
+        "x=tag(lgo,interval(1,2))": "lgo is no tag of a search; give tag(log, interval(LOW,HIGH))",
+        "x=tag(log,choice(1,2))": "a logarithmic scale needs tag(log, interval(LOW,HIGH))",
+        "x=range(3,-2)": "it has no values",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{word}: {said}')}") as caught:
             search(None, words=[word])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("interval", "low", "high"),
+    [
+        ("interval(-1,1)", -1, 1),
+        ("interval(-2.5,-0.5)", -2.5, -0.5),
+        ("int(interval(-3,2))", -3, 2),
+    ],
+)
+def test_bounds_may_be_negative(interval: str, low: float, high: float) -> None:
+    drawn = [
+        float(word.removeprefix("x="))
+        for (word,) in finished(search(None, 6, words=[f"x={interval}"]))
+    ]
+    assert all(low <= number <= high for number in drawn)
+    assert min(drawn) < 0
+    assert len(set(drawn)) > 1
+
+
+def test_a_search_that_may_propose_an_invalid_job_starts_none() -> None:
+    composed: list[list[str]] = []
+
+    def compose(words: list[list[str]]) -> list[Config]:
+        composed.extend(words)
+        if any("x=-1.0" in job for job in words):
+            raise ValueError("x=-1.0 must be greater than 0")
+        return [Config() for _ in words]
+
+    def launch(words: list[list[str]]) -> None:
+        raise AssertionError("a job was started")
+
+    one = search(None, words=["a=1", "x=interval(2.0,8.0)", "M=[1],[1,2]", "y=int(interval(0,1))"])
+    with pytest.raises(AssertionError, match="started"):
+        one.run(compose, launch)
+    assert [" ".join(words) for words in composed[:4]] == [
+        "a=1 x=2.0 M=[1] y=0", "a=1 x=8.0 M=[1] y=0", "a=1 x=2.0 M=[1,2] y=0",
+        "a=1 x=2.0 M=[1] y=1",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"x=-1\.0 must be"):
+        search(None, words=["x=interval(-1.0,8.0)"]).run(compose, launch)
 
 
 def test_a_damaged_database_is_named(tmp_path: Path) -> None:

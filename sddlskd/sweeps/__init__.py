@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def run_sweep(
     _warn_of_finished(plan)
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
-        print_plan(plan, devices, runner.requests(plan.groups))
+        print_plan(plan, devices, runner.requests(plan.groups, plan.group_seconds))
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")
@@ -150,14 +151,21 @@ def _warn_of_finished(plan: Plan) -> None:
 
 def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:
     """Return why a launch of the sweep would be refused although its single jobs can run."""
-    found = []
-    if plan.todo:
-        for check in (tracking.check_packages, runner.validate):
-            try:
-                check(plan.todo)
-            except (ValueError, ConnectionError) as error:
-                found.append(str(error))
-    return found
+    found = list(plan.refusals)
+    if not plan.todo:
+        return found
+    # The check of a SQLite file writes a file beside it, which a plan must not do.
+    on_servers = [job for job in plan.todo if str(job.tracking.uri).startswith("http")]
+    for check in (
+        partial(tracking.check_packages, plan.todo),
+        partial(tracking.check_reachable, on_servers),
+    ):
+        try:
+            check()
+        except (ValueError, ConnectionError) as error:
+            found.append(str(error))
+    found += map(str, runner.refusals(plan.todo))
+    return list(dict.fromkeys(found))
 
 
 def _run(plan: Plan, runner: GroupRunner) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -101,14 +101,17 @@ class Pool(GroupRunner):
         self.stop_signals = 0  # number of stop signals received so far
         self.last_signal = 0  # number of the last stop signal
 
-    def validate(self, jobs: Sequence[Config]) -> None:
-        """Raise ValueError if the pool would start more workers on the CPU than there are cores.
+    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+        """Yield a ValueError if the pool would start more workers on the CPU than there are cores.
 
         `jobs` are the jobs of the sweep; there are never more workers than jobs.
         """
         # The pool with the devices "auto" has at most one worker for each device.
         workers = min(self.devices.count("cpu"), len(jobs))
-        check_processes("the number of workers in hydra.launcher.devices", workers, WORKER_MB)
+        try:
+            check_processes("the number of workers in hydra.launcher.devices", workers, WORKER_MB)
+        except ValueError as refusal:
+            yield refusal
 
     def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
         """Return the devices that train the jobs, one for each worker; see `GroupRunner.places`."""
@@ -120,7 +123,9 @@ class Pool(GroupRunner):
             asked_for.update(visible)
         return sorted(asked_for)
 
-    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
+    def requests(
+        self, groups: Sequence[Sequence[Config]], seconds: Sequence[float | None]
+    ) -> list[str]:
         """Return [], because the pool asks nobody for its devices."""
         return []
 

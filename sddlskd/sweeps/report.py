@@ -61,8 +61,11 @@ def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> N
     """
     for line in (*plan_lines(plan), *_spread_lines(plan, devices), *requests):
         write_line(line)
+    left_out = ""
+    if plan.seconds is not None:
+        left_out = ", for which more time is needed"
     for teacher in plan.teachers:
-        write_line(f"trained first: teacher {teacher}")
+        write_line(f"trained first: teacher {teacher}{left_out}")
     for file in plan.downloads:
         write_line(f"to download: there is no {file}; the sweep downloads it when it starts")
     for line in reasons_together(plan.invalid):
@@ -72,14 +75,17 @@ def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> N
 def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     """Return lines that say how many jobs each group and device gets, and a better group size.
 
-    Nothing is said of devices if a cluster or several devices together train a job.
+    Nothing is said of devices if a cluster or several devices together train a job. If a cluster
+    trains jobs one by one that could share their teacher, a line names the launcher for that.
     """
     if not plan.groups:
         return []
     sizes = [len(group) for group in plan.groups]
     numbers = [f"{count} of {_jobs(size)}" for size, count in Counter(sizes).items()]
     lines = [f"groups: {', '.join(numbers)}", *_group_lines(plan.groups)]
-    if not devices or any(job.trainer.devices > 1 for job in plan.todo):
+    if not devices:
+        return [*lines, *_sharing_lines(plan)]
+    if any(job.trainer.devices > 1 for job in plan.todo):
         return lines
     per_device = jobs_of_devices(sizes, len(devices))
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
@@ -100,6 +106,20 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
         share = max(per_device) / len(plan.todo)
         lines.append(f"about {duration(plan.seconds * share)} on these {len(devices)} devices")
     return lines
+
+
+def _sharing_lines(plan: Plan) -> list[str]:
+    """Return a line that names the launcher for jobs which could share their teacher, or []."""
+    with_teacher = [job for job in plan.todo if job.has_teacher]
+    apart = groups_of(with_teacher, plan.max_group_size)
+    together = groups_of(with_teacher)
+    if len(together) == len(apart):
+        return []
+    return [
+        f"jobs that share a teacher and batches: {len(with_teacher)} jobs could train in "
+        f"{counted(len(together), 'task')} instead of {len(apart)}, which run the teacher once for "
+        "all their jobs: hydra/launcher=slurm_shared_teacher, or hydra.launcher.max_group_size=null"
+    ]
 
 
 def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:

@@ -234,8 +234,10 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     for link in chain:
         if isinstance(link, OverrideParseException):
-            reason = link.message.splitlines()[0]
-            return f"{link.override} cannot be read ({reason}); {_readable(str(link.override))}"
+            first, *more = link.message.splitlines()
+            if more and (of_function := re.search(r"while evaluating '.*': (.*)", more[0])):
+                return f"{link.override} cannot be read ({of_function[1]}); give other arguments"
+            return f"{link.override} cannot be read ({first}); {_readable(str(link.override))}"
         if isinstance(link, MissingConfigException):
             return _unknown_choice(link)
         if isinstance(link, InstantiationException):

@@ -8,6 +8,7 @@ from pathlib import Path
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import FileMirror
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import refuse_another_checkout
 from sddlskd.terminal.words import counted
 from sddlskd.tracking import uri as tracking_uri
@@ -42,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=[str(mirror) for mirror in FileMirror],
         help="write this copy in the run directories, and do not deliver to MLflow",
     )
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given, keys=(), home="give the folder of the runs: {home}/runs"):
+        parser.error(wrong)
+    chosen = parser.parse_args(given)
     refuse_another_checkout()
     cfg.frame()
     runs = sorted(
