@@ -7,10 +7,13 @@ are slow to import are imported only by the commands that need them.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .names import counted
 
 if TYPE_CHECKING:
     from .runs import Runs
@@ -109,7 +112,7 @@ def _analyse(given: Sequence[str]) -> None:
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="formats of the tables. Default: %(default)s"
     )
-    chosen = parser.parse_args(given)
+    chosen = _parse(parser, given)
     formats = chosen.format.split(",")
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(
@@ -124,16 +127,29 @@ def _analyse(given: Sequence[str]) -> None:
     from .runs import load
 
     runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
-    _say(f"{len(runs.frame)} runs: {_by_status(runs)}")
+    _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
     _write(runs, chosen, formats)
     _say_what_is_missing(runs)
 
 
+def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; refuse home=FOLDER, the form of other commands, by the right form."""
+    options = parser._option_string_actions
+    for before, word in zip(["", *given], given, strict=False):
+        key, assigns, value = word.partition("=")
+        option = f"--{key.replace('_', '-')}"
+        if assigns and option in options and before not in options:
+            parser.error(f"{key}= is unknown; did you mean {option} {shlex.quote(value)}?")
+    return parser.parse_args(given)
+
+
 def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> None:
     from . import figures, render, report, tables
-    from .selection import GainOptions
+    from .schema import runs_of
+    from .selection import GainOptions, refuse_absent
 
     out, metric = chosen.out, chosen.metric
+    refuse_absent(metric, runs_of(runs.frame))
     options = GainOptions(chosen.test, chosen.margin, chosen.baseline)
     (out / "tables").mkdir(parents=True, exist_ok=True)
     _tell("computing the tables and their tests")
@@ -148,7 +164,9 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
     if not built:
         _say("no table written: there are no runs for any table")
     _tell("drawing the figures")
-    drawn = figures.build(runs, out / "figures", metric=metric, test=chosen.test)
+    drawn = figures.build(
+        runs, out / "figures", metric=metric, test=chosen.test, baseline=chosen.baseline
+    )
     for figure in drawn:
         _say(f"wrote {out / 'figures' / figure.name}.{{png,svg}}: {figure.title}")
     runs.frame.to_csv(out / "runs.csv", index=False)
@@ -157,7 +175,8 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
     report.write(out / "report.html", runs, built, drawn, metric=metric)
     _say(
         f"wrote {out / 'report.html'}: "
-        f"{len(built)} tables, {len(drawn)} figures, {len(runs.frame)} runs"
+        f"{counted(len(built), 'table')}, {counted(len(drawn), 'figure')}, "
+        f"{counted(len(runs.frame), 'run')}"
     )
 
 
@@ -173,7 +192,7 @@ def _say_what_is_missing(runs: "Runs") -> None:
     open_runs = [run for run in standing if run.status not in ("FINISHED", "PRUNED")]
     if not open_runs:
         return
-    _say(f"{len(open_runs)} of {len(standing)} runs are not finished:")
+    _say(f"not finished: {len(open_runs)} of {counted(len(standing), 'run')}:")
     for run in open_runs[:SHOWN]:
         reason = f" ({run.reason})" if run.reason else ""
         _say(f"  {run.status.lower()}: {run.name}{reason}")
@@ -216,7 +235,7 @@ def _coverage(given: Sequence[str]) -> None:
         "and a verdict, and name those without a recipe.",
     )
     _add_store(parser)
-    chosen = parser.parse_args(given)
+    chosen = _parse(parser, given)
     from .coverage import cover, lines
     from .runs import load
     from .store import sqlite_file
@@ -265,7 +284,7 @@ def _import_logs(given: Sequence[str]) -> None:
         metavar="PARAM=VALUE",
         help="params that the logs do not state, such as teacher=resnet32x4 (docs/import.md)",
     )
-    chosen = parser.parse_args(given)
+    chosen = _parse(parser, given)
     if wrong := [text for text in chosen.set if "=" not in text]:
         raise ValueError(
             f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"
@@ -277,7 +296,7 @@ def _import_logs(given: Sequence[str]) -> None:
     texts: dict[str, str] = dict(text.split("=", 1) for text in chosen.set)
     given_params = {PARAMS.get(key, key): value for key, value in texts.items()}
     run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)
-    _say(f"{len(run_ids)} new runs in experiment {chosen.experiment} at {uri}")
+    _say(f"{counted(len(run_ids), 'new run')} in experiment {chosen.experiment} at {uri}")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -306,7 +325,7 @@ def _tell_what_is_read(uri: str) -> None:
     if database is None:
         _tell(f"loading MLflow, to search the runs at {uri}")
     elif (count := count_runs(database)) is not None:
-        _tell(f"loading MLflow, to search the {count} runs at {uri}")
+        _tell(f"loading MLflow, to search {counted(count, 'run')} at {uri}")
 
 
 def _tell(line: str) -> None:

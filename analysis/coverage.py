@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import published
 from .cells import Cell, Table
-from .names import method_name
+from .names import counted, method_name
 from .published import Published
 
 __all__ = ["Cover", "available", "cover", "lines", "reason_without_recipe", "recipe_of"]
@@ -181,7 +181,7 @@ def _without_recipe(covers: Sequence[Cover]) -> Iterator[str]:
     if not covers:
         yield "Every number has a recipe."
         return
-    yield f"{len(covers)} numbers without a recipe:"
+    yield f"{counted(len(covers), 'number')} without a recipe:"
     of_reason: dict[str, list[Published]] = defaultdict(list)
     for one in covers:
         of_reason[one.lacks].append(one.number)

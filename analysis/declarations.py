@@ -7,9 +7,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import published, selection
-from .names import SUFFIXES, method_name, row_key, row_name, value_name
+from .names import SUFFIXES, method_name, reading_order, row_key, row_name, scales_order, value_name
 from .protocol import PAPERS_WEIGHT, other_method
 from .published import Published
 from .schema import METHOD_PARTS, NO_LOGIT_LOSS, Run, method_of
@@ -127,8 +128,10 @@ class Declaration:
     published: Sequence[Published] = ()  # the numbers beside our runs
     # Returns the name of the row of a published number.
     published_row: Callable[[Published], str] = lambda number: number.method
-    # Names of the first rows. Rows of published numbers follow, then the others, short names first.
+    # Names of the first rows. Rows of published numbers follow, then the others by `sorted_by`.
     order: Sequence[str] = ()
+    # Returns the sort key of the name of a row: by default, short names come first.
+    sorted_by: Callable[[str], Any] = lambda row: (len(row), row)
     # Returns the names of the rows that are possible baselines of a row, the first choice first.
     baselines: Callable[[str], Sequence[str]] = lambda row: ()
     # Settings that a cell and its baseline must share.
@@ -273,6 +276,7 @@ def _paper_table(
         row=lambda run: run.method,
         label=method_name,
         published=numbers,
+        sorted_by=reading_order,
         baselines=lambda row: _counterparts(row, tricks),
     )
 
@@ -362,6 +366,7 @@ def _scales(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str) 
         label=lambda row: f"M = {row}",
         published=_of_plain_kd("SDD Table 7", dataset, family),
         published_row=lambda number: number.M,
+        sorted_by=scales_order,
         baselines=_always("[1]"),
         same=_all_but("M"),
     )
@@ -383,6 +388,7 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
         label=lambda row: f"weight {row}",
         published=_of_plain_kd("SDD Table 8", dataset, family),
         published_row=lambda number: number.beta,
+        sorted_by=_numbers_first,
         baselines=_always("1"),
         same=_all_but("complementary_weight"),
     )
@@ -404,6 +410,7 @@ def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
             row=lambda run: run.method or "unknown",
             label=method_name,
             published=numbers,
+            sorted_by=reading_order,
         )
 
 
@@ -443,6 +450,7 @@ def _seed_suite(runs: Sequence[Run], quantity: Quantity) -> Declaration:
         label=label,
         published=sorted(parts, key=lambda number: SEED_PAIRS.index(number.pair)),
         order=("[1]", "[1,2]", "[1,4]", "[1,2,4]", "kd_ls", "sd_kd"),
+        sorted_by=scales_order,
         baselines=lambda row: ["[1]"] if row.startswith("[") and row != "[1]" else [],
         same=_all_but("M"),
     )
@@ -481,7 +489,7 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
             runs=[*_teachers(here), *here],
             row=lambda run: row_key(run.method, run.M),
             label=row_name,
-            order=("teacher",),
+            sorted_by=reading_order,
             baselines=_overview_baselines,
         )
 
@@ -625,6 +633,13 @@ def _of_plain_kd(table: str, dataset: str, family: str) -> Sequence[Published]:
     if (dataset, family) != ("cifar100", "kd"):
         return ()
     return published.of_table(table)
+
+
+def _numbers_first(row: str) -> tuple[bool, float]:
+    """Return the sort key of a row that is named after a number, or "unknown"."""
+    if row.replace(".", "", 1).isdecimal():
+        return False, float(row)
+    return True, 0.0
 
 
 def _all_but(setting: str) -> tuple[str, ...]:

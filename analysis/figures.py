@@ -31,7 +31,16 @@ from .charts import (
     stop_at_100,
     style_of,
 )
-from .points import Comparison, Point, beside_panels, comparisons, points_of, same_family
+from .names import counted
+from .points import (
+    Comparison,
+    Point,
+    baselines_named,
+    beside_panels,
+    comparisons,
+    points_of,
+    same_family,
+)
 from .prediction_figures import (
     Predictions,
     agreement_chart,
@@ -48,11 +57,8 @@ __all__ = ["Figure", "build", "curves"]
 MARKED_EPOCHS = 60  # with more epochs, markers would hide the curves
 KINDS = {False: "heterogeneous", True: "homogeneous"}  # whether the pair is of one family
 KINDS_SAID = 4  # largest number of settings and baselines whose mean gain a caption states
-OVER = {
-    "plain": "gain over the plain distiller (points)",
-    "vanilla": "gain over the student alone (points)",
-}
-"""Baselines of the figure of gains, and the labels of their axes."""
+OVER = {"plain": "the plain distiller", "vanilla": "the student alone"}
+"""Baselines of the figure of gains if the user chose none, and what axes and caption call them."""
 
 
 class Source(Predictions, Protocol):
@@ -86,7 +92,14 @@ class Figure:
     svg: Path
 
 
-def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]) -> list[Figure]:
+def build(
+    runs: Source,
+    out: Path,
+    *,
+    metric: str = "best",
+    test: str = TESTS[0],
+    baseline: str = "",
+) -> list[Figure]:
     """Draw every figure that the runs have data for, and write it as PNG and SVG.
 
     Figures are, for example, learning curves, gains by pair, and accuracy against training time.
@@ -96,6 +109,9 @@ def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]
         out: folder for the PNG and SVG files, created if it is missing.
         metric: accuracy to show, a key of `analysis.selection.METRICS`, such as "best".
         test: test of the gains: "pooled" or "paired", see `analysis.selection.GainOptions`.
+        baseline: method that all others are compared with, as in `analysis.selection.GainOptions`.
+            For "", and if no run is of this method, the baselines are the plain form of each loss
+            and the student alone.
 
     Returns:
         The figures that were written. If no finished run with a known student and method has the
@@ -117,7 +133,7 @@ def build(runs: Source, out: Path, *, metric: str = "best", test: str = TESTS[0]
         for chart in (
             learning_curves(runs, points),
             accuracy_by_scales(points, metric),
-            gain_by_pair(points, metric, test),
+            gain_by_pair(points, metric, test, baseline),
             agreement_chart(kept),
             correlation_chart(kept),
             features_chart(kept),
@@ -346,41 +362,51 @@ def _mixed(points: Sequence[Point]) -> list[str]:
 # Gains
 
 
-def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | None:
-    """Draw the gain in accuracy (percentage points) of each method over two baselines, by pair.
+def gain_by_pair(
+    points: Sequence[Point], metric: str, test: str, baseline: str = ""
+) -> Chart | None:
+    """Draw the gain in accuracy (percentage points) of each method over its baselines, by pair.
 
-    One baseline is the plain form of the method: only its loss on the logits, on the whole logit
-    map (M=[1]), without standardisation. The other is the student that was trained alone. Both are
-    on the same pair of teacher and student. A mark is the difference of the means, with its 95 %
-    interval.
+    The baseline is the one that the user chose, as in the tables. If the user chose none, there are
+    two. One is the plain form of the method: only its loss on the logits, on the whole logit map
+    (M=[1]), without standardisation. The other is the student that was trained alone. A method and
+    its baseline are on the same pair of teacher and student. A mark is the difference of the means,
+    with its 95 % interval. The label of the axis names the baseline.
 
     Args:
         points: results of the methods and baselines.
         metric: accuracy that the points hold, a key of `METRICS`. The caption names the metric.
         test: test that gives the intervals: "pooled" or "paired", see `selection.GainOptions`.
+        baseline: the baseline that the user chose, see `selection.GainOptions`; "" for none.
 
     Returns:
         The chart, or None if no point has a gain. The caption names the gains that cannot be
         computed, and the panels and settings that the chart has no room for.
     """
-    gains, without = comparisons(points, test)
+    gains, without = comparisons(points, test, baseline)
     if not gains:
         return None
     gaining = list(dict.fromkeys(comparison.point for comparison in gains))
     most = settings_in_dots(len(_panels(gaining)))
     shown, settings, rest = few(gaining, lambda point: point.setting, most)
+    # A student alone, which has no teacher, stands in the panels of its pairs.
+    with_teacher = {point.panel: point.run for point in points if point.run.teacher != "none"}
     homogeneous = {
-        point.panel: same_family(point.run.teacher, point.run.student) for point in shown
+        panel: same_family(with_teacher[panel].teacher, with_teacher[panel].student)
+        for panel in _panels(shown)
     }
     panels = sorted(homogeneous, key=lambda panel: not homogeneous[panel])
     kept = set(shown)
     drawn = [comparison for comparison in gains if comparison.point in kept]
     columns = [
-        (label, [_dot(comparison) for comparison in drawn if comparison.over == over])
-        for over, label in OVER.items()
+        (
+            f"gain over {OVER.get(over, over)} (points)",
+            [_dot(comparison) for comparison in drawn if comparison.over == over],
+        )
+        for over in _baselines_of(drawn)
     ]
     drawing = dots(
-        [(label, marks) for label, marks in columns if marks],
+        columns,
         panels,
         settings,
         shaded={panel: "  ≠" for panel in panels if not homogeneous[panel]},
@@ -390,14 +416,42 @@ def gain_by_pair(points: Sequence[Point], metric: str, test: str) -> Chart | Non
     caption = (
         f"{_metric_label(metric, points)}: gain. Marks: difference of the means; bars: 95 % "
         f"interval, {_tests_said(gains)}, not corrected for the number of intervals; "
-        f"{count_seeds(one.gain.difference.n for one in gains)}. Plain: the same distiller with "
-        "M=[1] and no standardisation; if a baseline ran in several settings, the one with the "
-        "temperature and weights of the row is taken, as in the tables. Shaded and marked ≠: "
-        "heterogeneous pairs (teacher and student of different families)."
+        f"{count_seeds(one.gain.difference.n for one in gains)}. "
+        f"{_baselines_said(points, baseline)} "
+        "If a baseline ran in several settings, the one with the temperature and weights of the "
+        "row is taken, as in the tables. Shaded and marked ≠: heterogeneous pairs (teacher and "
+        "student of different families)."
         f"{_mean_by_kind(drawn, settings, homogeneous)}"
         f"{listed('Without a gain', sorted(set(without)))}{rest}"
     )
     return Chart("gain_by_pair", "Gain by pair", caption, drawing)
+
+
+def _baselines_of(gains: Iterable[Comparison]) -> list[str]:
+    """Return the baselines of the gains (`Comparison.over`), the plain form first."""
+    used = dict.fromkeys(one.over for one in gains)
+    return sorted(used, key=lambda over: over != "plain")
+
+
+def _baselines_said(points: Sequence[Point], baseline: str) -> str:
+    """Return sentences for the caption on the baselines of the figure of gains.
+
+    Args:
+        points: results of the methods and baselines.
+        baseline: the baseline that the user chose; "" for none.
+    """
+    if named := baselines_named(points, baseline):
+        panels = _panels(beside_panels(points))
+        with_baseline = _panels(
+            point for point in beside_panels(points) if baselines_named([point], baseline)
+        )
+        bare = [panel for panel in panels if panel not in with_baseline]
+        without = listed(f"Pairs without {baseline}, and so without a gain", bare)
+        return f"Baseline, as in the tables: {' or '.join(named)}.{without}"
+    plain = "Plain: the same distiller with M=[1] and no standardisation."
+    if baseline:
+        return f"There is no result of {baseline}, so the baselines are the usual ones. {plain}"
+    return f"{plain} The tables name the baseline of each row, which may be another one."
 
 
 def _tests_said(gains: Iterable[Comparison]) -> str:
@@ -434,7 +488,7 @@ def _mean_by_kind(
         The sentence, with a space in front; "" if no setting has pairs of both kinds.
     """
     said: list[str] = []
-    for over, setting in itertools.product(OVER, settings):
+    for over, setting in itertools.product(_baselines_of(gains), settings):
         by_kind: dict[bool, list[float]] = {False: [], True: []}
         for one in gains:
             if (one.over, one.point.setting) == (over, setting):
@@ -444,8 +498,7 @@ def _mean_by_kind(
                 f"{KINDS[kind]} {statistics.fmean(means):+.2f} ({len(means)})"
                 for kind, means in by_kind.items()
             ]
-            baseline = "plain" if over == "plain" else "the student alone"
-            said.append(f"{setting} over {baseline}: {', '.join(kinds)}")
+            said.append(f"{setting} over {OVER.get(over, over)}: {', '.join(kinds)}")
     if not said:
         return ""
     return f" Mean over (n) pairs: {'; '.join(said[:KINDS_SAID])}."
@@ -503,7 +556,9 @@ def cost(points: Sequence[Point], metric: str) -> Chart | None:
         notes += f" The times of {len(environments)} environments cannot be compared."
     untimed = sum(point.n - len(times[point]) for point in shown)
     if untimed:
-        notes += f" {untimed} runs without a time of their own count for the accuracy only."
+        notes += (
+            f" Without a separate time, and so for the accuracy only: {counted(untimed, 'run')}."
+        )
     caption = (
         f"{_metric_label(metric, shown)}, against training time (of the last epoch). Marks: mean "
         "of both over seeds; bars: 95 % interval of the mean accuracy (Student's t), none for a "

@@ -48,6 +48,7 @@ from .log_params import (
     params_of_name,
     whole_number,
 )
+from .names import counted
 from .runs import PRUNED
 from .schema import METRICS, PARAMS
 from .store import reading, sqlite_file
@@ -248,7 +249,8 @@ def _runs(
             own["trainer.epochs"] = str(planned)
         elif "trainer.epochs" in params or each.planned:
             raise ValueError(
-                f"{done} epochs are more than the {planned} planned; give --set trainer.epochs=..."
+                f"the log has {counted(done, 'epoch')}, more than the {planned} planned; "
+                "give --set trainer.epochs=..."
             )
         if each.lr:
             own.setdefault("optimizer.lr", str(each.lr))
@@ -291,7 +293,7 @@ def _outcome(each: Log, planned: int) -> tuple[str, str]:
     notes = [*each.notes, *(f"epoch {epoch} is missing" for epoch in missing)]
     reasons += notes[:MAX_NOTES]
     if len(notes) > MAX_NOTES:
-        reasons.append(f"and {len(notes) - MAX_NOTES} notes more")
+        reasons.append(f"and {counted(len(notes) - MAX_NOTES, 'more note')}")
     for epoch, row in each.epochs.items():
         if broken := [key for key, value in row.items() if not math.isfinite(value)]:
             return "FAILED", "; ".join(
@@ -335,7 +337,9 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
             seen[digest] += 1
             try:
                 if len(cells) != len(names):
-                    raise ValueError(f"{len(cells)} cells for {len(names)} columns")
+                    raise ValueError(
+                        f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}"
+                    )
                 name = row.get("name", f"{path.stem}:{reader.line_num}")
                 yield _row(name, path, f"{digest}:{seen[digest] - 1}", row, given)
             except ValueError as error:
@@ -391,7 +395,7 @@ def _row(
         raise ValueError(NO_ACCURACY)
     reason = ""
     if status != "FINISHED" and done < int(planned):
-        reason = f"{done} of {planned} epochs"
+        reason = f"{done} of {counted(int(planned), 'epoch')}"
     if status == "PRUNED":  # MLflow has no such status
         status, reason = "KILLED", f"{PRUNED}{reason}"
     return _Import(

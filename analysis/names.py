@@ -3,15 +3,20 @@
 A method has the papers' name, followed by its scales: SD-KD+LS [1,2,4].
 """
 
+import re
 from typing import Any
 
 __all__ = [
+    "BY_YEAR",
     "PAPERS_LOSSES",
     "SUFFIXES",
+    "counted",
     "method_name",
     "pair_name",
+    "reading_order",
     "row_key",
     "row_name",
+    "scales_order",
     "setting_name",
     "value_name",
 ]
@@ -63,6 +68,21 @@ PAPERS_LOSSES = {
 
 SUFFIXES = {"_ls": "+LS", "_ls_batch": "+BS", "_ls_scaled": "+CS"}
 """Suffixes of losses on standardised logits, and what tables write for them."""
+BY_YEAR = {
+    2015: ("kd", "fitnet"),
+    2017: ("at", "fsp", "nst"),
+    2018: ("ft", "kdsvd", "pkt"),
+    2019: ("ab", "cc", "ofd", "rkd", "sp", "vid"),
+    2020: ("crd",),
+    2021: ("reviewkd", "semckd", "semckd_without_kd", "wcord"),
+    2022: ("dist", "dkd", "locality_guidance", "mgd", "simkd"),
+    2023: ("cat_kd", "ctkd", "dot", "kd_dot", "kd_ls_scaled", "mld", "mlkd", "nkd"),
+    2024: ("lskd", "ttm", "wttm"),
+    2025: ("abkd", "gdkd", "kd_ls_batch", "rld", "sld"),
+    2026: ("skd",),
+}
+"""The losses of `PAPERS_LOSSES` by the year in which they were published."""
+
 NO_LOSS = {
     "": "method not known",
     "unknown": "method not known",
@@ -90,14 +110,47 @@ def method_name(method: str, M: str = "[1]") -> str:
     return f"{name} {M}"
 
 
+def reading_order(key: str) -> tuple[Any, ...]:
+    """Return the place of a row, by its key (`row_key`), among the rows of a table.
+
+    The teacher comes first, then the student alone. Methods follow by the year in which their first
+    loss was published, and losses of nobody's paper come last, by their names. Among the rows of a
+    loss, sums with other losses come after the loss alone, SD- after the whole map, +LS after plain
+    logits, and many scales after few.
+    """
+    method, _, scales = key.partition(" [")
+    if method in ("teacher", "vanilla"):
+        return (method != "teacher", 0)
+    first, *others = method.split("+")
+    loss, suffix = _loss_and_suffix(first)
+    losses = [loss for of_year in BY_YEAR.values() for loss in of_year]
+    rank = losses.index(loss) if loss in losses else len(losses)
+    has_regions = first.startswith("sd_")
+    return (2, rank, loss, others, has_regions, suffix, scales_order(f"[{scales}"))
+
+
+def scales_order(M: str) -> tuple[int, list[int]]:
+    """Return the place of scales such as "[1,2,4]" among others: few before many, then by value."""
+    scales = [int(scale) for scale in re.findall(r"\d+", M)]
+    return len(scales), scales
+
+
+def _loss_and_suffix(part: str) -> tuple[str, str]:
+    """Return one loss of a method without its prefix sd_ and its suffix, and the suffix.
+
+    A suffix that belongs to a loss with a name of its own, as in LumiNet, stays with the loss.
+    """
+    loss = part.removeprefix("sd_")
+    if loss in PAPERS_LOSSES:
+        return loss, ""
+    suffix = next((suffix for suffix in SUFFIXES if loss.endswith(suffix)), "")
+    return loss.removesuffix(suffix), suffix
+
+
 def _part_name(part: str) -> str:
     """Return the papers' name of one loss of a method, such as SD-KD+LS for `sd_kd_ls`."""
-    loss = part.removeprefix("sd_")
-    suffix = next((suffix for suffix in SUFFIXES if loss.endswith(suffix)), "")
-    name = PAPERS_LOSSES.get(loss, "")  # luminet and normkd have names of their own
-    if not name:
-        loss = loss.removesuffix(suffix)
-        name = f"{PAPERS_LOSSES.get(loss, loss)}{SUFFIXES.get(suffix, '')}"
+    loss, suffix = _loss_and_suffix(part)
+    name = f"{PAPERS_LOSSES.get(loss, loss)}{SUFFIXES.get(suffix, '')}"
     if part.startswith("sd_"):
         name = f"SD-{name}"
     return name
@@ -128,6 +181,13 @@ def pair_name(teacher: str, student: str) -> str:
     if teacher == "none":
         return f"{student} alone"
     return f"{teacher} → {student}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which is given in the singular: "1 run", "2 runs"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
 def value_name(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from . import stats
 from .cells import Cell, Key
 from .declarations import PAPERS_METRIC, Declaration, Quantity
+from .names import counted
 from .schema import Run
 from .selection import Gain, GainOptions, Result, spread_beside
 
@@ -197,8 +198,8 @@ def notes_on_gains(
     correction = "not corrected for the number of gains" if looking else "uncorrected"
     yield (
         f"Gains: {'; '.join(ways)}. Intervals: 95 %, {correction}. p: corrected by Holm over the "
-        f"table's {len(tested)} tests. Equivalent: within ±{options.margin:g} points, by two "
-        "one-sided tests."
+        f"table's {counted(len(tested), 'test')}. Equivalent: within ±{options.margin:g} points, "
+        "by two one-sided tests."
     )
     yield from _differing_baselines(gains, results)
     # Rows that are paired, or compared by Welch's test, have an error of their own each.

@@ -20,7 +20,15 @@ from .schema import Run
 from .selection import Gain, Result, Row, accuracy, gain_over, result_of, rows, standing
 from .stats import TESTS, mean_std
 
-__all__ = ["Comparison", "Point", "beside_panels", "comparisons", "points_of", "same_family"]
+__all__ = [
+    "Comparison",
+    "Point",
+    "baselines_named",
+    "beside_panels",
+    "comparisons",
+    "points_of",
+    "same_family",
+]
 
 
 class Rank(NamedTuple):
@@ -95,7 +103,9 @@ class Comparison:
     """
 
     point: Point
-    over: str  # "plain" for the plain form of the same loss, "vanilla" for the student alone
+    # "plain" for the plain form of the same loss, "vanilla" for the student alone, or the name of
+    # the baseline that the user chose, such as "SD-KD [1,2]"
+    over: str
     gain: Gain
 
 
@@ -225,21 +235,47 @@ def beside_panels(points: Sequence[Point]) -> list[Point]:
     return [*paired, *repeated, *lonely]
 
 
+def baselines_named(points: Sequence[Point], baseline: str) -> list[str]:
+    """Return the names of the methods that a user means by `baseline`, such as ["SD-KD [1,2]"].
+
+    As in the tables, a user gives a method, with or without its scales, as it is typed or as it is
+    shown: "sd_kd", "sd_kd [1,2]" or "SD-KD [1,2]". The list is empty if `points` has no such method
+    or if `baseline` is "".
+    """
+    return list(dict.fromkeys(_name(point) for point in points if _is_meant(point, baseline)))
+
+
+def _is_meant(point: Point, baseline: str) -> bool:
+    method = point.run.method
+    return baseline in (
+        method,
+        method_name(method),
+        row_key(method, point.run.M),
+        _name(point),
+    )
+
+
+def _name(point: Point) -> str:
+    return method_name(point.run.method, point.run.M)
+
+
 def comparisons(
-    points: Sequence[Point], test: str = TESTS[0]
+    points: Sequence[Point], test: str = TESTS[0], baseline: str = ""
 ) -> tuple[list[Comparison], list[str]]:
     """Return the gain in accuracy of each point over its baselines in the same panel.
 
     A point is the result of one setting (a method with its options) in one panel (a pair of teacher
-    and student on a data set). Its first baseline is the student alone, trained without
-    distillation ("vanilla"). Its second baseline is the plain form of its loss on the logits
-    ("plain"), unless the point is plain itself (`Point.plain`). A student alone has no baseline.
-    `selection.gain_over` computes the gains.
+    and student on a data set). If one of the points is the baseline that the user chose, it is the
+    only baseline, and has none itself. Otherwise, the first baseline of a point is the student
+    alone, trained without distillation ("vanilla"). Its second baseline is the plain form of its
+    loss on the logits ("plain"), unless the point is plain itself (`Point.plain`). A student alone
+    then has no baseline. `selection.gain_over` computes the gains.
 
     Args:
         points: the points to compare, baselines included. A student alone is a baseline in all
             panels with this student and data set.
         test: test of the gains, "pooled" or "paired", as in `selection.GainOptions`.
+        baseline: the baseline that the user chose, as in `selection.GainOptions`; "" for none.
 
     Returns:
         The gains, and a text "SETTING (reason)" for each gain that cannot be computed. If the panel
@@ -247,17 +283,18 @@ def comparisons(
     """
     found = []
     without = []
+    chosen = " or ".join(baselines_named(points, baseline))
     in_panel: dict[str, list[Point]] = defaultdict(list)
     for point in beside_panels(points):
         in_panel[point.panel].append(point)
     for point in itertools.chain.from_iterable(in_panel.values()):
-        if point.alone:
-            continue
         here = in_panel[point.panel]
-        baselines = {"vanilla": [other for other in here if other.alone]}
-        if not point.plain:
-            loss = point.run.distiller
-            baselines["plain"] = [other for other in here if other.run.method == loss]
+        if chosen and _is_meant(point, baseline):
+            continue
+        if chosen:
+            baselines = {chosen: [other for other in here if _is_meant(other, baseline)]}
+        else:
+            baselines = _usual_baselines(point, here)
         for over, others in baselines.items():
             if others:
                 bases = {other.setting: other.result for other in others}
@@ -268,6 +305,25 @@ def comparisons(
                 else:
                     found.append(Comparison(point, over, gain))
     return found, without
+
+
+def _usual_baselines(point: Point, here: Sequence[Point]) -> dict[str, list[Point]]:
+    """Return the points of a panel that a point is compared with if the user chose no baseline.
+
+    Args:
+        point: the point to compare.
+        here: all points of its panel.
+
+    Returns:
+        The baselines by `Comparison.over`: "vanilla" and "plain".
+    """
+    if point.alone:
+        return {}
+    baselines = {"vanilla": [other for other in here if other.alone]}
+    if not point.plain:
+        loss = point.run.distiller
+        baselines["plain"] = [other for other in here if other.run.method == loss]
+    return baselines
 
 
 def same_family(teacher: str, student: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from .cells import Cell, Table
+from .names import counted
 from .stats import Difference
 
 __all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
@@ -147,7 +148,7 @@ def _aggregate(table: Table, row: str) -> dict[str, Text]:
     if found is None:
         return {}
     texts = {
-        "gain": f"{found.gain:+.2f} ({found.pairs} pairs)",
+        "gain": f"{found.gain:+.2f} ({counted(found.pairs, 'pair')})",
         "p": f"P(better) {found.improvement:.2f}",
     }
     if found.low is not None:

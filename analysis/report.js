@@ -43,6 +43,6 @@ filter.addEventListener("input", () => {
   const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
   const match = texts.map((text) => words.every((word) => text.includes(word)));
   rows.forEach((row, i) => { row.hidden = !match[i]; });
-  shown.textContent = `${match.filter(Boolean).length} of ${rows.length} runs`;
+  shown.textContent = `${match.filter(Boolean).length} of ${rows.length} ${rows.length === 1 ? "run" : "runs"}`;
 });
 filter.closest("p").hidden = false;

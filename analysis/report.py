@@ -22,7 +22,7 @@ from . import render
 from .cells import Table
 from .declarations import PAPERS_METRIC
 from .figures import Figure
-from .names import method_name
+from .names import counted, method_name
 from .schema import PARAMS, STATUSES, Run, runs_of
 from .selection import METRICS
 
@@ -179,7 +179,7 @@ def _optimism(runs: Iterable[Run], metric: str) -> list[str]:
         return [PAPERS_METRIC]
     ours = (
         f"In our runs it lies {statistics.fmean(gaps):.2f} points above the last on average "
-        f"(n = {len(gaps)} runs)."
+        f"(n = {counted(len(gaps), 'run')})."
     )
     return [PAPERS_METRIC, ours]
 

@@ -19,6 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
+from .names import counted
 from .protocol import trains_longer
 from .schema import (
     COLUMNS,
@@ -459,10 +460,10 @@ def _refuse_strangers(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     if any(row.keys() >= set(CONTRACT) for row in rows):
         return
     lacking = {PARAMS[column]: sum(column not in row for row in rows) for column in CONTRACT}
-    counted = ", ".join(f"{key} ({count})" for key, count in lacking.items() if count)
+    missing = ", ".join(f"{key} ({count})" for key, count in lacking.items() if count)
     raise ValueError(
-        f"{where}: none of its {len(rows)} runs has the params of sddlskd's runs; "
-        f"missing are {counted}; "
+        f"{where}: none of {counted(len(rows), 'run')} has the params of sddlskd's runs; "
+        f"missing are {missing}; "
         f"name an sddlskd experiment, or import results with python -m {__package__} import-logs"
     )
 
@@ -479,9 +480,11 @@ def _refuse_mixed_epochs(frame: pd.DataFrame) -> None:
         teachers = (runs["distiller"] == "vanilla") & runs["student"].isin(set(runs["teacher"]))
         lengths = runs.loc[~teachers, "epochs"].value_counts().sort_index()
         if len(lengths) > 1:
-            counted = ", ".join(f"{count} of {epochs} epochs" for epochs, count in lengths.items())
+            found = ", ".join(
+                f"{count} of {counted(epochs, 'epoch')}" for epochs, count in lengths.items()
+            )
             raise ValueError(
                 f"{dataset or 'a data set without a name'} has runs of different lengths "
-                f"({counted}), which cannot be compared; name a sweep or experiment of one length, "
+                f"({found}), which cannot be compared; name a sweep or experiment of one length, "
                 "or combine them with --mixed-epochs"
             )

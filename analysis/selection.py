@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from . import stats
-from .names import setting_name
+from .names import counted, setting_name
 from .schema import NO_LOGIT_LOSS, STATUSES, Run, runs_of
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "beside_pairs",
     "gain_over",
     "latest",
+    "refuse_absent",
     "result_of",
     "rows",
     "spread_beside",
@@ -96,6 +97,27 @@ def accuracy(metric: str) -> Read:
         return value
 
     return read
+
+
+def refuse_absent(metric: str, runs: Iterable[Run]) -> None:
+    """Raise ValueError if finished runs have accuracies, but none of them has `metric`.
+
+    The message names the metrics that the runs have. `metric` is a key of `METRICS`.
+    """
+    finished = [run for run in runs if run.status == "FINISHED"]
+    found = {
+        name: sum(not isinstance(accuracy(name)(run), str) for run in finished) for name in METRICS
+    }
+    known = [name for name, number in found.items() if number]
+    if known and not found[metric]:
+        needs = {
+            "val": "; runs have val if dataset.val_fraction is above 0",
+            "mAP": "; runs have mAP if their images have several labels (dataset.multi_label=true)",
+        }
+        raise ValueError(
+            f"--metric {metric} is logged by none of {counted(len(finished), 'finished run')}; "
+            f"give --metric {known[0]}; the runs log {', '.join(known)}{needs.get(metric, '')}"
+        )
 
 
 # The runs that count

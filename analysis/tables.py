@@ -234,12 +234,7 @@ def _rows(declaration: Declaration, printed: Sequence[str]) -> list[Row]:
     place = {name: i for i, name in enumerate(dict.fromkeys([*declaration.order, *printed]))}
     return sorted(
         found,
-        key=lambda row: (
-            place.get(row.name, len(place)),
-            row.name != "vanilla",
-            len(row.name),
-            row.name,
-        ),
+        key=lambda row: (place.get(row.name, len(place)), declaration.sorted_by(row.name)),
     )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "PerSampleLoss",
     "ScaleDecoupled",
     "SeveralTeachers",
+    "WrongShape",
     "check_scales",
     "compares_images",
     "confidence_weights",
@@ -165,6 +166,10 @@ def takes_label_sets(loss: PerSampleLoss) -> bool:
         return False
 
 
+class WrongShape(ValueError):
+    """Error for a per-sample loss that does not return one value per region."""
+
+
 class ScaleDecoupled:
     """Distillation loss of a batch that compares the logit maps of two networks region by region.
 
@@ -263,7 +268,7 @@ class ScaleDecoupled:
             The weighted and reduced loss, a scalar tensor.
 
         Raises:
-            ValueError: If the per-sample loss does not return one value per region.
+            WrongShape: If the per-sample loss does not return one value per region.
         """
         with torch.autocast(student_map_BKHW.device.type, enabled=False):
             student_BRK = self.regions(student_map_BKHW)
@@ -305,7 +310,7 @@ class ScaleDecoupled:
             The weighted and reduced loss, a scalar tensor.
 
         Raises:
-            ValueError: If the per-sample loss does not return one value per region.
+            WrongShape: If the per-sample loss does not return one value per region.
         """
         B, R, _ = student_BRK.shape
         weight_BR = self._weights(teacher_BK, teacher_BRK, target_B)
@@ -326,11 +331,8 @@ class ScaleDecoupled:
             **options,
             **({"regions_per_image": R} if self.compares_images else {}),
         )
-        if loss_N.shape != (B * R,):
-            raise ValueError(
-                f"the loss returned shape {tuple(loss_N.shape)} for {B * R} regions; "
-                "it must return one value per region"
-            )
+        if not isinstance(loss_N, Tensor) or loss_N.shape != (B * R,):
+            raise _not_one_value_per_region(loss_N, B * R)
         total = (weight_BR.flatten() * loss_N).sum()
         return total / (B * R if self.reduction == "mean" else B)
 
@@ -431,8 +433,8 @@ class SeveralTeachers:
             The weighted and reduced loss, a scalar tensor, in float32 (float64 stays float64).
 
         Raises:
-            ValueError: If the per-sample loss does not return one value per region, or if there are
-                not as many maps as weights.
+            WrongShape: If the per-sample loss does not return one value per region.
+            ValueError: If there are not as many maps as weights.
         """
         with torch.autocast(student_map_BKHW.device.type, enabled=False):
             student_BRK = self.distill.regions(student_map_BKHW)
@@ -462,6 +464,26 @@ class SeveralTeachers:
                     for weight_B, teacher in zip(weight_TB, teachers, strict=True)
                 ]
             )
+
+
+def _not_one_value_per_region(loss: object, regions: int) -> WrongShape:
+    """Return the error for the result of a per-sample loss that is not of shape (`regions`,)."""
+    returned = f"a {type(loss).__name__}"
+    cure = "return a tensor"
+    if isinstance(loss, Tensor):
+        returned = f"shape {tuple(loss.shape)}"
+        cure = "give its result the shape of target_N"
+        if loss.ndim == 0:
+            cure = (
+                "do not take the mean over the batch: reduction='none' in losses of torch, then "
+                "'return loss.mean(1)'"
+            )
+        elif loss.shape[0] == regions:
+            cure = "end it with 'return loss.flatten(1).mean(1)'"
+    return WrongShape(
+        f"the loss returned {returned} for {regions} regions; it must return one value per region: "
+        f"{cure}"
+    )
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

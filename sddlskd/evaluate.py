@@ -46,6 +46,7 @@ from sddlskd.files.checkpoint import load_weights
 from sddlskd.models.base import LogitMapModel
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import read_result
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training.build import (
     build_data,
@@ -54,7 +55,13 @@ from sddlskd.training.build import (
     present_fingerprint,
     without_weights,
 )
-from sddlskd.training.checks import check_maps, check_teacher, data_changed, teacher_path
+from sddlskd.training.checks import (
+    check_maps,
+    check_teacher,
+    data_changed,
+    missing_teacher,
+    teacher_path,
+)
 from sddlskd.training.devices import autocast, describe, number_formats, pick_device
 from sddlskd.training.evaluation import answers, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
@@ -62,7 +69,6 @@ from sddlskd.training.probe import features_of, linear_probe
 from sddlskd.training.several import Teachers
 from sddlskd.training.size import size_of
 from sddlskd.training.teacher import Teacher
-from sddlskd.training.teacher_files import missing
 
 __all__ = ["main", "measure", "probe", "throughput"]
 
@@ -110,7 +116,9 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
     network = rebuild_student(replace(trained or job, dataset=job.dataset), device)
     load_weights(network, weights, job.student.name)
     alone = cfg.each_teacher(job)
-    teachers = [_build_teacher(one, device) for one in alone]
+    check_teacher(job)
+    keys = cfg.teacher_keys(job)
+    teachers = [_build_teacher(one, key, device) for one, key in zip(alone, keys, strict=True)]
     data = build_data(job, device)
     try:
         check_maps(job, network, None, data, device)
@@ -216,11 +224,11 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
     }
 
 
-def _build_teacher(job: Config, device: torch.device) -> Teacher:
-    check_teacher(job)
+def _build_teacher(job: Config, key: str, device: torch.device) -> Teacher:
+    """Return the teacher of a job with a single teacher, whose configuration key is `key`."""
     path = teacher_path(job)
-    if not path.exists():
-        raise missing(path, job.teacher.name, job.dataset.name)
+    if not path.exists():  # `check_teacher` passes if the job would train the teacher first
+        raise missing_teacher(job, key)
     network = build_network(without_weights(job.teacher.model), job.dataset.num_classes, 0, device)
     return Teacher(
         network,
@@ -380,7 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--probe", action="store_true", help="train a linear classifier instead")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="resize the images of --probe")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    chosen = parser.parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given):
+        parser.error(wrong)
+    chosen = parser.parse_intermixed_args(given)
     sources = [Path(word) for word in chosen.words if _is_source(word)]
     overrides = [word for word in chosen.words if not _is_source(word)]
     if not sources:

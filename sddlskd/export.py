@@ -30,6 +30,7 @@ from sddlskd.config.targets import instantiate, refuse_interpolations
 from sddlskd.files.atomic import write_atomically
 from sddlskd.files.checkpoint import load_weights, read_safetensors
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.terminal.arguments import RUN_DIR_IN_HOME, other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.training.build import shape_of, without_weights
 from sddlskd.training.features import rebuild_student, reuses_teacher
@@ -415,7 +416,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="the output path (default: inside RUN_DIR)"
     )
-    chosen = parser.parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given, keys=(TRUST.partition("=")[0],), home=RUN_DIR_IN_HOME):
+        parser.error(wrong)
+    chosen = parser.parse_intermixed_args(given)
     refuse_another_checkout()
     cfg.frame()
     log_to_terminal()

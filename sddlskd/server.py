@@ -30,6 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sddlskd.processes.parent import end_with_parent
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import write_line
 
 __all__ = ["main"]
@@ -69,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "options", nargs="*", help="after --: options of `mlflow server`, such as --workers 8"
     )
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    folder = "give the folder of the server: --folder {home}/tracking-server"
+    if wrong := other_form(parser, given, keys=(), home=folder):
+        parser.error(wrong)
+    chosen = parser.parse_args(given)
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in before:

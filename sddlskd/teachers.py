@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import hydra
 import torch
@@ -43,49 +42,28 @@ from sddlskd.files.archive import unpack
 from sddlskd.files.checkpoint import read_weights, write
 from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
+from sddlskd.terminal.layout import fitting_table
 from sddlskd.training import teacher_files
 from sddlskd.training.build import build_data, build_network, present_fingerprint
-from sddlskd.training.checks import check_teacher_data, teacher_path
+from sddlskd.training.checks import check_teacher_data, missing_teacher, teacher_path
 from sddlskd.training.devices import pick_device
 from sddlskd.training.evaluation import evaluate, metered_test_batches
 from sddlskd.training.teacher import Teacher
-from sddlskd.training.teacher_files import file_hash, missing, path_of, pin_key
+from sddlskd.training.teacher_files import (
+    PUBLISHED,
+    choice_of,
+    file_hash,
+    path_of,
+    pin_key,
+)
 
 __all__ = ["PLACES", "PUBLISHED", "fetch", "import_file", "main", "verify"]
 
 log = logging.getLogger(__name__)
 
 
-class Published(NamedTuple):
-    """Weights file of a teacher that others have trained and published, with its accuracy.
-
-    Attributes:
-        top1: published top-1 on the test split, in %.
-        file: path of the weights file, relative to a base URL or inside an archive. `PLACES` lists
-            these URLs and archives by data set.
-    """
-
-    top1: float
-    file: str
-
-
-PUBLISHED = {  # by data set and network name
-    # Tian et al. (2020). Their README gives the top-1. mdistiller and later papers use these files.
-    "cifar100": {
-        "resnet32x4": Published(79.42, "resnet32x4_vanilla/ckpt_epoch_240.pth"),
-        "wrn_40_2": Published(75.61, "wrn_40_2_vanilla/ckpt_epoch_240.pth"),
-        "vgg13": Published(74.64, "vgg13_vanilla/ckpt_epoch_240.pth"),
-        "resnet50": Published(79.34, "ResNet50_vanilla/ckpt_epoch_240.pth"),
-        "resnet56": Published(72.34, "resnet56_vanilla/ckpt_epoch_240.pth"),
-        "resnet110": Published(74.31, "resnet110_vanilla/ckpt_epoch_240.pth"),
-    },
-    "imagenet": {  # torchvision's IMAGENET1K_V1 weights, which both papers use
-        "resnet18": Published(69.76, "resnet18-f37072fd.pth"),
-        "resnet34": Published(73.31, "resnet34-b627a593.pth"),
-        "resnet50": Published(76.13, "resnet50-0676ba61.pth"),
-    },
-}
 # Addresses by data set: an archive of all its files, or a base URL to which /<file> is appended.
 PLACES = {
     "cifar100": (
@@ -313,7 +291,7 @@ def verify(job: Config, test_split: Callable[[], Data]) -> str:
     name = job.teacher.name
     key = pin_key(job.dataset.name, name)
     if not path.exists():
-        raise missing(path, name, job.dataset.name)
+        raise missing_teacher(job)
     if not job.teacher.checkpoint:
         teacher_files.check_pin(job.home, key, file_hash(path))
     differs = ""
@@ -357,11 +335,9 @@ def table(home: str) -> str:
     ValueError if lock.json, which holds the noted sha256 values, is damaged.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    rows = Table(title=f"teachers of {home}", title_justify="left")
-    for column in ("data set", "network", "published top-1", "file", "source"):
-        rows.add_column(column, overflow="fold")
+    columns = ("data set", "network", "published top-1", "file", "source")
+    rows = []
     known = teacher_files.pinned(home)
     here = {
         f"{path.parent.name}/{path.stem}": path for path in Path(home, "teachers").glob("*/*.pt")
@@ -381,10 +357,12 @@ def table(home: str) -> str:
             presence = "present, as pinned"
         else:
             presence = "present, CHANGED"
-        rows.add_row(dataset, name, top1, presence, source)
+        rows.append(dict(zip(columns, (dataset, name, top1, presence, source), strict=True)))
     console = Console()
+    drawn, width = fitting_table(f"teachers of {home}", columns, rows, console.width, ["source"])
+    console.width = max(console.width, width)
     with console.capture() as text:
-        console.print(rows)
+        console.print(drawn)
     return text.get().rstrip()
 
 
@@ -441,7 +419,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="fetch: a URL to try first, of an archive or of a folder laid out like "
         "RepDistiller's; more can be listed in SDDLSKD_TEACHER_MIRRORS",
     )  # fmt: skip
-    chosen = parser.parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given):
+        parser.error(wrong)
+    chosen = parser.parse_intermixed_args(given)
     words = [word for word in chosen.words if "=" not in word]
     overrides = [word for word in chosen.words if "=" in word]
     file = ""
@@ -458,8 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{named[0]} cannot be given; name teachers as words: resnet14 resnet8")
     if chosen.command == "fetch" and words == ["all"]:
         dataset = dict(word.split("=", 1) for word in overrides).get("dataset", "cifar100")
-        prefix = "imagenet_" if dataset == "imagenet" else ""  # the names in conf/teacher
-        words = [prefix + name for name in PUBLISHED.get(dataset, PUBLISHED["cifar100"])]
+        of_it = PUBLISHED.get(dataset, PUBLISHED["cifar100"])
+        words = [choice_of(name, dataset) for name in of_it]
     refuse_another_checkout()
     cfg.frame()
     log_to_terminal()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -20,6 +21,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Rerun
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.interrupts import ignore_interrupts
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.choices import choices
 from sddlskd.terminal.console import (
     explain,
@@ -121,13 +123,16 @@ def _fit(job: cfg.Config) -> dict[str, Any]:
 def _mend_arguments() -> None:
     """Change the words of sys.argv that argparse and Hydra do not take well, or refuse them.
 
-    argparse fails on -m after the overrides, so -m moves to the front. Hydra makes the folder
-    hydra.run.dir before a job is checked, so run_dir takes its place. Hydra
-    merges the teachers of a list, so `config.with_each_teacher` spells them out. Hydra fails on
-    scales=1,2 and on a number that has more digits than Python reads; both exit with code 1 and a
-    message, and so does a teacher that is named twice.
+    An option such as --home is refused, and its key named. argparse fails on -m after the
+    overrides, so -m moves to the front. Hydra makes the folder hydra.run.dir before a job is
+    checked, so run_dir takes its place. Hydra merges the teachers of a list, so
+    `config.with_each_teacher` spells them out. Hydra fails on scales=1,2 and on a number that has
+    more digits than Python reads; both exit with code 1 and a message, and so does a teacher that
+    is named twice.
     """
     words = sys.argv[1:]
+    if wrong := other_form(get_args_parser(), words):
+        _refuse(wrong)
     flags = [word for word in words if word in ("-m", "--multirun")]
     words = [word for word in words if word not in flags]
     if not flags:

@@ -18,6 +18,7 @@ from sddlskd.config import Config
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.parent import save_and_end_with_parent
 from sddlskd.record import KILLED, InUse
+from sddlskd.terminal.arguments import RUN_DIR_IN_HOME, other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout
 from sddlskd.training.stop import Stop
 
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="number of CPU threads")
     parser.add_argument("--progress", help="used instead of the jobs' trainer.progress")
     parser.add_argument("--parent", type=int, help="process id; stop when that process ends")
+    if wrong := other_form(parser, sys.argv[1:], keys=(), home=RUN_DIR_IN_HOME):
+        parser.error(wrong)
     chosen = parser.parse_args()
     refuse_another_checkout()
     if chosen.parent:

@@ -32,7 +32,7 @@ from tests.tiny import BASE, leave_teacher, tiny
 
 MOST = 2**63 - 1
 LONG = "1" + 400 * "0"  # more than a float holds
-CHECKING = re.compile(r"\d\d:\d\d:\d\d checking \d+ jobs$")
+CHECKING = re.compile(r"\d\d:\d\d:\d\d checking \d+ jobs?$")
 VALUES = ("nan", "inf", "-inf", "-1", "0", str(2**63), str(2**70), "1e300", LONG, "word", "null")
 # What is valid among VALUES
 VALID = {
@@ -221,6 +221,20 @@ def test_code_that_cannot_be_found_is_refused_as_other_errors() -> None:
         try_optimizer({"_target_": "nopackage.F"}, 0.1, torch.device("cpu"))
 
 
+def summed(student_NK: torch.Tensor, teacher_NK: torch.Tensor, target_N: torch.Tensor) -> Any:
+    """Return a loss without one value per sample, as a user may write it."""
+    return (student_NK - teacher_NK).square().sum()
+
+
+def test_a_loss_that_reduces_is_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match="summed") as caught:
+        try_loss({"_target_": "tests.test_bad_values.summed"}, 10)
+    assert str(caught.value).startswith(
+        "distiller.loss=tests.test_bad_values.summed() cannot be used: the loss returned shape () "
+    )
+    assert str(caught.value).endswith("then 'return loss.mean(1)'")
+
+
 def test_trying_leaves_the_random_numbers_alone() -> None:
     before = torch.random.get_rng_state()
     try_loss({"_target_": "sddlskd.losses.kd", "temperature": 4.0}, 10)
@@ -336,7 +350,7 @@ REFUSED = [
     (["-m", "teacher=[resnet8,resnet14],resnet14", "hydra/launcher=basic"],
      "teacher=[resnet8,resnet14] cannot be used with hydra/launcher=basic"),
     (["-m", "hydra/sweeper=optuna", "objective=foo", "M=[1],[1,2]"],
-     "objective=foo is logged by no run; give best/top1"),
+     "objective=foo is logged by no run; give objective=best/top1; runs log best/"),
     (["sweep.halving=[2]"],
      "give increasing epochs before the last one (trainer.epochs=2)"),
     (["sweep.halving=[3,1]", "trainer.epochs=8"],
@@ -345,7 +359,7 @@ REFUSED = [
     (["-m", "sweep.halving=[1]", "sweep.seeds=until_decided", "recipe=kd,kd_ls"],
      "sweep.seeds=until_decided needs all runs to the end; leave out sweep.halving"),
     (["objective=val/accuracy"],
-     "objective=val/accuracy is logged by no run; give best/top1, last/top1, test/top1, val/top5"),
+     "objective=val/accuracy is logged by no run; give objective=best/top1; runs log best/"),
     (["objective=test/top1"],
      "objective=test/top1 is logged only with held-out images; set dataset.val_fraction=0.1"),
     (["-m", "hydra/sweeper=optuna", "M=[1]"],

@@ -1,5 +1,6 @@
 """Test the command `sddlskd`, which calls the modules by shorter names."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sddlskd import __main__ as cli
+from sddlskd.terminal.arguments import other_form
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "hydra", "omegaconf", "mlflow", "numpy", "pandas", "rich")
@@ -29,6 +31,57 @@ CALLS = {
     "sync": ["sddlskd.tracking", "sync", "X"],
     "server": ["sddlskd.server", "X"],
 }
+
+
+FOLDER = "give the run directory itself, a folder in /x/runs"
+# Arguments in the form of another command, and what is said of them
+OTHER_FORMS = [
+    ("sddlskd.train", "dataset=digits --home /x", "--home is unknown; did you mean home=/x?"),
+    ("sddlskd.train", "--home", "--home is unknown; did you mean home=...?"),
+    ("sddlskd.train", "--M=[1,2] -m", "--M is unknown; did you mean M='[1,2]'?"),
+    ("sddlskd.teachers", "list --home=/x", "--home is unknown; did you mean home=/x?"),
+    ("sddlskd.evaluate", "run --home /x", "--home is unknown; did you mean home=/x?"),
+    ("sddlskd.sweeps", "status first home=/x", "home= is unknown; did you mean --home /x?"),
+    ("sddlskd.sweeps", "status home=/x", "home= is unknown; did you mean --home /x?"),
+    ("sddlskd.export", "home=/x", f"home= is unknown here; {FOLDER}"),
+    ("sddlskd.export", "run to=onnx", "to= is unknown; did you mean --to onnx?"),
+    ("sddlskd.worker", "--home /x", f"--home is unknown here; {FOLDER}"),
+    ("sddlskd.tracking", "sync home=/x", "home= is unknown here; give the folder of the runs: "
+     "/x/runs"),
+    ("sddlskd.server", "--home /x", "--home is unknown here; give the folder of the server: "
+     "--folder /x/tracking-server"),
+    ("sddlskd.convert", "file.yaml seed=1", "seed= is unknown; did you mean --seed 1?"),
+    ("analysis.__main__", "first home=/x", "home= is unknown; did you mean --home /x?"),
+    ("analysis.__main__", "coverage uri=u", "uri= is unknown; did you mean --uri u?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "words", "said"), OTHER_FORMS)
+def test_an_argument_in_the_form_of_another_command_is_named_in_the_right_form(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    words: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, *words.split()])
+    name = module
+    if find_spec(module).submodule_search_locations:
+        name = f"{module}.__main__"
+    with pytest.raises(SystemExit) as caught:
+        import_module(name).main()
+    assert caught.value.code in (1, 2)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {said}")
+
+
+def test_values_of_options_and_words_after_two_dashes_have_no_other_form() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set")
+    parser.add_argument("--home")
+    parser.add_argument("--json", action="store_true")
+    for words in (["--set", "home=x"], ["--", "home=x"], ["--hom", "x"], ["my=x"]):
+        assert other_form(parser, words, keys=()) == ""
+    assert other_form(parser, ["--json", "home=x"], keys=()).endswith("did you mean --home x?")
 
 
 def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

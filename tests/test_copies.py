@@ -192,7 +192,7 @@ def test_sync_writes_the_copies_that_are_asked_for(
     folders = [write_record(job) for job in jobs]
     for _ in range(2):
         sync_command.main(["sync", "--to", "tensorboard", str(tmp_path / "runs")])
-        assert capsys.readouterr().out == "2 runs have their copies up to date\n"
+        assert capsys.readouterr().out == "copies are up to date of 2 runs\n"
     for folder in folders:
         counts = Counter((name, step) for name, step, *_ in scalars(folder))
         assert counts == dict.fromkeys(
@@ -218,7 +218,7 @@ def test_sync_leaves_a_run_in_training_to_its_process_and_names_a_damaged_one(
     opened.close()
     assert str(refused.value).startswith(f"error: {damaged.run_dir} could not")
     assert capsys.readouterr().out == (
-        "left out: 1 runs in training\n0 runs have their copies up to date\n"
+        "left out: 1 run in training\ncopies are up to date of 0 runs\n"
     )
     assert not (Path(job.run_dir) / FOLDER).exists()
 

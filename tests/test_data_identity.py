@@ -386,5 +386,5 @@ def test_a_sweep_warns_of_finished_jobs_of_other_data(
     plan = make_plan([other], "s", runs_locally=True, precheck=precheck.report)
     assert [job.run_dir for job, _ in plan.other_data] == [other.run_dir]
     run_sweep([other], "s", runner=pool(), precheck=precheck.report)
-    assert "1 finished jobs were trained on other data" in caplog.text
+    assert "1 finished job learnt from other data than there is now" in caplog.text
     assert "classes cat, dog then, bmw, vw now" in caplog.text

@@ -6,7 +6,9 @@ Shapes: B batch, K classes, H W map sides, R regions of all scales, N = B*R.
 import cmath
 import itertools
 import math
+import re
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from sddlskd.distill import (
     REDUCTIONS,
     STANDARDIZE,
     ScaleDecoupled,
+    WrongShape,
     region_logits,
     standardize,
 )
@@ -798,9 +801,25 @@ def test_the_weight_must_not_be_negative(weight: float):
         ScaleDecoupled(LOSSES["kd"], [1], complementary_weight=weight)
 
 
-def test_a_loss_that_reduces_is_refused():
-    composed = ScaleDecoupled(lambda s, t, y: F.mse_loss(s, t), [1, 2])
-    with pytest.raises(ValueError, match=r"the loss returned shape \(\) for 10 regions"):
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda s, t, y: F.mse_loss(s, t),
+         "shape () for 10 regions; it must return one value per region: do not take the mean over "
+         "the batch: reduction='none' in losses of torch, then 'return loss.mean(1)'"),
+        (lambda s, t, y: (s - t) ** 2,
+         "shape (10, 3) for 10 regions; it must return one value per region: end it with "
+         "'return loss.flatten(1).mean(1)'"),
+        (lambda s, t, y: (s - t).mean(0),
+         "shape (3,) for 10 regions; it must return one value per region: give its result the "
+         "shape of target_N"),
+        (lambda s, t, y: 0.5,
+         "a float for 10 regions; it must return one value per region: return a tensor"),
+    ],
+)  # fmt: skip
+def test_a_loss_without_one_value_per_region_is_refused(loss: Any, said: str):
+    composed = ScaleDecoupled(loss, [1, 2])
+    with pytest.raises(WrongShape, match=f"^{re.escape(f'the loss returned {said}')}$"):
         composed(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))
 
 

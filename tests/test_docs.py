@@ -17,7 +17,9 @@ import torch
 import torchvision
 from onnx import TensorProto, helper
 
+from analysis.names import method_name
 from sddlskd import __main__ as cli
+from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.files import checkpoint
 from sddlskd.models import create
@@ -32,6 +34,7 @@ from tests.pages import (
     name_of,
     write_files,
 )
+from tests.test_method_name import as_run
 from tests.tiny import ForkedCommand
 
 DOCS = REPO / "docs"
@@ -183,8 +186,29 @@ def test_a_loss_of_ones_own_stands_beside_other_methods(tmp_path: Path) -> None:
     own = [job for job in jobs if job.recipe == "mse"]
     assert [job.seed for job in own] == [0, 1, 2]
     assert {job.distiller.loss["_target_"] for job in own} == {"my_losses.mse"}
+    assert {cfg.method_name(job) for job in own} == {"MSE"}
     # The example is the one that tests/test_docs.py runs.
     assert blocks[:2] == example(DOCS / "extending.md", "loss")[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("loss", {"MSE", "SD-MSE [1,2]"}),
+        ("method", {"Energy", "KD+Energy"}),
+        ("connector", {"Regression"}),
+    ],
+)
+def test_the_name_of_a_method_of_ones_own_is_the_one_that_its_file_gives(
+    name: str, shown: set[str], tmp_path: Path
+) -> None:
+    blocks = example(DOCS / "extending.md", name)
+    write_files(blocks, tmp_path)
+    jobs = composed(blocks[-1][1].strip(), tmp_path)
+    assert {cfg.title(job, seed=False, student=False) for job in jobs} == shown
+    # The tables read the same name from MLflow.
+    runs = [as_run(job) for job in jobs]
+    assert {method_name(run.method, run.M) for run in runs} == shown
 
 
 def test_example_of_a_loop_of_ones_own() -> None:

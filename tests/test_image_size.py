@@ -87,7 +87,11 @@ def test_the_scales_must_fit_the_map_of_the_resized_images(tmp_path: Path) -> No
     ((_, reason),) = problems([tiny(tmp_path, "M=[8]", "teacher.image_size=8")])
     assert reason.startswith(
         "M=[8] is too fine: the largest scale here is 4, because the logit map of teacher=resnet8 "
+        "has 2x2 places for images of 16x16 pixels, and twice its side is the limit (scales above "
+        "the side repeat places); set M=[1]"
     )
+    # The side of the smaller map counts, and twice that side is still allowed.
+    assert problems([tiny(tmp_path, "M=[1,4]", "teacher.image_size=8")]) == []
     with pytest.raises(ValueError, match="the largest scale here is 4"):
         fit([tiny(tmp_path, "M=[8]", "teacher.image_size=8")])
 

@@ -324,6 +324,11 @@ def test_the_best_epoch_of_several_labels_is_that_of_the_best_map(tmp_path: Path
 def test_several_labels_are_searched_by_their_map(compose: Compose) -> None:
     assert compose(*SETS, "objective=last/mAP").objective == "last/mAP"
     assert compose(*SETS, "objective=test/mAP", "dataset.val_fraction=0.2").objective == "test/mAP"
+    mine = r"objective=val/mAP is logged by no run; give objective=best/mAP; runs log .*last/mAP$"
+    with pytest.raises(ValueError, match=mine):
+        compose(*SETS, "objective=val/mAP")
+    with pytest.raises(ValueError, match=r"give objective=val/loss; runs log .*, val/loss$"):
+        compose("dataset=digits", "objective=train/loss")
     with pytest.raises(ValueError, match=r"objective=test/mAP is logged only with held-out.*/mAP$"):
         compose(*SETS, "objective=test/mAP")
     with pytest.raises(ValueError, match=r"only with .*multi_label=true; give objective=best/top1"):

@@ -1,8 +1,10 @@
 """Test how the launchers use their configuration, without a cluster."""
 
+import json
 import os
+import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -14,21 +16,34 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.pool import Pool
+from sddlskd.sweeps.search import Start
 from sddlskd.sweeps.slurm import Slurm, submissions
+from tests.tiny import tiny
 
 
-def chosen(folder: Path, *overrides: str) -> Any:
+def composed(
+    folder: Path, *overrides: str, name: str = "config"
+) -> tuple[ConfigLoaderImpl, DictConfig]:
+    """Return Hydra's loader and the configuration `name`, with `folder` as --config-dir and home.
+
+    Overrides may give another home.
+    """
     cfg.frame()
     search = create_config_search_path(str(files("sddlskd.conf")))
     search.prepend("command-line", f"file://{folder}")
+    loader = ConfigLoaderImpl(search)
     given = [f"home={folder}", "sweep.name=mine", *overrides]
-    config = ConfigLoaderImpl(search).load_configuration("config", given, RunMode.MULTIRUN)
-    return instantiate(config.hydra.launcher)
+    return loader, loader.load_configuration(name, given, RunMode.MULTIRUN)
+
+
+def chosen(folder: Path, *overrides: str) -> Any:
+    return instantiate(composed(folder, *overrides)[1].hydra.launcher)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +84,111 @@ def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
     assert pool.wait is False
 
 
+def swept(
+    folder: Path,
+    *overrides: str,
+    launch: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    words: Sequence[str] = ("seed=0,1",),
+    name: str = "config",
+) -> list[list[str]]:
+    """Run the sweeper, and return the overrides of each job.
+
+    `launch` stands for the work of the launcher, and `words` are the overrides of the sweep.
+    """
+    launched_jobs: list[list[str]] = []
+
+    def launched(launcher: Any, jobs: Sequence[Sequence[str]]) -> list[Any]:
+        launched_jobs.extend(map(list, jobs))
+        launch()
+        return []
+
+    loader, config = composed(folder, *overrides, name=name)
+    sweeper = instantiate(config.hydra.sweeper)
+    launcher = instantiate(config.hydra.launcher)
+    monkeypatch.setattr(type(launcher), "_launch", launched)
+    context = SimpleNamespace(config_loader=loader)
+    launcher.setup(hydra_context=context, task_function=None, config=config)
+    sweeper.config, sweeper.hydra_context, sweeper.launcher = config, context, launcher
+    sweeper.sweep(list(words))
+    return launched_jobs
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = (f"home={tmp_path}/my/home", "sweep.plan=true")
+
+    def launch() -> None:
+        assert list(tmp_path.iterdir()) == []
+
+    swept(tmp_path, *plan, launch=launch, monkeypatch=monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+    # The plan of a sweep that has run before
+    folder = tmp_path / "my/home/runs/sweeps/mine"
+    folder.mkdir(parents=True)
+    for name in ("sweep.json", "multirun.yaml"):
+        (folder / name).write_text("earlier")
+    swept(tmp_path, *plan, launch=lambda: None, monkeypatch=monkeypatch)
+    assert {path.read_text() for path in folder.iterdir()} == {"earlier"}
+
+
+def test_a_refused_sweep_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my/home/runs/sweeps/mine"
+
+    def refuse() -> None:
+        assert (folder / "multirun.yaml").exists()
+        raise ValueError("refused")
+
+    def launch() -> None:
+        (folder / "sweep.json").write_text("{}")
+
+    for kept in (tmp_path, tmp_path / "my/home", folder):
+        kept.mkdir(parents=True, exist_ok=True)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match="refused"):
+            swept(tmp_path, f"home={tmp_path}/my/home", launch=refuse, monkeypatch=monkeypatch)
+        assert sorted(tmp_path.rglob("*")) == before
+    jobs = swept(tmp_path, f"home={tmp_path}/my/home", launch=launch, monkeypatch=monkeypatch)
+    assert jobs == [["seed=0"], ["seed=1"]]
+    assert (folder / "multirun.yaml").exists()
+
+
+def test_the_commands_of_a_search_repeat_how_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["dataset=digits", "distiller.temperature=2.0"]
+    folder = ["--config-dir", str(tmp_path)]
+    _, plain = composed(tmp_path, "hydra/sweeper=optuna")
+    again = shlex.split(Start.of(plain).command(words))
+    assert again == ["python", "-m", "sddlskd.train", *folder, *words]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.partition=my gpu"]
+    _, on_cluster = composed(tmp_path, "hydra/sweeper=optuna", *launcher)
+    again = shlex.split(Start.of(on_cluster).command(words))
+    assert again == ["python", "-m", "sddlskd.train", "-m", *folder, *launcher, *words]
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, override hydra/sweeper: optuna, _self_]\n"
+        "hydra: {mode: MULTIRUN, sweeper: {n_trials: 3, "
+        'params: {distiller.temperature: "interval(1.0,8.0)"}}}\n'
+    )
+    _, of_file = composed(tmp_path, name="mine")
+    start = Start.of(of_file)
+    named = [*folder, "--config-name", "mine"]
+    assert shlex.split(start.command(words))[3:] == [*named, "hydra.mode=RUN", *words]
+    several = shlex.split(start.command([*words, "seed=1,2"], of_several=True))[3:]
+    assert several == ["-m", *named, "hydra/sweeper=grid", *words, "seed=1,2"]
+    # Hydra runs that command, although the file is that of a search.
+    jobs = swept(
+        tmp_path,
+        "hydra/sweeper=grid",
+        launch=lambda: None,
+        monkeypatch=monkeypatch,
+        words=several[-3:],
+        name="mine",
+    )
+    assert [set(job) for job in jobs] == [{*words, f"seed={seed}"} for seed in (1, 2)]
+
+
 def test_a_plan_says_what_a_cluster_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,26 +197,73 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
     asked = "each task asks for: "
     default = "the cluster's default"
     bare = chosen(tmp_path, "hydra/launcher=slurm")._runner()
-    assert bare.requests(groups) == [
+    unknown = [None] * 3
+    assert bare.requests(groups, unknown) == [
         "SLURM: a job array of 3 tasks, at most 3 at once",
         f"{asked}partition: {default}; GPUs: {default}; CPU cores per process: 2; "
         f"memory: {default}; time limit: 60 minutes",
+        "whether hydra.launcher.timeout_min=60 suffices is not known without similar runs; a task "
+        "that needs longer is requeued and goes on from its checkpoint",
     ]
-    assert bare.requests([]) == []
+    assert bare.requests([], []) == []
     monkeypatch.setenv("SBATCH_PARTITION", "short")
-    assert f"{asked}partition: short; " in bare.requests(groups)[1]
+    assert f"{asked}partition: short; " in bare.requests(groups, unknown)[1]
     for group in groups[1:]:
         group[0].trainer.devices = 2
     words = ("partition=gpu", "gpus_per_node=2", "mem_gb=8", "timeout_min=90", "qos=high")
     given = [f"hydra.launcher.{word}" for word in (*words, "nodes=2", "array_parallelism=1")]
     given.append("+hydra.launcher.additional_parameters.mail-type=FAIL")
-    assert chosen(tmp_path, "hydra/launcher=slurm", *given)._runner().requests(groups) == [
+    *lines, _ = chosen(tmp_path, "hydra/launcher=slurm", *given)._runner().requests(groups, unknown)
+    assert lines == [
         "SLURM: a job array of 1 task, at most 1 at once",
         "SLURM: a job array of 2 tasks of 2 processes each, at most 1 at once",
         f"{asked}partition: gpu; GPUs per node: 2; CPU cores per process: 2; "
         "GB of memory per node: 8; time limit: 90 minutes; nodes: 2; qos: high; mail-type: FAIL",
     ]
-    assert Pool("auto", fail_fast=False).requests(groups) == []
+    assert Pool("auto", fail_fast=False).requests(groups, unknown) == []
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        ((5.0, 58.0), "the longest task needs about 58:00: hydra.launcher.timeout_min=60 suffices"),
+        # The warning comes two minutes before the limit.
+        ((59.0, None), "the longest task with similar runs needs about 59:00, too long for "
+         "hydra.launcher.timeout_min=60: it will be requeued about once, and goes on from its "
+         "checkpoint each time"),
+        ((58.0 * 3, 1.0), "the longest task needs about 2:54:00, too long for "
+         "hydra.launcher.timeout_min=60: it will be requeued about 2 times, and goes on from its "
+         "checkpoint each time"),
+        ((58.0 * 3 + 1,), "the longest task needs about 2:55:00, too long for "
+         "hydra.launcher.timeout_min=60: it will be requeued about 3 times, and goes on from its "
+         "checkpoint each time; hydra.launcher.max_requeues=2 stops it before its end, so raise "
+         "one of the two, or run the same command again"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_whether_the_time_limit_suffices(
+    tmp_path: Path, minutes: Sequence[float | None], said: str
+) -> None:
+    runner = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.max_requeues=2")._runner()
+    groups = [[Config(run_dir=f"/runs/{n}")] for n in range(len(minutes))]
+    seconds = [None if one is None else 60 * one for one in minutes]
+    assert runner.requests(groups, seconds)[-1] == said
+
+
+def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
+    """Plan a sweep on a cluster, which must end with exit code 1."""
+    answer: dict[str, list[Any]] = {
+        name: []
+        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+    }
+    launcher = chosen(folder, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", *overrides)
+    with pytest.raises(SystemExit, match="1"):
+        run_sweep(
+            jobs,
+            "mine",
+            runner=launcher._runner(),
+            max_group_size=launcher.max_group_size,
+            precheck=lambda todo, finished, runs_locally: answer,
+        )
 
 
 def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
@@ -104,24 +271,63 @@ def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
 ) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
     monkeypatch.setattr("sddlskd.sweeps.slurm.shutil.which", lambda command: None)
-    job = Config(home=str(tmp_path), run_dir=str(tmp_path / "runs/x"))
-    job.sweep.plan = True
-    answer: dict[str, list[Any]] = {
-        name: []
-        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
-    }
-    launcher = chosen(tmp_path, "hydra/launcher=slurm", "hydra.launcher.partition=gpu")
-    with pytest.raises(SystemExit, match="1"):
-        run_sweep(
-            [job],
-            "mine",
-            runner=launcher._runner(),
-            precheck=lambda todo, finished, runs_locally: answer,
-        )
+    jobs = [tiny(tmp_path, f"M=[{m}]", "sweep.plan=true", teacher=False) for m in (1, 2)]
+    planned(tmp_path, jobs=jobs)
     told = capsys.readouterr().out
-    assert "\nSLURM: a job array of 1 task, at most 1 at once\n" in told
+    assert "\nSLURM: a job array of 2 tasks, at most 2 at once\n" in told
     assert "\neach task asks for: partition: gpu; " in told
     assert "\ncannot run: hydra/launcher=slurm needs sbatch" in told
+    assert (
+        "\njobs that share a teacher and batches: 2 jobs could train in 1 task instead of 2, which "
+        "run the teacher once for all their jobs: hydra/launcher=slurm_shared_teacher, or "
+    ) in told
+    planned(tmp_path, "hydra.launcher.max_group_size=null", jobs=jobs)
+    assert "slurm_shared_teacher" not in capsys.readouterr().out
+
+
+def test_the_plan_of_a_sweep_on_a_cluster_names_every_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*command: str, text: str | None = None) -> str:
+        raise ConnectionError(f"{command[0]}: no answer")
+
+    monkeypatch.setattr("sddlskd.sweeps.slurm.shutil.which", lambda command: command)
+    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", fails)
+    inner = SimpleNamespace(_make_submission_file_text=lambda command, name: "#!/bin/sh")
+    # submitit makes its executor on a machine with SLURM alone.
+    monkeypatch.setattr(Slurm, "_executor", lambda *_: SimpleNamespace(_executor=inner))
+    monkeypatch.setattr(
+        "sddlskd.tracking.check_reachable", lambda jobs: fails(*(job.tracking.uri for job in jobs))
+    )
+    folder = tmp_path / "runs/sweeps/mine"
+    folder.mkdir(parents=True)
+    earlier = {"job": "17_0", "run_dirs": ["/runs/0"], "log": "log"}
+    (folder / "slurm.json").write_text(json.dumps([earlier]))
+    words = ("tracking=mlflow", "tracking.uri=http://here:1", "sweep.plan=true", "teacher.cache=c")
+    jobs = [
+        tiny(tmp_path, f"trainer.devices={n}", f"seed={n}", *words, teacher=False) for n in (2, 3)
+    ]
+    options = ("nodes=2", "timeout_min=1", "setup=['export MY_TOKEN=x']")
+    planned(tmp_path, *(f"hydra.launcher.{option}" for option in options), jobs=jobs)
+    refused = [
+        line.removeprefix("cannot run: ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("cannot run: ")
+    ]
+    for line, start in zip(
+        refused,
+        (
+            "squeue: no answer",
+            "http://here:1: no answer",
+            "hydra.launcher.signal_delay_s=120 must be less",
+            "hydra.launcher.setup would write export MY_TOKEN",
+            "sinfo: no answer",
+            "sbatch: no answer; see hydra.launcher.partition",
+            "trainer.devices=3 does not spread evenly over hydra.launcher.nodes=2",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(start), refused
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,5 +1,6 @@
 """Test the papers' names of the methods, which persons read in tables of the terminal."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_methods_have_the_same_names_in_the_program_and_in_the_tables() -> None:
     assert METHOD_NAMES.items() <= PAPERS_LOSSES.items()
 
 
+def test_every_loss_and_method_of_the_package_has_the_name_of_its_paper() -> None:
+    known = {
+        path.stem
+        for group in ("distiller", "features")
+        for path in Path(__file__).parents[1].joinpath("conf", group).glob("*.yaml")
+    }
+    assert known - {"features_only", "vanilla"} == METHOD_NAMES.keys()
+
+
 def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose) -> None:
     job = compose("recipe=kd")
     other = replace(job, recipe="none")
@@ -67,6 +77,7 @@ def test_jobs_that_differ_in_the_recipe_alone_are_the_same_job(compose: Compose)
         ("recipe=semckd", "SemCKD"),
         ("recipe=semckd distiller=features_only", "SemCKD without KD"),
         ("distiller.name=my_Loss", "SD-my_Loss+LS"),
+        ("distiller.name=My-Loss M=[1] standardize=false", "My-Loss"),
         ("recipe=luminet M=[1,2]", "SD-LumiNet"),
         ("recipe=normkd", "NormKD"),
         ("recipe=sd_dkd standardize=batch", "SD-DKD+BS"),
@@ -110,3 +121,43 @@ def test_outcomes_name_the_method(
     first, second = ([cell.strip() for cell in row] for row in rows)
     assert first[1:] == ["SD-KD+LS", "1,2,4", "0", "FINISHED", "71.24", "-", "1:01"]
     assert second[:5] == ["resnet8", "student alone", "1", "0", "FINISHED: on [cpu]"]
+
+
+@pytest.mark.parametrize("columns", [64, 72, 80, 100])
+def test_outcomes_break_lines_between_words_only(
+    columns: int,
+    compose: Compose,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    pair = ["teacher=resnet32x4", "student=shufflev1"]
+    jobs = [
+        compose(*pair, f"distiller.temperature={T}", f"dataset.train_fraction={part}", recipe)
+        for T, part in ((2, 0.25), (4.25, 0.5))
+        for recipe in ("recipe=kd", "recipe=crd")
+    ]
+    outcomes(jobs, len(jobs) * [{"status": "FINISHED", "reason": "", "seconds": 3661.0}])
+    out = capsys.readouterr().out
+    table, _, below = out.partition("records in ")
+    assert max(map(len, table.splitlines())) <= columns
+    words = set(re.split(r"[\s│┃]+", table))
+    assert {"resnet32x4", "shufflev1", "FINISHED", "1:01:01"} <= words
+    for job, text in zip(jobs, cfg.differing_settings(jobs), strict=True):
+        assert set(text.split()) <= words, cfg.run_name(job)
+    assert ("(1)" in words) == (columns < 80)  # settings that have no room stand below the table
+    assert below.startswith(jobs[0].home)
+
+
+def test_outcomes_break_a_long_reason_but_no_name(
+    compose: Compose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = "/a/very/long/path" * 8
+    result = {"status": "PRUNED", "reason": f"no {path}", "seconds": 1.0}
+    outcomes([compose("teacher=resnet32x4", "student=shufflev1")], [result])
+    lines = capsys.readouterr().out.partition("records in ")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert [cell[0] for cell in cells if cell[0]] == ["resnet32x4", "shufflev1"]
+    assert "".join(cell[4] for cell in cells).replace(" ", "") == f"PRUNED:no{path}"

@@ -124,11 +124,66 @@ def test_another_search_needs_another_name(tmp_path: Path, words: list[str], sai
 
 
 def test_a_bad_objective_or_range_is_refused_by_its_key() -> None:
-    with pytest.raises(ValueError, match="objective=foo is logged by no run; give best/top1"):
+    with pytest.raises(
+        ValueError,
+        match="objective=foo is logged by no run; give objective=best/top1; runs log best/",
+    ):
         search(None, objective="foo")
-    for word in ("x=interval(8.0,1.0)", "x=tag(log,interval(0,1))", "n=int(interval(3,1))"):
-        with pytest.raises(ValueError, match=f"^{re.escape(word)}: "):
+    for word, said in {
+        "x=interval(8.0,-1.0)": "the interval ends before it begins; give interval(-1.0,8.0)",
+        "n=int(interval(3,1))": "the interval ends before it begins; give interval(1,3)",
+        "x=tag(log,interval(0,1))": "a logarithmic scale must begin above 0, not at 0.0; ",
+        "x=tag(log,int(interval(-2,1)))": "a logarithmic scale must begin above 0, not at -2; ",
+        "x=interval(0,inf)": "both ends of an interval must be finite numbers",
+        "x=interval(nan,1)": "both ends of an interval must be finite numbers",
+        "x=tag(lgo,interval(1,2))": "lgo is no tag of a search; give tag(log, interval(LOW,HIGH))",
+        "x=tag(log,choice(1,2))": "a logarithmic scale needs tag(log, interval(LOW,HIGH))",
+        "x=range(3,-2)": "it has no values",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{word}: {said}')}") as caught:
             search(None, words=[word])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("interval", "low", "high"),
+    [
+        ("interval(-1,1)", -1, 1),
+        ("interval(-2.5,-0.5)", -2.5, -0.5),
+        ("int(interval(-3,2))", -3, 2),
+    ],
+)
+def test_bounds_may_be_negative(interval: str, low: float, high: float) -> None:
+    drawn = [
+        float(word.removeprefix("x="))
+        for (word,) in finished(search(None, 6, words=[f"x={interval}"]))
+    ]
+    assert all(low <= number <= high for number in drawn)
+    assert min(drawn) < 0
+    assert len(set(drawn)) > 1
+
+
+def test_a_search_that_may_propose_an_invalid_job_starts_none() -> None:
+    composed: list[list[str]] = []
+
+    def compose(words: list[list[str]]) -> list[Config]:
+        composed.extend(words)
+        if any("x=-1.0" in job for job in words):
+            raise ValueError("x=-1.0 must be greater than 0")
+        return [Config() for _ in words]
+
+    def launch(words: list[list[str]]) -> None:
+        raise AssertionError("a job was started")
+
+    one = search(None, words=["a=1", "x=interval(2.0,8.0)", "M=[1],[1,2]", "y=int(interval(0,1))"])
+    with pytest.raises(AssertionError, match="started"):
+        one.run(compose, launch)
+    assert [" ".join(words) for words in composed[:4]] == [
+        "a=1 x=2.0 M=[1] y=0", "a=1 x=8.0 M=[1] y=0", "a=1 x=2.0 M=[1,2] y=0",
+        "a=1 x=2.0 M=[1] y=1",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"x=-1\.0 must be"):
+        search(None, words=["x=interval(-1.0,8.0)"]).run(compose, launch)
 
 
 def test_a_damaged_database_is_named(tmp_path: Path) -> None:
@@ -168,12 +223,26 @@ def test_the_report_names_the_command_of_the_final_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: float
 ) -> None:
     given = ["student=resnet8", f"dataset.val_fraction={held_out}", "objective=last/top1"]
-    given += ["sweep.name=s", "home=a b", "x=interval(1.0,8.0)", "seed=3,5", "M=[1],[1,2]"]
+    given += [
+        "sweep.name=s",
+        "home=a b",
+        "distiller.temperature=interval(1.0,8.0)",
+        "seed=3,5",
+        "M=[1],[1,2]",
+    ]
     one = search(None, 2, words=given)
     job = replace(tiny(tmp_path, f"dataset.val_fraction={held_out}"), seed=5)
 
     def jobs_of(words: list[list[str]]) -> list[Config]:
-        return [replace(job, run_dir=str(tmp_path / str(n))) for n in range(len(words))]
+        return [
+            replace(
+                job,
+                run_dir=str(tmp_path / str(n)),
+                seed=5 - n,  # no trial has the name of another
+                distiller=replace(job.distiller, temperature=2.5 + n),
+            )
+            for n in range(len(words))
+        ]
 
     def finish(words: list[list[str]]) -> None:
         for number in range(len(words)):
@@ -182,7 +251,10 @@ def test_the_report_names_the_command_of_the_final_training(
             (tmp_path / str(number) / "result.json").write_text(json.dumps(result))
 
     one.run(jobs_of, finish)
-    *_, again, final = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    assert "│temperature=2.5" in out
+    assert "│temperature=3.5" in out
+    *_, again, final = out.splitlines()
     if not held_out:
         assert final.startswith("to run it again: ")
         return

@@ -9,15 +9,18 @@ import pytest
 
 from sddlskd import record
 from sddlskd.sweeps.__main__ import main
+from sddlskd.sweeps.search import DATABASE
 from sddlskd.sweeps.status import JobStatus, SweepStatus, status_of
 from tests.tiny import tiny
 
 EPOCHS = 8
 
 
-def leave_job(home: Path, seed: int, top1: tuple[float, ...] = (), **result: Any) -> Path:
+def leave_job(
+    home: Path, seed: int, top1: tuple[float, ...] = (), more: tuple[str, ...] = (), **result: Any
+) -> Path:
     """Leave the record of a job whose epochs took 10 seconds each; return its run directory."""
-    job = tiny(home, f"seed={seed}", f"trainer.epochs={EPOCHS}", teacher=False)
+    job = tiny(home, f"seed={seed}", f"trainer.epochs={EPOCHS}", *more, teacher=False)
     folder = record.freeze(job)
     rows = [
         {"epoch": epoch, "val/top1": value, "time/epoch_s": 10.0}
@@ -106,6 +109,49 @@ def test_jobs_with_several_labels_show_their_map(
     assert "top-1 60.00  mAP 41.25" in told
 
 
+def test_it_tells_jobs_of_one_name_by_their_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [(0, "2", "0.25"), (0, "4.125", "0.25"), (1, "2", "0.25")]
+    folders = [
+        leave_job(
+            tmp_path,
+            seed,
+            more=("recipe=kd", f"distiller.temperature={T}", f"dataset.train_fraction={part}"),
+        )
+        for seed, T, part in chosen
+    ]
+    sweep = leave_sweep(tmp_path, *folders, tmp_path / "runs/not-frozen")
+    told = ["temperature=2", "temperature=4.125", "", ""]
+    assert [job.settings for job in status_of(sweep).jobs] == told
+    main(["status", "mine", "--home", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()[1:5]
+    names = [folder.name for folder in folders] + ["not-frozen"]
+    for line, name, settings in zip(lines, names, told, strict=True):
+        assert line.endswith(f"epochs  {name}  {settings}".rstrip())
+
+
+def test_a_search_shows_what_each_trial_tries(tmp_path: Path) -> None:
+    chosen = [("0", "2", "[1]"), ("1", "3.4567891", "[1]"), ("1", "5", "[1,2]")]
+    folders = [
+        leave_job(tmp_path, int(seed), more=("recipe=kd", f"distiller.temperature={T}", f"M={M}"))
+        for seed, T, M in chosen
+    ]
+    sweep = leave_sweep(tmp_path, *folders)
+    assert {job.settings for job in status_of(sweep).jobs} == {""}  # the names tell them apart
+    (sweep / DATABASE).touch()
+    manifest = json.loads((sweep / "sweep.json").read_text())
+    manifest["command"] = (
+        "python -m sddlskd.train -m --config-dir 'my conf' hydra/sweeper=optuna recipe=kd "
+        "'distiller.temperature=interval(1.0,8.0)' 'M=[1],[1,2]' 'seed=int(interval(0,9))' "
+        "optimizer.lr=0.1,0.2 'home=a b'"
+    )
+    (sweep / "sweep.json").write_text(json.dumps(manifest))
+    assert [job.settings for job in status_of(sweep).jobs] == [
+        "temperature=2", "temperature=3.45679", "temperature=5",
+    ]  # fmt: skip
+
+
 def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [Path(path).name for path in json.loads((sweep / "sweep.json").read_text())["jobs"]]
     main(["status", "mine", "--home", str(tmp_path)])
@@ -119,6 +165,15 @@ def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "time left: about 2:10 on one device",
         "to finish it: cd '/some where' && python -m sddlskd.train -m seed=0,1",
     ]
+
+
+def test_a_single_job_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = leave_job(tmp_path, 0, (41.0,), ("trainer.epochs=1",), status="KILLED", requeues=1)
+    leave_sweep(tmp_path, alone)
+    main(["status", "mine", "--home", str(tmp_path)])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sweep mine: 1 job: 1 interrupted"
+    assert told[1] == f"  interrupted  1/1 epoch  top-1 41.00  {alone.name}  requeued 1 time"
 
 
 def test_the_json_holds_the_same(

@@ -115,23 +115,29 @@ def test_the_test_folder_may_have_another_name(own_folder: Path) -> None:
     [
         (
             lambda root: shutil.rmtree(root),
-            "there is no folder .*/folder/train; it should hold a folder of images",
+            "there is no folder .*/folder/train; it should hold a folder of images for each class "
+            r"\(split train of dataset.root=.*/folder\)$",
         ),
         (
             lambda root: shutil.rmtree(root / "val"),
-            "there is no folder .*/folder/val; it should hold a folder of",
+            "there is no folder .*/folder/val; it should hold a folder of images for each class "
+            r"\(split val or test of dataset.root=.*/folder\)$",
         ),
         (
             lambda root: shutil.rmtree(root / "val/class_1"),
-            r"folder: 1 classes are in one split only \(class_1\)",
+            r"^dataset.root=.*/folder: only one split has 1 class \(only in train: class_1\)",
+        ),
+        (
+            lambda root: (root / "val/class_1").rename(root / "val/class_9"),
+            r"only one split has 2 classes \(only in train: class_1; only in val: class_9\)",
         ),
         (
             lambda root: [p.unlink() for p in (root / "train/class_2").iterdir()],
-            r"train/class_2 holds no images \(.jpg",
+            r"train/class_2 holds no images \(.jpg.* \(split train of dataset.root=.*/folder\)$",
         ),
         (
             lambda root: [shutil.rmtree(p) for p in (root / "val").iterdir()],
-            "/val holds no folders",
+            r"/val holds no folders; .* \(split val of dataset.root=.*/folder\)$",
         ),
     ],
 )
@@ -142,6 +148,13 @@ def test_a_folder_that_is_not_as_it_should_be(
     with pytest.raises(ValueError, match=message) as raised:
         image_folder(str(own_folder))
     assert "\n" not in str(raised.value)
+
+
+def test_a_missing_test_folder_that_is_named_is_told_with_its_key(own_folder: Path) -> None:
+    named = r"\(split dev, which dataset.load.test names, of dataset.root=.*/folder\)$"
+    (own_folder / "dev").mkdir()
+    with pytest.raises(ValueError, match=f"folder/dev holds no folders; .* {named}"):
+        image_folder(str(own_folder), test="dev")
 
 
 # Batches
@@ -424,7 +437,7 @@ def test_where_nothing_can_be_read_that_is_said(own_folder: Path) -> None:
     data = streamed(own_folder, bad="skip")
     with pytest.raises(ValueError, match=r"\.jpg and the \d+ images after it cannot be used"):
         next(data.batches(1))
-    with pytest.raises(ValueError, match="none of the 9 test images can be used"):
+    with pytest.raises(ValueError, match="none of 9 images of the test split, such as /"):
         list(data.test_batches())
 
 

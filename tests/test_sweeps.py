@@ -320,9 +320,7 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     assert "groups: 1 of 4 jobs, 1 of 1 job" in told
     assert "devices: cpu 4 jobs, cpu 1 job" in told
     assert "hydra.launcher.max_group_size=3 would end earlier: it makes 3 groups, and no" in told
-    assert (
-        "\n  resnet8, 1 epochs:\n    resnet8x4 seed 0: KD+LS; SD-KD+LS [2]; SD-KD+LS [4];" in told
-    )
+    assert "\n  resnet8, 1 epoch:\n    resnet8x4 seed 0: KD+LS; SD-KD+LS [2]; SD-KD+LS [4];" in told
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
     assert "about 4:00 on these 2 devices" in told
@@ -760,7 +758,7 @@ def test_a_teacher_file_that_was_replaced_is_named(
     monitored = logging.getLogger("sddlskd")
     monitored.propagate = True
     sweep(jobs)
-    assert "1 finished jobs learnt from another teacher file" in caplog.text
+    assert "1 finished job learnt from another teacher file" in caplog.text
 
 
 def test_a_loss_that_was_edited_is_named(
@@ -777,7 +775,7 @@ def test_a_loss_that_was_edited_is_named(
     sweep(jobs)
     fit(jobs)
     assert f"{jobs[0].run_dir} ran another version of {module} than" in caplog.text
-    assert f"1 finished jobs ran another version of {module} than the current one" in caplog.text
+    assert f"1 finished job ran another version of {module} than the current one" in caplog.text
 
 
 def test_a_job_s_own_device_counts_unless_devices_are_listed() -> None:

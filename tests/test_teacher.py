@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,20 @@ from sddlskd.files.checkpoint import UnreadableFile, read, write
 from sddlskd.models import create
 from sddlskd.training import build
 from sddlskd.training.build import build_data, build_network, build_teacher
+from sddlskd.training.checks import check_teacher
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher import Teacher
-from sddlskd.training.teacher_files import file_hash, measured_top1, path_of, publish
-from tests.tiny import leave_teacher, same, tiny
+from sddlskd.training.teacher_files import (
+    PUBLISHED,
+    choice_of,
+    file_hash,
+    measured_top1,
+    missing,
+    path_of,
+    publish,
+)
+from tests.tiny import CONF, leave_teacher, same, tiny
 
 CPU = torch.device("cpu")
 NETWORKS = ("resnet8x4", "wrn_16_2", "vgg8", "mobilev2", "shufflev1", "shufflev2", "resnet50")
@@ -265,6 +275,51 @@ def test_missing_teacher_says_both_ways(tmp_path: Path) -> None:
     # A file that the user names is never trained.
     with pytest.raises(FileNotFoundError, match=r"x\.pth"):
         build_teacher(job, network, build_data(job, CPU), CPU, never)
+
+
+@pytest.mark.parametrize(
+    ("network", "dataset", "options", "cure"),
+    [
+        ("resnet32x4", "cifar100", {},
+         "fetch the published file with `python -m sddlskd.teachers fetch resnet32x4 "
+         "'home=/my home'`, or train it with distiller=vanilla student=resnet32x4 and the "),
+        ("resnet34", "imagenet", {},
+         "fetch the published file with `python -m sddlskd.teachers fetch imagenet_resnet34 "
+         "'home=/my home'`, or train it with distiller=vanilla student=imagenet_resnet34 and "),
+        ("resnet32x4", "digits", {}, "train it with distiller=vanilla student=resnet32x4 and "),
+        ("timm_vit_tiny", "cifar100", {},
+         "train it with distiller=vanilla student=timm student.model.name=vit_tiny and the "),
+        ("resnet8", "digits", {"key": "more_teachers.b", "named": True},
+         "set more_teachers.b.checkpoint=FILE to a file that exists, or leave it out"),
+        ("resnet56", "cifar100", {"named": True},
+         "set teacher.checkpoint=FILE to a file that exists, or leave it out and fetch the "
+         "published file with `python -m sddlskd.teachers fetch resnet56 'home=/my home'`"),
+    ],
+)  # fmt: skip
+def test_a_missing_teacher_comes_with_the_command_that_gets_it(
+    network: str, dataset: str, options: dict[str, Any], cure: str
+) -> None:
+    error = missing(Path("/x.pt"), network, dataset, home="/my home", **options)
+    start = f"teacher={network} for {dataset} is missing: no file /x.pt; {cure}"
+    assert str(error).startswith(start)
+
+
+def test_every_published_teacher_has_a_choice() -> None:
+    for dataset, names in PUBLISHED.items():
+        for name in names:
+            path = CONF / "teacher" / f"{choice_of(name, dataset)}.yaml"
+            assert f"name: {name}\n" in path.read_text()
+
+
+def test_all_missing_teachers_are_named_with_their_keys(tmp_path: Path) -> None:
+    job = tiny(tmp_path, "teacher=[resnet8,resnet14]", "teacher.train_if_missing=false",
+               teacher=False)  # fmt: skip
+    with pytest.raises(FileNotFoundError) as caught:
+        check_teacher(job)
+    first, second = re.findall(r"teacher=\w+ for fake is missing.*?mdistiller", str(caught.value))
+    assert "set teacher.checkpoint=FILE" in first
+    assert "student=resnet14" in second
+    assert "set more_teachers.resnet14.checkpoint=FILE" in second
 
 
 def test_teacher_from_a_named_file_of_mdistillers_layout(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from sddlskd.models import create
 from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
 from sddlskd.training import build, checks, teacher_files
 from sddlskd.training.fit import fit
-from sddlskd.training.teacher_files import file_hash, path_of, publish
+from sddlskd.training.teacher_files import Published, file_hash, path_of, publish
 from tests.conftest import Compose, compose_in
 from tests.loopback import Site, site, status
 from tests.tiny import same, tiny
@@ -185,7 +185,7 @@ def test_an_imagenet_teacher_is_fetched_and_loads_strictly(
 ) -> None:
     content, file = torchvisions()
     web.file(f"models/{file}", content)
-    monkeypatch.setitem(PUBLISHED["imagenet"], "resnet18", teachers.Published(69.76, file))
+    monkeypatch.setitem(PUBLISHED["imagenet"], "resnet18", Published(69.76, file))
     words = ("fetch", "imagenet_resnet18", "--mirror", f"{web.url}models", f"home={tmp_path}")
     path = tmp_path / "teachers/imagenet/resnet18.pt"
     assert run(capsys, *words)[:2] == (0, f"resnet18 from {web.url}models/{file}: {path}\n")
@@ -697,7 +697,7 @@ def test_verify(
         (top1 - 0.1, True),
         (top1 + 0.11, False),
     ):
-        monkeypatch.setitem(PUBLISHED, "fake", {"resnet8": teachers.Published(published, "x")})
+        monkeypatch.setitem(PUBLISHED, "fake", {"resnet8": Published(published, "x")})
         code, out, err = run(capsys, *words)
         assert code == (0 if agrees else 1)
         said = out if agrees else err.removeprefix("error: ")

@@ -248,7 +248,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_named_and_comes_back(
     run_id = record.read_mirror(folders[0])["run_id"]
     client_of(jobs[0]).delete_run(run_id)
     (problem,) = problems_of_sync(home / "runs")
-    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    assert capsys.readouterr().out == "MLflow has 1 run up to date\n"
     assert problem.startswith(f"error: {folders[0]}: its run {run_id} was deleted in MLflow; ")
     assert problem.endswith(f"python -m sddlskd.tracking sync --again {folders[0]}")
     if again:
@@ -334,7 +334,7 @@ def test_a_superseded_run_may_be_deleted_in_mlflow(
     tracking.supersede(folder)
     client_of(job).delete_run(record.read_mirror(folder)["run_id"])
     sync_command.main(["sync", str(folder)])
-    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    assert capsys.readouterr().out == "MLflow has 1 run up to date\n"
 
 
 def test_resumed_run_stays_one_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -725,7 +725,7 @@ def test_run_without_tracking_is_delivered_later(
     job = tiny(home, teacher=False)
     write_record(job)
     sync_command.main(["sync", str(home / "runs")])
-    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    assert capsys.readouterr().out == "MLflow has 1 run up to date\n"
     job = tracked(home, teacher=False)
     (run,) = runs_of(job)
     assert len(points(job, run.info.run_id)["val/top1"]) == 3
@@ -1217,7 +1217,7 @@ def test_one_spoilt_run_does_not_keep_the_others(
     (folders[1] / "config.yaml").write_text("[")
     with pytest.raises(SystemExit) as caught:
         sync_command.main(["sync", str(home / "runs")])
-    assert capsys.readouterr().out == "MLflow has 1 runs up to date\n"
+    assert capsys.readouterr().out == "MLflow has 1 run up to date\n"
     first, second = str(caught.value).splitlines()
     assert f"{folders[0]}/metrics.jsonl, line 1 is damaged" in first
     assert f"{folders[1]}/config.yaml is damaged" in second

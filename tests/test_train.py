@@ -199,6 +199,8 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         (["seed=-1"], ["seed=-1", "not be negative"]),
         (["student=resnet8,resnet14"], ["student=resnet8,resnet14", "put -m before"]),
         (["student"], ["student", "key=value"]),
+        (["-m", "hydra/sweeper=optuna", "distiller.temperature=interval(1)"],
+         [r"interval\(1\) cannot be read \(missing a required argument: 'end'"]),
         (["home="], ["home is empty", r"home=\."]),
         (["hydra/launcher=slrum"], ["hydra/launcher=slrum", "did you mean hydra/launcher=slurm",
                                     "Valid are .*slurm"]),

@@ -1,6 +1,6 @@
 """Configuration of a job (one training run): its typed settings, their checks, and its names."""
 
-from sddlskd.config.checks import check_launcher
+from sddlskd.config.checks import check_launcher, unknown_objective
 from sddlskd.config.identity import (
     cached_side,
     canonical,
@@ -28,6 +28,7 @@ from sddlskd.config.resolve import (
     sqlite_file,
     sqlite_uri,
     teacher_job,
+    teacher_keys,
     teacher_weights,
     to_yaml,
     with_each_teacher,
@@ -121,9 +122,11 @@ __all__ = [
     "sqlite_file",
     "sqlite_uri",
     "teacher_job",
+    "teacher_keys",
     "teacher_name",
     "teacher_weights",
     "title",
     "to_yaml",
+    "unknown_objective",
     "with_each_teacher",
 ]

@@ -5,7 +5,7 @@ The checks need no data, no network and no device; `training/checks.py` has thos
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -108,13 +108,27 @@ def check(config: Config, *, frozen: bool) -> None:
         )
 
 
+def unknown_objective(objective: str, valid: Sequence[str]) -> str:
+    """Return the message that no run logs an objective, with what to type and what runs log.
+
+    The advice is the first of the `valid` objectives with the metric of `objective`, as best/top1
+    for val/top1, or else the first one of all.
+    """
+    metric = objective.rpartition("/")[2]
+    nearest = next((name for name in valid if name.rpartition("/")[2] == metric), valid[0])
+    return (
+        f"objective={objective} is logged by no run; give objective={nearest}; "
+        f"runs log {', '.join(valid)}"
+    )
+
+
 def _check_search(config: Config) -> None:
     """Raise ValueError if no run logs the objective, or if the epochs of halving are not valid."""
     if config.objective not in OBJECTIVES:
         valid = [name for name in OBJECTIVES if config.dataset.multi_label or "mAP" not in name]
-        raise ValueError(
-            f"objective={config.objective} is logged by no run; give {', '.join(valid)}"
-        )
+        if not config.dataset.val_fraction:
+            valid = [name for name in valid if not name.startswith("test/")]
+        raise ValueError(unknown_objective(config.objective, valid))
     moment, _, metric = config.objective.partition("/")
     if metric == "mAP" and not config.dataset.multi_label:
         raise ValueError(

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -369,13 +369,20 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(walk(config, "")) | {"teacher.name": teacher_name(config)}
 
 
-def differing_settings(jobs: Sequence[Config]) -> list[str]:
+def differing_settings(jobs: Sequence[Config], searched: Collection[str] = ()) -> list[str]:
     """Return for each job a text with those settings that tell namesakes apart, such as "lr=0.1".
 
     Namesakes are the jobs in `jobs` with the same teacher and the same `title`. The text has the
     job's value of every setting in which its namesakes differ, except `run_dir`. A key is written
-    in full, as in "distiller.temperature=2.0", if its last part is that of several keys. The text
-    is "" for a job without namesakes.
+    in full, as in "distiller.temperature=2.0", if its last part is that of several keys.
+
+    Args:
+        jobs: The jobs to tell apart.
+        searched: Dotted keys that a search varies. The text of each job has those of them in which
+            any of the jobs differ, whatever their names; not "M" and "seed", which names have.
+
+    Returns:
+        A text for each job. Without `searched`, the text of a job without namesakes is "".
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     flat = []
@@ -384,12 +391,22 @@ def differing_settings(jobs: Sequence[Config]) -> list[str]:
         shown = teacher_name(job), title(job)
         groups.setdefault(shown, []).append(values)
         flat.append((shown, values))
-    return [_differing(values, groups[shown]) for shown, values in flat]
+    everyone = [values for _, values in flat]
+    always = _differing_keys(set(searched) - {"M", "seed"}, everyone)
+    return [
+        _settings_said(values, {*always, *_differing_keys(values, groups[shown])})
+        for shown, values in flat
+    ]
 
 
-def _differing(values: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
-    """Return the settings `values` that not all of `rivals` share, as words of text."""
-    differing = [key for key in values if len({str(one.get(key)) for one in rivals}) > 1]
+def _differing_keys(keys: Iterable[str], rivals: Sequence[dict[str, Any]]) -> set[str]:
+    """Return those of the keys in whose values not all `rivals` agree."""
+    return {key for key in keys if len({str(one.get(key)) for one in rivals}) > 1}
+
+
+def _settings_said(values: dict[str, Any], chosen: Collection[str]) -> str:
+    """Return the chosen ones of the settings `values`, as words of text."""
+    differing = [key for key in values if key in chosen]
     # A mapping such as distiller.loss repeats what keys of their own say.
     plain = [key for key in differing if not str(values[key]).startswith("{")]
     last_parts = Counter(key.rpartition(".")[2] for key in values)

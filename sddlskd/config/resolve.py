@@ -54,6 +54,7 @@ __all__ = [
     "sqlite_file",
     "sqlite_uri",
     "teacher_job",
+    "teacher_keys",
     "teacher_weights",
     "to_yaml",
     "with_each_teacher",
@@ -423,6 +424,16 @@ def each_teacher(config: Config) -> list[Config]:
             )
         )
     return [replace(config, teacher=teacher, more_teachers={}) for teacher in teachers]
+
+
+def teacher_keys(config: Config) -> list[str]:
+    """Return the configuration key of each teacher of a job, in the order of `each_teacher`.
+
+    The key is "teacher" for the first one, and "more_teachers.NAME" for a further one.
+    """
+    if not config.has_teacher:
+        return []
+    return ["teacher", *(f"more_teachers.{name}" for name in config.more_teachers)]
 
 
 def teacher_weights(config: Config) -> list[float]:

@@ -11,6 +11,7 @@ import yaml
 
 from sddlskd.convert import mdistiller, torchdistill
 from sddlskd.convert.translation import Refused, Translation, command
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, write_line
 
 __all__ = ["main"]
@@ -108,6 +109,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
         else:
             parser.add_argument(f"--{flag}", help=argparse.SUPPRESS)
+    if wrong := other_form(parser, words, keys=()):
+        parser.error(wrong)
     return parser.parse_intermixed_args(words)
 
 

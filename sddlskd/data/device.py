@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Images, Splits
+from sddlskd.terminal.words import counted
 
 __all__ = [
     "UNLABELLED",
@@ -556,8 +557,8 @@ class Normalise:
     ) -> None:
         if len(mean) != channels or len(std) != channels:
             raise ValueError(
-                f"mean has {len(mean)} and std {len(std)} entries for {channels} channels: "
-                "give one of each per channel"
+                f"mean has {len(mean)} and std {counted(len(std), 'entry', 'entries')} for "
+                f"{counted(channels, 'channel')}: give one of each per channel"
             )
         if not all(value > 0 and math.isfinite(value) for value in std):
             raise ValueError(
@@ -696,9 +697,8 @@ def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
         )
     if held_N.all() or not held_N.any():
         held = int(held_N.sum())
-        message = (
-            f"val_fraction is {fraction}, which holds out {held} of {len(held_N)} training images"
-        )
+        of_all = counted(len(held_N), "training image")
+        message = f"val_fraction is {fraction}, which holds out {held} of {of_all}"
         raise ValueError(f"{message}: give one that leaves images for training and validation")
     return held_N
 

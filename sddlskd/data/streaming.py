@@ -41,6 +41,7 @@ from sddlskd.data.device import (
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
 from sddlskd.datasets.arrays import Files, Splits
+from sddlskd.terminal.words import counted
 
 __all__ = ["Data", "StreamedData"]
 
@@ -460,9 +461,10 @@ class StreamedData:
         self._count()
         # A rank has only a share of the validation images: other ranks may have usable ones.
         if not shown and (self._plan.ranks == 1 or split == "test"):
+            paths = self._splits[split].paths
             raise ValueError(
-                f"none of the {len(self._splits[split].paths)} {split} images can be used: "
-                "look at the log"
+                f"none of {counted(len(paths), 'image')} of the {split} split, such as {paths[0]}, "
+                "can be used: look at the log, which has the reason of each file"
             )
 
     def _read(self, split: str, epoch: int, batch: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sddlskd.datasets.places import check_named_root, check_root, fetch
 from sddlskd.files.archive import DAMAGE, Member, unpack_folder
+from sddlskd.terminal.words import counted
 
 # One bit per image, set for images of the test split. The bits were drawn once with scikit-learn's
 # train_test_split(test_size=360, random_state=0, stratify=labels). They are stored here so that a
@@ -476,7 +477,7 @@ def _cifar_split(content: bytes, file: str, url: str, what: str, labels_key: str
         data = entries["data"]
         listed = entries[labels_key]
         if len(listed) > len(content):
-            raise ValueError(f"it has {len(listed)} labels")
+            raise ValueError(f"it has {counted(len(listed), 'label')}")
         labels = np.array(listed, dtype=np.int64)
         if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 {(len(labels), 3072)}")

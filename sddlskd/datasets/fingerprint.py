@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sddlskd.datasets.arrays import Files, Images, Splits
+from sddlskd.terminal.words import counted
 
 __all__ = ["KEYS", "difference", "differing_classes", "fingerprint"]
 
@@ -63,7 +64,7 @@ def difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     parts = [differing_classes(earlier, now)]
     for split, what in (("train", "training"), ("test", "test")):
         if earlier[split] != now[split]:
-            parts.append(f"{earlier[split]} {what} images then, {now[split]} now")
+            parts.append(f"{counted(earlier[split], f'{what} image')} then, {now[split]} now")
     return "; ".join(filter(None, parts)) or "other images, as many as then, of the same classes"
 
 
@@ -81,7 +82,7 @@ def differing_classes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
         gone, new = ([x for x in a if x not in b] for a, b in (names, names[::-1]))
         return f"classes {_listed(gone)} then, {_listed(new)} now"
     if earlier["classes"] != now["classes"]:
-        return f"{earlier['classes']} classes then, {now['classes']} now"
+        return f"{counted(earlier['classes'], 'class', 'classes')} then, {now['classes']} now"
     return ""
 
 

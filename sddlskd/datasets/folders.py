@@ -7,7 +7,8 @@ image is opened here.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from sddlskd.datasets.arrays import EXTENSIONS, Files, Splits
 from sddlskd.datasets.places import check_named_root, check_root, fetch
 from sddlskd.files.archive import unpack_folder
+from sddlskd.terminal.words import counted
 
 __all__ = ["cub200", "imagenet", "tiny_imagenet"]
 
@@ -54,21 +56,33 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
     if len(held_out) > 1:
         raise ValueError(
-            f"{top} has both val and test; say which one to test on: +dataset.load.test=val"
+            f"dataset.root={top} has both val and test; say which one to test on: "
+            "+dataset.load.test=val"
         )
-    train_classes, train = _class_folders(top / "train")
-    test_classes, tested = _class_folders(top / (held_out or ["val"])[0])
-    differing = sorted(set(train_classes) ^ set(test_classes))
-    if differing:
-        shown = ", ".join(differing[:5])
-        if len(differing) > 5:
-            shown += ", ..."
+    with _of_split(top, "train"):
+        train_classes, train = _class_folders(top / "train")
+    tested_on = (held_out or ["val"])[0]
+    named = tested_on if held_out else "val or test"
+    if test:
+        named = f"{test}, which dataset.load.test names,"
+    with _of_split(top, named):
+        test_classes, tested = _class_folders(top / tested_on)
+    lacking = [
+        f"only in {name}: {_first_of(sorted(set(ours) - set(others)))}"
+        for name, ours, others in (
+            ("train", train_classes, test_classes),
+            (tested_on, test_classes, train_classes),
+        )
+        if set(ours) - set(others)
+    ]
+    if lacking:
+        differing = set(train_classes) ^ set(test_classes)
         raise ValueError(
-            f"{top}: {len(differing)} classes are in one split only ({shown}); "
-            "both need the same folders"
+            f"dataset.root={top}: only one split has {counted(len(differing), 'class', 'classes')} "
+            f"({'; '.join(lacking)}); both need the same folders"
         )
     if num_classes is not None and len(train_classes) != num_classes:
-        found = f"{top / 'train'} holds {len(train_classes)} classes"
+        found = f"{top / 'train'} holds {counted(len(train_classes), 'class', 'classes')}"
         raise ValueError(
             f"{found}, not {num_classes}; set dataset.num_classes={len(train_classes)}"
         )
@@ -97,12 +111,16 @@ def label_sets(root: str, num_classes: int | None = None) -> Splits:
             names the file or folder and, for a fault of a line, the line.
     """
     top = Path(root).expanduser().absolute()
-    listed = [_listed_images(top / split) for split in ("train", "val")]
+    listed = []
+    for split in ("train", "val"):
+        with _of_split(top, split):
+            listed.append(_listed_images(top / split))
     names = sorted({name for images in listed for labels in images.values() for name in labels})
     if num_classes is not None and len(names) != num_classes:
         raise ValueError(
-            f"{top}: the two labels.csv name {len(names)} classes, not {num_classes}; set "
-            f"dataset.num_classes={len(names)}"
+            f"dataset.root={top}: the two labels.csv name "
+            f"{counted(len(names), 'class', 'classes')}, not {num_classes}; "
+            f"set dataset.num_classes={len(names)}"
         )
     place = {name: label for label, name in enumerate(names)}
     splits = []
@@ -112,6 +130,21 @@ def label_sets(root: str, num_classes: int | None = None) -> Splits:
             labels_NK[row, [place[name] for name in labels]] = 1
         splits.append(Files(list(images), labels_NK))
     return Splits(*splits)
+
+
+@contextmanager
+def _of_split(root: Path, split: str) -> Iterator[None]:
+    """Add the split and `dataset.root` to the message of a ValueError in the body of `with`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (split {split} of dataset.root={root})") from None
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """Return the first five names, separated by commas, with "..." if there are more."""
+    more = ", ..." if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _listed_images(folder: Path) -> dict[str, list[str]]:
@@ -339,13 +372,15 @@ def imagenet(root: str, num_classes: int = 1000) -> Splits:
         raise ValueError(
             f"{top / 'val'} holds no folders: move its images into a folder for each synset, "
             "as train/ has them "
-            "(the devkit's ILSVRC2012_validation_ground_truth.txt says which)"
+            "(the devkit's ILSVRC2012_validation_ground_truth.txt says which) "
+            f"(split val of dataset.root={top})"
         )
     splits = image_folder(root, "val")
     found = int(splits.train.labels_N.max()) + 1
     if found != num_classes:
         raise ValueError(
-            f"{top / 'train'} holds {found} classes, and ImageNet has {num_classes}; "
+            f"{top / 'train'} holds {counted(found, 'class', 'classes')}, "
+            f"and ImageNet has {num_classes}; "
             f"for another data set use dataset=image_folder dataset.num_classes={found}"
         )
     return splits

@@ -99,15 +99,16 @@ class OptunaSweeper(Sweeper):
                 installed, jobs are invalid, or any other setting or file is wrong.
             SystemExit: With code 1 if a job failed, and as the launcher raises it.
         """
-        from hydra_plugins.shared_teacher import leave_no_files
+        from hydra_plugins.shared_teacher import leave_no_files, missing_paths
 
-        from sddlskd.sweeps.search import DATABASE, Search, split_words
+        from sddlskd.sweeps.search import DATABASE, Search, Start, split_words
 
         self._check()
         swept = [f"{key}={value}" for key, value in self.params.items()]
         fixed, varied = split_words([*swept, *arguments])
         folder = Path(self.config.hydra.sweep.dir)
         is_new = not (folder / DATABASE).exists()
+        missing = missing_paths(folder)
         search = Search(
             folder=None if self.config.sweep.plan else folder,
             objective=self.config.objective,
@@ -116,6 +117,7 @@ class OptunaSweeper(Sweeper):
             n_trials=self.n_trials,
             n_jobs=self.n_jobs,
             seed=self.seed,
+            start=Start.of(self.config),
         )
         try:
             search.open()
@@ -124,7 +126,7 @@ class OptunaSweeper(Sweeper):
             # A refused search must leave no files.
             if is_new and not search.has_begun and not (folder / "sweep.json").exists():
                 (folder / DATABASE).unlink(missing_ok=True)
-                leave_no_files(folder)
+                leave_no_files(missing)
 
     def _check(self) -> None:
         """Raise ValueError if an option of the sweep or of the launcher does not suit a search."""

@@ -7,10 +7,12 @@ would take minutes.
 Hydra imports every launcher at start, so this module imports nothing heavy.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -18,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 
 @dataclass
@@ -54,22 +56,64 @@ class GridConfig:
             that the launcher can group them.
         params: swept keys and their values, written as on the command line, such as
             {"seed": "0,1,2"}.
+        n_trials: not used; an option of a search, whose file may be run as a grid.
+        n_jobs: not used, as `n_trials`.
+        seed: not used, as `n_trials`.
     """
 
     _target_: str = "hydra_plugins.shared_teacher.GridSweeper"
     max_batch_size: int | None = None
     params: dict[str, str] = field(default_factory=dict)
+    n_trials: int | None = None
+    n_jobs: int | None = None
+    seed: int | None = None
 
 
 ConfigStore.instance().store("grid", GridConfig, group="hydra/sweeper", provider="sddlskd")
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, except that it does not check jobs that the launcher checks itself.
+    """Hydra's basic sweeper, with two differences: its check of the jobs, and its files.
 
-    The launchers that do so are `SharedTeacherLauncher` and its subclasses. Hydra's own check takes
-    minutes for a large grid.
+    It does not check jobs that the launcher checks itself. The launchers that do so are
+    `SharedTeacherLauncher` and its subclasses. Hydra's own check takes minutes for a large grid. A
+    plan (`sweep.plan`) and a refused sweep leave no files.
+
+    Args:
+        max_batch_size: number of jobs that the launcher receives at once; None for all of them.
+        params: swept keys and their values, as in `GridConfig`.
+        **of_search: not used; options of `OptunaSweeper`.
     """
+
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, str], **of_search: int | None
+    ) -> None:
+        super().__init__(max_batch_size=max_batch_size, params=params)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run or plan the sweep; Hydra calls this method.
+
+        Args:
+            arguments: overrides of the command line.
+
+        Returns:
+            What Hydra's basic sweeper returns: the results of the jobs, batch by batch.
+
+        Raises:
+            Exception: As Hydra's basic sweeper and the launcher raise it.
+        """
+        # Hydra refuses intervals of a search, also if the command line replaces them.
+        replaced = {word.partition("=")[0] for word in arguments}
+        self.params = {key: text for key, text in self.params.items() if key not in replaced}
+        settings = self.config.hydra.sweep
+        self._missing = missing_paths(Path(settings.dir))
+        if not self.config.sweep.plan:
+            return super().sweep(arguments)
+        # Hydra writes multirun.yaml before the launcher is called. A plan must not write into the
+        # folder of the sweep, which may be that of an earlier launch.
+        with TemporaryDirectory() as folder, read_write(settings):
+            settings.dir = folder
+            return super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Check that Hydra can compose each job, unless the launcher is a `SharedTeacherLauncher`.
@@ -88,7 +132,7 @@ class GridSweeper(BasicSweeper):
             try:
                 refuse_settings(self.config, [word for words in batch for word in words])
             except ValueError:
-                leave_no_files(Path(self.config.hydra.sweep.dir))
+                leave_no_files(self._missing)
                 raise
             super().validate_batch_is_legal(batch)
 
@@ -106,6 +150,7 @@ class SharedTeacherLauncher(Launcher):
         fail_fast: whether to stop the sweep at the first job that fails.
         config: configuration of the sweep as Hydra composes it; set by `setup`.
         hydra_context: Hydra's loaders; set by `setup`.
+        missing: the paths that a refused sweep removes, see `missing_paths`; set by `setup`.
         searches: whether a search calls the launcher several times. The launcher then prints no
             results unless a job failed, because the search prints all results at its end.
     """
@@ -115,6 +160,7 @@ class SharedTeacherLauncher(Launcher):
     fail_fast: bool
     config: DictConfig = field(init=False)
     hydra_context: HydraContext = field(init=False)
+    missing: list[Path] = field(init=False)
     searches: bool = field(default=False, init=False)
 
     def setup(
@@ -129,6 +175,7 @@ class SharedTeacherLauncher(Launcher):
         """
         self.config = config
         self.hydra_context = hydra_context
+        self.missing = missing_paths(Path(config.hydra.sweep.dir))
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -157,10 +204,9 @@ class SharedTeacherLauncher(Launcher):
         try:
             return self._launch(job_overrides)
         finally:
-            folder = Path(self.config.hydra.sweep.dir)
-            # A plan or a refused sweep must leave no files, but Hydra has written multirun.yaml.
-            if not (folder / "sweep.json").exists():
-                leave_no_files(folder)
+            # A refused sweep must leave no files, but Hydra has written multirun.yaml.
+            if not Path(self.config.hydra.sweep.dir, "sweep.json").exists():
+                leave_no_files(self.missing)
 
     def _launch(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         from sddlskd import config as cfg
@@ -247,16 +293,27 @@ def refuse_settings(config: DictConfig, words: Sequence[str]) -> None:
             )
 
 
-def leave_no_files(folder: Path) -> None:
-    """Remove Hydra's multirun.yaml from the folder of a sweep, and then empty folders.
+def missing_paths(folder: Path) -> list[Path]:
+    """Return which paths Hydra will make for a sweep in `folder`, the innermost one first.
 
-    `folder`, which is <home>/runs/sweeps/<name>, and its two parents are removed if they are empty.
-    A missing file or folder is no error.
+    These are multirun.yaml in the folder, the folder, and its parents, if they do not exist yet.
     """
-    (folder / "multirun.yaml").unlink(missing_ok=True)
-    for empty in (folder, folder.parent, folder.parent.parent):
+    paths = [folder / "multirun.yaml", folder, *folder.absolute().parents]
+    return [path for path in paths if not os.path.lexists(path)]
+
+
+def leave_no_files(missing: Sequence[Path]) -> None:
+    """Remove the file and the empty folders that Hydra has made for a sweep that does not run.
+
+    `missing` is what `missing_paths` returned before Hydra made them. A folder that is not empty
+    stays, and a path that is still missing is no error.
+    """
+    for path in missing:
         with suppress(OSError):
-            empty.rmdir()
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
 
 
 def _returned(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sddlskd.data.device import Batch
 from sddlskd.methods.base import Method, check_stage_epochs, conv_between
 from sddlskd.models import Taps
+from sddlskd.terminal.words import counted
 
 __all__ = ["AB"]
 
@@ -60,7 +61,8 @@ class AB(Method):
         own, other = _boundaries(student), _boundaries(teacher)
         if len(own) != len(other):
             raise ValueError(
-                f"the student has {len(own)} stages after the stem and the teacher {len(other)}; "
+                f"the student has {counted(len(own), 'stage')} after the stem "
+                f"and the teacher {len(other)}; "
                 "AB serves pairs with equally many stages"
             )
         self.first_stage_epochs = stage_epochs

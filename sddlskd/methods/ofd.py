@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sddlskd.data.device import Batch
 from sddlskd.methods.base import Method, check_alignment, check_flags, from_end
 from sddlskd.models import LogitMapModel, Taps
+from sddlskd.terminal.words import counted
 
 __all__ = ["OFD", "margins"]
 
@@ -75,7 +76,8 @@ class OFD(Method):
         own, other = len(student.preacts) - 1, len(teacher.preacts) - 1
         if alignment == "strict" and other > own:
             raise ValueError(
-                f"the teacher has {other} stages after the stem and the student {own}; set "
+                f"the teacher has {counted(other, 'stage')} after the stem and the student "
+                f"{own}; set "
                 "alignment=from_end to leave out the teacher's finest maps"
             )
         norms: tuple[nn.BatchNorm2d, ...] = ()
@@ -83,8 +85,9 @@ class OFD(Method):
             norms = teacher_network.norms_before_relu()
         if len(norms) != other:
             raise ValueError(
-                f"the teacher names {len(norms)} BatchNorms for its {other} stages, and OFD needs "
-                "one for each; choose another teacher, such as a resnet, wrn or vgg"
+                f"the teacher names {counted(len(norms), 'BatchNorm')} for its "
+                f"{counted(other, 'stage')}, and OFD needs one for each; choose another "
+                "teacher, such as a resnet, wrn or vgg"
             )
         maps = self._pairs(student, teacher)
         self.connectors = nn.ModuleList(_connector(a.shape[1], b.shape[1], kernel) for a, b in maps)

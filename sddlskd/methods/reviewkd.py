@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sddlskd.data.device import Batch
 from sddlskd.methods.base import Method, check_alignment, check_flags
 from sddlskd.models import Taps
+from sddlskd.terminal.words import counted
 
 __all__ = ["ReviewKD"]
 
@@ -74,7 +75,8 @@ class ReviewKD(Method):
         own, other = len(student.preacts) - 1, len(teacher.preacts) - 1
         if alignment == "strict" and own != other:
             raise ValueError(
-                f"the student has {own} stages after the stem and the teacher {other}; set "
+                f"the student has {counted(own, 'stage')} after the stem and the teacher "
+                f"{other}; set "
                 "alignment=from_end to leave out the finest maps of the network that has more"
             )
         if labels_N is not None and batch_size is not None and not drop_last:

@@ -21,6 +21,7 @@ from sddlskd.methods.base import (
     pairs,
 )
 from sddlskd.models import Taps
+from sddlskd.terminal.words import counted
 
 __all__ = ["VID"]
 
@@ -73,7 +74,8 @@ class VID(Method):
         own, other = len(student.stages) - 1, len(teacher.stages) - 1
         if alignment == "strict" and own > other:
             raise ValueError(
-                f"the student has {own} stages after the stem and the teacher {other}; set "
+                f"the student has {counted(own, 'stage')} after the stem and the teacher "
+                f"{other}; set "
                 "alignment=from_end to leave out the student's finest maps"
             )
         self.alignment, self.eps = alignment, eps

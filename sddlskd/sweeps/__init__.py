@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sddlskd.sweeps.report import plan_lines, print_outcome, print_plan
 from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.sweeps.status import DONE
 from sddlskd.terminal.console import write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["groups_of", "run_sweep"]
 
@@ -98,7 +100,7 @@ def run_sweep(
     _warn_of_finished(plan)
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
-        print_plan(plan, devices, runner.requests(plan.groups))
+        print_plan(plan, devices, runner.requests(plan.groups, plan.group_seconds))
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")
@@ -122,26 +124,26 @@ def _warn_of_finished(plan: Plan) -> None:
     """Log a warning for each way in which finished jobs differ from what would run now."""
     if plan.changed:
         log.warning(
-            "%d finished jobs learnt from another teacher file than the current one (%s ...); "
+            "%s learnt from another teacher file than the current one (%s ...); "
             "sweep.rerun=all runs them again",
-            len(plan.changed),
+            counted(len(plan.changed), "finished job"),
             ", ".join(map(cfg.run_name, plan.changed[:3])),
         )
     if plan.other_data:
         job, change = plan.other_data[0]
         log.warning(
-            "%d finished jobs were trained on other data than their data sets have now "
+            "%s learnt from other data than there is now "
             "(%s: %s ...); choose another dataset.name, or sweep.rerun=all runs them again",
-            len(plan.other_data),
+            counted(len(plan.other_data), "finished job"),
             cfg.run_name(job),
             change,
         )
     if plan.changed_code:
         job, modules = plan.changed_code[0]
         log.warning(
-            "%d finished jobs ran another version of %s than the current one (%s ...); "
+            "%s ran another version of %s than the current one (%s ...); "
             "sweep.rerun=all runs them again",
-            len(plan.changed_code),
+            counted(len(plan.changed_code), "finished job"),
             ", ".join(modules),
             cfg.run_name(job),
         )
@@ -149,14 +151,21 @@ def _warn_of_finished(plan: Plan) -> None:
 
 def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:
     """Return why a launch of the sweep would be refused although its single jobs can run."""
-    found = []
-    if plan.todo:
-        for check in (tracking.check_packages, runner.validate):
-            try:
-                check(plan.todo)
-            except (ValueError, ConnectionError) as error:
-                found.append(str(error))
-    return found
+    found = list(plan.refusals)
+    if not plan.todo:
+        return found
+    # The check of a SQLite file writes a file beside it, which a plan must not do.
+    on_servers = [job for job in plan.todo if str(job.tracking.uri).startswith("http")]
+    for check in (
+        partial(tracking.check_packages, plan.todo),
+        partial(tracking.check_reachable, on_servers),
+    ):
+        try:
+            check()
+        except (ValueError, ConnectionError) as error:
+            found.append(str(error))
+    found += map(str, runner.refusals(plan.todo))
+    return list(dict.fromkeys(found))
 
 
 def _run(plan: Plan, runner: GroupRunner) -> str:

@@ -12,6 +12,7 @@ from sddlskd import config as cfg
 from sddlskd.sweeps import slurm
 from sddlskd.sweeps.report import print_status
 from sddlskd.sweeps.status import status_of
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import refuse_another_checkout, write_line
 
 
@@ -82,7 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--home", default=os.environ.get("SDDLSKD_HOME", "."), help="folder that holds runs/"
     )
     parser.add_argument("--json", action="store_true", help="print the status as JSON")
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given, keys=()):
+        parser.error(wrong)
+    chosen = parser.parse_args(given)
     if chosen.json and chosen.command != "status":
         parser.error(f"--json belongs to status, not to {chosen.command}")
     refuse_another_checkout()

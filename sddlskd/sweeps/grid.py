@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.terminal.console import explain
+from sddlskd.terminal.words import counted
 
 __all__ = ["InvalidJobs", "compose_grid", "reasons_together"]
 
@@ -53,9 +54,9 @@ class InvalidJobs(ValueError):
     def __init__(self, reasons: Sequence[tuple[str, str]]) -> None:
         self.reasons = list(reasons)
         lines = " | ".join(reasons_together(reasons))
-        super().__init__(
-            f"{len(reasons)} jobs of the sweep are not valid, so none was started: {lines}"
-        )
+        number = counted(len(self.reasons), "job")
+        verb = "is" if len(self.reasons) == 1 else "are"
+        super().__init__(f"{number} of the sweep {verb} not valid, so none was started: {lines}")
 
 
 def reasons_together(reasons: Sequence[tuple[str, str]]) -> list[str]:

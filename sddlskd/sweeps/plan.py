@@ -17,7 +17,9 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config, Rerun, SweepConfig
 from sddlskd.sweeps.manifest import command_to_continue
+from sddlskd.sweeps.outcome import state_of
 from sddlskd.sweeps.status import states_of
+from sddlskd.terminal.words import counted
 
 __all__ = ["Plan", "Precheck", "ask_precheck", "check_halving", "groups_of", "make_plan"]
 
@@ -45,8 +47,10 @@ class Plan:
         groups: the jobs of `todo` in groups. The jobs of a group are trained together, with one
             teacher forward pass per batch.
         max_group_size: largest number of jobs in a group; None for no limit.
-        seconds: estimated seconds for `todo` on one device; None if a job has no past runs of the
-            same student, teacher and data set.
+        group_seconds: estimated seconds of each group on one device; None for a group with a job
+            that has no past runs of the same student, teacher and data set.
+        refusals: why a launch would be refused whatever its jobs; [] unless the plan is only
+            printed, because an error is raised then.
         invalid: (name of the job, reason) of each job of `todo` that cannot run. A job of a plan
             that is only printed (`sweep.plan`) has an entry for each of its obstacles.
         downloads: files of data sets that are missing here and that the sweep would download; [] if
@@ -69,7 +73,8 @@ class Plan:
     todo: list[Config]
     groups: list[list[Config]]
     max_group_size: int | None
-    seconds: float | None
+    group_seconds: list[float | None]
+    refusals: list[str]
     invalid: list[tuple[str, str]]
     downloads: list[str]
     changed: list[Config]
@@ -77,6 +82,11 @@ class Plan:
     changed_code: list[tuple[Config, list[str]]]
     devices: list[str]
     teachers: list[str]
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the estimated seconds for all groups on one device; None if one is not known."""
+        return _sum(self.group_seconds)
 
 
 def ask_precheck(
@@ -158,7 +168,7 @@ def make_plan(
         ValueError: If different jobs have the same run directory, or if a file of the sweep or of a
             run is damaged.
         ConnectionError: If the sweep has SLURM tasks and squeue is missing, fails or does not
-            answer.
+            answer. A plan that is only printed has this error in `Plan.refusals` instead.
         ChildProcessError: If the process that `ask_precheck` starts dies.
     """
     unique = list({job.run_dir: job for job in jobs}.values())
@@ -169,7 +179,14 @@ def make_plan(
         )
     home = unique[0].home
     folder = Path(home, "runs", "sweeps", name)
-    states = states_of(folder, [job.run_dir for job in unique])
+    refusals = []
+    try:
+        states = states_of(folder, [job.run_dir for job in unique])
+    except ConnectionError as error:
+        if not unique[0].sweep.plan:
+            raise
+        refusals.append(str(error))
+        states = {job.run_dir: state_of(Path(job.run_dir)) for job in unique}
     skipped = _skipped_states(unique[0].sweep)
     todo = [job for job in unique if states[job.run_dir] not in skipped]
     finished = [job for job in unique if states[job.run_dir] == "finished"]
@@ -182,7 +199,7 @@ def make_plan(
         "teachers": [],
     }
     if todo or finished:
-        log.info("checking %d jobs", len(todo) + len(finished))
+        log.info("checking %s", counted(len(todo) + len(finished), "job"))
         answer = precheck(todo, finished, runs_locally)
     groups = groups_of(todo, max_group_size)
     return Plan(
@@ -194,7 +211,8 @@ def make_plan(
         todo=todo,
         groups=groups,
         max_group_size=max_group_size,
-        seconds=_expected_seconds(todo),
+        group_seconds=[_sum(map(_expected_seconds, group)) for group in groups],
+        refusals=refusals,
         invalid=[(cfg.run_name(todo[index]), reason) for index, reason in answer["problems"]],
         downloads=answer["downloads"],
         changed=[finished[index] for index in answer["changed"]],
@@ -260,18 +278,17 @@ def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list
     return groups
 
 
-def _expected_seconds(jobs: Iterable[Config]) -> float | None:
-    """Return the seconds that the jobs will take on one device; None if one has no past runs."""
+def _sum(seconds: Iterable[float | None]) -> float | None:
+    """Return the sum of the numbers, or None if one of them is None."""
     total = 0.0
-    for job in jobs:
-        seconds = _expected_seconds_of(job)
-        if seconds is None:
+    for one in seconds:
+        if one is None:
             return None
-        total += seconds
+        total += one
     return total
 
 
-def _expected_seconds_of(job: Config) -> float | None:
+def _expected_seconds(job: Config) -> float | None:
     """Return the seconds that the job will add to a sweep, or None if there are no past runs.
 
     The estimate is the mean time per epoch of past runs of the same student, teacher and data set,

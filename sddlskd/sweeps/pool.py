@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
 from sddlskd.sweeps.runner import GroupRunner
+from sddlskd.terminal.words import counted
 
 __all__ = ["Pool", "Task"]
 
@@ -100,14 +101,17 @@ class Pool(GroupRunner):
         self.stop_signals = 0  # number of stop signals received so far
         self.last_signal = 0  # number of the last stop signal
 
-    def validate(self, jobs: Sequence[Config]) -> None:
-        """Raise ValueError if the pool would start more workers on the CPU than there are cores.
+    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+        """Yield a ValueError if the pool would start more workers on the CPU than there are cores.
 
         `jobs` are the jobs of the sweep; there are never more workers than jobs.
         """
         # The pool with the devices "auto" has at most one worker for each device.
         workers = min(self.devices.count("cpu"), len(jobs))
-        check_processes("the number of workers in hydra.launcher.devices", workers, WORKER_MB)
+        try:
+            check_processes("the number of workers in hydra.launcher.devices", workers, WORKER_MB)
+        except ValueError as refusal:
+            yield refusal
 
     def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
         """Return the devices that train the jobs, one for each worker; see `GroupRunner.places`."""
@@ -119,7 +123,9 @@ class Pool(GroupRunner):
             asked_for.update(visible)
         return sorted(asked_for)
 
-    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
+    def requests(
+        self, groups: Sequence[Sequence[Config]], seconds: Sequence[float | None]
+    ) -> list[str]:
         """Return [], because the pool asks nobody for its devices."""
         return []
 
@@ -245,7 +251,9 @@ class Pool(GroupRunner):
             self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
         elif code == ExitCode.STOPPED and task.deaths:
             # The jobs are interrupted, not failed: the sweep's command continues them.
-            log.warning("a worker was stopped twice: its %d jobs are left interrupted", len(left))
+            log.warning(
+                "a worker was stopped twice; left interrupted: %s", counted(len(left), "job")
+            )
         else:
             self._retry(left, task.deaths, code)
 
@@ -253,7 +261,8 @@ class Pool(GroupRunner):
         """Leave the jobs that another process is running to that process, and run the others."""
         free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
         log.warning(
-            "%d jobs are left to another process, which is running them", len(left) - len(free)
+            "left to another process, which is running them: %s",
+            counted(len(left) - len(free), "job"),
         )
         if free and len(free) < len(left):
             self.queue.append(Task(free, deaths))
@@ -265,7 +274,9 @@ class Pool(GroupRunner):
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if deaths == 0:
             log.warning(
-                "a worker died (%s): its %d jobs continue from their checkpoints", why, len(left)
+                "a worker died (%s); to continue from its checkpoints: %s",
+                why,
+                counted(len(left), "job"),
             )
             self.queue.appendleft(Task(left, 1))
         elif len(left) > 1:

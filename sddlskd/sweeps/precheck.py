@@ -26,6 +26,7 @@ from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.datasets.places import without_downloads
 from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import explain, refuse_another_checkout
+from sddlskd.terminal.words import counted
 from sddlskd.training.build import build_network, load_splits, present_fingerprint, shape_of
 from sddlskd.training.checks import (
     check_batch_size,
@@ -443,7 +444,7 @@ def report(
 
 
 def _teacher_line(job: Config) -> str:
-    return f"{job.student.name} for {job.dataset.name} ({job.trainer.epochs} epochs)"
+    return f"{job.student.name} for {job.dataset.name} ({counted(job.trainer.epochs, 'epoch')})"
 
 
 def main() -> None:

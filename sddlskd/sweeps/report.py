@@ -15,6 +15,7 @@ from sddlskd.sweeps.grid import reasons_together
 from sddlskd.sweeps.plan import Plan, groups_of
 from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
 
@@ -32,8 +33,8 @@ def plan_lines(plan: Plan) -> list[str]:
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
-        f"sweep {plan.name}: {len(plan.jobs)} jobs ({counts}), "
-        f"{len(plan.todo)} to do in {_number(len(plan.groups), 'group')}"
+        f"sweep {plan.name}: {counted(len(plan.jobs), 'job')} ({counts}), "
+        f"{len(plan.todo)} to do in {counted(len(plan.groups), 'group')}"
     ]
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
@@ -60,8 +61,11 @@ def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> N
     """
     for line in (*plan_lines(plan), *_spread_lines(plan, devices), *requests):
         write_line(line)
+    left_out = ""
+    if plan.seconds is not None:
+        left_out = ", for which more time is needed"
     for teacher in plan.teachers:
-        write_line(f"trained first: teacher {teacher}")
+        write_line(f"trained first: teacher {teacher}{left_out}")
     for file in plan.downloads:
         write_line(f"to download: there is no {file}; the sweep downloads it when it starts")
     for line in reasons_together(plan.invalid):
@@ -71,14 +75,17 @@ def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> N
 def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     """Return lines that say how many jobs each group and device gets, and a better group size.
 
-    Nothing is said of devices if a cluster or several devices together train a job.
+    Nothing is said of devices if a cluster or several devices together train a job. If a cluster
+    trains jobs one by one that could share their teacher, a line names the launcher for that.
     """
     if not plan.groups:
         return []
     sizes = [len(group) for group in plan.groups]
     numbers = [f"{count} of {_jobs(size)}" for size, count in Counter(sizes).items()]
     lines = [f"groups: {', '.join(numbers)}", *_group_lines(plan.groups)]
-    if not devices or any(job.trainer.devices > 1 for job in plan.todo):
+    if not devices:
+        return [*lines, *_sharing_lines(plan)]
+    if any(job.trainer.devices > 1 for job in plan.todo):
         return lines
     per_device = jobs_of_devices(sizes, len(devices))
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
@@ -93,12 +100,26 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
         most, number = max(jobs_of_devices(parts, len(devices))), len(parts)
         lines.append(
             f"hydra.launcher.max_group_size={better} would end earlier: it makes "
-            f"{number} groups, and no device then trains more than {_jobs(most)}"
+            f"{counted(number, 'group')}, and no device then trains more than {_jobs(most)}"
         )
     if plan.seconds is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
         lines.append(f"about {duration(plan.seconds * share)} on these {len(devices)} devices")
     return lines
+
+
+def _sharing_lines(plan: Plan) -> list[str]:
+    """Return a line that names the launcher for jobs which could share their teacher, or []."""
+    with_teacher = [job for job in plan.todo if job.has_teacher]
+    apart = groups_of(with_teacher, plan.max_group_size)
+    together = groups_of(with_teacher)
+    if len(together) == len(apart):
+        return []
+    return [
+        f"jobs that share a teacher and batches: {len(with_teacher)} jobs could train in "
+        f"{counted(len(together), 'task')} instead of {len(apart)}, which run the teacher once for "
+        "all their jobs: hydra/launcher=slurm_shared_teacher, or hydra.launcher.max_group_size=null"
+    ]
 
 
 def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
@@ -108,7 +129,7 @@ def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
         teacher = "no teacher"
         if group[0].has_teacher:
             teacher = cfg.teacher_name(group[0])
-        lines.append(f"  {teacher}, {group[0].trainer.epochs} epochs:")
+        lines.append(f"  {teacher}, {counted(group[0].trainer.epochs, 'epoch')}:")
         methods: dict[str, list[str]] = {}
         for job, settings in zip(group, cfg.differing_settings(group), strict=True):
             method = cfg.title(job, seed=False, student=False)
@@ -117,16 +138,12 @@ def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
             methods.setdefault(f"{job.student.name} seed {job.seed}", []).append(method)
         lines += [f"    {student}: {'; '.join(names)}" for student, names in methods.items()]
     if len(groups) > SHOWN_GROUPS:
-        lines.append(f"  and {_number(len(groups) - SHOWN_GROUPS, 'more group')}")
+        lines.append(f"  and {counted(len(groups) - SHOWN_GROUPS, 'more group')}")
     return lines
 
 
 def _jobs(number: int) -> str:
-    return _number(number, "job")
-
-
-def _number(number: int, noun: str) -> str:
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
+    return counted(number, "job")
 
 
 def print_status(status: SweepStatus) -> None:
@@ -137,7 +154,9 @@ def print_status(status: SweepStatus) -> None:
     """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")
-    write_line(f"sweep {status.sweep}: {len(status.jobs)} jobs: {_counts(status.counts)}")
+    write_line(
+        f"sweep {status.sweep}: {counted(len(status.jobs), 'job')}: {_counts(status.counts)}"
+    )
     for job in status.jobs:
         write_line(_job_line(job))
     if not status.command:
@@ -153,18 +172,20 @@ def print_status(status: SweepStatus) -> None:
 
 
 def _job_line(job: JobStatus) -> str:
-    parts = [f"  {job.state:<12} {job.epochs_done}/{job.epochs} epochs"]
+    parts = [f"  {job.state:<12} {job.epochs_done}/{counted(job.epochs, 'epoch')}"]
     if job.top1 is not None:
         parts.append(f"top-1 {job.top1:.2f}")
     if job.mAP is not None:
         parts.append(f"mAP {job.mAP:.2f}")
     parts.append(job.name)
+    if job.settings:
+        parts.append(job.settings)
     if job.reason:
         parts.append(job.reason)
     if job.slurm_job:
         parts.append(f"SLURM job {job.slurm_job}: {job.slurm_state}")
     if job.requeues:
-        parts.append(f"requeued {job.requeues} times")
+        parts.append(f"requeued {counted(job.requeues, 'time')}")
     return "  ".join(parts)
 
 

@@ -1,6 +1,6 @@
 """The interface of the classes that run the groups of a sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,14 @@ class GroupRunner(Protocol):
 
     runs_locally: bool
 
+    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+        """Yield every reason why the runner cannot run the jobs; write no file.
+
+        A reason is a ValueError, or a ConnectionError if a cluster does not answer. `jobs` are the
+        jobs to run, at least one.
+        """
+        ...
+
     def validate(self, jobs: Sequence[Config]) -> None:
         """Check that the runner can run the jobs, before the sweep writes any file.
 
@@ -27,7 +35,8 @@ class GroupRunner(Protocol):
             ValueError: If the runner cannot run the jobs.
             ConnectionError: If a cluster does not answer.
         """
-        ...
+        for refusal in self.refusals(jobs):
+            raise refusal
 
     def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:
         """Return the devices of this machine that train the jobs; [] if a cluster trains them.
@@ -38,7 +47,9 @@ class GroupRunner(Protocol):
         """
         ...
 
-    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
+    def requests(
+        self, groups: Sequence[Sequence[Config]], seconds: Sequence[float | None]
+    ) -> list[str]:
         """Return lines for a plan that name the resources which a cluster will be asked for.
 
         The resources are, for example, the number of tasks, GPUs and the time limit. A runner that
@@ -46,6 +57,7 @@ class GroupRunner(Protocol):
 
         Args:
             groups: jobs to run.
+            seconds: estimated seconds of each group; None for a group without similar runs.
         """
         ...
 

@@ -5,6 +5,7 @@ trials, so that the same command continues the search after an interruption.
 """
 
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,19 +16,23 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig
 
-from sddlskd.config import OBJECTIVES, Config
+from sddlskd import config as cfg
+from sddlskd.config import OBJECTIVES, Config, conf_folder
 from sddlskd.record import FAILED, FINISHED, PRUNED, read_rows
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.terminal.console import outcomes, write_line
+from sddlskd.terminal.words import counted
 
-__all__ = ["DATABASE", "Search", "objective_of", "split_words"]
+__all__ = ["DATABASE", "Search", "Start", "objective_of", "searched_keys", "split_words"]
 
 log = logging.getLogger(__name__)
 
 DATABASE = "optuna.db"
 # Settings that change neither the results of trials nor their comparison
 NOT_COMPARED = ("sweep.", "hydra.", "hydra/", "tracking.", "home=", "objective=")
+DEFAULT_LAUNCHER = "shared_teacher"
 TRAIN = ("python", "-m", "sddlskd.train")
 # Settings of the trials that the final training does not have
 NOT_IN_FINAL = ("dataset.val_fraction=", "objective=", "seed=")
@@ -97,28 +102,120 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
     return fixed, varied
 
 
+def searched_keys(command: str) -> list[str]:
+    """Return the keys that a search varies, from the command that continues it.
+
+    `command` is that of the sweep's manifest. The list is empty if no override of the command has
+    several values.
+    """
+    words = [word for word in shlex.split(command) if "=" in word and not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(words)
+    return [one.get_key_element() for one in parsed if one.is_sweep_override()]
+
+
 def _distribution(override: Override) -> Any:
     """Return Optuna's distribution of the values of an override.
 
-    `int(interval(1,9))` has integers, and another interval has real numbers. The tag `log` draws
-    them on a logarithmic scale. All other values are choices without an order. Raise ValueError if
-    an interval is empty, or if a logarithmic one does not begin above 0.
+    `int(interval(1,9))` has integers, and another interval has real numbers, which may be negative.
+    The tag `log` draws them on a logarithmic scale. All other values are choices without an order.
+
+    Raises:
+        ValueError: If there are no values: an interval ends before it begins, has an infinite end,
+            or begins at 0 or below with the tag `log`; or a range is empty. Also if there is
+            another tag than `log`, or if it belongs to no interval.
     """
     from optuna import distributions
 
     value = override.value()
+    wrong = _wrong_with(value)
+    if wrong:
+        raise ValueError(f"{override.input_line}: {wrong}")
+    if isinstance(value, IntervalSweep):
+        kind: Any = distributions.FloatDistribution
+        if isinstance(value.start, int) and isinstance(value.end, int):
+            kind = distributions.IntDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
+    choices = list(override.sweep_string_iterator())
+    if not choices:
+        raise ValueError(f"{override.input_line}: it has no values")
+    return distributions.CategoricalDistribution(choices)
+
+
+def _wrong_with(value: Any) -> str:
+    """Return what is wrong with the values of an override, in words; "" if nothing is."""
+    tags: set[str] = getattr(value, "tags", set())
+    if other := sorted(tags - {"log"}):
+        return f"{other[0]} is no tag of a search; give tag(log, interval(LOW,HIGH))"
     if not isinstance(value, IntervalSweep):
-        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
-    assert value.start is not None
-    assert value.end is not None
-    is_log = "log" in value.tags
-    kind: Any = distributions.FloatDistribution
-    if isinstance(value.start, int) and isinstance(value.end, int):
-        kind = distributions.IntDistribution
-    try:
-        return kind(value.start, value.end, log=is_log)
-    except ValueError as error:
-        raise ValueError(f"{override.input_line}: {error}") from None
+        return "a logarithmic scale needs tag(log, interval(LOW,HIGH))" if tags else ""
+    low, high = value.start, value.end
+    assert low is not None
+    assert high is not None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "both ends of an interval must be finite numbers"
+    if low > high:
+        return f"the interval ends before it begins; give interval({high},{low})"
+    if tags and low <= 0:
+        return f"a logarithmic scale must begin above 0, not at {low}; raise it or leave out tag"
+    return ""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a search was started, as far as the commands that it prints must repeat it.
+
+    Attributes:
+        options: options that choose the configuration file and its folder, and overrides of
+            Hydra's search path; such as ["--config-dir", "/my_conf", "--config-name", "mine"].
+        launcher: overrides of the launcher, such as ["hydra/launcher=slurm"].
+        has_launcher: whether the command line or the file has chosen or set a launcher.
+        has_file: whether a configuration file was chosen. It may hold a sweeper or hydra.mode.
+    """
+
+    options: Sequence[str] = ()
+    launcher: Sequence[str] = ()
+    has_launcher: bool = False
+    has_file: bool = False
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Start":
+        """Return the start of the search with this configuration, as Hydra composes it."""
+        hydra = config.hydra
+        options = []
+        for source in hydra.runtime.config_sources:
+            if source.provider == "command-line":
+                options += ["--config-dir", source.path]
+            elif source.provider == "main" and Path(source.path) != conf_folder():
+                options += ["--config-path", source.path]
+        has_file = hydra.job.config_name != "config"
+        if has_file:
+            options += ["--config-name", hydra.job.config_name]
+        words = [(word.lstrip("+~"), word) for word in hydra.overrides.hydra]
+        options += [word for key, word in words if key.startswith("hydra.searchpath=")]
+        launcher = [
+            word for key, word in words if key.startswith(("hydra/launcher=", "hydra.launcher."))
+        ]
+        is_chosen = hydra.runtime.choices["hydra/launcher"] != DEFAULT_LAUNCHER
+        return cls(options, launcher, bool(launcher) or is_chosen, has_file)
+
+    def command(self, words: Sequence[str], *, of_several: bool = False) -> str:
+        """Return the shell command that trains the jobs of these overrides.
+
+        Args:
+            words: overrides.
+            of_several: whether the overrides describe several jobs. A single job is trained by this
+                process unless the search had a launcher.
+        """
+        start = [*TRAIN]
+        if of_several or self.has_launcher:
+            start += ["-m", *self.options, *self.launcher]
+            if self.has_file:
+                start.append("hydra/sweeper=grid")
+        else:
+            start += self.options
+            if self.has_file:
+                start.append("hydra.mode=RUN")
+        return shlex.join([*start, *words])
 
 
 @dataclass
@@ -135,6 +232,7 @@ class Search:
         n_trials: number of trials, at least 1.
         n_jobs: number of trials in a batch, at least 1. They are proposed and trained together.
         seed: seed of the proposals.
+        start: how the search was started, for the commands that it prints.
     """
 
     folder: Path | None
@@ -144,6 +242,7 @@ class Search:
     n_trials: int
     n_jobs: int
     seed: int
+    start: Start = field(default_factory=Start)
 
     _study: Any = field(default=None, init=False)
     _space: dict[str, Any] = field(default_factory=dict, init=False)
@@ -163,9 +262,7 @@ class Search:
             raise ValueError(INSTALL) from None
 
         if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective={self.objective} is logged by no run; give {', '.join(OBJECTIVES)}"
-            )
+            raise ValueError(cfg.unknown_objective(self.objective, list(OBJECTIVES)))
         self._space = {key: _distribution(one) for key, one in self.varied.items()}
         storage = None
         if self.folder is not None:
@@ -259,6 +356,16 @@ class Search:
             if not trial.state.is_finished() and trial.number not in self._failed
         ]
 
+    def _extremes(self) -> list[list[str]]:
+        """Return varied overrides with each end of each interval, and with each choice."""
+        values = {
+            key: getattr(one, "choices", None) or (one.low, one.high)
+            for key, one in self._space.items()
+        }
+        first = {key: ends[0] for key, ends in values.items()}
+        others = [{**first, key: value} for key, ends in values.items() for value in ends[1:]]
+        return [_words(params) for params in (first, *others)]
+
     def judge(self, number: int, job: Config, result: Mapping[str, Any]) -> None:
         """Tell Optuna how a trial has ended, and its value if the trial has one.
 
@@ -311,6 +418,8 @@ class Search:
             ValueError: If the database is damaged or locked.
             Exception: As `compose` and `launch` raise it.
         """
+        # A value that no job may have must not end the search after hours.
+        compose([[*self.fixed, *words] for words in self._extremes()])
         is_told = False
         while True:
             with self._database():
@@ -336,7 +445,7 @@ class Search:
     def _log_progress(self) -> None:
         best = self.best()
         value = f"best {self.objective} {best[1]:.6g}" if best else "none has a value yet"
-        log.info("%d of %d trials: %s", len(self._study.trials), self.n_trials, value)
+        log.info("%d of %s: %s", len(self._study.trials), counted(self.n_trials, "trial"), value)
 
     def _report(self, jobs: Sequence[Config]) -> None:
         """Print a table of all trials, the best trial, and the command that runs it again.
@@ -345,31 +454,32 @@ class Search:
         """
         code: Any = 0
         try:
-            outcomes(jobs, [result_of(job) for job in jobs])
+            outcomes(jobs, [result_of(job) for job in jobs], searched=self.varied)
         except SystemExit as ended:
             code = ended.code
         if best := self.best():
             number, value, words = best
             write_line(
-                f"best of {len(jobs)} trials: trial {number} with {self.objective} {value:.6g}: "
+                f"best of {counted(len(jobs), 'trial')}: trial {number} with {self.objective} "
+                f"{value:.6g}: "
                 f"{' '.join(words)}"
             )
             kept = [word for word in self.fixed if not word.lstrip("+").startswith("sweep.")]
             if not any(word.startswith("home=") for word in kept):
                 kept.append(f"home={jobs[0].home}")
-            command = shlex.join([*TRAIN, *kept, *words])
-            write_line(f"to run it again: {command}")
+            write_line(f"to run it again: {self.start.command([*kept, *words])}")
             if jobs[number].dataset.val_fraction:
-                command = _final_command([*kept, *words], jobs)
+                final = _final_words([*kept, *words], jobs)
+                command = self.start.command(final, of_several=True)
                 write_line(f"to train it on all training images, with new seeds: {command}")
         else:
-            write_line(f"none of the {len(jobs)} trials has a value")
+            write_line(f"none of {counted(len(jobs), 'trial')} has a value")
         if code:
             sys.exit(code)
 
 
-def _final_command(words: Sequence[str], jobs: Sequence[Config]) -> str:
-    """Return the command that trains a trial on all training images, with three new seeds.
+def _final_words(words: Sequence[str], jobs: Sequence[Config]) -> list[str]:
+    """Return the overrides that train a trial on all training images, with three new seeds.
 
     Args:
         words: overrides of the trial.
@@ -378,7 +488,7 @@ def _final_command(words: Sequence[str], jobs: Sequence[Config]) -> str:
     chosen = [word for word in words if not word.lstrip("+").startswith(NOT_IN_FINAL)]
     first = max(job.seed for job in jobs) + 1
     seeds = ",".join(str(first + more) for more in range(FINAL_SEEDS))
-    return shlex.join([*TRAIN, "-m", *chosen, f"seed={seeds}"])
+    return [*chosen, f"seed={seeds}"]
 
 
 def _words(params: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ SLURM job trains which run directories.
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -32,7 +33,8 @@ from sddlskd.sweeps.array_task import SETUP, TEARDOWN, ArrayTask
 from sddlskd.sweeps.manifest import LOCK, read_manifest
 from sddlskd.sweeps.outcome import record_outcome, state_of
 from sddlskd.sweeps.runner import GroupRunner
-from sddlskd.terminal.console import write_line
+from sddlskd.terminal.console import duration, write_line
+from sddlskd.terminal.words import counted
 
 __all__ = ["Slurm", "Submission", "cancel_tasks", "causes_of_death", "queue", "submissions"]
 
@@ -284,6 +286,25 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(late)
 
 
+def _refusals_of_sbatch(executor: Any) -> Iterator[ValueError]:
+    """Yield a ValueError if sbatch would refuse the jobs of an executor of submitit.
+
+    If no node can take the jobs at the moment, only log a warning.
+    """
+    script = executor._executor._make_submission_file_text("true", "check")
+    try:
+        with _outside_of_a_job():
+            _ask("sbatch", "--test-only", text=script)
+    except ConnectionError as error:
+        if str(error) == UNSURE:
+            log.warning("no node can take the jobs now: %s", error)
+        else:
+            yield ValueError(
+                f"{error}; see hydra.launcher.partition, account, qos and the resources that it "
+                "requests"
+            )
+
+
 def _message(stderr: str) -> str:
     """Return the error message of a SLURM command in one line, without the command's name."""
     words = re.sub(r"(?m)^s\w+: (error: )?", "", stderr).split()
@@ -335,62 +356,51 @@ class Slurm(GroupRunner):
         self.array_parallelism = array_parallelism
         self.options = options
 
-    def validate(self, jobs: Sequence[Config]) -> None:
-        """Check that SLURM would accept the jobs, before the sweep writes any file.
+    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+        """Yield every reason why SLURM would not accept the jobs; write no file.
 
-        If no node can take the jobs at the moment, only log a warning.
+        The reasons are these: a SLURM command is missing, an option is wrong, a line of the option
+        `setup` holds a password or token, several hosts would write one SQLite file or one teacher
+        cache, sinfo cannot list the hosts, sbatch refuses the jobs, or any other problem. If no
+        node can take the jobs at the moment, only log a warning.
 
         Args:
             jobs: jobs to run, at least one.
-
-        Raises:
-            ValueError: If the jobs cannot be submitted: a SLURM command is missing, an option is
-                wrong, a line of the option `setup` holds a password or token, several hosts would
-                write one SQLite file or one teacher cache, sbatch refuses the jobs, or any other
-                problem.
-            ConnectionError: If jobs write a SQLite file or a teacher cache, and sinfo, which lists
-                the hosts, is missing, fails or does not answer.
         """
-        if missing := [command for command in COMMANDS if shutil.which(command) is None]:
-            raise ValueError(
+        missing = [command for command in COMMANDS if shutil.which(command) is None]
+        if missing:
+            yield ValueError(
                 f"hydra/launcher=slurm needs {', '.join(missing)}: launch on a login node of the "
                 "cluster, or leave hydra/launcher out to train on this machine"
             )
         signal_delay_s = self.options["signal_delay_s"]
         timeout_min = self.options["timeout_min"]
         if signal_delay_s >= 60 * timeout_min:
-            raise ValueError(
+            yield ValueError(
                 f"hydra.launcher.signal_delay_s={signal_delay_s} must be less than the time "
                 f"limit, hydra.launcher.timeout_min={timeout_min}, or a job is warned before it "
                 "starts; lower signal_delay_s or raise timeout_min"
             )
         for line in self.options.get("setup") or []:
             if SECRET.search(line):
-                raise ValueError(
+                yield ValueError(
                     f"hydra.launcher.setup would write {line.partition('=')[0]} into files that "
                     "others may read; export it in the shell that you launch from, whose "
                     "environment sbatch passes on"
                 )
-        self._check_shared(jobs)
-        for ranks in {job.trainer.devices for job in jobs}:
-            executor = self._executor(Path(jobs[0].home), ranks, 1)
-            script = executor._executor._make_submission_file_text("true", "check")
-            try:
-                with _outside_of_a_job():
-                    _ask("sbatch", "--test-only", text=script)
-            except ConnectionError as error:
-                if str(error) == UNSURE:
-                    log.warning("no node can take the jobs now: %s", error)
-                else:
-                    raise ValueError(
-                        f"{error}; see hydra.launcher.partition, account, qos and the resources "
-                        "that it requests"
-                    ) from None
+        if not missing:
+            yield from self._shared_files(jobs)
+        for ranks in sorted({job.trainer.devices for job in jobs}):
+            if uneven := self._uneven(ranks):
+                yield ValueError(uneven)
+            elif not missing:
+                yield from _refusals_of_sbatch(self._executor(Path(jobs[0].home), ranks, 1))
 
-    def _check_shared(self, jobs: Sequence[Config]) -> None:
-        """Raise ValueError if jobs on several hosts would write a file that allows only one host.
+    def _shared_files(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+        """Yield an error for each kind of file that several hosts would write, and only one may.
 
-        Such files are a SQLite database and the memory-mapped cache of a teacher's logit maps.
+        Such files are SQLite databases and the memory-mapped caches of a teacher's logit maps. If
+        sinfo cannot list the hosts, its ConnectionError is yielded.
         """
         caches = {str(job.teacher.cache) for job in jobs if job.has_teacher and job.teacher.cache}
         in_sqlite = any(
@@ -398,10 +408,17 @@ class Slurm(GroupRunner):
         )
         if not caches and not in_sqlite:
             return
-        hosts = self._hosts()
-        tracking.check_shared(jobs, hosts)
+        try:
+            hosts = self._hosts()
+        except ConnectionError as error:
+            yield error
+            return
+        try:
+            tracking.check_shared(jobs, hosts)
+        except ValueError as error:
+            yield error
         if caches and len(hosts) > 1:
-            raise ValueError(
+            yield ValueError(
                 f"teacher.cache={min(caches)} can be written by one host only, but the jobs run "
                 f"on {len(hosts)} hosts; set teacher.cache=null"
             )
@@ -427,20 +444,60 @@ class Slurm(GroupRunner):
         """Return [], because SLURM chooses the devices."""
         return []
 
-    def requests(self, groups: Sequence[Sequence[Config]]) -> list[str]:
-        """Return the numbers of tasks, and what each task asks for; see `GroupRunner.requests`."""
+    def requests(
+        self, groups: Sequence[Sequence[Config]], seconds: Sequence[float | None]
+    ) -> list[str]:
+        """Return the numbers of tasks, what each asks for, and whether its time limit suffices.
+
+        The arguments are those of `GroupRunner.requests`.
+        """
         lines = []
         for ranks, tasks in _by_ranks(groups).items():
-            number = "1 task"
-            if len(tasks) > 1:
-                number = f"{len(tasks)} tasks"
+            number = counted(len(tasks), "task")
             if ranks > 1:
                 number = f"{number} of {ranks} processes each"
             at_once = min(self.array_parallelism, len(tasks))
             lines.append(f"SLURM: a job array of {number}, at most {at_once} at once")
         if lines:
             lines.append(f"each task asks for: {'; '.join(self._resources())}")
+            lines.append(self._time_line(seconds))
         return lines
+
+    def _time_line(self, seconds: Sequence[float | None]) -> str:
+        """Return a sentence that says whether the time limit suffices for the longest task.
+
+        `seconds` are the estimated seconds of the tasks; None for a task without similar runs.
+        """
+        limit = f"hydra.launcher.timeout_min={self.options['timeout_min']}"
+        known = [one for one in seconds if one is not None]
+        if not known:
+            return (
+                f"whether {limit} suffices is not known without similar runs; a task that needs "
+                "longer is requeued and goes on from its checkpoint"
+            )
+        task = "the longest task"
+        if len(known) < len(seconds):
+            task = "the longest task with similar runs"
+        needed = f"{task} needs about {duration(max(known))}"
+        # A task trains until its warning, which comes before the limit.
+        usable = 60 * self.options["timeout_min"] - self.options["signal_delay_s"]
+        if max(known) <= usable:
+            return f"{needed}: {limit} suffices"
+        # A limit that is shorter than its warning is refused, so the number does not matter then.
+        requeues = math.ceil(max(known) / max(usable, 1)) - 1
+        often = "once"
+        if requeues > 1:
+            often = f"{requeues} times"
+        line = (
+            f"{needed}, too long for {limit}: it will be requeued about {often}, and goes on from "
+            "its checkpoint each time"
+        )
+        if requeues > self.max_requeues:
+            line += (
+                f"; hydra.launcher.max_requeues={self.max_requeues} stops it before its end, so "
+                "raise one of the two, or run the same command again"
+            )
+        return line
 
     def _resources(self) -> list[str]:
         """Return the resources of a task, such as "partition: gpu" and "GPUs per node: 1"."""
@@ -453,7 +510,7 @@ class Slurm(GroupRunner):
                 if values.get(name) is not None
             ]
             parts += asked or [f"{resource}: the cluster's default"]
-        further = {"time limit": f"{values['timeout_min']} minutes"}
+        further = {"time limit": counted(values["timeout_min"], "minute")}
         if values["nodes"] > 1:
             further["nodes"] = values["nodes"]
         further |= {name: values[name] for name in FURTHER if values.get(name) is not None}
@@ -542,14 +599,22 @@ class Slurm(GroupRunner):
                         jobs = [executor.submit(task) for task in tasks]
                 except refusals as error:
                     raise ValueError(
-                        f"sbatch: {_message(str(error))}; {len(submissions(sweep))} tasks are "
-                        "submitted, the same command submits the others"
+                        f"sbatch: {_message(str(error))}; submitted so far: "
+                        f"{counted(len(submissions(sweep)), 'task')}; the same command submits the "
+                        "others"
                     ) from None
                 submitted = []
                 for job, task in zip(jobs, tasks, strict=True):
                     log_file = str(folder / f"{job.job_id}_0_log.out")
                     submitted.append(Submission(job.job_id, list(task.run_dirs), log_file))
                 _add(sweep, submitted)
+
+    def _uneven(self, ranks: int) -> str:
+        """Return why tasks of `ranks` processes do not spread over the nodes; "" if they do."""
+        nodes = self.options["nodes"]
+        if ranks % nodes == 0:
+            return ""
+        return f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}"
 
     def _executor(self, folder: Path, ranks: int, parallelism: int) -> Any:
         """Return submitit's executor with every option set.
@@ -564,11 +629,8 @@ class Slurm(GroupRunner):
         """
         import submitit
 
-        nodes = self.options["nodes"]
-        if ranks % nodes:
-            raise ValueError(
-                f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}"
-            )
+        if uneven := self._uneven(ranks):
+            raise ValueError(uneven)
         options = {name: value for name, value in self.options.items() if value is not None}
         srun_args = list(self.srun_args)
         if "cpus_per_task" in options:  # srun does not inherit it from sbatch since SLURM 22.05
@@ -578,7 +640,7 @@ class Slurm(GroupRunner):
         if ranks > 1:
             srun_args.append("--wait=120")
         options |= {
-            "tasks_per_node": ranks // nodes,
+            "tasks_per_node": ranks // self.options["nodes"],
             "array_parallelism": parallelism,
             "srun_args": srun_args,
             "stderr_to_stdout": True,

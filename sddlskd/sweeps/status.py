@@ -13,7 +13,7 @@ from sddlskd import record
 from sddlskd.sweeps import slurm
 from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.outcome import STATES, state_of
-from sddlskd.sweeps.search import DATABASE
+from sddlskd.sweeps.search import DATABASE, searched_keys
 
 __all__ = ["JobStatus", "SweepStatus", "count_states", "states_of", "status_of"]
 
@@ -29,6 +29,9 @@ class JobStatus:
     Attributes:
         name: name of the run directory.
         run_dir: path of the run directory.
+        settings: settings that tell the job from others of its name, and what a search chose, as in
+            the table at the end of a sweep ("temperature=2 kd_weight=9"); "" if there are none, or
+            if the job's config.yaml has not been written yet.
         state: "finished", "running", "queued", "interrupted", "failed", "pruned" or "new".
         epochs_done: number of epochs that have ended. Epochs of a first stage, which some methods
             have, do not count.
@@ -46,6 +49,7 @@ class JobStatus:
 
     name: str
     run_dir: str
+    settings: str
     state: str
     epochs_done: int
     epochs: int
@@ -137,20 +141,34 @@ def status_of(folder: Path) -> SweepStatus:
     unfinished = [run_dir for run_dir in run_dirs if states[run_dir] not in ENDED]
     tasks = _tasks_of(folder, unfinished)
     task_states = _task_states(tasks.values(), queue)
+    configs = {
+        run_dir: cfg.load(Path(run_dir, "config.yaml"))
+        for run_dir in run_dirs
+        if Path(run_dir, "config.yaml").exists()
+    }
+    is_search = (folder / DATABASE).exists()
+    searched = searched_keys(manifest["command"]) if is_search else []
+    differing = cfg.differing_settings(list(configs.values()), searched)
+    settings = dict(zip(configs, differing, strict=True))
     jobs: list[JobStatus] = []
     epoch_seconds: list[float] = []
     for run_dir in run_dirs:
         rows = record.read_rows(Path(run_dir)) if states[run_dir] != "new" else []
         result = record.read_result(Path(run_dir))
+        config, own = configs.get(run_dir), settings.get(run_dir, "")
         task = tasks.get(run_dir)
-        jobs.append(_job_status(Path(run_dir), states[run_dir], rows, result, task, task_states))
+        jobs.append(
+            _job_status(
+                Path(run_dir), config, own, states[run_dir], rows, result, task, task_states
+            )
+        )
         # The runs of a group share their time.
         group_size = result.get("group_size", 1)
         epoch_seconds += [row["time/epoch_s"] / group_size for row in rows[-LAST_EPOCHS:]]
     command = ""
     # A search and a sweep with seeds until decided may add jobs, which only their command knows.
     # Manifests of earlier versions do not have the entry.
-    may_add = manifest.get("until_decided") or (folder / DATABASE).exists()
+    may_add = manifest.get("until_decided") or is_search
     if may_add or any(job.state not in DONE for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
     return SweepStatus(
@@ -179,6 +197,8 @@ def _task_states(tasks: Iterable[str], queue: Mapping[str, tuple[str, str]]) -> 
 
 def _job_status(
     run_dir: Path,
+    config: cfg.Config | None,
+    settings: str,
     state: str,
     rows: Sequence[Mapping[str, Any]],
     result: Mapping[str, Any],
@@ -189,15 +209,15 @@ def _job_status(
 
     Args:
         run_dir: run directory of the job.
+        config: configuration of the job; None if its config.yaml has not been written yet.
+        settings: settings that tell the job from others of its name.
         state: state of the job.
         rows: metrics of the job by epoch, the rows of its metrics.jsonl.
         result: content of the job's result.json.
         task: id of the job's SLURM task; None without one.
         task_states: states of the tasks of the sweep, by their ids.
     """
-    epochs = 0
-    if (run_dir / "config.yaml").exists():
-        epochs = cfg.load(run_dir / "config.yaml").trainer.epochs
+    epochs = config.trainer.epochs if config else 0
     top1 = result.get("best_top1")
     if top1 is None:
         top1 = max((row["val/top1"] for row in rows), default=None)
@@ -209,6 +229,7 @@ def _job_status(
     return JobStatus(
         name=run_dir.name,
         run_dir=str(run_dir),
+        settings=settings,
         state=state,
         epochs_done=sum(row["epoch"] > 0 for row in rows),
         epochs=epochs,

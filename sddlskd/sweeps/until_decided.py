@@ -32,6 +32,7 @@ from sddlskd.sweeps.grid import compose_grid
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.terminal.console import outcomes, write_line
+from sddlskd.terminal.words import counted
 
 __all__ = [
     "ALPHA",
@@ -204,11 +205,11 @@ def _check_rule(folder: Path, max_seeds: int) -> None:
 def _log_round(comparisons: Sequence[Comparison], missing: Sequence[tuple[int, int]]) -> None:
     undecided = sum(not one.decided for one in comparisons)
     log.info(
-        "%d of %d comparisons are undecided after %d seeds: %d more jobs",
+        "undecided after %s: %d of %s; %s follow",
+        counted(max(one.seeds for one in comparisons), "seed"),
         undecided,
-        len(comparisons),
-        max(one.seeds for one in comparisons),
-        len(missing),
+        counted(len(comparisons), "comparison"),
+        counted(len(missing), "more job"),
     )
 
 
@@ -347,7 +348,7 @@ def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
         verdict = "better" if comparison.gain > 0 else "worse"
     return (
         f"{pair}: {_label(cell, cells)} over {_label(baseline, cells)}: {verdict} after "
-        f"{comparison.seeds} seeds, {comparison.gain:+.2f} points, p={comparison.p:.2g}"
+        f"{counted(comparison.seeds, 'seed')}, {comparison.gain:+.2f} points, p={comparison.p:.2g}"
     )
 
 

@@ -4,11 +4,12 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import (
     HydraException,
@@ -28,6 +29,10 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.config.schema import M_CURE
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.terminal.layout import fitting_table
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
 
 __all__ = [
     "duration",
@@ -114,7 +119,11 @@ def duration(seconds: float) -> str:
 
 
 def outcomes(
-    jobs: Sequence[Config], results: Sequence[dict[str, Any]], *, stopped: bool = False
+    jobs: Sequence[Config],
+    results: Sequence[dict[str, Any]],
+    *,
+    stopped: bool = False,
+    searched: Collection[str] = (),
 ) -> None:
     """Print a table of the results of runs, and the folders that hold the run directories.
 
@@ -124,6 +133,7 @@ def outcomes(
         jobs: configuration of each run.
         results: content of result.json of each run, in the order of `jobs`.
         stopped: whether the sweep as a whole was stopped.
+        searched: keys that a search varies, as for `cfg.differing_settings`.
 
     Raises:
         SystemExit: With `ExitCode.STOPPED` (130) if a run is KILLED or `stopped` is true, else with
@@ -131,37 +141,9 @@ def outcomes(
         ValueError: If there are not as many results as jobs.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    settings = cfg.differing_settings(jobs)
-    columns = ["pair", "method", "M", "seed", "settings", "status", "best", "last", "time"]
-    if not any(settings):
-        columns.remove("settings")
-    table = Table(title="top-1 (%) of the best and of the last epoch", title_justify="left")
-    for column in columns:
-        may_wrap = column in ("pair", "settings", "status")
-        table.add_column(column, overflow="fold", no_wrap=not may_wrap)
-    for job, own, result in zip(jobs, settings, results, strict=True):
-        pair = job.student.name
-        if job.has_teacher:
-            pair = f"{cfg.teacher_name(job)} {job.student.name}"
-        status = result["status"]
-        if result["reason"]:
-            status = f"{status}: {result['reason']}"
-        cells = {
-            "pair": pair,
-            "method": cfg.method_name(job),
-            "M": ",".join(map(str, job.M)),
-            "seed": str(job.seed),
-            "settings": own,
-            "status": status,
-            "best": _score(result.get("best_top1")),
-            "last": _score(result.get("last_top1")),
-            "time": duration(result["seconds"]),
-        }
-        table.add_row(*(cells[column] for column in columns))
     console = Console(markup=False)  # a reason may contain brackets
-    console.print(table)
+    _print_results(console, jobs, results, cfg.differing_settings(jobs, searched))
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
         console.print(f"records in {folder}", soft_wrap=True)
     statuses = {result["status"] for result in results}
@@ -170,6 +152,67 @@ def outcomes(
         sys.exit(ExitCode.STOPPED)
     if statuses - {"FINISHED", "PRUNED"}:
         sys.exit(1)
+
+
+def _print_results(
+    console: "RichConsole",
+    jobs: Sequence[Config],
+    results: Sequence[dict[str, Any]],
+    settings: Sequence[str],
+) -> None:
+    """Print a row for each run; settings that have no room in the table stand below it.
+
+    Args:
+        console: the terminal.
+        jobs: configuration of each run.
+        results: content of result.json of each run, in the order of `jobs`.
+        settings: text with the settings of each run that the table shows, in the same order.
+    """
+    columns = ["pair", "method", "M", "seed", "settings", "status", "best", "last", "time"]
+    if not any(settings):
+        columns.remove("settings")
+    rows = []
+    for job, own, result in zip(jobs, settings, results, strict=True):
+        pair = job.student.name
+        if job.has_teacher:
+            pair = f"{cfg.teacher_name(job)} {job.student.name}"
+        status = result["status"]
+        if result["reason"]:
+            status = f"{status}: {result['reason']}"
+        rows.append(
+            {
+                "pair": pair,
+                "method": cfg.method_name(job),
+                "M": ",".join(map(str, job.M)),
+                "seed": str(job.seed),
+                "settings": own,
+                "status": status,
+                "best": _score(result.get("best_top1")),
+                "last": _score(result.get("last_top1")),
+                "time": duration(result["seconds"]),
+            }
+        )
+    title = "top-1 (%) of the best and of the last epoch"
+    below: list[str] = []
+    table, width = fitting_table(title, columns, rows, console.width, ["status"])
+    if width > console.width and any(settings):
+        below = [f"({number}) {own}" for number, own in enumerate(settings, 1) if own]
+        for number, row in enumerate(rows, 1):
+            if row["settings"]:
+                row["settings"] = f"({number})"
+        table, width = fitting_table(title, columns, rows, console.width, ["status"])
+    room = console.width
+    console.width = max(room, width)  # a narrow terminal breaks the lines of the table itself
+    console.print(table)
+    for line in below:
+        wrapped = textwrap.fill(
+            line,
+            room,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        console.print(wrapped, soft_wrap=True)
 
 
 def _score(top1: float | None) -> str:
@@ -191,8 +234,10 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     for link in chain:
         if isinstance(link, OverrideParseException):
-            reason = link.message.splitlines()[0]
-            return f"{link.override} cannot be read ({reason}); {_readable(str(link.override))}"
+            first, *more = link.message.splitlines()
+            if more and (of_function := re.search(r"while evaluating '.*': (.*)", more[0])):
+                return f"{link.override} cannot be read ({of_function[1]}); give other arguments"
+            return f"{link.override} cannot be read ({first}); {_readable(str(link.override))}"
         if isinstance(link, MissingConfigException):
             return _unknown_choice(link)
         if isinstance(link, InstantiationException):

@@ -8,7 +8,9 @@ from pathlib import Path
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import FileMirror
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import refuse_another_checkout
+from sddlskd.terminal.words import counted
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.tracking.copies import write_copies
 from sddlskd.tracking.runs import sync
@@ -41,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=[str(mirror) for mirror in FileMirror],
         help="write this copy in the run directories, and do not deliver to MLflow",
     )
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if wrong := other_form(parser, given, keys=(), home="give the folder of the runs: {home}/runs"):
+        parser.error(wrong)
+    chosen = parser.parse_args(given)
     refuse_another_checkout()
     cfg.frame()
     runs = sorted(
@@ -81,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             problems.append(f"error: {error}")
         except Exception as error:
             problems.append(f"error: {sweep} could not be delivered: {first_line(error)}")
-    sys.stdout.write(f"MLflow has {delivered} runs up to date\n")
+    sys.stdout.write(f"MLflow has {counted(delivered, 'run')} up to date\n")
     if problems:
         # Of a deleted experiment every run has the same problem.
         sys.exit("\n".join(dict.fromkeys(problems)))
@@ -100,8 +105,8 @@ def _write_copies(runs: Sequence[Path], mirrors: Sequence[FileMirror], *, again:
         except Exception as error:  # one damaged run must not block the copies of the others
             problems.append(f"error: {run} could not be copied: {first_line(error)}")
     if training := len(runs) - len(ended):
-        sys.stdout.write(f"left out: {training} runs in training\n")
-    sys.stdout.write(f"{len(ended) - len(problems)} runs have their copies up to date\n")
+        sys.stdout.write(f"left out: {counted(training, 'run')} in training\n")
+    sys.stdout.write(f"copies are up to date of {counted(len(ended) - len(problems), 'run')}\n")
     if problems:
         sys.exit("\n".join(problems))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd import record
+from sddlskd.terminal.words import counted
 from sddlskd.tracking import uri as tracking_uri
 
 __all__ = ["cells_of", "send_cells"]
@@ -99,7 +100,9 @@ def _send(client: Any, run_id: str, numbers: Mapping[str, float]) -> None:
     tags = []
     if "best/top1/std" in numbers:
         best, spread = numbers["best/top1/mean"], numbers["best/top1/std"]
-        said = f"best top-1 {best:.2f} ± {spread:.2f} (%, {numbers['seeds']:.0f} seeds)"
+        said = (
+            f"best top-1 {best:.2f} ± {spread:.2f} (%, {counted(round(numbers['seeds']), 'seed')})"
+        )
         tags.append(RunTag("mlflow.note.content", said))
     client.log_batch(run_id, metrics=metrics, tags=tags)
     client.set_terminated(run_id, record.FINISHED)

@@ -40,6 +40,7 @@ from sddlskd.training.checks import (
     check_teacher,
     check_teacher_data,
     check_workers,
+    missing_teacher,
     teacher_path,
 )
 from sddlskd.training.devices import seeded
@@ -352,7 +353,7 @@ def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks
         train(cfg.teacher_job(job))
         # A finished training has written the file. Without the file, the training has failed.
         if not ranks.broadcast(path.exists()):
-            raise teacher_files.missing(path, job.teacher.name, job.dataset.name)
+            raise missing_teacher(job)
 
 
 def _warn_at_chance(job: Config, top1: float) -> None:

@@ -25,6 +25,7 @@ from sddlskd.distill import (
 from sddlskd.models import ForeignNetwork
 from sddlskd.processes.cores import check_processes
 from sddlskd.record import FINISHED, read_result
+from sddlskd.terminal.words import counted
 from sddlskd.training import teacher_files
 from sddlskd.training.devices import check_memory
 from sddlskd.training.ranks import Ranks
@@ -49,6 +50,7 @@ __all__ = [
     "check_workers",
     "data_changed",
     "leaves_one_image",
+    "missing_teacher",
     "teacher_changed",
     "teacher_path",
     "trained_first",
@@ -187,11 +189,12 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
     size = job.trainer.batch_size
     if images < 2:
         raise ValueError(
-            f"dataset={job.dataset.name} has {images} training images; BatchNorm needs at least 2"
+            f"dataset={job.dataset.name} has {counted(images, 'training image')}; "
+            "BatchNorm needs at least 2"
         )
     if size > images:
         raise ValueError(
-            f"trainer.batch_size={size} is larger than the {images} images of "
+            f"trainer.batch_size={size} is larger than the {counted(images, 'image')} of "
             f"dataset={job.dataset.name}; {batch_size_cure(job, f'{images} or less')}"
         )
 
@@ -337,7 +340,7 @@ def trained_first(job: Config) -> list[Config]:
 
 
 def check_teacher(job: Config) -> None:
-    """Raise an error if a teacher file of a job is missing or was replaced.
+    """Raise an error if teacher files of a job are missing, or if one was replaced.
 
     Do nothing for a job without a teacher. For a file named by `teacher.checkpoint`, check only
     that it exists. The default file, <home>/teachers/<data set>/<teacher>.pt, may be missing if
@@ -345,19 +348,39 @@ def check_teacher(job: Config) -> None:
     for this teacher, the file must have this sha256.
 
     Raises:
-        FileNotFoundError: If the file is missing, and is not the default file of a job with
-            `teacher.train_if_missing`.
+        FileNotFoundError: If a file is missing, and is not the default file of a job with
+            `teacher.train_if_missing`; the message names all such files.
         ValueError: If the default file has another sha256 than the recorded one, or if lock.json is
             damaged.
     """
-    for one in cfg.each_teacher(job):
+    missing = []
+    for key, one in zip(cfg.teacher_keys(job), cfg.each_teacher(job), strict=True):
         path = teacher_path(one)
         if not path.exists():
             if one.teacher.checkpoint or not one.teacher.train_if_missing:
-                raise teacher_files.missing(path, one.teacher.name, one.dataset.name)
+                missing.append(str(missing_teacher(one, key)))
         elif not one.teacher.checkpoint:
-            key = teacher_files.pin_key(one.dataset.name, one.teacher.name)
-            teacher_files.check_pin(one.home, key, teacher_files.file_hash(path))
+            name = teacher_files.pin_key(one.dataset.name, one.teacher.name)
+            teacher_files.check_pin(one.home, name, teacher_files.file_hash(path))
+    if missing:
+        raise FileNotFoundError("; ".join(missing))
+
+
+def missing_teacher(job: Config, key: str = "teacher") -> FileNotFoundError:
+    """Return the error for the missing teacher file of a job, whose message says how to get it.
+
+    Args:
+        job: configuration of the training run, with a single teacher (see `config.each_teacher`).
+        key: configuration key of the teacher: "teacher", or "more_teachers.NAME" for a further one.
+    """
+    return teacher_files.missing(
+        teacher_path(job),
+        job.teacher.name,
+        job.dataset.name,
+        home=job.home,
+        key=key,
+        named=bool(job.teacher.checkpoint),
+    )
 
 
 def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
@@ -450,7 +473,8 @@ def check_scales(
 ) -> None:
     """Raise ValueError if the largest scale of a job exceeds twice the side of the smallest map.
 
-    If a map is not square, its shorter side counts.
+    If a map is not square, its shorter side counts. Scales above the side repeat places of the map.
+    They are allowed up to twice the side, because the papers train mobilev2 (2x2) with M=[1,2,4].
 
     Args:
         job: configuration of a training run with a teacher.
@@ -464,7 +488,8 @@ def check_scales(
     fitting = [m for m in job.M if m <= side] or [1]
     raise ValueError(
         f"M={job.M} is too fine: the largest scale here is {2 * side}, because the logit map of "
-        f"{name} has {height}x{width} places for images of {image_CHW[1]}x{image_CHW[2]} pixels; "
+        f"{name} has {height}x{width} places for images of {image_CHW[1]}x{image_CHW[2]} pixels, "
+        "and twice its side is the limit (scales above the side repeat places); "
         f"set M=[{','.join(map(str, fitting))}], or choose a network whose first layers shrink "
         "the images less"
     )

@@ -221,7 +221,8 @@ def _build(arguments: dict[str, Any], taps: Sequence[Taps], facts: dict[str, Any
 def _try(method: Method, taps: Sequence[Taps], *, images_CHW: Sequence[int]) -> None:
     """Compute the losses of a method for two images, so that unfit options raise an error now.
 
-    The computation uses a copy of the method, so the method itself stays unchanged.
+    The computation uses a copy of the method, so the method itself stays unchanged. Raise
+    ValueError if a loss is no scalar.
     """
     student, teacher = (one._replace(strong_map=one.logit_map).wide() for one in taps)
     device = student.logit_map.device
@@ -230,8 +231,23 @@ def _try(method: Method, taps: Sequence[Taps], *, images_CHW: Sequence[int]) -> 
     batch = Batch(images_BCHW, labels_B, torch.arange(2), views=None, strong=images_BCHW)
     trial = copy.deepcopy(method)
     if trial.first_stage_epochs:
-        trial.first_stage(student, teacher, batch._replace(epoch=0))
-    trial(student, teacher, batch)
+        first_loss = trial.first_stage(student, teacher, batch._replace(epoch=0))
+        _check_scalar(first_loss, "first_stage")
+    _check_scalar(trial(student, teacher, batch), "forward")
+
+
+def _check_scalar(loss: object, function: str) -> None:
+    """Raise ValueError if the result of a method's function is no scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{function} returned a {type(loss).__name__}; it must return a scalar tensor, without "
+            ".item() or float()"
+        )
+    if loss.ndim:
+        raise ValueError(
+            f"{function} returned shape {tuple(loss.shape)}; it must return a scalar, such as "
+            "'return loss.mean()'"
+        )
 
 
 @torch.no_grad()

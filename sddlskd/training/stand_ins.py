@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sddlskd.config.targets import instantiate
-from sddlskd.distill import ScaleDecoupled, takes_label_sets
+from sddlskd.distill import ScaleDecoupled, WrongShape, takes_label_sets
 
 __all__ = ["try_loss", "try_optimizer"]
 
@@ -63,6 +63,8 @@ def try_loss(
         with torch.random.fork_rng(devices=[]):
             value = distill(student_BKHW, teacher_BKHW, target_B, **options)
             value.backward()  # type: ignore[no-untyped-call]
+    except WrongShape as error:
+        raise ValueError(f"distiller.loss={_call(loss)} cannot be used: {error}") from error
     except Exception as error:  # code of a user may raise anything
         raise ValueError(
             f"distiller.loss={_call(loss)} cannot be computed ({_reason(error)}); "

@@ -7,12 +7,13 @@ home folder holds the pins. A file that differs from its pin is refused.
 import hashlib
 import json
 import logging
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from torch import Tensor, nn
@@ -23,8 +24,11 @@ from sddlskd.files.checkpoint import UnreadableFile, check_finite, load_weights,
 
 __all__ = [
     "LARGEST_FILE",
+    "PUBLISHED",
+    "Published",
     "check_pin",
     "check_size",
+    "choice_of",
     "data_of",
     "file_hash",
     "install",
@@ -43,6 +47,36 @@ log = logging.getLogger(__name__)
 LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer state has 190 MB
 
 
+class Published(NamedTuple):
+    """Weights file of a teacher that others have trained and published, with its accuracy.
+
+    Attributes:
+        top1: published top-1 on the test split, in %.
+        file: path of the weights file, relative to a base URL or inside an archive.
+    """
+
+    top1: float
+    file: str
+
+
+PUBLISHED = {  # by data set and network name
+    # Tian et al. (2020). Their README gives the top-1. mdistiller and later papers use these files.
+    "cifar100": {
+        "resnet32x4": Published(79.42, "resnet32x4_vanilla/ckpt_epoch_240.pth"),
+        "wrn_40_2": Published(75.61, "wrn_40_2_vanilla/ckpt_epoch_240.pth"),
+        "vgg13": Published(74.64, "vgg13_vanilla/ckpt_epoch_240.pth"),
+        "resnet50": Published(79.34, "ResNet50_vanilla/ckpt_epoch_240.pth"),
+        "resnet56": Published(72.34, "resnet56_vanilla/ckpt_epoch_240.pth"),
+        "resnet110": Published(74.31, "resnet110_vanilla/ckpt_epoch_240.pth"),
+    },
+    "imagenet": {  # torchvision's IMAGENET1K_V1 weights, which both papers use
+        "resnet18": Published(69.76, "resnet18-f37072fd.pth"),
+        "resnet34": Published(73.31, "resnet34-b627a593.pth"),
+        "resnet50": Published(76.13, "resnet50-0676ba61.pth"),
+    },
+}
+
+
 def path_of(home: str, dataset: str, network: str) -> Path:
     """Return the path of the weight file that `teacher=<network>` loads by default.
 
@@ -59,23 +93,56 @@ def path_of(home: str, dataset: str, network: str) -> Path:
     return Path(home, "teachers", dataset, f"{network}.pt")
 
 
-def missing(path: Path, network: str, dataset: str) -> FileNotFoundError:
+def choice_of(network: str, dataset: str) -> str:
+    """Return the choice of `teacher=` or `student=` whose network has this name on a data set.
+
+    torchvision's networks for ImageNet have a prefix in conf/: resnet18 is imagenet_resnet18.
+    """
+    if dataset == "imagenet" and network in PUBLISHED["imagenet"]:
+        return f"imagenet_{network}"
+    return network
+
+
+def missing(
+    path: Path, network: str, dataset: str, *, home: str, key: str = "teacher", named: bool = False
+) -> FileNotFoundError:
     """Return the error for a missing teacher file, whose message says how to get the file.
 
     Args:
         path: the missing file.
         network: name of the teacher's network.
         dataset: name of the data set.
+        home: the home folder, which holds data/, teachers/ and runs/.
+        key: configuration key of the teacher: "teacher", or "more_teachers.NAME" for a further one.
+        named: whether the setting `checkpoint` below `key` names the file.
 
     Returns:
         The FileNotFoundError, for the caller to raise.
     """
+    choice = choice_of(network, dataset)
+    fetch = ""
+    if network in PUBLISHED.get(dataset, ()):
+        words = ["python", "-m", "sddlskd.teachers", "fetch", choice]
+        fetch = f"`{shlex.join([*words, f'home={Path(home).absolute()}'])}`"
+    student = f"student={choice}"
+    library, _, name = network.partition("_")
+    if library in ("timm", "torchvision"):
+        student = f"student={library} student.model.name={name}"
+    if named:
+        cures = [f"set {key}.checkpoint=FILE to a file that exists", "leave it out"]
+        if fetch:
+            cures[1] = f"leave it out and fetch the published file with {fetch}"
+    else:
+        cures = [
+            f"train it with distiller=vanilla {student} and the dataset.* and trainer.* words of "
+            "this job",
+            "set teacher.train_if_missing=true",
+            f"set {key}.checkpoint=FILE to a checkpoint of sddlskd, RepDistiller or mdistiller",
+        ]
+        if fetch:
+            cures.insert(0, f"fetch the published file with {fetch}")
     return FileNotFoundError(
-        f"teacher={network} for {dataset} is missing: no file {path}. Train it with "
-        f"distiller=vanilla student={network} and the dataset.* and trainer.* words of this job "
-        "(or set teacher.train_if_missing=true), fetch it if it is published "
-        "(`python -m sddlskd.teachers list`), or set teacher.checkpoint=FILE to a checkpoint of "
-        "sddlskd, RepDistiller or mdistiller"
+        f"teacher={network} for {dataset} is missing: no file {path}; {', or '.join(cures)}"
     )
 
 

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
-from analysis import charts, figures, points, prediction_figures, stats
+from analysis import charts, figures, points, prediction_figures, selection, stats, tables
+from analysis.schema import frame_of
 from tests.analysis.standin import Standin, grid, predictions, row
 
 PAIRS = [("resnet32x4", "resnet8x4"), ("resnet32x4", "shufflev1")]
@@ -94,7 +95,7 @@ def test_captions_say_seeds_interval_metric_and_what_is_left_out(
         assert "95 % interval" in captions[name]
         assert "n = 3 seeds" in captions[name]
     assert "sample standard deviation" in captions["learning_curves"]
-    assert "1 runs without a time of their own count for the accuracy only" in captions["cost"]
+    assert "Without a separate time, and so for the accuracy only: 1 run." in captions["cost"]
 
 
 def test_runs_side_by_side_have_no_mark_of_cost(tmp_path: Path) -> None:
@@ -437,7 +438,55 @@ def test_gain_tells_pairs_of_one_family_from_the_others(
     )
     labels = [label.get_text() for label in drawing.axes[0].get_yticklabels()]
     assert labels == ["resnet32x4 → resnet8x4", "resnet32x4 → shufflev1  ≠"]
-    assert "SD-KD [1,2] over plain: heterogeneous" in figure.caption
+    assert "SD-KD [1,2] over the plain distiller: heterogeneous" in figure.caption
+
+
+def the_gains(
+    rows: list[dict], baseline: str, folder: Path, drawings: list[Drawing]
+) -> tuple[str, list[str]]:
+    """Return the caption of the figure of gains, and the labels of its axes."""
+    drawings.clear()
+    made = figures.build(Standin(rows), folder, baseline=baseline)
+    ((figure, drawing),) = (
+        pair for pair in zip(made, drawings, strict=True) if pair[0].name == "gain_by_pair"
+    )
+    return figure.caption, [axis.get_xlabel() for axis in drawing.axes]
+
+
+def test_the_figure_of_gains_names_the_baseline_of_the_tables(
+    tmp_path: Path, drawings: list[Drawing]
+) -> None:
+    rows = grid(PAIRS, ["vanilla", "kd", "sd_kd"]) + grid([("vgg13", "vgg8")], ["kd", "vanilla"])
+    for baseline in ("sd_kd", "sd_kd [1,2]", "SD-KD [1,2]", "SD-KD"):
+        caption, labels = the_gains(rows, baseline, tmp_path, drawings)
+        assert labels == ["gain over SD-KD [1,2] (points)"]
+        assert "Baseline, as in the tables: SD-KD [1,2]." in caption
+        assert f"Pairs without {baseline}, and so without a gain: vgg13 → vgg8." in caption
+        assert "over SD-KD [1,2]: heterogeneous" in caption
+    usual = ["gain over the plain distiller (points)", "gain over the student alone (points)"]
+    caption, labels = the_gains(rows, "M = [1]", tmp_path, drawings)  # row of the table of scales
+    assert labels == usual
+    assert "There is no result of M = [1], so the baselines are the usual ones." in caption
+    assert the_gains(rows, "", tmp_path, drawings)[1] == usual
+
+
+def test_gains_over_a_chosen_baseline_are_those_of_the_table() -> None:
+    rows = grid(PAIRS, ["vanilla", "kd", "sd_kd"], dataset="digits")
+    options = selection.GainOptions(baseline="kd")
+    (table,) = (
+        one
+        for one in tables.build(frame_of(rows), options=options)
+        if one.name == "overview_digits"
+    )
+    found, _ = points.comparisons(points_of(rows), baseline="kd")
+    figured = {(one.point.setting, one.point.panel): one for one in found}
+    tabled = {key: cell.gain for key, cell in table.cells.items() if cell.gain}
+    assert figured.keys() == tabled.keys()
+    for key, one in figured.items():
+        ours, theirs = one.gain.difference, tabled[key].difference
+        assert (one.over, ours.mean) == (tabled[key].over, theirs.mean)
+        assert ours.half_width() == pytest.approx(theirs.half_width())
+    assert {setting for setting, _ in figured} == {"student alone", "SD-KD [1,2]"}
 
 
 @pytest.mark.parametrize(

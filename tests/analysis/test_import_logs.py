@@ -797,7 +797,7 @@ def test_many_resumptions_have_a_short_reason(logs: Path) -> None:
     (run,) = module._read(path, {}, [])
     assert run.status == "FINISHED"
     assert run.reason.startswith("epoch 2 comes again, and the earlier one is left out; epoch 3")
-    assert run.reason.endswith("; and 92 notes more")
+    assert run.reason.endswith("; and 92 more notes")
 
 
 @pytest.mark.parametrize(
@@ -901,7 +901,7 @@ def test_fewer_epochs_than_planned_is_killed(uri: str, logs: Path) -> None:
 
 def test_given_epochs_say_what_was_planned(uri: str, logs: Path) -> None:
     path = written(logs / "ctkd,vgg13,vgg8,2,9.txt", ctkd([70.0, 71.0]))
-    assert "2 epochs are more than the 1 planned" in refusal(path, {"trainer.epochs": "1"})
+    assert "the log has 2 epochs, more than the 1 planned" in refusal(path, {"trainer.epochs": "1"})
     run = only(uri, [path], {"trainer.epochs": "240"})
     assert (run.info.status, run.data.params["trainer.epochs"]) == ("KILLED", "240")
 

@@ -59,7 +59,7 @@ def written(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     told = done.stderr.splitlines()
     # One of the 21 jobs has no run, but the sweep itself is a run of MLflow.
     assert told == [
-        f"loading MLflow, to search the 21 runs at {uri_of(home)}",
+        f"loading MLflow, to search 21 runs at {uri_of(home)}",
         "computing the tables and their tests",
         "drawing the figures",
         "writing the report",
@@ -108,7 +108,7 @@ def test_figures_and_report(written: tuple[Path, str]) -> None:
 def test_says_what_is_missing_and_what_fills_it(written: tuple[Path, str]) -> None:
     _, said = written
     assert "21 runs: 18 finished, 1 failed, 1 running, 1 missing" in said
-    after = said[said.index("3 of 21 runs are not finished:") :].splitlines()
+    after = said[said.index("not finished: 3 of 21 runs:") :].splitlines()
     command = "    python -m sddlskd.worker /runs/shufflev1-[1,4]-"
     assert after[1:] == [
         "  failed: diverged (loss is nan)",
@@ -271,7 +271,7 @@ def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(["import-logs", str(log), "--home", str(tmp_path), "--experiment", "theirs", *given])
         == 0
     )
-    assert f"1 new runs in experiment theirs at {uri_of(tmp_path)}" in capsys.readouterr().out
+    assert f"1 new run in experiment theirs at {uri_of(tmp_path)}" in capsys.readouterr().out
     row = load("theirs", uri_of(tmp_path)).frame.iloc[0]
     expected = {
         "source": "imported",
@@ -303,3 +303,32 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "val: test accuracy" in words
     )
     assert "import-logs" in words
+
+
+def test_tables_and_figures_get_the_same_options(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(figures, "build", lambda *_, **options: asked.append(options) or [])
+    words = ["study", "--home", str(home), "--out", str(tmp_path), "--format", "md"]
+    chosen = ["--metric", "last", "--test", "paired", "--baseline", "kd"]
+    assert main([*words, *chosen]) == 0
+    assert asked == [{"metric": "last", "test": "paired", "baseline": "kd"}]
+    shown = "".join(path.read_text() for path in (tmp_path / "tables").iterdir())
+    assert "| KD (baseline) |" in shown
+
+
+def test_a_metric_that_no_run_logs_is_refused_with_those_that_they_log(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for metric, needs in (
+        ("mAP", "runs have mAP if their images have several labels (dataset.multi_label=true)"),
+        ("val", "runs have val if dataset.val_fraction is above 0"),
+    ):
+        words = ["study", "--home", str(home), "--out", str(tmp_path / "out"), "--metric", metric]
+        assert main(words) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: --metric {metric} is logged by none of 18 finished runs; give --metric best; "
+            f"the runs log best, last; {needs}"
+        )
+    assert not (tmp_path / "out").exists()

@@ -89,3 +89,50 @@ def test_a_run_of_an_unknown_method_says_so() -> None:
     frame["method"] = ""
     (overview,) = tables.build(frame)
     assert overview.rows == ("method not known",)
+
+
+def test_a_number_has_its_noun() -> None:
+    assert [names.counted(number, "new run") for number in range(3)] == [
+        "0 new runs", "1 new run", "2 new runs",
+    ]  # fmt: skip
+
+
+def test_every_loss_has_the_year_of_its_paper() -> None:
+    losses = [loss for of_year in names.BY_YEAR.values() for loss in of_year]
+    assert sorted(losses) == sorted(names.PAPERS_LOSSES)
+    assert list(names.BY_YEAR) == sorted(names.BY_YEAR)
+
+
+def test_rows_stand_in_the_order_of_publication() -> None:
+    ordered = [
+        "teacher", "vanilla", "kd", "kd_ls", "sd_kd [16]", "sd_kd [1,2]", "sd_kd [1,16]",
+        "sd_kd [1,2,4]", "sd_kd_ls [1,2]", "kd+crd", "fitnet", "at", "crd", "reviewkd", "dkd",
+        "dkd_ls", "sd_dkd [1,2]", "nkd", "sd_nkd [2]", "kd_ls_batch", "Energy", "MSE", "MSE_ls",
+    ]  # fmt: skip
+    assert sorted(reversed(ordered), key=names.reading_order) == ordered
+
+
+def test_a_table_has_its_rows_in_that_order() -> None:
+    made = rows_of_methods() + runs(*PAIR, [71.0], distiller="dkd", features="crd", **DATA)
+    made += runs(*PAIR, [71.0], distiller="features_only", features="at", **DATA)
+    built = {table.name: table for table in tables.build(frame_of(made))}
+    assert built["overview_fashion_mnist"].rows == (
+        "student alone", "KD", "KD+LS", "SD-KD [1,2]", "SD-KD+LS [1,2,4]", "AT",
+        "SD-DKD+LS [1,2,4]", "DKD+CRD", "SD-NKD [1,4]", "MyCompetitor", "SD-MyCompetitor+LS [1,2]",
+        "SD-my_loss+LS [1,2]",
+    )  # fmt: skip
+
+
+def test_weights_and_scales_grow_down_a_table() -> None:
+    made = [
+        one
+        for weight in (10.0, 0.5, 2.0)
+        for one in runs(*PAIR, [70.0], M="[1,2]", complementary_weight=weight, **DATA)
+    ]
+    for M in ("[1,2]", "[2,16]", "[4]", "[16]", "[1]"):
+        made += runs(*PAIR, [70.0], M=M, distiller="dkd", **DATA)
+    built = {table.name: table for table in tables.build(frame_of(made))}
+    assert built["weights_fashion_mnist_kd"].rows == ("weight 0.5", "weight 2", "weight 10")
+    assert built["scales_fashion_mnist_dkd"].rows == (
+        "M = [1]", "M = [4]", "M = [16]", "M = [1,2]", "M = [2,16]",
+    )  # fmt: skip

@@ -299,7 +299,7 @@ def test_someone_elses_experiment_is_refused(path: Path) -> None:
     )
     line = error_of("theirs", uri_of(path))
     assert line.startswith(
-        "experiment theirs: none of its 2 runs has the params of sddlskd's runs; missing are "
+        "experiment theirs: none of 2 runs has the params of sddlskd's runs; missing are "
     )
     assert "dataset.name (1), teacher.name (1), student.name (2), distiller.name (2);" in line
     assert "import-logs" in line

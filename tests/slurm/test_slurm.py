@@ -365,7 +365,7 @@ def test_without_slurm_nobody_guesses_what_is_queued(
     main(["status", "test", "--home", str(home)])
     told = capsys.readouterr().out
     assert "cannot ask SLURM about the jobs of this sweep: squeue is not on PATH" in told
-    assert "1 jobs: 1 new" in told
+    assert "1 job: 1 new" in told
 
 
 def test_ranks_that_share_each_batch_are_processes_of_one_task(
