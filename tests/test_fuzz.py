@@ -380,6 +380,65 @@ def test_a_pickle_cannot_ask_for_an_array_of_any_size(builder: str) -> None:
     assert "f is not a CIFAR-10 pickle" in message
 
 
+def test_a_pickle_cannot_ask_for_a_long_list_of_objects() -> None:
+    content = b"\x80\x02}r" + struct.pack("<I", 1 << 26) + b"."
+    message, _ = said(
+        lambda: arrays._cifar_split(content, "f", "http://x", "CIFAR-10", "labels"), ValueError
+    )
+    assert "it numbers an object 67108864" in message
+
+
+def state(kind: str, shape: Any, content: Any, dtype: Any = (3, "|")) -> bytes:
+    """Return a pickle of CIFAR whose array of images has a state of one's own."""
+    parts = [pickle.dumps(part, 2)[2:-1] for part in (shape, content, dtype, kind)]
+    shape_, content_, dtype_, kind_ = parts
+    typed = b"cnumpy\ndtype\n" + kind_ + b"\x85R" + dtype_ + b"b"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + shape_ + typed + b"\x89"
+    return (
+        b"\x80\x02}(X\x04\x00\x00\x00data" + array + content_ + b"tb"
+        b"X\x06\x00\x00\x00labels](K\x01K\x02eu."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "content", "dtype"),
+    [
+        ("O8", (2, 3072), "x" * 6144 * 8, (3, "|")),  # addresses of objects
+        ("u1", (2, 3072), "x" * 6143, (3, "|")),
+        ("u1", (-2, -3072), "x" * 6144, (3, "|")),
+        ("u1", (2, 1 << 70), "x" * 6144, (3, "|")),
+        ("u1", (2, 3072), ["x"] * 6144, (3, "|")),
+        ("u1", (2, 3072), 5, (3, "|")),
+        ("u1", 7, "x" * 6144, (3, "|")),
+        ("V4", (2, 3072), "x" * 6144 * 4, (3, "|", ("u1", (9,)), ("a",), {"a": 5}, 1 << 30, 1, 0)),
+        ("u1", (2, 3072), "x" * 6144, "<"),
+        ("", (2, 3072), "x" * 6144, (3, "")),
+        (5, (2, 3072), "x" * 6144, (3, 5)),
+    ],
+)
+def test_numpy_never_restores_the_array_of_a_pickle(
+    kind: Any, shape: Any, content: Any, dtype: Any
+) -> None:
+    found = arrays._cifar_split(state("u1", (2, 3072), "é" * 6144), "f", "u", "CIFAR-10", "labels")
+    assert found.images_NHWC.unique().tolist() == [ord("é")]
+    message, _ = said(
+        lambda: arrays._cifar_split(
+            state(kind, shape, content, dtype), "f", "http://x", "CIFAR-10", "labels"
+        ),
+        ValueError,
+    )
+    assert "f is not a CIFAR-10 pickle" in message
+
+
+def test_a_pickle_changes_no_function_of_the_reader() -> None:
+    """Check that BUILD sets attributes of a copy, so the next pickle is read as before."""
+    build = b"cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb0"
+    content = state("u1", (2, 3072), "x" * 6144)
+    found = arrays._cifar_split(content[:2] + build + content[2:], "f", "u", "CIFAR-10", "labels")
+    assert found.labels_N.tolist() == [1, 2]
+    assert not hasattr(arrays._PickledType, "a")
+
+
 def test_a_zip_that_says_less_than_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:

@@ -17,13 +17,15 @@ import logging
 import math
 import os
 import pickle
+import pickletools
+import re
 import tarfile
 import zlib
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -32,7 +34,6 @@ from torch import Tensor
 
 from sddlskd.datasets.places import check_named_root, check_root, fetch
 from sddlskd.files.archive import DAMAGE, Member, unpack_folder
-from sddlskd.terminal.words import counted
 
 # One bit per image, set for images of the test split. The bits were drawn once with scikit-learn's
 # train_test_split(test_size=360, random_state=0, stratify=labels). They are stored here so that a
@@ -388,27 +389,68 @@ def fake_label_sets(
     return Splits(*splits)
 
 
-def _empty_array(*_: Any) -> np.ndarray[Any, Any]:
-    return np.empty(0, np.uint8)
+class _PickledArray:
+    """Array of a pickle, kept as the values that the pickle gives.
+
+    NumPy is not asked to restore the array: some values make it read memory that is not its own.
+    """
+
+    _TYPE = re.compile("[<>=|][iu][1248]")
+
+    def __init__(self) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Keep (shape, type, whether columns come first, bytes)."""
+        _version, *self_state = state
+        self.state = tuple(self_state)
+
+    @classmethod
+    def from_buffer(cls, content: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Self:
+        """Return an array as pickles of protocol 5 write it."""
+        array = cls()
+        array.state = (shape, dtype, order == "F", content)
+        return array
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Return the array. Raise ValueError if it has no integers, or another number of bytes."""
+        shape, dtype, columns_first, content = self.state
+        if not isinstance(dtype, _PickledType) or not self._TYPE.fullmatch(dtype.name):
+            raise ValueError("an array does not hold integers")
+        if isinstance(content, str):  # Python 2 wrote bytes as strings
+            content = content.encode("latin1")
+        if any(type(side) is not int or side < 0 for side in shape):
+            raise ValueError("the shape of an array is not one")
+        order: Literal["C", "F"] = "F" if columns_first else "C"
+        return np.frombuffer(content, np.dtype(dtype.name)).reshape(shape, order=order)
+
+
+class _PickledType:
+    """Type of an array's elements in a pickle."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.name = f"|{code}"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Keep the order of bytes: "<", ">", "=" or "|"."""
+        _version, order, *_ = state
+        self.name = f"{order}{self.name[1:]}"
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler of containers, strings, numbers and NumPy arrays.
+    """Unpickler of containers, strings, numbers and arrays, which it returns as `_PickledArray`.
 
     Any other class or function that a pickle names raises UnpicklingError, so no code can run.
     """
 
     # The modules of NumPy's two functions that build arrays are private, and NumPy 2 renamed them.
-    # `_empty_array` ignores the shape that the pickle asks for, and the array stays empty until its
-    # bytes are set: a few bytes of an untrusted file must not allocate all memory.
-    _frombuffer = np.empty(0).__reduce_ex__(5)[0]
-    _ALLOWED: Mapping[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): object(),  # only passed to _reconstruct
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+    _ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
+        ("numpy", "ndarray"): lambda: None,  # only passed to _reconstruct
+        ("numpy", "dtype"): _PickledType,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+        ("numpy.core.numeric", "_frombuffer"): _PickledArray.from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _PickledArray.from_buffer,
         # Pickles of protocol 2 write bytes as a call of this function.
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     }
@@ -416,7 +458,21 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}; only NumPy arrays are read")
-        return self._ALLOWED[module, name]
+        build = self._ALLOWED[module, name]
+        # A pickle can set attributes of what it is given: it gets a function of its own.
+        return lambda *args: build(*args)
+
+
+def _load_arrays(content: bytes) -> Any:
+    """Return what a pickle of containers and arrays holds.
+
+    Raise an error of any class if the pickle is damaged or refused.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        # A pickle numbers its objects. Python allocates a list as long as the largest number.
+        if "PUT" in opcode.name and argument is not None and argument > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")
+    return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
 
 
 def _cifar(
@@ -469,15 +525,16 @@ def _cifar_split(content: bytes, file: str, url: str, what: str, labels_key: str
     labels. In messages, `file` names the pickle, `url` its source and `what` the data set.
     """
     try:
-        loaded = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         entries = {}
-        for key, value in loaded.items():
+        for key, value in _load_arrays(content).items():
             name = key.decode() if isinstance(key, bytes) else key
             entries[name] = value
-        data = entries["data"]
+        data = entries["data"].numpy()
         listed = entries[labels_key]
-        if len(listed) > len(content):
-            raise ValueError(f"it has {counted(len(listed), 'label')}")
+        if isinstance(listed, _PickledArray):
+            listed = listed.numpy().tolist()
+        if not all(type(label) is int for label in listed):
+            raise ValueError(f"{labels_key} are not integers")
         labels = np.array(listed, dtype=np.int64)
         if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
             raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 {(len(labels), 3072)}")
