@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from sddlskd import evaluate
 from sddlskd.config import Config
 from tests.composing import files_read_once
 from tests.tiny import composed
@@ -42,6 +43,12 @@ def one_thread() -> None:
     # Some tests start two ranks, on any machine.
     os.environ.setdefault("SDDLSKD_MOST_PROCESSES", str(max(4, os.cpu_count() or 1)))
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def networks_are_timed_briefly() -> None:
+    """Time a network for 20 ms instead of a second: no test compares speeds."""
+    evaluate.TIMED_S = 0.02
 
 
 @pytest.fixture(scope="session", autouse=True)

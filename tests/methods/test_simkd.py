@@ -103,9 +103,8 @@ def test_the_teachers_head_stays_as_it_is(job: Config) -> None:
 
 
 def test_a_finished_run_is_evaluated_and_exported_without_the_teachers_file(
-    job: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    job: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "TIMED_S", 0.0)
     best = Path(job.run_dir, "best.ckpt")
     top1 = checkpoint.read(best)["top1"]
     found = evaluate.measure(job, best)
