@@ -12,6 +12,7 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	@echo "installing PyTorch and what else is needed: a few minutes, about 6 GB"
 	@# Python compiles what is imported; to compile all of torch takes a minute.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	touch $@
@@ -25,7 +26,7 @@ demo: setup
 	@echo "Next:"
 	@echo "  open demo/results/report.html                                       # tables, figures, every run"
 	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # shows the runs on http://127.0.0.1:5000"
-	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=\"range(0,5)\" # adds two seeds; finished runs are kept"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=\"range(0,5)\" # five seeds; finished runs are kept"
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
 test: setup

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra._internal.callbacks import Callbacks
+from hydra.types import HydraContext
+from hydra_plugins.shared_teacher import SharedTeacherLauncher
 
 from analysis import stats, tables
 from analysis.runs import _typed
@@ -210,6 +213,25 @@ class Trained:
             Path(one.run_dir).mkdir(parents=True)
             Path(one.run_dir, "result.json").write_text(json.dumps(result))
         return [until_decided.result_of(job) for job in jobs]
+
+
+def test_the_seeds_of_a_sweeps_file_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, sweep = loader_of(
+        [*COMMON, f"home={tmp_path}", "sweep.name=test", "sweep.seeds=until_decided"]
+    )
+    given: list[Any] = []
+
+    def run(cells: Any, *_: Any, **__: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        given.extend(cells)
+        return [], [], []
+
+    monkeypatch.setattr(until_decided, "run_until_decided", run)
+    launcher = SharedTeacherLauncher(["cpu"], None, fail_fast=False)
+    launcher.config, launcher.hydra_context = sweep, HydraContext(loader, Callbacks())
+    launcher._launch_until_decided([["M=[1]", f"seed={seed}"] for seed in range(3)])
+    assert given == [["M=[1]"]]
 
 
 def launched(

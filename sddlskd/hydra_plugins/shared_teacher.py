@@ -245,11 +245,13 @@ class SharedTeacherLauncher(Launcher):
             raise ValueError(
                 "sweep.seeds=until_decided needs all runs to the end; leave out sweep.halving"
             )
-        named = [*self.config.hydra.overrides.task, *(word for cell in cells for word in cell)]
-        if any(word.lstrip("+").startswith("seed=") for word in named):
+        if any(_is_seed(word) for word in self.config.hydra.overrides.task):
             raise ValueError(
                 "give either seed=... or sweep.seeds=until_decided, which chooses the seeds"
             )
+        # The seeds of a sweep's file are those of a sweep without `sweep.seeds`.
+        seedless = {tuple(word for word in cell if not _is_seed(word)): None for cell in cells}
+        cells = [list(cell) for cell in seedless]
         overrides, jobs, results = run_until_decided(
             cells,
             self.hydra_context.config_loader,
@@ -266,6 +268,10 @@ class SharedTeacherLauncher(Launcher):
         if OmegaConf.is_list(devices):
             devices = OmegaConf.to_container(devices)
         return Pool(devices, fail_fast=self.fail_fast)
+
+
+def _is_seed(override: str) -> bool:
+    return override.lstrip("+").startswith("seed=")
 
 
 def refuse_settings(config: DictConfig, words: Sequence[str]) -> None:
