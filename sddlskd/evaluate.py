@@ -83,7 +83,7 @@ WARM_UP = 2  # batches
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)
 # Config groups that are replaced as a whole if the command line chooses another option.
 WHOLE = ("dataset", "teacher", "trainer")
-LEAST_FOR_TOP5 = 6  # classes; with five, every image is right
+LEAST_FOR_TOP5 = 6  # classes; with five or fewer, top-5 is always 100%
 # Unit of a result in the printed text: the divisor of the number, and the unit. A result without a
 # unit is printed as it is.
 UNITS = {
@@ -512,7 +512,10 @@ def _check_classes(source: Path, job: Config, trained: Config) -> None:
     if now and counts:
         classes = now["classes"]
     if classes != trained.dataset.num_classes:
-        has = f"dataset={job.dataset.name} has {counted(classes, 'class', 'classes')}"
+        place = f"dataset={job.dataset.name}"
+        if "root" in load:
+            place = f"dataset.root={job.dataset.root}"
+        has = f"{place} has {counted(classes, 'class', 'classes')}"
         if now and (differs := differing_classes(earlier, now)):
             has = f"{has} ({differs})"
         raise ValueError(

@@ -351,7 +351,7 @@ def test_evaluate_judges_a_run_on_another_folder(
         with pytest.raises(SystemExit, match="1"):
             evaluate.main([job.run_dir, f"dataset.root={third}", *more])
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"error: {job.run_dir} tells 2 classes apart, but dataset=image_folder has 3 classes "
+            f"error: {job.run_dir} tells 2 classes apart, but dataset.root={third} has 3 classes "
             "(only now: solo); give data with the classes of the training"
         )
 
