@@ -1,14 +1,15 @@
 """Evaluate a network on a test split: `python -m sddlskd.evaluate RUN_DIR | FILE [key=value ...]`.
 
 RUN_DIR: evaluate the best epoch of a run, on the run's data set unless dataset=... gives another.
+dataset.root=FOLDER evaluates it on another folder of the same classes, with the run's settings.
 FILE: evaluate a .safetensors file written by sddlskd.export, or a weights file of this package,
 RepDistiller or mdistiller; a weights file requires student=NAME dataset=NAME as well. The networks
 of runs and of exported files keep the mean and std that they were trained with. The network is
 compared with teacher=NAME; for a run the default is the run's own teacher. Several runs or files
-give a table with a line each.
+give a table with a line each. --json prints plain numbers, without units.
 
-The results are top-1 and top-5 (%), the mean cross-entropy, the expected calibration error (%,
-15 bins, Guo et al. 2017), the parameters of the network and its operations for one image (a
+The results are top-1 and top-5 (%), the mean cross-entropy (nats), the expected calibration error
+(%, 15 bins, Guo et al. 2017), the parameters of the network and its operations for one image (a
 multiplication and an addition are two), its throughput in images per second, and the milliseconds
 for a single image; on a GPU also the memory in MiB that a batch takes. With a teacher, the results
 also have the teacher's top-1 (%) and the percentage of images for which both networks predict the
@@ -39,8 +40,9 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.config.schema import FeatureConfig
+from sddlskd.config.schema import FeatureConfig, MoreTeacherConfig, TeacherConfig
 from sddlskd.data.streaming import Data, StreamedData
+from sddlskd.datasets.fingerprint import difference, differing_classes
 from sddlskd.export import TRUST, described, load_run
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.models.base import LogitMapModel
@@ -48,6 +50,7 @@ from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import read_result
 from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
+from sddlskd.terminal.words import counted
 from sddlskd.training.build import (
     build_data,
     build_network,
@@ -58,7 +61,6 @@ from sddlskd.training.build import (
 from sddlskd.training.checks import (
     check_maps,
     check_teacher,
-    data_changed,
     missing_teacher,
     teacher_path,
 )
@@ -72,7 +74,8 @@ from sddlskd.training.teacher import Teacher
 
 __all__ = ["main", "measure", "probe", "throughput"]
 
-log = logging.getLogger(__name__)
+# A name that `log_to_terminal` knows; __name__ is "__main__" under `python -m`.
+log = logging.getLogger("sddlskd.evaluate")
 
 TIMED_S = 1.0  # seconds of timing, after the warm-up
 WARM_UP = 2  # batches
@@ -80,6 +83,20 @@ WARM_UP = 2  # batches
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)
 # Config groups that are replaced as a whole if the command line chooses another option.
 WHOLE = ("dataset", "teacher", "trainer")
+LEAST_FOR_TOP5 = 6  # classes; with five or fewer, top-5 is always 100%
+# Unit of a result in the printed text: the divisor of the number, and the unit. A result without a
+# unit is printed as it is.
+UNITS = {
+    **dict.fromkeys(("top1", "top5", "mAP", "ece", "teacher_top1", "agreement"), (1, "%")),
+    "probe_top1": (1, "%"),
+    "loss": (1, "nats"),
+    "parameters": (10**6, "M"),
+    "flops": (10**6, "M"),
+    "images_per_s": (1, "images/s"),
+    "batch": (1, "images"),
+    "ms_per_image": (1, "ms"),
+    "memory_mib": (1, "MiB"),
+}
 
 
 def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[str, Any]:
@@ -346,7 +363,9 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
     """Return a run's frozen configuration, changed by the overrides of the command line.
 
     A group of `WHOLE` that an override chooses is replaced as a whole. A new data set keeps the
-    mean and std of the run.
+    mean and std of the run, and the run's teachers unless an override chooses others.
+
+    Raise ValueError if dataset.root is given and the run's loader takes no folder.
     """
     words = [word.lstrip("+") for word in overrides]
     chosen = [word.partition("=")[0] for word in words]
@@ -365,7 +384,41 @@ def _override(job: Config, overrides: Sequence[str]) -> Config:
             plain.distiller.loss = {"_target_": "sddlskd.losses.kd"}
         single = [word for word, key in zip(words, chosen, strict=True) if key not in WHOLE]
         plain = OmegaConf.merge(plain, OmegaConf.from_dotlist(single))
-    return cfg.resolve(plain)
+        if "dataset.root" in chosen and "dataset" not in chosen:
+            _move_data(plain, job)
+    changed = cfg.resolve(plain)
+    if "teacher" not in chosen and changed.dataset.name != job.dataset.name:
+        _keep_teachers(changed, job)
+    return changed
+
+
+def _move_data(plain: Any, job: Config) -> None:
+    """Let the loader in `plain`, a changed configuration of the run `job`, read `dataset.root`.
+
+    A frozen configuration holds the folder twice: as `dataset.root`, and as an argument of the
+    loader.
+    """
+    if "root" not in job.dataset.load:
+        raise ValueError(
+            f"dataset.root has no effect here, because dataset={job.dataset.name} reads no folder; "
+            "to judge the run on another folder give dataset=image_folder dataset.root=FOLDER"
+        )
+    if plain.dataset.load.root == job.dataset.load["root"]:
+        plain.dataset.load.root = plain.dataset.root
+
+
+def _keep_teachers(changed: Config, job: Config) -> None:
+    """Let `changed`, a run's configuration with another data set, name the teachers of the run.
+
+    The place of a teacher without `checkpoint` follows from the name of the data set, so that the
+    new name would stand for another file.
+    """
+    for key, one in zip(cfg.teacher_keys(job), cfg.each_teacher(job), strict=True):
+        place = str(teacher_path(replace(one, home=changed.home)))
+        teacher: TeacherConfig | MoreTeacherConfig = changed.teacher
+        if key != "teacher":
+            teacher = changed.more_teachers[key.partition(".")[2]]
+        teacher.checkpoint = teacher.checkpoint or place
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -407,9 +460,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = []
         for source, asked in zip(sources, every, strict=True):
             job, _, trained = asked
-            if source.is_dir() and job.dataset.name == trained.dataset.name:
-                _name_other_data(source, job)
+            log.info("evaluating %s on %s ...", source, job.dataset.name)
+            if not chosen.probe:
+                _check_classes(source, job, trained)
             found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
+            if job.dataset.num_classes < LEAST_FOR_TOP5 and not chosen.json:
+                found.pop("top5", None)
             rows.append((str(source), found))
     except KeyboardInterrupt:
         sys.exit(ExitCode.STOPPED)
@@ -423,21 +479,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print_table(rows)
     else:
         for name, value in rows[0][1].items():
-            write_line(f"{name:>14}  {_shown(value)}")
+            write_line(f"{name:>14}  {_shown(name, value)}")
 
 
-def _name_other_data(folder: Path, job: Config) -> None:
-    """Log a warning if the run in `folder` was trained on other data than those of `job`."""
-    result = read_result(folder)
-    if not result.get("data"):
+def _check_classes(source: Path, job: Config, trained: Config) -> None:
+    """Check that the data of `job` have the classes that the network in `source` was trained on.
+
+    Log a warning if the names of the classes differ, or if a run is judged on its own data set and
+    this has other images now.
+
+    Args:
+        source: run directory, .safetensors file or weights file.
+        job: job to evaluate.
+        trained: job that trained the network.
+
+    Raises:
+        ValueError: If the number of classes differs.
+    """
+    load = job.dataset.load
+    classes = job.dataset.num_classes
+    counts = "num_classes" in load and load.get("root") != trained.dataset.load.get("root")
+    earlier: dict[str, Any] = {}
+    if source.is_dir():
+        earlier = read_result(source).get("data") or {}
+    same_name = job.dataset.name == trained.dataset.name
+    now = None
+    if earlier and (same_name or earlier["class_names"]):
+        asked = job
+        if counts:  # another folder may have another number of classes, which is named below
+            asked = replace(job, dataset=replace(job.dataset, load={**load, "num_classes": None}))
+        now = present_fingerprint(asked)
+    if now and counts:
+        classes = now["classes"]
+    if classes != trained.dataset.num_classes:
+        place = f"dataset={job.dataset.name}"
+        if "root" in load:
+            place = f"dataset.root={job.dataset.root}"
+        has = f"{place} has {counted(classes, 'class', 'classes')}"
+        if now and (differs := differing_classes(earlier, now)):
+            has = f"{has} ({differs})"
+        raise ValueError(
+            f"{source} tells {trained.dataset.num_classes} classes apart, but {has}; "
+            "give data with the classes of the training"
+        )
+    if not now:
         return
-    if differs := data_changed(result, present_fingerprint(job)):
+    if differs := differing_classes(earlier, now):
+        log.warning(
+            "%s was trained on other classes than dataset=%s has now (%s); the n-th class now "
+            "stands for the n-th one then",
+            source, job.dataset.name, differs,
+        )  # fmt: skip
+    elif same_name and (differs := difference(earlier, now)):
         log.warning(
             "%s was trained on other data than dataset=%s has now (%s)",
-            folder,
-            job.dataset.name,
-            differs,
-        )
+            source, job.dataset.name, differs,
+        )  # fmt: skip
 
 
 def _is_source(word: str) -> bool:
@@ -445,8 +542,14 @@ def _is_source(word: str) -> bool:
     return "=" not in word or Path(word).exists()
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _shown(name: str, value: Any) -> str:
+    """Return the text of the result `name`, with its unit (see `UNITS`)."""
+    if isinstance(value, str):
+        return value
+    divisor, unit = UNITS.get(name, (1, ""))
+    number = value / divisor if divisor > 1 else value
+    text = f"{number:.4g}" if isinstance(number, float) else str(number)
+    return f"{text} {unit}".rstrip()
 
 
 def _print_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -459,13 +562,13 @@ def _print_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
     columns = [name for name in names if name not in alike]
     lines = [[*columns, "student"]]
     for source, found in rows:
-        lines.append([*(_shown(found.get(name, "-")) for name in columns), source])
+        lines.append([*(_shown(name, found.get(name, "-")) for name in columns), source])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for *numbers, source in lines:
         shown = [text.rjust(width) for text, width in zip(numbers, widths[:-1], strict=True)]
         write_line("  ".join([*shown, source]))
     for name in alike:
-        write_line(f"{name}: {_shown(rows[0][1].get(name, '-'))}")
+        write_line(f"{name}: {_shown(name, rows[0][1].get(name, '-'))}")
 
 
 if __name__ == "__main__":

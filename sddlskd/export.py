@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config
-from sddlskd.config.targets import instantiate, refuse_interpolations
+from sddlskd.config.targets import refuse_interpolations
+from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.files.atomic import write_atomically
 from sddlskd.files.checkpoint import load_weights, read_safetensors
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.arguments import RUN_DIR_IN_HOME, other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
-from sddlskd.training.build import shape_of, without_weights
+from sddlskd.training.build import image_transform, load_splits, shape_of, without_weights
 from sddlskd.training.features import rebuild_student, reuses_teacher
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "described",
     "load_run",
     "main",
+    "resize_of",
     "to_mlflow",
     "to_onnx",
     "to_safetensors",
@@ -129,7 +131,12 @@ def best_student(job: Config, folder: Path) -> nn.Module:
     return network.to(memory_format=torch.contiguous_format).eval()
 
 
-def about(job: Config, folder: Path, image_CHW: Sequence[int] | None = None) -> dict[str, str]:
+def about(
+    job: Config,
+    folder: Path,
+    image_CHW: Sequence[int] | None = None,
+    resize: dict[str, Any] | None = None,
+) -> dict[str, str]:
     """Return the metadata of an exported student, for the header of its file.
 
     Args:
@@ -137,12 +144,15 @@ def about(job: Config, folder: Path, image_CHW: Sequence[int] | None = None) -> 
         folder: run directory, whose result.json has the best top-1 and its epoch, and the names of
             the classes if the images lie in class folders.
         image_CHW: shape of one image: channels, height and width in pixels; None if it is unknown.
+        resize: how an image file becomes such an image, as `resize_of` returns it; None for images
+            that are no files.
 
     Returns:
         Two texts: "format" is "pt", the mark of PyTorch tensors in .safetensors files. "sddlskd" is
         a JSON object with the network's name and configuration, the name of the data set, the
         number of classes, their names in the order of the logits (null if unknown), the shape of an
-        image (null if unknown), the mean and std of the images, the hash of the configuration, and
+        image (null if unknown), `resize`, the mean and std of the images, the hash of the
+        configuration, and
         the best top-1 (%) with its epoch (null if unknown). If the student holds a part of its
         teacher, as with SimKD, the object also has the teacher's network and the feature methods.
 
@@ -157,6 +167,7 @@ def about(job: Config, folder: Path, image_CHW: Sequence[int] | None = None) -> 
         "num_classes": job.dataset.num_classes,
         "class_names": _class_names(folder),
         "image_shape": image_CHW,
+        "resize": resize,
         "mean": job.dataset.mean,
         "std": job.dataset.std,
         "config_hash": cfg.config_hash(job),
@@ -340,9 +351,22 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
         Path(scratch, "model").rename(folder)
 
 
-def _image_shape(job: Config) -> tuple[int, ...]:
-    _, height, width, channels = shape_of(job, instantiate(job.dataset.load))
-    return channels, height, width
+def resize_of(job: Config, splits: Splits) -> dict[str, Any] | None:
+    """Return how an evaluation resizes an image file before it cuts the middle out.
+
+    Args:
+        job: configuration of the run.
+        splits: images of the run.
+
+    Returns:
+        A dict with "side" (pixels of the shorter side of the resized image), "squeezed" (whether
+        both sides become that long) and "upright" (whether the image is first turned as its EXIF
+        orientation says). None for images that are no files: they are not resized.
+    """
+    if not isinstance(splits.train, Files):
+        return None
+    view = image_transform(job.dataset)
+    return {"side": view.side, "squeezed": view.squeezed, "upright": view.upright}
 
 
 def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str:
@@ -356,8 +380,10 @@ def _export(folder: Path, to: str, out: Path | None, allow_foreign: bool) -> str
     if to == "safetensors":
         to_safetensors(network, target, about(job, folder))
         return str(target)
-    image_CHW = _image_shape(job)
-    facts = about(job, folder, image_CHW)
+    splits = load_splits(job)
+    _, height, width, channels = shape_of(job, splits)
+    image_CHW = (channels, height, width)
+    facts = about(job, folder, image_CHW, resize_of(job, splits))
     classifier = Classifier(network, job.dataset.mean, job.dataset.std)
     if to == "onnx":
         to_onnx(classifier, target, image_CHW, facts)

@@ -328,6 +328,34 @@ def test_each_data_set_has_its_own_cached_maps(tmp_path: Path) -> None:
 # Commands that measure
 
 
+def test_evaluate_judges_a_run_on_another_folder(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = job_of(pets, *ALONE)
+    fit([job])
+
+    def told(*words: str) -> str:
+        evaluate.main([job.run_dir, "--json", *words])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["images"] == 6
+        return err
+
+    other = folder(tmp_path / "other", "cat", "dog", train=2, test=3)
+    told(f"dataset.root={other}")
+    renamed = folder(tmp_path / "renamed", "bird", "cat", test=3)
+    for more in ((), (*SHAPE[:-6], "dataset.name=renamed")):
+        said = told(f"dataset.root={renamed}", *more)
+        assert "(classes dog then, bird now); the n-th class now stands for the n-th" in said
+    third = folder(tmp_path / "third", "cat", "dog", "solo")
+    for more in ((), ("dataset=image_folder", "dataset.size=32")):
+        with pytest.raises(SystemExit, match="1"):
+            evaluate.main([job.run_dir, f"dataset.root={third}", *more])
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: {job.run_dir} tells 2 classes apart, but dataset.root={third} has 3 classes "
+            "(only now: solo); give data with the classes of the training"
+        )
+
+
 def test_evaluate_and_verify_name_other_data(
     pets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,13 +16,17 @@ import pytest
 import torch
 import torchvision
 from onnx import TensorProto, helper
+from PIL import Image
 
 from analysis.names import method_name
 from sddlskd import __main__ as cli
 from sddlskd import config as cfg
-from sddlskd import record
+from sddlskd import export, record
+from sddlskd.data.decoding import Job, decode
+from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.files import checkpoint
 from sddlskd.models import create
+from sddlskd.training.build import image_transform
 from tests.pages import (
     PAGES,
     REPO,
@@ -35,7 +39,7 @@ from tests.pages import (
     write_files,
 )
 from tests.test_method_name import as_run
-from tests.tiny import ForkedCommand
+from tests.tiny import ForkedCommand, tiny
 
 DOCS = REPO / "docs"
 # tests/test_data_page.py and tests/slurm/test_docs.py run the commands of these pages.
@@ -229,22 +233,54 @@ def test_example_of_a_loop_of_ones_own() -> None:
     assert not torch.equal(student_network.fc.weight, before)
 
 
-def test_example_of_an_exported_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (_, code), (_, facts) = example(DOCS / "export.md", "onnx")
-    shape = ["B", 3, 8, 8]
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+@pytest.mark.parametrize("crop", ["area", "squeezed"])
+def test_new_images_are_prepared_as_an_evaluation_prepares_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    crop: str,
+) -> None:
+    ((_, code),) = example(DOCS / "export.md", "onnx")
+    (tmp_path / "photos").mkdir()
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(0, 256, shape, np.uint8) for shape in ((9, 7, 3), (5, 8))]
+    for number, pixels in enumerate(noise):
+        smooth = Image.fromarray(pixels).resize((40 + 13 * number, 57))
+        smooth.save(tmp_path / f"photos/{number}.png")
+    paths = sorted((tmp_path / "photos").iterdir())
+    files = Files(list(map(str, paths)), torch.arange(2))
+    job = tiny(tmp_path, f"dataset.crop={crop}", "dataset.size=24", "dataset.num_classes=4")
+    facts = export.about(job, tmp_path, (3, 24, 24), export.resize_of(job, Splits(files, files)))
+    said = json.loads(facts["sddlskd"])
+    said["class_names"] = ["a", "b", "c", "d"]
+    # A linear model of all pixels stands for a network.
+    weights = generator.normal(0, 0.1, (4, 3, 24, 24)).astype(np.float32)
+    inputs, outputs = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", *shape])
+        for name, shape in (("images", (3, 24, 24)), ("logits", (4,)))
+    )
+    nodes = [
+        helper.make_node("Conv", ["images", "weights"], ["map"]),
+        helper.make_node("Flatten", ["map"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [inputs], [outputs], [onnx.numpy_helper.from_array(weights, "weights")]
+    )
     opset = helper.make_opsetid("", 17)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
-    helper.set_model_props(model, {"sddlskd": json.dumps({"class_names": ["cat"]})})
+    helper.set_model_props(model, {"sddlskd": json.dumps(said)})
     onnx.save(model, tmp_path / "best.onnx")
     monkeypatch.chdir(tmp_path)
-    scope = {"images": np.ones((2, 3, 8, 8), np.float32)}
-    exec(code, scope)
-    assert scope["logits"].shape == (2, 3, 8, 8)
-    scope["logits"] = np.zeros((2, 1))
-    exec(facts, scope)
-    assert scope["best"] == "cat"
+    exec(code, {})
+    lines = capsys.readouterr().out.splitlines()
+    for path, line in zip(paths, lines, strict=True):
+        pixels_HWC, _ = decode(Job(str(path), None), image_transform(job.dataset))
+        logits = np.tensordot(weights, pixels_HWC.permute(2, 0, 1).numpy() / 255, 3)
+        odds = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        name, best, probability = line.split()
+        assert name == f"photos/{path.name}"
+        assert best == "abcd"[odds.argmax()]
+        assert float(probability) == pytest.approx(odds.max(), abs=0.02)
 
 
 def test_the_method_of_the_guide_for_contributors() -> None:

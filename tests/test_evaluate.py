@@ -171,6 +171,11 @@ def test_a_run_on_other_data_keeps_its_normalisation(
     )
     assert job.dataset.load["root"] == "/x"
     assert job.student == trained.student
+    # The teacher is that of the run, unless the command line names another.
+    own = str(path_of(trained.home, "fake", "resnet8"))
+    assert job.teacher.checkpoint == own
+    job, _, _ = evaluate._job_and_weights(Path(trained.run_dir), [*overrides, "teacher=vgg8"])
+    assert not job.teacher.checkpoint
 
 
 @pytest.mark.parametrize("group", ["student", "teacher"])
@@ -229,6 +234,8 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
         (["{folder}", "trainer.device=tpu"], "trainer.device=tpu is unknown"),
         (["{folder}", "teacher=vgg8"], "teacher=vgg8 for fake is missing"),
         (["{folder}", "datset=fake"], "datset is unknown"),
+        (["{folder}", "dataset.root=x"], "dataset.root has no effect here"),
+        (["{folder}", "dataset=fashion_mnist", "dataset.num_classes=9"], "tells 10 classes apart"),
     ],
 )
 def test_errors_take_one_line(
@@ -242,6 +249,24 @@ def test_errors_take_one_line(
     assert why in err[-1]
 
 
+def test_text_has_units_and_no_top5_of_few_classes(
+    trained: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"images": 60, "top1": 25.0, "top5": 99.0, "flops": 90521600, "ms_per_image": 2.151}
+    monkeypatch.setattr(evaluate, "measure", lambda *_: dict(found))
+    evaluate.main([trained.run_dir])
+    out, err = capsys.readouterr()
+    assert [line.split(maxsplit=1) for line in out.splitlines()] == [
+        ["images", "60"], ["top1", "25 %"], ["top5", "99 %"], ["flops", "90.52 M"],
+        ["ms_per_image", "2.151 ms"],
+    ]  # fmt: skip
+    assert f"evaluating {trained.run_dir} on fake ..." in err
+    monkeypatch.setattr(evaluate, "LEAST_FOR_TOP5", 11)
+    evaluate.main([trained.run_dir])
+    assert "top5" not in capsys.readouterr().out
+    assert judged(capsys, trained.run_dir) == found
+
+
 def test_several_runs_are_a_table(
     trained: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -252,7 +277,9 @@ def test_several_runs_are_a_table(
     header, *lines = capsys.readouterr().out.splitlines()
     assert {"images_per_s", "ms_per_image", "student"} <= set(header.split())
     assert [line.split()[-1] for line in lines[:2]] == sources
-    assert "parameters: 78042" in lines  # what all have in common stands below the table
+    # What all have in common stands below the table.
+    assert "parameters: 0.07804 M" in lines
+    assert "batch: 64 images" in lines
     evaluate.main([*sources, *ASKED, "--json"])
     both = json.loads(capsys.readouterr().out)
     assert [one["source"] for one in both] == sources
@@ -311,5 +338,4 @@ def test_a_probe_that_cannot_be_made_is_one_line(
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([trained.run_dir, *words])
-    (said,) = capsys.readouterr().err.splitlines()
-    assert says in said
+    assert says in capsys.readouterr().err.splitlines()[-1]

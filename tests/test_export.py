@@ -201,6 +201,7 @@ def test_an_onnx_model_says_what_it_takes_and_gives(
     facts = json.loads(session.get_modelmeta().custom_metadata_map["sddlskd"])
     assert facts["class_names"] == names
     assert facts["image_shape"] == [3, 16, 16]
+    assert facts["resize"] is None  # images in memory are not resized
     assert (facts["mean"], facts["std"]) == (trained.dataset.mean, trained.dataset.std)
 
 

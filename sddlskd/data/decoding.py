@@ -102,6 +102,11 @@ class ImageTransform(NamedTuple):
     upright: bool = False
     squeezed: bool = False
 
+    @property
+    def side(self) -> int:
+        """Return the pixels of an image's shorter side after resizing, before a centre crop."""
+        return round(self.size / self.centre)
+
 
 class Job(NamedTuple):
     """Request to decode one image file.
@@ -213,7 +218,7 @@ def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, li
         return _resized(
             _rgb(image.crop((left, top, left + width, top + height))), view.size, view.size
         ), odd
-    short = round(view.size / view.centre)
+    short = view.side
     width = height = short
     if not view.squeezed:
         width, height = _with_shorter_side(short, image.width, image.height)

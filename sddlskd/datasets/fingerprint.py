@@ -80,6 +80,10 @@ def differing_classes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
         if sorted(names[0]) == sorted(names[1]):
             return "the same classes in another order"
         gone, new = ([x for x in a if x not in b] for a, b in (names, names[::-1]))
+        if not gone:
+            return f"only now: {_listed(new)}"
+        if not new:
+            return f"only then: {_listed(gone)}"
         return f"classes {_listed(gone)} then, {_listed(new)} now"
     if earlier["classes"] != now["classes"]:
         return f"{counted(earlier['classes'], 'class', 'classes')} then, {now['classes']} now"
@@ -94,7 +98,7 @@ def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(name[:40].encode("unicode_escape").decode() for name in names[:LONGEST_LIST])
     if len(names) > LONGEST_LIST:
         shown += f" and {len(names) - LONGEST_LIST} more"
-    return shown or "without these"
+    return shown
 
 
 def _class_names(files: Files) -> list[str] | None:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
-from sddlskd.config import Capture, Config, TeacherView
+from sddlskd.config import Capture, Config, DatasetConfig, TeacherView
 from sddlskd.config.targets import instantiate
 from sddlskd.data.decoding import ImageTransform
 from sddlskd.data.device import DeviceData
@@ -58,6 +58,7 @@ __all__ = [
     "build_network",
     "build_run",
     "build_teacher",
+    "image_transform",
     "leave_as_teacher",
     "load_splits",
     "present_fingerprint",
@@ -160,24 +161,28 @@ def build_data(
     if isinstance(splits.train, Files):
         check_cache(job)
         check_workers(job)
-        low, high = d.crop_area
-        view = ImageTransform(
-            d.size,
-            area=(low, high),
-            centre=d.centre,
-            pixel_limit=d.pixel_limit,
-            upright=d.upright,
-            squeezed=d.crop == cfg.Crop.squeezed,
-        )
         return StreamedData(
             splits,
-            view=view,
+            view=image_transform(d),
             workers=d.workers,
             bad=d.bad_images,
             irregular=d.irregular_images,
             **common,
         )
     return DeviceData(splits, padding=d.padding, **common)
+
+
+def image_transform(dataset: DatasetConfig) -> ImageTransform:
+    """Return how squares are cut out of the image files of a data set."""
+    low, high = dataset.crop_area
+    return ImageTransform(
+        dataset.size,
+        area=(low, high),
+        centre=dataset.centre,
+        pixel_limit=dataset.pixel_limit,
+        upright=dataset.upright,
+        squeezed=dataset.crop == cfg.Crop.squeezed,
+    )
 
 
 def shape_of(job: Config, splits: Splits) -> tuple[int, ...]:

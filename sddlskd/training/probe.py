@@ -4,9 +4,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from sddlskd.models.base import LogitMapModel
@@ -63,6 +60,11 @@ def linear_probe(
     Raises:
         ValueError: If the training images have a single class, or if a feature is not finite.
     """
+    # Imported here, because scikit-learn takes as long to import as torch.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     classifier.fit(train_NC.numpy(), train_target_N.numpy())
     return 100 * float(classifier.score(test_MC.numpy(), test_target_M.numpy()))

@@ -175,7 +175,8 @@ def _folded(network: nn.Module, name: str) -> fx.GraphModule | None:
         traced = fx.symbolic_trace(network)
     # Tracing runs the network's own code, which can raise anything.
     except Exception as error:
-        log.info("teacher %s cannot be traced (%s); its BatchNorm stays unfolded", name, error)
+        # This only costs some time, so it is no news for a user: most foreign networks end here.
+        log.debug("teacher %s cannot be traced (%s); its BatchNorm stays unfolded", name, error)
         return None
     layers = {
         n
@@ -185,7 +186,7 @@ def _folded(network: nn.Module, name: str) -> fx.GraphModule | None:
     calls = Counter(node.target for node in traced.graph.nodes if node.target in layers)
     # If a layer is used twice, `fuse` would fold the BatchNorm after one use into every use.
     if max(calls.values(), default=0) > 1:
-        log.info("teacher %s uses a layer twice; its BatchNorm stays unfolded", name)
+        log.debug("teacher %s uses a layer twice; its BatchNorm stays unfolded", name)
         return None
     folded = fuse(traced)
     assert isinstance(folded, fx.GraphModule)
