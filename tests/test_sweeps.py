@@ -269,6 +269,15 @@ def test_a_plan_needs_neither_data_nor_teacher_and_names_every_obstacle(
     assert not obstacles[0].endswith(" more)")  # all three jobs are named
     assert "M=[1, 4] is too fine: the largest scale here is 2" in obstacles[1]
     assert "the time is not known" in told
+    # A file that jobs know by several keys is named once.
+    both = jobs_of(empty, "M=[1]", "M=[1] teacher=[wrn_40_2,resnet32x4]", common=common)
+    reasons = [reason for _, reason in precheck.obstacles(both)[0]]
+    assert [reason.partition(" ")[0] for reason in reasons] == [
+        "teacher=resnet32x4",
+        "teacher=wrn_40_2",
+        "teacher=resnet32x4",
+    ]
+    assert reasons[0] == reasons[2]
     assert not empty.exists()
 
 
@@ -324,6 +333,17 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
     assert "about 4:00 on these 2 devices" in told
+    # The time of a CPU says nothing of a GPU.
+    sweep(jobs, devices=["cuda:0", "cuda:1"])
+    told = capsys.readouterr().out
+    assert "there are no similar runs on a GPU yet, so the time is not known" in told
+    assert "on these 2 devices" not in told
+    other = jobs_of(home, "student=resnet8", "recipe=vanilla", common=("sweep.plan=true",))
+    sweep([*jobs[:2], *other], devices=["cpu"])
+    assert (
+        "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from similar runs "
+        "on a CPU; there is no run of resnet8-resnet8, resnet8x4 yet"
+    ) in capsys.readouterr().out
 
 
 def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
@@ -342,6 +362,7 @@ def record_of_past_run(job: Config, seconds: float) -> None:
     folder = Path(job.run_dir).with_name(Path(job.run_dir).name.replace("-s0-", "-s99-"))
     folder.mkdir(parents=True)
     result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": 1}
+    result["environment"] = "torch 2.14.1, Linux x86_64, cpu, 1 threads"
     (folder / "result.json").write_text(json.dumps(result))
 
 

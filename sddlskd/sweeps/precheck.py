@@ -36,6 +36,7 @@ from sddlskd.training.checks import (
     check_objective,
     check_one_image,
     check_one_process,
+    check_pins,
     check_same_data,
     check_scales,
     check_teacher,
@@ -43,6 +44,7 @@ from sddlskd.training.checks import (
     check_workers,
     data_changed,
     leaves_one_image,
+    missing_teachers,
     teacher_changed,
     trained_first,
     wrong_images,
@@ -96,6 +98,7 @@ class Checker:
         self._fingerprints: dict[str, dict[str, Any] | None] = {}
         self._map_sides: dict[tuple[str, int, tuple[int, ...]], tuple[int, ...]] = {}
         self._networks: dict[tuple[str, int], nn.Module] = {}
+        self._missing: dict[Path, FileNotFoundError] = {}
 
     def check(self, job: Config) -> None:
         """Raise the first error that keeps a job from running on this machine; do not train it.
@@ -147,8 +150,11 @@ class Checker:
                 yield error
         checks: list[Callable[[], object]] = [
             partial(_check_settings, job),
-            partial(check_teacher, job),
+            partial(check_pins, job),
         ]
+        # Jobs may name one file by different keys; the plan has one line for each file.
+        for path, missing in missing_teachers(job).items():
+            yield self._missing.setdefault(path, missing)
         image_CHW = _published_image(job)
         labels_N = None
         if data is not None:
