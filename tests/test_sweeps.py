@@ -36,7 +36,7 @@ from sddlskd.sweeps.manifest import (
     write_plan,
 )
 from sddlskd.sweeps.outcome import state_of
-from sddlskd.sweeps.plan import ask_precheck
+from sddlskd.sweeps.plan import ask_precheck, epochs_of
 from sddlskd.sweeps.pool import Pool, Task
 from sddlskd.sweeps.report import cause_of
 from sddlskd.tracking import uri as tracking_uri
@@ -104,6 +104,17 @@ def sweep(jobs: list[Config], **options: Any) -> tuple[list[dict[str, Any]], int
     except SystemExit as exit:
         code = int(exit.code or 0)
     return [record.read_result(Path(job.run_dir)) for job in jobs], code
+
+
+def plan_unchecked(jobs: list[Config], devices: Any = "auto") -> None:
+    """Print the plan of jobs with sweep.plan=true, without the check of each job."""
+    answer: dict[str, list[Any]] = {
+        name: []
+        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+    }
+    answer["devices"] = ["cpu"]
+    with pytest.raises(SystemExit, match="0"):
+        run_sweep(jobs, "test", runner=pool(devices), precheck=lambda *_: answer)
 
 
 def statuses(results: list[dict[str, Any]]) -> list[str]:
@@ -334,16 +345,28 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     assert "about 5:00 on one device" in told
     assert "about 4:00 on these 2 devices" in told
     # The time of a CPU says nothing of a GPU.
-    sweep(jobs, devices=["cuda:0", "cuda:1"])
+    plan_unchecked(jobs, devices=["cuda:0", "cuda:1"])
     told = capsys.readouterr().out
     assert "there are no similar runs on a GPU yet, so the time is not known" in told
     assert "on these 2 devices" not in told
     other = jobs_of(home, "student=resnet8", "recipe=vanilla", common=("sweep.plan=true",))
-    sweep([*jobs[:2], *other], devices=["cpu"])
+    plan_unchecked([*jobs[:2], *other])
     assert (
         "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from similar runs "
         "on a CPU; there is no run of resnet8-resnet8, resnet8x4 yet"
     ) in capsys.readouterr().out
+
+
+def test_a_plan_says_what_halving_leaves(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("trainer.epochs=16", "sweep.halving=[2,4,8]", "dataset.val_fraction=0.2")
+    grid = [f"distiller.temperature={temperature}" for temperature in range(1, 9)]
+    jobs = jobs_of(home, *grid, common=("sweep.plan=true", *words))
+    plan_unchecked(jobs)
+    assert (
+        "halving at the end of epochs 2, 4, 8: these jobs train at most 40 epochs in all instead "
+        "of 128\n"
+    ) in capsys.readouterr().out
+    assert epochs_of(jobs[:5]) == 5 * 2 + 3 * 2 + 2 * 4 + 8  # of an odd number, the middle stays
 
 
 def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(

@@ -27,6 +27,7 @@ __all__ = [
     "Precheck",
     "ask_precheck",
     "check_halving",
+    "epochs_of",
     "groups_of",
     "make_plan",
     "networks_of",
@@ -297,6 +298,19 @@ def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list
         size = max_group_size or len(group)
         groups += [group[first : first + size] for first in range(0, len(group), size)]
     return groups
+
+
+def epochs_of(group: Sequence[Config]) -> int:
+    """Return the number of epochs that the jobs of a group train in all, from their first epochs.
+
+    `sweep.halving` drops the worse half of the jobs at the end of the given epochs; of an odd
+    number, the job in the middle stays. `group` has at least one job.
+    """
+    alive, before, epochs = len(group), 0, 0
+    for end in group[0].sweep.halving:
+        epochs += alive * (end - before)
+        alive, before = alive - alive // 2, end
+    return epochs + alive * (group[0].trainer.epochs - before)
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:

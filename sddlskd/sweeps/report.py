@@ -12,7 +12,7 @@ from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
 from sddlskd.sweeps.grid import reasons_together
-from sddlskd.sweeps.plan import Plan, groups_of, networks_of
+from sddlskd.sweeps.plan import Plan, epochs_of, groups_of, networks_of
 from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
 from sddlskd.terminal.words import counted
@@ -29,8 +29,9 @@ def plan_lines(plan: Plan) -> list[str]:
 
     The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
     are trained together. If jobs of a group share their teacher's forward passes, a line says how
-    often the teacher goes through the data in an epoch. If there are jobs to run, the last line has
-    the estimated time, or says for which jobs the time is not known.
+    often the teacher goes through the data in an epoch. If halving drops jobs, a line has the
+    epochs that are left. If there are jobs to run, the last line has the estimated time, or says
+    for which jobs the time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
@@ -42,9 +43,21 @@ def plan_lines(plan: Plan) -> list[str]:
     if len(with_teacher) < alone:
         often = "once" if len(with_teacher) == 1 else f"{len(with_teacher)} times"
         lines.append(f"the teacher goes through the data {often} an epoch instead of {alone}")
+    if plan.todo and plan.todo[0].sweep.halving:
+        lines.append(_halving_line(plan))
     if plan.todo:
         lines.append(_time_line(plan))
     return lines
+
+
+def _halving_line(plan: Plan) -> str:
+    ends = ", ".join(map(str, plan.todo[0].sweep.halving))
+    most = sum(map(epochs_of, plan.groups))
+    undisturbed = sum(job.trainer.epochs for job in plan.todo)
+    return (
+        f"halving at the end of epochs {ends}: these jobs train at most {counted(most, 'epoch')} "
+        f"in all instead of {undisturbed}"
+    )
 
 
 def _time_line(plan: Plan) -> str:
@@ -56,6 +69,8 @@ def _time_line(plan: Plan) -> str:
     if not known:
         return f"there are no similar runs {where} yet, so the time is not known"
     line = f"about {duration(sum(known))} on one device, estimated from similar runs {where}"
+    if plan.todo[0].sweep.halving:
+        line += " as if none was dropped"
     if len(known) == len(plan.todo):
         return line
     unknown = {
