@@ -254,7 +254,15 @@ def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
     """Plan a sweep on a cluster, which must end with exit code 1."""
     answer: dict[str, list[Any]] = {
         name: []
-        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+        for name in (
+            "problems",
+            "downloads",
+            "changed",
+            "other_data",
+            "devices",
+            "teachers",
+            "run_MB",
+        )
     }
     launcher = chosen(folder, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", *overrides)
     with pytest.raises(SystemExit, match="1"):
@@ -290,6 +298,11 @@ def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
         "end earlier: it makes 2 tasks, the longest of 1 job instead of 2, and the teacher goes "
         "through the data 2 times an epoch instead of 1\n"
     ) in told
+    options = ("max_group_size=null", "array_parallelism=2")
+    planned(tmp_path, *(f"hydra.launcher.{option}" for option in options), jobs=jobs)
+    assert (
+        "\n1 task for hydra.launcher.array_parallelism=2: hydra.launcher.max_group_size=1 would end"
+    ) in capsys.readouterr().out
 
 
 def test_the_plan_of_a_sweep_on_a_cluster_names_every_obstacle(

@@ -110,7 +110,15 @@ def plan_unchecked(jobs: list[Config], devices: Any = "auto") -> None:
     """Print the plan of jobs with sweep.plan=true, without the check of each job."""
     answer: dict[str, list[Any]] = {
         name: []
-        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+        for name in (
+            "problems",
+            "downloads",
+            "changed",
+            "other_data",
+            "devices",
+            "teachers",
+            "run_MB",
+        )
     }
     answer["devices"] = ["cpu"]
     with pytest.raises(SystemExit, match="0"):
@@ -377,6 +385,8 @@ def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
     sweep(jobs_of(tmp_path, "seed=1", "seed=2", common=common), devices=["cuda:0", "cpu"])
     told = capsys.readouterr().out
     assert told.count("trained first: teacher resnet8 for digits (7 epochs)") == 1
+    # The 1.2 million parameters of resnet8x4: two checkpoints with momentum, and the best weights
+    assert "\ndisk: at most about 24.3 MB a run, 0.049 GB in all; free: " in told
     assert "this machine has no cuda:0" in told
 
 

@@ -74,6 +74,8 @@ class Plan:
         devices: devices of this machine, such as ["cuda:0"]; empty if no job was checked.
         teachers: missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
             epochs)".
+        run_MB: estimated disk space of the run of each job of `todo` in megabytes, None if it is
+            not known; [] if the plan is not only printed.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Plan:
     changed_code: list[tuple[Config, list[str]]]
     devices: list[str]
     teachers: list[str]
+    run_MB: list[float | None]
 
     @property
     def seconds(self) -> float | None:
@@ -133,7 +136,8 @@ def ask_precheck(
         - "other_data": [index in `finished`, how the data differ] of each job that was trained on
           other data than its data set has now;
         - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
-        - "teachers": missing teachers that jobs train first, see `Plan.teachers`.
+        - "teachers": missing teachers that jobs train first, see `Plan.teachers`;
+        - "run_MB": estimated disk space of each job in `todo`, see `Plan.run_MB`.
 
     Raises:
         ChildProcessError: If the separate process dies or ends with an error.
@@ -217,6 +221,7 @@ def make_plan(
         "other_data": [],
         "devices": [],
         "teachers": [],
+        "run_MB": [],
     }
     if todo or finished:
         log.info("checking %s", counted(len(todo) + len(finished), "job"))
@@ -242,6 +247,7 @@ def make_plan(
         changed_code=[(job, modules) for job in finished if (modules := record.changed_code(job))],
         devices=answer["devices"],
         teachers=answer["teachers"],
+        run_MB=answer["run_MB"],
     )
 
 

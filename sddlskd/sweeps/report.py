@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,16 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.todo:
         lines.append(_time_line(plan))
     return lines
+
+
+def _disk_line(run_MB: Sequence[float], folder: Path) -> str:
+    """Return a line with the disk space of runs in megabytes, and the free space at a folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    largest, all_GB = max(run_MB), sum(run_MB) / 1e3
+    return (
+        f"disk: at most about {largest:.3g} MB a run, {all_GB:.2g} GB in all; free: {free:.3g} GB"
+    )
 
 
 def _halving_line(plan: Plan) -> str:
@@ -103,6 +114,9 @@ def print_plan(
         spread += _sharing_lines(plan, array_parallelism)
     for line in (*plan_lines(plan), *spread, *requests):
         write_line(line)
+    known_MB = [size for size in plan.run_MB if size is not None]
+    if known_MB and len(known_MB) == len(plan.todo):
+        write_line(_disk_line(known_MB, Path(plan.folder)))
     left_out = ""
     if plan.seconds is not None:
         left_out = ", for which more time is needed"
@@ -151,8 +165,7 @@ def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
     """Return lines that name larger and smaller groups for a cluster, and what they would cost.
 
     A line names the launcher for jobs that could share their teacher. Another one names a smaller
-    group size if there are fewer tasks than may run at once. Each is left out if it has nothing to
-    say.
+    group size if there are fewer tasks than may run at once, or says that none would end earlier.
     """
     lines = []
     with_teacher = [job for job in plan.todo if job.has_teacher]
@@ -167,18 +180,24 @@ def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
             "hydra.launcher.max_group_size=null; the longest task would then train "
             f"{_jobs(max(map(len, together)))} instead of {max(map(len, apart))}"
         )
+    if len(plan.groups) >= array_parallelism or longest == 1:
+        return lines
     sizes = [len(group) for group in groups_of(plan.todo)]
     smaller = better_group_size(sizes, array_parallelism, plan.max_group_size)
-    if len(plan.groups) < array_parallelism and smaller and smaller < longest:
-        parts = groups_of(plan.todo, smaller)
-        passes = len(groups_of(with_teacher, smaller))
-        lines.append(
-            f"{counted(len(plan.groups), 'task')} for hydra.launcher.array_parallelism="
-            f"{array_parallelism}: hydra.launcher.max_group_size={smaller} would end earlier: it "
-            f"makes {counted(len(parts), 'task')}, the longest of {_jobs(smaller)} instead of "
-            f"{longest}, and the teacher goes through the data {counted(passes, 'time')} an epoch "
-            f"instead of {len(apart)}"
-        )
+    tasks = (
+        f"{counted(len(plan.groups), 'task')} for hydra.launcher.array_parallelism="
+        f"{array_parallelism}"
+    )
+    if not smaller or smaller > longest:
+        return [*lines, f"{tasks}: no smaller hydra.launcher.max_group_size would end earlier"]
+    parts = groups_of(plan.todo, smaller)
+    passes = len(groups_of(with_teacher, smaller))
+    lines.append(
+        f"{tasks}: hydra.launcher.max_group_size={smaller} would end earlier: it makes "
+        f"{counted(len(parts), 'task')}, the longest of {_jobs(smaller)} instead of {longest}, and "
+        f"the teacher goes through the data {counted(passes, 'time')} an epoch instead of "
+        f"{len(apart)}"
+    )
     return lines
 
 
