@@ -21,6 +21,7 @@ from sddlskd.datasets.places import without_downloads
 from sddlskd.files.checkpoint import read, write
 from sddlskd.sweeps import precheck, run_sweep
 from sddlskd.sweeps.plan import make_plan
+from sddlskd.sweeps.pool import Pool
 from sddlskd.terminal.console import explain
 from sddlskd.training.build import build_data, build_network, build_teacher
 from sddlskd.training.fit import fit
@@ -411,7 +412,7 @@ def test_a_sweep_warns_of_finished_jobs_of_other_data(
 ) -> None:
     fit([job_of(pets, *ALONE)])
     other = job_of(cars, *ALONE)
-    plan = make_plan([other], "s", runs_locally=True, precheck=precheck.report)
+    plan = make_plan([other], "s", runner=Pool("auto", fail_fast=False), precheck=precheck.report)
     assert [job.run_dir for job, _ in plan.other_data] == [other.run_dir]
     run_sweep([other], "s", runner=pool(), precheck=precheck.report)
     assert "1 finished job learnt from other data than there is now" in caplog.text

@@ -203,7 +203,8 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
         f"{asked}partition: {default}; GPUs: {default}; CPU cores per process: 2; "
         f"memory: {default}; time limit: 60 minutes",
         "whether hydra.launcher.timeout_min=60 suffices is not known without similar runs; a task "
-        "that needs longer is requeued and goes on from its checkpoint",
+        "that needs longer is requeued, at most 100 times, and goes on from its checkpoint; after "
+        "that its jobs stay interrupted until the same command continues them",
     ]
     assert bare.requests([], []) == []
     monkeypatch.setenv("SBATCH_PARTITION", "short")
@@ -236,8 +237,8 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
          "checkpoint each time"),
         ((58.0 * 3 + 1,), "the longest task needs about 2:55:00, too long for "
          "hydra.launcher.timeout_min=60: it will be requeued about 3 times, and goes on from its "
-         "checkpoint each time; hydra.launcher.max_requeues=2 stops it before its end, so raise "
-         "one of the two, or run the same command again"),
+         "checkpoint each time; hydra.launcher.max_requeues=2 leaves its jobs interrupted before "
+         "their end, so raise one of the two, or run the same command again"),
     ],
 )  # fmt: skip
 def test_a_plan_says_whether_the_time_limit_suffices(
@@ -253,7 +254,15 @@ def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
     """Plan a sweep on a cluster, which must end with exit code 1."""
     answer: dict[str, list[Any]] = {
         name: []
-        for name in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+        for name in (
+            "problems",
+            "downloads",
+            "changed",
+            "other_data",
+            "devices",
+            "teachers",
+            "run_MB",
+        )
     }
     launcher = chosen(folder, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", *overrides)
     with pytest.raises(SystemExit, match="1"):
@@ -282,7 +291,18 @@ def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
         "run the teacher once for all their jobs: hydra/launcher=slurm_shared_teacher, or "
     ) in told
     planned(tmp_path, "hydra.launcher.max_group_size=null", jobs=jobs)
-    assert "slurm_shared_teacher" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "slurm_shared_teacher" not in told
+    assert (
+        "\n1 task for hydra.launcher.array_parallelism=256: hydra.launcher.max_group_size=1 would "
+        "end earlier: it makes 2 tasks, the longest of 1 job instead of 2, and the teacher goes "
+        "through the data 2 times an epoch instead of 1\n"
+    ) in told
+    options = ("max_group_size=null", "array_parallelism=2")
+    planned(tmp_path, *(f"hydra.launcher.{option}" for option in options), jobs=jobs)
+    assert (
+        "\n1 task for hydra.launcher.array_parallelism=2: hydra.launcher.max_group_size=1 would end"
+    ) in capsys.readouterr().out
 
 
 def test_the_plan_of_a_sweep_on_a_cluster_names_every_obstacle(

@@ -270,6 +270,21 @@ def test_the_report_names_the_command_of_the_final_training(
     ]
 
 
+def test_a_plan_says_that_it_is_that_of_the_first_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(words: list[list[str]]) -> None:
+        raise SystemExit(0)
+
+    job = tiny(tmp_path, "sweep.plan=true", teacher=False)
+    with pytest.raises(SystemExit, match="0"):
+        search(None, 20, n_jobs=4).run(lambda words: [job for _ in words], stop)
+    assert capsys.readouterr().out == (
+        "search: 20 trials in all, 4 at a time; the plan is that of the first batch of 4, and "
+        "others follow from its results\n"
+    )
+
+
 @pytest.mark.slow
 def test_the_command_ends_with_the_best_trial(tmp_path: Path) -> None:
     leave_teacher(tmp_path)

@@ -36,7 +36,7 @@ from sddlskd.sweeps.manifest import (
     write_plan,
 )
 from sddlskd.sweeps.outcome import state_of
-from sddlskd.sweeps.plan import ask_precheck
+from sddlskd.sweeps.plan import ask_precheck, epochs_of
 from sddlskd.sweeps.pool import Pool, Task
 from sddlskd.sweeps.report import cause_of
 from sddlskd.tracking import uri as tracking_uri
@@ -104,6 +104,25 @@ def sweep(jobs: list[Config], **options: Any) -> tuple[list[dict[str, Any]], int
     except SystemExit as exit:
         code = int(exit.code or 0)
     return [record.read_result(Path(job.run_dir)) for job in jobs], code
+
+
+def plan_unchecked(jobs: list[Config], devices: Any = "auto") -> None:
+    """Print the plan of jobs with sweep.plan=true, without the check of each job."""
+    answer: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            "problems",
+            "downloads",
+            "changed",
+            "other_data",
+            "devices",
+            "teachers",
+            "run_MB",
+        )
+    }
+    answer["devices"] = ["cpu"]
+    with pytest.raises(SystemExit, match="0"):
+        run_sweep(jobs, "test", runner=pool(devices), precheck=lambda *_: answer)
 
 
 def statuses(results: list[dict[str, Any]]) -> list[str]:
@@ -269,6 +288,15 @@ def test_a_plan_needs_neither_data_nor_teacher_and_names_every_obstacle(
     assert not obstacles[0].endswith(" more)")  # all three jobs are named
     assert "M=[1, 4] is too fine: the largest scale here is 2" in obstacles[1]
     assert "the time is not known" in told
+    # A file that jobs know by several keys is named once.
+    both = jobs_of(empty, "M=[1]", "M=[1] teacher=[wrn_40_2,resnet32x4]", common=common)
+    reasons = [reason for _, reason in precheck.obstacles(both)[0]]
+    assert [reason.partition(" ")[0] for reason in reasons] == [
+        "teacher=resnet32x4",
+        "teacher=wrn_40_2",
+        "teacher=resnet32x4",
+    ]
+    assert reasons[0] == reasons[2]
     assert not empty.exists()
 
 
@@ -324,6 +352,29 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
     assert "about 4:00 on these 2 devices" in told
+    # The time of a CPU says nothing of a GPU.
+    plan_unchecked(jobs, devices=["cuda:0", "cuda:1"])
+    told = capsys.readouterr().out
+    assert "there are no similar runs on a GPU yet, so the time is not known" in told
+    assert "on these 2 devices" not in told
+    other = jobs_of(home, "student=resnet8", "recipe=vanilla", common=("sweep.plan=true",))
+    plan_unchecked([*jobs[:2], *other])
+    assert (
+        "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from similar runs "
+        "on a CPU; there is no run of resnet8-resnet8, resnet8x4 yet"
+    ) in capsys.readouterr().out
+
+
+def test_a_plan_says_what_halving_leaves(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("trainer.epochs=16", "sweep.halving=[2,4,8]", "dataset.val_fraction=0.2")
+    grid = [f"distiller.temperature={temperature}" for temperature in range(1, 9)]
+    jobs = jobs_of(home, *grid, common=("sweep.plan=true", *words))
+    plan_unchecked(jobs)
+    assert (
+        "halving at the end of epochs 2, 4, 8: these jobs train at most 40 epochs in all instead "
+        "of 128\n"
+    ) in capsys.readouterr().out
+    assert epochs_of(jobs[:5]) == 5 * 2 + 3 * 2 + 2 * 4 + 8  # of an odd number, the middle stays
 
 
 def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
@@ -334,6 +385,8 @@ def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
     sweep(jobs_of(tmp_path, "seed=1", "seed=2", common=common), devices=["cuda:0", "cpu"])
     told = capsys.readouterr().out
     assert told.count("trained first: teacher resnet8 for digits (7 epochs)") == 1
+    # The 1.2 million parameters of resnet8x4: two checkpoints with momentum, and the best weights
+    assert "\ndisk: at most about 24.3 MB a run, 0.049 GB in all; free: " in told
     assert "this machine has no cuda:0" in told
 
 
@@ -342,6 +395,7 @@ def record_of_past_run(job: Config, seconds: float) -> None:
     folder = Path(job.run_dir).with_name(Path(job.run_dir).name.replace("-s0-", "-s99-"))
     folder.mkdir(parents=True)
     result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": 1}
+    result["environment"] = "torch 2.14.1, Linux x86_64, cpu, 1 threads"
     (folder / "result.json").write_text(json.dumps(result))
 
 

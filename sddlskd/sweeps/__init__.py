@@ -90,7 +90,7 @@ def run_sweep(
     plan = make_plan(
         jobs,
         name,
-        runs_locally=runner.runs_locally,
+        runner=runner,
         max_group_size=max_group_size,
         precheck=precheck,
     )
@@ -100,7 +100,8 @@ def run_sweep(
     _warn_of_finished(plan)
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
-        print_plan(plan, devices, runner.requests(plan.groups, plan.group_seconds))
+        requests = runner.requests(plan.groups, plan.group_seconds)
+        print_plan(plan, devices, requests, runner.array_parallelism)
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")

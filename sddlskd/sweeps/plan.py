@@ -18,10 +18,20 @@ from sddlskd import record
 from sddlskd.config import Config, Rerun, SweepConfig
 from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.outcome import state_of
+from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.sweeps.status import states_of
 from sddlskd.terminal.words import counted
 
-__all__ = ["Plan", "Precheck", "ask_precheck", "check_halving", "groups_of", "make_plan"]
+__all__ = [
+    "Plan",
+    "Precheck",
+    "ask_precheck",
+    "check_halving",
+    "epochs_of",
+    "groups_of",
+    "make_plan",
+    "networks_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +57,9 @@ class Plan:
         groups: the jobs of `todo` in groups. The jobs of a group are trained together, with one
             teacher forward pass per batch.
         max_group_size: largest number of jobs in a group; None for no limit.
-        group_seconds: estimated seconds of each group on one device; None for a group with a job
-            that has no past runs of the same student, teacher and data set.
+        kind: kind of the devices that train the jobs, such as "cuda"; None if the kinds differ.
+        job_seconds: estimated seconds of each job of `todo` on one device; None for a job that has
+            no past runs of the same student, teacher and data set on such a device.
         refusals: why a launch would be refused whatever its jobs; [] unless the plan is only
             printed, because an error is raised then.
         invalid: (name of the job, reason) of each job of `todo` that cannot run. A job of a plan
@@ -63,6 +74,8 @@ class Plan:
         devices: devices of this machine, such as ["cuda:0"]; empty if no job was checked.
         teachers: missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
             epochs)".
+        run_MB: estimated disk space of the run of each job of `todo` in megabytes, None if it is
+            not known; [] if the plan is not only printed.
     """
 
     name: str
@@ -73,7 +86,8 @@ class Plan:
     todo: list[Config]
     groups: list[list[Config]]
     max_group_size: int | None
-    group_seconds: list[float | None]
+    kind: str | None
+    job_seconds: list[float | None]
     refusals: list[str]
     invalid: list[tuple[str, str]]
     downloads: list[str]
@@ -82,11 +96,20 @@ class Plan:
     changed_code: list[tuple[Config, list[str]]]
     devices: list[str]
     teachers: list[str]
+    run_MB: list[float | None]
 
     @property
     def seconds(self) -> float | None:
-        """Return the estimated seconds for all groups on one device; None if one is not known."""
-        return _sum(self.group_seconds)
+        """Return the estimated seconds for all jobs on one device; None if one is not known."""
+        return _sum(self.job_seconds)
+
+    @property
+    def group_seconds(self) -> list[float | None]:
+        """Return the estimated seconds of each group on one device; None if one is not known."""
+        of_job = {
+            job.run_dir: seconds for job, seconds in zip(self.todo, self.job_seconds, strict=True)
+        }
+        return [_sum(of_job[job.run_dir] for job in group) for group in self.groups]
 
 
 def ask_precheck(
@@ -113,7 +136,8 @@ def ask_precheck(
         - "other_data": [index in `finished`, how the data differ] of each job that was trained on
           other data than its data set has now;
         - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
-        - "teachers": missing teachers that jobs train first, see `Plan.teachers`.
+        - "teachers": missing teachers that jobs train first, see `Plan.teachers`;
+        - "run_MB": estimated disk space of each job in `todo`, see `Plan.run_MB`.
 
     Raises:
         ChildProcessError: If the separate process dies or ends with an error.
@@ -140,7 +164,7 @@ def make_plan(
     jobs: Sequence[Config],
     name: str,
     *,
-    runs_locally: bool,
+    runner: GroupRunner,
     max_group_size: int | None = None,
     precheck: Precheck = ask_precheck,
 ) -> Plan:
@@ -153,12 +177,12 @@ def make_plan(
         jobs: jobs of the sweep, at least one; duplicates count once. `sweep.rerun` of the first job
             says which jobs run again.
         name: name of the sweep.
-        runs_locally: whether the jobs are going to run on this machine. If false, it is not checked
+        runner: what is going to run the jobs. If they do not run on this machine, it is not checked
             whether this machine has the devices (trainer.device, trainer.devices) and the cores
             (dataset.workers) that they ask for.
         max_group_size: largest number of jobs that train together; None for no limit.
         precheck: function that checks the jobs, called with the jobs to run, the finished jobs
-            and `runs_locally` unless there are no jobs. It returns a dictionary like that of
+            and `runner.runs_locally` unless there are no jobs. It returns a dictionary like that of
             `ask_precheck`.
 
     Returns:
@@ -197,10 +221,12 @@ def make_plan(
         "other_data": [],
         "devices": [],
         "teachers": [],
+        "run_MB": [],
     }
     if todo or finished:
         log.info("checking %s", counted(len(todo) + len(finished), "job"))
-        answer = precheck(todo, finished, runs_locally)
+        answer = precheck(todo, finished, runner.runs_locally)
+    kind = runner.kind(todo, answer["devices"])
     groups = groups_of(todo, max_group_size)
     return Plan(
         name=name,
@@ -211,7 +237,8 @@ def make_plan(
         todo=todo,
         groups=groups,
         max_group_size=max_group_size,
-        group_seconds=[_sum(map(_expected_seconds, group)) for group in groups],
+        kind=kind,
+        job_seconds=[_expected_seconds(job, kind) for job in todo],
         refusals=refusals,
         invalid=[(cfg.run_name(todo[index]), reason) for index, reason in answer["problems"]],
         downloads=answer["downloads"],
@@ -220,6 +247,7 @@ def make_plan(
         changed_code=[(job, modules) for job in finished if (modules := record.changed_code(job))],
         devices=answer["devices"],
         teachers=answer["teachers"],
+        run_MB=answer["run_MB"],
     )
 
 
@@ -278,6 +306,19 @@ def groups_of(jobs: Iterable[Config], max_group_size: int | None = None) -> list
     return groups
 
 
+def epochs_of(group: Sequence[Config]) -> int:
+    """Return the number of epochs that the jobs of a group train in all, from their first epochs.
+
+    `sweep.halving` drops the worse half of the jobs at the end of the given epochs; of an odd
+    number, the job in the middle stays. `group` has at least one job.
+    """
+    alive, before, epochs = len(group), 0, 0
+    for end in group[0].sweep.halving:
+        epochs += alive * (end - before)
+        alive, before = alive - alive // 2, end
+    return epochs + alive * (group[0].trainer.epochs - before)
+
+
 def _sum(seconds: Iterable[float | None]) -> float | None:
     """Return the sum of the numbers, or None if one of them is None."""
     total = 0.0
@@ -288,21 +329,35 @@ def _sum(seconds: Iterable[float | None]) -> float | None:
     return total
 
 
-def _expected_seconds(job: Config) -> float | None:
+def networks_of(job: Config) -> str:
+    """Return the networks of a job as its run name has them, such as "resnet32x4-resnet8x4"."""
+    if not job.has_teacher:
+        return job.student.name
+    return f"{cfg.teacher_name(job).replace('+', '-')}-{job.student.name}"
+
+
+def _kind_of(environment: str) -> str:
+    """Return the kind of the device in the entry "environment" of a result.json; "" for no entry.
+
+    `devices.describe` has written the entry: it names CPU and MPS, and else the GPU's model.
+    """
+    words = environment.split(", ")
+    if not environment:
+        return ""
+    return next((kind for kind in ("cpu", "mps") if kind in words), "cuda")
+
+
+def _expected_seconds(job: Config, kind: str | None) -> float | None:
     """Return the seconds that the job will add to a sweep, or None if there are no past runs.
 
     The estimate is the mean time per epoch of past runs of the same student, teacher and data set,
     times the epochs of the job. The time of a run is divided by its group size, because the runs of
-    a group share their time.
+    a group share their time. Only runs on devices of the kind `kind` count.
     """
-    networks = job.student.name
-    if job.has_teacher:
-        # As in `config.run_name`
-        networks = f"{cfg.teacher_name(job).replace('+', '-')}-{job.student.name}"
     epoch_seconds: list[float] = []
-    for path in Path(job.run_dir).parent.glob(f"{networks}-*/result.json"):
+    for path in Path(job.run_dir).parent.glob(f"{networks_of(job)}-*/result.json"):
         result = record.read_result(path.parent)
-        if result.get("epochs"):
+        if result.get("epochs") and _kind_of(result.get("environment", "")) == kind:
             seconds = result["seconds"] / result["epochs"]
             epoch_seconds.append(seconds / result.get("group_size", 1))
     if not epoch_seconds:

@@ -73,6 +73,7 @@ class Pool(GroupRunner):
     """
 
     runs_locally = True
+    array_parallelism = None
 
     def __init__(
         self,
@@ -122,6 +123,11 @@ class Pool(GroupRunner):
             asked_for.remove("auto")
             asked_for.update(visible)
         return sorted(asked_for)
+
+    def kind(self, jobs: Sequence[Config], visible: Sequence[str]) -> str | None:
+        """Return the kind of the devices that train the jobs; see `GroupRunner.kind`."""
+        kinds = {place.partition(":")[0] for place in self.places(jobs, visible)}
+        return kinds.pop() if len(kinds) == 1 else None
 
     def requests(
         self, groups: Sequence[Sequence[Config]], seconds: Sequence[float | None]

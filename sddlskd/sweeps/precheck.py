@@ -36,6 +36,7 @@ from sddlskd.training.checks import (
     check_objective,
     check_one_image,
     check_one_process,
+    check_pins,
     check_same_data,
     check_scales,
     check_teacher,
@@ -43,6 +44,7 @@ from sddlskd.training.checks import (
     check_workers,
     data_changed,
     leaves_one_image,
+    missing_teachers,
     teacher_changed,
     trained_first,
     wrong_images,
@@ -96,6 +98,8 @@ class Checker:
         self._fingerprints: dict[str, dict[str, Any] | None] = {}
         self._map_sides: dict[tuple[str, int, tuple[int, ...]], tuple[int, ...]] = {}
         self._networks: dict[tuple[str, int], nn.Module] = {}
+        self._missing: dict[Path, FileNotFoundError] = {}
+        self._weights_MB: dict[str, float | None] = {}
 
     def check(self, job: Config) -> None:
         """Raise the first error that keeps a job from running on this machine; do not train it.
@@ -147,8 +151,11 @@ class Checker:
                 yield error
         checks: list[Callable[[], object]] = [
             partial(_check_settings, job),
-            partial(check_teacher, job),
+            partial(check_pins, job),
         ]
+        # Jobs may name one file by different keys; the plan has one line for each file.
+        for path, missing in missing_teachers(job).items():
+            yield self._missing.setdefault(path, missing)
         image_CHW = _published_image(job)
         labels_N = None
         if data is not None:
@@ -228,6 +235,27 @@ class Checker:
         if key not in self._fingerprints:
             self._fingerprints[key] = present_fingerprint(job)
         return data_changed(result, self._fingerprints[key])
+
+    def run_MB(self, job: Config) -> float | None:
+        """Return the estimated disk space of a run in megabytes; None if it is not known.
+
+        A run directory keeps two checkpoints with the student's weights and the optimizer's buffers
+        of each parameter, one for SGD and two for other optimizers, and once the best weights.
+        """
+        key = canonical([job.student.model, job.dataset.num_classes])
+        if key not in self._weights_MB:
+            try:
+                with torch.device("meta"):
+                    network = instantiate(job.student.model, num_classes=job.dataset.num_classes)
+                tensors = network.state_dict().values()
+                self._weights_MB[key] = sum(one.nbytes for one in tensors) / 1e6
+            except Exception:  # a network may raise anything; the checks of the job say why
+                self._weights_MB[key] = None
+        weights = self._weights_MB[key]
+        buffers = 2
+        if str(job.optimizer.algorithm.get("_target_")).endswith(".SGD"):
+            buffers = 1
+        return None if weights is None else weights * (2 * (1 + buffers) + 1)
 
     def _data_set(self, job: Config) -> DataSet:
         key = canonical([job.dataset.load, job.dataset.size])
@@ -408,7 +436,9 @@ def report(
           other data than its data set has now;
         - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
         - "teachers": missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
-          epochs)".
+          epochs)";
+        - "run_MB": estimated disk space of each job of `todo` in megabytes, for a plan that is only
+          printed; an entry is None if it is not known, for example for a network that is missing.
 
     Raises:
         record.Damaged: If the result.json of a finished job is damaged.
@@ -419,8 +449,10 @@ def report(
     if torch.cuda.is_available():
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     downloads: list[str] = []
+    run_MB: list[float | None] = []
     if todo and todo[0].sweep.plan:
         found, downloads = obstacles(todo, runs_locally)
+        run_MB = [checker.run_MB(job) for job in todo]
     else:
         found = problems(todo, runs_locally)
     return {
@@ -440,6 +472,7 @@ def report(
         "teachers": list(
             dict.fromkeys(_teacher_line(one) for job in todo for one in trained_first(job))
         ),
+        "run_MB": run_MB,
     }
 
 

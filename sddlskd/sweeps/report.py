@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
 from sddlskd.sweeps.grid import reasons_together
-from sddlskd.sweeps.plan import Plan, groups_of
+from sddlskd.sweeps.plan import Plan, epochs_of, groups_of, networks_of
 from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
 from sddlskd.terminal.words import counted
@@ -20,6 +21,7 @@ from sddlskd.terminal.words import counted
 __all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
 
 LOG_LINES = 3  # last lines of the log of a failed job
+KINDS = {"cpu": "a CPU", "cuda": "a GPU", "mps": "MPS"}  # kinds of devices in words
 SHOWN_GROUPS = 12  # groups that a plan lists
 
 
@@ -28,8 +30,9 @@ def plan_lines(plan: Plan) -> list[str]:
 
     The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
     are trained together. If jobs of a group share their teacher's forward passes, a line says how
-    often the teacher goes through the data in an epoch. If there are jobs to run, the last line has
-    the estimated time, or says that the time is not known.
+    often the teacher goes through the data in an epoch. If halving drops jobs, a line has the
+    epochs that are left. If there are jobs to run, the last line has the estimated time, or says
+    for which jobs the time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
@@ -41,14 +44,60 @@ def plan_lines(plan: Plan) -> list[str]:
     if len(with_teacher) < alone:
         often = "once" if len(with_teacher) == 1 else f"{len(with_teacher)} times"
         lines.append(f"the teacher goes through the data {often} an epoch instead of {alone}")
-    if plan.todo and plan.seconds is None:
-        lines.append("there are no similar runs yet, so the time is not known")
-    elif plan.todo and plan.seconds is not None:
-        lines.append(f"about {duration(plan.seconds)} on one device, estimated from similar runs")
+    if plan.todo and plan.todo[0].sweep.halving:
+        lines.append(_halving_line(plan))
+    if plan.todo:
+        lines.append(_time_line(plan))
     return lines
 
 
-def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> None:
+def _disk_line(run_MB: Sequence[float], folder: Path) -> str:
+    """Return a line with the disk space of runs in megabytes, and the free space at a folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    largest, all_GB = max(run_MB), sum(run_MB) / 1e3
+    return (
+        f"disk: at most about {largest:.3g} MB a run, {all_GB:.2g} GB in all; free: {free:.3g} GB"
+    )
+
+
+def _halving_line(plan: Plan) -> str:
+    ends = ", ".join(map(str, plan.todo[0].sweep.halving))
+    most = sum(map(epochs_of, plan.groups))
+    undisturbed = sum(job.trainer.epochs for job in plan.todo)
+    return (
+        f"halving at the end of epochs {ends}: these jobs train at most {counted(most, 'epoch')} "
+        f"in all instead of {undisturbed}"
+    )
+
+
+def _time_line(plan: Plan) -> str:
+    """Return a line with the estimated time of a plan that has jobs to run."""
+    if plan.kind is None:
+        return "the jobs run on devices of several kinds, so the time is not known"
+    where = f"on {KINDS.get(plan.kind, plan.kind)}"
+    known = [seconds for seconds in plan.job_seconds if seconds is not None]
+    if not known:
+        return f"there are no similar runs {where} yet, so the time is not known"
+    line = f"about {duration(sum(known))} on one device, estimated from similar runs {where}"
+    if plan.todo[0].sweep.halving:
+        line += " as if none was dropped"
+    if len(known) == len(plan.todo):
+        return line
+    unknown = {
+        networks_of(job): None
+        for job, seconds in zip(plan.todo, plan.job_seconds, strict=True)
+        if seconds is None
+    }
+    return (
+        f"the time is known for {len(known)} of {_jobs(len(plan.todo))}: {line}; "
+        f"there is no run of {', '.join(unknown)} yet"
+    )
+
+
+def print_plan(
+    plan: Plan, devices: Sequence[str], requests: Sequence[str], array_parallelism: int | None
+) -> None:
     """Print what a sweep would run, how its jobs spread over the devices, and every obstacle.
 
     An obstacle is a reason why a job cannot run. Each one is printed once, with the names of up to
@@ -58,9 +107,16 @@ def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> N
         plan: plan of the sweep.
         devices: devices of this machine that would train the jobs; [] on a cluster.
         requests: lines that say what the sweep would ask a cluster for; [] on this machine.
+        array_parallelism: largest number of a cluster's tasks at once; None on this machine.
     """
-    for line in (*plan_lines(plan), *_spread_lines(plan, devices), *requests):
+    spread = _spread_lines(plan, devices)
+    if array_parallelism and plan.groups:
+        spread += _sharing_lines(plan, array_parallelism)
+    for line in (*plan_lines(plan), *spread, *requests):
         write_line(line)
+    known_MB = [size for size in plan.run_MB if size is not None]
+    if known_MB and len(known_MB) == len(plan.todo):
+        write_line(_disk_line(known_MB, Path(plan.folder)))
     left_out = ""
     if plan.seconds is not None:
         left_out = ", for which more time is needed"
@@ -75,17 +131,14 @@ def print_plan(plan: Plan, devices: Sequence[str], requests: Sequence[str]) -> N
 def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     """Return lines that say how many jobs each group and device gets, and a better group size.
 
-    Nothing is said of devices if a cluster or several devices together train a job. If a cluster
-    trains jobs one by one that could share their teacher, a line names the launcher for that.
+    Nothing is said of devices if a cluster or several devices together train a job.
     """
     if not plan.groups:
         return []
     sizes = [len(group) for group in plan.groups]
     numbers = [f"{count} of {_jobs(size)}" for size, count in Counter(sizes).items()]
     lines = [f"groups: {', '.join(numbers)}", *_group_lines(plan.groups)]
-    if not devices:
-        return [*lines, *_sharing_lines(plan)]
-    if any(job.trainer.devices > 1 for job in plan.todo):
+    if not devices or any(job.trainer.devices > 1 for job in plan.todo):
         return lines
     per_device = jobs_of_devices(sizes, len(devices))
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
@@ -108,18 +161,44 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     return lines
 
 
-def _sharing_lines(plan: Plan) -> list[str]:
-    """Return a line that names the launcher for jobs which could share their teacher, or []."""
+def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
+    """Return lines that name larger and smaller groups for a cluster, and what they would cost.
+
+    A line names the launcher for jobs that could share their teacher. Another one names a smaller
+    group size if there are fewer tasks than may run at once, or says that none would end earlier.
+    """
+    lines = []
     with_teacher = [job for job in plan.todo if job.has_teacher]
     apart = groups_of(with_teacher, plan.max_group_size)
     together = groups_of(with_teacher)
-    if len(together) == len(apart):
-        return []
-    return [
-        f"jobs that share a teacher and batches: {len(with_teacher)} jobs could train in "
-        f"{counted(len(together), 'task')} instead of {len(apart)}, which run the teacher once for "
-        "all their jobs: hydra/launcher=slurm_shared_teacher, or hydra.launcher.max_group_size=null"
-    ]
+    longest = max(map(len, plan.groups))
+    if len(together) < len(apart):
+        lines.append(
+            f"jobs that share a teacher and batches: {len(with_teacher)} jobs could train in "
+            f"{counted(len(together), 'task')} instead of {len(apart)}, which run the teacher once "
+            "for all their jobs: hydra/launcher=slurm_shared_teacher, or "
+            "hydra.launcher.max_group_size=null; the longest task would then train "
+            f"{_jobs(max(map(len, together)))} instead of {max(map(len, apart))}"
+        )
+    if len(plan.groups) >= array_parallelism or longest == 1:
+        return lines
+    sizes = [len(group) for group in groups_of(plan.todo)]
+    smaller = better_group_size(sizes, array_parallelism, plan.max_group_size)
+    tasks = (
+        f"{counted(len(plan.groups), 'task')} for hydra.launcher.array_parallelism="
+        f"{array_parallelism}"
+    )
+    if not smaller or smaller > longest:
+        return [*lines, f"{tasks}: no smaller hydra.launcher.max_group_size would end earlier"]
+    parts = groups_of(plan.todo, smaller)
+    passes = len(groups_of(with_teacher, smaller))
+    lines.append(
+        f"{tasks}: hydra.launcher.max_group_size={smaller} would end earlier: it makes "
+        f"{counted(len(parts), 'task')}, the longest of {_jobs(smaller)} instead of {longest}, and "
+        f"the teacher goes through the data {counted(passes, 'time')} an epoch instead of "
+        f"{len(apart)}"
+    )
+    return lines
 
 
 def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:

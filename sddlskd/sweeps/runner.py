@@ -16,9 +16,12 @@ class GroupRunner(Protocol):
 
     Attributes:
         runs_locally: whether the jobs run on this machine.
+        array_parallelism: largest number of a cluster's tasks that run at once; None on this
+            machine.
     """
 
     runs_locally: bool
+    array_parallelism: int | None
 
     def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
         """Yield every reason why the runner cannot run the jobs; write no file.
@@ -44,6 +47,14 @@ class GroupRunner(Protocol):
         Args:
             jobs: jobs to run.
             visible: devices of this machine, such as ["cuda:0"].
+        """
+        ...
+
+    def kind(self, jobs: Sequence[Config], visible: Sequence[str]) -> str | None:
+        """Return the kind of the devices that train the jobs, "cuda", "mps" or "cpu".
+
+        The time of past runs holds for devices of one kind only. Return None if the kinds differ.
+        The arguments are those of `places`.
         """
         ...
 

@@ -431,6 +431,8 @@ class Search:
             if not is_told:
                 _tell_if_not_held_out(jobs[0])
                 is_told = True
+            if jobs[0].sweep.plan:
+                write_line(self._plan_line(jobs))
             try:
                 launch(overrides)
             except SystemExit as ended:
@@ -441,6 +443,13 @@ class Search:
                     self.judge(number, job, result_of(job))
             self._log_progress()
         self._report(compose([[*self.fixed, *words] for words in self.trials()]))
+
+    def _plan_line(self, jobs: Sequence[Config]) -> str:
+        """Return a line that says how the first batch of a search relates to all of its trials."""
+        return (
+            f"search: {counted(self.n_trials, 'trial')} in all, {self.n_jobs} at a time; the plan "
+            f"is that of the first batch of {len(jobs)}, and others follow from its results"
+        )
 
     def _log_progress(self) -> None:
         best = self.best()

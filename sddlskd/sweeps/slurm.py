@@ -444,6 +444,20 @@ class Slurm(GroupRunner):
         """Return [], because SLURM chooses the devices."""
         return []
 
+    def kind(self, jobs: Sequence[Config], visible: Sequence[str]) -> str | None:
+        """Return "cuda" if tasks ask for GPUs or jobs for CUDA, else "cpu"; None if jobs differ.
+
+        The arguments are those of `GroupRunner.kind`; `visible` is not used.
+        """
+        kinds = {job.trainer.device.partition(":")[0] for job in jobs}
+        if "auto" in kinds:
+            kinds.remove("auto")
+            kind = "cpu"
+            if any(self.options.get(option) for option in RESOURCES["GPUs"]):
+                kind = "cuda"
+            kinds.add(kind)
+        return kinds.pop() if len(kinds) == 1 else None
+
     def requests(
         self, groups: Sequence[Sequence[Config]], seconds: Sequence[float | None]
     ) -> list[str]:
@@ -473,7 +487,9 @@ class Slurm(GroupRunner):
         if not known:
             return (
                 f"whether {limit} suffices is not known without similar runs; a task that needs "
-                "longer is requeued and goes on from its checkpoint"
+                f"longer is requeued, at most {counted(self.max_requeues, 'time')}, and goes on "
+                "from its checkpoint; after that its jobs stay interrupted until the same command "
+                "continues them"
             )
         task = "the longest task"
         if len(known) < len(seconds):
@@ -494,8 +510,8 @@ class Slurm(GroupRunner):
         )
         if requeues > self.max_requeues:
             line += (
-                f"; hydra.launcher.max_requeues={self.max_requeues} stops it before its end, so "
-                "raise one of the two, or run the same command again"
+                f"; hydra.launcher.max_requeues={self.max_requeues} leaves its jobs interrupted "
+                "before their end, so raise one of the two, or run the same command again"
             )
         return line
 
@@ -614,7 +630,11 @@ class Slurm(GroupRunner):
         nodes = self.options["nodes"]
         if ranks % nodes == 0:
             return ""
-        return f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}"
+        return (
+            f"trainer.devices={ranks} does not spread evenly over hydra.launcher.nodes={nodes}; "
+            "nodes is for one job that spans several nodes: leave it out, or make trainer.devices "
+            "a multiple of it (hydra.launcher.array_parallelism limits how many tasks run at once)"
+        )
 
     def _executor(self, folder: Path, ranks: int, parallelism: int) -> Any:
         """Return submitit's executor with every option set.

@@ -43,6 +43,7 @@ __all__ = [
     "check_objective",
     "check_one_image",
     "check_one_process",
+    "check_pins",
     "check_same_data",
     "check_scales",
     "check_teacher",
@@ -51,6 +52,7 @@ __all__ = [
     "data_changed",
     "leaves_one_image",
     "missing_teacher",
+    "missing_teachers",
     "teacher_changed",
     "teacher_path",
     "trained_first",
@@ -353,17 +355,31 @@ def check_teacher(job: Config) -> None:
         ValueError: If the default file has another sha256 than the recorded one, or if lock.json is
             damaged.
     """
-    missing = []
-    for key, one in zip(cfg.teacher_keys(job), cfg.each_teacher(job), strict=True):
+    check_pins(job)
+    if missing := missing_teachers(job):
+        raise FileNotFoundError("; ".join(map(str, missing.values())))
+
+
+def check_pins(job: Config) -> None:
+    """Raise ValueError if a default teacher file of a job was replaced, or lock.json is damaged.
+
+    A missing file is no error here. See `check_teacher`.
+    """
+    for one in cfg.each_teacher(job):
         path = teacher_path(one)
-        if not path.exists():
-            if one.teacher.checkpoint or not one.teacher.train_if_missing:
-                missing.append(str(missing_teacher(one, key)))
-        elif not one.teacher.checkpoint:
+        if path.exists() and not one.teacher.checkpoint:
             name = teacher_files.pin_key(one.dataset.name, one.teacher.name)
             teacher_files.check_pin(one.home, name, teacher_files.file_hash(path))
-    if missing:
-        raise FileNotFoundError("; ".join(missing))
+
+
+def missing_teachers(job: Config) -> dict[Path, FileNotFoundError]:
+    """Return the error for each teacher file that a job lacks and does not train: {path: error}."""
+    return {
+        teacher_path(one): missing_teacher(one, key)
+        for key, one in zip(cfg.teacher_keys(job), cfg.each_teacher(job), strict=True)
+        if not teacher_path(one).exists()
+        and (one.teacher.checkpoint or not one.teacher.train_if_missing)
+    }
 
 
 def missing_teacher(job: Config, key: str = "teacher") -> FileNotFoundError:
