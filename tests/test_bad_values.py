@@ -544,8 +544,6 @@ UNNAMED = ".name is missing; add a line `name: ...` (the name in tables) to the 
 OF_OWN_FILES = {
     "recipe=bare": "the first line of recipe/bare.yaml must be `# @package _global_`",
     "recipe=flat": "the first line of recipe/flat.yaml must be `# @package _global_`",
-    "recipe/bare.yaml": "defaults:\n  - override /distiller: kd\nrecipe: bare",
-    "recipe/flat.yaml": "recipe: flat\nM: [1]",
     "features=bare": f"the first line of features/bare.yaml {PACKAGE}",
     "features=deep": f"the first line of features/deep.yaml {PACKAGE}",
     "distiller=bare": f"distiller{UNNAMED} distiller=...",
