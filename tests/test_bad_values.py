@@ -23,7 +23,8 @@ from sddlskd import config as cfg
 from sddlskd import train
 from sddlskd.config import Config
 from sddlskd.config.schema import ARGUMENTS, LAUNCHER, Bounds, FeatureConfig
-from sddlskd.sweeps.precheck import problems
+from sddlskd.config.targets import check_code
+from sddlskd.sweeps.precheck import Checker, problems
 from sddlskd.terminal.console import explain
 from sddlskd.training.fit import fit
 from sddlskd.training.stand_ins import try_loss, try_optimizer
@@ -215,10 +216,73 @@ def test_an_optimizer_that_makes_weights_infinite_is_refused() -> None:
 
 
 def test_code_that_cannot_be_found_is_refused_as_other_errors() -> None:
-    with pytest.raises(ValueError, match=r"distiller\.loss=nopackage\.f\(\) cannot be computed"):
+    with pytest.raises(ValueError, match=r"_target_=nopackage\.f cannot be found"):
         try_loss({"_target_": "nopackage.f"}, 10)
-    with pytest.raises(ValueError, match=r"optimizer\.algorithm=nopackage\.F\(\) cannot update"):
+    with pytest.raises(ValueError, match=r"_target_=nopackage\.F cannot be found"):
         try_optimizer({"_target_": "nopackage.F"}, 0.1, torch.device("cpu"))
+
+
+MISSING = {
+    "own_losses.jss": "cannot be found: own_losses has no function jss; did you mean js?",
+    "own_losses.JSS": "cannot be found: own_losses has no class JSS; did you mean js?",
+    "own_losses.zz": "cannot be found: own_losses has no function zz; it has js, two, cut",
+    "own_loses.js": "cannot be found: there is no module own_loses; did you mean own_losses?",
+    "nopackage.f": "cannot be found: there is no module nopackage; start from its folder, or set "
+    "PYTHONPATH",
+    "own_losses": "is a module; name a function or a class",
+    "own_syntax.f": "cannot be imported: own_syntax.py, line 2: expected ':'",
+    "own_raises.f": "cannot be imported: own_raises.py, line 3: ModuleNotFoundError: No module "
+    "named 'nopackage'",
+    "sddlskd.losses.kdd": "cannot be found: sddlskd.losses has no function kdd; did you mean kd?",
+    "sddlskd.loses.kd": "cannot be found: sddlskd has no module loses; did you mean losses?",
+}
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make modules of a user, which can be imported."""
+    (tmp_path / "own_losses.py").write_text(
+        "def js(s, t, y): return (s - t).square().mean(1)\n"
+        "def two(s, t): return (s - t).square().mean(1)\n"
+        "def cut(s, t, y): return (s.detach() - t).square().mean(1)\n"
+    )
+    (tmp_path / "own_syntax.py").write_text("\ndef f(s)\n")
+    (tmp_path / "own_raises.py").write_text("\n\nimport nopackage\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("own_code")
+def test_a_mistyped_target_is_named_with_its_key_and_what_is_there() -> None:
+    for target, says in MISSING.items():
+        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+            check_code({"_target_": target}, "features.a.method")
+        assert str(caught.value) == f"features.a.method._target_={target} {says}"
+
+
+def test_every_target_of_a_job_is_checked_with_its_key(tmp_path: Path) -> None:
+    missing = {"_target_": "nopackage.F"}
+    job = tiny(tmp_path, "features=[at]")
+    for key in (
+        "student.model", "teacher.model", "distiller.loss", "dataset.load", "optimizer.algorithm"
+    ):  # fmt: skip
+        group, name = key.split(".")
+        wrong = replace(job, **{group: replace(getattr(job, group), **{name: missing})})
+        ((_, reason),) = problems([wrong])
+        assert reason.startswith(f"{key}._target_=nopackage.F cannot be found")
+        assert [explain(error) for error in Checker().obstacles(wrong)] == [reason]
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            fit([wrong])
+    wrong = replace(job, features={"at": replace(job.features["at"], method=missing)})
+    ((_, reason),) = problems([wrong])
+    assert reason.startswith("features.at.method._target_=nopackage.F cannot be found")
+
+
+@pytest.mark.usefixtures("own_code")
+def test_a_loss_without_gradient_or_target_is_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match=r"own_losses.cut\(\) has no gradient for the student; is"):
+        try_loss({"_target_": "own_losses.cut"}, 10)
+    with pytest.raises(ValueError, match=r"given\); a loss takes \(student, teacher, target\)"):
+        try_loss({"_target_": "own_losses.two"}, 10)
 
 
 def summed(student_NK: torch.Tensor, teacher_NK: torch.Tensor, target_N: torch.Tensor) -> Any:
@@ -388,7 +452,10 @@ REFUSED = [
      "sweep.max_seeds=2 must be at least 3"),
     (["-m", "sweep.seeds=enough", "M=[1],[1,2]"], "sweep.seeds"),
     (["-m", "hydra/launcher=slurm", "hydra.launcher.timeout_min=24:00:00", "seed=0,1"],
-     "hydra.launcher.timeout_min=24:00:00 is not an integer of minutes"),
+     "hydra.launcher.timeout_min=24:00:00 is not an integer of minutes; 24:00:00 is 1440"),
+    (["-m", "hydra/launcher=slurm", "hydra.launcher.devices=[cuda:0]", "seed=0,1"],
+     "SLURM assigns devices; set hydra.launcher.gpus_per_node"),
+    (["teacher=null"], "teacher=null: distillation needs a teacher; choose one with teacher=..., "),
     (["-m", "hydra.launcher.max_group_size=0", "seed=0,1"],
      "hydra.launcher.max_group_size=0 must be at least 1"),
 ]  # fmt: skip
@@ -462,3 +529,34 @@ def test_a_method_with_the_name_of_another_metric_is_refused(tmp_path: Path, nam
     feature = FeatureConfig(method={"_target_": "sddlskd.methods.at.AT"})
     with pytest.raises(ValueError, match=f"features.{name} has the name of another loss"):
         cfg.normalise(replace(job, features={name: feature}))
+
+
+OWN_FILES = {
+    "recipe/bare.yaml": "defaults:\n  - override /distiller: kd\nrecipe: bare",
+    "recipe/flat.yaml": "recipe: flat\nM: [1]",
+    "features/bare.yaml": "weight: 1.0\nmethod: {_target_: my.Method}",
+    "features/deep.yaml": "method: {_target_: my.Method}",
+    "distiller/bare.yaml": "loss: {_target_: my.loss}",
+    "student/bare.yaml": "model: {_target_: my.Network}",
+}
+PACKAGE = "must be `# @package features.NAME`, NAME being the name of the method in tables"
+UNNAMED = ".name is missing; add a line `name: ...` (the name in tables) to the file of"
+OF_OWN_FILES = {
+    "recipe=bare": "the first line of recipe/bare.yaml must be `# @package _global_`",
+    "recipe=flat": "the first line of recipe/flat.yaml must be `# @package _global_`",
+    "features=bare": f"the first line of features/bare.yaml {PACKAGE}",
+    "features=deep": f"the first line of features/deep.yaml {PACKAGE}",
+    "distiller=bare": f"distiller{UNNAMED} distiller=...",
+    "student=bare": f"student{UNNAMED} student=...",
+}
+
+
+def test_what_a_file_lacks_is_said(
+    refused: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("conf")
+    for name, text in OWN_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    for override, says in OF_OWN_FILES.items():
+        assert refused(override, f"--config-dir={folder}") == says

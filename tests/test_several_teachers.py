@@ -260,7 +260,14 @@ REFUSED = [
         "and a file of its own: +teacher@more_teachers.second=CHOICE "
         "more_teachers.second.checkpoint=FILE",
     ),
-    (["teacher=[]"], "teacher=[] names no teacher; choose one, or take recipe=vanilla"),
+    *(
+        (
+            [word],
+            f"{word}: distillation needs a teacher; choose one with teacher=..., or leave it out: "
+            "recipe=vanilla trains a student alone",
+        )
+        for word in ("teacher=[]", "teacher=null", "teacher=none", "teacher=", "~teacher")
+    ),
 ]
 
 

@@ -36,13 +36,13 @@ from sddlskd.sweeps.manifest import (
     write_plan,
 )
 from sddlskd.sweeps.outcome import state_of
-from sddlskd.sweeps.plan import ask_precheck, epochs_of
+from sddlskd.sweeps.plan import ask_precheck, epochs_of, make_plan
 from sddlskd.sweeps.pool import Pool, Task
-from sddlskd.sweeps.report import cause_of
+from sddlskd.sweeps.report import cause_of, plan_lines
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
 from tests.composing import loader_of
-from tests.tiny import DIVERGES, ForkedCommand, ForkedWorker
+from tests.tiny import DIVERGES, ForkedCommand, ForkedWorker, tiny
 
 REPO = Path(__file__).parent.parent
 COMMON = [
@@ -885,3 +885,20 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(
         run(jobs, devices=["cpu"] * 1000)
     assert sorted(home.rglob("*")) == before
     pool(devices=["cpu"] * 1000).validate(jobs[:2])
+
+
+def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
+    nothing: dict[str, list[Any]] = {
+        key: [] for key in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+    }
+
+    def lines(*words: str) -> list[str]:
+        jobs = [tiny(tmp_path, *words, f"M={M}") for M in ("[1]", "[1,2]", "[1,2]")]
+        plan = make_plan(jobs, "s", runs_locally=True, precheck=lambda *_: nothing)
+        return plan_lines(plan)
+
+    assert lines()[1] == "1 more job is equal to these"
+    assert lines("recipe=vanilla")[1] == (
+        "2 more jobs are equal to these: M has no effect without a loss on the logits "
+        "(distiller=vanilla)"
+    )

@@ -239,17 +239,20 @@ def with_each_teacher(overrides: Sequence[str]) -> list[str]:
     Hydra would merge the settings of the teachers in a list. "teacher=[a,b]" therefore becomes
     "teacher=a" and "+teacher@more_teachers.b=b". Other overrides stay as they are.
 
-    Raise ValueError if a list names a teacher twice, or no teacher.
+    Raise ValueError if a list names a teacher twice, or if an override takes the teacher away.
     """
     words: list[str] = []
     for text in overrides:
+        if re.fullmatch(r"~teacher(=.*)?|teacher=(null|none|\[ *\]|''|\"\")?", text, re.IGNORECASE):
+            raise ValueError(
+                f"{text}: distillation needs a teacher; choose one with teacher=..., or leave it "
+                "out: recipe=vanilla trains a student alone"
+            )
         chosen = re.fullmatch(r"teacher=\[([^\[\]]*)\]", text)
         if not chosen:
             words.append(text)
             continue
         first, *others = (name.strip() for name in chosen[1].split(","))
-        if not first:
-            raise ValueError(f"{text} names no teacher; choose one, or take recipe=vanilla")
         if len({first, *others}) < 1 + len(others):
             raise ValueError(
                 f"{text} names a teacher twice; give the second one a name and a file of its own: "
@@ -301,8 +304,8 @@ def _check_packages(values: Any) -> None:
     names = [f.name for f in fields(FeatureConfig)]
     if isinstance(features, dict) and (lost := [name for name in names if name in features]):
         raise ValueError(
-            f"features.{lost[0]} belongs to no method; begin the file of the group features with "
-            "the line '# @package features.NAME', NAME being the name of the file"
+            f"features.{lost[0]} belongs to no method; the first line of the file of features=... "
+            "must be `# @package features.NAME`, NAME being the name of the method in tables"
         )
 
 

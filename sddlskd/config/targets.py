@@ -8,17 +8,27 @@ path resolves to.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
+from traceback import extract_tb
 from typing import Any
 
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 
-__all__ = ["ForeignTarget", "check_names", "instantiate", "refuse_interpolations"]
+__all__ = [
+    "ForeignTarget",
+    "MissingCode",
+    "check_code",
+    "check_names",
+    "instantiate",
+    "refuse_interpolations",
+]
 
 PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
 # Where an allowed subclass of nn.Module may come from
@@ -35,6 +45,11 @@ RENAMED = {
     "sddlskd.folders.tiny_imagenet": "sddlskd.datasets.tiny_imagenet",
 }
 _FIRST_NAMES = {new: first for first, new in RENAMED.items()}
+MOST_NAMES = 12  # names that a message lists
+CURE = (
+    "name a network, a method, an optimizer, or a function of sddlskd.models, sddlskd.losses "
+    "or sddlskd.datasets"
+)
 
 
 class ForeignTarget(ValueError):
@@ -42,6 +57,10 @@ class ForeignTarget(ValueError):
 
     The error is raised for jobs without `allow_foreign_targets`.
     """
+
+
+class MissingCode(ValueError):
+    """Error for a `_target_` whose code cannot be found or imported."""
 
 
 def check_names(node: Any, key: str, allow_foreign: bool) -> None:
@@ -97,8 +116,7 @@ def refuse_interpolations(node: Any, key: str) -> None:
 def instantiate(node: Any, **arguments: Any) -> Any:
     """Check the targets in `node` (`_target_`, names of code), then call `hydra.utils.instantiate`.
 
-    Targets outside of `PACKAGES` (sddlskd, torch, torchvision, timm) are not checked here, because
-    they passed `check_names` when the job was composed.
+    The targets are checked by `check_code`.
 
     Args:
         node: Values of a configuration with a `_target_`; every target is a text.
@@ -108,17 +126,40 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         What the target returns, or a functools.partial of the target with `_partial_=True`.
 
     Raises:
-        ValueError: If a target from `PACKAGES` is private, cannot be found, or is neither a
-            network, nor an optimizer, nor a public function of sddlskd.datasets, sddlskd.losses or
-            sddlskd.models; or if a text or a key contains "${". Nothing is called in these cases.
-        InstantiationException: If Hydra cannot call a target: the call raises an error, a target
-            outside of `PACKAGES` cannot be found, or any other problem.
+        ValueError: As `check_code` raises it, or if a text or a key contains "${". Nothing is
+            called in these cases.
+        InstantiationException: If the call of a target raises an error, or if Hydra has any other
+            problem.
     """
     refuse_interpolations(node, "")
-    for _, target in _targets(node, ""):
-        if _is_ours(target):
-            _check_kind(target)
+    check_code(node, "")
     return hydra_instantiate(node, **arguments)
+
+
+def check_code(node: Any, key: str) -> None:
+    """Import the code that the targets in nested values name; raise ValueError if that fails.
+
+    Targets outside of `PACKAGES` (sddlskd, torch, torchvision, timm) may be any function or class,
+    because they passed `check_names` when the job was composed.
+
+    Args:
+        node: Values of a configuration; every target is a text.
+        key: Dotted key of `node`, for the message.
+
+    Raises:
+        MissingCode: If a target cannot be found or imported. The error is a ValueError, and its
+            message says which part of the name is wrong, or which line of the user's file.
+        ValueError: If a target from `PACKAGES` is private, or is neither a network, nor an
+            optimizer, nor a public function of sddlskd.datasets, sddlskd.losses or sddlskd.models.
+            Also if a target from elsewhere cannot be called, such as a module.
+    """
+    for place, target in _targets(node, key):
+        if _is_ours(target):
+            _check_kind(place, target)
+        elif not callable(found := _find(place, target)):
+            raise ValueError(
+                f"{place}={target} is a {type(found).__name__}; name a function or a class"
+            )
 
 
 def foreign_files(node: Any) -> dict[str, Path]:
@@ -223,23 +264,16 @@ def _without_messages(name: str) -> Iterator[None]:
         logger.disabled = earlier
 
 
-def _check_kind(target: str) -> None:
-    """Raise ValueError unless `target` is an allowed network, optimizer or function."""
+def _check_kind(place: str, target: str) -> None:
+    """Raise ValueError unless `target` is an allowed network, optimizer or function.
+
+    `place` is the dotted key of the target, for the message.
+    """
     from torch import nn, optim  # slow to import, and `check_names` does not need it
 
-    cure = (
-        "name a network, a method, an optimizer, or a function of sddlskd.models, sddlskd.losses "
-        "or sddlskd.datasets"
-    )
     if any(part.startswith("_") for part in target.split(".")):
-        raise ValueError(f"_target_={target} is private; {cure}")
-    try:
-        with _without_messages("hydra.utils"):
-            found = get_object(target)
-    except Exception as error:  # an import along the path may raise anything
-        raise ValueError(
-            f"_target_={target} cannot be found ({' '.join(str(error).split())[:200]}); {cure}"
-        ) from error
+        raise ValueError(f"{place}={target} is private; {CURE}")
+    found = _find(place, target)
     if isinstance(found, type):
         origin = f"{found.__module__}."
         network = issubclass(found, nn.Module) and origin.startswith(NETWORK_MODULES)
@@ -248,4 +282,94 @@ def _check_kind(target: str) -> None:
     else:
         allowed = any(found is function for function in _functions())
     if not allowed:
-        raise ValueError(f"_target_={target} is not allowed in a configuration; {cure}")
+        raise ValueError(f"{place}={target} is not allowed in a configuration; {CURE}")
+
+
+def _find(place: str, target: str) -> Any:
+    """Return the object that a dotted name names; raise MissingCode if there is none.
+
+    `place` is the dotted key of the name, for the message.
+    """
+    try:
+        with _without_messages("hydra.utils"):
+            return get_object(target)
+    except Exception as error:  # an import along the path may raise anything
+        raise MissingCode(f"{place}={target} {_fault(target)}") from error
+
+
+def _fault(target: str) -> str:
+    """Return what is wrong with a dotted name, as the end of a sentence about it."""
+    path, *names = target.split(".")
+    try:
+        found = import_module(path)
+    except Exception as error:
+        return _import_fault(path, error)
+    for index, name in enumerate(names):
+        whole = f"{path}.{name}"
+        if not hasattr(found, name):
+            try:
+                import_module(whole)
+            except ModuleNotFoundError as error:
+                if error.name == whole:
+                    kind = _kind(name, is_last=index == len(names) - 1)
+                    return f"cannot be found: {path} has no {kind} {_instead(found, name)}"
+                return _import_fault(whole, error)
+            except Exception as error:
+                return _import_fault(whole, error)
+        path, found = whole, getattr(found, name)
+    return "cannot be found"
+
+
+def _kind(name: str, *, is_last: bool) -> str:
+    """Return what a part of a dotted name is meant to be; `is_last` tells of the last part."""
+    if not is_last:
+        return "module"
+    return "class" if name[:1].isupper() else "function"
+
+
+def _instead(found: Any, name: str) -> str:
+    """Return a name that `found`, a module or a class, lacks, with what to type instead."""
+    path = getattr(found, "__name__", "")
+    own = [
+        known
+        for known, value in vars(found).items()
+        if callable(value) and not known.startswith("_") and value.__module__ == path
+    ]
+    own += [module.name for module in iter_modules(getattr(found, "__path__", []))]
+    public = getattr(found, "__all__", own)
+    if near := _nearest(name, public):
+        return f"{name}; did you mean {near}?"
+    if 0 < len(public) <= MOST_NAMES:
+        return f"{name}; it has {', '.join(public)}"
+    return f"{name}; name another"
+
+
+def _nearest(name: str, known: Iterable[str], least: float = 0.7) -> str:
+    """Return the known name that is most like `name`, whatever the case, or "" if none is.
+
+    `least` is the least likeness, as a ratio of difflib.
+    """
+    by_small = {one.lower(): one for one in known}
+    near = get_close_matches(name.lower(), by_small, n=1, cutoff=least)
+    return by_small[near[0]] if near else ""
+
+
+def _import_fault(module: str, error: Exception) -> str:
+    """Return why a module cannot be imported, as the end of a sentence about it."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module:
+        if near := _nearest(module, (one.name for one in iter_modules()), least=0.8):
+            return f"cannot be found: there is no module {module}; did you mean {near}?"
+        return (
+            f"cannot be found: there is no module {module}; start from its folder, or set "
+            "PYTHONPATH"
+        )
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"cannot be imported: {Path(error.filename).name}, line {error.lineno}: {error.msg}"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    _, file = _source_of(module)
+    lines = [
+        frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    if file is not None and lines:
+        return f"cannot be imported: {file.name}, line {lines[-1]}: {said}"
+    return f"cannot be imported: {said}"

@@ -36,6 +36,12 @@ __all__ = ["groups_of", "run_sweep"]
 
 log = logging.getLogger(__name__)
 
+# End of a warning about some finished jobs of a sweep
+RERUN = (
+    "sweep.rerun=all runs all jobs of its command again: leave the others out of it, as with "
+    "recipe=NAME"
+)
+
 
 def run_sweep(
     jobs: Sequence[Config],
@@ -125,8 +131,7 @@ def _warn_of_finished(plan: Plan) -> None:
     """Log a warning for each way in which finished jobs differ from what would run now."""
     if plan.changed:
         log.warning(
-            "%s learnt from another teacher file than the current one (%s ...); "
-            "sweep.rerun=all runs them again",
+            "%s learnt from another teacher file than the current one (%s ...); " + RERUN,
             counted(len(plan.changed), "finished job"),
             ", ".join(map(cfg.run_name, plan.changed[:3])),
         )
@@ -134,7 +139,7 @@ def _warn_of_finished(plan: Plan) -> None:
         job, change = plan.other_data[0]
         log.warning(
             "%s learnt from other data than there is now "
-            "(%s: %s ...); choose another dataset.name, or sweep.rerun=all runs them again",
+            "(%s: %s ...); choose another dataset.name, or " + RERUN,
             counted(len(plan.other_data), "finished job"),
             cfg.run_name(job),
             change,
@@ -142,8 +147,7 @@ def _warn_of_finished(plan: Plan) -> None:
     if plan.changed_code:
         job, modules = plan.changed_code[0]
         log.warning(
-            "%s ran another version of %s than the current one (%s ...); "
-            "sweep.rerun=all runs them again",
+            "%s ran another version of %s than the current one (%s ...); " + RERUN,
             counted(len(plan.changed_code), "finished job"),
             ", ".join(modules),
             cfg.run_name(job),

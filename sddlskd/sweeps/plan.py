@@ -51,6 +51,7 @@ class Plan:
         folder: folder of the sweep, <home>/runs/sweeps/<name>.
         command: shell command that continues the sweep.
         jobs: jobs of the launch, without duplicates.
+        repeats: jobs of the launch that are equal to one of `jobs`, and do not run.
         states: {run directory: state} of every job. The states are "finished", "running", "queued",
             "interrupted", "failed", "pruned" (dropped by halving) and "new".
         todo: jobs that the launch runs, if none is invalid.
@@ -82,6 +83,7 @@ class Plan:
     folder: Path
     command: str
     jobs: list[Config]
+    repeats: list[Config]
     states: dict[str, str]
     todo: list[Config]
     groups: list[list[Config]]
@@ -233,6 +235,7 @@ def make_plan(
         folder=folder,
         command=command_to_continue(home),
         jobs=unique,
+        repeats=_repeats(jobs),
         states=states,
         todo=todo,
         groups=groups,
@@ -249,6 +252,17 @@ def make_plan(
         teachers=answer["teachers"],
         run_MB=answer["run_MB"],
     )
+
+
+def _repeats(jobs: Iterable[Config]) -> list[Config]:
+    """Return the jobs that are equal to an earlier one."""
+    seen: set[str] = set()
+    repeats = []
+    for job in jobs:
+        if job.run_dir in seen:
+            repeats.append(job)
+        seen.add(job.run_dir)
+    return repeats
 
 
 def check_halving(jobs: Sequence[Config], max_group_size: int | None) -> None:

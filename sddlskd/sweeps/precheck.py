@@ -39,6 +39,7 @@ from sddlskd.training.checks import (
     check_pins,
     check_same_data,
     check_scales,
+    check_targets,
     check_teacher,
     check_teacher_data,
     check_workers,
@@ -104,8 +105,9 @@ class Checker:
     def check(self, job: Config) -> None:
         """Raise the first error that keeps a job from running on this machine; do not train it.
 
-        The checks cover the devices, the loss, the optimizer, the data, the teacher's file, the
-        scales M, and the feature methods. A missing data set is downloaded.
+        The checks cover the code that the job names, the devices, the loss, the optimizer, the
+        data, the teacher's file, the scales M, and the feature methods. A missing data set is
+        downloaded.
 
         Raises:
             FileNotFoundError: If the teacher's file is missing, and the job does not train the
@@ -114,6 +116,7 @@ class Checker:
                 not fit the job.
             Exception: Any other error that the code of a network or a data set raises.
         """
+        check_targets(job)
         _check_settings(job)
         # Report a mistyped path before any data is downloaded.
         teachers = each_teacher(job)
@@ -131,12 +134,18 @@ class Checker:
         """Yield every error that keeps a job from running on this machine; download nothing.
 
         The checks are those of `check`. A missing file that the job would download is yielded as
-        `Downloadable`. If the data cannot be loaded:
+        `Downloadable`. If code that the job names cannot be imported, no other error is yielded. If
+        the data cannot be loaded:
 
         - the images, the labels, the last batch and the feature methods are not checked;
         - the scales are checked with the image size of the published data set, and not at all for a
           data set that is not one of this package.
         """
+        try:
+            check_targets(job)
+        except ValueError as error:
+            yield error
+            return
         data: DataSet | None = None
         try:
             with without_downloads():

@@ -29,16 +29,23 @@ def plan_lines(plan: Plan) -> list[str]:
     """Return the lines of text that say what a sweep would run, and how long that would take.
 
     The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
-    are trained together. If jobs of a group share their teacher's forward passes, a line says how
-    often the teacher goes through the data in an epoch. If halving drops jobs, a line has the
-    epochs that are left. If there are jobs to run, the last line has the estimated time, or says
-    for which jobs the time is not known.
+    are trained together. If jobs of the grid are equal, a line says how many do not run. If jobs of
+    a group share their teacher's forward passes, a line says how often the teacher goes through the
+    data in an epoch. If halving drops jobs, a line has the epochs that are left. If there are jobs
+    to run, the last line has the estimated time, or says for which jobs the time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
         f"sweep {plan.name}: {counted(len(plan.jobs), 'job')} ({counts}), "
         f"{len(plan.todo)} to do in {counted(len(plan.groups), 'group')}"
     ]
+    if plan.repeats:
+        reason = ""
+        if not any(job.distiller.loss for job in plan.repeats):
+            names = sorted({f"distiller={job.distiller.name}" for job in plan.repeats})
+            reason = f": M has no effect without a loss on the logits ({', '.join(names)})"
+        number = counted(len(plan.repeats), "more job is", "more jobs are")
+        lines.append(f"{number} equal to these{reason}")
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
     if len(with_teacher) < alone:

@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields
 from difflib import SequenceMatcher, get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ from omegaconf.errors import (
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.config.schema import M_CURE
+from sddlskd.config.schema import M_CURE, FeatureConfig
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.layout import fitting_table
 
@@ -65,6 +66,12 @@ WRONG_TYPE = re.compile(
     r"Value '(?P<value>.*)' of type '.*' could not be converted to (?P<type>Integer|Float)"
 )
 FULL_KEY = re.compile(r"full_key: (\S+)")  # OmegaConf appends the key to its messages
+# OmegaConf's message about a value that a file must give
+MISSING_VALUE = re.compile(r"has missing mandatory value: (\w+)")
+# A setting of a feature method that belongs to no method
+LOST_FEATURE = re.compile(rf"features\.({'|'.join(f.name for f in fields(FeatureConfig))})\b")
+# Time as hours, minutes and seconds
+CLOCK = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d)")
 # Unit of a number, by the end of its key
 UNITS = {"_min": "minutes", "_minutes": "minutes", "_s": "seconds"}
 # Folders of conf/ from which a user does not choose.
@@ -246,6 +253,9 @@ def explain(error: BaseException) -> str:
             return _one_line(str(link))
         if isinstance(link, InterpolationResolutionError) and link is not chain[-1]:
             continue  # the error of the resolver says more
+        if isinstance(link, OmegaConfBaseException) and LOST_FEATURE.match(str(link.full_key)):
+            name = "features.NAME`, NAME being the name of the method in tables"
+            return f"{_first_line('features', str(error))} {name}"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
         if isinstance(link, OmegaConfBaseException) and link.msg:
@@ -255,10 +265,22 @@ def explain(error: BaseException) -> str:
         if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
             return _one_line(str(link))
     said = _one_line(str(error))
+    if re.search(r"Could not override '\w+@recipe\.", said):
+        return f"{_first_line('recipe', said)} _global_`"
     for pattern, reason in SEVERAL_VALUES:
         if match := re.search(pattern, said):
             return reason.format(*match.groups())
     return said
+
+
+def _first_line(group: str, whole: str) -> str:
+    """Return the beginning of the advice for a file of `group` that lacks its package line.
+
+    `whole` is Hydra's message, which may name the file.
+    """
+    named = re.match(r"In '(.+?)'", whole)
+    file = f"{named[1]}.yaml" if named else f"the file of {group}=..."
+    return f"the first line of {file} must be `# @package"
 
 
 def _readable(override: str) -> str:
@@ -304,6 +326,11 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             if group.is_dir() and group.name not in (*valid, *NO_CHOICES)
         ]
     prefix = f"{path}." if path else ""
+    if f"{prefix}{key}" == "hydra.launcher.devices" and "partition" in valid:
+        return (
+            "hydra.launcher.devices is unknown here: SLURM assigns devices; set "
+            "hydra.launcher.gpus_per_node"
+        )
     names = _valid_names(key, valid, prefix)
     if places := _places_of(key, OmegaConf.to_container(node._get_root(), resolve=False)):
         names = f"did you mean {' or '.join(places)}? Valid are {', '.join(valid)}"
@@ -374,6 +401,12 @@ def _bad_value(key: str, message: str, whole: str) -> str:
         shown = f"{key}={refused['value']}"
     elif not override and is_null:
         shown = f"{key}=null"
+    if key == "recipe" and "Cannot convert 'DictConfig'" in message:
+        return f"{_first_line('recipe', whole)} _global_`"
+    if missing := MISSING_VALUE.search(message):
+        group, name = key.rpartition(".")[0], missing[1]
+        meaning = " (the name in tables)" if name == "name" else ""
+        return f"{key} is missing; add a line `{name}: ...`{meaning} to the file of {group}=..."
     if re.fullmatch(r"M(\[\d+\])?", key):
         return f"{shown} is not valid; {M_CURE}"
     if is_null:
@@ -382,8 +415,20 @@ def _bad_value(key: str, message: str, whole: str) -> str:
         kind = "an integer" if refused["type"] == "Integer" else "a number"
         if unit := next((UNITS[end] for end in UNITS if key.endswith(end)), ""):
             kind = f"{kind} of {unit}"
-        return f"{shown} is not {kind}"
+        return f"{shown} is not {kind}{_clock_as_number(refused['value'], unit)}"
     return f"{shown}: {message}"
+
+
+def _clock_as_number(value: str, unit: str) -> str:
+    """Return "; 24:00:00 is 1440" for a time of day that should be a number of `unit`, else ""."""
+    clock = CLOCK.fullmatch(value)
+    if not clock or not unit:
+        return ""
+    hours, minutes, seconds = map(int, clock.groups())
+    number = 3600 * hours + 60 * minutes + seconds
+    if unit == "minutes":
+        number = -(-number // 60)
+    return f"; {value} is {number}"
 
 
 def _one_line(text: str) -> str:

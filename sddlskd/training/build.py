@@ -76,11 +76,10 @@ def load_splits(job: Config) -> Splits:
     loader may download a missing data set.
 
     Raises:
-        ValueError: If `dataset.load` names a function that a configuration must not call, or one of
-            sddlskd, torch, torchvision or timm that does not exist.
+        ValueError: If `dataset.load` names a function that a configuration must not call, or one
+            that cannot be found or imported.
         InstantiationException: If the loader raises an error, for example because the data set is
-            missing; the error of the loader is its cause. Also if a loader outside of these
-            packages cannot be found.
+            missing; the error of the loader is its cause.
     """
     splits: Splits = instantiate(job.dataset.load)
     return splits
@@ -221,10 +220,9 @@ def build_network(
         The network, in the channels_last memory format.
 
     Raises:
-        ValueError: If the `_target_` is one that a configuration must not name, or if it belongs to
-            sddlskd, torch, torchvision or timm and cannot be found.
-        InstantiationException: If the network's code raises an error, or if code outside of these
-            packages cannot be found.
+        ValueError: If the `_target_` is one that a configuration must not name, or if it cannot be
+            found or imported.
+        InstantiationException: If the network's code raises an error.
     """
     with seeded(seed, device):
         network: nn.Module = instantiate(model, num_classes=num_classes)

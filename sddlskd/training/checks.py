@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Config, TeacherView
-from sddlskd.config.targets import instantiate
+from sddlskd.config.checks import TARGETS
+from sddlskd.config.targets import check_code, instantiate
 from sddlskd.data.device import share_of, steps_per_epoch
 from sddlskd.data.streaming import Data
 from sddlskd.datasets.fingerprint import difference, differing_classes
@@ -46,6 +47,7 @@ __all__ = [
     "check_pins",
     "check_same_data",
     "check_scales",
+    "check_targets",
     "check_teacher",
     "check_teacher_data",
     "check_workers",
@@ -211,6 +213,23 @@ def batch_size_cure(job: Config, size: str) -> str:
     if job.trainer.batch_size == job.dataset.batch_size:
         return f"set dataset.batch_size={size}, which trainer.batch_size follows unless set"
     return f"set trainer.batch_size={size}"
+
+
+def check_targets(job: Config) -> None:
+    """Import the code that a job names by `_target_`; raise ValueError if that fails.
+
+    The message begins with the key of the `_target_`.
+
+    Raises:
+        MissingCode: If the code cannot be found or imported. The error is a ValueError.
+        ValueError: If a configuration must not name the code, or if the code cannot be called.
+    """
+    for group, name in TARGETS:
+        check_code(getattr(getattr(job, group), name), f"{group}.{name}")
+    for name, feature in job.features.items():
+        check_code(feature.method, f"features.{name}.method")
+    for name, teacher in job.more_teachers.items():
+        check_code(teacher.model, f"more_teachers.{name}.model")
 
 
 def check_objective(job: Config, device: torch.device) -> None:

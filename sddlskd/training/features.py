@@ -36,7 +36,7 @@ def reuses_teacher(job: Config) -> bool:
 
     This is the case if a feature method of the job builds such a student. SimKD is an example: its
     student ends in the teacher's head. Raise ValueError if a method's `_target_` is not allowed or
-    cannot be found (InstantiationException for code outside of sddlskd, torch, torchvision, timm).
+    cannot be found.
     """
     return any(_wrapper(_method_of(feature.method)) for feature in job.features.values())
 
@@ -66,10 +66,8 @@ def student_network(
         `student` itself, or the larger network on `device` in the channels_last memory format.
 
     Raises:
-        ValueError: If a method is not allowed, cannot serve these networks or does not take its
-            options.
-        InstantiationException: If a method is code outside of sddlskd, torch, torchvision and timm
-            that cannot be found.
+        ValueError: If a method is not allowed, cannot be found, cannot serve these networks or does
+            not take its options.
         torch.OutOfMemoryError: If the device is full.
     """
     for name, feature in job.features.items():
@@ -99,9 +97,9 @@ def rebuild_student(job: Config, device: torch.device) -> nn.Module:
 
     Raises:
         ValueError: If a feature method cannot serve the job's networks or does not take its
-            options, or if the `_target_` of a network or a method is not allowed.
-        InstantiationException: If the code of a network raises an error, or if a network or a
-            method is code outside of sddlskd, torch, torchvision and timm that cannot be found.
+            options, or if the `_target_` of a network or a method is not allowed or cannot be
+            found.
+        InstantiationException: If the code of a network raises an error.
     """
     classes = job.dataset.num_classes
     student = build_network(without_weights(job.student.model), classes, job.seed, device)

@@ -44,6 +44,7 @@ from sddlskd.training.checks import (
     check_maps,
     check_objective,
     check_same_data,
+    check_targets,
     check_teacher,
     teacher_changed,
     trained_first,
@@ -462,6 +463,7 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
     classes = first.dataset.num_classes
     device = ranks.device or pick_device(first.trainer.device)
     for job in jobs:
+        check_targets(job)
         check_objective(job, device)
     if ranks.is_rank_zero:
         tracking.check_packages(jobs)

@@ -6,14 +6,16 @@ take these arguments, and whether they work as the training loop uses them.
 Shapes: B batch, N regions of a batch, K classes, H W map sides.
 """
 
+import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sddlskd.config.targets import instantiate
+from sddlskd.config.targets import MissingCode, instantiate
 from sddlskd.distill import ScaleDecoupled, WrongShape, takes_label_sets
 
 __all__ = ["try_loss", "try_optimizer"]
@@ -37,14 +39,18 @@ def try_loss(
             temperature.
 
     Raises:
-        ValueError: If the loss or the learnt temperature cannot be used: it cannot be found, is not
-            allowed or raises an error; the loss returns another shape than (N,); the loss or its
-            gradient is not finite; or no gradient reaches the student's logits.
+        MissingCode: If the loss or the learnt temperature cannot be found or imported. The error is
+            a ValueError.
+        ValueError: If the loss or the learnt temperature cannot be used: it is not allowed or
+            raises an error; the loss returns another shape than (N,); the loss or its gradient is
+            not finite; or no gradient reaches the student's logits.
     """
     options = {}
     if learned_temperature:
         try:
             options["temperature"] = instantiate(learned_temperature)(1)
+        except MissingCode:
+            raise
         except Exception as error:  # arguments that the class does not take
             raise ValueError(
                 f"distiller.learned_temperature={_call(learned_temperature)} cannot be built "
@@ -55,23 +61,34 @@ def try_loss(
     student_BKHW = torch.randn(shape_BKHW, generator=generator).requires_grad_()
     teacher_BKHW = torch.randn(shape_BKHW, generator=generator)
     target_B = torch.arange(IMAGES) % num_classes
+    cure = "give the arguments that it takes"
     try:
         per_sample = instantiate(loss, _partial_=True)
+        if not _takes_three(per_sample):
+            cure = "a loss takes (student, teacher, target)"
         distill = ScaleDecoupled(per_sample, [1])
         if takes_label_sets(per_sample):
             target_B = F.one_hot(target_B, num_classes)
         with torch.random.fork_rng(devices=[]):
             value = distill(student_BKHW, teacher_BKHW, target_B, **options)
-            value.backward()  # type: ignore[no-untyped-call]
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]
+    except MissingCode:
+        raise
     except WrongShape as error:
         raise ValueError(f"distiller.loss={_call(loss)} cannot be used: {error}") from error
     except Exception as error:  # code of a user may raise anything
         raise ValueError(
             f"distiller.loss={_call(loss)} cannot be computed ({_reason(error)}); "
-            "give the arguments that it takes, or choose another distiller"
+            f"{cure}, or choose another distiller"
         ) from error
     gradient_BKHW = student_BKHW.grad
-    if gradient_BKHW is None or not (value.isfinite() and gradient_BKHW.isfinite().all()):
+    if gradient_BKHW is None:
+        raise ValueError(
+            f"distiller.loss={_call(loss)} has no gradient for the student; is there a detach() or "
+            "no_grad() in it?"
+        )
+    if not (value.isfinite() and gradient_BKHW.isfinite().all()):
         raise ValueError(
             f"distiller.loss={_call(loss)} is {value.item()} for random logits, or its gradient "
             "is not finite; give it other arguments"
@@ -89,9 +106,10 @@ def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device)
         device: device of the weights.
 
     Raises:
+        MissingCode: If the optimizer cannot be found or imported. The error is a ValueError.
         ValueError: If the optimizer cannot be used: `algorithm` has an argument "lr", or the
-            optimizer cannot be found, is not allowed, is no torch optimizer, raises an error, or
-            makes a weight infinite or NaN.
+            optimizer is not allowed, is no torch optimizer, raises an error, or makes a weight
+            infinite or NaN.
     """
     if "lr" in algorithm:
         raise ValueError(
@@ -106,6 +124,8 @@ def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device)
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
+    except MissingCode:
+        raise
     except Exception as error:  # an optimizer of a user may raise anything
         raise ValueError(
             f"optimizer.algorithm={_call(algorithm)} cannot update a network ({_reason(error)}); "
@@ -116,6 +136,17 @@ def try_optimizer(algorithm: Mapping[str, Any], lr: float, device: torch.device)
             f"optimizer.algorithm={_call(algorithm)} makes weights infinite or NaN in one step "
             f"with lr={lr}; give it other arguments"
         )
+
+
+def _takes_three(loss: partial[Any]) -> bool:
+    """Return whether a loss takes three positional arguments; true if that is not known."""
+    try:
+        inspect.signature(loss.func).bind_partial(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a function in C may not tell
+        return True
+    return True
 
 
 def _call(node: Mapping[str, Any]) -> str:
