@@ -221,7 +221,8 @@ def _list(uri: str) -> None:
     from .store import MAKE_RUNS
 
     found = listing(uri)
-    _say(found.rename(columns=str.lower).to_string(index=False))
+    if len(found):
+        _say(found.rename(columns=str.lower).to_string(index=False))
     if found["runs"].sum():
         _say(f"{COMMAND} NAME writes the tables, figures and report of one of them")
     else:

@@ -196,6 +196,7 @@ def listing(uri: str) -> pd.DataFrame:
         for (kind, name), total in sorted(
             counts.items(), key=lambda item: (item[0][0] != "sweep", item[0][1])
         )
+        if total or name != "Default"  # MLflow makes this experiment in every store
     ]
     return pd.DataFrame(lines, columns=["kind", "name", "runs", *STATUSES])
 

@@ -39,7 +39,7 @@ from sddlskd.config import Config
 from sddlskd.data.streaming import Data
 from sddlskd.files import download
 from sddlskd.files.archive import unpack
-from sddlskd.files.checkpoint import read_weights, write
+from sddlskd.files.checkpoint import UnreadableFile, load_weights, read_weights, write
 from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.arguments import other_form
@@ -226,6 +226,7 @@ def import_file(job: Config, path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a weights file of {job.teacher.name}")
     teacher_files.check_size(path)
+    _check_weights(job, path)  # before any folder is made
     target = path_of(job.home, job.dataset.name, job.teacher.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"), TemporaryDirectory(dir=target.parent) as folder:
@@ -243,6 +244,40 @@ def import_file(job: Config, path: Path) -> str:
             return f"{job.teacher.name} already exists: {target}"
         _install(job, copy, str(path.absolute()))
     return f"{job.teacher.name} from {path}: {target}"
+
+
+def _check_weights(job: Config, path: Path) -> None:
+    """Raise ValueError if a file does not hold weights of a job's teacher.
+
+    If the weights fit torchvision's network of that name, the message says how to import them.
+    """
+    network = job.teacher.name
+    model = build_network(job.teacher.model, job.dataset.num_classes, 0, torch.device("cpu"))
+    try:
+        load_weights(model, path, network)
+    except UnreadableFile:
+        raise
+    except ValueError as error:
+        if not _fits_torchvision(path, network, job.dataset.num_classes):
+            raise
+        raise ValueError(
+            f"{path} does not hold weights of sddlskd's {network}, but of torchvision's; give "
+            f"--as torchvision teacher.model.name={network} in place of --as {network}"
+        ) from error
+
+
+def _fits_torchvision(path: Path, network: str, num_classes: int) -> bool:
+    """Return whether a file has the keys and shapes of torchvision's network of this name."""
+    from torchvision.models import get_model, list_models  # slow to import
+
+    if network not in list_models():
+        return False
+    with torch.device("meta"):
+        own = get_model(network, num_classes=num_classes).state_dict()
+    weights = read_weights(path)
+    return {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in own.items()
+    }
 
 
 def _install(job: Config, file: Path, source: str) -> None:

@@ -106,6 +106,8 @@ def _fit(job: cfg.Config) -> dict[str, Any]:
         KeyboardInterrupt: If Ctrl-C comes earlier, and there is nothing to save.
         Exception: As `fit` raises it.
     """
+    if sys.stderr.isatty():  # a busy machine takes half a minute to import PyTorch
+        sys.stderr.write("loading PyTorch ...\n")
     from sddlskd.record import FINISHED, read_result
     from sddlskd.training.fit import fit
 

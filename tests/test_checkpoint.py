@@ -534,8 +534,8 @@ def test_prefix_that_some_keys_lack_is_shown_beside_what_is_expected(tmp_path: P
     with pytest.raises(ValueError, match="does not hold weights of resnet8") as caught:
         load_weights(model, path, "resnet8")
     assert str(caught.value).endswith(
-        "(the file's first keys are student.conv1.weight, student.bn1.weight, student.bn1.bias, "
-        "...; expected are conv1.weight, bn1.weight, bn1.bias, ...)"
+        "(the first keys of the file alone are student.conv1.weight, student.bn1.weight, "
+        "student.bn1.bias, ...; those of resnet8 alone are conv1.weight, bn1.weight, bn1.bias, ...)"
     )
     assert "\n" not in str(caught.value)
     assert same(dict(model.state_dict()), before)

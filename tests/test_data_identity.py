@@ -15,7 +15,7 @@ from sddlskd import evaluate, teachers
 from sddlskd.config import Config
 from sddlskd.datasets import cifar10, fake, fashion_mnist, image_folder
 from sddlskd.datasets import fingerprint as fingerprints
-from sddlskd.datasets.arrays import Images, Splits
+from sddlskd.datasets.arrays import Files, Images, Splits
 from sddlskd.datasets.fingerprint import difference, differing_classes, fingerprint
 from sddlskd.datasets.places import without_downloads
 from sddlskd.files.checkpoint import read, write
@@ -23,8 +23,8 @@ from sddlskd.sweeps import precheck, run_sweep
 from sddlskd.sweeps.plan import make_plan
 from sddlskd.sweeps.pool import Pool
 from sddlskd.terminal.console import explain
-from sddlskd.training.build import build_data, build_network, build_teacher
-from sddlskd.training.fit import fit
+from sddlskd.training.build import build_data, build_network, build_teacher, load_splits
+from sddlskd.training.fit import _warn_of_single_images, fit
 from sddlskd.training.teacher_files import path_of
 from tests import layouts
 from tests.test_sweeps import pool
@@ -83,8 +83,21 @@ def test_the_classes_of_a_folder_are_counted(pets: Path, caplog: pytest.LogCaptu
         (result,) = fit([job])
     assert result["status"] == "FINISHED"
     assert (
-        f"dataset=image_folder: 2 classes in {pets}; trainer.epochs=1, trainer.batch_size=4, "
-        "optimizer.lr=0.05, dataset.size=32 pixels" in caplog.text
+        f"image folder {pets}: 2 classes, 8 training images, 4 test images; "
+        "trained with trainer.epochs=1, trainer.batch_size=4, optimizer.lr=0.05, dataset.size=32 "
+        "pixels; those that you did not set are defaults" in caplog.text
+    )
+    file = path_of(job.home, "image_folder", "resnet8")
+    assert f"teacher file {file}: written (last epoch, top-1 {result['last_top1']:.2f})" in (
+        caplog.text
+    )
+    other = job_of(pets, *ALONE, "seed=1")
+    with caplog.at_level("INFO", "sddlskd"):
+        (result,) = fit([other])
+    assert (
+        f"teacher file {file}: kept, since the file exists already, and students learn from that "
+        f"one; for this network set teacher.checkpoint={other.run_dir}/best.ckpt (best epoch, "
+        f"top-1 {result['best_top1']:.2f}), or" in caplog.text
     )
 
 
@@ -96,6 +109,20 @@ def test_a_folder_without_classes_says_what_to_set(tmp_path: Path) -> None:
     for part in (f"there is no folder {tmp_path}/pets/train", "dataset.root=FOLDER",
                  "dataset.num_classes=NUMBER"):  # fmt: skip
         assert part in told
+
+
+def test_a_class_with_one_image_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = job_of(folder(tmp_path / "pets", "cat", "dog", train=3, test=1), *ALONE)
+    splits = load_splits(job)
+    train = splits.train
+    assert isinstance(train, Files)
+    with caplog.at_level("WARNING", "sddlskd"):
+        _warn_of_single_images(job, splits, fingerprint(splits))
+        assert not caplog.messages
+        fewer = splits._replace(train=Files(train.paths[2:], train.labels_N[2:]))
+        _warn_of_single_images(job, fewer, fingerprint(fewer))
+    (told,) = caplog.messages
+    assert ": class cat has 1 training image, too few to learn" in told
 
 
 @pytest.mark.parametrize("root", ["pets/train", "pets/train/cat", "."])

@@ -40,6 +40,20 @@ def test_its_sums_and_accuracies_are_the_codes() -> None:
         }
 
 
+def test_its_lines_make_a_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for animal in ("cat", "dog"):
+        (tmp_path / "pets" / "train" / animal).mkdir(parents=True)
+        for number in range(11):
+            (tmp_path / "pets" / "train" / animal / f"{number:02}.png").touch()
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", SECTIONS["image_folder"], re.DOTALL)
+    exec(block, {})
+    splits = folders.image_folder("pets")
+    assert [len(split.labels_N) for split in splits] == [18, 4]
+    assert isinstance(splits.test, arrays.Files)
+    assert [Path(path).stem for path in splits.test.paths] == ["04", "09"] * 2
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

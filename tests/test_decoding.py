@@ -406,11 +406,11 @@ def bomb(path: Path) -> None:
     ("make", "why"),
     [
         (Path.touch, "the file is empty"),
-        (garbage, "UnidentifiedImageError: cannot identify image file"),
-        (text, "UnidentifiedImageError: cannot identify image file"),
-        (truncated, "OSError: image file is truncated"),
-        (header_only, "Error"),
-        (broken_png, "Error"),
+        (garbage, "cannot identify image file"),
+        (text, "cannot identify image file"),
+        (truncated, "image file is truncated"),
+        (header_only, "Truncated File Read"),
+        (broken_png, "unrecognized data stream"),
         (directory, "it is not a regular file"),
         (os.mkfifo, "it is not a regular file"),
         (device, "it is not a regular file"),
@@ -428,7 +428,7 @@ def test_what_cannot_be_read_says_why(
     for draw in (None, "a"):
         with pytest.raises(Unreadable) as raised:
             decode(Job(str(path), draw), VIEW)
-        assert why in str(raised.value)
+        assert str(raised.value).startswith(why)
         assert "\n" not in str(raised.value)
     (chunk,) = decoded([[Job(str(path), None)]], VIEW, workers=0)
     assert [(fault.place, fault.bad) for fault in chunk.faults] == [(0, True)]

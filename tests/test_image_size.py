@@ -12,12 +12,13 @@ from sddlskd.files.checkpoint import read
 from sddlskd.models import create
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training.build import build_data
+from sddlskd.training.checks import check_scales
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import path_of
 from tests.conftest import Compose
-from tests.tiny import same_outcome, tiny
+from tests.tiny import composed, same_outcome, tiny
 
 CPU = torch.device("cpu")
 
@@ -81,6 +82,12 @@ def test_a_student_learns_the_inner_maps_of_a_teacher_that_sees_more(tmp_path: P
     assert Path(job.run_dir, "predictions.npz").exists()
 
 
+def test_scales_that_are_too_fine_come_with_what_would_fit(tmp_path: Path) -> None:
+    words = ("dataset=image_folder", "dataset.num_classes=2", "dataset.size=32", "M=[1,2,4]")
+    with pytest.raises(ValueError, match=r"; set M=\[1,2\], or dataset\.size=64, or choose a"):
+        check_scales(composed(tmp_path, *words), {"student=a": (1, 1)}, (3, 32, 32))
+
+
 def test_the_scales_must_fit_the_map_of_the_resized_images(tmp_path: Path) -> None:
     fits = tiny(tmp_path, "M=[8]")
     assert problems([fits]) == []
@@ -88,7 +95,7 @@ def test_the_scales_must_fit_the_map_of_the_resized_images(tmp_path: Path) -> No
     assert reason.startswith(
         "M=[8] is too fine: the largest scale here is 4, because the logit map of teacher=resnet8 "
         "has 2x2 places for images of 16x16 pixels, and twice its side is the limit (scales above "
-        "the side repeat places); set M=[1]"
+        "the side repeat places); set M=[1], or choose a network whose"
     )
     # The side of the smaller map counts, and twice that side is still allowed.
     assert problems([tiny(tmp_path, "M=[1,4]", "teacher.image_size=8")]) == []

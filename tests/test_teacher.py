@@ -188,7 +188,8 @@ def test_top1_is_that_of_the_unfolded_network_on_the_test_images(
         "teacher_sha256": file_hash(path),
     }
     assert (
-        f"teacher resnet8 performs at chance: top-1 {facts['teacher_top1']:.2f} on fake ({path})"
+        f"teacher resnet8 performs at chance: top-1 {facts['teacher_top1']:.2f} on fake ({path}), "
+        "so students learn nothing from it; set teacher.checkpoint=FILE to a better one"
         in caplog.text
     )
 

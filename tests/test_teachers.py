@@ -530,6 +530,19 @@ def test_an_exported_student(compose: Compose, tmp_path: Path) -> None:
         import_file(compose("teacher=resnet14", "dataset=digits"), path)
 
 
+def test_a_file_of_torchvisions_says_how_to_import_it(compose: Compose, tmp_path: Path) -> None:
+    job, path = compose("teacher=resnet18", "dataset=digits"), tmp_path / "mine.pth"
+    network = torchvision.models.resnet18(num_classes=10)
+    torch.save(network.state_dict(), path)
+    told = "torchvision's; give --as torchvision teacher.model.name=resnet18 in place of --as resn"
+    with pytest.raises(ValueError, match=told):
+        import_file(job, path)
+    assert not target(job).parent.exists()
+    torch.save({**network.state_dict(), "fc.weight": torch.zeros(3, 512)}, path)
+    with pytest.raises(ValueError, match=r"file alone are layer2\.0\.downsample\.0\.weight, "):
+        import_file(job, path)
+
+
 @pytest.mark.parametrize("path", ["gone.pth", ".", "/dev/zero", "/dev/null", "fifo"])
 def test_what_is_no_file(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str

@@ -153,7 +153,7 @@ def refused(here: Command, teacher_home: Path) -> Callable[..., Done]:
         # Its stem is made for 224 pixels, so that 32 pixels leave a map of one place.
         (["student=timm", "student.model.name=resnet18", "M=[1,2,4]"],
          [r"M=\[1, 2, 4\]", r"student=timm_resnet18 has 1x1 places.* 32x32 pixels",
-          r"set M=\[1\], or choose a network"]),
+          r"set M=\[1,2\], or choose a network"]),
         (["student=resnet7"], ["student=resnet7", "did you mean student=resnet8",
                                "valid are .*shufflev1.*wrn_40_2"]),
         (["teacher=resnet9"], ["teacher=resnet9", "did you mean teacher=resnet8",

@@ -143,7 +143,11 @@ def _class_folders(root: str) -> int:
             "dataset.num_classes=NUMBER"
         )
         if other := _image_folder_near(train.parent):
-            cure = f"set dataset.root={other}"
+            level = "deep" if other in train.parents else "shallow"
+            raise ValueError(
+                f"dataset.root={train.parent} is too {level}: there is no folder {train}; "
+                f"set dataset.root={other}"
+            ) from None
         raise ValueError(
             f"the classes of dataset=image_folder cannot be counted, because there is no folder "
             f"{train}; {cure}"

@@ -55,6 +55,7 @@ RATIO = (3 / 4, 4 / 3)  # range of width / height of a random crop
 PIXEL_LIMIT = 100_000_000  # default limit of an image's pixels
 MOST_WORKERS = 16  # limit of the default number of workers
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+PILLOWS_ERRORS = (OSError, SyntaxError)  # whose message says everything about a damaged file
 NAMED = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -189,7 +190,9 @@ def decode(job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:
             raise
         except Exception as error:  # a damaged file can raise any exception
             reason = str(error).partition("<_io")[0].strip() or "no reason given"
-            raise Unreadable(f"{type(error).__name__}: {reason}") from error
+            if not isinstance(error, PILLOWS_ERRORS):
+                reason = f"{type(error).__name__}: {reason}"
+            raise Unreadable(reason) from error
 
 
 def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, list[str]]:

@@ -53,7 +53,13 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
         ),
         f"the folders train and {' or '.join(tests)}",
     )
-    held_out = [test] if test else [name for name in ("val", "test") if (top / name).is_dir()]
+    held_out = [test] if test else [name for name in tests if (top / name).is_dir()]
+    if (top / "train").is_dir() and not any((top / name).is_dir() for name in tests):
+        raise ValueError(
+            f"dataset.root={top} has no folder {' or '.join(tests)}; images to test on are always "
+            "needed, also with dataset.val_fraction: move some of each class from train/<class> "
+            f"to {tests[0]}/<class> (docs/data.md has a few lines that do so)"
+        )
     if len(held_out) > 1:
         raise ValueError(
             f"dataset.root={top} has both val and test; say which one to test on: "
@@ -68,18 +74,16 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
     with _of_split(top, named):
         test_classes, tested = _class_folders(top / tested_on)
     lacking = [
-        f"only in {name}: {_first_of(sorted(set(ours) - set(others)))}"
-        for name, ours, others in (
-            ("train", train_classes, test_classes),
-            (tested_on, test_classes, train_classes),
+        _only_in(name, other, sorted(set(ours) - set(others)))
+        for name, ours, other, others in (
+            ("train", train_classes, tested_on, test_classes),
+            (tested_on, test_classes, "train", train_classes),
         )
         if set(ours) - set(others)
     ]
     if lacking:
-        differing = set(train_classes) ^ set(test_classes)
         raise ValueError(
-            f"dataset.root={top}: only one split has {counted(len(differing), 'class', 'classes')} "
-            f"({'; '.join(lacking)}); both need the same folders"
+            f"dataset.root={top}: {', and '.join(lacking)}; both need a folder for each class"
         )
     if num_classes is not None and len(train_classes) != num_classes:
         found = f"{top / 'train'} holds {counted(len(train_classes), 'class', 'classes')}"
@@ -139,6 +143,13 @@ def _of_split(root: Path, split: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{error} (split {split} of dataset.root={root})") from None
+
+
+def _only_in(split: str, other: str, classes: Sequence[str]) -> str:
+    """Return the text "class a is in train, but not in val" for the classes of one split alone."""
+    if len(classes) == 1:
+        return f"class {classes[0]} is in {split}, but not in {other}"
+    return f"{len(classes)} classes are in {split}, but not in {other} ({_first_of(classes)})"
 
 
 def _first_of(names: Sequence[str]) -> str:

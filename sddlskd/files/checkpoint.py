@@ -7,7 +7,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -375,10 +375,12 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             f"{path} does not hold weights of {network}: {shown}. Give the file of that network "
             "and data set"
         )
-        if names_differ:
+        unknown = [key for key in read_names if key not in own]
+        if names_differ and unknown:
+            lacking = [key for key in own if key not in read_names]
             message += (
-                f" (the file's first keys are {_first_keys(read_names)}; "
-                f"expected are {_first_keys(own)})"
+                f" (the first keys of the file alone are {_first_keys(unknown)}; "
+                f"those of {network} alone are {_first_keys(lacking) or 'none'})"
             )
         raise ValueError(message)
     model.load_state_dict(weights)
@@ -447,7 +449,7 @@ def _is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in COUNTERS
 
 
-def _first_keys(content: Mapping[Any, Any]) -> str:
+def _first_keys(content: Collection[Any]) -> str:
     shown = ", ".join(_printable(str(key)) for key in itertools.islice(content, 3))
     return shown + ", ..." if len(content) > 3 else shown
 

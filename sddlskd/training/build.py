@@ -366,7 +366,9 @@ def _warn_at_chance(job: Config, top1: float) -> None:
     chance = 100 / job.dataset.num_classes
     if top1 < chance + 0.05 * (100 - chance):
         log.warning(
-            "teacher %s performs at chance: top-1 %.2f on %s (%s)",
+            "teacher %s performs at chance: top-1 %.2f on %s (%s), so students learn nothing from "
+            "it; set teacher.checkpoint=FILE to a better one, or remove this file and train the "
+            "teacher longer or with another optimizer.lr",
             job.teacher.name,
             top1,
             job.dataset.name,
@@ -557,7 +559,8 @@ def _optimisation(
 def leave_as_teacher(job: Config, run: Run) -> None:
     """Write the weights of a network that was trained without a teacher to a teacher file.
 
-    The file is the one that `teacher=<student's name>` loads by default. Write no file
+    The weights are those of the last epoch. The file is the one that `teacher=<student's name>`
+    loads by default. Write no file
 
     - if the job has a teacher;
     - if `trainer.max_steps` is set, because the epochs are then incomplete;
@@ -586,5 +589,12 @@ def leave_as_teacher(job: Config, run: Run) -> None:
         top1=run.progress.last_top1,
         data=run.info.get("data"),
     )
-    outcome = "written" if written else "kept, since the file exists already"
+    if written:
+        outcome = f"written (last epoch, top-1 {run.progress.last_top1:.2f})"
+    else:
+        outcome = (
+            "kept, since the file exists already, and students learn from that one; for this "
+            f"network set teacher.checkpoint={job.run_dir}/best.ckpt (best epoch, top-1 "
+            f"{run.progress.best_top1:.2f}), or replace the file as docs/teachers.md says"
+        )
     run.record.log.info("teacher file %s: %s", path, outcome)

@@ -5,6 +5,7 @@ checks before its first step, and a sweep makes them before it starts any job.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -520,13 +521,17 @@ def check_scales(
     side = min(height, width)
     if max(job.M) <= 2 * side:
         return
-    fitting = [m for m in job.M if m <= side] or [1]
+    fitting = [m for m in job.M if m <= 2 * side] or [1]
+    cures = ["choose a network whose first layers shrink the images less"]
+    if set(image_CHW[1:]) == {job.dataset.size} and not job.teacher.image_size:
+        # Networks shrink images by powers of two, and round sides up.
+        stride = 2 ** math.ceil(math.log2(min(image_CHW[1:]) / side))
+        cures.insert(0, f"dataset.size={stride * math.ceil(max(job.M) / 2)}")
     raise ValueError(
         f"M={job.M} is too fine: the largest scale here is {2 * side}, because the logit map of "
         f"{name} has {height}x{width} places for images of {image_CHW[1]}x{image_CHW[2]} pixels, "
         "and twice its side is the limit (scales above the side repeat places); "
-        f"set M=[{','.join(map(str, fitting))}], or choose a network whose first layers shrink "
-        "the images less"
+        f"set M=[{','.join(map(str, fitting))}], or {', or '.join(cures)}"
     )
 
 

@@ -24,11 +24,13 @@ from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config, Views
 from sddlskd.data.streaming import Data
+from sddlskd.datasets.arrays import Splits
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.files import checkpoint
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, InUse, Onlooker, Record
 from sddlskd.terminal.console import log_to_terminal
 from sddlskd.terminal.progress import ProgressDisplay
+from sddlskd.terminal.words import counted
 from sddlskd.training import predictions
 from sddlskd.training.build import (
     build_data,
@@ -586,20 +588,47 @@ def _load_data(
     if ranks.is_rank_zero:
         noted = fingerprint(splits)
         if job.dataset.load.get("_target_") == IMAGE_FOLDER:
-            log.info("%s", _settings_of_own_data(job))
+            log.info("%s", _settings_of_own_data(job, noted))
+            _warn_of_single_images(job, splits, noted)
     data = build_data(
         job, device, splits=splits, rank=ranks.rank, ranks=ranks.world_size, strong=strong
     )
     return data, noted
 
 
-def _settings_of_own_data(job: Config) -> str:
-    """Return the settings that no paper gives for a user's data set, as a line for the log."""
+def _settings_of_own_data(job: Config, noted: Mapping[str, Any]) -> str:
+    """Return the size of a user's data set and the settings that no paper gives, as a log line.
+
+    `noted` is the fingerprint of the data set.
+    """
     d, t = job.dataset, job.trainer
     return (
-        f"dataset={d.name}: {d.num_classes} classes in {d.root}; trainer.epochs={t.epochs}, "
-        f"trainer.batch_size={t.batch_size}, optimizer.lr={job.optimizer.lr:g}, "
-        f"dataset.size={d.size} pixels; these are defaults unless you set them"
+        f"image folder {d.root}: {counted(d.num_classes, 'class', 'classes')}, "
+        f"{counted(noted['train'], 'training image')}, {counted(noted['test'], 'test image')}; "
+        f"trained with trainer.epochs={t.epochs}, trainer.batch_size={t.batch_size}, "
+        f"optimizer.lr={job.optimizer.lr:g}, dataset.size={d.size} pixels; "
+        "those that you did not set are defaults, which no paper has tried on your images"
+    )
+
+
+def _warn_of_single_images(job: Config, splits: Splits, noted: Mapping[str, Any]) -> None:
+    """Log a warning that names the classes with a single training image, if there are any.
+
+    `noted` is the fingerprint of the data set, which has the names of the classes.
+    """
+    names = noted["class_names"] or list(map(str, range(job.dataset.num_classes)))
+    counts = torch.bincount(splits.train.labels_N).tolist()
+    single = [name for name, count in zip(names, counts, strict=False) if count == 1]
+    if not single:
+        return
+    shown = f"class {single[0]} has 1 training image"
+    if len(single) > 1:
+        listed = ", ".join(single[:5] + ["..."] * (len(single) > 5))
+        shown = f"{len(single)} classes have 1 training image each ({listed})"
+    log.warning(
+        "dataset.root=%s: %s, too few to learn and to hold out (dataset.val_fraction); add images",
+        job.dataset.root,
+        shown,
     )
 
 

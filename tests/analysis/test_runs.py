@@ -454,7 +454,6 @@ def test_listing(path: Path) -> None:
     assert list(found.index) == [
         ("sweep", "a"),
         ("sweep", "b"),
-        ("experiment", "Default"),
         ("experiment", "sddlskd"),
     ]
     assert found.loc[("sweep", "b")].to_dict() == {
