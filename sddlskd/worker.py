@@ -16,6 +16,7 @@ from pathlib import Path
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.processes.interrupts import leave_at_once
 from sddlskd.processes.parent import save_and_end_with_parent
 from sddlskd.record import KILLED, InUse
 from sddlskd.terminal.arguments import RUN_DIR_IN_HOME, other_form
@@ -32,6 +33,7 @@ def main() -> None:
     batches and teacher. Exit code 0 means that all jobs have ended; the result.json of a job says
     whether it failed.
     """
+    leave_at_once()
     parser = argparse.ArgumentParser(prog="python -m sddlskd.worker", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--device", help="device to use instead of the jobs' trainer.device")
@@ -76,6 +78,8 @@ def run(
     Returns:
         - 75 (ExitCode.TOO_LARGE) if the jobs do not fit into the device's memory together;
         - 76 (ExitCode.BUSY) if another process has the run directory of a job open;
+        - 77 (ExitCode.NO_DEVICE) if the device is missing or broken; other devices can train the
+          jobs. The error is printed unless `device` is given;
         - 130 (ExitCode.STOPPED) if a signal stopped the training, or a job is left interrupted;
         - 1 after printing a ValueError or OSError that prevents the training, such as the error for
           a config.yaml that is missing or damaged, or that jobs with the setting `sweep.halving` do
@@ -95,6 +99,7 @@ def run(
 
     import torch
 
+    from sddlskd.training.devices import DeviceFailure
     from sddlskd.training.fit import fit
 
     if threads:
@@ -117,6 +122,10 @@ def run(
     except InUse as error:
         logging.getLogger("sddlskd").warning("%s", explain(error))
         return ExitCode.BUSY
+    except DeviceFailure as error:
+        if device is None:  # a sweep that has chosen the device reports its failure
+            sys.stderr.write(f"error: {explain(error)}\n")
+        return ExitCode.NO_DEVICE
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         return 1

@@ -105,7 +105,7 @@ def test_outcomes_tell_jobs_of_one_method_by_their_settings(
     jobs = [compose(f"distiller.temperature={T}") for T in (2, 4.25)] + [compose("seed=1")]
     outcomes(jobs, 3 * [{"status": "FINISHED", "reason": "", "seconds": 61.0}])
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    assert [row[4].strip() for row in rows] == [
+    assert [row[3].strip() for row in rows] == [
         "temperature=2", "temperature=4.25", "",
     ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_outcomes_name_the_method(
     assert second[:5] == ["resnet8", "student alone", "1", "0", "FINISHED: on [cpu]"]
 
 
-@pytest.mark.parametrize("columns", [64, 72, 80, 100])
+@pytest.mark.parametrize("columns", [52, 56, 72, 100])
 def test_outcomes_break_lines_between_words_only(
     columns: int,
     compose: Compose,
@@ -145,19 +145,27 @@ def test_outcomes_break_lines_between_words_only(
     assert {"resnet32x4", "shufflev1", "FINISHED", "1:01:01"} <= words
     for job, text in zip(jobs, cfg.differing_settings(jobs), strict=True):
         assert set(text.split()) <= words, cfg.run_name(job)
-    assert ("(1)" in words) == (columns < 80)  # settings that have no room stand below the table
+    assert ("(1)" in words) == (columns < 72)  # settings that have no room stand below the table
     assert below.startswith(jobs[0].home)
 
 
-def test_outcomes_break_a_long_reason_but_no_name(
+def test_long_reasons_stand_below_the_outcomes_unbroken_and_once(
     compose: Compose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    path = "/a/very/long/path" * 8
-    result = {"status": "PRUNED", "reason": f"no {path}", "seconds": 1.0}
-    outcomes([compose("teacher=resnet32x4", "student=shufflev1")], [result])
-    lines = capsys.readouterr().out.partition("records in ")[0].splitlines()
+    reason = "ValueError: trainer.device=cuda:0 needs CUDA, and none is available here; use cpu"
+    results = [
+        {"status": status, "reason": reason, "seconds": 1.0} for status in ("FAILED", "PRUNED")
+    ]
+    jobs = [compose("teacher=resnet32x4", "student=shufflev1", f"seed={seed}") for seed in (0, 1)]
+    with pytest.raises(SystemExit):
+        outcomes(jobs, results, then="table: next")
+    out = capsys.readouterr().out
+    lines = out.partition("records in ")[0].splitlines()
     assert max(map(len, lines)) <= 80
+    assert lines[0] == "resnet32x4 -> shufflev1"  # the pair that all rows share
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert [cell[0] for cell in cells if cell[0]] == ["resnet32x4", "shufflev1"]
-    assert "".join(cell[4] for cell in cells).replace(" ", "") == f"PRUNED:no{path}"
+    assert [cell[3] for cell in cells] == ["FAILED [1]", "PRUNED [1]"]
+    below = " ".join(line.strip() for line in lines[lines.index(lines[-2]) :])
+    assert below == f"[1] {reason}"
+    assert out.endswith("table: next\n")

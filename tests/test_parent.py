@@ -96,6 +96,7 @@ def test_the_codes_are_those_that_scripts_and_schedulers_know() -> None:
     assert {code.name: int(code) for code in ExitCode} == {
         "TOO_LARGE": 75,
         "BUSY": 76,
+        "NO_DEVICE": 77,
         "REQUEUE": 85,
         "STOPPED": 130,
         "WARNED_EARLY": 140,

@@ -1,14 +1,19 @@
 """Test the status of a sweep: what it holds, how it is printed, and its JSON."""
 
 import json
-from dataclasses import asdict
+import os
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.sweeps.__main__ import main
+from sddlskd.sweeps.manifest import marked_as_running
+from sddlskd.sweeps.report import print_status
 from sddlskd.sweeps.search import DATABASE
 from sddlskd.sweeps.status import JobStatus, SweepStatus, status_of
 from tests.tiny import tiny
@@ -81,8 +86,10 @@ def test_what_the_status_of_a_sweep_holds(sweep: Path) -> None:
     assert (found.sweep, found.slurm_error) == ("mine", "")
     assert found.counts == {"finished": 1, "interrupted": 1, "failed": 1, "new": 2}
     assert found.command == "cd '/some where' && python -m sddlskd.train -m seed=0,1"
-    # Five epochs of the stopped job are left, and eight of the new one; the other is not known.
-    assert found.seconds_left == pytest.approx((5 + 8) * 10.0)
+    # Seven epochs of the failed job are left, five of the stopped one, and eight of the new one;
+    # the other is not known.
+    assert found.seconds_left == pytest.approx((7 + 5 + 8) * 10.0)
+    assert (found.running, found.teachers, found.devices) == (False, [], 1)
     jobs = [(job.state, job.epochs_done, job.epochs, job.top1, job.reason) for job in found.jobs]
     assert jobs == [
         ("finished", 8, 8, 71.239, ""),
@@ -162,9 +169,51 @@ def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         f"  interrupted  3/8 epochs  top-1 43.00  {names[2]}  stopped  requeued 2 times",
         f"  new          0/8 epochs  {names[3]}",
         "  new          0/0 epochs  not-frozen",
-        "time left: about 2:10 on one device",
+        "time left: about 3:20 on one device",
         "to finish it: cd '/some where' && python -m sddlskd.train -m seed=0,1",
     ]
+
+
+def test_it_tells_that_the_sweep_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("teacher=resnet14", "teacher.train_if_missing=true", "teacher.train_epochs=3")
+    jobs = [tiny(tmp_path, f"seed={seed}", *more) for seed in (0, 1)]
+    sweep = leave_sweep(tmp_path, *(record.freeze(job) for job in jobs))
+    teacher = record.Record(cfg.teacher_job(jobs[0]))
+    teacher.result("RUNNING")
+    manifest = json.loads((sweep / "sweep.json").read_text())
+    (sweep / "sweep.json").write_text(json.dumps(manifest | {"devices": 4}))
+    with marked_as_running(sweep), marked_as_running(sweep):
+        main(["status", "mine", "--home", str(tmp_path)])
+        told = capsys.readouterr().out
+        assert "the sweep is running; it trains the teacher resnet14: 0/3 epochs\n" in told
+        assert "to finish it" not in told
+    teacher.close()
+    leave_job(tmp_path, 5, (1.0,) * 4, status="KILLED")
+    found = status_of(sweep)
+    assert (found.running, found.teachers, found.devices) == (False, [], 4)
+    print_status(replace(found, seconds_left=60.0))
+    told = capsys.readouterr().out
+    assert "time left: about 0:30 on 2 devices\nto finish it: cd" in told
+
+
+def test_failed_jobs_that_the_command_leaves_alone_take_no_time(tmp_path: Path) -> None:
+    sweep = leave_sweep(tmp_path, leave_job(tmp_path, 1, (33.3,), status="FAILED"))
+    assert status_of(sweep).seconds_left == pytest.approx((EPOCHS - 1) * 10.0)
+    manifest = json.loads((sweep / "sweep.json").read_text())
+    manifest["command"] += " sweep.rerun=none"
+    (sweep / "sweep.json").write_text(json.dumps(manifest))
+    assert status_of(sweep).seconds_left == 0
+
+
+def test_a_closed_pipe_ends_the_output_silently(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        main(["status", str(sweep)])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_single_job_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

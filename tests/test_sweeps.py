@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from sddlskd.config import Config
 from sddlskd.files import checkpoint
 from sddlskd.models import create
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.processes.interrupts import held_back
 from sddlskd.sweeps import groups_of, precheck, run_sweep
 from sddlskd.sweeps.__main__ import main
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
@@ -243,7 +245,9 @@ def test_failures_stay_local_and_a_sweep_continues(
     assert "to finish it: cd" in told.out
 
 
-def test_rerun_none_leaves_failures_and_all_starts_anew(home: Path) -> None:
+def test_rerun_none_leaves_failures_and_all_starts_anew(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     jobs = jobs_of(home, network("Tiny"), network("Raises"))
     first, _ = sweep(jobs)
     none = jobs_of(home, network("Tiny"), network("Raises"), common=("sweep.rerun=none",))
@@ -251,7 +255,10 @@ def test_rerun_none_leaves_failures_and_all_starts_anew(home: Path) -> None:
     assert kept == first
     assert code == 1
     again = jobs_of(home, network("Tiny"), network("Raises"), common=("sweep.rerun=all",))
+    logging.getLogger("sddlskd").propagate = True
+    caplog.set_level(logging.INFO)
     results, _ = sweep(again)
+    assert "checking 2 jobs" in caplog.text  # the finished one counts once
     assert statuses(results) == ["FINISHED", "FAILED"]
     assert results[0]["time"] > first[0]["time"]
     assert len(list(Path(jobs[0].run_dir).parent.glob("*.before-*"))) == 2
@@ -382,12 +389,14 @@ def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     common = ("sweep.plan=true", "teacher.train_if_missing=true", "teacher.train_epochs=7")
-    sweep(jobs_of(tmp_path, "seed=1", "seed=2", common=common), devices=["cuda:0", "cpu"])
+    jobs = jobs_of(tmp_path, "seed=1", "seed=2", common=common)
+    assert sweep(jobs, devices=["cuda:0", "cpu"])[1] == 1
     told = capsys.readouterr().out
     assert told.count("trained first: teacher resnet8 for digits (7 epochs)") == 1
+    assert "devices: cuda:0 1 job, cpu 1 job" in told
     # The 1.2 million parameters of resnet8x4: two checkpoints with momentum, and the best weights
     assert "\ndisk: at most about 24.3 MB a run, 0.049 GB in all; free: " in told
-    assert "this machine has no cuda:0" in told
+    assert "cannot run: this machine has no cuda:0, which hydra.launcher.devices names" in told
 
 
 def record_of_past_run(job: Config, seconds: float) -> None:
@@ -420,6 +429,16 @@ def test_a_better_group_size(
 def test_a_network_of_a_library_is_a_job_of_a_sweep(home: Path) -> None:
     (job,) = jobs_of(home, "student=torchvision student.model.name=resnet18 M=[1]")
     assert job.student.name == "torchvision_resnet18"
+
+
+def test_slow_checks_say_how_far_they_are(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precheck, "EVERY_S", 0.0)
+    logging.getLogger("sddlskd").propagate = True
+    caplog.set_level(logging.INFO)
+    precheck.problems(jobs_of(home, "seed=1", "seed=2"))
+    assert "checked 1 of 2 jobs" in caplog.text
 
 
 def test_ctrl_c_after_the_last_job_is_no_failure(
@@ -884,17 +903,98 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=said):
         run(jobs, devices=["cpu"] * 1000)
     assert sorted(home.rglob("*")) == before
-    pool(devices=["cpu"] * 1000).validate(jobs[:2])
+    pool(devices=["cpu"] * 1000).validate(jobs[:2], ["cpu"])
+
+
+def test_a_device_that_fails_leaves_its_jobs_to_the_others(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(*arguments: Any) -> dict[str, Any]:
+        return precheck.report(*arguments) | {"devices": ["cuda:99"]}
+
+    logging.getLogger("sddlskd").propagate = True
+    caplog.set_level(logging.INFO)
+    jobs = jobs_of(home, *(f"{network('Tiny')} seed={seed}" for seed in (0, 1)))
+    devices = pool(["cuda:99"])
+    with pytest.raises(SystemExit) as caught:
+        run_sweep(jobs, "test", runner=devices, precheck=check)
+    assert caught.value.code
+    assert [state_of(Path(job.run_dir)) for job in jobs] == ["interrupted", "new"]
+    assert "no device is left for 2 jobs; the same command trains what stays" in caplog.text
+    caplog.clear()
+    run_sweep(jobs, "test", runner=pool(["cuda:99", "cpu"]), precheck=check)
+    assert [state_of(Path(job.run_dir)) for job in jobs] == ["finished"] * 2
+    assert caplog.text.count("cuda:99 is taken out of the sweep: DeviceFailure: trainer.dev") == 1
+    assert "starting a worker on cpu for group 2 of 2 (loading PyTorch takes" in caplog.text
+
+
+def test_an_interrupted_job_that_is_refused_keeps_the_reason(home: Path) -> None:
+    jobs = jobs_of(home, network("Tiny"))
+    record.freeze(jobs[0])
+    opened = record.Record(jobs[0])
+    opened.write_outcome("KILLED", "stopped")
+    opened.close()
+    own = pool(["cpu"])
+    own.devices = ["0"]
+    assert own.run([jobs], home, ["cpu"]) == "FINISHED"
+    result = record.read_result(Path(jobs[0].run_dir))
+    assert result["status"] == "FAILED"
+    assert result["reason"].startswith("ValueError: trainer.device=0 is unknown")
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (4, "=4 is not a list; give [cuda:0,cuda:1,cuda:2,cuda:3] or auto"),
+        (True, "=True is not a list; give [cuda:0,cuda:1] or auto"),
+        (None, "=null is not a list; give [cuda:0,cuda:1] or auto"),
+        ([0, 1], "=[0,1] names 0, which is no device; give [cuda:0,cuda:1], [cpu] or auto"),
+        (["cpu", "gpu"], "=[cpu,gpu] names gpu, which is no device; give [cuda:0,cuda:1], [cpu]"),
+        ([], "=[] has no device; give auto or a list such as [cuda:0,cuda:1] or [cpu,cpu]"),
+    ],
+)
+def test_what_is_no_list_of_devices_is_refused(devices: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"hydra.launcher.devices{said}")):
+        pool(devices)
+
+
+def test_gpus_that_are_not_here_are_refused() -> None:
+    def missing(listed: list[str], visible: list[str]) -> list[str]:
+        return [str(refusal) for refusal in pool(listed).refusals([], visible)]
+
+    assert not missing(["cuda:1", "cuda", "cpu"], ["cuda:0", "cuda:1"])
+    (said,) = missing(["cuda:1", "cuda:2"], ["cuda:0", "cuda:1"])
+    assert said.startswith("this machine has no cuda:2, which hydra.launcher.devices names")
+    assert missing(["cuda"], ["cpu"])
+
+
+def test_a_worker_that_is_stopped_while_it_loads_leaves_silently(home: Path) -> None:
+    with held_back():
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "sddlskd.worker", str(home)], stderr=subprocess.PIPE
+        )
+    worker.send_signal(signal.SIGINT)
+    _, said = worker.communicate(timeout=60)
+    assert (worker.returncode, said) == (ExitCode.STOPPED, b"")
 
 
 def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
     nothing: dict[str, list[Any]] = {
-        key: [] for key in ("problems", "downloads", "changed", "other_data", "devices", "teachers")
+        key: []
+        for key in (
+            "problems",
+            "downloads",
+            "changed",
+            "other_data",
+            "devices",
+            "teachers",
+            "run_MB",
+        )
     }
 
     def lines(*words: str) -> list[str]:
         jobs = [tiny(tmp_path, *words, f"M={M}") for M in ("[1]", "[1,2]", "[1,2]")]
-        plan = make_plan(jobs, "s", runs_locally=True, precheck=lambda *_: nothing)
+        plan = make_plan(jobs, "s", runner=pool(), precheck=lambda *_: nothing)
         return plan_lines(plan)
 
     assert lines()[1] == "1 more job is equal to these"

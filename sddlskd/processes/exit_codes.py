@@ -10,15 +10,18 @@ class ExitCode(IntEnum):
     """Exit codes besides 0 (success) and 1 (an error that the output of the process explains).
 
     TOO_LARGE: a group of runs needs more memory than the device has. BUSY: another process has a
-    run directory open. REQUEUE: after SLURM's warning before a time limit, the task has saved its
-    checkpoints. WARNED_EARLY: the task got this warning before it had a signal handler. STOPPED: a
-    user or a scheduler stopped the process. PARENT_GONE: the process that started this one died.
+    run directory open. NO_DEVICE: the device is missing or broken. REQUEUE: after SLURM's warning
+    before a time limit, the task has saved its checkpoints. WARNED_EARLY: the task got this warning
+    before it had a signal handler. STOPPED: a user or a scheduler stopped the process. PARENT_GONE:
+    the process that started this one died.
     """
 
     # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.
     TOO_LARGE = 75
     # Another process has the run directory of one of the jobs open.
     BUSY = 76
+    # The device of the process is missing or broken; the jobs may run on another device.
+    NO_DEVICE = 77
     # SLURM warned a task, which saved its checkpoints and has to go back into the queue.
     REQUEUE = 85
     # A person or a scheduler stopped the command; shells report the same code after Ctrl-C.

@@ -1,9 +1,15 @@
-"""Ignore Ctrl-C in a process whose work is done."""
+"""Ctrl-C before the work of a process begins, and after its work is done."""
 
+import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-__all__ = ["ignore_interrupts"]
+from sddlskd.processes.exit_codes import ExitCode
+
+__all__ = ["held_back", "ignore_interrupts", "leave_at_once"]
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def ignore_interrupts() -> None:
@@ -14,3 +20,28 @@ def ignore_interrupts() -> None:
     """
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM for a block, and in the processes that are started in it.
+
+    A new process would otherwise die with a traceback before it has a signal handler. It receives
+    the signals from its call of `leave_at_once` on. This process receives them after the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_at_once() -> None:
+    """End this process silently at SIGINT or SIGTERM, with `ExitCode.STOPPED`, from now on.
+
+    Call this function while there is nothing to save. Training replaces the signal handlers. The
+    signals that `held_back` has held back arrive now.
+    """
+    for number in STOPPING:
+        signal.signal(number, lambda *_: os._exit(ExitCode.STOPPED))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

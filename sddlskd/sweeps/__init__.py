@@ -23,7 +23,12 @@ from sddlskd.config import Config, Rerun
 from sddlskd.processes.interrupts import ignore_interrupts
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
 from sddlskd.sweeps.grid import InvalidJobs
-from sddlskd.sweeps.manifest import planned_jobs, write_manifest, write_plan
+from sddlskd.sweeps.manifest import (
+    marked_as_running,
+    planned_jobs,
+    write_manifest,
+    write_plan,
+)
 from sddlskd.sweeps.outcome import result_of, state_of
 from sddlskd.sweeps.plan import Plan, Precheck, ask_precheck, groups_of, make_plan
 from sddlskd.sweeps.report import plan_lines, print_outcome, print_plan
@@ -169,7 +174,7 @@ def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:
             check()
         except (ValueError, ConnectionError) as error:
             found.append(str(error))
-    found += map(str, runner.refusals(plan.todo))
+    found += map(str, runner.refusals(plan.todo, plan.devices))
     return list(dict.fromkeys(found))
 
 
@@ -182,8 +187,15 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
     if plan.todo:  # these checks come before anything is written
         tracking.check_packages(plan.todo)
         tracking.check_reachable(plan.todo)
-        runner.validate(plan.todo)
-    write_manifest(plan.folder, plan.name, plan.jobs)
+        runner.validate(plan.todo, plan.devices)
+    devices = len(runner.places(plan.todo, plan.devices)) or 1
+    write_manifest(plan.folder, plan.name, plan.jobs, devices)
+    with marked_as_running(plan.folder):
+        return _run_groups(plan, runner)
+
+
+def _run_groups(plan: Plan, runner: GroupRunner) -> str:
+    """Register and freeze the jobs of a sweep, and run its groups; return what `_run` returns."""
     if not plan.todo:
         if not planned_jobs(plan.folder) >= {job.run_dir for job in plan.jobs}:
             _register_finished_sweep(plan)
@@ -194,6 +206,8 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
     if plan.jobs[0].sweep.rerun is Rerun.all:
         for job in plan.todo:
             _set_aside(Path(job.run_dir))
+    if any(job.tracking.enabled for job in plan.todo):
+        log.info("registering %s in MLflow", counted(len(plan.todo), "job"))
     registered = tracking.register(plan.todo, sweep=plan.name)
     for job in registered:
         record.freeze(job)

@@ -5,11 +5,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
 from sddlskd import record
@@ -18,6 +19,8 @@ from sddlskd.config import Config
 __all__ = [
     "LOCK",
     "command_to_continue",
+    "is_running",
+    "marked_as_running",
     "planned_jobs",
     "read_manifest",
     "write_manifest",
@@ -26,6 +29,8 @@ __all__ = [
 
 # File in the sweep's folder. It guards the lists of jobs, which two launches may extend at once.
 LOCK = ".lock"
+# File in the sweep's folder that a launch locks as long as it runs the jobs.
+RUNNING_LOCK = "running.lock"
 MANIFEST = "sweep.json"
 PLAN = "plan.json"
 # The user meant these overrides for one launch only.
@@ -50,9 +55,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     The keys are "name" (of the sweep), "command" (that continues the sweep), "folder" (working
     directory for the command), "time" (of the last launch, in Unix seconds), "jobs" (list of the
-    jobs' run directories) and "until_decided" (whether the command may add jobs). Raise
-    FileNotFoundError if there is no such file, and record.Damaged (a ValueError) if the file is not
-    a JSON object.
+    jobs' run directories), "until_decided" (whether the command may add jobs) and "devices" (number
+    of devices of this machine that train the jobs; 1 for a cluster). Manifests of earlier versions
+    lack the last two. Raise FileNotFoundError if there is no such file, and record.Damaged (a
+    ValueError) if the file is not a JSON object.
     """
     content = record.read_json(folder / MANIFEST)
     if not content:
@@ -60,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
+def write_manifest(folder: Path, name: str, jobs: Sequence[Config], devices: int = 1) -> None:
     """Add the jobs of a launch to sweep.json, the list of a sweep's jobs.
 
     A launch is one call of the sweep's command. The folder and the file are created if they are
@@ -72,6 +78,7 @@ def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
         folder: folder of the sweep, <home>/runs/sweeps/<name>.
         name: name of the sweep.
         jobs: jobs of this launch, at least one; the file lists their run directories.
+        devices: number of devices of this machine that train the jobs; 1 for a cluster.
 
     Raises:
         record.Damaged: If there is a sweep.json that is not a JSON object.
@@ -89,8 +96,44 @@ def write_manifest(folder: Path, name: str, jobs: Sequence[Config]) -> None:
             "time": time.time(),
             "jobs": list(dict.fromkeys(run_dirs)),
             "until_decided": jobs[0].sweep.seeds is not None,
+            "devices": devices,
         }
         record.write_text(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+@contextmanager
+def marked_as_running(folder: Path) -> Iterator[None]:
+    """Lock a file in the folder of a sweep for a block, so that `is_running` sees the launch.
+
+    If another launch of the sweep has locked the file already, do nothing.
+    """
+    lock = FileLock(folder / RUNNING_LOCK)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(folder: Path) -> bool:
+    """Return whether a launch of the sweep in `folder` runs jobs, or waits for a cluster's jobs.
+
+    The end of the launch's process ends this state, however it ends. Return False for a sweep of
+    another user, whose files cannot be locked.
+    """
+    path = folder / RUNNING_LOCK
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except PermissionError:
+        return False
+    lock.release()
+    return False
 
 
 def write_plan(folder: Path, name: str, jobs: Sequence[Config]) -> Path:

@@ -67,11 +67,12 @@ class Plan:
             that is only printed (`sweep.plan`) has an entry for each of its obstacles.
         downloads: files of data sets that are missing here and that the sweep would download; [] if
             the plan is not only printed, because such files have been downloaded then.
-        changed: finished jobs that learnt from another teacher file than the current one.
+        changed: finished jobs that learnt from another teacher file than the current one, except
+            those of `todo`.
         other_data: (finished job, how the data differ) of each job that was trained on other data
-            than its data set has now.
+            than its data set has now, except those of `todo`.
         changed_code: (finished job, modules) of each job whose outside code, such as a loss of the
-            user, has changed since its record was made.
+            user, has changed since its record was made, except those of `todo`.
         devices: devices of this machine, such as ["cuda:0"]; empty if no job was checked.
         teachers: missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
             epochs)".
@@ -215,7 +216,9 @@ def make_plan(
         states = {job.run_dir: state_of(Path(job.run_dir)) for job in unique}
     skipped = _skipped_states(unique[0].sweep)
     todo = [job for job in unique if states[job.run_dir] not in skipped]
-    finished = [job for job in unique if states[job.run_dir] == "finished"]
+    finished = [
+        job for job in unique if states[job.run_dir] == "finished" and "finished" in skipped
+    ]
     answer: dict[str, Any] = {
         "problems": [],
         "downloads": [],
@@ -226,7 +229,10 @@ def make_plan(
         "run_MB": [],
     }
     if todo or finished:
-        log.info("checking %s", counted(len(todo) + len(finished), "job"))
+        log.info(
+            "checking %s (loading PyTorch takes some seconds)",
+            counted(len(todo) + len(finished), "job"),
+        )
         answer = precheck(todo, finished, runner.runs_locally)
     kind = runner.kind(todo, answer["devices"])
     groups = groups_of(todo, max_group_size)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from sddlskd.config import Config
 from sddlskd.processes.cores import check_processes
 from sddlskd.processes.exit_codes import ExitCode
+from sddlskd.processes.interrupts import held_back
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
 from sddlskd.sweeps.runner import GroupRunner
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 WORKER_MB = 200  # memory of a process that has imported torch, in megabytes
 POLL_S = 0.1  # seconds between two looks at the workers
 FAILED_FAST = "a job failed and fail_fast is on"
+DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d+)?")  # what a list of devices may name
+MOST_SHOWN = 16  # devices of a list that a message proposes
 
 
 @dataclass
@@ -38,10 +42,13 @@ class Task:
         jobs: jobs that one worker process trains together, at least one.
         deaths: 1 if an earlier worker process of these jobs died or was stopped, or could not train
             them because of another process, which has ended since; else 0.
+        number: number of the group among those of the launch, from 1; the parts of a group share
+            its number.
     """
 
     jobs: list[Config]
     deaths: int = 0
+    number: int = 1
 
     @property
     def devices_per_job(self) -> int:
@@ -59,6 +66,8 @@ class Pool(GroupRunner):
     - If the second worker dies, too, a single unfinished job is marked FAILED. Of several, each
       gets a worker of its own, and is marked FAILED if that worker dies.
     - If a signal stopped the second worker, its unfinished jobs stay interrupted.
+    - If a device fails, it gets no more groups, and its unfinished jobs go to the other devices. If
+      no device is left that may train a job, the job stays to do.
 
     Args:
         devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker
@@ -69,7 +78,7 @@ class Pool(GroupRunner):
         start: function that starts a worker process; called like subprocess.Popen.
 
     Raises:
-        ValueError: If `devices` is empty.
+        ValueError: If `devices` is empty, or if it is neither "auto" nor names devices.
     """
 
     runs_locally = True
@@ -82,11 +91,7 @@ class Pool(GroupRunner):
         fail_fast: bool,
         start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
     ) -> None:
-        if not devices:
-            raise ValueError(
-                "hydra.launcher.devices=[] has no device; give auto or a list such as "
-                "[cuda:0,cuda:1] or [cpu,cpu]"
-            )
+        _check_devices(devices)
         self.auto = devices == "auto"
         self.devices: list[str] = []
         if not self.auto:
@@ -99,14 +104,24 @@ class Pool(GroupRunner):
         self.queue_open = True  # whether groups may be added to the queue
         # The running workers by the index of their device.
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
+        self.failed_devices: set[str] = set()
+        self.groups = 0  # number of groups of the launch
         self.stop_signals = 0  # number of stop signals received so far
         self.last_signal = 0  # number of the last stop signal
 
-    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
-        """Yield a ValueError if the pool would start more workers on the CPU than there are cores.
+    def refusals(self, jobs: Sequence[Config], visible: Sequence[str]) -> Iterator[Exception]:
+        """Yield a ValueError for GPUs that this machine lacks, and for more workers than cores.
 
-        `jobs` are the jobs of the sweep; there are never more workers than jobs.
+        `jobs` are the jobs of the sweep; there are never more workers than jobs. `visible` are the
+        devices of this machine.
         """
+        gpus = [name for name in dict.fromkeys(self.devices) if name.startswith("cuda")]
+        here = {"cuda", *visible} if any(name.startswith("cuda") for name in visible) else set()
+        if missing := [name for name in gpus if name not in here]:
+            yield ValueError(
+                f"this machine has no {', '.join(missing)}, which hydra.launcher.devices names; "
+                f"give auto, or a list of {', '.join(visible)}"
+            )
         # The pool with the devices "auto" has at most one worker for each device.
         workers = min(self.devices.count("cpu"), len(jobs))
         try:
@@ -155,7 +170,8 @@ class Pool(GroupRunner):
             ValueError: If a file of a job is damaged, or if this is not the main thread.
             OSError: If a worker cannot be started.
         """
-        self.queue.extend(Task(list(group)) for group in groups)
+        self.groups = len(groups)
+        self.queue.extend(Task(list(group), 0, number) for number, group in enumerate(groups, 1))
         self.devices = self.places([task.jobs[0] for task in self.queue], visible)
         cpu_workers = self.devices.count("cpu")
         if cpu_workers > 1:
@@ -178,9 +194,16 @@ class Pool(GroupRunner):
 
     def _start_workers(self) -> None:
         for slot, device in enumerate(self.devices):
-            if slot in self.busy:
+            if slot in self.busy or device in self.failed_devices:
                 continue
             if task := self._next(device):
+                log.info(
+                    "starting a worker on %s for group %d of %d "
+                    "(loading PyTorch takes some seconds)",
+                    device,
+                    task.number,
+                    self.groups,
+                )
                 self.busy[slot] = (self._start(device, task), task)
                 if self.stop_signals:  # the signal came while the worker was starting
                     self.busy[slot][0].send_signal(self.last_signal)
@@ -189,6 +212,8 @@ class Pool(GroupRunner):
         for slot, (worker, task) in list(self.busy.items()):
             if worker.poll() is not None:
                 del self.busy[slot]
+                if worker.returncode == ExitCode.NO_DEVICE:
+                    self._leave_out(self.devices[slot], task)
                 self._ended(worker.returncode, task)
 
     def _next(self, device: str) -> Task | None:
@@ -204,10 +229,13 @@ class Pool(GroupRunner):
         for task in self.queue:
             if task.devices_per_job > 1 and self.busy:
                 continue
-            if not self.auto or task.jobs[0].trainer.device in ("auto", device):
+            if self._may_train(device, task):
                 self.queue.remove(task)
                 return task
         return None
+
+    def _may_train(self, device: str, task: Task) -> bool:
+        return not self.auto or task.jobs[0].trainer.device in ("auto", device)
 
     def _start(self, device: str, task: Task) -> subprocess.Popen[bytes]:
         environment = dict(os.environ)
@@ -223,14 +251,16 @@ class Pool(GroupRunner):
             command += ["--progress", "plain"]
         command += [job.run_dir for job in task.jobs]
         # In a session of its own, the worker receives Ctrl-C once, through this process.
-        return self.start(command, env=environment, start_new_session=True)
+        with held_back():
+            return self.start(command, env=environment, start_new_session=True)
 
     def _visible_gpus(self) -> list[str]:
         """Return the GPUs of all workers as CUDA_VISIBLE_DEVICES names them; [] if there is none.
 
         The number in cuda:1 counts the GPUs visible to this process, which may be a subset already.
         """
-        numbers = [name.removeprefix("cuda:") for name in self.devices if name.startswith("cuda:")]
+        usable = [name for name in self.devices if name not in self.failed_devices]
+        numbers = [name.removeprefix("cuda:") for name in usable if name.startswith("cuda:")]
         already = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if not already:
             return numbers
@@ -244,8 +274,10 @@ class Pool(GroupRunner):
             self._halt(FAILED_FAST)
         if not left or self.stop_signals or not self.queue_open:
             return
-        if code == ExitCode.BUSY:
-            self._leave_to_others(left, task.deaths)
+        if code == ExitCode.NO_DEVICE:
+            self._move(left, task)
+        elif code == ExitCode.BUSY:
+            self._leave_to_others(left, task)
         elif code == ExitCode.TOO_LARGE and len(left) > 1:
             half = len(left) // 2
             log.warning(
@@ -254,16 +286,47 @@ class Pool(GroupRunner):
                 half,
                 len(left) - half,
             )
-            self.queue.extendleft([Task(left[half:], task.deaths), Task(left[:half], task.deaths)])
+            parts = (left[half:], left[:half])
+            self.queue.extendleft(Task(part, task.deaths, task.number) for part in parts)
         elif code == ExitCode.STOPPED and task.deaths:
             # The jobs are interrupted, not failed: the sweep's command continues them.
             log.warning(
                 "a worker was stopped twice; left interrupted: %s", counted(len(left), "job")
             )
         else:
-            self._retry(left, task.deaths, code)
+            self._retry(left, task, code)
 
-    def _leave_to_others(self, left: list[Config], deaths: int) -> None:
+    def _leave_out(self, device: str, task: Task) -> None:
+        """Give no more groups to a device that has failed while it trained the group `task`."""
+        if device in self.failed_devices:
+            return
+        self.failed_devices.add(device)
+        reasons = [result_of(job)["reason"] for job in task.jobs]
+        log.error(
+            "%s is taken out of the sweep: %s",
+            device,
+            next((reason for reason in reasons if reason), "it failed"),
+        )
+
+    def _move(self, left: list[Config], task: Task) -> None:
+        """Queue the jobs of a device that has failed again, and give up what no device may train.
+
+        The jobs are those of `task` that have not ended.
+        """
+        self.queue.appendleft(Task(left, task.deaths, task.number))
+        usable = [name for name in self.devices if name not in self.failed_devices]
+        stay = [
+            task for task in self.queue if not any(self._may_train(name, task) for name in usable)
+        ]
+        for task in stay:
+            self.queue.remove(task)
+        if stay:
+            log.error(
+                "no device is left for %s; the same command trains what stays to do",
+                counted(sum(len(task.jobs) for task in stay), "job"),
+            )
+
+    def _leave_to_others(self, left: list[Config], task: Task) -> None:
         """Leave the jobs that another process is running to that process, and run the others."""
         free = [job for job in left if state_of(Path(job.run_dir)) != "running"]
         log.warning(
@@ -271,27 +334,27 @@ class Pool(GroupRunner):
             counted(len(left) - len(free), "job"),
         )
         if free and len(free) < len(left):
-            self.queue.append(Task(free, deaths))
-        elif free and deaths == 0:  # the other process has ended in the meantime
-            self.queue.append(Task(free, 1))
+            self.queue.append(Task(free, task.deaths, task.number))
+        elif free and task.deaths == 0:  # the other process has ended in the meantime
+            self.queue.append(Task(free, 1, task.number))
 
-    def _retry(self, left: list[Config], deaths: int, code: int) -> None:
+    def _retry(self, left: list[Config], task: Task, code: int) -> None:
         """Queue the jobs of a dead worker again, or mark a job FAILED that killed two workers."""
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if deaths == 0:
+        if task.deaths == 0:
             log.warning(
                 "a worker died (%s); to continue from its checkpoints: %s",
                 why,
                 counted(len(left), "job"),
             )
-            self.queue.appendleft(Task(left, 1))
+            self.queue.appendleft(Task(left, 1, task.number))
         elif len(left) > 1:
             log.warning(
                 "a second worker died of the same %d jobs (%s): running them one by one",
                 len(left),
                 why,
             )
-            self.queue.extendleft(Task([job], 1) for job in reversed(left))
+            self.queue.extendleft(Task([job], 1, task.number) for job in reversed(left))
         else:
             reason = f"its worker died twice ({why})"
             if why == "SIGKILL":
@@ -322,6 +385,41 @@ class Pool(GroupRunner):
             for worker, _ in self.busy.values():
                 worker.kill()
             log.warning("stopped")
+
+
+def _check_devices(devices: Any) -> None:
+    """Raise ValueError unless the option hydra.launcher.devices is "auto" or names devices."""
+    given = _as_typed(devices)
+    proposed = "[cuda:0,cuda:1]"
+    if type(devices) is int and 0 < devices <= MOST_SHOWN:
+        proposed = _as_typed([f"cuda:{index}" for index in range(devices)])
+    if not isinstance(devices, str | list):
+        raise ValueError(f"hydra.launcher.devices={given} is not a list; give {proposed} or auto")
+    if not devices:
+        raise ValueError(
+            "hydra.launcher.devices=[] has no device; give auto or a list such as "
+            "[cuda:0,cuda:1] or [cpu,cpu]"
+        )
+    listed = [devices] if isinstance(devices, str) else devices
+    unknown = [device for device in listed if not DEVICE.fullmatch(str(device))]
+    if not unknown:
+        return
+    numbers = [f"cuda:{device}" for device in listed if type(device) is int and device >= 0]
+    if len(numbers) == len(listed):
+        proposed = _as_typed(numbers[:MOST_SHOWN])
+    raise ValueError(
+        f"hydra.launcher.devices={given} names {_as_typed(unknown[0])}, which is no device; "
+        f"give {proposed}, [cpu] or auto"
+    )
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value of the command line as a user types it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_typed, value))}]"
+    if value is None:
+        return "null"
+    return str(value)
 
 
 def _any_failed(jobs: Iterable[Config]) -> bool:

@@ -6,8 +6,10 @@ torch nor images.
 
 import argparse
 import json
+import logging
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +27,7 @@ from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.datasets.places import without_downloads
 from sddlskd.processes.parent import end_with_parent
-from sddlskd.terminal.console import explain, refuse_another_checkout
+from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout
 from sddlskd.terminal.words import counted
 from sddlskd.training.build import build_network, load_splits, present_fingerprint, shape_of
 from sddlskd.training.checks import (
@@ -55,6 +57,10 @@ from sddlskd.training.features import build_features, student_network
 from sddlskd.training.teacher import image_of_teacher
 
 __all__ = ["main", "problems", "report"]
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 10.0  # seconds between two log lines about the progress
 
 # Side of the images of the data sets that are arrays, in pixels, by the loaders' names
 SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32, "fashion_mnist": 32, "stl10": 96}
@@ -368,7 +374,7 @@ def problems(jobs: Sequence[Config], runs_locally: bool = True) -> list[tuple[Co
     """
     checker = Checker()
     found = []
-    for job in jobs:
+    for job in _with_progress(jobs):
         try:
             check_one_process(job)
             checker.check(job if runs_locally else _on_any_device(job))
@@ -396,7 +402,7 @@ def obstacles(
     checker = Checker()
     found: list[tuple[Config, str]] = []
     downloads: dict[str, None] = {}
-    for job in jobs:
+    for job in _with_progress(jobs):
         placed = job
         if not runs_locally:
             placed = _on_any_device(job)  # has one process
@@ -410,6 +416,16 @@ def obstacles(
             else:
                 found.append((job, explain(error)))
     return found, list(downloads)
+
+
+def _with_progress(jobs: Sequence[Config]) -> Iterator[Config]:
+    """Yield the jobs, and log every ten seconds (EVERY_S) how many of them have been checked."""
+    last = time.monotonic()
+    for number, job in enumerate(jobs):
+        if time.monotonic() - last >= EVERY_S:
+            last = time.monotonic()
+            log.info("checked %d of %s", number, counted(len(jobs), "job"))
+        yield job
 
 
 def _on_any_device(job: Config) -> Config:
@@ -499,6 +515,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps.precheck")
     parser.add_argument("--parent", type=int, help="process id; end when that process dies")
     refuse_another_checkout()
+    log_to_terminal()
     if parent := parser.parse_args().parent:
         end_with_parent(parent)
     arguments = pickle.load(sys.stdin.buffer)

@@ -1,5 +1,6 @@
 """Text that a sweep prints for its user: its plan, its status, its failures and its outcome."""
 
+import os
 import re
 import shlex
 import shutil
@@ -150,10 +151,6 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     per_device = jobs_of_devices(sizes, len(devices))
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
     lines.append(f"devices: {', '.join(shares)}")
-    if missing := [
-        name for name in devices if name.startswith("cuda") and name not in plan.devices
-    ]:
-        lines.append(f"this machine has no {', '.join(missing)}")
     together = [len(group) for group in groups_of(plan.todo)]
     if better := better_group_size(together, len(devices), plan.max_group_size):
         parts = split(together, better)
@@ -236,7 +233,9 @@ def print_status(status: SweepStatus) -> None:
     """Print the state of every job of a sweep, the time left, and the command to continue.
 
     If all jobs have finished or were dropped by halving, no time is printed, and the command only
-    if it may add jobs, as in a search. If SLURM could not be asked, the first line says why.
+    if it may add jobs, as in a search. While the sweep runs, a line says so instead of the command,
+    and names the teachers that are being trained. If SLURM could not be asked, the first line says
+    why.
     """
     if status.slurm_error:
         write_line(f"cannot ask SLURM about the jobs of this sweep: {status.slurm_error}")
@@ -247,14 +246,21 @@ def print_status(status: SweepStatus) -> None:
         write_line(_job_line(job))
     if not status.command:
         return
-    if all(job.state in DONE for job in status.jobs):
+    if status.running:
+        teachers = [f"; it trains the teacher {teacher}" for teacher in status.teachers]
+        write_line(f"the sweep is running{''.join(teachers)}")
+    if all(job.state in DONE for job in status.jobs) and not status.running:
         write_line(f"to add what is left, or see the decisions or the best job: {status.command}")
         return
+    unfinished = sum(job.state not in DONE for job in status.jobs)
+    devices = max(min(status.devices, unfinished), 1)
+    places = f"{devices} devices" if devices > 1 else "one device"
     if status.seconds_left is None:
         write_line("time left: not known yet")
     else:
-        write_line(f"time left: about {duration(status.seconds_left)} on one device")
-    write_line(f"to finish it: {status.command}")
+        write_line(f"time left: about {duration(status.seconds_left / devices)} on {places}")
+    if not status.running:
+        write_line(f"to finish it: {status.command}")
 
 
 def _job_line(job: JobStatus) -> str:
@@ -284,7 +290,8 @@ def print_outcome(
 ) -> None:
     """Print how a sweep ended: the failures, a table of the results, and how to continue.
 
-    If all jobs are FINISHED or PRUNED, only the table is printed.
+    If all jobs are FINISHED or PRUNED, only the table is printed, and the command that makes tables
+    from the runs in MLflow.
 
     Args:
         plan: plan of the sweep, with its jobs.
@@ -305,7 +312,29 @@ def print_outcome(
         )
         if not locally:
             write_line(f"logs of the tasks: python -m sddlskd.sweeps logs {plan.folder}")
-    outcomes(plan.jobs, results, stopped=stopped)
+    then = ""
+    if any(result["status"] == FINISHED for result in results):
+        then = _command_for_tables(plan)
+    outcomes(plan.jobs, results, stopped=stopped, then=then)
+
+
+def _command_for_tables(plan: Plan) -> str:
+    """Return a line with the command that makes tables of a sweep; "" if MLflow has no runs of it.
+
+    The command finds MLflow by the current folder and the environment, if it can.
+    """
+    job = plan.jobs[0]
+    if not job.tracking.enabled:
+        return ""
+    words = ["python", "-m", "analysis", plan.name]
+    home = os.environ.get("SDDLSKD_HOME", ".")
+    uri = str(job.tracking.uri)
+    if uri == f"sqlite:///{job.home}/mlflow.db":
+        if Path(job.home).resolve() != Path(home).resolve():
+            words += ["--home", job.home]
+    elif uri != os.environ.get("MLFLOW_TRACKING_URI"):
+        words += ["--uri", uri]
+    return f"table: {shlex.join(words)}"
 
 
 def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:

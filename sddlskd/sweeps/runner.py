@@ -23,22 +23,27 @@ class GroupRunner(Protocol):
     runs_locally: bool
     array_parallelism: int | None
 
-    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+    def refusals(self, jobs: Sequence[Config], visible: Sequence[str]) -> Iterator[Exception]:
         """Yield every reason why the runner cannot run the jobs; write no file.
 
-        A reason is a ValueError, or a ConnectionError if a cluster does not answer. `jobs` are the
-        jobs to run, at least one.
+        A reason is a ValueError, or a ConnectionError if a cluster does not answer.
+
+        Args:
+            jobs: jobs to run, at least one.
+            visible: devices of this machine, such as ["cuda:0"].
         """
         ...
 
-    def validate(self, jobs: Sequence[Config]) -> None:
+    def validate(self, jobs: Sequence[Config], visible: Sequence[str]) -> None:
         """Check that the runner can run the jobs, before the sweep writes any file.
+
+        The arguments are those of `refusals`.
 
         Raises:
             ValueError: If the runner cannot run the jobs.
             ConnectionError: If a cluster does not answer.
         """
-        for refusal in self.refusals(jobs):
+        for refusal in self.refusals(jobs, visible):
             raise refusal
 
     def places(self, jobs: Sequence[Config], visible: Sequence[str]) -> list[str]:

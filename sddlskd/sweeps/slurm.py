@@ -356,7 +356,7 @@ class Slurm(GroupRunner):
         self.array_parallelism = array_parallelism
         self.options = options
 
-    def refusals(self, jobs: Sequence[Config]) -> Iterator[Exception]:
+    def refusals(self, jobs: Sequence[Config], visible: Sequence[str]) -> Iterator[Exception]:
         """Yield every reason why SLURM would not accept the jobs; write no file.
 
         The reasons are these: a SLURM command is missing, an option is wrong, a line of the option
@@ -366,6 +366,7 @@ class Slurm(GroupRunner):
 
         Args:
             jobs: jobs to run, at least one.
+            visible: not used.
         """
         missing = [command for command in COMMANDS if shutil.which(command) is None]
         if missing:

@@ -11,13 +11,15 @@ from typing import Any
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.sweeps import slurm
-from sddlskd.sweeps.manifest import read_manifest
+from sddlskd.sweeps.manifest import is_running, read_manifest
 from sddlskd.sweeps.outcome import STATES, state_of
 from sddlskd.sweeps.search import DATABASE, searched_keys
+from sddlskd.terminal.words import counted
 
 __all__ = ["JobStatus", "SweepStatus", "count_states", "states_of", "status_of"]
 
 ENDED = ("finished", "failed", "pruned")
+AT_WORK = ("queued", "running")
 DONE = ("finished", "pruned")  # what is left of a sweep whose jobs are all done
 LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
 
@@ -69,8 +71,12 @@ class SweepStatus:
         sweep: name of the sweep.
         counts: number of jobs in each state; a state without jobs is left out.
         jobs: status of every job, in the order of sweep.json.
-        seconds_left: estimated seconds on one device for the jobs that have neither finished nor
-            failed; 0 without such jobs, None if no epoch of the sweep has ended yet.
+        running: whether the sweep runs: a launch of it is alive, or all jobs that are left run or
+            are in SLURM's queue.
+        teachers: teachers that are being trained now, as "resnet14: 3/240 epochs".
+        seconds_left: estimated seconds on one device for the jobs that `command` would run; 0
+            without such jobs, None if no epoch of the sweep has ended yet.
+        devices: number of devices of this machine that train the jobs; 1 for a cluster.
         command: shell command that runs all jobs that have not finished; "" if all have finished or
             are pruned, unless the sweep may add jobs.
         slurm_error: why SLURM could not be asked; "" if SLURM answered, or if the sweep has no
@@ -80,7 +86,10 @@ class SweepStatus:
     sweep: str
     counts: dict[str, int]
     jobs: list[JobStatus]
+    running: bool
+    teachers: list[str]
     seconds_left: float | None
+    devices: int
     command: str
     slurm_error: str
 
@@ -171,14 +180,40 @@ def status_of(folder: Path) -> SweepStatus:
     may_add = manifest.get("until_decided") or is_search
     if may_add or any(job.state not in DONE for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
+    left = [run_dir for run_dir in run_dirs if states[run_dir] not in _left_alone(manifest)]
     return SweepStatus(
         sweep=manifest["name"],
         counts=count_states(states.values()),
         jobs=jobs,
-        seconds_left=_seconds_left(jobs, epoch_seconds),
+        running=is_running(folder)
+        or (bool(left) and all(states[run_dir] in AT_WORK for run_dir in left)),
+        teachers=_teachers_in_training([configs[one] for one in left if one in configs]),
+        seconds_left=_seconds_left([job for job in jobs if job.run_dir in left], epoch_seconds),
+        devices=manifest.get("devices", 1),
         command=command,
         slurm_error=slurm_error,
     )
+
+
+def _left_alone(manifest: Mapping[str, Any]) -> Sequence[str]:
+    """Return the states of the jobs that the command of a sweep does not run."""
+    return ENDED if "sweep.rerun=none" in shlex.split(manifest["command"]) else DONE
+
+
+def _teachers_in_training(jobs: Iterable[cfg.Config]) -> list[str]:
+    """Return the teachers of jobs that a process is training now, with the epochs that are done."""
+    found: dict[str, str] = {}
+    for job in jobs:
+        for one in cfg.each_teacher(job):
+            if not one.teacher.train_if_missing or one.teacher.checkpoint:
+                continue
+            teacher = cfg.teacher_job(one)
+            folder = Path(teacher.run_dir)
+            if teacher.run_dir not in found and state_of(folder) == "running":
+                done = len(record.read_rows(folder))
+                epochs = counted(teacher.trainer.epochs, "epoch")
+                found[teacher.run_dir] = f"{teacher.student.name}: {done}/{epochs}"
+    return list(found.values())
 
 
 def _tasks_of(folder: Path, run_dirs: Sequence[str]) -> dict[str, str]:
@@ -243,14 +278,13 @@ def _job_status(
 
 
 def _seconds_left(jobs: Sequence[JobStatus], epoch_seconds: Sequence[float]) -> float | None:
-    """Return the estimated seconds that the unfinished jobs need on one device.
+    """Return the estimated seconds that jobs which have not finished need on one device.
 
-    `epoch_seconds` are the times of recent epochs. Return 0 without unfinished jobs, and None
-    without recent epochs.
+    `epoch_seconds` are the times of recent epochs. Return 0 without jobs, and None without recent
+    epochs.
     """
-    unfinished = [job for job in jobs if job.state not in ENDED]
-    if not unfinished:
+    if not jobs:
         return 0.0
     if not epoch_seconds:
         return None
-    return mean(epoch_seconds) * sum(job.epochs - job.epochs_done for job in unfinished)
+    return mean(epoch_seconds) * sum(job.epochs - job.epochs_done for job in jobs)

@@ -1,6 +1,7 @@
 """Output of the commands: outcomes, errors in one line, and the log on the terminal."""
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -74,6 +75,7 @@ LOST_FEATURE = re.compile(rf"features\.({'|'.join(f.name for f in fields(Feature
 CLOCK = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d)")
 # Unit of a number, by the end of its key
 UNITS = {"_min": "minutes", "_minutes": "minutes", "_s": "seconds"}
+LONGEST_REASON = 40  # characters of a reason that stands in a table
 # Folders of conf/ from which a user does not choose.
 NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
 
@@ -108,9 +110,18 @@ def launchers_folder() -> Path:
 
 
 def write_line(text: str) -> None:
-    """Write `text` and a line break to stdout at once, as a command's output."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Write `text` and a line break to stdout at once, as a command's output.
+
+    If stdout is a pipe whose reader has gone, as in `... | head`, drop all output from now on.
+    """
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would report an error when it flushes the rest at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def duration(seconds: float) -> str:
@@ -131,6 +142,7 @@ def outcomes(
     *,
     stopped: bool = False,
     searched: Collection[str] = (),
+    then: str = "",
 ) -> None:
     """Print a table of the results of runs, and the folders that hold the run directories.
 
@@ -141,6 +153,7 @@ def outcomes(
         results: content of result.json of each run, in the order of `jobs`.
         stopped: whether the sweep as a whole was stopped.
         searched: keys that a search varies, as for `cfg.differing_settings`.
+        then: line to print after the folders, such as a command that makes tables; "" for none.
 
     Raises:
         SystemExit: With `ExitCode.STOPPED` (130) if a run is KILLED or `stopped` is true, else with
@@ -153,6 +166,8 @@ def outcomes(
     _print_results(console, jobs, results, cfg.differing_settings(jobs, searched))
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
         console.print(f"records in {folder}", soft_wrap=True)
+    if then:
+        console.print(then, soft_wrap=True)
     statuses = {result["status"] for result in results}
     if "KILLED" in statuses or stopped:
         console.print("stopped; the same command continues where it stopped")
@@ -167,7 +182,10 @@ def _print_results(
     results: Sequence[dict[str, Any]],
     settings: Sequence[str],
 ) -> None:
-    """Print a row for each run; settings that have no room in the table stand below it.
+    """Print a row for each run.
+
+    A pair of networks that all runs share stands above the table. Long reasons stand below it, and
+    so do settings that have no room in it.
 
     Args:
         console: the terminal.
@@ -175,6 +193,7 @@ def _print_results(
         results: content of result.json of each run, in the order of `jobs`.
         settings: text with the settings of each run that the table shows, in the same order.
     """
+    title = "top-1 (%) of the best and of the last epoch"
     columns = ["pair", "method", "M", "seed", "settings", "status", "best", "last", "time"]
     if not any(settings):
         columns.remove("settings")
@@ -183,9 +202,6 @@ def _print_results(
         pair = job.student.name
         if job.has_teacher:
             pair = f"{cfg.teacher_name(job)} {job.student.name}"
-        status = result["status"]
-        if result["reason"]:
-            status = f"{status}: {result['reason']}"
         rows.append(
             {
                 "pair": pair,
@@ -193,21 +209,29 @@ def _print_results(
                 "M": ",".join(map(str, job.M)),
                 "seed": str(job.seed),
                 "settings": own,
-                "status": status,
+                "status": ": ".join(filter(None, (result["status"], result["reason"]))),
                 "best": _score(result.get("best_top1")),
                 "last": _score(result.get("last_top1")),
                 "time": duration(result["seconds"]),
             }
         )
-    title = "top-1 (%) of the best and of the last epoch"
+    if len({row["pair"] for row in rows}) == 1:
+        console.print(rows[0]["pair"].replace(" ", " -> "), soft_wrap=True)
+        columns.remove("pair")
+    reasons = list(dict.fromkeys(result["reason"] for result in results if result["reason"]))
     below: list[str] = []
-    table, width = fitting_table(title, columns, rows, console.width, ["status"])
+    if any(len(reason) > LONGEST_REASON for reason in reasons):
+        below = [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+        for row, result in zip(rows, results, strict=True):
+            if result["reason"]:
+                row["status"] = f"{result['status']} [{reasons.index(result['reason']) + 1}]"
+    table, width = fitting_table(title, columns, rows, console.width)
     if width > console.width and any(settings):
-        below = [f"({number}) {own}" for number, own in enumerate(settings, 1) if own]
+        below += [f"({number}) {own}" for number, own in enumerate(settings, 1) if own]
         for number, row in enumerate(rows, 1):
             if row["settings"]:
                 row["settings"] = f"({number})"
-        table, width = fitting_table(title, columns, rows, console.width, ["status"])
+        table, width = fitting_table(title, columns, rows, console.width)
     room = console.width
     console.width = max(room, width)  # a narrow terminal breaks the lines of the table itself
     console.print(table)

@@ -9,7 +9,7 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import FileMirror
 from sddlskd.terminal.arguments import other_form
-from sddlskd.terminal.console import refuse_another_checkout
+from sddlskd.terminal.console import refuse_another_checkout, write_line
 from sddlskd.terminal.words import counted
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.tracking.copies import write_copies
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             problems.append(f"error: {error}")
         except Exception as error:
             problems.append(f"error: {sweep} could not be delivered: {first_line(error)}")
-    sys.stdout.write(f"MLflow has {counted(delivered, 'run')} up to date\n")
+    write_line(f"MLflow has {counted(delivered, 'run')} up to date")
     if problems:
         # Of a deleted experiment every run has the same problem.
         sys.exit("\n".join(dict.fromkeys(problems)))
@@ -105,8 +105,8 @@ def _write_copies(runs: Sequence[Path], mirrors: Sequence[FileMirror], *, again:
         except Exception as error:  # one damaged run must not block the copies of the others
             problems.append(f"error: {run} could not be copied: {first_line(error)}")
     if training := len(runs) - len(ended):
-        sys.stdout.write(f"left out: {counted(training, 'run')} in training\n")
-    sys.stdout.write(f"copies are up to date of {counted(len(ended) - len(problems), 'run')}\n")
+        write_line(f"left out: {counted(training, 'run')} in training")
+    write_line(f"copies are up to date of {counted(len(ended) - len(problems), 'run')}")
     if problems:
         sys.exit("\n".join(problems))
 

@@ -1,5 +1,6 @@
 """Choose and check the device of a job, and set how it computes: seed, precision, compilation."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch
 from sddlskd.processes.cores import check_processes
 
 __all__ = [
+    "DeviceFailure",
     "autocast",
     "check_memory",
     "check_places",
     "compiled",
     "describe",
+    "device_failure",
     "number_formats",
     "pick_device",
     "seeded",
@@ -23,6 +26,20 @@ __all__ = [
 RANK_MB = 200  # memory of a process that has imported torch, in megabytes
 _COMPILE_MODES = {"max_autotune": "max-autotune-no-cudagraphs"}
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Errors of CUDA that no job can cause. A failed assertion of a kernel ("device-side assert") is not
+# among them: a label that is out of range causes it, and every device would fail at that job.
+_BROKEN = re.compile(
+    r"No CUDA GPUs are available|Found no NVIDIA driver|CUDA driver initialization failed"
+    r"|CUDA unknown error|GPU is lost"
+    r"|CUDA error: (?:.*\bECC\b|no CUDA-capable device|CUDA-capable device\(s\) is/are busy"
+    r"|.*no longer available|initialization error|driver shutting down|hardware stack error"
+    r"|invalid device ordinal|system (?:not yet initialized|has unsupported|driver mismatch)"
+    r"|unknown error|no kernel image is available|.*[Nn][Vv][Ll]ink)"
+)
+
+
+class DeviceFailure(ValueError):
+    """Error for a device that is missing or broken, whatever the job; others may train the job."""
 
 
 @contextmanager
@@ -144,6 +161,24 @@ def check_places(name: str, places: int) -> None:
         )
 
 
+def device_failure(error: BaseException) -> DeviceFailure | None:
+    """Return the failure of a device that caused an error, or None if no device has failed.
+
+    Errors count that no job can cause, such as a GPU that is missing, lost or has broken memory.
+    Neither running out of memory counts nor a failed assertion of a kernel.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, DeviceFailure):
+            return link
+        if isinstance(link, RuntimeError) and not isinstance(link, torch.OutOfMemoryError):
+            said = str(link).partition("\n")[0]
+            if _BROKEN.search(said):
+                return DeviceFailure(said)
+        link = link.__cause__ or link.__context__
+    return None
+
+
 def check_memory(setting: str, needed: float, device: torch.device) -> None:
     """Raise ValueError if a device has less free memory than a setting needs.
 
@@ -194,17 +229,17 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
-            raise ValueError(
+            raise DeviceFailure(
                 f"trainer.device={name} needs CUDA, and none is available here; "
                 "use trainer.device=cpu or auto"
             )
         if (device.index or 0) >= count:
-            raise ValueError(
+            raise DeviceFailure(
                 f"trainer.device={name} does not exist; this machine has cuda:0 to cuda:{count - 1}"
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError(
+            raise DeviceFailure(
                 "trainer.device=mps is not available here; use trainer.device=cpu or auto"
             )
     elif device.type != "cpu":

@@ -51,7 +51,14 @@ from sddlskd.training.checks import (
     teacher_changed,
     trained_first,
 )
-from sddlskd.training.devices import check_places, describe, number_formats, pick_device
+from sddlskd.training.devices import (
+    DeviceFailure,
+    check_places,
+    describe,
+    device_failure,
+    number_formats,
+    pick_device,
+)
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.features import build_features, student_network
 from sddlskd.training.halving import Halving
@@ -95,7 +102,8 @@ def fit(
       other error they become KILLED.
     - If an error concerns all runs, the runs that have started become FAILED, and the error is
       raised. After out-of-memory, several runs that halving does not compare do not become FAILED,
-      because the caller may train fewer of them together.
+      because the caller may train fewer of them together. After a failure of the device, the runs
+      become KILLED, because another device may train them.
     - If a signal stops runs during training, they become KILLED, and no error is raised.
 
     If the environment variable `WORLD_SIZE` is above 1, this process joins a group of processes
@@ -116,6 +124,7 @@ def fit(
         ValueError, OSError: If a setting, the data, the teacher file or a run directory cannot be
             used. The message is one line.
         InUse: If another process has a run directory open. The error is a ValueError.
+        DeviceFailure: If the device is missing or broken. The error is a ValueError.
         torch.OutOfMemoryError: If the runs do not fit on the device together; fewer runs may fit.
         RankFailed: If one of several processes ended early, and no single run is the cause.
         KeyboardInterrupt: If a signal asked to stop before training started.
@@ -143,10 +152,14 @@ def fit(
             ranks.report_failure(error)
             # After out-of-memory the caller may retry with fewer runs.
             may_retry = _may_retry(todo, error)
+            failure = _failure_of_device(todo, error)
             if ranks.is_rank_zero and not has_launcher() and not may_retry:
                 # A single process has written the outcome of each run that had started.
                 since = begun if ranks.world_size > 1 else math.inf
-                _mark_failed(todo, ranks.first_failure() or Cause.of(0, error), since)
+                cause = ranks.first_failure() or Cause.of(0, error)
+                _mark_failed(todo, cause, begun, since, status=KILLED if failure else FAILED)
+            if failure and failure is not error:
+                raise failure from error
             raise
         results: dict[str, Any] = ranks.broadcast({job.run_dir: _result(job) for job in jobs})
     return [results[job.run_dir] for job in jobs]
@@ -208,6 +221,16 @@ def _may_retry(jobs: Sequence[Config], error: Exception) -> bool:
     return out_of_memory and len(jobs) > 1 and not jobs[0].sweep.halving
 
 
+def _failure_of_device(jobs: Sequence[Config], error: Exception) -> DeviceFailure | None:
+    """Return the failure of the jobs' device that caused an error, or None if there is none.
+
+    If several devices share each batch, it is not known which one failed, so the result is None.
+    """
+    if jobs[0].trainer.devices > 1:
+        return None
+    return device_failure(error)
+
+
 def _why_other_data(finished: Sequence[Config]) -> str:
     """Return why one of these finished jobs was trained on other data than its data set has now.
 
@@ -251,7 +274,7 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
         for not_recorded in (InUse, torch.OutOfMemoryError):
             if not_recorded.__name__ in cause.kinds and not cause.folder:
                 raise not_recorded(message) from None
-        _mark_failed(jobs, cause, begun)
+        _mark_failed(jobs, cause, begun, begun)
         for refusal in (ValueError, OSError):
             if refusal.__name__ in cause.kinds and not cause.folder:
                 raise refusal(message) from None
@@ -271,8 +294,10 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
 # Failures that no run has recorded
 
 
-def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
-    """Mark as FAILED the jobs that have a run directory but no outcome yet.
+def _mark_failed(
+    jobs: Sequence[Config], cause: Cause, begun: float, since: float, *, status: str = FAILED
+) -> None:
+    """Mark as FAILED the jobs that have a run directory but no outcome of this call of `fit` yet.
 
     If one of the runs caused the failure, only that run is FAILED, and the other runs of the group
     are KILLED. The jobs that train the teachers are included if `since` is finite.
@@ -280,8 +305,11 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
     Args:
         jobs: the jobs of the group that failed.
         cause: why the group failed.
+        begun: Unix time in seconds at which the call of `fit` began. A job that was interrupted
+            (KILLED) before has no outcome of this call.
         since: Unix time in seconds; a job whose record says RUNNING since then or later has no
             outcome. Infinity to leave RUNNING jobs alone.
+        status: what to write instead of FAILED: KILLED if the device failed.
     """
     frozen = [job for job in jobs if Path(job.run_dir, "config.yaml").exists()]
     # The ranks may have been training the teacher when they failed.
@@ -295,7 +323,9 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
     for job in frozen:
         # Ignore a run directory in use or a full disk: the error that led here counts.
         with suppress(ValueError, OSError):
-            if _is_open_ended(_result(job), since) and _write_failure(job, cause, since, culprit):
+            if _is_open_ended(_result(job), begun, since) and _write_failure(
+                job, cause, begun, since, culprit, status
+            ):
                 marked.append(job)
     if any(map(tracking.is_copied, marked)):
         with closing(tracking.Copies(marked)) as mirror:
@@ -303,19 +333,30 @@ def _mark_failed(jobs: Sequence[Config], cause: Cause, since: float) -> None:
                 mirror.update(Path(job.run_dir))
 
 
-def _is_open_ended(result: dict[str, Any], since: float) -> bool:
-    """Return whether a result.json tells no outcome; `since` is the argument of `_mark_failed`."""
-    return not result or (result["status"] == RUNNING and result["time"] >= since)
+def _is_open_ended(result: dict[str, Any], begun: float, since: float) -> bool:
+    """Return whether a result.json tells no outcome of this call of `fit`.
+
+    `begun` and `since` are arguments of `_mark_failed`.
+    """
+    if not result:
+        return True
+    if result["status"] == KILLED:
+        return bool(result["time"] < begun)
+    return bool(result["status"] == RUNNING and result["time"] >= since)
 
 
-def _write_failure(job: Config, cause: Cause, since: float, culprit: str) -> bool:
+def _write_failure(
+    job: Config, cause: Cause, begun: float, since: float, culprit: str, status: str
+) -> bool:
     """Write the outcome of a job whose group failed, unless another process has written one.
 
     Args:
         job: a job with a run directory.
         cause: why the group failed.
+        begun: the argument of `_mark_failed`.
         since: the argument of `_mark_failed`.
         culprit: run directory of the run that caused the failure; "" if no run of the group did.
+        status: the argument of `_mark_failed`.
 
     Returns:
         Whether the outcome was written.
@@ -327,16 +368,16 @@ def _write_failure(job: Config, cause: Cause, since: float, culprit: str) -> boo
     with closing(Record(job)) as opened:
         earlier = _result(job)
         # Checked again: only now does the lock keep other processes from starting the job.
-        if not _is_open_ended(earlier, since):
+        if not _is_open_ended(earlier, begun, since):
             return False
         if culprit and culprit != job.run_dir:
             name = Path(culprit).name
             opened.write_outcome(KILLED, f"{name} failed in the same group: {cause.error}")
             return True
-        if earlier:
+        if earlier.get("status") == RUNNING:
             opened.log.propagate = False  # the terminal has shown the error already
             opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
-        opened.write_outcome(FAILED, cause.error)
+        opened.write_outcome(status, cause.error)
         return True
 
 
@@ -680,7 +721,8 @@ def _open_runs(group: _Group) -> Iterator[_OpenRuns]:
             try:
                 run = _build_run(job, student, features, directory, group)
             except Exception as error:
-                if group.ranks.world_size > 1 or isinstance(error, torch.OutOfMemoryError):
+                concerns_all = isinstance(error, torch.OutOfMemoryError) or device_failure(error)
+                if group.ranks.world_size > 1 or concerns_all:
                     raise
                 reason = f"{type(error).__name__}: {error}"
                 directory.log.error("%s: %s", directory.folder.name, reason)
@@ -804,7 +846,7 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
     except Exception as error:
         if group.ranks.world_size == 1:
             # After out-of-memory the caller may retry with fewer runs.
-            may_retry = _may_retry(opened.jobs, error)
+            may_retry = _may_retry(opened.jobs, error) or _failure_of_device(opened.jobs, error)
             status = KILLED if may_retry else FAILED
             opened.report_unfinished(status, f"{type(error).__name__}: {error}")
         raise

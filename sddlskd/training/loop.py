@@ -14,6 +14,7 @@ import torch
 from sddlskd.data.streaming import Data
 from sddlskd.record import FAILED, PRUNED
 from sddlskd.terminal.progress import ProgressDisplay
+from sddlskd.training.devices import device_failure
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.halving import Halving
 from sddlskd.training.inputs import Inputs
@@ -147,9 +148,11 @@ def train(
 def failures_of(run: Run, on_change: Callable[[Run], None]) -> Iterator[None]:
     """Mark `run` FAILED if the `with` block raises an Exception, and suppress the error.
 
-    The other runs can thus go on. `on_change` is called with the marked run. In two cases the error
-    is raised again, and the run is not marked:
+    The other runs can thus go on. `on_change` is called with the marked run. In three cases the
+    error is raised again, and the run is not marked:
 
+    - A failure of the device (`device_failure`), unless there are several ranks: it concerns all
+      runs, and another device may train them.
     - An out-of-memory error while other runs share the device: it concerns all runs.
     - With several ranks (processes that share each batch), any error but NonFiniteLoss. Such an
       error must end all ranks, because the others may be waiting for gradients of this rank.
@@ -159,6 +162,8 @@ def failures_of(run: Run, on_change: Callable[[Run], None]) -> Iterator[None]:
         yield
     except Exception as error:
         if run.crowded and isinstance(error, torch.OutOfMemoryError):
+            raise
+        if run.ranks.world_size == 1 and device_failure(error):
             raise
         if run.ranks.world_size > 1 and not isinstance(error, NonFiniteLoss):
             run.ranks.report_failure(error, str(run.record.folder))
