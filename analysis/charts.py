@@ -144,7 +144,13 @@ def few(
     ranked = sorted(kept, key=lambda point: point.rank)
     numbers: dict[str, int] = {}
     for point in ranked:
-        numbers.setdefault(name(point), point.number)
+        if name(point) in numbers:
+            continue
+        number = point.number
+        # Two lines of one figure never have the same colour and marker.
+        while number % LINES in {other % LINES for other in numbers.values()}:
+            number += 1
+        numbers[name(point)] = number
     return kept, numbers, listed(NO_ROOM, left)
 
 
