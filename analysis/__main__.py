@@ -160,7 +160,8 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
         for suffix in formats:
             text = render.FORMATS[suffix](table)
             (out / "tables" / f"{table.name}.{suffix}").write_text(text, encoding="utf-8")
-        _say(f"wrote {out / 'tables' / table.name}.{{{','.join(formats)}}}: {table.title}")
+        endings = formats[0] if len(formats) == 1 else f"{{{','.join(formats)}}}"
+        _say(f"wrote {out / 'tables' / table.name}.{endings}: {table.title}")
     if not built:
         _say("no table written: there are no runs for any table")
     _tell("drawing the figures")

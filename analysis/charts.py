@@ -1,7 +1,7 @@
 """Lay out the charts: colours and markers, panels, legends, dot charts, parts of captions.
 
-The colours are those of Okabe and Ito. Lines also differ in markers and dashes, so that figures
-can be printed in grey.
+The first colours are those of Okabe and Ito. Lines also differ in markers and dashes, so that
+figures can be printed in grey.
 """
 
 import textwrap
@@ -42,9 +42,12 @@ LINES = 12  # largest number of lines in a figure
 CELLS = 60  # largest number of panels x settings in a dot chart
 NAMED = 15  # largest number of names that a caption lists; the others are counted
 NO_ROOM = "Not drawn for lack of space"
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
+    *("#882255", "#999933", "#332288", "#8C510A", "#777777"),
+)
 GREY = "#bbbbbb"
-# 5 dash patterns and 7 colours make 35 different lines.
+# 5 dash patterns and 12 colours make 60 different lines.
 DASHES: tuple[Any, ...] = (
     "-",
     "--",
@@ -111,7 +114,7 @@ def few(
     points: Sequence[Point],
     name: Callable[[Point], str],
     lines: int = LINES,
-) -> tuple[list[Point], list[str], str]:
+) -> tuple[list[Point], dict[str, int], str]:
     """Select the points that a figure has room for: at most 12 panels (`PANELS`) and `lines` lines.
 
     A point is the result of one setting (a method with its options) in one panel (a pair of teacher
@@ -125,10 +128,9 @@ def few(
 
     Returns:
         The kept points, in the given order; the names of their lines, in the order of `Point.rank`
-        (students trained without distillation first, the others by the name of their distillation
-        loss); and a sentence for the caption that names the panels and lines that are left out (the
-        first 15, and the number of the others). The sentence starts with a space, or is "" if
-        nothing is left out.
+        (that of the rows of a table), with the number of the line for `style_of`; and a sentence
+        for the caption that names the panels and lines that are left out (the first 15, and the
+        number of the others). The sentence starts with a space, or is "" if nothing is left out.
     """
     left: list[str] = []
     kept = list(points)
@@ -140,7 +142,16 @@ def few(
         left += names[most:]
         kept = [point for point in kept if name_of(point) in names[:most]]
     ranked = sorted(kept, key=lambda point: point.rank)
-    return kept, list(dict.fromkeys(name(point) for point in ranked)), listed(NO_ROOM, left)
+    numbers: dict[str, int] = {}
+    for point in ranked:
+        if name(point) in numbers:
+            continue
+        number = point.number
+        # Two lines of one figure never have the same colour and marker.
+        while number % LINES in {other % LINES for other in numbers.values()}:
+            number += 1
+        numbers[name(point)] = number
+    return kept, numbers, listed(NO_ROOM, left)
 
 
 def settings_in_dots(panels: int) -> int:
@@ -186,7 +197,7 @@ def style_of(index: int) -> dict[str, Any]:
     """Return the colour, line style and marker of line number `index`, counted from 0.
 
     The result holds keyword arguments for matplotlib's lines: color, linestyle and marker. Lines 0
-    to 34 all differ in colour or line style.
+    to 59 all differ in colour or line style.
     """
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -241,19 +252,18 @@ def stop_at_100(axis: Axes) -> None:
         axis.set_ylim(bottom, 100)
 
 
-def legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
+def legend(drawing: Drawing, labels: Mapping[str, int], **marks: Any) -> None:
     """Add a legend below the panels, in as many columns as fit.
 
     Args:
         drawing: the matplotlib figure, which is changed. Its height grows by that of the legend.
-        labels: labels of the lines, at least one. Label number i, counted from 0, gets the style
-            `style_of(i)`.
+        labels: labels of the lines, at least one, each with its number for `style_of`.
         **marks: properties of matplotlib's `Line2D` that replace those of `style_of` for every
             label, such as `marker=""`.
     """
     handles = [
-        Line2D([], [], label=label, **(style_of(index) | marks))
-        for index, label in enumerate(labels)
+        Line2D([], [], label=label, **(style_of(number) | marks))
+        for label, number in labels.items()
     ]
     inches = 0.055 * max(map(len, labels)) + 0.55
     columns = max(1, min(len(labels), int(drawing.get_figwidth() / inches)))
@@ -267,7 +277,7 @@ def legend(drawing: Drawing, labels: Sequence[str], **marks: Any) -> None:
 def dots(
     columns: Sequence[tuple[str, Sequence[Dot]]],
     panels: Sequence[str],
-    settings: Sequence[str],
+    settings: Mapping[str, int],
     shaded: Mapping[str, str],
 ) -> Drawing:
     """Draw dot charts side by side: means on the horizontal axis, with bars for their intervals.
@@ -277,8 +287,8 @@ def dots(
     Args:
         columns: for each chart, the label of its horizontal axis and its dots. At least one chart.
         panels: names of the panels from top to bottom. Every dot that is drawn is in one of them.
-        settings: names of the settings from top to bottom, at least one. Dots of other settings
-            are not drawn.
+        settings: names of the settings from top to bottom, at least one, each with its number for
+            `style_of`. Dots of other settings are not drawn.
         shaded: maps the names of the panels that get a grey background to texts, which are appended
             to these names.
 
@@ -299,14 +309,14 @@ def dots(
         for row, panel in enumerate(panels):
             if panel in shaded:
                 axis.axhspan(row - 0.5, row + 0.5, color="#f1f1f1", linewidth=0)
-        for index, setting in enumerate(settings):
+        for index, (setting, number) in enumerate(settings.items()):
             of_setting = [dot for dot in drawn if dot.setting == setting]
             shift = (index + 0.5) / len(settings) * 0.8 - 0.4
             axis.errorbar(
                 [dot.mean for dot in of_setting],
                 [panels.index(dot.panel) + shift for dot in of_setting],
                 xerr=[dot.half for dot in of_setting],
-                **style_of(index) | {"linestyle": "none"},
+                **style_of(number) | {"linestyle": "none"},
                 elinewidth=0.8,
                 capsize=1.5,
             )

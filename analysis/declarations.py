@@ -225,7 +225,8 @@ def _time() -> Quantity:
         label="training time (ms per batch)",
         read=read,
         note="1000 * batch size / images per second of the last epoch. Runs trained side by side "
-        "are left out, because their time is that of the group. Machines are not mixed: each "
+        "are left out, because their time is that of the group; hydra.launcher.max_group_size=1 "
+        "trains each alone. Machines are not mixed: each "
         "environment, precision and teacher cache has a row of its own.",
         decimals=1,
         settings=("M", *machine),
@@ -395,10 +396,19 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
 
 
 def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
-    """Declare a table of training times for each data set with a run that trained alone."""
+    """Declare a table of training times for each data set with a run that trained alone.
+
+    If a data set has runs with a teacher, one of these must have trained alone: a table of the
+    student alone, which nothing is compared with, is left out.
+    """
     quantity = _time()
     finished = [run for run in runs if run.status == "FINISHED"]
-    for dataset in sorted({run.dataset for run in finished if _is_number(quantity.read(run))}):
+    timed = [run for run in finished if _is_number(quantity.read(run))]
+    for dataset in sorted({run.dataset for run in timed}):
+        if all(run.teacher == "none" for run in timed if run.dataset == dataset) and any(
+            run.teacher != "none" for run in finished if run.dataset == dataset
+        ):
+            continue
         numbers = []
         if dataset == "cifar100":
             numbers = published.of_table("SDD Table 9", "ms_per_batch")

@@ -31,7 +31,7 @@ from .charts import (
     stop_at_100,
     style_of,
 )
-from .names import counted
+from .names import counted, scales_order
 from .points import (
     Comparison,
     Point,
@@ -250,7 +250,7 @@ def learning_curves(runs: Source, points: Sequence[Point]) -> Chart | None:
     drawing, axes = panels_of(panels, "epoch", "top-1 (%)")
     longest = int(table["epoch"].max())
     for (panel, setting), line in table.groupby(["panel", "setting"]):
-        index = settings.index(setting)
+        index = settings[setting]
         style = style_of(index)
         if longest > MARKED_EPOCHS:
             style["marker"] = ""
@@ -312,14 +312,14 @@ def accuracy_by_scales(points: Sequence[Point], metric: str) -> Chart | None:
     drawing, axes = panels_of(_panels(shown), "scales M", _axis_label(metric))
     for panel, axis in axes.items():
         here = [point for point in shown if point.panel == panel]
-        by_size = sorted(here, key=lambda point: (point.rank.number_of_scales, point.rank.scales))
+        by_size = sorted(here, key=lambda point: scales_order(point.run.M))
         ticks = list(dict.fromkeys(point.run.M for point in by_size))
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set_xlim(-0.5, len(ticks) - 0.5)
         axis.grid(axis="x", visible=False)
         drawn = [line for line in lines if any(point.line == line for point in here)]
         for number, line in enumerate(drawn):
-            style = style_of(lines.index(line))
+            style = style_of(lines[line])
             shift = 0.5 * ((number + 0.5) / len(drawn) - 0.5)
             of_line = [point for point in by_size if point.line == line]
             x = [ticks.index(point.run.M) + shift for point in of_line]
@@ -418,8 +418,8 @@ def gain_by_pair(
         f"interval, {_tests_said(gains)}, not corrected for the number of intervals; "
         f"{count_seeds(one.gain.difference.n for one in gains)}. "
         f"{_baselines_said(points, baseline)} "
-        "If a baseline ran in several settings, the one with the temperature and weights of the "
-        "row is taken, as in the tables. Shaded and marked ≠: heterogeneous pairs (teacher and "
+        "If a baseline ran in several settings, the one with the settings of the row is taken, as "
+        "in the tables. Shaded and marked ≠: heterogeneous pairs (teacher and "
         "student of different families)."
         f"{_mean_by_kind(drawn, settings, homogeneous)}"
         f"{listed('Without a gain', sorted(set(without)))}{rest}"
@@ -473,7 +473,7 @@ def _dot(comparison: Comparison) -> Dot:
 
 
 def _mean_by_kind(
-    gains: Sequence[Comparison], settings: Sequence[str], homogeneous: Mapping[str, bool]
+    gains: Sequence[Comparison], settings: Iterable[str], homogeneous: Mapping[str, bool]
 ) -> str:
     """Return a sentence with the mean gain over heterogeneous and over homogeneous pairs.
 
@@ -535,7 +535,7 @@ def cost(points: Sequence[Point], metric: str) -> Chart | None:
     shown, settings, rest = few(timed, lambda point: point.setting)
     drawing, axes = panels_of(_panels(shown), "time (s per epoch)", _axis_label(metric))
     for point in shown:
-        style = style_of(settings.index(point.setting))
+        style = style_of(settings[point.setting])
         axes[point.panel].errorbar(
             statistics.fmean(times[point]),
             point.mean,

@@ -66,6 +66,9 @@ PAPERS_LOSSES = {
 }
 """Names of the losses that the papers compare, as the papers spell them."""
 
+PAPERS_NAMES = {
+    name.casefold() for names in (PAPERS_LOSSES, PAPERS_LOSSES.values()) for name in names
+}
 SUFFIXES = {"_ls": "+LS", "_ls_batch": "+BS", "_ls_scaled": "+CS"}
 """Suffixes of losses on standardised logits, and what tables write for them."""
 BY_YEAR = {
@@ -75,13 +78,16 @@ BY_YEAR = {
     2019: ("ab", "cc", "ofd", "rkd", "sp", "vid"),
     2020: ("crd",),
     2021: ("reviewkd", "semckd", "semckd_without_kd", "wcord"),
-    2022: ("dist", "dkd", "locality_guidance", "mgd", "simkd"),
+    2022: ("dkd", "dist", "locality_guidance", "mgd", "simkd"),
     2023: ("cat_kd", "ctkd", "dot", "kd_dot", "kd_ls_scaled", "mld", "mlkd", "nkd"),
     2024: ("lskd", "ttm", "wttm"),
     2025: ("abkd", "gdkd", "kd_ls_batch", "rld", "sld"),
     2026: ("skd",),
 }
-"""The losses of `PAPERS_LOSSES` by the year in which they were published."""
+"""The losses of `PAPERS_LOSSES` by the year in which they were published.
+
+DKD (March 2022) comes before DIST (May 2022); other losses of one year are in alphabetical order.
+"""
 
 NO_LOSS = {
     "": "method not known",
@@ -150,7 +156,10 @@ def _loss_and_suffix(part: str) -> tuple[str, str]:
 def _part_name(part: str) -> str:
     """Return the papers' name of one loss of a method, such as SD-KD+LS for `sd_kd_ls`."""
     loss, suffix = _loss_and_suffix(part)
-    name = f"{PAPERS_LOSSES.get(loss, loss)}{SUFFIXES.get(suffix, '')}"
+    own = loss
+    if loss not in PAPERS_LOSSES and loss.casefold() in PAPERS_NAMES:
+        own = f"{loss} (own)"  # a row of its own, beside that of the published loss
+    name = f"{PAPERS_LOSSES.get(loss, own)}{SUFFIXES.get(suffix, '')}"
     if part.startswith("sd_"):
         name = f"SD-{name}"
     return name
@@ -193,11 +202,14 @@ def counted(number: int, noun: str) -> str:
 def value_name(value: Any) -> str:
     """Return the value of a setting as text.
 
-    None gives "unknown". A float has at most 12 significant digits and no trailing zeros: "4" for
-    4.0. Other values are written as by `str`.
+    None and "" give "unknown". The text "None", which MLflow has for a setting without a value,
+    gives "null", as it is typed. A float has at most 12 significant digits and no trailing zeros:
+    "4" for 4.0. Other values are written as by `str`.
     """
-    if value is None:
+    if value is None or value == "":
         return "unknown"
+    if value == "None":
+        return "null"
     if isinstance(value, float):
         return f"{value:.12g}"
     return str(value)

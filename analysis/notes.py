@@ -11,9 +11,16 @@ from typing import Any
 from . import stats
 from .cells import Cell, Key
 from .declarations import PAPERS_METRIC, Declaration, Quantity
-from .names import counted
+from .names import counted, value_name
 from .schema import Run
-from .selection import Gain, GainOptions, Result, spread_beside
+from .selection import (
+    Gain,
+    GainOptions,
+    Result,
+    differing_settings,
+    setting_of,
+    spread_beside,
+)
 
 __all__ = ["notes", "notes_on_gains", "notes_on_pruned"]
 
@@ -62,6 +69,12 @@ def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> It
         yield f"Students: {'; '.join(sizes)}."
     if varying := _varying(cells, quantity):
         yield f"Within a row these settings differ between pairs: {', '.join(varying)}."
+    codes = [f"own_code={code}" for code in sorted({run.own_code for run in declaration.runs})]
+    if any(f", {code}" in row for row, _ in cells for code in codes):
+        yield (
+            "own_code: versions of the files of your own code, by the first digits of their "
+            "SHA-256. Runs of different versions are not averaged."
+        )
     if repeated := _repeated(declaration.runs):
         yield (
             f"{repeated} failed or stopped runs were run again in the same configuration and "
@@ -91,15 +104,15 @@ def notes_on_pruned(declaration: Declaration, pruned: Sequence[tuple[Run, str]])
 def _common(runs: Iterable[Run]) -> str:
     """Return the number of epochs and the parts of the data, if all finished runs agree on them.
 
-    Runs that trained a teacher of other runs do not count. Fractions that stand for all training
-    images are left out.
+    Neither teachers nor runs that trained a teacher of other runs count. Fractions that stand for
+    all training images are left out.
     """
     runs = list(runs)
     teachers = {run.teacher for run in runs}
     finished = [
         run
         for run in runs
-        if run.status == "FINISHED" and run.source == "sddlskd"
+        if run.status == "FINISHED" and run.source == "sddlskd" and run.method != "teacher"
         if run.teacher != "none" or run.student not in teachers
     ]
     found = []
@@ -226,7 +239,7 @@ def notes_on_gains(
 
 
 def _differing_baselines(gains: Mapping[Key, Gain], results: Mapping[Key, Result]) -> Iterator[str]:
-    """Yield a note on the rows whose baseline has the same loss with other weights or temperature.
+    """Yield a note on the rows whose baseline has the same loss with other settings of training.
 
     The gain of such a row is not the effect of the scales or of the standardisation alone.
     """
@@ -235,12 +248,12 @@ def _differing_baselines(gains: Mapping[Key, Gain], results: Mapping[Key, Result
         own, base = results[row, column].runs[0], gain.base.runs[0]
         if own.distiller != base.distiller:
             continue
-        differing = [name for name in WEIGHTS if getattr(own, name) != getattr(base, name)]
+        differing = differing_settings(own, base, WEIGHTS)
         if differing:
             values = [
-                f"{name} ({getattr(own, name):g} and {getattr(base, name):g})"
+                f"{name} ({value_name(ours)} and {value_name(theirs)})"
                 for name in differing
-                if None not in (getattr(own, name), getattr(base, name))
+                if None not in (ours := setting_of(own, name), theirs := setting_of(base, name))
             ]
             found[f"{row} and {gain.over} in {', '.join(values or differing)}"] = None
     if found:

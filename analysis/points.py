@@ -6,16 +6,15 @@ in which runs of this method differ. The tables have a row with the same name an
 """
 
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .names import method_name, pair_name, row_key, row_name
+from .names import method_name, pair_name, reading_order, row_key, row_name
 from .schema import Run
 from .selection import Gain, Result, Row, accuracy, gain_over, result_of, rows, standing
 from .stats import TESTS, mean_std
@@ -32,17 +31,9 @@ __all__ = [
 
 
 class Rank(NamedTuple):
-    """Sort key of a `Point`: students trained without distillation come first.
+    """Sort key of a `Point`: the order of the rows of a table, see `names.reading_order`."""
 
-    The others follow by the name of their loss on the logits. For one loss, results without
-    standardised logits come first, and few scales before many.
-    """
-
-    distilled: bool
-    distiller: str
-    standardize: bool
-    number_of_scales: int
-    scales: tuple[int, ...]
+    place: tuple[Any, ...]
     setting: str
 
 
@@ -62,6 +53,9 @@ class Point:
     run: Run  # one of the runs, from which to read the settings that all of them share
     runs: Sequence[Run]  # runs that count: one per seed, at least one
     result: Result  # the numbers of `runs`, at least one
+    # Number of the setting among those of all points, which gives its marks the same colour in
+    # every figure
+    number: int = 0
 
     @property
     def mean(self) -> float:
@@ -146,6 +140,9 @@ def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
     found.sort(key=lambda point: (point.run.dataset, point.run.pair))
     if len({point.run.dataset for point in found}) > 1:
         found = [replace(point, panel=f"{point.panel}\n{point.run.dataset}") for point in found]
+    ranked = sorted(found, key=lambda point: point.rank)
+    settings = list(dict.fromkeys(point.setting for point in ranked))
+    found = [replace(point, number=settings.index(point.setting)) for point in found]
     drawn = sum(point.n for point in found)
     return found, _left_out(frame, runs, metric, drawn)
 
@@ -162,19 +159,11 @@ def _points(variants: Sequence[tuple[Row, Result]]) -> Iterator[Point]:
     for row, result in variants:
         run = result.runs[0]
         setting = row.label(row_name(row.name))
-        scales = tuple(json.loads(run.M or "[]"))
         yield Point(
             panel=pair_name(run.teacher, run.student),
             setting=setting,
             line=row.label(method_name(run.method.removeprefix("sd_")), varying),
-            rank=Rank(
-                distilled=run.distiller != "vanilla",
-                distiller=run.distiller,
-                standardize=run.standardize,
-                number_of_scales=len(scales),
-                scales=scales,
-                setting=setting,
-            ),
+            rank=Rank(reading_order(row.name), setting),
             run=run,
             runs=[counted for counted, _ in result.counted.values()],
             result=result,
@@ -239,15 +228,23 @@ def baselines_named(points: Sequence[Point], baseline: str) -> list[str]:
     """Return the names of the methods that a user means by `baseline`, such as ["SD-KD [1,2]"].
 
     As in the tables, a user gives a method, with or without its scales, as it is typed or as it is
-    shown: "sd_kd", "sd_kd [1,2]" or "SD-KD [1,2]". The list is empty if `points` has no such method
-    or if `baseline` is "".
+    shown: "sd_kd", "sd_kd [1,2]" or "SD-KD [1,2]". A user may also give a setting, such as "KD,
+    temperature=2". The list is empty if `points` has no such method, or if `baseline` is "".
     """
-    return list(dict.fromkeys(_name(point) for point in points if _is_meant(point, baseline)))
+    baseline = baseline.replace("=None", "=null")  # as in the tables
+    return list(
+        dict.fromkeys(
+            baseline if point.setting == baseline else _name(point)
+            for point in points
+            if _is_meant(point, baseline)
+        )
+    )
 
 
 def _is_meant(point: Point, baseline: str) -> bool:
     method = point.run.method
-    return baseline in (
+    return baseline.replace("=None", "=null") in (
+        point.setting,
         method,
         method_name(method),
         row_key(method, point.run.M),

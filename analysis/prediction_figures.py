@@ -176,7 +176,7 @@ def agreement_chart(kept: Kept) -> Chart | None:
     drawing = dots(
         [("equal predictions (%)", marks)],
         list(dict.fromkeys(point.panel for point in kept.agreements)),
-        list(dict.fromkeys(point.setting for point in ranked)),
+        {point.setting: point.number for point in ranked},
         shaded={},
     )
     caption = (
@@ -278,7 +278,8 @@ def features_chart(kept: Kept) -> Chart | None:
     drawing, axes = panels_of(list(clouds), "", "")
     for name, axis in axes.items():
         _scatter(axis, _embedded(clouds[name][:images]), target_n, coloured)
-    legend(drawing, [f"class {number}" for number in coloured], linestyle="none")
+    labels = {f"class {number}": index for index, number in enumerate(coloured)}
+    legend(drawing, labels, linestyle="none")
     others = ""
     if len(coloured) < len(classes):
         others = f" {len(coloured)} of {len(classes)} classes have a colour, the others are grey."

@@ -292,21 +292,22 @@ def _latex_letter(letter: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return a table as LaTeX: `table*` floats, and then the footnotes and notes as text.
+    """Return a table as LaTeX: floats, the last of which ends with the footnotes and notes.
 
-    The commands that run missing and failed runs follow as text, if there are any. A float has at
-    most `COLUMNS_A_FLOAT` (4) columns of the table and about a page of lines; a larger table is
-    split into several floats. The column of the gains over all pairs, if there is one, is added to
-    the floats with the last column of the table. The floats use the rules of booktabs, or plain
-    lines if the document does not load that package. The mean of our runs is bold in a cell of rank
-    "best" and underlined in a cell of rank "second". Characters from U+0180 on that `LATEX` does
-    not list become question marks.
+    The commands that run missing and failed runs follow there, if there are any. A float is a
+    `table` if the table has one column, else a `table*`. It has at most `COLUMNS_A_FLOAT` (4)
+    columns of the table and about a page of lines; a larger table is split into several floats. The
+    column of the gains over all pairs, if there is one, is added to the floats with the last column
+    of the table. The floats use the rules of booktabs, or plain lines if the document does not load
+    that package. The mean of our runs is bold in a cell of rank "best" and underlined in a cell of
+    rank "second". Characters from U+0180 on that `LATEX` does not list become question marks.
     """
 
     def shown(text: Text | None) -> str:
         if text is None:
             return _latex(EMPTY)
-        body = _latex(text.text)
+        # A hyphen before a number is a minus.
+        body = "$-$".join(map(_latex, re.split(r"(?<![\w.])-(?=\d)", text.text)))
         by_rank = {"best": rf"\textbf{{{body}}}", "second": rf"\underline{{{body}}}"}
         body = by_rank.get(text.rank, body)
         if not text.marks:
@@ -316,20 +317,27 @@ def latex(table: Table) -> str:
     out = [
         r"\providecommand{\toprule}{\hline}\providecommand{\midrule}{\hline}\providecommand{\bottomrule}{\hline}"
     ]
+    wide = len(_headings(table, table.columns)) > 1
+    kind = "table*" if wide else "table"
     caption = rf"\caption{{{_latex(table.title)}}}\label{{tab:{table.name}}}"
     for start in range(0, len(table.columns), COLUMNS_A_FLOAT):
         columns = table.columns[start : start + COLUMNS_A_FLOAT]
         for lines in _pages(_lines(table, columns)):
-            out += [r"\begin{table*}", r"\centering\scriptsize\setlength{\tabcolsep}{3pt}", caption]
+            out += [
+                rf"\begin{{{kind}}}",
+                r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
+                caption,
+            ]
             headings = _headings(table, columns)
             out += [rf"\begin{{tabular}}{{l{'r' * len(headings)}}}", r"\toprule"]
             out += [" & ".join(["", *map(_latex, headings)]) + r" \\", r"\midrule"]
             for line in lines:
                 label = _latex(line.label) if line.head else rf"\quad {_latex(line.label)}"
                 out.append(" & ".join([label, *map(shown, line.texts)]) + r" \\")
-            out += [r"\bottomrule", r"\end{tabular}", r"\end{table*}"]
+            out += [r"\bottomrule", r"\end{tabular}", rf"\end{{{kind}}}"]
             caption = rf"\caption{{{_latex(table.title)} (continued)}}"
-    out += [r"{\scriptsize\raggedright"]
+    out.pop()  # the notes belong to the last float
+    out += [r"\par\smallskip{\scriptsize\raggedright"]
     out += [rf"$^{{{i}}}$ {_latex(text)}\par" for text, i in table.footnotes.items()]
     out += [rf"{_latex(note)}\par" for note in table.notes]
     if table.commands:
@@ -337,7 +345,7 @@ def latex(table: Table) -> str:
             rf"{MISSING}\par",
             *(rf"\texttt{{{_latex(command)}}}\par" for command in table.commands),
         ]
-    return "\n".join([*out, "}"]) + "\n"
+    return "\n".join([*out, "}", rf"\end{{{kind}}}"]) + "\n"
 
 
 def _pages(lines: Iterable[Line]) -> list[list[Line]]:

@@ -56,6 +56,9 @@ class Run:
     config_hash: str = ""  # hash of all that determines the result of the job, with the seed
     settings_hash: str = ""  # the same without the seed
     git_sha: str = ""
+    # Files of the user's own code (allow_foreign_targets) with the first digits of their hashes,
+    # "my_losses:1f0c2a9b"; "": none, or unknown
+    own_code: str = ""
     run_dir: str = ""
     command: str = ""  # command that runs the job (again); "" if it is unknown
     environment: str = ""  # versions and device, in one line
@@ -194,6 +197,7 @@ TAGS = {
     "config_hash": "config_hash",
     "settings_hash": "settings_hash",
     "git_sha": "git_sha",
+    "own_code": "own_code",
     "run_dir": "run_dir",
     "environment": "environment",
     "superseded": "superseded",

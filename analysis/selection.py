@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import stats
 from .names import counted, setting_name
-from .schema import NO_LOGIT_LOSS, STATUSES, Run, runs_of
+from .schema import METHOD_PARTS, NO_LOGIT_LOSS, STATUSES, Run, runs_of
 
 __all__ = [
     "BUDGET",
@@ -33,11 +33,13 @@ __all__ = [
     "accuracy",
     "agree",
     "beside_pairs",
+    "differing_settings",
     "gain_over",
     "latest",
     "refuse_absent",
     "result_of",
     "rows",
+    "setting_of",
     "spread_beside",
     "standing",
 ]
@@ -70,7 +72,9 @@ SETTINGS = (*RECIPE, "lr", *BUDGET)
 
 COMPARABLE = ("source", "optimizer", "lr", *BUDGET)
 """Settings that a cell and its baseline must share, unless a table names others."""
-TUNED = ("temperature", "ce_weight", "kd_weight")
+
+OF_METHODS = ("features.", "distiller.")
+"""How the names of details begin that belong to the method of a run."""
 
 Read = Callable[[Run], float | str]
 """Function that returns a number of a run, or the reason why the run has none."""
@@ -279,8 +283,8 @@ def rows(
         runs: runs on one data set, oldest first.
         name: function that returns the name of the row of a run, such as its method.
         settings: fields of `Run` that the runs of one row and pair must share. With the default
-            `SETTINGS`, rows are also split by the settings in `Run.details`, and by `settings_hash`
-            if no known setting tells the runs apart.
+            `SETTINGS`, rows are also split by the version of the user's own code, by the settings
+            in `Run.details`, and by `settings_hash` if no known setting tells the runs apart.
 
     Returns:
         The rows, sorted by name. Among rows of one name, the source "sddlskd" comes first; then the
@@ -308,10 +312,10 @@ def rows(
 
 
 def _values(run: Run, settings: Iterable[str]) -> tuple[Any, ...]:
-    return tuple(_setting(run, name) for name in settings)
+    return tuple(setting_of(run, name) for name in settings)
 
 
-def _setting(run: Run, name: str) -> Any:
+def setting_of(run: Run, name: str) -> Any:
     """Return the value of a setting of a run: a field of `Run`, or a detail.
 
     A detail has a dotted name, such as "features.crd.weight". If the run lacks it, the value is
@@ -326,8 +330,9 @@ def _setting(run: Run, name: str) -> Any:
 def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[str]:
     """Return the settings in which the runs of any of the cells differ.
 
-    With the default settings, there are two additions. If runs differ in settings that no column
-    shows, the details in which they differ are added. If the details do not tell the runs apart,
+    With the default settings, there are three additions. If runs were trained with several versions
+    of the user's own code, "own_code" is added. If runs differ in settings that no column shows,
+    the details in which they differ are added. If the details do not tell the runs apart,
     "settings_hash" is added.
     """
     cells = list(cells)
@@ -337,11 +342,17 @@ def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[
         if any(len({getattr(run, setting) for run in runs}) > 1 for runs in cells)
     ]
     if settings == SETTINGS:
+        split += ["own_code"] if any(map(_several_codes, cells)) else []
         unseen = [runs for cell in cells for runs in _differ_unseen(cell)]
         split += sorted({key for runs in unseen for key in _differing_details(runs)})
         if any(_differ_unseen(runs, split) for runs in unseen):
             split.append("settings_hash")
     return split
+
+
+def _several_codes(runs: Iterable[Run]) -> bool:
+    """Return whether runs are known to be trained with several versions of the user's own code."""
+    return len({run.own_code for run in runs} - {""}) > 1
 
 
 def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[Run]]:
@@ -538,8 +549,8 @@ def gain_over(
     """Return the gain of a result over its baseline, or a sentence that says why there is none.
 
     The baseline is the candidate that agrees with the result in the settings `same`. If several
-    candidates do, the baseline is the one of them that also agrees in the temperature and the
-    weights of the losses (`TUNED`).
+    candidates do, the baseline is the one of them that agrees with the result in every setting in
+    which these candidates differ, such as the temperature.
 
     A sweep may have added seeds until its gains were decided. The test is `stats.sequential` if a
     run of the method is of such a sweep, or if a run of the baseline is and the baseline lacks a
@@ -561,14 +572,20 @@ def gain_over(
     """
     run = result.runs[0]
     fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}
-    # If the baseline ran at several temperatures or weights, take the row with those of this cell.
-    if len(fitting) > 1:
-        fitting = {
-            label: base for label, base in fitting.items() if agree(run, base.runs[0], TUNED)
-        }
     over = " or ".join(bases)
     if not fitting:
-        return f"no gain over {over}: its runs differ in source or settings"
+        wanting = _disagreeing(run, bases.values(), same)
+        return f"no gain over {over}: its runs differ in {', '.join(wanting)}"
+    # If the baseline ran in several settings, take the row with those of this cell.
+    if len(fitting) > 1:
+        telling = _telling_apart([base.runs[0] for base in fitting.values()])
+        alike = {
+            label: base for label, base in fitting.items() if not _disagreeing(run, [base], telling)
+        }
+        if not alike:
+            wanting = _disagreeing(run, fitting.values(), telling)
+            return f"no gain over {over}: its runs differ in {', '.join(wanting)}"
+        fitting = alike
     if len(fitting) > 1:
         return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
     ((over, base),) = fitting.items()
@@ -594,6 +611,44 @@ def gain_over(
             return f"no gain over {over}: no seed in common"
         return f"no gain over {over}: runs without seeds cannot be paired"
     return Gain(over, base, difference)
+
+
+def _telling_apart(runs: Sequence[Run]) -> list[str]:
+    """Return the settings and details in which runs differ, without those that name the method."""
+    columns = [
+        name
+        for name in SETTINGS
+        if name not in METHOD_PARTS and len({getattr(run, name) for run in runs}) > 1
+    ]
+    code = ["own_code"] if _several_codes(runs) else []
+    return [*columns, *code, *sorted(_differing_details(runs))]
+
+
+def differing_settings(run: Run, other: Run, settings: Iterable[str]) -> list[str]:
+    """Return the settings, details and versions of code in which two runs were trained differently.
+
+    Arguments of losses and of feature methods do not count, because they belong to the method.
+    `settings` are the fields of `Run` to compare.
+    """
+    columns = [name for name in settings if getattr(run, name) != getattr(other, name)]
+    code = ["own_code"] if _several_codes([run, other]) else []
+    details = sorted(_differing_details([run, other]))
+    return [*columns, *code, *(key for key in details if not key.startswith(OF_METHODS))]
+
+
+def _disagreeing(run: Run, bases: Iterable[Result], settings: Sequence[str]) -> list[str]:
+    """Return the settings and details in which a run does not agree with one of the baselines."""
+    found = (name for base in bases for name in settings if _unlike(run, base.runs[0], name))
+    return list(dict.fromkeys(found))
+
+
+def _unlike(run: Run, other: Run, name: str) -> bool:
+    """Return whether two runs differ in a setting or detail that is known of both."""
+    if name == "own_code":
+        return _several_codes([run, other])
+    if "." not in name:
+        return not agree(run, other, [name])
+    return name in _differing_details([run, other])
 
 
 def spread_beside(result: Result, beside: Iterable[Result]) -> stats.Spread | None:

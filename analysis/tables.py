@@ -17,7 +17,7 @@ import pandas as pd
 from . import published, stats
 from .cells import Cell, Key, Table
 from .declarations import Declaration, Quantity, declare
-from .names import pair_name, row_key, row_name, setting_name, value_name
+from .names import method_name, pair_name, row_key, row_name, setting_name, value_name
 from .notes import notes, notes_on_gains, notes_on_pruned
 from .protocol import other_budget, other_method
 from .published import PrintedGain, Published
@@ -109,14 +109,20 @@ def _pruned(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def _refuse_unknown_baseline(baseline: str, declarations: Sequence[Declaration]) -> None:
-    if declarations and not any(
-        _chosen(baseline, set(map(one.row, one.runs)), one) for one in declarations
-    ):
-        methods = dict.fromkeys(
-            run.method for one in declarations for run in one.runs if run.method != "teacher"
+    tables = [
+        (_labelled(rows(one.runs, one.row, one.quantity.settings), one), one)
+        for one in declarations
+    ]
+    if tables and not any(_chosen(baseline, labelled, one) for labelled, one in tables):
+        shown = dict.fromkeys(
+            name
+            for labelled, _ in tables
+            for row in labelled.values()
+            if _is_student(row)
+            for name in _names_of_method(row)
         )
         raise ValueError(
-            f"there are no runs of the baseline {baseline}; give one of {', '.join(methods)}"
+            f"there are no runs of the baseline {baseline}; give one of {', '.join(shown)}"
         )
 
 
@@ -146,7 +152,7 @@ def _table(
     }
     columns = _columns(declaration)
     ordered = _rows(declaration, [name for name, _ in numbers])
-    labelled = {row.label(declaration.label(row.name)): row for row in ordered}
+    labelled = _labelled(ordered, declaration)
     results = {
         (label, column): result_of(row.cells.get(pair, ()), quantity.read, quantity.counted)
         for label, row in labelled.items()
@@ -164,10 +170,7 @@ def _table(
         ours = (*cells[key].footnotes["ours"], text)
         cells[key] = replace(cells[key], footnotes={**cells[key].footnotes, "ours": ours})
     aggregates = _aggregates(results, gains, labelled, columns.values())
-    baselines = [
-        declaration.label(name)
-        for name in _chosen(options.baseline, {row.name for row in labelled.values()}, declaration)
-    ]
+    baselines = _chosen(options.baseline, labelled, declaration)
     on_gains = notes_on_gains(
         cells, results, list(columns.values()), options, bool(aggregates), baselines
     )
@@ -321,22 +324,21 @@ def _gains(
     found: dict[Key, Gain | str] = {}
     if declaration.quantity.lower_is_better:
         return found  # gains are tested for accuracies only
-    names = {row.name for row in labelled.values()}
-    chosen = _chosen(options.baseline, names, declaration)
+    chosen = _chosen(options.baseline, labelled, declaration)
     same = COMPARABLE if chosen else declaration.same
     for (label, column), result in results.items():
         if not result.values or not _is_student(labelled[label]):
             continue
         beside = [results[other, column] for other, row in labelled.items() if _is_student(row)]
-        own = labelled[label].name
-        choices = [chosen] if chosen else [[name] for name in declaration.baselines(own)]
+        choices = [chosen]
+        if not chosen:
+            usual = declaration.baselines(labelled[label].name)
+            choices = [
+                [other for other, row in labelled.items() if row.name == name] for name in usual
+            ]
         for baselines in choices:
-            bases = {
-                other: base
-                for other, row in labelled.items()
-                if row.name in baselines and (base := results[other, column]).values
-            }
-            if bases and own not in baselines:
+            bases = {other: base for other in baselines if (base := results[other, column]).values}
+            if bases and label not in baselines:
                 of_pair = None if options.test == "paired" else beside
                 found[label, column] = gain_over(result, bases, same, of_pair)
                 break
@@ -358,24 +360,44 @@ def _is_student(row: Row) -> bool:
     return row.name != "teacher"
 
 
-def _chosen(baseline: str, names: Iterable[str], declaration: Declaration) -> list[str]:
-    """Return the names of rows that a user means by `baseline`; [] if `baseline` is "".
+def _labelled(found: Iterable[Row], declaration: Declaration) -> dict[str, Row]:
+    """Return the rows of a table by the label that people read."""
+    return {row.label(declaration.label(row.name)): row for row in found}
 
-    A user gives the method, the name of the row, or its label, for example sd_kd, "sd_kd [1,2]" or
-    "SD-KD [1,2]".
+
+def _chosen(baseline: str, labelled: Mapping[str, Row], declaration: Declaration) -> list[str]:
+    """Return the labels of the rows that a user means by `baseline`; [] if `baseline` is "".
+
+    A user gives the method, the name of the row, or its label, for example sd_kd, "sd_kd [1,2]",
+    "SD-KD [1,2]" or "SD-KD [1,2], temperature=2".
 
     Args:
         baseline: text that the user gives.
-        names: names of the rows to choose from.
+        labelled: rows to choose from, by label.
         declaration: the table, for the labels of the rows.
     """
-    return [
-        name
-        for name in names
+    given = baseline.replace("=None", "=null")  # Hydra takes both
+    found = []
+    for label, row in labelled.items():
+        method = row.name.partition(" [")[0]
+        names = (row.name, method, *map(declaration.label, (row.name, method)))
         # A teacher is one checkpoint, not a sample of runs.
-        if name != "teacher"
-        and baseline in (name, name.partition(" [")[0], declaration.label(name))
-    ]
+        if _is_student(row) and given in (label, *names, *_names_of_method(row)):
+            found.append(label)
+    return found
+
+
+def _names_of_method(row: Row) -> list[str]:
+    """Return the name of the method of a row as people read it, with its scales: "SD-KD [1,2]".
+
+    The name has no scales if the runs of the row differ in them. The list is empty if the row is
+    not named after a method.
+    """
+    runs = [run for cell in row.cells.values() for run in cell]
+    if not all(row.name in (run.method, row_key(run.method, run.M)) for run in runs):
+        return []
+    names = list(dict.fromkeys(method_name(run.method, run.M) for run in runs))
+    return names if len(names) < 2 else [method_name(runs[0].method)]
 
 
 def _aggregates(

@@ -89,6 +89,15 @@ def test_the_name_of_a_method(compose: Compose, overrides: str, name: str) -> No
     assert cfg.method_name(job) == method_name(as_run(job).method) == name
 
 
+@pytest.mark.parametrize("name", ["KD", "kd", "sd_kd", "DKD+LS", "student alone"])
+def test_own_code_has_no_name_of_a_published_method(compose: Compose, name: str) -> None:
+    own = ("distiller.loss={_target_:my.loss}", "allow_foreign_targets=true", "recipe=kd")
+    with pytest.raises(ValueError, match=rf"distiller.name={re.escape(name)} gives my.loss"):
+        compose(*own, f"distiller.name='{name}'")
+    assert compose(*own, "distiller.name=JS").distiller.name == "JS"
+    assert compose("recipe=kd", "distiller.name=KD")  # the package's own loss
+
+
 def test_a_run_has_a_title(compose: Compose) -> None:
     job = compose("student=resnet8")
     assert cfg.title(job) == "SD-KD+LS [1,2,4] seed 0, resnet8"

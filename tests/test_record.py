@@ -14,6 +14,7 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.record import Record, freeze, holds, read_result, read_rows
 from sddlskd.sweeps import manifest
+from sddlskd.tracking.runs import tags_of
 from tests.tiny import processes, tiny
 
 ROW = {"epoch": 1, "time": 1.5, "val/top1": 50.0}
@@ -297,6 +298,9 @@ def test_outside_code_is_kept_as_a_hash_of_its_file(
     freeze(job)
     kept = json.loads(Path(job.run_dir, "code.json").read_text())["own_code"]
     assert kept.keys() == {"my_loss", "my_room.networks"}
+    assert tags_of(Path(job.run_dir), job)["own_code"] == " ".join(
+        f"{module}:{sha[:8]}" for module, sha in kept.items()
+    )
     assert record.changed_code(job) == []
     network.write_text("edited")
     assert record.changed_code(job) == ["my_room.networks"]

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from sddlskd.config.identity import has_published_name
 from sddlskd.config.schema import (
     ARGUMENT,
     ARGUMENTS,
@@ -70,8 +71,13 @@ def check(config: Config, *, frozen: bool) -> None:
         if not feature.method.get("_target_"):
             raise ValueError(f"{key}.method has no _target_; choose a method with features={name}")
         check_names(feature.method, f"{key}.method", config.allow_foreign_targets)
+        if not frozen:
+            _refuse_published_name(name, feature.method, key)
         check_bounds(feature, f"{key}.", frozen=frozen)
         _check_arguments(feature.method, f"{key}.method", frozen=frozen)
+    if not frozen:
+        name = config.distiller.name
+        _refuse_published_name(name, config.distiller.loss, f"distiller.name={name}")
     for name, teacher in config.more_teachers.items():
         key = f"more_teachers.{name}"
         if not teacher.model:
@@ -348,6 +354,16 @@ def _check_networks(config: Config) -> None:
                 f"has the same name as that of torchvision's {network.name}; use "
                 f"{group}=imagenet_{network.name}, or set another {group}.name"
             )
+
+
+def _refuse_published_name(name: str, target: Mapping[str, Any], key: str) -> None:
+    """Raise ValueError if code of the user has the name of a published method in tables."""
+    code = str(target.get("_target_", "sddlskd."))
+    if not code.startswith("sddlskd.") and has_published_name(name):
+        raise ValueError(
+            f"{key} gives {code} the name of another method, and tables would mix the two; "
+            "choose another name"
+        )
 
 
 def check_bounds(node: Any, prefix: str, *, frozen: bool) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "config_hash",
     "differing_settings",
     "flatten",
+    "has_published_name",
     "identity_keys",
     "method_name",
     "run_name",
@@ -76,6 +77,8 @@ STANDARDIZED: dict[bool | str, str] = {True: "LS", "batch": "BS", "class_scaled"
 STANDARDIZED_KD = {"KD+BS": "LumiNet", "KD+CS": "NormKD"}
 # The authors of SemCKD always add KD: the name SemCKD stands for the sum of both losses.
 SHORT_NAMES = {"KD+SemCKD": "SemCKD", "SemCKD": "SemCKD without KD"}
+# Names that tables give to jobs, besides those of losses and methods.
+OTHER_NAMES = ("CTKD", "DOT", "student alone", "vanilla", "features_only", "teacher", "unknown")
 # Fields of `Config` that hold settings by name; the names differ between jobs.
 BY_NAME = ("features", "more_teachers")
 
@@ -310,6 +313,19 @@ def method_name(config: Config) -> str:
         names.append("DOT")
     name = "+".join(names)
     return SHORT_NAMES.get(name, name)
+
+
+def has_published_name(name: str) -> bool:
+    """Return whether a name is that of a method of this package or of a row of tables.
+
+    Case does not matter, nor do the prefix "sd_" and suffixes such as "_ls": tables would show a
+    loss named "KD" or "sd_kd" as they show the published one.
+    """
+    known = {*METHOD_NAMES, *METHOD_NAMES.values(), *OTHER_NAMES}
+    known |= {*STANDARDIZED_KD.values(), *SHORT_NAMES.values()}
+    loss = re.sub(r"^sd[_-]", "", name.casefold())
+    loss = re.sub(r"(_ls|_ls_batch|_ls_scaled|\+ls|\+bs|\+cs)$", "", loss)
+    return not {name.casefold(), loss}.isdisjoint(one.casefold() for one in known)
 
 
 def title(config: Config, *, seed: bool = True, student: bool = True) -> str:

@@ -62,8 +62,6 @@ COMPARABLE = (
     "trainer.max_steps",
     "trainer.precision",
 )
-# Settings that choose between several baselines that learn from a teacher.
-TUNED = ("distiller.temperature", "distiller.ce_weight", "distiller.kd_weight")
 # Suffixes of a loss on standardised logits in the papers' names.
 SUFFIXES = ("LS", "BS", "CS")
 # Plain methods whose names say that the logits are standardised.
@@ -285,8 +283,9 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
     4. the student alone;
     5. KD.
 
-    If several cells have this method and a teacher, the one with the cell's temperature and weights
-    is the baseline. If no single cell is left, the cell has no baseline.
+    If several cells have this method and a teacher, the baseline is the one that agrees with the
+    cell in every setting in which these cells differ, such as the temperature. If no single cell is
+    left, the cell has no baseline.
 
     Args:
         cells: one job of each cell; its seed does not matter.
@@ -317,7 +316,8 @@ def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict
             if names[other] == first and _agree(cell, cells[other], COMPARABLE)
         ]
         if len(fitting) > 1 and cells[fitting[0]].has_teacher:
-            fitting = [other for other in fitting if _agree(cell, cells[other], TUNED)]
+            telling = _telling_apart([cells[other] for other in fitting])
+            fitting = [other for other in fitting if _agree(cell, cells[other], telling)]
         if len(fitting) == 1:
             found[index] = fitting[0]
     if not found:
@@ -413,6 +413,19 @@ def _on_pair(cell: Config, other: Config) -> bool:
     if cell.student != other.student or cell.dataset.name != other.dataset.name:
         return False
     return not other.has_teacher or cfg.teacher_name(cell) == cfg.teacher_name(other)
+
+
+def _telling_apart(cells: Sequence[Config]) -> list[str]:
+    """Return the settings, as keys of `cfg.flatten`, that tell cells of one method apart.
+
+    The arguments of a loss, which repeat its temperature, are left out.
+    """
+    flat = [cfg.flatten(cell) for cell in cells]
+    return [
+        key
+        for key in cfg.identity_keys() - {"seed", "distiller.loss"}
+        if len({str(values.get(key)) for values in flat}) > 1
+    ]
 
 
 def _agree(cell: Config, other: Config, keys: Sequence[str]) -> bool:

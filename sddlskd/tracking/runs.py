@@ -187,9 +187,10 @@ def tags_of(folder: Path, config: Config) -> dict[str, str]:
     """Return the tags that the copies of a run have from its start, in MLflow and elsewhere.
 
     They are "kind" (always "job"), "config_hash", "settings_hash", "git_sha" (of the code), "sweep"
-    (name of the run's sweep or ""), "run_dir" and, if the run has a recipe, "recipe". `folder` is
-    the run directory, and `config` the configuration of the run. Raise FileNotFoundError if the
-    directory has no code.json.
+    (name of the run's sweep or "") and "run_dir". If the run has a recipe, there is "recipe". If it
+    names code of the user, there is "own_code": each module with the first eight digits of the
+    SHA-256 of its file, such as "my_losses:1f0c2a9b". `folder` is the run directory, and `config`
+    the configuration of the run. Raise FileNotFoundError if the directory has no code.json.
     """
     code = json.loads((folder / "code.json").read_text())
     tags = {
@@ -202,6 +203,8 @@ def tags_of(folder: Path, config: Config) -> dict[str, str]:
     }
     if config.recipe:
         tags["recipe"] = config.recipe
+    if own_code := code.get("own_code"):
+        tags["own_code"] = " ".join(f"{name}:{sha[:8]}" for name, sha in own_code.items())
     return tags
 
 

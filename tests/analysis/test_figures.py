@@ -192,6 +192,23 @@ def test_an_axis_names_the_metric(tmp_path: Path, drawings: list[Drawing]) -> No
     assert labels == {"mAP (%)"}
 
 
+def test_figures_have_the_order_of_the_tables_and_one_colour_for_a_method() -> None:
+    made = [
+        row(0, "kd", best=70.0, distiller=loss, M=M, dataset="digits", run_id=f"{loss} {M}")
+        for loss in ("js", "dist", "dkd", "kd")
+        for M in ("[1]", "[1,2]")
+    ]
+    frame = frame_of(made)
+    found, _ = points.points_of(frame, "best")
+    overview = next(one for one in tables.build(frame) if one.name == "overview_digits")
+    _, lines, _ = charts.few(found, lambda point: point.setting)
+    assert tuple(lines) == tuple(name for name in overview.rows if name != "teacher")
+    _, fewer, _ = charts.few(found[2:], lambda point: point.setting)
+    assert fewer.items() <= lines.items()
+    styles = [charts.style_of(number) for number in range(charts.LINES)]
+    assert len({style["color"] for style in styles}) == charts.LINES
+
+
 def test_lines_differ_without_colour() -> None:
     styles = [charts.style_of(index) for index in range(charts.LINES)]
     assert len({style["marker"] for style in styles}) == charts.LINES
@@ -394,8 +411,8 @@ def test_a_gain_without_a_common_seed_or_over_another_length_is_none() -> None:
     assert gains_of(rows) == {}
     assert set(without_gain(rows)) == {
         "SD-KD [1,2] (no gain over KD: no seed in common)",
-        "SD-KD [1,2] (no gain over student alone: its runs differ in source or settings)",
-        "KD (no gain over student alone: its runs differ in source or settings)",
+        "SD-KD [1,2] (no gain over student alone: its runs differ in epochs)",
+        "KD (no gain over student alone: its runs differ in epochs)",
     }
 
 
@@ -403,7 +420,7 @@ def test_a_gain_over_another_source_is_none() -> None:
     rows = [row(0, "kd", best=70.0, source="imported"), row(0, "sd_kd", best=72.0)]
     assert gains_of(rows) == {}
     assert without_gain(rows) == [
-        "SD-KD [1,2] (no gain over KD, imported: its runs differ in source or settings)"
+        "SD-KD [1,2] (no gain over KD, imported: its runs differ in source)"
     ]
 
 
@@ -413,7 +430,7 @@ def test_a_baseline_of_several_settings_is_the_one_with_the_temperature_of_the_r
     assert gains_of(rows)["SD-KD [1,2]", "plain"].mean == 0.0
     several = [row(0, "sd_kd", temperature=3.0, best=72.0), *rows[1:]]
     assert gains_of(several) == {}
-    assert "its runs differ in source or settings" in without_gain(several)[0]
+    assert "its runs differ in temperature" in without_gain(several)[0]
 
 
 def test_a_single_seed_has_a_gain_and_no_interval() -> None:

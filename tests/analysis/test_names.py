@@ -97,6 +97,13 @@ def test_a_number_has_its_noun() -> None:
     ]  # fmt: skip
 
 
+def test_an_own_loss_of_a_published_name_has_a_row_of_its_own() -> None:
+    made = runs(*PAIR, [70.0, 71.0], **DATA) + runs(*PAIR, [9.0], distiller="KD", **DATA)
+    (overview,) = tables.build(frame_of(made))
+    means = [overview.cells[row, overview.columns[0]].mean for row in ("KD", "KD (own)")]
+    assert means == [70.5, 9.0]
+
+
 def test_every_loss_has_the_year_of_its_paper() -> None:
     losses = [loss for of_year in names.BY_YEAR.values() for loss in of_year]
     assert sorted(losses) == sorted(names.PAPERS_LOSSES)
@@ -107,7 +114,8 @@ def test_rows_stand_in_the_order_of_publication() -> None:
     ordered = [
         "teacher", "vanilla", "kd", "kd_ls", "sd_kd [16]", "sd_kd [1,2]", "sd_kd [1,16]",
         "sd_kd [1,2,4]", "sd_kd_ls [1,2]", "kd+crd", "fitnet", "at", "crd", "reviewkd", "dkd",
-        "dkd_ls", "sd_dkd [1,2]", "nkd", "sd_nkd [2]", "kd_ls_batch", "Energy", "MSE", "MSE_ls",
+        "dkd_ls", "sd_dkd [1,2]", "dist", "nkd", "sd_nkd [2]", "kd_ls_batch", "Energy", "MSE",
+        "MSE_ls",
     ]  # fmt: skip
     assert sorted(reversed(ordered), key=names.reading_order) == ordered
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -168,6 +169,7 @@ def parse_latex(text: str) -> dict[tuple[str, str], dict[str, str]]:
         for escaped, character in (
             ("\\textless{}", "<"),
             ("$\\pm$", "±"),
+            ("$-$", "-"),
             ("$\\to$", "→"),
             ("{[}", "["),
             ("{]}", "]"),
@@ -293,6 +295,17 @@ def test_every_cell_in_csv(table: Table) -> None:
                 assert (line["gain_test"], line["gain_verdict"]) == ("pooled", "better")
     assert by_cell["KD", "vgg13 → mobilev2"]["troubles"] == "1 failed"
     assert by_cell["CRD", "vgg13 → mobilev2"]["flag"] == "suspect"
+
+
+def test_latex_has_its_notes_in_the_float_and_minus_signs(table: Table) -> None:
+    text = render.latex(table)
+    assert text.endswith("}\n\\end{table*}\n")
+    assert text.count("\\begin{table*}") == text.count("\\end{table*}")
+    one = replace(table, columns=table.columns[:1], aggregates={})
+    assert "table*" not in render.latex(one)
+    below = replace(one.cells[one.rows[0], one.columns[0]], mean=-4.72, planned=1)
+    cells = {**one.cells, (one.rows[0], one.columns[0]): below}
+    assert "$-$4.72" in render.latex(replace(one, cells=cells))
 
 
 def test_best_is_bold_and_second_underlined(table: Table) -> None:
