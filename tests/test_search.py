@@ -252,8 +252,8 @@ def test_the_report_names_the_command_of_the_final_training(
 
     one.run(jobs_of, finish)
     out = capsys.readouterr().out
-    assert "│temperature=2.5" in out
-    assert "│temperature=3.5" in out
+    assert "temperature=2.5" in out
+    assert "temperature=3.5" in out
     *_, again, final = out.splitlines()
     if not held_out:
         assert final.startswith("to run it again: ")

@@ -41,8 +41,7 @@ from sddlskd.training.several import Teachers
 from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import file_hash, path_of, publish
 from tests.conftest import Compose, compose_in
-from tests.crashing import ended, fit_again, forked, ready
-from tests.tiny import final, leave_teacher, rows, same, same_outcome, tiny
+from tests.tiny import final, leave_teacher, processes, rows, same, same_outcome, tiny
 
 CPU = torch.device("cpu")
 TWO = "teacher=[resnet8,resnet14]"
@@ -302,22 +301,25 @@ def two(home: Path, *overrides: str, at: str = "") -> Config:
     return job
 
 
+def fit_until_killed(job: Config, step: int) -> None:
+    """Fit a job, and kill this process before step `step` of the first epoch."""
+    real = Run.train_step
+
+    def dying(self: Run, *arguments: Any) -> None:
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *arguments)
+
+    Run.train_step = dying  # type: ignore[method-assign]
+    fit([job])
+
+
 def kill_at_step(job: Config, step: int) -> None:
     """Start to fit a job in a process that is killed before step `step` of its first epoch."""
-
-    def work() -> None:
-        real = Run.train_step
-
-        def dying(self: Run, *arguments: Any) -> None:
-            if self.step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(self, *arguments)
-
-        Run.train_step = dying  # type: ignore[method-assign]
-        fit_again(job)
-
-    ready()
-    assert ended(forked(work)) == -signal.SIGKILL
+    process = processes.Process(target=fit_until_killed, args=(job, step))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_two_teachers_train_a_student_and_are_recorded(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def plan_unchecked(jobs: list[Config], devices: Any = "auto") -> None:
             "run_MB",
         )
     }
-    answer["devices"] = ["cpu"]
+    answer["devices"] = devices if isinstance(devices, list) else ["cpu"]
     with pytest.raises(SystemExit, match="0"):
         run_sweep(jobs, "test", runner=pool(devices), precheck=lambda *_: answer)
 

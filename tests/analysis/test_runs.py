@@ -107,6 +107,7 @@ def test_every_column_of_a_run_is_as_logged(path: Path) -> None:
         "learned_temperature": False,
         "details": "",
         "looks": None,
+        "own_code": "",
         "standardization": "",
         "run_id": run_id,
         "source": "sddlskd",
