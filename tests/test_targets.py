@@ -104,7 +104,7 @@ def test_targets_that_do_something_else_are_refused_before_anything_runs(target:
         check_names(node, "student.model", allow_foreign=False)
         with pytest.raises(
             ValueError,
-            match="name a network, a method, an optimizer, or a function of|cannot be found",
+            match=r"name a network, a method, an optimizer, or a function of|cannot be found",
         ) as caught:
             instantiate(node, num_classes=10)
         assert f"_target_={target} " in str(caught.value)
