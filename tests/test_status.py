@@ -245,6 +245,13 @@ def test_only_the_status_is_json(
     assert f"--json belongs to status, not to {command}" in capsys.readouterr().err
 
 
+def test_a_sweep_without_slurm_has_its_logs_elsewhere(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["logs", str(sweep)])
+    assert "the log of a run is RUN_DIRECTORY/train.log" in capsys.readouterr().out
+
+
 def test_the_group_shares_the_time_of_an_epoch(tmp_path: Path) -> None:
     half = leave_job(tmp_path, 0, (1.0,) * 4, status="KILLED", group_size=2)
     assert status_of(leave_sweep(tmp_path, half)).seconds_left == pytest.approx(4 * 5.0)

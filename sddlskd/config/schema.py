@@ -16,7 +16,9 @@ __all__ = ["Config"]
 
 
 NO_TEACHER = "none"
-M_CURE = "give distinct positive integers, such as M=[1,2,4]"
+M_CURE = (
+    'give distinct positive integers, such as M=[1,2,4]; in a sweep, quote the lists: M="[1],[1,2]"'
+)
 
 # The papers' training on CIFAR-100. Each of these values is the default of several keys.
 EPOCHS = 240

@@ -51,8 +51,8 @@ def logs(folder: Path, lines: int = 5) -> None:
     """Print the end of the log of every SLURM task that was ever submitted for a sweep.
 
     For each task, print the path of its log, the names of its jobs' run directories, and the last
-    lines of the log, or "not started yet" if there is no log. Print nothing if no task was ever
-    submitted.
+    lines of the log, or "not started yet" if there is no log. If no task was ever submitted, print
+    which file is the log of a run.
 
     Args:
         folder: folder of the sweep, <home>/runs/sweeps/<name>.
@@ -61,7 +61,10 @@ def logs(folder: Path, lines: int = 5) -> None:
     Raises:
         ValueError: If slurm.json, the sweep's list of tasks, is damaged.
     """
-    for one in slurm.submissions(folder):
+    submitted = slurm.submissions(folder)
+    if not submitted:
+        write_line("SLURM had no job of this sweep; the log of a run is RUN_DIRECTORY/train.log")
+    for one in submitted:
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
         write_line(f"{one.log}  ({names})")
         last_lines = ["not started yet"]

@@ -45,6 +45,8 @@ __all__ = [
     "write_line",
 ]
 
+# What papers call a recipe or a key, and its name here
+PAPERS = {"sdd": "sd_kd", "lskd": "kd_ls", "method": "recipe"}
 # Errors of this package's own checks, with messages for users.
 OWN_ERRORS = (ValueError, OSError, RuntimeError)
 # Hydra's message about several values, and the line for a user
@@ -375,7 +377,9 @@ def _places_of(key: str, config: Any) -> list[str]:
     ]
     depth = min((place.count(".") for place in found), default=0)
     nearest = [place for place in found if place.count(".") == depth > 0]
-    return [place for place in nearest if not place.startswith("dataset.")] or nearest
+    nearest = [place for place in nearest if not place.startswith("dataset.")] or nearest
+    # `lr` is the student's more often than the teacher's.
+    return sorted(nearest, key=lambda place: not place.startswith("optimizer."))
 
 
 def _dotted_keys(config: Any, prefix: str = "") -> Iterator[str]:
@@ -400,9 +404,14 @@ def _valid_names(bad: str, valid: Sequence[str], prefix: str) -> str:
 def _closest(bad: str, valid: Sequence[str]) -> str | None:
     """Return the valid name most like `bad`, or None if none is like it.
 
-    A name that ends in all of `bad`, as imagenet_resnet34 ends in resnet34, comes first. Of names
-    that are equally like `bad`, the one with the same letters in another order comes first.
+    The name that `bad` means in tables or papers comes first, then one that ends in all of `bad`,
+    as imagenet_resnet34 ends in resnet34. Of names that are equally like `bad`, the one with the
+    same letters in another order comes first.
     """
+    typed = re.sub("[-+ ]+", "_", bad.lower())  # SD-KD+LS, as tables write it, is sd_kd_ls
+    typed = PAPERS.get(typed, typed)
+    if typed in valid:
+        return typed
     if longer := [name for name in valid if name.endswith(f"_{bad}")]:
         return longer[0]
     return max(
