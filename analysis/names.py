@@ -136,7 +136,7 @@ def reading_order(key: str) -> tuple[Any, ...]:
 
 
 def scales_order(M: str) -> tuple[int, list[int]]:
-    """Return the place of scales such as "[1,2,4]" among others: few before many, then by value."""
+    """Return the sort key of scales such as "[1,2,4]": few before many, then by value."""
     scales = [int(scale) for scale in re.findall(r"\d+", M)]
     return len(scales), scales
 

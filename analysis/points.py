@@ -262,11 +262,15 @@ def comparisons(
     """Return the gain in accuracy of each point over its baselines in the same panel.
 
     A point is the result of one setting (a method with its options) in one panel (a pair of teacher
-    and student on a data set). If one of the points is the baseline that the user chose, it is the
-    only baseline, and has none itself. Otherwise, the first baseline of a point is the student
-    alone, trained without distillation ("vanilla"). Its second baseline is the plain form of its
-    loss on the logits ("plain"), unless the point is plain itself (`Point.plain`). A student alone
-    then has no baseline. `selection.gain_over` computes the gains.
+    and student on a data set).
+
+    If any point fits the baseline that the user chose, the points that fit have no baseline, and
+    all others are compared with those that fit in their panel. If several of these fit, such as one
+    method with several scales, `selection.gain_over` chooses among them.
+
+    Otherwise, a student alone, trained without distillation, has no baseline. Each other point is
+    compared with the student alone ("vanilla") and, unless the point is plain itself
+    (`Point.plain`), with the plain form of its loss on the logits ("plain").
 
     Args:
         points: the points to compare, baselines included. A student alone is a baseline in all

@@ -54,7 +54,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation that several methods on one pair of teacher and student have in common."""
+    """Standard deviation of the runs of a method, pooled over the methods on one pair."""
 
     std: float  # in the unit of the numbers
     df: int  # degrees of freedom: runs minus methods, of the methods that count (`spread_of`)

@@ -339,7 +339,7 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
         num_classes: number of classes, the length of the logits of an image.
 
     Raises:
-        ImportError: If MLflow or onnx is not installed.
+        ImportError: If MLflow, onnx or onnxruntime is not installed.
         OSError: If the folder cannot be written.
     """
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:

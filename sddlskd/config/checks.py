@@ -369,8 +369,8 @@ def _refuse_published_name(name: str, target: Mapping[str, Any], key: str) -> No
 def check_bounds(node: Any, prefix: str, *, frozen: bool) -> None:
     """Raise ValueError for the first number that is outside of the bounds of its field.
 
-    Nested dataclasses are checked, too. Each number of a list must lie in the bounds of the list's
-    field.
+    Nested dataclasses are checked, too. Each element of a list must be a number in the bounds of
+    the list's field.
 
     Args:
         node: A dataclass of the schema.

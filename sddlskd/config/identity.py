@@ -316,7 +316,7 @@ def method_name(config: Config) -> str:
 
 
 def has_published_name(name: str) -> bool:
-    """Return whether a name is that of a method of this package or of a row of tables.
+    """Return whether a name is that of a method of this package or of a row in its tables.
 
     Case does not matter, nor do the prefix "sd_" and suffixes such as "_ls": tables would show a
     loss named "KD" or "sd_kd" as they show the published one.

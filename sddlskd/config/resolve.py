@@ -410,9 +410,11 @@ def each_teacher(config: Config) -> list[Config]:
     """Return one copy of a job for each of its teachers; the copy has this teacher alone.
 
     The teacher `config.teacher` comes first, then those of `config.more_teachers`. The copy for one
-    of `config.more_teachers` has the network, weights file, learning rate and image size of that
-    teacher; the cache and all other settings are those of `config.teacher`. Return [] for a job
-    without a teacher.
+    of `config.more_teachers` has the name, network, weights file, learning rate and image size of
+    that teacher; a missing learning rate becomes `config.dataset.lr` or, if that is missing, `LR`.
+    In every copy, `teacher.combine` is `Combine.logits`, and `teacher.weights` and `more_teachers`
+    are empty. The cache and all other settings are those of `config`. Return [] for a job without a
+    teacher.
     """
     if not config.has_teacher:
         return []

@@ -184,9 +184,9 @@ def make_plan(
             whether this machine has the devices (trainer.device, trainer.devices) and the cores
             (dataset.workers) that they ask for.
         max_group_size: largest number of jobs that train together; None for no limit.
-        precheck: function that checks the jobs, called with the jobs to run, the finished jobs
-            and `runner.runs_locally` unless there are no jobs. It returns a dictionary like that of
-            `ask_precheck`.
+        precheck: function that checks the jobs. Its arguments are the jobs to run, the finished
+            jobs that do not run again, and `runner.runs_locally`. It is not called if both lists
+            are empty. It returns a dictionary like that of `ask_precheck`.
 
     Returns:
         The plan. Jobs that cannot run are in `Plan.invalid`; they raise no error.
@@ -195,7 +195,8 @@ def make_plan(
         ValueError: If different jobs have the same run directory, or if a file of the sweep or of a
             run is damaged.
         ConnectionError: If the sweep has SLURM tasks and squeue is missing, fails or does not
-            answer. A plan that is only printed has this error in `Plan.refusals` instead.
+            answer. If `sweep.plan` of the first job is set, so that the plan is only printed, the
+            message is in `Plan.refusals` instead.
         ChildProcessError: If the process that `ask_precheck` starts dies.
     """
     unique = list({job.run_dir: job for job in jobs}.values())

@@ -252,10 +252,11 @@ class Checker:
         return data_changed(result, self._fingerprints[key])
 
     def run_MB(self, job: Config) -> float | None:
-        """Return the estimated disk space of a run in megabytes; None if it is not known.
+        """Return the estimated disk space of a run in megabytes; None if its student has an error.
 
-        A run directory keeps two checkpoints with the student's weights and the optimizer's buffers
-        of each parameter, one for SGD and two for other optimizers, and once the best weights.
+        A run directory keeps two checkpoints and a copy of the best weights. A checkpoint holds the
+        student's weights and the optimizer's buffers, each as large as the weights. SGD counts with
+        one buffer, any other optimizer with two.
         """
         key = canonical([job.student.model, job.dataset.num_classes])
         if key not in self._weights_MB:

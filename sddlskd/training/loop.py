@@ -50,9 +50,9 @@ def train(
 
     A run is the training of one student. Each run joins at its own epoch and step, so a group can
     hold resumed and new runs. A run that raises an error is marked FAILED and the other runs
-    continue. A run that halving drops is marked PRUNED. After a signal, all ranks stop after the
-    same step, save the runs that have not failed, and return. The caller marks runs as FINISHED or
-    KILLED.
+    continue, except after the errors listed under "Raises". A run that halving drops is marked
+    PRUNED. After a signal, all ranks stop after the same step, save the runs that have not failed,
+    and return. The caller marks runs as FINISHED or KILLED.
 
     Args:
         runs: the runs of the group, at least one.
@@ -72,9 +72,9 @@ def train(
         on_change: called with a run after its record in the run directory has changed.
 
     Raises:
-        Exception: Any error of the data or the teacher. Also an out-of-memory error of a run while
-            other runs share the device, and with several ranks any error of a run but
-            NonFiniteLoss.
+        Exception: Any error of the data or the teacher. Also these errors of a run, which is not
+            marked: with one rank, a failure of the device (`device_failure`); out-of-memory while
+            other runs share the device; with several ranks, any error but NonFiniteLoss.
     """
     saved = time.monotonic()
     inputs = Inputs(runs, teacher)
