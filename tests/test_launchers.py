@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.sweeps import run_sweep
+from sddlskd.sweeps.plan import no_findings
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.search import Start
 from sddlskd.sweeps.slurm import Slurm, submissions
@@ -252,18 +253,7 @@ def test_a_plan_says_whether_the_time_limit_suffices(
 
 def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
     """Plan a sweep on a cluster, which must end with exit code 1."""
-    answer: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "problems",
-            "downloads",
-            "changed",
-            "other_data",
-            "devices",
-            "teachers",
-            "run_MB",
-        )
-    }
+    answer = no_findings()
     launcher = chosen(folder, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", *overrides)
     with pytest.raises(SystemExit, match="1"):
         run_sweep(

@@ -38,7 +38,7 @@ from sddlskd.sweeps.manifest import (
     write_plan,
 )
 from sddlskd.sweeps.outcome import state_of
-from sddlskd.sweeps.plan import ask_precheck, epochs_of, make_plan
+from sddlskd.sweeps.plan import ask_precheck, epochs_of, make_plan, no_findings
 from sddlskd.sweeps.pool import Pool, Task
 from sddlskd.sweeps.report import cause_of, plan_lines
 from sddlskd.tracking import uri as tracking_uri
@@ -110,18 +110,7 @@ def sweep(jobs: list[Config], **options: Any) -> tuple[list[dict[str, Any]], int
 
 def plan_unchecked(jobs: list[Config], devices: Any = "auto") -> None:
     """Print the plan of jobs with sweep.plan=true, without the check of each job."""
-    answer: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "problems",
-            "downloads",
-            "changed",
-            "other_data",
-            "devices",
-            "teachers",
-            "run_MB",
-        )
-    }
+    answer = no_findings()
     answer["devices"] = devices if isinstance(devices, list) else ["cpu"]
     with pytest.raises(SystemExit, match="0"):
         run_sweep(jobs, "test", runner=pool(devices), precheck=lambda *_: answer)
@@ -979,18 +968,7 @@ def test_a_worker_that_is_stopped_while_it_loads_leaves_silently(home: Path) -> 
 
 
 def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
-    nothing: dict[str, list[Any]] = {
-        key: []
-        for key in (
-            "problems",
-            "downloads",
-            "changed",
-            "other_data",
-            "devices",
-            "teachers",
-            "run_MB",
-        )
-    }
+    nothing = no_findings()
 
     def lines(*words: str) -> list[str]:
         jobs = [tiny(tmp_path, *words, f"M={M}") for M in ("[1]", "[1,2]", "[1,2]")]

@@ -31,6 +31,7 @@ __all__ = [
     "groups_of",
     "make_plan",
     "networks_of",
+    "no_findings",
 ]
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,12 @@ def ask_precheck(
     return answer
 
 
+def no_findings() -> dict[str, Any]:
+    """Return the answer of a `Precheck` that found nothing; see `ask_precheck` for the keys."""
+    keys = ("problems", "downloads", "changed", "other_data", "devices", "teachers", "run_MB")
+    return {key: [] for key in keys}
+
+
 def make_plan(
     jobs: Sequence[Config],
     name: str,
@@ -220,15 +227,7 @@ def make_plan(
     finished = [
         job for job in unique if states[job.run_dir] == "finished" and "finished" in skipped
     ]
-    answer: dict[str, Any] = {
-        "problems": [],
-        "downloads": [],
-        "changed": [],
-        "other_data": [],
-        "devices": [],
-        "teachers": [],
-        "run_MB": [],
-    }
+    answer = no_findings()
     if todo or finished:
         log.info(
             "checking %s (loading PyTorch takes some seconds)",
