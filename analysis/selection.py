@@ -351,8 +351,16 @@ def _differing(cells: Iterable[Sequence[Run]], settings: Sequence[str]) -> list[
 
 
 def _several_codes(runs: Iterable[Run]) -> bool:
-    """Return whether runs are known to be trained with several versions of the user's own code."""
-    return len({run.own_code for run in runs} - {""}) > 1
+    """Return whether runs are known to be trained with several versions of one of the user's files.
+
+    A run may use more files than another one, such as a loss besides a network.
+    """
+    versions: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for file in run.own_code.split():
+            name, _, digits = file.partition(":")
+            versions[name].add(digits)
+    return any(len(several) > 1 for several in versions.values())
 
 
 def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[Run]]:

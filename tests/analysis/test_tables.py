@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from analysis import render, stats, tables
 from analysis.cells import Cell, Table
-from analysis.schema import frame_of
-from analysis.selection import GainOptions
+from analysis.schema import frame_of, runs_of
+from analysis.selection import GainOptions, _several_codes
 from tests.analysis.synthetic import run, runs
 
 PUBLISHED = pd.read_csv(
@@ -620,6 +620,15 @@ def test_versions_of_own_code_are_rows_of_their_own() -> None:
     assert means["mine, own_code=my:11111111"] == pytest.approx(70.1)
     assert means["mine, own_code=my:22222222"] == 80.0
     assert any(note.startswith("own_code: ") for note in table.notes)
+
+
+def test_a_run_with_more_files_of_ones_own_has_no_other_version() -> None:
+    def differ(*codes: str) -> bool:
+        rows = [row for code in codes for row in runs(*SHUFFLE, [70.0], own_code=code)]
+        return _several_codes(runs_of(frame_of(rows)))
+
+    assert not differ("loss:11111111", "loss:11111111 net:33333333", "")
+    assert differ("loss:11111111", "loss:22222222 net:33333333")
 
 
 def test_lskd_gains_are_over_the_method_without_standardisation() -> None:
