@@ -1,12 +1,15 @@
 """Test what the READMEs say: their length, links, commands and numbers."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from sddlskd.models import names
+from sddlskd.terminal.console import outcomes
 from tests.pages import FENCE, LINK, READMES, REPO, broken, commands, headings, name_of
+from tests.tiny import composed
 
 README, CHINESE = (path.read_text() for path in READMES)
 MOST_WORDS = 900
@@ -63,6 +66,31 @@ def test_its_results_are_those_of_the_pages(text: str) -> None:
     differences = re.findall(r"^\| \w+, \w+ -> \w+ \|.* (\d+e-\d+) \|$", methods, re.MULTILINE)
     assert len(differences) == 12
     assert f"[{max(differences, key=float)}](docs/methods.md" in text
+
+
+def test_its_tables_look_as_the_terminal_shows_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # of a pipe
+    pair = ("dataset=digits", "teacher=resnet14", "student=resnet8")
+
+    def shown(*runs: tuple[str, float, float, float]) -> list[str]:
+        jobs = [composed(tmp_path, *pair, f"recipe={recipe}") for recipe, *_ in runs]
+        results = [
+            {"status": "FINISHED", "reason": "", "best_top1": best, "last_top1": last, "seconds": s}
+            for _, best, last, s in runs
+        ]
+        outcomes(jobs, results)
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if "FINISHED" in line]
+
+    lines = shown(("sd_kd_ls", 99.72, 99.72, 253))
+    lines += shown(
+        ("vanilla", 92.78, 92.50, 74), ("kd", 93.89, 93.33, 121), ("sd_kd_ls", 97.50, 97.22, 121)
+    )
+    for path in READMES:
+        rows = [line.strip() for line in path.read_text().splitlines() if "FINISHED" in line]
+        assert rows == lines
 
 
 def test_the_citation_is_complete() -> None:

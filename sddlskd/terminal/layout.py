@@ -71,8 +71,14 @@ def _widths(
         least[column] = max(cell_len(word) for text in texts for word in text.split())
         if column in foldable:
             least[column] = min(least[column], LEAST)
+    narrowed: set[str] = set()
     while sum(widths.values()) > room and widths != least:
-        # The column with the most room to lose gives a character.
-        widest = max(columns, key=lambda column: widths[column] - least[column])
-        widths[widest] -= 1
+        # The column with the most room to lose gives a character, and goes on: the lines of a
+        # second column need not be broken, too.
+        giving = max(
+            (column for column in columns if widths[column] > least[column]),
+            key=lambda column: (column in narrowed, widths[column] - least[column]),
+        )
+        narrowed.add(giving)
+        widths[giving] -= 1
     return widths
