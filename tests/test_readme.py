@@ -1,6 +1,7 @@
 """Test what the READMEs say: their length, links, commands and numbers."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_the_chinese_one_has_the_same_parts() -> None:
     start, shown = QUICK_START, r"^(?:    |\|).*$"
     outputs = [re.findall(shown, text.split("\n## ")[start], re.M) for text in (README, CHINESE)]
     assert outputs[0] == outputs[1] != []
+
+
+def test_its_badges_are_those_of_the_script() -> None:
+    figures = REPO / "docs/figures"
+    badges = runpy.run_path(str(figures / "badges.py"))["badges"]()
+    assert badges == {path.name: path.read_text() for path in figures.glob("badge-*.svg")}
+    assert all(f"docs/figures/{name}" in README for name in badges)
 
 
 def test_it_counts_the_networks_right() -> None:
