@@ -71,6 +71,17 @@ train:
             kwargs: {student_module_path: '.', temperature: 4.0, alpha: 0.9}
           weight: 1.0
 """
+TRANSFORMER = """\
+MODEL: {TYPE: DeiT, NUM_CLASSES: 100}
+TRANSFORMER:
+  {PATCH_SIZE: 16, HIDDEN_DIM: 192, DEPTH: 12, NUM_HEADS: 3, MLP_RATIO: 4, DROP_PATH_RATE: 0.1}
+OPTIM: {OPTIMIZER: adamw, BASE_LR: 5.0e-4, MIN_LR: 5.0e-6, LR_POLICY: cos, MAX_EPOCH: 300,
+  WEIGHT_DECAY: 0.05, WARMUP_EPOCHS: 20}
+CNN: {DEPTH: 56}
+DISTILLATION: {ENABLE_LOGIT: True, LOGIT_LOSS: soft, LOGIT_TEMP: 2.0, LOGIT_WEIGHT: 1.0,
+  EXTRA_WEIGHT_IN: 10, LOGIT_STANDARD: True, ENABLE_INTER: False, TEACHER_MODEL: ResNet}
+TRAIN: {DATASET: cifar100, BATCH_SIZE: 128}
+"""
 
 
 @pytest.fixture
@@ -114,6 +125,12 @@ def theirs(old: str, new: str) -> str:
     """Return the file of torchdistill with one part replaced."""
     assert TORCHDISTILL.count(old) == 1
     return TORCHDISTILL.replace(old, new)
+
+
+def transformer(old: str, new: str) -> str:
+    """Return the file of LSKD's transformers with one part replaced."""
+    assert TRANSFORMER.count(old) == 1
+    return TRANSFORMER.replace(old, new)
 
 
 START = "python -m sddlskd.train recipe="
@@ -184,6 +201,16 @@ LS = ("--logit-stand", "--base-temp", "2", "--kd-weight", "9")
          "kd_ls dataset=cifar100 teacher=wrn_40_2 student=wrn_16_2 trainer.epochs=200 "
          "trainer.batch_size=128 optimizer.lr=0.1 'optimizer.milestones=[0.3,0.6,0.8]' "
          "optimizer.decay=0.2 seed=7"),
+        # The pair's tuned values are those of a log; the file has another temperature.
+        (TRANSFORMER, (),
+         "kd_ls dataset=cifar100 pair=resnet56_deit_tiny distiller.temperature=2.0"),
+        (transformer("LOGIT_STANDARD: True", "LOGIT_STANDARD: False"), ("--seed", "7"),
+         "kd dataset=cifar100 pair=resnet56_deit_tiny distiller.temperature=2.0 "
+         "distiller.ce_weight=0.5 distiller.kd_weight=1.0 "
+         "student.model.name=deit_tiny_distilled_patch16_224 seed=7"),
+        (transformer("ENABLE_LOGIT: True", "ENABLE_LOGIT: False").replace("0.05,", "0.1,"), (),
+         "vanilla dataset=cifar100 pair=resnet56_deit_tiny "
+         "optimizer.algorithm.weight_decay=0.1"),
     ],
 )  # fmt: skip
 def test_files_become_commands_that_compose(
@@ -236,6 +263,10 @@ def test_every_key_that_is_not_translated_is_named(convert: Any) -> None:
         "models.teacher_model.kwargs.pretrained", "train.train_data_loader.kwargs.num_workers",
         "train.teacher.wrapper",
     ]  # fmt: skip
+    _, _, lines = convert(TRANSFORMER)
+    assert [line.partition(": ")[0] for line in lines] == [
+        "MODEL.NUM_CLASSES", "OPTIM.MIN_LR", "TRAIN.STRONG_AUGMENTATION",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -245,7 +276,18 @@ def test_every_key_that_is_not_translated_is_named(convert: Any) -> None:
         ("name: cifar100\n", (), "not a configuration of mdistiller, SDD or LSKD"),
         ("[1, 2\n", (), "not a YAML file"),
         ("a: \x00\n", (), "not a YAML file"),
-        (cifar("KD_ours", "vgg13", "vgg8"), (), "DISTILLER.TYPE=KD_ours has no translation; valid"),
+        (cifar("KD_own", "vgg13", "vgg8"), (), "DISTILLER.TYPE=KD_own has no translation; valid"),
+        (cifar("GL_DKD", "vgg13", "vgg8"), (), "does not have either; give DISTILLER.TYPE SDD_DKD"),
+        ("_BASE_: Base.yaml\nMODEL: {}\n", (), "for object detection; this package classifies"),
+        (transformer("DeiT", "PVT"), (), "MODEL.TYPE=PVT has no translation; valid are DeiT, PiT"),
+        (transformer("DeiT", "ResNet"), (), "MODEL.TYPE=ResNet trains the teacher"),
+        (transformer("192", "384"), (), "TRANSFORMER.HIDDEN_DIM=384 has no translation; valid is"),
+        (transformer("soft", "hard"), (), "DISTILLATION.LOGIT_LOSS=hard has no translation"),
+        (transformer("INTER: False", "INTER: True"), (), "the locality guidance of Li et al."),
+        (transformer("DEPTH: 56", "DEPTH: 20"), (), "CNN.DEPTH=20 has no translation; valid is 56"),
+        (transformer("cifar100", "flowers"), (), "TRAIN.DATASET=flowers has no translation"),
+        (transformer("adamw", "sgd"), (), "OPTIM.OPTIMIZER=sgd has no translation; valid is adamw"),
+        (transformer("300", "x"), (), "OPTIM.MAX_EPOCH=x is not a number"),
         (cifar("KD", "vgg13", "vgg9"), (), "student=vgg9 is unknown; did you mean student=vgg"),
         (imagenet("KD", "ResNet101", "ResNet18"), (), "the network ResNet101 has no translation"),
         (cifar("KD", "vgg13", "vgg8", more="DATASET: {TYPE: svhn}\n"), (), "DATASET.TYPE=svhn has"),

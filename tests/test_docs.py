@@ -299,5 +299,5 @@ def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
     runpy.run_path(str(script), run_name="__main__")
     drawn = sorted(path.name for path in tmp_path.iterdir())
-    assert drawn == sorted(path.name for path in script.parent.glob("*.svg"))
+    assert drawn == sorted(path.name for path in script.parent.glob("method-*.svg"))
     assert all("</svg>" in (tmp_path / name).read_text() for name in drawn)

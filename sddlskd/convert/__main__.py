@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from sddlskd.convert import mdistiller, torchdistill
+from sddlskd.convert import mdistiller, tiny_transformers, torchdistill
 from sddlskd.convert.translation import Refused, Translation, command
 from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, write_line
@@ -128,8 +128,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 NO_SUCH_FILE = (
-    "not a configuration of mdistiller, SDD or LSKD (it has no DISTILLER) nor of torchdistill (it "
-    "has no models and train)"
+    "not a configuration of mdistiller, SDD or LSKD (it has no DISTILLER), of torchdistill (it has "
+    "no models and train) or of LSKD's transformers (it has no MODEL, OPTIM and TRAIN)"
 )
 
 
@@ -164,14 +164,25 @@ def _translate(values: Mapping[str, Any], options: argparse.Namespace) -> Transl
         found = mdistiller.translate(values, flags, options.code)
     elif torchdistill.is_of_torchdistill(values):
         found = torchdistill.translate(values)
-        if options.seed is not None:
-            found.values["seed"] = options.seed
+    elif tiny_transformers.is_of_tiny_transformers(values):
+        found = tiny_transformers.translate(values)
+    elif _detects(values):
+        raise ValueError("a configuration for object detection; this package classifies images")
     else:
         raise ValueError(NO_SUCH_FILE)
+    if options.seed is not None:
+        found.values["seed"] = options.seed
     for flag, cure in IDLE_FLAGS.items():
         if getattr(options, flag.replace("-", "_")):
             found.ignored.append(f"--{flag}: not translated; {cure}")
     return found
+
+
+def _detects(values: Mapping[str, Any]) -> bool:
+    """Return whether a file is one of detectron2, with which mdistiller and SDD detect objects."""
+    model = values.get("MODEL")
+    of_detectron = isinstance(model, Mapping) and "META_ARCHITECTURE" in model
+    return of_detectron or "_BASE_" in values
 
 
 def _scales(text: str | None) -> list[int] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sddlskd.convert.translation import Translation, dotted, milestones, number, numbers
+from sddlskd.convert.translation import Keys, Translation, dotted, milestones, number, numbers
 
 __all__ = ["CODES", "Flags", "is_of_mdistiller", "translate"]
 
@@ -115,6 +115,8 @@ REASONS = {
     "CRD.FEAT.": "sizes are measured",
     "REVIEWKD.": "shapes are measured",
 }
+# Methods of files that the released code does not have, and the methods that took their place
+SUCCESSORS = {"GL_DKD": "SDD_DKD", "KD_ours": "MLKD", "DKD_aug": "DKD"}
 FIRST_TEMPERATURES = [4.0, 3.0, 5.0, 2.0, 6.0]  # of MLKD; the file sets the first one
 SDD_CLIP_NORM = 40.0
 
@@ -138,39 +140,6 @@ class Flags:
     base_temp: float = 2.0
     kd_weight: float = 9.0
     seed: int | None = None
-
-
-class _File:
-    """Keys of a file, with the defaults of its code; remembers which keys were read.
-
-    A value that should be a number and is none becomes a fault, and its default stands for it.
-
-    Args:
-        values: content of the file.
-        defaults: default of each key that may be read.
-        found: translation that gets the faults.
-    """
-
-    def __init__(
-        self, values: Mapping[str, Any], defaults: Mapping[str, Any], found: Translation
-    ) -> None:
-        self.stated = dotted(values)
-        self._defaults = defaults
-        self._found = found
-        self._read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
-        value = self.stated.get(key, self._defaults[key])
-        default = self._defaults[key]
-        if isinstance(default, int | float) and not isinstance(default, bool):
-            with self._found.noting_faults():
-                return number(key, value)
-            return default
-        return value
-
-    def unread(self) -> list[str]:
-        return [key for key in self.stated if key not in self._read]
 
 
 def is_of_mdistiller(values: Mapping[str, Any]) -> bool:
@@ -219,7 +188,7 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
     code = code or code_of(values, flags)
     defaults = DEFAULTS | (LSKD_DEFAULTS if code == "lskd" else {})
     found = Translation()
-    file = _File(values, defaults, found)
+    file = Keys(values, defaults, found)
     dataset = str(file["DATASET.TYPE"]).lower()
     kind = str(file["DISTILLER.TYPE"])
     found.choices["recipe"] = "none"  # the first choice of the command; `method` sets it
@@ -238,6 +207,11 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
     if method := METHODS.get(kind):
         with found.noting_faults():
             method(file, flags, found)
+    elif successor := SUCCESSORS.get(kind):
+        found.faults.append(
+            f"DISTILLER.TYPE={kind} is a method that the released code does not have either; "
+            f"give DISTILLER.TYPE {successor} behind the file for the method that took its place"
+        )
     else:
         found.faults.append(
             f"DISTILLER.TYPE={kind} has no translation; valid are {', '.join(METHODS)}"
@@ -265,7 +239,7 @@ def _network(name: str, dataset: str) -> str:
     raise ValueError(f"the network {name} has no translation for dataset={dataset}")
 
 
-def _solver(file: _File, code: str, found: Translation) -> None:
+def _solver(file: Keys, code: str, found: Translation) -> None:
     """Translate the block SOLVER."""
     if file["SOLVER.TYPE"] != "SGD":
         found.faults.append(f"SOLVER.TYPE={file['SOLVER.TYPE']} has no translation; valid is SGD")
@@ -305,11 +279,11 @@ def _solver(file: _File, code: str, found: Translation) -> None:
     }
 
 
-def _none(file: _File, flags: Flags, found: Translation) -> None:
+def _none(file: Keys, flags: Flags, found: Translation) -> None:
     found.choices["recipe"] = "vanilla"
 
 
-def _kd(file: _File, flags: Flags, found: Translation) -> None:
+def _kd(file: Keys, flags: Flags, found: Translation) -> None:
     standardized = flags.logit_stand or _states(file, "EXPERIMENT.LOGIT_STAND")
     found.choices["recipe"] = "kd_ls" if standardized else "kd"
     _kd_block(file, found)
@@ -318,7 +292,7 @@ def _kd(file: _File, flags: Flags, found: Translation) -> None:
         found.values["distiller.kd_weight"] = flags.kd_weight
 
 
-def _kd_block(file: _File, found: Translation) -> None:
+def _kd_block(file: Keys, found: Translation) -> None:
     found.values |= {
         "distiller.temperature": file["KD.TEMPERATURE"],
         "distiller.ce_weight": file["KD.LOSS.CE_WEIGHT"],
@@ -326,7 +300,7 @@ def _kd_block(file: _File, found: Translation) -> None:
     }
 
 
-def _dkd(file: _File, flags: Flags, found: Translation) -> None:
+def _dkd(file: Keys, flags: Flags, found: Translation) -> None:
     standardized = flags.logit_stand or _states(file, "EXPERIMENT.LOGIT_STAND")
     found.choices["recipe"] = "dkd_ls" if standardized else "dkd"
     _dkd_block(file, found)
@@ -337,7 +311,7 @@ def _dkd(file: _File, flags: Flags, found: Translation) -> None:
         found.values["distiller.kd_weight"] = flags.kd_weight
 
 
-def _dkd_block(file: _File, found: Translation) -> None:
+def _dkd_block(file: Keys, found: Translation) -> None:
     found.values |= {
         "distiller.temperature": file["DKD.T"],
         "distiller.ce_weight": file["DKD.CE_WEIGHT"],
@@ -346,13 +320,13 @@ def _dkd_block(file: _File, found: Translation) -> None:
     }
 
 
-def _sdd_kd(file: _File, flags: Flags, found: Translation) -> None:
+def _sdd_kd(file: Keys, flags: Flags, found: Translation) -> None:
     found.choices["recipe"] = "sd_kd"
     _kd_block(file, found)
     _scales(flags, found)
 
 
-def _sdd_dkd(file: _File, flags: Flags, found: Translation) -> None:
+def _sdd_dkd(file: Keys, flags: Flags, found: Translation) -> None:
     found.choices["recipe"] = "sd_dkd"
     _dkd_block(file, found)
     _scales(flags, found)
@@ -361,7 +335,7 @@ def _sdd_dkd(file: _File, flags: Flags, found: Translation) -> None:
     found.values["distiller.warmup_epochs"] = max(int(warmup), 1)
 
 
-def _nkd(file: _File, flags: Flags, found: Translation) -> None:
+def _nkd(file: Keys, flags: Flags, found: Translation) -> None:
     found.choices["recipe"] = "nkd"
     found.values |= {
         "distiller.ce_weight": file["DKD.CE_WEIGHT"],
@@ -370,7 +344,7 @@ def _nkd(file: _File, flags: Flags, found: Translation) -> None:
     }
 
 
-def _sdd_nkd(file: _File, flags: Flags, found: Translation) -> None:
+def _sdd_nkd(file: Keys, flags: Flags, found: Translation) -> None:
     _nkd(file, flags, found)
     found.choices["recipe"] = "sd_nkd"
     found.values["distiller.temperature"] = file["DKD.T"]
@@ -385,7 +359,7 @@ def _scales(flags: Flags, found: Translation) -> None:
         found.values["M"] = flags.M
 
 
-def _mlkd(file: _File, flags: Flags, found: Translation) -> None:
+def _mlkd(file: Keys, flags: Flags, found: Translation) -> None:
     standardized = flags.logit_stand or _states(file, "EXPERIMENT.LOGIT_STAND")
     found.choices["recipe"] = "mlkd_ls" if standardized else "mlkd"
     first, weight = file["KD.TEMPERATURE"], file["KD.LOSS.KD_WEIGHT"]
@@ -399,7 +373,7 @@ def _mlkd(file: _File, flags: Flags, found: Translation) -> None:
     }
 
 
-def _reviewkd(file: _File, flags: Flags, found: Translation) -> None:
+def _reviewkd(file: Keys, flags: Flags, found: Translation) -> None:
     found.choices["recipe"] = "reviewkd"
     found.values |= {
         "distiller.ce_weight": file["REVIEWKD.CE_WEIGHT"],
@@ -409,10 +383,10 @@ def _reviewkd(file: _File, flags: Flags, found: Translation) -> None:
     }
 
 
-def _feature(kind: str) -> Callable[[_File, Flags, Translation], None]:
+def _feature(kind: str) -> Callable[[Keys, Flags, Translation], None]:
     """Return the translator of a feature method whose block has LOSS and options."""
 
-    def translate_block(file: _File, flags: Flags, found: Translation) -> None:
+    def translate_block(file: Keys, flags: Flags, found: Translation) -> None:
         name = kind.lower()
         found.choices["recipe"] = name
         found.values["distiller.ce_weight"] = file[f"{kind}.LOSS.CE_WEIGHT"]
@@ -429,7 +403,7 @@ def _feature(kind: str) -> Callable[[_File, Flags, Translation], None]:
     return translate_block
 
 
-METHODS: dict[str, Callable[[_File, Flags, Translation], None]] = {
+METHODS: dict[str, Callable[[Keys, Flags, Translation], None]] = {
     "NONE": _none,
     "KD": _kd,
     "DKD": _dkd,
@@ -444,7 +418,7 @@ METHODS: dict[str, Callable[[_File, Flags, Translation], None]] = {
 """Function that translates the block of each DISTILLER.TYPE."""
 
 
-def _states(file: _File, key: str) -> bool:
+def _states(file: Keys, key: str) -> bool:
     """Return whether the file itself, which only LSKD's may, sets a switch."""
     return key in file.stated and bool(file[key])
 

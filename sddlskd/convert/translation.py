@@ -19,6 +19,7 @@ from sddlskd.terminal.console import explain
 
 __all__ = [
     "ERRORS",
+    "Keys",
     "Refused",
     "Translation",
     "command",
@@ -244,3 +245,41 @@ def dotted(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+class Keys:
+    """Keys of a file, with the defaults of its code; remembers which keys were read.
+
+    A value that should be a number and is none becomes a fault, and its default stands for it.
+
+    Args:
+        values: content of the file.
+        defaults: default of each key that may be read.
+        found: translation that gets the faults.
+
+    Attributes:
+        stated: {dotted key: value} of the file itself.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], found: Translation
+    ) -> None:
+        self.stated = dotted(values)
+        self._defaults = defaults
+        self._found = found
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of a dotted key, or its default; raise KeyError if it has no default."""
+        self._read.add(key)
+        value = self.stated.get(key, self._defaults[key])
+        default = self._defaults[key]
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            with self._found.noting_faults():
+                return number(key, value)
+            return default
+        return value
+
+    def unread(self) -> list[str]:
+        """Return the keys of the file that nobody has asked for, in the order of the file."""
+        return [key for key in self.stated if key not in self._read]
