@@ -16,11 +16,13 @@ from sddlskd.config import Config
 from tests.conftest import Compose, compose_in
 
 START = "python -m sddlskd.train "
-# Recipes whose files differ in kind: sums, options of a loss, an optimizer, two views
-RECIPES = ("ctkd_ls", "dot", "mlkd_ls", "sd_kd_crd", "reviewkd", "luminet")
+# Recipes of the quick tests, whose files differ in kind: sums, an optimizer, two views and others
+QUICK = ("ctkd_ls", "dot", "mlkd_ls", "sd_kd_crd", "reviewkd", "luminet")
+SLOW = sorted({path.stem for path in cfg.conf_folder().glob("recipe/*.yaml")} - {*QUICK, "none"})
+RECIPES = [*QUICK, *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in SLOW)]
 OWN = "allow_foreign_targets=true"
 LOSS = "distiller.loss._target_="
-# Overrides of a run, and the words of its command. "" stands for the default words.
+# Overrides of a run, and the words of its command
 RUNS = [
     # Values that follow from others need no override.
     ("trainer=debug student.lr=0.3 dataset.epochs=7 distiller.temperature=3 M=[2] "
