@@ -37,6 +37,7 @@ COMMANDS = {
     "logs": Command("sddlskd.sweeps", ["logs"], "show the logs of a sweep's SLURM tasks"),
     "cancel": Command("sddlskd.sweeps", ["cancel"], "cancel a sweep's SLURM jobs"),
     "teachers": Command("sddlskd.teachers", [], "list, fetch, verify or import teachers"),
+    "repeat": Command("sddlskd.repeat", [], "print the command that repeats a run"),
     "convert-config": Command(
         "sddlskd.convert", [], "print the command for a file of mdistiller, SDD, LSKD, torchdistill"
     ),

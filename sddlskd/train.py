@@ -5,7 +5,9 @@ Heavy modules are imported only when a job runs, so that --help, --cfg and plann
 
 import os
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +18,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sddlskd import config as cfg
 from sddlskd.config import Rerun
@@ -125,7 +128,8 @@ def _fit(job: cfg.Config) -> dict[str, Any]:
 def _mend_arguments() -> None:
     """Change the words of sys.argv that argparse and Hydra do not take well, or refuse them.
 
-    An option such as --home is refused, and its key named. argparse fails on -m after the
+    An option such as --home is refused, and its key named; so is a file that `_wrong_file` names.
+    argparse fails on -m after the
     overrides, so -m moves to the front. Hydra makes the folder hydra.run.dir before a job is
     checked, so run_dir takes its place. Hydra merges the teachers of a list, so
     `config.with_each_teacher` spells them out. Hydra fails on scales=1,2 and on a number that has
@@ -134,6 +138,8 @@ def _mend_arguments() -> None:
     """
     words = sys.argv[1:]
     if wrong := other_form(get_args_parser(), words):
+        _refuse(wrong)
+    if wrong := _wrong_file(words):
         _refuse(wrong)
     flags = [word for word in words if word in ("-m", "--multirun")]
     words = [word for word in words if word not in flags]
@@ -149,6 +155,40 @@ def _mend_arguments() -> None:
             _refuse(f"{word.partition('=')[0]} is too large for a number; give a smaller one")
         if match := re.fullmatch(r"scales=\[?([\d, ]+)\]?", word):
             _refuse(f"{word} is not a choice; give M=[{match[1]}], or scales=global|two|three|skip")
+
+
+def _wrong_file(words: Sequence[str]) -> str:
+    """Return what is wrong with the file that --config-dir and --config-name name, or "".
+
+    A file of the folder --config-dir has no effect if this package has one of that name. The
+    config.yaml of a run lacks the settings of Hydra, so a run with it would be recorded elsewhere.
+    """
+    options, _ = get_args_parser().parse_known_args(words)
+    name = str(options.config_name or "config").removesuffix(".yaml")
+    for folder in filter(None, (options.config_path, options.config_dir)):
+        # --config-path is relative to this file; --config-dir is relative to the current folder.
+        start = Path(__file__).parent if folder == options.config_path else Path()
+        file = start / folder / f"{name}.yaml"
+        if _is_of_a_run(file):
+            run = file.parent if file.name == "config.yaml" else file
+            return (
+                f"{file} is the configuration of a run, which train does not take; "
+                f"`sddlskd repeat {shlex.quote(str(run))}` prints the command that repeats the run"
+            )
+        ours = cfg.conf_folder() / f"{name}.yaml"
+        is_hidden = folder != options.config_path and not options.config_path and ours.is_file()
+        if is_hidden and options.config_name and file.is_file():
+            return f"-cn {name} names a file of this package, not {file}; rename that file"
+    return ""
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Return whether a YAML file has all settings of a job, as the config.yaml of a run."""
+    try:
+        keys = set(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError):
+        return False  # there is no file, or Hydra says what is wrong with it
+    return keys >= {"home", "run_dir", "student", "dataset", "trainer"} and "defaults" not in keys
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -26,7 +26,7 @@ LAYERS = (
     {"training"},
     {"worker", "export"},
     {"sweeps"},
-    {"convert", "evaluate", "server", "teachers", "train", "hydra_plugins"},
+    {"convert", "evaluate", "repeat", "server", "teachers", "train", "hydra_plugins"},
     {"__main__"},
 )
 # Only this code may see a configuration. The functions of all other code take values.
@@ -37,6 +37,7 @@ SEE_A_CONFIG = {
     "export",
     "hydra_plugins",
     "record",
+    "repeat",
     "sweeps",
     "teachers",
     "terminal/choices.py",
@@ -148,7 +149,7 @@ def test_who_uses_what() -> None:
         for library in ("mlflow", "hydra", "torch")
     }
     assert using["mlflow"] == {"tracking"}
-    commands = {"convert", "evaluate", "export", "teachers", "train"}
+    commands = {"convert", "evaluate", "export", "repeat", "teachers", "train"}
     assert using["hydra"] <= commands | {"config", "hydra_plugins", "sweeps", "terminal"}
     assert not using["torch"] & {"train", "record", "hydra_plugins", "terminal"}
     tracking = [path for path in FILES if room_of(path) == "tracking"]

@@ -24,6 +24,7 @@ CALLS = {
     "logs": ["sddlskd.sweeps", "logs", "X"],
     "cancel": ["sddlskd.sweeps", "cancel", "X"],
     "teachers": ["sddlskd.teachers", "X"],
+    "repeat": ["sddlskd.repeat", "X"],
     "convert-config": ["sddlskd.convert", "X"],
     "evaluate": ["sddlskd.evaluate", "X"],
     "export": ["sddlskd.export", "X"],
@@ -50,6 +51,7 @@ OTHER_FORMS = [
      "/x/runs"),
     ("sddlskd.server", "--home /x", "--home is unknown here; give the folder of the server: "
      "--folder /x/tracking-server"),
+    ("sddlskd.repeat", "--home /x", f"--home is unknown here; {FOLDER}"),
     ("sddlskd.convert", "file.yaml seed=1", "seed= is unknown; did you mean --seed 1?"),
     ("analysis.__main__", "first home=/x", "home= is unknown; did you mean --home /x?"),
     ("analysis.__main__", "coverage uri=u", "uri= is unknown; did you mean --uri u?"),

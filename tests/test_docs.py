@@ -62,7 +62,7 @@ MODULES = sorted(
     }
 )
 # Programs of others, and words of the shell.
-OTHERS = {".", "cd", "cp", "export", "git", "mlflow", "pip", "tensorboard"}
+OTHERS = {".", "cd", "cp", "eval", "export", "git", "mlflow", "pip", "tensorboard"}
 OF_PACKAGE = re.compile(r"python -m |make |sddlskd |PGPASSFILE=")
 
 
