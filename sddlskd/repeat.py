@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -62,7 +60,6 @@ TARGET_OF = {
 ROOT = ("dataset.root", "dataset.load.root")  # keys that `_root` compares
 PLAIN_FEATURE = "cc"  # file of conf/features without options, the start for a method of the user
 KEY = re.compile(r"[A-Za-z_][\w-]*")  # part of a key that an override can name
-UNQUOTED = re.compile(r"[\w./:+-]+", re.ASCII)  # text that may need no quotes in an override
 MOST_KEYS = 5  # keys that a message names
 CURE = (
     "take config.yaml from the run's artifacts in MLflow, or use the version of sddlskd that "
@@ -88,7 +85,7 @@ class Override:
     def __str__(self) -> str:
         if self.sign == "~":
             return f"~{self.key}"
-        return f"{self.sign}{self.key}={_text(self.value)}"
+        return f"{self.sign}{self.key}={cfg.value_text(self.value)}"
 
     def apply(self, composed: DictConfig) -> None:
         """Change a composed configuration as Hydra would change it."""
@@ -460,26 +457,6 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
-
-
-def _text(value: Any) -> str:
-    """Return a value as Hydra reads it on the command line: true, null, [1,2], {a:1}, 'a b'."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_text(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, str):
-        return str(value)
-    if UNQUOTED.fullmatch(value):
-        read = OverridesParser.create().parse_override(f"key={value}").value()
-        if isinstance(read, str) and read == value:
-            return value
-    quoted: str = QuotedString(text=value, quote=Quote.single).with_quotes()
-    return quoted
 
 
 def _differing_keys(run: Config, job: Config) -> list[str]:

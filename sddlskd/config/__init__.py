@@ -16,6 +16,7 @@ from sddlskd.config.identity import (
     teacher_name,
     title,
 )
+from sddlskd.config.overrides import value_text
 from sddlskd.config.resolve import (
     check_choices,
     conf_folder,
@@ -128,5 +129,6 @@ __all__ = [
     "title",
     "to_yaml",
     "unknown_objective",
+    "value_text",
     "with_each_teacher",
 ]

@@ -99,7 +99,7 @@ def command(translation: Translation) -> str:
         if _same(present, value):
             continue
         add = "" if _has(composed, key) else "+"
-        overrides.append(f"{add}{key}={_text(value)}")
+        overrides.append(f"{add}{key}={cfg.value_text(value)}")
     try:
         _composed([*choices, *overrides])
     except ERRORS as error:
@@ -220,17 +220,6 @@ def _same(present: Any, value: Any) -> bool:
     if isinstance(present, int | float) and isinstance(value, int | float):
         return math.isclose(present, value, rel_tol=1e-9)
     return bool(present == value)
-
-
-def _text(value: Any) -> str:
-    """Return a value as Hydra reads it: true, null, [1,2], 0.05."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
 
 
 def dotted(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
