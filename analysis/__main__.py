@@ -122,6 +122,7 @@ def _analyse(given: Sequence[str]) -> None:
     if chosen.name is None:
         _list(uri)
         return
+    _refuse_if_elsewhere(chosen.name, uri)
     _say(f"reading {chosen.name} from {uri}")
     _tell_what_is_read(uri)
     from .runs import load
@@ -314,6 +315,27 @@ def _uri(chosen: argparse.Namespace) -> str:
     server = None if chosen.home else os.environ.get("MLFLOW_TRACKING_URI")
     home = chosen.home or os.environ.get("SDDLSKD_HOME", ".")
     return chosen.uri or server or sqlite_uri(f"{os.path.abspath(home)}/mlflow.db")
+
+
+def _refuse_if_elsewhere(name: str, uri: str) -> None:
+    """Raise ValueError if a folder beside the MLflow database has the runs, and not the database.
+
+    `name` is the name of a sweep or experiment, and `uri` the address of the store.
+    """
+    from .store import holds, sqlite_file
+
+    database = sqlite_file(uri)
+    if database is None or holds(database, name) is not False:
+        return
+    for other in sorted(database.parent.glob("*/mlflow.db")):
+        if holds(other, name):
+            folder = other.parent
+            if folder.is_relative_to(Path.cwd()):
+                folder = folder.relative_to(Path.cwd())
+            raise ValueError(
+                f"{database} has no runs of {name}, but {folder} has: "
+                f"give --home {shlex.quote(str(folder))}"
+            )
 
 
 def _tell_what_is_read(uri: str) -> None:

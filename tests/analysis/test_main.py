@@ -332,3 +332,17 @@ def test_a_metric_that_no_run_logs_is_refused_with_those_that_they_log(
             f"the runs log best, last; {needs}"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_below_that_has_the_runs_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home.parent)
+    for name in ("study", "sddlskd"):  # a sweep and an experiment
+        assert main([name]) == 1
+        assert capsys.readouterr().err == (
+            f"error: {home.parent}/mlflow.db has no runs of {name}, but {home.name} has: "
+            f"give --home {home.name}\n"
+        )
+    assert main(["other"]) == 1
+    assert "there is no database" in capsys.readouterr().err
