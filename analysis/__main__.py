@@ -122,10 +122,10 @@ def _analyse(given: Sequence[str]) -> None:
             f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
         )
     uri = _uri(chosen)
+    _refuse_if_elsewhere(chosen.name, uri)
     if chosen.name is None:
         _list(uri)
         return
-    _refuse_if_elsewhere(chosen.name, uri)
     _say(f"reading {chosen.name} from {uri}")
     _tell_what_is_read(uri)
     from .runs import load
@@ -337,10 +337,11 @@ def _uri(chosen: argparse.Namespace) -> str:
     return chosen.uri or server or sqlite_uri(f"{os.path.abspath(home)}/mlflow.db")
 
 
-def _refuse_if_elsewhere(name: str, uri: str) -> None:
+def _refuse_if_elsewhere(name: str | None, uri: str) -> None:
     """Raise ValueError if a folder beside the MLflow database has the runs, and not the database.
 
-    `name` is the name of a sweep or experiment, and `uri` the address of the store.
+    `name` is the name of a sweep or experiment; None for any runs. `uri` is the address of the
+    store.
     """
     from .store import holds, sqlite_file
 
@@ -352,8 +353,9 @@ def _refuse_if_elsewhere(name: str, uri: str) -> None:
             folder = other.parent
             if folder.is_relative_to(Path.cwd()):
                 folder = folder.relative_to(Path.cwd())
+            wanted = f" of {name}" if name else ""
             raise ValueError(
-                f"{database} has no runs of {name}, but {folder} has: "
+                f"{database} has no runs{wanted}, but the folder {folder} has: "
                 f"give --home {shlex.quote(str(folder))}"
             )
 

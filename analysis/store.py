@@ -89,20 +89,22 @@ def count_runs(database: Path) -> int | None:
     return int(count)
 
 
-def holds(database: Path, name: str) -> bool | None:
+def holds(database: Path, name: str | None) -> bool | None:
     """Return whether a SQLite database of MLflow has runs of a sweep or experiment of this name.
 
-    MLflow is not loaded. Return None if the file is locked or is not a database of MLflow.
+    If `name` is None, any runs count. MLflow is not loaded. Return None if the file is locked or is
+    not a database of MLflow.
     """
     if not database.exists():
         return False
     query = """
         SELECT 1 FROM runs JOIN experiments USING (experiment_id)
         LEFT JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'sweep'
-        WHERE runs.lifecycle_stage = 'active' AND ? IN (experiments.name, tags.value) LIMIT 1"""
+        WHERE runs.lifecycle_stage = 'active'
+        AND (? IS NULL OR ? IN (experiments.name, tags.value)) LIMIT 1"""
     try:
         with closing(sqlite3.connect(_read_only(database), uri=True, timeout=0)) as connection:
-            return connection.execute(query, [name]).fetchone() is not None
+            return connection.execute(query, [name, name]).fetchone() is not None
     except sqlite3.Error:
         return None
 

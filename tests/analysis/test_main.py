@@ -345,10 +345,11 @@ def test_a_folder_below_that_has_the_runs_is_named(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home.parent)
-    for name in ("study", "sddlskd"):  # a sweep and an experiment
-        assert main([name]) == 1
+    for words in (["study"], ["sddlskd"], []):  # a sweep, an experiment, the list
+        assert main(words) == 1
+        wanted = "".join(f" of {name}" for name in words)
         assert capsys.readouterr().err == (
-            f"error: {home.parent}/mlflow.db has no runs of {name}, but {home.name} has: "
+            f"error: {home.parent}/mlflow.db has no runs{wanted}, but the folder {home.name} has: "
             f"give --home {home.name}\n"
         )
     assert main(["other"]) == 1
