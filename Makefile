@@ -28,7 +28,7 @@ demo: setup ## trains the demo and shows its table (3 to 5 minutes on two cores)
 	@echo "Next:"
 	@echo "  open demo/results/report.html                                       # tables, figures, every run"
 	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # shows the runs on http://127.0.0.1:5000"
-	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo sweep.seeds=until_decided  # adds seeds to what is undecided"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo sweep.seeds=until_decided  # adds seeds to what is undecided: 5 to 10 minutes"
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
 test: setup ## runs the quick tests (8 to 12 minutes on two cores)
