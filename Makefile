@@ -6,9 +6,14 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
 PYTEST = TMPDIR=$(shell .ci/scratch) $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow test-services test-servers test-slurm test-long tracking-server lint docs bench gpu clean
+# `make` without a target lists the targets. The texts behind ## are those of CONTRIBUTING.md.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-services test-servers test-slurm test-long tracking-server lint docs bench gpu clean
 
-setup: .venv/installed
+help:
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/installed ## creates .venv with everything that the others need
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,28 +22,24 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	touch $@
 
-demo: setup
+demo: setup ## trains the demo and shows its table (3 to 5 minutes on two cores)
 	$(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo
 	$(BIN)/python -m analysis demo --home demo --out demo/results
-	@echo
-	@cat demo/results/tables/overview_digits.md
-	@echo
 	@echo "Next:"
 	@echo "  open demo/results/report.html                                       # tables, figures, every run"
 	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db       # shows the runs on http://127.0.0.1:5000"
-	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo seed=\"range(0,5)\" # five seeds; finished runs are kept"
+	@echo "  $(BIN)/python -m sddlskd.train -cd sweeps -cn demo home=demo sweep.name=demo sweep.seeds=until_decided  # adds seeds to what is undecided: 5 to 10 minutes"
 	@echo "  $(BIN)/python -m sddlskd.train --help                                # lists the options"
 
-test: setup
+test: setup ## runs the quick tests (8 to 12 minutes on two cores)
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal --durations 12
 
-# The slow tests: ranks, killed sweeps, every method in one group, the documentation's examples.
-test-slow: setup
+test-slow: setup ## runs the tests with several processes, killed sweeps, every method in one group, the documentation's examples (ten minutes)
 	$(PYTEST) -m slow --numprocesses 3 --dist worksteal --durations 12
 
 # Tests against real services (SLURM, PostgreSQL, ...) on loopback. Tests whose services cannot be
 # installed are skipped, with the reason.
-test-services: test-servers test-slurm
+test-services: test-servers test-slurm ## as root on Debian: runs the tests with real SLURM, PostgreSQL and MLflow servers on loopback
 
 test-servers: setup
 	.ci/install slurm-wlm slurmdbd munge mariadb-server postgresql || true
@@ -48,31 +49,31 @@ test-slurm: setup
 	.ci/install slurm-wlm slurmdbd munge || true
 	$(PYTEST) -m services tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
 
-# Hundreds of kills at random moments: about ten minutes. Nothing runs it by itself.
-test-long: setup
+# Nothing runs it by itself.
+test-long: setup ## kills runs hundreds of times at random moments (about ten minutes)
 	$(PYTEST) -m long --durations 12
 
-# MLflow on PostgreSQL on loopback, with its data in tracking-server/ (docs/tracking.md).
-tracking-server: setup
+# Its data are in tracking-server/ (docs/tracking.md).
+tracking-server: setup ## runs MLflow on PostgreSQL on this machine
 	$(BIN)/python -m sddlskd.server
 
-lint: setup
+lint: setup ## runs ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation as a site in build/site; a warning is an error.
-docs: setup
+# A warning is an error.
+docs: setup ## builds the documentation into build/site, strictly and without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html; its search needs a server: $(BIN)/python -m http.server -d build/site"
 
-bench: setup
+bench: setup ## measures ratios side by side in one run; nothing judges them
 	$(BIN)/python -m tests.benchmarks
 
-# Checks and measurements on one GPU (docs/measurements); DEVICE=cpu runs the checks without one.
+# DEVICE=cpu runs the checks without a GPU.
 DEVICE ?= cuda
-gpu: setup
+gpu: setup ## checks and measures on one NVIDIA GPU: docs/measurements
 	$(BIN)/python -m tests.gpu --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--only right) $(if $(OUT),--out $(OUT))
 
-clean:
+clean: ## removes .venv, demo and build
 	rm -rf .venv demo build *.egg-info

@@ -8,6 +8,7 @@ are slow to import are imported only by the commands that need them.
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING
 from .names import counted
 
 if TYPE_CHECKING:
+    from .cells import Table
     from .runs import Runs
 
 __all__ = ["main"]
 
 FORMATS = ("md", "tex", "html", "csv")
 TESTS = ("pooled", "paired")
+LONGEST = 200  # largest number of lines of the tables that are printed
 SHOWN = 20  # largest number of unfinished runs that are listed one by one
 # `analysis` in a checkout, `sddlskd.analysis` in a wheel.
 COMMAND = f"python -m {__package__}"
@@ -119,6 +122,7 @@ def _analyse(given: Sequence[str]) -> None:
             f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
         )
     uri = _uri(chosen)
+    _refuse_if_elsewhere(chosen.name, uri)
     if chosen.name is None:
         _list(uri)
         return
@@ -179,6 +183,23 @@ def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> 
         f"{counted(len(built), 'table')}, {counted(len(drawn), 'figure')}, "
         f"{counted(len(runs.frame), 'run')}"
     )
+    _show(built, out)
+
+
+def _show(built: "Sequence[Table]", out: Path) -> None:
+    """Print the tables, as far as they fit into `LONGEST` lines, and say where the others are."""
+    from .render import text
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    printed, left = 0, LONGEST
+    for table in built:
+        lines = text(table, width).splitlines()
+        if len(lines) <= left:
+            _say("\n".join(["", *lines, ""]))
+            printed, left = printed + 1, left - len(lines)
+    if printed < len(built):
+        rest = counted(len(built) - printed, "more table")
+        _say(f"not printed: {rest}; open {out / 'report.html'}")
 
 
 def _say_what_is_missing(runs: "Runs") -> None:
@@ -314,6 +335,29 @@ def _uri(chosen: argparse.Namespace) -> str:
     server = None if chosen.home else os.environ.get("MLFLOW_TRACKING_URI")
     home = chosen.home or os.environ.get("SDDLSKD_HOME", ".")
     return chosen.uri or server or sqlite_uri(f"{os.path.abspath(home)}/mlflow.db")
+
+
+def _refuse_if_elsewhere(name: str | None, uri: str) -> None:
+    """Raise ValueError if a folder beside the MLflow database has the runs, and not the database.
+
+    `name` is the name of a sweep or experiment; None for any runs. `uri` is the address of the
+    store.
+    """
+    from .store import holds, sqlite_file
+
+    database = sqlite_file(uri)
+    if database is None or holds(database, name) is not False:
+        return
+    for other in sorted(database.parent.glob("*/mlflow.db")):
+        if holds(other, name):
+            folder = other.parent
+            if folder.is_relative_to(Path.cwd()):
+                folder = folder.relative_to(Path.cwd())
+            wanted = f" of {name}" if name else ""
+            raise ValueError(
+                f"{database} has no runs{wanted}, but the folder {folder} has: "
+                f"give --home {shlex.quote(str(folder))}"
+            )
 
 
 def _tell_what_is_read(uri: str) -> None:

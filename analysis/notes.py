@@ -26,6 +26,8 @@ __all__ = ["notes", "notes_on_gains", "notes_on_pruned"]
 
 WEIGHTS = ("temperature", "ce_weight", "kd_weight")
 """Settings of a loss that recipes choose beside its scales and standardisation."""
+UNEQUAL = f"since Bartlett's p is below {stats.ALPHA}: the variances of the rows differ"
+"""Reason for a test that does not take the variance that the rows of a column share."""
 
 
 def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
@@ -198,10 +200,10 @@ def notes_on_gains(
     if pooled:
         ways.append(f"t tests with the variance that the rows of a column share ({pooled})")
     if pairing:
-        reason = ", since their variances differ" if options.test == "pooled" else ""
+        reason = f", {UNEQUAL}" if options.test == "pooled" else ""
         ways.append(f"t tests paired by seed{reason} ({pairing})")
     if unpaired:
-        ways.append(f"Welch's tests, since variances differ and seeds are not shared ({unpaired})")
+        ways.append(f"Welch's tests, {UNEQUAL} and the rows share too few seeds ({unpaired})")
     if looking:
         looks = max(gain.difference.looks for gain in gains.values())
         ways.append(
@@ -215,20 +217,10 @@ def notes_on_gains(
         "by two one-sided tests."
     )
     yield from _differing_baselines(gains, results)
-    # Rows that are paired, or compared by Welch's test, have an error of their own each.
-    alike = [key for key in tested if gains[key].difference.test == "pooled"]
-    smallest = {
-        column: statistics.median(
-            gains[key].difference.detectable(len(tested)) or 0 for key in alike if key[1] == column
-        )
-        for column in columns
-        if any(key[1] == column for key in alike)
-    }
-    if smallest:
-        shown = " or ".join(f"{gain:.2f} points ({column})" for column, gain in smallest.items())
+    if smallest := [text for column in columns if (text := _smallest(column, gains, len(tested)))]:
         yield (
-            f"A gain below about {shown} may be chance alone: to find smaller gains, run more "
-            "seeds."
+            f"A gain below about {' or '.join(smallest)} may be chance alone: to find smaller "
+            "gains, run more seeds."
         )
     if aggregated:
         yield (
@@ -236,6 +228,29 @@ def notes_on_gains(
             "pair and method); P(better): probability that a run of the row is better than one of "
             "its baseline."
         )
+
+
+def _smallest(column: str, gains: Mapping[Key, Gain], tests: int) -> str:
+    """Return the size below which a gain of a column may be chance alone, "" without a test.
+
+    With the variance that the rows share, the size is the median over the rows. Otherwise each row
+    has an error of its own, and the text gives the smallest and the largest size, such as
+    "0.40 to 2.10 points, by row (resnet14 → resnet8)".
+
+    Args:
+        column: label of the column.
+        gains: gains by the labels of row and column.
+        tests: number of tests of the table.
+    """
+    here = [gain.difference for (_, other), gain in gains.items() if other == column]
+    sizes = [(one.test, size) for one in here if (size := one.detectable(tests)) is not None]
+    if not sizes:
+        return ""
+    if all(test == "pooled" for test, _ in sizes):
+        return f"{statistics.median(size for _, size in sizes):.2f} points ({column})"
+    ends = dict.fromkeys(f"{end(size for _, size in sizes):.2f}" for end in (min, max))
+    by_row = ", by row" if len(ends) > 1 else ""
+    return f"{' to '.join(ends)} points{by_row} ({column})"
 
 
 def _differing_baselines(gains: Mapping[Key, Gain], results: Mapping[Key, Result]) -> Iterator[str]:
@@ -287,13 +302,20 @@ def _tests_of(
                 spread = spread_beside(results[key], beside)
                 bartlett = ""
                 if with_bartlett and spread and spread.bartlett is not None:
-                    digits = 2
-                    if abs(spread.bartlett - stats.ALPHA) < 0.005:
-                        digits = 4  # the two sides of the threshold are told apart
-                    bartlett = f", Bartlett's p {spread.bartlett:.{digits}f}"
+                    bartlett = f", Bartlett's p {_shown_p(spread.bartlett)}"
                 details.add(f"{gain.difference.df:.3g} degrees of freedom{bartlett}")
         if details:
             yield f"{column}: {' or '.join(sorted(details))}"
+
+
+def _shown_p(p: float) -> str:
+    """Return a p-value with two digits, with more where two would round it to 0.00 or `ALPHA`."""
+    if p < 0.001:
+        return "<0.001"
+    digits = 3 if p < 0.01 else 2
+    if abs(p - stats.ALPHA) < 0.005:
+        digits = 4  # the two sides of the threshold are told apart
+    return f"{p:.{digits}f}"
 
 
 def _varying(cells: Mapping[Key, Cell], quantity: Quantity) -> list[str]:

@@ -1,8 +1,8 @@
-"""Render a table as Markdown, LaTeX, HTML or CSV.
+"""Render a table as Markdown, LaTeX, HTML or CSV, or as text for a terminal.
 
-In Markdown and LaTeX, a row of the table takes up to seven lines: our result, the published number,
-our gain, its interval, its p-value, the published gain and the verdict. HTML stacks these lines in
-the cell, so that rows can be sorted. CSV has one line per cell, with unrounded numbers.
+In Markdown, LaTeX and text, a row of the table takes up to seven lines: our result, the published
+number, our gain, its interval, its p-value, the published gain and the verdict. HTML stacks these
+lines in the cell, so that rows can be sorted. CSV has one line per cell, with unrounded numbers.
 """
 
 import csv as csv_module
@@ -16,7 +16,7 @@ from .cells import Cell, Table
 from .names import counted
 from .stats import Difference
 
-__all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown"]
+__all__ = ["CSV_COLUMNS", "FORMATS", "csv", "html", "latex", "markdown", "text"]
 
 EMPTY = "–"
 MISSING = "Commands that run the missing and failed runs:"
@@ -24,6 +24,8 @@ MISSING = "Commands that run the missing and failed runs:"
 # table starts a new float.
 COLUMNS_A_FLOAT = 4
 LINES_A_FLOAT = 45
+UNLIMITED = 10_000  # characters in a line, more than any table has
+NOTES_WIDTH = 100  # largest number of characters in a line of the notes of a text
 KINDS = {
     "published": "published",
     "gain": "gain",
@@ -486,6 +488,64 @@ def csv(table: Table) -> str:
             }
         )
     return file.getvalue()
+
+
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def text(table: Table, width: int | None) -> str:
+    """Return a table as text of aligned columns: its title, the table, its footnotes and its notes.
+
+    Lines are as in `markdown`. If the columns do not fit beside each other, the table is split, as
+    in `latex`. The mean of our runs is bold in a cell of rank "best" and underlined in a cell of
+    rank "second" if the text is for a terminal.
+
+    Args:
+        table: the table.
+        width: width of the terminal in characters; None for text without styles and without a limit
+            of the width of the table, as for a file.
+    """
+    from rich.console import Console  # slow to import
+    from rich.measure import Measurement
+    from rich.table import Table as Grid
+    from rich.text import Text as Styled
+
+    console = Console(force_terminal=width is not None, width=width or UNLIMITED)
+
+    def shown(one: Text | None) -> Styled:
+        if one is None:
+            return Styled(EMPTY)
+        style = {"best": "bold", "second": "underline"}.get(one.rank, "")
+        marks = "".join(str(mark).translate(SUPERSCRIPTS) for mark in one.marks)
+        return Styled.assemble((one.text, style), marks)
+
+    def grid(columns: Sequence[str]) -> Grid:
+        drawn = Grid()
+        drawn.add_column(no_wrap=True)
+        for heading in _headings(table, columns):
+            drawn.add_column(Styled(heading), justify="right", no_wrap=True)
+        for line in _lines(table, columns):
+            label = Styled(line.label if line.head else f"  {line.label}")
+            drawn.add_row(label, *map(shown, line.texts))
+        return drawn
+
+    def fits(drawn: Grid) -> bool:
+        anywhere = console.options.update_width(UNLIMITED)
+        return Measurement.get(console, anywhere, drawn).maximum <= console.width
+
+    footnotes = [f"{str(i).translate(SUPERSCRIPTS)} {said}" for said, i in table.footnotes.items()]
+    with console.capture() as captured:
+        console.print(Styled(table.title, "bold"))
+        columns = table.columns
+        while columns:
+            count = len(columns)
+            while count > 1 and not fits(grid(columns[:count])):
+                count -= 1
+            console.print(grid(columns[:count]))
+            columns = columns[count:]
+        for line in (*footnotes, *table.notes):
+            console.print(Styled(line), width=min(console.width, NOTES_WIDTH))
+    return captured.get()
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {

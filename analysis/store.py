@@ -28,6 +28,7 @@ __all__ = [
     "artifact",
     "count_runs",
     "experiments_of",
+    "holds",
     "points_of",
     "quoted",
     "reading",
@@ -67,6 +68,11 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(unquote(uri.removeprefix("sqlite:///"), errors="surrogateescape"))
 
 
+def _read_only(database: Path) -> str:
+    """Return the address by which sqlite3 opens a file for reading alone."""
+    return f"{database.absolute().as_uri()}?mode=ro"
+
+
 def count_runs(database: Path) -> int | None:
     """Return the number of runs in a SQLite database of MLflow, without loading MLflow.
 
@@ -74,14 +80,33 @@ def count_runs(database: Path) -> int | None:
     but not deleted runs. Return None if the file is missing, is locked or is not a database of
     MLflow.
     """
-    address = f"{database.absolute().as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(address, uri=True, timeout=0)) as connection:
+        with closing(sqlite3.connect(_read_only(database), uri=True, timeout=0)) as connection:
             query = "SELECT count(*) FROM runs WHERE lifecycle_stage = 'active'"
             (count,) = connection.execute(query).fetchone()
     except sqlite3.Error:
         return None
     return int(count)
+
+
+def holds(database: Path, name: str | None) -> bool | None:
+    """Return whether a SQLite database of MLflow has runs of a sweep or experiment of this name.
+
+    If `name` is None, any runs count. MLflow is not loaded. Return None if the file is locked or is
+    not a database of MLflow.
+    """
+    if not database.exists():
+        return False
+    query = """
+        SELECT 1 FROM runs JOIN experiments USING (experiment_id)
+        LEFT JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'sweep'
+        WHERE runs.lifecycle_stage = 'active'
+        AND (? IS NULL OR ? IN (experiments.name, tags.value)) LIMIT 1"""
+    try:
+        with closing(sqlite3.connect(_read_only(database), uri=True, timeout=0)) as connection:
+            return connection.execute(query, [name, name]).fetchone() is not None
+    except sqlite3.Error:
+        return None
 
 
 @contextmanager
@@ -166,9 +191,7 @@ def _check_database(path: Path, uri: str) -> None:
             f"there is no database {path}; name another with --home or --uri, or {MAKE_RUNS}"
         )
     try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCKED_S)
-        ) as database:
+        with closing(sqlite3.connect(_read_only(path), uri=True, timeout=LOCKED_S)) as database:
             tables = {
                 name
                 for (name,) in database.execute(

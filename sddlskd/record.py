@@ -251,6 +251,14 @@ def own_code_of(config: Config) -> dict[str, str]:
     }
 
 
+def code_versions(own_code: Mapping[str, str]) -> str:
+    """Return a text of modules with the first digits of their hashes: "my_losses:1f0c2a9b".
+
+    `own_code` is as `own_code_of` returns it. Modules are separated by blanks.
+    """
+    return " ".join(f"{module}:{sha[:8]}" for module, sha in own_code.items())
+
+
 def changed_code(config: Config) -> list[str]:
     """Return the modules of outside code that have changed since a job's record was made.
 

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,12 +100,16 @@ def test_every_target_of_make_that_is_named_exists() -> None:
             assert f"\n{target}:" in makefile, f"{name_of(path)}: make {target}"
 
 
-def test_contributing_names_every_target_of_make() -> None:
-    makefile = (REPO / "Makefile").read_text()
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+def test_make_lists_its_targets_as_contributing_does() -> None:
+    printed = subprocess.run(["make"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    listed = re.findall(r"^make ([\w-]+) +(.*)$", printed, re.MULTILINE)
+    rows = r"^\| `make ([\w-]+)` \| (.*) \|$"
+    said = re.findall(rows, (REPO / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    markup = re.compile(r"`|\[|\]\(.*?\)")
+    assert listed == [(target, markup.sub("", text)) for target, text in said]
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (REPO / "Makefile").read_text(), re.MULTILINE)
     parts = {"test-servers", "test-slurm"}  # of test-services
-    said = re.findall(r"^\| `make ([\w-]+)` \|", (REPO / "CONTRIBUTING.md").read_text(), re.M)
-    assert set(said) == set(phony.split()) - parts
+    assert {target for target, _ in listed} == set(phony.split()) - parts - {"help"}
 
 
 def test_the_page_of_one_run_names_every_choice() -> None:

@@ -547,6 +547,26 @@ def test_a_cell_follows_a_job_that_ran_again_by_itself(home: Path) -> None:
     assert runs_of(jobs[0], kind="cell") == []
 
 
+def test_versions_of_own_code_are_cells_of_their_own(home: Path) -> None:
+    jobs = finished_sweep(home, [0, 1, 2, 3])
+    folder = home / "runs" / "sweeps" / "cells"
+    for job, sha in zip(jobs, ("a" * 64, "b" * 64, "a" * 64, "b" * 64), strict=True):
+        path = Path(job.run_dir, "code.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "own_code": {"mine": sha}}))
+    sync_sweep(folder)
+    means = {
+        (cell.data.tags["own_code"], cell.info.run_name, cell.data.metrics["best/top1/mean"])
+        for cell in runs_of(jobs[0], kind="cell")
+    }
+    name = "mean: KD, resnet8, own_code=mine:"
+    assert means == {
+        ("mine:aaaaaaaa", f"{name}aaaaaaaa", 71.0),
+        ("mine:bbbbbbbb", f"{name}bbbbbbbb", 72.0),
+    }
+    sync_sweep(folder)
+    assert len(runs_of(jobs[0], kind="cell")) == 2
+
+
 def test_a_damaged_record_keeps_neither_the_plan_nor_other_cells_back(home: Path) -> None:
     jobs = finished_sweep(home, [0, 1, 2])
     Path(jobs[0].run_dir, "config.yaml").unlink()

@@ -204,7 +204,7 @@ def tags_of(folder: Path, config: Config) -> dict[str, str]:
     if config.recipe:
         tags["recipe"] = config.recipe
     if own_code := code.get("own_code"):
-        tags["own_code"] = " ".join(f"{name}:{sha[:8]}" for name, sha in own_code.items())
+        tags["own_code"] = record.code_versions(own_code)
     return tags
 
 

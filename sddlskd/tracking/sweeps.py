@@ -350,7 +350,7 @@ def sync_sweep(folder: Path, *, again: bool = False) -> None:
             record.write_mirror(folder, delivery)
         if delivery["status"] != record.RUNNING:
             # A job of the sweep may have run again since, by itself or in another launch.
-            cells = json.dumps(cells_of(folder), sort_keys=True)
+            cells = json.dumps(sorted(cells_of(folder).items()), sort_keys=True)
             cells_digest = hashlib.sha256(cells.encode()).hexdigest()
             if cells_digest != delivery.get("cells"):
                 send_cells(folder, delivery)

@@ -84,6 +84,7 @@ def test_every_table_in_every_format(home: Path, written: tuple[Path, str]) -> N
         ):
             assert (out / "tables" / f"{table.name}.{suffix}").read_text() == text
         assert f"wrote {out}/tables/{table.name}.{{md,tex,html,csv}}: {table.title}" in said
+        assert render.text(table, None) in said
     assert len(list((out / "tables").iterdir())) == 4 * len(built)
 
 
@@ -134,8 +135,11 @@ def test_long_lists_of_open_runs_are_cut(
     assert said.endswith("  and 5 more; report.html has them all\n")
 
 
-def test_metric_and_format(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metric_and_format(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(figures, "build", lambda *_, **__: [])  # `written` draws them
+    monkeypatch.setattr(command_line, "LONGEST", 50)
     chosen = [
         "study",
         "--home",
@@ -149,6 +153,9 @@ def test_metric_and_format(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
     ]
     assert main(chosen) == 0
     built = tables.build(load("study", uri_of(home)).frame, metric="last", sweep="study")
+    said = capsys.readouterr().out
+    assert f"not printed: {len(built) - 1} more tables; open {tmp_path}/report.html" in said
+    assert [render.text(table, None) in said for table in built].count(True) == 1
     assert {path.suffix for path in (tmp_path / "tables").iterdir()} == {".csv", ".md"}
     for table in built:
         assert (tmp_path / "tables" / f"{table.name}.csv").read_text() == render.csv(table)
@@ -332,3 +339,18 @@ def test_a_metric_that_no_run_logs_is_refused_with_those_that_they_log(
             f"the runs log best, last; {needs}"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_below_that_has_the_runs_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home.parent)
+    for words in (["study"], ["sddlskd"], []):  # a sweep, an experiment, the list
+        assert main(words) == 1
+        wanted = "".join(f" of {name}" for name in words)
+        assert capsys.readouterr().err == (
+            f"error: {home.parent}/mlflow.db has no runs{wanted}, but the folder {home.name} has: "
+            f"give --home {home.name}\n"
+        )
+    assert main(["other"]) == 1
+    assert "there is no database" in capsys.readouterr().err

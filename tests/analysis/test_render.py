@@ -1,4 +1,4 @@
-"""Test the four formats of tables: parse them and compare the numbers."""
+"""Test the formats of tables: parse them and compare the numbers."""
 
 import csv
 import io
@@ -43,6 +43,7 @@ PUBLISHED = {
     ("KD", "vgg13 → mobilev2"): 67.37,
     ("SKD", "vgg13 → mobilev2"): 68.79,
 }
+SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]")
 NASTY = r"a_b & <c> 100% #1 $x^2~ {y} \z | *d* [e] `f` \"g\""
 
 
@@ -189,6 +190,21 @@ def parse_latex(text: str) -> dict[tuple[str, str], dict[str, str]]:
         found |= stacked(
             split, [plain(field) for field in header.strip().removesuffix("\\\\").split("&")[1:]]
         )
+    return found
+
+
+def parse_text(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    # A table that is too wide is split, and each part has its header.
+    for part in text.split("┏")[1:]:
+        (header,) = re.findall("^┃(.*)┃$", part, re.MULTILINE)
+        lines = [
+            [field[1:].rstrip().replace("  ", ">", 1), *map(str.strip, fields)]
+            for field, *fields in (
+                line.split("│") for line in re.findall("^│(.*)│$", part, re.MULTILINE)
+            )
+        ]
+        found |= stacked(lines, [field.strip() for field in header.split("┃")[1:]])
     return found
 
 
@@ -408,9 +424,24 @@ def test_all_formats_of_all_tables_say_the_same() -> None:
         all_pairs = {(row, render.ALL_PAIRS) for row in table.rows if table.aggregates}
         assert set(html.sort) == set(table.cells) | all_pairs
         assert markdown == html.cells
+        # A label of this test has a "|", as Markdown's, but no box character.
+        assert parse_text(SUPERSCRIPT.sub("", render.text(table, None))) == markdown
         # The LaTeX parser of this test understands only the characters of ordinary names.
         if not any(NASTY in row for row in table.rows):
             assert latex == markdown
+
+
+def test_text_fits_a_terminal() -> None:
+    table = all_tables()[0]
+    styled = render.text(table, 80)
+    plain = re.sub(r"\x1b\[\d*m", "", styled)
+    assert plain != styled
+    assert max(map(len, plain.splitlines())) <= 80
+    assert plain.count("┏") > 1  # parts
+    plain = SUPERSCRIPT.sub("", plain)
+    assert parse_text(plain) == parse_text(SUPERSCRIPT.sub("", render.text(table, None)))
+    said = " ".join(plain.split())
+    assert all(" ".join(note.split()) in said for note in (*table.notes, *table.footnotes))
 
 
 def compile_latex(folder: Path, body: str) -> None:

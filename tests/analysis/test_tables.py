@@ -770,8 +770,17 @@ def test_the_notes_name_weights_in_which_a_row_differs_from_its_baseline() -> No
     assert "Other settings differ, too: SD-KD [1,2,4] and KD in ce_weight (1 and 0.1)." in notes
 
 
-@pytest.mark.parametrize(("p", "shown"), [(0.05011, "0.0501"), (0.2, "0.20"), (0.04996, "0.0500")])
-def test_the_notes_tell_a_p_value_at_the_threshold_from_the_threshold(
+@pytest.mark.parametrize(
+    ("p", "shown"),
+    [
+        (0.05011, "0.0501"),
+        (0.2, "0.20"),
+        (0.04996, "0.0500"),
+        (0.0031, "0.003"),
+        (0.0004, "<0.001"),
+    ],
+)
+def test_the_notes_tell_a_p_value_from_zero_and_from_the_threshold(
     p: float, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spread = stats.Spread(std=1.0, df=4, bartlett=p)
@@ -1152,16 +1161,24 @@ def test_rows_of_unequal_variances_are_compared_apart() -> None:
     gain = table.cells["SD-KD", COLUMN].gain
     assert gain is not None
     assert gain.difference.test == "paired"
-    assert any("paired by seed, since their variances differ" in note for note in table.notes)
-    # Each row has an error of its own, so no single size of a gain can be named.
-    assert not any("may be chance alone" in note for note in table.notes)
+    reason = ", since Bartlett's p is below 0.05: the variances of the rows differ"
+    assert any(f"paired by seed{reason} ({COLUMN}: 2 deg" in note for note in table.notes)
+    size = gain.difference.half_width()
+    assert any(f"A gain below about {size:.2f} points ({COLUMN}) may" in one for one in table.notes)
+    # Each row has an error of its own.
+    more = rows + runs(*SHUFFLE, [71.0, 75.0, 76.0], **sd_kd(M="[1,2]"))
+    table = build([row | {"dataset": "digits"} for row in more])["overview_digits"]
+    gains = [cell.gain.difference.detectable(2) or 0 for cell in table.cells.values() if cell.gain]
+    sizes = f"{min(gains):.2f} to {max(gains):.2f} points, by row ({COLUMN})"
+    assert len(gains) == 2
+    assert any(f"A gain below about {sizes} may" in note for note in table.notes)
     apart = [row | {"seed": row["seed"] + 10 * (row["M"] != "[1]")} for row in rows]
     table = build(apart)["sdd_table_2"]
     gain = table.cells["SD-KD", COLUMN].gain
     assert gain is not None
     assert gain.difference.test == "welch"
     assert gain.difference.mean == pytest.approx(4.99)
-    assert any("Welch's tests" in note for note in table.notes)
+    assert any(f"Welch's tests{reason} and the rows share too few" in one for one in table.notes)
 
 
 @pytest.mark.parametrize(
