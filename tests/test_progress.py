@@ -104,8 +104,13 @@ def test_live_table(
     with caplog.at_level(logging.INFO), view(*runs, mode="auto") as seen:
         runs[0].epoch, runs[0].loss, clock[0] = 2, 1.5, 105.0
         seen.epoch(runs[0])
-        runs[0].step = 3
+        runs[0].step, clock[0] = 3, 105.6
         seen.refresh()
+        runs[0].step = 4
+        seen.refresh()  # too soon after the last one
+        shown_inside = out.getvalue()
+        runs[0].epoch, runs[0].step = 5, 0
+        seen.epoch(runs[0])
     shown = out.getvalue()
     for part in (
         "title of resnet8-kd-M-1-2",
@@ -115,9 +120,14 @@ def test_live_table(
         "images/s",
         "title of wrn_16_1-vanilla",
         "FAILED",
-        "nan",
+        "4/4",
+        "10/10",
     ):
         assert part in shown
+    assert "1/4" in shown_inside  # before the first epoch has ended
+    assert "4/10" not in shown_inside
+    assert "nan" not in shown
+    assert shown.endswith("\x1b[2K")  # it vanishes
     assert not caplog.records  # the table replaces the lines of the log
 
 
