@@ -102,6 +102,10 @@ def test_a_run_has_a_title(compose: Compose) -> None:
     job = compose("student=resnet8")
     assert cfg.title(job) == "SD-KD+LS [1,2,4] seed 0, resnet8"
     assert cfg.title(job, seed=False) == "SD-KD+LS [1,2,4], resnet8"
+    teacher = cfg.teacher_name(job)
+    assert cfg.title(job, teacher=True) == f"SD-KD+LS [1,2,4] seed 0, {teacher} -> resnet8"
+    slower = compose("student=resnet8", "optimizer.lr=0.01")
+    assert cfg.titles([job, slower])[1] == "SD-KD+LS [1,2,4] seed 0, resnet8 (optimizer.lr=0.01)"
     assert cfg.title(compose("recipe=vanilla", "student=resnet8", "seed=3")) == (
         "student alone seed 3, resnet8"
     )
@@ -127,7 +131,8 @@ def test_outcomes_name_the_method(
     result = {"status": "FINISHED", "reason": "", "best_top1": 71.239, "seconds": 61.0}
     outcomes(jobs, [result, {**result, "reason": "on [cpu]"}])
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    first, second = ([cell.strip() for cell in row] for row in rows)
+    # The student alone comes first, as in the tables of the analysis.
+    second, first = ([cell.strip() for cell in row] for row in rows)
     assert first[1:] == ["SD-KD+LS", "1,2,4", "0", "FINISHED", "71.24", "-", "1:01"]
     assert second[:5] == ["resnet8", "student alone", "1", "0", "FINISHED: on [cpu]"]
 
