@@ -123,6 +123,19 @@ def test_outcomes_tell_jobs_of_one_method_by_their_settings(
     ]  # fmt: skip
 
 
+def test_outcomes_say_once_that_there_is_no_teacher_file(
+    compose: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = ("recipe=vanilla", "student=resnet8", "dataset.train_fraction=0.5")
+    jobs = [compose(*alone, f"seed={seed}") for seed in (0, 1)]
+    result = {"status": "FINISHED", "reason": "", "best_top1": 71.2, "seconds": 61.0}
+    for count, folder in ((1, jobs[0].run_dir), (2, "RUN_DIRECTORY")):
+        outcomes(jobs[:count], [result] * count)
+        told = capsys.readouterr().out
+        assert told.count("no teacher file is written, as dataset.train_fraction=0.5; ") == 1
+        assert f"teacher.checkpoint={folder}/best.ckpt" in told
+
+
 def test_outcomes_name_the_method(
     compose: Compose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,16 @@
 
 import io
 import logging
+import re
 from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 from rich.logging import RichHandler
 
+from sddlskd.record import ONLY_IN_FILE
 from sddlskd.terminal import progress
+from sddlskd.terminal.console import log_to_terminal
 from sddlskd.terminal.progress import ProgressDisplay
 
 
@@ -140,6 +143,29 @@ def test_log_and_table_share_a_console() -> None:
         assert view(Seen(), mode="auto").console is console
     finally:
         package.removeHandler(handler)
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_log_lines_have_one_form(
+    on_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if on_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    package = logging.getLogger("sddlskd")
+    before = package.handlers[:], package.level, package.propagate
+    try:
+        log_to_terminal()
+        package.info("KD [1,2] seed 0: 3 of 4")
+        package.info("a second line in the same second")
+        package.info("a line for train.log", extra=ONLY_IN_FILE)
+    finally:
+        package.handlers[:], package.level, package.propagate = before
+    shown = capsys.readouterr().err
+    assert ("\x1b[" in shown) == on_terminal
+    assert "KD [1,2] seed 0: 3 of 4" in shown  # without colours inside
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert len(lines) == 2
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in lines)
 
 
 def test_not_a_terminal_gets_plain_lines() -> None:
