@@ -35,6 +35,7 @@ __all__ = [
     "FAILED",
     "FINISHED",
     "KILLED",
+    "ONLY_IN_FILE",
     "PRUNED",
     "RUNNING",
     "Damaged",
@@ -47,6 +48,8 @@ __all__ = [
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 PRUNED = "PRUNED"  # dropped by halving: other runs of its group were better
 RIVALS = "rivals.json"
+# Attribute of a log entry that goes to train.log alone, and not to the terminal
+ONLY_IN_FILE = {"only_in_file": True}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,7 +137,7 @@ def _requeues(folder: Path) -> dict[str, int]:
 
 
 def queue_again(folder: Path) -> None:
-    """Change the status of a FAILED or PRUNED run to KILLED (interrupted), before it runs again.
+    """Change the status of a FAILED or PRUNED run to KILLED, before it runs again.
 
     `folder` is the run directory. The new reason in result.json quotes the old reason. Do nothing
     if the run has another status or has not started. Raise Damaged if result.json is damaged, and
@@ -437,7 +440,7 @@ class Record:
         """Write result.json and return its content.
 
         Args:
-            status: "RUNNING", "FINISHED", "FAILED", "KILLED" (interrupted) or "PRUNED" (dropped by
+            status: "RUNNING", "FINISHED", "FAILED", "KILLED" or "PRUNED" (dropped by
                 halving).
             reason: why the run ended, in one line; "" if there is nothing to explain.
             **values: more entries of result.json, such as best_top1 (%) or seconds.
@@ -484,7 +487,7 @@ class Record:
           the network's size and the number of runs that were trained together.
 
         Args:
-            status: "FINISHED", "FAILED" or "KILLED" (interrupted).
+            status: "FINISHED", "FAILED" or "KILLED".
             reason: why the run ended, in one line.
 
         Returns:

@@ -63,7 +63,7 @@ def run(
 ) -> int:
     """Train the jobs of some run directories together, and return an exit code.
 
-    The jobs share each teacher forward pass. Interrupted jobs continue from their last checkpoints.
+    The jobs share each teacher forward pass. KILLED jobs continue from their last checkpoints.
 
     Args:
         folders: run directories of jobs that share batches and teacher; each holds config.yaml.
@@ -80,7 +80,7 @@ def run(
         - 76 (ExitCode.BUSY) if another process has the run directory of a job open;
         - 77 (ExitCode.NO_DEVICE) if the device is missing or broken; other devices can train the
           jobs. The error is printed unless `device` is given;
-        - 130 (ExitCode.STOPPED) if a signal stopped the training, or a job is left interrupted;
+        - 130 (ExitCode.STOPPED) if a signal stopped the training, or a job is left KILLED;
         - 1 after printing a ValueError or OSError that prevents the training, such as the error for
           a config.yaml that is missing or damaged, or that jobs with the setting `sweep.halving` do
           not fit into the device's memory;

@@ -205,7 +205,7 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
         f"memory: {default}; time limit: 60 minutes",
         "whether hydra.launcher.timeout_min=60 suffices is not known without similar runs; a task "
         "that needs longer is requeued, at most 100 times, and goes on from its checkpoint; after "
-        "that its jobs stay interrupted until the same command continues them",
+        "that its jobs stay KILLED until the same command continues them",
     ]
     assert bare.requests([], []) == []
     monkeypatch.setenv("SBATCH_PARTITION", "short")
@@ -238,7 +238,7 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
          "checkpoint each time"),
         ((58.0 * 3 + 1,), "the longest task needs about 2:55:00, too long for "
          "hydra.launcher.timeout_min=60: it will be requeued about 3 times, and goes on from its "
-         "checkpoint each time; hydra.launcher.max_requeues=2 leaves its jobs interrupted before "
+         "checkpoint each time; hydra.launcher.max_requeues=2 leaves its jobs KILLED before "
          "their end, so raise one of the two, or run the same command again"),
     ],
 )  # fmt: skip

@@ -102,6 +102,10 @@ def test_a_run_has_a_title(compose: Compose) -> None:
     job = compose("student=resnet8")
     assert cfg.title(job) == "SD-KD+LS [1,2,4] seed 0, resnet8"
     assert cfg.title(job, seed=False) == "SD-KD+LS [1,2,4], resnet8"
+    teacher = cfg.teacher_name(job)
+    assert cfg.title(job, teacher=True) == f"SD-KD+LS [1,2,4] seed 0, {teacher} -> resnet8"
+    slower = compose("student=resnet8", "optimizer.lr=0.01")
+    assert cfg.titles([job, slower])[1] == "SD-KD+LS [1,2,4] seed 0, resnet8 (optimizer.lr=0.01)"
     assert cfg.title(compose("recipe=vanilla", "student=resnet8", "seed=3")) == (
         "student alone seed 3, resnet8"
     )
@@ -119,6 +123,19 @@ def test_outcomes_tell_jobs_of_one_method_by_their_settings(
     ]  # fmt: skip
 
 
+def test_outcomes_say_once_that_there_is_no_teacher_file(
+    compose: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = ("recipe=vanilla", "student=resnet8", "dataset.train_fraction=0.5")
+    jobs = [compose(*alone, f"seed={seed}") for seed in (0, 1)]
+    result = {"status": "FINISHED", "reason": "", "best_top1": 71.2, "seconds": 61.0}
+    for count, folder in ((1, jobs[0].run_dir), (2, "RUN_DIRECTORY")):
+        outcomes(jobs[:count], [result] * count)
+        told = capsys.readouterr().out
+        assert told.count("no teacher file is written, as dataset.train_fraction=0.5; ") == 1
+        assert f"teacher.checkpoint={folder}/best.ckpt" in told
+
+
 def test_outcomes_name_the_method(
     compose: Compose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +144,8 @@ def test_outcomes_name_the_method(
     result = {"status": "FINISHED", "reason": "", "best_top1": 71.239, "seconds": 61.0}
     outcomes(jobs, [result, {**result, "reason": "on [cpu]"}])
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    first, second = ([cell.strip() for cell in row] for row in rows)
+    # The student alone comes first, as in the tables of the analysis.
+    second, first = ([cell.strip() for cell in row] for row in rows)
     assert first[1:] == ["SD-KD+LS", "1,2,4", "0", "FINISHED", "71.24", "-", "1:01"]
     assert second[:5] == ["resnet8", "student alone", "1", "0", "FINISHED: on [cpu]"]
 

@@ -2,13 +2,16 @@
 
 import io
 import logging
+import re
 from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 from rich.logging import RichHandler
 
+from sddlskd.record import ONLY_IN_FILE
 from sddlskd.terminal import progress
+from sddlskd.terminal.console import log_to_terminal
 from sddlskd.terminal.progress import ProgressDisplay
 
 
@@ -104,8 +107,13 @@ def test_live_table(
     with caplog.at_level(logging.INFO), view(*runs, mode="auto") as seen:
         runs[0].epoch, runs[0].loss, clock[0] = 2, 1.5, 105.0
         seen.epoch(runs[0])
-        runs[0].step = 3
+        runs[0].step, clock[0] = 3, 105.6
         seen.refresh()
+        runs[0].step = 4
+        seen.refresh()  # too soon after the last one
+        shown_inside = out.getvalue()
+        runs[0].epoch, runs[0].step = 5, 0
+        seen.epoch(runs[0])
     shown = out.getvalue()
     for part in (
         "title of resnet8-kd-M-1-2",
@@ -115,9 +123,14 @@ def test_live_table(
         "images/s",
         "title of wrn_16_1-vanilla",
         "FAILED",
-        "nan",
+        "4/4",
+        "10/10",
     ):
         assert part in shown
+    assert "1/4" in shown_inside  # before the first epoch has ended
+    assert "4/10" not in shown_inside
+    assert "nan" not in shown
+    assert shown.endswith("\x1b[2K")  # it vanishes
     assert not caplog.records  # the table replaces the lines of the log
 
 
@@ -130,6 +143,29 @@ def test_log_and_table_share_a_console() -> None:
         assert view(Seen(), mode="auto").console is console
     finally:
         package.removeHandler(handler)
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_log_lines_have_one_form(
+    on_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if on_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    package = logging.getLogger("sddlskd")
+    before = package.handlers[:], package.level, package.propagate
+    try:
+        log_to_terminal()
+        package.info("KD [1,2] seed 0: 3 of 4")
+        package.info("a second line in the same second")
+        package.info("a line for train.log", extra=ONLY_IN_FILE)
+    finally:
+        package.handlers[:], package.level, package.propagate = before
+    shown = capsys.readouterr().err
+    assert ("\x1b[" in shown) == on_terminal
+    assert "KD [1,2] seed 0: 3 of 4" in shown  # without colours inside
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert len(lines) == 2
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in lines)
 
 
 def test_not_a_terminal_gets_plain_lines() -> None:

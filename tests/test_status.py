@@ -71,7 +71,7 @@ def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -
 def sweep(tmp_path: Path) -> Path:
     """Return the folder of a sweep with a finished, a failed, a stopped and two new jobs."""
     finished = leave_job(
-        tmp_path, 0, (70.0, 71.0) * 4, status="FINISHED", best_top1=71.239, epochs=8
+        tmp_path, 0, (70.0, 71.0) * 4, status="FINISHED", best_top1=71.239, epochs=8, seconds=80.0
     )
     failed = leave_job(tmp_path, 1, (33.3,), status="FAILED", reason="NonFiniteLoss: bad")
     stopped = leave_job(
@@ -84,17 +84,18 @@ def sweep(tmp_path: Path) -> Path:
 def test_what_the_status_of_a_sweep_holds(sweep: Path) -> None:
     found = status_of(sweep)
     assert (found.sweep, found.slurm_error) == ("mine", "")
-    assert found.counts == {"finished": 1, "interrupted": 1, "failed": 1, "new": 2}
+    assert found.counts == {"finished": 1, "killed": 1, "failed": 1, "new": 2}
     assert found.command == "cd '/some where' && python -m sddlskd.train -m seed=0,1"
     # Seven epochs of the failed job are left, five of the stopped one, and eight of the new one;
     # the other is not known.
+    assert [job.seconds_left for job in found.jobs] == [0, 70, 50, 80, None]
     assert found.seconds_left == pytest.approx((7 + 5 + 8) * 10.0)
     assert (found.running, found.teachers, found.devices) == (False, [], 1)
     jobs = [(job.state, job.epochs_done, job.epochs, job.top1, job.reason) for job in found.jobs]
     assert jobs == [
         ("finished", 8, 8, 71.239, ""),
         ("failed", 1, 8, 33.3, "NonFiniteLoss: bad"),
-        ("interrupted", 3, 8, 43.0, "stopped"),
+        ("killed", 3, 8, 43.0, "stopped"),
         ("new", 0, 8, None, ""),
         ("new", 0, 0, None, ""),
     ]
@@ -163,13 +164,13 @@ def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     names = [Path(path).name for path in json.loads((sweep / "sweep.json").read_text())["jobs"]]
     main(["status", "mine", "--home", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
-        "sweep mine: 5 jobs: 1 finished, 1 interrupted, 1 failed, 2 new",
-        f"  finished     8/8 epochs  top-1 71.24  {names[0]}",
-        f"  failed       1/8 epochs  top-1 33.30  {names[1]}  NonFiniteLoss: bad",
-        f"  interrupted  3/8 epochs  top-1 43.00  {names[2]}  stopped  requeued 2 times",
-        f"  new          0/8 epochs  {names[3]}",
-        "  new          0/0 epochs  not-frozen",
-        "time left: about 3:20 on one device",
+        "sweep mine: 5 jobs: 1 finished, 1 killed, 1 failed, 2 new",
+        f"  finished  8/8 epochs  top-1 71.24  {names[0]}",
+        f"  failed    1/8 epochs  top-1 33.30  {names[1]}  NonFiniteLoss: bad",
+        f"  killed    3/8 epochs  top-1 43.00  {names[2]}  stopped  requeued 2 times",
+        f"  new       0/8 epochs  {names[3]}",
+        "  new       0/0 epochs  not-frozen",
+        "time left: about 3:20 on one device for 3 of 4 jobs",
         "to finish it: cd '/some where' && python -m sddlskd.train -m seed=0,1",
     ]
 
@@ -188,12 +189,38 @@ def test_it_tells_that_the_sweep_runs(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "the sweep is running; it trains the teacher resnet14: 0/3 epochs\n" in told
         assert "to finish it" not in told
     teacher.close()
-    leave_job(tmp_path, 5, (1.0,) * 4, status="KILLED")
     found = status_of(sweep)
     assert (found.running, found.teachers, found.devices) == (False, [], 4)
-    print_status(replace(found, seconds_left=60.0))
+    print_status(replace(found, jobs=[replace(job, seconds_left=30.0) for job in found.jobs]))
     told = capsys.readouterr().out
     assert "time left: about 0:30 on 2 devices\nto finish it: cd" in told
+
+
+def test_the_sweeps_are_listed_without_a_name(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], ["status"]):
+        main([*arguments, "--home", str(tmp_path)])
+        head, line = capsys.readouterr().out.splitlines()
+        assert head.split("  ")[0] == "sweep"
+        assert line.startswith("mine   5     1         1       3         1970-01-0")
+    with marked_as_running(sweep):
+        main(["--json", "--home", str(tmp_path)])
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert (summary["name"], summary["running"], summary["time"]) == ("mine", True, 0)
+    main(["--home", str(tmp_path / "empty")])
+    assert capsys.readouterr().out.startswith("there is no sweep in ")
+    with pytest.raises(SystemExit) as caught:
+        main(["logs"])
+    assert caught.value.code == 2
+
+
+def test_jobs_stand_in_the_order_of_the_tables(tmp_path: Path) -> None:
+    recipes = ("crd", "sd_kd_ls", "vanilla", "kd")
+    jobs = [tiny(tmp_path, f"recipe={recipe}") for recipe in recipes]
+    sweep = leave_sweep(tmp_path, *(record.freeze(job) for job in jobs))
+    order = [jobs[index].run_dir for index in (2, 3, 1, 0)]
+    assert [job.run_dir for job in status_of(sweep).jobs] == order
 
 
 def test_failed_jobs_that_the_command_leaves_alone_take_no_time(tmp_path: Path) -> None:
@@ -221,8 +248,8 @@ def test_a_single_job_is_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture
     leave_sweep(tmp_path, alone)
     main(["status", "mine", "--home", str(tmp_path)])
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "sweep mine: 1 job: 1 interrupted"
-    assert told[1] == f"  interrupted  1/1 epoch  top-1 41.00  {alone.name}  requeued 1 time"
+    assert told[0] == "sweep mine: 1 job: 1 killed"
+    assert told[1] == f"  killed    1/1 epoch  top-1 41.00  {alone.name}  requeued 1 time"
 
 
 def test_the_json_holds_the_same(
@@ -311,7 +338,7 @@ def test_a_status_without_an_answer_of_slurm(
     fake_slurm(tmp_path / "bin", monkeypatch, squeue=down, sacct=down, scontrol=down)
     found = status_of(sweep)
     assert found.slurm_error == "squeue: down"
-    assert found.jobs[2].state == "interrupted"
+    assert found.jobs[2].state == "killed"
     assert found.jobs[2].slurm_state == "gone, and SLURM does not know why any more"
     main(["status", str(sweep)])
     first = capsys.readouterr().out.splitlines()[0]

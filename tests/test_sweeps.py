@@ -529,7 +529,7 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) 
     code, out, err = process.end()
     assert code == 130, out + err
     folders = [path.parent for path in (home / "runs" / "digits").glob("*/config.yaml")]
-    assert {state_of(folder) for folder in folders} == {"interrupted"}
+    assert {state_of(folder) for folder in folders} == {"killed"}
     assert {record.read_result(folder)["status"] for folder in folders} == {"KILLED"}
     assert "to go on: python -m sddlskd.train -m" in out + err
     code, out, err = ForkedCommand(home, *words, cwd=REPO).end()
@@ -728,7 +728,7 @@ def test_causes() -> None:
         cause_of("NonFiniteLoss: loss became nan at epoch 17, step 4; lower")
         == "non-finite loss at epoch 17"
     )
-    assert cause_of("its worker died twice (SIGKILL); out of memory?") == "killed"
+    assert cause_of("its worker died twice (SIGKILL); out of memory?") == "worker died"
     assert cause_of("FileNotFoundError: teacher=x is missing") == "FileNotFoundError"
 
 
@@ -908,13 +908,14 @@ def test_a_device_that_fails_leaves_its_jobs_to_the_others(
     with pytest.raises(SystemExit) as caught:
         run_sweep(jobs, "test", runner=devices, precheck=check)
     assert caught.value.code
-    assert [state_of(Path(job.run_dir)) for job in jobs] == ["interrupted", "new"]
+    assert [state_of(Path(job.run_dir)) for job in jobs] == ["killed", "new"]
     assert "no device is left for 2 jobs; the same command trains what stays" in caplog.text
     caplog.clear()
     run_sweep(jobs, "test", runner=pool(["cuda:99", "cpu"]), precheck=check)
     assert [state_of(Path(job.run_dir)) for job in jobs] == ["finished"] * 2
     assert caplog.text.count("cuda:99 is taken out of the sweep: DeviceFailure: trainer.dev") == 1
-    assert "starting a worker on cpu for group 2 of 2 (loading PyTorch takes" in caplog.text
+    assert "starting a worker on cpu for group 2 of 2" in caplog.text
+    assert "1 of 2 jobs done; time left: about 0:0" in caplog.text
 
 
 def test_an_interrupted_job_that_is_refused_keeps_the_reason(home: Path) -> None:

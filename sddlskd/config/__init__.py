@@ -13,8 +13,10 @@ from sddlskd.config.identity import (
     run_name,
     settings_hash,
     sharing_key,
+    table_order,
     teacher_name,
     title,
+    titles,
 )
 from sddlskd.config.overrides import value_text
 from sddlskd.config.resolve import (
@@ -122,11 +124,13 @@ __all__ = [
     "sharing_key",
     "sqlite_file",
     "sqlite_uri",
+    "table_order",
     "teacher_job",
     "teacher_keys",
     "teacher_name",
     "teacher_weights",
     "title",
+    "titles",
     "to_yaml",
     "unknown_objective",
     "value_text",

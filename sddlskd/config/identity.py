@@ -328,7 +328,7 @@ def has_published_name(name: str) -> bool:
     return not {name.casefold(), loss}.isdisjoint(one.casefold() for one in known)
 
 
-def title(config: Config, *, seed: bool = True, student: bool = True) -> str:
+def title(config: Config, *, seed: bool = True, student: bool = True, teacher: bool = False) -> str:
     """Return a title for a job: method, scales, seed and student.
 
     An example is "SD-KD+LS [1,2,4] seed 0, resnet8". The title does not name the scales if they are
@@ -338,6 +338,8 @@ def title(config: Config, *, seed: bool = True, student: bool = True) -> str:
         config: The job.
         seed: Whether the title names the seed.
         student: Whether the title names the student.
+        teacher: Whether the title names the teacher, too, if the job has one and the title names
+            the student: "KD seed 0, resnet14 -> resnet8".
 
     Returns:
         The title. Different jobs may have the same title.
@@ -349,7 +351,48 @@ def title(config: Config, *, seed: bool = True, student: bool = True) -> str:
         words.append(f"seed {config.seed}")
     if not student:
         return " ".join(words)
-    return f"{' '.join(words)}, {config.student.name}"
+    networks = config.student.name
+    if teacher and config.has_teacher:
+        networks = f"{teacher_name(config)} -> {networks}"
+    return f"{' '.join(words)}, {networks}"
+
+
+def titles(jobs: Sequence[Config], *, teacher: bool = False) -> list[str]:
+    """Return a title for each job; the settings that tell namesakes apart follow in brackets.
+
+    An example is "KD seed 0, resnet8 (temperature=2)". See `title` for `teacher`, and
+    `differing_settings` for the settings.
+    """
+    found = []
+    for job, own in zip(jobs, differing_settings(jobs), strict=True):
+        name = title(job, teacher=teacher)
+        if own:
+            name = f"{name} ({own})"
+        found.append(name)
+    return found
+
+
+def table_order(jobs: Sequence[Config]) -> list[int]:
+    """Return the indices of jobs in the order in which a table shows them.
+
+    The students alone come first. The pairs of networks follow as they first occur, each with its
+    rows of KD first (KD, KD+LS, SD-KD, SD-KD+LS), as in the tables of the analysis. Other methods,
+    scales, settings and seeds keep their order.
+    """
+    pairs = [(teacher_name(job), job.student.name) for job in jobs]
+
+    def place(index: int) -> tuple[bool, int, bool, bool, bool]:
+        job = jobs[index]
+        is_kd = job.distiller.name == "kd" and not job.features
+        return (
+            job.has_teacher,
+            pairs.index(pairs[index]),
+            not is_kd,
+            is_kd and job.M != [1],
+            is_kd and job.standardize is not False,
+        )
+
+    return sorted(range(len(jobs)), key=place)
 
 
 def plain(text: str) -> str:

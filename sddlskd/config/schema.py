@@ -353,17 +353,17 @@ class FileMirror(StrEnum):
 class Rerun(StrEnum):
     """Choice of the jobs that run when a sweep is launched again.
 
-    - "failed": new, interrupted and failed jobs.
+    - "failed": new, killed and failed jobs.
     - "all": these and the finished jobs; every job starts anew, and its old record is set aside.
-    - "none": new and interrupted jobs.
+    - "none": new and killed jobs.
 
     Jobs that halving has dropped run again with "all", and with each choice if `sweep.halving` is
     empty now. Jobs that are running or in SLURM's queue are never started a second time.
     """
 
-    failed = "failed"  # failed, interrupted and new jobs
+    failed = "failed"  # failed, killed and new jobs
     all = "all"  # every job from the start; the old records are set aside
-    none = "none"  # only interrupted and new jobs
+    none = "none"  # only killed and new jobs
 
 
 class Seeds(StrEnum):

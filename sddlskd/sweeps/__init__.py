@@ -1,5 +1,6 @@
 """Sweeps: plan, freeze and run many jobs, on this machine or on SLURM, and resume stopped sweeps.
 
+    python -m sddlskd.sweeps               list the sweeps
     python -m sddlskd.sweeps status NAME   print the state of every job and the command to continue
     python -m sddlskd.sweeps logs NAME     print the last lines of the logs of the SLURM tasks
     python -m sddlskd.sweeps cancel NAME   cancel the sweep's SLURM jobs
@@ -29,7 +30,7 @@ from sddlskd.sweeps.manifest import (
     write_manifest,
     write_plan,
 )
-from sddlskd.sweeps.outcome import result_of, state_of
+from sddlskd.sweeps.outcome import outcome_of, result_of, state_of
 from sddlskd.sweeps.plan import Plan, Precheck, ask_precheck, groups_of, make_plan
 from sddlskd.sweeps.report import plan_lines, print_outcome, print_plan
 from sddlskd.sweeps.runner import GroupRunner
@@ -61,7 +62,7 @@ def run_sweep(
 
     A job is one training run:
 
-    - New jobs start, and interrupted jobs continue from their last checkpoints.
+    - New jobs start, and KILLED jobs continue from their last checkpoints.
     - FAILED jobs continue, too, unless the setting `sweep.rerun` is `none`.
     - Jobs that halving has dropped (PRUNED) continue only if `sweep.halving` is empty.
     - FINISHED jobs are left alone, and so are jobs that run already or are in SLURM's queue.
@@ -126,7 +127,7 @@ def run_sweep(
     else:
         if print_results and _status_of_all(plan.jobs) == FINISHED:
             ignore_interrupts()
-        results = [result_of(job) for job in plan.jobs]
+        results = [outcome_of(job) for job in plan.jobs]
         if print_results or ended == KILLED or _status_of_all(plan.jobs) != FINISHED:
             print_outcome(plan, results, stopped=ended == KILLED, locally=runner.runs_locally)
     return [result_of(job) for job in jobs]
@@ -189,7 +190,7 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
         tracking.check_reachable(plan.todo)
         runner.validate(plan.todo, plan.devices)
     devices = len(runner.places(plan.todo, plan.devices)) or 1
-    write_manifest(plan.folder, plan.name, plan.jobs, devices)
+    write_manifest(plan.folder, plan.name, plan.jobs, devices, plan.kind)
     with marked_as_running(plan.folder):
         return _run_groups(plan, runner)
 

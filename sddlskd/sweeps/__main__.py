@@ -1,4 +1,7 @@
-"""`python -m sddlskd.sweeps status|logs|cancel NAME`: look at a sweep, or cancel its SLURM jobs."""
+"""`python -m sddlskd.sweeps status|logs|cancel NAME`: look at a sweep, or cancel its SLURM jobs.
+
+Without a name, `status` lists the sweeps.
+"""
 
 import argparse
 import json
@@ -10,8 +13,8 @@ from pathlib import Path
 
 from sddlskd import config as cfg
 from sddlskd.sweeps import slurm
-from sddlskd.sweeps.report import print_status
-from sddlskd.sweeps.status import status_of
+from sddlskd.sweeps.report import print_status, print_sweeps
+from sddlskd.sweeps.status import status_of, summaries_of
 from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import refuse_another_checkout, write_line
 
@@ -31,6 +34,21 @@ def status(folder: Path, *, as_json: bool = False) -> None:
         write_line(json.dumps(asdict(found), indent=1))
     else:
         print_status(found)
+
+
+def listing(sweeps: Path, *, as_json: bool = False) -> None:
+    """Print a line for each sweep in the folder `sweeps`, <home>/runs/sweeps.
+
+    If `as_json` is true, the fields of each `status.SweepSummary` are printed as JSON instead.
+    Raise ValueError if a file of a sweep or of a job is damaged.
+    """
+    found = summaries_of(sweeps)
+    if as_json:
+        write_line(json.dumps([asdict(one) for one in found], indent=1))
+    elif found:
+        print_sweeps(found)
+    else:
+        write_line(f"there is no sweep in {sweeps}; give another folder with --home HOME")
 
 
 def cancel(folder: Path) -> None:
@@ -77,11 +95,16 @@ def logs(folder: Path, lines: int = 5) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the state of a sweep or the logs of its SLURM jobs, or cancel its SLURM jobs.
 
-    An error ends the command with exit code 1, and a wrong argument with exit code 2.
+    Without the name of a sweep, list the sweeps. An error ends the command with exit code 1, and a
+    wrong argument with exit code 2.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.sweeps", description=main.__doc__)
-    parser.add_argument("command", choices=["status", "logs", "cancel"])
-    parser.add_argument("sweep", help="name or folder of the sweep")
+    parser.add_argument(
+        "command", nargs="?", default="status", choices=["status", "logs", "cancel"]
+    )
+    parser.add_argument(
+        "sweep", nargs="?", help="name or folder of the sweep; status lists all sweeps without it"
+    )
     parser.add_argument(
         "--home", default=os.environ.get("SDDLSKD_HOME", "."), help="folder that holds runs/"
     )
@@ -92,10 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(given)
     if chosen.json and chosen.command != "status":
         parser.error(f"--json belongs to status, not to {chosen.command}")
+    if chosen.sweep is None and chosen.command != "status":
+        parser.error(f"{chosen.command} requires the name of a sweep; status lists the sweeps")
     refuse_another_checkout()
     cfg.frame()
-    folder = _folder_of(chosen.sweep, Path(chosen.home, "runs", "sweeps"))
+    sweeps = Path(chosen.home, "runs", "sweeps")
     try:
+        if chosen.sweep is None:
+            listing(sweeps, as_json=chosen.json)
+            return
+        folder = _folder_of(chosen.sweep, sweeps)
         if chosen.command == "status":
             status(folder, as_json=chosen.json)
         elif chosen.command == "logs":

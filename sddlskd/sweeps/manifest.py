@@ -55,9 +55,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     The keys are "name" (of the sweep), "command" (that continues the sweep), "folder" (working
     directory for the command), "time" (of the last launch, in Unix seconds), "jobs" (list of the
-    jobs' run directories), "until_decided" (whether the command may add jobs) and "devices" (number
-    of devices of this machine that train the jobs; 1 for a cluster). Manifests of earlier versions
-    lack the last two. Raise FileNotFoundError if there is no such file, and record.Damaged (a
+    jobs' run directories, first those of the last launch), "until_decided" (whether the command may
+    add jobs), "devices" (number of devices of this machine that train the jobs; 1 for a cluster)
+    and "kind" (kind of the devices; null if the kinds differ). Manifests of earlier versions lack
+    the last three. Raise FileNotFoundError if there is no such file, and record.Damaged (a
     ValueError) if the file is not a JSON object.
     """
     content = record.read_json(folder / MANIFEST)
@@ -66,19 +67,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_manifest(folder: Path, name: str, jobs: Sequence[Config], devices: int = 1) -> None:
+def write_manifest(
+    folder: Path, name: str, jobs: Sequence[Config], devices: int = 1, kind: str | None = None
+) -> None:
     """Add the jobs of a launch to sweep.json, the list of a sweep's jobs.
 
     A launch is one call of the sweep's command. The folder and the file are created if they are
-    missing. The jobs of earlier launches stay in the list, and a job is listed once. The name,
-    command, working directory and time in the file become those of this launch. Several processes
-    may call this function at the same time.
+    missing. The jobs of earlier launches stay in the list, after those of this launch, and a job is
+    listed once. The name, command, working directory and time in the file become those of this
+    launch. Several processes may call this function at the same time.
 
     Args:
         folder: folder of the sweep, <home>/runs/sweeps/<name>.
         name: name of the sweep.
         jobs: jobs of this launch, at least one; the file lists their run directories.
         devices: number of devices of this machine that train the jobs; 1 for a cluster.
+        kind: kind of the devices, such as "cuda"; None if the kinds differ.
 
     Raises:
         record.Damaged: If there is a sweep.json that is not a JSON object.
@@ -88,7 +92,7 @@ def write_manifest(folder: Path, name: str, jobs: Sequence[Config], devices: int
     with FileLock(folder / LOCK):
         run_dirs = [job.run_dir for job in jobs]
         if (folder / MANIFEST).exists():
-            run_dirs = [*read_manifest(folder)["jobs"], *run_dirs]
+            run_dirs += read_manifest(folder)["jobs"]
         content = {
             "name": name,
             "command": command_to_continue(jobs[0].home),
@@ -97,6 +101,7 @@ def write_manifest(folder: Path, name: str, jobs: Sequence[Config], devices: int
             "jobs": list(dict.fromkeys(run_dirs)),
             "until_decided": jobs[0].sweep.seeds is not None,
             "devices": devices,
+            "kind": kind,
         }
         record.write_text(folder / MANIFEST, json.dumps(content, indent=1))
 

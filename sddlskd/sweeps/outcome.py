@@ -7,12 +7,13 @@ from typing import Any
 from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING
+from sddlskd.tracking import runs
 
-__all__ = ["STATES", "record_outcome", "result_of", "state_of"]
+__all__ = ["STATES", "outcome_of", "record_outcome", "result_of", "state_of"]
 
 log = logging.getLogger(__name__)
 
-STATES = ("finished", "running", "queued", "interrupted", "failed", "pruned", "new")
+STATES = ("finished", "running", "queued", "killed", "failed", "pruned", "new")
 
 
 def state_of(folder: Path) -> str:
@@ -20,7 +21,7 @@ def state_of(folder: Path) -> str:
 
     - "new": the run has not started, and there is no result.json.
     - "running": a process is training the run.
-    - "interrupted": the run was stopped, or its process died.
+    - "killed": the run was stopped, or its process died.
     - "finished" or "failed": the run has ended.
     - "pruned": halving has dropped the run.
 
@@ -28,12 +29,12 @@ def state_of(folder: Path) -> str:
     """
     status = record.read_result(folder).get("status")
     if status == RUNNING:
-        return "interrupted" if record.abandoned(folder) else "running"
+        return "killed" if record.abandoned(folder) else "running"
     states = {
         None: "new",
         FINISHED: "finished",
         FAILED: "failed",
-        KILLED: "interrupted",
+        KILLED: "killed",
         PRUNED: "pruned",
     }
     return states[status]
@@ -56,6 +57,17 @@ def result_of(job: Config) -> dict[str, Any]:
     return record.read_result(Path(job.run_dir)) or nothing
 
 
+def outcome_of(job: Config) -> dict[str, Any]:
+    """Return what `result_of` returns, but KILLED if the process of a RUNNING job has ended.
+
+    Raise record.Damaged if result.json is damaged.
+    """
+    found = result_of(job)
+    if found["status"] == RUNNING:
+        found = runs.result_of(Path(job.run_dir))
+    return found
+
+
 def record_outcome(job: Config, status: str, reason: str) -> None:
     """Write the outcome of a job whose process died without writing one.
 
@@ -65,7 +77,7 @@ def record_outcome(job: Config, status: str, reason: str) -> None:
 
     Args:
         job: configuration of the job, with its run directory.
-        status: "FAILED" or "KILLED" (interrupted), for result.json.
+        status: "FAILED" or "KILLED", for result.json.
         reason: why the job ended, for result.json.
 
     Raises:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config, Rerun, SweepConfig
+from sddlskd.sweeps.estimate import seconds_left
 from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.outcome import state_of
 from sddlskd.sweeps.runner import GroupRunner
@@ -30,7 +30,6 @@ __all__ = [
     "epochs_of",
     "groups_of",
     "make_plan",
-    "networks_of",
     "no_findings",
 ]
 
@@ -54,7 +53,7 @@ class Plan:
         jobs: jobs of the launch, without duplicates.
         repeats: jobs of the launch that are equal to one of `jobs`, and do not run.
         states: {run directory: state} of every job. The states are "finished", "running", "queued",
-            "interrupted", "failed", "pruned" (dropped by halving) and "new".
+            "killed", "failed", "pruned" (dropped by halving) and "new".
         todo: jobs that the launch runs, if none is invalid.
         groups: the jobs of `todo` in groups. The jobs of a group are trained together, with one
             teacher forward pass per batch.
@@ -235,6 +234,9 @@ def make_plan(
         )
         answer = precheck(todo, finished, runner.runs_locally)
     kind = runner.kind(todo, answer["devices"])
+    job_seconds: list[float | None] = [None] * len(todo)
+    if kind is not None:
+        job_seconds = seconds_left(todo, kind, anew=unique[0].sweep.rerun is Rerun.all)
     groups = groups_of(todo, max_group_size)
     return Plan(
         name=name,
@@ -247,7 +249,7 @@ def make_plan(
         groups=groups,
         max_group_size=max_group_size,
         kind=kind,
-        job_seconds=[_expected_seconds(job, kind) for job in todo],
+        job_seconds=job_seconds,
         refusals=refusals,
         invalid=[(cfg.run_name(todo[index]), reason) for index, reason in answer["problems"]],
         downloads=answer["downloads"],
@@ -347,39 +349,3 @@ def _sum(seconds: Iterable[float | None]) -> float | None:
             return None
         total += one
     return total
-
-
-def networks_of(job: Config) -> str:
-    """Return the networks of a job as its run name has them, such as "resnet32x4-resnet8x4"."""
-    if not job.has_teacher:
-        return job.student.name
-    return f"{cfg.teacher_name(job).replace('+', '-')}-{job.student.name}"
-
-
-def _kind_of(environment: str) -> str:
-    """Return the kind of the device in the entry "environment" of a result.json; "" for no entry.
-
-    `devices.describe` has written the entry: it names CPU and MPS, and else the GPU's model.
-    """
-    words = environment.split(", ")
-    if not environment:
-        return ""
-    return next((kind for kind in ("cpu", "mps") if kind in words), "cuda")
-
-
-def _expected_seconds(job: Config, kind: str | None) -> float | None:
-    """Return the seconds that the job will add to a sweep, or None if there are no past runs.
-
-    The estimate is the mean time per epoch of past runs of the same student, teacher and data set,
-    times the epochs of the job. The time of a run is divided by its group size, because the runs of
-    a group share their time. Only runs on devices of the kind `kind` count.
-    """
-    epoch_seconds: list[float] = []
-    for path in Path(job.run_dir).parent.glob(f"{networks_of(job)}-*/result.json"):
-        result = record.read_result(path.parent)
-        if result.get("epochs") and _kind_of(result.get("environment", "")) == kind:
-            seconds = result["seconds"] / result["epochs"]
-            epoch_seconds.append(seconds / result.get("group_size", 1))
-    if not epoch_seconds:
-        return None
-    return mean(epoch_seconds) * job.trainer.epochs

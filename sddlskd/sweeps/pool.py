@@ -19,6 +19,7 @@ from sddlskd.processes.cores import check_processes
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.interrupts import held_back
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
+from sddlskd.sweeps.estimate import seconds_left, time_left
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
 from sddlskd.sweeps.runner import GroupRunner
 from sddlskd.terminal.words import counted
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 WORKER_MB = 200  # memory of a process that has imported torch, in megabytes
 POLL_S = 0.1  # seconds between two looks at the workers
 FAILED_FAST = "a job failed and fail_fast is on"
+ENDED = (FINISHED, FAILED, PRUNED)
 DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d+)?")  # what a list of devices may name
 MOST_SHOWN = 16  # devices of a list that a message proposes
 
@@ -65,7 +67,7 @@ class Pool(GroupRunner):
     - If a worker dies, its unfinished jobs continue from their checkpoints in a second worker.
     - If the second worker dies, too, a single unfinished job is marked FAILED. Of several, each
       gets a worker of its own, and is marked FAILED if that worker dies.
-    - If a signal stopped the second worker, its unfinished jobs stay interrupted.
+    - If a signal stopped the second worker, its unfinished jobs stay KILLED.
     - If a device fails, it gets no more groups, and its unfinished jobs go to the other devices. If
       no device is left that may train a job, the job stays to do.
 
@@ -106,6 +108,8 @@ class Pool(GroupRunner):
         self.busy: dict[int, tuple[subprocess.Popen[bytes], Task]] = {}
         self.failed_devices: set[str] = set()
         self.groups = 0  # number of groups of the launch
+        self.jobs: list[Config] = []  # jobs of the launch
+        self.trained_on: str | None = None  # kind of the devices
         self.stop_signals = 0  # number of stop signals received so far
         self.last_signal = 0  # number of the last stop signal
 
@@ -171,6 +175,8 @@ class Pool(GroupRunner):
             OSError: If a worker cannot be started.
         """
         self.groups = len(groups)
+        self.jobs = [job for group in groups for job in group]
+        self.trained_on = self.kind(self.jobs, visible)
         self.queue.extend(Task(list(group), 0, number) for number, group in enumerate(groups, 1))
         self.devices = self.places([task.jobs[0] for task in self.queue], visible)
         cpu_workers = self.devices.count("cpu")
@@ -198,11 +204,7 @@ class Pool(GroupRunner):
                 continue
             if task := self._next(device):
                 log.info(
-                    "starting a worker on %s for group %d of %d "
-                    "(loading PyTorch takes some seconds)",
-                    device,
-                    task.number,
-                    self.groups,
+                    "starting a worker on %s for group %d of %d", device, task.number, self.groups
                 )
                 self.busy[slot] = (self._start(device, task), task)
                 if self.stop_signals:  # the signal came while the worker was starting
@@ -215,6 +217,29 @@ class Pool(GroupRunner):
                 if worker.returncode == ExitCode.NO_DEVICE:
                     self._leave_out(self.devices[slot], task)
                 self._ended(worker.returncode, task)
+                self._say_progress()
+
+    def _say_progress(self) -> None:
+        """Log how many jobs have ended and how long the others will take, if there are others."""
+        statuses = [result_of(job)["status"] for job in self.jobs]
+        done = sum(status in ENDED for status in statuses)
+        if self.stop_signals or not done or not (self.busy or self.queue):
+            return
+        failed = ""
+        if FAILED in statuses:
+            failed = f" ({statuses.count(FAILED)} failed)"
+        left = [job for job, status in zip(self.jobs, statuses, strict=True) if status not in ENDED]
+        log.info(
+            "%d of %s done%s; time left: %s",
+            done,
+            counted(len(self.jobs), "job"),
+            failed,
+            time_left(seconds_left(left, self.trained_on), len(self._usable())),
+        )
+
+    def _usable(self) -> list[str]:
+        """Return the devices that have not failed."""
+        return [name for name in self.devices if name not in self.failed_devices]
 
     def _next(self, device: str) -> Task | None:
         """Remove and return the next group for this device; return None if no group may start now.
@@ -259,7 +284,7 @@ class Pool(GroupRunner):
 
         The number in cuda:1 counts the GPUs visible to this process, which may be a subset already.
         """
-        usable = [name for name in self.devices if name not in self.failed_devices]
+        usable = self._usable()
         numbers = [name.removeprefix("cuda:") for name in usable if name.startswith("cuda:")]
         already = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if not already:
@@ -268,8 +293,7 @@ class Pool(GroupRunner):
 
     def _ended(self, code: int, task: Task) -> None:
         """Queue the unfinished jobs of a worker that has ended with exit code `code`, if useful."""
-        ended = (FINISHED, FAILED, PRUNED)
-        left = [job for job in task.jobs if result_of(job)["status"] not in ended]
+        left = [job for job in task.jobs if result_of(job)["status"] not in ENDED]
         if self.fail_fast and _any_failed(task.jobs):
             self._halt(FAILED_FAST)
         if not left or self.stop_signals or not self.queue_open:
@@ -289,10 +313,8 @@ class Pool(GroupRunner):
             parts = (left[half:], left[:half])
             self.queue.extendleft(Task(part, task.deaths, task.number) for part in parts)
         elif code == ExitCode.STOPPED and task.deaths:
-            # The jobs are interrupted, not failed: the sweep's command continues them.
-            log.warning(
-                "a worker was stopped twice; left interrupted: %s", counted(len(left), "job")
-            )
+            # The jobs have not failed: the sweep's command continues them.
+            log.warning("a worker was stopped twice; left KILLED: %s", counted(len(left), "job"))
         else:
             self._retry(left, task, code)
 
@@ -314,7 +336,7 @@ class Pool(GroupRunner):
         The jobs are those of `task` that have not ended.
         """
         self.queue.appendleft(Task(left, task.deaths, task.number))
-        usable = [name for name in self.devices if name not in self.failed_devices]
+        usable = self._usable()
         stay = [
             task for task in self.queue if not any(self._may_train(name, task) for name in usable)
         ]

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +14,24 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
+from sddlskd.sweeps.estimate import networks_of, time_left
 from sddlskd.sweeps.grid import reasons_together
-from sddlskd.sweeps.plan import Plan, epochs_of, groups_of, networks_of
-from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, count_states
+from sddlskd.sweeps.plan import Plan, epochs_of, groups_of
+from sddlskd.sweeps.status import DONE, JobStatus, SweepStatus, SweepSummary, count_states
 from sddlskd.terminal.console import duration, outcomes, write_line
 from sddlskd.terminal.words import counted
 
-__all__ = ["plan_lines", "print_failures", "print_outcome", "print_plan", "print_status"]
+__all__ = [
+    "plan_lines",
+    "print_failures",
+    "print_outcome",
+    "print_plan",
+    "print_status",
+    "print_sweeps",
+]
 
 LOG_LINES = 3  # last lines of the log of a failed job
+SHOWN_STATES = ("finished", "failed")  # those with a column in the list of sweeps
 KINDS = {"cpu": "a CPU", "cuda": "a GPU", "mps": "MPS"}  # kinds of devices in words
 SHOWN_GROUPS = 12  # groups that a plan lists
 
@@ -252,19 +262,14 @@ def print_status(status: SweepStatus) -> None:
     if all(job.state in DONE for job in status.jobs) and not status.running:
         write_line(f"to add what is left, or see the decisions or the best job: {status.command}")
         return
-    unfinished = sum(job.state not in DONE for job in status.jobs)
-    devices = max(min(status.devices, unfinished), 1)
-    places = f"{devices} devices" if devices > 1 else "one device"
-    if status.seconds_left is None:
-        write_line("time left: not known yet")
-    else:
-        write_line(f"time left: about {duration(status.seconds_left / devices)} on {places}")
+    left = [job.seconds_left for job in status.jobs if job.state not in DONE]
+    write_line(f"time left: {time_left(left, status.devices)}")
     if not status.running:
         write_line(f"to finish it: {status.command}")
 
 
 def _job_line(job: JobStatus) -> str:
-    parts = [f"  {job.state:<12} {job.epochs_done}/{counted(job.epochs, 'epoch')}"]
+    parts = [f"  {job.state:<8}  {job.epochs_done}/{counted(job.epochs, 'epoch')}"]
     if job.top1 is not None:
         parts.append(f"top-1 {job.top1:.2f}")
     if job.mAP is not None:
@@ -279,6 +284,23 @@ def _job_line(job: JobStatus) -> str:
     if job.requeues:
         parts.append(f"requeued {counted(job.requeues, 'time')}")
     return "  ".join(parts)
+
+
+def print_sweeps(sweeps: Sequence[SweepSummary]) -> None:
+    """Print a line for each sweep: its name, its jobs by state, and the time of its last launch."""
+    columns = ("sweep", "jobs", *SHOWN_STATES, "the rest", "last launch", "")
+    lines: list[tuple[str, ...]] = [columns]
+    for one in sweeps:
+        jobs = sum(one.counts.values())
+        shown = [one.counts.get(state, 0) for state in SHOWN_STATES]
+        launched = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.time))
+        running = "running" if one.running else ""
+        numbers = map(str, (jobs, *shown, jobs - sum(shown)))
+        lines.append((one.name, *numbers, launched, running))
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
+        write_line("  ".join(cells).rstrip())
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -340,9 +362,10 @@ def _command_for_tables(plan: Plan) -> str:
 def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> None:
     """Print the FAILED jobs, grouped by the cause of the failure; nothing if no job is FAILED.
 
-    Each job comes with its reason, the last three lines of its train.log, and the command that runs
-    the job again. `results` holds the content of result.json of each job, in the order of `jobs`.
-    Raise ValueError if there are not as many results as jobs.
+    Each job comes with its reason, those of the last three lines of its train.log that do not
+    repeat the reason, and the command that runs the job again. `results` holds the content of
+    result.json of each job, in the order of `jobs`. Raise ValueError if there are not as many
+    results as jobs.
     """
     by_cause: dict[str, list[tuple[Config, str]]] = defaultdict(list)
     for job, result in zip(jobs, results, strict=True):
@@ -353,7 +376,8 @@ def print_failures(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) ->
         for job, reason in failed:
             write_line(f"  {cfg.run_name(job)}: {reason}")
             for line in _last_lines(Path(job.run_dir, "train.log")):
-                write_line(f"    {line}")
+                if reason not in line:
+                    write_line(f"    {line}")
             write_line(f"    again: python -m sddlskd.worker {shlex.quote(job.run_dir)}")
 
 
@@ -366,13 +390,13 @@ def _last_lines(log_file: Path) -> list[str]:
 def cause_of(reason: str) -> str:
     """Return a short name for the cause of a job's failure, by which failures can be grouped.
 
-    `reason` is the entry "reason" of the job's result.json. The name is "killed" if the worker
+    `reason` is the entry "reason" of the job's result.json. The name is "worker died" if the worker
     process of the job died, "out of memory" if the device's memory was full, and "non-finite loss
     at epoch N" if the loss became NaN or infinite. Otherwise the name is the part of `reason`
     before the first colon.
     """
     if "worker died" in reason:
-        return "killed"
+        return "worker died"
     if "OutOfMemory" in reason:
         return "out of memory"
     if found := re.search(r"NonFiniteLoss.*at epoch (\d+)", reason):

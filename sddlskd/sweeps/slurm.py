@@ -489,7 +489,7 @@ class Slurm(GroupRunner):
             return (
                 f"whether {limit} suffices is not known without similar runs; a task that needs "
                 f"longer is requeued, at most {counted(self.max_requeues, 'time')}, and goes on "
-                "from its checkpoint; after that its jobs stay interrupted until the same command "
+                "from its checkpoint; after that its jobs stay KILLED until the same command "
                 "continues them"
             )
         task = "the longest task"
@@ -511,7 +511,7 @@ class Slurm(GroupRunner):
         )
         if requeues > self.max_requeues:
             line += (
-                f"; hydra.launcher.max_requeues={self.max_requeues} leaves its jobs interrupted "
+                f"; hydra.launcher.max_requeues={self.max_requeues} leaves its jobs KILLED "
                 "before their end, so raise one of the two, or run the same command again"
             )
         return line

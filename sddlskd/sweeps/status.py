@@ -5,23 +5,30 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.sweeps import slurm
+from sddlskd.sweeps.estimate import seconds_left
 from sddlskd.sweeps.manifest import is_running, read_manifest
 from sddlskd.sweeps.outcome import STATES, state_of
 from sddlskd.sweeps.search import DATABASE, searched_keys
 from sddlskd.terminal.words import counted
 
-__all__ = ["JobStatus", "SweepStatus", "count_states", "states_of", "status_of"]
+__all__ = [
+    "JobStatus",
+    "SweepStatus",
+    "SweepSummary",
+    "count_states",
+    "states_of",
+    "status_of",
+    "summaries_of",
+]
 
 ENDED = ("finished", "failed", "pruned")
 AT_WORK = ("queued", "running")
 DONE = ("finished", "pruned")  # what is left of a sweep whose jobs are all done
-LAST_EPOCHS = 3  # epochs of each job whose times predict the time left
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,14 @@ class JobStatus:
         settings: settings that tell the job from others of its name, and what a search chose, as in
             the table at the end of a sweep ("temperature=2 kd_weight=9"); "" if there are none, or
             if the job's config.yaml has not been written yet.
-        state: "finished", "running", "queued", "interrupted", "failed", "pruned" or "new".
+        state: "finished", "running", "queued", "killed", "failed", "pruned" or "new".
         epochs_done: number of epochs that have ended. Epochs of a first stage, which some methods
             have, do not count.
         epochs: number of epochs of the job; 0 if its config.yaml has not been written yet.
         top1: best validation top-1 (%) so far; None before the first epoch has ended.
         mAP: best validation mAP (%) so far; None as above, or if images have one class each.
+        seconds_left: estimated seconds on one device until the job ends; 0 if the sweep's command
+            does not run it, None if no epoch of such a job has ended yet.
         reason: why the job failed, was stopped or was dropped by halving; "" if there is no reason,
             or if the job is queued or running again.
         requeues: how often SLURM put the job back into its queue.
@@ -57,6 +66,7 @@ class JobStatus:
     epochs: int
     top1: float | None
     mAP: float | None
+    seconds_left: float | None
     reason: str
     requeues: int
     slurm_job: str | None
@@ -70,12 +80,13 @@ class SweepStatus:
     Attributes:
         sweep: name of the sweep.
         counts: number of jobs in each state; a state without jobs is left out.
-        jobs: status of every job, in the order of sweep.json.
+        jobs: status of every job, in the order of the table at the end of a sweep; jobs without a
+            config.yaml come last.
         running: whether the sweep runs: a launch of it is alive, or all jobs that are left run or
             are in SLURM's queue.
         teachers: teachers that are being trained now, as "resnet14: 3/240 epochs".
-        seconds_left: estimated seconds on one device for the jobs that `command` would run; 0
-            without such jobs, None if no epoch of the sweep has ended yet.
+        seconds_left: sum of the known `JobStatus.seconds_left`; None if there are jobs to run and
+            none is known.
         devices: number of devices of this machine that train the jobs; 1 for a cluster.
         command: shell command that runs all jobs that have not finished; "" if all have finished or
             are pruned, unless the sweep may add jobs.
@@ -94,10 +105,46 @@ class SweepStatus:
     slurm_error: str
 
 
+@dataclass(frozen=True)
+class SweepSummary:
+    """A sweep in the list of sweeps.
+
+    Attributes:
+        name: name of the sweep.
+        counts: number of jobs in each state; a state without jobs is left out.
+        running: whether a launch of the sweep is alive, or a job runs or is in SLURM's queue.
+        time: Unix time in seconds of the last launch.
+    """
+
+    name: str
+    counts: dict[str, int]
+    running: bool
+    time: float
+
+
+def summaries_of(sweeps: Path) -> list[SweepSummary]:
+    """Return a summary of each sweep in the folder `sweeps`, <home>/runs/sweeps, the newest last.
+
+    SLURM is asked about sweeps that it runs; if it does not answer, the record of a job counts.
+    Raise ValueError if a file of a sweep or of a job is damaged.
+    """
+    found = []
+    for path in sweeps.glob("*/sweep.json"):
+        folder, manifest = path.parent, read_manifest(path.parent)
+        try:
+            states = states_of(folder, manifest["jobs"])
+        except ConnectionError:
+            states = {run_dir: state_of(Path(run_dir)) for run_dir in manifest["jobs"]}
+        running = is_running(folder) or any(state in AT_WORK for state in states.values())
+        counts = count_states(states.values())
+        found.append(SweepSummary(manifest["name"], counts, running, manifest["time"]))
+    return sorted(found, key=lambda one: one.time)
+
+
 def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
     """Return the state of each job of a sweep: {run directory: state}.
 
-    The states are "finished", "running", "queued", "interrupted", "failed", "pruned" (dropped by
+    The states are "finished", "running", "queued", "killed", "failed", "pruned" (dropped by
     halving) and "new". A job whose task is in SLURM's queue is "queued" or "running", unless the
     job has finished or is pruned.
 
@@ -159,8 +206,13 @@ def status_of(folder: Path) -> SweepStatus:
     searched = searched_keys(manifest["command"]) if is_search else []
     differing = cfg.differing_settings(list(configs.values()), searched)
     settings = dict(zip(configs, differing, strict=True))
+    left = [run_dir for run_dir in run_dirs if states[run_dir] not in _left_alone(manifest)]
+    estimates: dict[str, float | None] = dict.fromkeys(run_dirs, 0.0)
+    estimates |= dict.fromkeys(left)
+    known = [run_dir for run_dir in left if run_dir in configs]
+    seconds = seconds_left([configs[run_dir] for run_dir in known], manifest.get("kind"))
+    estimates |= zip(known, seconds, strict=True)
     jobs: list[JobStatus] = []
-    epoch_seconds: list[float] = []
     for run_dir in run_dirs:
         rows = record.read_rows(Path(run_dir)) if states[run_dir] != "new" else []
         result = record.read_result(Path(run_dir))
@@ -168,19 +220,26 @@ def status_of(folder: Path) -> SweepStatus:
         task = tasks.get(run_dir)
         jobs.append(
             _job_status(
-                Path(run_dir), config, own, states[run_dir], rows, result, task, task_states
+                Path(run_dir),
+                config,
+                own,
+                states[run_dir],
+                rows,
+                result,
+                task,
+                task_states,
+                estimates[run_dir],
             )
         )
-        # The runs of a group share their time.
-        group_size = result.get("group_size", 1)
-        epoch_seconds += [row["time/epoch_s"] / group_size for row in rows[-LAST_EPOCHS:]]
     command = ""
     # A search and a sweep with seeds until decided may add jobs, which only their command knows.
     # Manifests of earlier versions do not have the entry.
     may_add = manifest.get("until_decided") or is_search
     if may_add or any(job.state not in DONE for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
-    left = [run_dir for run_dir in run_dirs if states[run_dir] not in _left_alone(manifest)]
+    in_order = [list(configs)[index] for index in cfg.table_order(list(configs.values()))]
+    place = {run_dir: number for number, run_dir in enumerate(in_order)}
+    jobs.sort(key=lambda job: place.get(job.run_dir, len(place)))
     return SweepStatus(
         sweep=manifest["name"],
         counts=count_states(states.values()),
@@ -188,7 +247,7 @@ def status_of(folder: Path) -> SweepStatus:
         running=is_running(folder)
         or (bool(left) and all(states[run_dir] in AT_WORK for run_dir in left)),
         teachers=_teachers_in_training([configs[one] for one in left if one in configs]),
-        seconds_left=_seconds_left([job for job in jobs if job.run_dir in left], epoch_seconds),
+        seconds_left=_sum_of([estimates[run_dir] for run_dir in left]),
         devices=manifest.get("devices", 1),
         command=command,
         slurm_error=slurm_error,
@@ -239,6 +298,7 @@ def _job_status(
     result: Mapping[str, Any],
     task: str | None,
     task_states: Mapping[str, str],
+    estimate: float | None,
 ) -> JobStatus:
     """Return the status of one job.
 
@@ -251,6 +311,7 @@ def _job_status(
         result: content of the job's result.json.
         task: id of the job's SLURM task; None without one.
         task_states: states of the tasks of the sweep, by their ids.
+        estimate: estimated seconds until the job ends; None if they are not known.
     """
     epochs = config.trainer.epochs if config else 0
     top1 = result.get("best_top1")
@@ -270,6 +331,7 @@ def _job_status(
         epochs=epochs,
         top1=top1,
         mAP=result.get("best_mAP", found),
+        seconds_left=estimate,
         reason=reason,
         requeues=result.get("requeues", 0),
         slurm_job=task,
@@ -277,14 +339,9 @@ def _job_status(
     )
 
 
-def _seconds_left(jobs: Sequence[JobStatus], epoch_seconds: Sequence[float]) -> float | None:
-    """Return the estimated seconds that jobs which have not finished need on one device.
-
-    `epoch_seconds` are the times of recent epochs. Return 0 without jobs, and None without recent
-    epochs.
-    """
-    if not jobs:
-        return 0.0
-    if not epoch_seconds:
+def _sum_of(seconds: Sequence[float | None]) -> float | None:
+    """Return the sum of the known numbers; 0 for an empty list, None if no number is known."""
+    known = [one for one in seconds if one is not None]
+    if seconds and not known:
         return None
-    return mean(epoch_seconds) * sum(job.epochs - job.epochs_done for job in jobs)
+    return sum(known, start=0.0)

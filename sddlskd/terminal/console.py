@@ -77,6 +77,7 @@ LOST_FEATURE = re.compile(rf"features\.({'|'.join(f.name for f in fields(Feature
 CLOCK = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d)")
 # Unit of a number, by the end of its key
 UNITS = {"_min": "minutes", "_minutes": "minutes", "_s": "seconds"}
+CLOCK_TIME = "%H:%M:%S"  # of a log line
 LONGEST_REASON = 40  # characters of a reason that stands in a table
 # Folders of conf/ from which a user does not choose.
 NO_CHOICES = ("hydra", "tuned", "adapted", "__pycache__")
@@ -164,10 +165,19 @@ def outcomes(
     """
     from rich.console import Console
 
-    console = Console(markup=False)  # a reason may contain brackets
-    _print_results(console, jobs, results, cfg.differing_settings(jobs, searched))
+    console = Console(markup=False, highlight=False)  # a reason may contain brackets
+    order = cfg.table_order(jobs)
+    settings = cfg.differing_settings(jobs, searched)
+    _print_results(
+        console,
+        [jobs[index] for index in order],
+        [results[index] for index in order],
+        [settings[index] for index in order],
+    )
     for folder in sorted({str(Path(job.run_dir).parent) for job in jobs}):
         console.print(f"records in {folder}", soft_wrap=True)
+    if line := _no_teacher_file(jobs, results):
+        console.print(line, soft_wrap=True)
     if then:
         console.print(then, soft_wrap=True)
     statuses = {result["status"] for result in results}
@@ -246,6 +256,31 @@ def _print_results(
             break_on_hyphens=False,
         )
         console.print(wrapped, soft_wrap=True)
+
+
+def _no_teacher_file(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> str:
+    """Return a line that says why finished networks are no teacher files, "" if none is concerned.
+
+    The networks are those of jobs without a teacher that learn from a part of the images.
+    """
+    concerned = [
+        job
+        for job, result in zip(jobs, results, strict=True)
+        if not job.has_teacher
+        and job.dataset.train_fraction < 1
+        and job.trainer.max_steps is None
+        and result["status"] == "FINISHED"
+    ]
+    if not concerned:
+        return ""
+    folder = concerned[0].run_dir
+    if len(concerned) > 1:
+        folder = "RUN_DIRECTORY"
+    return (
+        f"no teacher file is written, as dataset.train_fraction="
+        f"{concerned[0].dataset.train_fraction:g}; teacher.checkpoint={folder}/best.ckpt uses "
+        "a network that was trained alone"
+    )
 
 
 def _score(top1: float | None) -> str:
@@ -472,23 +507,32 @@ def _one_line(text: str) -> str:
 
 
 def log_to_terminal() -> None:
-    """Send the package's log to stderr: coloured on a terminal, else as lines without colours.
+    """Send the package's log to stderr, each message with its time (HH:MM:SS).
 
-    Messages below level INFO are not shown. Earlier handlers of the package's log are removed, and
-    the root logger gets none of its messages.
+    On a terminal, long messages are broken between words. Messages below level INFO are not shown,
+    nor are those with the attribute `only_in_file`. Earlier handlers of the package's log are
+    removed, and the root logger gets none of its messages.
     """
     from rich.console import Console
+    from rich.highlighter import NullHighlighter
     from rich.logging import RichHandler
 
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(
-            console=console, show_path=False, show_level=False, rich_tracebacks=False
+            console=console,
+            show_path=False,
+            show_level=False,
+            rich_tracebacks=False,
+            omit_repeated_times=False,
+            log_time_format=CLOCK_TIME,
+            highlighter=NullHighlighter(),  # colours in names hide where they begin and end
         )
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", CLOCK_TIME))
+    handler.addFilter(lambda entry: not hasattr(entry, "only_in_file"))
     package = logging.getLogger("sddlskd")
     package.handlers[:] = [handler]
     package.setLevel(logging.INFO)

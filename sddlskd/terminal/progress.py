@@ -1,6 +1,7 @@
 """Progress display of training: a live table on a terminal, else log lines."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -10,11 +11,15 @@ from rich.live import Live
 from rich.table import Table
 
 from sddlskd.terminal.console import duration
+from sddlskd.terminal.layout import fitting_table
 from sddlskd.terminal.meter import console_of_log
 
 __all__ = ["ProgressDisplay"]
 
 log = logging.getLogger(__name__)
+
+COLUMNS = ("run", "epoch", "step", "loss", "top-1", "images/s", "left", "state")
+EVERY_S = 0.5  # shortest time in seconds between two updates of the live table inside an epoch
 
 
 class RunStatus(Protocol):
@@ -57,7 +62,8 @@ class ProgressDisplay:
     """Display of each run's epoch, loss and top-1 (%), with images per second and time left.
 
     Use the display as a context manager around the training. Images per second and time left are
-    those of the slowest run that is still training.
+    those of the slowest run that is still training. The live table vanishes at the end, because the
+    outcome of the runs follows.
 
     Args:
         runs: runs to show; their attributes are read at each update.
@@ -87,14 +93,16 @@ class ProgressDisplay:
         self.console = console_of_log()
         self.live: Live | None = None
         if mode == "auto" and self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False)
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.plain = mode != "off" and self.live is None
         self.started = time.monotonic()
+        self.updated = -math.inf  # time of the last update of the live table
         self.done_at_start = self._done()
 
     def __enter__(self) -> Self:
         if self.live:
             self.live.start()
+            self._update()
         return self
 
     def __exit__(
@@ -123,9 +131,17 @@ class ProgressDisplay:
         return duration((self.epochs * self.steps - self._done()) / rate)
 
     def refresh(self) -> None:
-        """Update the live table from the runs' attributes; do nothing without a live table."""
+        """Update the live table from the runs' attributes, at most twice a second (EVERY_S).
+
+        Call this method after each step. Without a live table it does nothing.
+        """
+        if self.live and time.monotonic() - self.updated >= EVERY_S:
+            self._update()
+
+    def _update(self) -> None:
         if self.live:
             self.live.update(self._table(), refresh=True)
+            self.updated = time.monotonic()
 
     def epoch(self, run: RunStatus) -> None:
         """Report the end of a run's epoch: update the live table, or else write a log line.
@@ -144,19 +160,29 @@ class ProgressDisplay:
                 self._rate() * self.batch,
                 self._left(),
             )
-        self.refresh()
+        self._update()
 
     def _table(self) -> Table:
-        table = Table("run", "epoch", "step", "loss", "top-1", "images/s", "left", "state")
+        rows = []
         for run, title in zip(self.runs, self.titles, strict=True):
-            table.add_row(
+            step = run.step
+            if run.epoch > self.epochs:  # the last epoch is done
+                step = self.steps
+            cells = (
                 title,
                 f"{min(run.epoch, self.epochs)}/{self.epochs}",
-                f"{run.step}/{self.steps}",
-                f"{run.loss:.4f}",
-                f"{run.val_top1:.2f}",
+                f"{step}/{self.steps}",
+                _number(run.loss, 4),
+                _number(run.val_top1, 2),
                 f"{self._rate() * self.batch:.0f}",
                 self._left(),
                 run.state,
             )
+            rows.append(dict(zip(COLUMNS, cells, strict=True)))
+        table, _ = fitting_table("", COLUMNS, rows, self.console.width)
         return table
+
+
+def _number(value: float, digits: int) -> str:
+    """Return a number with some digits after the point, or "-" if it is not known (NaN)."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

@@ -29,7 +29,7 @@ from sddlskd.distill import (
     SeveralTeachers,
 )
 from sddlskd.models import draw_ends
-from sddlskd.record import Onlooker, Record
+from sddlskd.record import ONLY_IN_FILE, Onlooker, Record
 from sddlskd.terminal.console import explain
 from sddlskd.training import teacher_files
 from sddlskd.training.checks import (
@@ -442,6 +442,7 @@ def build_run(
     steps: int,
     *,
     images: int,
+    label: str = "",
     ranks: Ranks | None = None,
     features: Mapping[str, Feature] | None = None,
 ) -> Run:
@@ -454,6 +455,7 @@ def build_run(
         device: device of the network.
         steps: batches per epoch.
         images: images per epoch, over all ranks.
+        label: name of the run in logs; "" for the name of its run directory.
         ranks: the processes that share each batch; all of them must call this function. None for
             this process alone.
         features: the feature and relation methods of the job by name; None for none.
@@ -499,6 +501,7 @@ def build_run(
         network,
         objective,
         _optimisation(job, parameters, device),
+        label=label or opened.folder.name,
         device=device,
         precision=job.trainer.precision,
         compile=job.trainer.compile,
@@ -573,11 +576,13 @@ def leave_as_teacher(job: Config, run: Run) -> None:
     if job.has_teacher or job.trainer.max_steps is not None:
         return
     if job.dataset.train_fraction < 1:
+        # The outcome of the run or of the whole sweep says so once.
         run.record.log.info(
             "no teacher file is written, as dataset.train_fraction=%g; "
             "teacher.checkpoint=%s/best.ckpt uses this network",
             job.dataset.train_fraction,
             job.run_dir,
+            extra=ONLY_IN_FILE,
         )
         return
     path = teacher_files.path_of(job.home, job.dataset.name, job.student.name)

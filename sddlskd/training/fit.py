@@ -305,8 +305,8 @@ def _mark_failed(
     Args:
         jobs: the jobs of the group that failed.
         cause: why the group failed.
-        begun: Unix time in seconds at which the call of `fit` began. A job that was interrupted
-            (KILLED) before has no outcome of this call.
+        begun: Unix time in seconds at which the call of `fit` began. A job that was
+            KILLED before has no outcome of this call.
         since: Unix time in seconds; a job whose record says RUNNING since then or later has no
             outcome. Infinity to leave RUNNING jobs alone.
         status: what to write instead of FAILED: KILLED if the device failed.
@@ -434,7 +434,7 @@ class _OpenRuns:
         if self.mirror:
             self.mirror.update(run.record.folder)
 
-    def report_unfinished(self, status: str, reason: str) -> None:
+    def report_unfinished(self, status: str, reason: str, *, told: bool = False) -> None:
         """Write an outcome for every run that has none yet, and tell the mirror.
 
         A run whose result.json cannot be written, as on a full disk, is skipped.
@@ -442,11 +442,12 @@ class _OpenRuns:
         Args:
             status: FAILED or KILLED.
             reason: why the runs end, in one line.
+            told: see `Run.report`.
         """
         for run in self.runs:
             if run.alive:
                 with suppress(OSError):
-                    run.report(status, reason)
+                    run.report(status, reason, told=told)
                     self.on_change(run)
 
 
@@ -715,17 +716,23 @@ def _open_runs(group: _Group) -> Iterator[_OpenRuns]:
     opened = _OpenRuns([], [], None)
     refused: list[tuple[Path, Exception]] = []
     with ExitStack() as stack:
-        parts = zip(group.jobs, group.students, group.features, strict=True)
-        for job, student, features in parts:
+        # The lines of several workers mix, and their jobs may have different teachers.
+        plain = group.jobs[0].trainer.progress == cfg.Progress.plain
+        labels = cfg.titles(group.jobs, teacher=plain)
+        parts = zip(group.jobs, labels, group.students, group.features, strict=True)
+        for job, label, student, features in parts:
             directory = _open_directory(job, group.ranks, stack)
             try:
-                run = _build_run(job, student, features, directory, group)
+                run = _build_run(job, label, student, features, directory, group)
             except Exception as error:
                 concerns_all = isinstance(error, torch.OutOfMemoryError) or device_failure(error)
                 if group.ranks.world_size > 1 or concerns_all:
                     raise
                 reason = f"{type(error).__name__}: {error}"
-                directory.log.error("%s: %s", directory.folder.name, reason)
+                extra = None
+                if len(group.jobs) == 1:  # its error is raised, and printed by the caller
+                    extra = record.ONLY_IN_FILE
+                directory.log.error("%s: failed: %s", label, reason, extra=extra)
                 directory.write_outcome(FAILED, reason)
                 refused.append((directory.folder, error))
             else:
@@ -753,6 +760,7 @@ def _open_directory(job: Config, ranks: Ranks, stack: ExitStack) -> Record | Onl
 
 def _build_run(
     job: Config,
+    label: str,
     student: nn.Module,
     features: Mapping[str, Feature],
     directory: Record | Onlooker,
@@ -773,6 +781,7 @@ def _build_run(
         group.device,
         group.steps,
         images=group.data.train_size,
+        label=label,
         ranks=group.ranks,
         features=features,
     )
@@ -813,7 +822,7 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
     first = group.jobs[0]
     view = ProgressDisplay(
         opened.runs,
-        [cfg.title(job) for job in opened.jobs],
+        cfg.titles(opened.jobs),
         mode=first.trainer.progress if group.ranks.is_rank_zero else "off",
         epochs=first.trainer.epochs,
         steps=group.steps,
@@ -848,7 +857,7 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
             # After out-of-memory the caller may retry with fewer runs.
             may_retry = _may_retry(opened.jobs, error) or _failure_of_device(opened.jobs, error)
             status = KILLED if may_retry else FAILED
-            opened.report_unfinished(status, f"{type(error).__name__}: {error}")
+            opened.report_unfinished(status, f"{type(error).__name__}: {error}", told=True)
         raise
 
 

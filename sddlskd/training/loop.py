@@ -109,8 +109,7 @@ def train(
             # next step.
             waiting = [run for run in runs_in_epoch if run not in runs_at_step]
             started |= dict.fromkeys(waiting, time.monotonic())
-            if (step + 1) % log_every == 0:
-                view.refresh()
+            view.refresh()
             signalled, save = agreed()
             if signalled or save:
                 saved = time.monotonic()

@@ -20,7 +20,16 @@ from sddlskd.data.device import Batch, seed_of
 from sddlskd.files import checkpoint
 from sddlskd.methods import Taps
 from sddlskd.models import LogitMapModel
-from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, Onlooker, Record
+from sddlskd.record import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    ONLY_IN_FILE,
+    PRUNED,
+    RUNNING,
+    Onlooker,
+    Record,
+)
 from sddlskd.training.capture import Captured
 from sddlskd.training.devices import autocast, compiled
 from sddlskd.training.objective import Objective, logits_of
@@ -99,6 +108,7 @@ class Run:
         model: the student.
         objective: the loss that the student is trained with.
         optimisation: how the parameters are updated.
+        label: name of the run in logs.
         device: device of this rank.
         precision: precision of the forward pass: "fp32", "bf16" or "fp16".
         compile: whether to apply torch.compile to the student.
@@ -138,6 +148,7 @@ class Run:
         objective: Objective,
         optimisation: Optimisation,
         *,
+        label: str,
         device: torch.device,
         precision: str,
         compile: bool,
@@ -150,7 +161,7 @@ class Run:
         ranks: Ranks,
     ) -> None:
         self.record = record
-        self.label = record.folder.name
+        self.label = label
         self.model = model
         self.objective = objective
         self.optimisation = optimisation
@@ -187,7 +198,9 @@ class Run:
             optimisation.capture_on(device)
             self.captured = Captured("steps", device, record.log, watched=not self.compiled)
         elif capture:
-            record.log.info("steps are not captured, but started kernel by kernel: %s", reason)
+            record.log.info(
+                "%s: steps are not captured, but started kernel by kernel: %s", label, reason
+            )
 
     def _why_not_captured(self) -> str:
         """Return why no step of this run can be captured; "" if nothing is known against it."""
@@ -266,7 +279,7 @@ class Run:
         if self._is_uncompiled:
             self._is_uncompiled = False
             took = time.monotonic() - began
-            self.record.log.info("torch.compile: %.1f s with the first step", took)
+            self.record.log.info("%s: torch.compile: %.1f s with the first step", self.label, took)
 
     def _learn(self, batch: Batch, teacher: Taps | None, count: float, whole: int) -> None:
         """Update the weights and the sums of the epoch from one batch, on the device alone.
@@ -486,14 +499,18 @@ class Run:
             self.val_top1 = self.progress.last_top1
         if state["row"] is not None:
             self.record.append(state["row"])
-        self.record.log.info("continuing at epoch %d, step %d", self.epoch, self.step)
+        self.record.log.info(
+            "%s: continuing at epoch %d, step %d", self.label, self.epoch, self.step
+        )
 
-    def report(self, status: str, reason: str = "") -> dict[str, Any]:
+    def report(self, status: str, reason: str = "", *, told: bool = False) -> dict[str, Any]:
         """Set the status of the run, write it with the scores to result.json, and log it.
 
         Args:
             status: RUNNING at the start; FINISHED, FAILED, KILLED or PRUNED at the end.
             reason: why the run ended, in one line; "" if there is nothing to explain.
+            told: whether the user learns the reason from an error that ends all runs. Then only
+                train.log gets the line, and not the terminal.
 
         Returns:
             The content of result.json; {} on ranks other than 0, which write nothing.
@@ -505,10 +522,15 @@ class Run:
         self.state = status
         if not self.alive and self.captured is not None:
             self.captured.release()
-        log = self.record.log.error if status == FAILED else self.record.log.info
-        log("%s: %s%s", self.label, status.lower(), f": {reason}" if reason else "")
         progress = self.progress
         has_scores = progress.best_epoch > 0
+        said = f": {reason}" if reason else ""
+        if status == RUNNING:
+            said = f" ({self.record.folder.name})"  # the name by which its files are found
+        elif status == FINISHED and has_scores:
+            said = f", top-1 {progress.best_top1:.2f} at best, {progress.last_top1:.2f} at the end"
+        log = self.record.log.error if status == FAILED else self.record.log.info
+        log("%s: %s%s", self.label, status.lower(), said, extra=ONLY_IN_FILE if told else None)
         info = dict(self.info)
         if self.captured is not None and self.captured.replays:
             info["environment"] = f"{info.get('environment', '')}, captured steps"

@@ -208,7 +208,7 @@ def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Pa
     sweep(jobs, wait=False)
     wait_for(lambda: (folder / "last.ckpt").exists())
     cluster.crash_node()
-    wait_for(lambda: state_of(folder) == "interrupted")
+    wait_for(lambda: state_of(folder) == "killed")
     # SLURM needs some time to notice the crash.
     wait_for(lambda: "PENDING" in cluster.queue().values())
     cluster.start_slurmd()
