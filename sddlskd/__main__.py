@@ -33,7 +33,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("sddlskd.train", [], "train one student, or continue its training"),
     "sweep": Command("sddlskd.train", ["-m"], "train a grid of students, or continue the grid"),
-    "status": Command("sddlskd.sweeps", ["status"], "show the state of every job of a sweep"),
+    "status": Command(
+        "sddlskd.sweeps", ["status"], "list the sweeps, or show the state of every job of one"
+    ),
     "logs": Command("sddlskd.sweeps", ["logs"], "show the logs of a sweep's SLURM tasks"),
     "cancel": Command("sddlskd.sweeps", ["cancel"], "cancel a sweep's SLURM jobs"),
     "teachers": Command("sddlskd.teachers", [], "list, fetch, verify or import teachers"),

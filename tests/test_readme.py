@@ -93,9 +93,10 @@ def test_its_tables_look_as_the_terminal_shows_them(
         return [line for line in lines if "FINISHED" in line]
 
     lines = shown(("sd_kd_ls", 99.72, 99.72, 43))
+    # The student alone makes the table as wide as that of the whole sweep.
     lines += shown(
-        ("kd_ls", 88.89, 88.61, 32), ("sd_kd_ls", 97.50, 97.22, 32), ("vanilla", 92.78, 92.50, 8)
-    )[:2]
+        ("vanilla", 92.78, 92.50, 8), ("kd_ls", 88.89, 88.61, 32), ("sd_kd_ls", 97.50, 97.22, 32)
+    )[1:]
     for path in READMES:
         rows = [line.strip() for line in path.read_text().splitlines() if "FINISHED" in line]
         assert rows == lines

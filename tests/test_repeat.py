@@ -123,7 +123,12 @@ def test_a_shell_reads_the_command_as_it_was_meant(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = """it's "a" $HOME, [b] `c` {d: 1} \\ end"""
-    overrides = ["recipe=kd", "M=[1,2]", "student=timm", f"student.model.name={cfg.value_text(text)}"]
+    overrides = [
+        "recipe=kd",
+        "M=[1,2]",
+        "student=timm",
+        f"student.model.name={cfg.value_text(text)}",
+    ]
     job = compose(*overrides)
     code, out, err = printed(monkeypatch, capsys, str(written(tmp_path / "run", job)))
     assert (code, err) == (0, [])

@@ -342,7 +342,7 @@ def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
     cell, baseline = cells[comparison.cell], cells[comparison.baseline]
     pair = cell.student.name
     if cell.has_teacher:
-        pair = f"{cfg.teacher_name(cell)} {cell.student.name}"
+        pair = f"{cfg.teacher_name(cell)} -> {cell.student.name}"
     verdict = "undecided"
     if comparison.decided:
         verdict = "better" if comparison.gain > 0 else "worse"

@@ -213,7 +213,7 @@ def _print_results(
     for job, own, result in zip(jobs, settings, results, strict=True):
         pair = job.student.name
         if job.has_teacher:
-            pair = f"{cfg.teacher_name(job)} {job.student.name}"
+            pair = f"{cfg.teacher_name(job)} -> {job.student.name}"
         rows.append(
             {
                 "pair": pair,
@@ -228,7 +228,7 @@ def _print_results(
             }
         )
     if len({row["pair"] for row in rows}) == 1:
-        console.print(rows[0]["pair"].replace(" ", " -> "), soft_wrap=True)
+        console.print(rows[0]["pair"], soft_wrap=True)
         columns.remove("pair")
     reasons = list(dict.fromkeys(result["reason"] for result in results if result["reason"]))
     below: list[str] = []
