@@ -34,6 +34,7 @@ from sddlskd.models import create
 from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
 from sddlskd.training import build, checks, teacher_files
 from sddlskd.training.fit import fit
+from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import Published, file_hash, path_of, publish
 from tests.conftest import Compose, compose_in
 from tests.loopback import Site, site, status
@@ -534,9 +535,21 @@ def test_a_file_of_torchvisions_says_how_to_import_it(compose: Compose, tmp_path
     job, path = compose("teacher=resnet18", "dataset=digits"), tmp_path / "mine.pth"
     network = torchvision.models.resnet18(num_classes=10)
     torch.save(network.state_dict(), path)
-    told = "torchvision's; give --as torchvision teacher.model.name=resnet18 in place of --as resn"
+    told = (
+        "torchvision's; choose that network, as in teacher=torchvision teacher.model.name=resnet18 "
+        "or, to import the file, --as torchvision teacher.model.name=resnet18"
+    )
     with pytest.raises(ValueError, match=told):
         import_file(job, path)
+    with pytest.raises(ValueError, match=told):
+        Teacher(
+            create("resnet18", 10),
+            path,
+            name="resnet18",
+            device=torch.device("cpu"),
+            precision="fp32",
+            compile=False,
+        )
     assert not target(job).parent.exists()
     torch.save({**network.state_dict(), "fc.weight": torch.zeros(3, 512)}, path)
     with pytest.raises(ValueError, match=r"file alone are layer2\.0\.downsample\.0\.weight, "):
