@@ -22,6 +22,7 @@ from sddlskd import record, tracking
 from sddlskd.config import Config, Rerun
 from sddlskd.processes.interrupts import ignore_interrupts
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
+from sddlskd.sweeps.baselines import comparison_lines
 from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import (
     marked_as_running,
@@ -113,6 +114,9 @@ def run_sweep(
         devices = runner.places(plan.todo, plan.devices)
         requests = runner.requests(plan.groups, plan.group_seconds)
         print_plan(plan, devices, requests, runner.array_parallelism)
+        if print_results:  # a search or a sweep until decided compares its jobs itself
+            for line in comparison_lines(plan.jobs):
+                write_line(line)
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")
