@@ -114,7 +114,8 @@ def run_sweep(
         devices = runner.places(plan.todo, plan.devices)
         requests = runner.requests(plan.groups, plan.group_seconds)
         print_plan(plan, devices, requests, runner.array_parallelism)
-        if print_results:  # a search or a sweep until decided compares its jobs itself
+        # Searches, halving and seeds until decided compare their jobs by themselves.
+        if print_results and not plan.jobs[0].sweep.halving:
             for line in comparison_lines(plan.jobs):
                 write_line(line)
         refusals = _refusals(plan, runner)
