@@ -73,7 +73,7 @@ class Pool(GroupRunner):
       gets a worker of its own, and is marked FAILED if that worker dies.
     - If a signal stopped the second worker, its unfinished jobs stay interrupted.
     - If a device fails, it gets no more groups, and its unfinished jobs go to the other devices. If
-      too few devices are left that may train a job, the job stays to do.
+      too few devices that may train a job are left, the job stays to do.
 
     Args:
         devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker
@@ -222,7 +222,7 @@ class Pool(GroupRunner):
                 if code in task.device_failures:
                     self._leave_out(self._failed_device(code, self.devices[slot]), task)
                 self._ended(code, task)
-                if code in task.device_failures:
+                if code in task.device_failures and not self.stop_signals:
                     self._give_up()
 
     def _next(self, device: str) -> Task | None:

@@ -182,7 +182,9 @@ def _check_named_gpus(places: int) -> None:
     found = torch.cuda.device_count()
     if found < places <= len(named):
         raise DeviceFailure(
-            f"CUDA does not find GPU {named[found]}, which CUDA_VISIBLE_DEVICES names", found
+            f"CUDA does not find GPU {named[found]}, which CUDA_VISIBLE_DEVICES names; name GPUs "
+            "of this machine there, or use trainer.device=cpu",
+            found,
         )
 
 
