@@ -113,11 +113,10 @@ def run_sweep(
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
         requests = runner.requests(plan.groups, plan.group_seconds)
-        print_plan(plan, devices, requests, runner.array_parallelism)
         # Searches, halving and seeds until decided compare their jobs by themselves.
-        if print_results and not plan.jobs[0].sweep.halving:
-            for line in comparison_lines(plan.jobs):
-                write_line(line)
+        compares = print_results and not plan.jobs[0].sweep.halving
+        notes = comparison_lines(plan.jobs) if compares else []
+        print_plan(plan, devices, requests, runner.array_parallelism, notes)
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")

@@ -104,7 +104,11 @@ def _time_line(plan: Plan) -> str:
 
 
 def print_plan(
-    plan: Plan, devices: Sequence[str], requests: Sequence[str], array_parallelism: int | None
+    plan: Plan,
+    devices: Sequence[str],
+    requests: Sequence[str],
+    array_parallelism: int | None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Print what a sweep would run, how its jobs spread over the devices, and every obstacle.
 
@@ -116,6 +120,7 @@ def print_plan(
         devices: devices of this machine that would train the jobs; [] on a cluster.
         requests: lines that say what the sweep would ask a cluster for; [] on this machine.
         array_parallelism: largest number of a cluster's tasks at once; None on this machine.
+        notes: further lines, which come before the obstacles.
     """
     spread = _spread_lines(plan, devices)
     if array_parallelism and plan.groups:
@@ -132,6 +137,8 @@ def print_plan(
         write_line(f"trained first: teacher {teacher}{left_out}")
     for file in plan.downloads:
         write_line(f"to download: there is no {file}; the sweep downloads it when it starts")
+    for note in notes:
+        write_line(note)
     for line in reasons_together(plan.invalid):
         write_line(f"cannot run: {line}")
 
