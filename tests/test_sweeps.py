@@ -1005,6 +1005,6 @@ def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
 
     assert lines()[1] == "1 more job is equal to these"
     assert lines("recipe=vanilla")[1] == (
-        "2 more jobs are equal to these: M has no effect without a loss on the logits "
-        "(distiller=vanilla)"
+        "2 more jobs are equal to these: M and the settings of a distillation have no effect "
+        "without a loss on the logits (distiller=vanilla)"
     )

@@ -44,7 +44,10 @@ def plan_lines(plan: Plan) -> list[str]:
         reason = ""
         if not any(job.distiller.loss for job in plan.repeats):
             names = sorted({f"distiller={job.distiller.name}" for job in plan.repeats})
-            reason = f": M has no effect without a loss on the logits ({', '.join(names)})"
+            reason = (
+                ": M and the settings of a distillation have no effect "
+                f"without a loss on the logits ({', '.join(names)})"
+            )
         number = counted(len(plan.repeats), "more job is", "more jobs are")
         lines.append(f"{number} equal to these{reason}")
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
