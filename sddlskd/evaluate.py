@@ -25,60 +25,30 @@ import argparse
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.config.schema import FeatureConfig, MoreTeacherConfig, TeacherConfig
-from sddlskd.data.streaming import Data, StreamedData
-from sddlskd.datasets.fingerprint import difference, differing_classes
-from sddlskd.export import TRUST, described, load_run
-from sddlskd.files.checkpoint import load_weights
-from sddlskd.models.base import LogitMapModel
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.record import read_result
+from sddlskd.record import check_has_best, read_result
 from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout, write_line
 from sddlskd.terminal.words import counted
-from sddlskd.training.build import (
-    build_data,
-    build_network,
-    load_splits,
-    present_fingerprint,
-    without_weights,
-)
-from sddlskd.training.checks import (
-    check_maps,
-    check_teacher,
-    missing_teacher,
-    teacher_path,
-)
-from sddlskd.training.devices import autocast, describe, number_formats, pick_device
-from sddlskd.training.evaluation import answers, metered_test_batches, scores
-from sddlskd.training.features import rebuild_student
-from sddlskd.training.probe import features_of, linear_probe
-from sddlskd.training.several import Teachers
-from sddlskd.training.size import size_of
-from sddlskd.training.teacher import Teacher
 
-__all__ = ["main", "measure", "probe", "throughput"]
+__all__ = ["main"]
 
 # A name that `log_to_terminal` knows; __name__ is "__main__" under `python -m`.
 log = logging.getLogger("sddlskd.evaluate")
 
-TIMED_S = 1.0  # seconds of timing, after the warm-up
-WARM_UP = 2  # batches
 # Errors that a user can fix.
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)
 # Config groups that are replaced as a whole if the command line chooses another option.
@@ -99,214 +69,33 @@ UNITS = {
 }
 
 
-def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[str, Any]:
-    """Return the test scores, the size and the throughput of a student with given weights.
-
-    Args:
-        job: configuration with the data set, the device, the precision and the teacher to compare
-            with. If `job.has_teacher` is false, there is no comparison. `job.M` is ignored.
-        weights: file of the student's weights: a .safetensors file, or a checkpoint of this
-            package, RepDistiller or mdistiller (see `checkpoint.read_weights`).
-        trained: configuration that the student was trained with, which describes its network; None
-            if this is `job`.
-
-    Returns:
-        The results by name: "images" (number of test images), "top1" and "top5" (%), "ece"
-        (expected calibration error, %) or "mAP" (%, for several labels per image), "loss" (mean
-        cross-entropy), "parameters" (number), "flops" (operations for one image), "images_per_s"
-        (throughput), "batch" (images per timed batch), "ms_per_image" (milliseconds for a batch of
-        one image) and "environment" (name of the device). On a GPU also "memory_mib" (peak memory
-        in MiB while a batch is computed). With a teacher also "teacher_top1" (%) and "agreement"
-        (percentage of images for which both networks predict the same class); several teachers
-        predict by the weighted mean of their logits. "parameters" or "flops" is missing if the
-        number cannot be counted.
-
-    Raises:
-        FileNotFoundError: If the file of the student or of the teacher is missing.
-        ValueError: If the student cannot be evaluated: a file does not hold weights of its network,
-            the teacher's file differs from the sha256 that was noted when the file first came, the
-            images do not fit a network, the device is not available, or any other setting is wrong.
-        InstantiationException: If the code of a network or a data set raises an error.
-    """
-    job = replace(job, M=[1])  # fits logit maps of any size
-    device = pick_device(job.trainer.device)
-    network = rebuild_student(replace(trained or job, dataset=job.dataset), device)
-    load_weights(network, weights, job.student.name)
-    alone = cfg.each_teacher(job)
-    check_teacher(job)
-    keys = cfg.teacher_keys(job)
-    teachers = [_build_teacher(one, key, device) for one, key in zip(alone, keys, strict=True)]
-    data = build_data(job, device)
-    try:
-        check_maps(job, network, None, data, device)
-        for one, teacher in zip(alone, teachers, strict=True):
-            check_maps(one, network, teacher.network, data, device)
-        together: Teacher | Teachers | None = None
-        if teachers:
-            together = teachers[0]
-        if len(teachers) > 1:
-            together = Teachers(teachers, cfg.teacher_weights(job))
-        with number_formats(job.trainer.tf32):
-            found = _measure_on(data, job, network.eval(), together)
-            found["environment"] = describe(device)
-    finally:
-        if isinstance(data, StreamedData):
-            data.close()
-    return found
-
-
-def _measure_on(
-    data: Data, job: Config, network: nn.Module, teacher: Teacher | Teachers | None
-) -> dict[str, Any]:
-    precision = job.trainer.precision
-    batches = metered_test_batches(data, f"{job.student.name} on {job.dataset.name}")
-    logits_NK, target_N = answers(network, batches, precision)
-    found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
-    if teacher:
-        batches = metered_test_batches(data, f"teacher {cfg.teacher_name(job)}")
-        teacher_NK, _ = answers(teacher, batches, precision)
-        found["teacher_top1"] = scores(teacher_NK, target_N)["top1"]
-        agree_N = logits_NK.argmax(1) == teacher_NK.argmax(1)
-        found["agreement"] = 100 * agree_N.double().mean().item()
-    images_BCHW, _ = next(data.test_batches())
-    found |= size_of(network, tuple(images_BCHW.shape[1:]))
-    found["images_per_s"] = throughput(network, images_BCHW, precision, TIMED_S)
-    found["batch"] = len(images_BCHW)
-    if images_BCHW.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(images_BCHW.device)
-        throughput(network, images_BCHW, precision, seconds=0.0)
-        found["memory_mib"] = torch.cuda.max_memory_allocated(images_BCHW.device) / 2**20
-    found["ms_per_image"] = 1000 / throughput(network, images_BCHW[:1], precision, TIMED_S)
-    return found
-
-
-def probe(job: Config, weights: Path, trained: Config, side: int | None = None) -> dict[str, Any]:
-    """Return the test accuracy of a linear classifier that is trained on a student's features.
-
-    The classifier learns from all training images of `job.dataset`, without augmentation (see
-    `linear_probe`). The student is not trained.
-
-    Args:
-        job: configuration with the data set, the device and the precision.
-        weights: file of the student's weights, as in `measure`.
-        trained: configuration that the student was trained with.
-        side: height and width in pixels to which the images are resized; None to keep their size.
-
-    Returns:
-        The results by name: "probe_top1" (%), "train_images" and "images" (numbers of training and
-        test images), "features" (length of an image's feature vector) and "environment" (name of
-        the device).
-
-    Raises:
-        FileNotFoundError: If the file of the student is missing.
-        ValueError: If the file does not hold weights of the student, if the network shows no
-            features (is no `LogitMapModel`), if images of the data set have several labels, if the
-            data set has a single class, if `side` is below 1, if a feature is not finite, or if any
-            other setting is wrong.
-        RuntimeError: If the student cannot take images of this size.
-        InstantiationException: If the code of a network or a data set raises an error.
-    """
-    device, precision = pick_device(job.trainer.device), job.trainer.precision
-    if job.dataset.multi_label:
-        raise ValueError(
-            f"--probe classifies into one class per image, but dataset={job.dataset.name} has "
-            "several labels per image"
-        )
-    if side is not None and side < 1:
-        raise ValueError(f"--size {side} must be at least 1")
-    network = rebuild_student(trained, device)
-    load_weights(network, weights, job.student.name)
-    student = network.eval()
-    if not isinstance(student, LogitMapModel):
-        raise ValueError(f"{job.student.name} has no features to probe")
-    splits = load_splits(job)
-    arrays: list[Tensor] = []
-    # A test split is not augmented, so the training images take its place for their features.
-    for name, test in (("training", splits.train), ("test", splits.test)):
-        data = build_data(job, device, splits=splits._replace(test=test))
-        batches = metered_test_batches(data, f"{name} images of {job.dataset.name}")
-        try:
-            with number_formats(job.trainer.tf32):
-                arrays += features_of(student, batches, precision, side)
-        finally:
-            if isinstance(data, StreamedData):
-                data.close()
-    train_NC, _, test_MC, _ = arrays
-    return {
-        "probe_top1": linear_probe(*arrays),
-        "train_images": len(train_NC),
-        "images": len(test_MC),
-        "features": train_NC.shape[1],
-        "environment": describe(device),
-    }
-
-
-def _build_teacher(job: Config, key: str, device: torch.device) -> Teacher:
-    """Return the teacher of a job with a single teacher, whose configuration key is `key`."""
-    path = teacher_path(job)
-    if not path.exists():  # `check_teacher` passes if the job would train the teacher first
-        raise missing_teacher(job, key)
-    network = build_network(without_weights(job.teacher.model), job.dataset.num_classes, 0, device)
-    return Teacher(
-        network,
-        path,
-        name=job.teacher.name,
-        device=device,
-        precision=job.trainer.precision,
-        compile=False,
-        image_size=job.teacher.image_size,
-    )
-
-
-@torch.inference_mode()
-def throughput(
-    network: Callable[[Tensor], Tensor],
-    images_BCHW: Tensor,
-    precision: str,
-    seconds: float = TIMED_S,
-) -> float:
-    """Return the throughput of a network's forward pass in images per second.
-
-    Args:
-        network: function from images (B, C, H, W) to any output, on the device of the images.
-        images_BCHW: images (B, C, H, W); the same batch is passed again and again.
-        precision: precision of the forward pass: "fp32", "bf16" or "fp16".
-        seconds: time to measure.
-
-    Returns:
-        Images per second. The timing starts after two untimed batches (WARM_UP), and ends with the
-        batch that completes `seconds`.
-    """
-    batches = -WARM_UP
-    started = 0.0
-    while True:
-        if batches == 0:
-            _wait_for(images_BCHW.device)
-            started = time.monotonic()
-        with autocast(images_BCHW.device, precision):
-            network(images_BCHW)
-        batches += 1
-        if batches > 0:
-            _wait_for(images_BCHW.device)
-            passed = time.monotonic() - started
-            if passed >= seconds:
-                return batches * len(images_BCHW) / passed
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait until a CUDA device has computed everything; return at once for any other device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _compose_job(overrides: Sequence[str]) -> Config:
     with hydra.initialize_config_dir(str(cfg.conf_folder()), version_base="1.3"):
         words = cfg.with_each_teacher(["tracking=none", *overrides])
         return cfg.resolve(hydra.compose("config", overrides=words))
 
 
+def _check_source(source: Path) -> None:
+    """Raise ValueError if a path is neither a run directory nor a file that can be evaluated.
+
+    PyTorch is not needed for this check, so that a mistyped path is refused at once.
+    """
+    if source.is_dir():
+        check_has_best(source)
+        return
+    if not source.is_file():
+        raise ValueError(
+            f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/"
+        )
+    if source.suffix == ".onnx":
+        raise ValueError(
+            f"{source} is an ONNX model, which cannot be evaluated here; "
+            "evaluate its run directory, or the file that --to safetensors exports"
+        )
+
+
 def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Path, Config]:
-    """Return the arguments of `measure` for a run directory or a file.
+    """Return the arguments of `training.measure.measure` for a run directory or a file.
 
     Args:
         source: run directory, .safetensors file or weights file.
@@ -317,22 +106,14 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
         student.
 
     Raises:
-        ValueError: If `source` is neither a run directory nor a file that can be evaluated, or if a
-            file without metadata comes without student=NAME or dataset=NAME.
+        ValueError: If a file without metadata comes without student=NAME or dataset=NAME.
     """
+    from sddlskd.export import TRUST, described, load_run
+
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
         trained = load_run(source, TRUST in overrides)
         return _override(trained, overrides), source / "best.ckpt", trained
-    if not source.is_file():
-        raise ValueError(
-            f"{source} is neither a run directory nor a file; runs are in <home>/runs/<dataset>/"
-        )
-    if source.suffix == ".onnx":
-        raise ValueError(
-            f"{source} is an ONNX model, which cannot be evaluated here; "
-            "evaluate its run directory, or the file that --to safetensors exports"
-        )
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
@@ -413,6 +194,8 @@ def _keep_teachers(changed: Config, job: Config) -> None:
     The place of a teacher without `checkpoint` follows from the name of the data set, so that the
     new name would stand for another file.
     """
+    from sddlskd.training.checks import teacher_path
+
     for key, one in zip(cfg.teacher_keys(job), cfg.each_teacher(job), strict=True):
         place = str(teacher_path(replace(one, home=changed.home)))
         teacher: TeacherConfig | MoreTeacherConfig = changed.teacher
@@ -424,9 +207,9 @@ def _keep_teachers(changed: Config, job: Config) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate the networks that the command line names, and print the results.
 
-    The results are those of `measure` or, with --probe, of `probe`. `arguments` are the words of
-    the command line; None stands for those of this process. A word is a run directory, a weights
-    file, an override key=value or an option, such as --probe.
+    The results are those of `training.measure.measure` or, with --probe, of `probe` beside it.
+    `arguments` are the words of the command line; None stands for those of this process. A word is
+    a run directory, a weights file, an override key=value or an option, such as --probe.
 
     Raises:
         SystemExit: With code 1 after printing an error that a user can fix, 2 if the arguments
@@ -455,6 +238,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if chosen.size is not None and not chosen.probe:
             raise ValueError("--size resizes the images of --probe; add --probe")
+        for source in sources:
+            _check_source(source)
+        from sddlskd.training.measure import measure, probe
+
         # All sources are read first, so that a wrong one costs no results.
         every = [_job_and_weights(source, overrides) for source in sources]
         rows = []
@@ -496,6 +283,9 @@ def _check_classes(source: Path, job: Config, trained: Config) -> None:
     Raises:
         ValueError: If the number of classes differs.
     """
+    from sddlskd.datasets.fingerprint import difference, differing_classes
+    from sddlskd.training.build import present_fingerprint
+
     load = job.dataset.load
     classes = job.dataset.num_classes
     counts = "num_classes" in load and load.get("root") != trained.dataset.load.get("root")

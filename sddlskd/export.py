@@ -100,16 +100,7 @@ def load_run(folder: Path, allow_foreign: bool) -> Config:
         ValueError: If the folder has no config.yaml or no best.ckpt, or if config.yaml is damaged
             or names code that is not allowed. The content of best.ckpt is not checked.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} is not a run directory: it has no config.yaml; "
-            "runs are in <home>/runs/<dataset>/"
-        )
-    if not (folder / "best.ckpt").is_file():
-        status = record.read_result(folder).get("status", "not started")
-        raise ValueError(
-            f"{folder} has no best.ckpt ({status}); wait until the run has finished an epoch"
-        )
+    record.check_has_best(folder)
     return cfg.load(folder / "config.yaml", allow_foreign_targets=allow_foreign)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "InUse",
     "Onlooker",
     "Record",
+    "check_has_best",
     "read_result",
 ]
 
@@ -81,6 +82,20 @@ class InUse(ValueError):
 
 class Damaged(ValueError):
     """Error for a damaged file of a run or a sweep; the message names the file."""
+
+
+def check_has_best(folder: Path) -> None:
+    """Raise ValueError if a folder is no run directory with the checkpoint of a best epoch."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} is not a run directory: it has no config.yaml; "
+            "runs are in <home>/runs/<dataset>/"
+        )
+    if not (folder / "best.ckpt").is_file():
+        status = read_result(folder).get("status", "not started")
+        raise ValueError(
+            f"{folder} has no best.ckpt ({status}); wait until the run has finished an epoch"
+        )
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from sddlskd.config import Config
 from sddlskd.data.streaming import Data
 from sddlskd.files import download
 from sddlskd.files.archive import unpack
-from sddlskd.files.checkpoint import UnreadableFile, load_weights, read_weights, write
+from sddlskd.files.checkpoint import load_weights, read_weights, write
 from sddlskd.files.download import DownloadError
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.arguments import other_form
@@ -247,37 +247,9 @@ def import_file(job: Config, path: Path) -> str:
 
 
 def _check_weights(job: Config, path: Path) -> None:
-    """Raise ValueError if a file does not hold weights of a job's teacher.
-
-    If the weights fit torchvision's network of that name, the message says how to import them.
-    """
-    network = job.teacher.name
+    """Raise ValueError if a file does not hold weights of a job's teacher."""
     model = build_network(job.teacher.model, job.dataset.num_classes, 0, torch.device("cpu"))
-    try:
-        load_weights(model, path, network)
-    except UnreadableFile:
-        raise
-    except ValueError as error:
-        if not _fits_torchvision(path, network, job.dataset.num_classes):
-            raise
-        raise ValueError(
-            f"{path} does not hold weights of sddlskd's {network}, but of torchvision's; give "
-            f"--as torchvision teacher.model.name={network} in place of --as {network}"
-        ) from error
-
-
-def _fits_torchvision(path: Path, network: str, num_classes: int) -> bool:
-    """Return whether a file has the keys and shapes of torchvision's network of this name."""
-    from torchvision.models import get_model, list_models  # slow to import
-
-    if network not in list_models():
-        return False
-    with torch.device("meta"):
-        own = get_model(network, num_classes=num_classes).state_dict()
-    weights = read_weights(path)
-    return {name: value.shape for name, value in weights.items()} == {
-        name: value.shape for name, value in own.items()
-    }
+    load_weights(model, path, job.teacher.name)
 
 
 def _install(job: Config, file: Path, source: str) -> None:

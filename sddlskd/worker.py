@@ -79,7 +79,8 @@ def run(
         - 75 (ExitCode.TOO_LARGE) if the jobs do not fit into the device's memory together;
         - 76 (ExitCode.BUSY) if another process has the run directory of a job open;
         - 77 (ExitCode.NO_DEVICE) if the device is missing or broken; other devices can train the
-          jobs. The error is printed unless `device` is given;
+          jobs. If several devices share each batch, it is 200 (ExitCode.NO_DEVICE_0) plus the index
+          of the device. The error is printed unless `device` is given;
         - 130 (ExitCode.STOPPED) if a signal stopped the training, or a job is left KILLED;
         - 1 after printing a ValueError or OSError that prevents the training, such as the error for
           a config.yaml that is missing or damaged, or that jobs with the setting `sweep.halving` do
@@ -125,7 +126,9 @@ def run(
     except DeviceFailure as error:
         if device is None:  # a sweep that has chosen the device reports its failure
             sys.stderr.write(f"error: {explain(error)}\n")
-        return ExitCode.NO_DEVICE
+        if error.place is None:
+            return ExitCode.NO_DEVICE
+        return ExitCode.NO_DEVICE_0 + error.place
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         return 1

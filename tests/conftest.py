@@ -12,8 +12,8 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from sddlskd import evaluate
 from sddlskd.config import Config
+from sddlskd.training import measure
 from tests.composing import files_read_once
 from tests.tiny import composed
 
@@ -48,7 +48,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def networks_are_timed_briefly() -> None:
     """Time a network for 20 ms instead of a second: no test compares speeds."""
-    evaluate.TIMED_S = 0.02
+    measure.TIMED_S = 0.02
 
 
 @pytest.fixture(scope="session", autouse=True)

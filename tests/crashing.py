@@ -22,6 +22,7 @@ def forked(work: Callable[[], Any]) -> int:
     The process exits with 0, or with 1 if `work` raises. The calling process must have no other
     threads.
     """
+    assert len(os.listdir("/proc/self/task")) == 1
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -48,6 +48,7 @@ SEE_A_CONFIG = {
     "training/checks.py",
     "training/features.py",
     "training/fit.py",
+    "training/measure.py",
     "training/several.py",
     "worker",
 }
@@ -177,8 +178,9 @@ def test_starting_and_planning_load_nothing_heavy() -> None:
     assert loaded == {}
 
 
-def test_the_process_that_waits_for_a_sweep_holds_no_torch() -> None:
-    code = "import sys, sddlskd.sweeps.grid, sddlskd.tracking; sys.exit('torch' in sys.modules)"
+def test_what_waits_for_a_sweep_or_checks_paths_holds_no_torch() -> None:
+    modules = "sddlskd.sweeps.grid, sddlskd.tracking, sddlskd.evaluate"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -37,7 +37,7 @@ from sddlskd.models import Taps
 from sddlskd.record import Onlooker, abandoned, read_result
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training.build import build_data, build_network, build_run
-from sddlskd.training.devices import check_places, pick_device
+from sddlskd.training.devices import DeviceFailure, check_places, pick_device
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
 from sddlskd.training.ranks import RankFailed, Ranks, process_group, spawn
@@ -478,6 +478,8 @@ class Bad(Net):
     def misbehave(self) -> None:
         if self.how == "raises":
             raise RuntimeError("no good on one rank")
+        if self.how == "lost":
+            raise RuntimeError("CUDA error: GPU is lost")
         if self.how == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "hangs":
@@ -492,16 +494,36 @@ def bad(home: Path, how: str, rank: int, *overrides: str) -> Config:
     return tiny(home, f"trainer.timeout_s={patience}", *overrides, model=model)
 
 
-def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("raises", "FAILED", "RuntimeError: no good on one rank"),
+        ("lost", "KILLED", "RuntimeError: CUDA error: GPU is lost"),
+    ],
+)
+def test_a_rank_that_raises_ends_the_others(
+    tmp_path: Path, how: str, status: str, reason: str
+) -> None:
     """No process watches over the ranks, as under a scheduler.
 
-    Rank 0 holds the store and writes the record.
+    Rank 0 holds the store and writes the record. A job whose device failed may continue elsewhere.
     """
-    job = bad(tmp_path, "raises", 1)
+    job = bad(tmp_path, how, 1)
     assert Started(2, fit, [job], hosted=False).end() == [1, 1]
     result = result_of(job)
-    assert (result["status"], result["reason"]) == ("FAILED", "RuntimeError: no good on one rank")
+    assert (result["status"], result["reason"]) == (status, reason)
     assert "in misbehave" in Path(job.run_dir, "train.log").read_text()
+
+
+def test_a_device_of_several_that_fails_is_known(tmp_path: Path) -> None:
+    jobs = [
+        bad(tmp_path, "lost", 1, "trainer.devices=2"),
+        tiny(tmp_path, "trainer.devices=2"),
+    ]
+    with pytest.raises(DeviceFailure, match="GPU is lost") as failed:
+        fit(jobs)
+    assert failed.value.place == 1
+    assert [result_of(job)["status"] for job in jobs] == ["KILLED"] * 2
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from sddlskd.datasets.arrays import Images
 from sddlskd.files import checkpoint
 from sddlskd.models import create, from_timm
 from sddlskd.models.base import LogitMapModel
+from sddlskd.training import measure
 from sddlskd.training.build import build_data
 from sddlskd.training.checks import check_maps
 from sddlskd.training.evaluation import answers, calibration_error, scores
@@ -130,8 +131,8 @@ def test_the_number_formats_are_those_of_the_job(
 
     monkeypatch.setattr(LogitMapModel, "forward", noting)
     job = replace(trained, trainer=replace(trained.trainer, tf32=tf32))
-    monkeypatch.setattr(evaluate, "check_maps", lambda *_: None)
-    evaluate.measure(job, Path(trained.run_dir, "best.ckpt"))
+    monkeypatch.setattr(measure, "check_maps", lambda *_: None)
+    measure.measure(job, Path(trained.run_dir, "best.ckpt"))
     assert seen == {tf32}
 
 
@@ -253,7 +254,7 @@ def test_text_has_units_and_no_top5_of_few_classes(
     trained: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {"images": 60, "top1": 25.0, "top5": 99.0, "flops": 90521600, "ms_per_image": 2.151}
-    monkeypatch.setattr(evaluate, "measure", lambda *_: dict(found))
+    monkeypatch.setattr(measure, "measure", lambda *_: dict(found))
     evaluate.main([trained.run_dir])
     out, err = capsys.readouterr()
     assert [line.split(maxsplit=1) for line in out.splitlines()] == [

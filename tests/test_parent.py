@@ -101,4 +101,5 @@ def test_the_codes_are_those_that_scripts_and_schedulers_know() -> None:
         "STOPPED": 130,
         "WARNED_EARLY": 140,
         "PARENT_GONE": 143,
+        "NO_DEVICE_0": 200,
     }

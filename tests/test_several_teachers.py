@@ -25,7 +25,7 @@ from analysis.selection import rows as table_rows
 from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.distill import COMBINATIONS, ScaleDecoupled, SeveralTeachers, confidence_weights
-from sddlskd.evaluate import _override, measure
+from sddlskd.evaluate import _override
 from sddlskd.files.checkpoint import read
 from sddlskd.losses import dist, dkd, kd
 from sddlskd.models import create
@@ -36,6 +36,7 @@ from sddlskd.tracking.runs import _send_outcome
 from sddlskd.training.build import build_data
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
+from sddlskd.training.measure import measure
 from sddlskd.training.run import Run
 from sddlskd.training.several import Teachers
 from sddlskd.training.teacher import Teacher

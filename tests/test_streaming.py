@@ -31,12 +31,12 @@ from sddlskd.data.device import DeviceData
 from sddlskd.data.streaming import StreamedData
 from sddlskd.datasets.arrays import Files, Splits, fake
 from sddlskd.datasets.folders import image_folder
-from sddlskd.evaluate import measure
 from sddlskd.models import create
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training.build import build_data
 from sddlskd.training.evaluation import evaluate
 from sddlskd.training.fit import fit
+from sddlskd.training.measure import measure
 from sddlskd.training.ranks import Ranks
 from tests.conftest import Compose
 from tests.photographs import class_folders, photograph

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -895,27 +896,54 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(
     pool(devices=["cpu"] * 1000).validate(jobs[:2], ["cpu"])
 
 
+def finding(*devices: str) -> Any:
+    """Return a check of jobs that finds these devices on this machine."""
+    return lambda *arguments: precheck.report(*arguments) | {"devices": list(devices)}
+
+
 def test_a_device_that_fails_leaves_its_jobs_to_the_others(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def check(*arguments: Any) -> dict[str, Any]:
-        return precheck.report(*arguments) | {"devices": ["cuda:99"]}
-
     logging.getLogger("sddlskd").propagate = True
     caplog.set_level(logging.INFO)
+    check = finding("cuda:99")
     jobs = jobs_of(home, *(f"{network('Tiny')} seed={seed}" for seed in (0, 1)))
     devices = pool(["cuda:99"])
     with pytest.raises(SystemExit) as caught:
         run_sweep(jobs, "test", runner=devices, precheck=check)
     assert caught.value.code
     assert [state_of(Path(job.run_dir)) for job in jobs] == ["killed", "new"]
-    assert "no device is left for 2 jobs; the same command trains what stays" in caplog.text
+    assert "too few devices are left for 2 jobs; the same command trains what stays" in caplog.text
     caplog.clear()
     run_sweep(jobs, "test", runner=pool(["cuda:99", "cpu"]), precheck=check)
     assert [state_of(Path(job.run_dir)) for job in jobs] == ["finished"] * 2
     assert caplog.text.count("cuda:99 is taken out of the sweep: DeviceFailure: trainer.dev") == 1
     assert "starting a worker on cpu for group 2 of 2" in caplog.text
     assert "1 of 2 jobs done; time left: about 0:0" in caplog.text
+
+
+def test_a_failed_device_of_several_leaves_the_job_to_the_others(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("sddlskd").propagate = True
+    gpus = ["cuda:97", "cuda:98", "cuda:99"]
+    (job,) = jobs_of(home, "trainer.devices=2")
+    with pytest.raises(SystemExit):
+        run_sweep([job], "test", runner=pool(gpus), precheck=finding(*gpus))
+    assert state_of(Path(job.run_dir)) == "killed"
+    out = "is taken out of the sweep: DeviceFailure: CUDA does not find GPU"
+    assert all(f"cuda:{n} {out} {n}, which" in caplog.text for n in (97, 98))
+    assert "cuda:99 is" not in caplog.text
+    assert "too few devices are left for 1 job; the same" in caplog.text
+
+    ended = SimpleNamespace(returncode=ExitCode.NO_DEVICE_0 + 1)
+    ended.poll = lambda: ended.returncode
+    second_fails = pool(gpus, start=lambda *_, **__: ended)
+    second_fails.queue.append(Task([job]))
+    second_fails._start_workers()
+    second_fails._collect_workers()
+    assert second_fails.failed_devices == {"cuda:98"}
+    assert second_fails._may_train("cuda:99", second_fails.queue[0])
 
 
 def test_an_interrupted_job_that_is_refused_keeps_the_reason(home: Path) -> None:
@@ -978,6 +1006,6 @@ def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
 
     assert lines()[1] == "1 more job is equal to these"
     assert lines("recipe=vanilla")[1] == (
-        "2 more jobs are equal to these: M has no effect without a loss on the logits "
-        "(distiller=vanilla)"
+        "2 more jobs are equal to these: M and the settings of a distillation have no effect "
+        "without a loss on the logits (distiller=vanilla)"
     )

@@ -10,6 +10,9 @@ import json
 import logging
 import os
 import pickle
+import re
+import shlex
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -28,15 +31,19 @@ from torch import Tensor
 
 from sddlskd import teachers
 from sddlskd.config import Config
+from sddlskd.datasets import arrays
 from sddlskd.files import download
 from sddlskd.files.checkpoint import load_weights
 from sddlskd.models import create
 from sddlskd.teachers import PLACES, PUBLISHED, fetch, import_file, main
 from sddlskd.training import build, checks, teacher_files
 from sddlskd.training.fit import fit
+from sddlskd.training.teacher import Teacher
 from sddlskd.training.teacher_files import Published, file_hash, path_of, publish
 from tests.conftest import Compose, compose_in
 from tests.loopback import Site, site, status
+from tests.pages import REPO
+from tests.test_data import cifar_pickles, write_cifar_tar
 from tests.tiny import same, tiny
 
 NAME = "resnet56"
@@ -214,6 +221,37 @@ def test_an_imagenet_file_that_is_not_the_one_in_its_name_is_refused(
     ]
     assert kept == []
     assert teacher_files.pinned(str(tmp_path)) == {}
+
+
+def test_the_commands_for_nodes_without_internet(
+    web: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (REPO / "docs" / "cluster.md").read_text()
+    section = page.partition("## Nodes without internet\n")[2].partition("\n## ")[0]
+    fetched, loaded, copied = re.findall(r"^    (.*?)(?:  +#.*)?$", section, re.MULTILINE)
+    web.file(f"repo/resnet32x4_vanilla/{FILE}", saved(weights("resnet32x4")))
+    monkeypatch.setattr(teachers, "PLACES", {"cifar100": (web.url + "repo",)})
+    write_cifar_tar(tmp_path / "cifar.tar.gz", cifar_pickles()[0])
+    archive = (tmp_path / "cifar.tar.gz").read_bytes()
+    monkeypatch.setattr(arrays, "CIFAR100_URL", web.file("cifar-100-python.tar.gz", archive))
+    monkeypatch.setattr(arrays, "CIFAR100_MD5", hashlib.md5(archive).hexdigest())
+    folders = [tmp_path / name for name in ("workstation", "cluster")]
+    folders[0].mkdir()
+    monkeypatch.chdir(folders[0])
+    assert run(capsys, *shlex.split(fetched)[3:])[0] == 0
+    exec(shlex.split(loaded)[2])
+    assert Path("teachers/cifar100/resnet32x4.pt").exists()
+    for name in shlex.split(copied)[2:-1]:
+        shutil.copytree(name, folders[1] / name)
+
+    asked = len(web.asked)
+    monkeypatch.chdir(folders[1])
+    assert "already exists" in run(capsys, *shlex.split(fetched)[3:])[1]
+    exec(shlex.split(loaded)[2])
+    assert len(web.asked) == asked
+    Path("teachers/cifar100/resnet32x4.pt").write_bytes(b"another file")
+    with pytest.raises(ValueError, match="cifar100/resnet32x4 has changed"):
+        checks.check_pins(compose_in(folders[1], "teacher=resnet32x4"))
 
 
 @pytest.mark.parametrize("place", [repdistiller, mdistiller])
@@ -534,9 +572,21 @@ def test_a_file_of_torchvisions_says_how_to_import_it(compose: Compose, tmp_path
     job, path = compose("teacher=resnet18", "dataset=digits"), tmp_path / "mine.pth"
     network = torchvision.models.resnet18(num_classes=10)
     torch.save(network.state_dict(), path)
-    told = "torchvision's; give --as torchvision teacher.model.name=resnet18 in place of --as resn"
+    told = (
+        "torchvision's; choose that network, as in teacher=torchvision teacher.model.name=resnet18 "
+        "or, to import the file, --as torchvision teacher.model.name=resnet18"
+    )
     with pytest.raises(ValueError, match=told):
         import_file(job, path)
+    with pytest.raises(ValueError, match=told):
+        Teacher(
+            create("resnet18", 10),
+            path,
+            name="resnet18",
+            device=torch.device("cpu"),
+            precision="fp32",
+            compile=False,
+        )
     assert not target(job).parent.exists()
     torch.save({**network.state_dict(), "fc.weight": torch.zeros(3, 512)}, path)
     with pytest.raises(ValueError, match=r"file alone are layer2\.0\.downsample\.0\.weight, "):

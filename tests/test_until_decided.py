@@ -16,14 +16,16 @@ from analysis import stats, tables
 from analysis.runs import _typed
 from analysis.schema import frame_of
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.record import read_result
 from sddlskd.sweeps import until_decided
+from sddlskd.sweeps.baselines import comparison_lines, find_baselines
 from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.status import status_of
-from sddlskd.sweeps.until_decided import Comparison, compare, find_baselines, run_until_decided
+from sddlskd.sweeps.until_decided import Comparison, compare, run_until_decided
 from tests.composing import REPO, loader_of
 from tests.tiny import ForkedCommand, composed
 
@@ -185,6 +187,25 @@ def test_several_baselines_are_told_apart_by_temperature(tmp_path: Path) -> None
         for m in (1, "1,2")
     ]
     assert find_baselines(cells) == {1: 0, 3: 2}
+
+
+def finish(one: Config) -> None:
+    record.freeze(one)
+    record.write_text(Path(one.run_dir, "result.json"), '{"status": "FINISHED"}')
+
+
+def test_a_plan_names_what_tables_will_not_compare(tmp_path: Path) -> None:
+    kd, kd_ls = job(tmp_path, "recipe=kd"), job(tmp_path, "recipe=kd_ls")
+    both, again = (job(tmp_path, "recipe=sd_kd_ls", "scales=three", f"seed={n}") for n in (0, 1))
+    lack = "SD-KD+LS [1,2,4]: no comparable KD+LS in this sweep or among finished runs, so"
+    one_seed = "one seed of each method: tables show no interval; seed=0,1,2 gives one"
+    assert comparison_lines([kd, both]) == [f"{lack} its gain is over KD", one_seed]
+    assert comparison_lines([both, again]) == [f"{lack} tables show no gain of it"]
+    finish(kd_ls)
+    assert comparison_lines([kd, both]) == [one_seed]
+    assert comparison_lines([kd_ls, both, again]) == []
+    finish(again)
+    assert comparison_lines([kd, both]) == []
 
 
 def test_a_sweep_without_a_baseline_is_refused(tmp_path: Path) -> None:

@@ -346,8 +346,9 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
     Raises:
         ValueError: If a tensor is missing or unknown, has another shape, or is floating-point
             although the network has an integer one or vice versa; the message names the first
-            three. Also if a .safetensors file is given and the package safetensors is not
-            installed.
+            three. If the weights fit torchvision's network of that name, the message says how to
+            choose that network. Also if a .safetensors file is given and the package safetensors is
+            not installed.
         UnreadableFile: If the file is damaged, would run code, or holds no state dict.
         FileNotFoundError: If there is no such file.
     """
@@ -367,6 +368,12 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
         for k in own
         if k in weights and weights[k].is_floating_point() != own[k].is_floating_point()
     ]
+    if names_differ and _fits_torchvision(read_names, network, own):
+        raise ValueError(
+            f"{path} does not hold weights of sddlskd's {network}, but of torchvision's; choose "
+            f"that network, as in teacher=torchvision teacher.model.name={network} or, to import "
+            f"the file, --as torchvision teacher.model.name={network}"
+        )
     if differing:
         shown = "; ".join(differing[:3])
         if len(differing) > 3:
@@ -384,6 +391,25 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             )
         raise ValueError(message)
     model.load_state_dict(weights)
+
+
+def _fits_torchvision(
+    weights: Mapping[str, Tensor], network: str, own: Mapping[str, Tensor]
+) -> bool:
+    """Return whether weights have the names and shapes of torchvision's network of this name.
+
+    `own` are the tensors of the network of this package, whose head comes last. Its number of
+    classes counts.
+    """
+    from torchvision.models import get_model, list_models  # slow to import
+
+    if network not in list_models():
+        return False
+    *_, bias_K = own.values()
+    with torch.device("meta"):
+        theirs = get_model(network, num_classes=len(bias_K)).state_dict()
+    shapes = {name: value.shape for name, value in weights.items()}
+    return shapes == {name: value.shape for name, value in theirs.items()}
 
 
 def check_finite(model: nn.Module, source: Path | str) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from sddlskd.models.base import STEMS, LogitMapModel, Taps
-from sddlskd.models.foreign import ForeignNetwork, from_network
+from sddlskd.models.foreign import ForeignNetwork
 from sddlskd.models.libraries import from_timm, from_torchvision
 from sddlskd.models.mobilenetv1 import MobileNetV1
 from sddlskd.models.mobilenetv2 import MobileNetV2
@@ -21,6 +21,7 @@ from sddlskd.models.resnet4stage import BasicBlock, Bottleneck, ResNet4Stage
 from sddlskd.models.shufflenetv1 import ShuffleNetV1
 from sddlskd.models.shufflenetv2 import ShuffleNetV2
 from sddlskd.models.vgg import VGG
+from sddlskd.models.wrapping import from_network
 from sddlskd.models.wrn import WideResNet
 
 __all__ = [

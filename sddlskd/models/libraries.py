@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd.models.base import LogitMapModel
-from sddlskd.models.foreign import from_network
+from sddlskd.models.wrapping import from_network
 
 __all__ = ["from_timm", "from_torchvision"]
 

@@ -23,6 +23,7 @@ from sddlskd import record, tracking
 from sddlskd.config import Config, Rerun
 from sddlskd.processes.interrupts import ignore_interrupts
 from sddlskd.record import FAILED, FINISHED, KILLED, RUNNING
+from sddlskd.sweeps.baselines import comparison_lines
 from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import (
     marked_as_running,
@@ -113,7 +114,10 @@ def run_sweep(
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
         requests = runner.requests(plan.groups, plan.group_seconds)
-        print_plan(plan, devices, requests, runner.array_parallelism)
+        # Searches, halving and seeds until decided compare their jobs by themselves.
+        compares = print_results and not plan.jobs[0].sweep.halving
+        notes = comparison_lines(plan.jobs) if compares else []
+        print_plan(plan, devices, requests, runner.array_parallelism, notes)
         refusals = _refusals(plan, runner)
         for reason in refusals:
             write_line(f"cannot run: {reason}")

@@ -57,6 +57,12 @@ class Task:
         """Return trainer.devices of the jobs, the number of devices that share each batch."""
         return self.jobs[0].trainer.devices
 
+    @property
+    def device_failures(self) -> set[int]:
+        """Return the exit codes of a worker that report a failed device of these jobs."""
+        first = ExitCode.NO_DEVICE_0
+        return {ExitCode.NO_DEVICE, *range(first, first + self.devices_per_job)}
+
 
 class Pool(GroupRunner):
     """Runner that trains the groups of a sweep on this machine, each group in a worker process.
@@ -69,7 +75,7 @@ class Pool(GroupRunner):
       gets a worker of its own, and is marked FAILED if that worker dies.
     - If a signal stopped the second worker, its unfinished jobs stay KILLED.
     - If a device fails, it gets no more groups, and its unfinished jobs go to the other devices. If
-      no device is left that may train a job, the job stays to do.
+      too few devices that may train a job are left, the job stays to do.
 
     Args:
         devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker
@@ -214,9 +220,12 @@ class Pool(GroupRunner):
         for slot, (worker, task) in list(self.busy.items()):
             if worker.poll() is not None:
                 del self.busy[slot]
-                if worker.returncode == ExitCode.NO_DEVICE:
-                    self._leave_out(self.devices[slot], task)
-                self._ended(worker.returncode, task)
+                code = worker.returncode
+                if code in task.device_failures:
+                    self._leave_out(self._failed_device(code, self.devices[slot]), task)
+                self._ended(code, task)
+                if code in task.device_failures and not self.stop_signals:
+                    self._give_up()
                 self._say_progress()
 
     def _say_progress(self) -> None:
@@ -260,6 +269,12 @@ class Pool(GroupRunner):
         return None
 
     def _may_train(self, device: str, task: Task) -> bool:
+        """Return whether a device, and as many others as the jobs ask for, may train the jobs."""
+        asked_for = task.devices_per_job
+        # If the list was too short from the start, the worker refuses the jobs.
+        too_few = len(self._gpus()) < asked_for <= len(self._listed_gpus())
+        if too_few and device.startswith("cuda:"):
+            return False
         return not self.auto or task.jobs[0].trainer.device in ("auto", device)
 
     def _start(self, device: str, task: Task) -> subprocess.Popen[bytes]:
@@ -279,13 +294,20 @@ class Pool(GroupRunner):
         with held_back():
             return self.start(command, env=environment, start_new_session=True)
 
+    def _listed_gpus(self) -> list[str]:
+        """Return the GPUs with a number in the list of devices, each once."""
+        return [name for name in dict.fromkeys(self.devices) if name.startswith("cuda:")]
+
+    def _gpus(self) -> list[str]:
+        """Return the listed GPUs that have not failed; they share the batches of a large job."""
+        return [name for name in self._listed_gpus() if name not in self.failed_devices]
+
     def _visible_gpus(self) -> list[str]:
         """Return the GPUs of all workers as CUDA_VISIBLE_DEVICES names them; [] if there is none.
 
         The number in cuda:1 counts the GPUs visible to this process, which may be a subset already.
         """
-        usable = self._usable()
-        numbers = [name.removeprefix("cuda:") for name in usable if name.startswith("cuda:")]
+        numbers = [name.removeprefix("cuda:") for name in self._gpus()]
         already = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if not already:
             return numbers
@@ -298,8 +320,8 @@ class Pool(GroupRunner):
             self._halt(FAILED_FAST)
         if not left or self.stop_signals or not self.queue_open:
             return
-        if code == ExitCode.NO_DEVICE:
-            self._move(left, task)
+        if code in task.device_failures:
+            self.queue.appendleft(Task(left, task.deaths, task.number))
         elif code == ExitCode.BUSY:
             self._leave_to_others(left, task)
         elif code == ExitCode.TOO_LARGE and len(left) > 1:
@@ -318,6 +340,15 @@ class Pool(GroupRunner):
         else:
             self._retry(left, task, code)
 
+    def _failed_device(self, code: int, device: str) -> str:
+        """Return the device whose failure an exit code of a worker reports.
+
+        `device` is the device of the worker. The code tells which one of several devices failed.
+        """
+        if code == ExitCode.NO_DEVICE or not device.startswith("cuda:"):
+            return device
+        return self._gpus()[code - ExitCode.NO_DEVICE_0]
+
     def _leave_out(self, device: str, task: Task) -> None:
         """Give no more groups to a device that has failed while it trained the group `task`."""
         if device in self.failed_devices:
@@ -330,12 +361,8 @@ class Pool(GroupRunner):
             next((reason for reason in reasons if reason), "it failed"),
         )
 
-    def _move(self, left: list[Config], task: Task) -> None:
-        """Queue the jobs of a device that has failed again, and give up what no device may train.
-
-        The jobs are those of `task` that have not ended.
-        """
-        self.queue.appendleft(Task(left, task.deaths, task.number))
+    def _give_up(self) -> None:
+        """Take the groups out of the queue that no device may train since a device has failed."""
         usable = self._usable()
         stay = [
             task for task in self.queue if not any(self._may_train(name, task) for name in usable)
@@ -344,7 +371,7 @@ class Pool(GroupRunner):
             self.queue.remove(task)
         if stay:
             log.error(
-                "no device is left for %s; the same command trains what stays to do",
+                "too few devices are left for %s; the same command trains what stays to do",
                 counted(sum(len(task.jobs) for task in stay), "job"),
             )
 

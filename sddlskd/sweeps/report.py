@@ -54,7 +54,10 @@ def plan_lines(plan: Plan) -> list[str]:
         reason = ""
         if not any(job.distiller.loss for job in plan.repeats):
             names = sorted({f"distiller={job.distiller.name}" for job in plan.repeats})
-            reason = f": M has no effect without a loss on the logits ({', '.join(names)})"
+            reason = (
+                ": M and the settings of a distillation have no effect "
+                f"without a loss on the logits ({', '.join(names)})"
+            )
         number = counted(len(plan.repeats), "more job is", "more jobs are")
         lines.append(f"{number} equal to these{reason}")
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
@@ -114,7 +117,11 @@ def _time_line(plan: Plan) -> str:
 
 
 def print_plan(
-    plan: Plan, devices: Sequence[str], requests: Sequence[str], array_parallelism: int | None
+    plan: Plan,
+    devices: Sequence[str],
+    requests: Sequence[str],
+    array_parallelism: int | None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Print what a sweep would run, how its jobs spread over the devices, and every obstacle.
 
@@ -126,6 +133,7 @@ def print_plan(
         devices: devices of this machine that would train the jobs; [] on a cluster.
         requests: lines that say what the sweep would ask a cluster for; [] on this machine.
         array_parallelism: largest number of a cluster's tasks at once; None on this machine.
+        notes: further lines, which come before the obstacles.
     """
     spread = _spread_lines(plan, devices)
     if array_parallelism and plan.groups:
@@ -142,6 +150,8 @@ def print_plan(
         write_line(f"trained first: teacher {teacher}{left_out}")
     for file in plan.downloads:
         write_line(f"to download: there is no {file}; the sweep downloads it when it starts")
+    for note in notes:
+        write_line(note)
     for line in reasons_together(plan.invalid):
         write_line(f"cannot run: {line}")
 

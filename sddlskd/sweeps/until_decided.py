@@ -28,6 +28,7 @@ from sddlskd import record
 from sddlskd.config import Config, Rerun
 from sddlskd.record import FINISHED
 from sddlskd.sweeps import run_sweep
+from sddlskd.sweeps.baselines import find_baselines, name_of, same_pair
 from sddlskd.sweeps.grid import compose_grid
 from sddlskd.sweeps.outcome import result_of
 from sddlskd.sweeps.runner import GroupRunner
@@ -40,7 +41,6 @@ __all__ = [
     "Comparison",
     "compare",
     "describe",
-    "find_baselines",
     "run_until_decided",
 ]
 
@@ -50,22 +50,6 @@ ALPHA = 0.05
 """Largest probability that a sweep decides any comparison whose true difference is zero."""
 FIRST_SEEDS = 3
 """Number of seeds that every cell starts with."""
-# Settings that a cell and its baseline must share, as keys of `cfg.flatten`.
-COMPARABLE = (
-    "dataset.name",
-    "dataset.val_fraction",
-    "dataset.train_fraction",
-    "optimizer.name",
-    "optimizer.lr",
-    "trainer.epochs",
-    "trainer.batch_size",
-    "trainer.max_steps",
-    "trainer.precision",
-)
-# Suffixes of a loss on standardised logits in the papers' names.
-SUFFIXES = ("LS", "BS", "CS")
-# Plain methods whose names say that the logits are standardised.
-PLAIN = {"LumiNet": "KD", "NormKD": "KD"}
 RULE = "until_decided.json"  # in the folder of the sweep: the largest number of seeds
 
 
@@ -268,67 +252,6 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return float(ttest_ind_from_stats(*sides[0], *sides[1], equal_var=False).pvalue)
 
 
-def find_baselines(cells: Sequence[Config], baseline: str | None = None) -> dict[int, int]:
-    """Return {index of a cell: index of its baseline} of the cells that have a baseline in `cells`.
-
-    A cell is a job without its seed. Its baseline is a cell of another method that has the same
-    student and data, the same teacher unless the baseline is the student alone, and the same
-    optimizer (DOT counts as SGD), learning rate, epochs, steps, batch size and precision. If the
-    argument `baseline` is None, the baseline's method is the first of these that `cells` has for
-    the same student, data set and teacher:
-
-    1. the cell's method without its last part;
-    2. the cell's method with M=[1];
-    3. the cell's method without standardisation;
-    4. the student alone;
-    5. KD.
-
-    If several cells have this method and a teacher, the baseline is the one that agrees with the
-    cell in every setting in which these cells differ, such as the temperature. If no single cell is
-    left, the cell has no baseline.
-
-    Args:
-        cells: one job of each cell; its seed does not matter.
-        baseline: name of the method of every baseline, such as "KD+LS" or "SD-KD [1,2,4]"; None for
-            the choice above.
-
-    Raises:
-        ValueError: If no cell has the method `baseline`, or if no cell has a baseline.
-    """
-    names = [_name(cell) for cell in cells]
-    if baseline is not None and baseline not in names:
-        raise ValueError(
-            f"sweep.baseline={baseline} is no method of this sweep; "
-            f"it has {', '.join(dict.fromkeys(names))}"
-        )
-    found = {}
-    for index, cell in enumerate(cells):
-        wanted = [baseline] if baseline is not None else _counterparts(names[index])
-        on_pair = [
-            other
-            for other, candidate in enumerate(cells)
-            if names[other] != names[index] and _on_pair(cell, candidate)
-        ]
-        first = next((name for name in wanted if name in {names[o] for o in on_pair}), None)
-        fitting = [
-            other
-            for other in on_pair
-            if names[other] == first and _agree(cell, cells[other], COMPARABLE)
-        ]
-        if len(fitting) > 1 and cells[fitting[0]].has_teacher:
-            telling = _telling_apart([cells[other] for other in fitting])
-            fitting = [other for other in fitting if _agree(cell, cells[other], telling)]
-        if len(fitting) == 1:
-            found[index] = fitting[0]
-    if not found:
-        raise ValueError(
-            "sweep.seeds=until_decided has nothing to decide: no job of this sweep has a baseline "
-            f"in it; it has {', '.join(dict.fromkeys(names))}. Add a baseline, such as recipe=kd, "
-            "or name it by sweep.baseline"
-        )
-    return found
-
-
 def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
     """Return a line that states a comparison: pair, methods, verdict, seeds, gain and p-value.
 
@@ -354,7 +277,7 @@ def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
 
 def _label(cell: Config, cells: Sequence[Config]) -> str:
     """Return the name of a cell's method, and the settings in which its namesakes differ."""
-    alike = [other for other in cells if _name(other) == _name(cell) and _on_pair(cell, other)]
+    alike = [other for other in cells if name_of(other) == name_of(cell) and same_pair(cell, other)]
     own = cfg.flatten(cell)
     differing = [
         f"{key}={own.get(key)}"
@@ -365,73 +288,4 @@ def _label(cell: Config, cells: Sequence[Config]) -> str:
     ]
     # The arguments of a loss repeat its temperature.
     plain = [text for text in differing if "={" not in text]
-    return ", ".join([_name(cell), *(plain or differing)])
-
-
-def _name(cell: Config) -> str:
-    """Return the method and its scales as people write them, such as "SD-KD+LS [1,2,4]"."""
-    return cfg.title(cell, seed=False).rpartition(", ")[0]
-
-
-def _counterparts(name: str) -> list[str]:
-    """Return the names of the methods that a method is compared with, the first choice first."""
-    if name == "student alone":
-        return []
-    method, blank, scales = name.partition(" [")
-    shorter, plain = _without_last(method), _plain(method)
-    found = [
-        shorter and f"{shorter}{blank}{scales}",
-        shorter,
-        method.removeprefix("SD-"),
-        plain and f"{plain}{blank}{scales}",
-        plain,
-        "student alone",
-        "KD",
-    ]
-    return [one for one in dict.fromkeys(found) if one and one != name]
-
-
-def _without_last(method: str) -> str | None:
-    """Return a sum of losses without its last loss, or None if the method is a single loss."""
-    parts = method.split("+")
-    if parts[-1] in SUFFIXES:
-        parts.pop()
-    return "+".join(parts[:-1]) or None
-
-
-def _plain(method: str) -> str | None:
-    """Return the method without standardisation, or None if it has none."""
-    prefix = "SD-" if method.startswith("SD-") else ""
-    if (own := method.removeprefix("SD-")) in PLAIN:
-        return prefix + PLAIN[own]
-    rest, _, last = method.rpartition("+")
-    return rest if last in SUFFIXES else None
-
-
-def _on_pair(cell: Config, other: Config) -> bool:
-    """Return whether two cells have the same student, data set and, if `other` has one, teacher."""
-    if cell.student != other.student or cell.dataset.name != other.dataset.name:
-        return False
-    return not other.has_teacher or cfg.teacher_name(cell) == cfg.teacher_name(other)
-
-
-def _telling_apart(cells: Sequence[Config]) -> list[str]:
-    """Return the settings, as keys of `cfg.flatten`, that tell cells of one method apart.
-
-    The arguments of a loss, which repeat its temperature, are left out.
-    """
-    flat = [cfg.flatten(cell) for cell in cells]
-    return [
-        key
-        for key in cfg.identity_keys() - {"seed", "distiller.loss"}
-        if len({str(values.get(key)) for values in flat}) > 1
-    ]
-
-
-def _agree(cell: Config, other: Config, keys: Sequence[str]) -> bool:
-    """Return whether two cells have the same values of the settings `keys` of `cfg.flatten`."""
-    ours, theirs = cfg.flatten(cell), cfg.flatten(other)
-    for values in (ours, theirs):
-        if values["optimizer.name"] == "dot":  # DOT is a method that changes SGD
-            values["optimizer.name"] = "sgd"
-    return all(ours.get(key) == theirs.get(key) for key in keys)
+    return ", ".join([name_of(cell), *(plain or differing)])

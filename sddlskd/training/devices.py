@@ -1,5 +1,6 @@
 """Choose and check the device of a job, and set how it computes: seed, precision, compilation."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,17 @@ _BROKEN = re.compile(
 
 
 class DeviceFailure(ValueError):
-    """Error for a device that is missing or broken, whatever the job; others may train the job."""
+    """Error for a device that is missing or broken, whatever the job; others may train the job.
+
+    Args:
+        message: what is wrong with the device.
+        place: index of the device among those that share each batch; kept as the attribute `place`.
+            None if the job has a single device.
+    """
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @contextmanager
@@ -151,13 +162,29 @@ def check_places(name: str, places: int) -> None:
     `name` is the setting trainer.device, as for `pick_device`. Several processes need CUDA, with
     one GPU each, or the CPU, with one core each. The environment variable SDDLSKD_MOST_PROCESSES,
     if set, replaces the number of cores. An unknown or unavailable device raises ValueError, too.
+    Raise DeviceFailure if CUDA finds fewer GPUs than the variable CUDA_VISIBLE_DEVICES names for
+    these processes: CUDA hides the first missing GPU and all that are named after it.
     """
+    if name == "cuda":
+        _check_named_gpus(places)
     device = pick_device(name, 0, places)
     if device.type == "cpu":
         check_processes("trainer.devices", places, RANK_MB)
     elif device.type == "cuda" and places > (count := torch.cuda.device_count()):
         raise ValueError(
             f"trainer.devices={places} asks for more GPUs than the {count} here; give 1..{count}"
+        )
+
+
+def _check_named_gpus(places: int) -> None:
+    """Raise DeviceFailure if CUDA does not find the first `places` GPUs that a variable names."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    found = torch.cuda.device_count()
+    if found < places <= len(named):
+        raise DeviceFailure(
+            f"CUDA does not find GPU {named[found]}, which CUDA_VISIBLE_DEVICES names; name GPUs "
+            "of this machine there, or use trainer.device=cpu",
+            found,
         )
 
 

@@ -152,12 +152,12 @@ def fit(
             ranks.report_failure(error)
             # After out-of-memory the caller may retry with fewer runs.
             may_retry = _may_retry(todo, error)
-            failure = _failure_of_device(todo, error)
             if ranks.is_rank_zero and not has_launcher() and not may_retry:
                 # A single process has written the outcome of each run that had started.
                 since = begun if ranks.world_size > 1 else math.inf
                 cause = ranks.first_failure() or Cause.of(0, error)
-                _mark_failed(todo, cause, begun, since, status=KILLED if failure else FAILED)
+                _mark_failed(todo, cause, begun, since)
+            failure = device_failure(error)
             if failure and failure is not error:
                 raise failure from error
             raise
@@ -221,16 +221,6 @@ def _may_retry(jobs: Sequence[Config], error: Exception) -> bool:
     return out_of_memory and len(jobs) > 1 and not jobs[0].sweep.halving
 
 
-def _failure_of_device(jobs: Sequence[Config], error: Exception) -> DeviceFailure | None:
-    """Return the failure of the jobs' device that caused an error, or None if there is none.
-
-    If several devices share each batch, it is not known which one failed, so the result is None.
-    """
-    if jobs[0].trainer.devices > 1:
-        return None
-    return device_failure(error)
-
-
 def _why_other_data(finished: Sequence[Config]) -> str:
     """Return why one of these finished jobs was trained on other data than its data set has now.
 
@@ -275,6 +265,8 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
             if not_recorded.__name__ in cause.kinds and not cause.folder:
                 raise not_recorded(message) from None
         _mark_failed(jobs, cause, begun, begun)
+        if cause.lost:
+            raise DeviceFailure(cause.lost, place=cause.rank) from None
         for refusal in (ValueError, OSError):
             if refusal.__name__ in cause.kinds and not cause.folder:
                 raise refusal(message) from None
@@ -294,13 +286,12 @@ def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -
 # Failures that no run has recorded
 
 
-def _mark_failed(
-    jobs: Sequence[Config], cause: Cause, begun: float, since: float, *, status: str = FAILED
-) -> None:
+def _mark_failed(jobs: Sequence[Config], cause: Cause, begun: float, since: float) -> None:
     """Mark as FAILED the jobs that have a run directory but no outcome of this call of `fit` yet.
 
     If one of the runs caused the failure, only that run is FAILED, and the other runs of the group
-    are KILLED. The jobs that train the teachers are included if `since` is finite.
+    are KILLED. If a device failed, all runs are KILLED, because another device may train them. The
+    jobs that train the teachers are included if `since` is finite.
 
     Args:
         jobs: the jobs of the group that failed.
@@ -309,7 +300,6 @@ def _mark_failed(
             KILLED before has no outcome of this call.
         since: Unix time in seconds; a job whose record says RUNNING since then or later has no
             outcome. Infinity to leave RUNNING jobs alone.
-        status: what to write instead of FAILED: KILLED if the device failed.
     """
     frozen = [job for job in jobs if Path(job.run_dir, "config.yaml").exists()]
     # The ranks may have been training the teacher when they failed.
@@ -324,7 +314,7 @@ def _mark_failed(
         # Ignore a run directory in use or a full disk: the error that led here counts.
         with suppress(ValueError, OSError):
             if _is_open_ended(_result(job), begun, since) and _write_failure(
-                job, cause, begun, since, culprit, status
+                job, cause, begun, since, culprit
             ):
                 marked.append(job)
     if any(map(tracking.is_copied, marked)):
@@ -345,9 +335,7 @@ def _is_open_ended(result: dict[str, Any], begun: float, since: float) -> bool:
     return bool(result["status"] == RUNNING and result["time"] >= since)
 
 
-def _write_failure(
-    job: Config, cause: Cause, begun: float, since: float, culprit: str, status: str
-) -> bool:
+def _write_failure(job: Config, cause: Cause, begun: float, since: float, culprit: str) -> bool:
     """Write the outcome of a job whose group failed, unless another process has written one.
 
     Args:
@@ -356,7 +344,6 @@ def _write_failure(
         begun: the argument of `_mark_failed`.
         since: the argument of `_mark_failed`.
         culprit: run directory of the run that caused the failure; "" if no run of the group did.
-        status: the argument of `_mark_failed`.
 
     Returns:
         Whether the outcome was written.
@@ -377,7 +364,7 @@ def _write_failure(
         if earlier.get("status") == RUNNING:
             opened.log.propagate = False  # the terminal has shown the error already
             opened.log.error("rank %d raised\n%s", cause.rank, cause.trace)
-        opened.write_outcome(status, cause.error)
+        opened.write_outcome(KILLED if cause.lost else FAILED, cause.error)
         return True
 
 
@@ -855,7 +842,7 @@ def _train_runs(group: _Group, opened: _OpenRuns, stop: Stop) -> None:
     except Exception as error:
         if group.ranks.world_size == 1:
             # After out-of-memory the caller may retry with fewer runs.
-            may_retry = _may_retry(opened.jobs, error) or _failure_of_device(opened.jobs, error)
+            may_retry = _may_retry(opened.jobs, error) or device_failure(error)
             status = KILLED if may_retry else FAILED
             opened.report_unfinished(status, f"{type(error).__name__}: {error}", told=True)
         raise

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.parent import run_pickled, save_and_end_with_parent
 from sddlskd.training.batch_norm import Sharing, share_norm
-from sddlskd.training.devices import pick_device
+from sddlskd.training.devices import device_failure, pick_device
 
 __all__ = [
     "Cause",
@@ -81,6 +81,7 @@ class Cause:
         kinds: names of the error's class and of its base classes; empty if nothing was raised.
         trace: traceback of the error; "" if there is none.
         folder: run directory of the run that raised the error; "" if no single run did.
+        lost: what is wrong with the device of the rank; "" if the device has not failed.
     """
 
     rank: int
@@ -88,6 +89,7 @@ class Cause:
     kinds: list[str]
     trace: str = ""
     folder: str = ""
+    lost: str = ""
 
     @property
     def stopped(self) -> bool:
@@ -106,7 +108,8 @@ class Cause:
             rank: number of the rank that raised the exception.
             error: the exception. If it is a RuntimeError that names a timeout or a lost connection,
                 the text `Cause.error` adds that another rank hangs or has ended.
-            folder: run directory of the run that raised the exception; "" if no single run did.
+            folder: run directory of the run that raised the exception; "" if no single run did. It
+                is ignored if the device has failed, because no run can cause that.
 
         Returns:
             The cause, with the traceback of the exception.
@@ -115,6 +118,8 @@ class Cause:
         trace, said = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
         if isinstance(error, RuntimeError) and WAITED_IN_VAIN.search(said):
             said += "; another rank hangs or has ended (trainer.timeout_s limits the wait for it)"
+        if failure := device_failure(error):
+            return cls(rank, said, kinds, trace, lost=str(failure))
         return cls(rank, said, kinds, trace, folder)
 
 

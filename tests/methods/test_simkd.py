@@ -15,6 +15,7 @@ from sddlskd.models import create as create_network
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training.features import rebuild_student
 from sddlskd.training.fit import fit
+from sddlskd.training.measure import measure
 from tests.methods.drawn import STUDENT, TEACHER, batch, taps
 from tests.tiny import Net, leave_teacher, net, rows, tiny
 
@@ -107,7 +108,7 @@ def test_a_finished_run_is_evaluated_and_exported_without_the_teachers_file(
 ) -> None:
     best = Path(job.run_dir, "best.ckpt")
     top1 = checkpoint.read(best)["top1"]
-    found = evaluate.measure(job, best)
+    found = measure(job, best)
     assert found["top1"] == pytest.approx(top1)
 
     path = leave_teacher(Path(job.home))
@@ -115,7 +116,7 @@ def test_a_finished_run_is_evaluated_and_exported_without_the_teachers_file(
     export.main([job.run_dir])
     exported = Path(capsys.readouterr().out.strip())
     shown = evaluate._job_and_weights(exported, ["dataset.num_classes=10", *DATA])
-    assert evaluate.measure(*shown)["top1"] == pytest.approx(top1)
+    assert measure(*shown)["top1"] == pytest.approx(top1)
     # With another teacher to compare with, the head is still that of the run's teacher.
     _, _, trained = evaluate._job_and_weights(Path(job.run_dir), ["teacher=resnet20"])
     assert trained.teacher.name == "resnet8"
