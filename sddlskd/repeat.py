@@ -1,11 +1,11 @@
-"""Print the command that trains a past run again: `python -m sddlskd.repeat RUN`.
+"""Print the command that trains a past run again: `python -m sddlskd.repeat RUN [OVERRIDE ...]`.
 
 RUN: the folder of a run, or its config.yaml, which may come from the artifacts of MLflow.
 
 The command has the run's choices (recipe, teacher, student, data set and others), and an override
 for each key in which the run differs from them. Folders, tracking and the sweep are left out.
-stdout has the command alone; a shell runs it, with further overrides, by
-eval "$(sddlskd repeat RUN) seed=3". stderr tells what is not as it was: the code, the data, the
+stdout has the command alone, with the overrides that follow RUN; a shell runs it by
+eval "$(sddlskd repeat RUN seed=3)". stderr tells what is not as it was: the code, the data, the
 teacher file.
 """
 
@@ -32,7 +32,7 @@ from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.config.targets import ForeignTarget
-from sddlskd.terminal.arguments import RUN_DIR_IN_HOME, other_form
+from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import (
     explain,
     log_to_terminal,
@@ -109,17 +109,18 @@ def main() -> None:
     """
     log_to_terminal()
     refuse_another_checkout()
-    path = Path(_parse(sys.argv[1:]).run)
+    options = _parse(sys.argv[1:])
+    path = Path(options.run)
     try:
         file = _file_of(path)
         run = _load(file)
         words, job = _repeated(run, file)
-        notes = _notes(job, file)
+        notes = _notes(job, file, is_same=not options.overrides)
     except ERRORS as error:
         _refuse(explain(error))
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
-    write_line(" ".join([PROGRAM, *map(shlex.quote, words)]))
+    write_line(" ".join([PROGRAM, *map(shlex.quote, [*words, *options.overrides])]))
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -131,13 +132,20 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m sddlskd.repeat",
         description="Print the training command of a past run. In a shell, "
-        'eval "$(sddlskd repeat RUN) seed=3" runs it with another seed.',
+        'eval "$(sddlskd repeat RUN seed=3)" runs it with another seed.',
         allow_abbrev=False,
     )
     parser.add_argument("run", help="the folder of the run, or its config.yaml")
-    if wrong := other_form(parser, words, keys=(), home=RUN_DIR_IN_HOME):
+    parser.add_argument(
+        "overrides", nargs="*", help="what the command shall change, as in seed=3, or home=FOLDER"
+    )
+    if wrong := other_form(parser, words):
         parser.error(wrong)
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    for word in options.overrides:
+        if "=" not in word and not word.startswith("~"):
+            parser.error(f"{word} is no override; give KEY=VALUE, such as seed=3")
+    return options
 
 
 def _file_of(path: Path) -> Path:
@@ -468,11 +476,13 @@ def _differing_keys(run: Config, job: Config) -> list[str]:
     return keys[:MOST_KEYS] or ["settings that have no key"]
 
 
-def _notes(job: Config, file: Path) -> list[str]:
+def _notes(job: Config, file: Path, *, is_same: bool) -> list[str]:
     """Return lines about what is not as it was when a run was trained.
 
-    `job` is the job of the command, and `file` is the run's config.yaml. The other files of the run
-    may be missing.
+    Args:
+        job: the job of the run's command.
+        file: the run's config.yaml. The other files of the run may be missing.
+        is_same: whether the command that is printed has no further overrides.
     """
     notes: list[str] = []
     if file.name == RECORDED:
@@ -481,7 +491,7 @@ def _notes(job: Config, file: Path) -> list[str]:
         except record.Damaged as error:
             notes.append(str(error))
         notes += _notes_on_inputs(job, file.parent)
-    if Path(job.run_dir, RECORDED).is_file():
+    if is_same and Path(job.run_dir, RECORDED).is_file():
         notes.append(
             f"{job.run_dir} holds this run; add seed=NUMBER, another override or home=FOLDER to "
             "train anew"

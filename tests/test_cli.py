@@ -51,7 +51,8 @@ OTHER_FORMS = [
      "/x/runs"),
     ("sddlskd.server", "--home /x", "--home is unknown here; give the folder of the server: "
      "--folder /x/tracking-server"),
-    ("sddlskd.repeat", "--home /x", f"--home is unknown here; {FOLDER}"),
+    ("sddlskd.repeat", "X --home /x", "--home is unknown; did you mean home=/x?"),
+    ("sddlskd.repeat", "X seed", "seed is no override; give KEY=VALUE, such as seed=3"),
     ("sddlskd.convert", "file.yaml seed=1", "seed= is unknown; did you mean --seed 1?"),
     ("analysis.__main__", "first home=/x", "home= is unknown; did you mean --home /x?"),
     ("analysis.__main__", "coverage uri=u", "uri= is unknown; did you mean --uri u?"),

@@ -171,3 +171,17 @@ def test_log_lines_have_one_form(
 def test_not_a_terminal_gets_plain_lines() -> None:
     assert view(Seen(), mode="auto").live is None
     assert view(Seen(), mode="auto").plain
+
+
+def test_a_closed_terminal_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    console = Console(file=Closed(), force_terminal=True)
+    monkeypatch.setattr(progress, "console_of_log", lambda: console)
+    run = Seen()
+    with view(run, mode="auto") as seen:
+        run.epoch = 2
+        seen.epoch(run)
+        assert seen.live

@@ -281,3 +281,12 @@ def test_train_refuses_the_configuration_of_a_run(compose: Compose, tmp_path: Pa
         assert wrong(["-cd", str(folder), "-cn", name]) == ""
     assert wrong(["-cd", str(tmp_path), "student=resnet8"]) == ""
     assert wrong(["-cn", "rates"]) == ""
+
+
+def test_further_overrides_follow_in_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "run", compose_in(tmp_path, "recipe=kd"))
+    monkeypatch.setattr(sys, "argv", ["repeat", str(folder), "seed=3", "M=[1, 2]"])
+    repeat.main()
+    assert shlex.split(capsys.readouterr().out)[-2:] == ["seed=3", "M=[1, 2]"]

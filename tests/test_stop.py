@@ -11,7 +11,7 @@ from sddlskd.training.stop import Stop
 from tests.tiny import leave_teacher, tiny
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_is_noted_and_handlers_are_given_back(number: signal.Signals) -> None:
     before, stop = signal.getsignal(number), Stop()
     with stop.listening():
@@ -20,6 +20,16 @@ def test_a_signal_is_noted_and_handlers_are_given_back(number: signal.Signals) -
         assert stop.signal is number
         assert stop.reason == f"stopped by {number.name}"
     assert signal.getsignal(number) is before
+
+
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), Stop()
+    try:
+        with stop.listening():
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_only_a_person_ends_it_by_asking_twice() -> None:

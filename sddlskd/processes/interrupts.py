@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 from sddlskd.processes.exit_codes import ExitCode
 
-__all__ = ["held_back", "ignore_interrupts", "leave_at_once"]
+__all__ = ["held_back", "hung_up_counts", "ignore_interrupts", "leave_at_once"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,6 +20,14 @@ def ignore_interrupts() -> None:
     """
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def hung_up_counts() -> bool:
+    """Return whether SIGHUP, which a closed terminal sends, asks this process to stop.
+
+    `nohup` makes a process ignore SIGHUP; then the result is False.
+    """
+    return signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from sddlskd.config import Config
 from sddlskd.processes.cores import check_processes
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.processes.interrupts import held_back
+from sddlskd.processes.interrupts import held_back, hung_up_counts
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
 from sddlskd.sweeps.estimate import seconds_left, time_left
 from sddlskd.sweeps.outcome import record_outcome, result_of, state_of
@@ -163,8 +163,9 @@ class Pool(GroupRunner):
     def run(self, groups: Sequence[Sequence[Config]], folder: Path, visible: Sequence[str]) -> str:
         """Run every group, and wait until all of them have ended.
 
-        SIGINT or SIGTERM stops the workers, which save their checkpoints first; a second signal
-        kills them. Call this method in the main thread.
+        SIGINT, SIGTERM or the SIGHUP of a closed terminal stops the workers, which save their
+        checkpoints first; a second SIGINT or SIGTERM kills them. Call this method in the main
+        thread.
 
         Args:
             groups: jobs to run, whose run directories hold config.yaml; the jobs of a group are
@@ -188,7 +189,10 @@ class Pool(GroupRunner):
         cpu_workers = self.devices.count("cpu")
         if cpu_workers > 1:
             self.threads = max(len(os.sched_getaffinity(0)) // cpu_workers, 1)
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        asking = [signal.SIGINT, signal.SIGTERM]
+        if hung_up_counts():
+            asking.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in asking}
         try:
             while self.busy or (self.queue and not self.stop_signals):
                 self._start_workers()
@@ -421,7 +425,12 @@ class Pool(GroupRunner):
             worker.send_signal(signal.SIGTERM)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Handle a stop signal: the first stops the workers, the second kills them."""
+        """Handle a stop signal: the first stops the workers, the second kills them.
+
+        A SIGHUP is never the second: the shell and the system both send one when a terminal closes.
+        """
+        if number == signal.SIGHUP and self.stop_signals:
+            return
         self.stop_signals += 1
         self.last_signal = number
         if self.stop_signals == 1:

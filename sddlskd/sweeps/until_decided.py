@@ -127,7 +127,7 @@ def run_until_decided(
         log.warning("without a baseline in this sweep, so never decided: %s", "; ".join(lonely))
     words = list(words_of.values())
     runs = [(index, seed) for index in range(len(words)) for seed in range(FIRST_SEEDS)]
-    ran = False
+    ran, told = False, set[int]()  # told: cells whose decision is in the log
     while True:
         overrides = [[*words[index], f"seed={seed}"] for index, seed in runs]
         jobs = compose_grid(loader, sweep, overrides)
@@ -152,6 +152,10 @@ def run_until_decided(
             break
         if ran:
             _log_round(comparisons, missing)
+            for one in comparisons:
+                if one.decided and one.cell not in told:
+                    told.add(one.cell)
+                    log.info("%s", describe(one, distinct))
         runs += missing
     if (
         not ran

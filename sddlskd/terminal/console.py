@@ -393,7 +393,14 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             "hydra.launcher.gpus_per_node"
         )
     names = _valid_names(key, valid, prefix)
-    if places := _places_of(key, OmegaConf.to_container(node._get_root(), resolve=False)):
+    config = OmegaConf.to_container(node._get_root(), resolve=False)
+    places = _places_of(key, config)
+    if not places and not path:  # a typo of a name below a group, such as temprature
+        inner = {place.rpartition(".")[2] for place in _dotted_keys(config)}
+        near = _closest(key, sorted(inner | set(valid)))
+        if near and near not in valid:
+            places = _places_of(near, config)
+    if places:
         names = f"did you mean {' or '.join(places)}? Valid are {', '.join(valid)}"
     return f"{prefix}{key} is unknown; {names}"
 

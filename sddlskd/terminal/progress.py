@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -101,7 +102,8 @@ class ProgressDisplay:
 
     def __enter__(self) -> Self:
         if self.live:
-            self.live.start()
+            with suppress(OSError):  # the terminal was closed
+                self.live.start()
             self._update()
         return self
 
@@ -112,7 +114,8 @@ class ProgressDisplay:
         trace: TracebackType | None,
     ) -> None:
         if self.live:
-            self.live.stop()
+            with suppress(OSError):  # the terminal was closed
+                self.live.stop()
 
     def _done(self) -> int:
         """Return the steps that the slowest active run has done, or all steps if none is active."""
@@ -140,7 +143,8 @@ class ProgressDisplay:
 
     def _update(self) -> None:
         if self.live:
-            self.live.update(self._table(), refresh=True)
+            with suppress(OSError):  # the terminal was closed; the training goes on to its end
+                self.live.update(self._table(), refresh=True)
             self.updated = time.monotonic()
 
     def epoch(self, run: RunStatus) -> None:

@@ -58,7 +58,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 # Signals by which a user or a scheduler stops a job.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 # Seconds that the other ranks get to end by themselves after one rank has ended.
 GRACE_S = 5.0
 # The wording of gloo and nccl for a timeout or a lost connection.
@@ -445,9 +445,10 @@ def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
 
 
 def unblock_signals() -> None:
-    """Let this process receive SIGINT, SIGTERM and SIGUSR2, which `spawn` blocks in its ranks.
+    """Let this process receive the signals that `spawn` blocks in its ranks.
 
-    Call this function once the handlers of the signals are installed.
+    These are SIGINT, SIGTERM, SIGUSR2 and SIGHUP. Call this function once the handlers of the
+    signals are installed.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 

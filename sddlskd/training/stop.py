@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from sddlskd.processes.interrupts import hung_up_counts
+
 __all__ = ["Stop"]
 
 log = logging.getLogger(__name__)
 
-# SLURM sends SIGUSR2 as its warning before a time limit.
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+# SLURM sends SIGUSR2 as its warning before a time limit. A closed terminal sends SIGHUP.
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Stop:
-    """Request to stop: the first SIGINT, SIGTERM or SIGUSR2 within a `listening` block.
+    """Request to stop: the first SIGINT, SIGTERM, SIGUSR2 or SIGHUP within a `listening` block.
 
     The training loop checks `signal` after each step.
 
@@ -43,17 +45,19 @@ class Stop:
         return f"stopped by {self.signal.name}{added}" if self.signal else "stopped"
 
     def listen(self) -> dict[signal.Signals, Any]:
-        """Install handlers for SIGINT, SIGTERM and SIGUSR2, and return the previous handlers.
+        """Install handlers for the signals of `ASKING`, and return the previous handlers.
 
-        A handler sets `signal`, and may raise KeyboardInterrupt (see `acting`). Python allows
-        handlers to be installed in the main thread only. In any other thread, install nothing and
-        return {}: the calling program then handles the signals.
+        SIGHUP gets no handler if this process ignores it, as after `nohup`. A handler sets
+        `signal`, and may raise KeyboardInterrupt (see `acting`). Python allows handlers to be
+        installed in the main thread only. In any other thread, install nothing and return {}: the
+        calling program then handles the signals.
 
         Returns:
             The previous handler of each signal, as `signal.signal` returns it.
         """
+        asking = [number for number in ASKING if number != signal.SIGHUP or hung_up_counts()]
         try:
-            return {number: signal.signal(number, self._ask) for number in ASKING}
+            return {number: signal.signal(number, self._ask) for number in asking}
         except ValueError:
             return {}
 
@@ -72,7 +76,7 @@ class Stop:
 
     @contextmanager
     def acting(self, *, at_once: bool) -> Iterator[None]:
-        """Set for a block whether SIGINT, SIGTERM and SIGUSR2 raise KeyboardInterrupt at once.
+        """Set for a block whether the signals of `ASKING` raise KeyboardInterrupt at once.
 
         Args:
             at_once: True to raise KeyboardInterrupt as soon as a signal arrives, and also at the
