@@ -28,6 +28,8 @@ WEIGHTS = ("temperature", "ce_weight", "kd_weight")
 """Settings of a loss that recipes choose beside its scales and standardisation."""
 UNEQUAL = f"since Bartlett's p is below {stats.ALPHA}: the variances of the rows differ"
 """Reason for a test that does not take the variance that the rows of a column share."""
+CLOSE = 2 * stats.ALPHA
+"""Bartlett's p below which one more seed may bring it below `ALPHA`, and so change the test."""
 
 
 def notes(declaration: Declaration, cells: Mapping[Key, Cell], sweep: str) -> Iterator[str]:
@@ -216,6 +218,7 @@ def notes_on_gains(
         f"table's {counted(len(tested), 'test')}. Equivalent: within ±{options.margin:g} points, "
         "by two one-sided tests."
     )
+    yield from _depending_on_the_test(gains, results)
     yield from _differing_baselines(gains, results)
     if smallest := [text for column in columns if (text := _smallest(column, gains, len(tested)))]:
         yield (
@@ -227,6 +230,42 @@ def notes_on_gains(
             "All pairs: mean of the gains with its 95 % interval (bootstrap of the runs within "
             "pair and method); P(better): probability that a run of the row is better than one of "
             "its baseline."
+        )
+
+
+def _depending_on_the_test(
+    gains: Mapping[Key, Gain], results: Mapping[Key, Result]
+) -> Iterator[str]:
+    """Yield a note on the verdicts that the paired test would not give, if Bartlett's p is close.
+
+    Args:
+        gains: gains by the labels of row and column.
+        results: results of all cells of the table, by the same labels.
+    """
+    ps = {key: gain.difference.p for key, gain in gains.items() if gain.p_holm is not None}
+    close: dict[Key, float] = {}
+    for row, column in ps:
+        beside = [result for (_, other), result in results.items() if other == column]
+        spread = spread_beside(results[row, column], beside)
+        is_pooled = gains[row, column].difference.test == "pooled"
+        if is_pooled and spread and spread.bartlett is not None and spread.bartlett < CLOSE:
+            close[row, column] = spread.bartlett
+    for key in close:
+        pairing = stats.paired(results[key].by_seed, gains[key].base.by_seed)
+        ps[key] = pairing.p if pairing else None
+    known = {key: p for key, p in ps.items() if p is not None}
+    corrected = dict(zip(known, stats.holm(list(known.values())), strict=True))
+    columns: dict[str, list[str]] = defaultdict(list)
+    for row, column in close:
+        p = corrected.get((row, column))
+        if gains[row, column].verdict in ("better", "worse") and (p is None or p >= stats.ALPHA):
+            by_chance = "cannot be tested" if p is None else f"has p {_shown_p(p)} (Holm)"
+            columns[column].append(f"the gain of {row} {by_chance}")
+    for column, texts in columns.items():
+        bartlett = min(p for (_, other), p in close.items() if other == column)
+        yield (
+            f"Bartlett's p is close to {stats.ALPHA} ({column}: {_shown_p(bartlett)}), below which "
+            f"the runs would be paired by seed. Paired, {'; '.join(texts)}: more seeds decide."
         )
 
 

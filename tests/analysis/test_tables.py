@@ -789,6 +789,22 @@ def test_the_notes_tell_a_p_value_from_zero_and_from_the_threshold(
     assert f"Bartlett's p {shown})" in " ".join(notes)
 
 
+@pytest.mark.parametrize(
+    ("base", "hangs"),
+    # Bartlett's p is 0.075, and p of the paired test is 0.078 and 0.044.
+    [([70.0, 72.6, 71.0], True), ([71.0, 70.0, 72.6], False)],
+)
+def test_a_verdict_that_hangs_on_bartletts_test_is_named(base: list[float], hangs: bool) -> None:
+    table = build(runs(*SHUFFLE, base) + runs(*SHUFFLE, [74.0, 73.8, 74.3], **sd_kd()))[
+        "sdd_table_2"
+    ]
+    gain = table.cells["SD-KD", COLUMN].gain
+    assert gain is not None
+    assert gain.verdict == "better"
+    told = [note for note in table.notes if "Paired, the gain of SD-KD has p 0.0" in note]
+    assert len(told) == hangs
+
+
 def test_the_notes_define_the_verdict_and_name_tests_and_metric() -> None:
     table = build(runs(*SHUFFLE, KD) + runs(*SHUFFLE, SD_KD, **sd_kd()), sweep="pilot")[
         "sdd_table_2"
