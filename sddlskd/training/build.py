@@ -349,7 +349,8 @@ def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks
         if ranks.broadcast(path.exists()):
             return
         log.info(
-            "teacher %s is missing: training it first (teacher.train_epochs=%d)",
+            "teacher %s is missing: training %s alone first (teacher.train_epochs=%d)",
+            job.teacher.name,
             job.teacher.name,
             job.teacher.train_epochs,
         )
