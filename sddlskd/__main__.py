@@ -36,8 +36,8 @@ COMMANDS = {
     "status": Command(
         "sddlskd.sweeps", ["status"], "list the sweeps, or show the state of every job of one"
     ),
-    "logs": Command("sddlskd.sweeps", ["logs"], "show the logs of a sweep's SLURM tasks"),
-    "cancel": Command("sddlskd.sweeps", ["cancel"], "cancel a sweep's SLURM jobs"),
+    "logs": Command("sddlskd.sweeps", ["logs"], "show the ends of the logs of a sweep"),
+    "cancel": Command("sddlskd.sweeps", ["cancel"], "stop a sweep"),
     "teachers": Command("sddlskd.teachers", [], "list, fetch, verify or import teachers"),
     "repeat": Command("sddlskd.repeat", [], "print the command that repeats a run"),
     "convert-config": Command(

@@ -2,8 +2,8 @@
 
     python -m sddlskd.sweeps               list the sweeps
     python -m sddlskd.sweeps status NAME   print the state of every job and the command to continue
-    python -m sddlskd.sweeps logs NAME     print the last lines of the logs of the SLURM tasks
-    python -m sddlskd.sweeps cancel NAME   cancel the sweep's SLURM jobs
+    python -m sddlskd.sweeps logs NAME     print the last lines of the logs
+    python -m sddlskd.sweeps cancel NAME   stop the sweep, with all checkpoints saved
 
 To freeze a job means to write its configuration into its run directory. The state of a sweep is
 that of its run directories, which runs/sweeps/<name>/sweep.json lists. In the same folder,
@@ -28,6 +28,7 @@ from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import (
     marked_as_running,
     planned_jobs,
+    refusal_of_second_launch,
     write_manifest,
     write_plan,
 )
@@ -90,8 +91,9 @@ def run_sweep(
 
     Raises:
         ValueError: If the sweep cannot be run: jobs are invalid (`InvalidJobs`), different jobs
-            have the same run directory, the runner refuses the jobs, a file of the sweep or of a
-            job is damaged, or any other setting is wrong.
+            have the same run directory, another launch on this machine trains one of the jobs, the
+            runner refuses the jobs, a file of the sweep or of a job is damaged, or any other
+            setting is wrong.
         OSError: If a file of the sweep or of a job cannot be written.
         ConnectionError: If MLflow or SLURM does not answer.
         ChildProcessError: If the process that checks the jobs dies.
@@ -169,6 +171,8 @@ def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:
     found = list(plan.refusals)
     if not plan.todo:
         return found
+    if second := refusal_of_second_launch(plan.folder, plan.name, _run_dirs_here(plan, runner)):
+        found.append(second)
     # The check of a SQLite file writes a file beside it, which a plan must not do.
     on_servers = [job for job in plan.todo if str(job.tracking.uri).startswith("http")]
     for check in (
@@ -194,9 +198,14 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
         tracking.check_reachable(plan.todo)
         runner.validate(plan.todo, plan.devices)
     devices = len(runner.places(plan.todo, plan.devices)) or 1
-    write_manifest(plan.folder, plan.name, plan.jobs, devices, plan.kind)
-    with marked_as_running(plan.folder):
+    with marked_as_running(plan.folder, plan.name, _run_dirs_here(plan, runner)):
+        write_manifest(plan.folder, plan.name, plan.jobs, devices, plan.kind)
         return _run_groups(plan, runner)
+
+
+def _run_dirs_here(plan: Plan, runner: GroupRunner) -> list[str]:
+    """Return the run directories of the jobs that this process trains; [] if a cluster does."""
+    return [job.run_dir for job in plan.todo if runner.runs_locally]
 
 
 def _run_groups(plan: Plan, runner: GroupRunner) -> str:
