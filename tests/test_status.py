@@ -300,7 +300,9 @@ def test_the_process_of_a_launch_is_stopped(
     sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(["cancel", str(sweep)])
-    assert capsys.readouterr().out.startswith("no launch of this sweep runs on this machine, and")
+    assert capsys.readouterr().out.startswith(
+        "nothing runs here, and SLURM has no job of this sweep"
+    )
     signals: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda *call: signals.append(call))
     with marked_as_running(sweep, "mine", ["a", "b"]):

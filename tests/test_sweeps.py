@@ -764,6 +764,21 @@ def test_a_stop_while_a_worker_starts_reaches_it(home: Path) -> None:
     assert time.monotonic() - before < 60  # without the stop, it would train for minutes
 
 
+def test_another_length_under_the_name_of_a_sweep_is_a_warning(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, longer = (
+        jobs_of(home, f"trainer.epochs={epochs}", common=("sweep.plan=true",)) for epochs in (1, 2)
+    )
+    write_manifest(home / "runs/sweeps/test", "test", first)
+    write_plan(home / "runs/sweeps/test", "test", first)
+    plan_unchecked([*first, *longer])
+    assert "trainer.epochs=2 is new to sweep test, which has jobs of 1 epoch; " in caplog.text
+    caplog.clear()
+    plan_unchecked(first)
+    assert "is new to sweep" not in caplog.text
+
+
 def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
     jobs = jobs_of(home, "M=[1]", "M=[2]", common=(f"run_dir={home}/same",))
     with pytest.raises(ValueError, match="one run_dir"):

@@ -27,6 +27,7 @@ from sddlskd.sweeps.baselines import comparison_lines
 from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import (
     marked_as_running,
+    planned_epochs,
     planned_jobs,
     refusal_of_second_launch,
     write_manifest,
@@ -113,6 +114,7 @@ def run_sweep(
     if plan.invalid and not only_print:
         raise InvalidJobs(plan.invalid)
     _warn_of_finished(plan)
+    _warn_of_other_length(plan)
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
         requests = runner.requests(plan.groups, plan.group_seconds)
@@ -163,6 +165,20 @@ def _warn_of_finished(plan: Plan) -> None:
             counted(len(plan.changed_code), "finished job"),
             ", ".join(modules),
             cfg.run_name(job),
+        )
+
+
+def _warn_of_other_length(plan: Plan) -> None:
+    """Log a warning if no job of earlier launches of the sweep trains as long as one of these."""
+    earlier = planned_epochs(plan.folder)
+    other = {job.trainer.epochs for job in plan.jobs} - earlier
+    if earlier and other:
+        log.warning(
+            "trainer.epochs=%s is new to sweep %s, which has jobs of %s; tables refuse such a "
+            "mixture, unless the papers train these methods longer: give another sweep.name",
+            ", ".join(map(str, sorted(other))),
+            plan.name,
+            counted(max(earlier), "epoch"),
         )
 
 

@@ -86,7 +86,7 @@ def cancel(folder: Path) -> None:
     if tasks:
         write_line(f"cancelled: {' '.join(tasks)}")
     else:
-        write_line("no launch of this sweep runs on this machine, and SLURM has no job of it")
+        write_line("nothing runs here, and SLURM has no job of this sweep")
 
 
 def logs(folder: Path, lines: int = 5) -> None:

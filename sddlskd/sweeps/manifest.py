@@ -25,6 +25,7 @@ __all__ = [
     "is_running",
     "local_launch",
     "marked_as_running",
+    "planned_epochs",
     "planned_jobs",
     "read_manifest",
     "refusal_of_second_launch",
@@ -288,6 +289,19 @@ def planned_jobs(folder: Path) -> set[str]:
     if not path.exists():
         return set()
     return {job["run_dir"] for job in _read_plan(path)["jobs"]}
+
+
+def planned_epochs(folder: Path) -> set[int]:
+    """Return the numbers of epochs of the jobs in the plan.json of a sweep's `folder`.
+
+    The result is empty if the file is missing. Raise record.Damaged if the file is not a JSON
+    object, or if it lists no jobs.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        return set()
+    plan = _read_plan(path)
+    return {int((plan["common"] | job["params"])["trainer.epochs"]) for job in plan["jobs"]}
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
