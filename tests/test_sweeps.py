@@ -785,7 +785,9 @@ def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
         run(jobs)
 
 
-def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
+def test_jobs_that_another_process_runs_are_left_to_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs = jobs_of(home, network("Tiny"), network("Tiny") + " M=[2]")
     elsewhere = record.Record(jobs[0])
     (Path(jobs[0].run_dir) / "result.json").write_text(
@@ -797,6 +799,8 @@ def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
         elsewhere.close()
     assert statuses(results) == ["RUNNING", "FINISHED"]
     assert code == 1
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "RUNNING" in line)
+    assert row.rstrip("│ ").split()[-1] == "-"  # the time is not known
 
 
 def test_a_failed_job_is_judged_by_its_new_run(home: Path) -> None:
