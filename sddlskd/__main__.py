@@ -36,8 +36,8 @@ COMMANDS = {
     "status": Command(
         "sddlskd.sweeps", ["status"], "list the sweeps, or show the state of every job of one"
     ),
-    "logs": Command("sddlskd.sweeps", ["logs"], "show the logs of a sweep's SLURM tasks"),
-    "cancel": Command("sddlskd.sweeps", ["cancel"], "cancel a sweep's SLURM jobs"),
+    "logs": Command("sddlskd.sweeps", ["logs"], "show the ends of the logs of a sweep"),
+    "cancel": Command("sddlskd.sweeps", ["cancel"], "stop a sweep"),
     "teachers": Command("sddlskd.teachers", [], "list, fetch, verify or import teachers"),
     "repeat": Command("sddlskd.repeat", [], "print the command that repeats a run"),
     "convert-config": Command(
@@ -94,7 +94,9 @@ def _help() -> str:
 def _unknown(name: str) -> str:
     """Return the error message for an unknown command, or for a missing one if `name` is ""."""
     wrong = f"sddlskd {name} is unknown" if name else "a command is missing"
-    if close := get_close_matches(name, COMMANDS, n=1):
+    if name == "sweeps":  # the name of the module
+        wrong = f"{wrong} (sddlskd status lists the sweeps)"
+    elif close := get_close_matches(name, COMMANDS, n=1):
         wrong = f"{wrong} (did you mean {close[0]}?)"
     return f"{wrong}; valid are {', '.join(COMMANDS)}"
 

@@ -160,11 +160,17 @@ def _mend_arguments() -> None:
 def _wrong_file(words: Sequence[str]) -> str:
     """Return what is wrong with the file that --config-dir and --config-name name, or "".
 
+    The folder --config-dir must exist.
     A file of the folder --config-dir has no effect if this package has one of that name. The
     config.yaml of a run lacks the settings of Hydra, so a run with it would be recorded elsewhere.
     """
     options, _ = get_args_parser().parse_known_args(words)
     name = str(options.config_name or "config").removesuffix(".yaml")
+    if options.config_dir and not Path(options.config_dir).is_dir():
+        return (
+            f"there is no folder {Path(options.config_dir).absolute()}, which -cd names; start "
+            "from the folder that holds it, or give its full path"
+        )
     for folder in filter(None, (options.config_path, options.config_dir)):
         # --config-path is relative to this file; --config-dir is relative to the current folder.
         start = Path(__file__).parent if folder == options.config_path else Path()

@@ -48,7 +48,11 @@ def main() -> None:
         # An orphaned worker would keep its run directories locked.
         save_and_end_with_parent(chosen.parent, signal.SIGTERM)
     code = run(
-        chosen.folders, device=chosen.device, threads=chosen.threads, progress=chosen.progress
+        chosen.folders,
+        device=chosen.device,
+        threads=chosen.threads,
+        progress=chosen.progress,
+        stop=Stop(launcher=chosen.parent),
     )
     sys.exit(code)
 
@@ -72,8 +76,8 @@ def run(
         threads: number of CPU threads; None for torch's default.
         progress: "auto", "plain" or "off", to use instead of the jobs' trainer.progress; None to
             keep trainer.progress.
-        stop: the `Stop` of a caller that handles SIGINT, SIGTERM and SIGUSR2 beyond this call; None
-            to handle these signals during this call only.
+        stop: the `Stop` that handles SIGINT, SIGTERM and SIGUSR2 during this call, and beyond it
+            if the caller listens; None for a new one.
 
     Returns:
         - 75 (ExitCode.TOO_LARGE) if the jobs do not fit into the device's memory together;

@@ -560,3 +560,7 @@ def test_what_a_file_lacks_is_said(
         (folder / name).write_text(text)
     for override, says in OF_OWN_FILES.items():
         assert refused(override, f"--config-dir={folder}") == says
+    assert refused(f"--config-dir={folder / 'none'}") == (
+        f"there is no folder {folder / 'none'}, which -cd names; start from the folder that holds "
+        "it, or give its full path"
+    )

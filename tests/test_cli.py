@@ -158,6 +158,7 @@ def test_help_imports_nothing_heavy() -> None:
     ("words", "problem"),
     [
         (["frobnicate"], "sddlskd frobnicate is unknown"),
+        (["sweeps"], "sddlskd sweeps is unknown (sddlskd status lists the sweeps)"),
         (["trian"], "sddlskd trian is unknown (did you mean train?)"),
         ([], "a command is missing"),
     ],

@@ -252,11 +252,11 @@ def test_every_key_that_is_not_translated_is_named(convert: Any) -> None:
     _, _, lines = convert(cifar("FITNET", "vgg13", "vgg8", more=more), "--logit-stand",
                           "--from", "lskd", "--resume")  # fmt: skip
     assert [line.partition(": ")[0] for line in lines] == [
-        "EXPERIMENT.TAG", "KD.TEMPERATURE", "FITNET.INPUT_SIZE", "NEW.KEY", "LOG.WANDB",
-        "DATASET.NUM_WORKERS", "--logit-stand", "--resume",
+        "EXPERIMENT.TAG", "KD.TEMPERATURE", "FITNET.INPUT_SIZE", "LOG.WANDB",
+        "DATASET.NUM_WORKERS", "--logit-stand", "--resume", "warning",
     ]  # fmt: skip
     assert lines[1].endswith("DISTILLER.TYPE=FITNET does not read it")
-    assert lines[3].endswith("because it is unknown")
+    assert lines[-1].startswith("warning: NEW is unknown to mdistiller, SDD and LSKD, and not")
     _, _, lines = convert(TORCHDISTILL)
     assert [line.partition(": ")[0] for line in lines] == [
         "train.train_data_loader.batch_size", "datasets",
@@ -267,6 +267,26 @@ def test_every_key_that_is_not_translated_is_named(convert: Any) -> None:
     assert [line.partition(": ")[0] for line in lines] == [
         "MODEL.NUM_CLASSES", "OPTIM.MIN_LR", "TRAIN.STRONG_AUGMENTATION",
     ]  # fmt: skip
+
+
+def test_a_mistyped_key_is_a_warning_and_the_code_a_note(convert: Any) -> None:
+    more = "DKD: {BETTA: 6.0}\nSOLVERS: {LR: 1, EPOCHS: 3}\n"
+    text = cifar("DKD", "vgg13", "vgg8", more=more)
+    _, _, lines = convert(text, "SOLVER.LRR", "1", "--gpu", "0")
+    end = ", and not translated; did you mean"
+    assert lines[1:] == [
+        "--gpu: not translated; set trainer.device=cuda:0",
+        f"warning: SOLVER.LRR is unknown to mdistiller, SDD and LSKD{end} SOLVER.LR?",
+        f"warning: DKD.BETTA is unknown to mdistiller, SDD and LSKD{end} DKD.BETA?",
+        f"warning: SOLVERS is unknown to mdistiller, SDD and LSKD{end} SOLVER?",
+    ]
+    bare = cifar("KD", "vgg13", "vgg8")
+    _, _, lines = convert(bare)
+    assert lines[:-1] == [
+        "the defaults are those of mdistiller (temperature 4, weight 0.9); for a file of LSKD "
+        "(2 and 9), add --from lskd"
+    ]
+    assert convert(bare, "--from", "mdistiller")[2] == lines[-1:]
 
 
 @pytest.mark.parametrize(

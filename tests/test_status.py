@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.sweeps.__main__ import main
-from sddlskd.sweeps.manifest import marked_as_running
+from sddlskd.sweeps.manifest import marked_as_running, refusal_of_second_launch
 from sddlskd.sweeps.report import print_status
 from sddlskd.sweeps.search import DATABASE
 from sddlskd.sweeps.status import JobStatus, SweepStatus, status_of
@@ -170,7 +172,8 @@ def test_it_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         f"  killed    3/8 epochs  top-1 43.00  {names[2]}  stopped  requeued 2 times",
         f"  new       0/8 epochs  {names[3]}",
         "  new       0/0 epochs  not-frozen",
-        "time left: about 3:20 on one device for 3 of 4 jobs",
+        "time left: about 3:20 on one device for 3 of 4 jobs, with 1 failed job, which the command "
+        "continues",
         "to finish it: cd '/some where' && python -m sddlskd.train -m seed=0,1",
     ]
 
@@ -188,6 +191,12 @@ def test_it_tells_that_the_sweep_runs(tmp_path: Path, capsys: pytest.CaptureFixt
         told = capsys.readouterr().out
         assert "the sweep is running; it trains the teacher resnet14: 0/3 epochs\n" in told
         assert "to finish it" not in told
+        main(["logs", "mine", "--home", str(tmp_path)])
+        told = capsys.readouterr().out
+        assert told == (
+            f"{teacher.folder / 'train.log'}  (a teacher in training)\n"
+            "not shown: 2 new; the log of a run is RUN_DIRECTORY/train.log\n"
+        )
     teacher.close()
     found = status_of(sweep)
     assert (found.running, found.teachers, found.devices) == (False, [], 4)
@@ -272,11 +281,60 @@ def test_only_the_status_is_json(
     assert f"--json belongs to status, not to {command}" in capsys.readouterr().err
 
 
-def test_a_sweep_without_slurm_has_its_logs_elsewhere(
+def test_a_sweep_without_slurm_shows_the_logs_of_its_runs(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folders = [Path(path) for path in json.loads((sweep / "sweep.json").read_text())["jobs"]]
+    (folders[1] / "train.log").write_text("".join(f"line {number}\n" for number in range(9)))
     main(["logs", str(sweep)])
-    assert "the log of a run is RUN_DIRECTORY/train.log" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folders[1] / 'train.log'}  (failed)",
+        *(f"    line {number}" for number in range(4, 9)),
+        f"{folders[2] / 'train.log'}  (killed)",
+        "    not started yet",
+        "not shown: 1 finished, 2 new; the log of a run is RUN_DIRECTORY/train.log",
+    ]
+
+
+def test_the_process_of_a_launch_is_stopped(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["cancel", str(sweep)])
+    assert capsys.readouterr().out.startswith(
+        "nothing runs here, and SLURM has no job of this sweep"
+    )
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *call: signals.append(call))
+    with marked_as_running(sweep, "mine", ["a", "b"]):
+        assert refusal_of_second_launch(sweep, "mine", ["c"]) == ""
+        with marked_as_running(sweep, "mine", ["c"]):  # jobs of its own
+            pass
+        main(["cancel", str(sweep)])
+        with (
+            pytest.raises(ValueError, match=f"process {os.getpid()} runs sweep mine already"),
+            marked_as_running(sweep, "mine", ["b", "c"]),
+        ):
+            pass
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        assert refusal_of_second_launch(sweep, "mine", ["b"]) == ""
+        capsys.readouterr()
+        main(["cancel", str(sweep)])
+        assert f"type there: kill -TERM {os.getpid()}" in capsys.readouterr().out
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_running_job_shows_its_best_epoch_so_far(tmp_path: Path) -> None:
+    folder = leave_job(tmp_path, 0, (19.0, 91.0), status="RUNNING", best_top1=19.0, reason="old")
+    (job,) = jobs_while_open(folder, leave_sweep(tmp_path, folder))
+    assert (job.state, job.top1, job.reason) == ("running", 91.0, "")
+
+
+def jobs_while_open(folder: Path, sweep: Path) -> list[JobStatus]:
+    opened = record.Record(cfg.load(folder / "config.yaml"))
+    try:
+        return status_of(sweep).jobs
+    finally:
+        opened.close()
 
 
 def test_the_group_shares_the_time_of_an_epoch(tmp_path: Path) -> None:
@@ -343,6 +401,12 @@ def test_a_status_without_an_answer_of_slurm(
     main(["status", str(sweep)])
     first = capsys.readouterr().out.splitlines()[0]
     assert first == "cannot ask SLURM about the jobs of this sweep: squeue: down"
+    words = "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host"
+    fake_slurm(tmp_path / "nowhere", monkeypatch, squeue=f"echo '{words}' >&2; exit 1")
+    assert status_of(sweep).slurm_error == (
+        "no SLURM answers on this machine (squeue: resolve_ctls_from_dns_srv: res_nsearch error: "
+        "Unknown host); use a login node of the cluster"
+    )
 
 
 def test_a_damaged_record_is_one_line(sweep: Path) -> None:

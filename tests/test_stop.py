@@ -1,5 +1,6 @@
 """Test stop requests: obeyed at once if nothing would be lost, otherwise after the step."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,20 @@ def test_only_a_person_ends_it_by_asking_twice() -> None:
         assert stop.reason == "stopped by SIGUSR2, to go on later"  # the first signal counts
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_worker_leaves_the_words_to_its_launcher_and_names_its_death(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stop = Stop(launcher=os.getppid())
+    with stop.listening():
+        signal.raise_signal(signal.SIGINT)
+    assert (stop.reason, caplog.messages) == ("stopped by SIGINT", [])
+    stop = Stop(launcher=os.getpid())  # which is not the parent any more
+    with stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.reason == "the launching process died"
+    assert caplog.messages == ["SIGTERM: stopping after this step with all checkpoints saved"]
 
 
 def test_it_acts_at_once_where_nothing_would_be_lost() -> None:

@@ -764,13 +764,30 @@ def test_a_stop_while_a_worker_starts_reaches_it(home: Path) -> None:
     assert time.monotonic() - before < 60  # without the stop, it would train for minutes
 
 
+def test_another_length_under_the_name_of_a_sweep_is_a_warning(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, longer = (
+        jobs_of(home, f"trainer.epochs={epochs}", common=("sweep.plan=true",)) for epochs in (1, 2)
+    )
+    write_manifest(home / "runs/sweeps/test", "test", first)
+    write_plan(home / "runs/sweeps/test", "test", first)
+    plan_unchecked([*first, *longer])
+    assert "trainer.epochs=2 is new to sweep test, which has jobs of 1 epoch; " in caplog.text
+    caplog.clear()
+    plan_unchecked(first)
+    assert "is new to sweep" not in caplog.text
+
+
 def test_one_run_dir_for_two_jobs_is_refused(home: Path) -> None:
     jobs = jobs_of(home, "M=[1]", "M=[2]", common=(f"run_dir={home}/same",))
     with pytest.raises(ValueError, match="one run_dir"):
         run(jobs)
 
 
-def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
+def test_jobs_that_another_process_runs_are_left_to_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs = jobs_of(home, network("Tiny"), network("Tiny") + " M=[2]")
     elsewhere = record.Record(jobs[0])
     (Path(jobs[0].run_dir) / "result.json").write_text(
@@ -782,6 +799,8 @@ def test_jobs_that_another_process_runs_are_left_to_it(home: Path) -> None:
         elsewhere.close()
     assert statuses(results) == ["RUNNING", "FINISHED"]
     assert code == 1
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "RUNNING" in line)
+    assert row.rstrip("│ ").split()[-1] == "-"  # the time is not known
 
 
 def test_a_failed_job_is_judged_by_its_new_run(home: Path) -> None:

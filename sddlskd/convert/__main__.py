@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 # Flags of the authors' programs that do not change a result, with the reason
 IDLE_FLAGS = {
-    "gpu": "set trainer.device=cuda:NUMBER",
+    "gpu": "set trainer.device=cuda:{value}",
     "resume": "the same command continues a run",
     "local_rank": "set trainer.devices=NUMBER",
     "world-size": "set trainer.devices=NUMBER",
@@ -48,7 +48,8 @@ _Loader.add_multi_constructor("!", _untagged)
 def main() -> None:
     """Print the training command of this package for the file that the command line names.
 
-    The command goes to stdout. A line for each key or flag that is not translated goes to stderr.
+    The command goes to stdout. A line for each key or flag that is not translated goes to stderr,
+    and then a warning for each key that the other code does not have.
 
     Raises:
         SystemExit: With code 1 after printing why the file cannot be translated, with a line for
@@ -69,6 +70,8 @@ def main() -> None:
         _refuse(f"{options.file}: the file cannot be translated ({reason})")
     for line in translation.ignored:
         sys.stderr.write(f"{line}\n")
+    for line in translation.unknown:
+        sys.stderr.write(f"warning: {line}\n")
     write_line(text)
 
 
@@ -87,7 +90,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("file", help="the YAML file")
     parser.add_argument(
-        "options", nargs="*", metavar="KEY VALUE", help="options as for mdistiller: SOLVER.LR 0.01"
+        "options",
+        nargs="*",
+        default=[],  # without it, argparse calls these words required
+        metavar="KEY VALUE",
+        help="options as for mdistiller: SOLVER.LR 0.01",
     )
     parser.add_argument(
         "--from",
@@ -173,8 +180,8 @@ def _translate(values: Mapping[str, Any], options: argparse.Namespace) -> Transl
     if options.seed is not None:
         found.values["seed"] = options.seed
     for flag, cure in IDLE_FLAGS.items():
-        if getattr(options, flag.replace("-", "_")):
-            found.ignored.append(f"--{flag}: not translated; {cure}")
+        if value := getattr(options, flag.replace("-", "_")):
+            found.ignored.append(f"--{flag}: not translated; {cure.format(value=value)}")
     return found
 
 

@@ -5,8 +5,9 @@ weight 9), in flags of the command line and in SDD's clipped gradients. Keys tha
 state have the default of its code's `mdistiller/engine/cfg.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from sddlskd.convert.translation import Keys, Translation, dotted, milestones, number, numbers
@@ -81,6 +82,7 @@ for _name, _weight in FEATURE_WEIGHTS.items():
     DEFAULTS[f"{_name}.LOSS.CE_WEIGHT"] = 1.0
     DEFAULTS[f"{_name}.LOSS.FEAT_WEIGHT"] = _weight
 LSKD_DEFAULTS = {"KD.TEMPERATURE": 2, "KD.LOSS.KD_WEIGHT": 9, "EXPERIMENT.LOGIT_STAND": False}
+KD_DEFAULTS = {"KD.TEMPERATURE", "KD.LOSS.KD_WEIGHT"}  # in which LSKD differs from mdistiller
 # Options of each method, and the keys that they have here
 OPTIONS: dict[str, dict[str, str]] = {
     "AT": {"AT.P": "p"},
@@ -113,7 +115,11 @@ REASONS = {
     "FITNET.INPUT_SIZE": "sizes are measured",
     "VID.INPUT_SIZE": "sizes are measured",
     "CRD.FEAT.": "sizes are measured",
-    "REVIEWKD.": "shapes are measured",
+    "REVIEWKD.SHAPES": "shapes are measured",
+    "REVIEWKD.OUT_SHAPES": "shapes are measured",
+    "REVIEWKD.IN_CHANNELS": "shapes are measured",
+    "REVIEWKD.OUT_CHANNELS": "shapes are measured",
+    "REVIEWKD.MAX_MID_CHANNEL": "shapes are measured",
 }
 # Methods of files that the released code does not have, and the methods that took their place
 SUCCESSORS = {"GL_DKD": "SDD_DKD", "KD_ours": "MLKD", "DKD_aug": "DKD"}
@@ -185,7 +191,9 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
         `faults` names each method, network, data set or optimizer of the file that this package
         does not have, and each key whose value should be a number but is none.
     """
-    code = code or code_of(values, flags)
+    guessed = ""
+    if code is None:
+        code = guessed = code_of(values, flags)
     defaults = DEFAULTS | (LSKD_DEFAULTS if code == "lskd" else {})
     found = Translation()
     file = Keys(values, defaults, found)
@@ -223,7 +231,14 @@ def translate(values: Mapping[str, Any], flags: Flags, code: str | None = None) 
             found.values["distiller.pooling"] = "nested"
     if flags.seed is not None:
         found.values["seed"] = flags.seed
-    found.ignored += [f"{key}: {_reason(key, kind)}" for key in file.unread()]
+    if guessed == "mdistiller" and kind == "KD" and KD_DEFAULTS - file.stated.keys():
+        found.ignored.append(
+            "the defaults are those of mdistiller (temperature 4, weight 0.9); for a file of LSKD "
+            "(2 and 9), add --from lskd"
+        )
+    unread = file.unread()
+    found.ignored += [f"{key}: {reason}" for key in unread if (reason := _reason(key, kind))]
+    found.unknown += _unknown([key for key in unread if not _reason(key, kind)])
     found.ignored += _unused_flags(flags, kind)
     return found
 
@@ -424,12 +439,27 @@ def _states(file: Keys, key: str) -> bool:
 
 
 def _reason(key: str, kind: str) -> str:
+    """Return why a known key is not translated; "" for a key that the three codes do not have."""
     for prefix, reason in REASONS.items():
         if key.startswith(prefix):
             return f"not translated, because {reason}"
-    if key.partition(".")[0] in {known.partition(".")[0] for known in DEFAULTS}:
+    if key in DEFAULTS or key in LSKD_DEFAULTS:
         return f"not translated, because DISTILLER.TYPE={kind} does not read it"
-    return "not translated, because it is unknown"
+    return ""
+
+
+def _unknown(keys: Sequence[str]) -> list[str]:
+    """Return a line for each unknown block, and for each unknown key of a known block."""
+    known = [*DEFAULTS, *LSKD_DEFAULTS, *(key for key in REASONS if not key.endswith("."))]
+    blocks = {key.partition(".")[0] for key in (*known, *REASONS)}
+    lines = []
+    for key in keys:
+        block = key.partition(".")[0]
+        name, names = (key, known) if block in blocks else (block, sorted(blocks))
+        close = get_close_matches(name, names, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        lines.append(f"{name} is unknown to mdistiller, SDD and LSKD, and not translated{meant}")
+    return list(dict.fromkeys(lines))
 
 
 def _unused_flags(flags: Flags, kind: str) -> list[str]:

@@ -58,6 +58,8 @@ class Translation:
         values: {dotted key of this package: value}, such as {"trainer.epochs": 240}. The choices
             may already set some of these values.
         ignored: for the user, a line for each key or flag that is not translated, with the reason.
+        unknown: for the user, a line for each key that the other code does not have, which may be
+            mistyped.
         faults: for the user, a line for each fault of the file, because of which it cannot be
             translated.
     """
@@ -65,6 +67,7 @@ class Translation:
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @contextmanager

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 ALIGNMENTS = ("strict", "from_end")
+NEEDS = ("stages", "preacts", "pooled", "logit_map", "last", "strong_map")  # valid in `needs`
 
 
 class Method(nn.Module, ABC):
@@ -43,8 +44,8 @@ class Method(nn.Module, ABC):
         teacher: Maps of the teacher for any batch; only their shapes are read.
 
     Raises:
-        ValueError: If a network does not show a field of `needs`, except "strong_map", which is not
-            checked.
+        ValueError: If `needs` has an unknown name, or if a network does not show a field of
+            `needs`, except "strong_map", which is not checked.
 
     Attributes:
         needs: Names of the fields of `Taps` that the method reads beside `logit_map`: "stages" and
@@ -67,6 +68,11 @@ class Method(nn.Module, ABC):
 
     def __init__(self, student: Taps, teacher: Taps) -> None:
         super().__init__()
+        if unknown := sorted(set(self.needs).difference(NEEDS)):
+            raise ValueError(
+                f"{type(self).__name__}.needs names {', '.join(unknown)}, which no network shows; "
+                f"valid are {', '.join(NEEDS)}"
+            )
         for who, taps in (("student", student), ("teacher", teacher)):
             for need in ("stages", "preacts"):
                 if need in self.needs and len(getattr(taps, need)) < 2:

@@ -2,8 +2,8 @@
 
     python -m sddlskd.sweeps               list the sweeps
     python -m sddlskd.sweeps status NAME   print the state of every job and the command to continue
-    python -m sddlskd.sweeps logs NAME     print the last lines of the logs of the SLURM tasks
-    python -m sddlskd.sweeps cancel NAME   cancel the sweep's SLURM jobs
+    python -m sddlskd.sweeps logs NAME     print the last lines of the logs
+    python -m sddlskd.sweeps cancel NAME   stop the sweep, with all checkpoints saved
 
 To freeze a job means to write its configuration into its run directory. The state of a sweep is
 that of its run directories, which runs/sweeps/<name>/sweep.json lists. In the same folder,
@@ -27,7 +27,9 @@ from sddlskd.sweeps.baselines import comparison_lines
 from sddlskd.sweeps.grid import InvalidJobs
 from sddlskd.sweeps.manifest import (
     marked_as_running,
+    planned_epochs,
     planned_jobs,
+    refusal_of_second_launch,
     write_manifest,
     write_plan,
 )
@@ -90,8 +92,9 @@ def run_sweep(
 
     Raises:
         ValueError: If the sweep cannot be run: jobs are invalid (`InvalidJobs`), different jobs
-            have the same run directory, the runner refuses the jobs, a file of the sweep or of a
-            job is damaged, or any other setting is wrong.
+            have the same run directory, another launch on this machine trains one of the jobs, the
+            runner refuses the jobs, a file of the sweep or of a job is damaged, or any other
+            setting is wrong.
         OSError: If a file of the sweep or of a job cannot be written.
         ConnectionError: If MLflow or SLURM does not answer.
         ChildProcessError: If the process that checks the jobs dies.
@@ -111,6 +114,7 @@ def run_sweep(
     if plan.invalid and not only_print:
         raise InvalidJobs(plan.invalid)
     _warn_of_finished(plan)
+    _warn_of_other_length(plan)
     if only_print:
         devices = runner.places(plan.todo, plan.devices)
         requests = runner.requests(plan.groups, plan.group_seconds)
@@ -164,11 +168,27 @@ def _warn_of_finished(plan: Plan) -> None:
         )
 
 
+def _warn_of_other_length(plan: Plan) -> None:
+    """Log a warning if no job of earlier launches of the sweep trains as long as one of these."""
+    earlier = planned_epochs(plan.folder)
+    other = {job.trainer.epochs for job in plan.jobs} - earlier
+    if earlier and other:
+        log.warning(
+            "trainer.epochs=%s is new to sweep %s, which has jobs of %s; tables refuse such a "
+            "mixture, unless the papers train these methods longer: give another sweep.name",
+            ", ".join(map(str, sorted(other))),
+            plan.name,
+            counted(max(earlier), "epoch"),
+        )
+
+
 def _refusals(plan: Plan, runner: GroupRunner) -> list[str]:
     """Return why a launch of the sweep would be refused although its single jobs can run."""
     found = list(plan.refusals)
     if not plan.todo:
         return found
+    if second := refusal_of_second_launch(plan.folder, plan.name, _run_dirs_here(plan, runner)):
+        found.append(second)
     # The check of a SQLite file writes a file beside it, which a plan must not do.
     on_servers = [job for job in plan.todo if str(job.tracking.uri).startswith("http")]
     for check in (
@@ -194,9 +214,14 @@ def _run(plan: Plan, runner: GroupRunner) -> str:
         tracking.check_reachable(plan.todo)
         runner.validate(plan.todo, plan.devices)
     devices = len(runner.places(plan.todo, plan.devices)) or 1
-    write_manifest(plan.folder, plan.name, plan.jobs, devices, plan.kind)
-    with marked_as_running(plan.folder):
+    with marked_as_running(plan.folder, plan.name, _run_dirs_here(plan, runner)):
+        write_manifest(plan.folder, plan.name, plan.jobs, devices, plan.kind)
         return _run_groups(plan, runner)
+
+
+def _run_dirs_here(plan: Plan, runner: GroupRunner) -> list[str]:
+    """Return the run directories of the jobs that this process trains; [] if a cluster does."""
+    return [job.run_dir for job in plan.todo if runner.runs_locally]
 
 
 def _run_groups(plan: Plan, runner: GroupRunner) -> str:

@@ -1,4 +1,4 @@
-"""`python -m sddlskd.sweeps status|logs|cancel NAME`: look at a sweep, or cancel its SLURM jobs.
+"""`python -m sddlskd.sweeps status|logs|cancel NAME`: look at a sweep, or stop it.
 
 Without a name, `status` lists the sweeps.
 """
@@ -6,6 +6,7 @@ Without a name, `status` lists the sweeps.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,10 +14,19 @@ from pathlib import Path
 
 from sddlskd import config as cfg
 from sddlskd.sweeps import slurm
+from sddlskd.sweeps.manifest import local_launch, read_manifest
 from sddlskd.sweeps.report import print_status, print_sweeps
-from sddlskd.sweeps.status import status_of, summaries_of
+from sddlskd.sweeps.status import (
+    count_states,
+    states_of,
+    status_of,
+    summaries_of,
+    teachers_in_training,
+)
 from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import refuse_another_checkout, write_line
+
+WITHOUT_LOG = ("finished", "pruned", "new")  # states of jobs whose logs need not be shown
 
 
 def status(folder: Path, *, as_json: bool = False) -> None:
@@ -52,48 +62,79 @@ def listing(sweeps: Path, *, as_json: bool = False) -> None:
 
 
 def cancel(folder: Path) -> None:
-    """Cancel the queued and running SLURM tasks of the sweep in `folder`, and print their ids.
+    """Stop the sweep in `folder`: cancel its SLURM tasks, or signal the process that trains it.
 
-    Running tasks save their checkpoints before they end. If there is no such task, print a sentence
-    that says so. Raise ConnectionError if squeue or scancel is missing, fails or does not answer,
-    and ValueError if slurm.json, the sweep's list of tasks, is damaged.
+    Running jobs save their checkpoints before they end. A line says what is stopped, or that
+    nothing runs. Raise ConnectionError if squeue or scancel is missing, fails or does not answer,
+    ValueError if a file of the sweep is damaged, and OSError if the process belongs to another
+    user.
     """
-    jobs = slurm.cancel_tasks(folder)
-    if jobs:
-        write_line(f"cancelled: {' '.join(jobs)}")
+    launch = local_launch(folder)
+    if launch and launch.is_here:
+        os.kill(launch.process, signal.SIGTERM)
+        write_line(
+            f"stopping process {launch.process}, which runs this sweep: its jobs end after their "
+            "current steps, with all checkpoints saved"
+        )
+        return
+    if launch:
+        write_line(
+            f"this sweep runs on {launch.host}; to stop it, type there: kill -TERM {launch.process}"
+        )
+        return
+    tasks = slurm.cancel_tasks(folder)
+    if tasks:
+        write_line(f"cancelled: {' '.join(tasks)}")
     else:
-        write_line("SLURM has no job of this sweep")
+        write_line("nothing runs here, and SLURM has no job of this sweep")
 
 
 def logs(folder: Path, lines: int = 5) -> None:
-    """Print the end of the log of every SLURM task that was ever submitted for a sweep.
+    """Print the end of the log of every SLURM task of a sweep, or else of every run.
 
-    For each task, print the path of its log, the names of its jobs' run directories, and the last
-    lines of the log, or "not started yet" if there is no log. If no task was ever submitted, print
-    which file is the log of a run.
+    For each task that was ever submitted, print the path of its log, the names of its jobs' run
+    directories, and the last lines of the log, or "not started yet" if there is no log. If no task
+    was ever submitted, print the path, the state and the last lines of the train.log of each job
+    that has started but is neither finished nor pruned, and of each teacher in training. A last
+    line counts the other jobs.
 
     Args:
         folder: folder of the sweep, <home>/runs/sweeps/<name>.
         lines: number of lines of each log, at least 1.
 
     Raises:
-        ValueError: If slurm.json, the sweep's list of tasks, is damaged.
+        ValueError: If a file of the sweep or of a job is damaged.
     """
     submitted = slurm.submissions(folder)
-    if not submitted:
-        write_line("SLURM had no job of this sweep; the log of a run is RUN_DIRECTORY/train.log")
     for one in submitted:
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
-        write_line(f"{one.log}  ({names})")
-        last_lines = ["not started yet"]
-        if Path(one.log).exists():
-            last_lines = Path(one.log).read_text(errors="replace").splitlines()[-lines:]
-        for line in last_lines:
-            write_line(f"    {line}")
+        _print_end(Path(one.log), names, lines)
+    if submitted:
+        return
+    for run_dir in teachers_in_training(folder):
+        _print_end(Path(run_dir, "train.log"), "a teacher in training", lines)
+    states = states_of(folder, read_manifest(folder)["jobs"])
+    for run_dir, state in states.items():
+        if state not in WITHOUT_LOG:
+            _print_end(Path(run_dir, "train.log"), state, lines)
+    others = count_states(state for state in states.values() if state in WITHOUT_LOG)
+    if others:
+        counts = ", ".join(f"{number} {state}" for state, number in others.items())
+        write_line(f"not shown: {counts}; the log of a run is RUN_DIRECTORY/train.log")
+
+
+def _print_end(log: Path, title: str, lines: int) -> None:
+    """Print the path of a log, a title and the last lines of the log."""
+    write_line(f"{log}  ({title})")
+    last_lines = ["not started yet"]
+    if log.exists():
+        last_lines = log.read_text(errors="replace").splitlines()[-lines:]
+    for line in last_lines:
+        write_line(f"    {line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the state of a sweep or the logs of its SLURM jobs, or cancel its SLURM jobs.
+    """Print the state of a sweep or the ends of its logs, or stop the sweep.
 
     Without the name of a sweep, list the sweeps. An error ends the command with exit code 1, and a
     wrong argument with exit code 2.

@@ -3,10 +3,12 @@
 import json
 import os
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from sddlskd.config import Config
 
 __all__ = [
     "LOCK",
+    "LocalLaunch",
     "command_to_continue",
     "is_running",
+    "local_launch",
     "marked_as_running",
+    "planned_epochs",
     "planned_jobs",
     "read_manifest",
+    "refusal_of_second_launch",
     "write_manifest",
     "write_plan",
 ]
@@ -31,6 +37,9 @@ __all__ = [
 LOCK = ".lock"
 # File in the sweep's folder that a launch locks as long as it runs the jobs.
 RUNNING_LOCK = "running.lock"
+# File in the sweep's folder that describes the launch that holds the lock, if it trains the jobs
+# itself. It is not the lock itself, because whoever tries to lock a file empties it.
+LAUNCH = "running.json"
 MANIFEST = "sweep.json"
 PLAN = "plan.json"
 # The user meant these overrides for one launch only.
@@ -106,19 +115,90 @@ def write_manifest(
         record.write_text(folder / MANIFEST, json.dumps(content, indent=1))
 
 
+@dataclass(frozen=True)
+class LocalLaunch:
+    """Launch of a sweep that trains the jobs in worker processes of its own machine.
+
+    Attributes:
+        process: id of the process.
+        host: name of the machine.
+        jobs: run directories of the jobs that the launch trains, or has trained already.
+    """
+
+    process: int
+    host: str
+    jobs: list[str]
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether the launch runs on this machine."""
+        return self.host == socket.gethostname()
+
+
 @contextmanager
-def marked_as_running(folder: Path) -> Iterator[None]:
+def marked_as_running(folder: Path, name: str = "", jobs: Sequence[str] = ()) -> Iterator[None]:
     """Lock a file in the folder of a sweep for a block, so that `is_running` sees the launch.
 
     If another launch of the sweep has locked the file already, do nothing.
+
+    Args:
+        folder: folder of the sweep; it is made if it is missing.
+        name: name of the sweep, for a message.
+        jobs: run directories that this launch trains on this machine; () if a cluster trains them.
+
+    Raises:
+        ValueError: If another launch on this machine trains one of `jobs`.
+        OSError: If a file cannot be written.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / RUNNING_LOCK)
     with suppress(Timeout):
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.1)  # in seconds; `is_running` holds the lock briefly
+    if not lock.is_locked:
+        if refusal := refusal_of_second_launch(folder, name, jobs):
+            raise ValueError(refusal)
+        yield
+        return
     try:
+        if jobs:
+            launch = LocalLaunch(os.getpid(), socket.gethostname(), list(jobs))
+            record.write_text(folder / LAUNCH, json.dumps(asdict(launch)))
         yield
     finally:
+        (folder / LAUNCH).unlink(missing_ok=True)
         lock.release()
+
+
+def refusal_of_second_launch(folder: Path, name: str, jobs: Sequence[str]) -> str:
+    """Return why jobs of a sweep cannot be launched beside a launch that is alive; "" if they can.
+
+    The jobs of one launch wait in its memory, so that another one on the same machine would train
+    them a second time. The other launch may train jobs of its own.
+
+    Args:
+        folder: folder of the sweep.
+        name: name of the sweep.
+        jobs: run directories of the jobs to launch.
+    """
+    launch = local_launch(folder)
+    if launch is None or not launch.is_here or set(launch.jobs).isdisjoint(jobs):
+        return ""
+    return (
+        f"process {launch.process} runs sweep {name} already; wait for it, or stop it with "
+        f"python -m sddlskd.sweeps cancel {folder}"
+    )
+
+
+def local_launch(folder: Path) -> LocalLaunch | None:
+    """Return the launch that trains jobs of the sweep in `folder` on its own machine.
+
+    Return None if there is none, or if its files cannot be read. Raise Damaged if the file that
+    describes the launch is damaged.
+    """
+    if not is_running(folder):
+        return None
+    content = record.read_json(folder / LAUNCH)
+    return LocalLaunch(**content) if content else None
 
 
 def is_running(folder: Path) -> bool:
@@ -209,6 +289,19 @@ def planned_jobs(folder: Path) -> set[str]:
     if not path.exists():
         return set()
     return {job["run_dir"] for job in _read_plan(path)["jobs"]}
+
+
+def planned_epochs(folder: Path) -> set[int]:
+    """Return the numbers of epochs of the jobs in the plan.json of a sweep's `folder`.
+
+    The result is empty if the file is missing. Raise record.Damaged if the file is not a JSON
+    object, or if it lists no jobs.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        return set()
+    plan = _read_plan(path)
+    return {int((plan["common"] | job["params"])["trainer.epochs"]) for job in plan["jobs"]}
 
 
 def _read_plan(path: Path) -> dict[str, Any]:

@@ -273,7 +273,10 @@ def print_status(status: SweepStatus) -> None:
         write_line(f"to add what is left, or see the decisions or the best job: {status.command}")
         return
     left = [job.seconds_left for job in status.jobs if job.state not in DONE]
-    write_line(f"time left: {time_left(left, status.devices)}")
+    failed = ""
+    if retried := sum(job.state == "failed" and job.seconds_left != 0 for job in status.jobs):
+        failed = f", with {counted(retried, 'failed job')}, which the command continues"
+    write_line(f"time left: {time_left(left, status.devices)}{failed}")
     if not status.running:
         write_line(f"to finish it: {status.command}")
 

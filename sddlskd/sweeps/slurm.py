@@ -69,6 +69,8 @@ RESOURCES = {
 FURTHER = ("account", "qos", "constraint", "exclude", "comment")
 # The task index that scontrol shows for tasks that were cancelled before they started.
 NO_INDEX = "4294967294"
+# What SLURM's commands say if this machine does not know of a cluster
+NO_CLUSTER = re.compile("resolve_ctls_from_dns_srv|[Cc]ould not establish a configuration source")
 # This refusal may be temporary: nodes may be down for a moment.
 UNSURE = "sbatch: allocation failure: Requested node configuration is not available"
 
@@ -86,6 +88,10 @@ class Submission:
     job: str
     run_dirs: list[str]
     log: str
+
+
+class NoCluster(ConnectionError):
+    """Error for a machine that has SLURM's commands but does not know of a cluster."""
 
 
 def submissions(sweep: Path) -> list[Submission]:
@@ -220,6 +226,7 @@ def _ask(*command: str, text: str | None = None) -> str:
         text: text for the command's stdin; None for no input.
 
     Raises:
+        NoCluster: If the command fails because this machine does not know of a cluster.
         ConnectionError: If the command is missing, does not answer within 60 seconds, or fails; the
             message quotes the command's error message.
     """
@@ -233,6 +240,11 @@ def _ask(*command: str, text: str | None = None) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise ConnectionError(f"{command[0]} does not answer") from None
+    if done.returncode and NO_CLUSTER.search(done.stderr):
+        raise NoCluster(
+            f"no SLURM answers on this machine ({command[0]}: {_message(done.stderr)}); use a "
+            "login node of the cluster"
+        )
     if done.returncode:
         raise ConnectionError(f"{command[0]}: {_message(done.stderr)}")
     return done.stdout
@@ -295,6 +307,8 @@ def _refusals_of_sbatch(executor: Any) -> Iterator[ValueError]:
     try:
         with _outside_of_a_job():
             _ask("sbatch", "--test-only", text=script)
+    except NoCluster as error:
+        yield ValueError(str(error))
     except ConnectionError as error:
         if str(error) == UNSURE:
             log.warning("no node can take the jobs now: %s", error)

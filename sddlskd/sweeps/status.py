@@ -24,6 +24,7 @@ __all__ = [
     "states_of",
     "status_of",
     "summaries_of",
+    "teachers_in_training",
 ]
 
 ENDED = ("finished", "failed", "pruned")
@@ -246,7 +247,7 @@ def status_of(folder: Path) -> SweepStatus:
         jobs=jobs,
         running=is_running(folder)
         or (bool(left) and all(states[run_dir] in AT_WORK for run_dir in left)),
-        teachers=_teachers_in_training([configs[one] for one in left if one in configs]),
+        teachers=list(_teachers_of(configs[one] for one in left if one in configs).values()),
         seconds_left=_sum_of([estimates[run_dir] for run_dir in left]),
         devices=manifest.get("devices", 1),
         command=command,
@@ -259,8 +260,19 @@ def _left_alone(manifest: Mapping[str, Any]) -> Sequence[str]:
     return ENDED if "sweep.rerun=none" in shlex.split(manifest["command"]) else DONE
 
 
-def _teachers_in_training(jobs: Iterable[cfg.Config]) -> list[str]:
-    """Return the teachers of jobs that a process is training now, with the epochs that are done."""
+def teachers_in_training(folder: Path) -> dict[str, str]:
+    """Return the teachers of a sweep's jobs that a process is training now.
+
+    `folder` is the folder of the sweep. The result is {run directory of the teacher: its name and
+    the epochs that are done}, such as "resnet14: 3/240 epochs". Raise ValueError if a file of the
+    sweep or of a run is damaged, and FileNotFoundError if the folder has no sweep.json.
+    """
+    paths = [Path(run_dir, "config.yaml") for run_dir in read_manifest(folder)["jobs"]]
+    return _teachers_of(cfg.load(path) for path in paths if path.exists())
+
+
+def _teachers_of(jobs: Iterable[cfg.Config]) -> dict[str, str]:
+    """Return what `teachers_in_training` returns, for the configurations of jobs."""
     found: dict[str, str] = {}
     for job in jobs:
         for one in cfg.each_teacher(job):
@@ -272,7 +284,7 @@ def _teachers_in_training(jobs: Iterable[cfg.Config]) -> list[str]:
                 done = len(record.read_rows(folder))
                 epochs = counted(teacher.trainer.epochs, "epoch")
                 found[teacher.run_dir] = f"{teacher.student.name}: {done}/{epochs}"
-    return list(found.values())
+    return found
 
 
 def _tasks_of(folder: Path, run_dirs: Sequence[str]) -> dict[str, str]:
@@ -314,13 +326,13 @@ def _job_status(
         estimate: estimated seconds until the job ends; None if they are not known.
     """
     epochs = config.trainer.epochs if config else 0
+    if state in AT_WORK:  # result.json has the scores and the reason of an earlier attempt
+        result = {key: result[key] for key in ("requeues",) if key in result}
     top1 = result.get("best_top1")
     if top1 is None:
         top1 = max((row["val/top1"] for row in rows), default=None)
     found = max((row["val/mAP"] for row in rows if "val/mAP" in row), default=None)
     reason = result.get("reason") or ""
-    if state in ("queued", "running"):  # the reason is that of an earlier attempt
-        reason = ""
     slurm_state = task_states[task] if task else None
     return JobStatus(
         name=run_dir.name,

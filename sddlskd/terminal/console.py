@@ -224,7 +224,7 @@ def _print_results(
                 "status": ": ".join(filter(None, (result["status"], result["reason"]))),
                 "best": _score(result.get("best_top1")),
                 "last": _score(result.get("last_top1")),
-                "time": duration(result["seconds"]),
+                "time": duration(result["seconds"]) if result["seconds"] else "-",
             }
         )
     if len({row["pair"] for row in rows}) == 1:

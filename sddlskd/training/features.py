@@ -9,15 +9,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sddlskd.config import Config, Views
-from sddlskd.config.targets import instantiate
+from sddlskd.config.targets import foreign_files, instantiate
 from sddlskd.data.device import Batch, seed_of
 from sddlskd.methods import Method, Taps
+from sddlskd.methods.base import NEEDS
 from sddlskd.models import ForeignNetwork, LogitMapModel
 from sddlskd.training.build import build_network, without_weights
 from sddlskd.training.devices import seeded
@@ -203,14 +207,38 @@ def _refused_as(job: Config, name: str) -> Iterator[None]:
     except Exception as error:  # a method of a user may raise anything
         raise ValueError(
             f"features={name} cannot serve teacher={job.teacher.name} and "
-            f"student={job.student.name}: {' '.join(str(error).split())[:300]}"
+            f"student={job.student.name}: {_said(error, job.features[name].method)}"
         ) from error
+
+
+def _said(error: Exception, method: dict[str, Any]) -> str:
+    """Return the message of a method's error, with the line of the user's file that raised it.
+
+    `method` has the `_target_` of the method. Errors of this package's methods name no line.
+    """
+    said = " ".join(str(error).split())[:300]
+    if isinstance(error, AttributeError) and isinstance(error.obj, Taps):
+        said += f"; it has {', '.join(NEEDS)}"
+    files = {str(path) for path in foreign_files(method).values()}
+    own = [frame for frame in extract_tb(error.__traceback__) if frame.filename in files]
+    if not own:
+        return said
+    if not isinstance(error, ValueError):
+        said = f"{type(error).__name__}: {said}"
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}: {said}"
 
 
 def _build(arguments: dict[str, Any], taps: Sequence[Taps], facts: dict[str, Any]) -> Method:
     """Return the method that `_target_` and its options describe."""
     build = _method_of(arguments)
     wanted: frozenset[str] = getattr(build.func, "facts", frozenset())
+    parameters = signature(build.func).parameters.values()
+    taken = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD][len(taps) :]
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    unknown = [name for name in build.keywords if name not in taken]
+    if unknown and not takes_any:
+        valid = ", ".join(name for name in taken if name not in wanted) or "none"
+        raise ValueError(f"{', '.join(unknown)} is no argument of the method; valid are {valid}")
     method: Method = build(*taps, **{name: facts[name] for name in wanted})
     return method
 

@@ -1,6 +1,7 @@
 """Signal handling: notice that a user or the scheduler asks the training to stop."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,22 +26,29 @@ class Stop:
     Args:
         warned: text that `reason` appends if the signal is SIGUSR2, SLURM's warning before a time
             limit.
+        launcher: process id of the sweep that has started this process as a worker; None without
+            one. The sweep passes on its signals, and says itself that it stops.
 
     Attributes:
         signal: the signal that arrived first; None as long as there is none.
     """
 
-    def __init__(self, warned: str = "") -> None:
+    def __init__(self, warned: str = "", launcher: int | None = None) -> None:
         self.signal: signal.Signals | None = None
         self.warned = warned
+        self.launcher = launcher
+        self._launcher_died = False
         self._at_once = False
 
     @property
     def reason(self) -> str:
         """Return why the runs are stopped, such as "stopped by SIGTERM", as text for their records.
 
-        The text ends with `warned` if the signal is SIGUSR2. Without a signal it is "stopped".
+        The text ends with `warned` if the signal is SIGUSR2. If the signal came because the
+        launcher died, the text says so. Without a signal it is "stopped".
         """
+        if self._launcher_died:
+            return "the launching process died"
         added = self.warned if self.signal is signal.SIGUSR2 else ""
         return f"stopped by {self.signal.name}{added}" if self.signal else "stopped"
 
@@ -98,11 +106,14 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         asked, again = signal.Signals(number), self.signal is not None
         self.signal = self.signal or asked
+        if self.launcher is not None and not again:
+            self._launcher_died = os.getppid() != self.launcher
         # A second signal stops at once only if it is a user's SIGINT. A scheduler that signals
         # again kills the process by itself when it has waited long enough.
         if self._at_once or (again and asked is signal.SIGINT):
             raise KeyboardInterrupt
-        if not again:
+        launcher_says_it = self.launcher is not None and not self._launcher_died
+        if not again and not launcher_says_it:
             once_more = "; send it again to stop at once" if asked is signal.SIGINT else ""
             log.warning(
                 "%s: stopping after this step with all checkpoints saved%s", asked.name, once_more
