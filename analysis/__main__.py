@@ -31,6 +31,7 @@ COMMAND = f"python -m {__package__}"
 USAGE = """
   %(prog)s                        list the sweeps and experiments
   %(prog)s NAME [options]         write each table and figure that has runs, runs.csv, report.html
+  %(prog)s NAME imported          the same, with the imported numbers beside the runs of NAME
   %(prog)s coverage [options]     count the published numbers that have a recipe, a run, a verdict
   %(prog)s evidence               write what the papers' own logs and numbers say as Markdown
   %(prog)s import-logs PATH ...   import text logs and CSV files of other projects as runs"""
@@ -76,7 +77,12 @@ def _analyse(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         COMMAND, USAGE, "Write the papers' tables, figures and a report from MLflow."
     )
-    parser.add_argument("name", nargs="?", help="a sweep or an MLflow experiment")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a sweep or an MLflow experiment; the runs of several names stand in the same tables",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder to write to. Default: results"
     )
@@ -122,15 +128,16 @@ def _analyse(given: Sequence[str]) -> None:
             f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
         )
     uri = _uri(chosen)
-    _refuse_if_elsewhere(chosen.name, uri)
-    if chosen.name is None:
+    for name in chosen.names or [None]:
+        _refuse_if_elsewhere(name, uri)
+    if not chosen.names:
         _list(uri)
         return
-    _say(f"reading {chosen.name} from {uri}")
+    _say(f"reading {' and '.join(chosen.names)} from {uri}")
     _tell_what_is_read(uri)
     from .runs import load
 
-    runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
+    runs = load(chosen.names, uri, mixed_epochs=chosen.mixed_epochs)
     _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
     _write(runs, chosen, formats)
     _say_what_is_missing(runs)
@@ -144,7 +151,7 @@ def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Na
         option = f"--{key.replace('_', '-')}"
         if assigns and option in options and before not in options:
             parser.error(f"{key}= is unknown; did you mean {option} {shlex.quote(value)}?")
-    return parser.parse_args(given)
+    return parser.parse_intermixed_args(given)  # `NAME --out FOLDER NAME`, too
 
 
 def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> None:
@@ -320,6 +327,7 @@ def _import_logs(given: Sequence[str]) -> None:
     given_params = {PARAMS.get(key, key): value for key, value in texts.items()}
     run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)
     _say(f"{counted(len(run_ids), 'new run')} in experiment {chosen.experiment} at {uri}")
+    _say(f"{COMMAND} NAME {chosen.experiment} shows them beside the runs of the sweep NAME")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:

@@ -154,8 +154,8 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
         3. The tables of the LSKD paper.
         4. The tables in the READMEs of the authors' code.
         5. An overview of each data set. It shows every pair of teacher and student with at least
-           one run that no other table of accuracy shows. If no paper reports the data set, it shows
-           all pairs.
+           one run that no other table of accuracy shows, or with both imported runs and others. If
+           no paper reports the data set, it shows all pairs.
 
     Raises:
         ValueError: If `metric` is not a key of `selection.METRICS`.
@@ -473,7 +473,8 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
     """Declare an overview of the runs on each data set, with one row per method and scales.
 
     The overview shows the pairs that have a run in none of the other tables, with all their runs.
-    If no paper reports the data set, the overview shows all pairs.
+    It also shows the pairs with runs of several sources, as another table may have those of one
+    alone. If no paper reports the data set, the overview shows all pairs.
 
     Args:
         runs: all runs.
@@ -491,6 +492,7 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
         shown = {
             run.pair for run in here if dataset not in reported or run.config_hash not in placed
         }
+        shown |= {pair for pair in pairs if len({r.source for r in here if r.pair == pair}) > 1}
         here = [run for run in here if run.pair in shown]
         yield Declaration(
             name=f"overview_{dataset}",

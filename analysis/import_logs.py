@@ -51,7 +51,7 @@ from .log_params import (
 from .names import counted
 from .runs import PRUNED
 from .schema import METRICS, PARAMS
-from .store import reading, sqlite_file
+from .store import experiments_of, quoted, reading, search, sqlite_file
 
 __all__ = ["FORMATS", "import_logs"]
 
@@ -132,9 +132,10 @@ def import_logs(
 
     Raises:
         ValueError: In three cases. Before anything is read, if `given` has an unknown key or an
-            invalid value. At once, if the store fails or `experiment` was deleted in MLflow; runs
-            that were created before remain. At the end, if a path, a file or a row cannot be
-            imported; all others are imported, and the message lists what is not, and why.
+            invalid value. At once, if the store fails, if `experiment` was deleted in MLflow or if
+            a sweep has its name; runs that were created before remain. At the end, if a path, a
+            file or a row cannot be imported; all others are imported, and the message lists what is
+            not, and why.
     """
     fixed = {key: param(key, text) for key, text in (given or {}).items()}
     refused: list[str] = []
@@ -144,6 +145,7 @@ def import_logs(
     if (first := next(found, None)) is not None:
         _make_database(uri)
         with reading(uri) as client:
+            _refuse_name_of_sweep(client, experiment)
             experiment_id = _experiment(client, uri, experiment)
             for run in itertools.chain([first], found):
                 if there := _there(client, experiment_id, run.record):
@@ -456,6 +458,15 @@ def _make_database(uri: str) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
+def _refuse_name_of_sweep(client: Any, name: str) -> None:
+    """Raise ValueError if a sweep has the name: under it, tables have the sweep's runs alone."""
+    if next(search(client, experiments_of(client), f"tags.sweep = {quoted(name)}"), None):
+        raise ValueError(
+            f"--experiment {name} is the name of a sweep; leave it out, and show the imported runs "
+            f"beside the sweep with python -m {__package__} {name} imported"
+        )
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
