@@ -73,6 +73,9 @@ SETTINGS = (*RECIPE, "lr", *BUDGET)
 COMPARABLE = ("source", "optimizer", "lr", *BUDGET)
 """Settings that a cell and its baseline must share, unless a table names others."""
 
+TEXTS = ("optimizer", "precision")
+"""Settings of which an empty text says that they are unknown, as None says of a number."""
+
 OF_METHODS = ("features.", "distiller.")
 """How the names of details begin that belong to the method of a run."""
 
@@ -207,13 +210,15 @@ def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
     """Return whether two runs have the same value in each of the given settings (fields of `Run`).
 
-    None agrees with any value: the setting is unknown, or the loss does not use it. The optimizers
-    "dot" and "sgd" agree, because DOT is a form of SGD that belongs to the method.
+    None agrees with any value: the setting is unknown, or the loss does not use it. So does the
+    empty text of an unknown optimizer or precision. The optimizers "dot" and "sgd" agree, because
+    DOT is a form of SGD that belongs to the method.
     """
     for setting in settings:
-        ours = _as_optimizer(getattr(one, setting))
-        theirs = _as_optimizer(getattr(other, setting))
-        if ours is not None and theirs is not None and ours != theirs:
+        values = getattr(one, setting), getattr(other, setting)
+        if None in values or setting in TEXTS and "" in values:
+            continue
+        if len({_as_optimizer(value) for value in values}) > 1:
             return False
     return True
 

@@ -383,6 +383,20 @@ def test_imported_runs_stand_in_the_same_table_in_rows_of_their_own() -> None:
     assert table.cells["KD, imported", COLUMN].rank == "best"
 
 
+def test_settings_that_an_import_does_not_state_are_no_difference() -> None:
+    unknown = {"source": "imported", "optimizer": "", "precision": "", "epochs": None, "lr": None}
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, [75.0], M="[1,2]", **unknown)
+    table = build([{**row, "dataset": "fake"} for row in rows])["overview_fake"]
+    assert table.cells["SD-KD [1,2], imported", COLUMN].footnotes["ours"] == (
+        "no gain over KD: its runs differ in source",
+    )
+    rows = runs(*SHUFFLE, KD, source="imported") + runs(*SHUFFLE, [75.0], M="[1,2]", **unknown)
+    table = build([{**row, "dataset": "fake"} for row in rows])["overview_fake"]
+    cell = table.cells["SD-KD [1,2], imported", COLUMN]
+    assert cell.gain is not None
+    assert cell.footnotes["ours"] == ()
+
+
 def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
     rows = [run(*SHUFFLE, None, value, source="imported", config_hash=f"log{value}", **columns)
             for value, columns in ((74.0, {}), (74.4, {}), (76.0, sd_kd()))]  # fmt: skip
