@@ -314,15 +314,24 @@ def _import_logs(given: Sequence[str]) -> None:
         metavar="PARAM=VALUE",
         help="params that the logs do not state, such as teacher=resnet32x4 (docs/import.md)",
     )
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove the runs that were imported from PATH, in place of importing it",
+    )
     chosen = _parse(parser, given)
     if wrong := [text for text in chosen.set if "=" not in text]:
         raise ValueError(
             f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"
         )
-    from .import_logs import import_logs
+    from .import_logs import import_logs, remove_imports
     from .schema import PARAMS
 
     uri = _uri(chosen)
+    if chosen.remove:
+        removed = remove_imports(chosen.paths, uri, chosen.experiment, say=_say)
+        _say(f"{counted(len(removed), 'run')} removed from experiment {chosen.experiment} at {uri}")
+        return
     texts: dict[str, str] = dict(text.split("=", 1) for text in chosen.set)
     given_params = {PARAMS.get(key, key): value for key, value in texts.items()}
     run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)

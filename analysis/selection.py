@@ -216,7 +216,7 @@ def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
     """
     for setting in settings:
         values = getattr(one, setting), getattr(other, setting)
-        if None in values or setting in TEXTS and "" in values:
+        if None in values or (setting in TEXTS and "" in values):
             continue
         if len({_as_optimizer(value) for value in values}) > 1:
             return False
