@@ -210,7 +210,9 @@ def _show(built: "Sequence[Table]", out: Path) -> None:
 
 
 def _say_what_is_missing(runs: "Runs") -> None:
-    """Print the runs that are not finished, with the commands that finish them.
+    """Print the runs that are not finished, with the command of the sweep, which finishes them.
+
+    If that is not known, each run has its own command.
 
     Superseded runs (replaced by a later run of the job) and runs that halving dropped are not
     printed. Nothing is printed if all other runs are finished.
@@ -225,12 +227,13 @@ def _say_what_is_missing(runs: "Runs") -> None:
     for run in open_runs[:SHOWN]:
         reason = f" ({run.reason})" if run.reason else ""
         _say(f"  {run.status.lower()}: {run.name}{reason}")
-        if run.command and run.status != "RUNNING":
+        # One command runs them all, if it is known.
+        if run.command and run.status != "RUNNING" and not runs.command:
             _say(f"    {run.command}")
     if len(open_runs) > SHOWN:
         _say(f"  and {len(open_runs) - SHOWN} more; report.html has them all")
     if runs.command:
-        _say(f"all of them: {runs.command}")
+        _say(f"to finish them: {runs.command}")
 
 
 def _by_status(runs: "Runs") -> str:
