@@ -643,7 +643,7 @@ def differing_settings(run: Run, other: Run, settings: Iterable[str]) -> list[st
     Arguments of losses and of feature methods do not count, because they belong to the method.
     `settings` are the fields of `Run` to compare.
     """
-    columns = [name for name in settings if getattr(run, name) != getattr(other, name)]
+    columns = [name for name in settings if not agree(run, other, [name])]
     code = ["own_code"] if _several_codes([run, other]) else []
     details = sorted(_differing_details([run, other]))
     return [*columns, *code, *(key for key in details if not key.startswith(OF_METHODS))]

@@ -782,6 +782,13 @@ def test_the_notes_name_weights_in_which_a_row_differs_from_its_baseline() -> No
         row["ce_weight"] = 1.0
     notes = build(alike)["overview_digits"].notes
     assert "Other settings differ, too: SD-KD [1,2,4] and KD in ce_weight (1 and 0.1)." in notes
+    own = runs(*SMALL, SD_KD, dataset="digits", distiller="mine", ce_weight=1.0, kd_weight=9.0)
+    over_kd = GainOptions(baseline="kd")
+    notes = build(alike[: len(KD)] + own, options=over_kd)["overview_digits"].notes
+    assert (
+        "Other settings differ, too: mine and KD in ce_weight (1 and 0.1), kd_weight"
+        in " ".join(notes)
+    )
 
 
 @pytest.mark.parametrize(
