@@ -301,9 +301,19 @@ def rows(
     # Our own runs come before those of other sources.
     ordered = sorted(found, key=lambda key: (key[0], key[1] != "sddlskd", key[1]))
     split_rows = []
+    splits = {key: _differing(cells.values(), settings) for key, cells in found.items()}
+    edited = {
+        file
+        for key, split in splits.items()
+        if "own_code" in split
+        for file in _edited(run for members in found[key].values() for run in members)
+    }
     for row, source in ordered:
         cells = found[row, source]
-        split = _differing(cells.values(), settings)
+        split = splits[row, source]
+        # Beside rows of several versions of a file, each row of the file names its version.
+        if "own_code" not in split and edited and _all_use(cells, edited):
+            split = [*split, "own_code"]
         variants: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -360,12 +370,23 @@ def _several_codes(runs: Iterable[Run]) -> bool:
 
     A run may use more files than another one, such as a loss besides a network.
     """
+    return bool(_edited(runs))
+
+
+def _edited(runs: Iterable[Run]) -> set[str]:
+    """Return the names of the user's files of which the runs used several versions."""
     versions: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         for file in run.own_code.split():
             name, _, digits = file.partition(":")
             versions[name].add(digits)
-    return any(len(several) > 1 for several in versions.values())
+    return {name for name, several in versions.items() if len(several) > 1}
+
+
+def _all_use(cells: Mapping[str, Sequence[Run]], files: set[str]) -> bool:
+    """Return whether each run of a row is known to use one of the files."""
+    runs = [run for members in cells.values() for run in members]
+    return all(files & {file.partition(":")[0] for file in run.own_code.split()} for run in runs)
 
 
 def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[Run]]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from analysis import render, stats, tables
 from analysis.cells import Cell, Table
+from analysis.points import points_of
 from analysis.schema import frame_of, runs_of
 from analysis.selection import GainOptions, _several_codes
 from tests.analysis.synthetic import run, runs
@@ -634,6 +635,13 @@ def test_versions_of_own_code_are_rows_of_their_own() -> None:
     assert means["mine, own_code=my:11111111"] == pytest.approx(70.1)
     assert means["mine, own_code=my:22222222"] == 80.0
     assert any(note.startswith("own_code: ") for note in table.notes)
+    rows += runs(*SHUFFLE, [81.0], own_code="my:22222222", M="[1,2]", **own)
+    rows += runs(*SHUFFLE, [82.0], dataset="digits")
+    labels = build(rows)["overview_digits"].rows
+    assert {"KD", "SD-mine [1,2], own_code=my:22222222"} <= set(labels)
+    found, _ = points_of(frame_of(rows), "best")
+    lines = {point.run.M: point.line for point in found if point.mean in (80.0, 81.0)}
+    assert lines == dict.fromkeys(("[1]", "[1,2]"), "mine, own_code=my:22222222")
 
 
 def test_a_run_with_more_files_of_ones_own_has_no_other_version() -> None:
