@@ -930,6 +930,10 @@ def test_no_table_of_times_if_only_students_alone_trained_alone() -> None:
     rows += [run("none", SMALL[1], 0, 70.0, group_size=1, distiller="vanilla", **timed)]
     assert "time_digits" not in build(rows)
     assert "time_digits" in build([*rows, run(*SMALL, 1, 73.0, group_size=1, **timed)])
+    # One method of two says nothing.
+    grouped = run(*SMALL, 1, 73.0, M="[1,2]", group_size=2, **timed)
+    alone = run(*SMALL, 2, 73.0, group_size=1, **timed)
+    assert "time_digits" not in build([grouped, alone])
 
 
 def test_time_is_of_one_precision_and_of_teachers_that_run() -> None:
