@@ -31,6 +31,7 @@ COMMAND = f"python -m {__package__}"
 USAGE = """
   %(prog)s                        list the sweeps and experiments
   %(prog)s NAME [options]         write each table and figure that has runs, runs.csv, report.html
+  %(prog)s NAME imported          the same, with the imported numbers beside the runs of NAME
   %(prog)s coverage [options]     count the published numbers that have a recipe, a run, a verdict
   %(prog)s evidence               write what the papers' own logs and numbers say as Markdown
   %(prog)s import-logs PATH ...   import text logs and CSV files of other projects as runs"""
@@ -76,7 +77,12 @@ def _analyse(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         COMMAND, USAGE, "Write the papers' tables, figures and a report from MLflow."
     )
-    parser.add_argument("name", nargs="?", help="a sweep or an MLflow experiment")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a sweep or an MLflow experiment; the runs of several names stand in the same tables",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder to write to. Default: results"
     )
@@ -122,15 +128,16 @@ def _analyse(given: Sequence[str]) -> None:
             f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
         )
     uri = _uri(chosen)
-    _refuse_if_elsewhere(chosen.name, uri)
-    if chosen.name is None:
+    for name in chosen.names or [None]:
+        _refuse_if_elsewhere(name, uri)
+    if not chosen.names:
         _list(uri)
         return
-    _say(f"reading {chosen.name} from {uri}")
+    _say(f"reading {' and '.join(chosen.names)} from {uri}")
     _tell_what_is_read(uri)
     from .runs import load
 
-    runs = load(chosen.name, uri, mixed_epochs=chosen.mixed_epochs)
+    runs = load(chosen.names, uri, mixed_epochs=chosen.mixed_epochs)
     _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
     _write(runs, chosen, formats)
     _say_what_is_missing(runs)
@@ -144,7 +151,7 @@ def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Na
         option = f"--{key.replace('_', '-')}"
         if assigns and option in options and before not in options:
             parser.error(f"{key}= is unknown; did you mean {option} {shlex.quote(value)}?")
-    return parser.parse_args(given)
+    return parser.parse_intermixed_args(given)  # `NAME --out FOLDER NAME`, too
 
 
 def _write(runs: "Runs", chosen: argparse.Namespace, formats: Sequence[str]) -> None:
@@ -203,7 +210,9 @@ def _show(built: "Sequence[Table]", out: Path) -> None:
 
 
 def _say_what_is_missing(runs: "Runs") -> None:
-    """Print the runs that are not finished, with the commands that finish them.
+    """Print the runs that are not finished, with the command of the sweep, which finishes them.
+
+    If that is not known, each run has its own command.
 
     Superseded runs (replaced by a later run of the job) and runs that halving dropped are not
     printed. Nothing is printed if all other runs are finished.
@@ -218,12 +227,13 @@ def _say_what_is_missing(runs: "Runs") -> None:
     for run in open_runs[:SHOWN]:
         reason = f" ({run.reason})" if run.reason else ""
         _say(f"  {run.status.lower()}: {run.name}{reason}")
-        if run.command and run.status != "RUNNING":
+        # One command runs them all, if it is known.
+        if run.command and run.status != "RUNNING" and not runs.command:
             _say(f"    {run.command}")
     if len(open_runs) > SHOWN:
         _say(f"  and {len(open_runs) - SHOWN} more; report.html has them all")
     if runs.command:
-        _say(f"all of them: {runs.command}")
+        _say(f"to finish them: {runs.command}")
 
 
 def _by_status(runs: "Runs") -> str:
@@ -307,19 +317,29 @@ def _import_logs(given: Sequence[str]) -> None:
         metavar="PARAM=VALUE",
         help="params that the logs do not state, such as teacher=resnet32x4 (docs/import.md)",
     )
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove the runs that were imported from PATH, in place of importing it",
+    )
     chosen = _parse(parser, given)
     if wrong := [text for text in chosen.set if "=" not in text]:
         raise ValueError(
             f"--set {wrong[0]} is not valid; give PARAM=VALUE, such as teacher.name=resnet32x4"
         )
-    from .import_logs import import_logs
+    from .import_logs import import_logs, remove_imports
     from .schema import PARAMS
 
     uri = _uri(chosen)
+    if chosen.remove:
+        removed = remove_imports(chosen.paths, uri, chosen.experiment, say=_say)
+        _say(f"{counted(len(removed), 'run')} removed from experiment {chosen.experiment} at {uri}")
+        return
     texts: dict[str, str] = dict(text.split("=", 1) for text in chosen.set)
     given_params = {PARAMS.get(key, key): value for key, value in texts.items()}
     run_ids = import_logs(chosen.paths, uri, chosen.experiment, given_params, say=_say)
     _say(f"{counted(len(run_ids), 'new run')} in experiment {chosen.experiment} at {uri}")
+    _say(f"{COMMAND} NAME {chosen.experiment} shows them beside the runs of the sweep NAME")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:

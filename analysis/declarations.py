@@ -154,8 +154,8 @@ def declare(runs: Sequence[Run], metric: str) -> list[Declaration]:
         3. The tables of the LSKD paper.
         4. The tables in the READMEs of the authors' code.
         5. An overview of each data set. It shows every pair of teacher and student with at least
-           one run that no other table of accuracy shows. If no paper reports the data set, it shows
-           all pairs.
+           one run that no other table of accuracy shows, or with both imported runs and others. If
+           no paper reports the data set, it shows all pairs.
 
     Raises:
         ValueError: If `metric` is not a key of `selection.METRICS`.
@@ -210,6 +210,10 @@ def _accuracy(metric: str) -> Quantity:
     return Quantity(label, read, refusal=refusal, footnote=footnote)
 
 
+MACHINE = ("batch_size", "precision", "compile", "teacher_cache", "environment")
+"""Settings that a training time depends on, besides the method."""
+
+
 def _time() -> Quantity:
     """Return the quantity training time (ms per batch), which only runs that train alone have."""
 
@@ -220,7 +224,6 @@ def _time() -> Quantity:
             return "trained side by side"
         return 1000 * run.batch_size / run.images_per_s
 
-    machine = ("batch_size", "precision", "compile", "teacher_cache", "environment")
     return Quantity(
         label="training time (ms per batch)",
         read=read,
@@ -229,8 +232,8 @@ def _time() -> Quantity:
         "trains each alone. Machines are not mixed: each "
         "environment, precision and teacher cache has a row of its own.",
         decimals=1,
-        settings=("M", *machine),
-        comparable=("source", *machine),
+        settings=("M", *MACHINE),
+        comparable=("source", *MACHINE),
         lower_is_better=True,
         counted="runs",
         refusal="other hardware",
@@ -396,18 +399,20 @@ def _weights(runs: Sequence[Run], quantity: Quantity, dataset: str, family: str)
 
 
 def _times(runs: Sequence[Run]) -> Iterator[Declaration]:
-    """Declare a table of training times for each data set with a run that trained alone.
+    """Declare a table of training times for each data set with times that can be compared.
 
-    If a data set has runs with a teacher, one of these must have trained alone: a table of the
-    student alone, which nothing is compared with, is left out.
+    If the runs are of several methods, runs of two of them must have trained alone on one machine.
     """
     quantity = _time()
     finished = [run for run in runs if run.status == "FINISHED"]
     timed = [run for run in finished if _is_number(quantity.read(run))]
     for dataset in sorted({run.dataset for run in timed}):
-        if all(run.teacher == "none" for run in timed if run.dataset == dataset) and any(
-            run.teacher != "none" for run in finished if run.dataset == dataset
-        ):
+        methods = {run.method for run in finished if run.dataset == dataset}
+        by_machine: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+        for run in timed:
+            if run.dataset == dataset:
+                by_machine[tuple(getattr(run, name) for name in MACHINE)].add(run.method)
+        if len(methods) > 1 and all(len(alone) == 1 for alone in by_machine.values()):
             continue
         numbers = []
         if dataset == "cifar100":
@@ -473,7 +478,8 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
     """Declare an overview of the runs on each data set, with one row per method and scales.
 
     The overview shows the pairs that have a run in none of the other tables, with all their runs.
-    If no paper reports the data set, the overview shows all pairs.
+    It also shows the pairs with runs of several sources, as another table may have those of one
+    alone. If no paper reports the data set, the overview shows all pairs.
 
     Args:
         runs: all runs.
@@ -491,6 +497,7 @@ def _overviews(runs: Sequence[Run], quantity: Quantity, placed: set[str]) -> Ite
         shown = {
             run.pair for run in here if dataset not in reported or run.config_hash not in placed
         }
+        shown |= {pair for pair in pairs if len({r.source for r in here if r.pair == pair}) > 1}
         here = [run for run in here if run.pair in shown]
         yield Declaration(
             name=f"overview_{dataset}",

@@ -59,6 +59,8 @@ KINDS = {False: "heterogeneous", True: "homogeneous"}  # whether the pair is of 
 KINDS_SAID = 4  # largest number of settings and baselines whose mean gain a caption states
 OVER = {"plain": "the plain distiller", "vanilla": "the student alone"}
 """Baselines of the figure of gains if the user chose none, and what axes and caption call them."""
+TITLES = {"plain": "over the same loss with M=[1], without LS", "vanilla": "over the student alone"}
+"""Titles of the charts of gains over these baselines."""
 
 
 class Source(Predictions, Protocol):
@@ -371,7 +373,7 @@ def gain_by_pair(
     two. One is the plain form of the method: only its loss on the logits, on the whole logit map
     (M=[1]), without standardisation. The other is the student that was trained alone. A method and
     its baseline are on the same pair of teacher and student. A mark is the difference of the means,
-    with its 95 % interval. The label of the axis names the baseline.
+    with its 95 % interval. The title and the label of the axis name the baseline.
 
     Args:
         points: results of the methods and baselines.
@@ -411,8 +413,10 @@ def gain_by_pair(
         settings,
         shaded={panel: "  ≠" for panel in panels if not homogeneous[panel]},
     )
-    for axis in drawing.axes:
+    for axis, over in zip(drawing.axes, _baselines_of(drawn), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
+        # The tables may have another baseline for the same row.
+        axis.set_title(TITLES.get(over, f"over {over}, as in the tables"))
     caption = (
         f"{_metric_label(metric, points)}: gain. Marks: difference of the means; bars: 95 % "
         f"interval, {_tests_said(gains)}, not corrected for the number of intervals; "

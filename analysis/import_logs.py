@@ -22,6 +22,7 @@ The scales of a method with SDD are never guessed: a run that does not state the
 """
 
 import csv
+import difflib
 import hashlib
 import io
 import itertools
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .coverage import available
 from .log_formats import Log, glued_json, json_stats, worklog
 from .log_params import (
     LOG_SUFFIXES,
@@ -51,9 +53,9 @@ from .log_params import (
 from .names import counted
 from .runs import PRUNED
 from .schema import METRICS, PARAMS
-from .store import reading, sqlite_file
+from .store import experiments_of, quoted, reading, search, sqlite_file
 
-__all__ = ["FORMATS", "import_logs"]
+__all__ = ["FORMATS", "import_logs", "remove_imports"]
 
 log = logging.getLogger(__name__)
 
@@ -132,24 +134,30 @@ def import_logs(
 
     Raises:
         ValueError: In three cases. Before anything is read, if `given` has an unknown key or an
-            invalid value. At once, if the store fails or `experiment` was deleted in MLflow; runs
-            that were created before remain. At the end, if a path, a file or a row cannot be
-            imported; all others are imported, and the message lists what is not, and why.
+            invalid value. At once, if the store fails, if `experiment` was deleted in MLflow or if
+            a sweep has its name; runs that were created before remain. At the end, if a path, a
+            file or a row cannot be imported; all others are imported, and the message lists what is
+            not, and why.
     """
     fixed = {key: param(key, text) for key, text in (given or {}).items()}
     refused: list[str] = []
     found = _read_all(_files(paths, refused), fixed, refused)
     run_ids: list[str] = []
+    records: dict[Path, set[str]] = defaultdict(set)  # of the runs that each file has now
+    names: set[str] = set()
     # No database is created if there is nothing to import.
     if (first := next(found, None)) is not None:
         _make_database(uri)
         with reading(uri) as client:
+            _refuse_name_of_sweep(client, experiment)
             experiment_id = _experiment(client, uri, experiment)
             for run in itertools.chain([first], found):
+                records[run.path].add(run.record)
+                names |= {run.params["teacher.name"], run.params["student.name"]}
                 if there := _there(client, experiment_id, run.record):
                     say(
                         f"{run.path}: {run.name} is already imported as run {there}; "
-                        "delete that run in MLflow to import it again"
+                        f"to import it again, first give import-logs --remove {run.path}"
                     )
                     continue
                 run_ids.append(_write(client, experiment_id, run))
@@ -157,11 +165,84 @@ def import_logs(
                     f"{run.path}: {run.name} is run {run_ids[-1]}, "
                     f"{run.status}{run.reason and f' ({run.reason})'}"
                 )
+            for path, own in records.items():
+                earlier = [
+                    run for run in _of_path(client, experiment_id, path) if run[1] not in own
+                ]
+                if earlier:
+                    say(
+                        f"{path}: the tables also have {counted(len(earlier), 'run')} of an "
+                        "earlier import that this file no longer states; give "
+                        f"import-logs --remove {path}, and import it again"
+                    )
+    for line in _unknown_networks(names):
+        say(line)
     if refused:
         raise ValueError(
             "\n".join([f"{len(refused)} not imported, {len(run_ids)} imported:", *refused])
         )
     return run_ids
+
+
+def remove_imports(
+    paths: Sequence[Path],
+    uri: str,
+    experiment: str = "imported",
+    say: Callable[[str], None] = log.info,
+) -> list[str]:
+    """Delete the runs that were imported from files, and return their MLflow ids.
+
+    MLflow keeps a deleted run until `mlflow gc`, and can restore it.
+
+    Args:
+        paths: files, and folders of files, as they were imported. They need not exist any more.
+        uri: MLflow store, as in `import_logs`.
+        experiment: name of the MLflow experiment.
+        say: receives one line of text for each run that is deleted.
+
+    Raises:
+        ValueError: If the store fails, or if no run of the experiment was imported from a path.
+            Nothing is deleted then.
+    """
+    with reading(uri) as client:
+        found = client.get_experiment_by_name(experiment)
+        of_paths: dict[Path, list[tuple[str, str, str]]] = {path: [] for path in paths}
+        if found:
+            of_paths = {path: _of_path(client, found.experiment_id, path) for path in paths}
+        if missing := [str(path) for path, runs in of_paths.items() if not runs]:
+            raise ValueError(
+                f"experiment {experiment} has no run that was imported from {', '.join(missing)}; "
+                "nothing was removed"
+            )
+        removed: list[str] = []
+        for path, runs in of_paths.items():
+            for run_id, _, name in runs:
+                client.delete_run(run_id)
+                say(f"{path}: {name}, run {run_id}, is removed")
+                removed.append(run_id)
+    return removed
+
+
+def _of_path(client: Any, experiment_id: str, path: Path) -> list[tuple[str, str, str]]:
+    """Return (id, record, name) of each run that was imported from a file or from a folder."""
+    imported = search(client, {"": experiment_id}, "tags.source = 'imported'")
+    return [
+        (run.info.run_id, run.data.tags.get("record", ""), run.info.run_name)
+        for run in imported
+        if Path(run.data.tags.get("run_dir", "")).is_relative_to(path.absolute())
+    ]
+
+
+def _unknown_networks(names: Iterable[str]) -> Iterator[str]:
+    """Yield a warning for each name that is nearly, but not quite, that of a network here."""
+    files = available()
+    known = {name.removeprefix("imagenet_") for name in [*files["teacher"], *files["student"]]}
+    for name in sorted(set(names) - known - {"none"}):
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            yield (
+                f"warning: {name} is no network of sddlskd; did you mean {close[0]}? "
+                "Then mend the file, and give import-logs --remove FILE before you import it again"
+            )
 
 
 # Files
@@ -337,9 +418,7 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
             seen[digest] += 1
             try:
                 if len(cells) != len(names):
-                    raise ValueError(
-                        f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}"
-                    )
+                    raise ValueError(_other_length(cells, names))
                 name = row.get("name", f"{path.stem}:{reader.line_num}")
                 yield _row(name, path, f"{digest}:{seen[digest] - 1}", row, given)
             except ValueError as error:
@@ -347,6 +426,14 @@ def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -
     except csv.Error as error:
         wrong[str(error)].append(reader.line_num)
     refused += [f"{path} {_lines_said(lines)}: {problem}" for problem, lines in wrong.items()]
+
+
+def _other_length(cells: Sequence[str], names: Sequence[str]) -> str:
+    """Return what is wrong with a row that has more or fewer cells than there are columns."""
+    wrong = f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}"
+    if found := re.search(r"\[[0-9, ]+,[0-9, ]+\]", ",".join(cells)):
+        return f'{wrong}; put the list of scales in quotes: "{found[0]}"'
+    return wrong
 
 
 def _lines_said(lines: Sequence[int]) -> str:
@@ -456,6 +543,15 @@ def _make_database(uri: str) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
+def _refuse_name_of_sweep(client: Any, name: str) -> None:
+    """Raise ValueError if a sweep has the name: under it, tables have the sweep's runs alone."""
+    if next(search(client, experiments_of(client), f"tags.sweep = {quoted(name)}"), None):
+        raise ValueError(
+            f"--experiment {name} is the name of a sweep; leave it out, and show the imported runs "
+            f"beside the sweep with python -m {__package__} {name} imported"
+        )
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:

@@ -12,7 +12,7 @@ from . import stats
 from .cells import Cell, Key
 from .declarations import PAPERS_METRIC, Declaration, Quantity
 from .names import counted, value_name
-from .schema import Run
+from .schema import NO_LOGIT_LOSS, Run
 from .selection import (
     Gain,
     GainOptions,
@@ -293,14 +293,15 @@ def _smallest(column: str, gains: Mapping[Key, Gain], tests: int) -> str:
 
 
 def _differing_baselines(gains: Mapping[Key, Gain], results: Mapping[Key, Result]) -> Iterator[str]:
-    """Yield a note on the rows whose baseline has the same loss with other settings of training.
+    """Yield a note on the rows whose baseline was trained with other weights or settings.
 
-    The gain of such a row is not the effect of the scales or of the standardisation alone.
+    The gain of such a row is not the effect of its method alone.
     """
     found: dict[str, None] = {}
     for (row, column), gain in gains.items():
         own, base = results[row, column].runs[0], gain.base.runs[0]
-        if own.distiller != base.distiller:
+        # A student alone has no loss on the logits whose settings could agree.
+        if own.distiller != base.distiller and {own.distiller, base.distiller} & {*NO_LOGIT_LOSS}:
             continue
         differing = differing_settings(own, base, WEIGHTS)
         if differing:

@@ -16,7 +16,17 @@ import pandas as pd
 
 from .names import method_name, pair_name, reading_order, row_key, row_name
 from .schema import Run
-from .selection import Gain, Result, Row, accuracy, gain_over, result_of, rows, standing
+from .selection import (
+    Gain,
+    Result,
+    Row,
+    accuracy,
+    gain_over,
+    result_of,
+    rows,
+    setting_of,
+    standing,
+)
 from .stats import TESTS, mean_std
 
 __all__ = [
@@ -135,8 +145,12 @@ def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
                 result = result_of(cell, read)
                 if result.counted:
                     variants[pair, row.name, row.source].append((row, result))
-        for of_method in variants.values():
-            found += _points(of_method)
+        # The lines of a method join its scales, so they have the settings of all of its rows.
+        telling: dict[tuple[str, str, str], dict[str, None]] = defaultdict(dict)
+        for (pair, name, source), of_method in variants.items():
+            telling[pair, _line_of(name), source] |= dict.fromkeys(_varying(of_method))
+        for (pair, name, source), of_method in variants.items():
+            found += _points(of_method, list(telling[pair, _line_of(name), source]))
     found.sort(key=lambda point: (point.run.dataset, point.run.pair))
     if len({point.run.dataset for point in found}) > 1:
         found = [replace(point, panel=f"{point.panel}\n{point.run.dataset}") for point in found]
@@ -147,22 +161,41 @@ def points_of(frame: pd.DataFrame, metric: str) -> tuple[list[Point], str]:
     return found, _left_out(frame, runs, metric, drawn)
 
 
-def _points(variants: Sequence[tuple[Row, Result]]) -> Iterator[Point]:
+def _line_of(row: str) -> str:
+    """Return the method of the name of a row, without its scales."""
+    return row.partition(" [")[0].removeprefix("sd_")
+
+
+def _varying(variants: Sequence[tuple[Row, Result]]) -> list[str]:
+    """Return the settings in which the rows of one method and its scales differ in one panel."""
+    split = variants[0][0].split
+    return [name for name in split if len({row.split[name] for row, _ in variants}) > 1]
+
+
+def _points(variants: Sequence[tuple[Row, Result]], telling: Sequence[str]) -> Iterator[Point]:
     """Yield the points of one method, with its scales, and of one source in one panel.
 
     Args:
         variants: the rows of the method, one per variant of the training settings, with their
             results in the panel.
+        telling: settings that tell the lines of the method at all of its scales apart.
     """
-    split = variants[0][0].split
-    varying = {name for name in split if len({row.split[name] for row, _ in variants}) > 1}
+    varying = _varying(variants)
     for row, result in variants:
         run = result.runs[0]
         setting = row.label(row_name(row.name))
+        # The settings_hash of a run depends on its scales.
+        of_line = {
+            name: value
+            for name in telling
+            if (value := setting_of(run, name)) not in (None, "") and name != "settings_hash"
+        }
+        of_line |= {name: row.split[name] for name in varying}
+        line = replace(row, split=of_line)
         yield Point(
             panel=pair_name(run.teacher, run.student),
             setting=setting,
-            line=row.label(method_name(run.method.removeprefix("sd_")), varying),
+            line=line.label(method_name(run.method.removeprefix("sd_"))),
             rank=Rank(reading_order(row.name), setting),
             run=run,
             runs=[counted for counted, _ in result.counted.values()],

@@ -118,11 +118,12 @@ class Runs:
                 ) from None
 
 
-def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
+def load(name: str | Sequence[str] | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
     """Load the runs of a sweep, or those of an MLflow experiment if no sweep has the name.
 
     Args:
-        name: name of the sweep or experiment; None for all runs of the store.
+        name: name of the sweep or experiment, or several names, whose runs are taken together; None
+            for all runs of the store.
         uri: address of the store: `http(s)://host:port` or `sqlite:////absolute/path/mlflow.db`.
         mixed_epochs: whether runs on one data set may differ in their number of epochs.
 
@@ -138,27 +139,23 @@ def load(name: str | None, uri: str, *, mixed_epochs: bool = False) -> Runs:
             `mixed_epochs` is False. Runs that trained a teacher, and methods that the papers train
             longer, may always differ.
     """
+    names = [name] if isinstance(name, str) else list(name or [])
+    wanted: Sequence[str | None] = names or [None]
+    plans: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}  # by run id, and by config_hash without a run
     with reading(uri) as client:
         experiments = experiments_of(client)
-        if name is None:
-            plans, rows = _select(client, experiments, experiments)
-        else:
-            plans, rows = _select(client, experiments, experiments, f"tags.sweep = {quoted(name)}")
-            if not rows and name in experiments:
-                plans, rows = _select(client, experiments, {name: experiments[name]})
-            elif not rows:
-                raise ValueError(_no_such(client, experiments, name, uri))
-    if not rows:
-        where = f" in experiment {name}" if name else ""
-        raise ValueError(f"{uri} has no runs{where}; {MAKE_RUNS}")
-    where = f"experiment {name}" if name else uri
-    _refuse_strangers(rows, where)
-    frame = _frame(rows)
+        for one in wanted:
+            more, found = _select_named(client, experiments, one, uri)
+            _refuse_strangers(found, f"experiment {one}" if one else uri)
+            plans += more
+            rows |= {row.get("run_id") or row["config_hash"]: row for row in found}
+    frame = _frame(list(rows.values()))
     if not mixed_epochs:
         _refuse_mixed_epochs(frame)
     commands = {plan["command"] for plan in plans}
     command = commands.pop() if len(commands) == 1 else ""
-    return Runs(frame, name or "", uri, command)
+    return Runs(frame, " and ".join(names), uri, command)
 
 
 def listing(uri: str) -> pd.DataFrame:
@@ -212,6 +209,32 @@ def _no_such(client: Any, experiments: Mapping[str, str], name: str, uri: str) -
 
 
 # Rows
+
+
+def _select_named(
+    client: Any, experiments: Mapping[str, str], name: str | None, uri: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the plans and rows, as `_select` does, of a sweep, an experiment or the whole store.
+
+    Args:
+        client: MlflowClient, as `reading` yields it.
+        experiments: ids of all experiments, by name.
+        name: name of the sweep or experiment; None for all runs.
+        uri: address of the store, for messages.
+
+    Raises:
+        ValueError: If nothing has the name, or if there are no runs.
+    """
+    query = f"tags.sweep = {quoted(name)}" if name else ""
+    plans, rows = _select(client, experiments, experiments, query)
+    if not rows and name and name not in experiments:
+        raise ValueError(_no_such(client, experiments, name, uri))
+    if not rows and name:
+        plans, rows = _select(client, experiments, {name: experiments[name]})
+    if not rows:
+        where = f" in experiment {name}" if name else ""
+        raise ValueError(f"{uri} has no runs{where}; {MAKE_RUNS}")
+    return plans, rows
 
 
 def _select(

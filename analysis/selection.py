@@ -73,6 +73,9 @@ SETTINGS = (*RECIPE, "lr", *BUDGET)
 COMPARABLE = ("source", "optimizer", "lr", *BUDGET)
 """Settings that a cell and its baseline must share, unless a table names others."""
 
+TEXTS = ("optimizer", "precision")
+"""Settings of which an empty text says that they are unknown, as None says of a number."""
+
 OF_METHODS = ("features.", "distiller.")
 """How the names of details begin that belong to the method of a run."""
 
@@ -207,13 +210,15 @@ def beside_pairs(runs: Iterable[Run], pairs: Mapping[str, str]) -> list[Run]:
 def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
     """Return whether two runs have the same value in each of the given settings (fields of `Run`).
 
-    None agrees with any value: the setting is unknown, or the loss does not use it. The optimizers
-    "dot" and "sgd" agree, because DOT is a form of SGD that belongs to the method.
+    None agrees with any value: the setting is unknown, or the loss does not use it. So does the
+    empty text of an unknown optimizer or precision. The optimizers "dot" and "sgd" agree, because
+    DOT is a form of SGD that belongs to the method.
     """
     for setting in settings:
-        ours = _as_optimizer(getattr(one, setting))
-        theirs = _as_optimizer(getattr(other, setting))
-        if ours is not None and theirs is not None and ours != theirs:
+        values = getattr(one, setting), getattr(other, setting)
+        if None in values or (setting in TEXTS and "" in values):
+            continue
+        if len({_as_optimizer(value) for value in values}) > 1:
             return False
     return True
 
@@ -296,9 +301,19 @@ def rows(
     # Our own runs come before those of other sources.
     ordered = sorted(found, key=lambda key: (key[0], key[1] != "sddlskd", key[1]))
     split_rows = []
+    splits = {key: _differing(cells.values(), settings) for key, cells in found.items()}
+    edited = {
+        file
+        for key, split in splits.items()
+        if "own_code" in split
+        for file in _edited(run for members in found[key].values() for run in members)
+    }
     for row, source in ordered:
         cells = found[row, source]
-        split = _differing(cells.values(), settings)
+        split = splits[row, source]
+        # Beside rows of several versions of a file, each row of the file names its version.
+        if "own_code" not in split and edited and _all_use(cells, edited):
+            split = [*split, "own_code"]
         variants: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -355,12 +370,23 @@ def _several_codes(runs: Iterable[Run]) -> bool:
 
     A run may use more files than another one, such as a loss besides a network.
     """
+    return bool(_edited(runs))
+
+
+def _edited(runs: Iterable[Run]) -> set[str]:
+    """Return the names of the user's files of which the runs used several versions."""
     versions: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         for file in run.own_code.split():
             name, _, digits = file.partition(":")
             versions[name].add(digits)
-    return any(len(several) > 1 for several in versions.values())
+    return {name for name, several in versions.items() if len(several) > 1}
+
+
+def _all_use(cells: Mapping[str, Sequence[Run]], files: set[str]) -> bool:
+    """Return whether each run of a row is known to use one of the files."""
+    runs = [run for members in cells.values() for run in members]
+    return all(files & {file.partition(":")[0] for file in run.own_code.split()} for run in runs)
 
 
 def _differ_unseen(runs: Sequence[Run], split: Sequence[str] = ()) -> list[list[Run]]:
@@ -638,7 +664,7 @@ def differing_settings(run: Run, other: Run, settings: Iterable[str]) -> list[st
     Arguments of losses and of feature methods do not count, because they belong to the method.
     `settings` are the fields of `Run` to compare.
     """
-    columns = [name for name in settings if getattr(run, name) != getattr(other, name)]
+    columns = [name for name in settings if not agree(run, other, [name])]
     code = ["own_code"] if _several_codes([run, other]) else []
     details = sorted(_differing_details([run, other]))
     return [*columns, *code, *(key for key in details if not key.startswith(OF_METHODS))]

@@ -29,6 +29,7 @@ from .selection import (
     GainOptions,
     Result,
     Row,
+    agree,
     gain_over,
     latest,
     result_of,
@@ -287,13 +288,15 @@ def _trained_otherwise(
             by_column[column][key] = result.runs[0]
     notes = {}
     for runs in by_column.values():
+        by_budget = {tuple(getattr(run, name) for name in BUDGET): run for run in runs.values()}
         budgets = Counter(tuple(getattr(run, name) for name in BUDGET) for run in runs.values())
-        usual = dict(zip(BUDGET, budgets.most_common(1)[0][0], strict=True))
+        usual = by_budget[budgets.most_common(1)[0][0]]
         for key, run in runs.items():
             differing = [
-                f"{setting_name(name, getattr(run, name))} instead of {value_name(value)}"
-                for name, value in usual.items()
-                if None not in (value, getattr(run, name)) and value != getattr(run, name)
+                f"{setting_name(name, getattr(run, name))} "
+                f"instead of {value_name(getattr(usual, name))}"
+                for name in BUDGET
+                if not agree(run, usual, [name])
             ]
             if differing:
                 notes[key] = f"trained otherwise than most of the column: {', '.join(differing)}"

@@ -41,7 +41,7 @@ from sddlskd.sweeps.manifest import (
 from sddlskd.sweeps.outcome import state_of
 from sddlskd.sweeps.plan import ask_precheck, epochs_of, make_plan, no_findings
 from sddlskd.sweeps.pool import Pool, Task
-from sddlskd.sweeps.report import cause_of, plan_lines
+from sddlskd.sweeps.report import _command_for_tables, cause_of, plan_lines
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
 from tests.composing import loader_of
@@ -679,6 +679,13 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
     sweep(jobs_of(home, network("Tiny"), common=("tracking=mlflow",)))
     assert "to go on: " in capsys.readouterr().out
     assert "did not accept the sweep's outcome: the server is away" in caplog.text
+
+
+def test_the_command_for_tables_is_one_of_every_folder(home: Path) -> None:
+    jobs = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
+    plan: Any = SimpleNamespace(name="mine", jobs=jobs)
+    command = _command_for_tables(plan)
+    assert command == f"table: python -m sddlskd.analysis mine --home {home}"
 
 
 def checkpoints(home: Path) -> set[tuple[str, int]]:

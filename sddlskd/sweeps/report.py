@@ -356,12 +356,13 @@ def print_outcome(
 def _command_for_tables(plan: Plan) -> str:
     """Return a line with the command that makes tables of a sweep; "" if MLflow has no runs of it.
 
-    The command finds MLflow by the current folder and the environment, if it can.
+    The command works in every folder, and finds MLflow by the current folder and the environment,
+    if it can.
     """
     job = plan.jobs[0]
     if not job.tracking.enabled:
         return ""
-    words = ["python", "-m", "analysis", plan.name]
+    words = ["python", "-m", "sddlskd.analysis", plan.name]
     home = os.environ.get("SDDLSKD_HOME", ".")
     uri = str(job.tracking.uri)
     if uri == f"sqlite:///{job.home}/mlflow.db":

@@ -456,6 +456,7 @@ def test_gain_tells_pairs_of_one_family_from_the_others(
     labels = [label.get_text() for label in drawing.axes[0].get_yticklabels()]
     assert labels == ["resnet32x4 → resnet8x4", "resnet32x4 → shufflev1  ≠"]
     assert "SD-KD [1,2] over the plain distiller: heterogeneous" in figure.caption
+    assert drawing.axes[0].get_title() == "over the same loss with M=[1], without LS"
 
 
 def the_gains(

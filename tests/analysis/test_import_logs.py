@@ -15,7 +15,7 @@ import pytest
 
 from analysis import import_logs as module
 from analysis import log_formats, log_params
-from analysis.import_logs import import_logs
+from analysis.import_logs import import_logs, remove_imports
 from analysis.runs import load
 from analysis.schema import METRICS, PARAMS
 from tests.analysis.store import empty_store
@@ -299,6 +299,25 @@ def test_csv_rows_are_runs(uri: str, logs: Path) -> None:
         "table:3",
         "table:4",
     ]
+
+
+def test_an_import_is_taken_back(uri: str, logs: Path) -> None:
+    said: list[str] = []
+    head = "teacher,student,method,dataset,M,top1"
+    wrong = "resnet32x4,resnet88,sd_kd,cifar100,"
+    path = written(logs / "theirs.csv", f'{head}\n{wrong}"[1,2]",73.3\n')
+    other = written(logs / "other.csv", f"{head}\nresnet32x4,resnet8x4,kd,cifar100,[1],73.3\n")
+    import_logs([path, other], uri, say=said.append)
+    assert said[-1].startswith("warning: resnet88 is no network of sddlskd; did you mean resnet8?")
+    written(path, f'{head}\n{wrong.replace("88", "8")}"[1,2]",73.3\n{wrong}[1,2],73.3\n')
+    with pytest.raises(ValueError, match=r'7 cells for 6 columns; put .* quotes: "\[1,2\]"'):
+        import_logs([path], uri, say=said.append)
+    assert "the tables also have 1 run of an earlier import that this file no longer" in said[-1]
+    assert len(load("imported", uri).frame) == 3
+    with pytest.raises(ValueError, match=r"has no run that was imported from none\.csv"):
+        remove_imports([path, Path("none.csv")], uri)
+    assert len(remove_imports([path], uri)) == 2
+    assert load("imported", uri).frame["student"].tolist() == ["resnet8x4"]
 
 
 def test_csv_takes_columns_by_the_names_of_others(uri: str, logs: Path) -> None:

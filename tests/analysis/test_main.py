@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -110,14 +111,11 @@ def test_says_what_is_missing_and_what_fills_it(written: tuple[Path, str]) -> No
     _, said = written
     assert "21 runs: 18 finished, 1 failed, 1 running, 1 missing" in said
     after = said[said.index("not finished: 3 of 21 runs:") :].splitlines()
-    command = "    python -m sddlskd.worker /runs/shufflev1-[1,4]-"
     assert after[1:] == [
         "  failed: diverged (loss is nan)",
-        f"{command}0",
         "  running: at-it",
         "  missing: not-run",
-        f"{command}1",
-        "all of them: python -m sddlskd.train -m -cn study",
+        "to finish them: python -m sddlskd.train -m -cn study",
     ]
 
 
@@ -290,6 +288,43 @@ def test_import_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row[[*expected, "best", "last", "dataset"]].to_dict() == {
         **expected, "best": 74.5, "last": 74.0, "dataset": "cifar100"
     }  # fmt: skip
+
+
+def test_imported_numbers_stand_beside_those_of_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "build", lambda *_, **__: [])
+    monkeypatch.chdir(tmp_path)
+    rows = [{**row, "student": "resnet8x4"} for row in ROWS[:9]]
+    make_store(tmp_path / "mlflow.db", rows)
+    page = (ROOT / "docs/tables.md").read_text()
+    example = re.search(r"```\n(teacher,student,method,.*?)```", page, re.DOTALL)
+    assert example
+    (tmp_path / "theirs.csv").write_text(example[1])
+    commands = re.findall(r"^python -m analysis (.*theirs.*|mine imported.*)$", page, re.MULTILINE)
+    assert commands == ["import-logs theirs.csv", "mine imported"]
+    assert main(shlex.split(commands[0])) == 0
+    assert " NAME imported shows them beside the runs of the sweep NAME" in capsys.readouterr().out
+    assert main([*shlex.split(commands[1].replace("mine", "study")), "--format", "md"]) == 0
+    said = capsys.readouterr().out
+    assert "reading study and imported from " in said
+    table = (tmp_path / "results/tables/overview_cifar100.md").read_text()
+    assert "| SD-KD \\[1,2\\] |" in table
+    assert re.search(r"SD-their.*method \\\[1,2,4\\\], imported \| .*76\.21 \(1\)", table)
+    assert "Runs of study and imported: " in table
+
+
+def test_imported_runs_do_not_hide_under_the_name_of_a_sweep(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "theirs.csv"
+    log.write_text("teacher,student,method,dataset,best\nresnet32x4,resnet8x4,kd,cifar100,73.3\n")
+    words = ["import-logs", str(log), "--home", str(home), "--experiment", "study"]
+    assert main(words) == 1
+    assert capsys.readouterr().err == (
+        "error: --experiment study is the name of a sweep; leave it out, and show the imported "
+        "runs beside the sweep with python -m analysis study imported\n"
+    )
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

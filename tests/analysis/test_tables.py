@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from analysis import render, stats, tables
 from analysis.cells import Cell, Table
+from analysis.points import points_of
 from analysis.schema import frame_of, runs_of
 from analysis.selection import GainOptions, _several_codes
 from tests.analysis.synthetic import run, runs
@@ -383,6 +384,20 @@ def test_imported_runs_stand_in_the_same_table_in_rows_of_their_own() -> None:
     assert table.cells["KD, imported", COLUMN].rank == "best"
 
 
+def test_settings_that_an_import_does_not_state_are_no_difference() -> None:
+    unknown = {"source": "imported", "optimizer": "", "precision": "", "epochs": None, "lr": None}
+    rows = runs(*SHUFFLE, KD) + runs(*SHUFFLE, [75.0], M="[1,2]", **unknown)
+    table = build([{**row, "dataset": "fake"} for row in rows])["overview_fake"]
+    assert table.cells["SD-KD [1,2], imported", COLUMN].footnotes["ours"] == (
+        "no gain over KD: its runs differ in source",
+    )
+    rows = runs(*SHUFFLE, KD, source="imported") + runs(*SHUFFLE, [75.0], M="[1,2]", **unknown)
+    table = build([{**row, "dataset": "fake"} for row in rows])["overview_fake"]
+    cell = table.cells["SD-KD [1,2], imported", COLUMN]
+    assert cell.gain is not None
+    assert cell.footnotes["ours"] == ()
+
+
 def test_imported_runs_without_a_seed_all_count_and_pair_with_none() -> None:
     rows = [run(*SHUFFLE, None, value, source="imported", config_hash=f"log{value}", **columns)
             for value, columns in ((74.0, {}), (74.4, {}), (76.0, sd_kd()))]  # fmt: skip
@@ -620,6 +635,13 @@ def test_versions_of_own_code_are_rows_of_their_own() -> None:
     assert means["mine, own_code=my:11111111"] == pytest.approx(70.1)
     assert means["mine, own_code=my:22222222"] == 80.0
     assert any(note.startswith("own_code: ") for note in table.notes)
+    rows += runs(*SHUFFLE, [81.0], own_code="my:22222222", M="[1,2]", **own)
+    rows += runs(*SHUFFLE, [82.0], dataset="digits")
+    labels = build(rows)["overview_digits"].rows
+    assert {"KD", "SD-mine [1,2], own_code=my:22222222"} <= set(labels)
+    found, _ = points_of(frame_of(rows), "best")
+    lines = {point.run.M: point.line for point in found if point.mean in (80.0, 81.0)}
+    assert lines == dict.fromkeys(("[1]", "[1,2]"), "mine, own_code=my:22222222")
 
 
 def test_a_run_with_more_files_of_ones_own_has_no_other_version() -> None:
@@ -768,6 +790,13 @@ def test_the_notes_name_weights_in_which_a_row_differs_from_its_baseline() -> No
         row["ce_weight"] = 1.0
     notes = build(alike)["overview_digits"].notes
     assert "Other settings differ, too: SD-KD [1,2,4] and KD in ce_weight (1 and 0.1)." in notes
+    own = runs(*SMALL, SD_KD, dataset="digits", distiller="mine", ce_weight=1.0, kd_weight=9.0)
+    over_kd = GainOptions(baseline="kd")
+    notes = build(alike[: len(KD)] + own, options=over_kd)["overview_digits"].notes
+    assert (
+        "Other settings differ, too: mine and KD in ce_weight (1 and 0.1), kd_weight"
+        in " ".join(notes)
+    )
 
 
 @pytest.mark.parametrize(
@@ -917,6 +946,10 @@ def test_no_table_of_times_if_only_students_alone_trained_alone() -> None:
     rows += [run("none", SMALL[1], 0, 70.0, group_size=1, distiller="vanilla", **timed)]
     assert "time_digits" not in build(rows)
     assert "time_digits" in build([*rows, run(*SMALL, 1, 73.0, group_size=1, **timed)])
+    # One method of two says nothing.
+    grouped = run(*SMALL, 1, 73.0, M="[1,2]", group_size=2, **timed)
+    alone = run(*SMALL, 2, 73.0, group_size=1, **timed)
+    assert "time_digits" not in build([grouped, alone])
 
 
 def test_time_is_of_one_precision_and_of_teachers_that_run() -> None:
