@@ -112,6 +112,9 @@ def test_the_version_in_use_is_the_imported_one(room: Path) -> None:
     importlib.reload(sys.modules["my_util"])
     check_code({"_target_": "my_l2.loss"}, "distiller.loss")
     assert sources.versions_in_use(["my_l2.loss"])["my_util"] == hash_of(room / "my_util.py")
+    (room / "my_util.py").unlink()
+    check_code({"_target_": "my_l2.loss"}, "distiller.loss")
+    assert sources.versions_in_use(["my_l2.loss"]).keys() == {"my_l2"}
 
 
 def test_a_file_that_changes_during_its_import_is_refused(room: Path) -> None:

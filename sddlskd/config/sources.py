@@ -93,8 +93,10 @@ def _modules_on(target: str) -> Iterator[tuple[str, Path]]:
         spec = find_spec(module)
     if spec is None:
         return
-    if spec.origin and spec.origin.endswith(".py"):
-        yield module, Path(spec.origin)
+    origin = Path(spec.origin or "")
+    # The file of an imported module may be gone.
+    if origin.suffix == ".py" and origin.is_file():
+        yield module, origin
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     for name in rest:
         module = f"{module}.{name}"
