@@ -7,7 +7,6 @@ compares with this run) and mlflow.json (what MLflow has). The run directory is 
 record; MLflow holds a copy.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,8 @@ from filelock import FileLock, Timeout
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.config.targets import foreign_files
+from sddlskd.config.sources import versions_in_use, versions_of
+from sddlskd.config.targets import foreign_targets
 from sddlskd.files.atomic import append, rotate, write_atomically
 
 __all__ = [
@@ -214,17 +214,46 @@ def freeze(config: Config, text: str = "") -> Path:
         if (folder / "config.yaml").read_bytes() != text.encode() and abandoned(folder):
             write_text(folder / "config.yaml", text)
         return folder
-    code = code_state()
     folder.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, Any] = {k: v for k, v in code.items() if k != "diff"}
-    if own_code := own_code_of(config):
-        kept["own_code"] = own_code
-    write_text(folder / "code.json", json.dumps(kept, indent=1))
-    if code["diff"]:
-        write_text(folder / "code.diff", code["diff"])
+    _write_code(folder, own_code_of(config))
     # Last, because the presence of config.yaml says that the record is complete.
     write_text(folder / "config.yaml", text)
     return folder
+
+
+def _write_code(folder: Path, own_code: Mapping[str, str]) -> None:
+    """Write code.json and, if the code of this package has uncommitted changes, code.diff."""
+    code = code_state()
+    kept: dict[str, Any] = {k: v for k, v in code.items() if k != "diff"}
+    if own_code:
+        kept["own_code"] = own_code
+    write_text(folder / "code.json", json.dumps(kept, indent=1))
+    (folder / "code.diff").unlink(missing_ok=True)
+    if code["diff"]:
+        write_text(folder / "code.diff", code["diff"])
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether the run of a run directory has saved a part of its training."""
+    return (folder / "last.ckpt").exists() or bool(read_rows(folder))
+
+
+def note_own_code(folder: Path, own_code: Mapping[str, str]) -> None:
+    """Write into a record the versions of the user's own code with which its run is to begin.
+
+    Call this function only for a run that has not begun (`has_begun`). Nothing is written if the
+    record has these versions already.
+
+    Args:
+        folder: run directory with a code.json.
+        own_code: the versions, as `own_code_of` returns them.
+
+    Raises:
+        Damaged: If code.json is damaged.
+        OSError: If a file cannot be written.
+    """
+    if read_json(folder / "code.json").get("own_code", {}) != own_code:
+        _write_code(folder, own_code)
 
 
 def holds(config: Config, text: str = "") -> bool:
@@ -256,17 +285,21 @@ def holds(config: Config, text: str = "") -> bool:
 
 
 def own_code_of(config: Config) -> dict[str, str]:
-    """Return {module: sha256 of its source file} for the outside code that a job names.
+    """Return {module: sha256 of its source file now} for the outside code that a job names.
 
-    Outside code is, for example, a loss of the user (`allow_foreign_targets`). Modules that such a
-    module imports are not in the result.
+    Outside code is, for example, a loss of the user (`allow_foreign_targets`). The modules that it
+    imports count, unless they are installed packages; see `sources.versions_of`.
     """
-    if not config.allow_foreign_targets:
-        return {}
-    return {
-        module: hashlib.sha256(file.read_bytes()).hexdigest()
-        for module, file in sorted(foreign_files(asdict(config)).items())
-    }
+    return versions_of(_targets_of(config))
+
+
+def own_code_in_use(config: Config) -> dict[str, str]:
+    """Return `own_code_of`, but for a module that this process imported the imported version."""
+    return versions_in_use(_targets_of(config))
+
+
+def _targets_of(config: Config) -> list[str]:
+    return foreign_targets(asdict(config)) if config.allow_foreign_targets else []
 
 
 def code_versions(own_code: Mapping[str, str]) -> str:
@@ -277,13 +310,21 @@ def code_versions(own_code: Mapping[str, str]) -> str:
     return " ".join(f"{module}:{sha[:8]}" for module, sha in own_code.items())
 
 
-def changed_code(config: Config) -> list[str]:
+def changed_code(config: Config, now: Mapping[str, str] | None = None) -> list[str]:
     """Return the modules of outside code that have changed since a job's record was made.
 
-    A module is compared only if code.json has its hash, and if its source file is found now. See
-    `own_code_of`. Raise `Damaged` if code.json is damaged.
+    A module is compared only if code.json has its hash, and if its source file is found now.
+
+    Args:
+        config: configuration of the job, whose record is in `config.run_dir`.
+        now: the versions to compare with the record; None for those of the files now
+            (`own_code_of`).
+
+    Raises:
+        Damaged: If code.json is damaged.
     """
-    now = own_code_of(config)
+    if now is None:
+        now = own_code_of(config)
     if not now:
         return []
     then = read_json(Path(config.run_dir, "code.json")).get("own_code", {})

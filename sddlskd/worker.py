@@ -110,7 +110,7 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     try:
-        results = fit(jobs, stop=stop)
+        results = fit(jobs, stop=stop, launched=True)
     except torch.OutOfMemoryError as error:
         if jobs[0].sweep.halving:
             sys.stderr.write(

@@ -132,7 +132,7 @@ def test_outcomes_say_once_that_there_is_no_teacher_file(
     for count, folder in ((1, jobs[0].run_dir), (2, "RUN_DIRECTORY")):
         outcomes(jobs[:count], [result] * count)
         told = capsys.readouterr().out
-        assert told.count("no teacher file is written, as dataset.train_fraction=0.5; ") == 1
+        assert told.count("what was trained alone (resnet8) is not written as a teacher file") == 1
         assert f"teacher.checkpoint={folder}/best.ckpt" in told
 
 

@@ -297,7 +297,7 @@ def test_outside_code_is_kept_as_a_hash_of_its_file(
     job.student.model = {"_target_": "my_room.networks.Small", "block": {"_target_": "lost.Block"}}
     freeze(job)
     kept = json.loads(Path(job.run_dir, "code.json").read_text())["own_code"]
-    assert kept.keys() == {"my_loss", "my_room.networks"}
+    assert kept.keys() == {"my_loss", "my_room", "my_room.networks"}
     assert tags_of(Path(job.run_dir), job)["own_code"] == " ".join(
         f"{module}:{sha[:8]}" for module, sha in kept.items()
     )

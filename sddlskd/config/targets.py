@@ -9,10 +9,9 @@ path resolves to.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from traceback import extract_tb
@@ -20,6 +19,8 @@ from typing import Any
 
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
+
+from sddlskd.config.sources import PACKAGES, note_imported, source_of, versions_of
 
 __all__ = [
     "ForeignTarget",
@@ -30,7 +31,6 @@ __all__ = [
     "refuse_interpolations",
 ]
 
-PACKAGES = ("sddlskd", "torch", "torchvision", "timm")
 # Where an allowed subclass of nn.Module may come from
 NETWORK_MODULES = ("sddlskd.models.", "sddlskd.methods.", "torch.nn.", "torchvision.", "timm.")
 # Where an allowed optimizer may come from
@@ -156,43 +156,22 @@ def check_code(node: Any, key: str) -> None:
     for place, target in _targets(node, key):
         if _is_ours(target):
             _check_kind(place, target)
-        elif not callable(found := _find(place, target)):
+            continue
+        before = versions_of([target])
+        found = _find(place, target)
+        note_imported(before)
+        if not callable(found):
             raise ValueError(
                 f"{place}={target} is a {type(found).__name__}; name a function or a class"
             )
 
 
-def foreign_files(node: Any) -> dict[str, Path]:
-    """Return {module: its source file} for the targets in nested values that are outside code.
+def foreign_targets(node: Any) -> list[str]:
+    """Return the targets in nested values that name code outside of `PACKAGES`.
 
-    Outside code is code that is not in `PACKAGES` (sddlskd, torch, torchvision, timm). A module
-    without a source file is left out. No module is imported.
+    `PACKAGES` are sddlskd, torch, torchvision and timm.
     """
-    files = {}
-    for _, target in _targets(node, ""):
-        if not _is_ours(target):
-            module, file = _source_of(target)
-            if file is not None:
-                files[module] = file
-    return files
-
-
-def _source_of(target: str) -> tuple[str, Path | None]:
-    """Return the name and the source file of the module of a dotted name; None without a file."""
-    module, *rest = target.split(".")
-    spec = None
-    with suppress(ImportError, ValueError):
-        spec = find_spec(module)
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return module, None
-    file = Path(spec.origin)
-    for name in rest:
-        inner, package = file.parent / f"{name}.py", file.parent / name / "__init__.py"
-        if file.name != "__init__.py" or not (inner.is_file() or package.is_file()):
-            break
-        module = f"{module}.{name}"
-        file = package if package.is_file() else inner
-    return module, file
+    return [target for _, target in _targets(node, "") if not _is_ours(target)]
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -366,7 +345,7 @@ def _import_fault(module: str, error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"cannot be imported: {Path(error.filename).name}, line {error.lineno}: {error.msg}"
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    _, file = _source_of(module)
+    _, file = source_of(module)
     lines = [
         frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)
     ]

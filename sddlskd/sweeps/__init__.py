@@ -240,7 +240,9 @@ def _run_groups(plan: Plan, runner: GroupRunner) -> str:
         log.info("registering %s in MLflow", counted(len(plan.todo), "job"))
     registered = tracking.register(plan.todo, sweep=plan.name)
     for job in registered:
-        record.freeze(job)
+        folder = record.freeze(job)
+        if not record.has_begun(folder) and record.abandoned(folder):
+            record.note_own_code(folder, record.own_code_of(job))
         record.queue_again(Path(job.run_dir))
     tracking.log_plan(registered[0], write_plan(plan.folder, plan.name, plan.jobs))
     ended = runner.run(plan.groups, plan.folder, plan.devices)

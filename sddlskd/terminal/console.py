@@ -259,9 +259,9 @@ def _print_results(
 
 
 def _no_teacher_file(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) -> str:
-    """Return a line that says why finished networks are no teacher files, "" if none is concerned.
+    """Return a line that says why finished students are no teacher files, "" if none is concerned.
 
-    The networks are those of jobs without a teacher that learn from a part of the images.
+    The students are those of jobs without a teacher that learn from a part of the images.
     """
     concerned = [
         job
@@ -273,13 +273,14 @@ def _no_teacher_file(jobs: Sequence[Config], results: Sequence[dict[str, Any]]) 
     ]
     if not concerned:
         return ""
+    names = ", ".join(dict.fromkeys(job.student.name for job in concerned))
     folder = concerned[0].run_dir
     if len(concerned) > 1:
         folder = "RUN_DIRECTORY"
     return (
-        f"no teacher file is written, as dataset.train_fraction="
-        f"{concerned[0].dataset.train_fraction:g}; teacher.checkpoint={folder}/best.ckpt uses "
-        "a network that was trained alone"
+        f"what was trained alone ({names}) is not written as a teacher file, as "
+        f"dataset.train_fraction={concerned[0].dataset.train_fraction:g}; "
+        f"teacher.checkpoint={folder}/best.ckpt uses it as a teacher"
     )
 
 

@@ -394,6 +394,9 @@ def _send_outcome(
 
     `rows` are the metrics of each epoch, and `result` is the content of result.json.
     """
+    # A run that was registered before it began may have begun with a newer version.
+    if own_code := record.read_json(folder / "code.json").get("own_code"):
+        client.set_tag(run_id, "own_code", _cut(record.code_versions(own_code), LONGEST_TAG))
     if status not in OUTCOMES:  # the run was resumed, so the old reason no longer applies
         client.set_tag(run_id, "status_reason", "")
         client.update_run(run_id, status)

@@ -579,8 +579,8 @@ def leave_as_teacher(job: Config, run: Run) -> None:
     if job.dataset.train_fraction < 1:
         # The outcome of the run or of the whole sweep says so once.
         run.record.log.info(
-            "no teacher file is written, as dataset.train_fraction=%g; "
-            "teacher.checkpoint=%s/best.ckpt uses this network",
+            "this network is not written as a teacher file, as dataset.train_fraction=%g; "
+            "teacher.checkpoint=%s/best.ckpt uses it as a teacher",
             job.dataset.train_fraction,
             job.run_dir,
             extra=ONLY_IN_FILE,

@@ -88,7 +88,11 @@ IMAGE_FOLDER = "sddlskd.datasets.image_folder"  # loader of data sets of the use
 
 
 def fit(
-    configs: Sequence[Config | DictConfig], *, sweep: str | None = None, stop: Stop | None = None
+    configs: Sequence[Config | DictConfig],
+    *,
+    sweep: str | None = None,
+    stop: Stop | None = None,
+    launched: bool = False,
 ) -> list[dict[str, Any]]:
     """Train one student per configuration, side by side on the same batches and with one teacher.
 
@@ -116,6 +120,9 @@ def fit(
         sweep: name of the sweep in MLflow; None for jobs without a sweep.
         stop: stop request of a caller that handles signals beyond this call; None to handle signals
             during this call only.
+        launched: whether a launch has recorded the versions of the user's own code. A job whose
+            code has changed since is then refused. Otherwise a run that has not begun records the
+            versions that this process imported.
 
     Returns:
         The content of each job's result.json, in the order of `configs`.
@@ -141,11 +148,11 @@ def fit(
         todo = list({job.run_dir: job for job in jobs if job not in ended}.values())
         try:
             if todo and ranks.world_size == 1 and trainer.devices > 1:
-                _fit_on_ranks(todo, stop, sweep)
+                _fit_on_ranks(todo, stop, sweep, launched)
             elif todo:
                 # Only rank 0 reacts at once; the other ranks learn from rank 0 that it stopped.
                 with stop.acting(at_once=ranks.is_rank_zero):
-                    _fit_group(todo, stop, sweep, ranks)
+                    _fit_group(todo, stop, sweep, ranks, launched)
         except InUse:
             raise  # the process that has the run directory open writes its record
         except Exception as error:
@@ -241,7 +248,7 @@ def _why_other_data(finished: Sequence[Config]) -> str:
 # Ranks that this process starts
 
 
-def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None:
+def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None, launched: bool) -> None:
     """Start ranks on this machine to fit the jobs, and raise a failed rank's error in this process.
 
     Do not raise if a single run caused the failure: the records of the jobs then tell the outcome.
@@ -253,7 +260,7 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
     try:
         spawn(
             _fit_as_rank,
-            (jobs, sweep, to_terminal),
+            (jobs, sweep, to_terminal, launched),
             trainer.devices,
             threads=max(torch.get_num_threads() // trainer.devices, 1),
             stop=lambda: stop.signal or 0,
@@ -275,12 +282,14 @@ def _fit_on_ranks(jobs: Sequence[Config], stop: Stop, sweep: str | None) -> None
             raise
 
 
-def _fit_as_rank(jobs: Sequence[Config], sweep: str | None, to_terminal: bool) -> None:
+def _fit_as_rank(
+    jobs: Sequence[Config], sweep: str | None, to_terminal: bool, launched: bool
+) -> None:
     """Fit the jobs in a rank's process; `to_terminal` says whether to log to the terminal."""
     cfg.frame()
     if to_terminal:
         log_to_terminal()
-    fit(jobs, sweep=sweep)
+    fit(jobs, sweep=sweep, launched=launched)
 
 
 # Failures that no run has recorded
@@ -388,6 +397,7 @@ class _Group:
         device: device of this rank.
         ranks: the ranks that share each batch.
         steps: batches per epoch.
+        launched: whether a launch has recorded the versions of the user's own code.
     """
 
     jobs: Sequence[Config]
@@ -400,6 +410,7 @@ class _Group:
     device: torch.device
     ranks: Ranks
     steps: int
+    launched: bool
 
 
 @dataclass
@@ -438,7 +449,9 @@ class _OpenRuns:
                     self.on_change(run)
 
 
-def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> None:
+def _fit_group(
+    jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks, launched: bool = False
+) -> None:
     """Train the students of one group of jobs, and write the outcome of each run.
 
     On a single rank, a run that fails alone is marked FAILED while the others go on, and a signal
@@ -450,10 +463,11 @@ def _fit_group(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ran
         stop: the stop request.
         sweep: name of the sweep in MLflow; None for jobs without a sweep.
         ranks: the ranks that share each batch.
+        launched: see `fit`.
     """
     _check_group(jobs, ranks)
     with number_formats(jobs[0].trainer.tf32):
-        group = _prepare(jobs, stop, sweep, ranks)
+        group = _prepare(jobs, stop, sweep, ranks, launched)
         with stop.acting(at_once=False), _open_runs(group) as opened:
             _train_runs(group, opened, stop)
             _close_runs(group, opened, stop)
@@ -476,7 +490,9 @@ def _check_group(jobs: Sequence[Config], ranks: Ranks) -> None:
             )
 
 
-def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks) -> _Group:
+def _prepare(
+    jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks, launched: bool
+) -> _Group:
     """Build data, networks and teacher of a group of jobs, and register the jobs in MLflow.
 
     Train the teachers first whose files are missing, if the jobs allow it.
@@ -486,6 +502,7 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
         stop: the stop request, which also ends the training of a teacher.
         sweep: name of the sweep in MLflow; None for jobs without a sweep.
         ranks: the ranks that share each batch.
+        launched: see `fit`.
 
     Returns:
         The group, before any of its run directories is opened.
@@ -550,7 +567,17 @@ def _prepare(jobs: Sequence[Config], stop: Stop, sweep: str | None, ranks: Ranks
         teacher_network = Resized(teacher_network, first.teacher.image_size)
     steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
     return _Group(
-        jobs, students, features, data, teacher, teacher_network, facts, device, ranks, steps
+        jobs,
+        students,
+        features,
+        data,
+        teacher,
+        teacher_network,
+        facts,
+        device,
+        ranks,
+        steps,
+        launched,
     )
 
 
@@ -755,12 +782,14 @@ def _build_run(
 ) -> Run:
     """Return the run of a job, resumed from its checkpoint if there is one.
 
-    Raise ValueError if the checkpoint was made with other data or with another teacher file.
+    Raise ValueError if the checkpoint was made with other data, with another teacher file or with
+    another version of the user's own code.
     """
     if group.ranks.is_rank_zero:
         facts = group.facts[0]  # the data and the files of the teachers are those of all jobs
         check_same_data(job, facts["data"])
         _check_same_teacher(directory.folder, facts)
+        _check_same_code(job, directory.folder, group.launched)
     return build_run(
         job,
         student,
@@ -784,6 +813,30 @@ def _check_same_teacher(folder: Path, facts: dict[str, Any]) -> None:
             f"(sha256 {earlier!s:.12}, now {now!s:.12}); "
             "put that file back, or delete the folder to start anew"
         )
+
+
+def _check_same_code(job: Config, folder: Path, launched: bool) -> None:
+    """Raise ValueError if the record of a run names other own code than this process imported.
+
+    A run that has not begun is refused only if it was `launched` (see `fit`). Otherwise its record
+    gets the imported versions.
+    """
+    now = record.own_code_in_use(job)
+    changed = record.changed_code(job, now)
+    files = ", ".join(f"{module}.py" for module in changed)
+    if record.has_begun(folder):
+        if changed:
+            raise ValueError(
+                f"run_dir={folder} was begun with another version of {files}; put that version "
+                "back, or delete the folder to start anew"
+            )
+        return
+    if changed and launched:
+        raise ValueError(
+            f"the sweep was launched with another version of {files}; launch it again to train "
+            "with the present one, or put that version back"
+        )
+    record.note_own_code(folder, now)
 
 
 def _report_running(group: _Group, opened: _OpenRuns) -> None:
