@@ -3,8 +3,10 @@
 RUN_DIR: evaluate the best epoch of a run, on the run's data set unless dataset=... gives another.
 dataset.root=FOLDER evaluates it on another folder of the same classes, with the run's settings.
 FILE: evaluate a .safetensors file written by sddlskd.export, or a weights file of this package,
-RepDistiller or mdistiller; a weights file requires student=NAME dataset=NAME as well. The networks
-of runs and of exported files keep the mean and std that they were trained with. The network is
+RepDistiller or mdistiller. A file in a run's folder is judged with the settings of this run, unless
+student=NAME is given. Elsewhere an exported file tells its network and the size of its images, and
+another weights file requires student=NAME dataset=NAME. The networks of runs and of exported files
+keep the mean and std that they were trained with. The network is
 compared with teacher=NAME; for a run the default is the run's own teacher. Several runs or files
 give a table with a line each. --json prints plain numbers, without units.
 
@@ -25,7 +27,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.config.schema import FeatureConfig, MoreTeacherConfig, TeacherConfig
+from sddlskd.config.schema import DatasetConfig, FeatureConfig, MoreTeacherConfig, TeacherConfig
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import check_has_best, read_result
 from sddlskd.terminal.arguments import other_form
@@ -114,6 +116,10 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     if source.is_dir():
         trained = load_run(source, TRUST in overrides)
         return _override(trained, overrides), source / "best.ckpt", trained
+    folder = _run_folder(source)
+    if folder and "student" not in given:
+        trained = cfg.load(folder / "config.yaml", allow_foreign_targets=TRUST in overrides)
+        return _override(trained, overrides), source, trained
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
@@ -122,15 +128,19 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
             raise ValueError(f"{source} has no metadata that describes its network; add {words}")
         job = _compose_job(overrides)
     else:
-        dataset = [] if "dataset" in given else [f"dataset={facts['dataset']}"]
-        job = _compose_job([*dataset, *overrides])
+        job = _compose_job([*_dataset_words(source, facts, given), *overrides])
+        _prepare_as_trained(source, job.dataset, facts, given)
         job.student = replace(job.student, name=facts["network"], model=facts["model"])
         for key in ("mean", "std"):
             if f"dataset.{key}" not in given:
                 setattr(job.dataset, key, facts[key])
     trained = replace(job, features={})
     if facts:
-        trained.dataset = replace(job.dataset, num_classes=facts["num_classes"])
+        size = facts["preparation"].get("size", job.dataset.size)
+        load = {**job.dataset.load, "_target_": facts["loader"]}
+        trained.dataset = replace(
+            job.dataset, num_classes=facts["num_classes"], size=size, load=load
+        )
     if facts and "methods" in facts:
         features = {name: FeatureConfig(method=method) for name, method in facts["methods"].items()}
         teacher = replace(job.teacher, model=facts["teacher"])
@@ -138,6 +148,61 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
         job.distiller.loss, job.features = {}, {}  # no teacher to compare with
     return job, source, trained
+
+
+def _run_folder(source: Path) -> Path | None:
+    """Return the run directory that a source of the command line is or lies in; None if neither."""
+    folder = source if source.is_dir() else source.absolute().parent
+    return folder if (folder / "config.yaml").is_file() else None
+
+
+def _dataset_words(source: Path, facts: dict[str, Any], given: Collection[str]) -> list[str]:
+    """Return the words that choose the data set which the metadata of a file name.
+
+    Args:
+        source: .safetensors file.
+        facts: its metadata, as `export.described` returns them.
+        given: keys of the overrides of the command line.
+
+    Raises:
+        ValueError: If the data set is a folder of the user's own, and dataset.root is not given.
+    """
+    if "dataset" in given:
+        return []
+    name, choices = facts["dataset"], cfg.conf_folder() / "dataset"
+    if (choices / f"{name}.yaml").is_file():
+        return [f"dataset={name}"]
+    choice = facts["loader"].rpartition(".")[2]
+    if not (choices / f"{choice}.yaml").is_file():
+        choice = "image_folder"
+    if "dataset.root" not in given:
+        raise ValueError(
+            f"{source} was trained on dataset.name={name}, and does not tell its folder; give "
+            f"dataset={choice} dataset.root=FOLDER, or evaluate the run directory"
+        )
+    log.info("%s was trained on %s; dataset=%s is assumed", source, name, choice)
+    own_name = [] if "dataset.name" in given else [f"dataset.name={name}"]
+    return [f"dataset={choice}", *own_name]
+
+
+def _prepare_as_trained(
+    source: Path, dataset: DatasetConfig, facts: dict[str, Any], given: Collection[str]
+) -> None:
+    """Let `dataset` prepare image files as the metadata `facts` of a file say.
+
+    Settings in `given`, the keys of the command line, stay. Log what is assumed if the metadata do
+    not tell it, as those of earlier versions.
+    """
+    if not facts["preparation"]:
+        if "dataset.size" not in given:
+            log.warning(
+                "%s does not tell the size of its images; for image files dataset.size=%d is "
+                "assumed", source, dataset.size,
+            )  # fmt: skip
+    elif facts["loader"] == dataset.load.get("_target_"):
+        for key, value in facts["preparation"].items():
+            if f"dataset.{key}" not in given:
+                setattr(dataset, key, value)
 
 
 def _override(job: Config, overrides: Sequence[str]) -> Config:
@@ -284,14 +349,17 @@ def _check_classes(source: Path, job: Config, trained: Config) -> None:
         ValueError: If the number of classes differs.
     """
     from sddlskd.datasets.fingerprint import difference, differing_classes
+    from sddlskd.export import described
     from sddlskd.training.build import present_fingerprint
 
     load = job.dataset.load
     classes = job.dataset.num_classes
     counts = "num_classes" in load and load.get("root") != trained.dataset.load.get("root")
     earlier: dict[str, Any] = {}
-    if source.is_dir():
-        earlier = read_result(source).get("data") or {}
+    if folder := _run_folder(source):
+        earlier = read_result(folder).get("data") or {}
+    elif facts := described(source):
+        earlier = {"class_names": facts["class_names"], "classes": facts["num_classes"]}
     same_name = job.dataset.name == trained.dataset.name
     now = None
     if earlier and (same_name or earlier["class_names"]):
@@ -320,7 +388,7 @@ def _check_classes(source: Path, job: Config, trained: Config) -> None:
             "stands for the n-th one then",
             source, job.dataset.name, differs,
         )  # fmt: skip
-    elif same_name and (differs := difference(earlier, now)):
+    elif same_name and "sha256" in earlier and (differs := difference(earlier, now)):
         log.warning(
             "%s was trained on other data than dataset=%s has now (%s)",
             source, job.dataset.name, differs,

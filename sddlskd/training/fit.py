@@ -883,7 +883,7 @@ def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data
 
     FINISHED comes last, because a finished run is never run again.
     """
-    leave_as_teacher(job, run)
+    leave_as_teacher(job, run, data)
     if job.tracking.predictions:
         arrays = predictions.collect(run.model, teacher_network, data.test_batches(), job.M)
         # The sample is empty if no test image has regions that differ.
