@@ -24,6 +24,7 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationResolutionError,
+    MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
@@ -287,6 +288,9 @@ def _score(top1: float | None) -> str:
     return "-" if top1 is None else f"{top1:.2f}"
 
 
+NETWORK_NAME = re.compile(r"\b(?:student|teacher|more_teachers\.\w+)\.model\.name\b")
+
+
 def explain(error: BaseException) -> str:
     """Return one line that tells a user what went wrong and, if known, what is valid.
 
@@ -319,6 +323,8 @@ def explain(error: BaseException) -> str:
             return f"{_first_line('features', str(error))} {name}"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
+        if isinstance(link, MissingMandatoryValue) and (key := NETWORK_NAME.search(str(link))):
+            return f"{key[0]} is missing; name a network of the library, as in {key[0]}=resnet18"
         if isinstance(link, OmegaConfBaseException) and link.msg:
             return _bad_value(str(link.full_key or ""), _one_line(link.msg), str(error))
         if isinstance(link, OverflowError) and (key := FULL_KEY.search(str(link))):
@@ -393,6 +399,8 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             "hydra.launcher.gpus_per_node"
         )
     names = _valid_names(key, valid, prefix)
+    if key == "pretrained" and "weights" in valid:  # timm's name for it
+        return f"{prefix}{key} is unknown; for published weights set {prefix}weights=DEFAULT"
     if places := _places_of(key, OmegaConf.to_container(node._get_root(), resolve=False)):
         names = f"did you mean {' or '.join(places)}? Valid are {', '.join(valid)}"
     return f"{prefix}{key} is unknown; {names}"

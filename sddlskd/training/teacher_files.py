@@ -45,6 +45,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+# Names of data sets of the user's own for which dataset.name is not set.
+UNNAMED = ("image_folder", "label_sets")
 LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer state has 190 MB
 
 
@@ -137,11 +139,17 @@ def missing(
         cures = [
             f"train it with distiller=vanilla {student} and the dataset.* and trainer.* words of "
             "this job",
-            "set teacher.train_if_missing=true",
+            "set teacher.train_if_missing=true (it is then trained with dataset.batch_size and "
+            "teacher.train_epochs)",
             f"set {key}.checkpoint=FILE to a checkpoint of sddlskd, RepDistiller or mdistiller",
         ]
         if fetch:
             cures.insert(0, f"fetch the published file with {fetch}")
+        if dataset in UNNAMED:
+            teachers = sorted(Path(home, "teachers").glob(f"*/{network}.pt"))
+            cures[:0] = [
+                f"add dataset.name={file.parent.name} for the file {file}" for file in teachers[:2]
+            ]
     return FileNotFoundError(
         f"teacher={network} for {dataset} is missing: no file {path}; {', or '.join(cures)}"
     )
