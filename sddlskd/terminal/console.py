@@ -517,29 +517,21 @@ def _one_line(text: str) -> str:
 def log_to_terminal() -> None:
     """Send the package's log to stderr, each message with its time (HH:MM:SS).
 
-    On a terminal, long messages are broken between words. Messages below level INFO are not shown,
-    nor are those with the attribute `only_in_file`. Earlier handlers of the package's log are
-    removed, and the root logger gets none of its messages.
+    On a terminal, long messages are broken between words, never within a path. Messages below level
+    INFO are not shown, nor are those with the attribute `only_in_file`. Earlier handlers of the
+    package's log are removed, and the root logger gets none of its messages.
     """
     from rich.console import Console
-    from rich.highlighter import NullHighlighter
-    from rich.logging import RichHandler
 
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
-        handler = RichHandler(
-            console=console,
-            show_path=False,
-            show_level=False,
-            rich_tracebacks=False,
-            omit_repeated_times=False,
-            log_time_format=CLOCK_TIME,
-            highlighter=NullHighlighter(),  # colours in names hide where they begin and end
-        )
+        from sddlskd.terminal.lines import LineHandler
+
+        handler = LineHandler(console=console)
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", CLOCK_TIME))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", CLOCK_TIME))
     handler.addFilter(lambda entry: not hasattr(entry, "only_in_file"))
     package = logging.getLogger("sddlskd")
     package.handlers[:] = [handler]
