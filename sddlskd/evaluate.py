@@ -17,6 +17,9 @@ for a single image; on a GPU also the memory in MiB that a batch takes. With a t
 also have the teacher's top-1 (%) and the percentage of images for which both networks predict the
 same class (agreement).
 
+Below them, the classes follow, worst first, each with its top-1 and the class that it is mistaken
+for most often: at most 20 classes, with --json all.
+
 With --probe dataset=NAME, the network itself stays as it is: a linear classifier (logistic
 regression) is trained on the features of that data set's training images, and the result is its
 top-1 (%) on the test images. --size 32 resizes the images to 32x32 pixels, as papers do for the
@@ -55,6 +58,7 @@ log = logging.getLogger("sddlskd.evaluate")
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)
 # Config groups that are replaced as a whole if the command line chooses another option.
 WHOLE = ("dataset", "teacher", "trainer")
+SHOWN_CLASSES = 20  # classes in the printed text
 LEAST_FOR_TOP5 = 6  # classes; with five or fewer, top-5 is always 100%
 # Unit of a result in the printed text: the divisor of the number, and the unit. A result without a
 # unit is printed as it is.
@@ -116,10 +120,15 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     if source.is_dir():
         trained = load_run(source, TRUST in overrides)
         return _override(trained, overrides), source / "best.ckpt", trained
+    names_teacher = any(key.split(".")[0] in ("teacher", "pair") for key in given)
     folder = _run_folder(source)
     if folder and "student" not in given:
         trained = cfg.load(folder / "config.yaml", allow_foreign_targets=TRUST in overrides)
-        return _override(trained, overrides), source, trained
+        job = _override(trained, overrides)
+        if not names_teacher and (lost := _absent_teachers(job)):
+            log.info("%s is judged without a teacher: no file %s", source, lost[0])
+            job.distiller.loss, job.features = {}, {}
+        return job, source, trained
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
@@ -145,7 +154,7 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
         features = {name: FeatureConfig(method=method) for name, method in facts["methods"].items()}
         teacher = replace(job.teacher, model=facts["teacher"])
         trained = replace(trained, features=features, teacher=teacher)
-    if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
+    if not names_teacher:
         job.distiller.loss, job.features = {}, {}  # no teacher to compare with
     return job, source, trained
 
@@ -154,6 +163,14 @@ def _run_folder(source: Path) -> Path | None:
     """Return the run directory that a source of the command line is or lies in; None if neither."""
     folder = source if source.is_dir() else source.absolute().parent
     return folder if (folder / "config.yaml").is_file() else None
+
+
+def _absent_teachers(job: Config) -> list[Path]:
+    """Return the paths of the teacher files of a job that do not exist."""
+    from sddlskd.training.checks import teacher_path
+
+    paths = [teacher_path(one) for one in cfg.each_teacher(job)]
+    return [path for path in paths if not path.exists()]
 
 
 def _dataset_words(source: Path, facts: dict[str, Any], given: Collection[str]) -> list[str]:
@@ -318,6 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
             if job.dataset.num_classes < LEAST_FOR_TOP5 and not chosen.json:
                 found.pop("top5", None)
+            if "classes" in found:
+                _name_classes(found["classes"], source)
             rows.append((str(source), found))
     except KeyboardInterrupt:
         sys.exit(ExitCode.STOPPED)
@@ -327,11 +346,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.json:
         results = [{"source": source, **found} for source, found in rows]
         write_line(json.dumps(results if len(rows) > 1 else rows[0][1]))
-    elif len(rows) > 1:
+        return
+    by_class = [found.pop("classes", []) for _, found in rows]
+    if len(rows) > 1:
         _print_table(rows)
-    else:
-        for name, value in rows[0][1].items():
-            write_line(f"{name:>14}  {_shown(name, value)}")
+        return
+    for name, value in rows[0][1].items():
+        write_line(f"{name:>14}  {_shown(name, value)}")
+    _print_classes(by_class[0])
+
+
+def _name_classes(classes: list[dict[str, Any]], source: Path) -> None:
+    """Put the names of the classes that the network in `source` was trained on into `classes`.
+
+    `classes` are those of `training.evaluation.class_scores`. Without names, the numbers stay.
+    """
+    from sddlskd.export import described
+
+    names: list[str] | None = None
+    if folder := _run_folder(source):
+        names = (read_result(folder).get("data") or {}).get("class_names")
+    elif facts := described(source):
+        names = facts["class_names"]
+    for row in classes:
+        for key in ("class", "mistaken_for"):
+            if names and row[key] is not None:
+                row[key] = names[row[key]]
+
+
+def _print_classes(classes: Sequence[dict[str, Any]]) -> None:
+    """Print the worst classes, a line each (see `training.evaluation.class_scores`)."""
+    shown = classes[:SHOWN_CLASSES]
+    width = max((len(str(row["class"])) for row in shown), default=0)
+    for row in shown:
+        line = f"class {row['class']!s:<{width}}  {row['top1']:6.2f} % of {row['images']}"
+        if row["mistakes"]:
+            line = f"{line}, mistaken for {row['mistaken_for']} {counted(row['mistakes'], 'time')}"
+        write_line(line)
+    if more := len(classes) - len(shown):
+        write_line(f"and {counted(more, 'better class', 'better classes')}, which --json lists")
 
 
 def _check_classes(source: Path, job: Config, trained: Config) -> None:

@@ -22,7 +22,7 @@ from sddlskd.models.base import LogitMapModel
 from sddlskd.training import build, measure
 from sddlskd.training.build import build_data
 from sddlskd.training.checks import check_maps
-from sddlskd.training.evaluation import answers, calibration_error, scores
+from sddlskd.training.evaluation import answers, calibration_error, class_scores, scores
 from sddlskd.training.evaluation import evaluate as stream
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher_files import path_of
@@ -50,7 +50,7 @@ def without_clock(found: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in found.items()
-        if key not in ("images_per_s", "batch", "ms_per_image")
+        if key not in ("classes", "images_per_s", "batch", "ms_per_image")
     }
 
 
@@ -84,6 +84,25 @@ def test_calibration_error_at_its_ends() -> None:
     assert calibration_error(sure_NK, target_N) == 0
     assert calibration_error(sure_NK, target_N.flip(0)) == 100
     assert calibration_error(torch.zeros(8, 4), torch.arange(8) % 4) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_worst_class_comes_first_with_its_most_frequent_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted_N, target_N = torch.tensor([0, 0, 2, 2, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1, 1, 3])
+    rows = class_scores(torch.eye(4)[predicted_N], target_N)
+    assert [tuple(row.values()) for row in rows] == [
+        (3, 1, 0.0, 1, 1),
+        (1, 4, 25.0, 2, 2),
+        (0, 2, 100.0, None, 0),
+    ]
+    monkeypatch.setattr(evaluate, "SHOWN_CLASSES", 2)
+    evaluate._print_classes(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "class 3    0.00 % of 1, mistaken for 1 1 time",
+        "class 1   25.00 % of 4, mistaken for 2 2 times",
+        "and 1 better class, which --json lists",
+    ]
 
 
 def test_scores_of_all_answers_are_those_of_batches(trained: Config) -> None:
@@ -378,6 +397,8 @@ def test_a_file_of_a_run_stands_for_the_run(
     for words in ([root], ["dataset=image_folder", root]):
         found = judged(capsys, away, *words, "dataset.workers=0", "trainer.device=cpu")
         assert without_clock(found) == pytest.approx(without_clock(expected))
+        assert found["classes"] == expected["classes"]
+        assert {row["class"] for row in found["classes"]} == {"class_0", "class_1"}
     with pytest.raises(ValueError, match=r"trained on dataset.name=pets.* give dataset=image_fol"):
         evaluate._job_and_weights(away, [])
 

@@ -18,7 +18,7 @@ from sddlskd.models.base import LogitMapModel
 from sddlskd.training.build import build_data, build_network, load_splits, without_weights
 from sddlskd.training.checks import check_maps, check_teacher, missing_teacher, teacher_path
 from sddlskd.training.devices import autocast, describe, number_formats, pick_device
-from sddlskd.training.evaluation import answers, metered_test_batches, scores
+from sddlskd.training.evaluation import answers, class_scores, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
 from sddlskd.training.probe import features_of, linear_probe
 from sddlskd.training.several import Teachers
@@ -53,8 +53,9 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
         one image) and "environment" (name of the device). On a GPU also "memory_mib" (peak memory
         in MiB while a batch is computed). With a teacher also "teacher_top1" (%) and "agreement"
         (percentage of images for which both networks predict the same class); several teachers
-        predict by the weighted mean of their logits. "parameters" or "flops" is missing if the
-        number cannot be counted.
+        predict by the weighted mean of their logits. "classes" has the scores of each class
+        (`class_scores`), unless images have several labels. "parameters" or "flops" is missing
+        if the number cannot be counted.
 
     Raises:
         FileNotFoundError: If the file of the student or of the teacher is missing.
@@ -113,6 +114,8 @@ def _measure_on(
     batches = metered_test_batches(data, f"{job.student.name} on {job.dataset.name}")
     logits_NK, target_N = answers(network, batches, precision)
     found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
+    if target_N.ndim == 1:
+        found["classes"] = class_scores(logits_NK, target_N)
     if teacher:
         batches = metered_test_batches(data, f"teacher {cfg.teacher_name(job)}")
         teacher_NK, _ = answers(teacher, batches, precision)
