@@ -3,8 +3,10 @@
 RUN_DIR: evaluate the best epoch of a run, on the run's data set unless dataset=... gives another.
 dataset.root=FOLDER evaluates it on another folder of the same classes, with the run's settings.
 FILE: evaluate a .safetensors file written by sddlskd.export, or a weights file of this package,
-RepDistiller or mdistiller; a weights file requires student=NAME dataset=NAME as well. The networks
-of runs and of exported files keep the mean and std that they were trained with. The network is
+RepDistiller or mdistiller. A file in a run's folder is judged with the settings of this run, unless
+student=NAME is given. Elsewhere an exported file tells its network and the size of its images, and
+another weights file requires student=NAME dataset=NAME. The networks of runs and of exported files
+keep the mean and std that they were trained with. The network is
 compared with teacher=NAME; for a run the default is the run's own teacher. Several runs or files
 give a table with a line each. --json prints plain numbers, without units.
 
@@ -14,6 +16,9 @@ multiplication and an addition are two), its throughput in images per second, an
 for a single image; on a GPU also the memory in MiB that a batch takes. With a teacher, the results
 also have the teacher's top-1 (%) and the percentage of images for which both networks predict the
 same class (agreement).
+
+Below them, the classes follow, worst first, each with its top-1 and the class that it is mistaken
+for most often: at most 20 classes, with --json all.
 
 With --probe dataset=NAME, the network itself stays as it is: a linear classifier (logistic
 regression) is trained on the features of that data set's training images, and the result is its
@@ -25,7 +30,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.config.schema import FeatureConfig, MoreTeacherConfig, TeacherConfig
+from sddlskd.config.schema import DatasetConfig, FeatureConfig, MoreTeacherConfig, TeacherConfig
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.record import check_has_best, read_result
 from sddlskd.terminal.arguments import other_form
@@ -53,6 +58,7 @@ log = logging.getLogger("sddlskd.evaluate")
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, RuntimeError)
 # Config groups that are replaced as a whole if the command line chooses another option.
 WHOLE = ("dataset", "teacher", "trainer")
+SHOWN_CLASSES = 20  # classes in the printed text
 LEAST_FOR_TOP5 = 6  # classes; with five or fewer, top-5 is always 100%
 # Unit of a result in the printed text: the divisor of the number, and the unit. A result without a
 # unit is printed as it is.
@@ -114,6 +120,15 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     if source.is_dir():
         trained = load_run(source, TRUST in overrides)
         return _override(trained, overrides), source / "best.ckpt", trained
+    names_teacher = any(key.split(".")[0] in ("teacher", "pair") for key in given)
+    folder = _run_folder(source)
+    if folder and "student" not in given:
+        trained = cfg.load(folder / "config.yaml", allow_foreign_targets=TRUST in overrides)
+        job = _override(trained, overrides)
+        if not names_teacher and (lost := _absent_teachers(job)):
+            log.info("%s is judged without a teacher: no file %s", source, lost[0])
+            job.distiller.loss, job.features = {}, {}
+        return job, source, trained
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
@@ -122,22 +137,89 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
             raise ValueError(f"{source} has no metadata that describes its network; add {words}")
         job = _compose_job(overrides)
     else:
-        dataset = [] if "dataset" in given else [f"dataset={facts['dataset']}"]
-        job = _compose_job([*dataset, *overrides])
+        job = _compose_job([*_dataset_words(source, facts, given), *overrides])
+        _prepare_as_trained(source, job.dataset, facts, given)
         job.student = replace(job.student, name=facts["network"], model=facts["model"])
         for key in ("mean", "std"):
             if f"dataset.{key}" not in given:
                 setattr(job.dataset, key, facts[key])
     trained = replace(job, features={})
     if facts:
-        trained.dataset = replace(job.dataset, num_classes=facts["num_classes"])
+        size = facts["preparation"].get("size", job.dataset.size)
+        load = {**job.dataset.load, "_target_": facts["loader"]}
+        trained.dataset = replace(
+            job.dataset, num_classes=facts["num_classes"], size=size, load=load
+        )
     if facts and "methods" in facts:
         features = {name: FeatureConfig(method=method) for name, method in facts["methods"].items()}
         teacher = replace(job.teacher, model=facts["teacher"])
         trained = replace(trained, features=features, teacher=teacher)
-    if not any(key.split(".")[0] in ("teacher", "pair") for key in given):
+    if not names_teacher:
         job.distiller.loss, job.features = {}, {}  # no teacher to compare with
     return job, source, trained
+
+
+def _run_folder(source: Path) -> Path | None:
+    """Return the run directory that a source of the command line is or lies in; None if neither."""
+    folder = source if source.is_dir() else source.absolute().parent
+    return folder if (folder / "config.yaml").is_file() else None
+
+
+def _absent_teachers(job: Config) -> list[Path]:
+    """Return the paths of the teacher files of a job that do not exist."""
+    from sddlskd.training.checks import teacher_path
+
+    paths = [teacher_path(one) for one in cfg.each_teacher(job)]
+    return [path for path in paths if not path.exists()]
+
+
+def _dataset_words(source: Path, facts: dict[str, Any], given: Collection[str]) -> list[str]:
+    """Return the words that choose the data set which the metadata of a file name.
+
+    Args:
+        source: .safetensors file.
+        facts: its metadata, as `export.described` returns them.
+        given: keys of the overrides of the command line.
+
+    Raises:
+        ValueError: If the data set is a folder of the user's own, and dataset.root is not given.
+    """
+    if "dataset" in given:
+        return []
+    name, choices = facts["dataset"], cfg.conf_folder() / "dataset"
+    if (choices / f"{name}.yaml").is_file():
+        return [f"dataset={name}"]
+    choice = facts["loader"].rpartition(".")[2]
+    if not (choices / f"{choice}.yaml").is_file():
+        choice = "image_folder"
+    if "dataset.root" not in given:
+        raise ValueError(
+            f"{source} was trained on dataset.name={name}, and does not tell its folder; give "
+            f"dataset={choice} dataset.root=FOLDER, or evaluate the run directory"
+        )
+    log.info("%s was trained on %s; dataset=%s is assumed", source, name, choice)
+    own_name = [] if "dataset.name" in given else [f"dataset.name={name}"]
+    return [f"dataset={choice}", *own_name]
+
+
+def _prepare_as_trained(
+    source: Path, dataset: DatasetConfig, facts: dict[str, Any], given: Collection[str]
+) -> None:
+    """Let `dataset` prepare image files as the metadata `facts` of a file say.
+
+    Settings in `given`, the keys of the command line, stay. Log what is assumed if the metadata do
+    not tell it, as those of earlier versions.
+    """
+    if not facts["preparation"]:
+        if "dataset.size" not in given:
+            log.warning(
+                "%s does not tell the size of its images; for image files dataset.size=%d is "
+                "assumed", source, dataset.size,
+            )  # fmt: skip
+    elif facts["loader"] == dataset.load.get("_target_"):
+        for key, value in facts["preparation"].items():
+            if f"dataset.{key}" not in given:
+                setattr(dataset, key, value)
 
 
 def _override(job: Config, overrides: Sequence[str]) -> Config:
@@ -253,6 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
             if job.dataset.num_classes < LEAST_FOR_TOP5 and not chosen.json:
                 found.pop("top5", None)
+            if "classes" in found:
+                _name_classes(found["classes"], source)
             rows.append((str(source), found))
     except KeyboardInterrupt:
         sys.exit(ExitCode.STOPPED)
@@ -262,11 +346,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.json:
         results = [{"source": source, **found} for source, found in rows]
         write_line(json.dumps(results if len(rows) > 1 else rows[0][1]))
-    elif len(rows) > 1:
+        return
+    by_class = [found.pop("classes", []) for _, found in rows]
+    if len(rows) > 1:
         _print_table(rows)
-    else:
-        for name, value in rows[0][1].items():
-            write_line(f"{name:>14}  {_shown(name, value)}")
+        return
+    for name, value in rows[0][1].items():
+        write_line(f"{name:>14}  {_shown(name, value)}")
+    _print_classes(by_class[0])
+
+
+def _name_classes(classes: list[dict[str, Any]], source: Path) -> None:
+    """Put the names of the classes that the network in `source` was trained on into `classes`.
+
+    `classes` are those of `training.evaluation.class_scores`. Without names, the numbers stay.
+    """
+    from sddlskd.export import described
+
+    names: list[str] | None = None
+    if folder := _run_folder(source):
+        names = (read_result(folder).get("data") or {}).get("class_names")
+    elif facts := described(source):
+        names = facts["class_names"]
+    for row in classes:
+        for key in ("class", "mistaken_for"):
+            if names and row[key] is not None:
+                row[key] = names[row[key]]
+
+
+def _print_classes(classes: Sequence[dict[str, Any]]) -> None:
+    """Print the worst classes, a line each (see `training.evaluation.class_scores`)."""
+    shown = classes[:SHOWN_CLASSES]
+    width = max((len(str(row["class"])) for row in shown), default=0)
+    for row in shown:
+        line = f"class {row['class']!s:<{width}}  {row['top1']:6.2f} % of {row['images']}"
+        if row["mistakes"]:
+            line = f"{line}, mistaken for {row['mistaken_for']} {counted(row['mistakes'], 'time')}"
+        write_line(line)
+    if more := len(classes) - len(shown):
+        write_line(f"and {counted(more, 'better class', 'better classes')}, which --json lists")
 
 
 def _check_classes(source: Path, job: Config, trained: Config) -> None:
@@ -284,14 +402,17 @@ def _check_classes(source: Path, job: Config, trained: Config) -> None:
         ValueError: If the number of classes differs.
     """
     from sddlskd.datasets.fingerprint import difference, differing_classes
+    from sddlskd.export import described
     from sddlskd.training.build import present_fingerprint
 
     load = job.dataset.load
     classes = job.dataset.num_classes
     counts = "num_classes" in load and load.get("root") != trained.dataset.load.get("root")
     earlier: dict[str, Any] = {}
-    if source.is_dir():
-        earlier = read_result(source).get("data") or {}
+    if folder := _run_folder(source):
+        earlier = read_result(folder).get("data") or {}
+    elif facts := described(source):
+        earlier = {"class_names": facts["class_names"], "classes": facts["num_classes"]}
     same_name = job.dataset.name == trained.dataset.name
     now = None
     if earlier and (same_name or earlier["class_names"]):
@@ -320,7 +441,7 @@ def _check_classes(source: Path, job: Config, trained: Config) -> None:
             "stands for the n-th one then",
             source, job.dataset.name, differs,
         )  # fmt: skip
-    elif same_name and (differs := difference(earlier, now)):
+    elif same_name and "sha256" in earlier and (differs := difference(earlier, now)):
         log.warning(
             "%s was trained on other data than dataset=%s has now (%s)",
             source, job.dataset.name, differs,

@@ -55,6 +55,8 @@ TOLERANCE = 1e-4  # relative to the largest absolute logit or to 1, whichever is
 # The command line argument that allows code from outside targets.PACKAGES.
 TRUST = "allow_foreign_targets=true"
 NEEDS = "pip install 'sddlskd[export]'"
+# Settings dataset.* of the preparation of image files for an evaluation.
+PREPARATION = ("size", "crop", "centre", "upright")
 SHOWN_CLASSES = 5  # names of classes that the log shows
 FORMATS = {"safetensors": "best.safetensors", "onnx": "best.onnx", "mlflow": "mlflow_model"}
 
@@ -142,15 +144,17 @@ def about(
         Two texts: "format" is "pt", the mark of PyTorch tensors in .safetensors files. "sddlskd" is
         a JSON object with the network's name and configuration, the name of the data set, the
         number of classes, their names in the order of the logits (null if unknown), the shape of an
-        image (null if unknown), `resize`, the mean and std of the images, the hash of the
-        configuration, and
-        the best top-1 (%) with its epoch (null if unknown). If the student holds a part of its
-        teacher, as with SimKD, the object also has the teacher's network and the feature methods.
+        image (null if unknown), `resize`, the `_target_` of the loader of the data, the settings
+        PREPARATION of the data set, which apply to image files, the mean and std of the images, the
+        hash of the configuration, and the best top-1 (%) with its epoch (null if unknown). If the
+        student holds a part of its teacher, as with SimKD, the object also has the teacher's
+        network and the feature methods.
 
     Raises:
         record.Damaged: If result.json is damaged.
     """
     result = record.read_result(folder)
+    preparation = {key: getattr(job.dataset, key) for key in PREPARATION}
     facts = {
         "network": job.student.name,
         "model": without_weights(job.student.model),
@@ -159,6 +163,8 @@ def about(
         "class_names": _class_names(folder),
         "image_shape": image_CHW,
         "resize": resize,
+        "loader": job.dataset.load["_target_"],
+        "preparation": {**preparation, "crop": job.dataset.crop.value},
         "mean": job.dataset.mean,
         "std": job.dataset.std,
         "config_hash": cfg.config_hash(job),
@@ -186,10 +192,12 @@ def described(path: Path) -> dict[str, Any] | None:
 
     Returns:
         A dict with "network" (name), "model" (`_target_` and arguments of the network), "dataset"
-        (name), "num_classes", "mean" and "std". If the student holds a part of its teacher, the
-        dict also has "teacher" (`_target_` and arguments of the teacher's network) and "methods"
-        (`_target_` and arguments of each feature method, by name). None if the file is not a
-        .safetensors file or has no such metadata.
+        (name), "num_classes", "mean", "std", "class_names" (None if unknown), "loader" (`_target_`
+        of the loader of the data; "" if unknown) and "preparation" (settings PREPARATION by name;
+        {} if unknown). If the student holds a part of its teacher, the dict also has "teacher"
+        (`_target_` and arguments of the teacher's network) and "methods" (`_target_` and arguments
+        of each feature method, by name). None if the file is not a .safetensors file or has no
+        such metadata.
 
     Raises:
         FileNotFoundError: If a .safetensors file is missing.
@@ -202,7 +210,12 @@ def described(path: Path) -> dict[str, Any] | None:
     try:
         facts: dict[str, Any] = json.loads(text)
         named = {key: facts[key] for key in ("network", "dataset", "num_classes", "mean", "std")}
-        built = {"model": without_weights(facts["model"])}
+        built: dict[str, Any] = {
+            "model": without_weights(facts["model"]),
+            "class_names": facts.get("class_names"),
+            "loader": str(facts.get("loader", "")),
+            "preparation": _preparation(facts.get("preparation", {})),
+        }
         foreign = _foreign_target(facts["model"], "sddlskd.models.")
         if "methods" in facts:
             built["teacher"] = without_weights(facts["teacher"])
@@ -223,6 +236,16 @@ def described(path: Path) -> dict[str, Any] | None:
             "evaluate its run directory instead"
         )
     return {**named, **built}
+
+
+def _preparation(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings PREPARATION that metadata hold; raise ValueError for a wrong value."""
+    if not found:
+        return {}
+    size, crop, centre, upright = (found[key] for key in PREPARATION)
+    if type(size) is not int or size < 1 or not 0 < centre <= 1 or type(upright) is not bool:
+        raise ValueError(f"preparation={found!a:.80}")
+    return {"size": size, "crop": cfg.Crop(crop), "centre": centre, "upright": upright}
 
 
 def _foreign_target(node: dict[str, Any], package: str) -> str:

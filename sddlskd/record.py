@@ -93,9 +93,10 @@ def check_has_best(folder: Path) -> None:
         )
     if not (folder / "best.ckpt").is_file():
         status = read_result(folder).get("status", "not started")
-        raise ValueError(
-            f"{folder} has no best.ckpt ({status}); wait until the run has finished an epoch"
-        )
+        cure = "wait until the run has finished an epoch"
+        if status in (FAILED, KILLED, PRUNED):
+            cure = "no epoch was finished: run the same command again"
+        raise ValueError(f"{folder} has no best.ckpt ({status}); {cure}")
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -317,7 +317,7 @@ UNFIT = {
     ("dataset.mean=[0,0]",): "mean has 2 and std 3 entries for 3 channels: give one of each",
     ("trainer.batch_size=193",): "of dataset=fake; set trainer.batch_size=192 or less",
     ("teacher=resnet14", "teacher.train_if_missing=true", "trainer.batch_size=64",
-     "dataset.batch_size=194"): "set dataset.batch_size=192 or less, which trainer.batch_size",
+     "dataset.batch_size=194"): "trained first, with dataset.batch_size=194, whatever trainer.ba",
     ("dataset.batch_size=193",): "set dataset.batch_size=192 or less, which trainer.batch_size",
 }  # fmt: skip
 

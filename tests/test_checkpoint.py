@@ -402,6 +402,14 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
         load_weights(create("wrn_16_1", num_classes=10), path, "wrn_16_1")
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("small", "large"), ("large", "small")])
+def test_weights_with_another_stem(tmp_path: Path, theirs: str, ours: str) -> None:
+    path = tmp_path / "x.pt"
+    write(path, {"model": create("resnet8", num_classes=10, stem=theirs).state_dict()})
+    with pytest.raises(ValueError, match=f"set dataset.stem={theirs}, the stem that the file"):
+        load_weights(create("resnet8", num_classes=10, stem=ours), path, "resnet8")
+
+
 def test_weights_of_another_class_count(tmp_path: Path) -> None:
     path, model = tmp_path / "x.pt", create("resnet8", num_classes=100)
     write(path, {"model": create("resnet8", num_classes=10).state_dict()})

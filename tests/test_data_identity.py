@@ -102,13 +102,25 @@ def test_the_classes_of_a_folder_are_counted(pets: Path, caplog: pytest.LogCaptu
 
 
 def test_a_folder_without_classes_says_what_to_set(tmp_path: Path) -> None:
-    with pytest.raises(OmegaConfBaseException) as caught:
-        composed(tmp_path, "dataset=image_folder", f"dataset.root={tmp_path}/pets")
-    told = explain(caught.value)
-    assert "\n" not in told
+    def told_of(root: Path) -> str:
+        with pytest.raises(OmegaConfBaseException) as caught:
+            composed(tmp_path, "dataset=image_folder", f"dataset.root={root}")
+        told = explain(caught.value)
+        assert "\n" not in told
+        return told
+
+    pets = tmp_path / "pets"
+    assert f"dataset.root={pets} does not exist; give the folder" in told_of(pets)
+    pets.mkdir()
+    told = told_of(pets)
     for part in (f"there is no folder {tmp_path}/pets/train", "dataset.root=FOLDER",
                  "dataset.num_classes=NUMBER"):  # fmt: skip
         assert part in told
+    (pets / "train").mkdir()
+    (pets / "train" / "1.jpg").touch()
+    assert "/train has no class folders (files directly in it: 1); put" in told_of(pets)
+    (pets / "train" / "cat").mkdir()
+    assert "/train has a single class folder, cat; a classifier needs" in told_of(pets)
 
 
 def test_a_class_with_one_image_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -253,6 +253,7 @@ def test_new_images_are_prepared_as_an_evaluation_prepares_them(
         smooth = Image.fromarray(pixels).resize((40 + 13 * number, 57))
         smooth.save(tmp_path / f"photos/{number}.png")
     paths = sorted((tmp_path / "photos").iterdir())
+    (tmp_path / "photos/notes.txt").touch()
     files = Files(list(map(str, paths)), torch.arange(2))
     job = tiny(tmp_path, f"dataset.crop={crop}", "dataset.size=24", "dataset.num_classes=4")
     facts = export.about(job, tmp_path, (3, 24, 24), export.resize_of(job, Splits(files, files)))
@@ -277,7 +278,8 @@ def test_new_images_are_prepared_as_an_evaluation_prepares_them(
     onnx.save(model, tmp_path / "best.onnx")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    lines = capsys.readouterr().out.splitlines()
+    *lines, skipped = capsys.readouterr().out.splitlines()
+    assert skipped == "photos/notes.txt is no image"
     for path, line in zip(paths, lines, strict=True):
         pixels_HWC, _ = decode(Job(str(path), None), image_transform(job.dataset))
         logits = np.tensordot(weights, pixels_HWC.permute(2, 0, 1).numpy() / 255, 3)

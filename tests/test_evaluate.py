@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from sddlskd.datasets.arrays import Images
 from sddlskd.files import checkpoint
 from sddlskd.models import create, from_timm
 from sddlskd.models.base import LogitMapModel
-from sddlskd.training import measure
+from sddlskd.training import build, measure
 from sddlskd.training.build import build_data
 from sddlskd.training.checks import check_maps
-from sddlskd.training.evaluation import answers, calibration_error, scores
+from sddlskd.training.evaluation import answers, calibration_error, class_scores, scores
 from sddlskd.training.evaluation import evaluate as stream
 from sddlskd.training.fit import fit
 from sddlskd.training.teacher_files import path_of
-from tests.tiny import tiny
+from tests.photographs import class_folders
+from tests.tiny import composed, tiny
 
 ASKED = ("dataset=fake", "dataset.num_classes=10", "+dataset.load.train=192",
          "+dataset.load.test=64", "+dataset.load.size=16", "trainer.device=cpu")  # fmt: skip
@@ -48,7 +50,7 @@ def without_clock(found: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in found.items()
-        if key not in ("images_per_s", "batch", "ms_per_image")
+        if key not in ("classes", "images_per_s", "batch", "ms_per_image")
     }
 
 
@@ -82,6 +84,25 @@ def test_calibration_error_at_its_ends() -> None:
     assert calibration_error(sure_NK, target_N) == 0
     assert calibration_error(sure_NK, target_N.flip(0)) == 100
     assert calibration_error(torch.zeros(8, 4), torch.arange(8) % 4) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_worst_class_comes_first_with_its_most_frequent_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted_N, target_N = torch.tensor([0, 0, 2, 2, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1, 1, 3])
+    rows = class_scores(torch.eye(4)[predicted_N], target_N)
+    assert [tuple(row.values()) for row in rows] == [
+        (3, 1, 0.0, 1, 1),
+        (1, 4, 25.0, 2, 2),
+        (0, 2, 100.0, None, 0),
+    ]
+    monkeypatch.setattr(evaluate, "SHOWN_CLASSES", 2)
+    evaluate._print_classes(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "class 3    0.00 % of 1, mistaken for 1 1 time",
+        "class 1   25.00 % of 4, mistaken for 2 2 times",
+        "and 1 better class, which --json lists",
+    ]
 
 
 def test_scores_of_all_answers_are_those_of_batches(trained: Config) -> None:
@@ -150,7 +171,7 @@ def test_an_exported_file_gives_what_its_run_gives(
 ) -> None:
     expected = judged(capsys, trained.run_dir)
     export.main([trained.run_dir])
-    path = capsys.readouterr().out.strip()
+    path = shutil.move(capsys.readouterr().out.strip(), trained.home)
     with_teacher = judged(capsys, path, "teacher=resnet8", f"home={trained.home}", *ASKED)
     assert without_clock(with_teacher) == pytest.approx(without_clock(expected))
     alone = judged(capsys, path, *ASKED)
@@ -224,7 +245,7 @@ def test_a_network_that_cannot_take_the_images_is_named_in_one_line(
     [
         (["nowhere"], "nowhere is neither a run directory nor a file"),
         (
-            ["{folder}/best.ckpt"],
+            ["{folder}/../away.ckpt"],
             "has no metadata that describes its network; add student=NAME dataset=NAME",
         ),
         (["{folder}/best.ckpt", "student=resnet14", *ASKED], "does not hold weights of resnet14"),
@@ -243,6 +264,7 @@ def test_errors_take_one_line(
     trained: Config, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(trained.run_dir, "best.onnx").touch()
+    shutil.copy(Path(trained.run_dir, "best.ckpt"), Path(trained.run_dir).parent / "away.ckpt")
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([word.format(folder=trained.run_dir) for word in words])
     err = capsys.readouterr().err.splitlines()
@@ -340,3 +362,64 @@ def test_a_probe_that_cannot_be_made_is_one_line(
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([trained.run_dir, *words])
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def of_files(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Return the job of a student that learnt from a folder of 2 classes at 32 pixels."""
+    home = tmp_path_factory.mktemp("files")
+    root = class_folders(home / "pets", 2, 4, test=2)
+    job = composed(
+        home, "student=resnet8", "tracking=none", "trainer=cpu", "dataset=image_folder",
+        f"dataset.root={root}", "dataset.name=pets", "dataset.size=32", "dataset.stem=small",
+        "dataset.workers=0", "recipe=vanilla", "trainer.epochs=1", "trainer.batch_size=4",
+    )  # fmt: skip
+    fit([job])
+    return job
+
+
+def test_a_file_of_a_run_stands_for_the_run(
+    of_files: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(of_files.run_dir)
+    export.main([str(run)])
+    capsys.readouterr()
+    for name in ("best.safetensors", "best.ckpt"):
+        job, weights, trained = evaluate._job_and_weights(run / name, [])
+        assert weights == run / name
+        assert job == trained == evaluate._job_and_weights(run, [])[0]
+    job, *_ = evaluate._job_and_weights(run / "best.safetensors", ["dataset.root=/x"])
+    assert job.dataset.load["root"] == "/x"
+    expected = judged(capsys, run, "trainer.device=cpu")
+    # Away from its run, the file tells the size of the images and the number of classes.
+    away = (run / "best.safetensors").rename(tmp_path / "away.safetensors")
+    root = f"dataset.root={of_files.dataset.root}"
+    for words in ([root], ["dataset=image_folder", root]):
+        found = judged(capsys, away, *words, "dataset.workers=0", "trainer.device=cpu")
+        assert without_clock(found) == pytest.approx(without_clock(expected))
+        assert found["classes"] == expected["classes"]
+        assert {row["class"] for row in found["classes"]} == {"class_0", "class_1"}
+    with pytest.raises(ValueError, match=r"trained on dataset.name=pets.* give dataset=image_fol"):
+        evaluate._job_and_weights(away, [])
+
+
+def test_another_size_than_that_of_the_training_is_a_warning(
+    of_files: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = replace(of_files, dataset=replace(of_files.dataset, size=48))
+    data = build_data(job, torch.device("cpu"))
+    measure._warn_of_size(of_files, of_files, data)
+    assert not caplog.records
+    measure._warn_of_size(job, of_files, data)
+    assert "trained with dataset.size=32, and sees images of dataset.size=48" in caplog.text
+    # A student's teacher says so, too: its own file tells the size, and its run tells that of a
+    # checkpoint.
+    for path in (
+        path_of(of_files.home, "pets", "resnet8"),
+        Path(of_files.run_dir, "best.ckpt"),
+    ):
+        caplog.clear()
+        build._warn_of_size(of_files, path)
+        assert not caplog.records
+        build._warn_of_size(job, path)
+        assert "trained with dataset.size=32, and sees images of 48 pixels now" in caplog.text

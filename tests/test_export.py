@@ -223,7 +223,12 @@ def test_errors_take_one_line(
     begun = tiny(tmp_path)
     Path(begun.run_dir).mkdir(parents=True)
     Path(begun.run_dir, "config.yaml").write_text(Path(trained.run_dir, "config.yaml").read_text())
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    Path(failed, "config.yaml").touch()
+    Path(failed, "result.json").write_text('{"status": "FAILED"}')
     for folder, why in (
+        (failed, "has no best.ckpt (FAILED); no epoch was finished: run the same command again"),
         (tmp_path, "is not a run directory"),
         (begun.run_dir, r"has no best.ckpt (not started)"),
     ):

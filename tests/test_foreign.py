@@ -610,6 +610,20 @@ def test_bad_names_options_and_weights() -> None:
         from_torchvision("resnet18", 7, weights="BEST")
 
 
+def test_weights_that_cannot_be_downloaded_name_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match=r"^model.weights=DEFAULT of resnet18 .*resnet18-\w+\.pth "):
+        from_torchvision("resnet18", 7, weights="DEFAULT")
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(OSError, match=r"^model.pretrained=true of resnet18 .*no network"):
+        from_timm("resnet18", 7, pretrained=True)
+
+
 def test_published_weights_load_but_a_head_of_other_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

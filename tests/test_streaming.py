@@ -30,7 +30,7 @@ from sddlskd.data.decoding import CHUNK, ImageTransform, random_crop
 from sddlskd.data.device import DeviceData
 from sddlskd.data.streaming import StreamedData
 from sddlskd.datasets.arrays import Files, Splits, fake
-from sddlskd.datasets.folders import image_folder
+from sddlskd.datasets.folders import image_folder, left_out
 from sddlskd.models import create
 from sddlskd.sweeps.precheck import problems
 from sddlskd.training.build import build_data
@@ -88,6 +88,7 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
 
 def test_what_counts_as_an_image_of_a_folder(own_folder: Path) -> None:
     classes = own_folder / "train"
+    assert left_out(image_folder(str(own_folder)).train) == {}
     for name in ("A.JPEG", "b.PnG", "notes.txt", "._0000.jpg", ".DS_Store", "0000.jpg.part"):
         (classes / "class_0" / name).touch()
     (classes / ".cache").mkdir()
@@ -99,6 +100,7 @@ def test_what_counts_as_an_image_of_a_folder(own_folder: Path) -> None:
     assert isinstance(train, Files)
     assert {Path(path).name for path in train.paths[: EACH + 2]} >= {"A.JPEG", "b.PnG"}
     assert torch.bincount(train.labels_N).tolist() == [EACH + 2, EACH, EACH]
+    assert left_out(train) == {".txt": 2, ".part": 1}
 
 
 def test_the_test_folder_may_have_another_name(own_folder: Path) -> None:
@@ -481,7 +483,8 @@ def test_irregular_images_are_converted_skipped_or_refused(
         converted = torch.cat([batch.labels for batch in streamed(own_folder).batches(1)])
     assert torch.bincount(converted).tolist() == [EACH] * 3
     told = [record.getMessage() for record in caplog.records]
-    assert f"{own_folder}/train/class_0/0003.jpg: grey (dataset.irregular_images=convert)" in told
+    grey = f"{own_folder}/train/class_0/0003.jpg: grey (dataset.irregular_images=convert)"
+    assert f"{grey}; more of these are counted, not named" in told
     assert sorted(told[-1].removeprefix("images so far: ").split("; ")[0].split(", ")) == [
         "1 CMYK",
         "1 grey",

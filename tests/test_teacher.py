@@ -267,6 +267,12 @@ def test_missing_teacher_says_both_ways(tmp_path: Path) -> None:
         "teacher.checkpoint=FILE",
     ):
         assert part in str(caught.value)
+    # A folder of images without its name misses the teacher of that name.
+    other = path_of(job.home, "pets", "resnet8")
+    other.parent.mkdir(parents=True)
+    other.touch()
+    error = missing(Path("x.pt"), "resnet8", "image_folder", home=job.home)
+    assert f"; add dataset.name=pets for the file {other}, or train it with" in str(error)
     job = tiny(
         tmp_path,
         f"teacher.checkpoint={tmp_path}/x.pth",

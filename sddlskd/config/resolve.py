@@ -136,7 +136,8 @@ def _class_folders(root: str) -> int:
     """
     train = Path(root).expanduser().absolute() / "train"
     try:
-        return sum(e.is_dir() and not e.name.startswith(".") for e in os.scandir(train))
+        entries = [e for e in os.scandir(train) if not e.name.startswith(".")]
+        classes = sum(e.is_dir() for e in entries)
     except OSError:
         cure = (
             "set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
@@ -148,10 +149,26 @@ def _class_folders(root: str) -> int:
                 f"dataset.root={train.parent} is too {level}: there is no folder {train}; "
                 f"set dataset.root={other}"
             ) from None
+        if not train.parent.is_dir():
+            raise ValueError(
+                f"dataset.root={train.parent} does not exist; give the folder that holds "
+                "train/<class> and val/<class>, or set dataset.num_classes=NUMBER"
+            ) from None
         raise ValueError(
             f"the classes of dataset=image_folder cannot be counted, because there is no folder "
             f"{train}; {cure}"
         ) from None
+    if classes == 0:
+        raise ValueError(
+            f"{train} has no class folders (files directly in it: {len(entries)}); "
+            "put the images of each class into a folder of its own, as in train/cat and train/dog"
+        )
+    if classes == 1:
+        raise ValueError(
+            f"{train} has a single class folder, {next(e.name for e in entries if e.is_dir())}; "
+            "a classifier needs two or more"
+        )
+    return classes
 
 
 def _image_folder_near(root: Path) -> Path | None:

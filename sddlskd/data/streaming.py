@@ -576,9 +576,11 @@ class StreamedData:
         seen = self._faults.setdefault("unreadable" if bad else why, set())
         if path not in seen:
             seen.add(path)
-            if len(seen) <= NAMED:
+            # A whole folder may be grey: an image that is used is an example, no fault.
+            named = NAMED if policy == "skip" else 1
+            if len(seen) <= named:
                 tell = log.warning if policy == "skip" else log.info
-                last = "; more of these are counted, not named" if len(seen) == NAMED else ""
+                last = "; more of these are counted, not named" if len(seen) == named else ""
                 tell("%s: %s (dataset.%s=%s)%s", path, why, key, policy, last)
         if policy == "skip":
             self._unusable.add(path)

@@ -7,6 +7,7 @@ image is opened here.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,24 @@ def image_files(folder: Path) -> list[str]:
     if not found:
         raise _no_images(folder)
     return found
+
+
+def left_out(files: Files) -> Counter[str]:
+    """Return how many files beside images are no images of a data set, by their endings.
+
+    Args:
+        files: images of a split that lie in class folders, of two or more classes.
+
+    Returns:
+        The number of files by ending, in lower case. The files are those in the folder that all
+        images share, and below it. Files whose names begin with "." do not count.
+    """
+    return Counter(
+        Path(name).suffix.lower() or "no ending"
+        for _, names in _walk(Path(os.path.commonpath(files.paths)))
+        for name in names
+        if not name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    )
 
 
 def _images_below(folder: Path) -> list[str]:

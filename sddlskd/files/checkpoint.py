@@ -51,6 +51,7 @@ FOREIGN = {
     b"<": "a web page, not a checkpoint; download the file itself",
     b"\x1f\x8b": "compressed; unpack it with gunzip, and give the unpacked file",
 }
+LARGE_STEM = 7  # side of the first convolution of networks of this package for large images
 MOST_NESTED = 8  # wrappers around a state dict, and prefixes of its keys
 
 
@@ -374,6 +375,11 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             f"that network, as in teacher=torchvision teacher.model.name={network} or, to import "
             f"the file, --as torchvision teacher.model.name={network}"
         )
+    if len(differing) == 1 and (stem := _other_stem(weights, own)):
+        raise ValueError(
+            f"{path} does not hold weights of {network} with the first layer of this job: "
+            f"{differing[0]}; set dataset.stem={stem}, the stem that the file was trained with"
+        )
     if differing:
         shown = "; ".join(differing[:3])
         if len(differing) > 3:
@@ -391,6 +397,24 @@ def load_weights(model: nn.Module, path: Path, network: str) -> None:
             )
         raise ValueError(message)
     model.load_state_dict(weights)
+
+
+def _other_stem(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return the stem of a file if its first convolution alone shows it, else "".
+
+    The large stem of this package's networks has 7x7 pixels, and the small one 3x3 or fewer.
+    `weights` are the tensors of the file, and `own` those of the network, of the same names.
+    """
+    differing = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if len(differing) != 1:
+        return ""
+    theirs, ours = weights[differing[0]].shape, own[differing[0]].shape
+    if len(theirs) != 4 or len(ours) != 4 or theirs[:2] != ours[:2] or theirs[1] != 3:
+        return ""
+    sides = theirs[-1], ours[-1]
+    if sides[1] == LARGE_STEM and sides[0] < LARGE_STEM:
+        return "small"
+    return "large" if sides[0] == LARGE_STEM and sides[1] < LARGE_STEM else ""
 
 
 def _fits_torchvision(

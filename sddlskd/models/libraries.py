@@ -5,6 +5,7 @@ conf/student/timm.yaml and conf/student/torchvision.yaml name these functions.
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ def from_timm(
 
     Raises:
         ValueError: If timm is not installed, if timm does not know the name, if timm cannot build
-            the network with the options, or if `from_network` refuses the network. A failed
-            download may raise a ValueError or another error of timm.
+            the network with the options, or if `from_network` refuses the network.
+        OSError: If the weights cannot be downloaded.
     """
     try:
         import timm
@@ -63,6 +64,11 @@ def from_timm(
     with torch.device("cpu"):
         try:
             network = timm.create_model(name, num_classes=num_classes, pretrained=load, **options)
+        except OSError as error:
+            raise OSError(
+                f"model.pretrained=true of {name} cannot be downloaded ({error}); run once with a "
+                "network connection, or leave model.pretrained out for random weights"
+            ) from error
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"timm does not build {name} with {options} ({error}); see its documentation"
@@ -125,10 +131,25 @@ def from_torchvision(
             ) from error
     model = _placed(network, map, resize, options.get("image_size"))
     if weights is not None and not _meta():
-        _load_but_other_heads(
-            model, published[weights].get_state_dict(check_hash=True, weights_only=True)
-        )
+        _load_but_other_heads(model, _downloaded(name, published, weights))
     return model
+
+
+def _downloaded(name: str, published: Any, weights: str) -> dict[str, Tensor]:
+    """Return the weights of torchvision's network `name` that its enumeration calls `weights`.
+
+    Raise OSError if they are neither in torch's cache nor can be downloaded.
+    """
+    entry = published[weights]
+    try:
+        found: dict[str, Tensor] = entry.get_state_dict(check_hash=True, weights_only=True)
+    except OSError as error:
+        place = Path(torch.hub.get_dir(), "checkpoints")
+        raise OSError(
+            f"model.weights={weights} of {name} cannot be downloaded from {entry.url} "
+            f"({error}); put this file into {place}, or leave model.weights out for random weights"
+        ) from error
+    return found
 
 
 def _load_but_other_heads(model: LogitMapModel, weights: dict[str, Tensor]) -> None:

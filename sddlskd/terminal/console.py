@@ -24,6 +24,7 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationResolutionError,
+    MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
@@ -288,6 +289,9 @@ def _score(top1: float | None) -> str:
     return "-" if top1 is None else f"{top1:.2f}"
 
 
+NETWORK_NAME = re.compile(r"\b(?:student|teacher|more_teachers\.\w+)\.model\.name\b")
+
+
 def explain(error: BaseException) -> str:
     """Return one line that tells a user what went wrong and, if known, what is valid.
 
@@ -320,6 +324,8 @@ def explain(error: BaseException) -> str:
             return f"{_first_line('features', str(error))} {name}"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
+        if isinstance(link, MissingMandatoryValue) and (key := NETWORK_NAME.search(str(link))):
+            return f"{key[0]} is missing; name a network of the library, as in {key[0]}=resnet18"
         if isinstance(link, OmegaConfBaseException) and link.msg:
             return _bad_value(str(link.full_key or ""), _one_line(link.msg), str(error))
         if isinstance(link, OverflowError) and (key := FULL_KEY.search(str(link))):
@@ -394,6 +400,8 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             "hydra.launcher.gpus_per_node"
         )
     names = _valid_names(key, valid, prefix)
+    if key == "pretrained" and "weights" in valid:  # timm's name for it
+        return f"{prefix}{key} is unknown; for published weights set {prefix}weights=DEFAULT"
     config = OmegaConf.to_container(node._get_root(), resolve=False)
     places = _places_of(key, config)
     if not places and not path:  # a typo of a name below a group, such as temprature
@@ -517,29 +525,21 @@ def _one_line(text: str) -> str:
 def log_to_terminal() -> None:
     """Send the package's log to stderr, each message with its time (HH:MM:SS).
 
-    On a terminal, long messages are broken between words. Messages below level INFO are not shown,
-    nor are those with the attribute `only_in_file`. Earlier handlers of the package's log are
-    removed, and the root logger gets none of its messages.
+    On a terminal, long messages are broken between words, never within a path. Messages below level
+    INFO are not shown, nor are those with the attribute `only_in_file`. Earlier handlers of the
+    package's log are removed, and the root logger gets none of its messages.
     """
     from rich.console import Console
-    from rich.highlighter import NullHighlighter
-    from rich.logging import RichHandler
 
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
-        handler = RichHandler(
-            console=console,
-            show_path=False,
-            show_level=False,
-            rich_tracebacks=False,
-            omit_repeated_times=False,
-            log_time_format=CLOCK_TIME,
-            highlighter=NullHighlighter(),  # colours in names hide where they begin and end
-        )
+        from sddlskd.terminal.lines import LineHandler
+
+        handler = LineHandler(console=console)
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", CLOCK_TIME))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", CLOCK_TIME))
     handler.addFilter(lambda entry: not hasattr(entry, "only_in_file"))
     package = logging.getLogger("sddlskd")
     package.handlers[:] = [handler]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sddlskd import config as cfg
@@ -295,6 +296,10 @@ def build_teacher(
         measured_on += f":{data_hash}"
         if (differs := check_teacher_data(job, noted)) and ranks.is_rank_zero:
             log.warning("teacher=%s learnt from other data (%s)", job.teacher.name, differs)
+    if isinstance(data, StreamedData):
+        measured_on += f":size {job.dataset.size}"
+        if ranks.is_rank_zero:
+            _warn_of_size(job, path)
     teacher = Teacher(
         network,
         path,
@@ -358,6 +363,26 @@ def _train_if_missing(job: Config, train: Callable[[Config], None], ranks: Ranks
         # A finished training has written the file. Without the file, the training has failed.
         if not ranks.broadcast(path.exists()):
             raise missing_teacher(job)
+
+
+def _warn_of_size(job: Config, path: Path) -> None:
+    """Log a warning if a teacher learnt from image files at another size than it is to see.
+
+    The teacher's file `path` tells the size, or the configuration of the run that has the file.
+    """
+    learnt = teacher_files.size_of(path)
+    seen = job.teacher.image_size or job.dataset.size
+    if learnt is None and (path.parent / "config.yaml").is_file():
+        run = OmegaConf.load(path.parent / "config.yaml")
+        # The same loader reads files here and there; other data sets ignore dataset.size.
+        if OmegaConf.select(run, "dataset.load._target_") == job.dataset.load["_target_"]:
+            learnt = OmegaConf.select(run, "dataset.size")
+    if learnt not in (None, seen):
+        log.warning(
+            "teacher=%s was trained with dataset.size=%d, and sees images of %d pixels now (file "
+            "%s); set dataset.size=%d, or teacher.image_size=%d",
+            job.teacher.name, learnt, seen, path, learnt, learnt,
+        )  # fmt: skip
 
 
 def _warn_at_chance(job: Config, top1: float) -> None:
@@ -560,7 +585,7 @@ def _optimisation(
     )
 
 
-def leave_as_teacher(job: Config, run: Run) -> None:
+def leave_as_teacher(job: Config, run: Run, data: Data) -> None:
     """Write the weights of a network that was trained without a teacher to a teacher file.
 
     The weights are those of the last epoch. The file is the one that `teacher=<student's name>`
@@ -594,6 +619,7 @@ def leave_as_teacher(job: Config, run: Run) -> None:
         dataset=job.dataset.name,
         top1=run.progress.last_top1,
         data=run.info.get("data"),
+        size=job.dataset.size if isinstance(data, StreamedData) else None,
     )
     if written:
         outcome = f"written (last epoch, top-1 {run.progress.last_top1:.2f})"

@@ -190,7 +190,17 @@ def check_batch_size(job: Config, images: int, of_teacher: int | None = None) ->
             student or for a teacher that is trained first.
     """
     for teacher_job in trained_first(job):
-        check_batch_size(teacher_job, images if of_teacher is None else of_teacher)
+        learnt = images if of_teacher is None else of_teacher
+        of_data = teacher_job.trainer.batch_size
+        # If trainer.batch_size equals it, the message below names both.
+        if 2 <= learnt < of_data != job.trainer.batch_size:
+            raise ValueError(
+                f"teacher={teacher_job.student.name} is missing and trained first, with "
+                f"dataset.batch_size={of_data}, whatever trainer.batch_size is; that is larger "
+                f"than the {counted(learnt, 'image')} of dataset={job.dataset.name}; set "
+                f"dataset.batch_size={learnt} or less"
+            )
+        check_batch_size(teacher_job, learnt)
     size = job.trainer.batch_size
     if images < 2:
         raise ValueError(

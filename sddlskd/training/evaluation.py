@@ -5,6 +5,7 @@ Shapes: B batch, N images, C channels, K classes, H W sides.
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ __all__ = [
     "answers",
     "binary_cross_entropy",
     "calibration_error",
+    "class_scores",
     "evaluate",
     "mean_average_precision",
     "metered_test_batches",
@@ -182,6 +184,39 @@ def scores(logits_NK: Tensor, target_N: Tensor) -> dict[str, float]:
     if target_N.ndim > 1:
         return {**found, "mAP": mean_average_precision(logits_NK, target_N)}
     return {**found, "ece": calibration_error(logits_NK, target_N)}
+
+
+def class_scores(logits_NK: Tensor, target_N: Tensor) -> list[dict[str, Any]]:
+    """Return the accuracy and the most frequent mistake of each class with images, worst first.
+
+    Args:
+        logits_NK: logits, (N, K), on the CPU.
+        target_N: class ids, int64, (N,), on the CPU.
+
+    Returns:
+        For each class a dict with "class" (id), "images" (number), "top1" (%), "mistaken_for" (the
+        class that is predicted most often for images that are not recognised; None if all are) and
+        "mistakes" (how often that is). Classes of equal accuracy are in the order of their ids.
+    """
+    predicted_N = logits_NK.argmax(1)
+    found = []
+    for k in torch.unique(target_N).tolist():
+        own_n = predicted_N[target_N == k]
+        others, counts = torch.unique(own_n[own_n != k], return_counts=True)
+        mistaken_for, mistakes = None, 0
+        if len(others):
+            mistaken_for, mistakes = int(others[counts.argmax()]), int(counts.max())
+        top1 = 100 * (own_n == k).double().mean().item()
+        found.append(
+            {
+                "class": k,
+                "images": len(own_n),
+                "top1": top1,
+                "mistaken_for": mistaken_for,
+                "mistakes": mistakes,
+            }
+        )
+    return sorted(found, key=lambda row: row["top1"])
 
 
 def calibration_error(logits_NK: Tensor, target_N: Tensor, bins: int = 15) -> float:

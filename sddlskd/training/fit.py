@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from sddlskd import config as cfg
 from sddlskd import record, tracking
 from sddlskd.config import Config, Views
 from sddlskd.data.streaming import Data
-from sddlskd.datasets.arrays import Splits
+from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.datasets.fingerprint import fingerprint
+from sddlskd.datasets.folders import left_out
 from sddlskd.files import checkpoint
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING, InUse, Onlooker, Record
 from sddlskd.terminal.console import log_to_terminal
@@ -645,6 +647,7 @@ def _load_data(
         noted = fingerprint(splits)
         if job.dataset.load.get("_target_") == IMAGE_FOLDER:
             log.info("%s", _settings_of_own_data(job, noted))
+            _note_left_out(job, splits)
             _warn_of_single_images(job, splits, noted)
     data = build_data(
         job, device, splits=splits, rank=ranks.rank, ranks=ranks.world_size, strong=strong
@@ -665,6 +668,21 @@ def _settings_of_own_data(job: Config, noted: Mapping[str, Any]) -> str:
         f"optimizer.lr={job.optimizer.lr:g}, dataset.size={d.size} pixels; "
         "those that you did not set are defaults, which no paper has tried on your images"
     )
+
+
+def _note_left_out(job: Config, splits: Splits) -> None:
+    """Log how many files are left out because of their endings, if there are any."""
+    found: Counter[str] = Counter()
+    for split in splits:
+        if isinstance(split, Files):
+            found += left_out(split)
+    if found:
+        log.info(
+            "dataset.root=%s: files left out because of their endings: %s; if these are images, "
+            "convert them to JPEG or PNG",
+            job.dataset.root,
+            ", ".join(f"{count} {ending}" for ending, count in found.most_common(5)),
+        )
 
 
 def _warn_of_single_images(job: Config, splits: Splits, noted: Mapping[str, Any]) -> None:
@@ -936,7 +954,7 @@ def _finish(job: Config, run: Run, teacher_network: nn.Module | None, data: Data
 
     FINISHED comes last, because a finished run is never run again.
     """
-    leave_as_teacher(job, run)
+    leave_as_teacher(job, run, data)
     if job.tracking.predictions:
         arrays = predictions.collect(run.model, teacher_network, data.test_batches(), job.M)
         # The sample is empty if no test image has regions that differ.

@@ -1,5 +1,6 @@
 """Measure a trained student: test scores, size, throughput, and a linear probe of its features."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from sddlskd.models.base import LogitMapModel
 from sddlskd.training.build import build_data, build_network, load_splits, without_weights
 from sddlskd.training.checks import check_maps, check_teacher, missing_teacher, teacher_path
 from sddlskd.training.devices import autocast, describe, number_formats, pick_device
-from sddlskd.training.evaluation import answers, metered_test_batches, scores
+from sddlskd.training.evaluation import answers, class_scores, metered_test_batches, scores
 from sddlskd.training.features import rebuild_student
 from sddlskd.training.probe import features_of, linear_probe
 from sddlskd.training.several import Teachers
@@ -28,6 +29,9 @@ __all__ = ["measure", "probe", "throughput"]
 
 TIMED_S = 1.0  # seconds of timing, after the warm-up
 WARM_UP = 2  # batches
+LEAST_BATCH = 2  # images; the smallest valid trainer.batch_size
+
+log = logging.getLogger(__name__)
 
 
 def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[str, Any]:
@@ -49,8 +53,9 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
         one image) and "environment" (name of the device). On a GPU also "memory_mib" (peak memory
         in MiB while a batch is computed). With a teacher also "teacher_top1" (%) and "agreement"
         (percentage of images for which both networks predict the same class); several teachers
-        predict by the weighted mean of their logits. "parameters" or "flops" is missing if the
-        number cannot be counted.
+        predict by the weighted mean of their logits. "classes" has the scores of each class
+        (`class_scores`), unless images have several labels. "parameters" or "flops" is missing
+        if the number cannot be counted.
 
     Raises:
         FileNotFoundError: If the file of the student or of the teacher is missing.
@@ -59,7 +64,9 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
             images do not fit a network, the device is not available, or any other setting is wrong.
         InstantiationException: If the code of a network or a data set raises an error.
     """
-    job = replace(job, M=[1])  # fits logit maps of any size
+    # Logit maps of any size suit M=[1]. The batch size of training does not matter here, but must
+    # not exceed the number of training images.
+    job = replace(job, M=[1], trainer=replace(job.trainer, batch_size=LEAST_BATCH))
     device = pick_device(job.trainer.device)
     network = rebuild_student(replace(trained or job, dataset=job.dataset), device)
     load_weights(network, weights, job.student.name)
@@ -68,6 +75,7 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
     keys = cfg.teacher_keys(job)
     teachers = [_build_teacher(one, key, device) for one, key in zip(alone, keys, strict=True)]
     data = build_data(job, device)
+    _warn_of_size(job, trained or job, data)
     try:
         check_maps(job, network, None, data, device)
         for one, teacher in zip(alone, teachers, strict=True):
@@ -86,6 +94,19 @@ def measure(job: Config, weights: Path, trained: Config | None = None) -> dict[s
     return found
 
 
+def _warn_of_size(job: Config, trained: Config, data: Data) -> None:
+    """Log a warning if a student that learnt from image files sees them at another size now."""
+    # The same loader reads files here and there; other data sets ignore dataset.size.
+    same_loader = job.dataset.load.get("_target_") == trained.dataset.load.get("_target_")
+    if not isinstance(data, StreamedData) or not same_loader:
+        return
+    if job.dataset.size != trained.dataset.size:
+        log.warning(
+            "%s was trained with dataset.size=%d, and sees images of dataset.size=%d now",
+            job.student.name, trained.dataset.size, job.dataset.size,
+        )  # fmt: skip
+
+
 def _measure_on(
     data: Data, job: Config, network: nn.Module, teacher: Teacher | Teachers | None
 ) -> dict[str, Any]:
@@ -93,6 +114,8 @@ def _measure_on(
     batches = metered_test_batches(data, f"{job.student.name} on {job.dataset.name}")
     logits_NK, target_N = answers(network, batches, precision)
     found: dict[str, Any] = {"images": len(target_N), **scores(logits_NK, target_N)}
+    if target_N.ndim == 1:
+        found["classes"] = class_scores(logits_NK, target_N)
     if teacher:
         batches = metered_test_batches(data, f"teacher {cfg.teacher_name(job)}")
         teacher_NK, _ = answers(teacher, batches, precision)
@@ -150,6 +173,7 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
     student = network.eval()
     if not isinstance(student, LogitMapModel):
         raise ValueError(f"{job.student.name} has no features to probe")
+    job = replace(job, trainer=replace(job.trainer, batch_size=LEAST_BATCH))
     splits = load_splits(job)
     arrays: list[Tensor] = []
     # A test split is not augmented, so the training images take its place for their features.

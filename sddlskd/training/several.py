@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.data.streaming import Data
+from sddlskd.data.streaming import Data, StreamedData
 from sddlskd.models import Taps
 from sddlskd.training import teacher_files
 from sddlskd.training.build import build_teacher
@@ -140,6 +140,8 @@ def _top1_of_mean(
     sizes = [one.teacher.image_size for one in cfg.each_teacher(job)]
     if any(sizes):
         measured_on += f":{sizes} pixels"
+    if isinstance(data, StreamedData):
+        measured_on += f":size {job.dataset.size}"
     if job.teacher.weights:
         measured_on += f":weights {job.teacher.weights}"
     together = Teachers(teachers, cfg.teacher_weights(job))

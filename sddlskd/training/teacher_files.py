@@ -40,10 +40,13 @@ __all__ = [
     "pin_key",
     "pinned",
     "publish",
+    "size_of",
 ]
 
 log = logging.getLogger(__name__)
 
+# Names of data sets of the user's own for which dataset.name is not set.
+UNNAMED = ("image_folder", "label_sets")
 LARGEST_FILE = 1 << 29  # bytes; resnet50 with its optimizer state has 190 MB
 
 
@@ -136,11 +139,17 @@ def missing(
         cures = [
             f"train it with distiller=vanilla {student} and the dataset.* and trainer.* words of "
             "this job",
-            "set teacher.train_if_missing=true",
+            "set teacher.train_if_missing=true (it is then trained with dataset.batch_size and "
+            "teacher.train_epochs)",
             f"set {key}.checkpoint=FILE to a checkpoint of sddlskd, RepDistiller or mdistiller",
         ]
         if fetch:
             cures.insert(0, f"fetch the published file with {fetch}")
+        if dataset in UNNAMED:
+            teachers = sorted(Path(home, "teachers").glob(f"*/{network}.pt"))
+            cures[:0] = [
+                f"add dataset.name={file.parent.name} for the file {file}" for file in teachers[:2]
+            ]
     return FileNotFoundError(
         f"teacher={network} for {dataset} is missing: no file {path}; {', or '.join(cures)}"
     )
@@ -154,6 +163,7 @@ def publish(
     dataset: str,
     top1: float,
     data: Mapping[str, Any] | None = None,
+    size: int | None = None,
 ) -> bool:
     """Write trained weights as a teacher file, unless the file exists already.
 
@@ -164,6 +174,7 @@ def publish(
         dataset: name of the data set.
         top1: top-1 accuracy of the network in percent.
         data: fingerprint of the training data (`datasets.fingerprint`); None if it is unknown.
+        size: side in pixels of the squares of image files (`dataset.size`); None for other data.
 
     Returns:
         Whether the file was written; False if a teacher file existed already.
@@ -176,6 +187,8 @@ def publish(
     content = {"model": weights, "network": network, "dataset": dataset, "top1": top1}
     if data:
         content["data"] = dict(data)
+    if size:
+        content["size"] = size
     try:
         write(path, content, replace=False)
     except FileExistsError:  # another run or a download wrote the file in the meantime
@@ -262,6 +275,15 @@ def _hash(path: Path, mtime_ns: int, size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_of(path: Path) -> int | None:
+    """Return the side in pixels of the images that a teacher was trained on, if its file tells it.
+
+    Files tell it for image files only. Raise FileNotFoundError if the file is missing.
+    """
+    size = _content(path, path.stat().st_mtime_ns, path.stat().st_size).get("size")
+    return size if isinstance(size, int) else None
+
+
 def data_of(path: Path) -> dict[str, Any] | None:
     """Return the fingerprint of the data that a teacher was trained on, if its file holds one.
 
@@ -270,20 +292,21 @@ def data_of(path: Path) -> dict[str, Any] | None:
     memory until the file's modification time or size changes. Raise FileNotFoundError if the file
     is missing.
     """
-    return _data_of(path, path.stat().st_mtime_ns, path.stat().st_size)
+    found = _content(path, path.stat().st_mtime_ns, path.stat().st_size).get("data")
+    return found if isinstance(found, dict) and found.keys() >= set(KEYS) else None
 
 
 @cache
-def _data_of(path: Path, mtime_ns: int, size: int) -> dict[str, Any] | None:
+def _content(path: Path, mtime_ns: int, size: int) -> dict[str, Any]:
+    """Return the entries of a teacher file other than its weights; {} if it cannot be read."""
     try:
         content = read(path)
     # A .safetensors file, or a damaged file, which loading the weights reports.
     except UnreadableFile:
-        return None
-    found = None
-    if isinstance(content, dict):
-        found = content.get("data")
-    return found if isinstance(found, dict) and found.keys() >= set(KEYS) else None
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {key: content[key] for key in ("data", "size") if key in content}
 
 
 def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> float:
