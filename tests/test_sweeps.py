@@ -357,9 +357,44 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     other = jobs_of(home, "student=resnet8", "recipe=vanilla", common=("sweep.plan=true",))
     plan_unchecked([*jobs[:2], *other])
     assert (
-        "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from similar runs "
-        "on a CPU; there is no run of resnet8-resnet8, resnet8x4 yet"
+        "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from 1 run of "
+        "these networks on a CPU, for 1 job from other methods; there is no similar run of "
+        "resnet8-resnet8, resnet8x4 yet"
     ) in capsys.readouterr().out
+
+
+def test_only_runs_that_take_as_long_tell_the_time(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*grid: str, size: int | None = None) -> str:
+        jobs = jobs_of(home, *grid, common=("sweep.plan=true", "trainer.epochs=2"))
+        answer = no_findings() | {"devices": ["cpu"]}
+        with pytest.raises(SystemExit, match="0"):
+            run_sweep(jobs, "test", runner=pool(), max_group_size=size, precheck=lambda *_: answer)
+        return capsys.readouterr().out
+
+    (past,) = jobs_of(home, "recipe=kd")
+    record_of_past_run(past, seconds=600.0, group_size=10)
+    unlike = ("trainer.max_steps=null", "dataset.train_fraction=0.5", "trainer.precision=bf16")
+    for one in (*unlike, "trainer.batch_size=32", "recipe=vanilla student=resnet8"):
+        said = told(f"recipe=kd {one}")
+        assert "the time is not known" in said, one
+        assert "train one epoch first (the same command with trainer.epochs=1 and" in said
+    # An epoch of a group of ten took ten minutes. How much of it the teacher took is not known.
+    smaller = "measured in groups of 10, and smaller groups take longer"
+    said = told("recipe=kd")
+    assert "about 2:00 to 20:00 on one device, estimated from 1 run of these networks on" in said
+    assert smaller in said
+    two = ("recipe=kd M=[1]", "recipe=kd M=[2]")
+    assert "about 4:00 to 20:00 on one device" in told(*two)
+    assert "about 4:00 to 40:00 on one device" in told(*two, size=1)
+    # Runs of groups of this size come first.
+    (single,) = jobs_of(home, "recipe=crd")
+    record_of_past_run(single, seconds=240.0)
+    said = told("recipe=kd")
+    assert "about 8:00 on one device, estimated from 1 run of these networks on a CPU with" in said
+    assert "with other methods\n" in said
+    assert "other methods" not in told("recipe=crd")
 
 
 def test_a_plan_says_what_halving_leaves(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,11 +424,13 @@ def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
     assert "cannot run: this machine has no cuda:0, which hydra.launcher.devices names" in told
 
 
-def record_of_past_run(job: Config, seconds: float) -> None:
-    """Leave the result of an earlier run of the same networks and data, with another seed."""
-    folder = Path(job.run_dir).with_name(Path(job.run_dir).name.replace("-s0-", "-s99-"))
+def record_of_past_run(job: Config, seconds: float, group_size: int = 1) -> None:
+    """Leave the result of an earlier run of a job, in the folder of another seed."""
+    name = Path(job.run_dir).name.replace("-s0-", f"-s99{len(str(seconds))}-")
+    folder = Path(job.run_dir).with_name(name)
     folder.mkdir(parents=True)
-    result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": 1}
+    (folder / "config.yaml").write_text(cfg.to_yaml(job))
+    result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": group_size}
     result["environment"] = "torch 2.14.1, Linux x86_64, cpu, 1 threads"
     (folder / "result.json").write_text(json.dumps(result))
 

@@ -97,23 +97,59 @@ def _time_line(plan: Plan) -> str:
     if plan.kind is None:
         return "the jobs run on devices of several kinds, so the time is not known"
     where = f"on {KINDS.get(plan.kind, plan.kind)}"
-    known = [seconds for seconds in plan.job_seconds if seconds is not None]
+    known = [one for one in plan.estimates if one is not None]
     if not known:
         return f"there are no similar runs {where} yet, so the time is not known"
-    line = f"about {duration(sum(known))} on one device, estimated from similar runs {where}"
+    seconds, at_most = sum(one.seconds for one in known), sum(one.at_most for one in known)
+    runs = counted(len(frozenset().union(*(one.runs for one in known))), "run")
+    line = (
+        f"{_about(seconds, at_most)} on one device, estimated from {runs} of these networks {where}"
+    )
+    others = sum(not one.same_method for one in known)
+    if others == len(known):
+        line += " with other methods"
+    elif others:
+        line += f", for {_jobs(others)} from other methods"
     if plan.todo[0].sweep.halving:
-        line += " as if none was dropped"
+        line += ", as if none was dropped"
+    if at_most > seconds:
+        sizes = frozenset().union(*(one.group_sizes for one in known if one.at_most > one.seconds))
+        line += (
+            f"; measured in groups of {' and '.join(map(str, sorted(sizes)))}, and smaller groups "
+            "take longer, as each has its own passes of the teacher"
+        )
     if len(known) == len(plan.todo):
         return line
     unknown = {
         networks_of(job): None
-        for job, seconds in zip(plan.todo, plan.job_seconds, strict=True)
-        if seconds is None
+        for job, one in zip(plan.todo, plan.estimates, strict=True)
+        if one is None
     }
     return (
         f"the time is known for {len(known)} of {_jobs(len(plan.todo))}: {line}; "
-        f"there is no run of {', '.join(unknown)} yet"
+        f"there is no similar run of {', '.join(unknown)} yet"
     )
+
+
+def _about(seconds: float, at_most: float) -> str:
+    """Return an estimated time, such as "about 5:00", or "about 5:00 to 9:00" if it is unsure."""
+    if at_most > seconds:
+        return f"about {duration(seconds)} to {duration(at_most)}"
+    return f"about {duration(seconds)}"
+
+
+def _way_to_time(plan: Plan) -> list[str]:
+    """Return a line that says how to get to know the time; [] if it is known, or no way helps."""
+    unknown = [job for job, one in zip(plan.todo, plan.estimates, strict=True) if one is None]
+    if not unknown or plan.kind is None or max(job.trainer.epochs for job in unknown) == 1:
+        return []
+    words = "trainer.epochs=1"
+    if unknown[0].sweep.halving:
+        words += " sweep.halving=[]"
+    return [
+        f"to know the time, train one epoch first (the same command with {words} and another "
+        "sweep.name), then plan again"
+    ]
 
 
 def print_plan(
@@ -138,7 +174,7 @@ def print_plan(
     spread = _spread_lines(plan, devices)
     if array_parallelism and plan.groups:
         spread += _sharing_lines(plan, array_parallelism)
-    for line in (*plan_lines(plan), *spread, *requests):
+    for line in (*plan_lines(plan), *_way_to_time(plan), *spread, *requests):
         write_line(line)
     known_MB = [size for size in plan.run_MB if size is not None]
     if known_MB and len(known_MB) == len(plan.todo):
@@ -179,9 +215,10 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
             f"hydra.launcher.max_group_size={better} would end earlier: it makes "
             f"{counted(number, 'group')}, and no device then trains more than {_jobs(most)}"
         )
-    if plan.seconds is not None and len(devices) > 1:
+    if plan.seconds is not None and plan.at_most is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
-        lines.append(f"about {duration(plan.seconds * share)} on these {len(devices)} devices")
+        about = _about(plan.seconds * share, plan.at_most * share)
+        lines.append(f"{about} on these {len(devices)} devices")
     return lines
 
 
