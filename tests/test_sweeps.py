@@ -424,6 +424,38 @@ def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
     assert "cannot run: this machine has no cuda:0, which hydra.launcher.devices names" in told
 
 
+def test_a_plan_lists_groups_that_differ_by_seed_once(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def groups(*grid: str, size: int | None = None, shared: str = "null") -> str:
+        common = ("sweep.plan=true", f"trainer.data_seed={shared}")
+        jobs = jobs_of(home, *grid, common=common)
+        with pytest.raises(SystemExit, match="0"):
+            run_sweep(
+                jobs,
+                "test",
+                runner=pool(),
+                max_group_size=size,
+                precheck=lambda *_: no_findings(),
+            )
+        told = capsys.readouterr().out
+        return told[told.index("  resnet8, 1 epoch") :]
+
+    grid = [f"recipe={recipe} seed={seed}" for seed in range(3) for recipe in ("kd", "kd_ls")]
+    assert groups(*grid).startswith(
+        "  resnet8, 1 epoch, 3 groups:\n    resnet8x4 seeds 0 to 2, each: KD; KD+LS\n"
+    )
+    assert groups(*grid, shared="0").startswith(
+        "  resnet8, 1 epoch:\n    resnet8x4 seeds 0 to 2, each: KD; KD+LS\n"
+    )
+    # A name that two groups have comes with the settings that tell its jobs apart.
+    namesakes = [f"recipe=kd distiller.temperature={value}" for value in (2, 3)]
+    said = groups(*namesakes, "recipe=kd seed=5", size=1)
+    assert "resnet8x4 seed 0: KD (temperature=2)\n" in said
+    assert "resnet8x4 seed 0: KD (temperature=3)\n" in said
+    assert "resnet8x4 seed 5: KD\n" in said
+
+
 def record_of_past_run(job: Config, seconds: float, group_size: int = 1) -> None:
     """Leave the result of an earlier run of a job, in the folder of another seed."""
     name = Path(job.run_dir).name.replace("-s0-", f"-s99{len(str(seconds))}-")
@@ -1046,3 +1078,22 @@ def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
         "2 more jobs are equal to these: M and the settings of a distillation have no effect "
         "without a loss on the logits (distiller=vanilla)"
     )
+
+
+def test_the_plan_names_recipes_that_give_the_same_training(tmp_path: Path) -> None:
+    def lines(*recipes: str) -> list[str]:
+        jobs = [
+            tiny(tmp_path, f"recipe={recipe}", f"M={M}", f"seed={seed}")
+            for recipe in recipes
+            for M in ("[1]", "[1,2]")
+            for seed in (0, 1)
+        ]
+        plan = make_plan(jobs, "s", runner=pool(), precheck=lambda *_: no_findings())
+        return [line for line in plan_lines(plan) if "give the same" in line]
+
+    assert lines("kd", "kd_ls") == []
+    assert lines("kd", "sd_kd") == [
+        "recipe=kd (clip_norm=null) and recipe=sd_kd (clip_norm=40.0) give the same KD, "
+        "SD-KD [1,2] but for optimizer.clip_norm, and the same numbers where no gradient is "
+        "clipped; list the jobs by sweep.jobs instead"
+    ]

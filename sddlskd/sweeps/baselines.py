@@ -4,8 +4,10 @@ A cell is a job without its seed. The choice is that of the tables of `analysis`
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from sddlskd import config as cfg
@@ -14,7 +16,7 @@ from sddlskd.config import Config
 from sddlskd.record import FINISHED
 from sddlskd.sweeps.estimate import networks_of
 
-__all__ = ["comparison_lines", "find_baselines", "name_of", "same_pair"]
+__all__ = ["comparison_lines", "find_baselines", "name_of", "same_pair", "twin_lines"]
 
 # Settings that a cell and its baseline must share, as keys of `cfg.flatten`.
 COMPARABLE = (
@@ -121,6 +123,31 @@ def comparison_lines(jobs: Sequence[Config]) -> list[str]:
     if len(cells) == len(jobs) and not any(map(_has_other_seeds, jobs)):
         lines.append("one seed of each method: tables show no interval; seed=0,1,2 gives one")
     return lines
+
+
+def twin_lines(jobs: Sequence[Config]) -> list[str]:
+    """Return a line for each set of recipes that give the same jobs but for the clipping.
+
+    The recipe of SD-KD differs from that of KD in `M` and `optimizer.clip_norm` alone. With equal
+    `M`, the jobs are the same training unless a gradient is clipped, and no independent runs.
+    """
+    twins: dict[str, dict[str, Config]] = defaultdict(dict)
+    for job in jobs:
+        unclipped = replace(job, optimizer=replace(job.optimizer, clip_norm=None))
+        twins[cfg.settings_hash(unclipped)][job.recipe] = job
+    methods: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
+    for of_recipe in twins.values():
+        if len(of_recipe) > 1:
+            words = [
+                f"recipe={recipe} (clip_norm={cfg.flatten(job)['optimizer.clip_norm'] or 'null'})"
+                for recipe, job in of_recipe.items()
+            ]
+            methods[tuple(words)][name_of(next(iter(of_recipe.values())))] = None
+    return [
+        f"{' and '.join(words)} give the same {', '.join(names)} but for optimizer.clip_norm, and "
+        "the same numbers where no gradient is clipped; list the jobs by sweep.jobs instead"
+        for words, names in methods.items()
+    ]
 
 
 def _lacking(cells: Sequence[Config], earlier: Sequence[Config] = ()) -> list[str]:

@@ -14,6 +14,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
+from sddlskd.sweeps.baselines import twin_lines
 from sddlskd.sweeps.estimate import networks_of, time_left
 from sddlskd.sweeps.grid import reasons_together
 from sddlskd.sweeps.plan import Plan, epochs_of, groups_of
@@ -40,10 +41,11 @@ def plan_lines(plan: Plan) -> list[str]:
     """Return the lines of text that say what a sweep would run, and how long that would take.
 
     The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
-    are trained together. If jobs of the grid are equal, a line says how many do not run. If jobs of
-    a group share their teacher's forward passes, a line says how often the teacher goes through the
-    data in an epoch. If halving drops jobs, a line has the epochs that are left. If there are jobs
-    to run, the last line has the estimated time, or says for which jobs the time is not known.
+    are trained together. If jobs of the grid are equal, a line says how many do not run. If recipes
+    give jobs that differ in their clipping alone, a line names these recipes. If jobs of a group
+    share their teacher's forward passes, a line says how often the teacher goes through the data in
+    an epoch. If halving drops jobs, a line has the epochs that are left. If there are jobs to run,
+    the last line has the estimated time, or says for which jobs the time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
@@ -60,6 +62,7 @@ def plan_lines(plan: Plan) -> list[str]:
             )
         number = counted(len(plan.repeats), "more job is", "more jobs are")
         lines.append(f"{number} equal to these{reason}")
+    lines += twin_lines(plan.jobs)
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
     if len(with_teacher) < alone:
@@ -263,23 +266,65 @@ def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
 
 
 def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
-    """Return the first groups' teachers and, in a line for each student and seed, their jobs."""
-    lines = []
-    for group in groups[:SHOWN_GROUPS]:
-        teacher = "no teacher"
-        if group[0].has_teacher:
-            teacher = cfg.teacher_name(group[0])
-        lines.append(f"  {teacher}, {counted(group[0].trainer.epochs, 'epoch')}:")
-        methods: dict[str, list[str]] = {}
-        for job, settings in zip(group, cfg.differing_settings(group), strict=True):
+    """Return the first groups' teachers and, in a line for each student, its seeds and methods.
+
+    Groups that are equal but for the seed of their jobs are listed once, with all their seeds.
+    """
+    jobs = [job for group in groups for job in group]
+    settings = {
+        job.run_dir: text for job, text in zip(jobs, cfg.differing_settings(jobs), strict=True)
+    }
+    # {(head of the lines, [(student, methods)]): seeds of each group}
+    alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[list[int]]] = defaultdict(list)
+    for group in groups:
+        methods: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for job in group:
             method = cfg.title(job, seed=False, student=False)
-            if settings:
-                method += f" ({settings})"
-            methods.setdefault(f"{job.student.name} seed {job.seed}", []).append(method)
-        lines += [f"    {student}: {'; '.join(names)}" for student, names in methods.items()]
-    if len(groups) > SHOWN_GROUPS:
-        lines.append(f"  and {counted(len(groups) - SHOWN_GROUPS, 'more group')}")
+            if settings[job.run_dir]:
+                method += f" ({settings[job.run_dir]})"
+            methods[job.student.name, job.seed].append(method)
+        seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for (student, seed), names in methods.items():
+            seeds[student, "; ".join(names)].append(seed)
+        if len(set(map(tuple, seeds.values()))) == 1:
+            alike[_head(group[0]), tuple(seeds)].append(next(iter(seeds.values())))
+            continue
+        # The students of this group have different seeds, so the seeds are part of what it is.
+        named = tuple((f"{student} {_seeds(own)}", text) for (student, text), own in seeds.items())
+        alike[_head(group[0]), named].append([])
+    lines = []
+    left = len(groups)
+    for (head, entries), of_groups in list(alike.items())[:SHOWN_GROUPS]:
+        left -= len(of_groups)
+        lines.append(f"  {head}:")
+        if len(of_groups) > 1:
+            lines[-1] = f"  {head}, {len(of_groups)} groups:"
+        own = sorted({seed for seeds_of_group in of_groups for seed in seeds_of_group})
+        lines += [
+            f"    {' '.join([student, _seeds(own)]).strip()}: {text}" for student, text in entries
+        ]
+    if left:
+        lines.append(f"  and {counted(left, 'more group')}")
     return lines
+
+
+def _head(job: Config) -> str:
+    """Return the teacher and the epochs of a job's group."""
+    teacher = "no teacher"
+    if job.has_teacher:
+        teacher = cfg.teacher_name(job)
+    return f"{teacher}, {counted(job.trainer.epochs, 'epoch')}"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Return seeds in words: "seed 0", "seeds 0 to 4, each" or "seeds 0, 7, each"; "" for none."""
+    if not seeds:
+        return ""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 2:
+        return f"seeds {seeds[0]} to {seeds[-1]}, each"
+    return f"seeds {', '.join(map(str, seeds))}, each"
 
 
 def _jobs(number: int) -> str:
