@@ -201,7 +201,8 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
     unknown = [None] * 3
     assert bare.requests(groups, unknown) == [
         "SLURM: a job array of 3 tasks, at most 3 at once",
-        f"{asked}partition: {default}; GPUs: {default}; CPU cores per process: 2; "
+        f"{asked}partition: {default}; GPUs: {default} (maybe none: "
+        "hydra.launcher.gpus_per_node=1 asks for one); CPU cores per process: 2; "
         f"memory: {default}; time limit: 60 minutes",
         "whether hydra.launcher.timeout_min=60 suffices is not known without similar runs; a task "
         "that needs longer is requeued, at most 100 times, and goes on from its checkpoint; after "

@@ -261,7 +261,7 @@ def test_a_plan_starts_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 0
     assert "cannot run" not in told
     assert sweep(jobs_of(home, "M=[64]", "M=[64] seed=1", common=("sweep.plan=true",)))[1] == 1
-    assert capsys.readouterr().out.count("cannot run") == 1
+    assert capsys.readouterr().out.count("\ncannot run") == 1
     assert "3 jobs (3 new), 3 to do in 2 groups" in told
     assert "2 times an epoch instead of 3" in told
     assert not (home / "runs").exists()
@@ -277,6 +277,7 @@ def test_a_plan_needs_neither_data_nor_teacher_and_names_every_obstacle(
     _, code = sweep(jobs, devices=["cpu", "cpu"])
     told = capsys.readouterr().out
     assert code == 1
+    assert told.startswith("sweep test: 3 jobs (3 new), 3 to do in 2 groups; 3 cannot run, see be")
     assert told.count("to download: ") == 1
     assert f"there is no file {empty}/data/cifar-100-python.tar.gz; the sweep downloads it" in told
     obstacles = [line for line in told.splitlines() if line.startswith("cannot run: ")]
@@ -344,7 +345,10 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert "groups: 1 of 4 jobs, 1 of 1 job" in told
     assert "devices: cpu 4 jobs, cpu 1 job" in told
-    assert "hydra.launcher.max_group_size=3 would end earlier: it makes 3 groups, and no" in told
+    assert (
+        "hydra.launcher.max_group_size=3 would end earlier: 3 instead of 4 jobs on the busiest "
+        "device, 3 instead of 2 passes of the teacher an epoch\n"
+    ) in told
     assert "\n  resnet8, 1 epoch:\n    resnet8x4 seed 0: KD+LS; SD-KD+LS [2]; SD-KD+LS [4];" in told
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
@@ -406,6 +410,8 @@ def test_a_plan_says_what_halving_leaves(home: Path, capsys: pytest.CaptureFixtu
         "halving at the end of epochs 2, 4, 8: these jobs train at most 40 epochs in all instead "
         "of 128\n"
     ) in capsys.readouterr().out
+    plan_unchecked(jobs, devices=["cpu", "cpu"])
+    assert "max_group_size" not in capsys.readouterr().out  # smaller groups would compare less
     assert epochs_of(jobs[:5]) == 5 * 2 + 3 * 2 + 2 * 4 + 8  # of an odd number, the middle stays
 
 
@@ -1052,7 +1058,9 @@ def test_gpus_that_are_not_here_are_refused() -> None:
     assert not missing(["cuda:1", "cuda", "cpu"], ["cuda:0", "cuda:1"])
     (said,) = missing(["cuda:1", "cuda:2"], ["cuda:0", "cuda:1"])
     assert said.startswith("this machine has no cuda:2, which hydra.launcher.devices names")
-    assert missing(["cuda"], ["cpu"])
+    assert said.endswith("give auto, or a list such as [cuda:0,cuda:1]")
+    (said,) = missing(["cuda"], ["cpu"])
+    assert said.endswith("give auto, or a list such as [cpu,cpu]")
 
 
 def test_a_worker_that_is_stopped_while_it_loads_leaves_silently(home: Path) -> None:

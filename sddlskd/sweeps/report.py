@@ -40,18 +40,21 @@ SHOWN_GROUPS = 12  # groups that a plan lists
 def plan_lines(plan: Plan) -> list[str]:
     """Return the lines of text that say what a sweep would run, and how long that would take.
 
-    The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
-    are trained together. If jobs of the grid are equal, a line says how many do not run. If recipes
-    give jobs that differ in their clipping alone, a line names these recipes. If jobs of a group
-    share their teacher's forward passes, a line says how often the teacher goes through the data in
-    an epoch. If halving drops jobs, a line has the epochs that are left. If there are jobs to run,
-    the last line has the estimated time, or says for which jobs the time is not known.
+    The first line has the numbers of jobs in each state, of groups to run and of jobs that cannot
+    run; the jobs of a group are trained together. If jobs of the grid are equal, a line says how
+    many do not run. If recipes give jobs that differ in their clipping alone, a line names these
+    recipes. If jobs of a group share their teacher's forward passes, a line says how often the
+    teacher goes through the data in an epoch. If halving drops jobs, a line has the epochs that are
+    left. If there are jobs to run, the last line has the estimated time, or says for which jobs the
+    time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
         f"sweep {plan.name}: {counted(len(plan.jobs), 'job')} ({counts}), "
         f"{len(plan.todo)} to do in {counted(len(plan.groups), 'group')}"
     ]
+    if plan.invalid:
+        lines[0] += f"; {len({name for name, _ in plan.invalid})} cannot run, see below"
     if plan.repeats:
         reason = ""
         if not any(job.distiller.loss for job in plan.repeats):
@@ -211,12 +214,16 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
     lines.append(f"devices: {', '.join(shares)}")
     together = [len(group) for group in groups_of(plan.todo)]
-    if better := better_group_size(together, len(devices), plan.max_group_size):
-        parts = split(together, better)
-        most, number = max(jobs_of_devices(parts, len(devices))), len(parts)
+    better = better_group_size(together, len(devices), plan.max_group_size)
+    # Halving compares the jobs of a group, so smaller groups would change what it drops.
+    if better and not plan.todo[0].sweep.halving:
+        most = max(jobs_of_devices(split(together, better), len(devices)))
+        with_teacher = [job for job in plan.todo if job.has_teacher]
+        passes = [len(groups_of(with_teacher, size)) for size in (better, plan.max_group_size)]
         lines.append(
-            f"hydra.launcher.max_group_size={better} would end earlier: it makes "
-            f"{counted(number, 'group')}, and no device then trains more than {_jobs(most)}"
+            f"hydra.launcher.max_group_size={better} would end earlier: {most} instead of "
+            f"{max(per_device)} jobs on the busiest device, {passes[0]} instead of {passes[1]} "
+            "passes of the teacher an epoch"
         )
     if plan.seconds is not None and plan.at_most is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
@@ -244,7 +251,8 @@ def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
             "hydra.launcher.max_group_size=null; the longest task would then train "
             f"{_jobs(max(map(len, together)))} instead of {max(map(len, apart))}"
         )
-    if len(plan.groups) >= array_parallelism or longest == 1:
+    halves = bool(plan.todo[0].sweep.halving)  # which compares the jobs of a group
+    if len(plan.groups) >= array_parallelism or longest == 1 or halves:
         return lines
     sizes = [len(group) for group in groups_of(plan.todo)]
     smaller = better_group_size(sizes, array_parallelism, plan.max_group_size)

@@ -66,6 +66,8 @@ RESOURCES = {
     },
 }
 MARGIN = 1.5  # a time limit suffices if the estimated time, times this, fits into it
+# What a plan says of a cluster's default, beside its name
+AT_WORST = {"GPUs": " (maybe none: hydra.launcher.gpus_per_node=1 asks for one)"}
 # Options that a plan names only if they are set
 FURTHER = ("account", "qos", "constraint", "exclude", "comment")
 # The task index that scontrol shows for tasks that were cancelled before they started.
@@ -529,7 +531,7 @@ class Slurm(GroupRunner):
                 for name, label in options.items()
                 if values.get(name) is not None
             ]
-            parts += asked or [f"{resource}: the cluster's default"]
+            parts += asked or [f"{resource}: the cluster's default{AT_WORST.get(resource, '')}"]
         further = {"time limit": counted(values["timeout_min"], "minute")}
         if values["nodes"] > 1:
             further["nodes"] = values["nodes"]

@@ -392,6 +392,10 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             "hydra.launcher.devices is unknown here: SLURM assigns devices; set "
             "hydra.launcher.gpus_per_node"
         )
+    # The default launcher has devices, and none of the options that only SLURM knows.
+    of_slurm = OmegaConf.load(cfg.conf_folder() / "hydra" / "launcher" / "slurm.yaml")
+    if prefix == "hydra.launcher." and "devices" in valid and key in of_slurm:
+        return f"hydra.launcher.{key} is unknown here; hydra/launcher=slurm has it"
     names = _valid_names(key, valid, prefix)
     if places := _places_of(key, OmegaConf.to_container(node._get_root(), resolve=False)):
         names = f"did you mean {' or '.join(places)}? Valid are {', '.join(valid)}"
