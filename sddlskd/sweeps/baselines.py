@@ -153,10 +153,16 @@ def twin_lines(jobs: Sequence[Config]) -> list[str]:
 def _lacking(cells: Sequence[Config], earlier: Sequence[Config] = ()) -> list[str]:
     """Return a line for each method whose first choice of a baseline is missing.
 
-    A method without any baseline gets no line if it is the baseline of another one.
+    A baseline among `earlier` counts if it is the first choice; else the one that takes its place
+    is the one that `cells` alone have, because a table of the sweep shows that. A method without
+    any baseline gets no line if it is the baseline of another one.
     """
     names = [name_of(cell) for cell in (*cells, *earlier)]
-    found = _baselines([*cells, *earlier])
+    with_earlier, found = _baselines([*cells, *earlier]), _baselines(cells)
+    for index, base in with_earlier.items():
+        if index not in found or names[base] == _counterparts(names[index])[0]:
+            found[index] = base
+    bases = {names[base] for base in found.values()}
     lines = []
     for index in range(len(cells)):
         choices = _counterparts(names[index])
@@ -165,7 +171,7 @@ def _lacking(cells: Sequence[Config], earlier: Sequence[Config] = ()) -> list[st
         lack = f"{names[index]}: no comparable {choices[0]} in this sweep or among finished runs"
         if index in found and names[found[index]] != choices[0]:
             lines.append(f"{lack}, so its gain is over {names[found[index]]}")
-        elif index not in found and index not in found.values():
+        elif index not in found and names[index] not in bases:
             lines.append(f"{lack}, so tables show no gain of it")
     return list(dict.fromkeys(lines))
 
