@@ -220,10 +220,13 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
         most = max(jobs_of_devices(split(together, better), len(devices)))
         with_teacher = [job for job in plan.todo if job.has_teacher]
         passes = [len(groups_of(with_teacher, size)) for size in (better, plan.max_group_size)]
+        changes = [f"{most} instead of {max(per_device)} jobs on the busiest device"]
+        if most == max(per_device):
+            changes = [f"{_jobs(most)} on the busiest device as before"]
+        if passes[0] != passes[1]:
+            changes.append(f"{passes[0]} instead of {passes[1]} passes of the teacher an epoch")
         lines.append(
-            f"hydra.launcher.max_group_size={better} would end earlier: {most} instead of "
-            f"{max(per_device)} jobs on the busiest device, {passes[0]} instead of {passes[1]} "
-            "passes of the teacher an epoch"
+            f"hydra.launcher.max_group_size={better} would end earlier: {', '.join(changes)}"
         )
     if plan.seconds is not None and plan.at_most is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
