@@ -455,6 +455,8 @@ REFUSED = [
      "hydra.launcher.timeout_min=24:00:00 is not an integer of minutes; 24:00:00 is 1440"),
     (["-m", "hydra/launcher=slurm", "hydra.launcher.devices=[cuda:0]", "seed=0,1"],
      "SLURM assigns devices; set hydra.launcher.gpus_per_node"),
+    (["-m", "hydra.launcher.partition=gpu", "seed=0,1"],
+     "hydra.launcher.partition is unknown here; hydra/launcher=slurm has it"),
     (["teacher=null"], "teacher=null: distillation needs a teacher; choose one with teacher=..., "),
     (["-m", "hydra.launcher.max_group_size=0", "seed=0,1"],
      "hydra.launcher.max_group_size=0 must be at least 1"),

@@ -201,7 +201,8 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
     unknown = [None] * 3
     assert bare.requests(groups, unknown) == [
         "SLURM: a job array of 3 tasks, at most 3 at once",
-        f"{asked}partition: {default}; GPUs: {default}; CPU cores per process: 2; "
+        f"{asked}partition: {default}; GPUs: {default} (maybe none: "
+        "hydra.launcher.gpus_per_node=1 asks for one); CPU cores per process: 2; "
         f"memory: {default}; time limit: 60 minutes",
         "whether hydra.launcher.timeout_min=60 suffices is not known without similar runs; a task "
         "that needs longer is requeued, at most 100 times, and goes on from its checkpoint; after "
@@ -228,7 +229,9 @@ def test_a_plan_says_what_a_cluster_is_asked_for(
 @pytest.mark.parametrize(
     ("minutes", "said"),
     [
-        ((5.0, 58.0), "the longest task needs about 58:00: hydra.launcher.timeout_min=60 suffices"),
+        ((5.0, 38.0), "the longest task needs about 38:00: hydra.launcher.timeout_min=60 suffices"),
+        ((58.0,), "the longest task needs about 58:00: hydra.launcher.timeout_min=60 is tight, as "
+         "times differ between runs"),
         # The warning comes two minutes before the limit.
         ((59.0, None), "the longest task with similar runs needs about 59:00, too long for "
          "hydra.launcher.timeout_min=60: it will be requeued about once, and goes on from its "

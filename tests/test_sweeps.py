@@ -261,7 +261,7 @@ def test_a_plan_starts_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 0
     assert "cannot run" not in told
     assert sweep(jobs_of(home, "M=[64]", "M=[64] seed=1", common=("sweep.plan=true",)))[1] == 1
-    assert capsys.readouterr().out.count("cannot run") == 1
+    assert capsys.readouterr().out.count("\ncannot run") == 1
     assert "3 jobs (3 new), 3 to do in 2 groups" in told
     assert "2 times an epoch instead of 3" in told
     assert not (home / "runs").exists()
@@ -277,6 +277,7 @@ def test_a_plan_needs_neither_data_nor_teacher_and_names_every_obstacle(
     _, code = sweep(jobs, devices=["cpu", "cpu"])
     told = capsys.readouterr().out
     assert code == 1
+    assert told.startswith("sweep test: 3 jobs (3 new), 3 to do in 2 groups; 3 cannot run, see be")
     assert told.count("to download: ") == 1
     assert f"there is no file {empty}/data/cifar-100-python.tar.gz; the sweep downloads it" in told
     obstacles = [line for line in told.splitlines() if line.startswith("cannot run: ")]
@@ -344,7 +345,10 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert "groups: 1 of 4 jobs, 1 of 1 job" in told
     assert "devices: cpu 4 jobs, cpu 1 job" in told
-    assert "hydra.launcher.max_group_size=3 would end earlier: it makes 3 groups, and no" in told
+    assert (
+        "hydra.launcher.max_group_size=3 would end earlier: 3 instead of 4 jobs on the busiest "
+        "device, 3 instead of 2 passes of the teacher an epoch\n"
+    ) in told
     assert "\n  resnet8, 1 epoch:\n    resnet8x4 seed 0: KD+LS; SD-KD+LS [2]; SD-KD+LS [4];" in told
     # An epoch of a job took a minute; five jobs of one epoch each are to do.
     assert "about 5:00 on one device" in told
@@ -357,9 +361,44 @@ def test_a_plan_says_how_the_jobs_spread(home: Path, capsys: pytest.CaptureFixtu
     other = jobs_of(home, "student=resnet8", "recipe=vanilla", common=("sweep.plan=true",))
     plan_unchecked([*jobs[:2], *other])
     assert (
-        "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from similar runs "
-        "on a CPU; there is no run of resnet8-resnet8, resnet8x4 yet"
+        "the time is known for 2 of 4 jobs: about 2:00 on one device, estimated from 1 run of "
+        "these networks on a CPU, for 1 job from other methods; there is no similar run of "
+        "resnet8-resnet8, resnet8x4 yet"
     ) in capsys.readouterr().out
+
+
+def test_only_runs_that_take_as_long_tell_the_time(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*grid: str, size: int | None = None) -> str:
+        jobs = jobs_of(home, *grid, common=("sweep.plan=true", "trainer.epochs=2"))
+        answer = no_findings() | {"devices": ["cpu"]}
+        with pytest.raises(SystemExit, match="0"):
+            run_sweep(jobs, "test", runner=pool(), max_group_size=size, precheck=lambda *_: answer)
+        return capsys.readouterr().out
+
+    (past,) = jobs_of(home, "recipe=kd")
+    record_of_past_run(past, seconds=600.0, group_size=10)
+    unlike = ("trainer.max_steps=null", "dataset.train_fraction=0.5", "trainer.precision=bf16")
+    for one in (*unlike, "trainer.batch_size=32", "recipe=vanilla student=resnet8"):
+        said = told(f"recipe=kd {one}")
+        assert "the time is not known" in said, one
+        assert "train one epoch first (the same command with trainer.epochs=1 and" in said
+    # An epoch of a group of ten took ten minutes. How much of it the teacher took is not known.
+    smaller = "measured in groups of 10, and smaller groups take longer"
+    said = told("recipe=kd")
+    assert "about 2:00 to 20:00 on one device, estimated from 1 run of these networks on" in said
+    assert smaller in said
+    two = ("recipe=kd M=[1]", "recipe=kd M=[2]")
+    assert "about 4:00 to 20:00 on one device" in told(*two)
+    assert "about 4:00 to 40:00 on one device" in told(*two, size=1)
+    # Runs of groups of this size come first.
+    (single,) = jobs_of(home, "recipe=crd")
+    record_of_past_run(single, seconds=240.0)
+    said = told("recipe=kd")
+    assert "about 8:00 on one device, estimated from 1 run of these networks on a CPU with" in said
+    assert "with other methods\n" in said
+    assert "other methods" not in told("recipe=crd")
 
 
 def test_a_plan_says_what_halving_leaves(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,6 +410,8 @@ def test_a_plan_says_what_halving_leaves(home: Path, capsys: pytest.CaptureFixtu
         "halving at the end of epochs 2, 4, 8: these jobs train at most 40 epochs in all instead "
         "of 128\n"
     ) in capsys.readouterr().out
+    plan_unchecked(jobs, devices=["cpu", "cpu"])
+    assert "max_group_size" not in capsys.readouterr().out  # smaller groups would compare less
     assert epochs_of(jobs[:5]) == 5 * 2 + 3 * 2 + 2 * 4 + 8  # of an odd number, the middle stays
 
 
@@ -389,11 +430,45 @@ def test_a_plan_names_teachers_that_are_trained_first_and_missing_gpus(
     assert "cannot run: this machine has no cuda:0, which hydra.launcher.devices names" in told
 
 
-def record_of_past_run(job: Config, seconds: float) -> None:
-    """Leave the result of an earlier run of the same networks and data, with another seed."""
-    folder = Path(job.run_dir).with_name(Path(job.run_dir).name.replace("-s0-", "-s99-"))
+def test_a_plan_lists_groups_that_differ_by_seed_once(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def groups(*grid: str, size: int | None = None, shared: str = "null") -> str:
+        common = ("sweep.plan=true", f"trainer.data_seed={shared}")
+        jobs = jobs_of(home, *grid, common=common)
+        with pytest.raises(SystemExit, match="0"):
+            run_sweep(
+                jobs,
+                "test",
+                runner=pool(),
+                max_group_size=size,
+                precheck=lambda *_: no_findings(),
+            )
+        told = capsys.readouterr().out
+        return told[told.index("  resnet8, 1 epoch") :]
+
+    grid = [f"recipe={recipe} seed={seed}" for seed in range(3) for recipe in ("kd", "kd_ls")]
+    assert groups(*grid).startswith(
+        "  resnet8, 1 epoch, 3 groups:\n    resnet8x4 seeds 0 to 2, each: KD; KD+LS\n"
+    )
+    assert groups(*grid, shared="0").startswith(
+        "  resnet8, 1 epoch:\n    resnet8x4 seeds 0 to 2, each: KD; KD+LS\n"
+    )
+    # A name that two groups have comes with the settings that tell its jobs apart.
+    namesakes = [f"recipe=kd distiller.temperature={value}" for value in (2, 3)]
+    said = groups(*namesakes, "recipe=kd seed=5", size=1)
+    assert "resnet8x4 seed 0: KD (temperature=2)\n" in said
+    assert "resnet8x4 seed 0: KD (temperature=3)\n" in said
+    assert "resnet8x4 seed 5: KD\n" in said
+
+
+def record_of_past_run(job: Config, seconds: float, group_size: int = 1) -> None:
+    """Leave the result of an earlier run of a job, in the folder of another seed."""
+    name = Path(job.run_dir).name.replace("-s0-", f"-s99{len(str(seconds))}-")
+    folder = Path(job.run_dir).with_name(name)
     folder.mkdir(parents=True)
-    result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": 1}
+    (folder / "config.yaml").write_text(cfg.to_yaml(job))
+    result = {"status": "FINISHED", "epochs": 1, "seconds": seconds, "group_size": group_size}
     result["environment"] = "torch 2.14.1, Linux x86_64, cpu, 1 threads"
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -1009,7 +1084,9 @@ def test_gpus_that_are_not_here_are_refused() -> None:
     assert not missing(["cuda:1", "cuda", "cpu"], ["cuda:0", "cuda:1"])
     (said,) = missing(["cuda:1", "cuda:2"], ["cuda:0", "cuda:1"])
     assert said.startswith("this machine has no cuda:2, which hydra.launcher.devices names")
-    assert missing(["cuda"], ["cpu"])
+    assert said.endswith("give auto, or a list such as [cuda:0,cuda:1]")
+    (said,) = missing(["cuda"], ["cpu"])
+    assert said.endswith("give auto, or a list such as [cpu,cpu]")
 
 
 def test_a_worker_that_is_stopped_while_it_loads_leaves_silently(home: Path) -> None:
@@ -1035,3 +1112,22 @@ def test_the_plan_says_which_jobs_are_equal_to_others(tmp_path: Path) -> None:
         "2 more jobs are equal to these: M and the settings of a distillation have no effect "
         "without a loss on the logits (distiller=vanilla)"
     )
+
+
+def test_the_plan_names_recipes_that_give_the_same_training(tmp_path: Path) -> None:
+    def lines(*recipes: str) -> list[str]:
+        jobs = [
+            tiny(tmp_path, f"recipe={recipe}", f"M={M}", f"seed={seed}")
+            for recipe in recipes
+            for M in ("[1]", "[1,2]")
+            for seed in (0, 1)
+        ]
+        plan = make_plan(jobs, "s", runner=pool(), precheck=lambda *_: no_findings())
+        return [line for line in plan_lines(plan) if "give the same" in line]
+
+    assert lines("kd", "kd_ls") == []
+    assert lines("kd", "sd_kd") == [
+        "recipe=kd (clip_norm=null) and recipe=sd_kd (clip_norm=40.0) give the same KD, "
+        "SD-KD [1,2] but for optimizer.clip_norm, and the same numbers where no gradient is "
+        "clipped; list the jobs by sweep.jobs instead"
+    ]

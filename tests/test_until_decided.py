@@ -201,6 +201,14 @@ def test_a_plan_names_what_tables_will_not_compare(tmp_path: Path) -> None:
     one_seed = "one seed of each method: tables show no interval; seed=0,1,2 gives one"
     assert comparison_lines([kd, both]) == [f"{lack} its gain is over KD", one_seed]
     assert comparison_lines([both, again]) == [f"{lack} tables show no gain of it"]
+    # A student alone of another budget, which the sweep does not have, changes nothing.
+    dkd = job(tmp_path, "recipe=dkd")
+    over_kd = "DKD: no comparable student alone in this sweep or among finished runs, so its gain"
+    assert comparison_lines([kd, dkd]) == [f"{over_kd} is over KD", one_seed]
+    finish(job(tmp_path, "recipe=vanilla", "trainer.epochs=9"))
+    assert comparison_lines([kd, dkd]) == [f"{over_kd} is over KD", one_seed]
+    clipped = job(tmp_path, "recipe=sd_kd", "M=[1]")
+    assert comparison_lines([kd, clipped, dkd]) == [f"{over_kd} is over KD", one_seed]
     finish(kd_ls)
     assert comparison_lines([kd, both]) == [one_seed]
     assert comparison_lines([kd_ls, both, again]) == []

@@ -4,8 +4,10 @@ A cell is a job without its seed. The choice is that of the tables of `analysis`
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from sddlskd import config as cfg
@@ -14,7 +16,7 @@ from sddlskd.config import Config
 from sddlskd.record import FINISHED
 from sddlskd.sweeps.estimate import networks_of
 
-__all__ = ["comparison_lines", "find_baselines", "name_of", "same_pair"]
+__all__ = ["comparison_lines", "find_baselines", "name_of", "same_pair", "twin_lines"]
 
 # Settings that a cell and its baseline must share, as keys of `cfg.flatten`.
 COMPARABLE = (
@@ -123,13 +125,44 @@ def comparison_lines(jobs: Sequence[Config]) -> list[str]:
     return lines
 
 
+def twin_lines(jobs: Sequence[Config]) -> list[str]:
+    """Return a line for each set of recipes that give the same jobs but for the clipping.
+
+    The recipe of SD-KD differs from that of KD in `M` and `optimizer.clip_norm` alone. With equal
+    `M`, the jobs are the same training unless a gradient is clipped, and no independent runs.
+    """
+    twins: dict[str, dict[str, Config]] = defaultdict(dict)
+    for job in jobs:
+        unclipped = replace(job, optimizer=replace(job.optimizer, clip_norm=None))
+        twins[cfg.settings_hash(unclipped)][job.recipe] = job
+    methods: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
+    for of_recipe in twins.values():
+        if len(of_recipe) > 1:
+            words = [
+                f"recipe={recipe} (clip_norm={cfg.flatten(job)['optimizer.clip_norm'] or 'null'})"
+                for recipe, job in of_recipe.items()
+            ]
+            methods[tuple(words)][name_of(next(iter(of_recipe.values())))] = None
+    return [
+        f"{' and '.join(words)} give the same {', '.join(names)} but for optimizer.clip_norm, and "
+        "the same numbers where no gradient is clipped; list the jobs by sweep.jobs instead"
+        for words, names in methods.items()
+    ]
+
+
 def _lacking(cells: Sequence[Config], earlier: Sequence[Config] = ()) -> list[str]:
     """Return a line for each method whose first choice of a baseline is missing.
 
-    A method without any baseline gets no line if it is the baseline of another one.
+    A baseline among `earlier` counts if it is the first choice; else the one that takes its place
+    is the one that `cells` alone have, because a table of the sweep shows that. A method without
+    any baseline gets no line if it is the baseline of another one.
     """
     names = [name_of(cell) for cell in (*cells, *earlier)]
-    found = _baselines([*cells, *earlier])
+    with_earlier, found = _baselines([*cells, *earlier]), _baselines(cells)
+    for index, base in with_earlier.items():
+        if index not in found or names[base] == _counterparts(names[index])[0]:
+            found[index] = base
+    bases = {names[base] for base in found.values()}
     lines = []
     for index in range(len(cells)):
         choices = _counterparts(names[index])
@@ -138,7 +171,7 @@ def _lacking(cells: Sequence[Config], earlier: Sequence[Config] = ()) -> list[st
         lack = f"{names[index]}: no comparable {choices[0]} in this sweep or among finished runs"
         if index in found and names[found[index]] != choices[0]:
             lines.append(f"{lack}, so its gain is over {names[found[index]]}")
-        elif index not in found and index not in found.values():
+        elif index not in found and names[index] not in bases:
             lines.append(f"{lack}, so tables show no gain of it")
     return list(dict.fromkeys(lines))
 

@@ -15,7 +15,7 @@ from typing import Any
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config, Rerun, SweepConfig
-from sddlskd.sweeps.estimate import seconds_left
+from sddlskd.sweeps.estimate import Estimate, estimates
 from sddlskd.sweeps.manifest import command_to_continue
 from sddlskd.sweeps.outcome import state_of
 from sddlskd.sweeps.runner import GroupRunner
@@ -59,8 +59,8 @@ class Plan:
             teacher forward pass per batch.
         max_group_size: largest number of jobs in a group; None for no limit.
         kind: kind of the devices that train the jobs, such as "cuda"; None if the kinds differ.
-        job_seconds: estimated seconds of each job of `todo` on one device; None for a job that has
-            no past runs of the same student, teacher and data set on such a device.
+        estimates: estimated time of each job of `todo` on one device; None for a job without
+            similar past runs on such a device.
         refusals: why a launch would be refused whatever its jobs; [] unless the plan is only
             printed, because an error is raised then.
         invalid: (name of the job, reason) of each job of `todo` that cannot run. A job of a plan
@@ -90,7 +90,7 @@ class Plan:
     groups: list[list[Config]]
     max_group_size: int | None
     kind: str | None
-    job_seconds: list[float | None]
+    estimates: list[Estimate | None]
     refusals: list[str]
     invalid: list[tuple[str, str]]
     downloads: list[str]
@@ -104,15 +104,23 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Return the estimated seconds for all jobs on one device; None if one is not known."""
-        return _sum(self.job_seconds)
+        known = [one.seconds for one in self.estimates if one is not None]
+        return sum(known) if len(known) == len(self.todo) else None
+
+    @property
+    def at_most(self) -> float | None:
+        """Return the most seconds that all jobs need on one device; None if one is not known."""
+        return _sum(self.group_seconds)
 
     @property
     def group_seconds(self) -> list[float | None]:
-        """Return the estimated seconds of each group on one device; None if one is not known."""
+        """Return the most seconds that each group is estimated to need; None if not known."""
         of_job = {
-            job.run_dir: seconds for job, seconds in zip(self.todo, self.job_seconds, strict=True)
+            job.run_dir: one.at_most
+            for job, one in zip(self.todo, self.estimates, strict=True)
+            if one is not None
         }
-        return [_sum(of_job[job.run_dir] for job in group) for group in self.groups]
+        return [_sum(of_job.get(job.run_dir) for job in group) for group in self.groups]
 
 
 def ask_precheck(
@@ -234,10 +242,16 @@ def make_plan(
         )
         answer = precheck(todo, finished, runner.runs_locally)
     kind = runner.kind(todo, answer["devices"])
-    job_seconds: list[float | None] = [None] * len(todo)
-    if kind is not None:
-        job_seconds = seconds_left(todo, kind, anew=unique[0].sweep.rerun is Rerun.all)
     groups = groups_of(todo, max_group_size)
+    found: list[Estimate | None] = [None] * len(todo)
+    if kind is not None:
+        sizes = {job.run_dir: len(group) for group in groups for job in group}
+        found = estimates(
+            todo,
+            kind,
+            anew=unique[0].sweep.rerun is Rerun.all,
+            group_sizes=[sizes[job.run_dir] for job in todo],
+        )
     return Plan(
         name=name,
         folder=folder,
@@ -249,7 +263,7 @@ def make_plan(
         groups=groups,
         max_group_size=max_group_size,
         kind=kind,
-        job_seconds=job_seconds,
+        estimates=found,
         refusals=refusals,
         invalid=[(cfg.run_name(todo[index]), reason) for index, reason in answer["problems"]],
         downloads=answer["downloads"],

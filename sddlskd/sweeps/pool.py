@@ -128,9 +128,10 @@ class Pool(GroupRunner):
         gpus = [name for name in dict.fromkeys(self.devices) if name.startswith("cuda")]
         here = {"cuda", *visible} if any(name.startswith("cuda") for name in visible) else set()
         if missing := [name for name in gpus if name not in here]:
+            instead = f"[{','.join(name for name in visible if name != 'cpu') or 'cpu,cpu'}]"
             yield ValueError(
                 f"this machine has no {', '.join(missing)}, which hydra.launcher.devices names; "
-                f"give auto, or a list of {', '.join(visible)}"
+                f"give auto, or a list such as {instead}"
             )
         # The pool with the devices "auto" has at most one worker for each device.
         workers = min(self.devices.count("cpu"), len(jobs))

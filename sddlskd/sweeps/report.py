@@ -14,6 +14,7 @@ from sddlskd import config as cfg
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, PRUNED
 from sddlskd.sweeps.balance import better_group_size, jobs_of_devices, split
+from sddlskd.sweeps.baselines import twin_lines
 from sddlskd.sweeps.estimate import networks_of, time_left
 from sddlskd.sweeps.grid import reasons_together
 from sddlskd.sweeps.plan import Plan, epochs_of, groups_of
@@ -39,17 +40,21 @@ SHOWN_GROUPS = 12  # groups that a plan lists
 def plan_lines(plan: Plan) -> list[str]:
     """Return the lines of text that say what a sweep would run, and how long that would take.
 
-    The first line has the numbers of jobs in each state and of groups to run; the jobs of a group
-    are trained together. If jobs of the grid are equal, a line says how many do not run. If jobs of
-    a group share their teacher's forward passes, a line says how often the teacher goes through the
-    data in an epoch. If halving drops jobs, a line has the epochs that are left. If there are jobs
-    to run, the last line has the estimated time, or says for which jobs the time is not known.
+    The first line has the numbers of jobs in each state, of groups to run and of jobs that cannot
+    run; the jobs of a group are trained together. If jobs of the grid are equal, a line says how
+    many do not run. If recipes give jobs that differ in their clipping alone, a line names these
+    recipes. If jobs of a group share their teacher's forward passes, a line says how often the
+    teacher goes through the data in an epoch. If halving drops jobs, a line has the epochs that are
+    left. If there are jobs to run, the last line has the estimated time, or says for which jobs the
+    time is not known.
     """
     counts = _counts(count_states(plan.states.values()))
     lines = [
         f"sweep {plan.name}: {counted(len(plan.jobs), 'job')} ({counts}), "
         f"{len(plan.todo)} to do in {counted(len(plan.groups), 'group')}"
     ]
+    if plan.invalid:
+        lines[0] += f"; {len({name for name, _ in plan.invalid})} cannot run, see below"
     if plan.repeats:
         reason = ""
         if not any(job.distiller.loss for job in plan.repeats):
@@ -60,6 +65,7 @@ def plan_lines(plan: Plan) -> list[str]:
             )
         number = counted(len(plan.repeats), "more job is", "more jobs are")
         lines.append(f"{number} equal to these{reason}")
+    lines += twin_lines(plan.jobs)
     with_teacher = [group for group in plan.groups if group[0].has_teacher]
     alone = sum(map(len, with_teacher))
     if len(with_teacher) < alone:
@@ -97,23 +103,59 @@ def _time_line(plan: Plan) -> str:
     if plan.kind is None:
         return "the jobs run on devices of several kinds, so the time is not known"
     where = f"on {KINDS.get(plan.kind, plan.kind)}"
-    known = [seconds for seconds in plan.job_seconds if seconds is not None]
+    known = [one for one in plan.estimates if one is not None]
     if not known:
         return f"there are no similar runs {where} yet, so the time is not known"
-    line = f"about {duration(sum(known))} on one device, estimated from similar runs {where}"
+    seconds, at_most = sum(one.seconds for one in known), sum(one.at_most for one in known)
+    runs = counted(len(frozenset().union(*(one.runs for one in known))), "run")
+    line = (
+        f"{_about(seconds, at_most)} on one device, estimated from {runs} of these networks {where}"
+    )
+    others = sum(not one.same_method for one in known)
+    if others == len(known):
+        line += " with other methods"
+    elif others:
+        line += f", for {_jobs(others)} from other methods"
     if plan.todo[0].sweep.halving:
-        line += " as if none was dropped"
+        line += ", as if none was dropped"
+    if at_most > seconds:
+        sizes = frozenset().union(*(one.group_sizes for one in known if one.at_most > one.seconds))
+        line += (
+            f"; measured in groups of {' and '.join(map(str, sorted(sizes)))}, and smaller groups "
+            "take longer, as each has its own passes of the teacher"
+        )
     if len(known) == len(plan.todo):
         return line
     unknown = {
         networks_of(job): None
-        for job, seconds in zip(plan.todo, plan.job_seconds, strict=True)
-        if seconds is None
+        for job, one in zip(plan.todo, plan.estimates, strict=True)
+        if one is None
     }
     return (
         f"the time is known for {len(known)} of {_jobs(len(plan.todo))}: {line}; "
-        f"there is no run of {', '.join(unknown)} yet"
+        f"there is no similar run of {', '.join(unknown)} yet"
     )
+
+
+def _about(seconds: float, at_most: float) -> str:
+    """Return an estimated time, such as "about 5:00", or "about 5:00 to 9:00" if it is unsure."""
+    if at_most > seconds:
+        return f"about {duration(seconds)} to {duration(at_most)}"
+    return f"about {duration(seconds)}"
+
+
+def _way_to_time(plan: Plan) -> list[str]:
+    """Return a line that says how to get to know the time; [] if it is known, or no way helps."""
+    unknown = [job for job, one in zip(plan.todo, plan.estimates, strict=True) if one is None]
+    if not unknown or plan.kind is None or max(job.trainer.epochs for job in unknown) == 1:
+        return []
+    words = "trainer.epochs=1"
+    if unknown[0].sweep.halving:
+        words += " sweep.halving=[]"
+    return [
+        f"to know the time, train one epoch first (the same command with {words} and another "
+        "sweep.name), then plan again"
+    ]
 
 
 def print_plan(
@@ -138,7 +180,7 @@ def print_plan(
     spread = _spread_lines(plan, devices)
     if array_parallelism and plan.groups:
         spread += _sharing_lines(plan, array_parallelism)
-    for line in (*plan_lines(plan), *spread, *requests):
+    for line in (*plan_lines(plan), *_way_to_time(plan), *spread, *requests):
         write_line(line)
     known_MB = [size for size in plan.run_MB if size is not None]
     if known_MB and len(known_MB) == len(plan.todo):
@@ -172,16 +214,24 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
     lines.append(f"devices: {', '.join(shares)}")
     together = [len(group) for group in groups_of(plan.todo)]
-    if better := better_group_size(together, len(devices), plan.max_group_size):
-        parts = split(together, better)
-        most, number = max(jobs_of_devices(parts, len(devices))), len(parts)
+    better = better_group_size(together, len(devices), plan.max_group_size)
+    # Halving compares the jobs of a group, so smaller groups would change what it drops.
+    if better and not plan.todo[0].sweep.halving:
+        most = max(jobs_of_devices(split(together, better), len(devices)))
+        with_teacher = [job for job in plan.todo if job.has_teacher]
+        passes = [len(groups_of(with_teacher, size)) for size in (better, plan.max_group_size)]
+        changes = [f"{most} instead of {max(per_device)} jobs on the busiest device"]
+        if most == max(per_device):
+            changes = [f"{_jobs(most)} on the busiest device as before"]
+        if passes[0] != passes[1]:
+            changes.append(f"{passes[0]} instead of {passes[1]} passes of the teacher an epoch")
         lines.append(
-            f"hydra.launcher.max_group_size={better} would end earlier: it makes "
-            f"{counted(number, 'group')}, and no device then trains more than {_jobs(most)}"
+            f"hydra.launcher.max_group_size={better} would end earlier: {', '.join(changes)}"
         )
-    if plan.seconds is not None and len(devices) > 1:
+    if plan.seconds is not None and plan.at_most is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
-        lines.append(f"about {duration(plan.seconds * share)} on these {len(devices)} devices")
+        about = _about(plan.seconds * share, plan.at_most * share)
+        lines.append(f"{about} on these {len(devices)} devices")
     return lines
 
 
@@ -204,7 +254,8 @@ def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
             "hydra.launcher.max_group_size=null; the longest task would then train "
             f"{_jobs(max(map(len, together)))} instead of {max(map(len, apart))}"
         )
-    if len(plan.groups) >= array_parallelism or longest == 1:
+    halves = bool(plan.todo[0].sweep.halving)  # which compares the jobs of a group
+    if len(plan.groups) >= array_parallelism or longest == 1 or halves:
         return lines
     sizes = [len(group) for group in groups_of(plan.todo)]
     smaller = better_group_size(sizes, array_parallelism, plan.max_group_size)
@@ -226,23 +277,65 @@ def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:
 
 
 def _group_lines(groups: Sequence[Sequence[Config]]) -> list[str]:
-    """Return the first groups' teachers and, in a line for each student and seed, their jobs."""
-    lines = []
-    for group in groups[:SHOWN_GROUPS]:
-        teacher = "no teacher"
-        if group[0].has_teacher:
-            teacher = cfg.teacher_name(group[0])
-        lines.append(f"  {teacher}, {counted(group[0].trainer.epochs, 'epoch')}:")
-        methods: dict[str, list[str]] = {}
-        for job, settings in zip(group, cfg.differing_settings(group), strict=True):
+    """Return the first groups' teachers and, in a line for each student, its seeds and methods.
+
+    Groups that are equal but for the seed of their jobs are listed once, with all their seeds.
+    """
+    jobs = [job for group in groups for job in group]
+    settings = {
+        job.run_dir: text for job, text in zip(jobs, cfg.differing_settings(jobs), strict=True)
+    }
+    # {(head of the lines, [(student, methods)]): seeds of each group}
+    alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[list[int]]] = defaultdict(list)
+    for group in groups:
+        methods: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for job in group:
             method = cfg.title(job, seed=False, student=False)
-            if settings:
-                method += f" ({settings})"
-            methods.setdefault(f"{job.student.name} seed {job.seed}", []).append(method)
-        lines += [f"    {student}: {'; '.join(names)}" for student, names in methods.items()]
-    if len(groups) > SHOWN_GROUPS:
-        lines.append(f"  and {counted(len(groups) - SHOWN_GROUPS, 'more group')}")
+            if settings[job.run_dir]:
+                method += f" ({settings[job.run_dir]})"
+            methods[job.student.name, job.seed].append(method)
+        seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for (student, seed), names in methods.items():
+            seeds[student, "; ".join(names)].append(seed)
+        if len(set(map(tuple, seeds.values()))) == 1:
+            alike[_head(group[0]), tuple(seeds)].append(next(iter(seeds.values())))
+            continue
+        # The students of this group have different seeds, so the seeds are part of what it is.
+        named = tuple((f"{student} {_seeds(own)}", text) for (student, text), own in seeds.items())
+        alike[_head(group[0]), named].append([])
+    lines = []
+    left = len(groups)
+    for (head, entries), of_groups in list(alike.items())[:SHOWN_GROUPS]:
+        left -= len(of_groups)
+        lines.append(f"  {head}:")
+        if len(of_groups) > 1:
+            lines[-1] = f"  {head}, {len(of_groups)} groups:"
+        own = sorted({seed for seeds_of_group in of_groups for seed in seeds_of_group})
+        lines += [
+            f"    {' '.join([student, _seeds(own)]).strip()}: {text}" for student, text in entries
+        ]
+    if left:
+        lines.append(f"  and {counted(left, 'more group')}")
     return lines
+
+
+def _head(job: Config) -> str:
+    """Return the teacher and the epochs of a job's group."""
+    teacher = "no teacher"
+    if job.has_teacher:
+        teacher = cfg.teacher_name(job)
+    return f"{teacher}, {counted(job.trainer.epochs, 'epoch')}"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Return seeds in words: "seed 0", "seeds 0 to 4, each" or "seeds 0, 7, each"; "" for none."""
+    if not seeds:
+        return ""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 2:
+        return f"seeds {seeds[0]} to {seeds[-1]}, each"
+    return f"seeds {', '.join(map(str, seeds))}, each"
 
 
 def _jobs(number: int) -> str:

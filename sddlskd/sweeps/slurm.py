@@ -65,6 +65,9 @@ RESOURCES = {
         "mem_per_gpu": "memory per GPU",
     },
 }
+MARGIN = 1.5  # a time limit suffices if the estimated time, times this, fits into it
+# What a plan says of a cluster's default, beside its name
+AT_WORST = {"GPUs": " (maybe none: hydra.launcher.gpus_per_node=1 asks for one)"}
 # Options that a plan names only if they are set
 FURTHER = ("account", "qos", "constraint", "exclude", "comment")
 # The task index that scontrol shows for tasks that were cancelled before they started.
@@ -512,8 +515,10 @@ class Slurm(GroupRunner):
         needed = f"{task} needs about {duration(max(known))}"
         # A task trains until its warning, which comes before the limit.
         usable = 60 * self.options["timeout_min"] - self.options["signal_delay_s"]
-        if max(known) <= usable:
+        if MARGIN * max(known) <= usable:
             return f"{needed}: {limit} suffices"
+        if max(known) <= usable:
+            return f"{needed}: {limit} is tight, as times differ between runs"
         # A limit that is shorter than its warning is refused, so the number does not matter then.
         requeues = math.ceil(max(known) / max(usable, 1)) - 1
         often = "once"
@@ -540,7 +545,7 @@ class Slurm(GroupRunner):
                 for name, label in options.items()
                 if values.get(name) is not None
             ]
-            parts += asked or [f"{resource}: the cluster's default"]
+            parts += asked or [f"{resource}: the cluster's default{AT_WORST.get(resource, '')}"]
         further = {"time limit": counted(values["timeout_min"], "minute")}
         if values["nodes"] > 1:
             further["nodes"] = values["nodes"]

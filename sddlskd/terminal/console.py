@@ -399,6 +399,10 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
             "hydra.launcher.devices is unknown here: SLURM assigns devices; set "
             "hydra.launcher.gpus_per_node"
         )
+    # The default launcher has devices, and none of the options that only SLURM knows.
+    of_slurm = OmegaConf.load(cfg.conf_folder() / "hydra" / "launcher" / "slurm.yaml")
+    if prefix == "hydra.launcher." and "devices" in valid and key in of_slurm:
+        return f"hydra.launcher.{key} is unknown here; hydra/launcher=slurm has it"
     names = _valid_names(key, valid, prefix)
     if key == "pretrained" and "weights" in valid:  # timm's name for it
         return f"{prefix}{key} is unknown; for published weights set {prefix}weights=DEFAULT"
