@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd.config import Config, Views
-from sddlskd.config.targets import foreign_files, instantiate
+from sddlskd.config.sources import source_of
+from sddlskd.config.targets import foreign_targets, instantiate
 from sddlskd.data.device import Batch, seed_of
 from sddlskd.methods import Method, Taps
 from sddlskd.methods.base import NEEDS
@@ -219,7 +220,7 @@ def _said(error: Exception, method: dict[str, Any]) -> str:
     said = " ".join(str(error).split())[:300]
     if isinstance(error, AttributeError) and isinstance(error.obj, Taps):
         said += f"; it has {', '.join(NEEDS)}"
-    files = {str(path) for path in foreign_files(method).values()}
+    files = {str(source_of(target)[1]) for target in foreign_targets(method)}
     own = [frame for frame in extract_tb(error.__traceback__) if frame.filename in files]
     if not own:
         return said
