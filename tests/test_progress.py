@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ from rich.logging import RichHandler
 from sddlskd.record import ONLY_IN_FILE
 from sddlskd.terminal import progress
 from sddlskd.terminal.console import log_to_terminal
+from sddlskd.terminal.lines import LineHandler
 from sddlskd.terminal.progress import ProgressDisplay
 
 
@@ -175,11 +177,20 @@ def test_not_a_terminal_gets_plain_lines() -> None:
     assert view(Seen(), mode="auto").plain
 
 
-def test_a_closed_terminal_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(5, "Input/output error")
+class Closed(io.StringIO):
+    """Stream of a terminal that was closed."""
 
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_line_of_the_log_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Closed())  # a handler reports its own error there
+    handler = LineHandler(console=Console(file=Closed(), force_terminal=True))
+    handler.emit(logging.makeLogRecord({"msg": "stopping after this step"}))
+
+
+def test_a_closed_terminal_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=Closed(), force_terminal=True)
     monkeypatch.setattr(progress, "console_of_log", lambda: console)
     run = Seen()

@@ -14,7 +14,11 @@ import pytest
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.sweeps.__main__ import main
-from sddlskd.sweeps.manifest import marked_as_running, refusal_of_second_launch
+from sddlskd.sweeps.manifest import (
+    local_launch,
+    marked_as_running,
+    refusal_of_second_launch,
+)
 from sddlskd.sweeps.report import print_status
 from sddlskd.sweeps.search import DATABASE
 from sddlskd.sweeps.status import JobStatus, SweepStatus, status_of
@@ -414,3 +418,12 @@ def test_a_damaged_record_is_one_line(sweep: Path) -> None:
     (job / "config.yaml").write_text("seed: [")
     with pytest.raises(SystemExit, match=r"^error: .*config\.yaml is damaged"):
         main(["status", str(sweep)])
+
+
+def test_a_killed_launch_is_not_taken_for_the_next_one(sweep: Path) -> None:
+    launch = {"process": 1, "host": socket.gethostname(), "jobs": ["a"]}
+    (sweep / "running.json").write_text(json.dumps(launch))  # as kill -9 leaves it
+    assert local_launch(sweep) is None
+    with marked_as_running(sweep, "mine"):  # its jobs train on a cluster
+        assert local_launch(sweep) is None
+        assert refusal_of_second_launch(sweep, "mine", ["a"]) == ""

@@ -533,7 +533,7 @@ class _Start:
         self.parent = parent
 
     def __call__(self, worker: int) -> None:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":
             threading.Thread(target=self._heed_parent, daemon=True).start()

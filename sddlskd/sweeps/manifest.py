@@ -160,6 +160,7 @@ def marked_as_running(folder: Path, name: str = "", jobs: Sequence[str] = ()) ->
         yield
         return
     try:
+        (folder / LAUNCH).unlink(missing_ok=True)  # of a launch that was killed
         if jobs:
             launch = LocalLaunch(os.getpid(), socket.gethostname(), list(jobs))
             record.write_text(folder / LAUNCH, json.dumps(asdict(launch)))

@@ -116,6 +116,8 @@ class Pool(GroupRunner):
         self.groups = 0  # number of groups of the launch
         self.jobs: list[Config] = []  # jobs of the launch
         self.trained_on: str | None = None  # kind of the devices
+        self.ended_groups = 0  # groups whose worker has ended
+        self.told_groups = 0  # of these, groups that a line of the log has counted
         self.stop_signals = 0  # number of stop signals received so far
         self.last_signal = 0  # number of the last stop signal
 
@@ -197,6 +199,9 @@ class Pool(GroupRunner):
         try:
             while self.busy or (self.queue and not self.stop_signals):
                 self._start_workers()
+                if self.ended_groups > self.told_groups:  # after the freed device has work again
+                    self.told_groups = self.ended_groups
+                    self._say_progress()
                 self._collect_workers()
                 running = [job for _, task in self.busy.values() for job in task.jobs]
                 if self.fail_fast and _any_failed(running):
@@ -231,7 +236,7 @@ class Pool(GroupRunner):
                 self._ended(code, task)
                 if code in task.device_failures and not self.stop_signals:
                     self._give_up()
-                self._say_progress()
+                self.ended_groups += 1
 
     def _say_progress(self) -> None:
         """Log how many jobs have ended and how long the others will take, if there are others."""
@@ -248,8 +253,14 @@ class Pool(GroupRunner):
             done,
             counted(len(self.jobs), "job"),
             failed,
-            time_left(seconds_left(left, self.trained_on), len(self._usable())),
+            time_left(seconds_left(left, self.trained_on), self._at_once(left)),
         )
+
+    def _at_once(self, left: Sequence[Config]) -> int:
+        """Return how many devices can train the groups of the jobs `left` at the same time."""
+        if any(job.trainer.devices > 1 for job in left):
+            return 1  # such a job takes all its devices, and no other group runs beside it
+        return min(len(self._usable()), len(self.busy) + len(self.queue))
 
     def _usable(self) -> list[str]:
         """Return the devices that have not failed."""

@@ -20,7 +20,13 @@ class LineHandler(RichHandler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the message of a log record."""
+        """Write the message of a log record; an error, as of a closed terminal, ends nothing."""
+        try:
+            self._write(record)
+        except Exception:  # as every handler of logging
+            self.handleError(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
         time, _, message = self.format(record).partition(" ")
         width = max(self.console.width, SHORTEST) - len(INDENT)
         lines = [

@@ -178,7 +178,7 @@ def check_places(name: str, places: int) -> None:
 
 def _check_named_gpus(places: int) -> None:
     """Raise DeviceFailure if CUDA does not find the first `places` GPUs that a variable names."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     found = torch.cuda.device_count()
     if found < places <= len(named):
         raise DeviceFailure(

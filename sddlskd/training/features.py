@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -234,7 +234,9 @@ def _build(arguments: dict[str, Any], taps: Sequence[Taps], facts: dict[str, Any
     build = _method_of(arguments)
     wanted: frozenset[str] = getattr(build.func, "facts", frozenset())
     parameters = signature(build.func).parameters.values()
-    taken = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD][len(taps) :]
+    by_place = [one for one in parameters if one.kind <= one.POSITIONAL_OR_KEYWORD][: len(taps)]
+    star = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    taken = [one.name for one in parameters if one not in by_place and one.kind not in star]
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
     unknown = [name for name in build.keywords if name not in taken]
     if unknown and not takes_any:
