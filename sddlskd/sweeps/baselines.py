@@ -182,12 +182,14 @@ def _earlier(cells: Sequence[Config]) -> list[Config]:
     The runs have the same home, data set and student as a cell and, if they have one, its teacher.
     Runs with the settings of a cell are left out.
     """
-    newest: dict[Path, Path] = {}
-    for cell in cells:
-        for start in (networks_of(cell), cell.student.name):
-            paths = [path for path in Path(cell.run_dir).parent.glob(f"{start}-*") if _ended(path)]
-            for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-                newest[_seedless(path)] = path
+    starts = {
+        (Path(cell.run_dir).parent, start)
+        for cell in cells
+        for start in (networks_of(cell), cell.student.name)
+    }
+    paths = {path for folder, start in starts for path in folder.glob(f"{start}-*")}
+    ended = sorted(filter(_ended, paths), key=lambda path: path.stat().st_mtime)
+    newest = {_seedless(path): path for path in ended}
     runs = {}
     for path in newest.values():
         with suppress(ValueError, OSError):  # a damaged record is no reason to refuse a plan
