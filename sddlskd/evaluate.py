@@ -335,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = probe(*asked, side=chosen.size) if chosen.probe else measure(*asked)
             if job.dataset.num_classes < LEAST_FOR_TOP5 and not chosen.json:
                 found.pop("top5", None)
-            if "classes" in found:
+            # The run that a file lies in need not be that of a network named on the command line.
+            if "classes" in found and not any(word.startswith("student=") for word in overrides):
                 _name_classes(found["classes"], source)
             rows.append((str(source), found))
     except KeyboardInterrupt:

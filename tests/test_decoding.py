@@ -543,7 +543,7 @@ def test_signals_for_everybody_are_left_to_the_parent(jpegs: list[str]) -> None:
     stream = decoded(endless(jpegs), VIEW, workers=1)
     next(stream)
     (worker,) = children() - before
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         os.kill(worker, number)
     # The signal comes from another process than the parent, as from SLURM.
     subprocess.run(["kill", "-TERM", str(worker)], check=True)

@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -616,6 +618,30 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) 
 
 
 @pytest.mark.slow
+def test_a_closed_terminal_stops_with_checkpoints(home: Path) -> None:
+    terminal, screen = os.openpty()
+    words = ("-m", "sddlskd.train", "-m", *COMMON, f"home={home}", "sweep.name=test", *LONG)
+    command = [sys.executable, *words, "trainer.progress=auto"]
+    with subprocess.Popen(
+        command, stdin=screen, stdout=screen, stderr=screen, cwd=REPO, start_new_session=True
+    ) as process:
+        os.close(screen)
+
+        def saves() -> bool:
+            if select.select([terminal], [], [], 0)[0]:
+                os.read(terminal, 1 << 16)  # a full screen would block the sweep
+            return any((home / "runs" / "digits").glob("*/last.ckpt"))
+
+        wait_for(saves)
+        os.close(terminal)
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) != 0
+    results = [record.read_result(path.parent) for path in home.glob("runs/digits/*/config.yaml")]
+    assert {one["status"] for one in results} == {"KILLED"}
+    assert {one["reason"] for one in results} == {"stopped by SIGHUP"}
+
+
+@pytest.mark.slow
 def test_killed_sweeps_end_as_undisturbed_ones(home: Path) -> None:
     """The weights must be those of undisturbed sweeps.
 
@@ -1036,6 +1062,13 @@ def test_a_failed_device_of_several_leaves_the_job_to_the_others(
     assert all(f"cuda:{n} {out} {n}, which" in caplog.text for n in (97, 98))
     assert "cuda:99 is" not in caplog.text
     assert "too few devices are left for 1 job; the same" in caplog.text
+
+    wide = pool(gpus)
+    wide.devices = gpus
+    wide.queue.extend([Task([job]), Task([job])])
+    assert wide._at_once([job]) == 1  # each job takes several devices
+    narrow = replace(job, trainer=replace(job.trainer, devices=1))
+    assert wide._at_once([narrow]) == 2  # two groups for three devices
 
     ended = SimpleNamespace(returncode=ExitCode.NO_DEVICE_0 + 1)
     ended.poll = lambda: ended.returncode

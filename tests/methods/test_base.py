@@ -72,6 +72,13 @@ class Power(Method):
         super().__init__(student, teacher)
     def forward(self, student, teacher, batch):
         return student.pooled.mean()
+
+class Star(Method):
+    def __init__(self, *taps, power=2):
+        super().__init__(*taps)
+        self.power = power
+    def forward(self, student, teacher, batch):
+        return student.pooled.mean() ** self.power
 """
 FIELDS = "stages, preacts, pooled, logit_map, last, strong_map"
 
@@ -87,11 +94,12 @@ def test_a_fault_of_a_users_method_names_the_line_and_what_is_valid(
         f"it has {FIELDS}",
         "Needs": f"Needs.needs names feats, which no network shows; valid are {FIELDS}",
         "Power": "powr is no argument of the method; valid are power",
+        "Star": "powr is no argument of the method; valid are power",
     }
     job = tiny(tmp_path, "recipe=at", teacher=False)
     for name, said in says.items():
         method = {"_target_": f"own_methods.{name}"}
-        if name == "Power":
+        if name in ("Power", "Star"):
             method["powr"] = "3"
         own = replace(job.features["at"], method=method)
         assert refusal_of(replace(job, features={"at": own})).endswith(f"student=resnet8: {said}")
