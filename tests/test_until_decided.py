@@ -1,6 +1,7 @@
 """Test the rule that adds seeds until a sweep's gains are decided."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -282,8 +283,13 @@ def launched(
 
 
 def test_a_sweep_adds_seeds_and_a_second_launch_adds_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(logging.getLogger("sddlskd"), "propagate", True)
     alone = [70.0, 70.1, 69.9, 70.0, 70.2]
     taught = [80.0, 80.1, 79.9, 80.2, 79.8]
     trained = Trained({"student alone": alone, "KD": taught, "KD+LS": [x + 0.1 for x in taught]})
@@ -296,6 +302,8 @@ def test_a_sweep_adds_seeds_and_a_second_launch_adds_none(
     told = capsys.readouterr().out
     assert "KD over student alone: better after 3 seeds, +10.00 points" in told
     assert "KD+LS over KD: undecided after 4 seeds, +0.10 points" in told
+    # A decision is told as soon as it falls, and once.
+    assert caplog.text.count("better after 3 seeds") == 1
     again = Trained({})
     assert sorted(launched(tmp_path, monkeypatch, again, "sweep.max_seeds=4")) == sorted(jobs)
     assert again.rounds == [0]
