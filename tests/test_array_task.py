@@ -1,6 +1,8 @@
 """Test the task of a job array without SLURM; tests/slurm tests the rest."""
 
+import os
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 
 from sddlskd import record
 from sddlskd.processes.exit_codes import ExitCode
-from sddlskd.sweeps.array_task import ArrayTask, _fit
+from sddlskd.sweeps.array_task import SETUP, ArrayTask, _fit
 from sddlskd.training.stop import Stop
 from tests.test_sweeps import home, jobs_of, network
 
@@ -90,3 +92,43 @@ def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert caught.value.code == code
+
+
+GONE = "Unable to confirm allocation for job 7: Connection reset by peer"
+NO_STEP = "Unable to create step for job 7: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "retries"),
+    [
+        ([], 0, 0),
+        ([GONE, NO_STEP], 0, 2),
+        (["RuntimeError: Unable"], 1, 0),
+        ([GONE] * 99, 1, 19),
+    ],
+)
+def test_srun_tries_again_if_slurmctld_is_away(
+    tmp_path: Path, messages: list[str], code: int, retries: int
+) -> None:
+    """A program that stands for srun prints one message per call, and succeeds without one."""
+    (tmp_path / "messages").write_text("".join(f"{message}\n" for message in messages))
+    for name, script in {
+        "srun": f"""cd {tmp_path}; echo "$@" >> calls
+            message=$(sed -n "$(wc -l < calls)p" messages)
+            if [ -n "$message" ]; then echo "srun: error: $message" >&2; exit 1; fi""",
+        "sleep": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    with open(tmp_path / "log", "w") as log:
+        done = subprocess.run(
+            ["bash", "-c", "\n".join([*SETUP, "srun --unbuffered 'a b'", "exit $?"])],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    assert done.returncode == code
+    assert (tmp_path / "calls").read_text().splitlines() == ["--unbuffered a b"] * (1 + retries)
+    told = (tmp_path / "log").read_text()
+    assert told.count("srun tries again") == retries

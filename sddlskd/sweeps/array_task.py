@@ -29,12 +29,26 @@ __all__ = ["SETUP", "TEARDOWN", "ArrayTask"]
 log = logging.getLogger(__name__)
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# Shell lines of a task's batch script, before (SETUP) and after (TEARDOWN) the task.
-SETUP = [
-    "trap '' USR2  # SIGUSR2 warns the task; this script must outlive the task",
-    "export SUBMITIT_PREEMPT_SIGNAL=USR1  "
-    "# a signal that nobody sends: submitit must leave SIGUSR2 to our own handler",
-]
+# Shell lines of a task's batch script, before (SETUP) and after (TEARDOWN) the task. The line that
+# starts the task, "srun ...", calls the function srun.
+SETUP = """
+trap '' USR2  # SIGUSR2 warns the task; this script must outlive the task
+# This is a signal that nobody sends: submitit must leave SIGUSR2 to our own handler.
+export SUBMITIT_PREEMPT_SIGNAL=USR1
+# If slurmctld is away when srun asks for the task's resources, srun fails before the task starts.
+srun() {
+    local attempt code
+    for attempt in $(seq 19); do
+        command srun "$@" && return
+        code=$?
+        tail -n 3 /proc/$$/fd/1 | grep -Eq 'Unable to (confirm allocation|create step)' \\
+            || return $code
+        echo "the task has not started; srun tries again in 10 seconds"
+        sleep 10
+    done
+    command srun "$@"
+}
+""".strip().splitlines()
 TEARDOWN = f"""
 # The task is over and its records are closed: decide whether it goes back into the queue.
 code=$?

@@ -130,6 +130,8 @@ class Cluster:
         folder: folder of the cluster's files, which every user can read.
         conf: the file slurm.conf, which the commands find by SLURM_CONF.
         accounting: whether slurmdbd and MariaDB keep accounts; `lab` is the only account.
+        ctld_port: port of slurmctld.
+        sql_port: port of MariaDB.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Cluster:
         ctld_port, d_port, dbd_port, sql_port = free_ports(4)
         host = socket.gethostname().split(".")[0]
         self.conf.write_text((CONF + (ACCOUNTING if accounting else "")).format_map(locals()))
-        self.accounting, self.sql_port = accounting, sql_port
+        self.accounting, self.ctld_port, self.sql_port = accounting, ctld_port, sql_port
         (folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format_map(locals()))
         (folder / "slurmdbd.conf").chmod(0o600)
         key = folder / "munge.key"

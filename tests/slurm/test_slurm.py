@@ -3,8 +3,10 @@
 import json
 import re
 import signal
+import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,29 @@ def slurmctld_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(sddlskd.sweeps.slurm, "queue", look)
+
+
+def test_a_task_starts_though_slurmctld_is_away_when_srun_asks_for_it(
+    cluster: Cluster, home: Path
+) -> None:
+    """The batch script waits for a file, and another server takes slurmctld's place meanwhile."""
+    go = home / "go"
+    (job,) = jobs_of(home, network("Tiny"), common=("trainer=debug",))
+    sweep([job], wait=False, setup=[f"until [ -e {go} ]; do sleep 0.1; done"])
+    wait_for(lambda: "RUNNING" in cluster.queue().values())
+    cluster.end("slurmctld", signal.SIGTERM)
+    log = Path(all_of(home)[0].log)
+    wait_for(log.exists)
+    with socket.create_server(("127.0.0.1", cluster.ctld_port)) as server:
+        server.settimeout(1.0)
+        go.touch()
+        end = time.monotonic() + 120
+        while "srun tries again" not in log.read_text() and time.monotonic() < end:
+            with suppress(TimeoutError):
+                server.accept()[0].close()
+    cluster.start_slurmctld()
+    wait_for(lambda: record.read_result(Path(job.run_dir)).get("status") == "FINISHED")
+    assert "error: Unable to" in log.read_text()
 
 
 def test_a_node_that_crashes_costs_what_was_not_saved(cluster: Cluster, home: Path) -> None:
