@@ -534,8 +534,8 @@ def _notes_on_inputs(job: Config, folder: Path) -> Iterator[str]:
     if not result.get("data") and not result.get("teacher_sha256"):
         return
     # These import PyTorch, which takes seconds.
+    from sddlskd.training.begun import data_changed, teacher_changed
     from sddlskd.training.build import present_fingerprint
-    from sddlskd.training.checks import data_changed, teacher_changed
 
     # A file of a stranger may name any code, which only training runs.
     if not job.allow_foreign_targets and (

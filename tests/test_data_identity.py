@@ -24,7 +24,8 @@ from sddlskd.sweeps.plan import make_plan
 from sddlskd.sweeps.pool import Pool
 from sddlskd.terminal.console import explain
 from sddlskd.training.build import build_data, build_network, build_teacher, load_splits
-from sddlskd.training.fit import _warn_of_single_images, fit
+from sddlskd.training.fit import fit
+from sddlskd.training.image_folders import log_image_folder
 from sddlskd.training.teacher_files import path_of
 from tests import layouts
 from tests.test_sweeps import pool
@@ -129,10 +130,10 @@ def test_a_class_with_one_image_is_named(tmp_path: Path, caplog: pytest.LogCaptu
     train = splits.train
     assert isinstance(train, Files)
     with caplog.at_level("WARNING", "sddlskd"):
-        _warn_of_single_images(job, splits, fingerprint(splits))
+        log_image_folder(job, splits, fingerprint(splits))
         assert not caplog.messages
         fewer = splits._replace(train=Files(train.paths[2:], train.labels_N[2:]))
-        _warn_of_single_images(job, fewer, fingerprint(fewer))
+        log_image_folder(job, fewer, fingerprint(fewer))
     (told,) = caplog.messages
     assert ": class cat has 1 training image, too few to learn" in told
 

@@ -231,7 +231,7 @@ FULL = "No space left on device"
         ("sddlskd.files.checkpoint.write_latest", "last.ckpt.new", 4096),
         ("sddlskd.files.checkpoint.write_latest", "last.ckpt.new", 0),
         ("sddlskd.record.Record.append", "metrics.jsonl", 0),
-        ("sddlskd.training.fit.leave_as_teacher", "resnet8.pt", 4096),
+        ("sddlskd.training.group.leave_as_teacher", "resnet8.pt", 4096),
         ("sddlskd.training.predictions.write", "predictions.npz", 0),
     ],
 )

@@ -16,7 +16,8 @@ from sddlskd.config.targets import check_code
 from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.precheck import report
-from sddlskd.training import fit as trainer
+from sddlskd.training import group
+from sddlskd.training.begun import check_same_code
 from sddlskd.training.fit import fit
 from tests.tiny import ForkedWorker, tiny
 
@@ -181,11 +182,11 @@ def test_an_edit_between_import_and_record_does_not_count(
     job = of(tmp_path)
     before = hash_of(room / "my_util.py")
 
-    def edited(*arguments: object, original: Callable[..., object] = trainer._load_data) -> object:
+    def edited(*arguments: object, original: Callable[..., object] = group._load_data) -> object:
         edit(room)
         return original(*arguments)
 
-    monkeypatch.setattr(trainer, "_load_data", edited)
+    monkeypatch.setattr(group, "_load_data", edited)
     (result,) = fit([job])
     assert (result["status"], recorded(job)["my_util"]) == ("FINISHED", before)
 
@@ -205,4 +206,4 @@ def test_a_run_does_not_continue_with_other_code(room: Path, tmp_path: Path) -> 
     (room / "my_util.py").write_bytes(before)
     forget()
     check_code(begun.distiller.loss, "distiller.loss")
-    trainer._check_same_code(begun, Path(begun.run_dir), launched=True)
+    check_same_code(begun, Path(begun.run_dir), launched=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sddlskd.training import fit as trainer
+from sddlskd.training import group
+from sddlskd.training.fit import fit
 from sddlskd.training.stop import Stop
 from tests.tiny import leave_teacher, tiny
 
@@ -71,17 +72,17 @@ def test_before_the_first_step_a_job_stops_at_once(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny(tmp_path)
-    real = getattr(trainer, phase)
+    real = getattr(group, phase)
 
     def asked(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGUSR2)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(trainer, phase, asked)
+    monkeypatch.setattr(group, phase, asked)
     stop = Stop()
     with stop.listening():
         with pytest.raises(KeyboardInterrupt):
-            trainer.fit([job], stop=stop)
+            fit([job], stop=stop)
         assert stop.signal is signal.SIGUSR2
     assert not Path(job.run_dir).exists()
 
@@ -90,12 +91,12 @@ def test_what_is_trained_is_finished_though_asked_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_teacher(tmp_path)
-    job, real = tiny(tmp_path), trainer._finish
+    job, real = tiny(tmp_path), group._finish
 
     def asked(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGUSR2)
         real(*arguments)
 
-    monkeypatch.setattr(trainer, "_finish", asked)
-    (result,) = trainer.fit([job])
+    monkeypatch.setattr(group, "_finish", asked)
+    (result,) = fit([job])
     assert result["status"] == "FINISHED"

@@ -364,7 +364,7 @@ def test_a_run_directory_of_another_job(here: Command, teacher_home: Path) -> No
 def test_an_error_that_is_nobodys_fault_keeps_its_traceback(
     here: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sddlskd.training.fit.build_data", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("sddlskd.training.group.build_data", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here()
 

@@ -29,7 +29,7 @@ from sddlskd.losses import kd
 from sddlskd.models import Taps
 from sddlskd.record import Record
 from sddlskd.sweeps.precheck import problems
-from sddlskd.training import fit as trainer
+from sddlskd.training import outcomes
 from sddlskd.training.build import build_data, build_network
 from sddlskd.training.checks import check_batches
 from sddlskd.training.devices import seeded
@@ -455,7 +455,7 @@ def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
 
 def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Path) -> None:
     job = tiny(tmp_path, "teacher=resnet14", "teacher.train_if_missing=false")
-    trainer.record.freeze(job)
+    record.freeze(job)
     with pytest.raises(FileNotFoundError):
         fit([job])
     assert result_of(job)["status"] == "FAILED"
@@ -476,8 +476,8 @@ def test_a_record_that_cannot_be_marked_failed_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny(tmp_path, "teacher=resnet14", "teacher.train_if_missing=false")
-    trainer.record.freeze(job)
-    monkeypatch.setattr(trainer, "Record", Unwritable)
+    record.freeze(job)
+    monkeypatch.setattr(outcomes, "Record", Unwritable)
     with pytest.raises(FileNotFoundError):
         fit([job])
     (opened,) = Unwritable.opened

@@ -25,7 +25,7 @@ from sddlskd.distill import ScaleDecoupled
 from sddlskd.losses import dkd
 from sddlskd.models import Taps
 from sddlskd.sweeps.precheck import problems
-from sddlskd.training import fit as fitting
+from sddlskd.training import group
 from sddlskd.training.fit import fit
 from sddlskd.training.objective import Objective, labelled_cross_entropy
 from tests.conftest import Compose
@@ -107,7 +107,7 @@ def test_the_teachers_prediction_takes_the_place_of_the_label() -> None:
 
 def with_labels(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     """Let training load the data with other labels of the images that have none in `PART`."""
-    load = fitting.load_splits
+    load = group.load_splits
 
     def loaded(job: Config) -> Splits:
         splits = load(job)
@@ -122,7 +122,7 @@ def with_labels(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
         labels_N = torch.where(labelled_N, labels_N, others_N)
         return splits._replace(train=splits.train._replace(labels_N=labels_N))
 
-    monkeypatch.setattr(fitting, "load_splits", loaded)
+    monkeypatch.setattr(group, "load_splits", loaded)
 
 
 @pytest.mark.parametrize("recipe", ["sd_kd_ls", "sd_dkd"])
@@ -186,7 +186,7 @@ def test_top1_counts_the_labelled_images(tmp_path: Path, monkeypatch: pytest.Mon
     job = tiny(tmp_path, "trainer.epochs=1", *PART)
     fit([job])
     (row,) = rows(job)
-    assert sum(labelled) == trained_on(fitting.load_splits(job).train.labels_N, 0.0, 0.25, 10).sum()
+    assert sum(labelled) == trained_on(group.load_splits(job).train.labels_N, 0.0, 0.25, 10).sum()
     assert sum(right) > 0
     assert row["train/top1"] == pytest.approx(100 * sum(right) / sum(labelled), rel=1e-6)
     assert row["train/labelled"] == pytest.approx(sum(labelled) / 192, rel=1e-6)

@@ -29,6 +29,7 @@ from sddlskd.datasets.places import without_downloads
 from sddlskd.processes.parent import end_with_parent
 from sddlskd.terminal.console import explain, log_to_terminal, refuse_another_checkout
 from sddlskd.terminal.words import counted
+from sddlskd.training.begun import check_same_data, data_changed, teacher_changed
 from sddlskd.training.build import build_network, load_splits, present_fingerprint, shape_of
 from sddlskd.training.checks import (
     check_batch_size,
@@ -39,16 +40,13 @@ from sddlskd.training.checks import (
     check_one_image,
     check_one_process,
     check_pins,
-    check_same_data,
     check_scales,
     check_targets,
     check_teacher,
     check_teacher_data,
     check_workers,
-    data_changed,
     leaves_one_image,
     missing_teachers,
-    teacher_changed,
     trained_first,
     wrong_images,
 )

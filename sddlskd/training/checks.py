@@ -26,7 +26,6 @@ from sddlskd.distill import (
 )
 from sddlskd.models import ForeignNetwork
 from sddlskd.processes.cores import check_processes
-from sddlskd.record import FINISHED, read_result
 from sddlskd.terminal.words import counted
 from sddlskd.training import teacher_files
 from sddlskd.training.devices import check_memory
@@ -46,17 +45,14 @@ __all__ = [
     "check_one_image",
     "check_one_process",
     "check_pins",
-    "check_same_data",
     "check_scales",
     "check_targets",
     "check_teacher",
     "check_teacher_data",
     "check_workers",
-    "data_changed",
     "leaves_one_image",
     "missing_teacher",
     "missing_teachers",
-    "teacher_changed",
     "teacher_path",
     "trained_first",
     "wrong_images",
@@ -65,41 +61,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 WORKER_MB = 30  # memory of a process that decodes images, in megabytes
-
-
-def data_changed(result: Mapping[str, Any], now: Mapping[str, Any] | None) -> str:
-    """Return in words how the data of an earlier run differ from those that its job would use now.
-
-    Args:
-        result: content of the run's result.json. Its entry "data" is the fingerprint of the data
-            that the run was trained on.
-        now: fingerprint of the data that the job would use now (`present_fingerprint`); None if it
-            is unknown.
-
-    Returns:
-        A text for messages; "" if the data are the same or if a fingerprint is unknown.
-    """
-    earlier = result.get("data")
-    return difference(earlier, now) if earlier and now else ""
-
-
-def check_same_data(job: Config, now: Mapping[str, Any] | None) -> None:
-    """Raise ValueError if the job's run directory holds a run that was trained on other data.
-
-    `now` is the fingerprint of the present data (`present_fingerprint`), or None if it is unknown.
-    The check passes if the run directory holds neither a finished run nor a checkpoint. It also
-    passes if the fingerprint of either data is unknown. A damaged result.json raises ValueError,
-    too.
-    """
-    folder = Path(job.run_dir)
-    result = read_result(folder)
-    if result.get("status") != FINISHED and not (folder / "last.ckpt").exists():
-        return
-    if differs := data_changed(result, now):
-        raise ValueError(
-            f"run_dir={folder} was trained on other data than dataset={job.dataset.name} has now "
-            f"({differs}); choose another dataset.name or run_dir, or put the earlier data back"
-        )
 
 
 def check_teacher_data(job: Config, now: Mapping[str, Any]) -> str:
@@ -427,20 +388,6 @@ def missing_teacher(job: Config, key: str = "teacher") -> FileNotFoundError:
         key=key,
         named=bool(job.teacher.checkpoint),
     )
-
-
-def teacher_changed(job: Config, result: Mapping[str, Any]) -> bool:
-    """Return whether a run was trained with another teacher file than its job would use now.
-
-    `result` is the content of the run's result.json; its entry "teacher_sha256" is the hash of the
-    teacher file, or the hashes of several teacher files joined by "+". Return False if the job has
-    no teacher, if a teacher file is missing now, or if `result` has no such entry.
-    """
-    earlier = result.get("teacher_sha256")
-    paths = [teacher_path(one) for one in cfg.each_teacher(job)]
-    if not paths or not all(path.exists() for path in paths):
-        return False
-    return earlier not in (None, "+".join(map(teacher_files.file_hash, paths)))
 
 
 @torch.inference_mode()
