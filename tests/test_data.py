@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from sddlskd.data.device import Batch, DeviceData, draw_epoch, seed_of, share_of, trained_on
+from sddlskd.data.device import Batch, DeviceData, draw_epoch, seed_of, share_of
+from sddlskd.data.subsets import trained_on
 from sddlskd.datasets import arrays
 from sddlskd.datasets.arrays import Images, Splits, cifar100, digits, fake, fashion_mnist
 from sddlskd.files import download

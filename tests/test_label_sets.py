@@ -17,9 +17,11 @@ from torch import Tensor
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import Config
+from sddlskd.data.checks import check_labels
 from sddlskd.data.decoding import ImageTransform
-from sddlskd.data.device import DeviceData, check_labels, held_out, trained_on
+from sddlskd.data.device import DeviceData
 from sddlskd.data.streaming import StreamedData
+from sddlskd.data.subsets import held_out, trained_on
 from sddlskd.datasets import Files, Splits, fake_label_sets, label_sets
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.distill import STANDARDIZE, ScaleDecoupled, region_logits, takes_label_sets

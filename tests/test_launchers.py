@@ -24,7 +24,8 @@ from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.plan import no_findings
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.search import Start
-from sddlskd.sweeps.slurm import Slurm, submissions
+from sddlskd.sweeps.slurm import Slurm
+from sddlskd.sweeps.slurm_queue import submissions
 from tests.tiny import tiny
 
 
@@ -305,7 +306,8 @@ def test_the_plan_of_a_sweep_on_a_cluster_names_every_obstacle(
         raise ConnectionError(f"{command[0]}: no answer")
 
     monkeypatch.setattr("sddlskd.sweeps.slurm.shutil.which", lambda command: command)
-    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", fails)
+    for module in ("slurm", "slurm_queue"):
+        monkeypatch.setattr(f"sddlskd.sweeps.{module}.ask", fails)
     inner = SimpleNamespace(_make_submission_file_text=lambda command, name: "#!/bin/sh")
     # submitit makes its executor on a machine with SLURM alone.
     monkeypatch.setattr(Slurm, "_executor", lambda *_: SimpleNamespace(_executor=inner))
@@ -360,7 +362,7 @@ def test_what_sbatch_has_taken_is_noted_before_a_signal_counts(
         raise KeyboardInterrupt
 
     before = signal.signal(number, interrupted)
-    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", lambda *command: "MaxArraySize = 1001\n")
+    monkeypatch.setattr("sddlskd.sweeps.slurm.ask", lambda *command: "MaxArraySize = 1001\n")
     pool = chosen(tmp_path, "hydra/launcher=slurm")._runner()
     monkeypatch.setattr(pool, "_executor", lambda *_: Executor())
     try:
@@ -416,7 +418,7 @@ def test_fail_fast_counts_the_failures_of_this_launch(
 
     monkeypatch.setattr("sddlskd.sweeps.slurm.queue", look)
     monkeypatch.setattr("sddlskd.sweeps.slurm._failed", lambda sweep: set(failed))
-    monkeypatch.setattr("sddlskd.sweeps.slurm._ask", lambda *command: asked.append(command))
+    monkeypatch.setattr("sddlskd.sweeps.slurm.ask", lambda *command: asked.append(command))
     monkeypatch.setattr("sddlskd.sweeps.slurm.time", SimpleNamespace(sleep=sleep))
     pool._wait(tmp_path)
     assert asked == ([("scancel", "17_0")] if fails else [])

@@ -15,10 +15,11 @@ from analysis.schema import frame_of, runs_of
 from analysis.selection import rows as table_rows
 from sddlskd import config as cfg
 from sddlskd.config import Config
-from sddlskd.data import device
+from sddlskd.data import subsets
 from sddlskd.data.decoding import ImageTransform
-from sddlskd.data.device import Batch, DeviceData, draw_epoch, trained_on
+from sddlskd.data.device import Batch, DeviceData, draw_epoch
 from sddlskd.data.streaming import StreamedData
+from sddlskd.data.subsets import trained_on
 from sddlskd.datasets import image_folder
 from sddlskd.datasets.arrays import Splits, fake
 from sddlskd.distill import ScaleDecoupled
@@ -118,7 +119,7 @@ def with_labels(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
             others_N = (labels_N + 3) % 10
         # Which images have labels must not follow from the changed ones.
         masks = {0.25: labelled_N, 1.0: torch.ones_like(labelled_N)}
-        monkeypatch.setattr(device, "trained_on", lambda _, __, fraction, ___: masks[fraction])
+        monkeypatch.setattr(subsets, "trained_on", lambda _, __, fraction, ___: masks[fraction])
         labels_N = torch.where(labelled_N, labels_N, others_N)
         return splits._replace(train=splits.train._replace(labels_N=labels_N))
 

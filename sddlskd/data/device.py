@@ -16,27 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sddlskd.data.checks import check_split
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
+from sddlskd.data.subsets import held_out, shown
 from sddlskd.datasets.arrays import Files, Images, Splits
 from sddlskd.terminal.words import counted
 
 __all__ = [
-    "UNLABELLED",
     "Batch",
     "DeviceData",
     "Draws",
     "Normalise",
-    "check_labels",
     "draw_epoch",
-    "held_out",
     "mirrored",
     "seed_of",
     "share_of",
-    "shown",
-    "trained_on",
 ]
-
-UNLABELLED = -1  # label of an image whose class students must not see
 
 # Images augmented together. Measured: 128 to 512 are equally fast; more do not fit in the cache.
 CHUNK = 256
@@ -240,8 +235,8 @@ class DeviceData:
                 "the splits are files; "
                 "give them to sddlskd.data.streaming.StreamedData, or load their pixels"
             )
-        _check_split("train", train, num_classes, train.images_NHWC.shape[1:])
-        _check_split("test", test, num_classes, train.images_NHWC.shape[1:])
+        check_split("train", train, num_classes, train.images_NHWC.shape[1:])
+        check_split("test", test, num_classes, train.images_NHWC.shape[1:])
         height, width, channels = train.images_NHWC.shape[1:]
         if strong and channels != 3:
             raise ValueError(
@@ -586,195 +581,3 @@ class Normalise:
 def _chosen(images: Images, mask_N: Tensor) -> Images:
     """Return the images that the mask is true for, in their order."""
     return Images(*(tensor[mask_N.to(tensor.device)] for tensor in images))
-
-
-def trained_on(
-    labels_N: Tensor, val_fraction: float, train_fraction: float, num_classes: int
-) -> Tensor:
-    """Return which images of the training split are trained on.
-
-    The choice is random but fixed: it does not depend on the seed of a run. For the same
-    `val_fraction`, the images of a smaller `train_fraction` are among those of a larger one.
-
-    Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU. With several
-            labels per image, int64 (N, K): all images then count as one class in the choice.
-        val_fraction: fraction of each class that is held out for validation, see `held_out`; 0 to
-            hold out nothing.
-        train_fraction: fraction of each class to train on, of the images that are not held out. The
-            number of images is rounded to the nearest integer, but is at least one for a class with
-            images that are not held out.
-        num_classes: number of classes.
-
-    Returns:
-        A bool mask of shape (N,), true for images to train on.
-
-    Raises:
-        ValueError: If `val_fraction` is outside [0, 1) or `train_fraction` outside (0, 1], or if
-            `val_fraction` is not 0 and holds out all images or none.
-    """
-    if not 0 < train_fraction <= 1:
-        raise ValueError(
-            f"train_fraction is {train_fraction}; it must lie in (0, 1]: give 0.1 for a tenth"
-        )
-    labels_N = _classes_to_draw_from(labels_N)
-    rest_N = torch.ones(len(labels_N), dtype=torch.bool)
-    if val_fraction:
-        rest_N = ~held_out(labels_N, val_fraction, num_classes)
-    if train_fraction == 1:
-        return rest_N
-    generator = torch.Generator().manual_seed(1)
-    chosen_N = torch.zeros(len(labels_N), dtype=torch.bool)
-    for label in range(num_classes):
-        ids = ((labels_N == label) & rest_N).nonzero()[:, 0]
-        count = max(1, round(train_fraction * len(ids)))
-        chosen_N[ids[torch.randperm(len(ids), generator=generator)[:count]]] = True
-    return chosen_N
-
-
-def shown(
-    labels_N: Tensor,
-    val_fraction: float,
-    train_fraction: float,
-    num_classes: int,
-    unlabelled: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return which images of the training split students see, and with which labels.
-
-    Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU.
-        val_fraction: fraction that is held out for validation, see `trained_on`.
-        train_fraction: fraction that students see with labels, of the images that are not held out,
-            see `trained_on`.
-        num_classes: number of classes.
-        unlabelled: whether students also see all other images that are not held out, without
-            labels.
-
-    Returns:
-        A bool mask of shape (N,), true for the images that students see, and the labels (N,): if
-        `unlabelled` is true, -1 for each image that students do not see with its label.
-
-    Raises:
-        ValueError: As `trained_on` does.
-    """
-    labelled_N = trained_on(labels_N, val_fraction, train_fraction, num_classes)
-    if not unlabelled:
-        return labelled_N, labels_N
-    seen_N = trained_on(labels_N, val_fraction, 1.0, num_classes)
-    return seen_N, labels_N.masked_fill(~labelled_N, UNLABELLED)
-
-
-def held_out(labels_N: Tensor, fraction: float, num_classes: int) -> Tensor:
-    """Return which images of the training split are held out for validation.
-
-    The choice is random but fixed: it does not depend on the seed of a run.
-
-    Args:
-        labels_N: class of each image of the training split, int64 (N,) on the CPU. With several
-            labels per image, int64 (N, K): all images then count as one class in the choice.
-        fraction: fraction of each class to hold out. The number of images is rounded to the nearest
-            integer.
-        num_classes: number of classes.
-
-    Returns:
-        A bool mask of shape (N,), true for validation images.
-
-    Raises:
-        ValueError: If `fraction` is outside [0, 1), or if it holds out all images or none. A
-            `fraction` of 0 therefore always raises.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(
-            f"val_fraction is {fraction}; it must lie in [0, 1): give 0.1 to hold out a tenth"
-        )
-    labels_N = _classes_to_draw_from(labels_N)
-    generator = torch.Generator().manual_seed(0)
-    held_N = torch.zeros(len(labels_N), dtype=torch.bool)
-    for label in range(num_classes):
-        ids = (labels_N == label).nonzero()[:, 0]
-        held_N[ids[torch.randperm(len(ids), generator=generator)[: round(fraction * len(ids))]]] = (
-            True
-        )
-    if held_N.all() or not held_N.any():
-        held = int(held_N.sum())
-        of_all = counted(len(held_N), "training image")
-        message = f"val_fraction is {fraction}, which holds out {held} of {of_all}"
-        raise ValueError(f"{message}: give one that leaves images for training and validation")
-    return held_N
-
-
-def _classes_to_draw_from(labels: Tensor) -> Tensor:
-    """Return the class of each image, within which images are drawn; one class for label sets."""
-    return labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.int64)
-
-
-def _check_label_sets(name: str, labels_NK: Tensor, count: int, num_classes: int) -> None:
-    """Raise ValueError unless the labels are zeros and ones, one for each image and class."""
-    expected = (count, num_classes)
-    if labels_NK.dtype != torch.int64 or labels_NK.shape != expected or not count:
-        raise ValueError(
-            f"{name} labels are {labels_NK.dtype} {tuple(labels_NK.shape)}; for several labels per "
-            f"image they must be torch.int64 {expected}, with at least one image: set "
-            "dataset.num_classes, or convert them in the loader"
-        )
-    if ((labels_NK != 0) & (labels_NK != 1)).any():
-        raise ValueError(
-            f"{name} labels are not all 0 or 1, as several labels per image must be: convert the "
-            "labels in the loader"
-        )
-
-
-def _check_split(name: str, split: Images, num_classes: int, image_shape: torch.Size) -> None:
-    """Raise ValueError unless the split has labelled uint8 images of `image_shape` (H, W, C)."""
-    images, labels = split
-    if (
-        images.dtype != torch.uint8
-        or images.dim() != 4
-        or images.shape[1:] != image_shape
-        or 0 in image_shape
-    ):
-        found = f"{name} images are {images.dtype} {tuple(images.shape)}"
-        raise ValueError(
-            f"{found}; they must be torch.uint8 (N, H, W, C), one size in both splits: "
-            "convert them in the loader"
-        )
-    check_labels(name, labels, len(images), num_classes)
-
-
-def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
-    """Raise ValueError unless a split has at least one image, and valid labels for each image.
-
-    Args:
-        name: name of the split, for the message.
-        labels: class of each image; must be int64, (count,), in 0..num_classes-1. For images with
-            several labels, int64 (count, num_classes) of zeros and ones.
-        count: number of images in the split.
-        num_classes: number of classes.
-
-    Raises:
-        ValueError: If `count` is 0, or if `labels` has another shape, another type, or an entry out
-            of range.
-    """
-    if labels.ndim == 2:
-        _check_label_sets(name, labels, count, num_classes)
-        return
-    if labels.dtype != torch.int64 or labels.shape != (count,):
-        found = f"{name} labels are {labels.dtype} {tuple(labels.shape)}"
-        raise ValueError(
-            f"{found}; they must be torch.int64 ({count},), one per image: "
-            "convert them in the loader"
-        )
-    if len(labels) == 0:
-        raise ValueError(
-            f"{name} holds 0 images; it must hold at least 1: check the loader's files and sizes"
-        )
-    bad = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(bad):
-        index = int(bad[0])
-        found = (
-            f"{name} label {int(labels[index])} at index {index} is outside 0..{num_classes - 1}"
-        )
-        raise ValueError(
-            f"{found}: set num_classes to the number of classes, "
-            "or number the classes from 0 in the loader"
-        )

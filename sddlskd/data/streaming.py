@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sddlskd.data.checks import check_labels
 from sddlskd.data.decoding import (
     CHUNK,
     Chunk,
@@ -30,16 +31,14 @@ from sddlskd.data.device import (
     DeviceData,
     Draws,
     Normalise,
-    check_labels,
     draw_epoch,
-    held_out,
     mirrored,
     seed_of,
     share_of,
-    shown,
     steps_per_epoch,
 )
 from sddlskd.data.strong import StrongDraws, cutout, draw_strong, rand_augment
+from sddlskd.data.subsets import held_out, shown
 from sddlskd.datasets.arrays import Files, Splits
 from sddlskd.terminal.words import counted
 
@@ -246,7 +245,7 @@ class StreamedData:
 
     Raises:
         ValueError: If the data or an argument cannot be used: the splits are `Images`, a split is
-            empty, the labels are not those that `device.check_labels` accepts, `mean` or `std` does
+            empty, the labels are not those that `checks.check_labels` accepts, `mean` or `std` does
             not suit `Normalise`, `view.size` is below 1, `view.centre` is not in (0, 1], or a batch
             size or a fraction is out of range. A `val_fraction` other than 0 must hold out some
             images, but not all.

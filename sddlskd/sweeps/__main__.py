@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sddlskd import config as cfg
-from sddlskd.sweeps import slurm
+from sddlskd.sweeps import slurm_queue
 from sddlskd.sweeps.manifest import local_launch, read_manifest
 from sddlskd.sweeps.report import print_status, print_sweeps
 from sddlskd.sweeps.status import (
@@ -82,7 +82,7 @@ def cancel(folder: Path) -> None:
             f"this sweep runs on {launch.host}; to stop it, type there: kill -TERM {launch.process}"
         )
         return
-    tasks = slurm.cancel_tasks(folder)
+    tasks = slurm_queue.cancel_tasks(folder)
     if tasks:
         write_line(f"cancelled: {' '.join(tasks)}")
     else:
@@ -105,7 +105,7 @@ def logs(folder: Path, lines: int = 5) -> None:
     Raises:
         ValueError: If a file of the sweep or of a job is damaged.
     """
-    submitted = slurm.submissions(folder)
+    submitted = slurm_queue.submissions(folder)
     for one in submitted:
         names = ", ".join(Path(run_dir).name for run_dir in one.run_dirs)
         _print_end(Path(one.log), names, lines)

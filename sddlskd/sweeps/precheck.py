@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from sddlskd import record
 from sddlskd.config import Config, Rerun, canonical, each_teacher
 from sddlskd.config.targets import instantiate
-from sddlskd.data.device import Normalise, shown
+from sddlskd.data.device import Normalise
+from sddlskd.data.subsets import shown
 from sddlskd.datasets.arrays import Files
 from sddlskd.datasets.fingerprint import fingerprint
 from sddlskd.datasets.places import without_downloads

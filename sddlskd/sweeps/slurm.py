@@ -1,10 +1,9 @@
-"""Sweeps on SLURM: submit the groups of jobs, query the queue, and cancel.
+"""Sweeps on SLURM: submit the groups of jobs as tasks of job arrays, and wait for them.
 
-The run directories stay the only record of the runs. runs/sweeps/<name>/slurm.json lists only which
-SLURM job trains which run directories.
+The run directories stay the only record of the runs. `slurm_queue.py` records which SLURM job
+trains which run directories.
 """
 
-import json
 import logging
 import math
 import os
@@ -12,14 +11,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +28,28 @@ from sddlskd import record, tracking
 from sddlskd.config import Config
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED, RUNNING
 from sddlskd.sweeps.array_task import SETUP, TEARDOWN, ArrayTask
-from sddlskd.sweeps.manifest import LOCK, read_manifest
+from sddlskd.sweeps.manifest import read_manifest
 from sddlskd.sweeps.outcome import record_outcome, state_of
 from sddlskd.sweeps.runner import GroupRunner
+from sddlskd.sweeps.slurm_queue import (
+    NoCluster,
+    Submission,
+    add_submissions,
+    ask,
+    causes_of_death,
+    error_message,
+    queue,
+    states,
+    submissions,
+)
 from sddlskd.terminal.console import duration, write_line
 from sddlskd.terminal.words import counted
 
-__all__ = ["Slurm", "Submission", "cancel_tasks", "causes_of_death", "queue", "submissions"]
+__all__ = ["Slurm"]
 
 log = logging.getLogger(__name__)
 
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol")
-SUBMISSIONS = "slurm.json"  # file in the sweep's folder
 SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET)\w*=")
 POLL = 5.0  # seconds between two queries of the queue
 # Options that submitit knows for every kind of cluster. All others have the prefix slurm_.
@@ -70,187 +78,8 @@ MARGIN = 1.5  # a time limit suffices if the estimated time, times this, fits in
 AT_WORST = {"GPUs": " (maybe none: hydra.launcher.gpus_per_node=1 asks for one)"}
 # Options that a plan names only if they are set
 FURTHER = ("account", "qos", "constraint", "exclude", "comment")
-# The task index that scontrol shows for tasks that were cancelled before they started.
-NO_INDEX = "4294967294"
-# What SLURM's commands say if this machine does not know of a cluster
-NO_CLUSTER = re.compile("resolve_ctls_from_dns_srv|[Cc]ould not establish a configuration source")
 # This refusal may be temporary: nodes may be down for a moment.
 UNSURE = "sbatch: allocation failure: Requested node configuration is not available"
-
-
-@dataclass(frozen=True)
-class Submission:
-    """One submitted task of a SLURM job array.
-
-    Attributes:
-        job: id of the task as squeue shows it, such as "17_3".
-        run_dirs: paths of the run directories of the jobs that the task trains together.
-        log: path of the task's log file, which is missing until the task starts.
-    """
-
-    job: str
-    run_dirs: list[str]
-    log: str
-
-
-class NoCluster(ConnectionError):
-    """Error for a machine that has SLURM's commands but does not know of a cluster."""
-
-
-def submissions(sweep: Path) -> list[Submission]:
-    """Return all tasks that were ever submitted for the sweep in the folder `sweep`, oldest first.
-
-    Return [] if none was submitted. Raise Damaged if slurm.json, which lists the tasks, is damaged.
-    """
-    path = sweep / SUBMISSIONS
-    if not path.exists():
-        return []
-    try:
-        return [Submission(**entry) for entry in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
-        raise record.Damaged(f"{path} is damaged ({error}); delete it") from None
-
-
-def _add(sweep: Path, new: Iterable[Submission]) -> None:
-    with FileLock(sweep / LOCK):
-        listed = [vars(one) for one in [*submissions(sweep), *new]]
-        record.write_text(sweep / SUBMISSIONS, json.dumps(listed, indent=1))
-
-
-def queue(sweep: Path) -> dict[str, tuple[str, str]]:
-    """Return the tasks of a sweep that are in SLURM's queue: {id of the task: (state, reason)}.
-
-    An id is that of `Submission.job`, such as "17_3". State and reason are words of squeue, such as
-    "PENDING" and "Priority". Return {} if no task is in the queue. `sweep` is the sweep's folder.
-    If the sweep has tasks, raise ConnectionError if squeue is missing, fails or does not answer.
-    Raise Damaged if slurm.json, which lists the tasks, is damaged.
-    """
-    mine = {one.job for one in submissions(sweep)}
-    if not mine:
-        return {}
-    lines = _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r").splitlines()
-    rows = (line.strip().split("|", 2) for line in lines)
-    return {job: (state, reason) for job, state, reason in rows if job in mine}
-
-
-def states(sweep: Path) -> dict[str, str]:
-    """Return the state of each job whose task is in SLURM's queue: {run directory: state}.
-
-    The state is "running" if SLURM runs the task, else "queued". Jobs of the sweep without a task
-    in the queue are left out. `sweep` is the sweep's folder. If the sweep has tasks, raise
-    ConnectionError if squeue is missing, fails or does not answer. Raise Damaged if slurm.json,
-    which lists the tasks, is damaged.
-    """
-    live = queue(sweep)
-    found = {}
-    for one in submissions(sweep):
-        if one.job not in live:
-            continue
-        state, _ = live[one.job]
-        for run_dir in one.run_dirs:
-            found[run_dir] = "running" if state in ("RUNNING", "COMPLETING") else "queued"
-    return found
-
-
-def cancel_tasks(sweep: Path) -> list[str]:
-    """Cancel a sweep's queued and running SLURM tasks, and return their ids; [] if there is none.
-
-    Running tasks save their checkpoints before they end. `sweep` is the sweep's folder. If the
-    sweep has tasks, raise ConnectionError if squeue or scancel is missing, fails or does not
-    answer. Raise Damaged if slurm.json, which lists the tasks, is damaged.
-    """
-    live = sorted(queue(sweep))
-    if live:
-        _ask("scancel", *live)
-    return live
-
-
-def causes_of_death(jobs: Collection[str]) -> dict[str, str]:
-    """Return how SLURM ended each of the tasks `jobs`: {id of the task: text}.
-
-    An id is that of `Submission.job`, such as "17_3". The text is SLURM's state, such as "TIMEOUT",
-    "OUT_OF_MEMORY" or "FAILED (exit code 1:0)". If SLURM does not know the task any more or cannot
-    be asked, the text is "gone, and SLURM does not know why any more".
-    """
-    arrays = list(dict.fromkeys(job.partition("_")[0] for job in jobs))
-    found = {**_causes_in_accounts(arrays), **_causes_in_memory(arrays)}
-    unknown = "gone, and SLURM does not know why any more"
-    return {job: found.get(job, found.get(job.partition("_")[0], unknown)) for job in jobs}
-
-
-def _causes_in_accounts(arrays: Sequence[str]) -> dict[str, str]:
-    """Return {task: state in which it ended} from sacct, which may lag behind.
-
-    sacct knows jobs long after their end, if the cluster keeps accounts. The id of an array stands
-    for those tasks of the array that never started: they share one record.
-    """
-    found: dict[str, str] = {}
-    if not arrays:
-        return found
-    with suppress(ConnectionError):
-        fields = ["-o", "JobID,State,ExitCode"]
-        for row in _ask("sacct", "-nXP", "-j", ",".join(arrays), *fields).splitlines():
-            task, state, code = row.split("|")
-            if "[" in task:
-                task = task.partition("_")[0]
-            found[task] = _worded(state.split()[0], code)
-    return found
-
-
-def _causes_in_memory(arrays: Sequence[str]) -> dict[str, str]:
-    """Return {task: state in which it ended} from scontrol, which forgets a job after minutes.
-
-    The id of an array stands for those tasks of the array that never started: they share one
-    record.
-    """
-    found: dict[str, str] = {}
-    for array in arrays:
-        with suppress(ConnectionError):
-            for text in _ask("scontrol", "--oneliner", "show", "job", array).splitlines():
-                fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
-                index = fields.get("ArrayTaskId", "")
-                task = f"{array}_{index}" if index.isdigit() and index != NO_INDEX else array
-                found[task] = _worded(fields["JobState"], fields["ExitCode"])
-    return found
-
-
-def _worded(state: str, code: str) -> str:
-    """Return the state in which a job ended, with its exit code if the state is FAILED."""
-    if state == "FAILED":
-        return f"{state} (exit code {code})"
-    return state
-
-
-def _ask(*command: str, text: str | None = None) -> str:
-    """Run a SLURM command and return its stdout.
-
-    Args:
-        *command: command and its arguments.
-        text: text for the command's stdin; None for no input.
-
-    Raises:
-        NoCluster: If the command fails because this machine does not know of a cluster.
-        ConnectionError: If the command is missing, does not answer within 60 seconds, or fails; the
-            message quotes the command's error message.
-    """
-    try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, text=True, check=False, timeout=60
-        )
-    except FileNotFoundError:
-        raise ConnectionError(
-            f"{command[0]} is not on PATH: run this on a machine with SLURM's commands"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise ConnectionError(f"{command[0]} does not answer") from None
-    if done.returncode and NO_CLUSTER.search(done.stderr):
-        raise NoCluster(
-            f"no SLURM answers on this machine ({command[0]}: {_message(done.stderr)}); use a "
-            "login node of the cluster"
-        )
-    if done.returncode:
-        raise ConnectionError(f"{command[0]}: {_message(done.stderr)}")
-    return done.stdout
 
 
 @contextmanager
@@ -309,7 +138,7 @@ def _refusals_of_sbatch(executor: Any) -> Iterator[ValueError]:
     script = executor._executor._make_submission_file_text("true", "check")
     try:
         with _outside_of_a_job():
-            _ask("sbatch", "--test-only", text=script)
+            ask("sbatch", "--test-only", text=script)
     except NoCluster as error:
         yield ValueError(str(error))
     except ConnectionError as error:
@@ -320,12 +149,6 @@ def _refusals_of_sbatch(executor: Any) -> Iterator[ValueError]:
                 f"{error}; see hydra.launcher.partition, account, qos and the resources that it "
                 "requests"
             )
-
-
-def _message(stderr: str) -> str:
-    """Return the error message of a SLURM command in one line, without the command's name."""
-    words = re.sub(r"(?m)^s\w+: (error: )?", "", stderr).split()
-    return " ".join(words) or "no error message"
 
 
 class Slurm(GroupRunner):
@@ -445,7 +268,7 @@ class Slurm(GroupRunner):
         """Return the hosts of the partitions that the jobs are submitted to."""
         rows = [
             row.split()
-            for row in _ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()
+            for row in ask("sinfo", "--noheader", "--Node", "--format=%n %P").splitlines()
         ]
         if chosen := self._partition():
             names = chosen.split(",")
@@ -617,7 +440,7 @@ class Slurm(GroupRunner):
             submitit.core.utils.FailedJobError,
             submitit.core.utils.FailedSubmissionError,
         )
-        config = _ask("scontrol", "show", "config")
+        config = ask("scontrol", "show", "config")
         largest = int(re.findall(r"MaxArraySize\s*=\s*(\d+)", config)[0])
         arrays = [groups[first : first + largest] for first in range(0, len(groups), largest)]
         parallelism = max(self.array_parallelism // len(arrays), 1)
@@ -635,7 +458,7 @@ class Slurm(GroupRunner):
                         jobs = [executor.submit(task) for task in tasks]
                 except refusals as error:
                     raise ValueError(
-                        f"sbatch: {_message(str(error))}; submitted so far: "
+                        f"sbatch: {error_message(str(error))}; submitted so far: "
                         f"{counted(len(submissions(sweep)), 'task')}; the same command submits the "
                         "others"
                     ) from None
@@ -643,7 +466,7 @@ class Slurm(GroupRunner):
                 for job, task in zip(jobs, tasks, strict=True):
                     log_file = str(folder / f"{job.job_id}_0_log.out")
                     submitted.append(Submission(job.job_id, list(task.run_dirs), log_file))
-                _add(sweep, submitted)
+                add_submissions(sweep, submitted)
 
     def _uneven(self, ranks: int) -> str:
         """Return why tasks of `ranks` processes do not spread over the nodes; "" if they do."""
@@ -714,7 +537,7 @@ class Slurm(GroupRunner):
                 live = queue(sweep)
                 if self.fail_fast and live and _failed(sweep) - earlier_failures:
                     log.warning("stopping the sweep: a job failed and fail_fast is on")
-                    _ask("scancel", *live)
+                    ask("scancel", *live)
             except ConnectionError as error:
                 if not unreachable:
                     log.warning("SLURM cannot be asked (%s); still waiting for its jobs", error)

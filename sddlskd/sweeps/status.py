@@ -9,7 +9,7 @@ from typing import Any
 
 from sddlskd import config as cfg
 from sddlskd import record
-from sddlskd.sweeps import slurm
+from sddlskd.sweeps import slurm_queue
 from sddlskd.sweeps.estimate import seconds_left
 from sddlskd.sweeps.manifest import is_running, read_manifest
 from sddlskd.sweeps.outcome import STATES, state_of
@@ -159,7 +159,7 @@ def states_of(folder: Path, run_dirs: Iterable[str]) -> dict[str, str]:
         ValueError: If a result.json or the sweep's list of SLURM tasks is damaged.
     """
     states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
-    in_queue = slurm.states(folder)
+    in_queue = slurm_queue.states(folder)
     for run_dir, state in states.items():
         if state not in DONE:
             states[run_dir] = in_queue.get(run_dir, state)
@@ -189,7 +189,7 @@ def status_of(folder: Path) -> SweepStatus:
     run_dirs: list[str] = manifest["jobs"]
     slurm_error = ""
     try:
-        queue = slurm.queue(folder)
+        queue = slurm_queue.queue(folder)
         states = states_of(folder, run_dirs)
     except ConnectionError as error:
         slurm_error = str(error)
@@ -289,13 +289,14 @@ def _teachers_of(jobs: Iterable[cfg.Config]) -> dict[str, str]:
 
 def _tasks_of(folder: Path, run_dirs: Sequence[str]) -> dict[str, str]:
     """Return {run directory: id of the latest SLURM task} of the jobs that have a task."""
-    latest = {run_dir: one.job for one in slurm.submissions(folder) for run_dir in one.run_dirs}
+    submitted = slurm_queue.submissions(folder)
+    latest = {run_dir: one.job for one in submitted for run_dir in one.run_dirs}
     return {run_dir: latest[run_dir] for run_dir in run_dirs if run_dir in latest}
 
 
 def _task_states(tasks: Iterable[str], queue: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Return {task: its state in the queue, or how SLURM ended it}."""
-    found = slurm.causes_of_death([task for task in tasks if task not in queue])
+    found = slurm_queue.causes_of_death([task for task in tasks if task not in queue])
     for task, (state, reason) in queue.items():
         found[task] = f"{state} ({reason})"
     return found

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sddlskd.data.device import UNLABELLED, Batch
+from sddlskd.data.device import Batch
+from sddlskd.data.subsets import UNLABELLED
 from sddlskd.distill import ScaleDecoupled, SeveralTeachers
 from sddlskd.methods import Method, Taps
 from sddlskd.methods.ctkd import LearnedTemperature

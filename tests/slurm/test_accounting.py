@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sddlskd.sweeps.slurm import causes_of_death
+from sddlskd.sweeps.slurm_queue import causes_of_death
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import cluster_of_its_own
 from tests.slurm.test_slurm import jobs_of, sweep

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sddlskd import record
-from sddlskd.sweeps.slurm import submissions
+from sddlskd.sweeps.slurm_queue import submissions
 from sddlskd.tracking import uri as tracking_uri
 from sddlskd.training.fit import fit
 from tests.slurm.cluster import Cluster, wait_for

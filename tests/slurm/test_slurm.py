@@ -20,7 +20,8 @@ from sddlskd.files import checkpoint
 from sddlskd.sweeps import precheck, run_sweep
 from sddlskd.sweeps.__main__ import main
 from sddlskd.sweeps.outcome import state_of
-from sddlskd.sweeps.slurm import Slurm, Submission, submissions
+from sddlskd.sweeps.slurm import Slurm
+from sddlskd.sweeps.slurm_queue import Submission, submissions
 from sddlskd.training.fit import fit
 from tests.slurm.cluster import Cluster, wait_for
 from tests.test_sweeps import grid_of, network
