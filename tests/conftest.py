@@ -45,6 +45,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def a_terminal_that_may_close() -> Iterator[None]:
+    """Give SIGHUP its default effect, which `nohup` takes from the tests and what they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def networks_are_timed_briefly() -> None:
     """Time a network for 20 ms instead of a second: no test compares speeds."""

@@ -13,6 +13,7 @@ from sddlskd.training.stop import Stop
 from tests.tiny import leave_teacher, tiny
 
 
+@pytest.mark.usefixtures("a_terminal_that_may_close")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_is_noted_and_handlers_are_given_back(number: signal.Signals) -> None:
     before, stop = signal.getsignal(number), Stop()

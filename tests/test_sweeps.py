@@ -618,6 +618,7 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(home: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("a_terminal_that_may_close")
 def test_a_closed_terminal_stops_with_checkpoints(home: Path) -> None:
     terminal, screen = os.openpty()
     words = ("-m", "sddlskd.train", "-m", *COMMON, f"home={home}", "sweep.name=test", *LONG)
