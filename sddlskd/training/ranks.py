@@ -44,6 +44,7 @@ from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.parent import run_pickled, save_and_end_with_parent
 from sddlskd.training.batch_norm import Sharing, share_norm
 from sddlskd.training.devices import device_failure, pick_device
+from sddlskd.training.stop import ASKING
 
 __all__ = [
     "Cause",
@@ -57,8 +58,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Signals by which a user or a scheduler stops a job.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 # Seconds that the other ranks get to end by themselves after one rank has ended.
 GRACE_S = 5.0
 # The wording of gloo and nccl for a timeout or a lost connection.
@@ -447,10 +446,9 @@ def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
 def unblock_signals() -> None:
     """Let this process receive the signals that `spawn` blocks in its ranks.
 
-    These are SIGINT, SIGTERM, SIGUSR2 and SIGHUP. Call this function once the handlers of the
-    signals are installed.
+    These are the signals of `stop.ASKING`. Call this function once their handlers are installed.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
 
 def spawn(
@@ -484,7 +482,7 @@ def spawn(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     parent, processes = os.getpid(), []
     # The ranks inherit the blocked signals. Each rank unblocks them once it has signal handlers.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         for rank in range(count):
             rest = (work, arguments, count, store.port, threads, parent)
