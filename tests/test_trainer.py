@@ -142,7 +142,9 @@ def test_students_of_a_group_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raises", ["training", "evaluation"])
-def test_student_that_raises_leaves_alone(tmp_path: Path, undisturbed: Config, raises: str) -> None:
+def test_a_student_that_raises_fails_alone(
+    tmp_path: Path, undisturbed: Config, raises: str
+) -> None:
     bad, good = tiny(tmp_path, model=net(raises=raises)), tiny(tmp_path)
     results = fit([bad, good])
     assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
@@ -150,7 +152,7 @@ def test_student_that_raises_leaves_alone(tmp_path: Path, undisturbed: Config, r
     assert same_outcome(good, undisturbed)
 
 
-def test_student_that_diverges(tmp_path: Path, undisturbed: Config) -> None:
+def test_a_student_that_diverges_fails_alone(tmp_path: Path, undisturbed: Config) -> None:
     bad, good = tiny(tmp_path, DIVERGES), tiny(tmp_path)
     results = fit([bad, good])
     assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
@@ -431,7 +433,7 @@ def test_another_teacher_in_the_middle_is_refused(
         fit([job])
 
 
-def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
+def test_a_run_with_unreadable_checkpoints_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt, new, begun = (
@@ -453,7 +455,7 @@ def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
         fit([spoilt])  # without other jobs, the error is raised
 
 
-def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Path) -> None:
+def test_jobs_frozen_by_a_sweep_become_failed_if_they_cannot_start(tmp_path: Path) -> None:
     job = tiny(tmp_path, "teacher=resnet14", "teacher.train_if_missing=false")
     record.freeze(job)
     with pytest.raises(FileNotFoundError):
