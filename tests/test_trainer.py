@@ -403,6 +403,20 @@ def test_refused_early_leaves_nothing_behind(
     ] == []
 
 
+@pytest.mark.parametrize(
+    ("size", "lacking"),
+    [("2", "RANK, MASTER_PORT, MASTER_ADDR"), ("two", "WORLD_SIZE, RANK, MASTER_PORT, MASTER_ADD")],
+)
+def test_a_number_of_ranks_without_their_addresses_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, lacking: str
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ValueError, match=f"^WORLD_SIZE={size} .* no valid {lacking}.* torchrun"):
+        fit([tiny(tmp_path)])
+
+
 def test_scales_are_checked_before_a_teacher_is_trained(tmp_path: Path) -> None:
     job = tiny(tmp_path, "M=[32]", "teacher.train_if_missing=true", teacher=False)
     with pytest.raises(ValueError, match=r"M=\[32\] is too fine"):
