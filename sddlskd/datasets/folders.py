@@ -68,7 +68,7 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
         )
     with _of_split(top, "train"):
         train_classes, train = _class_folders(top / "train")
-    tested_on = present[0]  # without it, one of the errors above was raised
+    tested_on = present[0]  # if there is none, an error was raised above
     named = f"{test}, which dataset.load.test names," if test else tested_on
     with _of_split(top, named):
         test_classes, tested = _class_folders(top / tested_on)
