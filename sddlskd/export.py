@@ -347,8 +347,7 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
 
     Args:
         onnx_file: ONNX model, as `to_onnx` writes it.
-        folder: folder to write, in a folder that exists; an existing folder is replaced, whatever
-            it holds.
+        folder: folder to write; an existing folder is replaced, whatever it holds.
         image_CHW: shape of one image: channels, height and width in pixels.
         num_classes: number of classes, the length of the logits of an image.
 
@@ -356,6 +355,7 @@ def to_mlflow(onnx_file: Path, folder: Path, image_CHW: Sequence[int], num_class
         ImportError: If MLflow, onnx or onnxruntime is not installed.
         OSError: If the folder cannot be written.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
         tracking.save_model(
             onnx_file, Path(scratch, "model"), image_CHW=image_CHW, num_classes=num_classes

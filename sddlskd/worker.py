@@ -38,11 +38,17 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--device", help="device to use instead of the jobs' trainer.device")
     parser.add_argument("--threads", type=int, help="number of CPU threads")
-    parser.add_argument("--progress", help="used instead of the jobs' trainer.progress")
+    parser.add_argument(
+        "--progress",
+        choices=[mode.value for mode in cfg.Progress],
+        help="used instead of the jobs' trainer.progress",
+    )
     parser.add_argument("--parent", type=int, help="process id; stop when that process ends")
     if wrong := other_form(parser, sys.argv[1:], keys=(), home=RUN_DIR_IN_HOME):
         parser.error(wrong)
     chosen = parser.parse_args()
+    if chosen.threads is not None and chosen.threads < 1:
+        parser.error(f"argument --threads: {chosen.threads} must be at least 1")
     refuse_another_checkout()
     if chosen.parent:
         # An orphaned worker would keep its run directories locked.
@@ -76,8 +82,8 @@ def run(
         threads: number of CPU threads; None for torch's default.
         progress: "auto", "plain" or "off", to use instead of the jobs' trainer.progress; None to
             keep trainer.progress.
-        stop: the `Stop` that handles SIGINT, SIGTERM and SIGUSR2 during this call, and beyond it
-            if the caller listens; None for a new one.
+        stop: the `Stop` that handles signals during this call, and beyond it if the caller listens;
+            None for a new one.
 
     Returns:
         - 75 (ExitCode.TOO_LARGE) if the jobs do not fit into the device's memory together;

@@ -77,6 +77,23 @@ def test_an_argument_in_the_form_of_another_command_is_named_in_the_right_form(
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {said}")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--threads -1", "argument --threads: -1 must be at least 1"),
+        ("--progress loud", "argument --progress: invalid choice: 'loud' (choose from "),
+    ],
+)
+def test_a_wrong_option_of_a_worker_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sddlskd.worker", "run", *words.split()])
+    with pytest.raises(SystemExit) as caught:
+        import_module("sddlskd.worker").main()
+    assert caught.value.code == 2
+    assert f"error: {said}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_values_of_options_and_words_after_two_dashes_have_no_other_form() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set")

@@ -638,6 +638,12 @@ REFUSED = {
     ("student=mobilev2", "M=[1]", "trainer.batch_size=191"): (
         r"mobilev2 cannot train on .* set trainer.batch_size=192"
     ),
+    # The ranks of torchrun count, although trainer.devices is 1.
+    ("features=sp",): (
+        r"trainer.devices=2 cannot train features=\[sp\]: .*; set trainer.devices=1, "
+        r"and start one process \(WORLD_SIZE=2 here\)"
+    ),
+    ("standardize=batch",): r"trainer.devices=2 cannot train standardize=batch: .*WORLD_SIZE=2",
 }
 
 

@@ -66,6 +66,13 @@ def test_what_dot_cannot_serve_is_refused(
         tiny(tmp_path, *words)
 
 
+@pytest.mark.parametrize("name", ["dot", "mine"])
+def test_a_method_with_a_first_stage_is_refused(tmp_path: Path, name: str) -> None:
+    job = tiny(tmp_path, "features=fsp", "optimizer=dot", f"optimizer.name={name}")
+    with pytest.raises(ValueError, match="features=fsp has a first stage without a task loss"):
+        fit([job])
+
+
 def test_runs_with_dot_and_with_a_learnt_temperature_finish(tmp_path: Path) -> None:
     jobs = [
         tiny(tmp_path, "recipe=dot", "M=[1]"),

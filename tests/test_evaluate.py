@@ -423,3 +423,24 @@ def test_another_size_than_that_of_the_training_is_a_warning(
         assert not caplog.records
         build._warn_of_size(job, path)
         assert "trained with dataset.size=32, and sees images of 48 pixels now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["- a list", "model: [", "x: !!python/name:os.system", "dataset: {load: '${gone}'}", "\x00"],
+)
+def test_a_config_of_another_program_beside_a_teacher_tells_no_size(
+    tmp_path: Path, of_files: Config, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    checkpoint = shutil.copy(Path(of_files.run_dir, "best.ckpt"), tmp_path)
+    build._warn_of_size(of_files, Path(checkpoint))
+    assert not caplog.records
+
+
+def test_a_gpu_of_apple_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    for kind in ("cpu", "mps"):
+        measure._wait_for(torch.device(kind))
+    assert waited == [1]

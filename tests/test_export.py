@@ -161,6 +161,15 @@ def test_a_model_for_mlflow_has_a_signature_and_stands_beside_its_run(
     assert answer(capsys, trained.run_dir, "--to", "mlflow") == said
 
 
+def test_the_folder_of_a_model_for_mlflow_is_made(
+    tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "model"
+    answer(capsys, trained.run_dir, "--to", "mlflow", "--out", str(out))
+    assert (out / "MLmodel").is_file()
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("where", ["thesis", "run", "file"])
 def test_a_model_for_mlflow_replaces_nothing_else(
     tmp_path: Path, trained: Config, capsys: pytest.CaptureFixture[str], where: str

@@ -17,7 +17,7 @@ from sddlskd.sweeps import precheck, run_sweep
 from sddlskd.sweeps.plan import check_halving
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.status import status_of
-from sddlskd.training.fit import fit
+from sddlskd.training.fit import _pruned, fit
 from sddlskd.training.halving import Halving
 from sddlskd.training.ranks import Ranks
 from sddlskd.training.run import Run
@@ -182,6 +182,22 @@ def test_a_killed_group_drops_the_same_runs(
     fit(left)  # as a sweep does, without the runs that have ended
     assert statuses(jobs) == statuses(halved)
     assert all(same_outcome(a, b) for a, b in zip(jobs, halved, strict=True))
+
+
+def test_ranks_that_do_not_see_the_run_directories_learn_the_reasons(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other(Ranks):
+        """A rank that rank 0 has told which runs were dropped."""
+
+        def broadcast(self, value: Any = None) -> Any:
+            assert value == {}
+            return {job.run_dir: "rank 2 of 2"}
+
+    job, _ = group(tmp_path, [1], (0.1, 0.01))
+    caplog.set_level("INFO")
+    assert _pruned([job], Other(rank=1, world_size=2)) == [job]
+    assert "was dropped by sweep.halving: rank 2 of 2" in caplog.text
 
 
 def sweep(jobs: list[Config]) -> None:

@@ -282,6 +282,17 @@ def test_a_folder_with_lists_of_labels(tmp_path: Path) -> None:
     assert fingerprint(Splits(train, test))["class_names"] is None
 
 
+def test_a_list_that_a_spreadsheet_program_saved_is_read(tmp_path: Path) -> None:
+    """Such a file begins with a byte order mark."""
+    root = folder_of_sets(tmp_path)
+    expected = label_sets(str(root))
+    listing = root / "train" / "labels.csv"
+    listing.write_text(listing.read_text(), encoding="utf-8-sig", newline="\r\n")
+    train, _ = label_sets(str(root))
+    assert train.paths == expected.train.paths
+    assert torch.equal(train.labels_N, expected.train.labels_N)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

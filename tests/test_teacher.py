@@ -156,9 +156,10 @@ def test_top1_is_measured_once_a_file(tmp_path: Path) -> None:
     write(path, {"model": {"w": torch.ones(1)}})
     assert measured_top1(path, "digits", measure) == 73.0
     assert [measured_top1(path, name, measure) for name in ("fake", "digits")] == [74.0, 73.0]
-    (tmp_path / "x.pt.top1.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"x\.pt\.top1\.json is damaged; delete it"):
-        measured_top1(path, "digits", measure)
+    for damaged in ("[]", '{"digits:', ""):
+        (tmp_path / "x.pt.top1.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"x\.pt\.top1\.json is damaged; delete it"):
+            measured_top1(path, "digits", measure)
 
 
 def test_top1_without_a_place_for_the_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

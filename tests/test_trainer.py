@@ -142,7 +142,9 @@ def test_students_of_a_group_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raises", ["training", "evaluation"])
-def test_student_that_raises_leaves_alone(tmp_path: Path, undisturbed: Config, raises: str) -> None:
+def test_a_student_that_raises_fails_alone(
+    tmp_path: Path, undisturbed: Config, raises: str
+) -> None:
     bad, good = tiny(tmp_path, model=net(raises=raises)), tiny(tmp_path)
     results = fit([bad, good])
     assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
@@ -150,7 +152,7 @@ def test_student_that_raises_leaves_alone(tmp_path: Path, undisturbed: Config, r
     assert same_outcome(good, undisturbed)
 
 
-def test_student_that_diverges(tmp_path: Path, undisturbed: Config) -> None:
+def test_a_student_that_diverges_fails_alone(tmp_path: Path, undisturbed: Config) -> None:
     bad, good = tiny(tmp_path, DIVERGES), tiny(tmp_path)
     results = fit([bad, good])
     assert [r["status"] for r in results] == ["FAILED", "FINISHED"]
@@ -401,6 +403,20 @@ def test_refused_early_leaves_nothing_behind(
     ] == []
 
 
+@pytest.mark.parametrize(
+    ("size", "lacking"),
+    [("2", "RANK, MASTER_PORT, MASTER_ADDR"), ("two", "WORLD_SIZE, RANK, MASTER_PORT, MASTER_ADD")],
+)
+def test_a_number_of_ranks_without_their_addresses_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, lacking: str
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ValueError, match=f"^WORLD_SIZE={size} .* no valid {lacking}.* torchrun"):
+        fit([tiny(tmp_path)])
+
+
 def test_scales_are_checked_before_a_teacher_is_trained(tmp_path: Path) -> None:
     job = tiny(tmp_path, "M=[32]", "teacher.train_if_missing=true", teacher=False)
     with pytest.raises(ValueError, match=r"M=\[32\] is too fine"):
@@ -431,7 +447,7 @@ def test_another_teacher_in_the_middle_is_refused(
         fit([job])
 
 
-def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
+def test_a_run_with_unreadable_checkpoints_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt, new, begun = (
@@ -453,7 +469,7 @@ def test_a_run_that_cannot_go_on_stops_nobody_beside_it(
         fit([spoilt])  # without other jobs, the error is raised
 
 
-def test_jobs_frozen_by_a_sweep_are_failed_where_they_cannot_start(tmp_path: Path) -> None:
+def test_jobs_frozen_by_a_sweep_become_failed_if_they_cannot_start(tmp_path: Path) -> None:
     job = tiny(tmp_path, "teacher=resnet14", "teacher.train_if_missing=false")
     record.freeze(job)
     with pytest.raises(FileNotFoundError):

@@ -206,21 +206,34 @@ def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, li
     if view.upright and image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if job.draw is not None and not view.squeezed:
-        left, top, width, height = random_crop(
-            random.Random(job.draw), image.width, image.height, view.area
-        )
-        full = image.width
-        # Keep twice as many pixels per side as needed, for a good resize.
-        shrink = max(1, min(width, height) // (2 * view.size))
-        # Only JPEG files shrink here, to 1/2, 1/4 or 1/8.
-        image.draft(None, (image.width // shrink, image.height // shrink))
-        # Pillow's resize accepts a box with fractional borders; torch's does not.
-        if (scale := round(full / image.width)) > 1:
-            box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
-            return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box)), odd
-        return _resized(
-            _rgb(image.crop((left, top, left + width, top + height))), view.size, view.size
-        ), odd
+        return _random_square(image, job.draw, view), odd
+    return _square_of_whole(image, job.draw, view), odd
+
+
+def _random_square(image: Image.Image, draw: str, view: ImageTransform) -> Tensor:
+    """Return a `random_crop` of an image, resized to (size, size, 3); `draw` is its seed."""
+    left, top, width, height = random_crop(
+        random.Random(draw), image.width, image.height, view.area
+    )
+    full_width = image.width
+    # Keep twice as many pixels per side as needed, for a good resize.
+    shrink = max(1, min(width, height) // (2 * view.size))
+    # Only JPEG files shrink here, to 1/2, 1/4 or 1/8.
+    image.draft(None, (image.width // shrink, image.height // shrink))
+    # Pillow's resize accepts a box with fractional borders; torch's does not.
+    if (scale := round(full_width / image.width)) > 1:
+        box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+        return _rgb(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box))
+    cut_HWC = _rgb(image.crop((left, top, left + width, top + height)))
+    return _resized(cut_HWC, view.size, view.size)
+
+
+def _square_of_whole(image: Image.Image, draw: str | None, view: ImageTransform) -> Tensor:
+    """Return a square (size, size, 3) of the whole image after resizing.
+
+    `draw` is the seed of the square's place; None for the centre. Raise Unreadable if the resized
+    image has too many pixels.
+    """
     short = view.side
     width = height = short
     if not view.squeezed:
@@ -233,10 +246,10 @@ def _decode(file: IO[bytes], job: Job, view: ImageTransform) -> tuple[Tensor, li
         )
     whole_HWC = _resized(_rgb(image), width, height)
     top, left = round((height - view.size) / 2), round((width - view.size) / 2)
-    if job.draw is not None:
-        draw = random.Random(job.draw)
-        top, left = draw.randint(0, height - view.size), draw.randint(0, width - view.size)
-    return whole_HWC[top : top + view.size, left : left + view.size], odd
+    if draw is not None:
+        numbers = random.Random(draw)
+        top, left = numbers.randint(0, height - view.size), numbers.randint(0, width - view.size)
+    return whole_HWC[top : top + view.size, left : left + view.size]
 
 
 def random_crop(

@@ -47,8 +47,9 @@ class Batch(NamedTuple):
         labels: class of each image, int64 (B,), on the device; -1 for an image without label. For
             images with several labels, int64 (B, K): 1 for the classes of an image, and 0 for the
             others.
-        index: index of each image among the images that are trained on, int64 (B,), on the CPU.
-            Images of the training split that are not trained on have no index.
+        index: index of each image among the images that are trained on, int64 (B,). Images of the
+            training split that are not trained on have no index. On the CPU as the data set makes
+            the batch; on the device in a captured step (recorded as a CUDA graph).
         views: number that identifies the image, its crop and its flip, int64 (B,), on the CPU. The
             number is index * `DeviceData.views` + number of the crop and flip. None for streamed
             images, whose crops never repeat.
@@ -277,10 +278,8 @@ class DeviceData:
         padded_NHWC = F.pad(
             train.images_NHWC.to(self._device), (0, 0, padding, padding, padding, padding)
         ).contiguous()
-        self._windows_PHX, self._padded_width = (
-            _windows(padded_NHWC, height, width),
-            width + 2 * padding,
-        )
+        self._windows_PHX = _windows(padded_NHWC, height, width)
+        self._padded_width = width + 2 * padding
         self._padded_pixels = (height + 2 * padding) * self._padded_width
         self._test = Images(*(tensor.contiguous().to(self._device) for tensor in test))
         val = Images(*(tensor.to(self._device) for tensor in val)) if val_fraction else self._test
@@ -322,9 +321,7 @@ class DeviceData:
             view_N = 2 * view_N + flip_N
         views_N = index_N * self.views + view_N[index_N]
         if self._device.type == "cuda":
-            index_N = (
-                index_N.pin_memory()
-            )  # so that a batch's part is copied to the GPU without waiting
+            index_N = index_N.pin_memory()  # a batch's part is then copied without waiting
         # Copy all indices of the epoch to the device at once, so that no batch waits for the host.
         batches = self._chunks(
             corner_N[index_N].to(self._device),
@@ -562,10 +559,8 @@ class Normalise:
             )
         # Compute pixel * scale - offset with both repeated along a pixel row, because operations
         # on three channels at a time are far slower.
-        mean_C, std_C = (
-            torch.tensor(mean, dtype=torch.float64),
-            torch.tensor(std, dtype=torch.float64),
-        )
+        mean_C = torch.tensor(mean, dtype=torch.float64)
+        std_C = torch.tensor(std, dtype=torch.float64)
         self._scale_X = (1 / (255 * std_C)).float().repeat(width).to(device)
         self._offset_X = (mean_C / std_C).float().repeat(width).to(device)
 

@@ -295,11 +295,8 @@ class StreamedData:
                 train.labels_N, val_fraction, train_fraction, num_classes, unlabelled
             )
             train = _chosen(train._replace(labels_N=labels_N), mask_N)
-        self.train_size, self.val_size, self.test_size = (
-            len(train.paths),
-            len(val.paths),
-            len(test.paths),
-        )
+        self.train_size, self.val_size = len(train.paths), len(val.paths)
+        self.test_size = len(test.paths)
         if not 1 <= batch_size <= self.train_size:
             raise ValueError(
                 f"batch_size is {batch_size}; "

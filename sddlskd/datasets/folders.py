@@ -46,32 +46,30 @@ def image_folder(root: str, test: str | None = None, num_classes: int | None = N
             below `root` has the right layout instead, the message names that folder.
     """
     top = Path(root).expanduser().absolute()
-    tests = [test] if test else ["val", "test"]
+    names = [test] if test else ["val", "test"]
     check_root(
         top,
         lambda folder: (
-            os.path.isdir(folder / "train") and any(os.path.isdir(folder / name) for name in tests)
+            os.path.isdir(folder / "train") and any(os.path.isdir(folder / name) for name in names)
         ),
-        f"the folders train and {' or '.join(tests)}",
+        f"the folders train and {' or '.join(names)}",
     )
-    held_out = [test] if test else [name for name in tests if (top / name).is_dir()]
-    if (top / "train").is_dir() and not any((top / name).is_dir() for name in tests):
+    present = [name for name in names if (top / name).is_dir()]
+    if (top / "train").is_dir() and not present:
         raise ValueError(
-            f"dataset.root={top} has no folder {' or '.join(tests)}; images to test on are always "
+            f"dataset.root={top} has no folder {' or '.join(names)}; images to test on are always "
             "needed, also with dataset.val_fraction: move some of each class from train/<class> "
-            f"to {tests[0]}/<class> (docs/data.md has a few lines that do so)"
+            f"to {names[0]}/<class> (docs/data.md has a few lines that do so)"
         )
-    if len(held_out) > 1:
+    if len(present) > 1:
         raise ValueError(
             f"dataset.root={top} has both val and test; say which one to test on: "
             "+dataset.load.test=val"
         )
     with _of_split(top, "train"):
         train_classes, train = _class_folders(top / "train")
-    tested_on = (held_out or ["val"])[0]
-    named = tested_on if held_out else "val or test"
-    if test:
-        named = f"{test}, which dataset.load.test names,"
+    tested_on = present[0]  # if there is none, an error was raised above
+    named = f"{test}, which dataset.load.test names," if test else tested_on
     with _of_split(top, named):
         test_classes, tested = _class_folders(top / tested_on)
     lacking = [
@@ -167,7 +165,9 @@ def _listed_images(folder: Path) -> dict[str, list[str]]:
             f"there is no file {listing}; it should list the images as a.jpg,class1;class2"
         )
     images: dict[str, list[str]] = {}
-    for line, text in enumerate(listing.read_text(errors="replace").splitlines(), 1):
+    # Spreadsheet programs begin a file in UTF-8 with a byte order mark, which -sig skips.
+    content = listing.read_text(encoding="utf-8-sig", errors="replace")
+    for line, text in enumerate(content.splitlines(), 1):
         if not text.strip() or (line == 1 and text.strip() == "file,labels"):
             continue
         name, comma, labels = text.rpartition(",")

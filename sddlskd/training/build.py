@@ -370,19 +370,30 @@ def _warn_of_size(job: Config, path: Path) -> None:
 
     The teacher's file `path` tells the size, or the configuration of the run that has the file.
     """
-    learnt = teacher_files.size_of(path)
+    learnt = teacher_files.size_of(path) or _size_in(path.parent / "config.yaml", job)
     seen = job.teacher.image_size or job.dataset.size
-    if learnt is None and (path.parent / "config.yaml").is_file():
-        run = OmegaConf.load(path.parent / "config.yaml")
-        # The same loader reads files here and there; other data sets ignore dataset.size.
-        if OmegaConf.select(run, "dataset.load._target_") == job.dataset.load["_target_"]:
-            learnt = OmegaConf.select(run, "dataset.size")
     if learnt not in (None, seen):
         log.warning(
             "teacher=%s was trained with dataset.size=%d, and sees images of %d pixels now (file "
             "%s); set dataset.size=%d, or teacher.image_size=%d",
             job.teacher.name, learnt, seen, path, learnt, learnt,
         )  # fmt: skip
+
+
+def _size_in(path: Path, job: Config) -> int | None:
+    """Return `dataset.size` of a run's config.yaml; None if its data set has another loader.
+
+    Return None also if the file is missing or is no configuration of this package.
+    """
+    try:
+        run = OmegaConf.load(path)
+        # The same loader reads files here and there; other data sets ignore dataset.size.
+        if OmegaConf.select(run, "dataset.load._target_") != job.dataset.load["_target_"]:
+            return None
+        size = OmegaConf.select(run, "dataset.size")
+    except Exception:  # another program may have written the file, in any form
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _warn_at_chance(job: Config, top1: float) -> None:

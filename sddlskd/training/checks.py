@@ -7,6 +7,7 @@ checks before its first step, and a sweep makes them before it starts any job.
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sddlskd import config as cfg
 from sddlskd.config import Config, TeacherView
-from sddlskd.config.checks import TARGETS
+from sddlskd.config.checks import TARGETS, check
 from sddlskd.config.targets import check_code, instantiate
 from sddlskd.data.device import share_of, steps_per_epoch
 from sddlskd.data.streaming import Data
@@ -45,6 +46,7 @@ __all__ = [
     "check_one_image",
     "check_one_process",
     "check_pins",
+    "check_ranks",
     "check_scales",
     "check_targets",
     "check_teacher",
@@ -279,6 +281,23 @@ def check_one_process(job: Config) -> None:
             f"trainer.devices={job.trainer.devices} cannot train {whole} all images of a batch; "
             "set trainer.devices=1"
         )
+
+
+def check_ranks(job: Config, ranks: int) -> None:
+    """Raise ValueError if several ranks are to train a job that needs a single process.
+
+    The ranks are the processes that share each batch. Their number is the variable WORLD_SIZE of
+    the environment if torchrun or a scheduler has started them, whatever `trainer.devices` says.
+    The checks are those of a job whose `trainer.devices` is this number.
+    """
+    if ranks == 1:
+        return
+    shared = replace(job, trainer=replace(job.trainer, devices=ranks))
+    try:
+        check(shared, frozen=True)
+        check_one_process(shared)
+    except ValueError as error:
+        raise ValueError(f"{error}, and start one process (WORLD_SIZE={ranks} here)") from None
 
 
 def check_workers(job: Config) -> None:

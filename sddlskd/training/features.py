@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sddlskd.config import Config, Views
+from sddlskd.config.checks import DOT_TARGET
 from sddlskd.config.sources import source_of
 from sddlskd.config.targets import foreign_targets, instantiate
 from sddlskd.data.device import Batch, seed_of
@@ -167,7 +168,7 @@ def build_features(
         with seeded(seed_of("seed", job.seed, "method", name), device), _refused_as(job, name):
             method = _build(feature.method, taps, facts)
             _try(method.to(device), taps, images_CHW=image_CHW)
-        if method.first_stage_epochs and job.optimizer.name == "dot":
+        if method.first_stage_epochs and job.optimizer.algorithm.get("_target_") == DOT_TARGET:
             raise ValueError(
                 f"features={name} has a first stage without a task loss, which DOT needs; "
                 "set optimizer=sgd"

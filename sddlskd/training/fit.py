@@ -164,11 +164,17 @@ def _finished(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
 def _pruned(jobs: Sequence[Config], ranks: Ranks) -> list[Config]:
     """Return the jobs with the setting `sweep.halving` that halving has dropped, and log them."""
     results = {job.run_dir: _result(job) for job in jobs if job.sweep.halving}
-    found = [run_dir for run_dir, result in results.items() if result.get("status") == PRUNED]
-    run_dirs = ranks.broadcast(found)
-    pruned = [job for job in jobs if job.run_dir in run_dirs]
+    # The other ranks may not see the run directories, so rank 0 tells them the reasons, too.
+    reasons = ranks.broadcast(
+        {
+            run_dir: result["reason"]
+            for run_dir, result in results.items()
+            if result.get("status") == PRUNED
+        }
+    )
+    pruned = [job for job in jobs if job.run_dir in reasons]
     for job in pruned:
-        log.info("%s was dropped by sweep.halving: %s", job.run_dir, _result(job)["reason"])
+        log.info("%s was dropped by sweep.halving: %s", job.run_dir, reasons[job.run_dir])
     return pruned
 
 

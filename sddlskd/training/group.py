@@ -37,6 +37,7 @@ from sddlskd.training.checks import (
     check_batches,
     check_maps,
     check_objective,
+    check_ranks,
     check_targets,
     check_teacher,
     trained_first,
@@ -190,16 +191,7 @@ def _prepare(
     first = jobs[0]
     classes = first.dataset.num_classes
     device = ranks.device or pick_device(first.trainer.device)
-    for job in jobs:
-        check_targets(job)
-        check_objective(job, device)
-    if ranks.is_rank_zero:
-        tracking.check_packages(jobs)
-        tracking.check_reachable(jobs)
-    # Check a given path early, so that a mistyped path fails before any data is downloaded.
-    for one in cfg.each_teacher(first):
-        if one.teacher.checkpoint:
-            check_teacher(one)
+    _check_without_data(jobs, device, ranks)
     # Rank 0 goes first, so that files that are downloaded on first use are downloaded once.
     with ranks.rank_zero_first():
         data, noted = _load_data(jobs, device, ranks)
@@ -216,17 +208,12 @@ def _prepare(
     ]
     teacher_network = networks[0] if len(networks) == 1 else None
     students = _student_networks(jobs, plain_students, teacher_network, data, device)
+    # Before a missing teacher is trained, which may take long.
     for job, student in zip(jobs, students, strict=True):
         _check_maps(job, student, networks, data, device)
         check_batches(job, student, data, ranks)
-        # Refuse a method before a missing teacher is trained.
         _build_features(job, student, teacher_network, data, device)
-    for one, network in zip(cfg.each_teacher(first), networks, strict=True):
-        for teacher_job in trained_first(one):
-            # A teacher that learns from other images is checked by its own training.
-            if teacher_job.dataset.train_fraction == first.dataset.train_fraction:
-                check_batches(teacher_job, network, data, ranks)
-            network.eval()
+    _check_batches_of_teachers(first, networks, data, ranks)
     teacher: Teacher | TeacherCache | Teachers | None = None
     facts: list[dict[str, Any]] = [{"data": noted} for _ in jobs]
     if networks:
@@ -247,18 +234,50 @@ def _prepare(
         teacher_network = Resized(teacher_network, first.teacher.image_size)
     steps = min(data.steps_per_epoch, first.trainer.max_steps or data.steps_per_epoch)
     return _Group(
-        jobs,
-        students,
-        features,
-        data,
-        teacher,
-        teacher_network,
-        facts,
-        device,
-        ranks,
-        steps,
-        launched,
+        jobs=jobs,
+        students=students,
+        features=features,
+        data=data,
+        teacher=teacher,
+        teacher_network=teacher_network,
+        facts=facts,
+        device=device,
+        ranks=ranks,
+        steps=steps,
+        launched=launched,
     )
+
+
+def _check_without_data(jobs: Sequence[Config], device: torch.device, ranks: Ranks) -> None:
+    """Make the checks of a group's jobs that need neither data nor networks.
+
+    They come first, so that a mistyped word fails before any data is downloaded.
+    """
+    for job in jobs:
+        check_targets(job)
+        check_objective(job, device)
+        check_ranks(job, ranks.world_size)
+    if ranks.is_rank_zero:
+        tracking.check_packages(jobs)
+        tracking.check_reachable(jobs)
+    for one in cfg.each_teacher(jobs[0]):
+        if one.teacher.checkpoint:
+            check_teacher(one)
+
+
+def _check_batches_of_teachers(
+    job: Config, networks: Sequence[nn.Module], data: Data, ranks: Ranks
+) -> None:
+    """Check that the teachers that are trained first can take their batches; see `check_batches`.
+
+    `networks` are those of all teachers of the job. They are left in eval mode.
+    """
+    for one, network in zip(cfg.each_teacher(job), networks, strict=True):
+        for teacher_job in trained_first(one):
+            # A teacher that learns from other images is checked by its own training.
+            if teacher_job.dataset.train_fraction == job.dataset.train_fraction:
+                check_batches(teacher_job, network, data, ranks)
+                network.eval()
 
 
 def _check_maps(
@@ -372,7 +391,8 @@ def _open_runs(group: _Group) -> Iterator[_OpenRuns]:
     opened = _OpenRuns([], [], None)
     refused: list[tuple[Path, Exception]] = []
     with ExitStack() as stack:
-        # The lines of several workers mix, and their jobs may have different teachers.
+        # With plain progress, the lines of several workers mix. Their jobs may have different
+        # teachers, so the labels name the teacher.
         plain = group.jobs[0].trainer.progress == cfg.Progress.plain
         labels = cfg.titles(group.jobs, teacher=plain)
         parts = zip(group.jobs, labels, group.students, group.features, strict=True)

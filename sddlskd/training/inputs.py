@@ -86,7 +86,7 @@ class Inputs:
         self._runs, self._teacher = runs, teacher
         self._device = runs[0].device
         self._is_captured = any(run.captured is not None for run in runs)
-        # Only methods read which images these are, and only a cache which views.
+        # Fields that no captured step reads: a cache alone reads `views`, and methods read `index`.
         self._unread = {"views", "index"}
         if any(run.objective.features for run in runs):
             self._unread = {"views"}

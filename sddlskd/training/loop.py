@@ -84,7 +84,8 @@ def train(
         return [stop.signal or 0, save]
 
     for epoch in range(min(run.epoch for run in runs), epochs + 1):
-        # Not at the end of the epoch before: a process may have died before it had dropped all.
+        # Runs are dropped here, not at the end of the epoch before. A resumed group thus also drops
+        # the runs that an earlier process had no time to drop.
         for run, reason in halving.to_prune(epoch, runs, ranks).items():
             with failures_of(run, on_change):
                 run.report(PRUNED, reason)

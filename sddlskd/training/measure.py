@@ -176,7 +176,8 @@ def probe(job: Config, weights: Path, trained: Config, side: int | None = None) 
     job = replace(job, trainer=replace(job.trainer, batch_size=LEAST_BATCH))
     splits = load_splits(job)
     arrays: list[Tensor] = []
-    # A test split is not augmented, so the training images take its place for their features.
+    # Test images are not augmented. To read the training images like that, too, they take the
+    # place of the test split.
     for name, test in (("training", splits.train), ("test", splits.test)):
         data = build_data(job, device, splits=splits._replace(test=test))
         batches = metered_test_batches(data, f"{name} images of {job.dataset.name}")
@@ -249,6 +250,8 @@ def throughput(
 
 
 def _wait_for(device: torch.device) -> None:
-    """Wait until a CUDA device has computed everything; return at once for any other device."""
+    """Wait until a GPU has computed everything; return at once for the CPU, which never lags."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -37,8 +37,8 @@ def mark_failed(jobs: Sequence[Config], cause: Cause, begun: float, since: float
     Args:
         jobs: the jobs of the group that failed.
         cause: why the group failed.
-        begun: Unix time in seconds at which the call of `fit` began. A job that was
-            KILLED before has no outcome of this call.
+        begun: Unix time in seconds at which the call of `fit` began. A job that was KILLED before
+            has no outcome of this call.
         since: Unix time in seconds; a job whose record says RUNNING since then or later has no
             outcome. Infinity to leave RUNNING jobs alone.
     """

@@ -44,6 +44,7 @@ from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.parent import run_pickled, save_and_end_with_parent
 from sddlskd.training.batch_norm import Sharing, share_norm
 from sddlskd.training.devices import device_failure, pick_device
+from sddlskd.training.stop import ASKING
 
 __all__ = [
     "Cause",
@@ -57,8 +58,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Signals by which a user or a scheduler stops a job.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 # Seconds that the other ranks get to end by themselves after one rank has ended.
 GRACE_S = 5.0
 # The wording of gloo and nccl for a timeout or a lost connection.
@@ -366,6 +365,26 @@ def has_launcher() -> bool:
     return "SDDLSKD_STARTED_BY" in os.environ
 
 
+def _told_by_environment() -> tuple[int, int]:
+    """Return (number of this rank, number of ranks); (0, 1) if WORLD_SIZE is missing or 1.
+
+    Raise ValueError if WORLD_SIZE is another text, and a variable that ranks need is not valid.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 1
+    numbers = ("WORLD_SIZE", "RANK", "MASTER_PORT")
+    wrong = [name for name in numbers if not os.environ.get(name, "").isdecimal()]
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR")
+    if wrong:
+        raise ValueError(
+            f"WORLD_SIZE={size} stands for processes that share each batch, but the environment "
+            f"has no valid {', '.join(wrong)}; start them with torchrun, or unset WORLD_SIZE"
+        )
+    return int(os.environ["RANK"]), int(size)
+
+
 def _local_place() -> tuple[int, int]:
     """Return (index of this process on its machine, number of ranks on this machine).
 
@@ -398,18 +417,17 @@ def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
         The position of this process among the ranks.
 
     Raises:
-        ValueError: If the device is not available, or if WORLD_SIZE, RANK or MASTER_PORT is not an
-            integer.
-        KeyError: If a variable of the environment is missing.
+        ValueError: If the device is not available, or if WORLD_SIZE, RANK or MASTER_PORT is not a
+            number, or if RANK, MASTER_ADDR or MASTER_PORT is missing.
         RuntimeError: If another rank does not join in time.
         KeyboardInterrupt: If the ranks end because one of them was asked to stop.
     """
     global joins
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    rank, count = _told_by_environment()
     if count == 1:
         yield Ranks()
         return
-    ranks = Ranks(int(os.environ["RANK"]), count)
+    ranks = Ranks(rank, count)
     if ranks.rank:
         logging.getLogger("sddlskd").setLevel(logging.ERROR)  # rank 0 logs everything else
     joins += 1
@@ -447,10 +465,9 @@ def process_group(device_name: str, timeout_s: float) -> Iterator[Ranks]:
 def unblock_signals() -> None:
     """Let this process receive the signals that `spawn` blocks in its ranks.
 
-    These are SIGINT, SIGTERM, SIGUSR2 and SIGHUP. Call this function once the handlers of the
-    signals are installed.
+    These are the signals of `stop.ASKING`. Call this function once their handlers are installed.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
 
 def spawn(
@@ -484,7 +501,7 @@ def spawn(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     parent, processes = os.getpid(), []
     # The ranks inherit the blocked signals. Each rank unblocks them once it has signal handlers.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         for rank in range(count):
             rest = (work, arguments, count, store.port, threads, parent)

@@ -10,11 +10,12 @@ from typing import Any
 
 from sddlskd.processes.interrupts import hung_up_counts
 
-__all__ = ["Stop"]
+__all__ = ["ASKING", "Stop"]
 
 log = logging.getLogger(__name__)
 
-# SLURM sends SIGUSR2 as its warning before a time limit. A closed terminal sends SIGHUP.
+# Signals by which a user or a scheduler asks a job to stop. SLURM sends SIGUSR2 as its warning
+# before a time limit. A closed terminal sends SIGHUP.
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 

@@ -328,9 +328,12 @@ def measured_top1(path: Path, dataset: str, measure: Callable[[], float]) -> flo
         ValueError: If <path>.top1.json is damaged.
     """
     note, key = path.with_name(path.name + ".top1.json"), f"{dataset}:{file_hash(path)}"
-    known: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
-    if not isinstance(known, dict):
-        raise ValueError(f"{note} is damaged; delete it")
+    try:
+        known: dict[str, float] = json.loads(note.read_bytes()) if note.exists() else {}
+        if not isinstance(known, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{note} is damaged; delete it") from error
     if key not in known:
         known[key] = measure()
         try:
