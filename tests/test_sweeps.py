@@ -1023,6 +1023,16 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(
     pool(devices=["cpu"] * 1000).validate(jobs[:2], ["cpu"])
 
 
+def test_workers_share_the_cores_of_a_machine_that_does_not_tell_which_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    two = pool(["cpu", "cpu"])
+    assert two.run([], tmp_path, ["cpu"]) == "FINISHED"
+    assert two.threads == 4
+
+
 def finding(*devices: str) -> Any:
     """Return a check of jobs that finds these devices on this machine."""
     return lambda *arguments: precheck.report(*arguments) | {"devices": list(devices)}

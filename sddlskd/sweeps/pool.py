@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from sddlskd.config import Config
-from sddlskd.processes.cores import check_processes
+from sddlskd.processes.cores import check_processes, usable_cores
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.interrupts import held_back, hung_up_counts
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
@@ -191,7 +191,7 @@ class Pool(GroupRunner):
         self.devices = self.places([task.jobs[0] for task in self.queue], visible)
         cpu_workers = self.devices.count("cpu")
         if cpu_workers > 1:
-            self.threads = max(len(os.sched_getaffinity(0)) // cpu_workers, 1)
+            self.threads = max(usable_cores() // cpu_workers, 1)
         asking = [signal.SIGINT, signal.SIGTERM]
         if hung_up_counts():
             asking.append(signal.SIGHUP)
