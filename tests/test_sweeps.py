@@ -1033,6 +1033,17 @@ def test_workers_share_the_cores_of_a_machine_that_does_not_tell_which_are_its_o
     assert two.threads == 4
 
 
+def test_a_sweep_trains_on_the_device_that_a_single_run_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for is_there, device in ((False, "cpu"), (True, "mps")):
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda answer=is_there: answer)
+        visible = precheck.report([], [])["devices"]
+        assert visible == [device]
+        assert pool().places([Config()], visible) == [device]
+
+
 def finding(*devices: str) -> Any:
     """Return a check of jobs that finds these devices on this machine."""
     return lambda *arguments: precheck.report(*arguments) | {"devices": list(devices)}

@@ -80,8 +80,8 @@ class Pool(GroupRunner):
     Args:
         devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker
             that runs at a time; a text such as "cuda:0" stands for a list of one. "auto" takes the
-            jobs' trainer.device; if that is auto as well, the devices are all visible GPUs, or the
-            CPU if there is no GPU. Several CPU workers share the cores.
+            jobs' trainer.device; if that is auto as well, the devices are all visible GPUs, else
+            MPS, else the CPU. Several CPU workers share the cores.
         fail_fast: whether to stop the sweep at the first job that fails.
         start: function that starts a worker process; called like subprocess.Popen.
 

@@ -470,9 +470,6 @@ def report(
     """
     checker = Checker()
     index_of = {id(job): index for index, job in enumerate(todo)}
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     downloads: list[str] = []
     run_MB: list[float | None] = []
     if todo and todo[0].sweep.plan:
@@ -493,12 +490,19 @@ def report(
             for index, job in enumerate(finished)
             if (change := checker.data_change(job))
         ],
-        "devices": devices,
+        "devices": _devices(),
         "teachers": list(
             dict.fromkeys(_teacher_line(one) for job in todo for one in trained_first(job))
         ),
         "run_MB": run_MB,
     }
+
+
+def _devices() -> list[str]:
+    """Return the GPUs of this machine, or without one, what trainer.device=auto stands for."""
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [str(pick_device("auto"))]
 
 
 def _teacher_line(job: Config) -> str:
