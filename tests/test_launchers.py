@@ -19,13 +19,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.plan import no_findings
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.search import Start
 from sddlskd.sweeps.slurm import Slurm
-from sddlskd.sweeps.slurm_queue import submissions
+from sddlskd.sweeps.slurm_queue import Submission, add_submissions, submissions
 from tests.tiny import tiny
 
 
@@ -395,6 +396,26 @@ def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
     pool.run([jobs[:1], jobs[2:3]], tmp_path, [])
     assert submitted == []
     assert "submitted to SLURM: nothing new" in capsys.readouterr().out
+
+
+def test_a_deleted_run_of_an_earlier_launch_does_not_end_the_wait_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny(tmp_path, teacher=False)
+    record.freeze(job)
+    tasks = {"17_0": str(tmp_path / "runs/deleted"), "17_1": job.run_dir}
+    add_submissions(
+        tmp_path, [Submission(task, [run_dir], "log") for task, run_dir in tasks.items()]
+    )
+    monkeypatch.setattr(
+        "sddlskd.sweeps.slurm.causes_of_death", lambda ended: dict.fromkeys(ended, "TIMEOUT")
+    )
+    monkeypatch.setattr("sddlskd.sweeps.slurm.states", lambda sweep: {})
+    pool = chosen(tmp_path, "hydra/launcher=slurm")._runner()
+    monkeypatch.setattr(pool, "_wait", lambda sweep: None)
+    assert pool.run([], tmp_path, []) == "FINISHED"
+    result = record.read_result(Path(job.run_dir))
+    assert (result["status"], result["reason"]) == ("KILLED", "SLURM job 17_1 is over: TIMEOUT")
 
 
 @pytest.mark.parametrize("fails", [False, True])
