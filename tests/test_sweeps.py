@@ -817,7 +817,7 @@ def test_a_worker_that_is_stopped_twice_leaves_its_jobs_interrupted(home: Path) 
     job = jobs_of(home, "seed=0")[0]
     own = pool(["cpu"])
     own._ended(ExitCode.STOPPED, Task([job]))
-    assert [task.deaths for task in own.queue] == [1]
+    assert [task.is_retry for task in own.queue] == [True]
     own._ended(ExitCode.STOPPED, own.queue.pop())
     assert not own.queue
     assert not record.read_result(Path(job.run_dir))  # a worker that died twice would be FAILED
