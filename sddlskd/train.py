@@ -71,26 +71,7 @@ def _run_job(composed: DictConfig) -> float | None:
     try:
         cfg.check_choices(hydra_config.overrides.task)
         job = cfg.resolve(composed)
-        if job.sweep.plan:
-            raise ValueError(
-                "sweep.plan=true requires a sweep; put -m before the overrides: "
-                "-m sweep.plan=true seed=0,1"
-            )
-        if job.sweep.rerun is not Rerun.failed:
-            raise ValueError(
-                f"sweep.rerun={job.sweep.rerun} requires a sweep; put -m before the overrides, "
-                f"or delete {job.run_dir} to run this job again"
-            )
-        if job.sweep.seeds is not None:
-            raise ValueError(
-                "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
-                "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
-            )
-        if job.sweep.halving:
-            raise ValueError(
-                f"sweep.halving={job.sweep.halving} requires a sweep with one of the launchers of "
-                "sddlskd; put -m before the overrides: -m sweep.halving=[1,2,4] M=[1],[1,2,4]"
-            )
+        _check_single(job)
         from sddlskd.sweeps.search import objective_of
 
         result = _fit(job)
@@ -98,6 +79,30 @@ def _run_job(composed: DictConfig) -> float | None:
         raise _Refused from error
     outcomes([job], [result])
     return objective_of(job, result)  # for sweepers of Hydra that search
+
+
+def _check_single(job: cfg.Config) -> None:
+    """Raise ValueError if a job that is run by itself has a setting that only a sweep can have."""
+    if job.sweep.plan:
+        raise ValueError(
+            "sweep.plan=true requires a sweep; put -m before the overrides: "
+            "-m sweep.plan=true seed=0,1"
+        )
+    if job.sweep.rerun is not Rerun.failed:
+        raise ValueError(
+            f"sweep.rerun={job.sweep.rerun} requires a sweep; put -m before the overrides, "
+            f"or delete {job.run_dir} to run this job again"
+        )
+    if job.sweep.seeds is not None:
+        raise ValueError(
+            "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
+            "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
+        )
+    if job.sweep.halving:
+        raise ValueError(
+            f"sweep.halving={job.sweep.halving} requires a sweep with one of the launchers of "
+            "sddlskd; put -m before the overrides: -m sweep.halving=[1,2,4] M=[1],[1,2,4]"
+        )
 
 
 def _fit(job: cfg.Config) -> dict[str, Any]:
@@ -128,13 +133,15 @@ def _fit(job: cfg.Config) -> dict[str, Any]:
 def _mend_arguments() -> None:
     """Change the words of sys.argv that argparse and Hydra do not take well, or refuse them.
 
-    An option such as --home is refused, and its key named; so is a file that `_wrong_file` names.
-    argparse fails on -m after the
-    overrides, so -m moves to the front. Hydra makes the folder hydra.run.dir before a job is
-    checked, so run_dir takes its place. Hydra merges the teachers of a list, so
-    `config.with_each_teacher` spells them out. Hydra fails on scales=1,2 and on a number that has
-    more digits than Python reads; both exit with code 1 and a message, and so does a teacher that
-    is named twice.
+    These words change:
+
+    - -m moves to the front, because argparse fails on it after the overrides;
+    - hydra.run.dir becomes run_dir, because Hydra makes that folder before a job is checked;
+    - a list of teachers is spelled out (`config.with_each_teacher`), because Hydra merges them.
+
+    These end with a message and exit code 1: an option in place of a key, such as --home; a file
+    that `_wrong_file` names; a teacher that is named twice; scales=1,2; a number that has more
+    digits than Python reads.
     """
     words = sys.argv[1:]
     if wrong := other_form(get_args_parser(), words):
@@ -160,9 +167,12 @@ def _mend_arguments() -> None:
 def _wrong_file(words: Sequence[str]) -> str:
     """Return what is wrong with the file that --config-dir and --config-name name, or "".
 
-    The folder --config-dir must exist.
-    A file of the folder --config-dir has no effect if this package has one of that name. The
-    config.yaml of a run lacks the settings of Hydra, so a run with it would be recorded elsewhere.
+    These are wrong:
+
+    - a folder --config-dir that does not exist;
+    - the config.yaml of a run: it lacks the settings of Hydra, so a run with it would be recorded
+      elsewhere;
+    - a file of --config-dir that has the name of one of this package: it has no effect.
     """
     options, _ = get_args_parser().parse_known_args(words)
     name = str(options.config_name or "config").removesuffix(".yaml")
