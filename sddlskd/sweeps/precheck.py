@@ -452,9 +452,10 @@ def report(
     Returns:
         A dictionary of plain values for JSON, with these keys:
 
-        - "problems": (index in `todo`, reason) of each job that cannot run; for a plan that is
-          only printed (`sweep.plan`), of each obstacle;
-        - "downloads": missing files of data sets that the jobs would download, for such a plan;
+        - "problems": (index in `todo`, reason) of each job that cannot run; if `sweep.plan` is set,
+          of each obstacle, of which a job may have several;
+        - "downloads": missing files of data sets that the sweep would download; [] unless
+          `sweep.plan` is set;
         - "changed": index in `finished` of each job that learnt from another teacher file than the
           current one;
         - "other_data": (index in `finished`, how the data differ) of each job that was trained on
@@ -462,8 +463,8 @@ def report(
         - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
         - "teachers": missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
           epochs)";
-        - "run_MB": estimated disk space of each job of `todo` in megabytes, for a plan that is only
-          printed; an entry is None if it is not known, for example for a network that is missing.
+        - "run_MB": estimated disk space of the run of each job in `todo` in megabytes, None if it
+          is not known, for example for a network that is missing; [] unless `sweep.plan` is set.
 
     Raises:
         record.Damaged: If the result.json of a finished job is damaged.
