@@ -270,7 +270,7 @@ def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
         )
 
 
-def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
+def test_the_plan_of_a_sweep_on_a_cluster_names_requests_and_other_group_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
