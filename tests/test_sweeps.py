@@ -177,6 +177,12 @@ def test_overrides_may_choose_what_the_file_of_a_sweep_leaves_open(tmp_path: Pat
     assert {job.dataset.num_classes for job in jobs} == {2}
 
 
+@pytest.mark.parametrize("name", ["''", "..", "a/b", '"it\'s"'])
+def test_a_name_of_a_sweep_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sweep\.name=\S* cannot name a folder of runs/sweeps; "):
+        jobs_of(tmp_path, "seed=0", common=(f"sweep.name={name}",))
+
+
 def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
     with pytest.raises(InvalidJobs) as caught:
         jobs_of(home, "M=[0]", "M=[1]", "M=[1,1]", "seed=x")
