@@ -188,6 +188,8 @@ def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
         jobs_of(home, "M=[0]", "M=[1]", "M=[1,1]", "seed=x")
     assert "3 jobs" in str(caught.value)
     assert all(part in str(caught.value) for part in ("M=[0]", "M=[1, 1]", "seed"))
+    with pytest.raises(InvalidJobs, match=r"M=\[1, cannot be read .*; give key=value, as in M="):
+        jobs_of(home, "M=[1, 2]")
     jobs = jobs_of(
         home,
         "M=[1]",

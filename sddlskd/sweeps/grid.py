@@ -198,7 +198,7 @@ class _Composer:
 
     def _parse(self, text: str) -> Override:
         if text not in self._parsed:
-            self._parsed[text] = self._parser.parse_override(text)
+            (self._parsed[text],) = self._parser.parse_overrides([text])  # its errors name the text
         return self._parsed[text]
 
     def _is_simple(self, text: str, referred: Collection[str]) -> bool:
