@@ -154,7 +154,9 @@ class _Composer:
         simple = [text for text in overrides if self._is_simple(text, self._referred)]
         composed = None
         if simple:
-            composed = self._try(tuple(text for text in overrides if text not in simple))
+            composed = self._compose_if_valid(
+                tuple(text for text in overrides if text not in simple)
+            )
         # Without the simple overrides, the job may be invalid, or a chosen option may refer to one
         # of them. Hydra must then compose all overrides.
         if composed is None or not all(self._is_simple(text, composed.referred) for text in simple):
@@ -167,7 +169,7 @@ class _Composer:
             job.run_dir = cfg.default_run_dir(job)
         return job
 
-    def _try(self, overrides: tuple[str, ...]) -> _Composed | None:
+    def _compose_if_valid(self, overrides: tuple[str, ...]) -> _Composed | None:
         """Return what `_compose` returns, or None if these overrides make no valid job."""
         if overrides in self._invalid:
             return None
