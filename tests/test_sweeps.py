@@ -163,7 +163,7 @@ def test_overrides_may_choose_what_the_file_of_a_sweep_leaves_open(tmp_path: Pat
     for kind in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (tmp_path / "pets" / kind).mkdir(parents=True)
     (tmp_path / "mine.yaml").write_text(
-        "defaults: [config, override dataset: image_folder, _self_]\ntrainer: {epochs: '???'}\n"
+        "defaults: [config, override dataset: image_folder, _self_]\n"
     )
     cfg.frame()
     search = create_config_search_path(str(files("sddlskd.conf")))
@@ -175,6 +175,12 @@ def test_overrides_may_choose_what_the_file_of_a_sweep_leaves_open(tmp_path: Pat
     jobs = compose_grid(loader, sweep_config, grid)
     assert [job.trainer.epochs for job in jobs] == [3, 4]
     assert {job.dataset.num_classes for job in jobs} == {2}
+
+
+def test_overrides_that_are_valid_only_together_make_a_job(tmp_path: Path) -> None:
+    words = ["recipe=sd_kd", "optimizer=dot", "optimizer.clip_norm=null"]  # DOT clips nothing
+    (job,) = grid_of(tmp_path, [], [words])[2]
+    assert (job.optimizer.name, job.optimizer.clip_norm) == ("dot", None)
 
 
 @pytest.mark.parametrize("name", ["''", "..", "a/b", '"it\'s"'])
