@@ -36,7 +36,7 @@ from sddlskd.terminal.console import (
 __all__ = ["main"]
 
 # Errors that a user can fix. OverflowError comes from a number with hundreds of digits.
-ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError)
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError, YAMLError)
 HELP = re.compile(r"-[a-z]*h[a-z]*|--h.*")  # what argparse takes for --help
 
 

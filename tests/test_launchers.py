@@ -27,6 +27,8 @@ from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.search import Start
 from sddlskd.sweeps.slurm import Slurm
 from sddlskd.sweeps.slurm_queue import Submission, add_submissions, submissions
+from sddlskd.terminal.console import explain
+from sddlskd.train import ERRORS
 from tests.tiny import tiny
 
 
@@ -64,6 +66,13 @@ def test_how_large_groups_are_and_who_runs_them(
     launcher = chosen(tmp_path, f"hydra/launcher={choice}")
     assert launcher.max_group_size == group_size
     assert isinstance(launcher._runner(), kind)
+
+
+def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: [\n")
+    with pytest.raises(ERRORS) as caught:
+        composed(tmp_path, name="mine")
+    assert explain(caught.value).startswith(f"{tmp_path}/mine.yaml, line 2, is not YAML (")
 
 
 def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from yaml import MarkedYAMLError
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
@@ -327,6 +328,8 @@ def explain(error: BaseException) -> str:
             return f"{key[0]} is missing; name a network of the library, as in {key[0]}=resnet18"
         if isinstance(link, OmegaConfBaseException) and link.msg:
             return _bad_value(str(link.full_key or ""), _one_line(link.msg), str(error))
+        if isinstance(link, MarkedYAMLError) and (mark := link.problem_mark):
+            return f"{mark.name}, line {mark.line + 1}, is not YAML ({link.problem}); correct it"
         if isinstance(link, OverflowError) and (key := FULL_KEY.search(str(link))):
             return f"{key[1]} is too large for a number; give a smaller one"
         if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
