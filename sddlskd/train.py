@@ -37,6 +37,8 @@ __all__ = ["main"]
 
 # Errors that a user can fix. OverflowError comes from a number with hundreds of digits.
 ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError, YAMLError)
+# Keys that the config.yaml of a run has, and hardly another file without defaults
+OF_A_RUN = {"home", "run_dir", "student", "dataset", "trainer"}
 HELP = re.compile(r"-[a-z]*h[a-z]*|--h.*")  # what argparse takes for --help
 
 
@@ -172,7 +174,8 @@ def _wrong_file(words: Sequence[str]) -> str:
     - a folder --config-dir that does not exist;
     - the config.yaml of a run: it lacks the settings of Hydra, so a run with it would be recorded
       elsewhere;
-    - a file of --config-dir that has the name of one of this package: it has no effect.
+    - a file of --config-dir that has the name of one of this package: it has no effect;
+    - a file without defaults: it has none of the settings of this package.
     """
     options, _ = get_args_parser().parse_known_args(words)
     name = str(options.config_name or "config").removesuffix(".yaml")
@@ -185,7 +188,8 @@ def _wrong_file(words: Sequence[str]) -> str:
         # --config-path is relative to this file; --config-dir is relative to the current folder.
         start = Path(__file__).parent if folder == options.config_path else Path()
         file = start / folder / f"{name}.yaml"
-        if _is_of_a_run(file):
+        keys = _keys_of(file)
+        if keys >= OF_A_RUN and "defaults" not in keys:
             run = file.parent if file.name == "config.yaml" else file
             return (
                 f"{file} is the configuration of a run, which train does not take; "
@@ -195,16 +199,20 @@ def _wrong_file(words: Sequence[str]) -> str:
         is_hidden = folder != options.config_path and not options.config_path and ours.is_file()
         if is_hidden and options.config_name and file.is_file():
             return f"-cn {name} names a file of this package, not {file}; rename that file"
+        if options.config_name and keys and "defaults" not in keys:
+            return (
+                f"{file} has no defaults, and so none of the settings of this package; begin it "
+                "with the line `defaults: [config, _self_]`"
+            )
     return ""
 
 
-def _is_of_a_run(file: Path) -> bool:
-    """Return whether a YAML file has all settings of a job, as the config.yaml of a run."""
+def _keys_of(file: Path) -> set[str]:
+    """Return the keys of a YAML file; an empty set if it cannot be read or has none."""
     try:
-        keys = set(OmegaConf.load(file))
+        return set(map(str, OmegaConf.load(file)))
     except (OSError, ValueError, YAMLError):
-        return False  # there is no file, or Hydra says what is wrong with it
-    return keys >= {"home", "run_dir", "student", "dataset", "trainer"} and "defaults" not in keys
+        return set()  # there is no file, or Hydra says what is wrong with it
 
 
 def _refuse(reason: str) -> NoReturn:
