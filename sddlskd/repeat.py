@@ -228,7 +228,7 @@ def overrides_of(run: Config) -> list[str]:
         override.apply(base)
     wanted = _values(run)
     found: dict[str, Override] = {}
-    while True:
+    while True:  # an override may change further keys, which then need overrides of their own
         changed = _changed(base, found.values())
         new = {
             override.key: override
@@ -238,6 +238,8 @@ def overrides_of(run: Config) -> list[str]:
         if not new:
             break
         found |= new
+    # Leave out the overrides that follow from others: those of references, or any of them if the
+    # choices alone make no valid job, whose values cannot be compared.
     is_valid = not found or _is_valid(base)
     can_follow = [key for key in found if not is_valid or _refers(base, key)]
     for key in can_follow:

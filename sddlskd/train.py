@@ -36,7 +36,9 @@ from sddlskd.terminal.console import (
 __all__ = ["main"]
 
 # Errors that a user can fix. OverflowError comes from a number with hundreds of digits.
-ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError)
+ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, OverflowError, YAMLError)
+# Keys that the config.yaml of a run has, and hardly another file without defaults
+OF_A_RUN = {"home", "run_dir", "student", "dataset", "trainer"}
 HELP = re.compile(r"-[a-z]*h[a-z]*|--h.*")  # what argparse takes for --help
 
 
@@ -71,26 +73,7 @@ def _run_job(composed: DictConfig) -> float | None:
     try:
         cfg.check_choices(hydra_config.overrides.task)
         job = cfg.resolve(composed)
-        if job.sweep.plan:
-            raise ValueError(
-                "sweep.plan=true requires a sweep; put -m before the overrides: "
-                "-m sweep.plan=true seed=0,1"
-            )
-        if job.sweep.rerun is not Rerun.failed:
-            raise ValueError(
-                f"sweep.rerun={job.sweep.rerun} requires a sweep; put -m before the overrides, "
-                f"or delete {job.run_dir} to run this job again"
-            )
-        if job.sweep.seeds is not None:
-            raise ValueError(
-                "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
-                "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
-            )
-        if job.sweep.halving:
-            raise ValueError(
-                f"sweep.halving={job.sweep.halving} requires a sweep with one of the launchers of "
-                "sddlskd; put -m before the overrides: -m sweep.halving=[1,2,4] M=[1],[1,2,4]"
-            )
+        _check_single(job)
         from sddlskd.sweeps.search import objective_of
 
         result = _fit(job)
@@ -98,6 +81,30 @@ def _run_job(composed: DictConfig) -> float | None:
         raise _Refused from error
     outcomes([job], [result])
     return objective_of(job, result)  # for sweepers of Hydra that search
+
+
+def _check_single(job: cfg.Config) -> None:
+    """Raise ValueError if a job that is run by itself has a setting that only a sweep can have."""
+    if job.sweep.plan:
+        raise ValueError(
+            "sweep.plan=true requires a sweep; put -m before the overrides: "
+            "-m sweep.plan=true seed=0,1"
+        )
+    if job.sweep.rerun is not Rerun.failed:
+        raise ValueError(
+            f"sweep.rerun={job.sweep.rerun} requires a sweep; put -m before the overrides, "
+            f"or delete {job.run_dir} to run this job again"
+        )
+    if job.sweep.seeds is not None:
+        raise ValueError(
+            "sweep.seeds=until_decided requires a sweep with one of the launchers of sddlskd; "
+            "put -m before the overrides: -m sweep.seeds=until_decided recipe=kd,kd_ls"
+        )
+    if job.sweep.halving:
+        raise ValueError(
+            f"sweep.halving={job.sweep.halving} requires a sweep with one of the launchers of "
+            "sddlskd; put -m before the overrides: -m sweep.halving=[1,2,4] M=[1],[1,2,4]"
+        )
 
 
 def _fit(job: cfg.Config) -> dict[str, Any]:
@@ -128,13 +135,15 @@ def _fit(job: cfg.Config) -> dict[str, Any]:
 def _mend_arguments() -> None:
     """Change the words of sys.argv that argparse and Hydra do not take well, or refuse them.
 
-    An option such as --home is refused, and its key named; so is a file that `_wrong_file` names.
-    argparse fails on -m after the
-    overrides, so -m moves to the front. Hydra makes the folder hydra.run.dir before a job is
-    checked, so run_dir takes its place. Hydra merges the teachers of a list, so
-    `config.with_each_teacher` spells them out. Hydra fails on scales=1,2 and on a number that has
-    more digits than Python reads; both exit with code 1 and a message, and so does a teacher that
-    is named twice.
+    These words change:
+
+    - -m moves to the front, because argparse fails on it after the overrides;
+    - hydra.run.dir becomes run_dir, because Hydra makes that folder before a job is checked;
+    - a list of teachers is spelled out (`config.with_each_teacher`), because Hydra merges them.
+
+    These end with a message and exit code 1: an option in place of a key, such as --home; a file
+    that `_wrong_file` names; a teacher that is named twice; scales=1,2; a number that has more
+    digits than Python reads.
     """
     words = sys.argv[1:]
     if wrong := other_form(get_args_parser(), words):
@@ -160,9 +169,13 @@ def _mend_arguments() -> None:
 def _wrong_file(words: Sequence[str]) -> str:
     """Return what is wrong with the file that --config-dir and --config-name name, or "".
 
-    The folder --config-dir must exist.
-    A file of the folder --config-dir has no effect if this package has one of that name. The
-    config.yaml of a run lacks the settings of Hydra, so a run with it would be recorded elsewhere.
+    These are wrong:
+
+    - a folder --config-dir that does not exist;
+    - the config.yaml of a run: it lacks the settings of Hydra, so a run with it would be recorded
+      elsewhere;
+    - a file of --config-dir that has the name of one of this package: it has no effect;
+    - a file without defaults: it has none of the settings of this package.
     """
     options, _ = get_args_parser().parse_known_args(words)
     name = str(options.config_name or "config").removesuffix(".yaml")
@@ -175,7 +188,8 @@ def _wrong_file(words: Sequence[str]) -> str:
         # --config-path is relative to this file; --config-dir is relative to the current folder.
         start = Path(__file__).parent if folder == options.config_path else Path()
         file = start / folder / f"{name}.yaml"
-        if _is_of_a_run(file):
+        keys = _keys_of(file)
+        if keys >= OF_A_RUN and "defaults" not in keys:
             run = file.parent if file.name == "config.yaml" else file
             return (
                 f"{file} is the configuration of a run, which train does not take; "
@@ -185,16 +199,20 @@ def _wrong_file(words: Sequence[str]) -> str:
         is_hidden = folder != options.config_path and not options.config_path and ours.is_file()
         if is_hidden and options.config_name and file.is_file():
             return f"-cn {name} names a file of this package, not {file}; rename that file"
+        if options.config_name and keys and "defaults" not in keys:
+            return (
+                f"{file} has no defaults, and so none of the settings of this package; begin it "
+                "with the line `defaults: [config, _self_]`"
+            )
     return ""
 
 
-def _is_of_a_run(file: Path) -> bool:
-    """Return whether a YAML file has all settings of a job, as the config.yaml of a run."""
+def _keys_of(file: Path) -> set[str]:
+    """Return the keys of a YAML file; an empty set if it cannot be read or has none."""
     try:
-        keys = set(OmegaConf.load(file))
+        return set(map(str, OmegaConf.load(file)))
     except (OSError, ValueError, YAMLError):
-        return False  # there is no file, or Hydra says what is wrong with it
-    return keys >= {"home", "run_dir", "student", "dataset", "trainer"} and "defaults" not in keys
+        return set()  # there is no file, or Hydra says what is wrong with it
 
 
 def _refuse(reason: str) -> NoReturn:

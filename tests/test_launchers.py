@@ -19,13 +19,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from sddlskd import config as cfg
+from sddlskd import record
 from sddlskd.config import Config
 from sddlskd.sweeps import run_sweep
 from sddlskd.sweeps.plan import no_findings
 from sddlskd.sweeps.pool import Pool
 from sddlskd.sweeps.search import Start
 from sddlskd.sweeps.slurm import Slurm
-from sddlskd.sweeps.slurm_queue import submissions
+from sddlskd.sweeps.slurm_queue import Submission, add_submissions, submissions
+from sddlskd.terminal.console import explain
+from sddlskd.train import ERRORS
 from tests.tiny import tiny
 
 
@@ -63,6 +66,13 @@ def test_how_large_groups_are_and_who_runs_them(
     launcher = chosen(tmp_path, f"hydra/launcher={choice}")
     assert launcher.max_group_size == group_size
     assert isinstance(launcher._runner(), kind)
+
+
+def test_a_file_that_is_not_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: [\n")
+    with pytest.raises(ERRORS) as caught:
+        composed(tmp_path, name="mine")
+    assert explain(caught.value).startswith(f"{tmp_path}/mine.yaml, line 2, is not YAML (")
 
 
 def test_a_profile_of_a_cluster_is_one_small_file(tmp_path: Path) -> None:
@@ -269,7 +279,7 @@ def planned(folder: Path, *overrides: str, jobs: Sequence[Config]) -> None:
         )
 
 
-def test_the_plan_of_a_sweep_on_a_cluster_prints_it(
+def test_the_plan_of_a_sweep_on_a_cluster_names_requests_and_other_group_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
@@ -395,6 +405,26 @@ def test_what_another_launch_has_submitted_meanwhile_is_left_to_it(
     pool.run([jobs[:1], jobs[2:3]], tmp_path, [])
     assert submitted == []
     assert "submitted to SLURM: nothing new" in capsys.readouterr().out
+
+
+def test_a_deleted_run_of_an_earlier_launch_does_not_end_the_wait_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny(tmp_path, teacher=False)
+    record.freeze(job)
+    tasks = {"17_0": str(tmp_path / "runs/deleted"), "17_1": job.run_dir}
+    add_submissions(
+        tmp_path, [Submission(task, [run_dir], "log") for task, run_dir in tasks.items()]
+    )
+    monkeypatch.setattr(
+        "sddlskd.sweeps.slurm.causes_of_death", lambda ended: dict.fromkeys(ended, "TIMEOUT")
+    )
+    monkeypatch.setattr("sddlskd.sweeps.slurm.states", lambda sweep: {})
+    pool = chosen(tmp_path, "hydra/launcher=slurm")._runner()
+    monkeypatch.setattr(pool, "_wait", lambda sweep: None)
+    assert pool.run([], tmp_path, []) == "FINISHED"
+    result = record.read_result(Path(job.run_dir))
+    assert (result["status"], result["reason"]) == ("KILLED", "SLURM job 17_1 is over: TIMEOUT")
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -263,6 +263,7 @@ def test_train_refuses_the_configuration_of_a_run(compose: Compose, tmp_path: Pa
     folder = written(tmp_path / "a run", compose("recipe=vanilla"))
     (folder / "mine.yaml").write_text((folder / "config.yaml").read_text())
     (folder / "rates.yaml").write_text("seed: 1")
+    (folder / "bare.yaml").write_text("seed: 1")
     (folder / "grid.yaml").write_text("defaults: [config, _self_]\nseed: 1")
     wrong = train_module._wrong_file
     cure = f"`sddlskd repeat '{folder}'` prints the command"
@@ -277,6 +278,9 @@ def test_train_refuses_the_configuration_of_a_run(compose: Compose, tmp_path: Pa
         ["-cd", str(folder), "-cn", "mine"]
     )
     assert "rename that file" in wrong(["-cd", str(folder), "-cn", "rates"])
+    bare = wrong(["-cd", str(folder), "-cn", "bare"])
+    assert "has no defaults" in bare
+    assert bare.endswith("begin it with the line `defaults: [config, _self_]`")
     for name in ("grid", "nothing", "tuned"):
         assert wrong(["-cd", str(folder), "-cn", name]) == ""
     assert wrong(["-cd", str(tmp_path), "student=resnet8"]) == ""

@@ -366,6 +366,22 @@ def test_a_finished_sweep_needs_no_command(
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_the_name_of_a_sweep_may_follow_the_options(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["status", "--json", "--home", str(tmp_path), "mine"])
+    assert json.loads(capsys.readouterr().out)["sweep"] == "mine"
+
+
+@pytest.mark.parametrize("command", ["status", "logs"])
+def test_a_manifest_that_lacks_a_key_is_damaged(sweep: Path, command: str) -> None:
+    (sweep / "sweep.json").write_text('{"name": "mine"}')
+    with pytest.raises(
+        SystemExit, match=r"sweep\.json is damaged \(it has no command\); delete it"
+    ):
+        main([command, str(sweep)])
+
+
 def test_the_tasks_of_slurm(
     sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

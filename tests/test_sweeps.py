@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sddlskd import config as cfg
@@ -156,11 +159,43 @@ def test_the_grid_is_what_hydra_composes(tmp_path: Path) -> None:
         assert job == cfg.resolve(composed), overrides
 
 
+def test_overrides_may_choose_what_the_file_of_a_sweep_leaves_open(tmp_path: Path) -> None:
+    for kind in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, override dataset: image_folder, _self_]\n"
+    )
+    cfg.frame()
+    search = create_config_search_path(str(files("sddlskd.conf")))
+    search.prepend("command-line", f"file://{tmp_path}")
+    loader = ConfigLoaderImpl(search)
+    common = [f"home={tmp_path}", f"dataset.root={tmp_path}/pets", "standardize=false"]
+    sweep_config = loader.load_configuration("mine", common, RunMode.MULTIRUN)
+    grid = [[*common, f"trainer.epochs={epochs}"] for epochs in (3, 4)]
+    jobs = compose_grid(loader, sweep_config, grid)
+    assert [job.trainer.epochs for job in jobs] == [3, 4]
+    assert {job.dataset.num_classes for job in jobs} == {2}
+
+
+def test_overrides_that_are_valid_only_together_make_a_job(tmp_path: Path) -> None:
+    words = ["recipe=sd_kd", "optimizer=dot", "optimizer.clip_norm=null"]  # DOT clips nothing
+    (job,) = grid_of(tmp_path, [], [words])[2]
+    assert (job.optimizer.name, job.optimizer.clip_norm) == ("dot", None)
+
+
+@pytest.mark.parametrize("name", ["''", "..", "a/b", '"it\'s"'])
+def test_a_name_of_a_sweep_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sweep\.name=\S* cannot name a folder of runs/sweeps; "):
+        jobs_of(tmp_path, "seed=0", common=(f"sweep.name={name}",))
+
+
 def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
     with pytest.raises(InvalidJobs) as caught:
         jobs_of(home, "M=[0]", "M=[1]", "M=[1,1]", "seed=x")
     assert "3 jobs" in str(caught.value)
     assert all(part in str(caught.value) for part in ("M=[0]", "M=[1, 1]", "seed"))
+    with pytest.raises(InvalidJobs, match=r"M=\[1, cannot be read .*; give key=value, as in M="):
+        jobs_of(home, "M=[1, 2]")
     jobs = jobs_of(
         home,
         "M=[1]",
@@ -175,17 +210,17 @@ def test_every_invalid_job_is_named_before_anything_starts(home: Path) -> None:
 
 
 def test_groups_share_teacher_and_batches() -> None:
-    def labels(*grid: str, size: int | None = None) -> list[int]:
+    def sizes(*grid: str, size: int | None = None) -> list[int]:
         jobs = grid_of(Path("/nowhere"), COMMON, [one.split() for one in grid])[2]
         return [len(group) for group in groups_of(jobs, size)]
 
-    assert labels("student=resnet8", "student=wrn_16_1 M=[1]", "optimizer.lr=0.1", "recipe=kd") == [
+    assert sizes("student=resnet8", "student=wrn_16_1 M=[1]", "optimizer.lr=0.1", "recipe=kd") == [
         4
     ]
-    assert labels("seed=0", "seed=1") == [1, 1]
-    assert labels("seed=0 trainer.data_seed=0", "seed=1 trainer.data_seed=0") == [2]
+    assert sizes("seed=0", "seed=1") == [1, 1]
+    assert sizes("seed=0 trainer.data_seed=0", "seed=1 trainer.data_seed=0") == [2]
     assert (
-        labels(
+        sizes(
             "trainer.epochs=2",
             "trainer.epochs=3",
             "trainer.batch_size=32",
@@ -194,11 +229,11 @@ def test_groups_share_teacher_and_batches() -> None:
         == [1] * 4
     )
     assert (
-        labels("teacher=resnet14", "teacher=resnet8", "dataset.flip=true", "recipe=vanilla")
+        sizes("teacher=resnet14", "teacher=resnet8", "dataset.flip=true", "recipe=vanilla")
         == [1] * 4
     )
-    assert labels("seed=0", "seed=0") == [1]
-    assert labels("M=[1]", "M=[2]", "M=[4]", "M=[1,4]", "M=[1,2]", size=2) == [2, 2, 1]
+    assert sizes("seed=0", "seed=0") == [1]
+    assert sizes("M=[1]", "M=[2]", "M=[4]", "M=[1,4]", "M=[1,2]", size=2) == [2, 2, 1]
 
 
 def test_failures_stay_local_and_a_sweep_continues(
@@ -783,7 +818,7 @@ def test_a_server_that_is_gone_at_the_end_costs_no_outcome(
     assert "did not accept the sweep's outcome: the server is away" in caplog.text
 
 
-def test_the_command_for_tables_is_one_of_every_folder(home: Path) -> None:
+def test_the_command_for_tables_names_the_home_if_the_folder_does_not(home: Path) -> None:
     jobs = jobs_of(home, network("Tiny"), common=("tracking=mlflow",))
     plan: Any = SimpleNamespace(name="mine", jobs=jobs)
     command = _command_for_tables(plan)
@@ -818,7 +853,7 @@ def test_a_worker_that_is_stopped_twice_leaves_its_jobs_interrupted(home: Path) 
     job = jobs_of(home, "seed=0")[0]
     own = pool(["cpu"])
     own._ended(ExitCode.STOPPED, Task([job]))
-    assert [task.deaths for task in own.queue] == [1]
+    assert [task.is_retry for task in own.queue] == [True]
     own._ended(ExitCode.STOPPED, own.queue.pop())
     assert not own.queue
     assert not record.read_result(Path(job.run_dir))  # a worker that died twice would be FAILED
@@ -832,7 +867,7 @@ def test_a_loss_that_compares_images_is_refused_before_slurm_gets_it(home: Path)
     assert all("all images of a batch; set trainer.devices=1" in reason for _, reason in found)
 
 
-def test_causes() -> None:
+def test_failures_are_grouped_by_the_cause_in_their_reason() -> None:
     assert cause_of("OutOfMemoryError: CUDA out of memory. Tried") == "out of memory"
     assert (
         cause_of("NonFiniteLoss: loss became nan at epoch 17, step 4; lower")
@@ -924,7 +959,7 @@ def test_a_failed_job_is_judged_by_its_new_run(home: Path) -> None:
     assert code == 0
 
 
-def test_a_new_launch_takes_its_own_plumbing(home: Path) -> None:
+def test_a_new_launch_does_not_keep_the_tracking_server_of_an_earlier_one(home: Path) -> None:
     (job,) = jobs_of(home, "tracking=mlflow tracking.uri=http://127.0.0.1:1")
     record.freeze(job)
     results, code = sweep(jobs_of(home, "tracking=none"))
@@ -1022,6 +1057,27 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(
         run(jobs, devices=["cpu"] * 1000)
     assert sorted(home.rglob("*")) == before
     pool(devices=["cpu"] * 1000).validate(jobs[:2], ["cpu"])
+
+
+def test_workers_share_the_cores_of_a_machine_that_does_not_tell_which_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    two = pool(["cpu", "cpu"])
+    assert two.run([], tmp_path, ["cpu"]) == "FINISHED"
+    assert two.threads == 4
+
+
+def test_a_sweep_trains_on_the_device_that_a_single_run_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for is_there, device in ((False, "cpu"), (True, "mps")):
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda answer=is_there: answer)
+        visible = precheck.report([], [])["devices"]
+        assert visible == [device]
+        assert pool().places([Config()], visible) == [device]
 
 
 def finding(*devices: str) -> Any:

@@ -215,6 +215,9 @@ def test_a_plan_names_what_tables_will_not_compare(tmp_path: Path) -> None:
     assert comparison_lines([kd_ls, both, again]) == []
     finish(again)
     assert comparison_lines([kd, both]) == []
+    # A damaged record is that of no finished run, and no reason to refuse a plan.
+    Path(again.run_dir, "result.json").write_text("{")
+    assert comparison_lines([kd, both]) == [one_seed]
 
 
 def test_a_sweep_without_a_baseline_is_refused(tmp_path: Path) -> None:

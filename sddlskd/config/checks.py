@@ -5,6 +5,7 @@ The checks need no data, no network and no device; `training/checks.py` has thos
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -88,6 +89,8 @@ def check(config: Config, *, frozen: bool) -> None:
     if not config.home:
         raise ValueError("home is empty; name a folder, such as home=.")
     _check_home(config.home)
+    if not frozen:
+        _check_sweep_name(config.sweep.name)
     _check_address(config.tracking.uri)
     check_scales(config.M)
     _check_networks(config)
@@ -307,6 +310,16 @@ def _check_home(home: str) -> None:
     path = os.path.abspath(home)
     if any("\ud800" <= character <= "\udfff" for character in path):
         raise ValueError(f"home={path!a} has a name that is not UTF-8; rename the folder")
+
+
+def _check_sweep_name(name: str | None) -> None:
+    """Raise ValueError unless a sweep's name is None, or names a folder and a tag of MLflow."""
+    if name is None or (re.fullmatch(r"[^/'\"]+", name) and name not in (".", "..")):
+        return
+    raise ValueError(
+        f"sweep.name={name} cannot name a folder of runs/sweeps; give a name without slashes and "
+        "quotes, such as sweep.name=mine"
+    )
 
 
 def _check_address(uri: str | None) -> None:

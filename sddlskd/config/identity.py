@@ -23,16 +23,21 @@ __all__ = [
     "cached_side",
     "canonical",
     "config_hash",
+    "data_seed",
     "differing_settings",
+    "digest",
     "flatten",
     "has_published_name",
     "identity_keys",
     "method_name",
+    "plain",
     "run_name",
     "settings_hash",
     "sharing_key",
+    "table_order",
     "teacher_name",
     "title",
+    "titles",
 ]
 
 # The papers' names of the losses in conf/distiller and of the methods in conf/features.
@@ -467,10 +472,10 @@ def _settings_said(values: dict[str, Any], chosen: Collection[str]) -> str:
     """Return the chosen ones of the settings `values`, as words of text."""
     differing = [key for key in values if key in chosen]
     # A mapping such as distiller.loss repeats what keys of their own say.
-    plain = [key for key in differing if not str(values[key]).startswith("{")]
+    scalars = [key for key in differing if not str(values[key]).startswith("{")]
     last_parts = Counter(key.rpartition(".")[2] for key in values)
     words = []
-    for key in plain or differing:
+    for key in scalars or differing:
         name, value = key.rpartition(".")[2], values[key]
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
         if last_parts[name] > 1:

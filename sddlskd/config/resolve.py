@@ -139,10 +139,6 @@ def _class_folders(root: str) -> int:
         entries = [e for e in os.scandir(train) if not e.name.startswith(".")]
         classes = sum(e.is_dir() for e in entries)
     except OSError:
-        cure = (
-            "set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
-            "dataset.num_classes=NUMBER"
-        )
         if other := _image_folder_near(train.parent):
             level = "deep" if other in train.parents else "shallow"
             raise ValueError(
@@ -156,7 +152,8 @@ def _class_folders(root: str) -> int:
             ) from None
         raise ValueError(
             f"the classes of dataset=image_folder cannot be counted, because there is no folder "
-            f"{train}; {cure}"
+            f"{train}; set dataset.root=FOLDER, which holds train/<class> and val/<class>, or set "
+            "dataset.num_classes=NUMBER"
         ) from None
     if classes == 0:
         raise ValueError(

@@ -25,6 +25,10 @@ IDLE_FLAGS = {
     "dist-url": "set trainer.devices=NUMBER",
 }
 LARGEST_FILE = 1 << 20  # bytes; the authors' largest has 16 kB
+NO_SUCH_FILE = (
+    "not a configuration of mdistiller, SDD or LSKD (it has no DISTILLER), of torchdistill (it has "
+    "no models and train) or of LSKD's transformers (it has no MODEL, OPTIM and TRAIN)"
+)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -132,12 +136,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(NO_SUCH_FILE)
     return values
-
-
-NO_SUCH_FILE = (
-    "not a configuration of mdistiller, SDD or LSKD (it has no DISTILLER), of torchdistill (it has "
-    "no models and train) or of LSKD's transformers (it has no MODEL, OPTIM and TRAIN)"
-)
 
 
 def _merge(values: dict[str, Any], options: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ class SharedTeacherConfig:
     Attributes:
         devices: list of devices, such as [cuda:0,cuda:1] or [cpu,cpu], one for each worker process
             that runs at a time. "auto" takes the jobs' trainer.device; if that is auto as well, the
-            devices are all visible GPUs, or the CPU if there is no GPU.
+            devices are all visible GPUs, else MPS, else the CPU.
         max_group_size: largest number of jobs that train together, with one teacher forward pass
             per batch; None for no limit.
         fail_fast: whether to stop the sweep at the first job that fails.

@@ -1,1 +1,1 @@
-"""Processes of this package: their exit codes, their end with their parent, their number."""
+"""Processes of this package: exit codes, signals, their end with a parent, and their number."""

@@ -1,8 +1,8 @@
-"""Check how many processes this machine can run side by side."""
+"""Count the CPU cores that this process may use, and check how many processes they can run."""
 
 import os
 
-__all__ = ["check_processes"]
+__all__ = ["check_processes", "usable_cores"]
 
 # A number that takes the place of the number of cores, for tests and for machines that hide cores.
 OVERRIDE = "SDDLSKD_MOST_PROCESSES"
@@ -36,6 +36,11 @@ def _most_processes() -> int:
         if not told.isdecimal() or int(told) < 1:
             raise ValueError(f"{OVERRIDE}={told} is not valid; give a number of processes above 0")
         return int(told)
+    return usable_cores()
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use; of all cores on macOS."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -7,15 +7,7 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """Exit codes besides 0 (success) and 1 (an error that the output of the process explains).
-
-    TOO_LARGE: a group of runs needs more memory than the device has. BUSY: another process has a
-    run directory open. NO_DEVICE: the device is missing or broken. NO_DEVICE_0: the same of the
-    first of several devices that share each batch; the codes above it stand for the second, the
-    third and so on. REQUEUE: after SLURM's warning before a time limit, the task has saved its
-    checkpoints. WARNED_EARLY: the task got this warning before it had a signal handler. STOPPED: a
-    user or a scheduler stopped the process. PARENT_GONE: the process that started this one died.
-    """
+    """Exit codes besides 0 (success) and 1 (an error that the output of the process explains)."""
 
     # A group of jobs does not fit into the device's memory side by side; smaller groups may fit.
     TOO_LARGE = 75
@@ -31,5 +23,7 @@ class ExitCode(IntEnum):
     WARNED_EARLY = 128 + signal.SIGUSR2
     # The process that started this one has died; shells report the same code after SIGTERM.
     PARENT_GONE = 128 + signal.SIGTERM
-    # Shells report up to 128 + 64 after a signal; the largest exit code is 255.
+    # The first of several devices that share each batch is missing or broken. The codes above this
+    # one stand for the second device, the third and so on. Shells report up to 128 + 64 after a
+    # signal; the largest exit code is 255.
     NO_DEVICE_0 = 200

@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     if wrong := other_form(parser, given, keys=()):
         parser.error(wrong)
-    chosen = parser.parse_args(given)
+    # Intermixed: argparse would otherwise refuse the name of a sweep after an option.
+    chosen = parser.parse_intermixed_args(given)
     if chosen.json and chosen.command != "status":
         parser.error(f"--json belongs to status, not to {chosen.command}")
     if chosen.sweep is None and chosen.command != "status":

@@ -215,7 +215,10 @@ def _seedless(run_dir: Path) -> Path:
 
 
 def _ended(run_dir: Path) -> bool:
-    return record.read_result(run_dir).get("status") == FINISHED
+    """Return whether a run is FINISHED; a damaged record is no reason to refuse a plan."""
+    with suppress(record.Damaged, OSError):
+        return record.read_result(run_dir).get("status") == FINISHED
+    return False
 
 
 def name_of(cell: Config) -> str:

@@ -24,8 +24,7 @@ from sddlskd.terminal.words import counted
 
 __all__ = ["InvalidJobs", "compose_grid", "reasons_together"]
 
-# Keys that must go through Hydra: other values depend on them, or the base job may be invalid
-# without them.
+# Keys that must go through Hydra, because other values depend on them.
 NEEDED = (
     "run_dir",
     "home",
@@ -138,46 +137,70 @@ class _Composer:
         self._parser = OverridesParser.create()
         self._groups = set(loader.list_groups(""))
         self._frame = OmegaConf.structured(Config)
+        try:
+            without_overrides = self._load(())
+        except Exception:  # the overrides choose what the file of the sweep leaves open
+            without_overrides = sweep
+        self._referred = frozenset(_referred_to(without_overrides))
         self._parsed: dict[str, Override] = {}
         self._composed: dict[tuple[str, ...], _Composed] = {}
+        self._invalid: set[tuple[str, ...]] = set()  # overrides that make no job by themselves
 
     def job(self, overrides: Sequence[str]) -> Config:
         """Return the job with these overrides, typed and checked.
 
         Raise a ValueError or an error of Hydra or OmegaConf if an override is not valid.
         """
-        referred = self._compose(()).referred
-        simple = [text for text in overrides if self._is_simple(text, referred)]
-        composed = self._compose(tuple(text for text in overrides if text not in simple))
-        # A chosen option may refer to one of these values. Hydra must then compose all overrides.
-        if not all(self._is_simple(text, composed.referred) for text in simple):
+        simple = [text for text in overrides if self._is_simple(text, self._referred)]
+        composed = None
+        if simple:
+            composed = self._compose_if_valid(
+                tuple(text for text in overrides if text not in simple)
+            )
+        # Without the simple overrides, the job may be invalid, or a chosen option may refer to one
+        # of them. Hydra must then compose all overrides.
+        if composed is None or not all(self._is_simple(text, composed.referred) for text in simple):
             return copy.deepcopy(self._compose(tuple(overrides)).job)
         job = copy.deepcopy(composed.job)
         for text in simple:
             _set(job, self._frame, self._parse(text))
-        if simple:
-            cfg.normalise(job)
-            if composed.has_default_run_dir:
-                job.run_dir = cfg.default_run_dir(job)
+        cfg.normalise(job)
+        if composed.has_default_run_dir:
+            job.run_dir = cfg.default_run_dir(job)
         return job
+
+    def _compose_if_valid(self, overrides: tuple[str, ...]) -> _Composed | None:
+        """Return what `_compose` returns, or None if these overrides make no valid job."""
+        if overrides in self._invalid:
+            return None
+        try:
+            return self._compose(overrides)
+        except Exception:  # Hydra, OmegaConf and the checks raise many kinds of errors
+            self._invalid.add(overrides)
+            return None
 
     def _compose(self, overrides: tuple[str, ...]) -> _Composed:
         if overrides not in self._composed:
-            cfg.check_choices(overrides)
-            words = cfg.with_each_teacher(overrides)
-            with open_dict(self._sweep):
-                job = self._loader.load_sweep_config(self._sweep, words)
-            with open_dict(job):
-                job.sweep.name = self._sweep.sweep.name
+            job = self._load(overrides)
             has_default_run_dir = not job.run_dir
             self._composed[overrides] = _Composed(
                 cfg.resolve(job), frozenset(_referred_to(job)), has_default_run_dir
             )
         return self._composed[overrides]
 
+    def _load(self, overrides: tuple[str, ...]) -> DictConfig:
+        """Return what Hydra composes of overrides; references stay unresolved."""
+        cfg.check_choices(overrides)
+        words = cfg.with_each_teacher(overrides)
+        with open_dict(self._sweep):
+            job: DictConfig = self._loader.load_sweep_config(self._sweep, words)
+        with open_dict(job):
+            job.sweep.name = self._sweep.sweep.name
+        return job
+
     def _parse(self, text: str) -> Override:
         if text not in self._parsed:
-            self._parsed[text] = self._parser.parse_override(text)
+            (self._parsed[text],) = self._parser.parse_overrides([text])  # its errors name the text
         return self._parsed[text]
 
     def _is_simple(self, text: str, referred: Collection[str]) -> bool:

@@ -41,6 +41,7 @@ RUNNING_LOCK = "running.lock"
 # itself. It is not the lock itself, because whoever tries to lock a file empties it.
 LAUNCH = "running.json"
 MANIFEST = "sweep.json"
+NEEDED = ("name", "command", "folder", "time", "jobs")  # keys of every manifest
 PLAN = "plan.json"
 # The user meant these overrides for one launch only.
 FOR_ONE_LAUNCH = ("sweep.rerun=all", "sweep.plan=true")
@@ -68,11 +69,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     add jobs), "devices" (number of devices of this machine that train the jobs; 1 for a cluster)
     and "kind" (kind of the devices; null if the kinds differ). Manifests of earlier versions lack
     the last three. Raise FileNotFoundError if there is no such file, and record.Damaged (a
-    ValueError) if the file is not a JSON object.
+    ValueError) if the file is not a JSON object or lacks another key.
     """
-    content = record.read_json(folder / MANIFEST)
+    path = folder / MANIFEST
+    content = record.read_json(path)
     if not content:
-        raise FileNotFoundError(f"{folder / MANIFEST} does not exist")
+        raise FileNotFoundError(f"{path} does not exist")
+    if missing := [key for key in NEEDED if key not in content]:
+        raise record.Damaged(
+            f"{path} is damaged (it has no {missing[0]}); delete it, and run the sweep's command "
+            "again"
+        )
     return content
 
 

@@ -126,32 +126,10 @@ class Plan:
 def ask_precheck(
     todo: list[Config], finished: list[Config], runs_locally: bool = True
 ) -> dict[str, Any]:
-    """Check the jobs of a sweep in a separate process, and return what is wrong with them.
+    """Call `precheck.report` in a separate process, and return its dictionary.
 
-    The process downloads missing data sets, unless `sweep.plan` of the first job in `todo` is set.
-
-    Args:
-        todo: jobs to run.
-        finished: finished jobs.
-        runs_locally: whether the jobs run on this machine.
-
-    Returns:
-        A dictionary with these keys:
-
-        - "problems": [index in `todo`, reason] of each job that cannot run; if `sweep.plan` is set,
-          of each obstacle, of which a job may have several;
-        - "downloads": missing files of data sets that the sweep would download; [] unless
-          `sweep.plan` is set;
-        - "changed": index in `finished` of each job that learnt from another teacher file than the
-          current one;
-        - "other_data": [index in `finished`, how the data differ] of each job that was trained on
-          other data than its data set has now;
-        - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
-        - "teachers": missing teachers that jobs train first, see `Plan.teachers`;
-        - "run_MB": estimated disk space of each job in `todo`, see `Plan.run_MB`.
-
-    Raises:
-        ChildProcessError: If the separate process dies or ends with an error.
+    The arguments are those of `precheck.report`. Raise ChildProcessError if the separate process
+    dies or ends with an error.
     """
     command = [sys.executable, "-m", "sddlskd.sweeps.precheck", "--parent", str(os.getpid())]
     done = subprocess.run(
@@ -172,7 +150,7 @@ def ask_precheck(
 
 
 def no_findings() -> dict[str, Any]:
-    """Return the answer of a `Precheck` that found nothing; see `ask_precheck` for the keys."""
+    """Return the answer of a `Precheck` that found nothing; see `precheck.report` for the keys."""
     keys = ("problems", "downloads", "changed", "other_data", "devices", "teachers", "run_MB")
     return {key: [] for key in keys}
 
@@ -200,7 +178,7 @@ def make_plan(
         max_group_size: largest number of jobs that train together; None for no limit.
         precheck: function that checks the jobs. Its arguments are the jobs to run, the finished
             jobs that do not run again, and `runner.runs_locally`. It is not called if both lists
-            are empty. It returns a dictionary like that of `ask_precheck`.
+            are empty. It returns a dictionary like that of `precheck.report`.
 
     Returns:
         The plan. Jobs that cannot run are in `Plan.invalid`; they raise no error.

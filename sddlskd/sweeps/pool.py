@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from sddlskd.config import Config
-from sddlskd.processes.cores import check_processes
+from sddlskd.processes.cores import check_processes, usable_cores
 from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.processes.interrupts import held_back, hung_up_counts
 from sddlskd.record import FAILED, FINISHED, KILLED, PRUNED
@@ -42,14 +42,14 @@ class Task:
 
     Attributes:
         jobs: jobs that one worker process trains together, at least one.
-        deaths: 1 if an earlier worker process of these jobs died or was stopped, or could not train
-            them because of another process, which has ended since; else 0.
+        is_retry: whether an earlier worker process of these jobs died, was stopped, or found the
+            jobs in use by another process, which has ended since.
         number: number of the group among those of the launch, from 1; the parts of a group share
             its number.
     """
 
     jobs: list[Config]
-    deaths: int = 0
+    is_retry: bool = False
     number: int = 1
 
     @property
@@ -80,8 +80,8 @@ class Pool(GroupRunner):
     Args:
         devices: list of devices such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"], one for each worker
             that runs at a time; a text such as "cuda:0" stands for a list of one. "auto" takes the
-            jobs' trainer.device; if that is auto as well, the devices are all visible GPUs, or the
-            CPU if there is no GPU. Several CPU workers share the cores.
+            jobs' trainer.device; if that is auto as well, the devices are all visible GPUs, else
+            MPS, else the CPU. Several CPU workers share the cores.
         fail_fast: whether to stop the sweep at the first job that fails.
         start: function that starts a worker process; called like subprocess.Popen.
 
@@ -187,11 +187,13 @@ class Pool(GroupRunner):
         self.groups = len(groups)
         self.jobs = [job for group in groups for job in group]
         self.trained_on = self.kind(self.jobs, visible)
-        self.queue.extend(Task(list(group), 0, number) for number, group in enumerate(groups, 1))
+        self.queue.extend(
+            Task(list(group), number=number) for number, group in enumerate(groups, 1)
+        )
         self.devices = self.places([task.jobs[0] for task in self.queue], visible)
         cpu_workers = self.devices.count("cpu")
         if cpu_workers > 1:
-            self.threads = max(len(os.sched_getaffinity(0)) // cpu_workers, 1)
+            self.threads = max(usable_cores() // cpu_workers, 1)
         asking = [signal.SIGINT, signal.SIGTERM]
         if hung_up_counts():
             asking.append(signal.SIGHUP)
@@ -337,7 +339,7 @@ class Pool(GroupRunner):
         if not left or self.stop_signals or not self.queue_open:
             return
         if code in task.device_failures:
-            self.queue.appendleft(Task(left, task.deaths, task.number))
+            self.queue.appendleft(Task(left, task.is_retry, task.number))
         elif code == ExitCode.BUSY:
             self._leave_to_others(left, task)
         elif code == ExitCode.TOO_LARGE and len(left) > 1:
@@ -349,8 +351,8 @@ class Pool(GroupRunner):
                 len(left) - half,
             )
             parts = (left[half:], left[:half])
-            self.queue.extendleft(Task(part, task.deaths, task.number) for part in parts)
-        elif code == ExitCode.STOPPED and task.deaths:
+            self.queue.extendleft(Task(part, task.is_retry, task.number) for part in parts)
+        elif code == ExitCode.STOPPED and task.is_retry:
             # The jobs have not failed: the sweep's command continues them.
             log.warning("a worker was stopped twice; left KILLED: %s", counted(len(left), "job"))
         else:
@@ -399,27 +401,27 @@ class Pool(GroupRunner):
             counted(len(left) - len(free), "job"),
         )
         if free and len(free) < len(left):
-            self.queue.append(Task(free, task.deaths, task.number))
-        elif free and task.deaths == 0:  # the other process has ended in the meantime
-            self.queue.append(Task(free, 1, task.number))
+            self.queue.append(Task(free, task.is_retry, task.number))
+        elif free and not task.is_retry:  # the other process has ended in the meantime
+            self.queue.append(Task(free, True, task.number))
 
     def _retry(self, left: list[Config], task: Task, code: int) -> None:
         """Queue the jobs of a dead worker again, or mark a job FAILED that killed two workers."""
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if task.deaths == 0:
+        if not task.is_retry:
             log.warning(
                 "a worker died (%s); to continue from its checkpoints: %s",
                 why,
                 counted(len(left), "job"),
             )
-            self.queue.appendleft(Task(left, 1, task.number))
+            self.queue.appendleft(Task(left, True, task.number))
         elif len(left) > 1:
             log.warning(
                 "a second worker died of the same %d jobs (%s): running them one by one",
                 len(left),
                 why,
             )
-            self.queue.extendleft(Task([job], 1, task.number) for job in reversed(left))
+            self.queue.extendleft(Task([job], True, task.number) for job in reversed(left))
         else:
             reason = f"its worker died twice ({why})"
             if why == "SIGKILL":

@@ -452,9 +452,10 @@ def report(
     Returns:
         A dictionary of plain values for JSON, with these keys:
 
-        - "problems": (index in `todo`, reason) of each job that cannot run; for a plan that is
-          only printed (`sweep.plan`), of each obstacle;
-        - "downloads": missing files of data sets that the jobs would download, for such a plan;
+        - "problems": (index in `todo`, reason) of each job that cannot run; if `sweep.plan` is set,
+          of each obstacle, of which a job may have several;
+        - "downloads": missing files of data sets that the sweep would download; [] unless
+          `sweep.plan` is set;
         - "changed": index in `finished` of each job that learnt from another teacher file than the
           current one;
         - "other_data": (index in `finished`, how the data differ) of each job that was trained on
@@ -462,17 +463,14 @@ def report(
         - "devices": devices of this machine, such as ["cuda:0", "cuda:1"] or ["cpu"];
         - "teachers": missing teachers that jobs train first, such as "resnet32x4 for cifar100 (240
           epochs)";
-        - "run_MB": estimated disk space of each job of `todo` in megabytes, for a plan that is only
-          printed; an entry is None if it is not known, for example for a network that is missing.
+        - "run_MB": estimated disk space of the run of each job in `todo` in megabytes, None if it
+          is not known, for example for a network that is missing; [] unless `sweep.plan` is set.
 
     Raises:
         record.Damaged: If the result.json of a finished job is damaged.
     """
     checker = Checker()
     index_of = {id(job): index for index, job in enumerate(todo)}
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     downloads: list[str] = []
     run_MB: list[float | None] = []
     if todo and todo[0].sweep.plan:
@@ -493,12 +491,19 @@ def report(
             for index, job in enumerate(finished)
             if (change := checker.data_change(job))
         ],
-        "devices": devices,
+        "devices": _devices(),
         "teachers": list(
             dict.fromkeys(_teacher_line(one) for job in todo for one in trained_first(job))
         ),
         "run_MB": run_MB,
     }
+
+
+def _devices() -> list[str]:
+    """Return the GPUs of this machine, or without one, what trainer.device=auto stands for."""
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [str(pick_device("auto"))]
 
 
 def _teacher_line(job: Config) -> str:

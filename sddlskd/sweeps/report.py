@@ -213,26 +213,37 @@ def _spread_lines(plan: Plan, devices: Sequence[str]) -> list[str]:
     per_device = jobs_of_devices(sizes, len(devices))
     shares = [f"{name} {_jobs(jobs)}" for name, jobs in zip(devices, per_device, strict=True)]
     lines.append(f"devices: {', '.join(shares)}")
-    together = [len(group) for group in groups_of(plan.todo)]
-    better = better_group_size(together, len(devices), plan.max_group_size)
     # Halving compares the jobs of a group, so smaller groups would change what it drops.
-    if better and not plan.todo[0].sweep.halving:
-        most = max(jobs_of_devices(split(together, better), len(devices)))
-        with_teacher = [job for job in plan.todo if job.has_teacher]
-        passes = [len(groups_of(with_teacher, size)) for size in (better, plan.max_group_size)]
-        changes = [f"{most} instead of {max(per_device)} jobs on the busiest device"]
-        if most == max(per_device):
-            changes = [f"{_jobs(most)} on the busiest device as before"]
-        if passes[0] != passes[1]:
-            changes.append(f"{passes[0]} instead of {passes[1]} passes of the teacher an epoch")
-        lines.append(
-            f"hydra.launcher.max_group_size={better} would end earlier: {', '.join(changes)}"
-        )
+    if not plan.todo[0].sweep.halving:
+        lines += _better_size_lines(plan, len(devices), max(per_device))
     if plan.seconds is not None and plan.at_most is not None and len(devices) > 1:
         share = max(per_device) / len(plan.todo)
         about = _about(plan.seconds * share, plan.at_most * share)
         lines.append(f"{about} on these {len(devices)} devices")
     return lines
+
+
+def _better_size_lines(plan: Plan, devices: int, busiest: int) -> list[str]:
+    """Return a line with the group size that ends earlier and what it changes; [] if none does.
+
+    Args:
+        plan: plan of a sweep with jobs to run.
+        devices: number of devices.
+        busiest: number of jobs that the busiest device trains with the present group size.
+    """
+    together = [len(group) for group in groups_of(plan.todo)]
+    better = better_group_size(together, devices, plan.max_group_size)
+    if not better:
+        return []
+    most = max(jobs_of_devices(split(together, better), devices))
+    with_teacher = [job for job in plan.todo if job.has_teacher]
+    passes = [len(groups_of(with_teacher, size)) for size in (better, plan.max_group_size)]
+    changes = [f"{most} instead of {busiest} jobs on the busiest device"]
+    if most == busiest:
+        changes = [f"{_jobs(most)} on the busiest device as before"]
+    if passes[0] != passes[1]:
+        changes.append(f"{passes[0]} instead of {passes[1]} passes of the teacher an epoch")
+    return [f"hydra.launcher.max_group_size={better} would end earlier: {', '.join(changes)}"]
 
 
 def _sharing_lines(plan: Plan, array_parallelism: int) -> list[str]:

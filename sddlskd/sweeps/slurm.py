@@ -585,8 +585,16 @@ def _failed(sweep: Path) -> set[str]:
 
 
 def _record_dead_jobs(sweep: Path) -> None:
-    """Write into the records of unfinished jobs how SLURM ended their tasks."""
-    latest = {run_dir: one.job for one in submissions(sweep) for run_dir in one.run_dirs}
+    """Write into the records of unfinished jobs how SLURM ended their tasks.
+
+    A job whose run directory was deleted has no record.
+    """
+    latest = {
+        run_dir: one.job
+        for one in submissions(sweep)
+        for run_dir in one.run_dirs
+        if Path(run_dir, "config.yaml").exists()
+    }
     results = {run_dir: record.read_result(Path(run_dir)) for run_dir in latest}
     unfinished = {
         run_dir: task

@@ -187,13 +187,13 @@ def status_of(folder: Path) -> SweepStatus:
     """
     manifest = read_manifest(folder)
     run_dirs: list[str] = manifest["jobs"]
+    queue: dict[str, tuple[str, str]] = {}
     slurm_error = ""
     try:
-        queue = slurm_queue.queue(folder)
         states = states_of(folder, run_dirs)
+        queue = slurm_queue.queue(folder)
     except ConnectionError as error:
         slurm_error = str(error)
-        queue = {}
         states = {run_dir: state_of(Path(run_dir)) for run_dir in run_dirs}
     unfinished = [run_dir for run_dir in run_dirs if states[run_dir] not in ENDED]
     tasks = _tasks_of(folder, unfinished)
@@ -207,39 +207,30 @@ def status_of(folder: Path) -> SweepStatus:
     searched = searched_keys(manifest["command"]) if is_search else []
     differing = cfg.differing_settings(list(configs.values()), searched)
     settings = dict(zip(configs, differing, strict=True))
-    left = [run_dir for run_dir in run_dirs if states[run_dir] not in _left_alone(manifest)]
-    estimates: dict[str, float | None] = dict.fromkeys(run_dirs, 0.0)
-    estimates |= dict.fromkeys(left)
-    known = [run_dir for run_dir in left if run_dir in configs]
-    seconds = seconds_left([configs[run_dir] for run_dir in known], manifest.get("kind"))
-    estimates |= zip(known, seconds, strict=True)
-    jobs: list[JobStatus] = []
-    for run_dir in run_dirs:
-        rows = record.read_rows(Path(run_dir)) if states[run_dir] != "new" else []
-        result = record.read_result(Path(run_dir))
-        config, own = configs.get(run_dir), settings.get(run_dir, "")
-        task = tasks.get(run_dir)
-        jobs.append(
-            _job_status(
-                Path(run_dir),
-                config,
-                own,
-                states[run_dir],
-                rows,
-                result,
-                task,
-                task_states,
-                estimates[run_dir],
-            )
+    left_alone = _left_alone(manifest)
+    left = [run_dir for run_dir in run_dirs if states[run_dir] not in left_alone]
+    estimates = _estimates(left, configs, manifest.get("kind"))
+    jobs = [
+        _job_status(
+            Path(run_dir),
+            configs.get(run_dir),
+            settings.get(run_dir, ""),
+            states[run_dir],
+            task=tasks.get(run_dir),
+            task_states=task_states,
+            estimate=estimates.get(run_dir, 0.0),
         )
+        for run_dir in run_dirs
+    ]
     command = ""
     # A search and a sweep with seeds until decided may add jobs, which only their command knows.
     # Manifests of earlier versions do not have the entry.
     may_add = manifest.get("until_decided") or is_search
     if may_add or any(job.state not in DONE for job in jobs):
         command = f"cd {shlex.quote(manifest['folder'])} && {manifest['command']}"
-    in_order = [list(configs)[index] for index in cfg.table_order(list(configs.values()))]
-    place = {run_dir: number for number, run_dir in enumerate(in_order)}
+    listed = list(configs)
+    order = cfg.table_order(list(configs.values()))
+    place = {listed[index]: number for number, index in enumerate(order)}
     jobs.sort(key=lambda job: place.get(job.run_dir, len(place)))
     return SweepStatus(
         sweep=manifest["name"],
@@ -253,6 +244,23 @@ def status_of(folder: Path) -> SweepStatus:
         command=command,
         slurm_error=slurm_error,
     )
+
+
+def _estimates(
+    left: Sequence[str], configs: Mapping[str, cfg.Config], kind: str | None
+) -> dict[str, float | None]:
+    """Return {run directory: estimated seconds until the job ends} of jobs that are left.
+
+    None stands for a job without an estimate.
+
+    Args:
+        left: run directories of the jobs.
+        configs: configurations of the jobs that have been written already, by run directory.
+        kind: kind of the devices, as for `seconds_left`.
+    """
+    known = [run_dir for run_dir in left if run_dir in configs]
+    seconds = seconds_left([configs[run_dir] for run_dir in known], kind)
+    return {**dict.fromkeys(left), **dict(zip(known, seconds, strict=True))}
 
 
 def _left_alone(manifest: Mapping[str, Any]) -> Sequence[str]:
@@ -307,8 +315,7 @@ def _job_status(
     config: cfg.Config | None,
     settings: str,
     state: str,
-    rows: Sequence[Mapping[str, Any]],
-    result: Mapping[str, Any],
+    *,
     task: str | None,
     task_states: Mapping[str, str],
     estimate: float | None,
@@ -320,13 +327,13 @@ def _job_status(
         config: configuration of the job; None if its config.yaml has not been written yet.
         settings: settings that tell the job from others of its name.
         state: state of the job.
-        rows: metrics of the job by epoch, the rows of its metrics.jsonl.
-        result: content of the job's result.json.
         task: id of the job's SLURM task; None without one.
         task_states: states of the tasks of the sweep, by their ids.
         estimate: estimated seconds until the job ends; None if they are not known.
     """
     epochs = config.trainer.epochs if config else 0
+    rows = record.read_rows(run_dir) if state != "new" else []
+    result = record.read_result(run_dir)
     if state in AT_WORK:  # result.json has the scores and the reason of an earlier attempt
         result = {key: result[key] for key in ("requeues",) if key in result}
     top1 = result.get("best_top1")

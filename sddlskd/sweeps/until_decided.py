@@ -127,7 +127,8 @@ def run_until_decided(
         log.warning("without a baseline in this sweep, so never decided: %s", "; ".join(lonely))
     words = list(words_of.values())
     runs = [(index, seed) for index in range(len(words)) for seed in range(FIRST_SEEDS)]
-    ran, told = False, set[int]()  # told: cells whose decision is in the log
+    ran = False  # whether this launch has run jobs
+    told = set[int]()  # cells whose decision is in the log
     while True:
         overrides = [[*words[index], f"seed={seed}"] for index, seed in runs]
         jobs = compose_grid(loader, sweep, overrides)
@@ -157,9 +158,8 @@ def run_until_decided(
                     told.add(one.cell)
                     log.info("%s", describe(one, distinct))
         runs += missing
-    if (
-        not ran
-    ):  # other launches ran all jobs: print the plan, or note the jobs in the sweep's files
+    if not ran:
+        # Other launches ran all jobs: print the plan, or note the jobs in the sweep's files.
         run_sweep(jobs, name, runner=runner, max_group_size=max_group_size, print_results=False)
     outcomes(jobs, results)
     for one in comparisons:
@@ -282,13 +282,12 @@ def describe(comparison: Comparison, cells: Sequence[Config]) -> str:
 def _label(cell: Config, cells: Sequence[Config]) -> str:
     """Return the name of a cell's method, and the settings in which its namesakes differ."""
     alike = [other for other in cells if name_of(other) == name_of(cell) and same_pair(cell, other)]
-    own = cfg.flatten(cell)
+    own, others = cfg.flatten(cell), list(map(cfg.flatten, alike))
+    identifying = cfg.identity_keys() - {"seed"}
     differing = [
-        f"{key}={own.get(key)}"
-        for key in own
-        if key in cfg.identity_keys()
-        and key != "seed"
-        and any(cfg.flatten(other).get(key) != own.get(key) for other in alike)
+        f"{key}={value}"
+        for key, value in own.items()
+        if key in identifying and any(other.get(key) != value for other in others)
     ]
     # The arguments of a loss repeat its temperature.
     plain = [text for text in differing if "={" not in text]

@@ -27,6 +27,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from yaml import MarkedYAMLError
 
 from sddlskd import config as cfg
 from sddlskd.config import Config
@@ -72,6 +73,8 @@ WRONG_TYPE = re.compile(
 FULL_KEY = re.compile(r"full_key: (\S+)")  # OmegaConf appends the key to its messages
 # OmegaConf's message about a value that a file must give
 MISSING_VALUE = re.compile(r"has missing mandatory value: (\w+)")
+# Key of the name of a network of timm or torchvision
+NETWORK_NAME = re.compile(r"\b(?:student|teacher|more_teachers\.\w+)\.model\.name\b")
 # A setting of a feature method that belongs to no method
 LOST_FEATURE = re.compile(rf"features\.({'|'.join(f.name for f in fields(FeatureConfig))})\b")
 # Time as hours, minutes and seconds
@@ -289,9 +292,6 @@ def _score(top1: float | None) -> str:
     return "-" if top1 is None else f"{top1:.2f}"
 
 
-NETWORK_NAME = re.compile(r"\b(?:student|teacher|more_teachers\.\w+)\.model\.name\b")
-
-
 def explain(error: BaseException) -> str:
     """Return one line that tells a user what went wrong and, if known, what is valid.
 
@@ -320,35 +320,37 @@ def explain(error: BaseException) -> str:
         if isinstance(link, InterpolationResolutionError) and link is not chain[-1]:
             continue  # the error of the resolver says more
         if isinstance(link, OmegaConfBaseException) and LOST_FEATURE.match(str(link.full_key)):
-            name = "features.NAME`, NAME being the name of the method in tables"
-            return f"{_first_line('features', str(error))} {name}"
+            line = _package_line("features", "features.NAME", str(error))
+            return f"{line}, NAME being the name of the method in tables"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return _unknown_key(link)
         if isinstance(link, MissingMandatoryValue) and (key := NETWORK_NAME.search(str(link))):
             return f"{key[0]} is missing; name a network of the library, as in {key[0]}=resnet18"
         if isinstance(link, OmegaConfBaseException) and link.msg:
             return _bad_value(str(link.full_key or ""), _one_line(link.msg), str(error))
+        if isinstance(link, MarkedYAMLError) and (mark := link.problem_mark):
+            return f"{mark.name}, line {mark.line + 1}, is not YAML ({link.problem}); correct it"
         if isinstance(link, OverflowError) and (key := FULL_KEY.search(str(link))):
             return f"{key[1]} is too large for a number; give a smaller one"
         if isinstance(link, OWN_ERRORS) and not isinstance(link, HydraException):
             return _one_line(str(link))
     said = _one_line(str(error))
     if re.search(r"Could not override '\w+@recipe\.", said):
-        return f"{_first_line('recipe', said)} _global_`"
+        return _package_line("recipe", "_global_", said)
     for pattern, reason in SEVERAL_VALUES:
         if match := re.search(pattern, said):
             return reason.format(*match.groups())
     return said
 
 
-def _first_line(group: str, whole: str) -> str:
-    """Return the beginning of the advice for a file of `group` that lacks its package line.
+def _package_line(group: str, package: str, whole: str) -> str:
+    """Return the advice to put its `# @package` line into a file of `group`.
 
     `whole` is Hydra's message, which may name the file.
     """
     named = re.match(r"In '(.+?)'", whole)
     file = f"{named[1]}.yaml" if named else f"the file of {group}=..."
-    return f"the first line of {file} must be `# @package"
+    return f"the first line of {file} must be `# @package {package}`"
 
 
 def _readable(override: str) -> str:
@@ -433,7 +435,7 @@ def _places_of(key: str, config: Any) -> list[str]:
     depth = min((place.count(".") for place in found), default=0)
     nearest = [place for place in found if place.count(".") == depth > 0]
     nearest = [place for place in nearest if not place.startswith("dataset.")] or nearest
-    # `lr` is the student's more often than the teacher's.
+    # Who types lr means optimizer.lr more often than student.lr or teacher.lr.
     return sorted(nearest, key=lambda place: not place.startswith("optimizer."))
 
 
@@ -490,7 +492,7 @@ def _bad_value(key: str, message: str, whole: str) -> str:
     elif not override and is_null:
         shown = f"{key}=null"
     if key == "recipe" and "Cannot convert 'DictConfig'" in message:
-        return f"{_first_line('recipe', whole)} _global_`"
+        return _package_line("recipe", "_global_", whole)
     if missing := MISSING_VALUE.search(message):
         group, name = key.rpartition(".")[0], missing[1]
         meaning = " (the name in tables)" if name == "name" else ""

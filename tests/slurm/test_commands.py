@@ -74,7 +74,7 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     one_second = network("Slow", seconds=1.0).split()
     launch(homes["long"], "long", *one_second, *long, *mlflow, *limits)
     launch(homes["rough"], "rough", *slow(0.4, *GRID, *mlflow, "checkpoint.every_minutes=0.01"))
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def disturb(job: str, run_dir: Path, blows: list[str]) -> None:
         try:
@@ -93,7 +93,7 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
                         cluster.ask("scancel", "--signal=USR2", f"{job}.0")
                     time.sleep(2.0)
         except BaseException as error:
-            told.append(error)
+            errors.append(error)
 
     blows = [
         ["warn", "warn", "warn"],
@@ -115,7 +115,7 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     launch(homes["calm"], "calm", *slow(0.4, *GRID, *mlflow))
     for thread in threads:
         thread.join()
-    assert not told, told
+    assert not errors, errors
     wait_for(lambda: not cluster.queue(), 600)
     return homes
 

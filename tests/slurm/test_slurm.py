@@ -370,7 +370,7 @@ def test_what_slurm_will_refuse_is_told_before_anything_is_written(
     assert not (home / "runs").exists()
 
 
-def test_without_slurm_nobody_guesses_what_is_queued(
+def test_without_slurm_a_submitted_sweep_does_not_run_and_its_status_says_why(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = jobs_of(home, network("Tiny"))
