@@ -74,6 +74,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _analyse(given: Sequence[str]) -> None:
+    chosen = _parse(_parser(), given)
+    formats = chosen.format.split(",")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(
+            f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
+        )
+    uri = _uri(chosen)
+    for name in chosen.names or [None]:
+        _refuse_if_elsewhere(name, uri)
+    if not chosen.names:
+        _list(uri)
+        return
+    _say(f"reading {' and '.join(chosen.names)} from {uri}")
+    _tell_what_is_read(uri)
+    from .runs import load
+
+    runs = load(chosen.names, uri, mixed_epochs=chosen.mixed_epochs)
+    _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
+    _write(runs, chosen, formats)
+    _say_what_is_missing(runs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command without a name of its own, which analyses runs."""
     parser = argparse.ArgumentParser(
         COMMAND, USAGE, "Write the papers' tables, figures and a report from MLflow."
     )
@@ -121,26 +145,7 @@ def _analyse(given: Sequence[str]) -> None:
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="formats of the tables. Default: %(default)s"
     )
-    chosen = _parse(parser, given)
-    formats = chosen.format.split(",")
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(
-            f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
-        )
-    uri = _uri(chosen)
-    for name in chosen.names or [None]:
-        _refuse_if_elsewhere(name, uri)
-    if not chosen.names:
-        _list(uri)
-        return
-    _say(f"reading {' and '.join(chosen.names)} from {uri}")
-    _tell_what_is_read(uri)
-    from .runs import load
-
-    runs = load(chosen.names, uri, mixed_epochs=chosen.mixed_epochs)
-    _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
-    _write(runs, chosen, formats)
-    _say_what_is_missing(runs)
+    return parser
 
 
 def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:

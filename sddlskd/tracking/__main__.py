@@ -57,7 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")
     if chosen.to:
         _write_copies(runs, [FileMirror(name) for name in chosen.to], again=chosen.again)
-        return
+    else:
+        _deliver(runs, sweeps, again=chosen.again)
+
+
+def _deliver(runs: Sequence[Path], sweeps: set[Path], *, again: bool) -> None:
+    """Deliver runs and sweeps to MLflow, and exit with status 1 if some cannot be delivered.
+
+    Args:
+        runs: the run directories.
+        sweeps: the folders of sweeps; those of the runs are added.
+        again: whether to deliver everything again.
+    """
     problems: list[str] = []
     delivered = 0  # runs
     answering: set[str | None] = set()  # addresses of MLflow that have answered
@@ -65,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             config = cfg.load(run / "config.yaml")
             if config.tracking.mirrors and record.abandoned(run):
-                write_copies(run, config.tracking.mirrors, again=chosen.again)
+                write_copies(run, config.tracking.mirrors, again=again)
             if config.tracking.uri not in answering:
                 tracking_uri.check_answers(str(config.tracking.uri))
                 answering.add(config.tracking.uri)
-            sync(run, again=chosen.again)
+            sync(run, again=again)
             delivered += 1
             if is_planned(sweep_folder(config), config):
                 sweeps.add(sweep_folder(config))
@@ -81,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             problems.append(f"error: {run} could not be delivered: {first_line(error)}")
     for sweep in sorted(sweeps):
         try:
-            sync_sweep(sweep, again=chosen.again)
+            sync_sweep(sweep, again=again)
         except Deleted as error:
             problems.append(f"error: {error}")
         except Exception as error:

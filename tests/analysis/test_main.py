@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from analysis import __main__ as command_line
-from analysis import figures, render, tables
+from analysis import figures, render, selection, stats, tables
 from analysis.__main__ import main
 from analysis.runs import load
 from analysis.schema import read_frame
@@ -345,6 +345,20 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "val: test accuracy" in words
     )
     assert "import-logs" in words
+
+
+def test_the_options_and_defaults_of_the_command_are_those_of_the_modules() -> None:
+    # They are stated twice, because the modules are slow to import.
+    parser = command_line._parser()
+    assert {option.dest: option.choices for option in parser._actions if option.choices} == {
+        "metric": tuple(selection.METRICS),
+        "test": stats.TESTS,
+    }
+    assert (parser.get_default("test"), parser.get_default("margin")) == (
+        selection.GainOptions.test,
+        selection.GainOptions.margin,
+    )
+    assert set(command_line.FORMATS) == set(render.FORMATS)
 
 
 def test_tables_and_figures_get_the_same_options(
