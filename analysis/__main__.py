@@ -25,6 +25,7 @@ __all__ = ["main"]
 FORMATS = ("md", "tex", "html", "csv")
 TESTS = ("pooled", "paired")
 LONGEST = 200  # largest number of lines of the tables that are printed
+STOPPED = 130  # exit status after Ctrl-C, as of the other commands
 SHOWN = 20  # largest number of unfinished runs that are listed one by one
 # `analysis` in a checkout, `sddlskd.analysis` in a wheel.
 COMMAND = f"python -m {__package__}"
@@ -41,7 +42,9 @@ labels per image. Default: best"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command of `python -m analysis`, and return the exit status: 0, or 1 after an error.
+    """Run a command of `python -m analysis`, and return the exit status.
+
+    The status is 0, 1 after an error, or 130 after Ctrl-C.
 
     Depending on `arguments`, the command writes the tables, figures and report of runs in MLflow,
     lists what MLflow holds, compares published numbers with runs or logs, or imports logs. A
@@ -70,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return STOPPED
     return 0
 
 

@@ -756,6 +756,20 @@ def test_run_without_tracking_is_delivered_later(
         sync_command.main(["sync", str(home / "nowhere")])
 
 
+def test_ctrl_c_stops_a_delivery(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, *, again: bool) -> None:
+        raise KeyboardInterrupt
+
+    write_record(tracked(home, teacher=False))
+    monkeypatch.setattr(sync_command, "sync", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        sync_command.main(["sync", str(home / "runs")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command delivers what is missing\n"
+
+
 # Crashes and failures
 
 

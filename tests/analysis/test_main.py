@@ -224,6 +224,17 @@ def test_errors_say_it_without_a_traceback(
     assert "Traceback" not in error
 
 
+def test_ctrl_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(uri: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_list", interrupted)
+    assert main(["--home", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_runs_without_the_params_of_a_method_are_marked(tmp_path: Path) -> None:
     lacking = [
         {"sweep": "study", "best": 60.0, "seed": 5 + i, "absent": absent}
