@@ -25,6 +25,7 @@ __all__ = ["main"]
 FORMATS = ("md", "tex", "html", "csv")
 TESTS = ("pooled", "paired")
 LONGEST = 200  # largest number of lines of the tables that are printed
+STOPPED = 130  # exit status after Ctrl-C, as of the other commands
 SHOWN = 20  # largest number of unfinished runs that are listed one by one
 # `analysis` in a checkout, `sddlskd.analysis` in a wheel.
 COMMAND = f"python -m {__package__}"
@@ -41,7 +42,9 @@ labels per image. Default: best"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command of `python -m analysis`, and return the exit status: 0, or 1 after an error.
+    """Run a command of `python -m analysis`, and return the exit status.
+
+    The status is 0, 1 after an error, or 130 after Ctrl-C.
 
     Depending on `arguments`, the command writes the tables, figures and report of runs in MLflow,
     lists what MLflow holds, compares published numbers with runs or logs, or imports logs. A
@@ -70,10 +73,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return STOPPED
     return 0
 
 
 def _analyse(given: Sequence[str]) -> None:
+    chosen = _parse(_parser(), given)
+    formats = chosen.format.split(",")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(
+            f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
+        )
+    uri = _uri(chosen)
+    for name in chosen.names or [None]:
+        _refuse_if_elsewhere(name, uri)
+    if not chosen.names:
+        _list(uri)
+        return
+    _say(f"reading {' and '.join(chosen.names)} from {uri}")
+    _tell_what_is_read(uri)
+    from .runs import load
+
+    runs = load(chosen.names, uri, mixed_epochs=chosen.mixed_epochs)
+    _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
+    _write(runs, chosen, formats)
+    _say_what_is_missing(runs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command without a name of its own, which analyses runs."""
     parser = argparse.ArgumentParser(
         COMMAND, USAGE, "Write the papers' tables, figures and a report from MLflow."
     )
@@ -121,26 +151,7 @@ def _analyse(given: Sequence[str]) -> None:
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="formats of the tables. Default: %(default)s"
     )
-    chosen = _parse(parser, given)
-    formats = chosen.format.split(",")
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(
-            f"--format {','.join(unknown)} is not valid; choose from {','.join(FORMATS)}"
-        )
-    uri = _uri(chosen)
-    for name in chosen.names or [None]:
-        _refuse_if_elsewhere(name, uri)
-    if not chosen.names:
-        _list(uri)
-        return
-    _say(f"reading {' and '.join(chosen.names)} from {uri}")
-    _tell_what_is_read(uri)
-    from .runs import load
-
-    runs = load(chosen.names, uri, mixed_epochs=chosen.mixed_epochs)
-    _say(f"{counted(len(runs.frame), 'run')}: {_by_status(runs)}")
-    _write(runs, chosen, formats)
-    _say_what_is_missing(runs)
+    return parser
 
 
 def _parse(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:

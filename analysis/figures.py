@@ -391,10 +391,10 @@ def gain_by_pair(
     gaining = list(dict.fromkeys(comparison.point for comparison in gains))
     most = settings_in_dots(len(_panels(gaining)))
     shown, settings, rest = few(gaining, lambda point: point.setting, most)
-    # A student alone, which has no teacher, stands in the panels of its pairs.
-    with_teacher = {point.panel: point.run for point in points if point.run.teacher != "none"}
+    # A student alone stands in the panels of its pairs; without pairs, it has a panel of its own.
+    pairs = {point.panel: point.run for point in points if point.run.teacher != "none"}
     homogeneous = {
-        panel: same_family(with_teacher[panel].teacher, with_teacher[panel].student)
+        panel: panel not in pairs or same_family(pairs[panel].teacher, pairs[panel].student)
         for panel in _panels(shown)
     }
     panels = sorted(homogeneous, key=lambda panel: not homogeneous[panel])

@@ -400,10 +400,10 @@ def _header(text: str) -> list[str]:
 def _rows(path: Path, text: str, given: Mapping[str, str], refused: list[str]) -> Iterator[_Import]:
     reader = csv.reader(io.StringIO(text), strict=True)
     names = _header(text)
-    next(reader)
     seen: Counter[str] = Counter()
     wrong: dict[str, list[int]] = defaultdict(list)  # lines by what is wrong with them
     try:
+        next(reader)  # the header, too, may have a quote where none is allowed
         for cells in reader:
             row = {name: cell.strip() for name, cell in zip(names, cells, strict=False) if name}
             row = {

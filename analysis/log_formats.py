@@ -290,7 +290,7 @@ def json_stats(text: str) -> list[Log]:
     """
     reader = _Reader()
     trained: dict[str, float] = {}
-    whole = True
+    whole = True  # whether the latest line ends an epoch
     lines = [
         (number, line) for number, line in enumerate(text.splitlines(), 1) if "json_stats: " in line
     ]

@@ -194,24 +194,8 @@ def notes_on_gains(
     if not tested:
         yield "Gains: differences of the means, without a test: too few runs, or without variance."
         return
-    pooled = "; ".join(_tests_of("pooled", columns, gains, results))
-    pairing = "; ".join(_tests_of("paired", columns, gains, results, options.test == "pooled"))
-    unpaired = "; ".join(_tests_of("welch", columns, gains, results))
-    looking = "; ".join(_tests_of("sequential", columns, gains, results, False))
-    ways = []
-    if pooled:
-        ways.append(f"t tests with the variance that the rows of a column share ({pooled})")
-    if pairing:
-        reason = f", {UNEQUAL}" if options.test == "pooled" else ""
-        ways.append(f"t tests paired by seed{reason} ({pairing})")
-    if unpaired:
-        ways.append(f"Welch's tests, {UNEQUAL} and the rows share too few seeds ({unpaired})")
-    if looking:
-        looks = max(gain.difference.looks for gain in gains.values())
-        ways.append(
-            "Welch's tests on the seeds that both rows have, with p and intervals that hold for "
-            f"the {looks} looks together at which seeds=until_decided may stop ({looking})"
-        )
+    ways = _ways_of_testing(columns, gains, results, options)
+    looking = any(gains[key].difference.test == "sequential" for key in tested)
     correction = "not corrected for the number of gains" if looking else "uncorrected"
     yield (
         f"Gains: {'; '.join(ways)}. Intervals: 95 %, {correction}. p: corrected by Holm over the "
@@ -231,6 +215,42 @@ def notes_on_gains(
             "pair and method); P(better): probability that a run of the row is better than one of "
             "its baseline."
         )
+
+
+def _ways_of_testing(
+    columns: Sequence[str],
+    gains: Mapping[Key, Gain],
+    results: Mapping[Key, Result],
+    options: GainOptions,
+) -> list[str]:
+    """Return a text for each kind of test of the gains, with its columns and degrees of freedom.
+
+    Args:
+        columns: labels of the columns, in order.
+        gains: gains by the labels of row and column.
+        results: results of all cells of the table, by the same labels.
+        options: how gains are tested.
+    """
+    by_bartlett = options.test == "pooled"  # whether Bartlett's test chooses the test
+    pooled = "; ".join(_tests_of("pooled", columns, gains, results))
+    pairing = "; ".join(_tests_of("paired", columns, gains, results, with_bartlett=by_bartlett))
+    unpaired = "; ".join(_tests_of("welch", columns, gains, results))
+    looking = "; ".join(_tests_of("sequential", columns, gains, results, with_bartlett=False))
+    ways = []
+    if pooled:
+        ways.append(f"t tests with the variance that the rows of a column share ({pooled})")
+    if pairing:
+        reason = f", {UNEQUAL}" if by_bartlett else ""
+        ways.append(f"t tests paired by seed{reason} ({pairing})")
+    if unpaired:
+        ways.append(f"Welch's tests, {UNEQUAL} and the rows share too few seeds ({unpaired})")
+    if looking:
+        looks = max(gain.difference.looks for gain in gains.values())
+        ways.append(
+            "Welch's tests on the seeds that both rows have, with p and intervals that hold for "
+            f"the {looks} looks together at which seeds=until_decided may stop ({looking})"
+        )
+    return ways
 
 
 def _depending_on_the_test(
@@ -320,6 +340,7 @@ def _tests_of(
     columns: Iterable[str],
     gains: Mapping[Key, Gain],
     results: Mapping[Key, Result],
+    *,
     with_bartlett: bool = True,
 ) -> Iterator[str]:
     """Yield a text for each column with gains that were tested by one of the tests.

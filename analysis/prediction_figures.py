@@ -49,6 +49,7 @@ __all__ = [
     "regions_chart",
 ]
 
+CONSTANT = "Not drawn because the logits are constant"
 MAPS = 6  # largest number of panels in the t-SNE figure
 CLASSES = 10  # largest number of coloured classes in the t-SNE figure
 
@@ -199,9 +200,10 @@ def correlation_gap(arrays: Arrays) -> np.ndarray:
     Fig. 3). An entry is NaN if a network has constant logits for one of its two classes. Raise
     KeyError if an array is missing.
     """
-    student_KK, teacher_KK = (
-        np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits")
-    )
+    with np.errstate(invalid="ignore"):  # constant logits
+        student_KK, teacher_KK = (
+            np.corrcoef(arrays[name].astype(np.float64).T) for name in ("logits", "teacher_logits")
+        )
     gap_KK: np.ndarray = np.abs(student_KK - teacher_KK)
     return gap_KK
 
@@ -211,33 +213,44 @@ def correlation_chart(kept: Kept) -> Chart | None:
 
     A heat map shows the matrix of `correlation_gap` (K, K) for one run of a point, which is the
     result of one method with its options on one pair of networks. `kept` holds the runs whose
-    predictions were saved. At most `PANELS` (12) points of `kept` are drawn; the caption names the
-    others. The result is None if `kept` has no run.
+    predictions were saved. At most `PANELS` (12) points of `kept` are drawn. A point is left out if
+    no two classes have a correlation, because its logits are constant. The caption names the points
+    that are not drawn. The result is None if no point is drawn.
     """
-    if not kept.firsts:
+    able = [first for first in kept.firsts if np.isfinite(_apart(first.gap_KK)).any()]
+    if not able:
         return None
-    drawn = kept.firsts[:PANELS]
+    drawn = able[:PANELS]
     titles = [f"{first.point.panel}\n{first.point.setting}" for first in drawn]
     drawing, axes = panels_of(titles, "class", "class", height=2.2, letters=26)
     every_gap = np.concatenate([first.gap_KK.ravel() for first in drawn])
     top = float(np.nanquantile(every_gap, 0.99)) or 1.0
     for axis, first in zip(axes.values(), drawn, strict=True):
         image = axis.imshow(first.gap_KK, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
-        apart = first.gap_KK[~np.eye(len(first.gap_KK), dtype=bool)]
-        axis.set_title(f"{axis.get_title()}\nmean |difference| {np.nanmean(apart):.3f}")
+        mean = np.nanmean(_apart(first.gap_KK))
+        axis.set_title(f"{axis.get_title()}\nmean |difference| {mean:.3f}")
         axis.grid(visible=False)
     drawing.colorbar(
         image, ax=list(axes.values()), label="|difference|", extend="max", aspect=40, pad=0.02
     )
-    left = [f"{first.point.panel} {first.point.setting}" for first in kept.firsts[PANELS:]]
+    left = [f"{first.point.panel} {first.point.setting}" for first in able[PANELS:]]
+    constant = [
+        f"{first.point.panel} {first.point.setting}" for first in kept.firsts if first not in able
+    ]
     caption = (
         "Absolute difference of the correlation matrices of the teacher's and the student's class "
         "logits over the test images (SDD Fig. 3), at the end of training; n = 1 seed, the lowest "
         "of each setting. The mean is over pairs of different classes; the colours end at the 99th "
-        f"percentile.{listed(NO_ROOM, left)}{kept.rest}"
+        f"percentile.{listed(NO_ROOM, left)}{listed(CONSTANT, constant)}{kept.rest}"
     )
     title = "Difference of the logit correlation matrices"
     return Chart("logit_correlation", title, caption, drawing)
+
+
+def _apart(gap_KK: np.ndarray) -> np.ndarray:
+    """Return the entries of a matrix that are of two different classes, (K * (K - 1),)."""
+    of_two: np.ndarray = gap_KK[~np.eye(len(gap_KK), dtype=bool)]
+    return of_two
 
 
 # Features

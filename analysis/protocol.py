@@ -29,7 +29,8 @@ __all__ = [
 SETTINGS_FILE = Path(__file__).parent / "reference" / "settings.csv"
 PAPERS_WEIGHT = 2.0
 """Weight of the loss of complementary regions in SDD, section 4.1."""
-BUDGET = ("lr", "batch_size", "epochs")
+FROM_KD = ("lr", "batch_size", "epochs")
+"""Settings that a method without a recipe takes from the recipe of KD for its data and pair."""
 NUMBERS = {"Int64": int, "Float64": float}
 
 
@@ -72,7 +73,7 @@ def settings_of(number: Published) -> Mapping[str, Any]:
     found = settings.get((number.dataset, number.pair, number.method))
     if found is None:
         of_kd = settings.get((number.dataset, number.pair, "kd"), {})
-        found = {name: value for name, value in of_kd.items() if name in BUDGET}
+        found = {name: value for name, value in of_kd.items() if name in FROM_KD}
     stated = {
         "M": number.M or None,
         "complementary_weight": float(number.beta) if number.beta else None,

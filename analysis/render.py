@@ -126,7 +126,7 @@ def _texts(cell: Cell, table: Table) -> Iterator[Text]:
             shown_p = f"{p:.3f}" if p >= 0.001 else "<0.001"
             yield text("p", f"{shown_p} {cell.gain.verdict}")
         else:
-            reason = "single seed" if found.n == 1 else "no spread"
+            reason = "single seed" if min(found.n, found.n_base) == 1 else "no spread"
             yield text("interval", f"{reason}: no interval")
     if cell.published_gain:
         yield text("published-gain", f"{cell.published_gain.difference:+.2f}")

@@ -73,11 +73,11 @@ SETTINGS = (*RECIPE, "lr", *BUDGET)
 COMPARABLE = ("source", "optimizer", "lr", *BUDGET)
 """Settings that a cell and its baseline must share, unless a table names others."""
 
-TEXTS = ("optimizer", "precision")
-"""Settings of which an empty text says that they are unknown, as None says of a number."""
+EMPTY_IF_UNKNOWN = ("optimizer", "precision")
+"""Settings whose value is "" in a run that does not state them; other settings are None then."""
 
 OF_METHODS = ("features.", "distiller.")
-"""How the names of details begin that belong to the method of a run."""
+"""Beginnings of the names of those details that belong to the method of a run."""
 
 Read = Callable[[Run], float | str]
 """Function that returns a number of a run, or the reason why the run has none."""
@@ -216,7 +216,7 @@ def agree(one: Run, other: Run, settings: Iterable[str]) -> bool:
     """
     for setting in settings:
         values = getattr(one, setting), getattr(other, setting)
-        if None in values or (setting in TEXTS and "" in values):
+        if None in values or (setting in EMPTY_IF_UNKNOWN and "" in values):
             continue
         if len({_as_optimizer(value) for value in values}) > 1:
             return False
@@ -507,6 +507,7 @@ def result_of(runs: Sequence[Run], read: Read, counted: str = "seeds") -> Result
         troubles.update(run.status.lower() for run in last if run.status != "FINISHED")
         if not finished:
             continue
+        # Configurations with the same `unread` settings differ in something that no column shows.
         if len({run.unread for run in finished}) < len(finished):
             hashes = ", ".join(sorted(run.config_hash for run in finished))
             troubles["in several configurations"] += 1
@@ -604,6 +605,25 @@ def gain_over(
         The gain, without `p_holm` and `verdict`; a sentence if no candidate or more than one fits,
         or if runs that have to be paired share no seed.
     """
+    found = _baseline_of(result, bases, same)
+    if isinstance(found, str):
+        return found
+    over, base = found
+    difference = _difference(result, base, beside)
+    if difference is None:
+        if result.by_seed and base.by_seed:
+            return f"no gain over {over}: no seed in common"
+        return f"no gain over {over}: runs without seeds cannot be paired"
+    return Gain(over, base, difference)
+
+
+def _baseline_of(
+    result: Result, bases: Mapping[str, Result], same: Sequence[str]
+) -> tuple[str, Result] | str:
+    """Return the baseline of a result with the label of its row, or why there is none.
+
+    The arguments and the choice are those of `gain_over`.
+    """
     run = result.runs[0]
     fitting = {label: base for label, base in bases.items() if agree(run, base.runs[0], same)}
     over = " or ".join(bases)
@@ -622,29 +642,36 @@ def gain_over(
         fitting = alike
     if len(fitting) > 1:
         return f"no gain over {over}: {len(fitting)} of its rows fit, not one"
-    ((over, base),) = fitting.items()
+    (baseline,) = fitting.items()
+    return baseline
+
+
+def _difference(
+    result: Result, base: Result, beside: Iterable[Result] | None
+) -> stats.Difference | None:
+    """Return the difference of a result and its baseline; None if runs to be paired share no seed.
+
+    `beside` and the choice of the test are those of `gain_over`.
+    """
     looks = max((one.looks or 0 for one in result.runs), default=0)
     if not base.by_seed.keys() >= result.by_seed.keys():
         # Results of other rows may have decided how many seeds the baseline got.
         looks = max(looks, *(one.looks or 0 for one in base.runs))
     if looks:
-        difference = stats.sequential(result.by_seed, base.by_seed, looks)
-    else:
-        values, base_values = list(result.values.values()), list(base.values.values())
-        if result.by_seed and any(one.looks for one in base.runs):
-            # Its numbers for the seeds of this row do not depend on the results.
-            base_values = [base.by_seed[seed] for seed in result.by_seed]
-        spread = None if beside is None else spread_beside(result, beside)
-        if beside is not None and (spread is None or spread.equal):
-            return Gain(over, base, stats.pooled(values, base_values, spread))
-        difference = stats.paired(result.by_seed, base.by_seed)
-        if beside is not None and (difference is None or difference.n < 2):
-            return Gain(over, base, stats.welch(values, base_values))
-    if difference is None:
-        if result.by_seed and base.by_seed:
-            return f"no gain over {over}: no seed in common"
-        return f"no gain over {over}: runs without seeds cannot be paired"
-    return Gain(over, base, difference)
+        return stats.sequential(result.by_seed, base.by_seed, looks)
+    if beside is None:
+        return stats.paired(result.by_seed, base.by_seed)
+    values, base_values = list(result.values.values()), list(base.values.values())
+    if result.by_seed and any(one.looks for one in base.runs):
+        # Its numbers for the seeds of this row do not depend on the results.
+        base_values = [base.by_seed[seed] for seed in result.by_seed]
+    spread = spread_beside(result, beside)
+    if spread is None or spread.equal:
+        return stats.pooled(values, base_values, spread)
+    pairing = stats.paired(result.by_seed, base.by_seed)
+    if pairing is None or pairing.n < 2:
+        return stats.welch(values, base_values)
+    return pairing
 
 
 def _telling_apart(runs: Sequence[Run]) -> list[str]:

@@ -41,8 +41,6 @@ LEVEL = 0.95
 """Confidence level of all intervals, as a fraction."""
 WIDEST = 1.0
 """Largest half-width of a prediction interval, in points of accuracy, that permits a verdict."""
-
-
 ALPHA = 0.05
 """Significance level of all tests, for p-values that Holm's procedure has corrected."""
 MARGIN = 0.3
@@ -50,6 +48,7 @@ MARGIN = 0.3
 TESTS = ("pooled", "paired")
 """Names of the tests of a gain that a user can choose; the first is the default."""
 RESAMPLES = 10_000
+"""Number of draws of the bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference
     mean, std = mean_std([values[seed] - base[seed] for seed in shared])
     if std is None or _is_zero(std):
         return Difference(mean, n, n, "paired", left_out)
-    return Difference(mean, n, n, "paired", left_out, std / math.sqrt(n), n - 1)
+    return Difference(mean, n, n, "paired", left_out, error=std / math.sqrt(n), df=n - 1)
 
 
 def welch(values: Sequence[float], base: Sequence[float]) -> Difference:

@@ -345,18 +345,29 @@ def _gains(
                 of_pair = None if options.test == "paired" else beside
                 found[label, column] = gain_over(result, bases, same, of_pair)
                 break
+    return found | _decided(found, options.margin)
+
+
+def _decided(found: Mapping[Key, Gain | str], margin: float) -> dict[Key, Gain]:
+    """Return the gains that have a test, with their verdicts and with p-values corrected by Holm.
+
+    Args:
+        found: the gains of a table, or the sentences that say why there is none.
+        margin: largest difference, in points, that counts as no difference.
+    """
     tested = {
         key: (gain, p, equal)
         for key, gain in found.items()
         if isinstance(gain, Gain)
         and (p := gain.difference.p) is not None
-        and (equal := stats.equivalence(gain.difference, options.margin)) is not None
+        and (equal := stats.equivalence(gain.difference, margin)) is not None
     }
     p_differ = stats.holm([p for _, p, _ in tested.values()])
     p_equal = stats.holm([p for _, _, p in tested.values()])
-    for (key, (gain, _, _)), p, q in zip(tested.items(), p_differ, p_equal, strict=True):
-        found[key] = replace(gain, p_holm=p, verdict=stats.decide(gain.difference, p, q))
-    return found
+    return {
+        key: replace(gain, p_holm=p, verdict=stats.decide(gain.difference, p, q))
+        for (key, (gain, _, _)), p, q in zip(tested.items(), p_differ, p_equal, strict=True)
+    }
 
 
 def _is_student(row: Row) -> bool:
@@ -436,11 +447,9 @@ def _aggregates(
         for column, gain in own.items():
             ours, base = _samples(results[label, column], gain)
             # The same runs of a student alone may be the baseline on several pairs.
-            key = tuple(sorted(run.config_hash for run, _ in gain.base.counted.values()))
-            if gain.difference.test in ("paired", "sequential"):
-                key = (*key, column)
-            groups[label, column] = ours
-            groups[key] = base
+            key = tuple(sorted(gain.base.counted[seed][0].config_hash for seed in base))
+            groups[label, column] = list(ours.values())
+            groups[key] = list(base.values())
             pairs.append(((label, column), key))
         found[label] = stats.aggregate(groups, pairs)
         if any(gain.difference.test == "sequential" for gain in own.values()):
@@ -449,13 +458,18 @@ def _aggregates(
     return found
 
 
-def _samples(result: Result, gain: Gain) -> tuple[list[float], list[float]]:
-    """Return the numbers of a cell and those of its baseline that a gain was computed from."""
-    of_looks = any(run.looks for run, _ in gain.base.counted.values())
+def _samples(
+    result: Result, gain: Gain
+) -> tuple[Mapping[int | str, float], Mapping[int | str, float]]:
+    """Return the numbers of a cell and of its baseline that a gain was computed from, by seed."""
+    of_looks = any(run.looks for run in gain.base.runs)
     if of_looks or gain.difference.test in ("paired", "sequential"):
         shared = sorted(result.by_seed.keys() & gain.base.by_seed.keys())
-        return [result.by_seed[s] for s in shared], [gain.base.by_seed[s] for s in shared]
-    return list(result.values.values()), list(gain.base.values.values())
+        return (
+            {seed: result.by_seed[seed] for seed in shared},
+            {seed: gain.base.by_seed[seed] for seed in shared},
+        )
+    return result.values, gain.base.values
 
 
 def _cell(

@@ -114,7 +114,7 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
     Raises:
         ValueError: If a file without metadata comes without student=NAME or dataset=NAME.
     """
-    from sddlskd.export import TRUST, described, load_run
+    from sddlskd.export import TRUST, load_run
 
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if source.is_dir():
@@ -129,6 +129,27 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
             log.info("%s is judged without a teacher: no file %s", source, lost[0])
             job.distiller.loss, job.features = {}, {}
         return job, source, trained
+    job, trained = _jobs_of_file(source, overrides, given)
+    if not names_teacher:
+        job.distiller.loss, job.features = {}, {}  # no teacher to compare with
+    return job, source, trained
+
+
+def _jobs_of_file(
+    source: Path, overrides: Sequence[str], given: Collection[str]
+) -> tuple[Config, Config]:
+    """Return the job to evaluate and the job that trained the student, for a file without a run.
+
+    Args:
+        source: .safetensors file or weights file.
+        overrides: words of the command line of the form key=value.
+        given: keys of these words.
+
+    Raises:
+        ValueError: If a file without metadata comes without student=NAME or dataset=NAME.
+    """
+    from sddlskd.export import described
+
     facts = described(source)
     if facts is None:
         absent = [key for key in ("student", "dataset") if key not in given]
@@ -154,9 +175,7 @@ def _job_and_weights(source: Path, overrides: Sequence[str]) -> tuple[Config, Pa
         features = {name: FeatureConfig(method=method) for name, method in facts["methods"].items()}
         teacher = replace(job.teacher, model=facts["teacher"])
         trained = replace(trained, features=features, teacher=teacher)
-    if not names_teacher:
-        job.distiller.loss, job.features = {}, {}  # no teacher to compare with
-    return job, source, trained
+    return job, trained
 
 
 def _run_folder(source: Path) -> Path | None:
@@ -344,7 +363,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ERRORS as error:
         sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
-    if chosen.json:
+    _print_results(rows, as_json=chosen.json)
+
+
+def _print_results(rows: Sequence[tuple[str, dict[str, Any]]], *, as_json: bool) -> None:
+    """Print the results of one or several students; `rows` holds (source, results)."""
+    if as_json:
         results = [{"source": source, **found} for source, found in rows]
         write_line(json.dumps(results if len(rows) > 1 else rows[0][1]))
         return

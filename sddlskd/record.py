@@ -544,7 +544,7 @@ class Record:
           the network's size and the number of runs that were trained together.
 
         Args:
-            status: "FINISHED", "FAILED" or "KILLED".
+            status: "FAILED" or "KILLED".
             reason: why the run ended, in one line.
 
         Returns:

@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wrong := other_form(parser, given, keys=(), home=folder):
         parser.error(wrong)
     chosen = parser.parse_args(given)
+    if not 1 <= chosen.port <= 65535:
+        parser.error(f"--port {chosen.port} is not valid; give a number from 1 to 65535")
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in before:

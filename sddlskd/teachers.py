@@ -430,8 +430,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wrong := other_form(parser, given):
         parser.error(wrong)
     chosen = parser.parse_intermixed_args(given)
-    words = [word for word in chosen.words if "=" not in word]
-    overrides = [word for word in chosen.words if "=" in word]
+    # The path of a file may hold "=": Hydra names folders as lr=0.1.
+    words = [word for word in chosen.words if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in chosen.words if word not in words]
     file = ""
     if chosen.command == "list":
         words = ["resnet32x4"]  # any name works: only the configuration's home is needed

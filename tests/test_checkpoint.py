@@ -581,6 +581,8 @@ def test_the_content_decides_whether_a_file_is_safetensors(tmp_path: Path) -> No
         (b"\n<!DOCTYPE html><html></html>", "is a web page, not a checkpoint; download the"),
         (gzip.compress(b"weights", mtime=0), "is compressed; unpack it with gunzip"),
         (b"\x89PNG\r\n\x1a\n", "bytes: torch.save did not write it); get it again"),
+        (b"hello\n", "6 bytes: its bytes are not those of torch.save); get it again"),
+        (b"epoch,loss\n1,2\n", "its bytes are not those of torch.save"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, says: str) -> None:

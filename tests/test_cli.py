@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sddlskd import __main__ as cli
+from sddlskd import server
 from sddlskd.terminal.arguments import other_form
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,15 @@ def test_values_of_options_and_words_after_two_dashes_have_no_other_form() -> No
     for words in (["--set", "home=x"], ["--", "home=x"], ["--hom", "x"], ["my=x"]):
         assert other_form(parser, words, keys=()) == ""
     assert other_form(parser, ["--json", "home=x"], keys=()).endswith("did you mean --home x?")
+
+
+@pytest.mark.parametrize("port", ["-1", "0", "65536"])
+def test_a_number_that_is_no_port_is_refused(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        server.main(["--port", port])
+    assert caught.value.code == 2
+    said = f"error: --port {port} is not valid; give a number from 1 to 65535\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

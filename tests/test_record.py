@@ -110,7 +110,7 @@ def test_another_job_is_refused_with_what_differs(tmp_path: Path) -> None:
     Record(job).close()  # the refused job left no lock behind
 
 
-def test_dead_inside_freezing_is_not_frozen(
+def test_a_freeze_that_is_interrupted_leaves_no_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """config.yaml is written last: if it exists, the other files are complete."""

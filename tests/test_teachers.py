@@ -670,7 +670,8 @@ def test_fetch_with_a_mirror(
 
 def test_what_was_imported_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = tiny(tmp_path / "home", teacher=False)
-    path = tmp_path / "mine.pth"
+    path = tmp_path / "lr=0.1" / "mine.pth"  # as Hydra names folders
+    path.parent.mkdir()
     path.write_bytes(saved(weights("resnet8", 10)))
     words = [f"home={job.home}", "dataset=fake", "dataset.num_classes=10"]
     assert run(capsys, "import", str(path), "--as", "resnet8", *words)[0] == 0

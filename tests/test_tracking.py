@@ -205,7 +205,8 @@ def test_what_a_server_lost_is_delivered_again(
     )
     sweep_folder = Path(jobs[0].home, "runs/sweeps/table-1")
     write_manifest(sweep_folder, "table-1", jobs)
-    tracking.log_plan(jobs[0], write_plan(sweep_folder, "table-1", jobs))
+    write_plan(sweep_folder, "table-1", jobs)
+    tracking.log_plan(jobs[0])
     sync(write_record(jobs[0]))
     with closing(sqlite3.connect(home / "mlflow.db")) as database:
         for table in ("metrics", "latest_metrics"):
@@ -288,7 +289,8 @@ def test_a_deleted_parent_run_of_a_sweep_is_named_and_comes_back(home: Path) -> 
     jobs = register([tracked(home, teacher=False)], sweep="table-1")
     folder = Path(jobs[0].home, "runs/sweeps/table-1")
     write_manifest(folder, "table-1", jobs)
-    tracking.log_plan(jobs[0], write_plan(folder, "table-1", jobs))
+    write_plan(folder, "table-1", jobs)
+    tracking.log_plan(jobs[0])
     (parent,) = runs_of(jobs[0], kind="sweep")
     client_of(jobs[0]).delete_run(parent.info.run_id)
     (problem,) = problems_of_sync(home / "runs")
@@ -491,7 +493,8 @@ def finished_sweep(home: Path, seeds: Sequence[int]) -> list[Config]:
         [tracked(home, "recipe=kd", f"seed={seed}", teacher=False) for seed in seeds], sweep="cells"
     )
     folder = home / "runs" / "sweeps" / "cells"
-    tracking.log_plan(jobs[0], write_plan(folder, "cells", jobs))
+    write_plan(folder, "cells", jobs)
+    tracking.log_plan(jobs[0])
     for job in jobs:
         with_best = Record(job)
         with_best.append({"epoch": 1, "time": 1.0, "val/top1": 70.0 + job.seed})
@@ -638,7 +641,7 @@ def test_database_whose_making_was_killed_is_made_anew(tmp_path: Path, size: int
     }
 
 
-def test_database_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database" * 100)
     with pytest.raises(
         ConnectionError,
@@ -753,11 +756,25 @@ def test_run_without_tracking_is_delivered_later(
         sync_command.main(["sync", str(home / "nowhere")])
 
 
+def test_ctrl_c_stops_a_delivery(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, *, again: bool) -> None:
+        raise KeyboardInterrupt
+
+    write_record(tracked(home, teacher=False))
+    monkeypatch.setattr(sync_command, "sync", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        sync_command.main(["sync", str(home / "runs")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command delivers what is missing\n"
+
+
 # Crashes and failures
 
 
 @pytest.mark.parametrize("moment", ["create_run", "log_batch", "set_terminated", "log_artifact"])
-def test_dead_in_the_middle_leaves_no_twin(
+def test_a_process_that_dies_during_a_delivery_leaves_one_run_in_mlflow(
     home: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """The process dies after MLflow accepted something and before the record notes this."""
@@ -824,7 +841,7 @@ def test_mirror_gives_up_at_the_end_and_says_what_to_do(
     assert caplog.records[-1].getMessage().endswith("python -m sddlskd.tracking sync a b")
 
 
-def test_mirror_that_hangs_does_not_hold_the_end(
+def test_a_delivery_that_hangs_does_not_delay_the_end_of_a_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hangs, ended = threading.Event(), threading.Event()
@@ -861,7 +878,7 @@ def deliver(job: Config) -> None:
     opened.close()
 
 
-def test_eight_processes_lose_nothing(home: Path) -> None:
+def test_deliveries_of_eight_processes_are_complete(home: Path) -> None:
     jobs = register(
         [tracked(home, f"seed={seed}", teacher=False) for seed in range(8)], sweep="eight"
     )
@@ -926,7 +943,9 @@ NOT_MLFLOW = {
 
 
 @pytest.mark.parametrize("kind", NOT_MLFLOW)
-def test_what_answers_otherwise_is_named_with_its_cure(tmp_path: Path, kind: str) -> None:
+def test_a_server_that_is_no_usable_mlflow_is_named_with_its_cure(
+    tmp_path: Path, kind: str
+) -> None:
     page, said = NOT_MLFLOW[kind]
     with site() as here:
         here.page(ASKED, page)
@@ -985,7 +1004,7 @@ def test_a_registered_job_starts_without_its_server(tmp_path: Path, silent: dict
     tracking.check_reachable([job])
 
 
-def test_a_black_hole_does_not_hold_training(
+def test_a_server_that_never_answers_does_not_delay_training(
     tmp_path: Path,
     silent: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -1039,7 +1058,8 @@ def test_a_sweep_that_began_without_mlflow_is_delivered_whole(
     assert {job.tracking.experiment_id for job in jobs} == {None}
     sweep_folder = Path(jobs[0].home, "runs/sweeps/table-1")
     write_manifest(sweep_folder, "table-1", jobs)
-    tracking.log_plan(jobs[0], write_plan(sweep_folder, "table-1", jobs))
+    write_plan(sweep_folder, "table-1", jobs)
+    tracking.log_plan(jobs[0])
     folders = [write_record(job) for job in jobs[:5]]  # the sixth job never starts
     tracking.finish_sweep(jobs[0], FAILED)
     away()
@@ -1158,7 +1178,9 @@ def test_sqlite_is_refused_for_other_nodes(home: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 90, b"{", b"[]", "cut", "flipped", "other"])
-def test_a_spoilt_note_of_what_was_delivered_makes_no_twin(home: Path, damage: bytes | str) -> None:
+def test_a_damaged_mlflow_json_makes_no_second_run_in_mlflow(
+    home: Path, damage: bytes | str
+) -> None:
     (job,) = register([tracked(home, teacher=False)])
     folder = write_record(job)
     sync(folder)
@@ -1183,7 +1205,7 @@ def test_a_spoilt_note_of_what_was_delivered_makes_no_twin(home: Path, damage: b
     assert record.read_mirror(folder)["rows"] == 4
 
 
-def test_strange_numbers_and_names(home: Path) -> None:
+def test_numbers_that_are_not_finite_and_any_name_of_a_folder_reach_mlflow(home: Path) -> None:
     (job,) = register([replace(tracked(home, teacher=False), run_dir=f"{home}/läuft ✓ 'so'")])
     opened, values = (
         Record(job),
@@ -1228,7 +1250,7 @@ def test_a_run_that_is_stopped_twice_at_an_epoch_has_its_summary_once(home: Path
     }  # fmt: skip
 
 
-def test_one_spoilt_run_does_not_keep_the_others(
+def test_one_damaged_run_does_not_stop_the_delivery_of_the_others(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = register([tracked(home, f"seed={seed}", teacher=False) for seed in range(3)])
@@ -1241,7 +1263,8 @@ def test_one_spoilt_run_does_not_keep_the_others(
     first, second = str(caught.value).splitlines()
     assert f"{folders[0]}/metrics.jsonl, line 1 is damaged" in first
     assert f"{folders[1]}/config.yaml is damaged" in second
-    assert len(runs_of(jobs[2])) >= 1
+    delivered = [run for run in runs_of(jobs[2]) if run.info.status == "FINISHED"]
+    assert [run.data.tags["run_dir"] for run in delivered] == [str(folders[2])]
 
 
 # A real server

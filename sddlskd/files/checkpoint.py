@@ -133,6 +133,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     if first_line.startswith("Weights only load failed"):  # the rest is advice to run its code
         first_line = "torch.save did not write it"
+    elif isinstance(error, LookupError):  # of the unpickler, such as KeyError(101)
+        first_line = "its bytes are not those of torch.save"
     size = path.stat().st_size
     return (
         f"{path} is truncated, damaged or not a checkpoint ({size} bytes: {first_line:.120}); "

@@ -244,7 +244,8 @@ def _run_groups(plan: Plan, runner: GroupRunner) -> str:
         if not record.has_begun(folder) and record.abandoned(folder):
             record.note_own_code(folder, record.own_code_of(job))
         record.queue_again(Path(job.run_dir))
-    tracking.log_plan(registered[0], write_plan(plan.folder, plan.name, plan.jobs))
+    write_plan(plan.folder, plan.name, plan.jobs)
+    tracking.log_plan(registered[0])
     ended = runner.run(plan.groups, plan.folder, plan.devices)
     if ended == KILLED and _status_of_all(plan.jobs) == FINISHED:
         ended = FINISHED  # the signal came when the last job had finished
@@ -271,7 +272,8 @@ def _register_finished_sweep(plan: Plan) -> None:
     except ConnectionError as error:
         log.warning("MLflow does not know of sweep %s: %s", plan.name, error)
         return
-    tracking.log_plan(first, write_plan(plan.folder, plan.name, plan.jobs))
+    write_plan(plan.folder, plan.name, plan.jobs)
+    tracking.log_plan(first)
     tracking.finish_sweep(first, _status_of_all(plan.jobs))
 
 

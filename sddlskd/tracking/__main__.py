@@ -8,6 +8,7 @@ from pathlib import Path
 from sddlskd import config as cfg
 from sddlskd import record
 from sddlskd.config import FileMirror
+from sddlskd.processes.exit_codes import ExitCode
 from sddlskd.terminal.arguments import other_form
 from sddlskd.terminal.console import refuse_another_checkout, write_line
 from sddlskd.terminal.words import counted
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written for runs in training, whose own processes write them.
 
     The exit status is 1, with a message, if the folders hold no run directory and no sweep, or if a
-    run directory or sweep cannot be delivered or copied.
+    run directory or sweep cannot be delivered or copied. It is 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m sddlskd.tracking", description=main.__doc__)
     parser.add_argument("command", choices=["sync"])
@@ -55,9 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweeps = {path.parent for folder in chosen.folders for path in folder.rglob("plan.json")}
     if not runs and not sweeps:
         sys.exit(f"error: no run directory in {' '.join(map(str, chosen.folders))}")
-    if chosen.to:
-        _write_copies(runs, [FileMirror(name) for name in chosen.to], again=chosen.again)
-        return
+    try:
+        if chosen.to:
+            _write_copies(runs, [FileMirror(name) for name in chosen.to], again=chosen.again)
+        else:
+            _deliver(runs, sweeps, again=chosen.again)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command delivers what is missing\n")
+        sys.exit(ExitCode.STOPPED)
+
+
+def _deliver(runs: Sequence[Path], sweeps: set[Path], *, again: bool) -> None:
+    """Deliver runs and sweeps to MLflow, and exit with status 1 if some cannot be delivered.
+
+    Args:
+        runs: the run directories.
+        sweeps: the folders of sweeps; those of the runs are added.
+        again: whether to deliver everything again.
+    """
     problems: list[str] = []
     delivered = 0  # runs
     answering: set[str | None] = set()  # addresses of MLflow that have answered
@@ -65,11 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             config = cfg.load(run / "config.yaml")
             if config.tracking.mirrors and record.abandoned(run):
-                write_copies(run, config.tracking.mirrors, again=chosen.again)
+                write_copies(run, config.tracking.mirrors, again=again)
             if config.tracking.uri not in answering:
                 tracking_uri.check_answers(str(config.tracking.uri))
                 answering.add(config.tracking.uri)
-            sync(run, again=chosen.again)
+            sync(run, again=again)
             delivered += 1
             if is_planned(sweep_folder(config), config):
                 sweeps.add(sweep_folder(config))
@@ -81,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             problems.append(f"error: {run} could not be delivered: {first_line(error)}")
     for sweep in sorted(sweeps):
         try:
-            sync_sweep(sweep, again=chosen.again)
+            sync_sweep(sweep, again=again)
         except Deleted as error:
             problems.append(f"error: {error}")
         except Exception as error:

@@ -219,13 +219,13 @@ def _parent_run(client: Any, experiment_id: str, sweep: str) -> str:
     return parent_id
 
 
-def log_plan(config: Config, path: Path) -> None:
+def log_plan(config: Config) -> None:
     """Upload the plan of a sweep to its run in MLflow, and set the status of that run to RUNNING.
 
     The plan is the file plan.json in the sweep's folder, which lists the sweep's jobs. `config` is
-    a configuration that `register` returned for one of the jobs. The argument `path` is not used.
-    If the upload fails, a warning is logged, and `sync_sweep` can deliver the plan later. If
-    `config.tracking.enabled` is false, nothing is done.
+    a configuration that `register` returned for one of the jobs. If the upload fails, a warning is
+    logged, and `sync_sweep` can deliver the plan later. If `config.tracking.enabled` is false,
+    nothing is done.
     """
     _set_status(config, record.RUNNING, what="plan")
 

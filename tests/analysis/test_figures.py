@@ -507,6 +507,17 @@ def test_gains_over_a_chosen_baseline_are_those_of_the_table() -> None:
     assert {setting for setting, _ in figured} == {"student alone", "SD-KD [1,2]"}
 
 
+def test_a_student_alone_without_pairs_has_gains_over_a_chosen_setting(tmp_path: Path) -> None:
+    rows = []
+    for norm in (40, 1):
+        own = {"details": f'{{"optimizer.clip_norm": {norm}}}', "settings_hash": f"{norm}"}
+        rows += [row(seed, "vanilla", best=70.0 + seed, **own) for seed in (0, 1, 2)]
+    rows = [one | {"run_id": f"{number}"} for number, one in enumerate(rows)]
+    baseline = "student alone, optimizer.clip_norm=40"
+    built = figures.build(Standin(rows), tmp_path, baseline=baseline)
+    assert "gain_by_pair" in [figure.name for figure in built]
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "same"),
     [
@@ -575,3 +586,13 @@ def test_logits_that_are_not_finite_are_left_out_by_name(tmp_path: Path) -> None
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     rows = grid([("$\\alpha$net1", "a$b")], ["kd", "sd_kd"], seeds=1)
     assert figures.build(Standin(rows), tmp_path)
+
+
+def test_constant_logits_have_no_correlation_and_are_named(tmp_path: Path) -> None:
+    runs = with_predictions([row(0, "kd", best=10.0), row(0, "sd_kd", best=70.0)])
+    constant, other = runs.frame["run_id"]
+    runs.kept[constant]["logits"][:] = 0.5
+    runs.kept[other]["logits"][:, 3] = 0.5  # of one class of six
+    captions = {figure.name: figure.caption for figure in figures.build(runs, tmp_path)}
+    left_out = "Not drawn because the logits are constant: resnet32x4 → resnet8x4 KD."
+    assert left_out in captions["logit_correlation"]

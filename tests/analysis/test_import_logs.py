@@ -1040,6 +1040,18 @@ def test_a_row_that_is_wrong_is_refused_and_the_others_are_taken(
     assert [run.data.metrics["best/top1"] for run in runs_of(uri).values()] == [73.0]
 
 
+def test_a_header_with_a_wrong_quote_is_refused_and_other_files_are_taken(
+    uri: str, logs: Path
+) -> None:
+    rows = "teacher,student,method,dataset,{}\nvgg13,vgg8,kd,cifar100,73.0\n"
+    wrong = written(logs / "a.csv", rows.format('"best"x'))
+    written(logs / "b.csv", rows.format("best"))
+    said = f"^1 not imported, 1 imported:\n{re.escape(str(wrong))} line 1: ',' expected after"
+    with pytest.raises(ValueError, match=said):
+        import_logs([logs], uri)
+    assert len(runs_of(uri)) == 1
+
+
 def test_what_is_good_is_imported_and_each_refused_file_has_its_line(uri: str, logs: Path) -> None:
     written(logs / "KD/kd,vgg13,vgg8,3,9.txt", worklog([50.0]))
     broken = written(logs / "KD/kd,vgg13,vgg8,2,9.txt", block(2))

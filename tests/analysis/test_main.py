@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from analysis import __main__ as command_line
-from analysis import figures, render, tables
+from analysis import figures, render, selection, stats, tables
 from analysis.__main__ import main
 from analysis.runs import load
 from analysis.schema import read_frame
@@ -224,6 +224,17 @@ def test_errors_say_it_without_a_traceback(
     assert "Traceback" not in error
 
 
+def test_ctrl_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(uri: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_list", interrupted)
+    assert main(["--home", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_runs_without_the_params_of_a_method_are_marked(tmp_path: Path) -> None:
     lacking = [
         {"sweep": "study", "best": 60.0, "seed": 5 + i, "absent": absent}
@@ -345,6 +356,20 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "val: test accuracy" in words
     )
     assert "import-logs" in words
+
+
+def test_the_options_and_defaults_of_the_command_are_those_of_the_modules() -> None:
+    # They are stated twice, because the modules are slow to import.
+    parser = command_line._parser()
+    assert {option.dest: option.choices for option in parser._actions if option.choices} == {
+        "metric": tuple(selection.METRICS),
+        "test": stats.TESTS,
+    }
+    assert (parser.get_default("test"), parser.get_default("margin")) == (
+        selection.GainOptions.test,
+        selection.GainOptions.margin,
+    )
+    assert set(command_line.FORMATS) == set(render.FORMATS)
 
 
 def test_tables_and_figures_get_the_same_options(

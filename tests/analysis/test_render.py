@@ -352,6 +352,17 @@ def test_html_sorts_by_our_mean_else_by_the_published_number_and_loads_nothing(
             assert link[1:] in ids
 
 
+def test_a_gain_over_a_single_run_has_no_interval_for_this_reason() -> None:
+    pair = ("resnet32x4", "shufflev1")
+    # Bartlett's test refuses equal variances, and KD has one run.
+    rows = runs(*pair, [70.0]) + runs(*pair, [72.0, 75.0, 78.0], M="[1,2,4]")
+    rows += runs(*pair, [70.0, 70.01, 70.02], distiller="dkd")
+    table = next(t for t in tables.build(frame_of(rows)) if t.name == "sdd_table_2")
+    for form in (render.markdown, render.html, render.latex):
+        assert form(table).count("single seed: no interval") == 2
+        assert "no spread" not in form(table)
+
+
 def test_notes_footnotes_and_commands_are_under_the_table(table: Table) -> None:
     command = "python -m sddlskd.train 'a_b=<&%>'"
     assert table.commands == (command,)

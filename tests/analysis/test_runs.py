@@ -239,7 +239,7 @@ def test_more_runs_than_a_page(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # Runs that break the contract of docs/design.md
 
 
-def test_wrong_types_are_blank_and_said(path: Path) -> None:
+def test_a_param_of_a_wrong_type_is_blank_with_a_complaint(path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"sweep": "s", "seed": "x"},
         {"sweep": "s", "M": "abc"},
@@ -265,7 +265,7 @@ def test_wrong_types_are_blank_and_said(path: Path) -> None:
     assert frame.loc[4, "group_size"] is pd.NA
 
 
-def test_null_is_blank_without_a_word(path: Path) -> None:
+def test_null_is_blank_without_a_complaint(path: Path) -> None:
     make_store(path, [{"sweep": "s", "temperature": None}])
     frame = load("s", uri_of(path)).frame
     assert frame.loc[0, "temperature"] is pd.NA
@@ -306,7 +306,7 @@ def test_someone_elses_experiment_is_refused(path: Path) -> None:
     assert "import-logs" in line
 
 
-def test_nan_metric_stays_and_is_said(path: Path) -> None:
+def test_a_run_with_a_nan_metric_stays_with_a_complaint(path: Path) -> None:
     make_store(
         path,
         [{"sweep": "s", "best": math.nan, "last": 10.0, "history": {"val/top1": [1, math.nan]}}],
@@ -355,7 +355,9 @@ def test_several_lengths_are_refused_unless_asked(path: Path) -> None:
         {"dataset": "imagenet"},
     ],
 )
-def test_lengths_that_do_not_meet_in_a_table_are_taken(path: Path, other: dict[str, Any]) -> None:
+def test_runs_that_are_in_no_common_table_may_have_other_epochs(
+    path: Path, other: dict[str, Any]
+) -> None:
     make_store(
         path,
         [*LENGTHS[1:], {"sweep": "s", "epochs": 30, "config_hash": "1" * 12, **other}],
@@ -537,7 +539,7 @@ def test_other_schema_is_named_and_not_migrated(path: Path, version: str, cure: 
     assert path.read_bytes() == before
 
 
-def test_address_that_is_none() -> None:
+def test_a_text_that_is_no_address_is_refused() -> None:
     assert "give http(s)://host:port or sqlite:////absolute/path/mlflow.db" in error_of(
         "s", "postgres://x"
     )
