@@ -96,6 +96,25 @@ def test_whether_a_task_is_requeued_is_for_its_first_rank_to_say(
 
 GONE = "Unable to confirm allocation for job 7: Connection reset by peer"
 NO_STEP = "Unable to create step for job 7: Unable to contact slurm controller (connect failure)"
+TOO_MANY = "Unable to create step for job 7: More processors requested than permitted"
+
+
+def write_programs(folder: Path, **scripts: str) -> None:
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+
+
+def call_srun(programs: Path, log: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", "\n".join([*SETUP, "srun --unbuffered 'a b'", "exit $?"])],
+        env={"PATH": f"{programs}:{os.environ['PATH']}"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        check=False,
+        text=True,
+        timeout=30,
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,6 +123,7 @@ NO_STEP = "Unable to create step for job 7: Unable to contact slurm controller (
         ([], 0, 0),
         ([GONE, NO_STEP], 0, 2),
         (["RuntimeError: Unable"], 1, 0),
+        ([TOO_MANY] * 99, 1, 0),  # slurmctld has answered
         ([GONE] * 99, 1, 19),
     ],
 )
@@ -112,23 +132,22 @@ def test_srun_tries_again_if_slurmctld_is_away(
 ) -> None:
     """A program that stands for srun prints one message per call, and succeeds without one."""
     (tmp_path / "messages").write_text("".join(f"{message}\n" for message in messages))
-    for name, script in {
-        "srun": f"""cd {tmp_path}; echo "$@" >> calls
+    write_programs(
+        tmp_path,
+        sleep="",
+        srun=f"""cd {tmp_path}; echo "$@" >> calls
             message=$(sed -n "$(wc -l < calls)p" messages)
             if [ -n "$message" ]; then echo "srun: error: $message" >&2; exit 1; fi""",
-        "sleep": "",
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
-        (tmp_path / name).chmod(0o755)
+    )
     with open(tmp_path / "log", "w") as log:
-        done = subprocess.run(
-            ["bash", "-c", "\n".join([*SETUP, "srun --unbuffered 'a b'", "exit $?"])],
-            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-            stdout=log,
-            stderr=log,
-            check=False,
-        )
+        done = call_srun(tmp_path, log)
     assert done.returncode == code
     assert (tmp_path / "calls").read_text().splitlines() == ["--unbuffered a b"] * (1 + retries)
     told = (tmp_path / "log").read_text()
     assert told.count("srun tries again") == retries
+
+
+def test_a_task_fails_at_once_whose_setup_sends_the_log_to_a_program(tmp_path: Path) -> None:
+    """To read a pipe again, which the batch script itself keeps open, would never end."""
+    write_programs(tmp_path, srun="exit 3")
+    assert call_srun(tmp_path, subprocess.PIPE).returncode == 3

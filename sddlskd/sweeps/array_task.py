@@ -41,8 +41,10 @@ srun() {
     for attempt in $(seq 19); do
         command srun "$@" && return
         code=$?
-        tail -n 3 /proc/$$/fd/1 | grep -Eq 'Unable to (confirm allocation|create step)' \\
-            || return $code
+        # The log says why srun failed; it is not read again if setup has made it a pipe.
+        [ -f /proc/$$/fd/1 ] || return $code
+        tail -n 3 /proc/$$/fd/1 | grep -E 'Unable to (confirm allocation|create step)' \\
+            | grep -Evq ': (Job/step already|More processors|Requested node config)' || return $code
         echo "the task has not started; srun tries again in 10 seconds"
         sleep 10
     done
