@@ -431,7 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(wrong)
     chosen = parser.parse_intermixed_args(given)
     # The path of a file may hold "=": Hydra names folders as lr=0.1.
-    words = [word for word in chosen.words if "=" not in word or Path(word).is_file()]
+    # Not Path.is_file, which raises an error if a name is too long for a file.
+    words = [word for word in chosen.words if "=" not in word or os.path.isfile(word)]
     overrides = [word for word in chosen.words if word not in words]
     file = ""
     if chosen.command == "list":

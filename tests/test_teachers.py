@@ -691,6 +691,7 @@ def test_what_was_imported_teaches(tmp_path: Path, capsys: pytest.CaptureFixture
         (("verify", NAME, "homme=x"), "error: homme is unknown; did you mean home?"),
         (("verify", NAME), "error: teacher=resnet56 for cifar100 is missing: no file"),
         (("import", "gone", "--as", NAME), "error: gone is not a file"),
+        (("verify", NAME, f"hom={'x' * 300}"), "error: hom is unknown"),  # too long for a file
     ],
 )
 def test_errors_take_one_line(
